@@ -1,0 +1,174 @@
+"""`ImagePrior`: ids and positions of the stream -> logits; and how it is saved and loaded. Never sees text or a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from stage2_prior.config import PriorConfig, StreamConfig
+from stage2_prior.sequence import Stream
+from stage2_prior.transformer import Block, KeyValueCache, RMSNorm, rotary_table
+
+
+class ImagePriorConfig(PreTrainedConfig):
+    """The two plain configurations in the form that transformers saves: `model` and `stream` are dictionaries."""
+
+    model_type = "mini_dalle_prior"
+    model: dict[str, Any] | None = None
+    stream: dict[str, Any] | None = None
+    trained_with_caption_dropout: bool = False
+
+
+@dataclass
+class PriorLogits:
+    """Logits of one forward pass; each part holds only the slots that predict that kind of token."""
+
+    text: Tensor
+    """(B, text slots asked for, V) for the next text id."""
+    image: Tensor
+    """(B, image slots, K) for the next code, counted over all levels."""
+
+
+class ImagePrior(PreTrainedModel):
+    """Decoder-only transformer over caption and codes.
+
+    Args:
+        model: architecture; or the `ImagePriorConfig` that transformers passes on loading.
+        stream: the stream's shape.
+
+    The weights of text and image logits are tied to nothing (DALL-E ties nothing either).
+    """
+
+    config_class = ImagePriorConfig
+    base_model_prefix = "prior"
+
+    def __init__(self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None) -> None:
+        if isinstance(model, ImagePriorConfig):
+            hub = model
+        else:
+            if stream is None:
+                raise ValueError("ImagePrior needs the stream's shape: ImagePrior(PriorConfig(...), StreamConfig(...))")
+            hub = ImagePriorConfig(model=asdict(model), stream=json.loads(json.dumps(asdict(stream))))
+        super().__init__(hub)
+        self.model_config = _build(PriorConfig, hub.model)
+        self.stream = Stream(_build(StreamConfig, hub.stream))
+        width, heads = self.model_config.width, self.model_config.heads
+        self.embedding = nn.Embedding(self.stream.vocab_size, width)
+        self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
+        )
+        self.norm = RMSNorm(width, eps=1e-6)
+        self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
+        self.image_head = nn.Linear(width, self.stream.num_codes, bias=False)
+        # Persistent, so that loading (which builds the model without memory) fills them like any weight.
+        table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
+        self.register_buffer("rotary", table)
+        self.register_buffer("slot_level", self.stream.level_index())
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with deviation width^-1/2; projections back into the residual stream start at zero, as do the heads."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+        if module is self:
+            nn.init.zeros_(self.text_head.weight)
+            nn.init.zeros_(self.image_head.weight)
+            for block in self.blocks:
+                nn.init.zeros_(block.attention.output.weight)
+                nn.init.zeros_(block.feed_forward.down.weight)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None
+    ) -> PriorLogits:
+        """Logits for the token after each of the given ones.
+
+        Args:
+            ids: (B,S) ids of the joint vocabulary (`Stream.inputs`).
+            positions: (S,) the slot of each id; consecutive, following what the cache holds.
+            cache: keys and values of earlier slots; the new ones are appended and `cache.length` grows by S.
+            num_text: how many of the S slots predict text (the first ones); by default all that do.
+        """
+        if num_text is None:
+            first = cache.length if cache is not None else 0
+            num_text = min(max(self.stream.text_length - 1 - first, 0), ids.shape[1])
+        features = self.features(ids, positions, cache)
+        return PriorLogits(
+            text=self.text_head(features[:, :num_text]), image=self.image_head(features[:, num_text:])
+        )
+
+    def features(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Normalised features (B,S,C) from which the heads read their logits."""
+        table = self.rotary[:, positions]
+        x = self.embedding(ids) + self.level_embedding(self.slot_level[positions])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, table, cache, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for whole streams, in the dtype and on the device of the weights."""
+        c = self.model_config
+        like = self.blocks[0].attention.output.weight
+        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, like)
+
+    def compile_networks(self) -> None:
+        """Compiles the training forward in place; parameter names stay as they are."""
+        self.compile(dynamic=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the configuration or any weight."""
+        digest = hashlib.sha256(json.dumps([self.config.model, self.config.stream], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ImagePrior:
+        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut or foreign."""
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}; a prior needs config.json and model.safetensors")
+        try:
+            prior = cls(ImagePriorConfig(**_hub_fields(folder / "config.json")))
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{folder} cannot be read: {error}; the file is cut or not a prior's, copy it again") from error
+        own = prior.state_dict()
+        differ = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
+        if differ:
+            raise ValueError(f"{folder}/model.safetensors does not fit its config.json; first keys that differ: {differ[:3]}")
+        prior.load_state_dict(weights)
+        return prior.eval()
+
+
+def _hub_fields(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError(f"{path} is not a prior's configuration: it has no 'model' section")
+    return {key: values[key] for key in ("model", "stream", "trained_with_caption_dropout") if key in values}
+
+
+def _build(kind: type, values: dict[str, Any] | None) -> Any:
+    """A configuration from saved values; a key this version does not know is refused rather than ignored."""
+    values = values or {}
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"the prior's config.json has unknown keys {sorted(unknown)} for {kind.__name__}")
+    return kind(**values)

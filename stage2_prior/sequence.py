@@ -1,0 +1,100 @@
+"""The one stream of caption and codes. The only file that adds offsets; knows slots and ids, nothing of networks.
+
+Legend: B batch, T text slots, N codes of a picture, S = T + N slots.
+
+    slot      0        1 ... n    n+1    ... T-1 | T          ...  T+N-1
+    holds     <start>  caption    <end>  <pad>   | code 0     ...  code N-1
+    predicts  the next slot; slot T-1 predicts code 0, and the last code is never an input.
+
+The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens that every later slot may
+attend to, so attention is causal and nothing else. (DALL-E, Ramesh et al. 2021, section 2.2, with one pad for all slots.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage2_prior.config import StreamConfig
+
+
+class Stream:
+    """Slots, offsets and targets of the stream described by a `StreamConfig`."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+        self.text_length = config.text_length
+        self.text_vocab_size = config.text_vocab_size
+        self.num_codes = sum(level.num_codes for level in config.levels)
+        self.image_length = sum(level.length for level in config.levels)
+        self.length = self.text_length + self.image_length
+        self.vocab_size = self.text_vocab_size + self.num_codes
+        code_offset, first, past = 0, [], []
+        for level in config.levels:
+            first += [code_offset] * level.length
+            code_offset += level.num_codes
+            past += [code_offset] * level.length
+        self._first_code = torch.tensor(first)
+        self._past_code = torch.tensor(past)
+
+    def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
+        """Ids fed to the prior: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""
+        return torch.cat([text_ids, self.code_ids(codes, start=0)], dim=1)
+
+    def code_ids(self, codes: Tensor, *, start: int) -> Tensor:
+        """Codes (B,n) that stand at image positions start.. -> ids of the joint vocabulary."""
+        offsets = self._first_code[start : start + codes.shape[1]].to(codes.device)
+        return codes + offsets + self.text_vocab_size
+
+    def image_targets(self, codes: Tensor) -> Tensor:
+        """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted over all levels."""
+        return codes + self._first_code.to(codes.device)
+
+    def level_range(self, position: int) -> tuple[int, int]:
+        """Image position -> the half-open range of image classes that its level owns."""
+        return int(self._first_code[position]), int(self._past_code[position])
+
+    def code_mask(self) -> Tensor | None:
+        """(N, K) bool, true where a position may hold a class; None where one level makes every class allowed."""
+        if len(self.config.levels) == 1:
+            return None
+        classes = torch.arange(self.num_codes)
+        return (classes >= self._first_code[:, None]) & (classes < self._past_code[:, None])
+
+    def null_caption(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """The caption that says nothing: (B,T)."""
+        ids = torch.full((batch, self.text_length), self.config.pad_id, dtype=torch.long, device=device)
+        ids[:, 0] = self.config.start_id
+        ids[:, 1] = self.config.end_id
+        return ids
+
+    def text_targets(self, text_ids: Tensor) -> Tensor:
+        """Next ids (B,T-1) for text slots 0..T-2; -100 (no loss) past the end token and for null captions."""
+        targets = text_ids[:, 1:].clone()
+        targets[targets == self.config.pad_id] = -100
+        targets[text_ids[:, 1] == self.config.end_id] = -100
+        return targets
+
+    def coordinates(self) -> Tensor:
+        """(S,2) row and column of each slot: a text slot t is (t, t); a code lies past the text, on a unit grid.
+
+        Levels of unlike size share the picture: a code of a 4x4 level stands in the middle of the four codes of an 8x8 level
+        that cover the same pixels.
+        """
+        finest = max(max(level.grid) for level in self.config.levels)
+        slots = torch.arange(self.text_length, dtype=torch.float32)
+        parts = [torch.stack([slots, slots], dim=1)]
+        for level in self.config.levels:
+            height, width = level.grid
+            scale = finest / max(height, width)
+            rows = (torch.arange(height) + 0.5) * scale - 0.5
+            columns = (torch.arange(width) + 0.5) * scale - 0.5
+            grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+            parts.append(grid + self.text_length)
+        return torch.cat(parts)
+
+    def level_index(self) -> Tensor:
+        """(S,) 0 for text slots, 1 + level for codes."""
+        parts = [torch.zeros(self.text_length, dtype=torch.long)]
+        parts += [torch.full((level.length,), 1 + i) for i, level in enumerate(self.config.levels)]
+        return torch.cat(parts)

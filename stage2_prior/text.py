@@ -1,0 +1,150 @@
+"""Captions <-> text ids. Knows words and the text slots; nothing of codes or networks.
+
+Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`, kept as a transformers fast
+tokenizer; or any tokenizer of the Hub by name. BPE dropout: Provilkov et al. 2020.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+PAD, START, END = "<pad>", "<start>", "<end>"
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Captions as ids (`text` in a YAML)."""
+
+    vocab_size: int = 1024
+    """Entries of the vocabulary that is trained on the captions; at least 300 (256 bytes, special tokens, some merges)."""
+    length: int = 32
+    """Text slots of the stream, start and end token included."""
+    pretrained: str | None = None
+    """Name or folder of a transformers tokenizer to use instead of training one."""
+    bpe_dropout: float = 0.0
+    """Share of merges skipped while training, so that words are seen in several spellings."""
+    truncate: bool = False
+    """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.pretrained is None and self.vocab_size < 300:
+            problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
+        if self.length < 3:
+            problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
+        if not 0 <= self.bpe_dropout < 1:
+            problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class TextTokenizer:
+    """Captions to ids of one length and back. `fast` is the transformers tokenizer inside."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, length: int) -> None:
+        self.fast = fast
+        self.length = length
+        for role, token in (("pad", PAD), ("bos", START), ("eos", END)):
+            if getattr(fast, f"{role}_token_id") is None:
+                fast.add_special_tokens({f"{role}_token": token})
+        self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
+        if len({self.pad_id, self.start_id, self.end_id}) < 3:
+            # Many Hub tokenizers pad with the end token; the stream must tell them apart.
+            fast.add_special_tokens({"pad_token": PAD, "bos_token": START, "eos_token": END})
+            self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
+
+    @classmethod
+    def train(cls, captions: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
+        """Trains byte-level BPE; any Unicode text can be encoded, whatever the captions held. Case is folded."""
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator(captions, trainer)
+        fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END)
+        return cls(fast, length)
+
+    @classmethod
+    def pretrained(cls, name: str, *, length: int) -> TextTokenizer:
+        """Any fast tokenizer by Hub name or folder."""
+        try:
+            return cls(AutoTokenizer.from_pretrained(name, use_fast=True), length)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer ({str(error).splitlines()[0]}); "
+                "give a folder that holds tokenizer.json, or a Hub name with network access"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.fast)
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Slots each caption needs, start and end token included."""
+        return [len(ids) + 2 for ids in self._encode(captions, dropout=0.0)]
+
+    def encode(self, captions: Sequence[str], *, truncate: bool = False, dropout: float = 0.0) -> Tensor:
+        """Captions -> (B,T) int64: start, tokens, end, pads. An empty caption is the null caption.
+
+        Raises:
+            ValueError: a caption needs more slots than there are and `truncate` is off; the first such one is shown.
+        """
+        rows = torch.full((len(captions), self.length), self.pad_id, dtype=torch.long)
+        rows[:, 0] = self.start_id
+        # Dropout spells words with more tokens: what then does not fit is spelled plainly instead of being cut.
+        encoded = self._encode(captions, dropout)
+        for i, ids in enumerate(encoded):
+            if dropout and len(ids) > self.length - 2:
+                ids = self._encode([captions[i]], 0.0)[0]
+            if len(ids) > self.length - 2 and not truncate:
+                raise ValueError(
+                    f"the caption {captions[i][:80]!r} needs {len(ids) + 2} tokens and there are {self.length} text slots; "
+                    "shorten it, or cut it with truncate (text.truncate=true in training; a longer text.length needs retraining)"
+                )
+            ids = ids[: self.length - 2]
+            rows[i, 1 : len(ids) + 1] = torch.tensor(ids, dtype=torch.long)
+            rows[i, len(ids) + 1] = self.end_id
+        return rows
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """(B,T) -> captions, special tokens left out."""
+        return [text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)]
+
+    def _encode(self, captions: Sequence[str], dropout: float) -> list[list[int]]:
+        texts = [caption.strip() for caption in captions]
+        backend = self.fast.backend_tokenizer
+        if not isinstance(backend.model, models.BPE) or not dropout:
+            return self.fast(texts, add_special_tokens=False)["input_ids"] if texts else []
+        backend.model.dropout = dropout
+        try:
+            return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        finally:
+            backend.model.dropout = None
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the transformers tokenizer and its text length into a folder."""
+        self.fast.save_pretrained(folder)
+        (Path(folder) / "text.json").write_text(json.dumps({"length": self.length}) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TextTokenizer:
+        """What `save` wrote; ValueError names what is missing or cut."""
+        path = Path(folder) / "text.json"
+        try:
+            length = json.loads(path.read_text())["length"]
+            fast = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{folder} is not a whole text tokenizer ({error}); copy the bundle again") from error
+        return cls(fast, length)

@@ -1,0 +1,36 @@
+"""A prior small enough to check exhaustively, with weights that are not at their (partly zero) start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+
+
+def tiny_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object) -> ImagePrior:
+    torch.manual_seed(0)
+    config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
+    prior = ImagePrior(config, StreamConfig(text_vocab_size=20, text_length=6, levels=levels))
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    prior.config.trained_with_caption_dropout = True
+    return prior.eval()
+
+
+@pytest.fixture
+def prior() -> ImagePrior:
+    return tiny_prior()
+
+
+@pytest.fixture
+def text_ids() -> torch.Tensor:
+    """Three captions of 3, 1 and 4 words: (3,6)."""
+    return torch.tensor([[1, 5, 6, 7, 2, 0], [1, 9, 2, 0, 0, 0], [1, 5, 11, 12, 13, 2]])
+
+
+@pytest.fixture
+def codes() -> torch.Tensor:
+    return torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))

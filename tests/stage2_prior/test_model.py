@@ -1,0 +1,136 @@
+"""Causality, the cache, rotary positions, saving and loading of the prior."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+from stage2_prior.transformer import attend, rotary_table, rotate
+from tests.stage2_prior.conftest import tiny_prior
+
+LEVELS = [(Level(grid=(3, 3), num_codes=11),), (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))]
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=["one level", "two levels"])
+def test_logits_depend_on_no_later_token(levels, text_ids):
+    prior = tiny_prior(levels)
+    ids = prior.stream.inputs(text_ids, torch.zeros(3, 8, dtype=torch.long))
+    embedded = prior.embedding(ids).detach().requires_grad_()
+    prior.embedding.register_forward_hook(lambda *_: embedded)
+    logits = prior(ids, torch.arange(ids.shape[1]))
+    for slot in (0, 3, 4, 5, 9, 13):
+        part = logits.text[:, slot] if slot < 5 else logits.image[:, slot - 5]
+        (gradient,) = torch.autograd.grad(part.square().sum(), embedded, retain_graph=True)
+        reach = gradient.abs().sum(dim=(0, 2)) > 0
+        assert reach[: slot + 1].all() and not reach[slot + 1 :].any()
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=["one level", "two levels"])
+def test_cached_logits_equal_uncached(levels, text_ids):
+    prior = tiny_prior(levels)
+    codes = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(2))
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    slots = torch.arange(ids.shape[1])
+    with torch.no_grad():
+        full = prior(ids, slots)
+        cache = prior.new_cache(3)
+        pieces = [prior(ids[:, a:b], slots[a:b], cache) for a, b in ((0, 4), (4, 6), *((i, i + 1) for i in range(6, 14)))]
+    torch.testing.assert_close(torch.cat([p.text for p in pieces], 1), full.text)
+    torch.testing.assert_close(torch.cat([p.image for p in pieces], 1), full.image)
+
+
+def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
+    cache = prior.new_cache(3)
+    cache.length = 14
+    with pytest.raises(ValueError, match="the cache holds 14 positions"):
+        prior(text_ids[:, :1], torch.tensor([5]), cache)
+
+
+def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(prior, text_ids, codes):
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    logits = prior(ids, torch.arange(14))
+    assert logits.text.shape == (3, 5, 20) and logits.image.shape == (3, 9, 11)
+
+
+def test_attention_equals_the_reference_kernel():
+    q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(attend(q[:, :, -1:], k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:])
+
+
+def test_rotary_scores_depend_on_relative_rows_and_columns_only():
+    coordinates = torch.tensor([[0.0, 0.0], [2.0, 5.0], [3.0, 1.0], [5.0, 6.0]])
+    table = rotary_table(coordinates, 16, 100.0)
+    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k = rotate(q.expand(4, 16), table), rotate(k.expand(4, 16), table)
+    torch.testing.assert_close(q[1] @ k[0], q[3] @ k[2])  # both differ by (2, 5)
+    assert not torch.allclose(q[1] @ k[0], q[2] @ k[0])
+
+
+def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_ids, codes):
+    prior.save_pretrained(tmp_path)
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    for again in (ImagePrior.load(tmp_path), ImagePrior.from_pretrained(tmp_path)):
+        torch.testing.assert_close(again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image)
+        assert again.fingerprint == prior.fingerprint
+        assert again.config.trained_with_caption_dropout
+    with torch.no_grad():
+        again.image_head.weight[0, 0] += 1
+    assert again.fingerprint != prior.fingerprint
+
+
+def test_loading_names_what_is_wrong(prior, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        ImagePrior.load(tmp_path)
+    prior.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        ImagePrior.load(tmp_path)
+    weights.write_bytes(whole)
+    values = json.loads(config.read_text())
+    values["model"]["depth"] = 3
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"does not fit its config\.json; first keys that differ: \['blocks\.2"):
+        ImagePrior.load(tmp_path)
+    values["model"]["dept"] = 2
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"unknown keys \['dept'\]"):
+        ImagePrior.load(tmp_path)
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="no 'model' section"):
+        ImagePrior.load(tmp_path)
+
+
+def test_a_prior_without_a_stream_is_refused():
+    with pytest.raises(ValueError, match="needs the stream's shape"):
+        ImagePrior(PriorConfig())
+
+
+def test_configuration_errors_are_all_named():
+    with pytest.raises(ValueError, match=r"(?s)prior\.model\.width.*prior\.model\.dropout is 1\.5.*mlp_ratio"):
+        PriorConfig(width=30, heads=4, dropout=1.5, mlp_ratio=0)
+    with pytest.raises(ValueError, match=r"prior\.model\.depth is 0"):
+        PriorConfig(depth=0)
+    with pytest.raises(ValueError, match=r"(?s)text_weight is -1.*caption_dropout is 1.*label_smoothing is 2"):
+        PriorObjectiveConfig(text_weight=-1, caption_dropout=1, label_smoothing=2)
+
+
+def test_compiled_training_gives_the_same_loss(prior, text_ids, codes):
+    objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
+    batch = {"text_ids": text_ids, "codes": codes}
+    eager = next(objective.losses(batch, 0)).value
+    prior.compile(dynamic=False, backend="aot_eager")
+    compiled = next(objective.losses(batch, 0)).value
+    torch.testing.assert_close(compiled, eager)
+    assert not any("_orig_mod" in key for key in prior.state_dict())
+
+
+def test_stream_levels_survive_json():
+    stream = StreamConfig(text_vocab_size=9, text_length=4, levels=({"grid": [2, 2], "num_codes": 3},))  # type: ignore[arg-type]
+    assert stream.levels == (Level(grid=(2, 2), num_codes=3),)

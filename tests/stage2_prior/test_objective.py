@@ -1,0 +1,78 @@
+"""The two cross-entropies, their weights and what caption dropout does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage2_prior import Level, PriorObjective, PriorObjectiveConfig
+from tests.stage2_prior.conftest import tiny_prior
+
+
+def reference(prior, text_ids, codes):
+    """Nats a text token and a code, token by token."""
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    logits = prior(ids, torch.arange(ids.shape[1]))
+    text, image = [], []
+    targets = prior.stream.text_targets(text_ids)
+    for row in range(len(ids)):
+        text += [
+            -logits.text[row, i].log_softmax(-1)[t] for i, t in enumerate(targets[row].tolist()) if t != -100
+        ]
+        for i, code in enumerate(codes[row].tolist()):
+            first, past = prior.stream.level_range(i)
+            image.append(-logits.image[row, i, first:past].log_softmax(-1)[code])
+    return torch.stack(text).mean(), torch.stack(image).mean()
+
+
+@pytest.mark.parametrize("levels", [None, (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))])
+def test_losses_equal_the_token_by_token_reference(levels, text_ids):
+    prior = tiny_prior(levels) if levels else tiny_prior()
+    codes = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(2))
+    text, image = reference(prior, text_ids, codes)
+    objective = PriorObjective(prior, PriorObjectiveConfig(text_weight=0.25, caption_dropout=0))
+    loss = next(objective.losses({"text_ids": text_ids, "codes": codes}, 0))
+    torch.testing.assert_close(loss.value, image + 0.25 * text)
+    torch.testing.assert_close(loss.metrics["nats_per_code"], image.detach())
+    figures = objective.evaluate([{"text_ids": text_ids[:1], "codes": codes[:1]}, {"text_ids": text_ids[1:], "codes": codes[1:]}])
+    assert figures["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
+    assert figures["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
+
+
+def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, codes):
+    batch = {"text_ids": text_ids, "codes": codes}
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    logits = prior(ids, torch.arange(14)).image
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), label_smoothing=0.2)
+    objective = PriorObjective(prior, PriorObjectiveConfig(text_weight=0, caption_dropout=0, label_smoothing=0.2))
+    torch.testing.assert_close(next(objective.losses(batch, 0)).value, expected)
+
+
+def test_caption_dropout_trains_the_null_caption_at_its_rate(prior, codes):
+    seen = []
+    prior.forward = lambda ids, positions, num_text, forward=prior.forward: (seen.append(ids), forward(ids, positions, num_text=num_text))[1]
+    objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.3))
+    text_ids = torch.tensor([[1, 5, 6, 7, 2, 0]]).repeat(1000, 1)
+    torch.manual_seed(0)
+    next(objective.losses({"text_ids": text_ids, "codes": codes[:1].repeat(1000, 1)}, 0))
+    share = (seen[0][:, :6] == prior.stream.null_caption(1)).all(1).float().mean()
+    assert 0.25 < share < 0.35
+    assert torch.equal(text_ids[:, 1], torch.full((1000,), 5))  # the caller's captions are not erased
+
+
+def test_a_batch_of_null_captions_has_no_text_loss(prior, codes):
+    objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
+    loss = next(objective.losses({"text_ids": prior.stream.null_caption(3), "codes": codes}, 0))
+    assert loss.metrics["nats_per_text_token"] == 0 and loss.value.isfinite()
+
+
+def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
+    PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
+    assert not prior.config.trained_with_caption_dropout
+    PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1))
+    assert prior.config.trained_with_caption_dropout
+
+
+def test_evaluating_nothing_is_refused(prior):
+    with pytest.raises(ValueError, match="no held-out pictures"):
+        PriorObjective(prior, PriorObjectiveConfig()).evaluate([])

@@ -1,0 +1,140 @@
+"""Filters against references, guidance, seeds, likelihoods, and the distribution of what is drawn."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from stage2_prior import Level, SamplingOptions, sample
+from stage2_prior.sampling import draw, filtered, guide, keep_top_k, keep_top_p, uniforms
+from tests.stage2_prior.conftest import tiny_prior
+
+LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 99])
+def test_top_k_equals_the_reference(k):
+    torch.testing.assert_close(keep_top_k(LOGITS, k), TopKLogitsWarper(k)(None, LOGITS))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
+def test_top_p_equals_the_reference(p):
+    torch.testing.assert_close(keep_top_p(LOGITS, p), TopPLogitsWarper(p)(None, LOGITS))  # type: ignore[arg-type]
+
+
+def test_temperature_zero_keeps_the_largest():
+    assert draw(filtered(LOGITS, SamplingOptions(temperature=0)), torch.full((5,), 0.99)).tolist() == LOGITS.argmax(1).tolist()
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
+    drawn = [int(draw(logits, torch.tensor([u]))) for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.999999)]
+    assert drawn == [0, 0, 2, 2, 3, 3]
+
+
+def test_draw_never_returns_an_excluded_code():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
+    assert [int(draw(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
+
+
+def test_uniforms_depend_on_each_seed_alone():
+    both = uniforms([3, 4], 6)
+    assert torch.equal(both[1], uniforms([4], 6)[0]) and not torch.equal(both[0], both[1])
+
+
+def log_probabilities(prior, text_ids, codes):
+    """(B,N,K) of whole, uncached passes."""
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    with torch.no_grad():
+        return prior(ids, torch.arange(ids.shape[1])).image
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 0.0])
+def test_guided_codes_equal_two_uncached_passes_combined(prior, text_ids, scale):
+    seeds = [7, 8, 9]
+    codes = sample(prior, text_ids, seeds, SamplingOptions(guidance_scale=scale, temperature=0.7, top_p=0.9)).codes
+    null = prior.stream.null_caption(3)
+    logits = guide(log_probabilities(prior, text_ids, codes), log_probabilities(prior, null, codes), scale)
+    noise = uniforms(seeds, 9)
+    for i in range(9):
+        expected = draw(filtered(logits[:, i], SamplingOptions(temperature=0.7, top_p=0.9)), noise[:, i])
+        assert torch.equal(expected, codes[:, i])
+
+
+def test_guidance_moves_the_samples(prior, text_ids):
+    plain = sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes
+    guided = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=4)).codes
+    assert not torch.equal(plain, guided)
+
+
+def test_the_null_branch_is_not_computed_without_guidance(prior, text_ids):
+    sizes = []
+    prior.embedding.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    sample(prior, text_ids, [1, 2, 3], SamplingOptions())
+    assert set(sizes) == {3}
+    sizes.clear()
+    sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2))
+    assert set(sizes) == {6}
+
+
+def test_each_code_costs_one_position(prior, text_ids):
+    lengths = []
+    prior.embedding.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    sample(prior, text_ids, [1, 2, 3], SamplingOptions())
+    assert lengths == [6] + [1] * 8
+
+
+def test_a_picture_does_not_depend_on_its_batch(prior, text_ids):
+    options = SamplingOptions(guidance_scale=2)
+    together = sample(prior, text_ids, [5, 6, 7], options)
+    for row, seed in enumerate((5, 6, 7)):
+        alone = sample(prior, text_ids[row : row + 1], [seed], options)
+        assert torch.equal(alone.codes[0], together.codes[row])
+        torch.testing.assert_close(alone.log_likelihood[0], together.log_likelihood[row])
+
+
+def test_log_likelihood_is_the_sum_over_codes_without_guidance_or_filters(prior, text_ids):
+    drawn = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=3, temperature=0.5, top_k=4))
+    log_p = log_probabilities(prior, text_ids, drawn.codes).log_softmax(-1)
+    torch.testing.assert_close(drawn.log_likelihood, log_p.gather(2, drawn.codes[..., None]).sum((1, 2)))
+
+
+def test_levels_are_sampled_within_their_own_codes(text_ids):
+    prior = tiny_prior((Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11)))
+    codes = sample(prior, text_ids.repeat(20, 1), list(range(60)), SamplingOptions()).codes
+    assert codes[:, 0].max() < 4 <= codes[:, 1:].max() < 11
+
+
+def test_samples_follow_the_joint_distribution():
+    """Chi-square over all 27 pictures of a prior with three codes of three kinds."""
+    prior = tiny_prior((Level(grid=(1, 3), num_codes=3),))
+    caption = torch.tensor([[1, 5, 6, 7, 2, 0]])
+    every = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    log_p = log_probabilities(prior, caption.repeat(27, 1), every).log_softmax(-1)
+    expected = log_p.gather(2, every[..., None]).sum((1, 2)).exp() * 4000
+    codes = sample(prior, caption.repeat(4000, 1), list(range(4000)), SamplingOptions()).codes
+    counts = torch.bincount(codes @ torch.tensor([9, 3, 1]), minlength=27)
+    # 26 degrees of freedom: the 99.9% quantile is 54.1.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 54.1
+
+
+def test_guidance_is_refused_without_caption_dropout(prior, text_ids):
+    prior.config.trained_with_caption_dropout = False
+    with pytest.raises(ValueError, match="needs a prior trained with caption dropout"):
+        sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2))
+    assert len(sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes) == 3
+
+
+def test_broken_weights_stop_the_sampling(prior, text_ids):
+    with torch.no_grad():
+        prior.image_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite at code 0"):
+        sample(prior, text_ids, [1, 2, 3], SamplingOptions())
+
+
+def test_bad_options_are_all_named():
+    with pytest.raises(ValueError, match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5"):
+        SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5)

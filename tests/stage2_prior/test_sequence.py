@@ -1,0 +1,60 @@
+"""The stream's offsets, targets and slots, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage2_prior import Level, Stream, StreamConfig
+
+TWO = StreamConfig(text_vocab_size=10, text_length=4, levels=(Level(grid=(1, 2), num_codes=5), Level(grid=(2, 2), num_codes=7)))
+
+
+def test_inputs_shift_codes_past_the_text_vocabulary_and_earlier_levels():
+    stream = Stream(TWO)
+    ids = stream.inputs(torch.tensor([[1, 3, 2, 0]]), torch.tensor([[0, 4, 0, 6, 1]]))
+    assert ids.tolist() == [[1, 3, 2, 0, 10, 14, 15, 21, 16]]
+    assert stream.vocab_size == 22 and stream.length == 10
+
+
+def test_code_ids_of_a_single_later_position_use_its_level():
+    assert Stream(TWO).code_ids(torch.tensor([[3]]), start=4).tolist() == [[18]]
+
+
+def test_image_targets_and_ranges_count_over_levels():
+    stream = Stream(TWO)
+    assert stream.image_targets(torch.tensor([[0, 4, 0, 6, 1, 2]])).tolist() == [[0, 4, 5, 11, 6, 7]]
+    assert [stream.level_range(i) for i in (0, 1, 2, 5)] == [(0, 5), (0, 5), (5, 12), (5, 12)]
+
+
+def test_code_mask_allows_each_position_its_own_level_only():
+    mask = Stream(TWO).code_mask()
+    assert mask is not None
+    assert mask[0].tolist() == [True] * 5 + [False] * 7
+    assert mask[3].tolist() == [False] * 5 + [True] * 7
+    assert Stream(StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(2, 2), num_codes=5),))).code_mask() is None
+
+
+def test_text_targets_end_at_the_end_token_and_skip_null_captions():
+    stream = Stream(TWO)
+    targets = stream.text_targets(torch.tensor([[1, 3, 2, 0], [1, 2, 0, 0]]))
+    assert targets.tolist() == [[3, 2, -100], [-100, -100, -100]]
+
+
+def test_null_caption_is_start_end_pads():
+    assert Stream(TWO).null_caption(2).tolist() == [[1, 2, 0, 0]] * 2
+
+
+def test_coordinates_of_a_coarse_level_lie_amid_the_fine_codes():
+    config = StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(1, 1), num_codes=5), Level(grid=(2, 2), num_codes=5)))
+    coordinates = Stream(config).coordinates()
+    assert coordinates[:3].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert coordinates[3].tolist() == [3.5, 3.5]
+    assert coordinates[4:].tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
+
+
+def test_a_stream_without_levels_or_text_is_refused():
+    with pytest.raises(ValueError, match="at least one level"):
+        StreamConfig(text_vocab_size=9, text_length=4)
+    with pytest.raises(ValueError, match=r"text\.length is 2"):
+        StreamConfig(text_vocab_size=9, text_length=2, levels=(Level(grid=(2, 2), num_codes=5),))

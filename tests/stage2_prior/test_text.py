@@ -1,0 +1,89 @@
+"""Captions to ids and back, in any Unicode; too long ones; saving."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stage2_prior import TextConfig, TextTokenizer
+
+CAPTIONS = ["a small red circle", "two blue squares above a star", "a large green triangle left of a red circle"] * 4
+TEXT = TextTokenizer.train(CAPTIONS, vocab_size=320, length=40)
+
+
+def test_rows_hold_start_tokens_end_pads():
+    ids = TEXT.encode(["a red circle", ""])
+    assert ids.shape == (2, 40)
+    assert ids[1].tolist() == [TEXT.start_id, TEXT.end_id] + [TEXT.pad_id] * 38
+    row = ids[0].tolist()
+    assert row[0] == TEXT.start_id and row.count(TEXT.end_id) == 1 and set(row[row.index(TEXT.end_id) + 1 :]) == {TEXT.pad_id}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=9))
+def test_any_unicode_can_be_encoded(text):
+    ids = TEXT.encode([text])
+    assert int(ids.max()) < TEXT.vocab_size
+
+
+@pytest.mark.parametrize("caption", ["a small red circle", "étoile bleue", "赤い円", "🌞 sun"])
+def test_round_trip(caption):
+    assert TEXT.decode(TEXT.encode([caption])) == [caption]
+
+
+def test_case_does_not_matter():
+    assert TEXT.encode(["A Red CIRCLE"]).equal(TEXT.encode(["a red circle"]))
+
+
+def test_a_caption_that_is_too_long_is_refused_or_cut():
+    long = "q" * 60
+    with pytest.raises(ValueError, match=r"needs 6\d tokens and there are 40 text slots"):
+        TEXT.encode([long])
+    assert TEXT.encode([long], truncate=True)[0, -1] == TEXT.end_id
+    assert TEXT.lengths([long])[0] > 40 >= TEXT.lengths(["a red circle"])[0]
+
+
+def test_dropout_spells_words_in_several_ways_and_never_overflows():
+    plain = TEXT.encode(["a small red circle"])
+    assert any(not TEXT.encode(["a small red circle"], dropout=0.5).equal(plain) for _ in range(5))
+    assert TEXT.encode(["a small red circle"]).equal(plain)
+    assert TEXT.decode(TEXT.encode(["a small red circle"], dropout=0.5)) == ["a small red circle"]
+    fitting = "a large green triangle left of a red circle"
+    narrow = TextTokenizer(TEXT.fast, TEXT.lengths([fitting])[0])
+    assert narrow.decode(narrow.encode([fitting] * 3, dropout=0.9)) == [fitting] * 3
+
+
+def test_saved_equals_trained(tmp_path):
+    TEXT.save(tmp_path)
+    again = TextTokenizer.load(tmp_path)
+    assert again.encode(CAPTIONS).equal(TEXT.encode(CAPTIONS))
+    assert (again.vocab_size, again.length) == (TEXT.vocab_size, TEXT.length)
+
+
+def test_a_folder_can_serve_as_pretrained_tokenizer(tmp_path):
+    TEXT.fast.save_pretrained(tmp_path)
+    assert TextTokenizer.pretrained(str(tmp_path), length=40).encode(CAPTIONS).equal(TEXT.encode(CAPTIONS))
+
+
+def test_a_tokenizer_without_special_tokens_gets_distinct_ones():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "cat": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]", eos_token="[UNK]"), 5)
+    assert len({text.pad_id, text.start_id, text.end_id}) == 3
+    assert text.encode(["a cat"]).tolist() == [[text.start_id, 0, 1, text.end_id, text.pad_id]]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="not a whole text tokenizer"):
+        TextTokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="cannot be loaded as a transformers tokenizer"):
+        TextTokenizer.pretrained(str(tmp_path / "nothing"), length=9)
+
+
+def test_configuration_errors_are_all_named():
+    with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.length is 2.*text\.bpe_dropout is 1"):
+        TextConfig(vocab_size=10, length=2, bpe_dropout=1)
