@@ -1,0 +1,50 @@
+"""Chains the two stages: data, training, encoding, text-to-image, evaluation, command line.
+
+Names are imported when first used, so that `import pipeline` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Experiment, load_experiment
+    from pipeline.data.sources import load_source
+    from pipeline.evaluation.report import evaluate
+    from pipeline.stages import assemble_bundle, encode_dataset, run, train_prior, train_tokenizer
+    from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
+
+_HOME = {
+    "Experiment": "pipeline.config",
+    "TextToImageOutput": "pipeline.text_to_image",
+    "TextToImagePipeline": "pipeline.text_to_image",
+    "assemble_bundle": "pipeline.stages",
+    "encode_dataset": "pipeline.stages",
+    "evaluate": "pipeline.evaluation.report",
+    "load_experiment": "pipeline.config",
+    "load_source": "pipeline.data.sources",
+    "run": "pipeline.stages",
+    "train_prior": "pipeline.stages",
+    "train_tokenizer": "pipeline.stages",
+}
+
+__all__ = [
+    "Experiment",
+    "TextToImageOutput",
+    "TextToImagePipeline",
+    "assemble_bundle",
+    "encode_dataset",
+    "evaluate",
+    "load_experiment",
+    "load_source",
+    "run",
+    "train_prior",
+    "train_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,199 @@
+"""`minidalle VERB`: each verb a few lines over a function that Python users can call too. Imports nothing heavy until a verb runs.
+
+Exit status: 0 done, 1 failed (one line says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HELP = """usage: minidalle VERB [options]
+
+Trains an image tokenizer and a prior over caption and codes, and draws pictures from prompts.
+
+training, each with --config FILE [--key.path VALUE ...]; run again, it goes on from what is there:
+  run               all of the below, in order, then a grid of pictures
+  train-tokenizer   stage 1: pictures <-> codes
+  encode            the codes of every picture, once
+  train-prior       stage 2: caption and codes as one stream
+
+using what was trained:
+  generate          --bundle DIR "prompt" ["prompt" ...]   pictures from prompts
+  reconstruct       --tokenizer DIR FILES...               pictures through the tokenizer and back
+  evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
+
+`minidalle VERB --help` lists a verb's options. Several processes: accelerate launch (GPUs) or torchrun (CPU) before
+`-m pipeline.cli VERB ...`. Start with: minidalle run --config configs/shapes.yaml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"minidalle: {verb!r} is not a verb; choose one of: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens and parallelism.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return VERBS[verb](rest)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 for wrong usage
+        return int(stop.code or 0)
+    except _WrongUsage as error:
+        print(f"minidalle {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"minidalle {verb}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("MINIDALLE_TRACEBACK"):
+            raise
+        print(f"minidalle {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+class _WrongUsage(Exception):
+    """The command line itself is wrong."""
+
+
+def _experiment(rest: Sequence[str]):  # noqa: ANN202 - naming the type would import torch
+    from pipeline.config import load_experiment, parser
+
+    if "--help" in rest or "-h" in rest:
+        parser().print_help()
+        raise SystemExit(0)
+    try:
+        return load_experiment(rest)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise _WrongUsage(str(error)) from error
+
+
+def _say(text: str) -> None:
+    """Prints on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def _run(rest: Sequence[str]) -> int:
+    from pipeline.stages import run
+
+    experiment, start = _experiment(rest), time.perf_counter()
+    bundle = run(experiment)
+    _say(
+        f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
+        f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      {experiment.folder / 'logs'}\n"
+        f'next: minidalle generate --bundle {bundle} "your prompt" --num 4 --out pictures'
+    )
+    return 0
+
+
+def _train_tokenizer(rest: Sequence[str]) -> int:
+    from pipeline.stages import train_tokenizer
+
+    folder = train_tokenizer(_experiment(rest))
+    _say(f"wrote {folder}\nnext: minidalle encode {' '.join(rest)}")
+    return 0
+
+
+def _encode(rest: Sequence[str]) -> int:
+    from pipeline.stages import encode_dataset
+
+    folder = encode_dataset(_experiment(rest))
+    _say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
+    return 0
+
+
+def _train_prior(rest: Sequence[str]) -> int:
+    from pipeline.stages import assemble_bundle, train_prior
+
+    experiment = _experiment(rest)
+    folder = train_prior(experiment)
+    if os.environ.get("RANK", "0") == "0":
+        bundle = assemble_bundle(experiment)
+        print(f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your prompt" --num 4 --out pictures')
+    return 0
+
+
+def _generate(rest: Sequence[str]) -> int:
+    reader = argparse.ArgumentParser(prog="minidalle generate", description="Draws pictures for prompts.")
+    reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
+    reader.add_argument("--bundle", type=Path, required=True, help="folder that `minidalle run` made: runs/NAME/bundle")
+    reader.add_argument("--prompts", dest="file", type=Path, help="text file with a prompt a line")
+    reader.add_argument("--num", type=int, default=4, help="pictures a prompt (4)")
+    reader.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)")
+    reader.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (0)")
+    reader.add_argument("--guidance_scale", type=float, help="how strongly the prompt steers; 1 is off")
+    reader.add_argument("--temperature", type=float, help="0 takes the most likely codes")
+    reader.add_argument("--top_k", type=int, help="keep the k most likely codes")
+    reader.add_argument("--top_p", type=float, help="keep the codes that reach this probability")
+    reader.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
+    reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
+    options = reader.parse_args(rest)
+    prompts = list(options.prompts)
+    if options.file is not None:
+        prompts += options.file.read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise _WrongUsage("no prompt was given; add one in quotes, or --prompts FILE")
+    from pipeline.generation import generate
+
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    written = generate(
+        options.bundle, prompts, options.out, num=options.num, seed=options.seed, batch_size=options.batch_size,
+        truncate=options.truncate, **{name: getattr(options, name) for name in names},
+    )  # fmt: skip
+    _say(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    return 0
+
+
+def _reconstruct(rest: Sequence[str]) -> int:
+    reader = argparse.ArgumentParser(prog="minidalle reconstruct", description="Pictures through the tokenizer and back.")
+    reader.add_argument("files", nargs="+", type=Path, metavar="FILE", help="pictures; cropped and resized to the tokenizer's size")
+    reader.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer")
+    reader.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the pictures")
+    options = reader.parse_args(rest)
+    from pipeline.generation import reconstruct
+
+    for line in reconstruct(options.tokenizer, options.files, options.out):
+        _say(line)
+    return 0
+
+
+def _evaluate(rest: Sequence[str]) -> int:
+    reader = argparse.ArgumentParser(prog="minidalle evaluate", description="Quality of both stages and of the whole.")
+    reader.add_argument("--bundle", type=Path, help="bundle to judge (that of the configuration's run)")
+    reader.add_argument("--out", type=Path, help="JSON file for the figures (evaluation.json in the run folder)")
+    reader.add_argument("--pictures", type=int, default=500, help="held-out pictures and prompts to judge on (500)")
+    options, settings = reader.parse_known_args(rest)
+    from pipeline.evaluation.report import evaluate
+
+    experiment = _experiment(settings)
+    bundle = options.bundle or experiment.folder / "bundle"
+    out = options.out or experiment.folder / "evaluation.json"
+    _say(evaluate(bundle, experiment, out, pictures=options.pictures).table())
+    _say(f"wrote {out}")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "train-tokenizer": _train_tokenizer,
+    "encode": _encode,
+    "train-prior": _train_prior,
+    "generate": _generate,
+    "reconstruct": _reconstruct,
+    "evaluate": _evaluate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""`Experiment`: one YAML as nested keyword-only dataclasses, and how it is read. Knows no tensors and starts no work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.data.config import DataConfig
+from stage1_tokenizer import ObjectiveConfig, TokenizerConfig
+from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How one stage is trained (`tokenizer.train`, `prior.train`)."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 32
+    """Pictures a step, over all processes together; each takes an equal part."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 50
+    """Steps over which the rate rises from 0."""
+    final_learning_rate: float = 0.05
+    """Rate at the last step as a share of the peak; the fall is a cosine."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices and kernels only (not on gains, biases, embeddings of one dimension)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    grad_clip: float = 1.0
+    """Largest norm of a gradient; larger ones are scaled down."""
+    ema_decay: float = 0.995
+    """Decay of the weights' moving average, which is what is evaluated and saved; it warms up over the first steps."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: `auto` compiles on CUDA, and elsewhere where a stage takes long enough to win the minute it costs."""
+    log_every: int = 20
+    """Steps between lines of scalars; the loss is checked for being finite as often."""
+    evaluate_every: int = 500
+    """Steps between evaluations on held-out pictures, with a grid of pictures."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Deliver the weights with the best held-out result instead of the last ones (against overfitting)."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                problems.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                problems.append(f"train.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                problems.append(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        if not 0 <= self.final_learning_rate <= 1:
+            problems.append(f"train.final_learning_rate is {self.final_learning_rate}; it is a share of the peak, in [0, 1]")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(kw_only=True)
+class TokenizerSection:
+    """Stage 1 (`tokenizer`)."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Architecture and quantizer."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is minimised."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
+
+
+@dataclass(kw_only=True)
+class EncodeConfig:
+    """The codes dataset (`encode`)."""
+
+    pictures: int | None = None
+    """Training pictures to encode; all of the source when absent (an unlimited source needs a number)."""
+    held_out: int = 500
+    """Held-out pictures to encode, at most as many as there are."""
+    views: int = 1
+    """Encodings a training picture: the first is the picture itself, further ones are it shifted by some pixels."""
+    shift: int = 0
+    """Largest shift of a further view, in pixels along either axis."""
+    batch_size: int = 128
+    """Pictures encoded at a time in a process."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("held_out", "views", "batch_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.pictures is not None and self.pictures < 1:
+            problems.append(f"encode.pictures is {self.pictures}; it must be at least 1, or absent for all")
+        if self.shift < 0 or (self.views > 1) != (self.shift > 0):
+            problems.append(f"encode.views is {self.views} with encode.shift {self.shift}; more views need a shift, and one none")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(kw_only=True)
+class PriorSection:
+    """Stage 2 (`prior`)."""
+
+    model: PriorConfig = field(default_factory=PriorConfig)
+    """Architecture."""
+    objective: PriorObjectiveConfig = field(default_factory=PriorObjectiveConfig)
+    """What is minimised."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Everything that `minidalle run` needs to know."""
+
+    name: str
+    """Names the run folder: OUTPUT_DIR/NAME."""
+    seed: int = 0
+    """Start of every random number of the run."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of training: `auto` is bf16 where the device computes it natively. Parameters stay fp32."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers of accelerate by name (tensorboard, wandb, ...); [] for none."""
+    data: DataConfig
+    """Pictures and captions."""
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    """Stage 1."""
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    """The codes dataset between the stages."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Captions as ids."""
+    prior: PriorSection = field(default_factory=PriorSection)
+    """Stage 2."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How pictures are sampled by default."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.name or Path(self.name).name != self.name:
+            problems.append(f"name is {self.name!r}; it must be a plain folder name")
+        if self.data.image_size != self.tokenizer.model.image_size:
+            problems.append(
+                f"data.image_size is {self.data.image_size} and tokenizer.model.image_size is {self.tokenizer.model.image_size}; "
+                "they must agree (leave tokenizer.model.image_size out and it follows)"
+            )
+        if self.sampling.guidance_scale != 1 and not self.prior.objective.caption_dropout:
+            problems.append(
+                f"sampling.guidance_scale is {self.sampling.guidance_scale} but prior.objective.caption_dropout is 0; "
+                "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
+            )
+        if self.data.source == "shapes" and self.encode.pictures is None:
+            problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def parser() -> Any:
+    """The jsonargparse parser of an `Experiment`: `--config FILE` and dotted overrides."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    result = ArgumentParser(prog="minidalle", exit_on_error=False, description="settings of an experiment")
+    result.add_argument("--config", action=ActionConfigFile, help="YAML of the experiment, see configs/")
+    result.add_class_arguments(Experiment, nested_key=None)
+    return result
+
+
+def load_experiment(arguments: Sequence[str]) -> Experiment:
+    """Reads `["--config", FILE, "--prior.train.steps", "500", ...]`.
+
+    Raises:
+        ValueError: every unknown key, wrong type and broken relation at once.
+        FileNotFoundError: there is no such configuration file.
+    """
+    from jsonargparse import ArgumentError
+
+    arguments = list(arguments)
+    for given, following in zip(arguments, arguments[1:], strict=False):
+        if given == "--config" and not Path(following).is_file():
+            raise FileNotFoundError(f"there is no configuration file {following}; the shipped ones are in configs/")
+    if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):
+        raise ValueError("no configuration was given; add --config configs/shapes.yaml (or your own copy of it)")
+    reader = parser()
+    try:
+        values = reader.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
+    mapping = values.clone()
+    mapping.pop("config", None)
+    plain = mapping.as_dict()
+    plain["tokenizer"]["model"]["image_size"] = _follow(plain)
+    return from_dict(Experiment, plain)
+
+
+def _follow(plain: dict[str, Any]) -> int:
+    """The tokenizer's picture size is the data's unless the user set it to something else than its default."""
+    size = plain["tokenizer"]["model"]["image_size"]
+    default = next(f.default for f in dataclasses.fields(TokenizerConfig) if f.name == "image_size")
+    return plain["data"]["image_size"] if size == default else size
+
+
+def from_dict(kind: Any, values: dict[str, Any]) -> Any:
+    """Builds nested dataclasses from plain values; ValueError lists the problems of all of them, not of the first."""
+    problems: list[str] = []
+    built = _build(kind, values, "", problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return built
+
+
+def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - set(hints)
+    problems += [f"{path}{key} is not a setting" for key in sorted(unknown)]
+    arguments = {}
+    for name, value in values.items():
+        if name in unknown:
+            continue
+        inner = hints[name]
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            arguments[name] = _build(inner, value, f"{path}{name}.", problems)
+        elif isinstance(value, list) and typing.get_origin(inner) is tuple:
+            arguments[name] = tuple(value)
+        else:
+            arguments[name] = value
+    if any(value is None and dataclasses.is_dataclass(hints[name]) for name, value in arguments.items()):
+        return None  # a part is broken and said so already; the relations of the whole cannot be checked
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        section = path.rstrip(".").rpartition(".")[0]
+        prefix = f"{section}: " if section and kind is TrainConfig else ""
+        problems.append(f"{prefix}{error}")
+        return None
+
+
+def _every_problem(arguments: Sequence[str]) -> list[str]:
+    """Checks each setting alone, since the parser stops at the first that is wrong."""
+    import yaml
+    from jsonargparse import ArgumentError
+
+    leaves: dict[str, Any] = {}
+    pairs = iter(arguments)
+    for argument in pairs:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        value = value if equals else next(pairs, "")
+        if key == "config":
+            try:
+                loaded = yaml.safe_load(Path(value).read_text())
+            except (OSError, yaml.YAMLError) as error:
+                return [f"{value} is not readable YAML: {_first_line(error)}"]
+            if not isinstance(loaded, dict):
+                return [f"{value} holds no settings; see configs/shapes.yaml for the form"]
+            leaves.update(_leaves(loaded))
+        else:
+            leaves[key] = value
+    problems = []
+    for key, value in leaves.items():
+        try:
+            # A name makes the rest complete; what is left to complain of is this one setting.
+            required = ["--name", "x", "--data.source", "shapes"]
+            text = value if isinstance(value, str) else json.dumps(value)
+            parser().parse_args([*required, f"--{key}={text}"])
+        except ArgumentError as error:
+            problems.append(f"{key}: {_first_line(error)}")
+    return problems
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_leaves(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

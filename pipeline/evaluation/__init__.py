@@ -1,0 +1,1 @@
+"""Figures of either stage and of the whole."""

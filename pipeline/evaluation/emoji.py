@@ -1,0 +1,47 @@
+"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows pictures, not how they are drawn.
+
+Distance is the mean squared error over all pixels and channels, at the experiment's size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.config import Experiment
+from pipeline.data.sources import load_source
+from pipeline.text_to_image import TextToImagePipeline
+
+CANDIDATES = 100
+
+
+def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment) -> None:
+    """Adds `nearest_of_100_seen`, `nearest_of_100_held_out` and `own_tone_held_out`, one picture a prompt, seed 0."""
+    for split in ("train", "held_out"):
+        source = load_source(experiment.data, split)
+        rng = np.random.default_rng(0)
+        rows = rng.permutation(len(source))[:CANDIDATES].tolist()
+        drawn = _draw(pipe, source.captions(rows))
+        true = source.images(rows)
+        distance = squared_errors(drawn, true)
+        name = "nearest_of_100_seen" if split == "train" else "nearest_of_100_held_out"
+        figures[name] = float(np.mean(distance.argmin(axis=1) == np.arange(len(rows))))
+    # `source` is now the held-out one: every held-out name that has tones, against the pictures of all its tones.
+    hits = []
+    everyone = list(range(len(source)))
+    drawn = _draw(pipe, source.captions(everyone))
+    for row in everyone:
+        pictures, own = source.tone_siblings(row)  # type: ignore[attr-defined]
+        if len(pictures) > 1:
+            hits.append(int(squared_errors(drawn[row : row + 1], pictures)[0].argmin()) == own)
+    if hits:
+        figures["own_tone_held_out"] = float(np.mean(hits))
+
+
+def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared errors (len(a), len(b)) between two sets of pictures."""
+    x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (a, b))
+    return ((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1]
+
+
+def _draw(pipe: TextToImagePipeline, prompts: list[str]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pipe(prompts, truncate=True).images])

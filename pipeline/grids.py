@@ -1,0 +1,27 @@
+"""Many pictures in one. Knows uint8 arrays; draws no text and reads no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+
+def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap, columns*(W+gap)+gap, 3)."""
+    height, width = pictures[0].shape[:2]
+    rows = math.ceil(len(pictures) / columns)
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 224, dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+def grid_image(grid: np.ndarray) -> Image.Image:
+    """A grid as a PIL picture, enlarged to be seen where it is small."""
+    image = Image.fromarray(grid)
+    scale = max(1, 800 // max(image.size))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

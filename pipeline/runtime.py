@@ -1,0 +1,43 @@
+"""Processes, devices and precision of a run. Knows accelerate; knows no stage."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+
+from pipeline.config import Experiment, TrainConfig
+
+
+def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
+    """One accelerator for a stage; trackers write to the run folder's logs/."""
+    logs = experiment.folder / "logs"
+    names = experiment.trackers if trackers else []
+    accelerator = Accelerator(
+        log_with=names or None,
+        project_config=ProjectConfiguration(project_dir=str(experiment.folder), logging_dir=str(logs)),
+        # Every process computes the same buffers (codebook statistics are reduced), so sending them anew is waste.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if names:
+        accelerator.init_trackers("", config=None)
+    return accelerator
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether training computes in bf16: asked for, or `auto` on a device that does so natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a stage compiles. `auto`: always on CUDA; on the CPU only for runs that outlast the minute it costs."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    return device.type == "cuda" or (device.type == "cpu" and config.steps * config.batch_size >= 200_000)

@@ -1,0 +1,333 @@
+"""The stages of a run: `train_tokenizer`, `encode_dataset`, `train_prior`, `assemble_bundle`, and `run`, all of them.
+
+Knows the run folder and what each stage needs of the one before. Each can be called again and goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from pipeline.checkpoints import write_folder
+from pipeline.config import Experiment, to_dict
+from pipeline.data.batches import Order
+from pipeline.data.codes import CodesDataset, check_tokenizer, finish, read_manifest, write_part
+from pipeline.data.sources import Source, load_source
+from pipeline.grids import grid_image, picture_grid
+from pipeline.runtime import compiles, make_accelerator, uses_bf16
+from pipeline.text_to_image import TextToImagePipeline
+from pipeline.training import Task, fit
+from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
+from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
+
+EVALUATION_BATCH = 64
+
+
+def train_tokenizer(experiment: Experiment) -> Path:
+    """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
+    folder = experiment.folder / "tokenizer"
+    settings = {"seed": experiment.seed, "data": to_dict(experiment.data), **to_dict(experiment.tokenizer)}
+    if _finished(folder, settings):
+        return folder
+    train = experiment.tokenizer.train
+    accelerator = _start(experiment)
+    source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
+    _report(accelerator, source)
+    torch.manual_seed(experiment.seed)
+    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    order = Order(len(source), train.batch_size, experiment.seed)
+
+    def batch(step: int) -> torch.Tensor:
+        rows = order.share(step, accelerator.process_index, accelerator.num_processes)
+        return torch.from_numpy(source.images(rows.tolist()))
+
+    def held_out_batches() -> Iterator[torch.Tensor]:
+        count = min(len(held_out), experiment.encode.held_out)
+        for first in range(0, count, EVALUATION_BATCH):
+            rows = range(first, min(first + EVALUATION_BATCH, count))
+            yield torch.from_numpy(held_out.images(rows)).to(accelerator.device)
+
+    @torch.no_grad()
+    def pictures() -> dict[str, np.ndarray]:
+        true = held_out.images(range(min(len(held_out), 8)))
+        pixels = to_model_range(torch.from_numpy(true)).to(accelerator.device)
+        drawn = tokenizer.to_images(tokenizer.encode(pixels))
+        grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
+        _save_sample(experiment, "reconstructions", grid)
+        return {"reconstructions": grid}
+
+    task = Task(TokenizerObjective(tokenizer, experiment.tokenizer.objective), batch, held_out_batches, "nll", pictures)
+    figures = fit(
+        task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=compiles(train, accelerator.device), label="tokenizer",
+    )  # fmt: skip
+    _finish(accelerator, tokenizer, folder, settings, figures)
+    return folder
+
+
+def encode_dataset(experiment: Experiment) -> Path:
+    """Writes the codes of training and held-out pictures, split over the processes; returns `RUN/codes`."""
+    folder = experiment.folder / "codes"
+    tokenizer = ImageTokenizer.from_pretrained(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
+    if (folder / "codes.json").is_file():
+        manifest = read_manifest(folder)
+        check_tokenizer(manifest, tokenizer.fingerprint, folder)
+        if manifest["settings"] == settings:
+            return folder
+        raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
+    accelerator = make_accelerator(experiment, trackers=False)
+    tokenizer.to(accelerator.device).eval()
+    options = experiment.encode
+    files, sources, counts = {}, {}, {}
+    for split, limit in (("train", options.pictures), ("held_out", options.held_out)):
+        source = load_source(experiment.data, split)
+        count = min(len(source), limit or len(source))
+        share = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+        views = options.views if split == "train" else 1
+        rows = _encoded(tokenizer, source, share, views, experiment, uses_bf16(experiment.precision, accelerator.device))
+        name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, rows)
+        files[split], sources[split], counts[split] = sorted(gather_object([name])), source.fingerprint, count
+    if accelerator.is_main_process:
+        finish(
+            folder,
+            {
+                "format": 1,
+                "tokenizer": tokenizer.fingerprint,
+                "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.layout],
+                "sources": sources,
+                "views": options.views,
+                "rows": counts,
+                "files": files,
+                "settings": settings,
+            },
+        )
+    accelerator.wait_for_everyone()
+    return folder
+
+
+@torch.no_grad()
+def _encoded(
+    tokenizer: ImageTokenizer, source: Source, rows: np.ndarray, views: int, experiment: Experiment, bf16: bool
+) -> Iterator[dict[str, Any]]:
+    options = experiment.encode
+    for first in range(0, len(rows), options.batch_size):
+        part = rows[first : first + options.batch_size].tolist()
+        images = source.images(part)
+        codes = []
+        for view in range(views):
+            seen = images if view == 0 else shifted(images, part, view, options.shift, experiment.seed)
+            pixels = to_model_range(torch.from_numpy(seen)).to(tokenizer.device)
+            with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
+                codes.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
+        stacked = np.concatenate(codes, axis=1).astype(np.int32)
+        for row, text, line in zip(part, source.captions(part), stacked, strict=True):
+            yield {"codes": line, "text": text, "row": row}
+
+
+def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int) -> np.ndarray:
+    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis; the border is repeated into the gap."""
+    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    height, width = images.shape[1:3]
+    moved = np.empty_like(images)
+    for i, row in enumerate(rows):
+        dy, dx = np.random.default_rng([seed, row, view]).integers(0, 2 * shift + 1, size=2)
+        moved[i] = padded[i, dy : dy + height, dx : dx + width]
+    return moved
+
+
+def train_prior(experiment: Experiment) -> Path:
+    """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
+    folder, train = experiment.folder / "prior", experiment.prior.train
+    tokenizer = ImageTokenizer.from_pretrained(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
+    check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
+    settings = {
+        "seed": experiment.seed,
+        "codes": codes["train"].manifest["tokenizer"],
+        "text": to_dict(experiment.text),
+        **to_dict(experiment.prior),
+    }
+    if _finished(folder, settings):
+        return folder
+    accelerator = _start(experiment)
+    text = _text_tokenizer(experiment, codes, accelerator)
+    stream = StreamConfig(
+        text_vocab_size=text.vocab_size,
+        text_length=text.length,
+        levels=tuple(Level(grid=tuple(level.grid), num_codes=level.num_codes) for level in tokenizer.layout),
+        pad_id=text.pad_id,
+        start_id=text.start_id,
+        end_id=text.end_id,
+    )
+    torch.manual_seed(experiment.seed + 1)
+    prior = ImagePrior(experiment.prior.model, stream)
+    order = Order(len(codes["train"]), train.batch_size, experiment.seed)
+    truncate = experiment.text.truncate
+
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        rows = order.share(step, accelerator.process_index, accelerator.num_processes)
+        random = np.random.default_rng([experiment.seed, step, accelerator.process_index])
+        views = random.integers(0, codes["train"].views, size=len(rows))
+        captions = codes["train"].captions(rows.tolist())
+        return {
+            "text_ids": text.encode(captions, truncate=truncate, dropout=experiment.text.bpe_dropout),
+            "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
+        }
+
+    def held_out_batches() -> Iterator[dict[str, torch.Tensor]]:
+        for first in range(0, len(codes["held_out"]), EVALUATION_BATCH):
+            rows = list(range(first, min(first + EVALUATION_BATCH, len(codes["held_out"]))))
+            ids = text.encode(codes["held_out"].captions(rows), truncate=True).to(accelerator.device)
+            yield {"text_ids": ids, "codes": torch.from_numpy(codes["held_out"].codes(rows)).to(accelerator.device)}
+
+    prompts = codes["held_out"].captions(list(range(min(8, len(codes["held_out"])))))
+
+    def pictures() -> dict[str, np.ndarray]:
+        prior.eval()
+        pipe = TextToImagePipeline(tokenizer.to(accelerator.device), prior, text, experiment.sampling)
+        with torch.autocast(accelerator.device.type, enabled=False):
+            images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
+        prior.train()
+        grid = picture_grid([np.asarray(image) for image in images], columns=4)
+        _save_sample(experiment, "prior", grid)
+        return {"samples": grid}
+
+    objective = PriorObjective(prior, experiment.prior.objective)
+    figures = fit(
+        Task(objective, batch, held_out_batches, "nats_per_code", pictures), train, accelerator, folder,
+        seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=compiles(train, accelerator.device), label="prior",
+    )  # fmt: skip
+    _finish(accelerator, prior, folder, settings, figures)
+    return folder
+
+
+def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
+    """Trains (on the main process) or loads the text tokenizer, and checks that every caption fits the text slots."""
+    folder, config = experiment.folder / "text_tokenizer", experiment.text
+    captions = codes["train"].captions(list(range(min(len(codes["train"]), 100_000))))
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and not (folder / "text.json").is_file():
+            if config.pretrained:
+                text = TextTokenizer.pretrained(config.pretrained, length=config.length)
+            else:
+                text = TextTokenizer.train(captions, vocab_size=config.vocab_size, length=config.length)
+            write_folder(folder, text.save)
+    text = TextTokenizer.load(folder)
+    lengths = text.lengths(captions)
+    too_long = [i for i, length in enumerate(lengths) if length > text.length]
+    if too_long and not config.truncate:
+        worst = max(lengths)
+        raise ValueError(
+            f"{len(too_long)} of {len(captions)} captions need more than text.length={text.length} slots (the longest {worst}: "
+            f"{captions[lengths.index(worst)][:60]!r}); set text.length={worst}, or cut them with text.truncate=true"
+        )
+    if too_long:
+        accelerator.print(f"{len(too_long)} of {len(captions)} captions are cut to text.length={text.length} slots")
+    return text
+
+
+def assemble_bundle(experiment: Experiment) -> Path:
+    """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
+    folder = experiment.folder
+    pipe = TextToImagePipeline(
+        ImageTokenizer.from_pretrained(_needed(folder / "tokenizer", "train-tokenizer")),
+        ImagePrior.load(_needed(folder / "prior", "train-prior")),
+        TextTokenizer.load(_needed(folder / "text_tokenizer", "train-prior")),
+        experiment.sampling,
+        trained_on={
+            "experiment": experiment.name,
+            "data": to_dict(experiment.data),
+            "sources": read_manifest(folder / "codes")["sources"],
+        },
+    )
+    pipe.save_pretrained(folder / "bundle")
+    return folder / "bundle"
+
+
+def run(experiment: Experiment) -> Path:
+    """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
+    train_tokenizer(experiment)
+    encode_dataset(experiment)
+    train_prior(experiment)
+    accelerator = make_accelerator(experiment, trackers=False)
+    if accelerator.is_main_process:
+        bundle = assemble_bundle(experiment)
+        codes = CodesDataset(experiment.folder / "codes", "held_out")
+        prompts = codes.captions(list(range(min(16, len(codes)))))
+        pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
+        images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
+        _save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
+        (experiment.folder / "samples" / "held-out-prompts.txt").write_text("\n".join(prompts) + "\n")
+    accelerator.wait_for_everyone()
+    return experiment.folder / "bundle"
+
+
+def _start(experiment: Experiment) -> Accelerator:
+    accelerator = make_accelerator(experiment, trackers=True)
+    if accelerator.is_main_process:
+        import yaml
+
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        (experiment.folder / "experiment.yaml").write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _report(accelerator: Accelerator, source: Source) -> None:
+    accelerator.print(f"{source.name}: {len(source):,} pictures to train on")
+    for problem in source.problems:
+        accelerator.print(f"  {problem}")
+
+
+def _needed(folder: Path, verb: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there yet; run `minidalle {verb}` with the same configuration first")
+    return folder
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the stage was completed with these settings; refuses a folder made with others.
+
+    A change of `train` alone is no refusal: the stage goes on from its last checkpoint.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        return False
+    made = json.loads(path.read_text())["settings"]
+    differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
+    if differ:
+        raise ValueError(
+            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
+            f"or remove {folder} and what was built on it"
+        )
+    return bool(made["train"] == settings["train"])
+
+
+def _finish(
+    accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]
+) -> None:
+    """Writes the final weights beside the checkpoints; `settings.json` comes last and marks the stage as done."""
+    if accelerator.is_main_process:
+        model.to("cpu").save_pretrained(folder)
+        finite = {k: v for k, v in figures.items() if math.isfinite(v)}
+        text = json.dumps({"settings": settings, "held_out": finite}, indent=2) + "\n"
+        (folder / ".settings.json.writing").write_text(text)
+        (folder / ".settings.json.writing").rename(folder / "settings.json")
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+
+
+def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
+    folder = experiment.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid_image(grid).save(folder / f"{name}.png")

@@ -1,0 +1,281 @@
+"""`fit`: the accelerate loop for any objective. Knows steps, optimizers, averages and checkpoints; knows no stage and no data.
+
+Every random number is a pure function of (seed, step, process), so a checkpoint needs no random state and no position in the
+data: the batch of a step and its noise are made anew from the step's number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.config import TrainConfig
+
+
+class Loss(Protocol):
+    """One loss to step: for the optimizer of `group`."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def metrics(self) -> dict[str, Tensor]: ...
+
+
+class Objective(Protocol):
+    """What `fit` minimises. `networks` holds a module an optimizer, by group; the loop puts wrapped ones in their place, and
+    `losses` calls those, so that gradients are averaged over processes."""
+
+    networks: dict[str, nn.Module]
+
+    def losses(self, batch: Any, step: int) -> Iterator[Loss]: ...
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]: ...
+
+
+@dataclass
+class Task:
+    """What a stage hands to `fit`.
+
+    Attributes:
+        batch: (step) -> this process's part of the batch of that step, on the CPU; a pure function of the step.
+        held_out: () -> batches to evaluate on.
+        best: name of the held-out figure that says which weights are best (smaller is better).
+        pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
+    """
+
+    objective: Objective
+    batch: Callable[[int], Any]
+    held_out: Callable[[], Iterable[Any]]
+    best: str
+    pictures: Callable[[], Mapping[str, Any]]
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    span = max(config.steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / span, 1.0)
+    floor = config.final_learning_rate
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def average_decay(step: int, config: TrainConfig) -> float:
+    """Decay of the weight average: short at first, so that the random start is forgotten."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """One seed for torch's generators; distinct for each step and process."""
+    return (seed * 1_000_003 + step) * 4096 + process
+
+
+def optimizer_for(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on tensors of two or more dimensions only."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+class WeightAverage:
+    """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self.parameters = [p for network in networks.values() for p in network.parameters()]
+        self.shadow = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the averaged weights with the trained ones; called again, it puts them back."""
+        for parameter, average in zip(self.parameters, self.shadow, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+
+def fit(
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    seed: int,
+    compile_networks: bool,
+    bf16: bool,
+    label: str,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in `folder`/checkpoints if there is one.
+
+    Ends with the averaged weights in the objective's networks (the best ones with `config.keep_best`) and returns the last
+    (or best) held-out figures.
+
+    Raises:
+        FloatingPointError: the loss is not finite; names the step and the last good checkpoint.
+        ValueError: the batch does not split evenly over the processes.
+    """
+    objective = task.objective
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes; "
+            "choose a multiple of the number of processes"
+        )
+    # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
+    autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+    plain = dict(objective.networks)
+    for network in plain.values():
+        network.to(accelerator.device).train()
+    optimizers = {group: optimizer_for(network, config) for group, network in plain.items()}
+    average = WeightAverage(plain)
+    checkpoints = folder / "checkpoints"
+    first, best = 0, {}
+    if newest := newest_checkpoint(checkpoints):
+        first, best = load_checkpoint(newest, plain, optimizers, average.shadow)
+        accelerator.print(f"{label}: going on from {newest} (step {first})")
+    if compile_networks:
+        for network in plain.values():
+            network.compile_networks()  # type: ignore[operator]
+    for group in plain:
+        objective.networks[group], optimizers[group] = accelerator.prepare(plain[group], optimizers[group])
+
+    def checkpoint(step: int) -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(
+                checkpoints, step, best, plain, optimizers, average.shadow, keep=config.keep_checkpoints
+            )
+        accelerator.wait_for_everyone()
+
+    def evaluate(step: int) -> dict[str, float]:
+        """On the main process alone: nothing in here talks to the others."""
+        figures: dict[str, float] = {}
+        if accelerator.is_main_process:
+            average.swap()
+            with autocast():
+                figures = objective.evaluate(task.held_out())
+                pictures = task.pictures()
+            average.swap()
+            accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
+            for tracker in accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step)
+            if config.keep_best and figures[task.best] < best.get(task.best, math.inf):
+                best.clear()
+                best.update(figures)
+                save_checkpoint(folder / "best", step, best, plain, {}, average.shadow, keep=1)
+        accelerator.wait_for_everyone()
+        return figures
+
+    figures: dict[str, float] = {}
+    bar = tqdm(
+        total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0
+    )
+    recent: dict[str, Tensor] = {}
+    since, since_step = time.perf_counter(), first
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = pool.submit(task.batch, first) if first < config.steps else None
+        for step in range(first, config.steps):
+            assert ahead is not None
+            batch = _to_device(ahead.result(), accelerator.device)
+            ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
+            torch.manual_seed(step_seed(seed, step, accelerator.process_index))
+            recent = _step(objective, optimizers, accelerator, autocast, batch, step, config)
+            average.update(average_decay(step, config))
+            done = step + 1
+            bar.update(1)
+            if done % config.log_every == 0 or done == config.steps:
+                scalars = {name: float(value) for name, value in recent.items()}
+                _stop_unless_finite(scalars, step, label, newest_checkpoint(checkpoints))
+                now = time.perf_counter()
+                scalars["pictures_per_second"] = (done - since_step) * config.batch_size / max(now - since, 1e-9)
+                since, since_step = now, done
+                bar.set_postfix_str(_readable(scalars, figures), refresh=False)
+                accelerator.log({f"{label}/{k}": v for k, v in scalars.items()}, step=done)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                figures = evaluate(done)
+                since, since_step = time.perf_counter(), done
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                checkpoint(done)
+    bar.close()
+    for group, network in plain.items():
+        objective.networks[group] = network
+    if not figures:
+        figures = evaluate(config.steps)  # nothing was left to train: the figures are those of the checkpoint
+    if config.keep_best and (chosen := newest_checkpoint(folder / "best")):
+        _, figures = load_checkpoint(chosen, plain, {}, average.shadow)
+    average.swap()
+    for network in plain.values():
+        network.eval()
+    return figures
+
+
+def _step(
+    objective: Objective,
+    optimizers: dict[str, Any],
+    accelerator: Accelerator,
+    autocast: Callable[[], Any],
+    batch: Any,
+    step: int,
+    config: TrainConfig,
+) -> dict[str, Tensor]:
+    """One step of every group in the order in which the objective yields its losses; returns scalars, still on the device."""
+    scalars: dict[str, Tensor] = {}
+    losses = objective.losses(batch, step)
+    while True:
+        with autocast():
+            loss = next(losses, None)
+        if loss is None:
+            return scalars
+        optimizer = optimizers[loss.group]
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        accelerator.backward(loss.value)
+        norm = accelerator.clip_grad_norm_(objective.networks[loss.group].parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scalars |= {"loss" if loss.group in ("tokenizer", "prior") else f"{loss.group}_loss": loss.value.detach()}
+        scalars |= loss.metrics
+        scalars |= {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+
+
+def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, good: Path | None) -> None:
+    broken = [name for name, value in scalars.items() if "loss" in name and not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(
+            f"{label}: {', '.join(broken)} is not finite at step {step}; "
+            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+            + "; lower the learning rate, then run the same command again"
+        )
+
+
+def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
+    hidden = ("gradient_norm", "learning_rate")
+    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if k not in hidden]
+    parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
+    return ", ".join(parts)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True)

@@ -1,0 +1,97 @@
+"""p(picture given codes): negative log-likelihoods in nats, and the picture to show. Knows no networks.
+
+Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]; densities are over that range.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, to_laplace_logits
+
+
+class Likelihood(Protocol):
+    """What a decoder's output means."""
+
+    parameters_per_channel: int
+
+    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        """Negative log-likelihood of pixels (B,C,H,W) -> (B,), in nats a picture."""
+        ...
+
+    def picture(self, parameters: Tensor) -> Tensor:
+        """The most likely pixels (B,C,H,W)."""
+        ...
+
+
+class Gaussian:
+    """L2: pixels are the decoder's output plus normal noise of a fixed deviation."""
+
+    parameters_per_channel = 1
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        squared = (pixels - parameters.float()).square() / (2 * self.scale**2)
+        return (squared + math.log(self.scale * math.sqrt(2 * math.pi))).flatten(1).sum(1)
+
+    def picture(self, parameters: Tensor) -> Tensor:
+        return parameters.float()
+
+
+class Laplace:
+    """L1: pixels are the decoder's output plus Laplace noise of a fixed scale."""
+
+    parameters_per_channel = 1
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        absolute = (pixels - parameters.float()).abs() / self.scale
+        return (absolute + math.log(2 * self.scale)).flatten(1).sum(1)
+
+    def picture(self, parameters: Tensor) -> Tensor:
+        return parameters.float()
+
+
+class LogitLaplace:
+    """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the pixel's range.
+
+    Location and log-scale are both learned. The density (2021, appendix A.3) is over the squeezed unit range; the change of
+    variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
+    """
+
+    parameters_per_channel = 2
+
+    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        location, log_scale = parameters.float().chunk(2, dim=1)
+        # A scale far below what 8 bits resolve would let the loss run away on flat pictures.
+        log_scale = log_scale.clamp(min=-5)
+        logits = to_laplace_logits(pixels)
+        unit = torch.sigmoid(logits)
+        log_density = -log_scale - math.log(2) - (unit * (1 - unit)).log() - (logits - location).abs() * (-log_scale).exp()
+        return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2)).flatten(1).sum(1)
+
+    def picture(self, parameters: Tensor) -> Tensor:
+        return from_laplace_logits(parameters.float().chunk(2, dim=1)[0])
+
+
+def build_likelihood(name: Literal["l2", "l1", "logit_laplace"], scale: float) -> Likelihood:
+    match name:
+        case "l2":
+            return Gaussian(scale)
+        case "l1":
+            return Laplace(scale)
+        case "logit_laplace":
+            return LogitLaplace()
+
+
+def bits_per_dimension(nats: Tensor | float, dimensions: int) -> Tensor | float:
+    """Nats a picture, over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
+    return (nats / dimensions - math.log(2 / 255)) / math.log(2)

@@ -1,0 +1,64 @@
+"""`Encoder` and `Decoder`: plain convolutional modules with plain arguments. Know no quantizer, no pixel units, no configuration.
+
+Legend: B batch, C channels, H W pixels, h w code grid. `widths` are channels at each resolution, finest first.
+
+The first layer folds a patch of up to 4x4 pixels into channels, so that no block works at the picture's own resolution, where
+most of the arithmetic of such networks goes for little; the last layer unfolds it (sub-pixel convolution, Shi et al. 2016).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(silu(conv3x3(norm(x)))): one 3x3 convolution, the second one is 1x1 to halve the arithmetic."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(max(width // 16, 1), width)
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+        self.project = nn.Conv2d(width, width, 1)
+        # The block starts as the identity, so depth costs no stability at the start.
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(F.silu(self.mix(self.norm(x))))
+
+
+class Encoder(nn.Module):
+    """Pixels (B,C,H,W) -> features (B,out,h,w)."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], depth: int, patch: int, out: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
+        for i, width in enumerate(widths):
+            if i:
+                layers.append(nn.Conv2d(widths[i - 1], width, 2, stride=2))
+            layers += [ResidualBlock(width) for _ in range(depth)]
+        layers += [nn.GroupNorm(max(widths[-1] // 16, 1), widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels)
+
+
+class Decoder(nn.Module):
+    """Code vectors (B,D,h,w) -> the likelihood's parameters (B,out,H,W)."""
+
+    def __init__(self, code_dim: int, widths: tuple[int, ...], depth: int, patch: int, out: int) -> None:
+        super().__init__()
+        coarse_first = widths[::-1]
+        layers: list[nn.Module] = [nn.Conv2d(code_dim, coarse_first[0], 3, padding=1)]
+        for i, width in enumerate(coarse_first):
+            if i:
+                layers += [nn.Conv2d(coarse_first[i - 1], 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [ResidualBlock(width) for _ in range(depth)]
+        layers += [nn.GroupNorm(max(widths[0] // 16, 1), widths[0]), nn.SiLU()]
+        layers += [nn.Conv2d(widths[0], out * patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layers(latents)

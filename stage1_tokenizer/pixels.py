@@ -1,0 +1,75 @@
+"""Pictures <-> the model's range. The only file that knows pixel units; knows nothing of networks.
+
+Legend: B batch, C channels, H W pixels. Pictures are uint8 (B,H,W,C) in 0..255; the model's range is float (B,C,H,W) in [-1,1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+LAPLACE_MARGIN = 0.1
+"""DALL-E's epsilon: pixels in [0,1] are squeezed into [eps, 1-eps] so that their logit is finite."""
+
+
+def to_model_range(pictures: Tensor) -> Tensor:
+    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the pictures already are)."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(pixels: Tensor) -> Tensor:
+    """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and cut to 0..255."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL picture as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else 255.0
+        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square of a picture at `size` pixels, with antialiasing."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def from_pil(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Pictures of any mode and exactly `size` pixels -> uint8 (B,size,size,3).
+
+    Raises:
+        ValueError: a picture has another size; it is never resized unasked.
+    """
+    for image in images:
+        if image.size != (size, size):
+            raise ValueError(
+                f"the picture is {image.width}x{image.height} and the tokenizer works at {size}x{size}; "
+                f"use stage1_tokenizer.resize_and_crop(image, {size}) first"
+            )
+    return torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """uint8 (B,H,W,3) -> PIL pictures."""
+    return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
+
+
+def to_laplace_logits(pixels: Tensor) -> Tensor:
+    """Model range -> logits of the squeezed unit range (DALL-E, 2021, appendix A.3)."""
+    return torch.logit((1 - 2 * LAPLACE_MARGIN) * (pixels + 1) / 2 + LAPLACE_MARGIN)
+
+
+def from_laplace_logits(logits: Tensor) -> Tensor:
+    """The inverse of `to_laplace_logits`."""
+    return 2 * (torch.sigmoid(logits) - LAPLACE_MARGIN) / (1 - 2 * LAPLACE_MARGIN) - 1

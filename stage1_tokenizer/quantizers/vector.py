@@ -1,0 +1,128 @@
+"""Vector quantization: the nearest code of a learned codebook. Knows vectors; nothing of pictures.
+
+Legend: B batch, D features of a code, h w code grid, K codes, N = B h w vectors.
+
+VQ-VAE, van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937): eq. 1 nearest code, eq. 3 the losses, appendix A.1 the moving
+averages. Normalised low-dimensional codes: ViT-VQGAN, Yu et al. 2022. Dead codes restart as in Jukebox, Dhariwal et al. 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.config import VectorOptions
+from stage1_tokenizer.quantizers.base import Quantized, Quantizer, sum_over_processes
+
+_SMOOTHING = 1e-5
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index (N,) of the codebook row (K,D) nearest to each vector (N,D). |v|^2 is the same for all codes and left out."""
+    return (codebook.square().sum(1) - 2 * vectors @ codebook.T).argmin(1)
+
+
+class VectorQuantizer(Quantizer):
+    """VQ-VAE's quantizer with the straight-through gradient: the decoder's gradient goes to the encoder unchanged."""
+
+    initialized: Tensor
+    steps: Tensor
+    sums: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
+        super().__init__(num_codes, options.decay)
+        self.options = options
+        self.input_dim = code_dim
+        codebook = self._onto_sphere(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
+        if options.codebook == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("sums", torch.zeros(num_codes, code_dim))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
+        """Features (B,D,h,w) -> the nearest codes; `temperature` is gumbel's and not used."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self._quantize(features.float())
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self._table()).permute(0, 3, 1, 2)
+
+    def _quantize(self, features: Tensor) -> Quantized:
+        b, d, h, w = features.shape
+        vectors = self._onto_sphere(features.permute(0, 2, 3, 1).reshape(-1, d))
+        if self.training and not self.initialized:
+            self._start_from(vectors.detach())
+        codes = nearest(vectors.detach(), self._table().detach())
+        chosen = F.embedding(codes, self._table())
+        commitment = F.mse_loss(vectors, chosen.detach())
+        loss = self.options.commitment * commitment
+        metrics = {"commitment": commitment.detach()}
+        if self.options.codebook == "gradient":
+            loss = loss + F.mse_loss(chosen, vectors.detach())
+        if self.training:
+            histogram = self.count(codes)
+            self._learn(vectors.detach(), codes, histogram)
+            metrics |= self.use()
+        latents = vectors + (chosen - vectors).detach()
+        return Quantized(latents.reshape(b, h, w, d).permute(0, 3, 1, 2), codes.reshape(b, h, w), loss, metrics)
+
+    def _table(self) -> Tensor:
+        return self._onto_sphere(self.codebook)
+
+    def _onto_sphere(self, vectors: Tensor) -> Tensor:
+        """With `normalize`, vectors of root mean square 1; otherwise as they are."""
+        if not self.options.normalize:
+            return vectors
+        return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
+
+    @torch.no_grad()
+    def _learn(self, vectors: Tensor, codes: Tensor, histogram: Tensor) -> None:
+        """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
+        self.steps += 1
+        if self.options.codebook == "ema":
+            total = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+            self.sums.lerp_(sum_over_processes(total), 1 - self.decay)
+            n = self.counts.sum()
+            smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
+            self.codebook.copy_(self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None]))
+        if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
+            dead = self.counts < self.options.restart_below * self.counts.mean()
+            self._place(dead, vectors)
+
+    @torch.no_grad()
+    def _start_from(self, vectors: Tensor) -> None:
+        """The first batch's vectors become the codebook."""
+        self._place(torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device), vectors)
+        self.initialized.fill_(True)
+        self.counts.zero_()
+
+    def _place(self, which: Tensor, vectors: Tensor) -> None:
+        """Puts the chosen codes at random vectors of the batch, the same ones on every process, with average counts.
+
+        Where the batch has fewer vectors than codes are placed, vectors repeat, told apart by a little noise.
+        """
+        generator = torch.Generator().manual_seed(int(self.steps))
+        pool = self._candidates(vectors, generator)
+        picks = torch.randperm(len(pool), generator=generator).repeat(self.num_codes // len(pool) + 1)[: self.num_codes]
+        noise = torch.randn(self.num_codes, pool.shape[1], generator=generator).to(pool.device)
+        spread = pool.std(dim=0, correction=0).mean()
+        placed = self._onto_sphere(pool[picks.to(pool.device)] + 0.01 * spread * noise)
+        count = self.counts.mean().clamp(min=1.0)
+        self.codebook.data = torch.where(which[:, None], placed, self.codebook.data)
+        self.counts.copy_(torch.where(which, count, self.counts))
+        self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
+
+    def _candidates(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
+        """Up to K vectors of each process's batch, gathered from all."""
+        mine = torch.randperm(len(vectors), generator=generator)[: self.num_codes].to(vectors.device)
+        share = vectors[mine].contiguous()
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return share
+        shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, share)
+        return torch.cat(shares)
