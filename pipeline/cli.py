@@ -65,7 +65,7 @@ class _WrongUsage(Exception):
     """The command line itself is wrong."""
 
 
-def _experiment(rest: Sequence[str]):  # noqa: ANN202 - naming the type would import torch
+def _experiment(rest: Sequence[str]):
     from pipeline.config import load_experiment, parser
 
     if "--help" in rest or "-h" in rest:

@@ -7,6 +7,7 @@ import json
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,7 +199,7 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
     from jsonargparse import ArgumentError
 
     arguments = list(arguments)
-    for given, following in zip(arguments, arguments[1:], strict=False):
+    for given, following in pairwise(arguments):
         if given == "--config" and not Path(following).is_file():
             raise FileNotFoundError(f"there is no configuration file {following}; the shipped ones are in configs/")
     if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):

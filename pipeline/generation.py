@@ -19,9 +19,7 @@ from pipeline.grids import grid_image, picture_grid
 from pipeline.text_to_image import TextToImagePipeline
 
 
-def generate(
-    bundle: Path, prompts: Sequence[str], out: Path, *, num: int, seed: int = 0, batch_size: int = 64, **options: Any
-) -> int:
+def generate(bundle: Path, prompts: Sequence[str], out: Path, *, num: int, seed: int = 0, batch_size: int = 64, **options: Any) -> int:
     """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the processes. Returns the count.
 
     The pictures do not depend on how many processes there are.
@@ -36,9 +34,7 @@ def generate(
     if mine:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            output = pipe(
-                [prompts[i] for i in mine], num_images_per_prompt=num, seed=seed, batch_size=batch_size, **options
-            )
+            output = pipe([prompts[i] for i in mine], num_images_per_prompt=num, seed=seed, batch_size=batch_size, **options)
         for message in sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}):
             print(f"note: {message}")
         for place, (image, likelihood) in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True)):

@@ -20,7 +20,7 @@ from pipeline.checkpoints import write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, finish, read_manifest, write_part
-from pipeline.data.sources import Source, load_source
+from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.text_to_image import TextToImagePipeline
@@ -88,7 +88,8 @@ def encode_dataset(experiment: Experiment) -> Path:
     tokenizer.to(accelerator.device).eval()
     options = experiment.encode
     files, sources, counts = {}, {}, {}
-    for split, limit in (("train", options.pictures), ("held_out", options.held_out)):
+    limits: dict[Split, int | None] = {"train": options.pictures, "held_out": options.held_out}
+    for split, limit in limits.items():
         source = load_source(experiment.data, split)
         count = min(len(source), limit or len(source))
         share = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
@@ -313,9 +314,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
     return bool(made["train"] == settings["train"])
 
 
-def _finish(
-    accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]
-) -> None:
+def _finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
     """Writes the final weights beside the checkpoints; `settings.json` comes last and marks the stage as done."""
     if accelerator.is_main_process:
         model.to("cpu").save_pretrained(folder)

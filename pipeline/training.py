@@ -97,7 +97,7 @@ class WeightAverage:
     """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.parameters = [p for network in networks.values() for p in network.parameters()]
+        self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters()]
         self.shadow = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ def fit(
     optimizers = {group: optimizer_for(network, config) for group, network in plain.items()}
     average = WeightAverage(plain)
     checkpoints = folder / "checkpoints"
-    first, best = 0, {}
+    first, best = 0, dict[str, float]()
     if newest := newest_checkpoint(checkpoints):
         first, best = load_checkpoint(newest, plain, optimizers, average.shadow)
         accelerator.print(f"{label}: going on from {newest} (step {first})")
@@ -160,9 +160,7 @@ def fit(
 
     def checkpoint(step: int) -> None:
         if accelerator.is_main_process:
-            save_checkpoint(
-                checkpoints, step, best, plain, optimizers, average.shadow, keep=config.keep_checkpoints
-            )
+            save_checkpoint(checkpoints, step, best, plain, optimizers, average.shadow, keep=config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     def evaluate(step: int) -> dict[str, float]:
@@ -177,7 +175,8 @@ def fit(
             accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
-                    tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step)
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
             if config.keep_best and figures[task.best] < best.get(task.best, math.inf):
                 best.clear()
                 best.update(figures)
@@ -186,9 +185,7 @@ def fit(
         return figures
 
     figures: dict[str, float] = {}
-    bar = tqdm(
-        total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0
-    )
+    bar = tqdm(total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0)
     recent: dict[str, Tensor] = {}
     since, since_step = time.perf_counter(), first
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

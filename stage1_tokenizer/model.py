@@ -66,7 +66,7 @@ class ImageTokenizer(PreTrainedModel):
         out = own.channels * self.likelihood.parameters_per_channel
         self.encoder = Encoder(own.channels, own.widths, own.encoder_depth, patch, self.quantizer.input_dim)
         self.decoder = Decoder(own.code_dim, own.widths, own.decoder_depth, patch, out)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:

@@ -101,8 +101,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         self.levels = tuple(
-            level if isinstance(level, Level) else Level(grid=tuple(level["grid"]), num_codes=level["num_codes"])
-            for level in self.levels
+            level if isinstance(level, Level) else Level(grid=tuple(level["grid"]), num_codes=level["num_codes"]) for level in self.levels
         )
         if not self.levels:
             raise ValueError("a stream needs at least one level of codes; give levels=(Level(grid=(8, 8), num_codes=512),)")

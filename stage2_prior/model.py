@@ -82,16 +82,14 @@ class ImagePrior(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+        elif isinstance(module, Block):
+            nn.init.zeros_(module.attention.output.weight)
+            nn.init.zeros_(module.feed_forward.down.weight)
         if module is self:
             nn.init.zeros_(self.text_head.weight)
             nn.init.zeros_(self.image_head.weight)
-            for block in self.blocks:
-                nn.init.zeros_(block.attention.output.weight)
-                nn.init.zeros_(block.feed_forward.down.weight)
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None
-    ) -> PriorLogits:
+    def forward(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None) -> PriorLogits:
         """Logits for the token after each of the given ones.
 
         Args:
@@ -104,9 +102,7 @@ class ImagePrior(PreTrainedModel):
             first = cache.length if cache is not None else 0
             num_text = min(max(self.stream.text_length - 1 - first, 0), ids.shape[1])
         features = self.features(ids, positions, cache)
-        return PriorLogits(
-            text=self.text_head(features[:, :num_text]), image=self.image_head(features[:, num_text:])
-        )
+        return PriorLogits(text=self.text_head(features[:, :num_text]), image=self.image_head(features[:, num_text:]))
 
     def features(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
@@ -121,8 +117,7 @@ class ImagePrior(PreTrainedModel):
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for whole streams, in the dtype and on the device of the weights."""
         c = self.model_config
-        like = self.blocks[0].attention.output.weight
-        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, like)
+        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, self.image_head.weight)
 
     def compile_networks(self) -> None:
         """Compiles the training forward in place; parameter names stay as they are."""

@@ -87,9 +87,7 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
     return report
 
 
-def tokenizer_figures(
-    report: Report, pipe: TextToImagePipeline, source: Source, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def tokenizer_figures(report: Report, pipe: TextToImagePipeline, source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """PSNR (mean over pictures), SSIM, codebook usage and perplexity; returns true and reconstructed pictures."""
     tokenizer = pipe.tokenizer
     histogram = torch.zeros(tokenizer.num_codes, dtype=torch.long)

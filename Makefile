@@ -1,0 +1,48 @@
+# One command each: make demo, make test. Everything lands in .venv/ and runs/.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_RUN := runs/shapes
+
+.PHONY: help setup demo test check fonts bench clean
+
+help:
+	@echo "make demo    set up, train both stages on shapes and draw pictures (about 15 minutes on two cores)"
+	@echo "make test    set up, check the code and run the tests"
+	@echo "make check   lint, format and types alone"
+	@echo "make fonts   how to install the emoji font and names"
+	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
+
+# torch first: at its constrained version the CPU build is enough, and an open range would fetch CUDA packages too.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 is needed; say which one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(VENV)/ready
+
+demo: setup
+	$(BIN)/minidalle run --config configs/shapes.yaml
+	$(BIN)/minidalle generate --bundle $(DEMO_RUN)/bundle --num 4 --out $(DEMO_RUN)/pictures \
+		"a large red circle left of a small blue square on white" "a green star above a yellow heart" "a huge purple ring on black"
+	@echo "look at $(DEMO_RUN)/samples/held-out-prompts.png and $(DEMO_RUN)/pictures/grid.png"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -q
+
+fonts:
+	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"
+	@echo "elsewhere: give data.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
+
+bench: setup
+	@cat benchmarks/README.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

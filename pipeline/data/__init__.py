@@ -1,0 +1,1 @@
+"""Pictures and captions from anywhere, through one interface."""

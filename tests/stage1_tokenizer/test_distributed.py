@@ -1,0 +1,102 @@
+"""Two processes over gloo: codebook statistics are those of the whole batch, restarts are the same, evaluation is silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from stage1_tokenizer import GumbelOptions, VectorOptions
+from stage1_tokenizer.quantizers import GumbelQuantizer, VectorQuantizer
+
+PROCESSES = 2
+SHAPE = (4, 4, 4, 4)
+
+
+def batch(step: int, rank: int | None) -> Tensor:
+    """Features of a step: one process's half, or the whole."""
+    halves = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 * step + r)) for r in range(PROCESSES)]
+    return torch.cat(halves) if rank is None else halves[rank]
+
+
+def averages() -> VectorQuantizer:
+    """Started on a fixed codebook, never restarting: what is left are the moving averages."""
+    vq = VectorQuantizer(16, 4, VectorOptions(restart_below=0.0, normalize=False, decay=0.8))
+    vq.codebook.copy_(torch.randn(16, 4, generator=torch.Generator().manual_seed(3)))
+    vq.sums.copy_(vq.codebook)
+    vq.counts.fill_(1.0)
+    vq.initialized.fill_(True)
+    return vq
+
+
+def restarting(codebook: str) -> VectorQuantizer:
+    return VectorQuantizer(64, 4, VectorOptions(restart_below=0.9, restart_every=2, codebook=codebook))  # type: ignore[arg-type]
+
+
+def run(quantizer: torch.nn.Module, rank: int | None, steps: int = 6) -> dict[str, Tensor]:
+    quantizer.train()
+    for step in range(steps):
+        quantizer(batch(step, rank), 1.0)
+    return {k: v.clone() for k, v in quantizer.state_dict().items()}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    torch.manual_seed(rank)  # the processes' own generators differ, as in training
+    vq = restarting("ema")
+    states = {
+        "averages": run(averages(), rank),
+        "ema": run(vq, rank),
+        "gradient": run(restarting("gradient"), rank),
+        "gumbel": run(GumbelQuantizer(4, 4, GumbelOptions()), rank),
+    }
+    if rank == 0:  # a collective in here would wait for the other process for ever
+        vq.eval()(batch(0, 0))
+    dist.barrier()
+    torch.save(states, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def test_moving_averages_of_two_halves_are_those_of_the_whole_batch(states):
+    whole = run(averages(), None)
+    for state in states:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(state["averages"][name], tensor, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_use_of_gumbel_is_counted_over_both(states):
+    whole = run(GumbelQuantizer(4, 4, GumbelOptions()), None)
+    for state in states:
+        torch.testing.assert_close(state["gumbel"]["counts"], whole["counts"])
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_start_and_restarts_are_identical_on_both(states, kind):
+    first, second = (state[kind] for state in states)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = run(restarting(kind), 0)
+    assert not torch.equal(alone["codebook"], first["codebook"])  # there was more than one process
+
+
+def test_restarts_take_vectors_of_both_halves(states):
+    """With a restart at the last step, codes sit at vectors of either process's batch."""
+    import torch.nn.functional as F
+
+    book = F.normalize(states[0]["gradient"]["codebook"], dim=1)
+    taken = []
+    for rank in range(PROCESSES):
+        vectors = F.normalize(batch(5, rank).permute(0, 2, 3, 1).flatten(0, 2), dim=1)
+        taken.append(int((torch.cdist(book, vectors).min(1).values < 0.02).sum()))
+    assert min(taken) > 0, taken

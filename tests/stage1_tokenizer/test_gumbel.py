@@ -1,0 +1,129 @@
+"""The dVAE's quantizer against torch's Gumbel-softmax and hand-computed divergences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage1_tokenizer import GumbelOptions
+from stage1_tokenizer.quantizers import GumbelQuantizer
+from stage1_tokenizer.quantizers.gumbel import gumbel_noise_like, kl_to_uniform, relax
+
+
+def quantizer(num_codes: int = 6, code_dim: int = 4, **options) -> GumbelQuantizer:
+    return GumbelQuantizer(num_codes, code_dim, GumbelOptions(**options))
+
+
+def logits(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+def test_relaxed_codes_are_torchs_for_the_same_noise(temperature):
+    x = logits(2, 6, 3, 3)
+    torch.manual_seed(5)
+    expected = F.gumbel_softmax(x, tau=temperature, dim=1)
+    torch.manual_seed(5)
+    torch.testing.assert_close(relax(x, gumbel_noise_like(x), temperature), expected)
+
+
+def test_the_noise_makes_argmax_a_sample_of_the_softmax():
+    """Gumbel-max: frequencies of 200,000 argmaxes, within four deviations of a binomial."""
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, 0.0, -1.0, 0.5]).reshape(1, 4, 1, 1).expand(200_000, -1, -1, -1)
+    counts = torch.bincount((x + gumbel_noise_like(x)).argmax(1).flatten(), minlength=4) / 200_000
+    p = x[0].softmax(0).flatten()
+    assert ((counts - p).abs() < 4 * (p * (1 - p) / 200_000).sqrt()).all()
+
+
+def test_noise_is_finite():
+    torch.manual_seed(0)
+    assert gumbel_noise_like(torch.empty(1, 1_000_000)).isfinite().all()
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_latents_and_their_gradient_follow_the_definition(straight_through):
+    gumbel = quantizer(straight_through=straight_through).train()
+    x = logits(2, 6, 3, 3).requires_grad_()
+    upstream = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    result = gumbel(x, 0.7)
+    (gradient,) = torch.autograd.grad((result.latents * upstream).sum(), x)
+    torch.manual_seed(3)
+    weights = F.gumbel_softmax(x, tau=0.7, hard=straight_through, dim=1)
+    expected = torch.einsum("bkhw,kd->bdhw", weights, gumbel.codebook)
+    torch.testing.assert_close(result.latents, expected)
+    (wanted,) = torch.autograd.grad((expected * upstream).sum(), x)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_the_codebook_learns_by_gradient():
+    gumbel = quantizer().train()
+    gumbel(logits(2, 6, 3, 3), 1.0).latents.square().sum().backward()
+    assert gumbel.codebook.grad is not None and (gumbel.codebook.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_a_temperature_codes_are_hard_and_free_of_chance(training):
+    gumbel = quantizer().train(training)
+    x = logits(2, 6, 3, 3)
+    first, second = gumbel(x), gumbel(x)
+    assert torch.equal(first.codes, x.argmax(1)) and torch.equal(first.latents, second.latents)
+    torch.testing.assert_close(first.latents, gumbel.embed(first.codes))
+    torch.testing.assert_close(first.latents[1, :, 2, 0], gumbel.codebook[first.codes[1, 2, 0]])
+
+
+def test_relaxed_codes_harden_as_the_temperature_falls():
+    x = logits(2, 6, 3, 3)
+    noise = gumbel_noise_like(x)
+    sharpness = [float(relax(x, noise, t).max(1).values.mean()) for t in (10.0, 1.0, 0.1, 0.01)]
+    assert sharpness == sorted(sharpness) and sharpness[-1] > 0.99
+
+
+def test_kl_by_hand_in_nats_a_picture():
+    """Two positions: probabilities (3/4, 1/4, 0, 0) and uniform ones over four codes."""
+    x = torch.tensor([[math.log(3), 0.0, -200.0, -200.0], [1.0, 1.0, 1.0, 1.0]]).T.reshape(1, 4, 1, 2)
+    expected = 0.75 * math.log(0.75 * 4) + 0.25 * math.log(0.25 * 4)
+    torch.testing.assert_close(kl_to_uniform(x), torch.tensor([expected]))
+
+
+def test_kl_is_summed_over_positions_and_averaged_over_the_batch():
+    one_hot = 100 * F.one_hot(torch.zeros(3, 2, 5, dtype=torch.long), 6).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(kl_to_uniform(one_hot), torch.full((3,), 10 * math.log(6)))
+    mixed = torch.cat([one_hot[:1], torch.zeros(3, 6, 2, 5)])
+    result = quantizer().eval()(mixed)
+    assert float(result.loss) == pytest.approx(10 * math.log(6) / 4) == pytest.approx(float(result.metrics["kl"]))
+
+
+def test_kl_gradient_draws_logits_together():
+    x = logits(1, 6, 2, 2, scale=3.0).requires_grad_()
+    kl_to_uniform(x).sum().backward()
+    # d KL / d logit_k = p_k (log p_k - sum_j p_j log p_j)
+    log_p = x.detach().log_softmax(1)
+    expected = log_p.exp() * (log_p - (log_p.exp() * log_p).sum(1, keepdim=True))
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_use_is_counted_while_training_only():
+    gumbel = quantizer()
+    x = logits(4, 6, 3, 3)
+    gumbel.eval()(x, 0.5)
+    assert not gumbel.counts.any()
+    result = gumbel.train()(x, 0.5)
+    torch.testing.assert_close(gumbel.counts, torch.bincount(x.argmax(1).flatten(), minlength=6).float())
+    assert {"kl", "codebook_usage", "codebook_perplexity", "dead_codes"} == set(result.metrics)
+
+
+def test_autocast_leaves_the_quantizer_in_float32():
+    gumbel, x = quantizer().eval(), logits(2, 6, 3, 3)
+    torch.manual_seed(1)
+    expected = gumbel(x, 0.5)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = gumbel(x, 0.5)
+        low = gumbel(x.bfloat16(), 0.5)
+    assert torch.equal(result.latents, expected.latents) and torch.equal(result.loss, expected.loss)
+    assert low.latents.dtype == low.loss.dtype == torch.float32

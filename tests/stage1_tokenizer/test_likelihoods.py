@@ -1,0 +1,97 @@
+"""True densities: they integrate to one, match hand-computed values, and their picture is where the density peaks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Laplace as TorchLaplace
+from torch.distributions import Normal
+
+from stage1_tokenizer.likelihoods import Gaussian, Laplace, LogitLaplace, bits_per_dimension, build_likelihood
+from stage1_tokenizer.pixels import LAPLACE_MARGIN, to_laplace_logits
+
+
+def grid(low: float, high: float, count: int = 200_001) -> torch.Tensor:
+    """Pixel values as a batch of one-dimensional pictures (N,1,1,1)."""
+    return torch.linspace(low, high, count, dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+def parameters(likelihood, *values: float) -> torch.Tensor:
+    return torch.tensor(values).reshape(1, likelihood.parameters_per_channel, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "values"),
+    [
+        (Gaussian(0.1), (0.3,)),
+        (Laplace(0.1), (-0.4,)),
+        (LogitLaplace(), (0.0, -1.0)),
+        (LogitLaplace(), (-1.5, -2.5)),
+        (LogitLaplace(), (1.2, 0.0)),
+    ],
+)
+def test_the_density_integrates_to_one(likelihood, values):
+    # logit-Laplace lives on the whole unit interval, of which pixels are the part within the margin.
+    reach = 1 / (1 - 2 * LAPLACE_MARGIN) - 1e-9 if isinstance(likelihood, LogitLaplace) else 4.0
+    x = grid(-reach, reach)
+    density = (-likelihood.nll(x, parameters(likelihood, *values).expand(len(x), -1, -1, -1))).exp()
+    assert torch.trapezoid(density, x.flatten()) == pytest.approx(1.0, abs=2e-4)
+
+
+@pytest.mark.parametrize(("likelihood", "reference"), [(Gaussian(0.2), Normal), (Laplace(0.2), TorchLaplace)])
+def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
+    generator = torch.Generator().manual_seed(0)
+    pixels, means = torch.randn(2, 4, 3, 5, 5, generator=generator).unbind(0)
+    expected = -reference(means, 0.2).log_prob(pixels).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(likelihood.nll(pixels, means), expected)
+
+
+def test_logit_laplace_by_hand():
+    """Eq. of DALL-E's appendix at x=0.5, location 0.2, log-scale -1, and the slope of the map to the unit range."""
+    unit = 0.4 * 1.5 + 0.1
+    logit = math.log(unit / (1 - unit))
+    scale = math.exp(-1.0)
+    density = math.exp(-abs(logit - 0.2) / scale) / (2 * scale * unit * (1 - unit)) * 0.4
+    nll = LogitLaplace().nll(torch.full((1, 1, 1, 1), 0.5), parameters(LogitLaplace(), 0.2, -1.0))
+    assert float(nll) == pytest.approx(-math.log(density), rel=1e-5)
+
+
+def test_logit_laplace_keeps_the_channels_of_location_and_scale_apart():
+    pixels = torch.tensor([-0.5, 0.0, 0.8]).reshape(1, 3, 1, 1)
+    sharp = torch.cat([to_laplace_logits(pixels), torch.full((1, 3, 1, 1), -3.0)], 1)
+    torch.testing.assert_close(LogitLaplace().picture(sharp), pixels)
+    assert LogitLaplace().nll(pixels, sharp) < LogitLaplace().nll(pixels.flip(1), sharp)
+
+
+def test_logit_laplace_does_not_run_away_on_flat_pictures():
+    pixels = torch.full((1, 1, 1, 1), -1.0)
+    exact = to_laplace_logits(pixels)
+    nlls = [LogitLaplace().nll(pixels, torch.cat([exact, torch.full_like(exact, s)], 1)) for s in (-5.0, -50.0)]
+    assert nlls[0] == nlls[1] and nlls[1].isfinite()
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1)])
+def test_the_picture_is_where_the_density_peaks(likelihood):
+    x = grid(-1, 1, 2001)
+    nll = likelihood.nll(x, parameters(likelihood, 0.25).expand(len(x), -1, -1, -1))
+    assert float(x.flatten()[nll.argmin()]) == pytest.approx(float(likelihood.picture(parameters(likelihood, 0.25))), abs=1e-3)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1), LogitLaplace()])
+def test_low_precision_outputs_are_scored_in_float32(likelihood):
+    out = torch.zeros(2, likelihood.parameters_per_channel, 2, 2, dtype=torch.bfloat16)
+    assert likelihood.nll(torch.zeros(2, 1, 2, 2), out).dtype == likelihood.picture(out).dtype == torch.float32
+
+
+def test_bits_of_a_uniform_density_are_eight():
+    """Density 1/(256 steps of 2/255) over 8-bit values: exactly eight bits a dimension."""
+    nats = 12 * math.log(256 * 2 / 255)
+    assert bits_per_dimension(nats, 12) == pytest.approx(8.0)
+    assert float(bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
+
+
+def test_names():
+    kinds = {"l2": Gaussian, "l1": Laplace, "logit_laplace": LogitLaplace}
+    assert all(type(build_likelihood(name, 0.1)) is kind for name, kind in kinds.items())  # type: ignore[arg-type]

@@ -1,0 +1,168 @@
+"""What stage 1 minimises: parts and their units, schedules, held-out figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerObjective, to_model_range
+from stage1_tokenizer.likelihoods import bits_per_dimension
+from stage1_tokenizer.objective import falling_cosine, kl_weight, peak_signal_to_noise, temperature
+from tests.stage1_tokenizer.conftest import tiny_tokenizer
+
+DIMENSIONS = 16 * 16 * 3
+COMMON = {"psnr", "nll", "bits_per_dimension", "codebook_usage", "codebook_perplexity", "dead_codes"}
+
+
+def test_schedules_start_and_end_where_they_say_and_stay_there():
+    config = ObjectiveConfig(kl_weight=2.0, kl_ramp_steps=10, temperature_start=1.0, temperature_end=0.25, temperature_steps=20)
+    assert [kl_weight(s, config) for s in (0, 5, 10, 99)] == pytest.approx([0, 1, 2, 2])
+    assert [temperature(s, config) for s in (0, 10, 20, 99)] == pytest.approx([1, 0.625, 0.25, 0.25])
+    falling = [temperature(s, config) for s in range(25)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_schedules_do_not_compound():
+    config = ObjectiveConfig()
+    once = temperature(700, config)
+    for _ in range(5):
+        temperature(500, config)
+    assert temperature(700, config) == once
+
+
+def test_a_schedule_of_no_steps_is_at_its_end():
+    assert falling_cosine(0, 0, 3.0, 1.0) == 1.0
+
+
+def test_psnr_by_hand():
+    """An error of 0.2 in a range of 2: 20 dB; pictures outside the range are cut first; identical ones stay finite."""
+    pixels = torch.zeros(2, 3, 4, 4)
+    torch.testing.assert_close(peak_signal_to_noise(pixels, pixels + 0.2), torch.full((2,), 20.0))
+    torch.testing.assert_close(peak_signal_to_noise(pixels + 1, pixels + 7), torch.full((2,), 100 + 10 * math.log10(4)))
+    mixed = torch.cat([pixels[:1] + 0.2, pixels[:1] + 0.02])
+    torch.testing.assert_close(peak_signal_to_noise(pixels, mixed), torch.tensor([20.0, 40.0]))
+
+
+def test_the_loss_of_vq_is_nats_a_dimension_plus_the_quantizers(pictures):
+    tokenizer = tiny_tokenizer().train()
+    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
+    commitment = 0.25 * loss.metrics["commitment"]
+    torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS + commitment)
+    assert loss.group == "tokenizer" and loss.value.requires_grad
+    wanted = {"nll", "psnr", "commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
+    assert set(loss.metrics) == wanted and not any(m.requires_grad for m in loss.metrics.values())
+
+
+def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
+    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+    pixels = to_model_range(pictures)
+    nll = tokenizer.likelihood.nll(pixels, tokenizer.eval()(pixels).parameters).mean()
+    assert figures["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
+def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
+    tokenizer = tiny_tokenizer(quantizer="gumbel").train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10))
+    (loss,) = objective.losses(pictures, step)
+    expected = (loss.metrics["nll"] + weight * loss.metrics["kl"]) / DIMENSIONS
+    torch.testing.assert_close(loss.value.detach(), expected)
+    assert float(loss.metrics["kl"]) <= 16 * math.log(12)
+    assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
+def test_losses_go_through_the_wrapped_networks_forward(pictures, quantizer):
+    """DDP averages gradients of what passes through its own forward only."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: ImageTokenizer) -> None:
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args):
+            self.calls += 1
+            return self.module(*args)
+
+    tokenizer = tiny_tokenizer(quantizer=quantizer).train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    objective.networks["tokenizer"] = wrapper = Wrapper(tokenizer)
+    tokenizer.forward = wrapper.__class__.__call__  # type: ignore[method-assign]
+    del tokenizer.forward
+    list(objective.losses(pictures, 0))
+    assert wrapper.calls == 1
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
+def test_held_out_figures(pictures, quantizer):
+    tokenizer = tiny_tokenizer(quantizer=quantizer)
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    before = tokenizer.fingerprint
+    figures = objective.evaluate([pictures])
+    assert set(figures) == COMMON | ({"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set())
+    assert all(type(v) is float and math.isfinite(v) for v in figures.values())
+    assert figures["bits_per_dimension"] == pytest.approx(float(bits_per_dimension(figures["nll"], DIMENSIONS)))
+    assert tokenizer.fingerprint == before
+    parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
+    assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)
+
+
+def test_held_out_codes_are_counted_exactly(tokenizer, pictures):
+    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+    used = tokenizer.encode(to_model_range(pictures)).unique().numel()
+    assert figures["codebook_usage"] == pytest.approx(used / 12) and figures["dead_codes"] == 12 - used
+
+
+def test_the_gap_of_gumbel_is_relaxed_minus_hard(pictures):
+    tokenizer = tiny_tokenizer(quantizer="gumbel")
+    figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate([pictures])
+    assert figures["relaxed_gap"] == pytest.approx(figures["relaxed_psnr"] - figures["psnr"]) and figures["relaxed_gap"] != 0
+
+
+def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
+    tokenizer = tiny_tokenizer().train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    counts = tokenizer.quantizer.counts.clone()
+    objective.evaluate([pictures])
+    assert tokenizer.training and torch.equal(tokenizer.quantizer.counts, counts)
+    assert all(p.grad is None for p in tokenizer.parameters())
+
+
+def test_nothing_held_out_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"no held-out pictures to evaluate on; raise data\.held_out"):
+        TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([])
+
+
+def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 (N,16,16,3): a flat square on a flat ground."""
+    pictures = torch.randint(0, 256, (count, 1, 1, 3), generator=generator).expand(-1, 16, 16, -1).clone()
+    for picture in pictures:
+        row, column = torch.randint(0, 9, (2,), generator=generator).tolist()
+        picture[row : row + 8, column : column + 8] = torch.randint(0, 256, (3,), generator=generator)
+    return pictures.to(torch.uint8)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "gain"),
+    [({}, 4.0), ({"likelihood": "l1"}, 4.0), ({"likelihood": "logit_laplace"}, 3.0), ({"quantizer": "gumbel"}, 2.0)],
+    ids=["vq l2", "vq l1", "vq logit_laplace", "gumbel"],
+)
+def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(num_codes=64, **changes).train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_steps=60, kl_ramp_steps=60, kl_weight=0.1))
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    held_out = [blobs(32, generator)]
+    before = objective.evaluate(held_out)["psnr"]
+    for step in range(60):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            (loss,) = objective.losses(blobs(16, generator), step)
+        assert loss.value.isfinite() and loss.value.dtype == torch.float32
+        loss.value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert objective.evaluate(held_out)["psnr"] > before + gain

@@ -1,0 +1,87 @@
+"""Round trips between PIL, uint8 and the model's range; pictures of any mode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stage1_tokenizer import resize_and_crop, to_model_range, to_pictures, to_rgb
+from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, from_pil, to_laplace_logits, to_pil
+
+
+def test_every_byte_survives_the_round_trip():
+    pictures = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
+    assert torch.equal(to_pictures(to_model_range(pictures)), pictures)
+
+
+def test_the_range_is_minus_one_to_one_and_memory_stays_channels_last():
+    pixels = to_model_range(torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 4, 5, 3).contiguous())
+    assert pixels.shape == (2, 3, 4, 5) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_out_of_range_is_cut_not_wrapped():
+    assert to_pictures(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_pil_round_trip():
+    pictures = torch.randint(0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert torch.equal(from_pil(to_pil(pictures), 8), pictures)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (0, 255), (0, 0, 0)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("I;16", 257 * 100, (100, 100, 100)),
+        ("F", 100.0, (100, 100, 100)),
+    ],
+)
+def test_any_mode_becomes_rgb_with_transparency_on_white(mode, value, expected):
+    image = to_rgb(Image.new(mode, (4, 4), value))
+    assert image.mode == "RGB" and image.getpixel((1, 1)) == expected
+
+
+def test_a_palette_with_a_transparent_colour_is_composited():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    assert to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
+    image.info["transparency"] = 1
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_photograph_is_turned_upright():
+    image = Image.fromarray(np.array([[[9, 9, 9], [200, 200, 200]]], dtype=np.uint8))
+    image.getexif()[0x0112] = 6  # turn a quarter to the right to see it upright
+    upright = to_rgb(image)
+    assert upright.size == (1, 2) and upright.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_crop_is_centred_and_resizing_antialiased():
+    wide = np.zeros((32, 96, 3), dtype=np.uint8)
+    wide[:, 32:64] = np.indices((32, 32)).sum(0)[..., None] % 2 * 255  # a fine chessboard, between black sides
+    image = np.asarray(resize_and_crop(Image.fromarray(wide), 8))
+    assert image.shape == (8, 8, 3)
+    assert abs(image[2:-2, 2:-2].astype(int) - 127).max() < 12  # without antialiasing: 0 or 255
+
+
+def test_another_size_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"the picture is 20x10 and the tokenizer works at 8x8; use .*resize_and_crop\(image, 8\)"):
+        from_pil([Image.new("RGB", (8, 8)), Image.new("RGB", (20, 10))], 8)
+
+
+def test_laplace_logits_are_inverse_and_finite_at_both_ends():
+    pixels = torch.linspace(-1, 1, 101)
+    logits = to_laplace_logits(pixels)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[[0, -1]].sigmoid(), torch.tensor([LAPLACE_MARGIN, 1 - LAPLACE_MARGIN]))
+    torch.testing.assert_close(from_laplace_logits(logits), pixels, atol=1e-5, rtol=0)

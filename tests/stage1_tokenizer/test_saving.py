@@ -1,0 +1,137 @@
+"""Saving and loading: whole, strict, safetensors only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from stage1_tokenizer import ImageTokenizer, to_model_range
+from tests.stage1_tokenizer.conftest import tiny_tokenizer
+
+
+def trained(**changes) -> ImageTokenizer:
+    """With buffers that are not at their start."""
+    tokenizer = tiny_tokenizer(**changes).train()
+    for seed in range(3):
+        tokenizer(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)), 1.0)
+    return tokenizer.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    trained().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite_config(folder: Path, change) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("loader", [ImageTokenizer.load, ImageTokenizer.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"vq": {"codebook": "gradient"}}, {"quantizer": "gumbel"}, {"likelihood": "logit_laplace", "factor": 8}],
+    ids=["ema", "gradient", "gumbel", "logit_laplace"],
+)
+def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, pictures, loader, changes):
+    from stage1_tokenizer import VectorOptions
+
+    if "vq" in changes:
+        changes = {"vq": VectorOptions(**changes["vq"])}
+    tokenizer = trained(**changes)
+    tokenizer.save_pretrained(tmp_path)
+    again = loader(tmp_path)
+    assert isinstance(again, ImageTokenizer) and not again.training
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tokenizer.state_dict().items())
+    assert again.fingerprint == tokenizer.fingerprint and again.own_config == tokenizer.own_config
+    pixels = to_model_range(pictures)
+    assert torch.equal(again.encode(pixels), tokenizer.encode(pixels))
+    assert bool(state["quantizer.counts"].any())
+
+
+def test_the_folder_holds_a_readable_configuration_and_no_pickle(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    values = json.loads((folder / "config.json").read_text())
+    assert values["model_type"] == "mini_dalle_tokenizer" and values["model"]["vq"]["decay"] == 0.99
+    assert type(AutoConfig.from_pretrained(folder)).__name__ == "ImageTokenizerConfig"
+
+
+def test_a_compiled_tokenizer_is_saved_without_prefixes(tmp_path, tokenizer):
+    tokenizer.compile_networks()
+    tokenizer.save_pretrained(tmp_path)
+    assert ImageTokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"holds no {name}"):
+        ImageTokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop("quantizer.codebook"), "quantizer.codebook"),
+        (lambda w: w.pop("quantizer.steps"), "quantizer.steps"),
+        (lambda w: w.update(stranger=torch.ones(1)), "stranger"),
+        (lambda w: w.update({"quantizer.counts": torch.ones(5)}), "quantizer.counts"),
+        (lambda w: w.update({f"_orig_mod.{k}": w.pop(k) for k in list(w)}), "_orig_mod.decoder"),
+    ],
+    ids=["missing", "missing counter", "unexpected", "shape", "compile prefix"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
+    rewrite_weights(folder, change)
+    with pytest.raises(ValueError, match=rf"model\.safetensors does not fit its config\.json.*{named}"):
+        ImageTokenizer.load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, -1])
+def test_a_cut_file_is_refused(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="cannot be read.*copy it again"):
+        ImageTokenizer.load(folder)
+
+
+def test_a_cut_configuration_is_refused(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match="cannot be read"):
+        ImageTokenizer.load(folder)
+
+
+@pytest.mark.parametrize("loader", [ImageTokenizer.load, ImageTokenizer.from_pretrained])
+def test_unknown_keys_are_refused_also_in_nested_options(folder, loader):
+    rewrite_config(folder, lambda c: c["model"].update(wdith=3))
+    with pytest.raises(ValueError, match=r"unknown keys \['wdith'\] for TokenizerConfig"):
+        loader(folder)
+    rewrite_config(folder, lambda c: (c["model"].pop("wdith"), c["model"]["vq"].update(dcay=1)))
+    with pytest.raises(ValueError, match=r"unknown keys \['dcay'\] for VectorOptions"):
+        loader(folder)
+
+
+def test_a_configuration_of_another_model_is_refused(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    with pytest.raises(ValueError, match="is not a tokenizer's: it has no 'model' section"):
+        ImageTokenizer.load(folder)
+
+
+def test_a_broken_relation_in_a_configuration_is_refused(folder):
+    rewrite_config(folder, lambda c: c["model"].update(factor=3))
+    with pytest.raises(ValueError, match="factor is 3; it must be a power of two"):
+        ImageTokenizer.load(folder)

@@ -1,0 +1,266 @@
+"""VQ-VAE's quantizer against its definitions: nearest code, losses and their gradients, moving averages, restart, resume."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stage1_tokenizer import VectorOptions
+from stage1_tokenizer.quantizers import VectorQuantizer
+from stage1_tokenizer.quantizers.vector import nearest
+
+
+def started(book: Tensor, **options) -> VectorQuantizer:
+    """One that has started, on the given codebook (K,D)."""
+    made = VectorQuantizer(*book.shape, VectorOptions(**options))
+    made.codebook.data.copy_(book)
+    made.sums.copy_(book)
+    made.counts.fill_(1.0)
+    made.initialized.fill_(True)
+    return made
+
+
+def fresh(num_codes: int, **options) -> VectorQuantizer:
+    """One that has seen nothing, with vectors of four dimensions."""
+    return VectorQuantizer(num_codes, 4, VectorOptions(**options))
+
+
+def features(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B,D,h,w) -> (N,D)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_nearest_code_equals_brute_force(seed):
+    vectors, codebook = features(50, 3, seed=seed), 3 * features(17, 3, seed=seed + 100)
+    brute = [min(range(17), key=lambda k: float((v - codebook[k]).square().sum())) for v in vectors]
+    assert nearest(vectors, codebook).tolist() == brute
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_codes_lie_on_the_grid_of_their_vectors_and_embed_is_their_look_up(normalize):
+    vq = started(features(8, 4, seed=1), normalize=normalize).eval()
+    x = features(2, 4, 3, 5)
+    result = vq(x)
+    assert result.codes.shape == (2, 3, 5) and result.codes.dtype == torch.int64
+    seen = F.normalize(x[1, :, 2, 4], dim=0) if normalize else x[1, :, 2, 4]
+    book = F.normalize(vq.codebook, dim=1) if normalize else vq.codebook
+    assert int(result.codes[1, 2, 4]) == int((book - seen).square().sum(1).argmin())
+    torch.testing.assert_close(result.latents, vq.embed(result.codes))
+
+
+def test_normalised_codes_have_root_mean_square_one():
+    vq = started(5 * features(8, 4, seed=1), normalize=True).eval()
+    torch.testing.assert_close(flat(vq(features(2, 4, 3, 3)).latents).square().mean(1), torch.ones(18))
+
+
+def test_the_straight_through_gradient_is_the_decoders_own():
+    vq = started(features(8, 4, seed=1), normalize=False)
+    x, upstream = features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=7)
+    (gradient,) = torch.autograd.grad((vq(x).latents * upstream).sum(), x)
+    torch.testing.assert_close(gradient, upstream)
+
+
+def test_with_normalisation_the_gradient_passes_through_the_sphere():
+    vq = started(features(8, 4, seed=1), normalize=True)
+    x, upstream = features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=7)
+    (gradient,) = torch.autograd.grad((vq(x).latents * upstream).sum(), x)
+    (expected,) = torch.autograd.grad((F.normalize(x, dim=1) * 2.0 * upstream).sum(), x)  # sqrt(4 dimensions)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_commitment_loss_by_hand():
+    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), normalize=False, commitment=0.5).eval()
+    x = torch.tensor([[1.0, 0.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 2).requires_grad_()
+    result = vq(x)
+    assert result.codes.flatten().tolist() == [0, 1]
+    # Squared differences 1, 0, 1, 1: mean 3/4, times 0.5.
+    assert float(result.loss.detach()) == pytest.approx(0.375) and float(result.metrics["commitment"]) == pytest.approx(0.75)
+    (gradient,) = torch.autograd.grad(result.loss, x)
+    torch.testing.assert_close(gradient.flatten(), 0.5 * 2 / 4 * torch.tensor([1.0, -1.0, 0.0, 1.0]))
+
+
+def test_the_codebook_loss_draws_codes_to_their_vectors_by_gradient():
+    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), normalize=False, codebook="gradient", commitment=0.25)
+    x = torch.tensor([[1.0, 0.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 2)
+    result = vq(x)
+    assert float(result.loss.detach()) == pytest.approx(1.25 * 0.75)
+    (gradient,) = torch.autograd.grad(result.loss, vq.codebook)
+    torch.testing.assert_close(gradient, 2 / 4 * torch.tensor([[-1.0, 0.0], [1.0, -1.0]]))
+
+
+def test_the_ema_codebook_has_no_parameters_and_the_gradient_one_is_not_averaged():
+    assert not list(fresh(8).parameters())
+    vq = started(features(8, 4, seed=1), codebook="gradient", restart_below=0.0)
+    before = vq.codebook.detach().clone()
+    vq(features(4, 4, 4, 4))
+    assert torch.equal(vq.codebook.detach(), before)
+
+
+def test_moving_averages_by_hand():
+    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0], [90.0, 90.0]]), normalize=False, decay=0.9, restart_below=0.0)
+    vq.counts.copy_(torch.tensor([2.0, 3.0, 1.0]))
+    vq.sums.copy_(torch.tensor([[0.0, 1.0], [12.0, 12.0], [90.0, 90.0]]))
+    vq(torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 3))
+    counts = torch.tensor([0.9 * 2 + 0.1 * 2, 0.9 * 3 + 0.1 * 1, 0.9 * 1])
+    sums = torch.tensor([[0.1 * 2, 0.9 + 0.1 * 1], [0.9 * 12 + 0.1 * 3, 0.9 * 12 + 0.1 * 5], [81.0, 81.0]])
+    torch.testing.assert_close(vq.counts, counts)
+    torch.testing.assert_close(vq.sums, sums)
+    total = counts.sum()
+    smoothed = (counts + 1e-5) / (total + 3e-5) * total
+    torch.testing.assert_close(vq.codebook, sums / smoothed[:, None])
+    assert int(vq.steps) == 1
+
+
+def test_the_decoder_sees_the_codebook_from_before_the_update():
+    vq = started(features(8, 4, seed=1), normalize=False, decay=0.5, restart_below=0.0)
+    before = vq.codebook.clone()
+    result = vq(features(2, 4, 4, 4))
+    torch.testing.assert_close(flat(result.latents), before[result.codes.flatten()])
+
+
+def test_a_static_batch_is_clustered_to_its_centres():
+    centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
+    x = (centres.repeat(16, 1) + 0.01 * features(64, 2)).T.reshape(1, 2, 8, 8)
+    vq = started(centres + features(4, 2, seed=3), normalize=False, decay=0.5, restart_below=0.0)
+    for _ in range(40):
+        vq(x)
+    torch.testing.assert_close(vq.codebook, centres, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_the_first_batch_starts_the_codebook(codebook):
+    vq = fresh(16, codebook=codebook, restart_below=0.0)
+    x = features(8, 4, 4, 4)
+    vq(x)
+    assert bool(vq.initialized)
+    distance = torch.cdist(F.normalize(vq.codebook.detach(), dim=1), F.normalize(flat(x), dim=1)).min(1).values
+    assert distance.max() < 0.2  # random directions in four dimensions are about 0.4 from the nearest of 128
+    codebook_before = vq.codebook.detach().clone()
+    vq(features(8, 4, 4, 4, seed=5))
+    assert (vq.codebook.detach() - codebook_before).abs().max() < 0.2  # a second batch does not start it again
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(codebook):
+    vq = fresh(64, codebook=codebook, restart_below=0.0)
+    x = features(1, 4, 2, 2)
+    result = vq(x)
+    book = F.normalize(vq.codebook.detach(), dim=1)
+    assert book.isfinite().all() and len(book.unique(dim=0)) == 64
+    assert torch.cdist(book, F.normalize(flat(x), dim=1)).min(1).values.max() < 0.2
+    assert result.codes.unique().numel() == 4
+
+
+def collapsed(restart_below: float) -> VectorQuantizer:
+    """Half of the codes are far from all data."""
+    book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
+    return started(book, normalize=False, restart_below=restart_below, restart_every=2, decay=0.5)
+
+
+def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
+    vq, x = collapsed(0.3), features(16, 4, 4, 4)
+    vq(x)
+    assert (vq.codebook[8:].norm(dim=1) > 40).all()  # not before restart_every steps
+    for _ in range(7):
+        vq(x)
+    assert torch.cdist(vq.codebook[8:], flat(x)).min(1).values.max() < 1.0
+    assert vq(x).codes.unique().numel() == 16
+    assert int(vq.use()["dead_codes"]) == 0
+
+
+def test_without_restart_they_stay_dead():
+    vq, x = collapsed(0.0), features(16, 4, 4, 4)
+    for _ in range(8):
+        vq(x)
+    assert (vq.codebook[8:].norm(dim=1) > 40).all() and vq(x).codes.max() < 8
+    assert int(vq.use()["dead_codes"]) == 8
+
+
+def test_living_codes_are_left_alone_by_a_restart():
+    """Two runs that differ only in the restart have the same living codes after it."""
+    x = features(16, 4, 4, 4)
+    vq, other = collapsed(0.3), collapsed(0.0)
+    for _ in range(2):
+        vq(x), other(x)
+    living = (other.counts > 0.3 * other.counts.mean()).nonzero().flatten()
+    assert 0 < len(living) <= 8
+    assert torch.equal(vq.codebook[living], other.codebook[living])
+
+
+def test_a_restarted_gradient_code_keeps_its_parameter():
+    book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
+    vq = started(book, normalize=False, codebook="gradient", restart_below=0.3, restart_every=2, decay=0.5)
+    parameter = vq.codebook
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    for _ in range(8):
+        vq(features(16, 4, 4, 4)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert vq.codebook is parameter and (vq.codebook[8:].norm(dim=1) < 10).all()
+
+
+def test_evaluation_changes_no_state():
+    vq = started(features(8, 4, seed=1)).eval()
+    before = copy.deepcopy(vq.state_dict())
+    result = vq(features(2, 4, 4, 4))
+    assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
+    assert set(result.metrics) == {"commitment"}
+    unstarted = fresh(8).eval()
+    unstarted(features(2, 4, 4, 4))
+    assert not unstarted.initialized
+
+
+def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
+    def run(vq: VectorQuantizer, steps: range) -> None:
+        for step in steps:
+            vq(features(4, 4, 4, 4, seed=step))
+
+    options = {"restart_every": 3, "restart_below": 0.5, "decay": 0.8}
+    whole = fresh(32, **options)
+    run(whole, range(10))
+    first = fresh(32, **options)
+    run(first, range(5))
+    torch.manual_seed(99)  # the state of torch's own generator plays no part
+    second = fresh(32, **options)
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    run(second, range(5, 10))
+    assert all(torch.equal(whole.state_dict()[k], v) for k, v in second.state_dict().items())
+
+
+def test_use_of_the_codebook_is_reported():
+    vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, restart_below=0.0)
+    vq.counts.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
+    figures = vq.use()
+    assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
+    assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
+    metrics = vq(features(2, 2, 4, 4)).metrics
+    assert set(metrics) == {"commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
+
+
+def test_the_first_counts_are_those_of_the_first_batch():
+    vq = fresh(8, decay=0.99)
+    result = vq(features(4, 4, 4, 4))
+    torch.testing.assert_close(vq.counts, torch.bincount(result.codes.flatten(), minlength=8).float())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_autocast_leaves_distances_and_state_in_float32(normalize):
+    x = features(8, 16, 4, 4)
+    plain, cast = (started(features(256, 16, seed=1), normalize=normalize, restart_below=0.0) for _ in range(2))
+    expected = plain(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = cast(x)
+        low = cast(x.bfloat16())
+    assert torch.equal(result.codes, expected.codes) and torch.equal(result.latents, expected.latents)
+    assert low.latents.dtype == low.loss.dtype == torch.float32
+    assert torch.equal(result.loss, expected.loss)
+    assert all(v.dtype != torch.bfloat16 for v in cast.state_dict().values())
