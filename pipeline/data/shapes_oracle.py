@@ -67,20 +67,31 @@ class Verdict:
 
 @lru_cache(maxsize=8)
 def _bank(image_size: int) -> tuple[np.ndarray, list[tuple[str, str, int, int]], int]:
-    """Every sprite at every offset in a common window: (M, n*n), what each row is, and n."""
-    reach = max(sprite(s, z, image_size).shape[0] for s in SHAPES for z in SIZES) // 2 + _OFFSETS
+    """Every sprite at every offset in a common window: (M, n*n), what each row is, and n.
+
+    Offset 0 has the middle of the sprite's bounding box in the middle of the window; a label holds where the centre then lies.
+    """
+    reach = max(sprite(s, z, image_size).shape[0] for s in SHAPES for z in SIZES) // 2 + 2 * _OFFSETS
     n, rows, labels = 2 * reach + 1, [], []
     for shape in SHAPES:
         for size in SIZES:
             small = sprite(shape, size, image_size)
             half = len(small) // 2
-            for dy in range(-_OFFSETS, _OFFSETS + 1):
-                for dx in range(-_OFFSETS, _OFFSETS + 1):
+            middle_y, middle_x = (_middle(np.nonzero(small > 0.2)[axis]) - half for axis in (0, 1))
+            for dy in range(-_OFFSETS - middle_y, _OFFSETS - middle_y + 1):
+                for dx in range(-_OFFSETS - middle_x, _OFFSETS - middle_x + 1):
                     window = np.zeros((n, n), dtype=np.float32)
-                    window[reach + dy - half : reach + dy + half + 1, reach + dx - half : reach + dx + half + 1] = small
+                    top, left = reach + dy - half, reach + dx - half
+                    window[max(top, 0) : top + len(small), max(left, 0) : left + len(small)] = small[max(-top, 0) :, max(-left, 0) :][
+                        : n - max(top, 0), : n - max(left, 0)
+                    ]
                     rows.append(window.ravel())
                     labels.append((shape, size, dx, dy))
     return np.stack(rows), labels, n
+
+
+def _middle(values: np.ndarray) -> int:
+    return round((int(values.min()) + int(values.max())) / 2)
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -143,7 +154,7 @@ def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: 
     direction = np.array(COLOURS[colour], dtype=np.float32) - back
     bank, labels, n = _bank(len(pixels))
     reach = n // 2
-    y, x = (round((int(v.min()) + int(v.max())) / 2) for v in (rows, columns))
+    y, x = _middle(rows), _middle(columns)
     window = np.zeros((n, n), dtype=np.float32)
     # The component and the ring of pixels around it, where its antialiased edge lies below the threshold.
     own = np.zeros(distance.shape, dtype=bool)

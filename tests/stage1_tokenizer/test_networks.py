@@ -42,9 +42,9 @@ def test_every_weight_receives_a_gradient_once_blocks_have_left_the_identity(fac
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
-def test_patches_fold_and_unfold_in_place():
-    """A pixel reaches codes of its own patch, and codes reach pixels around their own place, not elsewhere."""
-    encoder, decoder = networks(4)
+def test_patches_fold_in_place():
+    """A code sees the pixels of its own patch and of the eight around it, and no others."""
+    encoder, _ = networks(4)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for block in (m for m in encoder.modules() if isinstance(m, nn.GroupNorm)):
         block.forward = lambda x: x  # norms mix all places; without them the reach is that of the convolutions
@@ -60,5 +60,6 @@ def test_each_network_is_one_graph(factor):
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=False)(pixels)
     torch.testing.assert_close(features, encoder(pixels))
+    features = features.detach()  # the compiler reads .grad of its inputs and warns where they are no leaves
     decoded = torch.compile(decoder, backend="eager", fullgraph=True, dynamic=False)(features)
     torch.testing.assert_close(decoded, decoder(features))

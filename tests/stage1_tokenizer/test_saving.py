@@ -104,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
 def test_a_cut_file_is_refused(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="cannot be read.*copy it again"):
+    with pytest.raises(ValueError, match=r"cannot be read.*copy it again"):
         ImageTokenizer.load(folder)
 
 

@@ -1,0 +1,96 @@
+"""Names, families and held-out tones; pictures where the font is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.config import DataConfig
+from pipeline.data.emoji import ANNOTATIONS, FONT, TONES, EmojiSource, held_out_names, load_emoji, read_names, tone_of
+
+installed = pytest.mark.skipif(
+    not Path(FONT).is_file() or not Path(ANNOTATIONS).is_dir(), reason="the emoji font or names are not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("red heart", ("red heart", None)),
+        ("astronaut: dark skin tone", ("astronaut", "dark skin tone")),
+        ("man: light skin tone, beard", ("man: beard", "light skin tone")),
+        ("kiss: person, person, light skin tone, dark skin tone", ("kiss: person, person, light skin tone, dark skin tone", None)),
+        ("flag: France", ("flag: France", None)),
+    ],
+)
+def test_family_and_tone(name, expected):
+    assert tone_of(name) == expected
+
+
+def test_one_tone_of_a_whole_family_is_held_out():
+    names = [f"{base}: {tone}" for base in ("cook", "judge", "pilot", "singer") for tone in TONES] + ["boat: dark skin tone", "tree"]
+    held = held_out_names(names, 0.1)
+    assert len(held) == 2 and len({tone_of(n)[0] for n in held}) == 2
+    assert held == held_out_names(names[::-1], 0.1)
+    assert "boat: dark skin tone" not in held_out_names(names, 0.9)  # its other tones do not exist
+
+
+def test_names_are_read_from_both_files(tmp_path):
+    for folder, cp, name in (("annotations", "♥", "heart"), ("annotationsDerived", "🧑🏿‍🚀", "astronaut: dark skin tone")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "en.xml").write_text(
+            f'<ldml><annotations><annotation cp="{cp}">a | b</annotation><annotation cp="{cp}" type="tts">{name}</annotation>'
+            "</annotations></ldml>",
+            encoding="utf-8",
+        )
+    assert read_names(tmp_path) == {"♥": "heart", "🧑🏿‍🚀": "astronaut: dark skin tone"}
+
+
+def test_a_missing_font_says_how_to_install_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"fonts-noto-color-emoji\) or give its path as data\.font"):
+        load_emoji(64, str(tmp_path / "none.ttf"), None)
+
+
+@installed
+def test_missing_names_say_how_to_install_them(tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("emoji"):
+        pytest.skip("the package emoji supplies the names")
+    with pytest.raises(FileNotFoundError, match="unicode-cldr-core"):
+        load_emoji(64, None, str(tmp_path))
+
+
+@installed
+def test_a_file_that_is_no_such_font_is_named(tmp_path):
+    (tmp_path / "x.ttf").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"data\.font needs NotoColorEmoji\.ttf"):
+        load_emoji(64, str(tmp_path / "x.ttf"), None)
+
+
+@installed
+def test_the_splits_hold_thousands_of_distinct_pictures_and_new_combinations():
+    train, held_out = (EmojiSource(DataConfig(source="emoji", image_size=32), split) for split in ("train", "held_out"))
+    assert len(train) > 3000 and len(held_out) == round(0.05 * (len(train) + len(held_out)))
+    assert not set(train.names) & set(held_out.names)
+    words = set(" ".join(train.names).replace(":", "").replace(",", "").split())
+    for row, name in enumerate(held_out.names):
+        assert set(name.replace(":", "").replace(",", "").split()) <= words
+        pictures, own = held_out.tone_siblings(row)
+        assert len(pictures) == 5 and np.array_equal(pictures[own], held_out.images([row])[0])
+        family = tone_of(name)[0]
+        assert sum(tone_of(n)[0] == family and tone_of(n)[1] is not None for n in train.names) == 4
+    pictures = train.images(range(len(train)))
+    assert len({p.tobytes() for p in pictures}) > 0.98 * len(train)  # distinct at 64, and nearly all so at 32
+    assert pictures.std(axis=(1, 2, 3)).min() > 0
+    assert train.fingerprint != held_out.fingerprint and train.captions([0]) == train.names[:1]
+
+
+@installed
+def test_a_heart_is_red_on_white():
+    source = EmojiSource(DataConfig(source="emoji"), "train")
+    picture = source.images([source.names.index("red heart")])[0]
+    assert (picture[0, 0] == 255).all() and picture[32, 32, 0] > 200 > 90 > picture[32, 32, 1]
+    assert source.tone_siblings(source.names.index("red heart"))[0].shape == (1, 64, 64, 3)
