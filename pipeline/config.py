@@ -183,7 +183,7 @@ def parser() -> Any:
     """The jsonargparse parser of an `Experiment`: `--config FILE` and dotted overrides."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    result = ArgumentParser(prog="minidalle", exit_on_error=False, description="settings of an experiment")
+    result = ArgumentParser(prog="minidalle", exit_on_error=False, allow_abbrev=False, description="settings of an experiment")
     result.add_argument("--config", action=ActionConfigFile, help="YAML of the experiment, see configs/")
     result.add_class_arguments(Experiment, nested_key=None)
     return result

@@ -199,7 +199,8 @@ def fit(
             average.update(average_decay(step, config))
             done = step + 1
             bar.update(1)
-            if done % config.log_every == 0 or done == config.steps:
+            saves = done % config.evaluate_every == 0 or done % config.checkpoint_every == 0 or done == config.steps
+            if saves or done % config.log_every == 0:
                 scalars = {name: float(value) for name, value in recent.items()}
                 _stop_unless_finite(scalars, step, label, newest_checkpoint(checkpoints))
                 now = time.perf_counter()

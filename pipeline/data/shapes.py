@@ -1,7 +1,7 @@
 """The embedded world: scenes of shapes, drawn in-process. Knows scenes and pixels; knows no captions and reads no pictures.
 
 Scene i of a split is a pure function of (seed, split, i). Sizes and positions scale with the picture; at 64 pixels objects are about
-13, 19 and 27 pixels wide and at least 4 pixels apart.
+16, 22 and 29 pixels wide and at least 4 pixels apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (5, 5, 5),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
-SIZES: dict[str, float] = {"small": 0.1, "medium": 0.15, "large": 0.21}
+SIZES: dict[str, float] = {"small": 0.125, "medium": 0.17, "large": 0.225}
 """Half an object's extent as a share of the picture's width."""
 SPLITS = ("train", "held_out", "new_pairs")
 

@@ -55,9 +55,12 @@ def test_encoding_is_that_of_evaluation_even_while_training_and_changes_nothing(
 
 
 def test_an_encoder_that_fails_leaves_the_quantizer_as_it_was(tokenizer):
-    tokenizer.train()
-    with pytest.raises(RuntimeError):
-        tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.complex64))
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    tokenizer.train().encoder.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 16))
     assert tokenizer.quantizer.training
 
 

@@ -1,0 +1,44 @@
+"""A whole run, small enough for every test to have: 32x32 shapes, 4x4 codes, a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+TINY = {
+    "name": "tiny",
+    "trackers": [],
+    "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
+    "tokenizer": {
+        "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
+        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
+    },
+    "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
+    "text": {"vocab_size": 320, "length": 48},
+    "prior": {
+        "model": {"width": 32, "depth": 1, "heads": 2},
+        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
+    },
+}
+
+
+@pytest.fixture
+def tiny_yaml(tmp_path: Path) -> Path:
+    """The tiny experiment as a file, writing to tmp_path/runs."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs")}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run carried out once by `minidalle run`: (its YAML, its folder). Tests must not change it."""
+    from pipeline.cli import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "trackers": ["tensorboard"]}))
+    assert main(["run", "--config", str(path)]) == 0
+    return path, folder / "runs" / "tiny"

@@ -1,0 +1,119 @@
+"""Configurations: every shipped YAML loads, every mistake is named, every field is documented and read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Experiment, load_experiment, to_dict
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_configurations_load_and_say_what_to_expect(path):
+    experiment = load_experiment(["--config", str(path)])
+    assert experiment.name == path.stem
+    header = path.read_text().split("\nname:")[0]
+    for word in (f"minidalle run --config configs/{path.name}", "minutes", "Expect"):
+        assert word in header
+
+
+def test_there_are_configurations():
+    assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {p.name for p in SHIPPED}
+
+
+def test_overrides_and_exponents_are_read(tiny_yaml):
+    experiment = load_experiment(["--config", str(tiny_yaml), "--prior.train.steps", "500", "--prior.train.learning_rate=1e-4"])
+    assert experiment.prior.train.steps == 500 and experiment.prior.train.learning_rate == 1e-4
+    assert experiment.tokenizer.train.steps == 6 and experiment.tokenizer.model.image_size == 32
+    tiny_yaml.write_text(tiny_yaml.read_text() + "sampling: {temperature: 5e-1}\n")
+    assert load_experiment(["--config", str(tiny_yaml)]).sampling.temperature == 0.5
+
+
+def test_what_was_resolved_loads_again(tiny_yaml, tmp_path):
+    experiment = load_experiment(["--config", str(tiny_yaml)])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(to_dict(experiment)))
+    assert load_experiment(["--config", str(again)]) == experiment
+
+
+def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
+    text = tiny_yaml.read_text().replace("depth: 1", "dept: 1").replace("num_codes: 16", "num_codes: many")
+    tiny_yaml.write_text(text + "colour: red\n")
+    with pytest.raises(ValueError) as caught:
+        load_experiment(["--config", str(tiny_yaml)])
+    for key in ("prior.model.dept", "tokenizer.model.num_codes", "colour"):
+        assert key in str(caught.value)
+
+
+def test_every_broken_relation_is_named(tiny_yaml):
+    arguments = ["--tokenizer.model.factor", "6", "--prior.model.heads", "5", "--tokenizer.train.steps", "0", "--text.length", "1",
+                 "--encode.views", "2", "--prior.train.ema_decay", "2"]  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        load_experiment(["--config", str(tiny_yaml), *arguments])
+    for part in ("factor is 6", "prior.model.heads 5", "train.steps is 0", "text.length is 1", "encode.views is 2", "ema_decay is 2"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampling.guidance_scale", "2", "--prior.objective.caption_dropout", "0"], "guidance needs caption dropout"),
+        (["--tokenizer.model.image_size", "48"], "data.image_size is 32 and tokenizer.model.image_size is 48"),
+        (["--encode.pictures", "null"], "the shapes are unlimited"),
+        (["--name", "a/b"], "must be a plain folder name"),
+        (["--encode.pictures", "0", "--encode.held_out", "0"], r"(?s)encode.held_out is 0.*encode.pictures is 0"),
+        (["--prior.train.learning_rate", "0", "--prior.train.final_learning_rate", "2", "--prior.train.warmup_steps", "-1"],
+         r"(?s)learning_rate is 0.*warmup_steps is -1.*final_learning_rate is 2"),
+    ],
+)  # fmt: skip
+def test_relations_between_sections(tiny_yaml, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_experiment(["--config", str(tiny_yaml), *arguments])
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no configuration file"):
+        load_experiment(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ValueError, match=r"add --config configs/shapes\.yaml"):
+        load_experiment([])
+    (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
+    with pytest.raises(ValueError, match="not readable YAML"):
+        load_experiment(["--config", str(tmp_path / "broken.yaml")])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="holds no settings"):
+        load_experiment(["--config", str(tmp_path / "list.yaml")])
+
+
+def configurations(kind: type) -> list[type]:
+    import typing
+
+    found = [kind]
+    for hint in typing.get_type_hints(kind).values():
+        if dataclasses.is_dataclass(hint):
+            found += configurations(hint)  # type: ignore[arg-type]
+    return found
+
+
+def test_every_field_is_documented_and_read_somewhere():
+    sources = {p: p.read_text() for d in ("stage1_tokenizer", "stage2_prior", "pipeline") for p in (ROOT / d).rglob("*.py")}
+    code = "\n".join(sources.values())
+    for kind in {c.__name__: c for c in configurations(Experiment)}.values():
+        text = next(s for s in sources.values() if f"class {kind.__name__}" in s)
+        body = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
+        for statement, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                name = statement.target.id  # type: ignore[union-attr]
+                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert documented, f"{kind.__name__}.{name} has no docstring"
+                # A read is an attribute access outside the checks of the configuration itself.
+                uses = [m for m in re.findall(rf"\w+\.{name}\b", code) if not m.startswith("self.")]
+                uses += re.findall(rf"self\.(?:\w+\.)?{name}\b(?![^\n]*must be)", code.replace(text, "")) or []
+                assert uses or re.search(rf"self\.{name}\b", text), f"{kind.__name__}.{name} is read nowhere"

@@ -1,0 +1,82 @@
+"""Two real processes over gloo: the work is split, one writes, and the result is that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.data.codes import CodesDataset, read_manifest
+
+ROOT = Path(__file__).parents[2]
+CHECK = """
+import sys
+from accelerate import PartialState
+from pipeline.cli import main
+assert PartialState().num_processes == int(sys.argv[1]), f"there are {PartialState().num_processes} processes"
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def launch(tmp_path: Path, processes: int, *arguments: str) -> str:
+    """Runs a verb under torchrun and insists on the number of processes."""
+    script = tmp_path / "check.py"
+    script.write_text(CHECK)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+               str(script), str(processes), *arguments]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The tiny run by two processes and by one."""
+    import yaml
+
+    from tests.pipeline.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("processes")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "precision": "fp32"}))
+    for processes in (1, 2):
+        launch(folder, processes, "run", "--config", str(path), "--name", f"by{processes}")
+    return folder / "runs" / "by1", folder / "runs" / "by2"
+
+
+def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):
+    """The first checkpoint, after two steps: equal but for the order of sums."""
+    one, two = (load_file(run / "tokenizer" / "model.safetensors") for run in two_runs)
+    for key, value in one.items():
+        if value.dtype.is_floating_point:
+            torch.testing.assert_close(two[key], value, atol=2e-2, rtol=2e-2, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_encoding_is_split_and_whole(two_runs):
+    manifests = [read_manifest(run / "codes") for run in two_runs]
+    assert [len(m["files"]["train"]) for m in manifests] == [1, 2]
+    codes = CodesDataset(two_runs[1] / "codes", "train")
+    assert len(codes) == 40 and codes.source_rows(range(40)) == list(range(40))
+
+
+def test_one_process_writes(two_runs):
+    assert sorted(p.name for p in (two_runs[1] / "prior" / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    held_out = [json.loads((run / "prior" / "settings.json").read_text())["held_out"]["nats_per_code"] for run in two_runs]
+    assert held_out[0] == pytest.approx(held_out[1], rel=0.2)
+
+
+def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
+    prompts = ["a red circle", "a blue star", "a green heart"]
+    for processes in (1, 2):
+        launch(tmp_path, processes, "generate", "--bundle", str(two_runs[0] / "bundle"), *prompts, "--num", "2",
+               "--out", str(tmp_path / f"by{processes}"))  # fmt: skip
+    for file in sorted((tmp_path / "by1").iterdir()):
+        assert file.read_bytes() == (tmp_path / "by2" / file.name).read_bytes(), file.name
+    assert len(list((tmp_path / "by2").glob("0*.png"))) == 6

