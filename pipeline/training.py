@@ -83,14 +83,23 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + process
 
 
-def optimizer_for(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on tensors of two or more dimensions only."""
+def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions only."""
     parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if config.optimizer == "muon":
+        matrices = network.hidden_matrices()  # type: ignore[operator]
+        chosen = {id(p) for p in matrices}
+        parameters = [p for p in parameters if id(p) not in chosen]
+        optimizers[f"{group}/muon"] = torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizers[f"{group}/adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return optimizers
 
 
 class WeightAverage:
@@ -145,7 +154,9 @@ def fit(
     plain = dict(objective.networks)
     for network in plain.values():
         network.to(accelerator.device).train()
-    optimizers = {group: optimizer_for(network, config) for group, network in plain.items()}
+    optimizers: dict[str, Any] = {}
+    for group, network in plain.items():
+        optimizers |= optimizers_for(group, network, config)
     average = WeightAverage(plain)
     checkpoints = folder / "checkpoints"
     first, best = 0, dict[str, float]()
@@ -156,7 +167,9 @@ def fit(
         for network in plain.values():
             network.compile_networks()  # type: ignore[operator]
     for group in plain:
-        objective.networks[group], optimizers[group] = accelerator.prepare(plain[group], optimizers[group])
+        objective.networks[group] = accelerator.prepare(plain[group])
+    for name in optimizers:
+        optimizers[name] = accelerator.prepare(optimizers[name])
 
     def checkpoint(step: int) -> None:
         if accelerator.is_main_process:
@@ -243,14 +256,15 @@ def _step(
             loss = next(losses, None)
         if loss is None:
             return scalars
-        optimizer = optimizers[loss.group]
+        own = [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{loss.group}/")]
         rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for options in (o for optimizer in own for o in optimizer.param_groups):
+            options["lr"] = rate
         accelerator.backward(loss.value)
         norm = accelerator.clip_grad_norm_(objective.networks[loss.group].parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in own:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         scalars |= {"loss" if loss.group in ("tokenizer", "prior") else f"{loss.group}_loss": loss.value.detach()}
         scalars |= loss.metrics
         scalars |= {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}

@@ -119,6 +119,10 @@ class ImagePrior(PreTrainedModel):
         c = self.model_config
         return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, self.image_head.weight)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks, which optimizers for matrices may step; embeddings and heads are not among them."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
     def compile_networks(self) -> None:
         """Compiles the training forward in place; parameter names stay as they are."""
         self.compile(dynamic=False)

@@ -92,23 +92,30 @@ class VectorQuantizer(Quantizer):
             self.codebook.copy_(self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None]))
         if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
             dead = self.counts < self.options.restart_below * self.counts.mean()
-            self._place(dead, vectors)
+            self._place(dead, *self._candidates(vectors, self._error(vectors, codes)))
 
     @torch.no_grad()
     def _start_from(self, vectors: Tensor) -> None:
         """The first batch's vectors become the codebook."""
-        self._place(torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device), vectors)
+        everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device)
+        self._place(everywhere, *self._candidates(vectors, torch.ones_like(vectors[:, 0])))
         self.initialized.fill_(True)
         self.counts.zero_()
 
-    def _place(self, which: Tensor, vectors: Tensor) -> None:
-        """Puts the chosen codes at random vectors of the batch, the same ones on every process, with average counts.
+    def _error(self, vectors: Tensor, codes: Tensor) -> Tensor:
+        """Squared distance (N,) of each vector to its code."""
+        return (vectors - F.embedding(codes, self._table())).square().sum(1)
 
-        Where the batch has fewer vectors than codes are placed, vectors repeat, told apart by a little noise.
+    @torch.no_grad()
+    def _place(self, which: Tensor, pool: Tensor, weights: Tensor) -> None:
+        """Puts the chosen codes at vectors of the pool drawn by weight, the same ones on every process, with average counts.
+
+        Weighted by error, codes go where the codebook is poorest, as in k-means++: a batch is mostly plain background, which
+        needs no further code. Where there are fewer vectors than codes they repeat, told apart by a little noise.
         """
         generator = torch.Generator().manual_seed(int(self.steps))
-        pool = self._candidates(vectors, generator)
-        picks = torch.randperm(len(pool), generator=generator).repeat(self.num_codes // len(pool) + 1)[: self.num_codes]
+        enough = len(pool) >= self.num_codes
+        picks = torch.multinomial(weights.cpu() + 1e-12, self.num_codes, replacement=not enough, generator=generator)
         noise = torch.randn(self.num_codes, pool.shape[1], generator=generator).to(pool.device)
         spread = pool.std(dim=0, correction=0).mean()
         placed = self._onto_sphere(pool[picks.to(pool.device)] + 0.01 * spread * noise)
@@ -117,12 +124,13 @@ class VectorQuantizer(Quantizer):
         self.counts.copy_(torch.where(which, count, self.counts))
         self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
 
-    def _candidates(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
-        """Up to K vectors of each process's batch, gathered from all."""
-        mine = torch.randperm(len(vectors), generator=generator)[: self.num_codes].to(vectors.device)
-        share = vectors[mine].contiguous()
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return share
-        shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, share)
-        return torch.cat(shares)
+    def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to 4 K vectors (M,D) of each process's batch and their weights (M,), gathered from all."""
+        generator = torch.Generator().manual_seed(int(self.steps))
+        mine = torch.randperm(len(vectors), generator=generator)[: 4 * self.num_codes].to(vectors.device)
+        share = torch.cat([vectors[mine], weights[mine, None]], dim=1).contiguous()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+            dist.all_gather(shares, share)
+            share = torch.cat(shares)
+        return share[:, :-1], share[:, -1]

@@ -14,7 +14,7 @@ from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkp
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Order
 from pipeline.stages import shifted
-from pipeline.training import Task, WeightAverage, average_decay, fit, learning_rate, optimizer_for, step_seed
+from pipeline.training import Task, WeightAverage, average_decay, fit, learning_rate, optimizers_for, step_seed
 
 
 class Line:
@@ -142,11 +142,11 @@ def test_broken_checkpoints_are_named(tmp_path):
 
 def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
     network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    optimizer = optimizer_for(network, TrainConfig())
+    optimizer = optimizers_for("a", network, TrainConfig())["a/adamw"]
     network(torch.randn(1, 3, 5, 5)).sum().backward()
     optimizer.step()
     save_checkpoint(tmp_path, 1, {}, {"a": network}, {"a": optimizer}, [], keep=1)
-    fresh = optimizer_for(network, TrainConfig())
+    fresh = optimizers_for("a", network, TrainConfig())["a/adamw"]
     load_checkpoint(tmp_path / "step-1", {"a": network}, {"a": fresh}, [])
     moment = fresh.state[network.weight]["exp_avg"]
     assert moment.stride() == network.weight.stride() and torch.equal(moment, optimizer.state[network.weight]["exp_avg"])
@@ -173,7 +173,7 @@ def test_schedules_by_hand():
 
 
 def test_weight_decay_spares_gains_and_biases():
-    groups = optimizer_for(nn.Linear(2, 3), TrainConfig(weight_decay=0.5)).param_groups
+    groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))["a/adamw"].param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
 
 
@@ -202,3 +202,25 @@ def test_views_are_shifts_that_repeat():
     assert np.array_equal(moved[1], shifted(images[1:], [5], 1, 2, seed=0)[0])
     padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")
     assert any(np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5))
+
+
+def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
+    from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+
+    stream = StreamConfig(text_vocab_size=9, text_length=4, levels=(Level(grid=(2, 2), num_codes=5),))
+    prior = ImagePrior(PriorConfig(width=16, depth=2, heads=2), stream)
+    optimizers = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
+    inside = {id(p) for o in optimizers["prior/muon"].param_groups for p in o["params"]}
+    rest = {id(p) for o in optimizers["prior/adamw"].param_groups for p in o["params"]}
+    assert inside == {id(p) for n, p in prior.named_parameters() if n.startswith("blocks") and p.ndim == 2}
+    assert not inside & rest and inside | rest == {id(p) for p in prior.parameters()}
+    for parameter in prior.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    save_checkpoint(tmp_path, 1, {}, {"prior": prior}, optimizers, [], keep=1)
+    fresh = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
+    load_checkpoint(tmp_path / "step-1", {"prior": prior}, fresh, [])
+    matrix = prior.blocks[0].attention.output.weight
+    moment = fresh["prior/muon"].state[matrix]["momentum_buffer"]
+    assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum_buffer"])

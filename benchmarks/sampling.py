@@ -1,0 +1,45 @@
+"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate(), batch 1 and 64.
+
+benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--out FILE]
+No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks import peers
+from benchmarks.timing import interleave, report
+from stage2_prior import SamplingOptions, sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=1)
+    batch = parser.parse_known_args()[0].batch
+    torch.manual_seed(0)
+    text = torch.randint(3, peers.VOCABULARY, (batch, peers.TEXT))
+    ours, dalle, llama = (model.eval() for model in (peers.ours(), peers.dalle(), peers.llama()))
+
+    @torch.no_grad()
+    def generate(**options):
+        return llama.generate(
+            text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=peers.CODES, min_new_tokens=peers.CODES,
+            **options,
+        )  # fmt: skip
+
+    seconds = interleave(
+        {
+            "ours": lambda: sample(ours, text, range(batch), SamplingOptions()),
+            "dalle-pytorch": lambda: dalle.generate_images(text),
+            "Llama generate()": generate,
+        },
+        rounds=5 if batch == 1 else 3,
+    )
+    report(f"sampling, batch {batch}", "pictures/s", {k: batch / v for k, v in seconds.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Nearest-picture figures on a pipeline that draws what it is told to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.evaluation import emoji
+from pipeline.evaluation.emoji import emoji_figures, squared_errors
+
+
+def test_squared_errors_by_hand():
+    a, b = np.zeros((1, 2, 2, 3), dtype=np.uint8), np.stack([np.full((2, 2, 3), v, dtype=np.uint8) for v in (0, 10, 255)])
+    assert squared_errors(a, b).tolist() == [[0, 100, 255**2]]
+
+
+class Tones:
+    """Ten one-coloured pictures in two families of five tones."""
+
+    shades = np.arange(10) * 25
+
+    def __len__(self) -> int:
+        return 10
+
+    def images(self, rows):
+        return np.stack([np.full((4, 4, 3), self.shades[r], dtype=np.uint8) for r in rows])
+
+    def captions(self, rows):
+        return [str(r) for r in rows]
+
+    def tone_siblings(self, row):
+        first = row // 5 * 5
+        return self.images(range(first, first + 5)), row - first
+
+
+@pytest.mark.parametrize(("off", "expected"), [(0, 1.0), (5, 1.0), (25, 0.0)])
+def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected):
+    monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
+
+    def pipe(prompts, truncate):
+        pictures = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
+        return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
+
+    figures: dict[str, float] = {}
+    emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    assert set(figures) == {"nearest_of_100_seen", "nearest_of_100_held_out", "own_tone_held_out"}
+    # The lightest picture of all, or of its family, has no lighter one to be mistaken for.
+    assert figures["nearest_of_100_seen"] == pytest.approx(expected, abs=0.1)
+    assert figures["own_tone_held_out"] == pytest.approx(expected, abs=0.2)

@@ -1,0 +1,85 @@
+"""The structure that design relies on: who may import whom, lazy imports, files of bounded length."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("stage1_tokenizer", "stage2_prior", "pipeline")
+FORBIDDEN = {"stage1_tokenizer": {"stage2_prior", "pipeline"}, "stage2_prior": {"stage1_tokenizer", "pipeline"}, "pipeline": set()}
+FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_stages_do_not_know_each_other_or_the_pipeline(path):
+    package = path.relative_to(ROOT).parts[0]
+    assert not imported(path) & (FORBIDDEN[package] | {"tests", "benchmarks", "pickle"})
+
+
+def test_shapes_and_sequence_alone_know_their_units():
+    """Text offsets are added in sequence.py only; pixel units are converted in pixels.py only."""
+    for path in (ROOT / "stage1_tokenizer").rglob("*.py"):
+        assert path.name == "pixels.py" or "127.5" not in path.read_text(), path
+    for path in (ROOT / "stage2_prior").rglob("*.py"):
+        assert path.name == "sequence.py" or "+ self.text_vocab_size" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.cli", "pipeline.data.sources", "pipeline.data.shapes"])
+def test_light_modules_import_nothing_heavy(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'accelerate') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from pipeline.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "train-tokenizer" in done.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400 and path.name != "utils.py"
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_public_api_is_what_init_lists(package):
+    module = __import__(package)
+    assert sorted(module.__all__) == module.__all__
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
+
+
+def test_the_packages_are_listed():
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({".".join(p.parent.relative_to(ROOT).parts) for p in FILES})
+
+
+def test_the_readmes_tree_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README's tree lacks {path.relative_to(ROOT)}"
