@@ -74,7 +74,7 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path) -> Iterator[s
 
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"there is no tokenizer in {tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
-    model = ImageTokenizer.from_pretrained(tokenizer).eval()
+    model = ImageTokenizer.load(tokenizer).eval()
     true = [read_picture(file, model.image_size) for file in files]
     drawn = model.to_images(model.to_codes(true))
     out.mkdir(parents=True, exist_ok=True)

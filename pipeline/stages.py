@@ -76,7 +76,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
 def encode_dataset(experiment: Experiment) -> Path:
     """Writes the codes of training and held-out pictures, split over the processes; returns `RUN/codes`."""
     folder = experiment.folder / "codes"
-    tokenizer = ImageTokenizer.from_pretrained(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    tokenizer = ImageTokenizer.load(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
     settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
     if (folder / "codes.json").is_file():
         manifest = read_manifest(folder)
@@ -148,7 +148,7 @@ def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: in
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder, train = experiment.folder / "prior", experiment.prior.train
-    tokenizer = ImageTokenizer.from_pretrained(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    tokenizer = ImageTokenizer.load(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     settings = {
@@ -241,7 +241,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
     folder = experiment.folder
     pipe = TextToImagePipeline(
-        ImageTokenizer.from_pretrained(_needed(folder / "tokenizer", "train-tokenizer")),
+        ImageTokenizer.load(_needed(folder / "tokenizer", "train-tokenizer")),
         ImagePrior.load(_needed(folder / "prior", "train-prior")),
         TextTokenizer.load(_needed(folder / "text_tokenizer", "train-prior")),
         experiment.sampling,

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from pipeline.checkpoints import write_folder
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer, sample
 
 FORMAT = 1
+# Bars of a split second for files of a few megabytes would only break the messages that matter.
+transformers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -172,7 +175,7 @@ class TextToImagePipeline:
         for part in ("tokenizer", "prior", "text_tokenizer"):
             if not (folder / part).is_dir():
                 raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
-        tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
+        tokenizer = ImageTokenizer.load(folder / "tokenizer").eval()
         prior = ImagePrior.load(folder / "prior")
         found = {
             "tokenizer": tokenizer.fingerprint,
