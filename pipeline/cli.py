@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens and parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return VERBS[verb](rest)
+        status = VERBS[verb](rest)
+        if "RANK" in os.environ:  # one of several processes
+            from pipeline.runtime import end_processes
+
+            end_processes()
+        return status
     except SystemExit as stop:  # argparse: 0 after --help, 2 for wrong usage
         return int(stop.code or 0)
     except _WrongUsage as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
     """One accelerator for a stage; trackers write to the run folder's logs/."""
     logs = experiment.folder / "logs"
     names = experiment.trackers if trackers else []
+    # accelerate 1.15 passes torch 2.13 the option under its older name.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         log_with=names or None,
         project_config=ProjectConfiguration(project_dir=str(experiment.folder), logging_dir=str(logs)),
@@ -30,6 +33,12 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
     if names:
         accelerator.init_trackers("", config=None)
     return accelerator
+
+
+def end_processes() -> None:
+    """Ends the process group, if there is one; the last thing a verb does."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

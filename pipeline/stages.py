@@ -322,7 +322,8 @@ def _finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[s
         text = json.dumps({"settings": settings, "held_out": finite}, indent=2) + "\n"
         (folder / ".settings.json.writing").write_text(text)
         (folder / ".settings.json.writing").rename(folder / "settings.json")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
+        tracker.finish()
     accelerator.wait_for_everyone()
 
 

@@ -229,8 +229,8 @@ def fit(
     bar.close()
     for group, network in plain.items():
         objective.networks[group] = network
-    if not figures:
-        figures = evaluate(config.steps)  # nothing was left to train: the figures are those of the checkpoint
+    if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint
+        figures = evaluate(config.steps)
     if config.keep_best and (chosen := newest_checkpoint(folder / "best")):
         _, figures = load_checkpoint(chosen, plain, {}, average.shadow)
     average.swap()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,11 @@ class PriorObjective:
             dropped = torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
             null = self.stream.null_caption(len(text_ids), text_ids.device)
             text_ids = torch.where(dropped[:, None], null, text_ids)
-        text_loss, image_loss, smoothed = self._cross_entropies(self.networks["prior"], text_ids, codes)
+        words = self._words(text_ids)
+        if dist.is_available() and dist.is_initialized():  # gradients are averaged over processes: each counts by the mean count
+            dist.all_reduce(words)
+            words = words / dist.get_world_size()
+        text_loss, image_loss, smoothed = self._cross_entropies(self.networks["prior"], text_ids, codes, words)
         value = smoothed + self.config.text_weight * text_loss
         yield PriorLoss("prior", value, {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()})
 
@@ -54,10 +59,9 @@ class PriorObjective:
         self.prior.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            text, image, _ = self._cross_entropies(self.prior, batch["text_ids"], batch["codes"])
-            words = int((self.stream.text_targets(batch["text_ids"]) != -100).sum())
-            pixels = batch["codes"].numel()
-            sums += torch.tensor([float(text) * words, words, float(image) * pixels, pixels], dtype=torch.float64)
+            words, codes = self._words(batch["text_ids"]), batch["codes"].numel()
+            text, image, _ = self._cross_entropies(self.prior, batch["text_ids"], batch["codes"], words)
+            sums += torch.tensor([float(text * words), float(words), float(image) * codes, codes], dtype=torch.float64)
         self.prior.train()
         if not sums[3]:
             raise ValueError("there are no held-out pictures to evaluate on; raise data.held_out or add pictures")
@@ -66,7 +70,12 @@ class PriorObjective:
             "nats_per_code": float(sums[2] / sums[3]),
         }
 
-    def _cross_entropies(self, prior: nn.Module, text_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _words(self, text_ids: Tensor) -> Tensor:
+        """How many text tokens a batch predicts, float32."""
+        return (self.stream.text_targets(text_ids) != -100).sum().float()
+
+    def _cross_entropies(self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nats a text token, of which there are `words`; nats a code; the latter with label smoothing."""
         ids = self.stream.inputs(text_ids, codes[:, :-1])
         positions = torch.arange(ids.shape[1], device=ids.device)
         logits = prior(ids, positions, num_text=self.stream.text_length - 1)
@@ -77,7 +86,7 @@ class PriorObjective:
         # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
         text_targets = self.stream.text_targets(text_ids).flatten()
         text = F.cross_entropy(logits.text.float().flatten(0, 1), text_targets, ignore_index=-100, reduction="sum")
-        text = text / (text_targets != -100).sum().clamp(min=1)
+        text = text / words.clamp(min=1)
         flat, targets = image_logits.flatten(0, 1), self.stream.image_targets(codes).flatten()
         image = F.cross_entropy(flat, targets)
         smoothing = self.config.label_smoothing

@@ -17,6 +17,8 @@ from stage1_tokenizer.config import VectorOptions
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer, sum_over_processes
 
 _SMOOTHING = 1e-5
+_CANDIDATES = 4096
+"""Vectors a process offers for restarts, at least; four a code where the codebook is large."""
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -125,9 +127,11 @@ class VectorQuantizer(Quantizer):
         self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
 
     def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to 4 K vectors (M,D) of each process's batch and their weights (M,), gathered from all."""
+        """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,), gathered from all."""
         generator = torch.Generator().manual_seed(int(self.steps))
-        mine = torch.randperm(len(vectors), generator=generator)[: 4 * self.num_codes].to(vectors.device)
+        limit = max(4 * self.num_codes, _CANDIDATES)
+        # In the order of the batch: then any number of processes gathers the same pool.
+        mine = torch.randperm(len(vectors), generator=generator)[:limit].sort().values.to(vectors.device)
         share = torch.cat([vectors[mine], weights[mine, None]], dim=1).contiguous()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
