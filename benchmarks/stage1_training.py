@@ -16,7 +16,7 @@ from benchmarks.timing import interleave, report
 from pipeline.config import TrainConfig
 from pipeline.data.config import DataConfig
 from pipeline.data.shapes_captions import ShapesSource
-from pipeline.training import optimizer_for
+from pipeline.training import optimizers_for
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, to_model_range
 from stage1_tokenizer.objective import peak_signal_to_noise
 
@@ -37,8 +37,8 @@ def main() -> None:
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     vae = peers.discrete_vae(32, 2, NUM_CODES)
     optimizers = {
-        "ours": optimizer_for(tokenizer, TrainConfig(learning_rate=2e-3)),
-        "dalle-pytorch": torch.optim.Adam(vae.parameters(), lr=1e-3),
+        "ours": list(optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon", learning_rate=8e-3)).values()),
+        "dalle-pytorch": [torch.optim.Adam(vae.parameters(), lr=1e-3)],
     }
     generator = torch.Generator().manual_seed(0)
 
@@ -48,8 +48,9 @@ def main() -> None:
             unit = (to_model_range(batch) + 1) / 2
             loss = next(objective.losses(batch, 0)).value if side == "ours" else vae(unit, return_loss=True)
         loss.backward()
-        optimizers[side].step()
-        optimizers[side].zero_grad(set_to_none=True)
+        for optimizer in optimizers[side]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     rates = {k: BATCH / v for k, v in interleave({s: (lambda s=s: step(s)) for s in optimizers}, rounds=15, warm_up=3).items()}
     for side in optimizers:

@@ -25,7 +25,7 @@ class TrainConfig:
     batch_size: int = 32
     """Pictures a step, over all processes together; each takes an equal part."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` (priors only) steps the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
+    """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
     AdamW's scale of steps, and everything else by AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -166,8 +166,6 @@ class Experiment:
                 f"sampling.guidance_scale is {self.sampling.guidance_scale} but prior.objective.caption_dropout is 0; "
                 "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
             )
-        if self.tokenizer.train.optimizer != "adamw":
-            problems.append("tokenizer.train.optimizer is muon, which steps matrices only; convolutions need adamw")
         if self.data.source == "shapes" and self.encode.pictures is None:
             problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
         if problems:

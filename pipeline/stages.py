@@ -164,7 +164,7 @@ def train_prior(experiment: Experiment) -> Path:
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
         text_length=text.length,
-        levels=tuple(Level(grid=tuple(level.grid), num_codes=level.num_codes) for level in tokenizer.layout),
+        levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
         pad_id=text.pad_id,
         start_id=text.start_id,
         end_id=text.end_id,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
+from pipeline.muon import Muon
 
 
 class Loss(Protocol):
@@ -91,9 +92,7 @@ def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[
         matrices = network.hidden_matrices()  # type: ignore[operator]
         chosen = {id(p) for p in matrices}
         parameters = [p for p in parameters if id(p) not in chosen]
-        optimizers[f"{group}/muon"] = torch.optim.Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        optimizers[f"{group}/muon"] = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -57,6 +57,9 @@ class TokenizerConfig:
     """Channels at the code grid's resolution; each finer resolution has half as many, 32 at least."""
     encoder_depth: int = 1
     """Residual blocks at each resolution of the encoder."""
+    encoder_kernel: Literal[1, 3] = 1
+    """1: a code sees the pixels it covers alone, which makes it easiest for a prior to explain; 3: its surroundings too, which makes
+    pictures a little sharper."""
     decoder_depth: int = 3
     """Residual blocks at each resolution of the decoder, which has the harder task."""
     quantizer: Literal["vq", "gumbel"] = "vq"

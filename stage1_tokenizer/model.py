@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from stage1_tokenizer.config import Level, TokenizerConfig
@@ -64,7 +64,7 @@ class ImageTokenizer(PreTrainedModel):
         self.quantizer = build_quantizer(own)
         patch = min(own.factor, 4)
         out = own.channels * self.likelihood.parameters_per_channel
-        self.encoder = Encoder(own.channels, own.widths, own.encoder_depth, patch, self.quantizer.input_dim)
+        self.encoder = Encoder(own.channels, own.widths, own.encoder_depth, own.encoder_kernel, patch, self.quantizer.input_dim)
         self.decoder = Decoder(own.code_dim, own.widths, own.decoder_depth, patch, out)
         self.to(memory_format=torch.channels_last)
         self.post_init()
@@ -140,6 +140,10 @@ class ImageTokenizer(PreTrainedModel):
     def to_images(self, codes: Tensor) -> list[Image.Image]:
         """Codes (B,h,w) -> pictures."""
         return to_pil(to_pictures(self.decode(codes.to(self.device))))
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The kernels of encoder and decoder, which optimizers for matrices may step; a codebook is not among them."""
+        return [p for network in (self.encoder, self.decoder) for p in network.parameters() if p.ndim >= 2]
 
     def compile_networks(self) -> None:
         """Compiles encoder and decoder in place; parameter names stay as they are."""

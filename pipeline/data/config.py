@@ -27,6 +27,8 @@ class DataConfig:
     """Fewest objects of a picture (`shapes`)."""
     max_objects: int = 3
     """Most objects of a picture (`shapes`)."""
+    lattice: int = 0
+    """Places a side, evenly spaced, on which objects stand (`shapes`): fewer make the world easier to learn; 0 is any pixel."""
     world_size: int = 1_000_000
     """Pictures after which the `shapes` repeat."""
     font: str | None = None
@@ -50,6 +52,8 @@ class DataConfig:
             problems.append(
                 f"data.min_objects {self.min_objects} and data.max_objects {self.max_objects} must satisfy 1 <= min <= max <= 3"
             )
+        if self.lattice and (self.lattice < 8 or self.image_size % self.lattice):
+            problems.append(f"data.lattice is {self.lattice}; it must be 0 or a divisor of data.image_size {self.image_size}, at least 8")
         if self.world_size < 1:
             problems.append(f"data.world_size is {self.world_size}; it must be at least 1")
         if problems:

@@ -133,21 +133,27 @@ class ShapesWorld:
 
     Args:
         image_size: height and width of a picture, at least 32.
+        lattice: centres a side on which objects may stand, evenly spaced; 0 lets them stand on any pixel.
         split: `train` and `held_out` draw the same pairs from unlike seeds; each scene of `new_pairs` has a pair never in training.
 
     Raises:
-        ValueError: the size is too small, the counts are not 1 to 3, or the split is unknown.
+        ValueError: the size is too small, the counts are not 1 to 3, the lattice does not divide the size, or the split is unknown.
     """
 
-    def __init__(self, image_size: int = 64, *, min_objects: int = 1, max_objects: int = 3, seed: int = 0, split: str = "train"):
+    def __init__(
+        self, image_size: int = 64, *, min_objects: int = 1, max_objects: int = 3, lattice: int = 0, seed: int = 0, split: str = "train"
+    ) -> None:
         if image_size < 32:
             raise ValueError(f"image_size is {image_size}; the shapes need at least 32 pixels")
         if not 1 <= min_objects <= max_objects <= 3:
             raise ValueError(f"min_objects {min_objects} and max_objects {max_objects} must satisfy 1 <= min <= max <= 3")
+        if lattice and (lattice < 8 or image_size % lattice):
+            raise ValueError(f"lattice is {lattice}; it must be 0 (any pixel) or a divisor of image_size {image_size}, at least 8")
         if split not in SPLITS:
             raise ValueError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}")
         self.image_size, self.seed, self.split = image_size, seed, split
         self.min_objects, self.max_objects = min_objects, max_objects
+        self._step = image_size // lattice if lattice else 1
         pairs = [(s, c) for s in SHAPES for c in COLOURS]
         self._seen = [p for p in pairs if p not in NEW_PAIRS]
         self._new = [p for p in pairs if p in NEW_PAIRS]
@@ -176,9 +182,11 @@ class ShapesWorld:
 
     def _place(self, items: Sequence[Item], size: str, numbers: Iterator[float]) -> tuple[int, int] | None:
         half = SIZES[size] * self.image_size
-        low, span = math.ceil(half) + 1, self.image_size - 2 * (math.ceil(half) + 1)
+        step, margin = self._step, math.ceil(half) + 1
+        low = math.ceil(margin / step)
+        span = math.ceil((self.image_size - margin) / step) - low
         for _ in range(_TRIES // 4):
-            x, y = low + _choice(numbers, span), low + _choice(numbers, span)
+            x, y = ((low + _choice(numbers, span)) * step for _ in range(2))
             if all(
                 max(abs(x - other.x), abs(y - other.y)) >= half + SIZES[other.size] * self.image_size + _GAP * self.image_size
                 for other in items

@@ -110,10 +110,12 @@ class ShapesSource:
     name = "shapes"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        self.world = ShapesWorld(config.image_size, min_objects=config.min_objects, max_objects=config.max_objects, split=split)
+        self.world = ShapesWorld(
+            config.image_size, min_objects=config.min_objects, max_objects=config.max_objects, lattice=config.lattice, split=split
+        )
         self.size = config.world_size
         self.problems: list[str] = []
-        self.fingerprint = f"shapes1-{config.image_size}-{config.min_objects}{config.max_objects}-{split}"
+        self.fingerprint = f"shapes1-{config.image_size}-{config.min_objects}{config.max_objects}-{config.lattice}-{split}"
 
     def __len__(self) -> int:
         return self.size

@@ -173,7 +173,8 @@ def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: 
     squared = (flat**2).sum() - 2 * bank @ flat + (bank**2).sum(1)
     best = int(squared.argmin())
     shape, size, dx, dy = labels[best]
-    similarity = float(bank[best] @ flat / np.sqrt((bank[best] ** 2).sum() * ((flat**2).sum() + lost)))
+    energy = float((flat**2).sum()) + lost
+    similarity = float(bank[best] @ flat / np.sqrt((bank[best] ** 2).sum() * energy)) if energy else 0.0
     return FoundItem(shape, colour, size, x + dx, y + dy, similarity)
 
 

@@ -32,7 +32,7 @@ class Report:
     def table(self) -> str:
         """The figures, one a line."""
         width = max(map(len, self.figures), default=0)
-        return "\n".join(f"  {name:<{width}}  {_readable(value)}" for name, value in self.figures.items())
+        return "\n".join(f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items())
 
     def save(self, path: Path) -> None:
         """Writes JSON beside and renames it."""
@@ -128,5 +128,7 @@ def _guided(pipe: TextToImagePipeline) -> bool:
     return bool(pipe.prior.config.trained_with_caption_dropout)
 
 
-def _readable(value: float) -> str:
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3f}"
+def _readable(name: str, value: float) -> str:
+    """Shares as percent; nats, decibels and perplexities as they are."""
+    plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity"))
+    return f"{value:.3f}" if plain else f"{value:.1%}"

@@ -222,5 +222,5 @@ def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
     fresh = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
     load_checkpoint(tmp_path / "step-1", {"prior": prior}, fresh, [])
     matrix = prior.blocks[0].attention.output.weight
-    moment = fresh["prior/muon"].state[matrix]["momentum_buffer"]
-    assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum_buffer"])
+    moment = fresh["prior/muon"].state[matrix]["momentum"]
+    assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum"])

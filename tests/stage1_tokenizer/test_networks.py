@@ -10,10 +10,10 @@ from stage1_tokenizer.config import TokenizerConfig
 from stage1_tokenizer.networks import Decoder, Encoder, ResidualBlock
 
 
-def networks(factor: int, size: int = 32, width: int = 32) -> tuple[Encoder, Decoder]:
+def networks(factor: int, size: int = 32, width: int = 32, kernel: int = 3) -> tuple[Encoder, Decoder]:
     config = TokenizerConfig(image_size=size, factor=factor, width=width)
     patch = min(factor, 4)
-    return Encoder(3, config.widths, 1, patch, 5), Decoder(5, config.widths, 1, patch, 6)
+    return Encoder(3, config.widths, 1, kernel, patch, 5), Decoder(5, config.widths, 1, patch, 6)
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
@@ -23,6 +23,20 @@ def test_any_factor_and_size(factor, size):
     features = encoder(torch.zeros(1, 3, size, size))
     assert features.shape == (1, 5, size // factor, size // factor)
     assert decoder(features).shape == (1, 6, size, size)
+
+
+@pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 1)])
+def test_a_code_sees_its_own_place_or_its_neighbours_too(kernel, reach):
+    torch.manual_seed(0)
+    encoder, _ = networks(8, 64, kernel=kernel)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    pixels = torch.randn(1, 3, 64, 64, requires_grad=True)
+    encoder(pixels)[0, :, 4, 4].sum().backward()
+    seen = pixels.grad[0].abs().sum(0).unflatten(0, (8, 8)).unflatten(2, (8, 8)).sum((1, 3)) > 0
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[4 - reach : 5 + reach, 4 - reach : 5 + reach] = True
+    assert torch.equal(seen, expected)
 
 
 def test_residual_blocks_start_as_the_identity():

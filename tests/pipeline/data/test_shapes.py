@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.data.config import DataConfig
+from pipeline.data.config import DataConfig
 from pipeline.data.shapes import BACKGROUNDS, COLOURS, NEW_PAIRS, SHAPES, SIZES, Item, Scene, ShapesWorld, draw, sprite
 from pipeline.data.shapes_captions import (
     GROUND_FRAMES,
@@ -196,3 +197,17 @@ def test_bad_worlds_are_refused():
         read_scene(np.zeros((64, 64), dtype=np.uint8))
     with pytest.raises(ValueError, match="at least 32"):
         read_scene(np.zeros((16, 16, 3), dtype=np.uint8))
+
+
+def test_objects_stand_on_the_lattice():
+    items = [item for i in range(200) for item in ShapesWorld(lattice=8).scene(i).items]
+    assert {item.x % 8 for item in items} == {item.y % 8 for item in items} == {0}
+    assert len({item.x for item in items}) >= 5 and any(i.x % 8 for n in range(20) for i in ShapesWorld().scene(n).items)
+
+
+@pytest.mark.parametrize("lattice", [7, 4, 24])
+def test_a_lattice_that_does_not_fit_is_refused(lattice):
+    with pytest.raises(ValueError, match=f"lattice is {lattice}.*divisor of image_size 64"):
+        ShapesWorld(lattice=lattice)
+    with pytest.raises(ValueError, match=f"data.lattice is {lattice}"):
+        DataConfig(source="shapes", lattice=lattice)
