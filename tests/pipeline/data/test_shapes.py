@@ -9,7 +9,6 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.data.config import DataConfig
-from pipeline.data.config import DataConfig
 from pipeline.data.shapes import BACKGROUNDS, COLOURS, NEW_PAIRS, SHAPES, SIZES, Item, Scene, ShapesWorld, draw, sprite
 from pipeline.data.shapes_captions import (
     GROUND_FRAMES,
