@@ -183,6 +183,8 @@ def _evaluate(rest: Sequence[str]) -> int:
     from pipeline.evaluation.report import evaluate
 
     experiment = _experiment(settings)
+    if os.environ.get("RANK", "0") != "0":  # judged by one process: the pictures are few
+        return 0
     bundle = options.bundle or experiment.folder / "bundle"
     out = options.out or experiment.folder / "evaluation.json"
     _say(evaluate(bundle, experiment, out, pictures=options.pictures).table())
