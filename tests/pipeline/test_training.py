@@ -224,3 +224,13 @@ def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
     matrix = prior.blocks[0].attention.output.weight
     moment = fresh["prior/muon"].state[matrix]["momentum"]
     assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum"])
+
+
+def test_muon_steps_kernels_but_no_codebook():
+    from stage1_tokenizer import ImageTokenizer, TokenizerConfig, VectorOptions
+
+    tokenizer = ImageTokenizer(TokenizerConfig(image_size=32, width=32, num_codes=8, vq=VectorOptions(codebook="gradient")))
+    optimizers = optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon"))
+    stepped = {id(p) for o in optimizers["tokenizer/muon"].param_groups for p in o["params"]}
+    kernels = {id(m.weight) for m in tokenizer.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert stepped == kernels and id(tokenizer.quantizer.codebook) not in stepped
