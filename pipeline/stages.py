@@ -165,12 +165,14 @@ def train_prior(experiment: Experiment) -> Path:
         text_vocab_size=text.vocab_size,
         text_length=text.length,
         levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
+        code_dim=tokenizer.code_vectors.shape[1],
         pad_id=text.pad_id,
         start_id=text.start_id,
         end_id=text.end_id,
     )
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
+    prior.tell_code_vectors(tokenizer.code_vectors)
     order = Order(len(codes["train"]), train.batch_size, experiment.seed)
     truncate = experiment.text.truncate
 

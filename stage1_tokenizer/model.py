@@ -90,6 +90,12 @@ class ImageTokenizer(PreTrainedModel):
         return (Level(grid=self.grid, num_codes=self.num_codes),)
 
     @property
+    def code_vectors(self) -> Tensor:
+        """(K,D): what the decoder sees of each code, for models that take the codes further."""
+        codes = torch.arange(self.num_codes, device=self.device)
+        return self.quantizer.embed(codes[None, None]).detach()[0, :, 0].T
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that change with the configuration or any weight."""
         digest = hashlib.sha256(json.dumps(self.config.model, sort_keys=True).encode())

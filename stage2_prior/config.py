@@ -92,6 +92,8 @@ class StreamConfig:
     """Text slots of the stream, start and end token included."""
     levels: tuple[Level, ...] = field(default_factory=tuple)
     """The codes' levels, in the order in which the stream holds them."""
+    code_dim: int = 0
+    """Features of a code's vector, of which the prior is told (`ImagePrior.tell_code_vectors`); 0 where codes are bare numbers."""
     pad_id: int = 0
     """Text id that fills unused text slots."""
     start_id: int = 1

@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,6 +38,36 @@ class PriorLogits:
     """(B, image slots, K) for the next code, counted over all levels."""
 
 
+class Tables(NamedTuple):
+    """The weights that codes share, worked out once a pass or once a picture."""
+
+    embeddings: Tensor
+    """(V + K, C): one row for each id of the joint vocabulary."""
+    head: Tensor
+    """(K,C): a code's logit is the product of its row and the features."""
+
+
+class CodeRows(nn.Module):
+    """A row (C,) for each of K codes: linear in the code's vector, plus a small part of its own.
+
+    A tokenizer's codebook is not a bare list: codes that look alike lie together, and the same change of colour is much the same
+    step everywhere in it. Rows that follow the codebook inherit this, so what the prior learns of red stars serves green ones;
+    rows of their own would have to find it again from examples. Without vectors (`code_dim` 0) the own part is all there is.
+    """
+
+    def __init__(self, num_codes: int, width: int, code_dim: int) -> None:
+        super().__init__()
+        # The smaller the own part, the smaller the steps it takes: what codes have in common is learned first.
+        self.own_gain = 0.1 if code_dim else 1.0
+        self.own = nn.Parameter(torch.zeros(num_codes, width))
+        self.shared = nn.Parameter(torch.zeros(code_dim, width)) if code_dim else None
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Vectors (K,D) of the codes -> rows (K,C)."""
+        rows = self.own_gain * self.own
+        return rows if self.shared is None else rows + vectors @ self.shared
+
+
 class ImagePrior(PreTrainedModel):
     """Decoder-only transformer over caption and codes.
 
@@ -61,18 +92,20 @@ class ImagePrior(PreTrainedModel):
         self.model_config = _build(PriorConfig, hub.model)
         self.stream = Stream(_build(StreamConfig, hub.stream))
         width, heads = self.model_config.width, self.model_config.heads
-        self.embedding = nn.Embedding(self.stream.vocab_size, width)
+        self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
+        self.code_embedding = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
         self.blocks = nn.ModuleList(
             Block(width, heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
         )
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
-        self.image_head = nn.Linear(width, self.stream.num_codes, bias=False)
+        self.image_head = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
         # Persistent, so that loading (which builds the model without memory) fills them like any weight.
         table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
+        self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
         self.post_init()
 
     @torch.no_grad()
@@ -82,12 +115,26 @@ class ImagePrior(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+        elif isinstance(module, CodeRows) and module is self.code_embedding:
+            nn.init.normal_(module.own, std=0.5 if module.shared is None else 0.1)
+            if module.shared is not None:
+                nn.init.normal_(module.shared, std=0.5 * len(module.shared) ** -0.5)
         elif isinstance(module, Block):
             nn.init.zeros_(module.attention.output.weight)
             nn.init.zeros_(module.feed_forward.down.weight)
         if module is self:
             nn.init.zeros_(self.text_head.weight)
-            nn.init.zeros_(self.image_head.weight)
+
+    def tell_code_vectors(self, vectors: Tensor) -> None:
+        """The codes' vectors (K,D) in the tokenizer that made them, before training; they are kept centred, at deviation 1.
+
+        Raises:
+            ValueError: their shape is not (num_codes, code_dim) of the stream.
+        """
+        if vectors.shape != self.code_vectors.shape:
+            raise ValueError(f"code vectors have shape {tuple(vectors.shape)}; this prior's stream has {tuple(self.code_vectors.shape)}")
+        centred = vectors.detach().float() - vectors.detach().float().mean(0)
+        self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     def forward(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None) -> PriorLogits:
         """Logits for the token after each of the given ones.
@@ -101,15 +148,21 @@ class ImagePrior(PreTrainedModel):
         if num_text is None:
             first = cache.length if cache is not None else 0
             num_text = min(max(self.stream.text_length - 1 - first, 0), ids.shape[1])
-        features = self.features(ids, positions, cache)
-        return PriorLogits(text=self.text_head(features[:, :num_text]), image=self.image_head(features[:, num_text:]))
+        tables = self.tables()
+        features = self.features(ids, positions, tables, cache)
+        return PriorLogits(text=self.text_head(features[:, :num_text]), image=F.linear(features[:, num_text:], tables.head))
 
-    def features(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def tables(self) -> Tables:
+        """Embeddings of all ids and rows of the image head, from the weights as they are now."""
+        codes = self.code_embedding(self.code_vectors)
+        return Tables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors))
+
+    def features(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
-        table = self.rotary[:, positions]
-        x = self.embedding(ids) + self.level_embedding(self.slot_level[positions])
+        turns = self.rotary[:, positions]
+        x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[positions])
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, cache, layer)
+            x = block(x, turns, cache, layer)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
@@ -117,7 +170,7 @@ class ImagePrior(PreTrainedModel):
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for whole streams, in the dtype and on the device of the weights."""
         c = self.model_config
-        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, self.image_head.weight)
+        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, self.text_head.weight)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the blocks, which optimizers for matrices may step; embeddings and heads are not among them."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.model import ImagePrior
@@ -119,15 +120,15 @@ def sample(prior: ImagePrior, text_ids: Tensor, seeds: Sequence[int], options: S
         prompt = torch.cat([prompt, stream.null_caption(batch, device)])
     noise = uniforms(seeds, stream.image_length).to(device)
     positions = torch.arange(stream.length, device=device)
-    cache = prior.new_cache(len(prompt))
+    cache, tables = prior.new_cache(len(prompt)), prior.tables()
     codes = torch.empty(batch, stream.image_length, dtype=torch.long, device=device)
     log_likelihood = torch.zeros(batch, device=device)
     finite = torch.ones(stream.image_length, dtype=torch.bool, device=device)
 
-    features = prior.features(prompt, positions[: stream.text_length], cache)[:, -1]
+    features = prior.features(prompt, positions[: stream.text_length], tables, cache)[:, -1]
     for i in range(stream.image_length):
         first, past = stream.level_range(i)
-        logits = prior.image_head(features)[:, first:past].float()
+        logits = F.linear(features, tables.head[first:past]).float()
         conditional = logits[:batch]
         finite[i] = logits.isfinite().all()
         chosen = guide(conditional, logits[batch:], options.guidance_scale) if guided else conditional
@@ -138,7 +139,7 @@ def sample(prior: ImagePrior, text_ids: Tensor, seeds: Sequence[int], options: S
             ids = stream.code_ids(code[:, None], start=i)
             ids = torch.cat([ids, ids]) if guided else ids
             slot = stream.text_length + i
-            features = prior.features(ids, positions[slot : slot + 1], cache)[:, -1]
+            features = prior.features(ids, positions[slot : slot + 1], tables, cache)[:, -1]
     if not finite.all():
         raise FloatingPointError(
             f"the prior's logits are not finite at code {int((~finite).nonzero()[0])}; its weights are damaged, "

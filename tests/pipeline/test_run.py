@@ -68,6 +68,13 @@ def test_running_again_changes_nothing(finished_run, capsys):
     assert "next: minidalle generate" in capsys.readouterr().out
 
 
+def test_the_prior_knows_the_vectors_of_its_codes(finished_run):
+    bundle = finished_run[1] / "bundle"
+    told = ImagePrior.load(bundle / "prior").code_vectors
+    vectors = ImageTokenizer.load(bundle / "tokenizer").code_vectors
+    torch.testing.assert_close(told * (vectors - vectors.mean(0)).std() + vectors.mean(0), vectors)
+
+
 def test_codes_are_those_of_the_pictures(finished_run):
     from pipeline.config import load_experiment
     from pipeline.data.sources import load_source

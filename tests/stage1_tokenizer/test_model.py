@@ -39,6 +39,15 @@ def test_any_factor_and_size(factor, size):
 
 
 @QUANTIZERS
+def test_code_vectors_are_what_the_decoder_sees(quantizer):
+    tokenizer = tiny_tokenizer(quantizer=quantizer)
+    codes = torch.randint(0, 12, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    vectors = tokenizer.code_vectors
+    assert len(vectors) == 12 and not vectors.requires_grad
+    assert torch.equal(vectors[codes].permute(0, 3, 1, 2), tokenizer.quantizer.embed(codes))
+
+
+@QUANTIZERS
 def test_a_picture_has_the_same_codes_alone_as_in_a_batch(quantizer, pictures):
     tokenizer = tiny_tokenizer(quantizer=quantizer)
     pixels = to_model_range(pictures)

@@ -8,10 +8,12 @@ import torch
 from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
 
-def tiny_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object) -> ImagePrior:
+def tiny_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), code_dim: int = 5, **model: object) -> ImagePrior:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
-    prior = ImagePrior(config, StreamConfig(text_vocab_size=20, text_length=6, levels=levels))
+    prior = ImagePrior(config, StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim))
+    if code_dim:
+        prior.tell_code_vectors(torch.randn(prior.stream.num_codes, code_dim))
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:

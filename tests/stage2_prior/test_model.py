@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
 from stage2_prior.transformer import attend, rotary_table, rotate
 from tests.stage2_prior.conftest import tiny_prior
 
@@ -19,8 +19,8 @@ LEVELS = [(Level(grid=(3, 3), num_codes=11),), (Level(grid=(1, 1), num_codes=4),
 def test_logits_depend_on_no_later_token(levels, text_ids):
     prior = tiny_prior(levels)
     ids = prior.stream.inputs(text_ids, torch.zeros(3, 8, dtype=torch.long))
-    embedded = prior.embedding(ids).detach().requires_grad_()
-    prior.embedding.register_forward_hook(lambda *_: embedded)
+    embedded = F.embedding(ids, prior.tables().embeddings).detach().requires_grad_()
+    prior.blocks[0].register_forward_pre_hook(lambda _, inputs: (embedded, *inputs[1:]))
     logits = prior(ids, torch.arange(ids.shape[1]))
     for slot in (0, 3, 4, 5, 9, 13):
         part = logits.text[:, slot] if slot < 5 else logits.image[:, slot - 5]
@@ -41,6 +41,40 @@ def test_cached_logits_equal_uncached(levels, text_ids):
         pieces = [prior(ids[:, a:b], slots[a:b], cache) for a, b in ((0, 4), (4, 6), *((i, i + 1) for i in range(6, 14)))]
     torch.testing.assert_close(torch.cat([p.text for p in pieces], 1), full.text)
     torch.testing.assert_close(torch.cat([p.image for p in pieces], 1), full.image)
+
+
+def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
+    """Rows are linear in the told vectors but for the own part; a code that moves in the codebook moves its logit."""
+    prior = tiny_prior()
+    with torch.no_grad():
+        for rows in (prior.code_embedding, prior.image_head):
+            rows.own.zero_()
+        vectors = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
+        vectors[4] = (vectors[2] + vectors[3]) / 2
+        prior.tell_code_vectors(vectors)
+        for table in (prior.tables().embeddings[20:], prior.tables().head):
+            torch.testing.assert_close(table[4], (table[2] + table[3]) / 2)
+            assert not torch.allclose(table[2], table[3])
+        prior.image_head.own[4] += 1
+        table = prior.tables().head
+        torch.testing.assert_close(table[4] - (table[2] + table[3]) / 2, torch.full((32,), 0.1))
+
+
+def test_told_vectors_are_centred_and_refused_in_another_shape(prior):
+    prior.tell_code_vectors(torch.randn(11, 5, generator=torch.Generator().manual_seed(4)) * 7 + 3)
+    torch.testing.assert_close(prior.code_vectors.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
+    assert float(prior.code_vectors.std()) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"code vectors have shape \(11, 4\); this prior's stream has \(11, 5\)"):
+        prior.tell_code_vectors(torch.randn(11, 4))
+
+
+def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
+    prior = tiny_prior(code_dim=0)
+    assert prior.image_head.shared is None
+    loss = next(PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).losses({"text_ids": text_ids, "codes": codes}, 0))
+    loss.value.backward()
+    assert all(p.grad is not None for p in prior.parameters())
+    assert sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes.shape == (3, 9)
 
 
 def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
@@ -79,7 +113,7 @@ def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_i
         assert again.fingerprint == prior.fingerprint
         assert again.config.trained_with_caption_dropout
     with torch.no_grad():
-        again.image_head.weight[0, 0] += 1
+        again.image_head.own[0, 0] += 1
     assert again.fingerprint != prior.fingerprint
 
 

@@ -72,7 +72,7 @@ def test_guidance_moves_the_samples(prior, text_ids):
 
 def test_the_null_branch_is_not_computed_without_guidance(prior, text_ids):
     sizes = []
-    prior.embedding.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    prior.blocks[0].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     sample(prior, text_ids, [1, 2, 3], SamplingOptions())
     assert set(sizes) == {3}
     sizes.clear()
@@ -82,7 +82,7 @@ def test_the_null_branch_is_not_computed_without_guidance(prior, text_ids):
 
 def test_each_code_costs_one_position(prior, text_ids):
     lengths = []
-    prior.embedding.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     sample(prior, text_ids, [1, 2, 3], SamplingOptions())
     assert lengths == [6] + [1] * 8
 
@@ -130,7 +130,7 @@ def test_guidance_is_refused_without_caption_dropout(prior, text_ids):
 
 def test_broken_weights_stop_the_sampling(prior, text_ids):
     with torch.no_grad():
-        prior.image_head.weight.fill_(float("nan"))
+        prior.image_head.own.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite at code 0"):
         sample(prior, text_ids, [1, 2, 3], SamplingOptions())
 
