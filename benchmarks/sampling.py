@@ -1,7 +1,8 @@
 """Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate(), batch 1 and 64.
 
-benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--out FILE]
-No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights.
+benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--out FILE]
+No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights. With --compile ours is made
+ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from stage2_prior import SamplingOptions, sample
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=1)
-    batch = parser.parse_known_args()[0].batch
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_known_args()[0]
+    batch = options.batch
     torch.manual_seed(0)
     text = torch.randint(3, peers.VOCABULARY, (batch, peers.TEXT))
     ours, dalle, llama = (model.eval() for model in (peers.ours(), peers.dalle(), peers.llama()))
 
+    if options.compile:
+        for model in (ours, dalle, llama):
+            model.to(torch.bfloat16)
+        ours.compile_sampling()
+
     @torch.no_grad()
-    def generate(**options):
+    def generate():
         return llama.generate(
             text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=peers.CODES, min_new_tokens=peers.CODES,
-            **options,
         )  # fmt: skip
 
     seconds = interleave(
@@ -38,7 +45,11 @@ def main() -> None:
         },
         rounds=5 if batch == 1 else 3,
     )
-    report(f"sampling, batch {batch}", "pictures/s", {k: batch / v for k, v in seconds.items()})
+    report(
+        f"sampling, batch {batch}" + (", ours compiled, all bf16" if options.compile else ""),
+        "pictures/s",
+        {k: batch / v for k, v in seconds.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, KeyValueCache, RMSNorm, rotary_table
+from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, rotary_table
 
 
 class ImagePriorConfig(PreTrainedConfig):
@@ -106,6 +107,7 @@ class ImagePrior(PreTrainedModel):
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
         self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
+        self._compiled_step: Callable[..., Tensor] | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -142,11 +144,16 @@ class ImagePrior(PreTrainedModel):
         Args:
             ids: (B,S) ids of the joint vocabulary (`Stream.inputs`).
             positions: (S,) the slot of each id; consecutive, following what the cache holds.
-            cache: keys and values of earlier slots; the new ones are appended and `cache.length` grows by S.
+            cache: keys and values of earlier slots; those of the new ones are put there.
             num_text: how many of the S slots predict text (the first ones); by default all that do.
+
+        Raises:
+            ValueError: the positions go beyond what the cache holds.
         """
+        if cache is not None and int(positions[-1]) >= cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} positions; position {int(positions[-1])} does not fit")
         if num_text is None:
-            first = cache.length if cache is not None else 0
+            first = int(positions[0]) if cache is not None else 0
             num_text = min(max(self.stream.text_length - 1 - first, 0), ids.shape[1])
         tables = self.tables()
         features = self.features(ids, positions, tables, cache)
@@ -160,12 +167,20 @@ class ImagePrior(PreTrainedModel):
     def features(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
         turns = self.rotary[:, positions]
+        past = None if cache is None else Past(cache, positions, cache.past(positions))
         x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[positions])
         for layer, block in enumerate(self.blocks):
-            x = block(x, turns, cache, layer)
-        if cache is not None:
-            cache.length += ids.shape[1]
+            x = block(x, turns, past, layer)
         return self.norm(x)
+
+    def step(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache) -> Tensor:
+        """Logits (B,K) of the code after the last of the ids (B,S); what sampling does once a code."""
+        if self._compiled_step is not None and ids.shape[1] == 1:
+            return self._compiled_step(ids, positions, tables, cache)
+        return self._step(ids, positions, tables, cache)
+
+    def _step(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache) -> Tensor:
+        return F.linear(self.features(ids, positions, tables, cache)[:, -1], tables.head)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for whole streams, in the dtype and on the device of the weights."""
@@ -179,6 +194,12 @@ class ImagePrior(PreTrainedModel):
     def compile_networks(self) -> None:
         """Compiles the training forward in place; parameter names stay as they are."""
         self.compile(dynamic=False)
+
+    def compile_sampling(self) -> None:
+        """Compiles `step` for single codes: some ten seconds at the first picture of each batch size, then far less a code."""
+        # The weights' shapes and types do not change any more: looking at each of them before every code would take a tenth of the time.
+        unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._compiled_step = torch.compile(self._step, dynamic=False, options=unguarded)
 
     @property
     def fingerprint(self) -> str:

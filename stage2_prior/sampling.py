@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.model import ImagePrior
@@ -122,27 +121,26 @@ def sample(prior: ImagePrior, text_ids: Tensor, seeds: Sequence[int], options: S
     positions = torch.arange(stream.length, device=device)
     cache, tables = prior.new_cache(len(prompt)), prior.tables()
     codes = torch.empty(batch, stream.image_length, dtype=torch.long, device=device)
-    log_likelihood = torch.zeros(batch, device=device)
-    finite = torch.ones(stream.image_length, dtype=torch.bool, device=device)
+    log_likelihood = torch.zeros(batch, stream.image_length, device=device)
 
-    features = prior.features(prompt, positions[: stream.text_length], tables, cache)[:, -1]
+    every = prior.step(prompt, positions[: stream.text_length], tables, cache)
     for i in range(stream.image_length):
         first, past = stream.level_range(i)
-        logits = F.linear(features, tables.head[first:past]).float()
+        logits = every[:, first:past].float()
         conditional = logits[:batch]
-        finite[i] = logits.isfinite().all()
         chosen = guide(conditional, logits[batch:], options.guidance_scale) if guided else conditional
         code = draw(filtered(chosen, options), noise[:, i])
         codes[:, i] = code
-        log_likelihood += conditional.log_softmax(-1).gather(1, code[:, None])[:, 0]
+        log_likelihood[:, i] = conditional.log_softmax(-1).gather(1, code[:, None])[:, 0]
         if i + 1 < stream.image_length:
             ids = stream.code_ids(code[:, None], start=i)
             ids = torch.cat([ids, ids]) if guided else ids
             slot = stream.text_length + i
-            features = prior.features(ids, positions[slot : slot + 1], tables, cache)[:, -1]
+            every = prior.step(ids, positions[slot : slot + 1], tables, cache)
+    finite = log_likelihood.isfinite().all(0)
     if not finite.all():
         raise FloatingPointError(
             f"the prior's logits are not finite at code {int((~finite).nonzero()[0])}; its weights are damaged, "
             "go back to an earlier checkpoint"
         )
-    return Samples(codes, log_likelihood)
+    return Samples(codes, log_likelihood.sum(1))

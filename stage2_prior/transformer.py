@@ -7,6 +7,8 @@ RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary positions (Su et 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,20 +16,20 @@ from torch import Tensor, nn
 
 
 def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
-    """cos and sin for each slot: coordinates (S,2) -> (2,S,D/2). Half of the pairs turn with the row, half with the column;
-    where both coordinates are equal (text) this is the one-dimensional rotary embedding."""
+    """What `rotate` multiplies by at each slot: coordinates (S,2) -> (2,S,D). Half of the pairs turn with the row, half with the
+    column; where both coordinates are equal (text) this is the one-dimensional rotary embedding."""
     pairs = head_width // 4
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     angles = coordinates[:, :, None] * frequencies
     angles = rearrange(angles, "s two pair -> s (two pair)")
-    return torch.stack([angles.cos(), angles.sin()])
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (B,H,S,D), table (2,S,D/2) or (2,B,1,S,D/2)."""
-    cos, sin = table[0].to(x.dtype), table[1].to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (...,S,D), table (2,S,D)."""
+    table = table.to(x.dtype)
+    return torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, -1), table[1])
 
 
 class RMSNorm(nn.RMSNorm):
@@ -38,40 +40,49 @@ class RMSNorm(nn.RMSNorm):
 
 
 class KeyValueCache:
-    """Keys and values of past positions, allocated once: two tensors (depth,B,H,M,D). `length` positions are filled."""
+    """Keys and values of past positions, allocated once: for each block two tensors (B,H,M,D).
+
+    All M positions are read each time, under a mask: every step has the same shapes, so that one compiled step serves all.
+    """
 
     def __init__(self, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(depth, batch, heads, capacity, head_width)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
+        self.keys = [like.new_zeros(batch, heads, capacity, head_width) for _ in range(depth)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.capacity = capacity
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B,H,S,D) of the next S positions; returns those of all positions so far."""
-        start, stop = self.length, self.length + keys.shape[2]
-        if stop > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions; position {stop - 1} does not fit")
-        self.keys[layer, :, :, start:stop] = keys
-        self.values[layer, :, :, start:stop] = values
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+    def put(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (B,H,S,D) at positions (S,); returns those of all M positions."""
+        self.keys[layer].index_copy_(2, positions, keys)
+        self.values[layer].index_copy_(2, positions, values)
+        return self.keys[layer], self.values[layer]
+
+    def past(self, positions: Tensor) -> Tensor:
+        """(S,M): which of the M positions each of these (S,) may look at."""
+        return torch.arange(self.capacity, device=positions.device) <= positions[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention: query (B,H,S,D) are the last S of the M positions of key and value (B,H,M,D) -> (B,H,S,D).
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Attention of queries (B,H,S,D) to keys and values (B,H,M,D) where `allowed` (S,M) is true; by default causal, S = M.
 
     On the CPU the plain product beats the fused kernel for the short sequences here (its backward most of all); elsewhere
     the fused kernel is used.
     """
-    new, total = query.shape[2], key.shape[2]
     if query.device.type != "cpu":
-        if new == total:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        if new == 1:
-            return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
+    if allowed is None:
+        allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if new > 1:
-        future = torch.ones(new, total, dtype=torch.bool, device=query.device).triu(total - new + 1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores.softmax(dim=-1) @ value
+    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
+
+
+class Past(NamedTuple):
+    """What a block needs to go on from a cache."""
+
+    cache: KeyValueCache
+    positions: Tensor
+    """(S,) of the new tokens."""
+    allowed: Tensor
+    """`cache.past(positions)`."""
 
 
 class Attention(nn.Module):
@@ -81,17 +92,19 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.query_norm = RMSNorm(width // heads, eps=1e-6)
-        self.key_norm = RMSNorm(width // heads, eps=1e-6)
+        self.query_key_gain = nn.Parameter(torch.ones(2 * width // heads))
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        q, k, v = rearrange(self.query_key_value(x), "b s (three h d) -> three b h s d", three=3, h=self.heads)
-        q = rotate(self.query_norm(q), table).to(v.dtype)
-        k = rotate(self.key_norm(k), table).to(v.dtype)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        return self.output(rearrange(attend(q, k, v), "b h s d -> b s (h d)"))
+    def forward(self, x: Tensor, table: Tensor, past: Past | None, layer: int) -> Tensor:
+        batch, length, width = x.shape
+        # Queries and keys side by side (2,B,H,S,D): a code costs so few operations that their number is what takes time.
+        three = self.query_key_value(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        both = F.rms_norm(three[:2], three.shape[-1:], eps=1e-6) * self.query_key_gain.view(2, 1, 1, 1, -1).to(three.dtype)
+        q, k = rotate(both, table).to(three.dtype)
+        v = three[2]
+        if past is not None:
+            k, v = past.cache.put(layer, past.positions, k, v)
+        return self.output(attend(q, k, v, past.allowed if past else None).transpose(1, 2).reshape(batch, length, width))
 
 
 class SwiGLU(nn.Module):
@@ -118,6 +131,6 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, cache, layer))
+    def forward(self, x: Tensor, table: Tensor, past: Past | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, past, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -79,9 +79,8 @@ def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
 
 def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
     cache = prior.new_cache(3)
-    cache.length = 14
-    with pytest.raises(ValueError, match="the cache holds 14 positions"):
-        prior(text_ids[:, :1], torch.tensor([5]), cache)
+    with pytest.raises(ValueError, match="the cache holds 14 positions; position 14 does not fit"):
+        prior(text_ids[:, :1], torch.tensor([14]), cache)
 
 
 def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(prior, text_ids, codes):
@@ -93,7 +92,8 @@ def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(pri
 def test_attention_equals_the_reference_kernel():
     q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    torch.testing.assert_close(attend(q[:, :, -1:], k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:])
+    seen = torch.tensor([[True] * 5 + [False] * 2])
+    torch.testing.assert_close(attend(q[:, :, 4:5], k, v, seen), F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 4:5])
 
 
 def test_rotary_scores_depend_on_relative_rows_and_columns_only():

@@ -138,3 +138,22 @@ def test_broken_weights_stop_the_sampling(prior, text_ids):
 def test_bad_options_are_all_named():
     with pytest.raises(ValueError, match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5"):
         SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5)
+
+
+def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch):
+    """With a backend that runs the traced graph as it is; one graph serves every slot of a batch size."""
+    options = SamplingOptions(guidance_scale=2)
+    plain = sample(prior, text_ids, [1, 2, 3], options)
+    graphs = []
+    compile_ = torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, backend=backend, dynamic=dynamic))
+    prior.compile_sampling()
+    compiled = sample(prior, text_ids, [1, 2, 3], options)
+    assert len(graphs) == 1
+    assert torch.equal(compiled.codes, plain.codes)
+    torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
