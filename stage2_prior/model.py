@@ -198,8 +198,8 @@ class ImagePrior(PreTrainedModel):
     def compile_sampling(self) -> None:
         """Compiles `step` for single codes: some ten seconds at the first picture of each batch size, then far less a code."""
         # The weights' shapes and types do not change any more: looking at each of them before every code would take a tenth of the time.
-        unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._compiled_step = torch.compile(self._step, dynamic=False, options=unguarded)
+        unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        self._compiled_step = torch.compile(self._step, dynamic=False, options={"guard_filter_fn": unguarded})
 
     @property
     def fingerprint(self) -> str:

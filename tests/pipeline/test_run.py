@@ -114,6 +114,19 @@ def test_pictures_do_not_depend_on_the_batch(finished_run):
     assert not torch.equal(alone.codes, pipe("a tiny cross", num_images_per_prompt=3, seed=6, guidance_scale=2.0).codes)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_compiled_pipeline_draws_in_bf16_where_the_device_does(finished_run, monkeypatch, bf16):
+    monkeypatch.setattr("pipeline.runtime.uses_bf16", lambda precision, device: bf16)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    plain = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle").compile()
+    assert pipe.prior.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    out = pipe(["a red circle", "a tiny cross"], seed=5, guidance_scale=2.0)
+    torch.testing.assert_close(out.log_likelihood, plain(["a red circle", "a tiny cross"], seed=5, guidance_scale=2.0).log_likelihood,
+                               rtol=0.1, atol=0.1)  # fmt: skip
+    assert torch.equal(pipe("a tiny cross", seed=5, guidance_scale=2.0).codes[0], out.codes[1])
+
+
 def test_odd_prompts(finished_run, tmp_path, capsys):
     pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     assert len(pipe(["zxqv", "un élan 赤 🌞"]).images) == 2
@@ -122,9 +135,7 @@ def test_odd_prompts(finished_run, tmp_path, capsys):
     assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "", "--num", "1", "--out", str(tmp_path / "x")]) == 0
     assert "note: an empty prompt is sampled without a caption" in capsys.readouterr().out
     bundle = str(finished_run[1] / "bundle")
-    fails(
-        capsys, ["generate", "--bundle", bundle, "word " * 99, "--out", tmp_path / "y"], "text slots", "--truncate" if False else "shorten"
-    )
+    fails(capsys, ["generate", "--bundle", bundle, "word " * 99, "--out", tmp_path / "y"], "text slots", "shorten")
     assert not (tmp_path / "y").exists()
     assert main(["generate", "--bundle", bundle, "word " * 99, "--truncate", "--num", "1", "--out", str(tmp_path / "y")]) == 0
 
