@@ -52,8 +52,8 @@ class KeyValueCache:
 
     def put(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (B,H,S,D) at positions (S,); returns those of all M positions."""
-        self.keys[layer].index_copy_(2, positions, keys)
-        self.values[layer].index_copy_(2, positions, values)
+        for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            held.index_copy_(2, positions, new.to(held.dtype))  # autocast makes them of another type than the weights
         return self.keys[layer], self.values[layer]
 
     def past(self, positions: Tensor) -> Tensor:

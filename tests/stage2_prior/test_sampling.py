@@ -157,3 +157,11 @@ def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch):
     assert len(graphs) == 1
     assert torch.equal(compiled.codes, plain.codes)
     torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
+
+
+def test_sampling_works_under_autocast(prior, text_ids):
+    plain = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2))
+    assert drawn.codes.shape == plain.codes.shape
+    assert (drawn.codes == plain.codes).float().mean() > 0.5
