@@ -215,17 +215,16 @@ def train_prior(experiment: Experiment) -> Path:
 
 
 def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
-    """Trains (on the main process) or loads the text tokenizer, and checks that every caption fits the text slots."""
+    """Trains or loads the text tokenizer, and checks that every caption fits the text slots before it is kept."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
     captions = codes["train"].captions(list(range(min(len(codes["train"]), 100_000))))
-    with accelerator.main_process_first():
-        if accelerator.is_main_process and not (folder / "text.json").is_file():
-            if config.pretrained:
-                text = TextTokenizer.pretrained(config.pretrained, length=config.length)
-            else:
-                text = TextTokenizer.train(captions, vocab_size=config.vocab_size, length=config.length)
-            write_folder(folder, text.save)
-    text = TextTokenizer.load(folder)
+    # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
+    if (folder / "text.json").is_file():
+        text = TextTokenizer.load(folder)
+    elif config.pretrained:
+        text = TextTokenizer.pretrained(config.pretrained, length=config.length)
+    else:
+        text = TextTokenizer.train(captions, vocab_size=config.vocab_size, length=config.length)
     lengths = text.lengths(captions)
     too_long = [i for i, length in enumerate(lengths) if length > text.length]
     if too_long and not config.truncate:
@@ -236,7 +235,10 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
         )
     if too_long:
         accelerator.print(f"{len(too_long)} of {len(captions)} captions are cut to text.length={text.length} slots")
-    return text
+    if accelerator.is_main_process and not (folder / "text.json").is_file():
+        write_folder(folder, text.save)
+    accelerator.wait_for_everyone()
+    return TextTokenizer.load(folder)
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
