@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.checkpoints import write_folder
+from pipeline.checkpoints import newest_checkpoint, write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, finish, read_manifest, write_part
@@ -29,6 +29,10 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
 EVALUATION_BATCH = 64
+_CAPTIONS_TO_LEARN = 100_000
+"""The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
+_SETTINGS = "settings.json"
+"""In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
 
 def train_tokenizer(experiment: Experiment) -> Path:
@@ -38,7 +42,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     if _finished(folder, settings):
         return folder
     train = experiment.tokenizer.train
-    accelerator = _start(experiment)
+    accelerator = _start(experiment, folder, settings)
     source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
     _report(accelerator, source)
     torch.manual_seed(experiment.seed)
@@ -159,20 +163,21 @@ def train_prior(experiment: Experiment) -> Path:
     }
     if _finished(folder, settings):
         return folder
-    accelerator = _start(experiment)
+    accelerator = _start(experiment, folder, settings)
     text = _text_tokenizer(experiment, codes, accelerator)
+    vectors = tokenizer.code_vectors
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
         text_length=text.length,
         levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
-        code_dim=tokenizer.code_vectors.shape[1],
+        code_dim=vectors.shape[1],
         pad_id=text.pad_id,
         start_id=text.start_id,
         end_id=text.end_id,
     )
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
-    prior.tell_code_vectors(tokenizer.code_vectors)
+    prior.tell_code_vectors(vectors)
     order = Order(len(codes["train"]), train.batch_size, experiment.seed)
     truncate = experiment.text.truncate
 
@@ -215,16 +220,17 @@ def train_prior(experiment: Experiment) -> Path:
 
 
 def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
-    """Trains or loads the text tokenizer, and checks that every caption fits the text slots before it is kept."""
+    """Trains the text tokenizer, or loads the one of the checkpoint that the prior goes on from; keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
-    captions = codes["train"].captions(list(range(min(len(codes["train"]), 100_000))))
+    captions = codes["train"].captions(range(len(codes["train"])))
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
-    if (folder / "text.json").is_file():
+    goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
+    if goes_on:
         text = TextTokenizer.load(folder)
     elif config.pretrained:
         text = TextTokenizer.pretrained(config.pretrained, length=config.length)
     else:
-        text = TextTokenizer.train(captions, vocab_size=config.vocab_size, length=config.length)
+        text = TextTokenizer.train(captions[:_CAPTIONS_TO_LEARN], vocab_size=config.vocab_size, length=config.length)
     lengths = text.lengths(captions)
     too_long = [i for i, length in enumerate(lengths) if length > text.length]
     if too_long and not config.truncate:
@@ -235,7 +241,7 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
         )
     if too_long:
         accelerator.print(f"{len(too_long)} of {len(captions)} captions are cut to text.length={text.length} slots")
-    if accelerator.is_main_process and not (folder / "text.json").is_file():
+    if accelerator.is_main_process and not goes_on:
         write_folder(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
@@ -277,13 +283,15 @@ def run(experiment: Experiment) -> Path:
     return experiment.folder / "bundle"
 
 
-def _start(experiment: Experiment) -> Accelerator:
+def _start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
+    """Writes down what the run and its stage are made with, before there is anything that a later try could take for its own."""
     accelerator = make_accelerator(experiment, trackers=True)
     if accelerator.is_main_process:
         import yaml
 
         experiment.folder.mkdir(parents=True, exist_ok=True)
         (experiment.folder / "experiment.yaml").write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
+        _write_settings(folder, {"settings": settings})
     accelerator.wait_for_everyone()
     return accelerator
 
@@ -295,37 +303,37 @@ def _report(accelerator: Accelerator, source: Source) -> None:
 
 
 def _needed(folder: Path, verb: str) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there yet; run `minidalle {verb}` with the same configuration first")
+    started = folder / _SETTINGS
+    if not folder.is_dir() or (started.is_file() and "held_out" not in json.loads(started.read_text())):
+        state = "not finished" if folder.is_dir() else "not there"
+        raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
     return folder
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the stage was completed with these settings; refuses a folder made with others.
+    """Whether the stage was completed with these settings; refuses a folder with weights made with others.
 
     A change of `train` alone is no refusal: the stage goes on from its last checkpoint.
     """
-    path = folder / "settings.json"
+    path = folder / _SETTINGS
     if not path.is_file():
         return False
-    made = json.loads(path.read_text())["settings"]
+    written = json.loads(path.read_text())
+    made, done = written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
-    if differ:
+    if differ and (done or newest_checkpoint(folder / "checkpoints")):
         raise ValueError(
             f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
             f"or remove {folder} and what was built on it"
         )
-    return bool(made["train"] == settings["train"])
+    return done and bool(made["train"] == settings["train"])
 
 
 def _finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
-    """Writes the final weights beside the checkpoints; `settings.json` comes last and marks the stage as done."""
+    """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
     if accelerator.is_main_process:
         model.to("cpu").save_pretrained(folder)
-        finite = {k: v for k, v in figures.items() if math.isfinite(v)}
-        text = json.dumps({"settings": settings, "held_out": finite}, indent=2) + "\n"
-        (folder / ".settings.json.writing").write_text(text)
-        (folder / ".settings.json.writing").rename(folder / "settings.json")
+        _write_settings(folder, {"settings": settings, "held_out": {k: v for k, v in figures.items() if math.isfinite(v)}})
     for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -335,3 +343,10 @@ def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid_image(grid).save(folder / f"{name}.png")
+
+
+def _write_settings(folder: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{_SETTINGS}.writing"
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.rename(folder / _SETTINGS)

@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     It looks no farther than it must: `kernel` at the finest resolution, 1x1 after it, and no statistic over the picture. A code
     then says what is at its own place, equal places get equal codes, and the prior has far less to explain than where distant
     objects flicker in every code. With kernel 1 a code sees the pixels it covers and no other: pictures of the embedded world
-    then take half as many distinct codes as with kernel 3, at 0.4 dB less; with a wider view and GroupNorm, plain background
+    then take half as many distinct codes as with kernel 3, at about half a dB less; with a wider view and GroupNorm, plain background
     alone took dozens.
     """
 

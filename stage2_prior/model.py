@@ -40,7 +40,7 @@ class PriorLogits:
 
 
 class Tables(NamedTuple):
-    """The weights that codes share, worked out once a pass or once a picture."""
+    """What turns ids into features and features into codes' logits, worked out once a pass or once a picture."""
 
     embeddings: Tensor
     """(V + K, C): one row for each id of the joint vocabulary."""
@@ -135,7 +135,8 @@ class ImagePrior(PreTrainedModel):
         """
         if vectors.shape != self.code_vectors.shape:
             raise ValueError(f"code vectors have shape {tuple(vectors.shape)}; this prior's stream has {tuple(self.code_vectors.shape)}")
-        centred = vectors.detach().float() - vectors.detach().float().mean(0)
+        centred = vectors.detach().float()
+        centred = centred - centred.mean(0)
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     def forward(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None) -> PriorLogits:

@@ -29,21 +29,24 @@ class CodesDataset:
                 raise ValueError(f"{file} is missing; remove {folder} and run `minidalle encode` again")
         parts = [Dataset.from_file(str(file)) for file in files]
         self.views = int(self.manifest["views"]) if split == "train" else 1
-        self._rows = concatenate_datasets(parts).with_format("numpy")
+        rows = concatenate_datasets(parts)
+        # A column each: reading captions must not decode the codes beside them.
+        self._codes = rows.select_columns(["codes"]).with_format("numpy")
+        self._text, self._row = rows.select_columns(["text"]), rows.select_columns(["row"])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._codes)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        return [str(text) for text in self._rows[list(indices)]["text"]]
+        return list(self._text[list(indices)]["text"])
 
     def source_rows(self, indices: Sequence[int]) -> list[int]:
         """The pictures' numbers in the source they came from."""
-        return [int(row) for row in self._rows[list(indices)]["row"]]
+        return list(self._row[list(indices)]["row"])
 
     def codes(self, indices: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
         """(B,N) int64; `views` chooses an encoding a picture, the first one by default."""
-        rows = np.asarray(self._rows[list(indices)]["codes"]).astype(np.int64)
+        rows = np.asarray(self._codes[list(indices)]["codes"]).astype(np.int64)
         rows = rows.reshape(len(rows), self.views, -1)
         return rows[np.arange(len(rows)), np.zeros(len(rows), int) if views is None else np.asarray(views)]
 

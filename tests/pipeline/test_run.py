@@ -22,7 +22,7 @@ from pipeline.cli import main
 from pipeline.data.codes import CodesDataset, read_manifest
 from pipeline.evaluation.pictures import psnr, ssim
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior
+from stage2_prior import ImagePrior, TextTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -234,6 +234,22 @@ def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
     fails(capsys, ["train-prior", *config, "--prior.model.depth", 2], "made with other settings (model)")
 
 
+def test_other_settings_after_a_kill(finished_run, tmp_path, capsys):
+    """With a checkpoint they are refused; without one there is nothing to lose, and the text tokenizer is made anew too."""
+    path, folder = finished_run
+    copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    settings = json.loads((copy / "prior" / "settings.json").read_text())
+    (copy / "prior" / "settings.json").write_text(json.dumps({"settings": settings["settings"]}))
+    arguments = ["--config", path, "--output_dir", tmp_path / "runs", "--text.length", 40]
+    fails(capsys, ["train-prior", *arguments], "made with other settings (text)")
+    shutil.rmtree(copy / "prior" / "checkpoints")
+    assert main([str(a) for a in ["train-prior", *arguments]]) == 0
+    assert TextTokenizer.load(copy / "text_tokenizer").length == 40
+    capsys.readouterr()
+    (copy / "tokenizer" / "settings.json").write_text(json.dumps({"settings": {}}))
+    fails(capsys, ["train-prior", *arguments], "tokenizer is not finished yet; run `minidalle train-tokenizer`")
+
+
 def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
@@ -295,7 +311,7 @@ def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert newest_checkpoint(runs / "checkpoints") is not None and not (runs / "settings.json").exists()
+    assert newest_checkpoint(runs / "checkpoints") is not None and "held_out" not in json.loads((runs / "settings.json").read_text())
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert "going on from" in done.stdout
     whole = [*command, "--output_dir", str(tiny_yaml.parent / "whole")]
