@@ -41,8 +41,12 @@ fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"
 	@echo "elsewhere: give data.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
 
-bench: setup
-	@cat benchmarks/README.md
+bench:
+	benchmarks/setup_peers.sh
+	benchmarks/.venv/bin/python -m benchmarks.stage1_training
+	benchmarks/.venv/bin/python -m benchmarks.stage2_training --compile
+	benchmarks/.venv/bin/python -m benchmarks.sampling --batch 1 --compile
+	benchmarks/.venv/bin/python -m benchmarks.sampling --batch 64 --compile
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipeline.config import Experiment, load_experiment
     from pipeline.data.sources import load_source
     from pipeline.evaluation.report import evaluate
+    from pipeline.generation import generate, reconstruct
     from pipeline.stages import assemble_bundle, encode_dataset, run, train_prior, train_tokenizer
     from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
 
@@ -22,8 +23,10 @@ _HOME = {
     "assemble_bundle": "pipeline.stages",
     "encode_dataset": "pipeline.stages",
     "evaluate": "pipeline.evaluation.report",
+    "generate": "pipeline.generation",
     "load_experiment": "pipeline.config",
     "load_source": "pipeline.data.sources",
+    "reconstruct": "pipeline.generation",
     "run": "pipeline.stages",
     "train_prior": "pipeline.stages",
     "train_tokenizer": "pipeline.stages",
@@ -36,8 +39,10 @@ __all__ = [
     "assemble_bundle",
     "encode_dataset",
     "evaluate",
+    "generate",
     "load_experiment",
     "load_source",
+    "reconstruct",
     "run",
     "train_prior",
     "train_tokenizer",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,13 +30,17 @@ def write_folder(target: Path, write: Any) -> None:
     """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and renames it to `target`.
 
     A failure on the way (a full disk, a kill) leaves what `target` held before.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        write(beside)
+        with disk_errors():
+            write(beside)
         for path in beside.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -50,6 +56,15 @@ def write_folder(target: Path, write: Any) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         beside.rename(target)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises safetensors' own error for a full disk as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write the weights: {error}; free some space, then run the same command again") from error
 
 
 def save_checkpoint(
@@ -119,6 +134,12 @@ def load_checkpoint(
     with torch.no_grad():
         for i, tensor in enumerate(average):
             tensor.copy_(averages[f"{i:05d}"])
+    owners = {key.split(".", 1)[0] for key in moments}
+    if optimizers and owners != set(optimizers):
+        raise ValueError(
+            f"the checkpoint {path} was made with the optimizers {sorted(owners)} and this run has {sorted(optimizers)}; "
+            "choose another name for this run, or train.optimizer as it was"
+        )
     for group, optimizer in optimizers.items():
         merged = optimizer.state_dict()
         merged["state"] = {}

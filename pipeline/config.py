@@ -6,6 +6,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -153,28 +154,40 @@ class Experiment:
     """How pictures are sampled by default."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.name or Path(self.name).name != self.name:
-            problems.append(f"name is {self.name!r}; it must be a plain folder name")
-        if self.data.image_size != self.tokenizer.model.image_size:
-            problems.append(
-                f"data.image_size is {self.data.image_size} and tokenizer.model.image_size is {self.tokenizer.model.image_size}; "
-                "they must agree (leave tokenizer.model.image_size out and it follows)"
-            )
-        if self.sampling.guidance_scale != 1 and not self.prior.objective.caption_dropout:
-            problems.append(
-                f"sampling.guidance_scale is {self.sampling.guidance_scale} but prior.objective.caption_dropout is 0; "
-                "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
-            )
-        if self.data.source == "shapes" and self.encode.pictures is None:
-            problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
-        if problems:
+        if problems := _relations(dataclasses.asdict(self)):
             raise ValueError("; ".join(problems))
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.name
+
+
+def _relations(values: dict[str, Any]) -> list[str]:
+    """What is wrong between the sections of an experiment, or in none of them; on plain values, so that it can be said beside what is
+    wrong inside a section."""
+    problems = []
+    name, data, model = values["name"], values["data"], values["tokenizer"]["model"]
+    if not name or Path(name).name != name:
+        problems.append(f"name is {name!r}; it must be a plain folder name")
+    if not 0 <= values["seed"] < 2**31:
+        problems.append(f"seed is {values['seed']}; it must be at least 0 and below 2147483648")
+    if data["image_size"] != model["image_size"]:
+        problems.append(
+            f"data.image_size is {data['image_size']} and tokenizer.model.image_size is {model['image_size']}; "
+            "they must agree (leave tokenizer.model.image_size out and it follows)"
+        )
+    if model["channels"] != 3:
+        problems.append(f"tokenizer.model.channels is {model['channels']}; every data source gives RGB, so it must be 3")
+    scale = values["sampling"]["guidance_scale"]
+    if scale != 1 and not values["prior"]["objective"]["caption_dropout"]:
+        problems.append(
+            f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
+            "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
+        )
+    if data["source"] == "shapes" and values["encode"]["pictures"] is None:
+        problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
+    return problems
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -251,7 +264,10 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
         else:
             arguments[name] = value
     if any(value is None and dataclasses.is_dataclass(hints[name]) for name, value in arguments.items()):
-        return None  # a part is broken and said so already; the relations of the whole cannot be checked
+        if kind is Experiment:
+            with suppress(KeyError):  # values that leave defaults out cannot be compared
+                problems += _relations(values)
+        return None  # a part is broken and said so already
     try:
         return kind(**arguments)
     except (ValueError, TypeError) as error:

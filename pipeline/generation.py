@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from pipeline.evaluation.pictures import psnr
 from pipeline.grids import grid_image, picture_grid
+from pipeline.runtime import processes
 from pipeline.text_to_image import TextToImagePipeline
 
 
@@ -27,7 +27,7 @@ def generate(bundle: Path, prompts: Sequence[str], out: Path, *, num: int, seed:
     Raises:
         ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
     """
-    state = PartialState()
+    state = processes()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
     mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
     drawn: list[tuple[int, int, Any, float]] = []
@@ -62,8 +62,8 @@ def _slug(prompt: str) -> str:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path) -> Iterator[str]:
-    """Writes each picture's reconstruction and a grid of pairs; yields a line a picture with its PSNR.
+def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path) -> list[str]:
+    """Writes each picture's reconstruction and a grid of pairs; returns a line a picture with its PSNR.
 
     Raises:
         ValueError: a file cannot be read as a picture, or is smaller than the tokenizer's pictures.
@@ -78,11 +78,11 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path) -> Iterator[s
     true = [read_picture(file, model.image_size) for file in files]
     drawn = model.to_images(model.to_codes(true))
     out.mkdir(parents=True, exist_ok=True)
-    pairs = []
+    pairs, lines = [], []
     for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
         name = f"{number:05d}-{file.stem}.png"
         after.save(out / name)
         pairs += [np.asarray(before), np.asarray(after)]
-        yield f"{file}: {psnr(pairs[-2], pairs[-1]):.2f} dB -> {out / name}"
+        lines.append(f"{file}: {psnr(pairs[-2], pairs[-1]):.2f} dB -> {out / name}")
     grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
-    yield f"wrote {len(files)} reconstructions and grid.png (original, reconstruction, ...) to {out}"
+    return [*lines, f"wrote {len(files)} reconstructions and grid.png (original, reconstruction, ...) to {out}"]

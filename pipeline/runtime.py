@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
 from pipeline.config import Experiment, TrainConfig
 
@@ -24,15 +24,26 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
     names = experiment.trackers if trackers else []
     # accelerate 1.15 passes torch 2.13 the option under its older name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # accelerate warns where none of the trackers is installed and leaves them out where some are; here it is an error below.
+    warnings.filterwarnings("ignore", message="`log_with=", category=UserWarning)
     accelerator = Accelerator(
         log_with=names or None,
         project_config=ProjectConfiguration(project_dir=str(experiment.folder), logging_dir=str(logs)),
         # Every process computes the same buffers (codebook statistics are reduced), so sending them anew is waste.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    found = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
+    if missing := [name for name in names if name not in found and name != "all"]:
+        raise ValueError(f"trackers {missing} are not installed; pip install them, or leave them out of trackers (now {names})")
     if names:
-        accelerator.init_trackers("", config=None)
+        accelerator.init_trackers(experiment.name, config=None)
     return accelerator
+
+
+def processes() -> PartialState:
+    """The processes alone, for work that trains nothing. `PartialState` does not read ACCELERATE_USE_CPU as `Accelerator` does: left
+    to itself it would see one process where torchrun started several on CPUs, and each would do all the work."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def end_processes() -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
-from pipeline.checkpoints import newest_checkpoint, write_folder
+from pipeline.checkpoints import disk_errors, newest_checkpoint, write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, finish, read_manifest, write_part
@@ -31,6 +32,8 @@ from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTo
 EVALUATION_BATCH = 64
 _CAPTIONS_TO_LEARN = 100_000
 """The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
+_CHANGES_NO_WEIGHT = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "compile")
+_SPLITS: tuple[Split, Split] = ("train", "held_out")
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
@@ -38,12 +41,17 @@ _SETTINGS = "settings.json"
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
-    settings = {"seed": experiment.seed, "data": to_dict(experiment.data), **to_dict(experiment.tokenizer)}
+    train = experiment.tokenizer.train
+    source, held_out = _sources(experiment)
+    settings = {
+        "seed": experiment.seed,
+        "data": to_dict(experiment.data),
+        "pictures": [source.fingerprint, held_out.fingerprint],
+        **to_dict(experiment.tokenizer),
+    }
     if _finished(folder, settings):
         return folder
-    train = experiment.tokenizer.train
     accelerator = _start(experiment, folder, settings)
-    source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
     _report(accelerator, source)
     torch.manual_seed(experiment.seed)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
@@ -82,25 +90,27 @@ def encode_dataset(experiment: Experiment) -> Path:
     folder = experiment.folder / "codes"
     tokenizer = ImageTokenizer.load(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
     settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
+    by_split = dict(zip(_SPLITS, _sources(experiment), strict=True))
+    sources = {split: source.fingerprint for split, source in by_split.items()}
     if (folder / "codes.json").is_file():
         manifest = read_manifest(folder)
         check_tokenizer(manifest, tokenizer.fingerprint, folder)
-        if manifest["settings"] == settings:
+        if manifest["settings"] == settings and manifest["sources"] == sources:
             return folder
         raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
     accelerator = make_accelerator(experiment, trackers=False)
     tokenizer.to(accelerator.device).eval()
     options = experiment.encode
-    files, sources, counts = {}, {}, {}
-    limits: dict[Split, int | None] = {"train": options.pictures, "held_out": options.held_out}
-    for split, limit in limits.items():
-        source = load_source(experiment.data, split)
+    files, counts = {}, {}
+    for split, limit in zip(_SPLITS, (options.pictures, options.held_out), strict=True):
+        source = by_split[split]
         count = min(len(source), limit or len(source))
         share = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
         views = options.views if split == "train" else 1
         rows = _encoded(tokenizer, source, share, views, experiment, uses_bf16(experiment.precision, accelerator.device))
-        name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, rows)
-        files[split], sources[split], counts[split] = sorted(gather_object([name])), source.fingerprint, count
+        bar = tqdm(rows, f"encode {split}", len(share), disable=not accelerator.is_main_process, mininterval=1.0)
+        name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, bar)
+        files[split], counts[split] = sorted(gather_object([name])), count
     if accelerator.is_main_process:
         finish(
             folder,
@@ -157,7 +167,7 @@ def train_prior(experiment: Experiment) -> Path:
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     settings = {
         "seed": experiment.seed,
-        "codes": codes["train"].manifest["tokenizer"],
+        "codes": {key: codes["train"].manifest[key] for key in ("tokenizer", "sources", "settings")},
         "text": to_dict(experiment.text),
         **to_dict(experiment.prior),
     }
@@ -187,7 +197,7 @@ def train_prior(experiment: Experiment) -> Path:
         views = random.integers(0, codes["train"].views, size=len(rows))
         captions = codes["train"].captions(rows.tolist())
         return {
-            "text_ids": text.encode(captions, truncate=truncate, dropout=experiment.text.bpe_dropout),
+            "text_ids": text.encode(captions, truncate=truncate),
             "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
         }
 
@@ -222,7 +232,8 @@ def train_prior(experiment: Experiment) -> Path:
 def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
     """Trains the text tokenizer, or loads the one of the checkpoint that the prior goes on from; keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
-    captions = codes["train"].captions(range(len(codes["train"])))
+    learned = codes["train"].captions(range(len(codes["train"])))
+    captions = learned + codes["held_out"].captions(range(len(codes["held_out"])))
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
     if goes_on:
@@ -230,7 +241,7 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
     elif config.pretrained:
         text = TextTokenizer.pretrained(config.pretrained, length=config.length)
     else:
-        text = TextTokenizer.train(captions[:_CAPTIONS_TO_LEARN], vocab_size=config.vocab_size, length=config.length)
+        text = TextTokenizer.train(learned[:_CAPTIONS_TO_LEARN], vocab_size=config.vocab_size, length=config.length)
     lengths = text.lengths(captions)
     too_long = [i for i, length in enumerate(lengths) if length > text.length]
     if too_long and not config.truncate:
@@ -302,6 +313,17 @@ def _report(accelerator: Accelerator, source: Source) -> None:
         accelerator.print(f"  {problem}")
 
 
+def _sources(experiment: Experiment) -> tuple[Source, Source]:
+    """Training and held-out pictures, before anything is written."""
+    source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
+    if not len(source) or not len(held_out):
+        raise ValueError(
+            f"{source.name} has {len(source)} pictures to train on and {len(held_out)} held out to judge on, and each needs at least "
+            f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
+        )
+    return source, held_out
+
+
 def _needed(folder: Path, verb: str) -> Path:
     started = folder / _SETTINGS
     if not folder.is_dir() or (started.is_file() and "held_out" not in json.loads(started.read_text())):
@@ -313,7 +335,7 @@ def _needed(folder: Path, verb: str) -> Path:
 def _finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the stage was completed with these settings; refuses a folder with weights made with others.
 
-    A change of `train` alone is no refusal: the stage goes on from its last checkpoint.
+    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
     """
     path = folder / _SETTINGS
     if not path.is_file():
@@ -321,18 +343,25 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
     written = json.loads(path.read_text())
     made, done = written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
+    longer = settings["train"]["steps"] > made["train"]["steps"]
+    differ += [
+        f"train.{key}"
+        for key, value in settings["train"].items()
+        if key not in _CHANGES_NO_WEIGHT and made["train"].get(key) != value and not (key == "steps" and longer)
+    ]
     if differ and (done or newest_checkpoint(folder / "checkpoints")):
         raise ValueError(
             f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
             f"or remove {folder} and what was built on it"
         )
-    return done and bool(made["train"] == settings["train"])
+    return done and not longer
 
 
 def _finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
     """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
     if accelerator.is_main_process:
-        model.to("cpu").save_pretrained(folder)
+        with disk_errors():
+            model.to("cpu").save_pretrained(folder)
         _write_settings(folder, {"settings": settings, "held_out": {k: v for k, v in figures.items() if math.isfinite(v)}})
     for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
         tracker.finish()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,15 @@ class TextToImagePipeline:
             ) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder}/pipeline.json is cut or damaged ({error}); copy the bundle again") from error
+        if not isinstance(description, dict):
+            raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
         if description.get("format") != FORMAT:
             raise ValueError(f"{folder} has bundle format {description.get('format')!r}, and this version reads {FORMAT}")
+        if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
+            raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
+        known = {f.name for f in fields(SamplingOptions)}
+        if unknown := set(description["sampling"]) - known:
+            raise ValueError(f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are {sorted(known)}")
         for part in ("tokenizer", "prior", "text_tokenizer"):
             if not (folder / part).is_dir():
                 raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")

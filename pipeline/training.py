@@ -270,7 +270,8 @@ def _step(
 
 
 def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, good: Path | None) -> None:
-    broken = [name for name, value in scalars.items() if "loss" in name and not math.isfinite(value)]
+    # A finite loss with a gradient that is not has broken the weights all the same.
+    broken = [name for name, value in scalars.items() if ("loss" in name or name == "gradient_norm") and not math.isfinite(value)]
     if broken:
         raise FloatingPointError(
             f"{label}: {', '.join(broken)} is not finite at step {step}; "

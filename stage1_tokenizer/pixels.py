@@ -5,7 +5,9 @@ Legend: B batch, C channels, H W pixels. Pictures are uint8 (B,H,W,C) in 0..255;
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -28,7 +30,9 @@ def to_pictures(pixels: Tensor) -> Tensor:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL picture as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    # Pillow fails in many ways on a damaged EXIF block, which says nothing of the pixels: such a picture stays as it is.
+    with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") else 255.0

@@ -200,7 +200,9 @@ class ImagePrior(PreTrainedModel):
         """Compiles `step` for single codes: some ten seconds at the first picture of each batch size, then far less a code."""
         # The weights' shapes and types do not change any more: looking at each of them before every code would take a tenth of the time.
         unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        self._compiled_step = torch.compile(self._step, dynamic=False, options={"guard_filter_fn": unguarded})
+        # On the CPU a step is so short that calling its kernels from Python would take a tenth of it too.
+        options: dict[str, Any] = {"guard_filter_fn": unguarded, "cpp_wrapper": self.device.type == "cpu"}
+        self._compiled_step = torch.compile(self._step, dynamic=False, options=options)
 
     @property
     def fingerprint(self) -> str:

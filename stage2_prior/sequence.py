@@ -34,8 +34,9 @@ class Stream:
             first += [code_offset] * level.length
             code_offset += level.num_codes
             past += [code_offset] * level.length
-        self._first_code = torch.tensor(first)
-        self._past_code = torch.tensor(past)
+        # On the CPU whatever the default device is: transformers builds models on one without memory and then fills their weights.
+        self._first_code = torch.tensor(first, device="cpu")
+        self._past_code = torch.tensor(past, device="cpu")
 
     def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
         """Ids fed to the prior: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""

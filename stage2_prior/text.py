@@ -1,7 +1,7 @@
 """Captions <-> text ids. Knows words and the text slots; nothing of codes or networks.
 
 Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`, kept as a transformers fast
-tokenizer; or any tokenizer of the Hub by name. BPE dropout: Provilkov et al. 2020.
+tokenizer; or any tokenizer of the Hub by name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ class TextConfig:
     """Text slots of the stream, start and end token included."""
     pretrained: str | None = None
     """Name or folder of a transformers tokenizer to use instead of training one."""
-    bpe_dropout: float = 0.0
-    """Share of merges skipped while training, so that words are seen in several spellings."""
     truncate: bool = False
     """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
 
@@ -40,8 +38,6 @@ class TextConfig:
             problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
         if self.length < 3:
             problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
-        if not 0 <= self.bpe_dropout < 1:
-            problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -93,9 +89,9 @@ class TextTokenizer:
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Slots each caption needs, start and end token included."""
-        return [len(ids) + 2 for ids in self._encode(captions, dropout=0.0)]
+        return [len(ids) + 2 for ids in self._encode(captions)]
 
-    def encode(self, captions: Sequence[str], *, truncate: bool = False, dropout: float = 0.0) -> Tensor:
+    def encode(self, captions: Sequence[str], *, truncate: bool = False) -> Tensor:
         """Captions -> (B,T) int64: start, tokens, end, pads. An empty caption is the null caption.
 
         Raises:
@@ -103,11 +99,7 @@ class TextTokenizer:
         """
         rows = torch.full((len(captions), self.length), self.pad_id, dtype=torch.long)
         rows[:, 0] = self.start_id
-        # Dropout spells words with more tokens: what then does not fit is spelled plainly instead of being cut.
-        encoded = self._encode(captions, dropout)
-        for i, ids in enumerate(encoded):
-            if dropout and len(ids) > self.length - 2:
-                ids = self._encode([captions[i]], 0.0)[0]
+        for i, ids in enumerate(self._encode(captions)):
             if len(ids) > self.length - 2 and not truncate:
                 raise ValueError(
                     f"the caption {captions[i][:80]!r} needs {len(ids) + 2} tokens and there are {self.length} text slots; "
@@ -122,16 +114,10 @@ class TextTokenizer:
         """(B,T) -> captions, special tokens left out."""
         return [text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
-    def _encode(self, captions: Sequence[str], dropout: float) -> list[list[int]]:
+    def _encode(self, captions: Sequence[str]) -> list[list[int]]:
         texts = [caption.strip() for caption in captions]
-        backend = self.fast.backend_tokenizer
-        if not isinstance(backend.model, models.BPE) or not dropout:
-            return self.fast(texts, add_special_tokens=False)["input_ids"] if texts else []
-        backend.model.dropout = dropout
-        try:
-            return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
-        finally:
-            backend.model.dropout = None
+        # A caption that spells "<end>" means these five letters and not the token.
+        return self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
     def save(self, folder: str | Path) -> None:
         """Writes the transformers tokenizer and its text length into a folder."""
@@ -145,6 +131,6 @@ class TextTokenizer:
         try:
             length = json.loads(path.read_text())["length"]
             fast = AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is not a whole text tokenizer ({error}); copy the bundle again") from error
         return cls(fast, length)

@@ -40,8 +40,8 @@ class DataConfig:
         problems = []
         if not self.source:
             problems.append("data.source is empty; give shapes, emoji, a folder or a datasets name")
-        if self.image_size < 8:
-            problems.append(f"data.image_size is {self.image_size}; it must be at least 8")
+        if self.image_size < 16:
+            problems.append(f"data.image_size is {self.image_size}; it must be at least 16")
         if self.source == "shapes" and self.image_size < 32:
             problems.append(f"data.image_size is {self.image_size}; the shapes need at least 32")
         if not 0 < self.held_out < 1:

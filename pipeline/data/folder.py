@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ def read_captions(folder: Path, config: DataConfig, tally: Tally) -> dict[str, s
         for picture in pictures:
             beside = (folder / picture).with_suffix(".txt")
             if beside.is_file():
-                captions[picture] = beside.read_text(encoding="utf-8-sig").strip()
+                captions[picture] = _text_of(beside).strip()
         if not captions:
             raise ValueError(f"{folder} holds {len(pictures)} pictures and no captions; {LAYOUTS}")
     for picture in pictures:
@@ -142,6 +143,8 @@ def _named_captions(folder: Path, name: str, rows: list[dict[str, str]], config:
         for column in ("file_name", config.text_column):
             if column not in row:
                 raise ValueError(f"{folder / name} row {number} has no column {column!r}; it has {', '.join(map(str, row))}")
+        if not isinstance(row["file_name"], str) or not row["file_name"]:
+            raise ValueError(f"{folder / name} row {number} names no picture: file_name is {row['file_name']!r}")
         path = (folder / row["file_name"]).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise ValueError(f"{folder / name} row {number} names {row['file_name']!r}, which lies outside the folder")
@@ -151,7 +154,7 @@ def _named_captions(folder: Path, name: str, rows: list[dict[str, str]], config:
 
 def _rows_of_jsonl(path: Path) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_text_of(path).splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -164,5 +167,11 @@ def _rows_of_jsonl(path: Path) -> list[dict[str, str]]:
 
 
 def _rows_of_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(_text_of(path), newline="")))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it in that encoding") from error

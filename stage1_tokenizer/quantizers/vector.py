@@ -67,8 +67,9 @@ class VectorQuantizer(Quantizer):
         if self.options.codebook == "gradient":
             loss = loss + F.mse_loss(chosen, vectors.detach())
         if self.training:
-            histogram = self.count(codes)
-            self._learn(vectors.detach(), codes, histogram)
+            first = self.counts.sum() == 0
+            self.count(codes)
+            self._learn(vectors.detach(), codes, first)
             metrics |= self.use()
         latents = vectors + (chosen - vectors).detach()
         return Quantized(latents.reshape(b, h, w, d).permute(0, 3, 1, 2), codes.reshape(b, h, w), loss, metrics)
@@ -83,15 +84,18 @@ class VectorQuantizer(Quantizer):
         return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, codes: Tensor, histogram: Tensor) -> None:
+    def _learn(self, vectors: Tensor, codes: Tensor, first: Tensor) -> None:
         """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
         self.steps += 1
         if self.options.codebook == "ema":
             total = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
-            self.sums.lerp_(sum_over_processes(total), 1 - self.decay)
+            # As the counts: the first step counts whole, or sums and counts would not belong together.
+            self.sums.lerp_(sum_over_processes(total), torch.where(first, 1.0, 1 - self.decay))
             n = self.counts.sum()
             smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
-            self.codebook.copy_(self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None]))
+            means = self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None])
+            # A code that was never used has no mean; it stays where it was put.
+            self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
         if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
             dead = self.counts < self.options.restart_below * self.counts.mean()
             self._place(dead, *self._candidates(vectors, self._error(vectors, codes)))

@@ -55,10 +55,12 @@ def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
 
 def test_every_broken_relation_is_named(tiny_yaml):
     arguments = ["--tokenizer.model.factor", "6", "--prior.model.heads", "5", "--tokenizer.train.steps", "0", "--text.length", "1",
-                 "--encode.views", "2", "--prior.train.ema_decay", "2"]  # fmt: skip
+                 "--encode.views", "2", "--prior.train.ema_decay", "2", "--sampling.guidance_scale", "2",
+                 "--prior.objective.caption_dropout", "0"]  # fmt: skip
     with pytest.raises(ValueError) as caught:
         load_experiment(["--config", str(tiny_yaml), *arguments])
-    for part in ("factor is 6", "prior.model.heads 5", "train.steps is 0", "text.length is 1", "encode.views is 2", "ema_decay is 2"):
+    for part in ("factor is 6", "prior.model.heads 5", "train.steps is 0", "text.length is 1", "encode.views is 2", "ema_decay is 2",
+                 "guidance needs caption dropout"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -68,6 +70,9 @@ def test_every_broken_relation_is_named(tiny_yaml):
         (["--sampling.guidance_scale", "2", "--prior.objective.caption_dropout", "0"], "guidance needs caption dropout"),
         (["--tokenizer.model.image_size", "48"], "data.image_size is 32 and tokenizer.model.image_size is 48"),
         (["--encode.pictures", "null"], "the shapes are unlimited"),
+        (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", "10000000000"], "seed is 10000000000"),
         (["--name", "a/b"], "must be a plain folder name"),
         (["--encode.pictures", "0", "--encode.held_out", "0"], r"(?s)encode.held_out is 0.*encode.pictures is 0"),
         (["--prior.train.learning_rate", "0", "--prior.train.final_learning_rate", "2", "--prior.train.warmup_steps", "-1"],

@@ -22,7 +22,7 @@ from pipeline.cli import main
 from pipeline.data.codes import CodesDataset, read_manifest
 from pipeline.evaluation.pictures import psnr, ssim
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, TextTokenizer
+from stage2_prior import ImagePrior
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,11 +165,15 @@ def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
         (lambda b: (b / "pipeline.json").unlink(), "holds no pipeline.json, so it is no bundle"),
         (lambda b: (b / "pipeline.json").write_text('{"format": 1'), "pipeline.json is cut or damaged"),
         (lambda b: (b / "pipeline.json").write_text('{"format": 9}'), "bundle format 9, and this version reads 1"),
+        (lambda b: (b / "pipeline.json").write_text("[]"), "does not describe a bundle"),
+        (lambda b: (b / "pipeline.json").write_text('{"format": 1, "sampling": {}}'), "does not describe a bundle"),
+        (lambda b: (b / "pipeline.json").write_text('{"format": 1, "sampling": {"top_P": 1}, "trained_on": {}}'), "options ['top_P']"),
         (lambda b: shutil.rmtree(b / "prior"), "has no prior/"),
         (lambda b: (b / "tokenizer" / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda b: (b / "prior" / "model.safetensors").write_bytes(b"\x10"), "cannot be read"),
         (lambda b: (b / "text_tokenizer" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda b: (b / "text_tokenizer" / "text.json").write_text("{}"), "not a whole text tokenizer"),
+        (lambda b: (b / "text_tokenizer" / "text.json").write_text("[]"), "not a whole text tokenizer"),
     ],
 )
 def test_a_damaged_bundle_is_named(bundle, capsys, tmp_path, damage, message):
@@ -234,22 +238,6 @@ def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
     fails(capsys, ["train-prior", *config, "--prior.model.depth", 2], "made with other settings (model)")
 
 
-def test_other_settings_after_a_kill(finished_run, tmp_path, capsys):
-    """With a checkpoint they are refused; without one there is nothing to lose, and the text tokenizer is made anew too."""
-    path, folder = finished_run
-    copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
-    settings = json.loads((copy / "prior" / "settings.json").read_text())
-    (copy / "prior" / "settings.json").write_text(json.dumps({"settings": settings["settings"]}))
-    arguments = ["--config", path, "--output_dir", tmp_path / "runs", "--text.length", 40]
-    fails(capsys, ["train-prior", *arguments], "made with other settings (text)")
-    shutil.rmtree(copy / "prior" / "checkpoints")
-    assert main([str(a) for a in ["train-prior", *arguments]]) == 0
-    assert TextTokenizer.load(copy / "text_tokenizer").length == 40
-    capsys.readouterr()
-    (copy / "tokenizer" / "settings.json").write_text(json.dumps({"settings": {}}))
-    fails(capsys, ["train-prior", *arguments], "tokenizer is not finished yet; run `minidalle train-tokenizer`")
-
-
 def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
@@ -273,7 +261,7 @@ def test_captions_that_are_too_long_are_counted_or_cut(finished_run, tmp_path, c
     for part in ("prior", "text_tokenizer"):
         shutil.rmtree(copy / part)
     arguments = ["train-prior", "--config", path, "--output_dir", tmp_path / "runs", "--text.length", 9]
-    fails(capsys, arguments, "of 40 captions need more than text.length=9 slots", "text.truncate=true")
+    fails(capsys, arguments, "of 50 captions need more than text.length=9 slots", "text.truncate=true")
     assert not (copy / "text_tokenizer").exists()  # or the length that the message asks for would not be taken
     assert main([str(a) for a in arguments] + ["--text.truncate", "true"]) == 0
     assert "captions are cut to text.length=9" in capsys.readouterr().out

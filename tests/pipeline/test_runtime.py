@@ -24,3 +24,11 @@ def test_compiling_is_asked_for_or_worth_it(monkeypatch):
     assert compiles(TrainConfig(steps=10_000), CPU) and not compiles(TrainConfig(steps=10), CPU)
     monkeypatch.setattr(runtime, "_can_compile", lambda: False)
     assert not compiles(TrainConfig(steps=10_000), CPU)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_yaml, capsys, monkeypatch):
+    from pipeline.cli import main
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--trackers", '["wandb"]']) == 1
+    assert "trackers ['wandb'] are not installed" in capsys.readouterr().err

@@ -74,10 +74,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"line: loss is not finite at step 5; the last good checkpoint is .*step-4"):
+    with pytest.raises(FloatingPointError, match=r"loss, gradient_norm is not finite at step 5; the last good checkpoint is .*step-4"):
         train(tmp_path, Line(broken_at=5))
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
         train(tmp_path / "other", Line(broken_at=0))
+
+
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
+    objective = Line()
+    next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="gradient_norm is not finite at step 0"):
+        train(tmp_path, objective)
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_broken_step_is_never_saved(tmp_path):

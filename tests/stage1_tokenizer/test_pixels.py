@@ -66,6 +66,12 @@ def test_a_photograph_is_turned_upright():
     assert upright.size == (1, 2) and upright.getpixel((0, 0)) == (9, 9, 9)
 
 
+def test_a_picture_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.png", exif=b"garbage!")
+    with Image.open(tmp_path / "a.png") as image:
+        assert to_rgb(image).getpixel((0, 0)) == (9, 8, 7)
+
+
 def test_crop_is_centred_and_resizing_antialiased():
     wide = np.zeros((32, 96, 3), dtype=np.uint8)
     wide[:, 32:64] = np.indices((32, 32)).sum(0)[..., None] % 2 * 255  # a fine chessboard, between black sides

@@ -252,6 +252,23 @@ def test_the_first_counts_are_those_of_the_first_batch():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unused_ones(normalize):
+    vq = fresh(8, normalize=normalize)
+    x = 3 + features(4, 4, 4, 4)
+    x[:, :, :, 2:] = x[:1, :, :1, :1]  # half of the vectors are one and the same, so some codes stay without any
+    placed = copy.deepcopy(vq)
+    placed._learn = lambda *_: None  # type: ignore[method-assign]
+    placed(x)
+    codes = vq(x).codes.flatten()
+    vectors = vq._onto_sphere(flat(x))
+    for code in range(8):
+        own = vectors[codes == code]
+        expected = vq._onto_sphere(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
+        torch.testing.assert_close(vq.codebook[code], expected, rtol=1e-4, atol=1e-4)
+    assert len(codes.unique()) < 8
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 def test_autocast_leaves_distances_and_state_in_float32(normalize):
     x = features(8, 16, 4, 4)
     plain, cast = (started(features(256, 16, seed=1), normalize=normalize, restart_below=0.0) for _ in range(2))

@@ -112,6 +112,9 @@ def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_i
         torch.testing.assert_close(again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image)
         assert again.fingerprint == prior.fingerprint
         assert again.config.trained_with_caption_dropout
+        assert sample(again, text_ids, [1, 2, 3], SamplingOptions()).codes.equal(
+            sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes
+        )
     with torch.no_grad():
         again.image_head.own[0, 0] += 1
     assert again.fingerprint != prior.fingerprint

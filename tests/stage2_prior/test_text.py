@@ -44,14 +44,12 @@ def test_a_caption_that_is_too_long_is_refused_or_cut():
     assert TEXT.lengths([long])[0] > 40 >= TEXT.lengths(["a red circle"])[0]
 
 
-def test_dropout_spells_words_in_several_ways_and_never_overflows():
-    plain = TEXT.encode(["a small red circle"])
-    assert any(not TEXT.encode(["a small red circle"], dropout=0.5).equal(plain) for _ in range(5))
-    assert TEXT.encode(["a small red circle"]).equal(plain)
-    assert TEXT.decode(TEXT.encode(["a small red circle"], dropout=0.5)) == ["a small red circle"]
-    fitting = "a large green triangle left of a red circle"
-    narrow = TextTokenizer(TEXT.fast, TEXT.lengths([fitting])[0])
-    assert narrow.decode(narrow.encode([fitting] * 3, dropout=0.9)) == [fitting] * 3
+def test_the_name_of_a_special_token_is_plain_text():
+    for name in ("<end>", "<pad>", "<start>"):
+        ids = TEXT.encode([f"a {name} circle"])[0, 1:].tolist()
+        assert ids.count(TEXT.end_id) == 1 and TEXT.start_id not in ids
+        assert ids.index(TEXT.end_id) > 3 and set(ids[ids.index(TEXT.end_id) + 1 :]) <= {TEXT.pad_id}
+        assert TEXT.decode(TEXT.encode([f"a {name} circle"])) == [f"a {name} circle"]
 
 
 def test_saved_equals_trained(tmp_path):
@@ -85,5 +83,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_configuration_errors_are_all_named():
-    with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.length is 2.*text\.bpe_dropout is 1"):
-        TextConfig(vocab_size=10, length=2, bpe_dropout=1)
+    with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.length is 2"):
+        TextConfig(vocab_size=10, length=2)

@@ -114,6 +114,8 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         ("metadata.csv", "file_name,text\n../b.png,a\n", "names '../b.png', which lies outside the folder"),
         ("metadata.jsonl", "{broken\n", "line 1 is no JSON"),
         ("metadata.jsonl", "[1]\n", "line 1 is no row"),
+        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "row 1 names no picture: file_name is None"),
+        ("metadata.csv", "text,file_name\na cat\n", "row 1 names no picture: file_name is None"),
         ("metadata.csv", "file_name,text\na.png,\n", "no usable picture with a caption; 1 pictures without a caption"),
     ],
 )
@@ -121,6 +123,14 @@ def test_broken_captions_are_named(tmp_path, name, content, message):
     picture(tmp_path / "a.png")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        load_source(config(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "a.txt"])
+def test_captions_in_another_encoding_are_named(tmp_path, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes("file_name,text\na.png,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8"):
         load_source(config(tmp_path), "train")
 
 

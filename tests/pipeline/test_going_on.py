@@ -1,0 +1,155 @@
+"""The same command again: after a kill, with other settings, other pictures, a full disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import SafetensorError
+
+from pipeline import training
+from pipeline.cli import main
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, TextTokenizer
+from tests.pipeline.conftest import TINY
+from tests.pipeline.test_run import fails
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> tuple[list[str], Path]:
+    """Arguments and folder of a copy of the finished run."""
+    path, folder = finished_run
+    copy = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
+    return ["--config", str(path), "--output_dir", str(tmp_path / "runs")], copy
+
+
+def unfinished(stage: Path) -> None:
+    settings = json.loads((stage / "settings.json").read_text())
+    (stage / "settings.json").write_text(json.dumps({"settings": settings["settings"]}))
+
+
+def test_other_settings_after_a_kill(run, capsys):
+    """With a checkpoint they are refused; without one there is nothing to lose, and the text tokenizer is made anew too."""
+    arguments, folder = run
+    unfinished(folder / "prior")
+    longer = ["train-prior", *arguments, "--text.length", "40"]
+    fails(capsys, longer, "made with other settings (text)")
+    shutil.rmtree(folder / "prior" / "checkpoints")
+    assert main(longer) == 0
+    assert TextTokenizer.load(folder / "text_tokenizer").length == 40
+    capsys.readouterr()
+    unfinished(folder / "tokenizer")
+    fails(capsys, longer, "tokenizer is not finished yet; run `minidalle train-tokenizer`")
+
+
+def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
+    arguments, folder = run
+    fails(capsys, ["train-prior", *arguments, "--prior.train.learning_rate", "1e-4"], "made with other settings (train.learning_rate)")
+    fails(capsys, ["train-prior", *arguments, "--prior.train.steps", "4"], "made with other settings (train.steps)")
+    before = ImagePrior.load(folder / "prior").fingerprint
+    assert main(["train-prior", *arguments, "--prior.train.log_every", "1"]) == 0
+    assert ImagePrior.load(folder / "prior").fingerprint == before
+    assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
+    assert ImagePrior.load(folder / "prior").fingerprint != before
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch):
+    """With Muon, the best weights kept and dropout: everything that has a state or draws random numbers."""
+    arguments, folder = run
+    shutil.rmtree(folder / "prior")
+    other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tiny"))
+    options = ["--prior.train.optimizer", "muon", "--prior.train.keep_best", "true", "--prior.model.dropout", "0.2"]
+    assert main(["train-prior", *arguments, *options]) == 0
+    step = training._step
+
+    def killed(*given: object):
+        if given[5] == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
+    monkeypatch.setattr("pipeline.training._step", killed)
+    assert main(again) == 1
+    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
+    monkeypatch.setattr("pipeline.training._step", step)
+    assert main(again) == 0
+    assert ImagePrior.load(other / "prior").fingerprint == ImagePrior.load(folder / "prior").fingerprint
+
+
+def folder_of_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (32, 32), (i * 8, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"shade {i}")
+
+
+@pytest.fixture
+def own_folder(tmp_path) -> list[str]:
+    """Arguments of a run on a folder of 12 pictures."""
+    folder_of_pictures(tmp_path / "pictures", 12)
+    values = {
+        **TINY,
+        "output_dir": str(tmp_path / "runs"),
+        "data": {"source": str(tmp_path / "pictures"), "image_size": 32, "held_out": 0.3},
+        "encode": {"held_out": 10},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(tmp_path / "own.yaml")]
+
+
+def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
+    for verb in ("train-tokenizer", "encode", "train-prior"):
+        assert main([verb, *own_folder]) == 0
+    capsys.readouterr()
+    folder_of_pictures(tmp_path / "pictures", 13)
+    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
+    fails(capsys, ["encode", *own_folder], "holds codes made with other data")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "codes")
+    assert main(["encode", *own_folder]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train-prior", *own_folder], "made with other settings (codes)")
+
+
+def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_path, capsys):
+    fails(capsys, ["run", *own_folder, "--data.held_out", "0.0001"], "12 pictures to train on and 0 held out", "data.held_out=0.0001")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, capsys):
+    from pipeline.config import load_experiment
+    from pipeline.data.sources import load_source
+
+    held_out = load_source(load_experiment(own_folder).data, "held_out").captions([0])[0]
+    (tmp_path / "pictures" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
+    for verb in ("train-tokenizer", "encode"):
+        assert main([verb, *own_folder]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train-prior", *own_folder], "1 of 12 captions need more than text.length=48 slots")
+
+
+def test_another_optimizer_after_a_kill_is_refused(run, capsys):
+    arguments, folder = run
+    (folder / "tokenizer" / "settings.json").unlink()
+    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"], "made with the optimizers ['tokenizer/adamw']")
+
+
+@pytest.mark.parametrize("where", ["pipeline.checkpoints.save_file", "stage1_tokenizer.model.ImageTokenizer.save_pretrained"])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypatch, where):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    arguments, folder = run
+    checkpoints = folder / "tokenizer" / "checkpoints"
+    monkeypatch.setattr(where, full)
+    assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "free some space" in error and "Traceback" not in error
+    assert (checkpoints / "step-6" / "state.json").is_file() and not list(checkpoints.glob(".*"))
+    monkeypatch.undo()
+    assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
+    assert ImageTokenizer.load(folder / "tokenizer")
