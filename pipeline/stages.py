@@ -325,8 +325,8 @@ def _sources(experiment: Experiment) -> tuple[Source, Source]:
 
 
 def _needed(folder: Path, verb: str) -> Path:
-    started = folder / _SETTINGS
-    if not folder.is_dir() or (started.is_file() and "held_out" not in json.loads(started.read_text())):
+    written = _read_settings(folder)
+    if not folder.is_dir() or (written is not None and "held_out" not in written):
         state = "not finished" if folder.is_dir() else "not there"
         raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
     return folder
@@ -337,10 +337,9 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
 
     More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
     """
-    path = folder / _SETTINGS
-    if not path.is_file():
+    written = _read_settings(folder)
+    if written is None:
         return False
-    written = json.loads(path.read_text())
     made, done = written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
@@ -372,6 +371,12 @@ def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid_image(grid).save(folder / f"{name}.png")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """What `_write_settings` wrote last; None where a stage was never started, or is none."""
+    path = folder / _SETTINGS
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _write_settings(folder: Path, content: dict[str, Any]) -> None:

@@ -72,11 +72,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, codes: Tensor) -> Tensor:
-        """Adds a step's codes to the counts; returns the step's histogram (K,) over all processes."""
+        """Adds a step's codes, over all processes, to the counts; returns the weight () of this step in them."""
         histogram = sum_over_processes(torch.bincount(codes.flatten(), minlength=self.num_codes).float())
         # The first step counts whole, or every code would seem dead for the first hundred steps.
-        self.counts.lerp_(histogram, torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0))
-        return histogram
+        weight = torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0)
+        self.counts.lerp_(histogram, weight)
+        return weight
 
     @torch.no_grad()
     def use(self) -> dict[str, Tensor]:

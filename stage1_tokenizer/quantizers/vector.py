@@ -67,9 +67,7 @@ class VectorQuantizer(Quantizer):
         if self.options.codebook == "gradient":
             loss = loss + F.mse_loss(chosen, vectors.detach())
         if self.training:
-            first = self.counts.sum() == 0
-            self.count(codes)
-            self._learn(vectors.detach(), codes, first)
+            self._learn(vectors.detach(), codes, self.count(codes))
             metrics |= self.use()
         latents = vectors + (chosen - vectors).detach()
         return Quantized(latents.reshape(b, h, w, d).permute(0, 3, 1, 2), codes.reshape(b, h, w), loss, metrics)
@@ -84,13 +82,13 @@ class VectorQuantizer(Quantizer):
         return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, codes: Tensor, first: Tensor) -> None:
+    def _learn(self, vectors: Tensor, codes: Tensor, weight: Tensor) -> None:
         """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
         self.steps += 1
         if self.options.codebook == "ema":
             total = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
-            # As the counts: the first step counts whole, or sums and counts would not belong together.
-            self.sums.lerp_(sum_over_processes(total), torch.where(first, 1.0, 1 - self.decay))
+            # By the counts' own weight (the first step counts whole), or sums and counts would not belong together.
+            self.sums.lerp_(sum_over_processes(total), weight)
             n = self.counts.sum()
             smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
             means = self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None])

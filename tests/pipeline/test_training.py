@@ -74,7 +74,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss, gradient_norm is not finite at step 5; the last good checkpoint is .*step-4"):
+    message = r"line: loss, gradient_norm is not finite at step 5; the last good checkpoint is .*step-4"
+    with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, Line(broken_at=5))
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
         train(tmp_path / "other", Line(broken_at=0))
