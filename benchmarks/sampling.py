@@ -1,8 +1,9 @@
 """Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate(), batch 1 and 64.
 
-benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--out FILE]
+benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--out FILE]
 No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights. With --compile ours is made
-ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too.
+ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too,
+or with --peers-fp32 those that they come with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peers-fp32", action="store_true")
     options = parser.parse_known_args()[0]
     batch = options.batch
     torch.manual_seed(0)
@@ -27,7 +29,7 @@ def main() -> None:
     ours, dalle, llama = (model.eval() for model in (peers.ours(), peers.dalle(), peers.llama()))
 
     if options.compile:
-        for model in (ours, dalle, llama):
+        for model in (ours,) if options.peers_fp32 else (ours, dalle, llama):
             model.to(torch.bfloat16)
         ours.compile_sampling()
 
@@ -45,8 +47,9 @@ def main() -> None:
         },
         rounds=5 if batch == 1 else 3,
     )
+    kind = ", ours compiled, " + ("bf16, peers in fp32" if options.peers_fp32 else "all bf16") if options.compile else ""
     report(
-        f"sampling, batch {batch}" + (", ours compiled, all bf16" if options.compile else ""),
+        f"sampling, batch {batch}{kind}",
         "pictures/s",
         {k: batch / v for k, v in seconds.items()},
     )

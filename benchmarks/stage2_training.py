@@ -1,12 +1,13 @@
 """Training a prior: tokens a second of ours, dalle-pytorch's DALLE and transformers' LlamaForCausalLM. 96 tokens, batch 64, AdamW.
 
-benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--out FILE]
-Ours computes in bf16 autocast as `precision: auto` does; peers are given the same autocast.
+benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--peers-fp32] [--out FILE]
+Ours computes in bf16 autocast as `precision: auto` does. Peers are given the same autocast, or with --peers-fp32 none, as they come.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -30,8 +31,10 @@ def main() -> None:
     def step(model, loss):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
+        bf16 = model is ours or "--peers-fp32" not in sys.argv
+
         def run():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
                 value = loss()
             value.backward()
             optimizer.step()
@@ -50,6 +53,7 @@ def main() -> None:
     )
     sizes = {"ours, M parameters": peers.millions(ours), "DALLE, M": peers.millions(dalle), "Llama, M": peers.millions(llama)}
     name = "stage 2 training" + (", ours compiled" if "--compile" in sys.argv else "")
+    name += ", peers in fp32" if "--peers-fp32" in sys.argv else ""
     report(name, "tokens/s", {k: BATCH * TOKENS / v for k, v in seconds.items()}, sizes)
 
 

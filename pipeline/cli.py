@@ -142,6 +142,7 @@ def _generate(rest: Sequence[str]) -> int:
     reader.add_argument("--temperature", type=float, help="0 takes the most likely codes")
     reader.add_argument("--top_k", type=int, help="keep the k most likely codes")
     reader.add_argument("--top_p", type=float, help="keep the codes that reach this probability")
+    reader.add_argument("--min_p", type=float, help="drop codes that the caption makes less likely than this share of the likeliest")
     reader.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
     reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
     options = reader.parse_args(rest)
@@ -152,7 +153,7 @@ def _generate(rest: Sequence[str]) -> int:
         raise _WrongUsage("no prompt was given; add one in quotes, or --prompts FILE")
     from pipeline.generation import generate
 
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
     written = generate(
         options.bundle, prompts, options.out, num=options.num, seed=options.seed, batch_size=options.batch_size,
         truncate=options.truncate, **{name: getattr(options, name) for name in names},

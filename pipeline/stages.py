@@ -32,7 +32,7 @@ from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTo
 EVALUATION_BATCH = 64
 _CAPTIONS_TO_LEARN = 100_000
 """The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
-_CHANGES_NO_WEIGHT = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "compile")
+_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
@@ -343,10 +343,12 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
     made, done = written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
+    # Evaluations choose among weights where the best are kept, and change none elsewhere.
+    free = _CHANGES_NO_WEIGHT if settings["train"]["keep_best"] else (*_CHANGES_NO_WEIGHT, "evaluate_every")
     differ += [
         f"train.{key}"
         for key, value in settings["train"].items()
-        if key not in _CHANGES_NO_WEIGHT and made["train"].get(key) != value and not (key == "steps" and longer)
+        if key not in free and made["train"].get(key) != value and not (key == "steps" and longer)
     ]
     if differ and (done or newest_checkpoint(folder / "checkpoints")):
         raise ValueError(

@@ -104,6 +104,7 @@ class TextToImagePipeline:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
         truncate: bool = False,
@@ -122,7 +123,8 @@ class TextToImagePipeline:
             raise ValueError("no prompt was given; give at least one, '' samples without a caption")
         if num_images_per_prompt < 1 or batch_size < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; both must be at least 1")
-        given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
+        given |= {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         options = replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
         if any(not prompt.strip() for prompt in prompts):
             if not self.prior.config.trained_with_caption_dropout:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, rotary_table
+from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, project, rotary_table
 
 
 class ImagePriorConfig(PreTrainedConfig):
@@ -181,7 +181,7 @@ class ImagePrior(PreTrainedModel):
         return self._step(ids, positions, tables, cache)
 
     def _step(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache) -> Tensor:
-        return F.linear(self.features(ids, positions, tables, cache)[:, -1], tables.head)
+        return project(self.features(ids, positions, tables, cache)[:, -1], tables.head)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for whole streams, in the dtype and on the device of the weights."""

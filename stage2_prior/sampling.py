@@ -4,7 +4,9 @@ Legend: B pictures, T text slots, N codes of a picture, K codes to choose from.
 
 Each picture draws one uniform number a code from a generator of its own and inverts the cumulative distribution, so that its
 codes depend on its seed alone and not on the batch it is in.
-Guidance: logits = null + scale * (conditional - null), both branches in one batch (Ho & Salimans 2022).
+Guidance: logits = null + scale * (conditional - null), both branches in one batch (Ho & Salimans 2022). It prefers codes that the
+caption makes likelier than they would be without it, and so, now and then, one that is next to impossible either way. `min_p` rules
+those out by the caption's own distribution, as contrastive decoding does (Li et al. 2022, arXiv:2210.15097, section 3.3).
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ class SamplingOptions:
     """Keep only the k most likely codes."""
     top_p: float | None = None
     """Keep the smallest set of codes whose probability reaches p (nucleus sampling, Holtzman et al. 2020)."""
+    min_p: float | None = None
+    """Keep only codes at least this share as likely as the likeliest one, given the caption and before guidance and temperature. With a
+    small one (0.002) guidance can be stronger."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -41,6 +46,8 @@ class SamplingOptions:
             problems.append(f"top_k is {self.top_k}; it must be at least 1, or absent for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}; it must be in (0, 1], or absent for no limit")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            problems.append(f"min_p is {self.min_p}; it must be in [0, 1], or absent for no limit")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -67,6 +74,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, conditional: Tensor, p: float) -> Tensor:
+    """Sets the logits (B,K) of codes that `conditional` (B,K) finds less than p times as likely as its likeliest to -inf."""
+    # Compared as probabilities, where p may be 0.
+    likelihood = (conditional - conditional.amax(-1, keepdim=True)).exp()
+    return logits.masked_fill(likelihood < p, float("-inf"))
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -129,6 +143,8 @@ def sample(prior: ImagePrior, text_ids: Tensor, seeds: Sequence[int], options: S
         logits = every[:, first:past].float()
         conditional = logits[:batch]
         chosen = guide(conditional, logits[batch:], options.guidance_scale) if guided else conditional
+        if options.min_p is not None:
+            chosen = keep_min_p(chosen, conditional, options.min_p)
         code = draw(filtered(chosen, options), noise[:, i])
         codes[:, i] = code
         log_likelihood[:, i] = conditional.log_softmax(-1).gather(1, code[:, None])[:, 0]

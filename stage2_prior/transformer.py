@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+_FEW_ROWS = 2
+"""Rows up to which a product is compiled as a sum (`project`): a picture alone, with its null branch."""
+
 
 def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
     """What `rotate` multiplies by at each slot: coordinates (S,2) -> (2,S,D). Half of the pairs turn with the row, half with the
@@ -37,6 +40,25 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x (...,C) times the rows of weight (R,C) -> (...,R)."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= _FEW_ROWS * x.shape[-1]:
+        # For so few rows the library's product spends its time on anything but reading the weights; written as a sum it is
+        # compiled into one loop over them, with what comes before and after in it.
+        return (x.float()[..., None, :] * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+class Projection(nn.Linear):
+    """A linear layer without bias, by `project`."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight)
 
 
 class KeyValueCache:
@@ -91,9 +113,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.query_key_value = Projection(width, 3 * width)
         self.query_key_gain = nn.Parameter(torch.ones(2 * width // heads))
-        self.output = nn.Linear(width, width, bias=False)
+        self.output = Projection(width, width)
 
     def forward(self, x: Tensor, table: Tensor, past: Past | None, layer: int) -> Tensor:
         batch, length, width = x.shape
@@ -112,8 +134,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = Projection(width, 2 * hidden)
+        self.down = Projection(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from stage2_prior import Level, SamplingOptions, sample
-from stage2_prior.sampling import draw, filtered, guide, keep_top_k, keep_top_p, uniforms
+from stage2_prior.sampling import draw, filtered, guide, keep_min_p, keep_top_k, keep_top_p, uniforms
 from tests.stage2_prior.conftest import tiny_prior
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
@@ -23,6 +23,11 @@ def test_top_k_equals_the_reference(k):
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
 def test_top_p_equals_the_reference(p):
     torch.testing.assert_close(keep_top_p(LOGITS, p), TopPLogitsWarper(p)(None, LOGITS))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.02, 0.3, 1.0])
+def test_min_p_equals_the_reference(p):
+    torch.testing.assert_close(keep_min_p(LOGITS, LOGITS, p), MinPLogitsWarper(p)(None, LOGITS))  # type: ignore[arg-type]
 
 
 def test_temperature_zero_keeps_the_largest():
@@ -62,6 +67,17 @@ def test_guided_codes_equal_two_uncached_passes_combined(prior, text_ids, scale)
     for i in range(9):
         expected = draw(filtered(logits[:, i], SamplingOptions(temperature=0.7, top_p=0.9)), noise[:, i])
         assert torch.equal(expected, codes[:, i])
+
+
+def test_min_p_judges_by_the_caption_before_guidance(prior, text_ids):
+    options = SamplingOptions(guidance_scale=30, min_p=0.6)
+    codes = sample(prior, text_ids, [7, 8, 9], options).codes
+    shares = log_probabilities(prior, text_ids, codes).softmax(-1)
+    chosen = shares.gather(2, codes[..., None])[..., 0] / shares.amax(-1)
+    assert chosen.min() >= 0.6 - 1e-5
+    free = sample(prior, text_ids, [7, 8, 9], SamplingOptions(guidance_scale=30)).codes
+    shares = log_probabilities(prior, text_ids, free).softmax(-1)
+    assert (shares.gather(2, free[..., None])[..., 0] / shares.amax(-1)).min() < 0.6
 
 
 def test_guidance_moves_the_samples(prior, text_ids):
@@ -136,14 +152,16 @@ def test_broken_weights_stop_the_sampling(prior, text_ids):
 
 
 def test_bad_options_are_all_named():
-    with pytest.raises(ValueError, match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5"):
-        SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5)
+    with pytest.raises(ValueError, match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5.*min_p is 2"):
+        SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5, min_p=2)
 
 
-def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch):
-    """With a backend that runs the traced graph as it is; one graph serves every slot of a batch size."""
+@pytest.mark.parametrize(("captions", "as_sums"), [(1, True), (3, False)])
+def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch, captions, as_sums):
+    """With a backend that runs the traced graph as it is; one graph serves every slot of a batch size. Products of few rows are sums."""
     options = SamplingOptions(guidance_scale=2)
-    plain = sample(prior, text_ids, [1, 2, 3], options)
+    text_ids, seeds = text_ids[:captions], [1, 2, 3][:captions]
+    plain = sample(prior, text_ids, seeds, options)
     graphs = []
     compile_ = torch.compile
 
@@ -153,8 +171,9 @@ def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, backend=backend, dynamic=dynamic))
     prior.compile_sampling()
-    compiled = sample(prior, text_ids, [1, 2, 3], options)
+    compiled = sample(prior, text_ids, seeds, options)
     assert len(graphs) == 1
+    assert as_sums != any("linear" in str(node.target) for node in graphs[0].graph.nodes)
     assert torch.equal(compiled.codes, plain.codes)
     torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
 
