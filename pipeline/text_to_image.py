@@ -123,8 +123,9 @@ class TextToImagePipeline:
             raise ValueError("no prompt was given; give at least one, '' samples without a caption")
         if num_images_per_prompt < 1 or batch_size < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; both must be at least 1")
-        given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
-        given |= {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        given: dict[str, Any] = {
+            "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        }  # fmt: skip
         options = replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
         if any(not prompt.strip() for prompt in prompts):
             if not self.prior.config.trained_with_caption_dropout:
