@@ -1,19 +1,44 @@
 """Stage 1: pictures <-> grids of codes. Knows nothing of text, data sets or training loops."""
 
-from stage1_tokenizer.config import GumbelOptions, Level, ObjectiveConfig, TokenizerConfig, VectorOptions
+from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
+from stage1_tokenizer.options import (
+    BinaryOptions,
+    FsqOptions,
+    GumbelOptions,
+    HierarchicalOptions,
+    ResidualOptions,
+    ScoreFunctionOptions,
+    SignOptions,
+    VectorOptions,
+)
 from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_pictures, to_rgb
-from stage1_tokenizer.quantizers import CodebookStatistics, Quantized, build_quantizer, codebook_statistics
+from stage1_tokenizer.quantizers import (
+    CodebookStatistics,
+    Quantized,
+    Quantizer,
+    build_quantizer,
+    codebook_statistics,
+    count_codes,
+    counts_by_level,
+)
 
 __all__ = [
+    "BinaryOptions",
     "CodebookStatistics",
+    "FsqOptions",
     "GumbelOptions",
+    "HierarchicalOptions",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "Level",
     "ObjectiveConfig",
     "Quantized",
+    "Quantizer",
+    "ResidualOptions",
+    "ScoreFunctionOptions",
+    "SignOptions",
     "TokenizerConfig",
     "TokenizerLoss",
     "TokenizerObjective",
@@ -21,6 +46,8 @@ __all__ = [
     "VectorOptions",
     "build_quantizer",
     "codebook_statistics",
+    "count_codes",
+    "counts_by_level",
     "resize_and_crop",
     "to_model_range",
     "to_pictures",

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
+
+from stage1_tokenizer.options import (
+    OWNERS,
+    BinaryOptions,
+    FsqOptions,
+    GumbelOptions,
+    HierarchicalOptions,
+    QuantizerName,
+    ResidualOptions,
+    ScoreFunctionOptions,
+    SignOptions,
+    VectorOptions,
+)  # fmt: skip
+
+LARGEST_CODE = 2**31 - 1
+"""Codes are stored as 32-bit integers."""
+
+
+def nearest_multiple(size: int, step: int) -> int:
+    """The multiple of `step` nearest to `size`, one step at least."""
+    return max(round(size / step), 1) * step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,31 +37,10 @@ class Level:
     num_codes: int
     """Entries of this level's codebook."""
 
-
-@dataclass(kw_only=True)
-class VectorOptions:
-    """Options of `quantizer: vq` (VQ-VAE)."""
-
-    codebook: Literal["ema", "gradient"] = "ema"
-    """How the codebook learns: moving averages of the vectors assigned to each code, or the gradient of the codebook loss."""
-    decay: float = 0.99
-    """Decay of the moving averages, a step (`ema`), and of the usage counts (both)."""
-    commitment: float = 0.25
-    """Weight of the commitment loss, beta in the paper."""
-    normalize: bool = True
-    """Put vectors and codes on a sphere, so that the nearest code is the most similar direction (ViT-VQGAN)."""
-    restart_below: float = 0.1
-    """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts."""
-    restart_every: int = 10
-    """Steps between two looks for dead codes."""
-
-
-@dataclass(kw_only=True)
-class GumbelOptions:
-    """Options of `quantizer: gumbel` (dVAE)."""
-
-    straight_through: bool = False
-    """Feed the decoder hard one-hot codes while training, with the relaxed ones' gradient."""
+    @property
+    def length(self) -> int:
+        """Codes of a picture at this level."""
+        return math.prod(self.grid)
 
 
 @dataclass(kw_only=True)
@@ -62,16 +62,29 @@ class TokenizerConfig:
     pictures a little sharper."""
     decoder_depth: int = 3
     """Residual blocks at each resolution of the decoder, which has the harder task."""
-    quantizer: Literal["vq", "gumbel"] = "vq"
+    quantizer: QuantizerName = "vq"
     """How features become codes."""
     num_codes: int = 1024
-    """Entries of the codebook."""
+    """Entries of the codebook (of each one where there are several)."""
     code_dim: int = 16
-    """Features of a code's vector."""
+    """Features of a code's vector. `binary`, `lfq` and `bsq` have one for each bit of `num_codes` and `fsq` one for each of its levels,
+    whatever is said here."""
     vq: VectorOptions = field(default_factory=VectorOptions)
-    """Options of `quantizer: vq`."""
+    """Options of `quantizer: vq`, `residual` and `hierarchical`."""
     gumbel: GumbelOptions = field(default_factory=GumbelOptions)
     """Options of `quantizer: gumbel`."""
+    binary: BinaryOptions = field(default_factory=BinaryOptions)
+    """Options of `quantizer: binary`."""
+    score_function: ScoreFunctionOptions = field(default_factory=ScoreFunctionOptions)
+    """Options of `quantizer: score_function`."""
+    fsq: FsqOptions = field(default_factory=FsqOptions)
+    """Options of `quantizer: fsq`."""
+    sign: SignOptions = field(default_factory=SignOptions)
+    """Options of `quantizer: lfq` and `bsq`."""
+    residual: ResidualOptions = field(default_factory=ResidualOptions)
+    """Options of `quantizer: residual`."""
+    hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
+    """Options of `quantizer: hierarchical`."""
     likelihood: Literal["l2", "l1", "logit_laplace"] = "l2"
     """p(picture given codes): Gaussian, Laplace, or DALL-E's logit-Laplace."""
     likelihood_scale: float = 0.1
@@ -82,32 +95,58 @@ class TokenizerConfig:
         for name in ("image_size", "channels", "width", "encoder_depth", "decoder_depth", "code_dim"):
             if getattr(self, name) < 1:
                 problems.append(f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_codes < 2:
-            problems.append(f"tokenizer.model.num_codes is {self.num_codes}; it must be at least 2")
         if self.factor < 1 or self.factor & (self.factor - 1):
             problems.append(f"tokenizer.model.factor is {self.factor}; it must be a power of two (8)")
-        elif self.image_size % self.factor:
-            near = max(round(self.image_size / self.factor), 1) * self.factor
+        elif self.image_size % self.stride:
+            needed = f"{self.stride}, which tokenizer.model.factor {self.factor} needs"
+            if self.quantizer == "hierarchical":
+                needed += f" with hierarchical.levels {self.hierarchical.levels}"
             problems.append(
-                f"tokenizer.model.image_size {self.image_size} is not a multiple of tokenizer.model.factor {self.factor}; "
-                f"the nearest size that fits is {near}"
+                f"tokenizer.model.image_size {self.image_size} is not a multiple of {needed}; "
+                f"the nearest size that fits is {nearest_multiple(self.image_size, self.stride)}"
             )
         if self.width % 16:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
         if self.likelihood_scale <= 0:
             problems.append(f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above 0")
-        if not 0 < self.vq.decay < 1 or self.vq.commitment < 0 or self.vq.restart_every < 1 or not 0 <= self.vq.restart_below < 1:
-            problems.append(
-                "tokenizer.model.vq needs decay in (0, 1), commitment of 0 or more, restart_below in [0, 1) and restart_every of "
-                f"at least 1; given were {self.vq}"
-            )
+        problems += self._quantizer_problems()
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _quantizer_problems(self) -> list[str]:
+        problems: list[str] = []
+        for section, owners in OWNERS.items():
+            options = getattr(self, section)
+            problems += options.problems()
+            if self.quantizer not in owners and options != type(options)():
+                chosen = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+                problems.append(
+                    f"tokenizer.model.{section} is {chosen}, which belongs to quantizer {' or '.join(owners)}, and "
+                    f"tokenizer.model.quantizer is {self.quantizer}; remove the section or choose that quantizer"
+                )
+        if not 2 <= self.num_codes <= LARGEST_CODE:
+            problems.append(f"tokenizer.model.num_codes is {self.num_codes}; it must be at least 2, and at most {LARGEST_CODE} (32 bits)")
+        elif self.quantizer in ("binary", "lfq", "bsq") and self.num_codes & (self.num_codes - 1):
+            problems.append(
+                f"tokenizer.model.num_codes is {self.num_codes} and the codes of {self.quantizer} are bits, so it must be a power of two; "
+                f"the nearest is {2 ** round(math.log2(self.num_codes))}"
+            )
+        elif self.quantizer == "fsq" and math.prod(self.fsq.levels) != self.num_codes:
+            problems.append(
+                f"tokenizer.model.fsq.levels {list(self.fsq.levels)} make {math.prod(self.fsq.levels)} codes and "
+                f"tokenizer.model.num_codes is {self.num_codes}; make them agree"
+            )
+        return problems
 
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the code grid."""
         return self.image_size // self.factor, self.image_size // self.factor
+
+    @property
+    def stride(self) -> int:
+        """Pixels a code of the coarsest level covers along each axis; a picture's sides are multiples of it."""
+        return self.factor * 2 ** (max(self.hierarchical.levels, 1) - 1) if self.quantizer == "hierarchical" else self.factor
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -121,11 +160,12 @@ class ObjectiveConfig:
     """What stage 1 minimises (`tokenizer.objective` in a YAML). Steps count from the start of training."""
 
     kl_weight: float = 1.0
-    """Weight of the KL to the uniform prior (`gumbel`), in the units of the likelihood: 1 is the evidence lower bound."""
+    """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`), in the units of the likelihood: 1 is the evidence
+    lower bound."""
     kl_ramp_steps: int = 1000
     """Steps over which the KL's weight rises from 0 (cosine, DALL-E)."""
     temperature_start: float = 1.0
-    """Temperature of the Gumbel-softmax at the first step."""
+    """Temperature of the relaxation (`gumbel`, `binary`) at the first step."""
     temperature_end: float = 1 / 16
     """Temperature after the annealing (DALL-E: 1/16)."""
     temperature_steps: int = 2000

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from stage1_tokenizer.config import Level, TokenizerConfig
+from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
-from stage1_tokenizer.quantizers import build_quantizer
+from stage1_tokenizer.quantizers import Quantized, build_quantizer
 
 
 class ImageTokenizerConfig(PreTrainedConfig):
@@ -38,11 +38,8 @@ class TokenizerOutput:
 
     parameters: Tensor
     """(B,P,H,W) the likelihood's parameters."""
-    codes: Tensor
-    """(B,h,w) int64."""
-    loss: Tensor
-    """Scalar: the quantizer's part of the objective."""
-    metrics: dict[str, Tensor]
+    quantized: Quantized
+    """Codes, and the quantizer's part of the objective."""
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -65,7 +62,7 @@ class ImageTokenizer(PreTrainedModel):
         patch = min(own.factor, 4)
         out = own.channels * self.likelihood.parameters_per_channel
         self.encoder = Encoder(own.channels, own.widths, own.encoder_depth, own.encoder_kernel, patch, self.quantizer.input_dim)
-        self.decoder = Decoder(own.code_dim, own.widths, own.decoder_depth, patch, out)
+        self.decoder = Decoder(self.quantizer.output_dim, own.widths, own.decoder_depth, patch, out)
         self.to(memory_format=torch.channels_last)
         self.post_init()
 
@@ -74,10 +71,12 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def num_codes(self) -> int:
+        """Entries of the codebook, of each one where there are several."""
         return self.own_config.num_codes
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Height and width of the (finest) code grid of a picture of `image_size`."""
         return self.own_config.grid
 
     @property
@@ -86,14 +85,13 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def layout(self) -> tuple[Level, ...]:
-        """How the codes lie in one stream: one level."""
-        return (Level(grid=self.grid, num_codes=self.num_codes),)
+        """How the codes of a picture of `image_size` lie in one stream: level after level, coarse ones first."""
+        return self.quantizer.layout(self.grid)
 
     @property
     def code_vectors(self) -> Tensor:
-        """(K,D): what the decoder sees of each code, for models that take the codes further."""
-        codes = torch.arange(self.num_codes, device=self.device)
-        return self.quantizer.embed(codes[None, None]).detach()[0, :, 0].T
+        """(sum of K, D): the vector of every code of every level, for models that take the codes further."""
+        return self.quantizer.vectors().detach()
 
     @property
     def fingerprint(self) -> str:
@@ -105,51 +103,73 @@ class ImageTokenizer(PreTrainedModel):
         return digest.hexdigest()[:16]
 
     def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
-        """Pixels (B,C,H,W) in [-1,1] through the codes and back; `temperature` relaxes gumbel's codes."""
+        """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or sampled as in training."""
         quantized = self.quantizer(self.encoder(pixels), temperature)
-        parameters = self.decoder(quantized.latents)
-        return TokenizerOutput(parameters, quantized.codes, quantized.loss, quantized.metrics)
+        return TokenizerOutput(self.decoder(quantized.latents), quantized)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B,C,H,W) in [-1,1] -> codes (B,h,w) int64.
+        """Pixels (B,C,H,W) in [-1,1] -> codes int64: (B,h,w) of one level, (B,N) of several as `layout` says.
+
+        Any height and width that the code grid divides will do.
 
         Raises:
-            ValueError: the pixels have another shape than the tokenizer's.
+            ValueError: the pixels have other channels, or a size that the grid does not divide.
         """
-        expected = (self.own_config.channels, self.image_size, self.image_size)
-        if tuple(pixels.shape[1:]) != expected:
-            raise ValueError(f"pixels have shape {tuple(pixels.shape)} and must be (batch, {', '.join(map(str, expected))})")
-        training, self.quantizer.training = self.quantizer.training, False
+        self.check_size(pixels.shape)
+        training = self.quantizer.training
+        self.quantizer.eval()
         try:
             return self.quantizer(self.encoder(pixels)).codes
         finally:
-            self.quantizer.training = training
+            self.quantizer.train(training)
+
+    def check_size(self, shape: Sequence[int]) -> None:
+        """Refuses pixels of a shape that this tokenizer cannot encode, naming the nearest that it can."""
+        channels, stride = self.own_config.channels, self.own_config.stride
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)")
+        height, width = shape[2:]
+        if not height or not width or height % stride or width % stride:
+            raise ValueError(
+                f"pixels are {width}x{height} (width x height) and both must be multiples of {stride}; the nearest that fits is "
+                f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or resize to it first"
+            )
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B,h,w) -> the most likely pixels (B,C,H,W) in [-1,1].
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1].
+
+        `grid` is the finest grid's height and width; it need be said only for flat codes of pictures of another size than `image_size`.
 
         Raises:
-            ValueError: the codes have another grid, or are not in 0..num_codes-1.
+            ValueError: the codes have another form than the tokenizer's, or are not in 0..num_codes-1.
         """
-        if tuple(codes.shape[1:]) != self.grid:
-            raise ValueError(f"codes have shape {tuple(codes.shape)} and must be (batch, {self.grid[0]}, {self.grid[1]})")
+        levels = self.quantizer.layout(grid or self.grid)
+        if len(levels) > 1:
+            expected = f"(batch, {sum(level.length for level in levels)})"
+            fits = codes.ndim == 2 and codes.shape[1] == sum(level.length for level in levels)
+        else:
+            expected = "(batch, height, width)" if grid is None else f"(batch, {grid[0]}, {grid[1]})"
+            fits = codes.ndim == 3 and (grid is None or tuple(codes.shape[1:]) == tuple(grid))
+        if not fits:
+            raise ValueError(f"codes have shape {tuple(codes.shape)} and must be {expected}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())} and must lie in 0..{self.num_codes - 1}")
-        return self.likelihood.picture(self.decoder(self.quantizer.embed(codes))).clamp(-1, 1)
+        finest = (grid or self.grid) if len(levels) > 1 else (codes.shape[1], codes.shape[2])
+        return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest))).clamp(-1, 1)
 
     def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of the tokenizer's size -> codes (B,h,w)."""
-        return self.encode(to_model_range(from_pil(images, self.image_size)).to(self.device))
+        """Pictures of one size -> codes, as `encode`."""
+        return self.encode(to_model_range(from_pil(images)).to(self.device))
 
-    def to_images(self, codes: Tensor) -> list[Image.Image]:
-        """Codes (B,h,w) -> pictures."""
-        return to_pil(to_pictures(self.decode(codes.to(self.device))))
+    def to_images(self, codes: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
+        """Codes -> pictures, as `decode`."""
+        return to_pil(to_pictures(self.decode(codes.to(self.device), grid)))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The kernels of encoder and decoder, which optimizers for matrices may step; a codebook is not among them."""
-        return [p for network in (self.encoder, self.decoder) for p in network.parameters() if p.ndim >= 2]
+        """The kernels of the networks, which optimizers for matrices may step; a codebook is not among them."""
+        return [p for network in (self.encoder, self.decoder, self.quantizer) for p in network.parameters() if p.ndim == 4]
 
     def compile_networks(self) -> None:
         """Compiles encoder and decoder in place; parameter names stay as they are."""

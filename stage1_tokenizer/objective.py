@@ -1,9 +1,9 @@
 """What stage 1 minimises. Knows likelihoods and schedules; no optimizer, no data set.
 
 The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes given x) || p(codes)), here with
-the uniform prior; its negative, in nats a picture, is divided by the number of dimensions so that losses compare across sizes. For
-`vq` the KL is the constant h w log K (the posterior is one code, van den Oord 2017, section 3.1) and the quantizer's own losses take
-its place.
+the uniform prior; its negative, in nats a picture, is divided by the number of dimensions so that losses compare across sizes. Where
+the posterior is one code (`vq` and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's own
+losses take its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stage1_tokenizer.config import ObjectiveConfig
 from stage1_tokenizer.likelihoods import bits_per_dimension
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.pixels import to_model_range
-from stage1_tokenizer.quantizers import codebook_statistics
+from stage1_tokenizer.quantizers import codebook_statistics, count_codes, counts_by_level
 
 
 @dataclass(frozen=True)
@@ -64,29 +64,34 @@ class TokenizerObjective:
     def losses(self, batch: Tensor, step: int) -> Iterator[TokenizerLoss]:
         """The one loss of this stage: negative log-likelihood a dimension, plus the quantizer's part."""
         pixels = to_model_range(batch)
-        relaxed = self.tokenizer.own_config.quantizer == "gumbel"
-        heat = temperature(step, self.config) if relaxed else None
+        tokenizer, dimensions = self.tokenizer, pixels[0].numel()
+        heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         output = self.networks["tokenizer"](pixels, heat)
-        nll = self.tokenizer.likelihood.nll(pixels, output.parameters).mean()
-        dimensions = pixels[0].numel()
-        # gumbel's KL is in nats a picture as the likelihood is; vq's losses are distances, and stand as they are.
-        own = kl_weight(step, self.config) * output.loss / dimensions if relaxed else output.loss
-        metrics = dict(output.metrics)
+        quantized = output.quantized
+        nll = tokenizer.likelihood.nll(pixels, output.parameters)
+        # Divergences are in nats a picture as the likelihood is; distances and entropies of the quantizer stand as they are.
+        value = nll.mean() / dimensions + quantized.loss
+        if quantized.kl is not None:
+            value = value + kl_weight(step, self.config) * quantized.kl / dimensions
+        if quantized.log_q is not None:
+            value = value + tokenizer.quantizer.surrogate(nll, quantized.log_q) / dimensions
+        metrics = dict(quantized.metrics)
         with torch.no_grad():
-            metrics["nll"] = nll.detach()
-            metrics["psnr"] = peak_signal_to_noise(pixels, self.tokenizer.likelihood.picture(output.parameters)).mean()
+            metrics["nll"] = nll.detach().mean()
+            metrics["psnr"] = peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).mean()
         if heat is not None:
             metrics["temperature"] = torch.tensor(heat)
-        yield TokenizerLoss("tokenizer", nll / dimensions + own, metrics)
+        yield TokenizerLoss("tokenizer", value, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures with hard codes: psnr (dB), nll (nats a picture), bits_per_dimension, codebook use; for gumbel also
-        `relaxed_psnr` at the last temperature and the gap to it. No collectives."""
-        tokenizer, relaxed = self.tokenizer, self.tokenizer.own_config.quantizer == "gumbel"
+        """Held-out figures with hard codes: psnr (dB), nll (nats a picture), bits_per_dimension, codebook use (over all levels and, where
+        there are several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and the gap. No collectives."""
+        tokenizer = self.tokenizer
         tokenizer.eval()
         psnr, soft_psnr, nll = [], [], []
-        counts = torch.zeros(tokenizer.num_codes, dtype=torch.long)
+        layout = tokenizer.layout
+        counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
         dimensions = 1
         for batch in batches:
             pixels = to_model_range(batch)
@@ -94,24 +99,27 @@ class TokenizerObjective:
             output = tokenizer(pixels)
             nll.append(tokenizer.likelihood.nll(pixels, output.parameters).cpu())
             psnr.append(peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).cpu())
-            counts += torch.bincount(output.codes.flatten().cpu(), minlength=tokenizer.num_codes)
-            if relaxed:
+            counts += count_codes(output.quantized.codes.cpu(), layout)
+            if tokenizer.quantizer.relaxed:
                 soft = tokenizer(pixels, self.config.temperature_end).parameters
                 soft_psnr.append(peak_signal_to_noise(pixels, tokenizer.likelihood.picture(soft)).cpu())
         tokenizer.train()
         if not psnr:
             raise ValueError("there are no held-out pictures to evaluate on; raise data.held_out or add pictures")
-        statistics = codebook_statistics(counts)
         nats = float(torch.cat(nll).mean())
         figures = {
             "psnr": float(torch.cat(psnr).mean()),
             "nll": nats,
             "bits_per_dimension": float(bits_per_dimension(nats, dimensions)),
-            "codebook_usage": statistics.usage,
-            "codebook_perplexity": statistics.perplexity,
-            "dead_codes": float(statistics.dead),
         }
-        if relaxed:
+        for name, part in counts_by_level(counts, layout).items():
+            statistics = codebook_statistics(part)
+            figures |= {
+                f"codebook_usage{name}": statistics.usage,
+                f"codebook_perplexity{name}": statistics.perplexity,
+                f"dead_codes{name}": float(statistics.dead),
+            }
+        if soft_psnr:
             figures["relaxed_psnr"] = float(torch.cat(soft_psnr).mean())
             figures["relaxed_gap"] = figures["relaxed_psnr"] - figures["psnr"]
         return figures

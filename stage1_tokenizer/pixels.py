@@ -49,18 +49,16 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def from_pil(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Pictures of any mode and exactly `size` pixels -> uint8 (B,size,size,3).
+def from_pil(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of any mode and one size -> uint8 (B,H,W,3).
 
     Raises:
-        ValueError: a picture has another size; it is never resized unasked.
+        ValueError: there is no picture, or they differ in size; none is resized unasked.
     """
-    for image in images:
-        if image.size != (size, size):
-            raise ValueError(
-                f"the picture is {image.width}x{image.height} and the tokenizer works at {size}x{size}; "
-                f"use stage1_tokenizer.resize_and_crop(image, {size}) first"
-            )
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"
+        raise ValueError(f"pictures of one size are needed and given were {given}; use stage1_tokenizer.resize_and_crop(image, size) first")
     return torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
 
 

@@ -16,7 +16,7 @@ from pipeline.data.sources import Source, load_source
 from pipeline.evaluation.pictures import psnr, ssim
 from pipeline.runtime import uses_bf16
 from pipeline.text_to_image import TextToImagePipeline
-from stage1_tokenizer import codebook_statistics, to_model_range
+from stage1_tokenizer import codebook_statistics, count_codes, counts_by_level, to_model_range
 from stage2_prior import PriorObjective, PriorObjectiveConfig
 
 BATCH = 64
@@ -90,20 +90,22 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
 def tokenizer_figures(report: Report, pipe: TextToImagePipeline, source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """PSNR (mean over pictures), SSIM, codebook usage and perplexity; returns true and reconstructed pictures."""
     tokenizer = pipe.tokenizer
-    histogram = torch.zeros(tokenizer.num_codes, dtype=torch.long)
+    layout = tokenizer.layout
+    histogram = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
     true, drawn = [], []
     for first in range(0, count, BATCH):
         images = source.images(range(first, min(first + BATCH, count)))
         codes = tokenizer.encode(to_model_range(torch.from_numpy(images)).to(tokenizer.device))
-        histogram += torch.bincount(codes.flatten().cpu(), minlength=tokenizer.num_codes)
+        histogram += count_codes(codes.cpu(), layout)
         true.append(images)
         drawn.append(np.stack([np.asarray(image) for image in tokenizer.to_images(codes)]))
     truth, reconstruction = np.concatenate(true), np.concatenate(drawn)
-    statistics = codebook_statistics(histogram)
     report.figures["psnr"] = float(np.mean([min(psnr(a, b), 99.0) for a, b in zip(truth, reconstruction, strict=True)]))
     report.figures["ssim"] = ssim(truth, reconstruction)
-    report.figures["codebook_usage"] = float(statistics.usage)
-    report.figures["codebook_perplexity"] = float(statistics.perplexity)
+    for name, counts in counts_by_level(histogram, layout).items():
+        statistics = codebook_statistics(counts)
+        report.figures[f"codebook_usage{name}"] = float(statistics.usage)
+        report.figures[f"codebook_perplexity{name}"] = float(statistics.perplexity)
     return truth, reconstruction
 
 

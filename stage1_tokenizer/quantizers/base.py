@@ -1,15 +1,20 @@
-"""What every quantizer returns and how use of a codebook is counted. Knows codes; knows no particular quantizer.
+"""What every quantizer is and returns, and how use of a codebook is counted. Knows codes; knows no particular quantizer.
 
-Legend: B batch, D features of a code, h w code grid, K codes, N = B h w vectors.
+Legend: B batch, D features of a code, h w code grid, K codes, L levels. Codes are (B,h,w) where there is one level and
+(B, sum of the levels' lengths) where there are several, level after level, coarse ones first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stage1_tokenizer.config import Level
 
 DEAD_BELOW = 0.01
 """A code used less than this share of the average use counts as dead in the reported figures."""
@@ -22,10 +27,14 @@ class Quantized:
     latents: Tensor
     """(B,D,h,w) what the decoder sees."""
     codes: Tensor
-    """(B,h,w) int64."""
+    """(B,h,w) or flat, int64."""
     loss: Tensor
-    """Scalar: what the quantizer adds to the objective (nats a picture for `gumbel`, squared distance for `vq`)."""
-    metrics: dict[str, Tensor]
+    """Scalar: what the quantizer adds to the objective as it stands (squared distances, entropies)."""
+    kl: Tensor | None = None
+    """Scalar: KL(q(codes given picture) || uniform) in nats a picture, a mean over the batch; None where q is one code."""
+    log_q: Tensor | None = None
+    """(B,) log probability of the sampled codes, for the score function; None where the latents carry the gradient."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,20 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
     return CodebookStatistics(used / len(counts), float(entropy.exp()), len(counts) - used)
 
 
+def count_codes(codes: Tensor, layout: Sequence[Level]) -> Tensor:
+    """Histogram (sum of K,) of codes in either form, counted over all levels: level i's codes come after those of the levels before."""
+    parts = codes.flatten(1).split([level.length for level in layout], dim=1)
+    return torch.cat([torch.bincount(part.flatten(), minlength=level.num_codes) for part, level in zip(parts, layout, strict=True)])
+
+
+def counts_by_level(counts: Tensor, layout: Sequence[Level]) -> dict[str, Tensor]:
+    """A histogram over all levels, whole under "" and, where there are several levels, each one's part under "_level_1", ..."""
+    if len(layout) == 1:
+        return {"": counts}
+    parts = counts.split([level.num_codes for level in layout])
+    return {"": counts} | {f"_level_{i}": part for i, part in enumerate(parts, start=1)}
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes; itself where there is one. Called while training only, by all of them."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -55,20 +78,70 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_processes(mean: Tensor) -> Tensor:
+    """The mean of all processes' means; the gradient goes to this process's own, which data-parallel training averages in turn."""
+    others = sum_over_processes(mean.detach().clone())
+    count = sum_over_processes(torch.ones((), device=mean.device))
+    return mean + (others / count - mean).detach()
+
+
 class Quantizer(nn.Module):
-    """Base of all: counts the use of codes while training, over all processes."""
+    """The contract of all quantizers."""
+
+    relaxed = False
+    """Whether training sees other latents than those of the codes, by a temperature."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.input_dim, self.output_dim = input_dim, output_dim
+
+    def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
+        """Features (B,input_dim,h,w) -> codes and what the decoder sees of them (B,output_dim,h,w).
+
+        With a `temperature` the codes may be relaxed or sampled, as in training; without one they are the most likely ones.
+        """
+        raise NotImplementedError
+
+    def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
+        """The levels of the codes of features with this grid."""
+        raise NotImplementedError
+
+    def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes -> what the decoder sees of them (B,output_dim,h,w), h w being `grid`."""
+        raise NotImplementedError
+
+    def vectors(self) -> Tensor:
+        """(sum of K, D) the vector of every code of every level."""
+        raise NotImplementedError
+
+    def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
+        """Where results hold `log_q`: the scalar whose gradient the objective adds, given the costs (B,) of the sampled codes, in nats."""
+        raise NotImplementedError
+
+
+class SingleLevel(Quantizer):
+    """One code a position: counts the use of codes while training, over all processes."""
 
     counts: Tensor
 
-    def __init__(self, num_codes: int, decay: float) -> None:
-        super().__init__()
+    def __init__(self, num_codes: int, input_dim: int, output_dim: int, decay: float = 0.99) -> None:
+        super().__init__(input_dim, output_dim)
         self.num_codes, self.decay = num_codes, decay
         # Moving average of the uses of each code in a step.
         self.register_buffer("counts", torch.zeros(num_codes))
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B,h,w) -> vectors (B,D,h,w)."""
-        raise NotImplementedError
+    def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
+        return (Level(grid=grid, num_codes=self.num_codes),)
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """Codes (...) -> their vectors (...,D)."""
+        return F.embedding(codes, self.vectors())
+
+    def vectors(self) -> Tensor:
+        return self.look_up(torch.arange(self.num_codes, device=self.counts.device))
+
+    def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.look_up(codes).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def count(self, codes: Tensor) -> Tensor:
@@ -89,3 +162,11 @@ class Quantizer(nn.Module):
             "codebook_perplexity": (-(p * p.clamp(min=1e-30).log()).sum()).exp(),
             "dead_codes": (~alive).sum(),
         }
+
+
+def metrics_of_levels(levels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each level's metrics under `NAME_level_1`, ..., and their mean over the levels under NAME."""
+    merged = {name: torch.stack([level[name].float() for level in levels]).mean() for name in levels[0]}
+    for number, level in enumerate(levels, start=1):
+        merged |= {f"{name}_level_{number}": value for name, value in level.items()}
+    return merged

@@ -3,24 +3,19 @@
 Legend: B batch, D features of a code, h w code grid, K codes.
 
 Jang et al. 2016 (https://arxiv.org/abs/1611.01144), Maddison et al. 2016 (https://arxiv.org/abs/1611.00712): Gumbel-max and its
-relaxation, eq. 1-2; the dVAE of DALL-E, Ramesh et al. 2021, section 2.1 and appendix A.2.
+relaxation, eq. 1-2; the dVAE of DALL-E, Ramesh et al. 2021, section 2.1 and appendix A.2. ReinMax: Liu et al. 2023
+(https://arxiv.org/abs/2304.08612), algorithm 2.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stage1_tokenizer.config import GumbelOptions
-from stage1_tokenizer.quantizers.base import Quantized, Quantizer
-
-
-def gumbel_noise_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel noise: -log of an exponential variable (Gumbel-max: argmax(logits + noise) is a sample)."""
-    return -torch.empty_like(logits).exponential_().log()
+from stage1_tokenizer.options import GumbelOptions
+from stage1_tokenizer.quantizers.base import Quantized
+from stage1_tokenizer.quantizers.categorical import Categorical, disuse, gumbel_noise_like, kl_to_uniform
 
 
 def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -28,39 +23,53 @@ def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     return ((logits + noise) / temperature).softmax(dim=1)
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(q(codes given picture) || uniform) in nats a picture: logits (B,K,h,w) -> (B,), summed over positions."""
-    log_q = logits.log_softmax(dim=1)
-    return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(dim=(1, 2, 3))
+def one_hot(codes: Tensor, num_codes: int) -> Tensor:
+    """Codes (B,h,w) -> (B,K,h,w)."""
+    return F.one_hot(codes, num_codes).permute(0, 3, 1, 2).float()
 
 
-class GumbelQuantizer(Quantizer):
-    """dVAE's quantizer: relaxed while training, the most likely code otherwise."""
+def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """One-hot samples whose gradient is a second-order estimate (Heun's method) of that of the expected loss.
+
+    With p = softmax(logits), D the sample and p1 = (D + softmax(logits / temperature)) / 2, the gradient is that of 2 s - p / 2, where s
+    is the softmax of logits moved so that it equals p1.
+    """
+    sample = one_hot((logits + noise).argmax(dim=1), logits.shape[1])
+    p = logits.softmax(dim=1)
+    middle = (sample + (logits / temperature).softmax(dim=1)) / 2
+    # The logarithm's shift is a constant to the gradient; the clamp only keeps probabilities of 0 from making it infinite.
+    moved = (logits + (middle.clamp(min=1e-30).log() - logits).detach()).softmax(dim=1)
+    surrogate = 2 * moved - p / 2
+    return sample + surrogate - surrogate.detach()
+
+
+class GumbelQuantizer(Categorical):
+    """dVAE's quantizer: relaxed or sampled while training, the most likely code otherwise."""
+
+    relaxed = True
 
     def __init__(self, num_codes: int, code_dim: int, options: GumbelOptions) -> None:
-        super().__init__(num_codes, decay=0.99)
+        super().__init__(num_codes, code_dim)
         self.options = options
-        self.input_dim = num_codes
-        self.codebook = nn.Parameter(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Logits (B,K,h,w) -> relaxed codes at `temperature`; hard ones where it is None."""
         with torch.autocast(features.device.type, enabled=False):
             logits = features.float()
-            codes = logits.argmax(dim=1)
-            kl = kl_to_uniform(logits).mean()
-            metrics = {"kl": kl.detach()}
+            codes, kl, metrics = logits.argmax(dim=1), kl_to_uniform(logits).mean(), self.use_of(logits)
             if temperature is None:
-                return Quantized(self.embed(codes), codes, kl, metrics)
-            if self.training:
-                self.count(codes)
-                metrics |= self.use()
-            soft = relax(logits, gumbel_noise_like(logits), temperature)
-            if self.options.straight_through:
-                hard = F.one_hot(soft.argmax(dim=1), self.num_codes).permute(0, 3, 1, 2).to(soft)
-                soft = hard + soft - soft.detach()
-            latents = torch.einsum("bkhw,kd->bdhw", soft, self.codebook)
-            return Quantized(latents, codes, kl, metrics)
+                latents = self.look_up(codes).permute(0, 3, 1, 2)
+            else:
+                latents = torch.einsum("bkhw,kd->bdhw", self._weights(logits, temperature), self.codebook)
+        return Quantized(latents, codes, self.options.diversity * disuse(logits), kl=kl, metrics=metrics)
 
-    def embed(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+    def _weights(self, logits: Tensor, temperature: float) -> Tensor:
+        noise = gumbel_noise_like(logits)
+        match self.options.gradient:
+            case "relaxed":
+                return relax(logits, noise, temperature)
+            case "straight_through":
+                soft = relax(logits, noise, temperature)
+                return one_hot(soft.argmax(dim=1), self.num_codes) + soft - soft.detach()
+            case "reinmax":
+                return reinmax(logits, noise, temperature)

@@ -3,87 +3,146 @@
 Legend: B batch, D features of a code, h w code grid, K codes, N = B h w vectors.
 
 VQ-VAE, van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937): eq. 1 nearest code, eq. 3 the losses, appendix A.1 the moving
-averages. Normalised low-dimensional codes: ViT-VQGAN, Yu et al. 2022. Dead codes restart as in Jukebox, Dhariwal et al. 2020.
+averages. Normalised low-dimensional codes: ViT-VQGAN, Yu et al. 2022. Dead codes restart as in Jukebox, Dhariwal et al. 2020. SimVQ:
+Zhu et al. 2024 (https://arxiv.org/abs/2411.02038). Entropy term: Yu et al. 2023 (MAGVIT-v2), eq. 4-5, on soft assignments.
 """
 
 from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.config import VectorOptions
-from stage1_tokenizer.quantizers.base import Quantized, Quantizer, sum_over_processes
+from stage1_tokenizer.options import VectorOptions
+from stage1_tokenizer.quantizers.base import Quantized, SingleLevel, mean_over_processes, sum_over_processes
+from stage1_tokenizer.quantizers.gradients import pass_gradient
 
 _SMOOTHING = 1e-5
 _CANDIDATES = 4096
 """Vectors a process offers for restarts, at least; four a code where the codebook is large."""
 
 
+def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """(N,K), less |v|^2, which is the same for all codes."""
+    return codebook.square().sum(1) - 2 * vectors @ codebook.T
+
+
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index (N,) of the codebook row (K,D) nearest to each vector (N,D). |v|^2 is the same for all codes and left out."""
-    return (codebook.square().sum(1) - 2 * vectors @ codebook.T).argmin(1)
+    """Index (N,) of the codebook row (K,D) nearest to each vector (N,D)."""
+    return squared_distances(vectors, codebook).argmin(1)
 
 
-class VectorQuantizer(Quantizer):
-    """VQ-VAE's quantizer with the straight-through gradient: the decoder's gradient goes to the encoder unchanged."""
+def entropy_penalty(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Scalar, in nats: entropy of a vector's soft assignment softmax(-|v - c|^2), less that of the batch's mean assignment."""
+    log_p = (-squared_distances(vectors, codebook)).log_softmax(1)
+    mean = mean_over_processes(log_p.exp().mean(0))
+    return -(log_p.exp() * log_p).sum(1).mean() + (mean * mean.clamp(min=1e-12).log()).sum()
+
+
+def kmeans(pool: Tensor, centres: Tensor, iterations: int) -> Tensor:
+    """Lloyd's rounds from `centres` (K,D) over `pool` (M,D); a centre without vectors stays."""
+    for _ in range(iterations):
+        codes = nearest(pool, centres)
+        counts = torch.bincount(codes, minlength=len(centres))[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, codes, pool)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
+def onto_sphere(vectors: Tensor) -> Tensor:
+    """Vectors (N,D) scaled to a root mean square of 1."""
+    return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
+
+
+def deviation(pool: Tensor) -> Tensor:
+    """Mean standard deviation () of the features of vectors (M,D)."""
+    return pool.std(dim=0, correction=0).mean()
+
+
+@dataclass
+class Assigned:
+    """Vectors and their codes."""
+
+    codes: Tensor
+    """(N,) int64."""
+    chosen: Tensor
+    """(N,D) the codes' vectors."""
+    loss: Tensor
+    """Scalar."""
+    metrics: dict[str, Tensor]
+
+
+class VectorQuantizer(SingleLevel):
+    """VQ-VAE's quantizer."""
 
     initialized: Tensor
     steps: Tensor
     sums: Tensor
 
     def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
-        super().__init__(num_codes, options.decay)
+        super().__init__(num_codes, code_dim, code_dim, options.decay)
         self.options = options
-        self.input_dim = code_dim
-        codebook = self._onto_sphere(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
+        codebook = self._placed(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
         if options.codebook == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
+        # From the identity: at the start the codes are the vectors that the first batch put there.
+        self.map = nn.Parameter(torch.eye(code_dim)) if options.codebook == "linear" else None
         self.register_buffer("sums", torch.zeros(num_codes, code_dim))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
-        """Features (B,D,h,w) -> the nearest codes; `temperature` is gumbel's and not used."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self._quantize(features.float())
-
-    def embed(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self._table()).permute(0, 3, 1, 2)
-
-    def _quantize(self, features: Tensor) -> Quantized:
+        """Features (B,D,h,w) -> the nearest codes; there is nothing to relax, so `temperature` is not used."""
         b, d, h, w = features.shape
-        vectors = self._onto_sphere(features.permute(0, 2, 3, 1).reshape(-1, d))
+        with torch.autocast(features.device.type, enabled=False):
+            vectors = self._placed(features.float().permute(0, 2, 3, 1).reshape(-1, d))
+            assigned = self.assign(vectors)
+            metrics = assigned.metrics
+            if self.training:
+                self.learn(vectors.detach(), assigned.codes)
+                metrics |= self.use()
+            latents = pass_gradient(vectors, assigned.chosen, self.options.gradient)
+        latents = latents.reshape(b, h, w, d).permute(0, 3, 1, 2)
+        return Quantized(latents, assigned.codes.reshape(b, h, w), assigned.loss, metrics=metrics)
+
+    def vectors(self) -> Tensor:
+        return self._placed(self.codebook if self.map is None else self.codebook @ self.map)
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.vectors())
+
+    def assign(self, vectors: Tensor) -> Assigned:
+        """The nearest codes of vectors (N,D), with the losses; the first vectors in training start the codebook."""
         if self.training and not self.initialized:
             self._start_from(vectors.detach())
-        codes = nearest(vectors.detach(), self._table().detach())
-        chosen = F.embedding(codes, self._table())
+        table, options = self.vectors(), self.options
+        codes = nearest(vectors.detach(), table.detach())
+        chosen = F.embedding(codes, table)
         commitment = F.mse_loss(vectors, chosen.detach())
-        loss = self.options.commitment * commitment
+        loss = options.commitment * commitment
         metrics = {"commitment": commitment.detach()}
-        if self.options.codebook == "gradient":
+        if options.codebook != "ema":
             loss = loss + F.mse_loss(chosen, vectors.detach())
-        if self.training:
-            self._learn(vectors.detach(), codes, self.count(codes))
-            metrics |= self.use()
-        latents = vectors + (chosen - vectors).detach()
-        return Quantized(latents.reshape(b, h, w, d).permute(0, 3, 1, 2), codes.reshape(b, h, w), loss, metrics)
+        if options.entropy_weight and self.training:
+            penalty = entropy_penalty(vectors, table)
+            loss = loss + options.entropy_weight * penalty
+            metrics["entropy_penalty"] = penalty.detach()
+        return Assigned(codes, chosen, loss, metrics)
 
-    def _table(self) -> Tensor:
-        return self._onto_sphere(self.codebook)
-
-    def _onto_sphere(self, vectors: Tensor) -> Tensor:
-        """With `normalize`, vectors of root mean square 1; otherwise as they are."""
-        if not self.options.normalize:
-            return vectors
-        return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
+    def _placed(self, vectors: Tensor) -> Tensor:
+        """Where vectors and codes live: on the sphere with `normalize`, otherwise where they are."""
+        return onto_sphere(vectors) if self.options.normalize else vectors
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, codes: Tensor, weight: Tensor) -> None:
+    def learn(self, vectors: Tensor, codes: Tensor) -> None:
         """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
+        weight = self.count(codes)
         self.steps += 1
         if self.options.codebook == "ema":
             total = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
@@ -91,38 +150,60 @@ class VectorQuantizer(Quantizer):
             self.sums.lerp_(sum_over_processes(total), weight)
             n = self.counts.sum()
             smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
-            means = self._onto_sphere(self.sums / smoothed.clamp(min=1e-12)[:, None])
+            means = self._placed(self.sums / smoothed.clamp(min=1e-12)[:, None])
             # A code that was never used has no mean; it stays where it was put.
             self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
-        if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
+        restarts = self.options.restart_below and self.options.codebook != "linear"
+        if restarts and int(self.steps) % self.options.restart_every == 0:
             dead = self.counts < self.options.restart_below * self.counts.mean()
-            self._place(dead, *self._candidates(vectors, self._error(vectors, codes)))
+            pool, weights = self._candidates(vectors, self._error(vectors, codes))
+            generator = self._generator()
+            self._place(dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator)
 
     @torch.no_grad()
     def _start_from(self, vectors: Tensor) -> None:
-        """The first batch's vectors become the codebook."""
+        """The first batch's vectors, or their k-means, become the codebook.
+
+        Raises:
+            ValueError: k-means over fewer vectors than codes.
+        """
         everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device)
-        self._place(everywhere, *self._candidates(vectors, torch.ones_like(vectors[:, 0])))
+        pool, weights = self._candidates(vectors, torch.ones_like(vectors[:, 0]))
+        rounds = self.options.kmeans_iterations
+        if len(pool) < self.num_codes:
+            problem = (
+                f"the first batch has {len(pool)} vectors (pictures times codes a picture) and the codebook {self.num_codes} codes; "
+                f"raise train.batch_size {-(-self.num_codes // len(pool))}-fold, or lower tokenizer.model.num_codes"
+            )
+            if rounds:
+                raise ValueError(f"k-means needs a vector a code: {problem}, or set tokenizer.model.vq.kmeans_iterations to 0")
+            warnings.warn(f"codes start as copies: {problem}", stacklevel=2)
+        generator = self._generator()
+        centres = kmeans(pool, self._drawn(pool, weights, generator), rounds)
+        # Noise tells copies apart; means are distinct.
+        self._place(everywhere, centres, (0.0 if rounds else 0.01) * deviation(pool), generator)
         self.initialized.fill_(True)
         self.counts.zero_()
 
     def _error(self, vectors: Tensor, codes: Tensor) -> Tensor:
         """Squared distance (N,) of each vector to its code."""
-        return (vectors - F.embedding(codes, self._table())).square().sum(1)
+        return (vectors - F.embedding(codes, self.vectors())).square().sum(1)
 
-    @torch.no_grad()
-    def _place(self, which: Tensor, pool: Tensor, weights: Tensor) -> None:
-        """Puts the chosen codes at vectors of the pool drawn by weight, the same ones on every process, with average counts.
+    def _drawn(self, pool: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """A vector (K,D) of the pool (M,D) for each code, drawn by weight, the same on every process.
 
         Weighted by error, codes go where the codebook is poorest, as in k-means++: a batch is mostly plain background, which
-        needs no further code. Where there are fewer vectors than codes they repeat, told apart by a little noise.
+        needs no further code. Where there are fewer vectors than codes they repeat.
         """
-        generator = torch.Generator().manual_seed(int(self.steps))
         enough = len(pool) >= self.num_codes
         picks = torch.multinomial(weights.cpu() + 1e-12, self.num_codes, replacement=not enough, generator=generator)
-        noise = torch.randn(self.num_codes, pool.shape[1], generator=generator).to(pool.device)
-        spread = pool.std(dim=0, correction=0).mean()
-        placed = self._onto_sphere(pool[picks.to(pool.device)] + 0.01 * spread * noise)
+        return pool[picks.to(pool.device)]
+
+    @torch.no_grad()
+    def _place(self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator) -> None:
+        """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average counts."""
+        drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
+        placed = self._placed(vectors + noise * drawn)
         count = self.counts.mean().clamp(min=1.0)
         self.codebook.data = torch.where(which[:, None], placed, self.codebook.data)
         self.counts.copy_(torch.where(which, count, self.counts))
@@ -130,13 +211,16 @@ class VectorQuantizer(Quantizer):
 
     def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,), gathered from all."""
-        generator = torch.Generator().manual_seed(int(self.steps))
         limit = max(4 * self.num_codes, _CANDIDATES)
         # In the order of the batch: then any number of processes gathers the same pool.
-        mine = torch.randperm(len(vectors), generator=generator)[:limit].sort().values.to(vectors.device)
+        mine = torch.randperm(len(vectors), generator=self._generator())[:limit].sort().values.to(vectors.device)
         share = torch.cat([vectors[mine], weights[mine, None]], dim=1).contiguous()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
             dist.all_gather(shares, share)
             share = torch.cat(shares)
         return share[:, :-1], share[:, -1]
+
+    def _generator(self) -> torch.Generator:
+        """The same random numbers at a step on every process, whatever else was drawn before."""
+        return torch.Generator().manual_seed(int(self.steps))

@@ -8,7 +8,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage1_tokenizer import (
+    BinaryOptions,
+    FsqOptions,
+    GumbelOptions,
+    HierarchicalOptions,
+    ImageTokenizer,
+    ResidualOptions,
+    TokenizerConfig,
+    VectorOptions,
+)  # fmt: skip
+
+KINDS: dict[str, dict[str, Any]] = {
+    "vq": {},
+    "vq gradient": {"vq": VectorOptions(codebook="gradient")},
+    "vq linear": {"vq": VectorOptions(codebook="linear")},
+    "vq rotation": {"vq": VectorOptions(gradient="rotation", entropy_weight=0.1)},
+    "gumbel": {"quantizer": "gumbel"},
+    "gumbel reinmax": {"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")},
+    "binary": {"quantizer": "binary", "num_codes": 16},
+    "binary spike": {"quantizer": "binary", "num_codes": 16, "binary": BinaryOptions(smoothing="spike_exponential")},
+    "score_function": {"quantizer": "score_function"},
+    "fsq": {"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 3))},
+    "lfq": {"quantizer": "lfq", "num_codes": 16},
+    "bsq": {"quantizer": "bsq", "num_codes": 16},
+    "residual": {"quantizer": "residual", "residual": ResidualOptions(depth=3)},
+    "residual shared": {"quantizer": "residual", "residual": ResidualOptions(shared=True)},
+    "hierarchical": {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(width=8)},
+    "hierarchical of three": {"quantizer": "hierarchical", "num_codes": 4, "hierarchical": HierarchicalOptions(levels=3, width=8)},
+}
+"""Changes to the tiny configuration for every quantizer and its main options."""
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def tiny_config(**changes: Any) -> TokenizerConfig:

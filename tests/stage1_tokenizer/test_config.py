@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 import stage1_tokenizer
-from stage1_tokenizer import GumbelOptions, ObjectiveConfig, TokenizerConfig, VectorOptions
+from stage1_tokenizer import (
+    BinaryOptions,
+    FsqOptions,
+    GumbelOptions,
+    HierarchicalOptions,
+    ObjectiveConfig,
+    ResidualOptions,
+    ScoreFunctionOptions,
+    SignOptions,
+    TokenizerConfig,
+    VectorOptions,
+)
+from stage1_tokenizer.options import OWNERS, QuantizerName
 
 PACKAGE = Path(stage1_tokenizer.__file__).parent
 
@@ -50,11 +63,69 @@ def test_the_factor_must_be_a_power_of_two(factor):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"decay": 0.0}, {"commitment": -1.0}, {"restart_every": 0}, {"restart_below": 1.0}], ids=lambda w: next(iter(w))
-)
+    "wrong",
+    [
+        {"decay": 0.0},
+        {"commitment": -1.0},
+        {"restart_every": 0},
+        {"restart_below": 1.0},
+        {"entropy_weight": -1.0},
+        {"kmeans_iterations": -1},
+    ],
+    ids=lambda w: next(iter(w)),
+)  # fmt: skip
 def test_vq_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"tokenizer\.model\.vq.*{next(iter(wrong))}"):
         TokenizerConfig(vq=VectorOptions(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantizer": "gumbel", "gumbel": GumbelOptions(diversity=-1.0)}, r"gumbel\.diversity is -1\.0; it must be 0 or more"),
+        ({"quantizer": "score_function", "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0)},
+         r"baseline_decay is 1\.0; it must be in \[0, 1\).*"),
+        ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 2))}, r"fsq\.levels is \[4, 2\]; each must be at least 3"),
+        ({"quantizer": "fsq", "fsq": FsqOptions(levels=())}, r"fsq\.levels is \[\]"),
+        ({"quantizer": "fsq", "num_codes": 1000}, r"fsq\.levels \[4, 4, 4, 4, 4\] make 1024 codes and .*num_codes is 1000; make them"),
+        ({"quantizer": "lfq", "sign": SignOptions(sharpness=0.0)}, "sign needs .*sharpness above 0"),
+        ({"quantizer": "residual", "residual": ResidualOptions(depth=0)}, r"residual\.depth is 0; it must be at least 1"),
+        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=1)}, "hierarchical needs levels of at least 2"),
+        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=4), "image_size": 96},
+         r"image_size 96 is not a multiple of 64, .*factor 8 needs with hierarchical\.levels 4; the nearest size that fits is 128"),
+        ({"num_codes": 1}, "num_codes is 1; it must be at least 2"),
+        ({"num_codes": 2**31}, r"num_codes is 2147483648; it must be at least 2, and at most 2147483647 \(32 bits\)"),
+    ],
+)  # fmt: skip
+def test_options_and_code_counts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerConfig(**changes)
+
+
+@pytest.mark.parametrize("quantizer", ["binary", "lfq", "bsq"])
+def test_codes_that_are_bits_need_a_power_of_two(quantizer):
+    TokenizerConfig(quantizer=quantizer, num_codes=512)
+    with pytest.raises(ValueError, match=rf"num_codes is 600 and the codes of {quantizer} are bits.*power of two; the nearest is 512"):
+        TokenizerConfig(quantizer=quantizer, num_codes=600)
+
+
+@pytest.mark.parametrize("section", OWNERS)
+def test_an_option_of_another_quantizer_is_refused_by_name(section):
+    """The first field of the section, changed; its owners take it, every other quantizer names it and them."""
+    other = {
+        "vq": VectorOptions(codebook="gradient"), "gumbel": GumbelOptions(gradient="reinmax"), "fsq": FsqOptions(levels=(32, 32)),
+        "binary": BinaryOptions(smoothing="exponential_pair"), "score_function": ScoreFunctionOptions(baseline_decay=0.5),
+        "sign": SignOptions(commitment=0.5), "residual": ResidualOptions(depth=3), "hierarchical": HierarchicalOptions(levels=3),
+    }[section]  # fmt: skip
+    first = dataclasses.fields(other)[0].name
+    for quantizer in typing.get_args(QuantizerName):
+        if quantizer in OWNERS[section]:
+            TokenizerConfig(quantizer=quantizer, **{section: other})
+        else:
+            with pytest.raises(
+                ValueError, match=rf"model\.{section} is .*'{first}'.* belongs to quantizer {OWNERS[section][0]}.*{quantizer}"
+            ):
+                TokenizerConfig(quantizer=quantizer, **{section: other})
 
 
 def test_objective_reports_all_problems_at_once():
@@ -64,10 +135,10 @@ def test_objective_reports_all_problems_at_once():
         assert f"tokenizer.objective.{name}" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [TokenizerConfig, VectorOptions, GumbelOptions, ObjectiveConfig])
+@pytest.mark.parametrize("kind", [TokenizerConfig, ObjectiveConfig, *(typing.get_type_hints(TokenizerConfig)[name] for name in OWNERS)])
 def test_every_field_is_read_somewhere_outside_the_configuration(kind):
-    derived = {"factor", "width", "channels"}  # read by properties of the configuration that others read
-    code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.name != "config.py")
+    derived = {"factor", "width", "channels", "levels"}  # read by properties of the configuration that others read
+    code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.name not in ("config.py", "options.py"))
     for field in dataclasses.fields(kind):
         assert field.name in derived or re.search(rf"\.{field.name}\b", code), f"{kind.__name__}.{field.name} is never read"
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from stage1_tokenizer import GumbelOptions, VectorOptions
-from stage1_tokenizer.quantizers import GumbelQuantizer, VectorQuantizer
+from stage1_tokenizer import GumbelOptions, ResidualOptions, ScoreFunctionOptions, SignOptions, VectorOptions
+from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
 
 PROCESSES = 2
 SHAPE = (4, 4, 4, 4)
@@ -37,6 +37,31 @@ def restarting(codebook: str) -> VectorQuantizer:
     return VectorQuantizer(64, 4, VectorOptions(restart_below=0.9, restart_every=2, codebook=codebook))  # type: ignore[arg-type]
 
 
+def shared_residual() -> ResidualQuantizer:
+    torch.manual_seed(0)
+    vector = VectorOptions(restart_below=0.9, restart_every=2, kmeans_iterations=3)
+    return ResidualQuantizer(16, 4, ResidualOptions(depth=2, shared=True), vector)
+
+
+def costs(step: int, rank: int | None) -> Tensor:
+    return batch(step, rank).flatten(1).sum(1)
+
+
+def baseline(rank: int | None) -> Tensor:
+    score = ScoreFunctionQuantizer(4, 4, ScoreFunctionOptions(baseline_decay=0.5)).train()
+    for step in range(4):
+        score.surrogate(costs(step, rank), torch.zeros(len(costs(step, rank))))
+    return score.baseline.clone()
+
+
+def entropy_gradient(rank: int | None) -> Tensor:
+    """Of the penalty to a parameter that shifts all features; data-parallel training averages it over the processes."""
+    shift = torch.zeros(4, requires_grad=True)
+    sign = SignQuantizer(16, SignOptions(sharpness=0.5), spherical=False).train()
+    sign.entropy_penalty(batch(0, rank) + shift[:, None, None]).backward()
+    return shift.grad
+
+
 def run(quantizer: torch.nn.Module, rank: int | None, steps: int = 6) -> dict[str, Tensor]:
     quantizer.train()
     for step in range(steps):
@@ -54,6 +79,8 @@ def work(rank: int, folder: str) -> None:
         "ema": run(vq, rank),
         "gradient": run(restarting("gradient"), rank),
         "gumbel": run(GumbelQuantizer(4, 4, GumbelOptions()), rank),
+        "residual": run(shared_residual(), rank),
+        "other": {"baseline": baseline(rank), "entropy gradient": entropy_gradient(rank)},
     }
     if rank == 0:  # a collective in here would wait for the other process for ever
         vq.eval()(batch(0, 0))
@@ -80,6 +107,23 @@ def test_use_of_gumbel_is_counted_over_both(states):
     whole = run(GumbelQuantizer(4, 4, GumbelOptions()), None)
     for state in states:
         torch.testing.assert_close(state["gumbel"]["counts"], whole["counts"])
+
+
+def test_the_baseline_is_the_mean_over_both(states):
+    torch.testing.assert_close(states[0]["other"]["baseline"], baseline(None))
+    assert torch.equal(states[0]["other"]["baseline"], states[1]["other"]["baseline"])
+
+
+def test_the_averaged_gradient_of_the_entropy_penalty_is_that_of_the_whole_batch(states):
+    averaged = sum(state["other"]["entropy gradient"] for state in states) / PROCESSES
+    torch.testing.assert_close(averaged, entropy_gradient(None))
+    assert not torch.allclose(states[0]["other"]["entropy gradient"], averaged)
+
+
+def test_residual_books_are_identical_on_both(states):
+    first, second = (state["residual"] for state in states)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(run(shared_residual(), 0)["books.0.codebook"], first["books.0.codebook"])
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])

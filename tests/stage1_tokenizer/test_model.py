@@ -9,22 +9,30 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_tokenizer import ImageTokenizer, Level, TokenizerConfig, to_model_range, to_pictures
-from tests.stage1_tokenizer.conftest import tiny_tokenizer
+from stage1_tokenizer import (
+    ImageTokenizer,
+    Level,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerObjective,
+    to_model_range,
+    to_pictures,
+)  # fmt: skip
+from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
 
-QUANTIZERS = pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
 
-
-@QUANTIZERS
+@EVERY_KIND
 @pytest.mark.parametrize("likelihood", ["l2", "l1", "logit_laplace"])
-def test_pictures_become_a_grid_of_codes_and_codes_become_pictures(quantizer, likelihood, pictures):
-    tokenizer = tiny_tokenizer(quantizer=quantizer, likelihood=likelihood)
+def test_pictures_become_codes_and_codes_become_pictures(kind, likelihood, pictures):
+    tokenizer = tiny_tokenizer(**KINDS[kind], likelihood=likelihood)
     codes = tokenizer.encode(to_model_range(pictures))
-    assert codes.shape == (6, 4, 4) and codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < 12
+    assert codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < tokenizer.num_codes
+    levels = tokenizer.layout
+    assert codes.shape == ((6, 4, 4) if len(levels) == 1 else (6, sum(level.length for level in levels)))
     pixels = tokenizer.decode(codes)
     assert pixels.shape == (6, 3, 16, 16) and -1 <= pixels.min() <= pixels.max() <= 1
     output = tokenizer(to_model_range(pictures))
-    assert torch.equal(output.codes, codes)
+    assert torch.equal(output.quantized.codes, codes)
     torch.testing.assert_close(tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0)
 
 
@@ -38,25 +46,26 @@ def test_any_factor_and_size(factor, size):
     assert tokenizer.decode(codes).shape == (2, 3, size, size)
 
 
-@QUANTIZERS
-def test_code_vectors_are_what_the_decoder_sees(quantizer):
-    tokenizer = tiny_tokenizer(quantizer=quantizer)
-    codes = torch.randint(0, 12, (2, 4, 4), generator=torch.Generator().manual_seed(0))
-    vectors = tokenizer.code_vectors
-    assert len(vectors) == 12 and not vectors.requires_grad
-    assert torch.equal(vectors[codes].permute(0, 3, 1, 2), tokenizer.quantizer.embed(codes))
+@EVERY_KIND
+def test_code_vectors_are_what_the_decoder_sees(kind):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    vectors, levels = tokenizer.code_vectors, tokenizer.layout
+    assert len(vectors) == sum(level.num_codes for level in levels) and vectors.ndim == 2 and not vectors.requires_grad
+    if len(levels) == 1:
+        codes = torch.randint(0, tokenizer.num_codes, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(vectors[codes].permute(0, 3, 1, 2), tokenizer.quantizer.embed(codes, (4, 4)))
 
 
-@QUANTIZERS
-def test_a_picture_has_the_same_codes_alone_as_in_a_batch(quantizer, pictures):
-    tokenizer = tiny_tokenizer(quantizer=quantizer)
+@EVERY_KIND
+def test_a_picture_has_the_same_codes_alone_as_in_a_batch(kind, pictures):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
     pixels = to_model_range(pictures)
     assert torch.equal(tokenizer.encode(pixels), torch.cat([tokenizer.encode(p[None]) for p in pixels]))
 
 
-@QUANTIZERS
-def test_encoding_is_that_of_evaluation_even_while_training_and_changes_nothing(quantizer, pictures):
-    tokenizer = tiny_tokenizer(quantizer=quantizer)
+@EVERY_KIND
+def test_encoding_is_that_of_evaluation_even_while_training_and_changes_nothing(kind, pictures):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
     expected, before = tokenizer.encode(to_model_range(pictures)), tokenizer.fingerprint
     tokenizer.train()
     assert torch.equal(tokenizer.encode(to_model_range(pictures)), expected)
@@ -84,20 +93,43 @@ def test_pil_pictures_of_any_mode(tokenizer):
     assert torch.equal(torch.from_numpy(np.asarray(drawn[2]).copy()), to_pictures(tokenizer.decode(codes))[2])
 
 
-def test_pil_pictures_of_another_size_are_refused_and_the_way_out_named(tokenizer):
-    with pytest.raises(ValueError, match=r"20x16 and the tokenizer works at 16x16; use .*resize_and_crop"):
-        tokenizer.to_codes([Image.new("RGB", (20, 16))])
+@EVERY_KIND
+@pytest.mark.parametrize(("height", "width"), [(32, 16), (16, 48)])
+def test_pictures_of_other_sizes_go_through(kind, height, width):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = (height // 4, width // 4)
+    codes = tokenizer.encode(pixels)
+    drawn = tokenizer.decode(codes, grid)
+    output = tokenizer(pixels)
+    assert drawn.shape == pixels.shape
+    torch.testing.assert_close(tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0)
+    if codes.ndim == 3:
+        assert codes.shape == (2, *grid) and torch.equal(tokenizer.decode(codes), drawn)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 16, 8), (1, 1, 16, 16), (3, 16, 16)])
+@pytest.mark.parametrize(("size", "near"), [((18, 16), "16x16"), ((16, 1), "16x4"), ((30, 33), "32x32")])
+def test_a_size_that_the_grid_does_not_divide_is_refused_with_the_nearest_that_fits(tokenizer, size, near):
+    with pytest.raises(ValueError, match=rf"pixels are {size[0]}x{size[1]} .* multiples of 4; the nearest that fits is {near}"):
+        tokenizer.to_codes([Image.new("RGB", size)])
+    hierarchical = tiny_tokenizer(**KINDS["hierarchical"])  # its coarse codes cover 8 pixels
+    with pytest.raises(ValueError, match="multiples of 8; the nearest that fits is 16x16"):
+        hierarchical.to_codes([Image.new("RGB", (20, 16))])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (3, 16, 16)])
 def test_pixels_of_another_shape_are_refused(tokenizer, shape):
-    with pytest.raises(ValueError, match=r"pixels have shape .* and must be \(batch, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"pixels have shape .* and must be \(batch, 3, height, width\)"):
         tokenizer.encode(torch.zeros(shape))
 
 
 def test_codes_of_another_grid_or_book_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"codes have shape \(1, 16\) and must be \(batch, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"codes have shape \(1, 16\) and must be \(batch, height, width\)"):
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"codes have shape \(1, 4, 4\) and must be \(batch, 2, 2\)"):
+        tokenizer.decode(torch.zeros(1, 4, 4, dtype=torch.long), (2, 2))
+    with pytest.raises(ValueError, match=r"codes have shape \(1, 4, 4\) and must be \(batch, 20\)"):
+        tiny_tokenizer(**KINDS["hierarchical"]).decode(torch.zeros(1, 4, 4, dtype=torch.long))
     for low, high in ((-1, 3), (0, 12)):
         codes = torch.full((1, 4, 4), low)
         codes[0, 0, 0] = high
@@ -105,13 +137,14 @@ def test_codes_of_another_grid_or_book_are_refused(tokenizer):
             tokenizer.decode(codes)
 
 
-def test_gradients_reach_every_parameter():
-    for quantizer in ("vq", "gumbel"):
-        tokenizer = tiny_tokenizer(quantizer=quantizer).train()
-        output = tokenizer(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), 1.0)
-        (output.parameters.square().sum() + output.loss).backward()
-        missing = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not missing, (quantizer, missing)
+@EVERY_KIND
+def test_gradients_of_the_objective_reach_every_parameter(kind, pictures):
+    tokenizer = tiny_tokenizer(**KINDS[kind]).train()
+    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5)).losses(pictures, 500)
+    loss.value.backward()
+    missing = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
 
 
 def test_convolutions_are_channels_last(tokenizer):

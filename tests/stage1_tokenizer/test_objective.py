@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
-from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerObjective, to_model_range
+from stage1_tokenizer import (
+    FsqOptions,
+    GumbelOptions,
+    ImageTokenizer,
+    ObjectiveConfig,
+    ScoreFunctionOptions,
+    TokenizerObjective,
+    to_model_range,
+)
 from stage1_tokenizer.likelihoods import bits_per_dimension
 from stage1_tokenizer.objective import falling_cosine, kl_weight, peak_signal_to_noise, temperature
-from tests.stage1_tokenizer.conftest import tiny_tokenizer
+from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
 
 DIMENSIONS = 16 * 16 * 3
 COMMON = {"psnr", "nll", "bits_per_dimension", "codebook_usage", "codebook_perplexity", "dead_codes"}
@@ -64,7 +72,7 @@ def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
 def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
-    tokenizer = tiny_tokenizer(quantizer="gumbel").train()
+    tokenizer = tiny_tokenizer(quantizer="gumbel", gumbel=GumbelOptions(diversity=0.0)).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10))
     (loss,) = objective.losses(pictures, step)
     expected = (loss.metrics["nll"] + weight * loss.metrics["kl"]) / DIMENSIONS
@@ -73,8 +81,32 @@ def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
     assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
-def test_losses_go_through_the_wrapped_networks_forward(pictures, quantizer):
+def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
+    tokenizer = tiny_tokenizer(quantizer="score_function", score_function=ScoreFunctionOptions(diversity=0.0)).train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=0.0))
+    (loss,) = objective.losses(pictures, 0)
+    torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS)
+    assert float(tokenizer.quantizer.baseline) == pytest.approx(float(loss.metrics["nll"]))
+    loss.value.backward()
+    assert all(p.grad.any() for p in tokenizer.encoder.parameters())
+
+
+def test_the_figures_of_several_levels_are_told_apart(pictures):
+    tokenizer = tiny_tokenizer(**KINDS["hierarchical"])
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    figures = objective.evaluate([pictures])
+    codes = tokenizer.encode(to_model_range(pictures))
+    used = [codes[:, :4].unique().numel(), codes[:, 4:].unique().numel()]
+    assert [figures["codebook_usage_level_1"], figures["codebook_usage_level_2"]] == pytest.approx([used[0] / 12, used[1] / 12])
+    assert figures["codebook_usage"] == pytest.approx(sum(used) / 24) and figures["dead_codes"] == 24 - sum(used)
+    (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(pictures, 0)
+    for name in ("commitment", "codebook_usage", "codebook_perplexity", "dead_codes"):
+        levels = [float(loss.metrics[f"{name}_level_{i}"]) for i in (1, 2)]
+        assert float(loss.metrics[name]) == pytest.approx(sum(levels) / 2)
+
+
+@EVERY_KIND
+def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
     class Wrapper(torch.nn.Module):
@@ -86,8 +118,8 @@ def test_losses_go_through_the_wrapped_networks_forward(pictures, quantizer):
             self.calls += 1
             return self.module(*args)
 
-    tokenizer = tiny_tokenizer(quantizer=quantizer).train()
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    tokenizer = tiny_tokenizer(**KINDS[kind]).train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5))
     objective.networks["tokenizer"] = wrapper = Wrapper(tokenizer)
     list(objective.losses(pictures, 0))
     assert wrapper.calls == 1
@@ -145,13 +177,24 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     ("changes", "gain"),
-    [({}, 4.0), ({"likelihood": "l1"}, 4.0), ({"likelihood": "logit_laplace"}, 3.0), ({"quantizer": "gumbel"}, 2.0)],
-    ids=["vq l2", "vq l1", "vq logit_laplace", "gumbel"],
+    [
+        ({}, 4.0),
+        ({"likelihood": "l1"}, 4.0),
+        ({"likelihood": "logit_laplace"}, 3.0),
+        ({"quantizer": "gumbel"}, 2.0),
+        ({"quantizer": "residual"}, 4.0),
+        ({"quantizer": "hierarchical"}, 3.0),
+        ({"quantizer": "lfq"}, 3.0),
+        ({"quantizer": "bsq"}, 3.0),
+        ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 4, 4))}, 4.0),
+        ({"quantizer": "binary"}, 3.0),
+    ],
+    ids=["vq l2", "vq l1", "vq logit_laplace", "gumbel", "residual", "hierarchical", "lfq", "bsq", "fsq", "binary"],
 )
 def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(num_codes=64, **changes).train()
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_steps=60, kl_ramp_steps=60, kl_weight=0.1))
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5, temperature_steps=60, kl_ramp_steps=60, kl_weight=0.1))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     held_out = [blobs(32, generator)]

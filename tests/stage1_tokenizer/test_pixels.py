@@ -29,7 +29,7 @@ def test_out_of_range_is_cut_not_wrapped():
 
 def test_pil_round_trip():
     pictures = torch.randint(0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert torch.equal(from_pil(to_pil(pictures), 8), pictures)
+    assert torch.equal(from_pil(to_pil(pictures)), pictures)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,11 @@ def test_crop_is_centred_and_resizing_antialiased():
     assert abs(image[2:-2, 2:-2].astype(int) - 127).max() < 12  # without antialiasing: 0 or 255
 
 
-def test_another_size_is_refused_with_what_to_do():
-    with pytest.raises(ValueError, match=r"the picture is 20x10 and the tokenizer works at 8x8; use .*resize_and_crop\(image, 8\)"):
-        from_pil([Image.new("RGB", (8, 8)), Image.new("RGB", (20, 10))], 8)
+def test_pictures_of_several_sizes_or_none_are_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"one size are needed and given were 8x8 and 20x10; use .*resize_and_crop"):
+        from_pil([Image.new("RGB", (8, 8)), Image.new("RGB", (20, 10))])
+    with pytest.raises(ValueError, match="given were none"):
+        from_pil([])
 
 
 def test_laplace_logits_are_inverse_and_finite_at_both_ends():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from stage1_tokenizer import VectorOptions
 from stage1_tokenizer.quantizers import VectorQuantizer
-from stage1_tokenizer.quantizers.vector import nearest
+from stage1_tokenizer.quantizers.vector import entropy_penalty, kmeans, nearest
 
 
 def started(book: Tensor, **options) -> VectorQuantizer:
@@ -54,7 +55,7 @@ def test_codes_lie_on_the_grid_of_their_vectors_and_embed_is_their_look_up(norma
     seen = F.normalize(x[1, :, 2, 4], dim=0) if normalize else x[1, :, 2, 4]
     book = F.normalize(vq.codebook, dim=1) if normalize else vq.codebook
     assert int(result.codes[1, 2, 4]) == int((book - seen).square().sum(1).argmin())
-    torch.testing.assert_close(result.latents, vq.embed(result.codes))
+    torch.testing.assert_close(result.latents, vq.embed(result.codes, (3, 5)))
 
 
 def test_normalised_codes_have_root_mean_square_one():
@@ -152,11 +153,83 @@ def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
 def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(codebook):
     vq = fresh(64, codebook=codebook, restart_below=0.0)
     x = features(1, 4, 2, 2)
-    result = vq(x)
+    with pytest.warns(
+        UserWarning, match=r"codes start as copies: the first batch has 4 vectors .* and the codebook 64 codes; raise .*16-fold"
+    ):
+        result = vq(x)
     book = F.normalize(vq.codebook.detach(), dim=1)
     assert book.isfinite().all() and len(book.unique(dim=0)) == 64
     assert torch.cdist(book, F.normalize(flat(x), dim=1)).min(1).values.max() < 0.2
     assert result.codes.unique().numel() == 4
+
+
+def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
+    centres = 5 * features(6, 4, seed=3)
+    x = (centres.repeat_interleave(20, 0) + 0.1 * features(120, 4)).reshape(1, 12, 10, 4).permute(0, 3, 1, 2)
+    plain, clustered = (fresh(6, normalize=False, restart_below=0.0, kmeans_iterations=n) for n in (0, 20))
+    for vq in (plain, clustered):
+        vq.learn = lambda *_: None  # type: ignore[method-assign]
+        vq.count(vq(x).codes)
+    codes = clustered(x).codes.flatten()
+    for code in codes.unique():
+        torch.testing.assert_close(clustered.codebook[code], flat(x)[codes == code].mean(0))
+    assert clustered._error(flat(x), codes).mean() < 0.5 * plain._error(flat(x), plain(x).codes.flatten()).mean()
+
+
+def test_k_means_leaves_a_centre_without_vectors_where_it_is():
+    pool = torch.tensor([[0.0], [0.2], [1.0]])
+    torch.testing.assert_close(kmeans(pool, torch.tensor([[0.0], [0.9], [50.0]]), 3), torch.tensor([[0.1], [1.0], [50.0]]))
+
+
+def test_k_means_over_fewer_vectors_than_codes_is_refused():
+    with pytest.raises(ValueError, match=r"k-means needs .*: the first batch has 4 vectors .* 64 codes; raise .*16-fold.*or set"):
+        fresh(64, kmeans_iterations=3)(features(1, 4, 2, 2))
+
+
+def test_a_linear_codebook_is_frozen_under_a_learned_map():
+    vq = fresh(16, codebook="linear", restart_below=0.9, restart_every=1).train()
+    x = features(8, 4, 4, 4)
+    vq(x)
+    frozen = vq.codebook.clone()
+    assert [name for name, _ in vq.named_parameters()] == ["map"]
+    for step in range(5):
+        vq(features(8, 4, 4, 4, seed=step)).loss.backward()
+    assert torch.equal(vq.codebook, frozen) and vq.map.grad.any()
+    with torch.no_grad():
+        vq.map.copy_(features(4, 4, seed=9))
+    torch.testing.assert_close(vq.vectors(), vq._placed(frozen @ vq.map))
+    result = vq.eval()(x)
+    torch.testing.assert_close(result.latents, vq.embed(result.codes, (4, 4)))
+
+
+def test_one_step_of_a_linear_codebook_moves_codes_that_were_not_used():
+    vq = fresh(16, codebook="linear", normalize=False).train()
+    x = features(1, 4, 4, 4).expand(8, -1, -1, -1)
+    vq(x)
+    before = vq.vectors().detach().clone()
+    used = vq(0.5 * x[:, :, :1, :1])
+    used.loss.backward()
+    with torch.no_grad():
+        vq.map -= 0.1 * vq.map.grad
+    moved = (vq.vectors().detach() - before).norm(dim=1) > 1e-6
+    assert used.codes.unique().numel() == 1 and moved.sum() > 8
+
+
+def test_the_entropy_term_by_hand():
+    """Two vectors on two codes at distance 1 each way: certain vectors and even use give entropies near 0 and log 2."""
+    book = torch.tensor([[0.0], [10.0]])
+    assert float(entropy_penalty(book.clone(), book)) == pytest.approx(-math.log(2), abs=1e-4)
+    halfway = torch.tensor([[5.0], [5.0]])
+    assert float(entropy_penalty(halfway, book)) == pytest.approx(0.0, abs=1e-5)
+    p = torch.tensor([[1.0, 2.0]]).neg().square().softmax(1)  # at 1 and 2 from the codes: squared distances 1 and 4
+    own = float(-(p * p.log()).sum())
+    assert float(entropy_penalty(torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]))) == pytest.approx(own - own, abs=1e-6)
+    vq = started(book, normalize=False, entropy_weight=0.5, restart_below=0.0).train()
+    x = torch.tensor([1.0, 8.0, 3.0, 9.0]).reshape(1, 1, 2, 2)
+    result = vq(x)
+    expected = 0.25 * result.metrics["commitment"] + 0.5 * entropy_penalty(flat(x), book)
+    torch.testing.assert_close(result.loss, expected)
+    assert float(vq.eval()(x).loss) == pytest.approx(0.25 * float(F.mse_loss(flat(x), vq.codebook[vq(x).codes.flatten()])))
 
 
 def collapsed(restart_below: float) -> VectorQuantizer:
@@ -257,13 +330,13 @@ def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unu
     x = 3 + features(4, 4, 4, 4)
     x[:, :, :, 2:] = x[:1, :, :1, :1]  # half of the vectors are one and the same, so some codes stay without any
     placed = copy.deepcopy(vq)
-    placed._learn = lambda *_: None  # type: ignore[method-assign]
+    placed.learn = lambda *_: None  # type: ignore[method-assign]
     placed(x)
     codes = vq(x).codes.flatten()
-    vectors = vq._onto_sphere(flat(x))
+    vectors = vq._placed(flat(x))
     for code in range(8):
         own = vectors[codes == code]
-        expected = vq._onto_sphere(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
+        expected = vq._placed(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
         torch.testing.assert_close(vq.codebook[code], expected, rtol=1e-4, atol=1e-4)
     assert len(codes.unique()) < 8
 

@@ -1,0 +1,170 @@
+"""Options of each quantizer: a section of `tokenizer.model` each, read by the quantizers that `OWNERS` names. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"]
+OWNERS: dict[str, tuple[QuantizerName, ...]] = {
+    "vq": ("vq", "residual", "hierarchical"),
+    "gumbel": ("gumbel",),
+    "binary": ("binary",),
+    "score_function": ("score_function",),
+    "fsq": ("fsq",),
+    "sign": ("lfq", "bsq"),
+    "residual": ("residual",),
+    "hierarchical": ("hierarchical",),
+}
+
+
+def _not_negative(section: str, **values: float) -> list[str]:
+    return [f"tokenizer.model.{section}.{name} is {value}; it must be 0 or more" for name, value in values.items() if value < 0]
+
+
+@dataclass(kw_only=True)
+class VectorOptions:
+    """Options of `quantizer: vq` (VQ-VAE), and of the codebooks inside `residual` and `hierarchical`."""
+
+    codebook: Literal["ema", "gradient", "linear"] = "ema"
+    """How the codebook learns: moving averages of the vectors assigned to each code; the gradient of the codebook loss; or that
+    gradient through one linear map over a frozen codebook, which moves all codes at once (SimVQ)."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """What the encoder gets of the decoder's gradient: the same, or the same turned as the vector is turned onto its code."""
+    decay: float = 0.99
+    """Decay of the moving averages, a step (`ema`), and of the usage counts (all)."""
+    commitment: float = 0.25
+    """Weight of the commitment loss, beta in the paper."""
+    normalize: bool = True
+    """Put vectors and codes on a sphere, so that the nearest code is the most similar direction (ViT-VQGAN). In `residual` the vectors
+    alone: what is left of them after the first code lies on no sphere."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy term: vectors are drawn to be sure of their code, and the batch to use all codes."""
+    kmeans_iterations: int = 0
+    """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the batch as they are."""
+    restart_below: float = 0.1
+    """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts. A frozen
+    codebook (`linear`) never does."""
+    restart_every: int = 10
+    """Steps between two looks for dead codes."""
+
+    def problems(self) -> list[str]:
+        wrong = not 0 < self.decay < 1 or self.commitment < 0 or self.restart_every < 1 or not 0 <= self.restart_below < 1
+        if wrong or self.entropy_weight < 0 or self.kmeans_iterations < 0:
+            return [
+                "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and kmeans_iterations of 0 or more, "
+                f"restart_below in [0, 1) and restart_every of at least 1; given were {self}"
+            ]
+        return []
+
+
+@dataclass(kw_only=True)
+class GumbelOptions:
+    """Options of `quantizer: gumbel` (dVAE)."""
+
+    gradient: Literal["relaxed", "straight_through", "reinmax"] = "relaxed"
+    """What the decoder sees while training, and the gradient to it: relaxed codes and their own; sampled one-hot codes with the relaxed
+    ones' gradient; or sampled one-hot codes with a second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
+
+    diversity: float = 0.1
+    """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps codes from falling out of use."""
+
+    def problems(self) -> list[str]:
+        return _not_negative("gumbel", diversity=self.diversity)
+
+
+@dataclass(kw_only=True)
+class BinaryOptions:
+    """Options of `quantizer: binary` (discrete VAE with Bernoulli latents); the inverse temperature is 1 / temperature."""
+
+    smoothing: Literal["spike_exponential", "exponential_pair", "power_pair"] = "power_pair"
+    """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of exponentials (DVAE++) or power functions
+    (DVAE#), which are flat at 0 and 1. `power_pair` needs temperatures below 1: at 1 it carries nothing of the bit."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(kw_only=True)
+class ScoreFunctionOptions:
+    """Options of `quantizer: score_function` (REINFORCE)."""
+
+    baseline_decay: float = 0.9
+    """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean of the step before."""
+    diversity: float = 0.1
+    """As in `gumbel`."""
+
+    def problems(self) -> list[str]:
+        if not 0 <= self.baseline_decay < 1:
+            return [f"tokenizer.model.score_function.baseline_decay is {self.baseline_decay}; it must be in [0, 1)"]
+        return _not_negative("score_function", diversity=self.diversity)
+
+
+@dataclass(kw_only=True)
+class FsqOptions:
+    """Options of `quantizer: fsq` (finite scalar quantization)."""
+
+    levels: tuple[int, ...] = (4, 4, 4, 4, 4)
+    """Values of each feature; their product is `num_codes`."""
+
+    def __post_init__(self) -> None:
+        self.levels = tuple(self.levels)  # JSON and YAML know lists only
+
+    def problems(self) -> list[str]:
+        if not self.levels or min(self.levels) < 3:
+            return [f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (use lfq for two values a feature)"]
+        return []
+
+
+@dataclass(kw_only=True)
+class SignOptions:
+    """Options of `quantizer: lfq` (lookup-free, MAGVIT-v2) and `bsq` (binary spherical): codes are the signs of the features."""
+
+    commitment: float = 0.25
+    """Weight of the commitment loss."""
+    entropy_weight: float = 0.1
+    """Weight of the entropy penalty: each vector sure of its signs, all codes used by the batch."""
+    diversity: float = 1.0
+    """Weight, within that penalty, of the batch's entropy (gamma in the paper)."""
+    sharpness: float = 100.0
+    """Inverse temperature of the probabilities whose entropy is taken."""
+
+    def problems(self) -> list[str]:
+        if min(self.commitment, self.entropy_weight, self.diversity) < 0 or self.sharpness <= 0:
+            return [
+                f"tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more and sharpness above 0; given were {self}"
+            ]
+        return []
+
+
+@dataclass(kw_only=True)
+class ResidualOptions:
+    """Options of `quantizer: residual` (RQ-VAE)."""
+
+    depth: int = 2
+    """Codes a position: each one quantizes what the ones before it left over."""
+    shared: bool = False
+    """One codebook for all depths, instead of one each."""
+
+    def problems(self) -> list[str]:
+        if self.depth < 1:
+            return [f"tokenizer.model.residual.depth is {self.depth}; it must be at least 1"]
+        return []
+
+
+@dataclass(kw_only=True)
+class HierarchicalOptions:
+    """Options of `quantizer: hierarchical` (VQ-VAE-2)."""
+
+    levels: int = 2
+    """Grids of codes, each half as fine as the next; the finest is `image_size / factor`."""
+    width: int = 128
+    """Channels of the layers between the levels."""
+
+    def problems(self) -> list[str]:
+        if self.levels < 2 or self.width < 1:
+            return [
+                "tokenizer.model.hierarchical needs levels of at least 2 and width of at least 1; "
+                f"given were {self.levels} and {self.width}"
+            ]
+        return []

@@ -1,0 +1,59 @@
+"""The score function: hard sampled codes, and a gradient that needs no relaxation but varies much. Knows logits and costs.
+
+Legend: B batch, D features of a code, h w code grid, K codes.
+
+REINFORCE, Williams 1992; for discrete latents, with a baseline: Mnih & Gregor 2014 (https://arxiv.org/abs/1402.0030), eq. 5-7.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.options import ScoreFunctionOptions
+from stage1_tokenizer.quantizers.base import Quantized, sum_over_processes
+from stage1_tokenizer.quantizers.categorical import Categorical, disuse, gumbel_noise_like, kl_to_uniform
+
+
+class ScoreFunctionQuantizer(Categorical):
+    """Codes are sampled while training; the encoder learns by d E[cost] = E[(cost - baseline) d log q(codes)].
+
+    The objective calls `surrogate` with the cost of the sampled codes; the decoder's own gradient does not reach the encoder.
+    """
+
+    relaxed = True
+    baseline: Tensor
+    initialized: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int, options: ScoreFunctionOptions) -> None:
+        super().__init__(num_codes, code_dim)
+        self.options = options
+        self.register_buffer("baseline", torch.tensor(0.0))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
+        """Logits (B,K,h,w) -> codes sampled from them where there is a `temperature` (its value is not used), else the likeliest."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits = features.float()
+            kl, metrics = kl_to_uniform(logits).mean(), self.use_of(logits)
+            codes = (logits if temperature is None else logits + gumbel_noise_like(logits)).argmax(dim=1)
+            log_q = None
+            if temperature is not None:
+                log_q = logits.log_softmax(dim=1).gather(1, codes[:, None]).sum(dim=(1, 2, 3))
+            latents = self.look_up(codes).permute(0, 3, 1, 2)
+        return Quantized(latents, codes, self.options.diversity * disuse(logits), kl=kl, log_q=log_q, metrics=metrics)
+
+    def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
+        """Scalar whose gradient estimates that of the expected cost: costs (B,) in nats, log_q (B,) of the codes they were had with.
+
+        Its value is zero: it adds a gradient to the objective, not a cost. In training it moves the baseline, after using it.
+        """
+        cost = cost.detach()
+        total = sum_over_processes(torch.stack([cost.sum(), torch.full_like(cost[0], len(cost))]))
+        mean = total[0] / total[1]
+        baseline = torch.where(self.initialized, self.baseline, mean)
+        if self.training:
+            self.baseline.copy_(torch.lerp(mean, baseline, self.options.baseline_decay))
+            self.initialized.fill_(True)
+        weighted = ((cost - baseline) * log_q).mean()
+        return weighted - weighted.detach()

@@ -1,0 +1,98 @@
+"""Smoothing transformations: continuous stand-ins for bits, so that gradients pass through binary latents. Knows numbers alone.
+
+A bit z ~ Bernoulli(q) gets a companion s in [0,1] with density r(s|z). The distribution function of s is the mixture
+F(s) = (1-q) F0(s) + q F1(s), so s = F^-1(u) with u uniform is a sample of it, differentiable in q. As the inverse temperature b
+grows, the densities shrink onto 0 and 1 and s becomes the bit.
+
+    spike_exponential   r(s|0) = delta(s)                   r(s|1) = b e^(b s) / (e^b - 1)     DVAE, Rolfe 2016, section 2.1
+    exponential_pair    r(s|0) = b e^(-b s) / (1 - e^-b)    r(s|1) = r(1-s|0)                  DVAE++, Vahdat et al. 2018a, section 3
+    power_pair          r(s|0) = s^(1/b - 1) / b            r(s|1) = r(1-s|0)                  DVAE#, Vahdat et al. 2018b, section 4
+
+In the pairs both ends are flat: s(u) stays near 0 for u well below 1-q and near 1 well above it, as a bit would. One gradient serves
+all three, by the implicit function theorem: ds/dq = -(dF/dq) / (dF/ds) = (F0(s) - F1(s)) / ((1-q) r(s|0) + q r(s|1)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Smoothing = Literal["spike_exponential", "exponential_pair", "power_pair"]
+_HALVINGS = 30
+_SHARPEST = 80.0
+"""Inverse temperatures are cut here, where s differs from its bit nowhere that matters and e^-b is still a normal number."""
+_EDGE = 1e-7
+"""Power functions have an infinite density at 0 or 1; s keeps this far from both."""
+
+
+def distributions(s: Tensor, sharpness: float, kind: Smoothing) -> tuple[Tensor, Tensor]:
+    """F0(s) and F1(s), of the shape of s, at inverse temperature `sharpness`."""
+    b = sharpness
+    if kind == "power_pair":
+        return s ** (1 / b), 1 - (1 - s) ** (1 / b)
+    f1 = (torch.exp(b * (s - 1)) - math.exp(-b)) / -math.expm1(-b)
+    if kind == "spike_exponential":
+        return torch.ones_like(s), f1
+    return torch.expm1(-b * s) / math.expm1(-b), f1
+
+
+def density(s: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
+    """(1-q) r(s|0) + q r(s|1); of a spike only the part that is a density."""
+    b = sharpness
+    if kind == "power_pair":
+        return ((1 - q) * s ** (1 / b - 1) + q * (1 - s) ** (1 / b - 1)) / b
+    r1 = b * torch.exp(b * (s - 1)) / -math.expm1(-b)
+    if kind == "spike_exponential":
+        return q * r1
+    return (1 - q) * b * torch.exp(-b * s) / -math.expm1(-b) + q * r1
+
+
+def inverse(u: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
+    """F^-1(u): in closed form where there is one, else by bisection."""
+    b, tail = sharpness, math.exp(-sharpness)
+    match kind:
+        case "spike_exponential":
+            above = ((u - (1 - q)) / q).clamp(min=0)
+            return torch.where(above > 0, 1 + torch.log(above + (1 - above) * tail) / b, 0.0).clamp(0, 1)
+        case "exponential_pair":
+            # With w = e^(-b s): (1-q) w^2 - m w - q e^-b = 0, m = (1-q) - q e^-b - u (1 - e^-b).
+            m = (1 - q) - q * tail + u * math.expm1(-b)
+            root = (m.square() + 4 * (1 - q) * q * tail).sqrt()
+            # Of the two forms of the positive root the one that does not cancel.
+            w = torch.where(m > 0, (m + root) / (2 * (1 - q)), 2 * q * tail / (root - m))
+            return (-w.log() / b).clamp(0, 1)
+        case "power_pair":
+            low, high = torch.zeros_like(u), torch.ones_like(u)
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                f0, f1 = distributions(middle, b, kind)
+                below = (1 - q) * f0 + q * f1 < u
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            return ((low + high) / 2).clamp(_EDGE, 1 - _EDGE)
+
+
+class _Smooth(torch.autograd.Function):
+    """s = F^-1(u; q), with the gradient of the implicit function theorem in q."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, u: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
+        s = inverse(u, q, sharpness, kind)
+        ctx.save_for_backward(q, s)
+        ctx.sharpness, ctx.kind = sharpness, kind
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        q, s = ctx.saved_tensors
+        f0, f1 = distributions(s, ctx.sharpness, ctx.kind)
+        slope = (f0 - f1) / density(s, q, ctx.sharpness, ctx.kind).clamp(min=1e-6)
+        # On the spike s does not move with q.
+        return gradients[0] * torch.where(s > 0, slope, 0.0), None, None, None
+
+
+def smooth(q: Tensor, u: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
+    """Samples s in [0,1] of bits with probabilities q, from uniform numbers u of the same shape; differentiable in q."""
+    return _Smooth.apply(q, u, min(sharpness, _SHARPEST), kind)

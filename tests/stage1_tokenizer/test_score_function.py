@@ -1,0 +1,73 @@
+"""The score function: unbiased on average, a baseline that only lowers the variance, and nothing by the decoder's gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage1_tokenizer import ScoreFunctionOptions
+from stage1_tokenizer.quantizers import ScoreFunctionQuantizer
+from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
+
+
+def quantizer(decay: float = 0.9) -> ScoreFunctionQuantizer:
+    return ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(baseline_decay=decay)).train()
+
+
+LOGITS = torch.tensor([0.5, -0.2, 0.1])
+COSTS = torch.tensor([10.0, 12.0, 15.0])
+
+
+def gradients(score: ScoreFunctionQuantizer, samples: int) -> torch.Tensor:
+    """(samples, 3): each picture's own gradient, of one position whose code costs COSTS[code]."""
+    x = LOGITS.reshape(1, 3, 1, 1).expand(samples, -1, -1, -1).clone().requires_grad_()
+    result = score(x, 1.0)
+    score.surrogate(COSTS[result.codes.flatten()], result.log_q).backward()
+    return x.grad.flatten(1) * samples  # undo the batch's mean
+
+
+def test_on_average_the_gradient_is_that_of_the_expected_cost():
+    torch.manual_seed(0)
+    x = LOGITS.clone().requires_grad_()
+    (x.softmax(0) * COSTS).sum().backward()
+    torch.testing.assert_close(gradients(quantizer(), 100_000).mean(0), x.grad, atol=0.03, rtol=0)
+
+
+def test_the_baseline_lowers_the_variance():
+    torch.manual_seed(0)
+    without = quantizer()
+    without.initialized.fill_(True)  # a baseline of 0
+    assert gradients(quantizer(), 20_000).var(0).sum() < 0.1 * gradients(without, 20_000).var(0).sum()
+
+
+def test_codes_are_sampled_from_the_softmax_and_log_q_is_theirs():
+    torch.manual_seed(0)
+    x = torch.randn(500, 3, 4, 4)
+    score = quantizer()
+    torch.manual_seed(1)
+    result = score(x, 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(result.codes, (x + gumbel_noise_like(x)).argmax(1))
+    by_hand = torch.stack([x[b].log_softmax(0)[result.codes[b, i, j], i, j] for b in [7] for i in range(4) for j in range(4)]).sum()
+    torch.testing.assert_close(result.log_q[7], by_hand)
+    hard = score.eval()(x)
+    assert torch.equal(hard.codes, x.argmax(1)) and hard.log_q is None
+
+
+def test_the_decoders_gradient_does_not_reach_the_logits():
+    x = torch.randn(2, 3, 4, 4).requires_grad_()
+    result = quantizer()(x, 1.0)
+    result.latents.sum().backward()
+    assert x.grad is None
+
+
+def test_the_baseline_is_a_running_mean_used_before_it_moves():
+    score = quantizer(decay=0.75)
+    log_q = torch.zeros(2, requires_grad=True)
+    first = score.surrogate(torch.tensor([4.0, 8.0]), log_q)
+    assert float(score.baseline) == 6.0 and float(first.detach()) == 0.0
+    (gradient,) = torch.autograd.grad(score.surrogate(torch.tensor([9.0, 11.0]), log_q), log_q)
+    torch.testing.assert_close(gradient, torch.tensor([3.0, 5.0]) / 2)  # less the old baseline, 6
+    assert float(score.baseline) == pytest.approx(0.75 * 6 + 0.25 * 10)
+    score.eval().surrogate(torch.tensor([100.0, 100.0]), log_q)
+    assert float(score.baseline) == pytest.approx(7.0)
