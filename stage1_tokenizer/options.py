@@ -43,8 +43,8 @@ class VectorOptions:
     kmeans_iterations: int = 0
     """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the batch as they are."""
     restart_below: float = 0.1
-    """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts. A frozen
-    codebook (`linear`) never does."""
+    """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts. It is all
+    that moves a frozen codebook (`linear`)."""
     restart_every: int = 10
     """Steps between two looks for dead codes."""
 

@@ -153,8 +153,7 @@ class VectorQuantizer(SingleLevel):
             means = self._placed(self.sums / smoothed.clamp(min=1e-12)[:, None])
             # A code that was never used has no mean; it stays where it was put.
             self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
-        restarts = self.options.restart_below and self.options.codebook != "linear"
-        if restarts and int(self.steps) % self.options.restart_every == 0:
+        if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
             dead = self.counts < self.options.restart_below * self.counts.mean()
             pool, weights = self._candidates(vectors, self._error(vectors, codes))
             generator = self._generator()
@@ -205,7 +204,9 @@ class VectorQuantizer(SingleLevel):
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
         placed = self._placed(vectors + noise * drawn)
         count = self.counts.mean().clamp(min=1.0)
-        self.codebook.data = torch.where(which[:, None], placed, self.codebook.data)
+        # Under a map, what the map carries there.
+        rows = placed if self.map is None else placed @ torch.linalg.pinv(self.map)
+        self.codebook.data = torch.where(which[:, None], rows, self.codebook.data)
         self.counts.copy_(torch.where(which, count, self.counts))
         self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
 

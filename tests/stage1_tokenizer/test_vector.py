@@ -187,7 +187,7 @@ def test_k_means_over_fewer_vectors_than_codes_is_refused():
 
 
 def test_a_linear_codebook_is_frozen_under_a_learned_map():
-    vq = fresh(16, codebook="linear", restart_below=0.9, restart_every=1).train()
+    vq = fresh(16, codebook="linear", restart_below=0.0).train()
     x = features(8, 4, 4, 4)
     vq(x)
     frozen = vq.codebook.clone()
@@ -232,10 +232,10 @@ def test_the_entropy_term_by_hand():
     assert float(vq.eval()(x).loss) == pytest.approx(0.25 * float(F.mse_loss(flat(x), vq.codebook[vq(x).codes.flatten()])))
 
 
-def collapsed(restart_below: float) -> VectorQuantizer:
+def collapsed(restart_below: float, **options) -> VectorQuantizer:
     """Half of the codes are far from all data."""
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
-    return started(book, normalize=False, restart_below=restart_below, restart_every=2, decay=0.5)
+    return started(book, normalize=False, restart_below=restart_below, restart_every=2, decay=0.5, **options)
 
 
 def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
@@ -247,6 +247,15 @@ def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
     assert torch.cdist(vq.codebook[8:], flat(x)).min(1).values.max() < 1.0
     assert vq(x).codes.unique().numel() == 16
     assert int(vq.use()["dead_codes"]) == 0
+
+
+def test_dead_codes_of_a_linear_codebook_restart_where_the_map_puts_them_at_vectors():
+    vq = collapsed(0.3, codebook="linear")
+    with torch.no_grad():
+        vq.map.copy_(torch.eye(4) + 0.3 * features(4, 4, seed=4))
+    x = features(16, 4, 4, 4)
+    vq(x), vq(x)
+    assert (torch.cdist(vq.vectors().detach(), flat(x)).min(1).values < 0.1).sum() >= 8
 
 
 def test_without_restart_they_stay_dead():
