@@ -21,6 +21,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it goes on 
   train-tokenizer   stage 1: pictures <-> codes
   encode            the codes of every picture, once
   train-prior       stage 2: caption and codes as one stream
+  compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
 
 using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   pictures from prompts
@@ -130,6 +131,23 @@ def _train_prior(rest: Sequence[str]) -> int:
     return 0
 
 
+def _compare_tokenizers(rest: Sequence[str]) -> int:
+    from pipeline.comparison import compare_tokenizers, load_comparison
+    from pipeline.config import parser
+
+    if "--help" in rest or "-h" in rest:
+        print("minidalle compare-tokenizers --config configs/bakeoff-emoji.yaml [--minutes M] [--key.path VALUE ...]\n")
+        parser().print_help()
+        return 0
+    try:
+        comparison = load_comparison(rest)
+    except ValueError as error:
+        raise _WrongUsage(str(error)) from error
+    folder = compare_tokenizers(comparison)
+    _say(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md, .json and .png and reconstructions.png to {folder}")
+    return 0
+
+
 def _generate(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle generate", description="Draws pictures for prompts.")
     reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
@@ -198,6 +216,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train-tokenizer": _train_tokenizer,
     "encode": _encode,
     "train-prior": _train_prior,
+    "compare-tokenizers": _compare_tokenizers,
     "generate": _generate,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,

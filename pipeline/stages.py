@@ -5,8 +5,6 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from pipeline.checkpoints import disk_errors, newest_checkpoint, write_folder
+from pipeline.checkpoints import newest_checkpoint, write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
-from pipeline.data.codes import CodesDataset, check_tokenizer, finish, read_manifest, write_part
+from pipeline.data.codes import CodesDataset, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
+from pipeline.settings import finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -32,30 +31,38 @@ from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTo
 EVALUATION_BATCH = 64
 _CAPTIONS_TO_LEARN = 100_000
 """The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
-_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
-_SETTINGS = "settings.json"
-"""In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
 
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
     train = experiment.tokenizer.train
-    source, held_out = _sources(experiment)
+    source, held_out = sources_of(experiment)
     settings = {
         "seed": experiment.seed,
         "data": to_dict(experiment.data),
         "pictures": [source.fingerprint, held_out.fingerprint],
         **to_dict(experiment.tokenizer),
     }
-    if _finished(folder, settings):
+    if finished(folder, settings):
         return folder
-    accelerator = _start(experiment, folder, settings)
+    accelerator = start(experiment, folder, settings)
     _report(accelerator, source)
+    task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
+    figures = fit(
+        task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=compiles(train, accelerator.device), label="tokenizer",
+    )  # fmt: skip
+    finish(accelerator, tokenizer, folder, settings, figures)
+    return folder
+
+
+def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
+    """What stage 1 hands to `fit`, and the new tokenizer in it."""
     torch.manual_seed(experiment.seed)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
-    order = Order(len(source), train.batch_size, experiment.seed)
+    order = Order(len(source), experiment.tokenizer.train.batch_size, experiment.seed)
 
     def batch(step: int) -> torch.Tensor:
         rows = order.share(step, accelerator.process_index, accelerator.num_processes)
@@ -76,21 +83,16 @@ def train_tokenizer(experiment: Experiment) -> Path:
         _save_sample(experiment, "reconstructions", grid)
         return {"reconstructions": grid}
 
-    task = Task(TokenizerObjective(tokenizer, experiment.tokenizer.objective), batch, held_out_batches, "nll", pictures)
-    figures = fit(
-        task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
-        compile_networks=compiles(train, accelerator.device), label="tokenizer",
-    )  # fmt: skip
-    _finish(accelerator, tokenizer, folder, settings, figures)
-    return folder
+    objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
+    return Task(objective, batch, held_out_batches, "nll", pictures), tokenizer
 
 
 def encode_dataset(experiment: Experiment) -> Path:
     """Writes the codes of training and held-out pictures, split over the processes; returns `RUN/codes`."""
     folder = experiment.folder / "codes"
-    tokenizer = ImageTokenizer.load(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
     settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
-    by_split = dict(zip(_SPLITS, _sources(experiment), strict=True))
+    by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     sources = {split: source.fingerprint for split, source in by_split.items()}
     if (folder / "codes.json").is_file():
         manifest = read_manifest(folder)
@@ -112,7 +114,7 @@ def encode_dataset(experiment: Experiment) -> Path:
         name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, bar)
         files[split], counts[split] = sorted(gather_object([name])), count
     if accelerator.is_main_process:
-        finish(
+        complete(
             folder,
             {
                 "format": 1,
@@ -162,7 +164,7 @@ def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: in
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder, train = experiment.folder / "prior", experiment.prior.train
-    tokenizer = ImageTokenizer.load(_needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     settings = {
@@ -171,9 +173,9 @@ def train_prior(experiment: Experiment) -> Path:
         "text": to_dict(experiment.text),
         **to_dict(experiment.prior),
     }
-    if _finished(folder, settings):
+    if finished(folder, settings):
         return folder
-    accelerator = _start(experiment, folder, settings)
+    accelerator = start(experiment, folder, settings)
     text = _text_tokenizer(experiment, codes, accelerator)
     vectors = tokenizer.code_vectors
     stream = StreamConfig(
@@ -225,7 +227,7 @@ def train_prior(experiment: Experiment) -> Path:
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip
-    _finish(accelerator, prior, folder, settings, figures)
+    finish(accelerator, prior, folder, settings, figures)
     return folder
 
 
@@ -262,9 +264,9 @@ def assemble_bundle(experiment: Experiment) -> Path:
     """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
     folder = experiment.folder
     pipe = TextToImagePipeline(
-        ImageTokenizer.load(_needed(folder / "tokenizer", "train-tokenizer")),
-        ImagePrior.load(_needed(folder / "prior", "train-prior")),
-        TextTokenizer.load(_needed(folder / "text_tokenizer", "train-prior")),
+        ImageTokenizer.load(needed(folder / "tokenizer", "train-tokenizer")),
+        ImagePrior.load(needed(folder / "prior", "train-prior")),
+        TextTokenizer.load(needed(folder / "text_tokenizer", "train-prior")),
         experiment.sampling,
         trained_on={
             "experiment": experiment.name,
@@ -294,26 +296,13 @@ def run(experiment: Experiment) -> Path:
     return experiment.folder / "bundle"
 
 
-def _start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
-    """Writes down what the run and its stage are made with, before there is anything that a later try could take for its own."""
-    accelerator = make_accelerator(experiment, trackers=True)
-    if accelerator.is_main_process:
-        import yaml
-
-        experiment.folder.mkdir(parents=True, exist_ok=True)
-        (experiment.folder / "experiment.yaml").write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
-        _write_settings(folder, {"settings": settings})
-    accelerator.wait_for_everyone()
-    return accelerator
-
-
 def _report(accelerator: Accelerator, source: Source) -> None:
     accelerator.print(f"{source.name}: {len(source):,} pictures to train on")
     for problem in source.problems:
         accelerator.print(f"  {problem}")
 
 
-def _sources(experiment: Experiment) -> tuple[Source, Source]:
+def sources_of(experiment: Experiment) -> tuple[Source, Source]:
     """Training and held-out pictures, before anything is written."""
     source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
     if not len(source) or not len(held_out):
@@ -324,65 +313,7 @@ def _sources(experiment: Experiment) -> tuple[Source, Source]:
     return source, held_out
 
 
-def _needed(folder: Path, verb: str) -> Path:
-    written = _read_settings(folder)
-    if not folder.is_dir() or (written is not None and "held_out" not in written):
-        state = "not finished" if folder.is_dir() else "not there"
-        raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
-    return folder
-
-
-def _finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the stage was completed with these settings; refuses a folder with weights made with others.
-
-    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
-    """
-    written = _read_settings(folder)
-    if written is None:
-        return False
-    made, done = written["settings"], "held_out" in written
-    differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
-    longer = settings["train"]["steps"] > made["train"]["steps"]
-    # Evaluations choose among weights where the best are kept, and change none elsewhere.
-    free = _CHANGES_NO_WEIGHT if settings["train"]["keep_best"] else (*_CHANGES_NO_WEIGHT, "evaluate_every")
-    differ += [
-        f"train.{key}"
-        for key, value in settings["train"].items()
-        if key not in free and made["train"].get(key) != value and not (key == "steps" and longer)
-    ]
-    if differ and (done or newest_checkpoint(folder / "checkpoints")):
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
-            f"or remove {folder} and what was built on it"
-        )
-    return done and not longer
-
-
-def _finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
-    """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
-    if accelerator.is_main_process:
-        with disk_errors():
-            model.to("cpu").save_pretrained(folder)
-        _write_settings(folder, {"settings": settings, "held_out": {k: v for k, v in figures.items() if math.isfinite(v)}})
-    for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
-        tracker.finish()
-    accelerator.wait_for_everyone()
-
-
 def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid_image(grid).save(folder / f"{name}.png")
-
-
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    """What `_write_settings` wrote last; None where a stage was never started, or is none."""
-    path = folder / _SETTINGS
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write_settings(folder: Path, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{_SETTINGS}.writing"
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(folder / _SETTINGS)

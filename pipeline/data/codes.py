@@ -52,7 +52,7 @@ class CodesDataset:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `finish` wrote.
+    """What `complete` wrote.
 
     Raises:
         ValueError: the folder holds no whole codes dataset.
@@ -84,7 +84,7 @@ def write_part(folder: Path, split: str, part: int, parts: int, rows: Iterable[d
     return name
 
 
-def finish(folder: Path, manifest: dict[str, Any]) -> None:
+def complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Marks the folder whole."""
     beside = folder / f".{_MANIFEST}.writing"
     beside.write_text(json.dumps(manifest, indent=2) + "\n")

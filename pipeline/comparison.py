@@ -1,0 +1,264 @@
+"""`compare-tokenizers`: several tokenizers on one data set at equal steps or equal wall time, each judged by its pictures and by a prior.
+
+Knows the stages and their figures. A comparison's YAML is an experiment's with two keys more: `rows`, a name and the settings that differ
+from the rest for each tokenizer, and optionally `minutes` of training a tokenizer, in place of its steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import newest_checkpoint
+from pipeline.config import Experiment, load_experiment
+from pipeline.evaluation.pictures import ssim
+from pipeline.grids import grid_image, picture_grid
+from pipeline.runtime import compiles, make_accelerator, uses_bf16
+from pipeline.settings import read_settings
+from pipeline.stages import encode_dataset, sources_of, tokenizer_task, train_prior, train_tokenizer
+from pipeline.training import fit
+from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
+
+_FIGURES = "figures.json"
+_PROBE_STEPS = 60
+"""Steps run and thrown away to find how many fit into the minutes."""
+_ENCODED = 64
+"""Pictures encoded at a time when the rate is taken."""
+_SHOWN = 12
+"""Held-out pictures whose reconstructions are shown."""
+COLUMNS = {
+    "psnr": "PSNR, dB", "ssim": "SSIM", "usage": "codebook used", "perplexity": "perplexity", "bits": "bits a picture",
+    "prior_nats": "nats a picture by the prior", "minutes": "minutes", "steps": "steps", "training_rate": "pictures/s in training",
+    "encoding_rate": "pictures/s encoding",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: an experiment a row, in order."""
+
+    folder: Path
+    rows: dict[str, Experiment]
+    minutes: float | None
+
+
+def load_comparison(arguments: Sequence[str]) -> Comparison:
+    """Reads `["--config", FILE, "--minutes", "8", "--tokenizer.train.steps", "500", ...]`; what is given here holds for every row.
+
+    Raises:
+        ValueError: the file has no rows, or a row is no valid experiment; names the row.
+        FileNotFoundError: there is no such file.
+    """
+    import yaml
+
+    arguments = list(arguments)
+    options: dict[str, str | None] = {"--config": None, "--minutes": None}
+    for name in options:
+        if name in arguments[:-1]:
+            at = arguments.index(name)
+            options[name] = arguments[at + 1]
+            del arguments[at : at + 2]
+    if options["--config"] is None:
+        raise ValueError("no configuration was given; add --config configs/bakeoff-emoji.yaml (or your own copy of it)")
+    file = Path(options["--config"])
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no configuration file {file}; the shipped ones are in configs/")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not readable YAML: {' '.join(str(error).split())[:300]}") from error
+    given = values.pop("rows", None) if isinstance(values, dict) else None
+    if not isinstance(given, dict) or not given or not all(isinstance(row, dict | None) for row in given.values()):
+        raise ValueError(f"{file} has no 'rows' to compare; it needs a mapping of names to settings, see configs/bakeoff-emoji.yaml")
+    minutes = options["--minutes"] if options["--minutes"] is not None else values.pop("minutes", None)
+    values.pop("minutes", None)
+    try:
+        minutes = None if minutes is None else float(minutes)
+    except (TypeError, ValueError):
+        raise ValueError(f"minutes is {minutes!r}; it must be a number") from None
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; it must be above 0")
+    rows, problems, folder = {}, [], Path()
+    for name, row in given.items():
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as merged:
+            yaml.safe_dump(_merged(values, row or {}), merged)
+            merged.flush()
+            try:
+                experiment = load_experiment(["--config", merged.name, *arguments])
+                folder = experiment.folder
+                rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
+            except ValueError as error:
+                problems.append(f"row {name}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Comparison(folder, rows, minutes)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def compare_tokenizers(comparison: Comparison) -> Path:
+    """Trains and judges every row that is not done yet, then writes the table and the pictures; returns their folder."""
+    for name, experiment in comparison.rows.items():
+        if not (experiment.folder / _FIGURES).is_file():
+            print(f"== {name}", flush=True)
+            row_figures(experiment, comparison.minutes)
+    write_report(comparison)
+    return comparison.folder
+
+
+def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, float]:
+    """Trains one tokenizer and a prior on its codes; the figures, which are also written to the row's folder."""
+    folder = experiment.folder / "tokenizer"
+    if minutes is not None:
+        steps = _steps_of(folder) or steps_within(experiment, 60 * minutes)
+        # Judged at the end alone: what evaluations cost differs between tokenizers.
+        train = replace(experiment.tokenizer.train, steps=steps, evaluate_every=steps)
+        experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+    steps = experiment.tokenizer.train.steps
+    resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()
+    train_tokenizer(experiment)
+    seconds = time.perf_counter() - start
+    encode_dataset(experiment)
+    train_prior(experiment)
+    tokenizer = ImageTokenizer.load(folder)
+    held_out = (read_settings(folder) or {})["held_out"]
+    prior = (read_settings(experiment.folder / "prior") or {})["held_out"]
+    layout = tokenizer.layout
+    true, drawn, rate = _reconstructed(experiment, tokenizer)
+    figures = {
+        "psnr": held_out["psnr"],
+        "ssim": ssim(true, drawn),
+        "usage": held_out["codebook_usage"],
+        "perplexity": held_out["codebook_perplexity"],
+        "bits": sum(level.length * math.log2(level.num_codes) for level in layout),
+        "prior_nats": prior["nats_per_code"] * sum(level.length for level in layout),
+        "steps": steps,
+        "encoding_rate": rate,
+    }
+    if not resumed:  # of a run in two parts neither time is that of the whole
+        figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.batch_size / seconds}
+    np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
+    beside = experiment.folder / f".{_FIGURES}.writing"
+    beside.write_text(json.dumps(figures, indent=2) + "\n")
+    beside.rename(experiment.folder / _FIGURES)
+    return figures
+
+
+def _steps_of(folder: Path) -> int | None:
+    """Steps that an earlier try had settled on."""
+    written = read_settings(folder)
+    return written["settings"]["train"]["steps"] if written else None
+
+
+def steps_within(experiment: Experiment, seconds: float) -> int:
+    """How many steps fit into this time, starting and compiling included: by the pace of a few that are run and thrown away."""
+    train = experiment.tokenizer.train
+    accelerator = make_accelerator(experiment, trackers=False)
+    task, _ = tokenizer_task(experiment, accelerator, *sources_of(experiment))
+    times: list[float] = []
+
+    def timed(step: int) -> Any:
+        times.append(time.perf_counter())
+        return task.batch(step)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = replace(train, steps=_PROBE_STEPS, evaluate_every=_PROBE_STEPS, checkpoint_every=_PROBE_STEPS, keep_best=False)
+        start = time.perf_counter()
+        fit(
+            replace(task, batch=timed, pictures=dict), probe, accelerator, Path(scratch), seed=experiment.seed,
+            bf16=uses_bf16(experiment.precision, accelerator.device), compile_networks=compiles(train, accelerator.device),
+            label="pace", progress=False,
+        )  # fmt: skip
+    pace = float(np.median(np.diff(times)[_PROBE_STEPS // 2 :]))
+    before = times[_PROBE_STEPS // 2] - start - pace * _PROBE_STEPS / 2
+    return max(int((seconds - before) / pace), 1)
+
+
+@torch.no_grad()
+def _reconstructed(experiment: Experiment, tokenizer: ImageTokenizer) -> tuple[np.ndarray, np.ndarray, float]:
+    """Held-out pictures, what the tokenizer makes of them, and pictures/s of encoding (the median of a few batches)."""
+    accelerator = make_accelerator(experiment, trackers=False)
+    _, held_out = sources_of(experiment)
+    true = held_out.images(range(min(len(held_out), experiment.encode.held_out)))
+    tokenizer.to(accelerator.device)
+    drawn, seconds = [], []
+    bf16 = uses_bf16(experiment.precision, accelerator.device)
+    for first in range(0, len(true), _ENCODED):
+        pixels = to_model_range(torch.from_numpy(true[first : first + _ENCODED])).to(accelerator.device)
+        drawn.append(to_pictures(tokenizer.decode(tokenizer.encode(pixels))).cpu().numpy())
+        for _ in range(5):
+            start = time.perf_counter()
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                tokenizer.encode(pixels).cpu()
+            seconds.append((time.perf_counter() - start) / len(pixels))
+    return true, np.concatenate(drawn), 1 / float(np.median(seconds))
+
+
+def write_report(comparison: Comparison) -> None:
+    """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures."""
+    others = sorted(p.parent.name for p in comparison.folder.glob(f"*/{_FIGURES}") if p.parent.name not in comparison.rows)
+    names = [*comparison.rows, *others]
+    figures = {name: json.loads((comparison.folder / name / _FIGURES).read_text()) for name in names}
+    (comparison.folder / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (comparison.folder / "comparison.md").write_text(table(figures))
+    shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in names]
+    first = next(iter(comparison.rows.values()))
+    true = sources_of(first)[1].images(range(len(shown[0])))
+    grid = picture_grid([picture for row in [true, *shown] for picture in row], columns=len(true))
+    grid_image(grid).save(comparison.folder / "reconstructions.png")
+    _plot(figures, comparison.folder / "comparison.png")
+
+
+def table(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown, a tokenizer a row."""
+    lines = ["| tokenizer | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in figures.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    match key:
+        case "usage":
+            return f"{value:.1%}"
+        case "ssim":
+            return f"{value:.3f}"
+        case "psnr" | "minutes":
+            return f"{value:.1f}"
+        case _:
+            return f"{value:,.0f}"
+
+
+def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """PSNR against what the codes cost a prior: a good tokenizer lies up and to the left."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("comparison.png is not drawn: that needs matplotlib, pip install 'mini-dalle[plots]'")
+        return
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for name, row in figures.items():
+        axes.plot(row["prior_nats"], row["psnr"], "o")
+        axes.annotate(name, (row["prior_nats"], row["psnr"]), xytext=(5, 3), textcoords="offset points", fontsize=9)
+    axes.set(xlabel=COLUMNS["prior_nats"] + " (held-out)", ylabel="PSNR of reconstructions, dB (held-out)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,89 @@
+"""What a stage was made with: written before it starts, compared when it is run again, completed when it is done. Knows folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline.checkpoints import disk_errors, newest_checkpoint
+from pipeline.config import Experiment, to_dict
+from pipeline.runtime import make_accelerator
+
+_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
+_SETTINGS = "settings.json"
+"""In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
+
+
+def start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
+    """Writes down what the run and its stage are made with, before there is anything that a later try could take for its own."""
+    accelerator = make_accelerator(experiment, trackers=True)
+    if accelerator.is_main_process:
+        import yaml
+
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        (experiment.folder / "experiment.yaml").write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
+        write_settings(folder, {"settings": settings})
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def needed(folder: Path, verb: str) -> Path:
+    written = read_settings(folder)
+    if not folder.is_dir() or (written is not None and "held_out" not in written):
+        state = "not finished" if folder.is_dir() else "not there"
+        raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
+    return folder
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the stage was completed with these settings; refuses a folder with weights made with others.
+
+    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
+    """
+    written = read_settings(folder)
+    if written is None:
+        return False
+    made, done = written["settings"], "held_out" in written
+    differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
+    longer = settings["train"]["steps"] > made["train"]["steps"]
+    # Evaluations choose among weights where the best are kept, and change none elsewhere.
+    free = _CHANGES_NO_WEIGHT if settings["train"]["keep_best"] else (*_CHANGES_NO_WEIGHT, "evaluate_every")
+    differ += [
+        f"train.{key}"
+        for key, value in settings["train"].items()
+        if key not in free and made["train"].get(key) != value and not (key == "steps" and longer)
+    ]
+    if differ and (done or newest_checkpoint(folder / "checkpoints")):
+        raise ValueError(
+            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
+            f"or remove {folder} and what was built on it"
+        )
+    return done and not longer
+
+
+def finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
+    """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
+    if accelerator.is_main_process:
+        with disk_errors():
+            model.to("cpu").save_pretrained(folder)
+        write_settings(folder, {"settings": settings, "held_out": {k: v for k, v in figures.items() if math.isfinite(v)}})
+    for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
+        tracker.finish()
+    accelerator.wait_for_everyone()
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What `write_settings` wrote last; None where a stage was never started, or is none."""
+    path = folder / _SETTINGS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_settings(folder: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{_SETTINGS}.writing"
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.rename(folder / _SETTINGS)

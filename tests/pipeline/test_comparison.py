@@ -1,0 +1,112 @@
+"""`compare-tokenizers`: every row trained and judged, gone on with, at equal time too; and what can be wrong in its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.comparison import load_comparison, steps_within, table
+from tests.pipeline.conftest import TINY
+
+ROWS = {
+    "plain": None,
+    "two levels": {"tokenizer": {"model": {"quantizer": "hierarchical", "hierarchical": {"width": 8}}, "train": {"steps": 4}}},
+}
+
+
+@pytest.fixture
+def bakeoff(tmp_path: Path) -> Path:
+    path = tmp_path / "bakeoff.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "rows": ROWS}))
+    return path
+
+
+def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "runs" / "tiny"
+    figures = json.loads((folder / "comparison.json").read_text())
+    assert list(figures) == ["plain", "two levels"]
+    for row in figures.values():
+        assert all(math.isfinite(value) for value in row.values())
+        assert 0 < row["usage"] <= 1 and row["encoding_rate"] > 0 and row["minutes"] > 0
+    assert figures["plain"]["bits"] == 16 * 4 and figures["two levels"]["bits"] == 20 * 4
+    assert [row["steps"] for row in figures.values()] == [6, 4]
+    prior = json.loads((folder / "plain" / "prior" / "settings.json").read_text())["held_out"]
+    assert figures["plain"]["prior_nats"] == pytest.approx(16 * prior["nats_per_code"])
+    tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())["held_out"]
+    assert figures["plain"]["psnr"] == tokenizer["psnr"]
+    assert (folder / "comparison.md").read_text() in out
+    for name in ("comparison.png", "reconstructions.png"):
+        with Image.open(folder / name) as image:
+            assert len(np.unique(np.asarray(image))) > 2
+
+
+def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp_path, capsys):
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    folder = tmp_path / "runs" / "tiny"
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/figures.json")}
+    stranger = folder / "a peer"
+    stranger.mkdir()
+    (stranger / "figures.json").write_text(json.dumps({"psnr": 1.0, "prior_nats": 2.0}))
+    np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
+
+
+def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.comparison.steps_within", lambda experiment, seconds: int(seconds / 2))
+    assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes", "0.3"]) == 0
+    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert [row["steps"] for row in figures.values()] == [9, 9]
+
+
+def test_steps_are_found_by_their_pace(bakeoff):
+    """Ten times the time, about ten times the steps; no more than that, since nobody knows how fast this machine is."""
+    experiment = load_comparison(["--config", str(bakeoff)]).rows["plain"]
+    few, many = (steps_within(experiment, seconds) for seconds in (20.0, 200.0))
+    assert 3 < many / few < 40
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"rows": None}, [], "has no 'rows' to compare"),
+        ({"rows": {"a": 3}}, [], "has no 'rows' to compare"),
+        ({"rows": {"a": {"tokenizer": {"model": {"factor": 7}}}, "b": {"prior": {"model": {"heads": 3}}}}}, [],
+         r"(?s)row a: .*factor is 7.*row b: .*heads 3"),
+        ({"rows": {"a": {"colour": "red"}}}, [], "row a: .*colour"),
+        ({"rows": {"a/b": None}}, [], "name is 'a/b'"),
+        ({"minutes": "many"}, [], "minutes is 'many'; it must be a number"),
+        ({}, ["--minutes", "0"], "minutes is 0.0; it must be above 0"),
+    ],
+)  # fmt: skip
+def test_what_can_be_wrong_in_the_file(bakeoff, change, arguments, message, capsys):
+    import re
+
+    values = yaml.safe_load(bakeoff.read_text()) | change
+    bakeoff.write_text(yaml.safe_dump(values))
+    assert main(["compare-tokenizers", "--config", str(bakeoff), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
+    assert main(["compare-tokenizers", "--config", str(tmp_path / "none.yaml")]) == 1
+    assert "there is no configuration file" in capsys.readouterr().err
+    assert main(["compare-tokenizers"]) == 2
+    assert "no configuration was given" in capsys.readouterr().err
+    (tmp_path / "broken.yaml").write_text("rows: [")
+    assert main(["compare-tokenizers", "--config", str(tmp_path / "broken.yaml")]) == 2
+    assert "is not readable YAML" in capsys.readouterr().err
+
+
+def test_the_table_leaves_unknown_figures_empty():
+    lines = table({"one": {"psnr": 25.26, "usage": 0.951, "ssim": 0.8765, "steps": 2000}}).splitlines()
+    assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  |  |  |  | 2,000 |")
