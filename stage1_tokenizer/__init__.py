@@ -12,6 +12,7 @@ from stage1_tokenizer.options import (
     ScoreFunctionOptions,
     SignOptions,
     VectorOptions,
+    VqganOptions,
 )
 from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_pictures, to_rgb
 from stage1_tokenizer.quantizers import (
@@ -44,6 +45,7 @@ __all__ = [
     "TokenizerObjective",
     "TokenizerOutput",
     "VectorOptions",
+    "VqganOptions",
     "build_quantizer",
     "codebook_statistics",
     "count_codes",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from stage1_tokenizer.options import (
     OWNERS,
+    Architecture,
     BinaryOptions,
     FsqOptions,
     GumbelOptions,
@@ -17,6 +18,7 @@ from stage1_tokenizer.options import (
     ScoreFunctionOptions,
     SignOptions,
     VectorOptions,
+    VqganOptions,
 )  # fmt: skip
 
 LARGEST_CODE = 2**31 - 1
@@ -56,12 +58,19 @@ class TokenizerConfig:
     width: int = 192
     """Channels at the code grid's resolution; each finer resolution has half as many, 32 at least."""
     encoder_depth: int = 1
-    """Residual blocks at each resolution of the encoder."""
+    """Residual blocks at each resolution of the encoder; in a transformer, its blocks."""
     encoder_kernel: Literal[1, 3] = 1
     """1: a code sees the pixels it covers alone, which makes it easiest for a prior to explain; 3: its surroundings too, which makes
     pictures a little sharper."""
     decoder_depth: int = 3
-    """Residual blocks at each resolution of the decoder, which has the harder task."""
+    """The same of the decoder, which has the harder task."""
+    architecture: Architecture = "patch"
+    """Networks: convolutions over folded patches; a transformer over patches; DALL-E's dVAE (`width` is its widest, 8 times its base at
+    factor 8); or VQ-GAN's."""
+    attention: bool = False
+    """Self-attention at the codes' resolution (`architecture: patch`)."""
+    vqgan: VqganOptions = field(default_factory=VqganOptions)
+    """Sizes of `architecture: vqgan`."""
     quantizer: QuantizerName = "vq"
     """How features become codes."""
     num_codes: int = 1024
@@ -109,9 +118,34 @@ class TokenizerConfig:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
         if self.likelihood_scale <= 0:
             problems.append(f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above 0")
-        problems += self._quantizer_problems()
+        problems += self._network_problems() + self._quantizer_problems()
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _network_problems(self) -> list[str]:
+        problems = self.vqgan.problems()
+        if self.architecture != "patch" and (self.attention or self.encoder_kernel != 1):
+            problems.append(
+                "tokenizer.model.attention and encoder_kernel belong to architecture patch, and tokenizer.model.architecture is "
+                f"{self.architecture}; leave them out"
+            )
+        if self.architecture != "vqgan" and self.vqgan != VqganOptions():
+            problems.append(
+                "tokenizer.model.vqgan belongs to architecture vqgan, and tokenizer.model.architecture is "
+                f"{self.architecture}; remove the section"
+            )
+        if self.architecture == "vqgan" and not problems and self.factor != 2 ** (len(self.vqgan.multipliers) - 1):
+            problems.append(
+                f"tokenizer.model.vqgan.multipliers are {len(self.vqgan.multipliers)}, which makes a factor of "
+                f"{2 ** (len(self.vqgan.multipliers) - 1)}, and tokenizer.model.factor is {self.factor}; make them agree"
+            )
+        if self.architecture == "transformer" and self.width % 32:
+            problems.append(f"tokenizer.model.width is {self.width}; architecture transformer needs a multiple of 32")
+        if self.architecture == "dalle" and self.factor >= 1 and (self.width % self.factor or (self.width // self.factor) % 4):
+            problems.append(
+                f"tokenizer.model.width is {self.width}; architecture dalle needs 4 times factor {self.factor} or a multiple of that"
+            )
+        return problems
 
     def _quantizer_problems(self) -> list[str]:
         problems: list[str] = []

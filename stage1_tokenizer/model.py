@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
 from stage1_tokenizer.likelihoods import build_likelihood
-from stage1_tokenizer.networks import Decoder, Encoder
+from stage1_tokenizer.networks import build_networks
+from stage1_tokenizer.originals import Kind, fit, original
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
-from stage1_tokenizer.quantizers import Quantized, build_quantizer
+from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
 
 
 class ImageTokenizerConfig(PreTrainedConfig):
@@ -59,10 +60,8 @@ class ImageTokenizer(PreTrainedModel):
         own = self.own_config = build_config(TokenizerConfig, hub.model or {})
         self.likelihood = build_likelihood(own.likelihood, own.likelihood_scale)
         self.quantizer = build_quantizer(own)
-        patch = min(own.factor, 4)
-        out = own.channels * self.likelihood.parameters_per_channel
-        self.encoder = Encoder(own.channels, own.widths, own.encoder_depth, own.encoder_kernel, patch, self.quantizer.input_dim)
-        self.decoder = Decoder(self.quantizer.output_dim, own.widths, own.decoder_depth, patch, out)
+        parameters = own.channels * self.likelihood.parameters_per_channel
+        self.encoder, self.decoder = build_networks(own, self.quantizer.input_dim, self.quantizer.output_dim, parameters)
         self.to(memory_format=torch.channels_last)
         self.post_init()
 
@@ -169,7 +168,8 @@ class ImageTokenizer(PreTrainedModel):
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The kernels of the networks, which optimizers for matrices may step; a codebook is not among them."""
-        return [p for network in (self.encoder, self.decoder, self.quantizer) for p in network.parameters() if p.ndim == 4]
+        modules = (m for network in (self.encoder, self.decoder, self.quantizer) for m in network.modules())
+        return [m.weight for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]  # type: ignore[misc]
 
     def compile_networks(self) -> None:
         """Compiles encoder and decoder in place; parameter names stay as they are."""
@@ -197,6 +197,21 @@ class ImageTokenizer(PreTrainedModel):
         if differ:
             raise ValueError(f"{folder}/model.safetensors does not fit its config.json; first keys that differ: {differ[:3]}")
         tokenizer.load_state_dict(weights)
+        return tokenizer.eval()
+
+    @classmethod
+    def from_original(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
+        """A tokenizer with published weights of another project, from a local file; see `originals.original` for the kinds of files.
+
+        Raises:
+            ValueError: the file is unsafe or damaged, or holds another architecture's weights; names the first keys that differ.
+            FileNotFoundError: there is no such file.
+        """
+        config, weights = original(path, kind)
+        tokenizer = cls(config)
+        tokenizer.load_state_dict(fit(config, weights, tokenizer.state_dict(), str(path)))
+        if isinstance(tokenizer.quantizer, VectorQuantizer):  # or training it further would start the codebook anew
+            tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
 
 

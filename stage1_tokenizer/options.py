@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"]
+Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
 OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "vq": ("vq", "residual", "hierarchical"),
     "gumbel": ("gumbel",),
@@ -16,6 +17,33 @@ OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "residual": ("residual",),
     "hierarchical": ("hierarchical",),
 }
+
+
+@dataclass(kw_only=True)
+class VqganOptions:
+    """Sizes of `architecture: vqgan`, which has its own in place of width and depths."""
+
+    channels: int = 128
+    """Channels at the picture's own resolution, before the multipliers."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 4)
+    """Multiples of `channels` at each resolution, finest first; `factor` is 2 to the power of their number less one."""
+    blocks: int = 2
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    latent_channels: int = 256
+    """Channels at the codes' resolution, before and after the 1x1 convolutions around the quantizer."""
+    attention: bool = True
+    """Attention after each block of the lowest resolution; in the middle there always is."""
+
+    def __post_init__(self) -> None:
+        self.multipliers = tuple(self.multipliers)  # JSON and YAML know lists only
+
+    def problems(self) -> list[str]:
+        if not self.multipliers or min(self.channels, self.blocks, self.latent_channels, *self.multipliers) < 1 or self.channels % 32:
+            return [
+                "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, blocks and latent_channels of at least "
+                f"1; given were {self}"
+            ]
+        return []
 
 
 def _not_negative(section: str, **values: float) -> list[str]:
@@ -66,7 +94,7 @@ class GumbelOptions:
     """What the decoder sees while training, and the gradient to it: relaxed codes and their own; sampled one-hot codes with the relaxed
     ones' gradient; or sampled one-hot codes with a second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
 
-    diversity: float = 0.1
+    diversity: float = 1.0
     """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps codes from falling out of use."""
 
     def problems(self) -> list[str]:
@@ -91,7 +119,7 @@ class ScoreFunctionOptions:
 
     baseline_decay: float = 0.9
     """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean of the step before."""
-    diversity: float = 0.1
+    diversity: float = 1.0
     """As in `gumbel`."""
 
     def problems(self) -> list[str]:

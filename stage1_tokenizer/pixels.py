@@ -67,9 +67,14 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
 
 
+def to_squeezed_unit(pixels: Tensor) -> Tensor:
+    """Model range -> [eps, 1-eps], DALL-E's range."""
+    return (1 - 2 * LAPLACE_MARGIN) * (pixels + 1) / 2 + LAPLACE_MARGIN
+
+
 def to_laplace_logits(pixels: Tensor) -> Tensor:
     """Model range -> logits of the squeezed unit range (DALL-E, 2021, appendix A.3)."""
-    return torch.logit((1 - 2 * LAPLACE_MARGIN) * (pixels + 1) / 2 + LAPLACE_MARGIN)
+    return torch.logit(to_squeezed_unit(pixels))
 
 
 def from_laplace_logits(logits: Tensor) -> Tensor:

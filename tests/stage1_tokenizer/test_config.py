@@ -21,6 +21,7 @@ from stage1_tokenizer import (
     SignOptions,
     TokenizerConfig,
     VectorOptions,
+    VqganOptions,
 )
 from stage1_tokenizer.options import OWNERS, QuantizerName
 
@@ -102,6 +103,24 @@ def test_options_and_code_counts_that_do_not_fit_are_refused(changes, message):
         TokenizerConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "dalle", "attention": True}, "attention and encoder_kernel belong to architecture patch, and .* is dalle"),
+        ({"architecture": "transformer", "encoder_kernel": 3}, "encoder_kernel belong to architecture patch, and .* is transformer"),
+        ({"vqgan": VqganOptions(blocks=3)}, "vqgan belongs to architecture vqgan, and .* is patch; remove the section"),
+        ({"architecture": "vqgan", "factor": 16}, "multipliers are 4, which makes a factor of 8, and .*factor is 16; make them agree"),
+        ({"architecture": "vqgan", "vqgan": VqganOptions(channels=48)}, "channels that are a multiple of 32"),
+        ({"architecture": "vqgan", "vqgan": VqganOptions(multipliers=())}, "multipliers, blocks and latent_channels of at least 1"),
+        ({"architecture": "transformer", "width": 48}, "width is 48; architecture transformer needs a multiple of 32"),
+        ({"architecture": "dalle", "width": 48}, "width is 48; architecture dalle needs 4 times factor 8 or a multiple of that"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerConfig(**changes)
+
+
 @pytest.mark.parametrize("quantizer", ["binary", "lfq", "bsq"])
 def test_codes_that_are_bits_need_a_power_of_two(quantizer):
     TokenizerConfig(quantizer=quantizer, num_codes=512)
@@ -135,7 +154,9 @@ def test_objective_reports_all_problems_at_once():
         assert f"tokenizer.objective.{name}" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [TokenizerConfig, ObjectiveConfig, *(typing.get_type_hints(TokenizerConfig)[name] for name in OWNERS)])
+@pytest.mark.parametrize(
+    "kind", [TokenizerConfig, ObjectiveConfig, VqganOptions, *(typing.get_type_hints(TokenizerConfig)[name] for name in OWNERS)]
+)
 def test_every_field_is_read_somewhere_outside_the_configuration(kind):
     derived = {"factor", "width", "channels", "levels"}  # read by properties of the configuration that others read
     code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.name not in ("config.py", "options.py"))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from stage1_tokenizer.config import TokenizerConfig
-from stage1_tokenizer.networks import Decoder, Encoder, ResidualBlock
+from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VqganOptions, to_model_range
+from stage1_tokenizer.networks.attention import SpatialAttention
+from stage1_tokenizer.networks.patch import Decoder, Encoder, ResidualBlock
+from stage1_tokenizer.networks.transformer import positions
+from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
 
 
 def networks(factor: int, size: int = 32, width: int = 32, kernel: int = 3) -> tuple[Encoder, Decoder]:
@@ -84,3 +87,81 @@ def test_each_network_is_one_graph(factor):
     features = features.detach()  # the compiler reads .grad of its inputs and warns where they are no leaves
     decoded = torch.compile(decoder, backend="eager", fullgraph=True, dynamic=False)(features)
     torch.testing.assert_close(decoded, decoder(features))
+
+
+ARCHITECTURES = {
+    "attention": {"attention": True},
+    "transformer": {"architecture": "transformer"},
+    "dalle": {"architecture": "dalle"},
+    "vqgan": {"architecture": "vqgan", "vqgan": VqganOptions(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=8)},
+    "vqgan without attention": {
+        "architecture": "vqgan",
+        "vqgan": VqganOptions(channels=32, multipliers=(1, 2, 1), blocks=2, latent_channels=8, attention=False),
+    },
+}
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("kind", ["vq", "gumbel", "binary", "hierarchical"])
+def test_every_architecture_takes_pictures_of_any_size_to_codes_and_back(architecture, kind):
+    tokenizer = tiny_tokenizer(**KINDS[kind], **ARCHITECTURES[architecture])
+    for height, width in ((16, 16), (32, 16)):
+        pixels = torch.rand(2, 3, height, width) * 2 - 1
+        codes = tokenizer.encode(pixels)
+        assert tokenizer.decode(codes, (height // 4, width // 4)).shape == pixels.shape
+
+
+@EVERY_ARCHITECTURE
+def test_every_weight_of_every_architecture_gets_a_gradient(architecture, pictures):
+    tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture]).train()
+    with torch.no_grad():  # identities at the start would keep some from it
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
+    loss.value.backward()
+    # A bias to all keys alike changes no attention.
+    missing = [n for n, p in tokenizer.named_parameters() if not (p.grad is not None and p.grad.any()) and not n.endswith(".k.bias")]
+    assert not missing
+    matrices = {id(p) for p in tokenizer.hidden_matrices()}
+    assert all((p.ndim == 4) <= (id(p) in matrices) for p in tokenizer.parameters())
+
+
+@EVERY_ARCHITECTURE
+def test_every_architecture_survives_saving(architecture, tmp_path, pictures):
+    tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture])
+    tokenizer.save_pretrained(tmp_path)
+    pixels = to_model_range(pictures)
+    for loader in (ImageTokenizer.load, ImageTokenizer.from_pretrained):
+        again = loader(tmp_path)
+        assert again.fingerprint == tokenizer.fingerprint and torch.equal(again.encode(pixels), tokenizer.encode(pixels))
+
+
+@pytest.mark.parametrize("architecture", ["attention", "transformer", "vqgan"])
+def test_attention_sees_the_whole_picture(architecture):
+    """A code depends on pixels that no convolution of these depths reaches."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(image_size=64, **ARCHITECTURES[architecture])
+    with torch.no_grad():
+        for parameter in tokenizer.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    pixels = torch.randn(1, 3, 64, 64, requires_grad=True)
+    tokenizer.encoder(pixels)[0, :, 0, 0].sum().backward()
+    assert pixels.grad[0, :, -4:, -4:].abs().sum() > 0
+
+
+def test_attention_by_hand():
+    torch.manual_seed(0)
+    block = SpatialAttention(6, nn.Identity())
+    x = torch.randn(2, 6, 3, 4)
+    tokens = x.flatten(2)
+    q, k, v = (torch.einsum("oc,bcn->bon", m.weight[:, :, 0, 0], tokens) + m.bias[:, None] for m in (block.q, block.k, block.v))
+    weights = (torch.einsum("bcq,bck->bqk", q, k) / 6**0.5).softmax(-1)
+    mixed = torch.einsum("bqk,bck->bcq", weights, v).reshape(2, 6, 3, 4)
+    torch.testing.assert_close(block(x), x + block.proj_out(mixed))
+
+
+def test_positions_tell_every_patch_from_every_other():
+    table = positions(9, 7, 32, torch.device("cpu"))
+    assert table.shape == (63, 32) and torch.cdist(table, table).add(torch.eye(63)).min() > 0.1
+    torch.testing.assert_close(positions(5, 7, 32, torch.device("cpu")), table[:35])  # rows come first

@@ -1,4 +1,4 @@
-"""`Encoder` and `Decoder`: plain convolutional modules with plain arguments. Know no quantizer, no pixel units, no configuration.
+"""Convolutions over folded patches, the default. Know no quantizer, no pixel units, no configuration.
 
 Legend: B batch, C channels, H W pixels, h w code grid. `widths` are channels at each resolution, finest first.
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stage1_tokenizer.networks.attention import SpatialAttention
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -35,6 +37,14 @@ class ResidualBlock(nn.Module):
         return x + self.project(F.silu(self.mix(self.norm(x))))
 
 
+def attention_block(width: int) -> SpatialAttention:
+    """Attention that starts as the identity."""
+    block = SpatialAttention(width, ChannelNorm(width))
+    nn.init.zeros_(block.proj_out.weight)
+    nn.init.zeros_(block.proj_out.bias)  # type: ignore[arg-type]
+    return block
+
+
 class Encoder(nn.Module):
     """Pixels (B,C,H,W) -> features (B,out,h,w).
 
@@ -42,16 +52,20 @@ class Encoder(nn.Module):
     then says what is at its own place, equal places get equal codes, and the prior has far less to explain than where distant
     objects flicker in every code. With kernel 1 a code sees the pixels it covers and no other: pictures of the embedded world
     then take half as many distinct codes as with kernel 3, at about half a dB less; with a wider view and GroupNorm, plain background
-    alone took dozens.
+    alone took dozens. With `attention` every code may look at the whole picture, at the codes' resolution.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...], depth: int, kernel: int, patch: int, out: int) -> None:
+    def __init__(
+        self, channels: int, widths: tuple[int, ...], depth: int, kernel: int, patch: int, out: int, *, attention: bool = False
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 1)]
         for i, width in enumerate(widths):
             if i:
                 layers.append(nn.Conv2d(widths[i - 1], width, 2, stride=2))
             layers += [ResidualBlock(width, 1 if i else kernel) for _ in range(depth)]
+        if attention:
+            layers.append(attention_block(widths[-1]))
         layers += [ChannelNorm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out, 1)]
         self.layers = nn.Sequential(*layers)
 
@@ -62,10 +76,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Code vectors (B,D,h,w) -> the likelihood's parameters (B,out,H,W)."""
 
-    def __init__(self, code_dim: int, widths: tuple[int, ...], depth: int, patch: int, out: int) -> None:
+    def __init__(self, code_dim: int, widths: tuple[int, ...], depth: int, patch: int, out: int, *, attention: bool = False) -> None:
         super().__init__()
         coarse_first = widths[::-1]
         layers: list[nn.Module] = [nn.Conv2d(code_dim, coarse_first[0], 3, padding=1)]
+        if attention:
+            layers.append(attention_block(coarse_first[0]))
         for i, width in enumerate(coarse_first):
             if i:
                 layers += [nn.Conv2d(coarse_first[i - 1], 4 * width, 1), nn.PixelShuffle(2)]
