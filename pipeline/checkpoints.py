@@ -94,7 +94,7 @@ def save_checkpoint(
             for name, value in state.items()
         }
         _save(moments, beside / "optimizer.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step, "best": dict(best)}) + "\n")
+        (beside / "state.json").write_text(json.dumps({"step": step, "best": dict(best), "optimizers": sorted(optimizers)}) + "\n")
 
     target = folder / f"step-{step}"
     write_folder(target, write)
@@ -134,10 +134,10 @@ def load_checkpoint(
     with torch.no_grad():
         for i, tensor in enumerate(average):
             tensor.copy_(averages[f"{i:05d}"])
-    owners = {key.split(".", 1)[0] for key in moments}
-    if optimizers and owners != set(optimizers):
+    # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no moments.
+    if optimizers and state["optimizers"] != sorted(optimizers):
         raise ValueError(
-            f"the checkpoint {path} was made with the optimizers {sorted(owners)} and this run has {sorted(optimizers)}; "
+            f"the checkpoint {path} was made with the optimizers {state['optimizers']} and this run has {sorted(optimizers)}; "
             "choose another name for this run, or train.optimizer as it was"
         )
     for group, optimizer in optimizers.items():

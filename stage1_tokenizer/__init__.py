@@ -4,16 +4,19 @@ from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
 from stage1_tokenizer.options import (
+    AdversaryOptions,
     BinaryOptions,
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
+    PerceptualOptions,
     ResidualOptions,
     ScoreFunctionOptions,
     SignOptions,
     VectorOptions,
     VqganOptions,
 )
+from stage1_tokenizer.perceptual import structural_similarity
 from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_pictures, to_rgb
 from stage1_tokenizer.quantizers import (
     CodebookStatistics,
@@ -26,6 +29,7 @@ from stage1_tokenizer.quantizers import (
 )
 
 __all__ = [
+    "AdversaryOptions",
     "BinaryOptions",
     "CodebookStatistics",
     "FsqOptions",
@@ -35,6 +39,7 @@ __all__ = [
     "ImageTokenizerConfig",
     "Level",
     "ObjectiveConfig",
+    "PerceptualOptions",
     "Quantized",
     "Quantizer",
     "ResidualOptions",
@@ -51,6 +56,7 @@ __all__ = [
     "count_codes",
     "counts_by_level",
     "resize_and_crop",
+    "structural_similarity",
     "to_model_range",
     "to_pictures",
     "to_rgb",

@@ -8,11 +8,13 @@ from typing import Literal
 
 from stage1_tokenizer.options import (
     OWNERS,
+    AdversaryOptions,
     Architecture,
     BinaryOptions,
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
+    PerceptualOptions,
     QuantizerName,
     ResidualOptions,
     ScoreFunctionOptions,
@@ -94,10 +96,11 @@ class TokenizerConfig:
     """Options of `quantizer: residual`."""
     hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
     """Options of `quantizer: hierarchical`."""
-    likelihood: Literal["l2", "l1", "logit_laplace"] = "l2"
-    """p(picture given codes): Gaussian, Laplace, or DALL-E's logit-Laplace."""
+    likelihood: Literal["l2", "l1", "logit_laplace", "bernoulli"] = "l2"
+    """p(picture given codes): Gaussian, Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
     likelihood_scale: float = 0.1
-    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1] (logit-Laplace learns its own)."""
+    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1] (logit-Laplace learns its own,
+    a coin has none)."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -204,6 +207,10 @@ class ObjectiveConfig:
     """Temperature after the annealing (DALL-E: 1/16)."""
     temperature_steps: int = 2000
     """Steps over which the temperature falls (cosine)."""
+    perceptual: PerceptualOptions = field(default_factory=PerceptualOptions)
+    """A distance of how pictures look."""
+    adversary: AdversaryOptions = field(default_factory=AdversaryOptions)
+    """A discriminator (VQ-GAN)."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -212,6 +219,7 @@ class ObjectiveConfig:
         for name in ("temperature_start", "temperature_end"):
             if getattr(self, name) <= 0:
                 problems.append(f"tokenizer.objective.{name} is {getattr(self, name)}; it must be above 0")
+        problems += self.perceptual.problems() + self.adversary.problems()
         for name in ("kl_ramp_steps", "temperature_steps"):
             if getattr(self, name) < 0:
                 problems.append(f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more")

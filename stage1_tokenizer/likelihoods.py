@@ -6,61 +6,63 @@ Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1];
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, to_laplace_logits
 
 
-class Likelihood(Protocol):
+class Likelihood:
     """What a decoder's output means."""
 
-    parameters_per_channel: int
+    parameters_per_channel = 1
+    learns_scale = False
+    """Whether the density may grow without bound on the 256 values of 8-bit pictures; they are then spread over their steps by uniform
+    noise (dequantization, Theis et al. 2016), which makes the density's mean a bound of the discrete probability."""
+
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats a dimension; a picture's is their sum."""
+        raise NotImplementedError
 
     def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         """Negative log-likelihood of pixels (B,C,H,W) -> (B,), in nats a picture."""
-        ...
+        return self.nll_map(pixels, parameters).flatten(1).sum(1)
 
     def picture(self, parameters: Tensor) -> Tensor:
         """The most likely pixels (B,C,H,W)."""
-        ...
+        return parameters.float()
+
+    def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
+        """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
+        return (nats / dimensions - math.log(2 / 255)) / math.log(2)
 
 
-class Gaussian:
+class Gaussian(Likelihood):
     """L2: pixels are the decoder's output plus normal noise of a fixed deviation."""
 
-    parameters_per_channel = 1
-
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         squared = (pixels - parameters.float()).square() / (2 * self.scale**2)
-        return (squared + math.log(self.scale * math.sqrt(2 * math.pi))).flatten(1).sum(1)
-
-    def picture(self, parameters: Tensor) -> Tensor:
-        return parameters.float()
+        return squared + math.log(self.scale * math.sqrt(2 * math.pi))
 
 
-class Laplace:
+class Laplace(Likelihood):
     """L1: pixels are the decoder's output plus Laplace noise of a fixed scale."""
 
-    parameters_per_channel = 1
-
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         absolute = (pixels - parameters.float()).abs() / self.scale
-        return (absolute + math.log(2 * self.scale)).flatten(1).sum(1)
-
-    def picture(self, parameters: Tensor) -> Tensor:
-        return parameters.float()
+        return absolute + math.log(2 * self.scale)
 
 
-class LogitLaplace:
+class LogitLaplace(Likelihood):
     """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the pixel's range.
 
     Location and log-scale are both learned. The density (2021, appendix A.3) is over the squeezed unit range; the change of
@@ -68,21 +70,38 @@ class LogitLaplace:
     """
 
     parameters_per_channel = 2
+    learns_scale = True
 
-    def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         location, log_scale = parameters.float().chunk(2, dim=1)
         # A scale far below what 8 bits resolve would let the loss run away on flat pictures.
         log_scale = log_scale.clamp(min=-5)
         logits = to_laplace_logits(pixels)
         unit = torch.sigmoid(logits)
         log_density = -log_scale - math.log(2) - (unit * (1 - unit)).log() - (logits - location).abs() * (-log_scale).exp()
-        return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2)).flatten(1).sum(1)
+        return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2))
 
     def picture(self, parameters: Tensor) -> Tensor:
         return from_laplace_logits(parameters.float().chunk(2, dim=1)[0])
 
 
-def build_likelihood(name: Literal["l2", "l1", "logit_laplace"], scale: float) -> Likelihood:
+class Bernoulli(Likelihood):
+    """Pixels are coins of the decoder's probability. The likelihood of pictures of black and white dimensions; of others the mean over
+    their random binarizations (a dimension is white with its own brightness), as is common for VAEs."""
+
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(parameters.float(), (pixels + 1) / 2, reduction="none")
+
+    def picture(self, parameters: Tensor) -> Tensor:
+        """The mean, which for a certain pixel is the most likely one."""
+        return 2 * parameters.float().sigmoid() - 1
+
+    def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
+        """Nats a picture -> bits a dimension: a probability already, no density."""
+        return nats / dimensions / math.log(2)
+
+
+def build_likelihood(name: Literal["l2", "l1", "logit_laplace", "bernoulli"], scale: float) -> Likelihood:
     match name:
         case "l2":
             return Gaussian(scale)
@@ -90,8 +109,5 @@ def build_likelihood(name: Literal["l2", "l1", "logit_laplace"], scale: float) -
             return Laplace(scale)
         case "logit_laplace":
             return LogitLaplace()
-
-
-def bits_per_dimension(nats: Tensor | float, dimensions: int) -> Tensor | float:
-    """Nats a picture, over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
-    return (nats / dimensions - math.log(2 / 255)) / math.log(2)
+        case "bernoulli":
+            return Bernoulli()

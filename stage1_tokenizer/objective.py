@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.config import ObjectiveConfig
-from stage1_tokenizer.likelihoods import bits_per_dimension
+from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, frozen, generator_loss, hinge_loss, lecam
 from stage1_tokenizer.model import ImageTokenizer
-from stage1_tokenizer.pixels import to_model_range
+from stage1_tokenizer.perceptual import build_distance
+from stage1_tokenizer.pixels import dequantized, to_model_range
 from stage1_tokenizer.quantizers import codebook_statistics, count_codes, counts_by_level
 
 
@@ -54,34 +55,65 @@ def peak_signal_to_noise(pixels: Tensor, pictures: Tensor) -> Tensor:
 
 
 class TokenizerObjective:
-    """Batches are uint8 pictures (B,H,W,C)."""
+    """Batches are uint8 pictures (B,H,W,C). With an adversary there are two networks and two losses a step."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.networks: dict[str, nn.Module] = {"tokenizer": tokenizer}
+        self.distance = build_distance(config.perceptual)
+        adversary = config.adversary
+        self.discriminator = Discriminator(tokenizer.own_config.channels, adversary.width, adversary.layers) if adversary.weight else None
+        if self.discriminator is not None:
+            self.networks["discriminator"] = self.discriminator
 
     def losses(self, batch: Tensor, step: int) -> Iterator[TokenizerLoss]:
-        """The one loss of this stage: negative log-likelihood a dimension, plus the quantizer's part."""
+        """The tokenizer's loss - negative log-likelihood a dimension, plus what the quantizer, a perceptual distance and an adversary add -
+        and then the adversary's own."""
         pixels = to_model_range(batch)
         tokenizer, dimensions = self.tokenizer, pixels[0].numel()
         heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         output = self.networks["tokenizer"](pixels, heat)
-        quantized = output.quantized
-        nll = tokenizer.likelihood.nll(pixels, output.parameters)
+        quantized, drawn = output.quantized, tokenizer.likelihood.picture(output.parameters)
+        target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
+        nll_map = tokenizer.likelihood.nll_map(target, output.parameters)
+        nll = nll_map.flatten(1).sum(1).mean()
+        metrics = {**quantized.metrics, "nll": nll.detach(), "psnr": peak_signal_to_noise(pixels, drawn.detach()).mean()}
+        reconstruction = nll / dimensions
+        if self.distance is not None:
+            perceptual = self.distance(pixels, drawn).mean()
+            reconstruction = reconstruction + self.config.perceptual.weight * perceptual
+            metrics["perceptual"] = perceptual.detach()
         # Divergences are in nats a picture as the likelihood is; distances and entropies of the quantizer stand as they are.
-        value = nll.mean() / dimensions + quantized.loss
+        value = reconstruction + quantized.loss
         if quantized.kl is not None:
             value = value + kl_weight(step, self.config) * quantized.kl / dimensions
         if quantized.log_q is not None:
-            value = value + tokenizer.quantizer.surrogate(nll, quantized.log_q) / dimensions
-        metrics = dict(quantized.metrics)
-        with torch.no_grad():
-            metrics["nll"] = nll.detach().mean()
-            metrics["psnr"] = peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).mean()
+            value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
         if heat is not None:
             metrics["temperature"] = torch.tensor(heat)
-        yield TokenizerLoss("tokenizer", value, metrics)
+        adversary = self.config.adversary
+        if self.discriminator is None or step < adversary.start:
+            yield TokenizerLoss("tokenizer", value, metrics)
+            return
+        # Not by the wrapped module: its gradients are the other loss's.
+        with frozen(self.discriminator) as judge:
+            misled = generator_loss(judge(drawn))
+        weight = adversary.weight * (adaptive_weight(reconstruction, misled, output.parameters) if adversary.adaptive else 1.0)
+        metrics["adversarial"] = misled.detach()
+        yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
+        yield self._judged(pixels, drawn.detach())
+
+    def _judged(self, true: Tensor, drawn: Tensor) -> TokenizerLoss:
+        """The discriminator's loss on true and drawn pixels (B,C,H,W)."""
+        assert self.discriminator is not None
+        # One pass for both, since data-parallel training counts on one a step.
+        of_true, of_drawn = self.networks["discriminator"](torch.cat([true, drawn])).chunk(2)
+        value, metrics = hinge_loss(of_true, of_drawn), {"logits_true": of_true.detach().mean(), "logits_drawn": of_drawn.detach().mean()}
+        if self.config.adversary.lecam:
+            value = value + self.config.adversary.lecam * lecam(of_true, of_drawn, self.discriminator.anchors)
+            self.discriminator.move_anchors(of_true, of_drawn)
+        return TokenizerLoss("discriminator", value, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -92,12 +124,13 @@ class TokenizerObjective:
         psnr, soft_psnr, nll = [], [], []
         layout = tokenizer.layout
         counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
-        dimensions = 1
+        dimensions, noise = 1, torch.Generator().manual_seed(0)
         for batch in batches:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()
             output = tokenizer(pixels)
-            nll.append(tokenizer.likelihood.nll(pixels, output.parameters).cpu())
+            target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
+            nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
             psnr.append(peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).cpu())
             counts += count_codes(output.quantized.codes.cpu(), layout)
             if tokenizer.quantizer.relaxed:
@@ -110,7 +143,7 @@ class TokenizerObjective:
         figures = {
             "psnr": float(torch.cat(psnr).mean()),
             "nll": nats,
-            "bits_per_dimension": float(bits_per_dimension(nats, dimensions)),
+            "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
         }
         for name, part in counts_by_level(counts, layout).items():
             statistics = codebook_statistics(part)

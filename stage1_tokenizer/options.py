@@ -46,6 +46,61 @@ class VqganOptions:
         return []
 
 
+@dataclass(kw_only=True)
+class PerceptualOptions:
+    """How different true and drawn pictures look, beside their likelihood (`tokenizer.objective.perceptual`)."""
+
+    weight: float = 0.0
+    """Weight of the distance against nats a dimension; 0 leaves it out."""
+    distance: str = "ms_ssim"
+    """`ms_ssim` (1 - MS-SSIM, nothing to load), or a vision model of transformers by its folder or its name on the Hub."""
+    layers: tuple[int, ...] = ()
+    """Hidden states of that model to compare, 0 being the embedding; all others where empty."""
+
+    def __post_init__(self) -> None:
+        self.layers = tuple(self.layers)  # JSON and YAML know lists only
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.weight < 0:
+            problems.append(f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more")
+        if self.layers and (min(self.layers) < 0 or self.distance == "ms_ssim"):
+            problems.append(
+                f"tokenizer.objective.perceptual.layers are {list(self.layers)}; they are hidden states, from 0, of a model that "
+                f"perceptual.distance names (now {self.distance})"
+            )
+        return problems
+
+
+@dataclass(kw_only=True)
+class AdversaryOptions:
+    """A discriminator that the decoder learns to mislead (`tokenizer.objective.adversary`)."""
+
+    weight: float = 0.0
+    """Weight of the decoder's loss against the discriminator; 0 leaves it out."""
+    start: int = 1000
+    """First step that has it: before, there is too little to tell true from drawn by."""
+    adaptive: bool = True
+    """Scale the weight so that at 1 the discriminator moves the picture as much as its likelihood does."""
+    lecam: float = 0.0
+    """Weight of the LeCam penalty on the discriminator, which keeps it from memorising little data."""
+    width: int = 64
+    """Channels of the discriminator's first layer, a multiple of 16."""
+    layers: int = 2
+    """Further layers of the discriminator: each but the last halves the resolution (3 in PatchGAN, for 256 pixels)."""
+
+    def problems(self) -> list[str]:
+        wrong = min(self.weight, self.start, self.lecam) < 0 or self.width < 16 or self.width % 16 or self.layers < 1
+        return (
+            [
+                "tokenizer.objective.adversary needs weight, start and lecam of 0 or more, width a multiple of 16, layers of at least 1; "
+                f"given were {self}"
+            ]
+            if wrong
+            else []
+        )
+
+
 def _not_negative(section: str, **values: float) -> list[str]:
     return [f"tokenizer.model.{section}.{name} is {value}; it must be 0 or more" for name, value in values.items() if value < 0]
 
@@ -108,15 +163,20 @@ class BinaryOptions:
     smoothing: Literal["spike_exponential", "exponential_pair", "power_pair"] = "power_pair"
     """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of exponentials (DVAE++) or power functions
     (DVAE#), which are flat at 0 and 1. `power_pair` needs temperatures below 1: at 1 it carries nothing of the bit."""
+    diversity: float = 1.0
+    """As in `gumbel`, over whole codes."""
 
     def problems(self) -> list[str]:
-        return []
+        return _not_negative("binary", diversity=self.diversity)
 
 
 @dataclass(kw_only=True)
 class ScoreFunctionOptions:
     """Options of `quantizer: score_function` (REINFORCE)."""
 
+    credit: Literal["picture", "neighbourhood"] = "neighbourhood"
+    """What a code's cost is: that of the whole picture, which is unbiased; or of the pixels at its place and the eight around it, which
+    leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9
     """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean of the step before."""
     diversity: float = 1.0

@@ -23,6 +23,12 @@ def to_model_range(pictures: Tensor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels of 8-bit pictures in the model's range, spread evenly over the step of 2/255 around each value."""
+    noise = torch.rand(pixels.shape, generator=generator, device="cpu" if generator else pixels.device).to(pixels.device)
+    return pixels + (noise - 0.5) * (2 / 255)
+
+
 def to_pictures(pixels: Tensor) -> Tensor:
     """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and cut to 0..255."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

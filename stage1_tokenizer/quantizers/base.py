@@ -33,7 +33,7 @@ class Quantized:
     kl: Tensor | None = None
     """Scalar: KL(q(codes given picture) || uniform) in nats a picture, a mean over the batch; None where q is one code."""
     log_q: Tensor | None = None
-    """(B,) log probability of the sampled codes, for the score function; None where the latents carry the gradient."""
+    """(B,h,w) log probability of each sampled code, for the score function; None where the latents carry the gradient."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -115,7 +115,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
-        """Where results hold `log_q`: the scalar whose gradient the objective adds, given the costs (B,) of the sampled codes, in nats."""
+        """Where results hold `log_q`: the scalar whose gradient the objective adds, given what each dimension (B,C,H,W) cost, in nats."""
         raise NotImplementedError
 
 

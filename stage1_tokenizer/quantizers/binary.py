@@ -17,6 +17,7 @@ from torch import Tensor
 from stage1_tokenizer.options import BinaryOptions
 from stage1_tokenizer.quantizers.base import Quantized, SingleLevel
 from stage1_tokenizer.quantizers.bits import pack, unpack
+from stage1_tokenizer.quantizers.categorical import disuse
 from stage1_tokenizer.quantizers.smoothing import smooth
 
 
@@ -51,7 +52,11 @@ class BinaryQuantizer(SingleLevel):
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
                 latents = 2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, self.options.smoothing) - 1
-        return Quantized(latents, codes, torch.zeros_like(kl), kl=kl, metrics=metrics)
+        return Quantized(latents, codes, self.options.diversity * disuse(self.of_codes(logits)), kl=kl, metrics=metrics)
+
+    def of_codes(self, logits: Tensor) -> Tensor:
+        """Logits of bits (B,n,h,w) -> logits of whole codes (B,K,h,w), whose softmax is the product over the bits."""
+        return torch.einsum("bnhw,kn->bkhw", logits, self.vectors()) / 2
 
     def look_up(self, codes: Tensor) -> Tensor:
         return unpack(codes, self.bits)

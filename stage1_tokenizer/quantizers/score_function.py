@@ -8,6 +8,7 @@ REINFORCE, Williams 1992; for discrete latents, with a baseline: Mnih & Gregor 2
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.options import ScoreFunctionOptions
@@ -39,21 +40,28 @@ class ScoreFunctionQuantizer(Categorical):
             codes = (logits if temperature is None else logits + gumbel_noise_like(logits)).argmax(dim=1)
             log_q = None
             if temperature is not None:
-                log_q = logits.log_softmax(dim=1).gather(1, codes[:, None]).sum(dim=(1, 2, 3))
+                log_q = logits.log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
             latents = self.look_up(codes).permute(0, 3, 1, 2)
         return Quantized(latents, codes, self.options.diversity * disuse(logits), kl=kl, log_q=log_q, metrics=metrics)
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
-        """Scalar whose gradient estimates that of the expected cost: costs (B,) in nats, log_q (B,) of the codes they were had with.
+        """Scalar whose gradient estimates that of the expected cost: costs (B,C,H,W) in nats, log_q (B,h,w) of the codes that had them.
 
         Its value is zero: it adds a gradient to the objective, not a cost. In training it moves the baseline, after using it.
         """
-        cost = cost.detach()
-        total = sum_over_processes(torch.stack([cost.sum(), torch.full_like(cost[0], len(cost))]))
+        credited = self._credited(cost.detach(), log_q.shape[1], log_q.shape[2])
+        total = sum_over_processes(torch.stack([credited.sum(), torch.full_like(credited[0, 0, 0], credited.numel())]))
         mean = total[0] / total[1]
         baseline = torch.where(self.initialized, self.baseline, mean)
         if self.training:
             self.baseline.copy_(torch.lerp(mean, baseline, self.options.baseline_decay))
             self.initialized.fill_(True)
-        weighted = ((cost - baseline) * log_q).mean()
+        weighted = ((credited - baseline) * log_q).sum(dim=(1, 2)).mean()
         return weighted - weighted.detach()
+
+    def _credited(self, cost: Tensor, height: int, width: int) -> Tensor:
+        """What each code (B,h,w) is held to account for: the whole picture, or the pixels of its place and of those around it."""
+        if self.options.credit == "picture":
+            return cost.sum(dim=(1, 2, 3))[:, None, None].expand(-1, height, width)
+        places = cost.sum(dim=1).unflatten(2, (width, -1)).unflatten(1, (height, -1)).sum(dim=(2, 4))
+        return F.avg_pool2d(places[:, None], 3, stride=1, padding=1, divisor_override=1)[:, 0]

@@ -13,7 +13,8 @@ import yaml
 from pipeline.config import Experiment, load_experiment, to_dict
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("bakeoff-"))
+BAKEOFFS = sorted((ROOT / "configs").glob("bakeoff-*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
@@ -25,8 +26,19 @@ def test_shipped_configurations_load_and_say_what_to_expect(path):
         assert word in header
 
 
+@pytest.mark.parametrize("path", BAKEOFFS, ids=lambda p: p.name)
+def test_shipped_comparisons_load_and_say_what_to_expect(path):
+    from pipeline.comparison import load_comparison
+
+    comparison = load_comparison(["--config", str(path)])
+    assert comparison.folder.name == path.stem and len(comparison.rows) > 1
+    header = path.read_text().split("\nname:")[0]
+    for word in (f"minidalle compare-tokenizers --config configs/{path.name}", "minutes", "Expect"):
+        assert word in header
+
+
 def test_there_are_configurations():
-    assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {p.name for p in SHIPPED}
+    assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {p.name for p in SHIPPED} and BAKEOFFS
 
 
 def test_overrides_and_exponents_are_read(tiny_yaml):

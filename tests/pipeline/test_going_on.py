@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pipeline import training
 from pipeline.cli import main
@@ -81,6 +82,44 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.training._step", step)
     assert main(again) == 0
     assert ImagePrior.load(other / "prior").fingerprint == ImagePrior.load(folder / "prior").fingerprint
+
+
+ADVERSARY = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.width", "16",
+             "--tokenizer.objective.adversary.lecam", "0.1", "--tokenizer.train.optimizer", "muon"]  # fmt: skip
+VARIANTS = {
+    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.adversary.start", "3"],
+    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.adversary.start", "5"],
+    "score function": ["--tokenizer.model.quantizer", "score_function"],
+    "residual": ["--tokenizer.model.quantizer", "residual", "--tokenizer.model.residual.shared", "true"],
+    "perceptual": ["--tokenizer.objective.perceptual.weight", "1", "--tokenizer.model.likelihood", "logit_laplace"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
+    """With every part that has a state of its own: the adversary, its optimizer and anchors, baselines, shared books."""
+    step, fingerprints = training._step, []
+
+    def killed(*given: object):
+        if given[5] == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    for name in ("whole", "cut"):
+        arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", name, *VARIANTS[variant]]
+        if name == "cut":
+            monkeypatch.setattr("pipeline.training._step", killed)
+            assert main(arguments) == 1
+            assert (tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-4").is_dir()
+            monkeypatch.setattr("pipeline.training._step", step)
+        assert main(arguments) == 0
+        fingerprints.append(ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint)
+        weights = load_file(tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-6" / "weights.safetensors")
+        assert any(key.startswith("discriminator.") for key in weights) == variant.startswith("adversary")
+        if variant.startswith("adversary"):
+            fingerprints.append({key: value.tolist() for key, value in weights.items() if key.startswith("discriminator.")})
+    half = len(fingerprints) // 2
+    assert fingerprints[:half] == fingerprints[half:]
 
 
 def folder_of_pictures(folder: Path, count: int) -> None:

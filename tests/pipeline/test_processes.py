@@ -64,6 +64,26 @@ def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):
             torch.testing.assert_close(two[key], value, atol=1e-3, rtol=1e-3, msg=lambda m, k=f"{stage}.{key}": f"{k}: {m}")
 
 
+def test_an_adversary_trains_on_two_processes_as_on_one(tmp_path):
+    """Its own pass, its anchors and the weight it is given: the same to what the order of sums and the weight of each half allow."""
+    import yaml
+
+    from tests.pipeline.conftest import TINY
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "precision": "fp32"}))
+    options = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.width", "16", "--tokenizer.train.steps", "4",
+               "--tokenizer.objective.adversary.start", "1", "--tokenizer.objective.adversary.lecam", "0.1",
+               "--tokenizer.objective.adversary.adaptive", "false"]  # fmt: skip
+    weights = []
+    for processes in (1, 2):
+        launch(tmp_path, processes, "train-tokenizer", "--config", str(path), "--name", f"by{processes}", *options)
+        weights.append(load_file(tmp_path / "runs" / f"by{processes}" / "tokenizer" / "checkpoints" / "step-4" / "weights.safetensors"))
+    assert "discriminator.anchors" in weights[0]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=2e-3, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
 def test_encoding_is_split_and_whole(two_runs):
     manifests = [read_manifest(run / "codes") for run in two_runs]
     assert [len(m["files"]["train"]) for m in manifests] == [1, 2]

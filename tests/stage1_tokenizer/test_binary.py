@@ -70,3 +70,22 @@ def test_use_is_counted_while_training_only():
     result = binary.train()(x, 0.5)
     torch.testing.assert_close(binary.counts, torch.bincount(result.codes.flatten(), minlength=16).float())
     assert set(result.metrics) == {"kl", "codebook_usage", "codebook_perplexity", "dead_codes"}
+
+
+def test_the_logits_of_codes_are_those_of_independent_bits():
+    binary, x = quantizer(), logits(1, 4, 1, 2)
+    p = binary.of_codes(x).softmax(1)
+    q = x.sigmoid()
+    for code in (0, 5, 15):
+        bits = [(code >> (3 - i)) & 1 for i in range(4)]
+        by_hand = torch.stack([q[0, i] if bit else 1 - q[0, i] for i, bit in enumerate(bits)]).prod(0)
+        torch.testing.assert_close(p[0, code], by_hand)
+
+
+def test_disuse_is_the_divergence_of_the_mean_posterior():
+    certain = torch.tensor([[[[50.0]], [[50.0]], [[50.0]], [[50.0]]]])
+    binary = BinaryQuantizer(16, BinaryOptions(diversity=0.5)).eval()
+    assert float(binary(certain).loss) == pytest.approx(0.5 * math.log(16))
+    both = torch.cat([certain, -certain])
+    assert float(binary(both).loss) == pytest.approx(0.5 * math.log(8))
+    assert float(binary(torch.zeros(1, 4, 2, 2)).loss) == pytest.approx(0.0, abs=1e-6)

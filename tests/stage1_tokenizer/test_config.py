@@ -133,7 +133,7 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
     """The first field of the section, changed; its owners take it, every other quantizer names it and them."""
     other = {
         "vq": VectorOptions(codebook="gradient"), "gumbel": GumbelOptions(gradient="reinmax"), "fsq": FsqOptions(levels=(32, 32)),
-        "binary": BinaryOptions(smoothing="exponential_pair"), "score_function": ScoreFunctionOptions(baseline_decay=0.5),
+        "binary": BinaryOptions(smoothing="exponential_pair"), "score_function": ScoreFunctionOptions(credit="picture"),
         "sign": SignOptions(commitment=0.5), "residual": ResidualOptions(depth=3), "hierarchical": HierarchicalOptions(levels=3),
     }[section]  # fmt: skip
     first = dataclasses.fields(other)[0].name

@@ -43,14 +43,11 @@ def shared_residual() -> ResidualQuantizer:
     return ResidualQuantizer(16, 4, ResidualOptions(depth=2, shared=True), vector)
 
 
-def costs(step: int, rank: int | None) -> Tensor:
-    return batch(step, rank).flatten(1).sum(1)
-
-
 def baseline(rank: int | None) -> Tensor:
     score = ScoreFunctionQuantizer(4, 4, ScoreFunctionOptions(baseline_decay=0.5)).train()
     for step in range(4):
-        score.surrogate(costs(step, rank), torch.zeros(len(costs(step, rank))))
+        cost = batch(step, rank)
+        score.surrogate(cost, torch.zeros(len(cost), 2, 2))
     return score.baseline.clone()
 
 

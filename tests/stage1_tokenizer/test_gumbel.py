@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from stage1_tokenizer import GumbelOptions
 from stage1_tokenizer.quantizers import GumbelQuantizer
-from stage1_tokenizer.quantizers.categorical import gumbel_noise_like, kl_to_uniform
+from stage1_tokenizer.quantizers.categorical import disuse, gumbel_noise_like, kl_to_uniform
 from stage1_tokenizer.quantizers.gumbel import reinmax, relax
 
 
@@ -168,3 +168,13 @@ def test_autocast_leaves_the_quantizer_in_float32():
         low = gumbel(x.bfloat16(), 0.5)
     assert torch.equal(result.latents, expected.latents) and torch.equal(result.kl, expected.kl)
     assert low.latents.dtype == low.kl.dtype == torch.float32
+
+
+def test_disuse_is_the_divergence_of_the_mean_posterior_and_0_where_codes_are_used_alike():
+    sure = 100 * F.one_hot(torch.tensor([0, 0, 1, 2]), 4).float().T[None, :, None]  # four positions
+    mean = torch.tensor([0.5, 0.25, 0.25])
+    torch.testing.assert_close(disuse(sure), math.log(4) + (mean * mean.log()).sum())
+    alike = 100 * torch.eye(4)[None, :, None]
+    assert float(disuse(alike)) == pytest.approx(0.0, abs=1e-6)
+    result = quantizer(4, diversity=0.5).eval()(sure)
+    torch.testing.assert_close(result.loss, 0.5 * disuse(sure))

@@ -9,8 +9,8 @@ import torch
 from torch.distributions import Laplace as TorchLaplace
 from torch.distributions import Normal
 
-from stage1_tokenizer.likelihoods import Gaussian, Laplace, LogitLaplace, bits_per_dimension, build_likelihood
-from stage1_tokenizer.pixels import LAPLACE_MARGIN, to_laplace_logits
+from stage1_tokenizer.likelihoods import Bernoulli, Gaussian, Laplace, LogitLaplace, build_likelihood
+from stage1_tokenizer.pixels import LAPLACE_MARGIN, dequantized, to_laplace_logits, to_model_range
 
 
 def grid(low: float, high: float, count: int = 200_001) -> torch.Tensor:
@@ -88,10 +88,44 @@ def test_low_precision_outputs_are_scored_in_float32(likelihood):
 def test_bits_of_a_uniform_density_are_eight():
     """Density 1/(256 steps of 2/255) over 8-bit values: exactly eight bits a dimension."""
     nats = 12 * math.log(256 * 2 / 255)
-    assert bits_per_dimension(nats, 12) == pytest.approx(8.0)
-    assert float(bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
+    assert Gaussian(0.1).bits_per_dimension(nats, 12) == pytest.approx(8.0)
+    assert float(Gaussian(0.1).bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
 
 
 def test_names():
     kinds = {"l2": Gaussian, "l1": Laplace, "logit_laplace": LogitLaplace}
     assert all(type(build_likelihood(name, 0.1)) is kind for name, kind in kinds.items())  # type: ignore[arg-type]
+
+
+def test_bernoulli_by_hand_and_by_counting():
+    """Three coins; the probabilities of all eight pictures of black and white add up to one."""
+    logits = torch.tensor([0.0, math.log(3), -1.0]).reshape(1, 3, 1, 1)
+    white = torch.tensor([1.0, 1.0, -1.0]).reshape(1, 3, 1, 1)
+    by_hand = -(math.log(0.5) + math.log(0.75) + math.log(1 - 1 / (1 + math.e)))
+    torch.testing.assert_close(Bernoulli().nll(white, logits), torch.tensor([by_hand]))
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).reshape(8, 3, 1, 1)
+    total = (-Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).exp().sum()
+    torch.testing.assert_close(total, torch.tensor(1.0))
+    grey = Bernoulli().nll(torch.zeros(1, 3, 1, 1), logits)
+    torch.testing.assert_close(grey, (Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).mean()[None])
+    assert Bernoulli().bits_per_dimension(6 * math.log(2), 3) == pytest.approx(2.0)
+
+
+def test_dequantized_pixels_fill_their_step_and_no_more():
+    pixels = to_model_range(torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3).contiguous())
+    torch.manual_seed(0)
+    spread = torch.cat([dequantized(pixels) for _ in range(200)])
+    assert (spread - pixels).abs().max() <= 1 / 255 + 1e-6
+    assert (spread - pixels).mean().abs() < 1e-5 and (spread - pixels).std() == pytest.approx(2 / 255 / 12**0.5, rel=0.01)
+    again = [dequantized(pixels, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_with_dequantization_no_scale_is_better_than_uniform_on_a_step():
+    """Without, a scale that shrinks onto 8-bit values is rewarded without end: fewer than 0 bits a dimension."""
+    pixels = torch.full((64, 3, 8, 8), -1.0)
+    exact = to_laplace_logits(pixels)
+    sharp = torch.cat([exact, torch.full_like(exact, -5.0)], 1)
+    bits = [float(LogitLaplace().bits_per_dimension(LogitLaplace().nll(x, sharp).mean(), 192)) for x in (pixels, dequantized(pixels))]
+    assert bits[0] < 0 < bits[1]
+    assert LogitLaplace.learns_scale and not Gaussian.learns_scale

@@ -16,7 +16,7 @@ from stage1_tokenizer import (
     TokenizerObjective,
     to_model_range,
 )
-from stage1_tokenizer.likelihoods import bits_per_dimension
+from stage1_tokenizer.likelihoods import Gaussian
 from stage1_tokenizer.objective import falling_cosine, kl_weight, peak_signal_to_noise, temperature
 from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
 
@@ -82,7 +82,7 @@ def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
 
 
 def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
-    tokenizer = tiny_tokenizer(quantizer="score_function", score_function=ScoreFunctionOptions(diversity=0.0)).train()
+    tokenizer = tiny_tokenizer(quantizer="score_function", score_function=ScoreFunctionOptions(diversity=0.0, credit="picture")).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=0.0))
     (loss,) = objective.losses(pictures, 0)
     torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS)
@@ -133,7 +133,7 @@ def test_held_out_figures(pictures, quantizer):
     figures = objective.evaluate([pictures])
     assert set(figures) == COMMON | ({"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set())
     assert all(type(v) is float and math.isfinite(v) for v in figures.values())
-    assert figures["bits_per_dimension"] == pytest.approx(float(bits_per_dimension(figures["nll"], DIMENSIONS)))
+    assert figures["bits_per_dimension"] == pytest.approx(float(Gaussian(0.1).bits_per_dimension(figures["nll"], DIMENSIONS)))
     assert tokenizer.fingerprint == before
     parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
     assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)

@@ -10,8 +10,8 @@ from stage1_tokenizer.quantizers import ScoreFunctionQuantizer
 from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
 
 
-def quantizer(decay: float = 0.9) -> ScoreFunctionQuantizer:
-    return ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(baseline_decay=decay)).train()
+def quantizer(decay: float = 0.9, credit: str = "picture") -> ScoreFunctionQuantizer:
+    return ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(baseline_decay=decay, credit=credit)).train()  # type: ignore[arg-type]
 
 
 LOGITS = torch.tensor([0.5, -0.2, 0.1])
@@ -22,7 +22,7 @@ def gradients(score: ScoreFunctionQuantizer, samples: int) -> torch.Tensor:
     """(samples, 3): each picture's own gradient, of one position whose code costs COSTS[code]."""
     x = LOGITS.reshape(1, 3, 1, 1).expand(samples, -1, -1, -1).clone().requires_grad_()
     result = score(x, 1.0)
-    score.surrogate(COSTS[result.codes.flatten()], result.log_q).backward()
+    score.surrogate(COSTS[result.codes][:, None], result.log_q).backward()
     return x.grad.flatten(1) * samples  # undo the batch's mean
 
 
@@ -48,8 +48,8 @@ def test_codes_are_sampled_from_the_softmax_and_log_q_is_theirs():
     result = score(x, 0.5)
     torch.manual_seed(1)
     assert torch.equal(result.codes, (x + gumbel_noise_like(x)).argmax(1))
-    by_hand = torch.stack([x[b].log_softmax(0)[result.codes[b, i, j], i, j] for b in [7] for i in range(4) for j in range(4)]).sum()
-    torch.testing.assert_close(result.log_q[7], by_hand)
+    by_hand = [x[7].log_softmax(0)[result.codes[7, i, j], i, j] for i in range(4) for j in range(4)]
+    torch.testing.assert_close(result.log_q[7].flatten(), torch.stack(by_hand))
     hard = score.eval()(x)
     assert torch.equal(hard.codes, x.argmax(1)) and hard.log_q is None
 
@@ -61,13 +61,30 @@ def test_the_decoders_gradient_does_not_reach_the_logits():
     assert x.grad is None
 
 
+def costs(*values: float) -> torch.Tensor:
+    """One dimension a picture."""
+    return torch.tensor(values)[:, None, None, None]
+
+
 def test_the_baseline_is_a_running_mean_used_before_it_moves():
     score = quantizer(decay=0.75)
-    log_q = torch.zeros(2, requires_grad=True)
-    first = score.surrogate(torch.tensor([4.0, 8.0]), log_q)
+    log_q = torch.zeros(2, 1, 1, requires_grad=True)
+    first = score.surrogate(costs(4.0, 8.0), log_q)
     assert float(score.baseline) == 6.0 and float(first.detach()) == 0.0
-    (gradient,) = torch.autograd.grad(score.surrogate(torch.tensor([9.0, 11.0]), log_q), log_q)
-    torch.testing.assert_close(gradient, torch.tensor([3.0, 5.0]) / 2)  # less the old baseline, 6
+    (gradient,) = torch.autograd.grad(score.surrogate(costs(9.0, 11.0), log_q), log_q)
+    torch.testing.assert_close(gradient.flatten(), torch.tensor([3.0, 5.0]) / 2)  # less the old baseline, 6
     assert float(score.baseline) == pytest.approx(0.75 * 6 + 0.25 * 10)
-    score.eval().surrogate(torch.tensor([100.0, 100.0]), log_q)
+    score.eval().surrogate(costs(100.0, 100.0), log_q)
     assert float(score.baseline) == pytest.approx(7.0)
+
+
+def test_a_code_accounts_for_the_whole_picture_or_for_its_neighbourhood():
+    cost = torch.zeros(1, 3, 8, 12)
+    cost[0, :, 0, 0], cost[0, 0, 7, 11], cost[0, 1, 5, 5] = 1.0, 10.0, 100.0  # at the codes (0,0), (3,5) and (2,2) of 4 x 6
+    torch.testing.assert_close(quantizer()._credited(cost, 4, 6), torch.full((1, 4, 6), 113.0))
+    near = quantizer(credit="neighbourhood")._credited(cost, 4, 6)[0]
+    expected = torch.zeros(4, 6)
+    expected[:2, :2] += 3
+    expected[2:, 4:] += 10
+    expected[1:4, 1:4] += 100
+    torch.testing.assert_close(near, expected)

@@ -1,0 +1,132 @@
+"""How different two pictures look: multi-scale structural similarity, or a vision backbone's features. Knows pixels, no tokenizer.
+
+Legend: B batch, C channels, H W pixels, in the model's range [-1,1].
+
+MS-SSIM: Wang et al. 2003. Distances of features at several layers, each normalised over its channels: LPIPS, Zhang et al. 2018
+(https://arxiv.org/abs/1801.03924), here without its learned weights of channels, for any backbone that transformers loads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.options import PerceptualOptions
+
+_WINDOW, _DEVIATION = 11, 1.5
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of the scales, finest first; small pictures have fewer, and those share the weight."""
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Distance(Protocol):
+    """Pixels (B,C,H,W) and what is compared with them -> a distance (B,) of 0 for equal ones, differentiable in both."""
+
+    def __call__(self, pixels: Tensor, others: Tensor) -> Tensor: ...
+
+
+def structural_similarity(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Tensor]:
+    """SSIM and its part without the luminance, each (B,C) a mean over positions: per channel, Gaussian window 11 of deviation 1.5 (as
+    much of it as fits), no padding, K1 = 0.01, K2 = 0.03 (Wang et al. 2004)."""
+    size = min(_WINDOW, *x.shape[2:])
+    steps = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2
+    window = torch.exp(-(steps**2) / (2 * _DEVIATION**2))
+    window = window / window.sum()
+    channels = x.shape[1]
+    kernel = (window[:, None] * window[None, :]).expand(channels, 1, size, size)
+
+    def local_mean(v: Tensor) -> Tensor:
+        return F.conv2d(v, kernel, groups=channels)
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variance_x, variance_y = local_mean(x * x) - mean_x**2, local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * contrast).mean(dim=(2, 3)), contrast.mean(dim=(2, 3))
+
+
+def multi_scale_distance(pixels: Tensor, others: Tensor) -> Tensor:
+    """1 - MS-SSIM (B,), over as many of the five scales as leave a whole window."""
+    with torch.autocast(pixels.device.type, enabled=False):
+        x, y = pixels.float(), others.float()
+        scales = 1
+        while scales < len(_SCALES) and min(x.shape[2:]) >> scales >= _WINDOW:
+            scales += 1
+        weights = [weight / sum(_SCALES[:scales]) for weight in _SCALES[:scales]]
+        similarity = torch.ones(len(x), x.shape[1], device=x.device)
+        for scale, weight in enumerate(weights):
+            whole, contrast = structural_similarity(x, y, peak=2.0)
+            part = whole if scale == scales - 1 else contrast
+            # A negative similarity has no such power; next to 0 its slope is too steep.
+            similarity = similarity * part.clamp(min=1e-3) ** weight
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        return 1 - similarity.mean(1)
+
+
+class BackboneDistance(nn.Module):
+    """Mean squared difference of a backbone's features, normalised over channels, averaged over positions and summed over layers.
+
+    Args:
+        name: a folder with a model of transformers, or a name of the Hub.
+        layers: which hidden states to compare (0 is the embedding); all but that where empty.
+
+    Raises:
+        ValueError: nothing can be loaded from there, or a layer is not there.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, name: str, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            self.backbone = AutoModel.from_pretrained(name).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"tokenizer.objective.perceptual.distance is {name!r}, which is not ms_ssim and cannot be loaded as a model: {first}"
+            ) from error
+        try:
+            known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
+        except OSError:
+            known = {}
+        self.layers = layers
+        self.size = getattr(self.backbone.config, "image_size", None)
+        for part, default, given in zip(("mean", "deviation"), _IMAGENET, ("image_mean", "image_std"), strict=True):
+            self.register_buffer(part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False)
+
+    def forward(self, pixels: Tensor, others: Tensor) -> Tensor:
+        with torch.no_grad():
+            first = self._features(pixels)
+        total = torch.zeros(len(pixels), device=pixels.device)
+        for a, b in zip(first, self._features(others), strict=True):
+            total = total + (a - b).square().sum(1).flatten(1).mean(1)
+        return total
+
+    def _features(self, pixels: Tensor) -> list[Tensor]:
+        """(B,C,...) of each layer, of length 1 over channels."""
+        if self.size:
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        states = self.backbone(((pixels + 1) / 2 - self.mean) / self.deviation, output_hidden_states=True).hidden_states
+        chosen = self.layers or range(1, len(states))
+        if max(chosen) >= len(states):
+            raise ValueError(
+                f"tokenizer.objective.perceptual.layers are {list(self.layers)} and the backbone has hidden states 0..{len(states) - 1}"
+            )
+        # Transformers give (B, positions, C), convolutional networks (B,C,h,w).
+        return [F.normalize((s.transpose(1, 2) if s.ndim == 3 else s).float(), dim=1) for s in (states[i] for i in chosen)]
+
+
+def build_distance(options: PerceptualOptions) -> Distance | None:
+    """What the options ask for; None where it has no weight."""
+    if not options.weight:
+        return None
+    return multi_scale_distance if options.distance == "ms_ssim" else BackboneDistance(options.distance, options.layers)

@@ -1,0 +1,126 @@
+"""The adversary: its losses by hand, the scaled weight, who learns from what, its turn in the objective."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage1_tokenizer import AdversaryOptions, ObjectiveConfig, PerceptualOptions, TokenizerObjective
+from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, frozen, generator_loss, hinge_loss, lecam
+from tests.stage1_tokenizer.conftest import tiny_tokenizer
+
+
+def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def objective(start: int = 10, **options) -> TokenizerObjective:
+    torch.manual_seed(0)
+    adversary = AdversaryOptions(weight=1.0, start=start, width=16, layers=1, **options)
+    return TokenizerObjective(tiny_tokenizer().train(), ObjectiveConfig(adversary=adversary))
+
+
+def test_losses_by_hand():
+    true, drawn = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
+    assert float(hinge_loss(true, drawn)) == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 1) / 2) / 2)
+    assert float(generator_loss(drawn)) == pytest.approx(1.0)
+    anchors = torch.tensor([1.0, -0.5])  # of true and of drawn pictures
+    expected = (2.5**2 + 1.0**2 + 0) / 3 + (3.0**2 + 1.0**2) / 2
+    assert float(lecam(true, drawn, anchors)) == pytest.approx(expected)
+
+
+def test_patches_of_any_size_are_judged_alone():
+    torch.manual_seed(0)
+    judge = Discriminator(3, 16, 2)
+    x = pixels(3, 3, 64, 48)
+    logits = judge(x)
+    assert logits.shape[:2] == (3, 1) and min(logits.shape[2:]) > 4
+    torch.testing.assert_close(torch.cat([judge(one[None]) for one in x]), logits)
+    first = x.clone()
+    first[:, :, 40:] = 0
+    assert torch.equal(judge.layers[0](first)[:, :, :8], judge.layers[0](x)[:, :, :8])
+    assert {p.ndim for p in judge.hidden_matrices()} == {4}
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long():
+    output = pixels(2, 3, 4, 4).requires_grad_()
+    reconstruction, adversarial = (output - 0.3).square().sum(), 1e-3 * output.sin().sum()
+    weight = adaptive_weight(reconstruction, adversarial, output)
+    a, b = (torch.autograd.grad(loss, output, retain_graph=True)[0].norm() for loss in (reconstruction, weight * adversarial))
+    torch.testing.assert_close(a, b)
+    assert not weight.requires_grad
+    nothing = adaptive_weight(reconstruction, 0.0 * output.sum(), output)
+    assert float(nothing) == 1e4
+
+
+def test_frozen_gives_gradients_to_inputs_alone_and_thaws():
+    judge, x = Discriminator(3, 16, 1), pixels(2, 3, 16, 16).requires_grad_()
+    with frozen(judge):
+        loss = generator_loss(judge(x))
+    loss.backward()
+    assert x.grad.any() and all(p.grad is None and p.requires_grad for p in judge.parameters())
+
+
+def test_before_its_start_there_is_one_loss_and_after_it_two(pictures):
+    both = objective(start=10)
+    assert set(both.networks) == {"tokenizer", "discriminator"}
+    assert [loss.group for loss in both.losses(pictures, 9)] == ["tokenizer"]
+    losses = list(both.losses(pictures, 10))
+    assert [loss.group for loss in losses] == ["tokenizer", "discriminator"]
+    assert "adversarial" in losses[0].metrics and {"logits_true", "logits_drawn"} == set(losses[1].metrics)
+    assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
+
+
+def test_each_loss_moves_its_own_network_alone(pictures):
+    both = objective(start=0)
+    first, second = both.losses(pictures, 0)
+    first.value.backward()
+    assert all(p.grad is None for p in both.discriminator.parameters())
+    assert all(p.grad is not None for p in both.tokenizer.decoder.parameters())
+    both.tokenizer.zero_grad(set_to_none=True)
+    second.value.backward()
+    assert all(p.grad.any() for p in both.discriminator.hidden_matrices())
+    assert all(p.grad is None for p in both.tokenizer.parameters())
+
+
+def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
+    both = objective(start=0)
+    optimizer = torch.optim.Adam(both.discriminator.parameters(), lr=3e-3)
+    for _ in range(60):
+        _, loss = both.losses(pictures, 0)
+        loss.value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.metrics["logits_true"]) > 0.5 and float(loss.metrics["logits_drawn"]) < -0.5
+
+
+def test_lecam_moves_its_anchors_and_they_are_saved(pictures):
+    both = objective(start=0, lecam=0.1)
+    assert not both.discriminator.anchors.any()
+    _, loss = both.losses(pictures, 0)
+    expected = 0.01 * torch.stack([loss.metrics["logits_true"], loss.metrics["logits_drawn"]])
+    torch.testing.assert_close(both.discriminator.anchors, expected)
+    assert "anchors" in both.discriminator.state_dict()
+
+
+def test_the_perceptual_distance_is_weighed_and_reported(pictures):
+    tokenizer = tiny_tokenizer().train()
+    values = []
+    for weight in (0.0, 2.0):
+        (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig(perceptual=PerceptualOptions(weight=weight))).losses(pictures, 0)
+        values.append(loss)
+    assert "perceptual" not in values[0].metrics and 0 < float(values[1].metrics["perceptual"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adversary": AdversaryOptions(weight=-1.0)}, "adversary needs weight"),
+        ({"adversary": AdversaryOptions(width=20)}, "width a multiple of 16"),
+        ({"perceptual": PerceptualOptions(weight=-1.0)}, r"perceptual\.weight is -1\.0; it must be 0 or more"),
+        ({"perceptual": PerceptualOptions(layers=(1,))}, r"perceptual\.layers are \[1\]; they are hidden states.*\(now ms_ssim\)"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**options)
