@@ -27,6 +27,7 @@ using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   pictures from prompts
   reconstruct       --tokenizer DIR FILES...               pictures through the tokenizer and back
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
+  codebook          --tokenizer DIR                        what each code draws and how often, as a page
 
 `minidalle VERB --help` lists a verb's options. Several processes: accelerate launch (GPUs) or torchrun (CPU) before
 `-m pipeline.cli VERB ...`. Start with: minidalle run --config configs/shapes.yaml
@@ -211,6 +212,34 @@ def _evaluate(rest: Sequence[str]) -> int:
     return 0
 
 
+def _codebook(rest: Sequence[str]) -> int:
+    reader = argparse.ArgumentParser(prog="minidalle codebook", description="What each code draws and how often it is used.")
+    reader.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer")
+    reader.add_argument("--config", type=Path, help="whose held-out pictures to encode (that of the tokenizer's run)")
+    reader.add_argument("--pictures", type=int, default=500, help="held-out pictures to encode (500)")
+    reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
+    options = reader.parse_args(rest)
+    from pipeline.codebook import codebook
+    from pipeline.data.sources import load_source
+
+    run = options.tokenizer.parent
+    config = options.config or run / "experiment.yaml"
+    if not options.tokenizer.is_dir():
+        raise FileNotFoundError(
+            f"there is no tokenizer in {options.tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer"
+        )
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no {config}, so it is not known which pictures to encode; add --config FILE")
+    source = load_source(_experiment(["--config", str(config)]).data, "held_out")
+    out = options.out or run / "codebook"
+    views = codebook(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
+    for view in views:
+        s = view.statistics
+        _say(f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, {s.dead} never used")
+    _say(f"wrote {out / 'index.html'} and its pictures")
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "train-tokenizer": _train_tokenizer,
@@ -220,6 +249,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": _generate,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
+    "codebook": _codebook,
 }
 
 if __name__ == "__main__":

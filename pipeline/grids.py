@@ -1,4 +1,4 @@
-"""Many pictures in one. Knows uint8 arrays; draws no text and reads no files."""
+"""Many pictures in one, and numbers as bars. Knows arrays; draws no text and reads no files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) 
         top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         grid[top : top + height, left : left + width] = picture
     return grid
+
+
+def bars(values: np.ndarray, *, height: int = 120, width: int = 1024) -> np.ndarray:
+    """Values (K,) of 0 or more as a bar chart from left to right, the largest as high as the picture: uint8 (height,width,3)."""
+    heights = np.asarray(values, dtype=np.float64)[np.arange(width) * len(values) // width]
+    tall = np.ceil(heights / max(heights.max(), 1e-12) * height)
+    filled = np.arange(height, 0, -1)[:, None] <= tall[None, :]
+    return np.where(filled[:, :, None], (40, 90, 160), (255, 255, 255)).astype(np.uint8)
 
 
 def grid_image(grid: np.ndarray) -> Image.Image:

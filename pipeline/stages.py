@@ -20,7 +20,7 @@ from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.sources import Source, Split, load_source
-from pipeline.grids import grid_image, picture_grid
+from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.settings import finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
@@ -81,10 +81,12 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         drawn = tokenizer.to_images(tokenizer.encode(pixels))
         grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
         _save_sample(experiment, "reconstructions", grid)
-        return {"reconstructions": grid}
+        # The most used code on the left: flat is good, and what falls off early is wasted.
+        uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.uses())}
+        return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(objective, batch, held_out_batches, "nll", pictures), tokenizer
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm), tokenizer
 
 
 def encode_dataset(experiment: Experiment) -> Path:

@@ -55,6 +55,7 @@ class Task:
         held_out: () -> batches to evaluate on.
         best: name of the held-out figure that says which weights are best (smaller is better).
         pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
+        alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
     """
 
     objective: Objective
@@ -62,6 +63,7 @@ class Task:
     held_out: Callable[[], Iterable[Any]]
     best: str
     pictures: Callable[[], Mapping[str, Any]]
+    alarm: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -199,6 +201,7 @@ def fit(
     figures: dict[str, float] = {}
     bar = tqdm(total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0)
     recent: dict[str, Tensor] = {}
+    warned: str | None = None
     since, since_step = time.perf_counter(), first
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = pool.submit(task.batch, first) if first < config.steps else None
@@ -218,6 +221,10 @@ def fit(
                 now = time.perf_counter()
                 scalars["pictures_per_second"] = (done - since_step) * config.batch_size / max(now - since, 1e-9)
                 since, since_step = now, done
+                warning = task.alarm(scalars, done)
+                if warning and not warned and accelerator.is_main_process:  # said once, and again where it comes back
+                    bar.write(f"{label}: {warning}")
+                warned = warning
                 bar.set_postfix_str(_readable(scalars, figures), refresh=False)
                 accelerator.log({f"{label}/{k}": v for k, v in scalars.items()}, step=done)
             if done % config.evaluate_every == 0 or done == config.steps:

@@ -9,7 +9,7 @@ losses take its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.config import ObjectiveConfig
 from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, frozen, generator_loss, hinge_loss, lecam
+from stage1_tokenizer.health import alarm
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range
@@ -103,6 +104,10 @@ class TokenizerObjective:
         metrics["adversarial"] = misled.detach()
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
         yield self._judged(pixels, drawn.detach())
+
+    def alarm(self, figures: Mapping[str, float], step: int) -> str | None:
+        """What is wrong with the codebook by the scalars of a training step, and what to do; None where nothing is."""
+        return alarm(self.tokenizer.own_config, figures, step)
 
     def _judged(self, true: Tensor, drawn: Tensor) -> TokenizerLoss:
         """The discriminator's loss on true and drawn pixels (B,C,H,W)."""

@@ -114,6 +114,10 @@ class Quantizer(nn.Module):
         """(sum of K, D) the vector of every code of every level."""
         raise NotImplementedError
 
+    def uses(self) -> list[Tensor]:
+        """For each level, the moving average (K,) of how often each code is used in a training step."""
+        raise NotImplementedError
+
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
         """Where results hold `log_q`: the scalar whose gradient the objective adds, given what each dimension (B,C,H,W) cost, in nats."""
         raise NotImplementedError
@@ -142,6 +146,9 @@ class SingleLevel(Quantizer):
 
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.look_up(codes).permute(0, 3, 1, 2)
+
+    def uses(self) -> list[Tensor]:
+        return [self.counts]
 
     @torch.no_grad()
     def count(self, codes: Tensor) -> Tensor:

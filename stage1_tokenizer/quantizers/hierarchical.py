@@ -75,6 +75,9 @@ class HierarchicalQuantizer(Quantizer):
     def vectors(self) -> Tensor:
         return torch.cat([book.vectors() for book in self.books])  # type: ignore[operator]
 
+    def uses(self) -> list[Tensor]:
+        return [book.counts for book in self.books]  # type: ignore[misc]
+
     def _onwards(self, level: int, latents: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """A level's codes (B,D,.,.) and what is known of the coarser ones -> the context of the next level, and what the decoder sees."""
         known = latents if context is None else torch.cat([latents, context], dim=1)

@@ -66,6 +66,9 @@ class ResidualQuantizer(Quantizer):
     def vectors(self) -> Tensor:
         return torch.cat([self._book(number).vectors() for number in self.used])
 
+    def uses(self) -> list[Tensor]:
+        return [self._book(number).counts for number in self.used]
+
     def _book(self, number: int) -> VectorQuantizer:
         book = self.books[number]
         assert isinstance(book, VectorQuantizer)

@@ -81,6 +81,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path)
         train(tmp_path / "other", Line(broken_at=0))
 
 
+def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
+    said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
+    objective = Line()
+    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, lambda scalars, step: said.get(step))
+    fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
+    assert lines == ["line: codes are wasted", "line: codes are wasted again"]
+
+
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
     objective = Line()
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)

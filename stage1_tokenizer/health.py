@@ -1,0 +1,43 @@
+"""When a codebook is going to waste, and what to do about it. Knows figures and options; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stage1_tokenizer.config import TokenizerConfig
+
+ALARM_BELOW = 0.5
+"""Share of the codes in use under which training warns."""
+ALARM_AFTER = 300
+"""Steps before which it does not: codes need some to find their place."""
+
+
+def alarm(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
+    """One line on the worst level of a codebook that is hardly used, with what to change; None where all is well."""
+    shares = {name: value for name, value in figures.items() if name.startswith("codebook_usage")}
+    if step < ALARM_AFTER or not shares or min(shares.values()) >= ALARM_BELOW:
+        return None
+    worst = min(shares, key=lambda name: shares[name])
+    where = worst.removeprefix("codebook_usage").replace("_", " ")
+    return f"only {shares[worst]:.0%} of the codes{' of' + where if where else ''} are in use at step {step}; {remedy(config)}"
+
+
+def remedy(config: TokenizerConfig) -> str:
+    """What to change against codes that fall out of use."""
+    fewer = f"or have fewer codes (tokenizer.model.num_codes is {config.num_codes})"
+    match config.quantizer:
+        case "vq" | "residual" | "hierarchical":
+            now = config.vq.restart_below
+            first = (
+                f"raise tokenizer.model.vq.restart_below (now {now:g}, 0.4 is much)"
+                if now
+                else "set tokenizer.model.vq.restart_below to 0.1"
+            )
+            return f"{first}, lower tokenizer.train.learning_rate, {fewer}"
+        case "lfq" | "bsq":
+            return f"raise tokenizer.model.sign.entropy_weight (now {config.sign.entropy_weight:g}) or sign.diversity, {fewer}"
+        case "gumbel" | "score_function" | "binary":
+            options = getattr(config, config.quantizer)
+            return f"raise tokenizer.model.{config.quantizer}.diversity (now {options.diversity:g}), {fewer}"
+        case _:
+            return f"lower tokenizer.train.learning_rate, {fewer} and fewer tokenizer.model.fsq.levels"
