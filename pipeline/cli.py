@@ -183,15 +183,27 @@ def _generate(rest: Sequence[str]) -> int:
 
 def _reconstruct(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle reconstruct", description="Pictures through the tokenizer and back.")
-    reader.add_argument("files", nargs="+", type=Path, metavar="FILE", help="pictures; cropped and resized to the tokenizer's size")
+    reader.add_argument("files", nargs="+", type=Path, metavar="FILE", help="pictures of any size that the code grid divides")
     reader.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer")
     reader.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the pictures")
+    reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
+    reader.add_argument("--tile", type=int, default=512, help="larger pictures go through in pieces of this many pixels (512)")
     options = reader.parse_args(rest)
+    size = _size(options.size) if options.size else None
+    if options.tile < 1:
+        raise _WrongUsage(f"--tile is {options.tile}; it must be at least 1")
     from pipeline.generation import reconstruct
 
-    for line in reconstruct(options.tokenizer, options.files, options.out):
+    for line in reconstruct(options.tokenizer, options.files, options.out, size=size, tile=options.tile):
         _say(line)
     return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise _WrongUsage(f"--size is {text!r}; it must be a number of pixels (64), or width and height (512x768)")
+    return int(parts[0]), int(parts[-1])
 
 
 def _evaluate(rest: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 
 from pipeline.evaluation.pictures import psnr
 from pipeline.grids import grid_image, picture_grid
@@ -61,28 +62,40 @@ def _slug(prompt: str) -> str:
     return "".join(f"-{word}" for word in words)[:60]
 
 
-@torch.no_grad()
-def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path) -> list[str]:
-    """Writes each picture's reconstruction and a grid of pairs; returns a line a picture with its PSNR.
+def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tuple[int, int] | None = None, tile: int = 512) -> list[str]:
+    """Writes each picture's reconstruction, and a grid of pairs where all have one size; returns a line a picture with its PSNR.
+
+    Args:
+        size: width and height to crop and resize to; without it pictures stay as they are.
+        tile: pictures with a longer side go through in pieces of this many pixels.
 
     Raises:
-        ValueError: a file cannot be read as a picture, or is smaller than the tokenizer's pictures.
+        ValueError: a file cannot be read as a picture, or has a size that the tokenizer's grid does not divide.
         FileNotFoundError: a file or the tokenizer is not there.
     """
-    from pipeline.data.pictures import read_picture
-    from stage1_tokenizer import ImageTokenizer
+    from pipeline.data.pictures import open_picture
+    from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_pictures, to_rgb
 
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"there is no tokenizer in {tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
     model = ImageTokenizer.load(tokenizer).eval()
-    true = [read_picture(file, model.image_size) for file in files]
-    drawn = model.to_images(model.to_codes(true))
+    true = []
+    for file in files:
+        image = to_rgb(open_picture(file))
+        image = image if size is None else resize_and_crop(image, size)
+        true.append(np.array(image))
+        try:
+            model.check_size((1, 3, image.height, image.width))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error} (--size WIDTHxHEIGHT does)") from error
+    drawn = [to_pictures(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[0].numpy() for one in true]
     out.mkdir(parents=True, exist_ok=True)
-    pairs, lines = [], []
+    lines = []
     for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
         name = f"{number:05d}-{file.stem}.png"
-        after.save(out / name)
-        pairs += [np.asarray(before), np.asarray(after)]
-        lines.append(f"{file}: {psnr(pairs[-2], pairs[-1]):.2f} dB -> {out / name}")
-    grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
-    return [*lines, f"wrote {len(files)} reconstructions and grid.png (original, reconstruction, ...) to {out}"]
+        Image.fromarray(after).save(out / name)
+        lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
+    if len({one.shape for one in true}) == 1:
+        pairs = [picture for pair in zip(true, drawn, strict=True) for picture in pair]
+        grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
+    return [*lines, f"wrote {len(files)} reconstructions to {out}, and grid.png (original, reconstruction, ...) if they have one size"]

@@ -24,6 +24,7 @@ from stage1_tokenizer.networks import build_networks
 from stage1_tokenizer.originals import Kind, fit, original
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
 from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
+from stage1_tokenizer.tiling import by_tiles
 
 
 class ImageTokenizerConfig(PreTrainedConfig):
@@ -157,6 +158,24 @@ class ImageTokenizer(PreTrainedModel):
             raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())} and must lie in 0..{self.num_codes - 1}")
         finest = (grid or self.grid) if len(levels) > 1 else (codes.shape[1], codes.shape[2])
         return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest))).clamp(-1, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor, *, tile: int | None = None, margin: int = 64) -> Tensor:
+        """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid divides.
+
+        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each seen with `margin` pixels around it.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self.check_size(pixels.shape)
+
+        def through(piece: Tensor) -> Tensor:
+            return self.decode(self.encode(piece), (piece.shape[2] // self.own_config.factor, piece.shape[3] // self.own_config.factor))
+
+        if tile is None or max(pixels.shape[2:]) <= tile:
+            return through(pixels)
+        return by_tiles(pixels, through, tile=tile, margin=margin, stride=self.own_config.stride)
 
     def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of one size -> codes, as `encode`."""

@@ -50,9 +50,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square of a picture at `size` pixels, with antialiasing."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The largest centred part of a picture that has the shape of `size` (a square's side, or width and height), at that size, with
+    antialiasing."""
+    return ImageOps.fit(image, (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:

@@ -204,17 +204,35 @@ def test_parts_that_do_not_belong_together_are_refused(bundle):
 
 def test_reconstruct(finished_run, tmp_path, capsys):
     Image.new("L", (50, 40), 90).save(tmp_path / "grey.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    Image.effect_noise((96, 64), 50).save(tmp_path / "noise.png")
     (tmp_path / "broken.png").write_bytes(b"x")
-    tokenizer = finished_run[1] / "tokenizer"
-    assert main(["reconstruct", "--tokenizer", str(tokenizer), str(tmp_path / "grey.png"), "--out", str(tmp_path / "r")]) == 0
-    assert size_of(tmp_path / "r" / "00000-grey.png") == (32, 32) and (tmp_path / "r" / "grid.png").is_file()
+    tokenizer, out = finished_run[1] / "tokenizer", tmp_path / "r"
+    command = ["reconstruct", "--tokenizer", str(tokenizer), str(tmp_path / "noise.png")]
+    assert main([*command, "--out", str(out)]) == 0
+    assert size_of(out / "00000-noise.png") == (96, 64) and (out / "grid.png").is_file()
     assert "dB" in capsys.readouterr().out
-    for file, message in (("small.png", "is 8x8 and must be at least 32x32"), ("broken.png", "cannot be read as a picture"),
-                          ("none.png", "there is no picture")):  # fmt: skip
+    both = [*command, str(tmp_path / "grey.png"), "--out", str(out)]
+    fails(capsys, both, "grey.png: pixels are 50x40", "multiples of 8; the nearest that fits is 48x40", "(--size WIDTHxHEIGHT does)")
+    assert main([*both, "--size", "32"]) == 0 and size_of(out / "00001-grey.png") == (32, 32)
+    assert main([*both, "--size", "48x40"]) == 0 and size_of(out / "00001-grey.png") == (48, 40)
+    for file, message in (("broken.png", "cannot be read as a picture"), ("none.png", "there is no picture")):
         fails(capsys, ["reconstruct", "--tokenizer", tokenizer, tmp_path / file, "--out", tmp_path / "q"], message)
     fails(capsys, ["reconstruct", "--tokenizer", tmp_path / "none", tmp_path / "grey.png"], "there is no tokenizer in")
+    for wrong in ("0", "8x", "8x8x8", "big"):
+        fails(capsys, [*command, "--size", wrong, "--out", tmp_path / "q"], f"--size is {wrong!r}; it must be a number", status=2)
+    fails(capsys, [*command, "--tile", "0", "--out", tmp_path / "q"], "--tile is 0", status=2)
     assert not (tmp_path / "q").exists()
+
+
+def test_a_large_picture_is_the_same_in_pieces(finished_run, tmp_path):
+    Image.effect_noise((320, 192), 50).save(tmp_path / "photo.png")
+    pictures = []
+    for tile in ("64", "512"):
+        command = ["reconstruct", "--tokenizer", str(finished_run[1] / "tokenizer"), str(tmp_path / "photo.png"), "--tile", tile]
+        assert main([*command, "--out", str(tmp_path / tile)]) == 0
+        with Image.open(tmp_path / tile / "00000-photo.png") as image:
+            pictures.append(np.asarray(image).astype(int))
+    assert pictures[0].shape == (192, 320, 3) and np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
@@ -283,7 +301,7 @@ def test_wrong_usage_has_status_2(capsys, tmp_path):
     fails(capsys, ["run"], "no configuration was given", status=2)
     fails(capsys, ["run", "--config", tmp_path / "none.yaml"], "there is no configuration file", status=1)
     assert main([]) == 2 and main(["--help"]) == 0
-    for verb in ("run", "generate", "reconstruct", "evaluate"):
+    for verb in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
         assert main([verb, "--help"]) == 0
     assert main(["generate", "--nonsense"]) == 2
 
