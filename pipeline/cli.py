@@ -114,10 +114,30 @@ def _train_tokenizer(rest: Sequence[str]) -> int:
 
 
 def _encode(rest: Sequence[str]) -> int:
-    from pipeline.stages import encode_dataset
+    reader = argparse.ArgumentParser(prog="minidalle encode", add_help=False)
+    reader.add_argument("--tokenizer", type=Path, help="another tokenizer than the run's; its own run's settings hold where none are given")
+    reader.add_argument("--out", type=Path, help="folder for the codes, for other programs (RUN/codes, for train-prior)")
+    reader.add_argument("--format", choices=("arrow", "parquet", "webdataset"), default="arrow", help="form of the codes in --out (arrow)")
+    options, settings = reader.parse_known_args(rest)
+    if "--help" in rest or "-h" in rest:
+        print(reader.format_help())
+    if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
+        raise _WrongUsage("--tokenizer and --format are for codes outside a run; add --out DIR")
+    if options.tokenizer is not None and "--config" not in rest:
+        if not options.tokenizer.is_dir():
+            raise FileNotFoundError(
+                f"there is no tokenizer in {options.tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer"
+            )
+        settings = ["--config", str(options.tokenizer.parent / "experiment.yaml"), *settings]
+    experiment = _experiment(settings)
+    from pipeline.stages import encode_dataset, encode_elsewhere
 
-    folder = encode_dataset(_experiment(rest))
-    _say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
+    if options.out is None:
+        folder = encode_dataset(experiment)
+        _say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
+        return 0
+    files = encode_elsewhere(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
+    _say(f"wrote {options.out}: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''} and codes.json")
     return 0
 
 

@@ -5,6 +5,7 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from pipeline.checkpoints import newest_checkpoint, write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, complete, read_manifest, write_part
+from pipeline.data.export import Format, export_codes, refuse_taken
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import bars, grid_image, picture_grid
-from pipeline.runtime import compiles, make_accelerator, uses_bf16
+from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
 from pipeline.settings import finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
@@ -89,10 +91,20 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
     return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm), tokenizer
 
 
-def encode_dataset(experiment: Experiment) -> Path:
-    """Writes the codes of training and held-out pictures, split over the processes; returns `RUN/codes`."""
-    folder = experiment.folder / "codes"
-    tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
+def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
+    """Writes the codes of training and held-out pictures, split over the processes; returns their folder.
+
+    Args:
+        tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
+        folder: where to write to in place of RUN/codes.
+    """
+    folder = folder or experiment.folder / "codes"
+    tokenizer = ImageTokenizer.load(tokenizer_folder or needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    if experiment.data.image_size % tokenizer.own_config.stride:
+        raise ValueError(
+            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
+            f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
+        )
     settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
     by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     sources = {split: source.fingerprint for split, source in by_split.items()}
@@ -104,6 +116,8 @@ def encode_dataset(experiment: Experiment) -> Path:
         raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
     accelerator = make_accelerator(experiment, trackers=False)
     tokenizer.to(accelerator.device).eval()
+    side = experiment.data.image_size // tokenizer.own_config.factor
+    grid = (side, side)
     options = experiment.encode
     files, counts = {}, {}
     for split, limit in zip(_SPLITS, (options.pictures, options.held_out), strict=True):
@@ -121,7 +135,7 @@ def encode_dataset(experiment: Experiment) -> Path:
             {
                 "format": 1,
                 "tokenizer": tokenizer.fingerprint,
-                "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.layout],
+                "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout(grid)],
                 "sources": sources,
                 "views": options.views,
                 "rows": counts,
@@ -131,6 +145,22 @@ def encode_dataset(experiment: Experiment) -> Path:
         )
     accelerator.wait_for_everyone()
     return folder
+
+
+def encode_elsewhere(experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None) -> list[str]:
+    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the files' names.
+
+    Raises:
+        FileExistsError: there is something else in `out` already.
+    """
+    refuse_taken(out)
+    made = out.parent / f".{out.name}.arrow"
+    encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
+    if not processes().is_main_process:
+        return []
+    files = export_codes(made, out, form)
+    shutil.rmtree(made)
+    return files
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_MANIFEST = "codes.json"
+MANIFEST = "codes.json"
 
 
 class CodesDataset:
@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no whole codes dataset.
     """
     try:
-        return json.loads((folder / _MANIFEST).read_text())
+        return json.loads((folder / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds no whole codes dataset ({error}); run `minidalle encode` first") from error
 
@@ -86,9 +86,9 @@ def write_part(folder: Path, split: str, part: int, parts: int, rows: Iterable[d
 
 def complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Marks the folder whole."""
-    beside = folder / f".{_MANIFEST}.writing"
+    beside = folder / f".{MANIFEST}.writing"
     beside.write_text(json.dumps(manifest, indent=2) + "\n")
-    beside.rename(folder / _MANIFEST)
+    beside.rename(folder / MANIFEST)
 
 
 def check_tokenizer(manifest: dict[str, Any], fingerprint: str, folder: Path) -> None:
