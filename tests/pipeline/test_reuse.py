@@ -1,0 +1,78 @@
+"""The worked examples of docs/reuse.md run as they stand there, on the tiny run's tokenizer and fewer pictures."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stage1_tokenizer import ImageTokenizer
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reuse.md"
+SMALLER = {"COUNT = 5000": "COUNT = 100", "STEPS = 600": "STEPS = 3", "range(10)": "range(150)"}
+
+
+@pytest.fixture(scope="module")
+def examples(finished_run, tmp_path_factory) -> dict:
+    """What the document's lines leave behind, run in order in a folder with a run of shapes."""
+    import os
+
+    folder = tmp_path_factory.mktemp("reuse")
+    shutil.copytree(finished_run[1] / "tokenizer", folder / "runs" / "shapes" / "tokenizer")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
+    for given, smaller in SMALLER.items():
+        assert given in code
+        code = code.replace(given, smaller)
+    before, space = Path.cwd(), {}
+    os.chdir(folder)
+    try:
+        torch.manual_seed(0)
+        exec(compile(code, str(DOCUMENT), "exec"), space)
+    finally:
+        os.chdir(before)
+    return space
+
+
+def test_the_tokenizer_is_found_by_auto_model_too(finished_run):
+    from transformers import AutoModel
+
+    assert isinstance(AutoModel.from_pretrained(finished_run[1] / "tokenizer"), ImageTokenizer)
+
+
+def test_the_classifier_learns_from_codes(examples):
+    assert examples["codes"].shape == (100, 16) and 0.0 <= examples["accuracy"] <= 1.0
+    fitted = examples["classifier"](examples["places"][:80]).argmax(1)
+    truth = examples["two_objects"][:80].float()
+    most = max(float(truth.mean()), 1 - float(truth.mean()))
+    assert (fitted == truth).float().mean() > most + 0.15  # than the commoner answer always
+
+
+def test_the_language_model_draws_codes_of_its_own(examples):
+    out, prompt = examples["out"], examples["prompt"]
+    drawn = out[:, prompt.shape[1] :]
+    first = examples["first_code"]
+    assert drawn.shape == (1, 16) and first <= int(drawn.min()) <= int(drawn.max()) < first + 16
+    assert [image.size for image in examples["drawn"]] == [(32, 32)]
+    assert examples["language_model"].get_input_embeddings().num_embeddings == first + 16
+
+
+def test_a_tokenizer_is_pushed_as_configuration_and_safetensors(finished_run, monkeypatch):
+    """Offline: what would be uploaded is looked at instead."""
+    from transformers.utils import hub
+
+    pushed: dict[str, list[str]] = {}
+
+    class Api:
+        def create_repo(self, repo_id: str, **_: object):
+            return type("Url", (), {"repo_id": repo_id})
+
+        def create_commit(self, repo_id: str, operations, **_: object) -> None:
+            pushed[repo_id] = sorted(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: type("Card", (), {"save": lambda self, path: None})())
+    ImageTokenizer.load(finished_run[1] / "tokenizer").push_to_hub("me/shapes")
+    assert pushed == {"me/shapes": ["config.json", "model.safetensors"]}
