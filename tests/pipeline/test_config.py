@@ -84,6 +84,7 @@ def test_every_broken_relation_is_named(tiny_yaml):
         (["--encode.pictures", "null"], "the shapes are unlimited"),
         (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
         (["--seed", "-1"], "seed is -1"),
+        (["--tokenizer.model.quantizer", "binary"], "temperature_start is 1.0, at which .* power_pair carries nothing of a bit"),
         (["--seed", "10000000000"], "seed is 10000000000"),
         (["--name", "a/b"], "must be a plain folder name"),
         (["--encode.pictures", "0", "--encode.held_out", "0"], r"(?s)encode.held_out is 0.*encode.pictures is 0"),

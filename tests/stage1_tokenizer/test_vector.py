@@ -46,6 +46,14 @@ def test_the_nearest_code_equals_brute_force(seed):
     assert nearest(vectors, codebook).tolist() == brute
 
 
+def test_the_nearest_codes_of_many_vectors_are_found_in_parts(monkeypatch):
+    vectors, codebook = features(1000, 3), features(17, 3, seed=1)
+    whole = nearest(vectors, codebook)
+    for table in (1, 17 * 7, 17 * 999):
+        monkeypatch.setattr("stage1_tokenizer.quantizers.vector._TABLE", table)
+        assert torch.equal(nearest(vectors, codebook), whole)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_codes_lie_on_the_grid_of_their_vectors_and_embed_is_their_look_up(normalize):
     vq = started(features(8, 4, seed=1), normalize=normalize).eval()

@@ -1,0 +1,145 @@
+"""How good a gradient each quantizer gives its encoder: variance and bias against the exact one, which one position of 32 codes allows.
+
+python -m benchmarks.gradient_variance [--samples 2000] [--out docs/images/gradient-variance.png]
+A batch of logits, a codebook and a decoder (two layers) are drawn once; the cost is a squared error. Every estimator gives the gradient
+to the same logits from its own samples; the exact gradient sums over all codes. Categorical estimators see 32 logits, those of bits 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.quantizers.bits import unpack
+from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
+from stage1_tokenizer.quantizers.gumbel import one_hot, reinmax, relax
+from stage1_tokenizer.quantizers.smoothing import smooth
+
+CODES, BITS, DIM, PICTURES = 32, 5, 8, 16
+TEMPERATURES = (0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.5, 2.5)
+Estimator = Callable[[Tensor, float], Tensor]
+
+
+class Problem:
+    """Logits, codes' vectors and a decoder that are the same for all estimators."""
+
+    def __init__(self, inputs: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.logits = draw(PICTURES, inputs)
+        self.codebook = draw(CODES, DIM) if inputs == CODES else unpack(torch.arange(CODES), BITS)
+        self.first, self.second = draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5, draw(32, 12) / 32**0.5
+        self.target = draw(PICTURES, 12)
+
+    def cost(self, latents: Tensor) -> Tensor:
+        """Latents (...,B,D) -> costs (...,B)."""
+        return ((latents @ self.first).relu() @ self.second - self.target).square().sum(-1)
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Of whole codes: (B,inputs) -> (B,K)."""
+        return (logits if logits.shape[1] == CODES else logits @ self.codebook.T / 2).log_softmax(1)
+
+    def exact(self) -> Tensor:
+        logits = self.logits.clone().requires_grad_()
+        costs = self.cost(self.codebook[:, None].expand(-1, PICTURES, -1)).T
+        (self.log_probabilities(logits).exp() * costs).sum().backward()
+        assert logits.grad is not None
+        return logits.grad
+
+
+def relaxed(problem: Problem, weigh: Callable[[Tensor, Tensor, float], Tensor]) -> Estimator:
+    def estimate(logits: Tensor, temperature: float) -> Tensor:
+        shaped = logits[:, :, None, None]
+        weights = weigh(shaped, gumbel_noise_like(shaped.detach()), temperature)[:, :, 0, 0]
+        return problem.cost(weights @ problem.codebook).sum()
+
+    return estimate
+
+
+def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    soft = relax(logits, noise, temperature)
+    return one_hot(soft.argmax(1), CODES) + soft - soft.detach()
+
+
+def score_function(problem: Problem, baseline: bool) -> Estimator:
+    # What a running mean settles on.
+    probabilities = problem.log_probabilities(problem.logits).exp()
+    mean = (probabilities * problem.cost(problem.codebook[:, None].expand(-1, PICTURES, -1)).T).sum(1).mean() if baseline else 0.0
+
+    def estimate(logits: Tensor, temperature: float) -> Tensor:
+        log_q = problem.log_probabilities(logits)
+        codes = log_q.detach().exp().multinomial(1)
+        costs = problem.cost(problem.codebook[codes[:, 0]]).detach()
+        return ((costs - mean) * log_q.gather(1, codes)[:, 0]).sum()
+
+    return estimate
+
+
+def smoothed(problem: Problem, kind: str) -> Estimator:
+    def estimate(logits: Tensor, temperature: float) -> Tensor:
+        return problem.cost(2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, kind) - 1).sum()  # type: ignore[arg-type]
+
+    return estimate
+
+
+def variance_and_bias(problem: Problem, estimate: Estimator, temperature: float, samples: int) -> tuple[float, float]:
+    """Both summed over the logits and divided by the exact gradient's squared length."""
+    torch.manual_seed(0)
+    gradients = []
+    for _ in range(samples):
+        logits = problem.logits.clone().requires_grad_()
+        estimate(logits, temperature).backward()
+        assert logits.grad is not None
+        gradients.append(logits.grad)
+    stacked, exact = torch.stack(gradients), problem.exact()
+    length = exact.square().sum()
+    # The mean's own noise is no bias.
+    bias = (stacked.mean(0) - exact).square().sum() - stacked.var(0).sum() / samples
+    return float(stacked.var(0).sum() / length), float(bias.clamp(min=0) / length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("docs/images/gradient-variance.png"))
+    options = parser.parse_args()
+    from matplotlib.figure import Figure
+
+    categorical, bits = Problem(CODES), Problem(BITS)
+    flat = {"score function": score_function(categorical, False), "score function, running baseline": score_function(categorical, True)}
+    curves = {
+        "Gumbel-softmax, relaxed": (categorical, relaxed(categorical, relax)),
+        "Gumbel-softmax, straight-through": (categorical, relaxed(categorical, straight_through)),
+        "ReinMax": (categorical, relaxed(categorical, reinmax)),
+        "bits, exponential pair": (bits, smoothed(bits, "exponential_pair")),
+        "bits, power-function pair": (bits, smoothed(bits, "power_pair")),
+        "bits, spike-and-exponential": (bits, smoothed(bits, "spike_exponential")),
+    }
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    for number, (name, estimate) in enumerate(flat.items()):
+        variance, bias = variance_and_bias(categorical, estimate, 1.0, options.samples)
+        print(f"{name:<36} variance {variance:10.3f}  bias {bias:8.4f}")
+        left.axhline(variance, color="black", linestyle=("-", "--")[number], label=name)
+    for name, (problem, estimate) in curves.items():
+        # A power function at temperature 1 is flat and says nothing of its bit.
+        temperatures = [t for t in TEMPERATURES if t < 1 or "power" not in name]
+        rows = [variance_and_bias(problem, estimate, temperature, options.samples) for temperature in temperatures]
+        for temperature, (variance, bias) in zip(temperatures, rows, strict=True):
+            print(f"{name:<36} temperature {temperature:4} variance {variance:10.3f}  bias {bias:8.4f}")
+        left.plot(temperatures, [row[0] for row in rows], "o-", label=name, markersize=3)
+        right.plot(temperatures, [row[1] for row in rows], "o-", label=name, markersize=3)
+    for axes, title in ((left, "variance"), (right, "squared bias")):
+        axes.set(xscale="log", yscale="log", xlabel="temperature", ylabel=f"{title} / squared length of the exact gradient", title=title)
+        axes.grid(alpha=0.3)
+    right.set_ylim(bottom=1e-4)
+    left.legend(fontsize=8)
+    figure.savefig(options.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and vector-quantize-pytorch's VectorQuantize in our network.
+
+benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes 8] [--row discrete-vae|vector-quantize]
+Each peer has its default settings, the comparison's first row's data, steps (or minutes) and prior, and bf16 autocast as ours has. The
+rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows them below its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pipeline.comparison as comparison
+import stage1_tokenizer.model as model
+from benchmarks import peers
+from pipeline.config import Experiment
+from pipeline.data.batches import Order
+from pipeline.runtime import uses_bf16
+from pipeline.stages import sources_of
+from stage1_tokenizer import ImageTokenizer, Level, Quantized, TokenizerConfig, codebook_statistics, to_model_range
+from stage1_tokenizer.objective import peak_signal_to_noise
+from stage1_tokenizer.quantizers.base import SingleLevel
+
+
+class PeerQuantizer(SingleLevel):
+    """vector-quantize-pytorch's VectorQuantize, all but sizes as it comes, under our contract."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        from vector_quantize_pytorch import VectorQuantize
+
+        super().__init__(config.num_codes, config.code_dim, config.code_dim)
+        self.inner = VectorQuantize(dim=config.code_dim, codebook_size=config.num_codes)
+
+    def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
+        with torch.autocast(features.device.type, enabled=False):
+            b, d, h, w = features.shape
+            quantized, codes, loss = self.inner(features.float().flatten(2).transpose(1, 2))
+            codes, metrics = codes.reshape(b, h, w), {}
+            if self.training:
+                self.count(codes)
+                metrics = self.use()
+        return Quantized(quantized.transpose(1, 2).reshape(b, d, h, w), codes, loss.sum(), metrics=metrics)
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        return self.inner.get_output_from_indices(codes)
+
+
+class PeerTokenizer(nn.Module):
+    """dalle-pytorch's DiscreteVAE behind as much of `ImageTokenizer` as the stages ask for."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.own_config = config
+        self.vae = peers.discrete_vae(config.image_size, config.factor.bit_length() - 1, config.num_codes)
+        self.image_size, self.num_codes, self.fingerprint = config.image_size, config.num_codes, "dalle-pytorch"
+        self.quantizer = self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def layout_of(self, grid: tuple[int, int]) -> tuple[Level, ...]:
+        return (Level(grid=grid, num_codes=self.num_codes),)
+
+    class _Layout(tuple):
+        """Both the tokenizer's `layout` and its quantizer's `layout(grid)`."""
+
+        def __call__(self, grid: tuple[int, int]) -> tuple[Level, ...]:
+            return (Level(grid=tuple(grid), num_codes=self[0].num_codes),)
+
+    @property
+    def layout(self) -> Any:
+        return self._Layout(self.layout_of(self.own_config.grid))
+
+    @property
+    def code_vectors(self) -> Tensor:
+        return self.vae.codebook.weight.detach()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.get_codebook_indices((pixels + 1) / 2).reshape(len(pixels), *self.own_config.grid)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: Any = None) -> Tensor:
+        return self.vae.decode(codes.flatten(1)).float().clamp(-1, 1)
+
+    def to_images(self, codes: Tensor) -> list[Any]:
+        from stage1_tokenizer import to_pictures
+        from stage1_tokenizer.pixels import to_pil
+
+        return to_pil(to_pictures(self.decode(codes)))
+
+
+def train_discrete_vae(experiment: Experiment, seconds: float | None) -> PeerTokenizer:
+    """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many seconds; writes its held-out figures."""
+    train = experiment.tokenizer.train
+    torch.manual_seed(experiment.seed)
+    source, held_out = sources_of(experiment)
+    tokenizer = PeerTokenizer(experiment.tokenizer.model)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
+    order = Order(len(source), train.batch_size, experiment.seed)
+    bf16, start, step = uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
+    while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
+        pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = tokenizer.vae((pixels + 1) / 2, return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+    tokenizer.eval()
+    print(f"DiscreteVAE: {step} steps in {time.perf_counter() - start:.0f} s", flush=True)
+    true = to_model_range(torch.from_numpy(held_out.images(range(min(len(held_out), experiment.encode.held_out)))))
+    codes = tokenizer.encode(true)
+    statistics = codebook_statistics(torch.bincount(codes.flatten(), minlength=tokenizer.num_codes))
+    figures = {
+        "psnr": float(peak_signal_to_noise(true, tokenizer.decode(codes)).mean()),
+        "codebook_usage": statistics.usage,
+        "codebook_perplexity": statistics.perplexity,
+    }
+    folder = experiment.folder / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    settled = {"train": {"steps": step}}
+    (folder / "settings.json").write_text(json.dumps({"settings": settled, "held_out": figures}))
+    return tokenizer
+
+
+def discrete_vae_row(experiment: Experiment, minutes: float | None) -> None:
+    """The row's figures by the code that judges ours, with the peer in our tokenizer's place."""
+    trained: list[PeerTokenizer] = []
+
+    def train(given: Experiment) -> Path:
+        trained.append(train_discrete_vae(given, None if minutes is None else 60 * minutes))
+        return given.folder / "tokenizer"
+
+    comparison.train_tokenizer = train
+    comparison.steps_within = lambda given, seconds: 1
+    ImageTokenizer.load = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
+    figures = comparison.row_figures(experiment, minutes)
+    steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
+    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.batch_size / (60 * figures["minutes"])}
+    (experiment.folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:
+    model.build_quantizer = PeerQuantizer  # type: ignore[assignment]
+    comparison.row_figures(experiment, minutes)
+
+
+ROWS = {
+    "discrete-vae": ("dalle-pytorch DiscreteVAE", discrete_vae_row),
+    "vector-quantize": ("vector-quantize-pytorch", vector_quantize_row),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--row", choices=tuple(ROWS), help="one of them, in this process (both, each in a process of its own)")
+    options, rest = parser.parse_known_args()
+    if options.row is None:
+        import subprocess
+        import sys
+
+        for row in ROWS:
+            subprocess.run([sys.executable, "-m", "benchmarks.tokenizers", "--row", row, *rest], check=True)
+        return
+    given = comparison.load_comparison(rest)
+    name, run = ROWS[options.row]
+    base = next(iter(given.rows.values()))
+    plain = TokenizerConfig(**{**vars(base.tokenizer.model), "vq": type(base.tokenizer.model.vq)()})
+    run(replace(base, name=name, tokenizer=replace(base.tokenizer, model=plain)), given.minutes)
+
+
+if __name__ == "__main__":
+    main()
