@@ -3,7 +3,7 @@
 benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE]
 Equal network cost: our encoder's width is chosen so that a picture takes at least as many operations as in the peer's encoder, both
 counted by torch's own counter. Both encode the same pictures under the same bf16 autocast, or the peer in the fp32 that it comes with
-(`--peers-fp32`); our networks are compiled, as `minidalle encode` compiles them.
+(`--peers-fp32`); ours is compiled by `compile_networks`.
 """
 
 from __future__ import annotations

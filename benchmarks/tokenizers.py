@@ -60,7 +60,10 @@ class PeerTokenizer(nn.Module):
         self.own_config = config
         self.vae = peers.discrete_vae(config.image_size, config.factor.bit_length() - 1, config.num_codes)
         self.image_size, self.num_codes, self.fingerprint = config.image_size, config.num_codes, "dalle-pytorch"
-        self.quantizer = self
+
+    @property
+    def quantizer(self) -> PeerTokenizer:
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +149,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None) -> None:
     figures = comparison.row_figures(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
     figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.batch_size / (60 * figures["minutes"])}
-    (experiment.folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    comparison._write(experiment, minutes, figures)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:

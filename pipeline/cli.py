@@ -86,6 +86,11 @@ def _experiment(rest: Sequence[str]):
         raise _WrongUsage(str(error)) from error
 
 
+def _alone(verb: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{verb} is the work of one process; start it without torchrun or accelerate launch")
+
+
 def _say(text: str) -> None:
     """Prints on the first process alone."""
     if os.environ.get("RANK", "0") == "0":
@@ -114,7 +119,7 @@ def _train_tokenizer(rest: Sequence[str]) -> int:
 
 
 def _encode(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(prog="minidalle encode", add_help=False)
+    reader = argparse.ArgumentParser(prog="minidalle encode", add_help=False, allow_abbrev=False)
     reader.add_argument("--tokenizer", type=Path, help="another tokenizer than the run's; its own run's settings hold where none are given")
     reader.add_argument("--out", type=Path, help="folder for the codes, for other programs (RUN/codes, for train-prior)")
     reader.add_argument("--format", choices=("arrow", "parquet", "webdataset"), default="arrow", help="form of the codes in --out (arrow)")
@@ -123,21 +128,23 @@ def _encode(rest: Sequence[str]) -> int:
         print(reader.format_help())
     if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
         raise _WrongUsage("--tokenizer and --format are for codes outside a run; add --out DIR")
-    if options.tokenizer is not None and "--config" not in rest:
-        if not options.tokenizer.is_dir():
-            raise FileNotFoundError(
-                f"there is no tokenizer in {options.tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer"
-            )
-        settings = ["--config", str(options.tokenizer.parent / "experiment.yaml"), *settings]
-    experiment = _experiment(settings)
-    from pipeline.stages import encode_dataset, encode_elsewhere
+    given = any(a == "--config" or a.startswith("--config=") for a in settings)
+    from pipeline.stages import encode_dataset, encode_elsewhere, every_picture_once, settings_of_run
 
+    if options.tokenizer is None or given:
+        experiment = _experiment(settings)
+    else:
+        with settings_of_run(options.tokenizer) as config:
+            experiment = _experiment(["--config", str(config), *settings])
+        if not any(setting.startswith("--encode.") for setting in settings):
+            experiment = every_picture_once(experiment)
     if options.out is None:
         folder = encode_dataset(experiment)
         _say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
         return 0
-    files = encode_elsewhere(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
-    _say(f"wrote {options.out}: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''} and codes.json")
+    rows, files = encode_elsewhere(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
+    counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    _say(f"wrote {options.out}: {counts} pictures in {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json")
     return 0
 
 
@@ -160,12 +167,13 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
         print("minidalle compare-tokenizers --config configs/bakeoff-emoji.yaml [--minutes M] [--key.path VALUE ...]\n")
         parser().print_help()
         return 0
+    _alone("compare-tokenizers")
     try:
         comparison = load_comparison(rest)
     except ValueError as error:
         raise _WrongUsage(str(error)) from error
     folder = compare_tokenizers(comparison)
-    _say(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md, .json and .png and reconstructions.png to {folder}")
+    _say(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to {folder}")
     return 0
 
 
@@ -251,7 +259,8 @@ def _codebook(rest: Sequence[str]) -> int:
     reader.add_argument("--pictures", type=int, default=500, help="held-out pictures to encode (500)")
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
     options = reader.parse_args(rest)
-    from pipeline.codebook import codebook
+    _alone("codebook")
+    from pipeline.codebook import codebook, refuse_taken
     from pipeline.data.sources import load_source
 
     run = options.tokenizer.parent
@@ -264,6 +273,9 @@ def _codebook(rest: Sequence[str]) -> int:
         raise FileNotFoundError(f"there is no {config}, so it is not known which pictures to encode; add --config FILE")
     source = load_source(_experiment(["--config", str(config)]).data, "held_out")
     out = options.out or run / "codebook"
+    refuse_taken(out)
+    if options.pictures < 1 or not len(source):
+        raise ValueError(f"--pictures is {options.pictures} and {len(source)} are held out; at least one is needed of both")
     views = codebook(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
     for view in views:
         s = view.statistics

@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from stage1_tokenizer import (
     to_pictures,
 )
 
+NUMBERS = "codebook.json"
+"""The page's numbers, for programs."""
 _BATCH = 64
 _SHOWN = 1024
 """Codes shown of a level, at most."""
@@ -51,14 +54,22 @@ class LevelView:
     """By title: grids of the codes alone and in context, map, usage curve."""
 
 
+def refuse_taken(out: Path) -> None:
+    """Raises FileExistsError where `out` holds something other than such a page, which may be replaced."""
+    if out.exists() and not (out / NUMBERS).is_file():
+        raise FileExistsError(f"{out} is there already and holds no codebook page; choose another folder")
+
+
 @torch.no_grad()
 def codebook(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
-    """Writes PNGs and index.html on the codes of `pictures` (N,H,W,3) uint8 to `out`; returns what is on the page.
+    """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to `out`; returns what is on the page.
 
     Raises:
         ValueError: the folder holds no tokenizer, or there are no pictures.
+        FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.load(tokenizer)
+    refuse_taken(out)
     if not len(pictures):
         raise ValueError("there are no pictures to see the codes in; give a configuration with held-out pictures")
     codes = torch.cat(
@@ -178,6 +189,8 @@ def _write(folder: Path, views: Sequence[LevelView], total: CodebookStatistics, 
         f"<h1>Codebook of {html.escape(str(tokenizer))}</h1><p>{head}.</p>{''.join(sections)}</html>\n"
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+    numbers = [{"level": v.name, **asdict(v.statistics), "codes": v.codes, "uses": v.counts} for v in views]
+    (folder / NUMBERS).write_text(json.dumps({"pictures": pictures, "levels": numbers}) + "\n")
 
 
 _TITLES = {

@@ -6,6 +6,7 @@ from the rest for each tokenizer, and optionally `minutes` of training a tokeniz
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints import newest_checkpoint
-from pipeline.config import Experiment, load_experiment
+from pipeline.config import Experiment, load_experiment, to_dict
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
@@ -28,7 +29,7 @@ from pipeline.stages import encode_dataset, sources_of, tokenizer_task, train_pr
 from pipeline.training import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 
-_FIGURES = "figures.json"
+_FIGURES, _PLAN = "figures.json", "plan.json"
 _PROBE_STEPS = 60
 """Steps run and thrown away to find how many fit into the minutes."""
 _ENCODED = 64
@@ -60,16 +61,13 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
     """
     import yaml
 
-    arguments = list(arguments)
-    options: dict[str, str | None] = {"--config": None, "--minutes": None}
-    for name in options:
-        if name in arguments[:-1]:
-            at = arguments.index(name)
-            options[name] = arguments[at + 1]
-            del arguments[at : at + 2]
-    if options["--config"] is None:
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--config")
+    reader.add_argument("--minutes")
+    options, arguments = reader.parse_known_args(arguments)
+    if options.config is None:
         raise ValueError("no configuration was given; add --config configs/bakeoff-emoji.yaml (or your own copy of it)")
-    file = Path(options["--config"])
+    file = Path(options.config)
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration file {file}; the shipped ones are in configs/")
     try:
@@ -79,7 +77,7 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
     given = values.pop("rows", None) if isinstance(values, dict) else None
     if not isinstance(given, dict) or not given or not all(isinstance(row, dict | None) for row in given.values()):
         raise ValueError(f"{file} has no 'rows' to compare; it needs a mapping of names to settings, see configs/bakeoff-emoji.yaml")
-    minutes = options["--minutes"] if options["--minutes"] is not None else values.pop("minutes", None)
+    minutes = options.minutes if options.minutes is not None else values.get("minutes")
     values.pop("minutes", None)
     try:
         minutes = None if minutes is None else float(minutes)
@@ -89,6 +87,9 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         raise ValueError(f"minutes is {minutes}; it must be above 0")
     rows, problems, folder = {}, [], Path()
     for name, row in given.items():
+        if moved := {"name", "output_dir"} & set(row or {}):
+            problems.append(f"row {name}: {', '.join(sorted(moved))} cannot differ between rows; a row's name is its own")
+            continue
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as merged:
             yaml.safe_dump(_merged(values, row or {}), merged)
             merged.flush()
@@ -115,18 +116,59 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def compare_tokenizers(comparison: Comparison) -> Path:
     """Trains and judges every row that is not done yet, then writes the table and the pictures; returns their folder."""
     for name, experiment in comparison.rows.items():
-        if not (experiment.folder / _FIGURES).is_file():
-            print(f"== {name}", flush=True)
+        if _is_done(experiment, comparison.minutes):
+            continue
+        print(f"== {name}", flush=True)
+        # What was compiled for other rows counts against how many shapes a network may be compiled for.
+        torch.compiler.reset()
+        try:
             row_figures(experiment, comparison.minutes)
+        except FloatingPointError as error:
+            _write(experiment, comparison.minutes, {"failed": str(error)})
+            print(f"{name} failed: {error}", flush=True)
     write_report(comparison)
     return comparison.folder
 
 
+def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
+    settings = to_dict(experiment)
+    return {**{key: settings[key] for key in ("seed", "data", "tokenizer", "encode", "text", "prior")}, "minutes": minutes}
+
+
+def _is_done(experiment: Experiment, minutes: float | None) -> bool:
+    """Whether a row has its figures; refuses those that were made with other settings."""
+    path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
+    plan = _plan(experiment.folder)
+    made = json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now
+    if differ := sorted(key for key in now if made.get(key) != now[key]):
+        raise ValueError(
+            f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose another name for this comparison, or remove "
+            "that folder"
+        )
+    return path.is_file()
+
+
+def _plan(folder: Path) -> dict[str, Any] | None:
+    """What an earlier try of a row settled on."""
+    return json.loads((folder / _PLAN).read_text()) if (folder / _PLAN).is_file() else None
+
+
+def _write(experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]) -> None:
+    content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
+    beside = experiment.folder / f".{_FIGURES}.writing"
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.rename(experiment.folder / _FIGURES)
+
+
 def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, float]:
     """Trains one tokenizer and a prior on its codes; the figures, which are also written to the row's folder."""
-    folder = experiment.folder / "tokenizer"
+    given, folder = experiment, experiment.folder / "tokenizer"
     if minutes is not None:
-        steps = _steps_of(folder) or steps_within(experiment, 60 * minutes)
+        # An adversary joins later than this looks, and its steps are slower.
+        plan = _plan(experiment.folder)
+        steps = plan["steps"] if plan else steps_within(experiment, 60 * minutes)
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        (experiment.folder / _PLAN).write_text(json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
         # Judged at the end alone: what evaluations cost differs between tokenizers.
         train = replace(experiment.tokenizer.train, steps=steps, evaluate_every=steps)
         experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
@@ -154,16 +196,8 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
     if not resumed:  # of a run in two parts neither time is that of the whole
         figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.batch_size / seconds}
     np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
-    beside = experiment.folder / f".{_FIGURES}.writing"
-    beside.write_text(json.dumps(figures, indent=2) + "\n")
-    beside.rename(experiment.folder / _FIGURES)
+    _write(given, minutes, figures)
     return figures
-
-
-def _steps_of(folder: Path) -> int | None:
-    """Steps that an earlier try had settled on."""
-    written = read_settings(folder)
-    return written["settings"]["train"]["steps"] if written else None
 
 
 def steps_within(experiment: Experiment, seconds: float) -> int:
@@ -192,7 +226,7 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
 
 @torch.no_grad()
 def _reconstructed(experiment: Experiment, tokenizer: ImageTokenizer) -> tuple[np.ndarray, np.ndarray, float]:
-    """Held-out pictures, what the tokenizer makes of them, and pictures/s of encoding (the median of a few batches)."""
+    """Held-out pictures, what the tokenizer makes of them, and pictures/s of encoding (by the quickest of some batches)."""
     accelerator = make_accelerator(experiment, trackers=False)
     _, held_out = sources_of(experiment)
     true = held_out.images(range(min(len(held_out), experiment.encode.held_out)))
@@ -202,25 +236,28 @@ def _reconstructed(experiment: Experiment, tokenizer: ImageTokenizer) -> tuple[n
     for first in range(0, len(true), _ENCODED):
         pixels = to_model_range(torch.from_numpy(true[first : first + _ENCODED])).to(accelerator.device)
         drawn.append(to_pictures(tokenizer.decode(tokenizer.encode(pixels))).cpu().numpy())
-        for _ in range(5):
+        for _ in range(5 if len(pixels) == _ENCODED or len(true) < _ENCODED else 0):
             start = time.perf_counter()
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
                 tokenizer.encode(pixels).cpu()
             seconds.append((time.perf_counter() - start) / len(pixels))
-    return true, np.concatenate(drawn), 1 / float(np.median(seconds))
+    return true, np.concatenate(drawn), 1 / min(seconds)
 
 
 def write_report(comparison: Comparison) -> None:
     """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures."""
     others = sorted(p.parent.name for p in comparison.folder.glob(f"*/{_FIGURES}") if p.parent.name not in comparison.rows)
-    names = [*comparison.rows, *others]
-    figures = {name: json.loads((comparison.folder / name / _FIGURES).read_text()) for name in names}
-    (comparison.folder / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (comparison.folder / "comparison.md").write_text(table(figures))
-    shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in names]
-    first = next(iter(comparison.rows.values()))
-    true = sources_of(first)[1].images(range(len(shown[0])))
-    grid = picture_grid([picture for row in [true, *shown] for picture in row], columns=len(true))
+    every = {name: json.loads((comparison.folder / name / _FIGURES).read_text())["figures"] for name in [*comparison.rows, *others]}
+    (comparison.folder / "comparison.json").write_text(json.dumps(every, indent=2) + "\n")
+    figures = {name: row for name, row in every.items() if "failed" not in row}
+    failures = "".join(f"\n{name} failed: {row['failed']}\n" for name, row in every.items() if "failed" in row)
+    (comparison.folder / "comparison.md").write_text(table(figures) + failures)
+    if not figures:
+        return
+    shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in figures]
+    true = sources_of(next(iter(comparison.rows.values())))[1].images(range(len(shown[0])))
+    alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
+    grid = picture_grid([picture for row in [true, *alike] for picture in row], columns=len(true))
     grid_image(grid).save(comparison.folder / "reconstructions.png")
     _plot(figures, comparison.folder / "comparison.png")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.config import DataConfig
-from stage1_tokenizer import ObjectiveConfig, TokenizerConfig
+from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
 from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
 
 
@@ -185,12 +185,7 @@ def _relations(values: dict[str, Any]) -> list[str]:
             f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
             "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
         )
-    heat = values["tokenizer"]["objective"]["temperature_start"]
-    if model["quantizer"] == "binary" and model["binary"]["smoothing"] == "power_pair" and heat >= 1:
-        problems.append(
-            f"tokenizer.objective.temperature_start is {heat}, at which tokenizer.model.binary.smoothing power_pair carries nothing of "
-            "a bit; set it below 1 (0.2, with temperature_end 0.1), or choose exponential_pair"
-        )
+    problems += joint_problems(model, values["tokenizer"]["objective"])
     if data["source"] == "shapes" and values["encode"]["pictures"] is None:
         problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
     return problems

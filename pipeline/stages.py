@@ -6,7 +6,10 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.checkpoints import newest_checkpoint, write_folder
-from pipeline.config import Experiment, to_dict
+from pipeline.config import EncodeConfig, Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.export import Format, export_codes, refuse_taken
@@ -31,6 +34,8 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
 EVALUATION_BATCH = 64
+_ALL = 10**9
+"""More pictures than any source holds out."""
 _CAPTIONS_TO_LEARN = 100_000
 """The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
@@ -147,8 +152,11 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
     return folder
 
 
-def encode_elsewhere(experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None) -> list[str]:
-    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the files' names.
+def encode_elsewhere(
+    experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
+) -> tuple[dict[str, int], list[str]]:
+    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the number of
+    pictures of each split and the files' names.
 
     Raises:
         FileExistsError: there is something else in `out` already.
@@ -157,10 +165,39 @@ def encode_elsewhere(experiment: Experiment, out: Path, form: Format, *, tokeniz
     made = out.parent / f".{out.name}.arrow"
     encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
     if not processes().is_main_process:
-        return []
+        return {}, []
     files = export_codes(made, out, form)
     shutil.rmtree(made)
-    return files
+    return read_manifest(out)["rows"], files
+
+
+def every_picture_once(experiment: Experiment) -> Experiment:
+    """The experiment with all of its data encoded (of the shapes, which are unlimited, as many as it says), whatever its prior is given."""
+    options = experiment.encode
+    pictures = options.pictures if experiment.data.source == "shapes" else None
+    return replace(experiment, encode=EncodeConfig(pictures=pictures, held_out=_ALL, batch_size=options.batch_size))
+
+
+@contextmanager
+def settings_of_run(tokenizer: Path) -> Iterator[Path]:
+    """The settings of the run that a tokenizer lies in, as a YAML for other data: its picture size follows that of the data.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer, or no run around it.
+    """
+    import yaml
+
+    if not tokenizer.is_dir():
+        raise FileNotFoundError(f"there is no tokenizer in {tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
+    written = tokenizer.parent / "experiment.yaml"
+    if not written.is_file():
+        raise FileNotFoundError(f"there is no {written}, so it is not known which pictures to encode; add --config FILE")
+    values = yaml.safe_load(written.read_text())
+    values["tokenizer"]["model"].pop("image_size", None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "experiment.yaml"
+        path.write_text(yaml.safe_dump(values))
+        yield path
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class TextToImageOutput:
 
     images: list[Image.Image]
     codes: Tensor
-    """(N,h,w) int64."""
+    """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
     log_likelihood: Tensor
     """(N,) log p(codes | prompt) in nats."""
     seeds: list[int]

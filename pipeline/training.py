@@ -271,14 +271,14 @@ def _step(
         for optimizer in own:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        scalars |= {"loss" if loss.group in ("tokenizer", "prior") else f"{loss.group}_loss": loss.value.detach()}
+        prefix = "" if loss.group in ("tokenizer", "prior") else f"{loss.group}_"
+        scalars |= {f"{prefix}loss": loss.value.detach(), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
         scalars |= loss.metrics
-        scalars |= {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}
 
 
 def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, good: Path | None) -> None:
     # A finite loss with a gradient that is not has broken the weights all the same.
-    broken = [name for name, value in scalars.items() if ("loss" in name or name == "gradient_norm") and not math.isfinite(value)]
+    broken = [name for name, value in scalars.items() if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value)]
     if broken:
         raise FloatingPointError(
             f"{label}: {', '.join(broken)} is not finite at step {step}; "
@@ -288,8 +288,7 @@ def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, goo
 
 
 def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
-    hidden = ("gradient_norm", "learning_rate")
-    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if k not in hidden]
+    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
     return ", ".join(parts)
 

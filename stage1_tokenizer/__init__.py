@@ -1,6 +1,6 @@
 """Stage 1: pictures <-> grids of codes. Knows nothing of text, data sets or training loops."""
 
-from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig
+from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig, joint_problems
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
 from stage1_tokenizer.options import (
@@ -55,6 +55,7 @@ __all__ = [
     "codebook_statistics",
     "count_codes",
     "counts_by_level",
+    "joint_problems",
     "resize_and_crop",
     "structural_similarity",
     "to_model_range",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from stage1_tokenizer.options import (
     OWNERS,
@@ -72,7 +73,8 @@ class TokenizerConfig:
     attention: bool = False
     """Self-attention at the codes' resolution (`architecture: patch`)."""
     vqgan: VqganOptions = field(default_factory=VqganOptions)
-    """Sizes of `architecture: vqgan`."""
+    """Sizes of `architecture: vqgan`, in place of width and depths. The logits of categorical quantizers come from `code_dim` features
+    there."""
     quantizer: QuantizerName = "vq"
     """How features become codes."""
     num_codes: int = 1024
@@ -225,3 +227,19 @@ class ObjectiveConfig:
                 problems.append(f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
+    """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
+    problems, adversary, heat = [], objective["adversary"], objective["temperature_start"]
+    if adversary["weight"] and model["image_size"] >> adversary["layers"] < 3:
+        problems.append(
+            f"tokenizer.objective.adversary.layers is {adversary['layers']}, which leaves no patch of pictures of "
+            f"{model['image_size']} pixels; set it lower"
+        )
+    if model["quantizer"] == "binary" and model["binary"]["smoothing"] == "power_pair" and heat >= 1:
+        problems.append(
+            f"tokenizer.objective.temperature_start is {heat}, at which tokenizer.model.binary.smoothing power_pair carries nothing of "
+            "a bit; set it below 1 (0.2, with temperature_end 0.1), or choose exponential_pair"
+        )
+    return problems

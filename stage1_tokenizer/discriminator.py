@@ -59,7 +59,7 @@ class Discriminator(nn.Module):
     def move_anchors(self, true: Tensor, drawn: Tensor) -> None:
         """Moves the running means by the logits of a step, over all processes."""
         sums = sum_over_processes(
-            torch.stack([true.float().sum(), drawn.float().sum(), torch.full_like(true[0, 0, 0, 0], true.numel()).float()])
+            torch.stack([true.float().sum(), drawn.float().sum(), torch.tensor(float(true.numel()), device=true.device)])
         )
         self.anchors.lerp_(sums[:2] / sums[2], 1 - _ANCHOR_DECAY)
 
@@ -86,6 +86,14 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor)
     """
     norms = [torch.autograd.grad(loss, output, retain_graph=True)[0].float().norm() for loss in (reconstruction, adversarial)]
     return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
+
+
+def at_picture(loss: Tensor, picture: Tensor) -> Tensor:
+    """A loss of the same value and gradient that remembers its gradient at the picture alone, so that it may be differentiated more than
+    once: what lies between the two is done with, as a compiled discriminator has to be after one pass."""
+    gradient = torch.autograd.grad(loss, picture)[0].detach()
+    linear = (gradient * picture).sum()
+    return linear + (loss - linear).detach()
 
 
 @contextmanager

@@ -160,10 +160,11 @@ class ImageTokenizer(PreTrainedModel):
         return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest))).clamp(-1, 1)
 
     @torch.no_grad()
-    def reconstruct(self, pixels: Tensor, *, tile: int | None = None, margin: int = 64) -> Tensor:
+    def reconstruct(self, pixels: Tensor, *, tile: int | None = None, margin: int | None = None) -> Tensor:
         """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid divides.
 
-        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each seen with `margin` pixels around it.
+        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each seen with `margin` pixels around it (16
+        codes if not said, which is more than a pixel of the default networks depends on).
 
         Raises:
             ValueError: as `encode`.
@@ -175,7 +176,9 @@ class ImageTokenizer(PreTrainedModel):
 
         if tile is None or max(pixels.shape[2:]) <= tile:
             return through(pixels)
-        return by_tiles(pixels, through, tile=tile, margin=margin, stride=self.own_config.stride)
+        return by_tiles(
+            pixels, through, tile=tile, margin=16 * self.own_config.stride if margin is None else margin, stride=self.own_config.stride
+        )
 
     def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of one size -> codes, as `encode`."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.config import ObjectiveConfig
-from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, frozen, generator_loss, hinge_loss, lecam
+from stage1_tokenizer.config import ObjectiveConfig, joint_problems
+from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
 from stage1_tokenizer.health import alarm
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
@@ -59,6 +59,8 @@ class TokenizerObjective:
     """Batches are uint8 pictures (B,H,W,C). With an adversary there are two networks and two losses a step."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
+        if problems := joint_problems(asdict(tokenizer.own_config), asdict(config)):
+            raise ValueError("; ".join(problems))
         self.tokenizer = tokenizer
         self.config = config
         self.networks: dict[str, nn.Module] = {"tokenizer": tokenizer}
@@ -99,7 +101,7 @@ class TokenizerObjective:
             return
         # Not by the wrapped module: its gradients are the other loss's.
         with frozen(self.discriminator) as judge:
-            misled = generator_loss(judge(drawn))
+            misled = at_picture(generator_loss(judge(drawn)), drawn)
         weight = adversary.weight * (adaptive_weight(reconstruction, misled, output.parameters) if adversary.adaptive else 1.0)
         metrics["adversarial"] = misled.detach()
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)

@@ -199,8 +199,10 @@ class FsqOptions:
         self.levels = tuple(self.levels)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        if not self.levels or min(self.levels) < 3:
-            return [f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (use lfq for two values a feature)"]
+        if not self.levels or min(self.levels) < 3 or max(self.levels) > 1000:
+            return [
+                f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (lfq has two values a feature), at most 1000"
+            ]
         return []
 
 

@@ -104,6 +104,7 @@ class BackboneDistance(nn.Module):
             self.register_buffer(part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False)
 
     def forward(self, pixels: Tensor, others: Tensor) -> Tensor:
+        self.to(pixels.device)  # nobody else does: it is part of no network that is trained
         with torch.no_grad():
             first = self._features(pixels)
         total = torch.zeros(len(pixels), device=pixels.device)

@@ -45,14 +45,17 @@ class BinaryQuantizer(SingleLevel):
             logits = features.float()
             codes, kl = pack(logits > 0), kl_to_fair_bits(logits).mean()
             metrics = {"kl": kl.detach()}
+            penalty = logits.new_zeros(())
             if self.training:
                 self.count(codes)
                 metrics |= self.use()
+                if self.options.diversity:
+                    penalty = self.options.diversity * disuse(self.of_codes(logits))
             if temperature is None:
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
                 latents = 2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, self.options.smoothing) - 1
-        return Quantized(latents, codes, self.options.diversity * disuse(self.of_codes(logits)), kl=kl, metrics=metrics)
+        return Quantized(latents, codes, penalty, kl=kl, metrics=metrics)
 
     def of_codes(self, logits: Tensor) -> Tensor:
         """Logits of bits (B,n,h,w) -> logits of whole codes (B,K,h,w), whose softmax is the product over the bits."""

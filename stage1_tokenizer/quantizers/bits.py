@@ -9,7 +9,7 @@ from torch import Tensor
 def pack(positive: Tensor) -> Tensor:
     """Bits (B,n,h,w), true for 1 -> integers (B,h,w)."""
     places = 2 ** torch.arange(positive.shape[1] - 1, -1, -1, device=positive.device)
-    return torch.einsum("bnhw,n->bhw", positive.long(), places)
+    return (positive.long() * places[:, None, None]).sum(dim=1)  # CUDA has no product of integer matrices
 
 
 def unpack(codes: Tensor, bits: int) -> Tensor:

@@ -42,6 +42,10 @@ class Categorical(SingleLevel):
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
 
+    def against_disuse(self, logits: Tensor, weight: float) -> Tensor:
+        """`weight` times `disuse` while training; nothing otherwise, when not all processes may be here."""
+        return weight * disuse(logits) if self.training and weight else logits.new_zeros(())
+
     def use_of(self, logits: Tensor) -> dict[str, Tensor]:
         """The KL and, while training, the use of the codebook by the most likely codes."""
         metrics = {"kl": kl_to_uniform(logits).mean().detach()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage1_tokenizer.options import GumbelOptions
 from stage1_tokenizer.quantizers.base import Quantized
-from stage1_tokenizer.quantizers.categorical import Categorical, disuse, gumbel_noise_like, kl_to_uniform
+from stage1_tokenizer.quantizers.categorical import Categorical, gumbel_noise_like, kl_to_uniform
 
 
 def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -61,7 +61,7 @@ class GumbelQuantizer(Categorical):
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
                 latents = torch.einsum("bkhw,kd->bdhw", self._weights(logits, temperature), self.codebook)
-        return Quantized(latents, codes, self.options.diversity * disuse(logits), kl=kl, metrics=metrics)
+        return Quantized(latents, codes, self.against_disuse(logits, self.options.diversity), kl=kl, metrics=metrics)
 
     def _weights(self, logits: Tensor, temperature: float) -> Tensor:
         noise = gumbel_noise_like(logits)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from stage1_tokenizer.options import ScoreFunctionOptions
 from stage1_tokenizer.quantizers.base import Quantized, sum_over_processes
-from stage1_tokenizer.quantizers.categorical import Categorical, disuse, gumbel_noise_like, kl_to_uniform
+from stage1_tokenizer.quantizers.categorical import Categorical, gumbel_noise_like, kl_to_uniform
 
 
 class ScoreFunctionQuantizer(Categorical):
     """Codes are sampled while training; the encoder learns by d E[cost] = E[(cost - baseline) d log q(codes)].
 
-    The objective calls `surrogate` with the cost of the sampled codes; the decoder's own gradient does not reach the encoder.
+    The objective calls `surrogate` with the cost of the sampled codes, which is their likelihood alone; the decoder's own gradient does
+    not reach the encoder, nor do a perceptual distance or an adversary.
     """
 
     relaxed = True
@@ -42,26 +43,30 @@ class ScoreFunctionQuantizer(Categorical):
             if temperature is not None:
                 log_q = logits.log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
             latents = self.look_up(codes).permute(0, 3, 1, 2)
-        return Quantized(latents, codes, self.options.diversity * disuse(logits), kl=kl, log_q=log_q, metrics=metrics)
+        return Quantized(latents, codes, self.against_disuse(logits, self.options.diversity), kl=kl, log_q=log_q, metrics=metrics)
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
         """Scalar whose gradient estimates that of the expected cost: costs (B,C,H,W) in nats, log_q (B,h,w) of the codes that had them.
 
         Its value is zero: it adds a gradient to the objective, not a cost. In training it moves the baseline, after using it.
         """
-        credited = self._credited(cost.detach(), log_q.shape[1], log_q.shape[2])
-        total = sum_over_processes(torch.stack([credited.sum(), torch.full_like(credited[0, 0, 0], credited.numel())]))
+        credited, places = self._credited(cost.detach(), log_q.shape[1], log_q.shape[2])
+        total = sum_over_processes(torch.stack([credited.sum(), len(credited) * places.sum()]))
         mean = total[0] / total[1]
         baseline = torch.where(self.initialized, self.baseline, mean)
         if self.training:
             self.baseline.copy_(torch.lerp(mean, baseline, self.options.baseline_decay))
             self.initialized.fill_(True)
-        weighted = ((credited - baseline) * log_q).sum(dim=(1, 2)).mean()
+        weighted = ((credited - baseline * places) * log_q).sum(dim=(1, 2)).mean()
         return weighted - weighted.detach()
 
-    def _credited(self, cost: Tensor, height: int, width: int) -> Tensor:
-        """What each code (B,h,w) is held to account for: the whole picture, or the pixels of its place and of those around it."""
+    def _credited(self, cost: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """What each code is held to account for (B,h,w), and how many times the baseline's share that is (h,w).
+
+        That is the whole picture, or the pixels of its place and of those around it, of which there are fewer at the edges.
+        """
         if self.options.credit == "picture":
-            return cost.sum(dim=(1, 2, 3))[:, None, None].expand(-1, height, width)
+            return cost.sum(dim=(1, 2, 3))[:, None, None].expand(-1, height, width), torch.ones(height, width, device=cost.device)
         places = cost.sum(dim=1).unflatten(2, (width, -1)).unflatten(1, (height, -1)).sum(dim=(2, 4))
-        return F.avg_pool2d(places[:, None], 3, stride=1, padding=1, divisor_override=1)[:, 0]
+        around = [F.avg_pool2d(v[:, None], 3, stride=1, padding=1, divisor_override=1)[:, 0] for v in (places, torch.ones_like(places[:1]))]
+        return around[0], around[1][0]

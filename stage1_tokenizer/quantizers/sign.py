@@ -45,9 +45,13 @@ class SignQuantizer(SingleLevel):
             loss = features.new_zeros(())
             if self.training:
                 self.count(codes)
-                commitment, penalty = F.mse_loss(features, chosen), self.entropy_penalty(features)
-                loss = self.options.commitment * commitment + self.options.entropy_weight * penalty
-                metrics = {"commitment": commitment.detach(), "entropy_penalty": penalty.detach()} | self.use()
+                commitment = F.mse_loss(features, chosen)
+                loss = self.options.commitment * commitment
+                metrics = {"commitment": commitment.detach()} | self.use()
+                if self.options.entropy_weight:
+                    penalty = self.entropy_penalty(features)
+                    loss = loss + self.options.entropy_weight * penalty
+                    metrics["entropy_penalty"] = penalty.detach()
         return Quantized(straight_through(features, chosen), codes, loss, metrics=metrics)
 
     def look_up(self, codes: Tensor) -> Tensor:

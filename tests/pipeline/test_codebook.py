@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -68,6 +69,9 @@ def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_pat
     assert "of the codes used, perplexity" in capsys.readouterr().out
     with Image.open(folder / "codebook" / "map.png") as image:
         assert len(np.unique(np.asarray(image))) > 2
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--pictures", "20"]) == 0  # its own page is replaced
+    numbers = json.loads((folder / "codebook" / "codebook.json").read_text())
+    assert numbers["pictures"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
     again = ["codebook", "--tokenizer", folder / "tokenizer", "--config", finished_run[0], "--out", tmp_path / "elsewhere"]
     assert main([str(a) for a in again]) == 0 and (tmp_path / "elsewhere" / "index.html").is_file()
 
@@ -76,6 +80,11 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "none"], "there is no tokenizer in")
     shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "tokenizer"], "it is not known which pictures to encode; add --config FILE")
+    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "p", "--pictures", 0], "--pictures is 0")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="there are no pictures to see the codes in"):
         codebook(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
     assert not (tmp_path / "page").exists()

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.comparison import load_comparison, steps_within, table
 from tests.pipeline.conftest import TINY
+from tests.pipeline.test_run import fails
 
 ROWS = {
     "plain": None,
@@ -51,10 +52,13 @@ def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
 def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp_path, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     folder = tmp_path / "runs" / "tiny"
+    capsys.readouterr()
+    fails(capsys, ["compare-tokenizers", "--config", bakeoff, "--prior.train.steps", "7"], "made with other settings (prior)")
+    fails(capsys, ["compare-tokenizers", "--config", bakeoff, "--minutes", "1"], "made with other settings (minutes)")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/figures.json")}
     stranger = folder / "a peer"
     stranger.mkdir()
-    (stranger / "figures.json").write_text(json.dumps({"psnr": 1.0, "prior_nats": 2.0}))
+    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}}))
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -63,7 +67,7 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
 
 def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.comparison.steps_within", lambda experiment, seconds: int(seconds / 2))
-    assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes", "0.3"]) == 0
+    assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=0.3"]) == 0
     figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
     assert [row["steps"] for row in figures.values()] == [9, 9]
 
@@ -85,6 +89,7 @@ def test_steps_are_found_by_their_pace(bakeoff):
         ({"rows": {"a": {"colour": "red"}}}, [], "row a: .*colour"),
         ({"rows": {"a/b": None}}, [], "name is 'a/b'"),
         ({"minutes": "many"}, [], "minutes is 'many'; it must be a number"),
+        ({"rows": {"a": {"output_dir": "b"}}}, [], "row a: output_dir cannot differ between rows"),
         ({}, ["--minutes", "0"], "minutes is 0.0; it must be above 0"),
     ],
 )  # fmt: skip
@@ -105,6 +110,30 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("rows: [")
     assert main(["compare-tokenizers", "--config", str(tmp_path / "broken.yaml")]) == 2
     assert "is not readable YAML" in capsys.readouterr().err
+
+
+def test_a_row_that_diverges_is_told_and_the_others_are_judged(bakeoff, monkeypatch, capsys):
+    from pipeline import comparison
+
+    judge = comparison.row_figures
+
+    def diverges(experiment, minutes):
+        if experiment.name == "plain":
+            experiment.folder.mkdir(parents=True)
+            raise FloatingPointError("tokenizer: loss is not finite at step 3")
+        return judge(experiment, minutes)
+
+    monkeypatch.setattr(comparison, "row_figures", diverges)
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    table = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
+    assert "| two levels |" in table and "plain failed: tokenizer: loss is not finite at step 3" in table and "| plain |" not in table
+
+
+@pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook"])
+def test_verbs_of_one_process_refuse_several(verb, bakeoff, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["--config", bakeoff] if verb == "compare-tokenizers" else ["--tokenizer", bakeoff.parent, "--config", bakeoff]
+    fails(capsys, [verb, *arguments], "is the work of one process; start it without torchrun")
 
 
 def test_the_table_leaves_unknown_figures_empty():

@@ -108,6 +108,8 @@ def test_what_can_be_wrong(finished_run, tmp_path, capsys):
     config = ["--config", finished_run[0]]
     fails(capsys, ["encode", *config, "--format", "parquet"], "add --out DIR", status=2)
     fails(capsys, ["encode", "--tokenizer", tmp_path / "none", "--out", tmp_path / "c"], "there is no tokenizer in")
+    shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
+    fails(capsys, ["encode", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "c"], "which pictures to encode; add --config FILE")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     fails(capsys, ["encode", *config, "--out", tmp_path / "taken"], "is there already and holds no codes; choose another folder")
@@ -116,3 +118,25 @@ def test_what_can_be_wrong(finished_run, tmp_path, capsys):
     fails(capsys, ["encode", *config, *size, "--out", tmp_path / "c", "--tokenizer", finished_run[1] / "tokenizer"],
           "data.image_size is 44 and the tokenizer's code grid needs a multiple of 8; set data.image_size=32")  # fmt: skip
     assert main(["encode", "--help"]) == 0 and "--format" in capsys.readouterr().out
+
+
+def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, capsys):
+    """Whatever the tokenizer's run encoded for its prior, unless it is said."""
+    import yaml
+
+    run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"shade {i}")
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    settings["encode"] = {"pictures": 5, "held_out": 2, "views": 3, "shift": 1, "batch_size": 4}
+    (run / "experiment.yaml").write_text(yaml.safe_dump(settings))
+    command = ["encode", "--tokenizer", str(run / "tokenizer"), "--data.source", str(folder), "--data.held_out", "0.3"]
+    assert main([*command, "--out", str(tmp_path / "all")]) == 0
+    manifest = json.loads((tmp_path / "all" / "codes.json").read_text())
+    assert sum(manifest["rows"].values()) == 40 and manifest["views"] == 1
+    assert f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out pictures" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "some"), "--encode.pictures", "7"]) == 0
+    assert json.loads((tmp_path / "some" / "codes.json").read_text())["rows"] == {"train": 7, "held_out": 2}

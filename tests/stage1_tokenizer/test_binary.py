@@ -84,7 +84,7 @@ def test_the_logits_of_codes_are_those_of_independent_bits():
 
 def test_disuse_is_the_divergence_of_the_mean_posterior():
     certain = torch.tensor([[[[50.0]], [[50.0]], [[50.0]], [[50.0]]]])
-    binary = BinaryQuantizer(16, BinaryOptions(diversity=0.5)).eval()
+    binary = BinaryQuantizer(16, BinaryOptions(diversity=0.5)).train()
     assert float(binary(certain).loss) == pytest.approx(0.5 * math.log(16))
     both = torch.cat([certain, -certain])
     assert float(binary(both).loss) == pytest.approx(0.5 * math.log(8))

@@ -86,7 +86,7 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ({"quantizer": "gumbel", "gumbel": GumbelOptions(diversity=-1.0)}, r"gumbel\.diversity is -1\.0; it must be 0 or more"),
         ({"quantizer": "score_function", "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0)},
          r"baseline_decay is 1\.0; it must be in \[0, 1\).*"),
-        ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 2))}, r"fsq\.levels is \[4, 2\]; each must be at least 3"),
+        ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 2))}, r"fsq\.levels is \[4, 2\]; each must be at least 3 .* at most 1000"),
         ({"quantizer": "fsq", "fsq": FsqOptions(levels=())}, r"fsq\.levels is \[\]"),
         ({"quantizer": "fsq", "num_codes": 1000}, r"fsq\.levels \[4, 4, 4, 4, 4\] make 1024 codes and .*num_codes is 1000; make them"),
         ({"quantizer": "lfq", "sign": SignOptions(sharpness=0.0)}, "sign needs .*sharpness above 0"),

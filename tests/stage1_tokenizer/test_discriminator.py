@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stage1_tokenizer import AdversaryOptions, ObjectiveConfig, PerceptualOptions, TokenizerObjective
-from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, frozen, generator_loss, hinge_loss, lecam
+from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
 from tests.stage1_tokenizer.conftest import tiny_tokenizer
 
 
@@ -124,3 +124,33 @@ def test_the_perceptual_distance_is_weighed_and_reported(pictures):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**options)
+
+
+def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentiated_again():
+    x = pixels(2, 3, 4, 4).requires_grad_()
+    picture = 2 * x
+    loss = picture.sin().sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = at_picture(loss, picture)
+    torch.testing.assert_close(kept, loss)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
+    """A compiled discriminator gives back its memory after one pass and must not be asked for another."""
+    both = objective(start=0, adaptive=adaptive)
+    for network in both.networks.values():
+        network.compile_networks()
+    for loss in both.losses(pictures, 0):
+        loss.value.backward()
+        assert all(p.grad is not None for p in both.networks[loss.group].parameters())
+        both.networks[loss.group].zero_grad(set_to_none=True)
+
+
+def test_a_discriminator_that_leaves_no_patch_is_refused_before_it_starts():
+    adversary = AdversaryOptions(weight=1.0, layers=3, width=16)
+    with pytest.raises(ValueError, match=r"adversary\.layers is 3, which leaves no patch of pictures of 16 pixels; set it lower"):
+        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(adversary=adversary))

@@ -10,8 +10,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from stage1_tokenizer import GumbelOptions, ResidualOptions, ScoreFunctionOptions, SignOptions, VectorOptions
+from stage1_tokenizer import (
+    GumbelOptions,
+    ObjectiveConfig,
+    ResidualOptions,
+    ScoreFunctionOptions,
+    SignOptions,
+    TokenizerObjective,
+    VectorOptions,
+)
 from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
+from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
 
 PROCESSES = 2
 SHAPE = (4, 4, 4, 4)
@@ -80,7 +89,10 @@ def work(rank: int, folder: str) -> None:
         "other": {"baseline": baseline(rank), "entropy gradient": entropy_gradient(rank)},
     }
     if rank == 0:  # a collective in here would wait for the other process for ever
-        vq.eval()(batch(0, 0))
+        for changes in KINDS.values():
+            TokenizerObjective(tiny_tokenizer(**changes), ObjectiveConfig(temperature_start=0.5)).evaluate(
+                [torch.zeros(2, 16, 16, 3).byte()]
+            )
     dist.barrier()
     torch.save(states, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

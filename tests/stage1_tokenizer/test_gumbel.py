@@ -176,5 +176,6 @@ def test_disuse_is_the_divergence_of_the_mean_posterior_and_0_where_codes_are_us
     torch.testing.assert_close(disuse(sure), math.log(4) + (mean * mean.log()).sum())
     alike = 100 * torch.eye(4)[None, :, None]
     assert float(disuse(alike)) == pytest.approx(0.0, abs=1e-6)
-    result = quantizer(4, diversity=0.5).eval()(sure)
+    result = quantizer(4, diversity=0.5).train()(sure)
     torch.testing.assert_close(result.loss, 0.5 * disuse(sure))
+    assert float(quantizer(4, diversity=0.5).eval()(sure).loss) == 0.0

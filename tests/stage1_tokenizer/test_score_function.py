@@ -81,10 +81,23 @@ def test_the_baseline_is_a_running_mean_used_before_it_moves():
 def test_a_code_accounts_for_the_whole_picture_or_for_its_neighbourhood():
     cost = torch.zeros(1, 3, 8, 12)
     cost[0, :, 0, 0], cost[0, 0, 7, 11], cost[0, 1, 5, 5] = 1.0, 10.0, 100.0  # at the codes (0,0), (3,5) and (2,2) of 4 x 6
-    torch.testing.assert_close(quantizer()._credited(cost, 4, 6), torch.full((1, 4, 6), 113.0))
-    near = quantizer(credit="neighbourhood")._credited(cost, 4, 6)[0]
+    whole, places = quantizer()._credited(cost, 4, 6)
+    torch.testing.assert_close(whole, torch.full((1, 4, 6), 113.0))
+    assert (places == 1).all()
+    near, places = quantizer(credit="neighbourhood")._credited(cost, 4, 6)
+    near = near[0]
+    assert places[0].tolist() == [4, 6, 6, 6, 6, 4] and places[1].tolist() == [6, 9, 9, 9, 9, 6]
     expected = torch.zeros(4, 6)
     expected[:2, :2] += 3
     expected[2:, 4:] += 10
     expected[1:4, 1:4] += 100
     torch.testing.assert_close(near, expected)
+
+
+def test_the_baseline_is_a_places_share_so_that_equal_costs_give_no_gradient():
+    score = quantizer(credit="neighbourhood")
+    log_q = torch.zeros(2, 4, 6, requires_grad=True)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(score.surrogate(torch.full((2, 3, 8, 12), 0.5), log_q), log_q)
+        torch.testing.assert_close(gradient, torch.zeros(2, 4, 6), atol=1e-5, rtol=0)
+    assert float(score.baseline) == pytest.approx(0.5 * 3 * 4)
