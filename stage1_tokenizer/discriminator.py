@@ -90,7 +90,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor)
 
 def at_picture(loss: Tensor, picture: Tensor) -> Tensor:
     """A loss of the same value and gradient that remembers its gradient at the picture alone, so that it may be differentiated more than
-    once: what lies between the two is done with, as a compiled discriminator has to be after one pass."""
+    once: what lies between the two is passed back through once, more than which a compiled graph need not allow."""
     gradient = torch.autograd.grad(loss, picture)[0].detach()
     linear = (gradient * picture).sum()
     return linear + (loss - linear).detach()

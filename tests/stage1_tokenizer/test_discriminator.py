@@ -140,7 +140,7 @@ def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentia
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
-    """A compiled discriminator gives back its memory after one pass and must not be asked for another."""
+    """The gradient goes through the compiled graphs once, whatever the weight needs to know of it."""
     both = objective(start=0, adaptive=adaptive)
     for network in both.networks.values():
         network.compile_networks()
