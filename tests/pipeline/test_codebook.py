@@ -84,6 +84,8 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")
+    with pytest.raises(FileExistsError, match="holds no codebook page"):
+        codebook(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="there are no pictures to see the codes in"):
         codebook(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
