@@ -58,6 +58,19 @@ def write_folder(target: Path, write: Any) -> None:
         beside.rename(target)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file beside and renames it."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+def refuse_taken(out: Path, marker: str, what: str) -> None:
+    """Raises FileExistsError where `out` is there and holds no file `marker`, so that it is not `what` and not ours to replace."""
+    if out.exists() and not (out / marker).is_file():
+        raise FileExistsError(f"{out} is there already and holds no {what}; choose another folder")
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Raises safetensors' own error for a full disk as the OSError that it is."""

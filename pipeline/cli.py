@@ -129,13 +129,22 @@ def _encode(rest: Sequence[str]) -> int:
     if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
         raise _WrongUsage("--tokenizer and --format are for codes outside a run; add --out DIR")
     given = any(a == "--config" or a.startswith("--config=") for a in settings)
-    from pipeline.stages import encode_dataset, encode_elsewhere, every_picture_once, settings_of_run
+    from pipeline.stages import encode_dataset, encode_elsewhere, every_picture_once
 
     if options.tokenizer is None or given:
         experiment = _experiment(settings)
     else:
-        with settings_of_run(options.tokenizer) as config:
-            experiment = _experiment(["--config", str(config), *settings])
+        import yaml
+
+        from pipeline.config import load_values
+        from pipeline.settings import settings_of_run
+
+        values = yaml.safe_load(settings_of_run(options.tokenizer).read_text())
+        values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
+        try:
+            experiment = load_values(values, settings)
+        except ValueError as error:
+            raise _WrongUsage(str(error)) from error
         if not any(setting.startswith("--encode.") for setting in settings):
             experiment = every_picture_once(experiment)
     if options.out is None:
@@ -260,20 +269,16 @@ def _codebook(rest: Sequence[str]) -> int:
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
     options = reader.parse_args(rest)
     _alone("codebook")
-    from pipeline.codebook import codebook, refuse_taken
+    from pipeline.checkpoints import refuse_taken
+    from pipeline.codebook import NUMBERS, codebook
     from pipeline.data.sources import load_source
+    from pipeline.settings import existing_tokenizer, settings_of_run
 
-    run = options.tokenizer.parent
-    config = options.config or run / "experiment.yaml"
-    if not options.tokenizer.is_dir():
-        raise FileNotFoundError(
-            f"there is no tokenizer in {options.tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer"
-        )
-    if not config.is_file():
-        raise FileNotFoundError(f"there is no {config}, so it is not known which pictures to encode; add --config FILE")
+    config = options.config or settings_of_run(options.tokenizer)
+    run = existing_tokenizer(options.tokenizer).parent
     source = load_source(_experiment(["--config", str(config)]).data, "held_out")
     out = options.out or run / "codebook"
-    refuse_taken(out)
+    refuse_taken(out, NUMBERS, "codebook page")
     if options.pictures < 1 or not len(source):
         raise ValueError(f"--pictures is {options.pictures} and {len(source)} are held out; at least one is needed of both")
     views = codebook(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.checkpoints import write_folder
+from pipeline.checkpoints import refuse_taken, write_folder
 from pipeline.grids import bars, picture_grid
 from stage1_tokenizer import (
     CodebookStatistics,
@@ -54,12 +54,6 @@ class LevelView:
     """By title: grids of the codes alone and in context, map, usage curve."""
 
 
-def refuse_taken(out: Path) -> None:
-    """Raises FileExistsError where `out` holds something other than such a page, which may be replaced."""
-    if out.exists() and not (out / NUMBERS).is_file():
-        raise FileExistsError(f"{out} is there already and holds no codebook page; choose another folder")
-
-
 @torch.no_grad()
 def codebook(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
     """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to `out`; returns what is on the page.
@@ -69,7 +63,7 @@ def codebook(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView
         FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.load(tokenizer)
-    refuse_taken(out)
+    refuse_taken(out, NUMBERS, "codebook page")
     if not len(pictures):
         raise ValueError("there are no pictures to see the codes in; give a configuration with held-out pictures")
     codes = torch.cat(

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoints import newest_checkpoint
-from pipeline.config import Experiment, load_experiment, to_dict
+from pipeline.checkpoints import newest_checkpoint, write_file
+from pipeline.config import Experiment, load_values, to_dict
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
@@ -90,15 +90,12 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         if moved := {"name", "output_dir"} & set(row or {}):
             problems.append(f"row {name}: {', '.join(sorted(moved))} cannot differ between rows; a row's name is its own")
             continue
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as merged:
-            yaml.safe_dump(_merged(values, row or {}), merged)
-            merged.flush()
-            try:
-                experiment = load_experiment(["--config", merged.name, *arguments])
-                folder = experiment.folder
-                rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
-            except ValueError as error:
-                problems.append(f"row {name}: {error}")
+        try:
+            experiment = load_values(_merged(values, row or {}), arguments)
+            folder = experiment.folder
+            rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
+        except ValueError as error:
+            problems.append(f"row {name}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
     return Comparison(folder, rows, minutes)
@@ -155,9 +152,7 @@ def _plan(folder: Path) -> dict[str, Any] | None:
 
 def _write(experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]) -> None:
     content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
-    beside = experiment.folder / f".{_FIGURES}.writing"
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(experiment.folder / _FIGURES)
+    write_file(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
 
 
 def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, float]:
@@ -168,7 +163,7 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
         plan = _plan(experiment.folder)
         steps = plan["steps"] if plan else steps_within(experiment, 60 * minutes)
         experiment.folder.mkdir(parents=True, exist_ok=True)
-        (experiment.folder / _PLAN).write_text(json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
+        write_file(experiment.folder / _PLAN, json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
         # Judged at the end alone: what evaluations cost differs between tokenizers.
         train = replace(experiment.tokenizer.train, steps=steps, evaluate_every=steps)
         experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
@@ -248,10 +243,10 @@ def write_report(comparison: Comparison) -> None:
     """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures."""
     others = sorted(p.parent.name for p in comparison.folder.glob(f"*/{_FIGURES}") if p.parent.name not in comparison.rows)
     every = {name: json.loads((comparison.folder / name / _FIGURES).read_text())["figures"] for name in [*comparison.rows, *others]}
-    (comparison.folder / "comparison.json").write_text(json.dumps(every, indent=2) + "\n")
+    write_file(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
     figures = {name: row for name, row in every.items() if "failed" not in row}
     failures = "".join(f"\n{name} failed: {row['failed']}\n" for name, row in every.items() if "failed" in row)
-    (comparison.folder / "comparison.md").write_text(table(figures) + failures)
+    write_file(comparison.folder / "comparison.md", table(figures) + failures)
     if not figures:
         return
     shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in figures]

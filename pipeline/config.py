@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import typing
 from collections.abc import Sequence
 from contextlib import suppress
@@ -231,6 +232,16 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
     plain = mapping.as_dict()
     plain["tokenizer"]["model"]["image_size"] = _follow(plain)
     return from_dict(Experiment, plain)
+
+
+def load_values(values: dict[str, Any], arguments: Sequence[str]) -> Experiment:
+    """As `load_experiment`, of settings that are in no file."""
+    import yaml
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file)
+        file.flush()
+        return load_experiment(["--config", file.name, *arguments])
 
 
 def _follow(plain: dict[str, Any]) -> int:

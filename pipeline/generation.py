@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.evaluation.pictures import psnr
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import processes
+from pipeline.settings import existing_tokenizer
 from pipeline.text_to_image import TextToImagePipeline
 
 
@@ -76,9 +77,7 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tupl
     from pipeline.data.pictures import open_picture
     from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_pictures, to_rgb
 
-    if not tokenizer.is_dir():
-        raise FileNotFoundError(f"there is no tokenizer in {tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
-    model = ImageTokenizer.load(tokenizer).eval()
+    model = ImageTokenizer.load(existing_tokenizer(tokenizer)).eval()
     true = []
     for file in files:
         image = to_rgb(open_picture(file))

@@ -9,13 +9,32 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.checkpoints import disk_errors, newest_checkpoint
+from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
 from pipeline.config import Experiment, to_dict
 from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
+
+
+def existing_tokenizer(folder: Path) -> Path:
+    """The folder, or FileNotFoundError where there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no tokenizer in {folder}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
+    return folder
+
+
+def settings_of_run(tokenizer: Path) -> Path:
+    """The settings of the run that a tokenizer lies in.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer, or no run around it.
+    """
+    written = existing_tokenizer(tokenizer).parent / "experiment.yaml"
+    if not written.is_file():
+        raise FileNotFoundError(f"there is no {written}, so it is not known which pictures to encode; add --config FILE")
+    return written
 
 
 def start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
@@ -84,6 +103,4 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{_SETTINGS}.writing"
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(folder / _SETTINGS)
+    write_file(folder / _SETTINGS, json.dumps(content, indent=2) + "\n")

@@ -6,9 +6,7 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from pipeline.checkpoints import newest_checkpoint, write_folder
+from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
 from pipeline.config import EncodeConfig, Experiment, to_dict
 from pipeline.data.batches import Order
-from pipeline.data.codes import CodesDataset, check_tokenizer, complete, read_manifest, write_part
-from pipeline.data.export import Format, export_codes, refuse_taken
+from pipeline.data.codes import MANIFEST, CodesDataset, check_tokenizer, complete, read_manifest, write_part
+from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
@@ -161,7 +159,7 @@ def encode_elsewhere(
     Raises:
         FileExistsError: there is something else in `out` already.
     """
-    refuse_taken(out)
+    refuse_taken(out, MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
     if not processes().is_main_process:
@@ -176,28 +174,6 @@ def every_picture_once(experiment: Experiment) -> Experiment:
     options = experiment.encode
     pictures = options.pictures if experiment.data.source == "shapes" else None
     return replace(experiment, encode=EncodeConfig(pictures=pictures, held_out=_ALL, batch_size=options.batch_size))
-
-
-@contextmanager
-def settings_of_run(tokenizer: Path) -> Iterator[Path]:
-    """The settings of the run that a tokenizer lies in, as a YAML for other data: its picture size follows that of the data.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer, or no run around it.
-    """
-    import yaml
-
-    if not tokenizer.is_dir():
-        raise FileNotFoundError(f"there is no tokenizer in {tokenizer}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
-    written = tokenizer.parent / "experiment.yaml"
-    if not written.is_file():
-        raise FileNotFoundError(f"there is no {written}, so it is not known which pictures to encode; add --config FILE")
-    values = yaml.safe_load(written.read_text())
-    values["tokenizer"]["model"].pop("image_size", None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "experiment.yaml"
-        path.write_text(yaml.safe_dump(values))
-        yield path
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoints import write_file
+
 MANIFEST = "codes.json"
 
 
@@ -86,9 +88,7 @@ def write_part(folder: Path, split: str, part: int, parts: int, rows: Iterable[d
 
 def complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Marks the folder whole."""
-    beside = folder / f".{MANIFEST}.writing"
-    beside.write_text(json.dumps(manifest, indent=2) + "\n")
-    beside.rename(folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def check_tokenizer(manifest: dict[str, Any], fingerprint: str, folder: Path) -> None:

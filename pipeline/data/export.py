@@ -15,18 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.checkpoints import write_folder
+from pipeline.checkpoints import refuse_taken, write_folder
 from pipeline.data.codes import MANIFEST, read_manifest
 
 Format = Literal["arrow", "parquet", "webdataset"]
 SHARD = 10_000
 """Rows of a shard."""
-
-
-def refuse_taken(out: Path) -> None:
-    """Raises FileExistsError where `out` holds something other than codes, which may be replaced."""
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise FileExistsError(f"{out} is there already and holds no codes; choose another folder")
 
 
 def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
@@ -39,7 +33,7 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
     from datasets import Dataset
 
     manifest = read_manifest(codes)
-    refuse_taken(out)
+    refuse_taken(out, MANIFEST, "codes")
     written: dict[str, list[str]] = {}
 
     def write(beside: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.checkpoints import write_file
 from pipeline.config import Experiment, to_dict
 from pipeline.data.sources import Source, load_source
 from pipeline.evaluation.pictures import psnr, ssim
@@ -37,9 +38,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Writes JSON beside and renames it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.writing")
-        beside.write_text(json.dumps({**self.figures, "settings": self.settings}, indent=2) + "\n")
-        beside.rename(path)
+        write_file(path, json.dumps({**self.figures, "settings": self.settings}, indent=2) + "\n")
 
 
 def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, pictures: int = 500) -> Report:

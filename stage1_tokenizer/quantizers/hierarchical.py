@@ -8,8 +8,6 @@ the top grid, which is quantized first; each finer level is quantized given the 
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor, nn
 
@@ -56,20 +54,19 @@ class HierarchicalQuantizer(Quantizer):
         return Quantized(latents, codes, loss, metrics=metrics_of_levels([result.metrics for result in results]))
 
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
-        halvings = range(len(self.books) - 1, -1, -1)
-        if grid[0] % 2 ** halvings[0] or grid[1] % 2 ** halvings[0]:
+        halvings = len(self.books) - 1
+        if grid[0] % 2**halvings or grid[1] % 2**halvings:
             raise ValueError(
-                f"a grid of {grid[0]}x{grid[1]} codes cannot be halved {halvings[0]} times; make both a multiple of {2 ** halvings[0]}"
+                f"a grid of {grid[0]}x{grid[1]} codes cannot be halved {halvings} times; make both a multiple of {2**halvings}"
             )
-        return tuple(Level(grid=(grid[0] >> i, grid[1] >> i), num_codes=self.num_codes) for i in halvings)
+        return tuple(Level(grid=(grid[0] >> i, grid[1] >> i), num_codes=self.num_codes) for i in range(halvings, -1, -1))
 
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         levels = self.layout(grid)
-        ends = list(accumulate(level.length for level in levels))
         context, latents = None, codes.new_zeros(())
-        for i, (level, end) in enumerate(zip(levels, ends, strict=True)):
-            part = codes[:, end - level.length : end].reshape(len(codes), *level.grid)
-            context, latents = self._onwards(i, self.books[i].embed(part, level.grid), context)  # type: ignore[operator]
+        for i, (level, flat) in enumerate(zip(levels, codes.split([level.length for level in levels], dim=1), strict=True)):
+            part = self.books[i].embed(flat.reshape(len(codes), *level.grid), level.grid)  # type: ignore[operator]
+            context, latents = self._onwards(i, part, context)
         return latents
 
     def vectors(self) -> Tensor:
