@@ -159,7 +159,6 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
     """Trains one tokenizer and a prior on its codes; the figures, which are also written to the row's folder."""
     given, folder = experiment, experiment.folder / "tokenizer"
     if minutes is not None:
-        # An adversary joins later than this looks, and its steps are slower.
         plan = _plan(experiment.folder)
         steps = plan["steps"] if plan else steps_within(experiment, 60 * minutes)
         experiment.folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +195,23 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
 
 
 def steps_within(experiment: Experiment, seconds: float) -> int:
-    """How many steps fit into this time, starting and compiling included: by the pace of a few that are run and thrown away."""
+    """How many steps fit into this time, starting and compiling included: by the pace of a few that are run and thrown away, and of a few
+    with the adversary where one joins later."""
+    adversary = experiment.tokenizer.objective.adversary
+    joins = adversary.start if adversary.weight else 0
+    before, pace = _pace(experiment, adversary=not joins)
+    if joins and before + joins * pace < seconds:
+        before, slower = _pace(experiment, adversary=True)
+        return joins + max(int((seconds - before - joins * pace) / slower), 0)
+    return max(int((seconds - before) / pace), 1)
+
+
+def _pace(experiment: Experiment, *, adversary: bool) -> tuple[float, float]:
+    """Seconds before the first step and seconds a step, with the adversary from the start or without one."""
+    objective = experiment.tokenizer.objective
+    changed = replace(objective.adversary, start=0) if adversary else replace(objective.adversary, weight=0.0)
+    objective = replace(objective, adversary=changed)
+    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, objective=objective))
     train = experiment.tokenizer.train
     accelerator = make_accelerator(experiment, trackers=False)
     task, _ = tokenizer_task(experiment, accelerator, *sources_of(experiment))
@@ -215,8 +230,7 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
             label="pace", progress=False,
         )  # fmt: skip
     pace = float(np.median(np.diff(times)[_PROBE_STEPS // 2 :]))
-    before = times[_PROBE_STEPS // 2] - start - pace * _PROBE_STEPS / 2
-    return max(int((seconds - before) / pace), 1)
+    return times[_PROBE_STEPS // 2] - start - pace * _PROBE_STEPS / 2, pace
 
 
 @torch.no_grad()

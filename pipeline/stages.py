@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
 from pipeline.config import EncodeConfig, Experiment, to_dict
-from pipeline.data.batches import Order
+from pipeline.data.batches import Order, loaded_ahead
 from pipeline.data.codes import MANIFEST, CodesDataset, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
@@ -181,9 +181,8 @@ def _encoded(
     tokenizer: ImageTokenizer, source: Source, rows: np.ndarray, views: int, experiment: Experiment, bf16: bool
 ) -> Iterator[dict[str, Any]]:
     options = experiment.encode
-    for first in range(0, len(rows), options.batch_size):
-        part = rows[first : first + options.batch_size].tolist()
-        images = source.images(part)
+    parts = [rows[first : first + options.batch_size].tolist() for first in range(0, len(rows), options.batch_size)]
+    for part, images in loaded_ahead(source.images, parts):
         codes = []
         for view in range(views):
             seen = images if view == 0 else shifted(images, part, view, options.shift, experiment.seed)

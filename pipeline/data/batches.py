@@ -1,6 +1,9 @@
-"""Which rows a step sees. A pure function of (seed, step), so that no position in the data needs to be saved."""
+"""Which rows a step sees, a pure function of (seed, step), so that no position in the data needs to be saved; and pictures loaded ahead."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -37,3 +40,16 @@ class Order:
             self._pass = number
             self._shuffled = np.random.default_rng([self.seed, number]).permutation(self.length)
         return int(self._shuffled[within])
+
+
+def loaded_ahead(load: Callable[[list[int]], np.ndarray], parts: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Each part with its pictures, the next one's being loaded meanwhile: by one thread, since not every source takes several."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
+        waiting: tuple[list[int], Future[np.ndarray]] | None = None
+        for part in parts:
+            ahead = (part, pool.submit(load, part))
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = ahead
+        if waiting:
+            yield waiting[0], waiting[1].result()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline import comparison
 from pipeline.cli import main
 from pipeline.comparison import load_comparison, steps_within, table
 from tests.pipeline.conftest import TINY
@@ -79,6 +80,28 @@ def test_steps_are_found_by_their_pace(bakeoff):
     assert 3 < many / few < 40
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(25.0, 20), (29.0, 24), (36.0, 27), (15.0, 10)])
+def test_an_adversary_that_joins_later_slows_what_is_left(seconds, steps, bakeoff, monkeypatch):
+    """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step 25."""
+    monkeypatch.setattr("pipeline.comparison._pace", lambda experiment, adversary: (7.0, 2.0) if adversary else (5.0, 1.0))
+    arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
+    assert steps_within(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], seconds) == steps
+
+
+def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
+    seen = []
+
+    def task(experiment, *rest):
+        seen.append((experiment.tokenizer.objective.adversary.weight, experiment.tokenizer.objective.adversary.start))
+        return build(experiment, *rest)
+
+    build = comparison.tokenizer_task
+    monkeypatch.setattr(comparison, "tokenizer_task", task)
+    arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
+    steps_within(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], 600.0)
+    assert seen == [(0.0, 25), (0.1, 0)]
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
@@ -113,8 +136,6 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
 
 
 def test_a_row_that_diverges_is_told_and_the_others_are_judged(bakeoff, monkeypatch, capsys):
-    from pipeline import comparison
-
     judge = comparison.row_figures
 
     def diverges(experiment, minutes):
