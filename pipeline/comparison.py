@@ -163,8 +163,10 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
         steps = plan["steps"] if plan else steps_within(experiment, 60 * minutes)
         experiment.folder.mkdir(parents=True, exist_ok=True)
         write_file(experiment.folder / _PLAN, json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
-        # Judged at the end alone: what evaluations cost differs between tokenizers.
-        train = replace(experiment.tokenizer.train, steps=steps, evaluate_every=steps)
+        # Judged at the end alone: what evaluations cost differs between tokenizers. Compiled if it was when the pace was taken.
+        train = experiment.tokenizer.train
+        compiled = compiles(train, make_accelerator(experiment, trackers=False).device)
+        train = replace(train, steps=steps, evaluate_every=steps, compile="on" if compiled else "off")
         experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     steps = experiment.tokenizer.train.steps
     resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()

@@ -149,7 +149,7 @@ class GumbelOptions:
     """What the decoder sees while training, and the gradient to it: relaxed codes and their own; sampled one-hot codes with the relaxed
     ones' gradient; or sampled one-hot codes with a second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
 
-    diversity: float = 1.0
+    diversity: float = 2.0
     """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps codes from falling out of use."""
 
     def problems(self) -> list[str]:

@@ -73,6 +73,21 @@ def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
     assert [row["steps"] for row in figures.values()] == [9, 9]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_few_steps_in_the_minutes_are_compiled_if_the_pace_was(compiled, bakeoff, monkeypatch):
+    seen = []
+
+    def train(experiment):
+        seen.append((experiment.tokenizer.train.steps, experiment.tokenizer.train.compile))
+        raise FloatingPointError("enough")
+
+    monkeypatch.setattr(comparison, "steps_within", lambda experiment, seconds: 9)
+    monkeypatch.setattr(comparison, "compiles", lambda train, device: compiled)
+    monkeypatch.setattr(comparison, "train_tokenizer", train)
+    assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=1"]) == 0
+    assert seen == 2 * [(9, "on" if compiled else "off")]
+
+
 def test_steps_are_found_by_their_pace(bakeoff):
     """Ten times the time, about ten times the steps; no more than that, since nobody knows how fast this machine is."""
     experiment = load_comparison(["--config", str(bakeoff)]).rows["plain"]
