@@ -47,6 +47,7 @@ bench:
 	benchmarks/.venv/bin/python -m benchmarks.stage2_training --compile
 	benchmarks/.venv/bin/python -m benchmarks.sampling --batch 1 --compile
 	benchmarks/.venv/bin/python -m benchmarks.sampling --batch 64 --compile
+	benchmarks/.venv/bin/python -m benchmarks.encoding
 	benchmarks/.venv/bin/python -m benchmarks.shapes_drawing
 
 clean:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from stage1_tokenizer.options import (
+    LARGEST_CODE,
     OWNERS,
     AdversaryOptions,
     Architecture,
@@ -23,9 +24,6 @@ from stage1_tokenizer.options import (
     VectorOptions,
     VqganOptions,
 )  # fmt: skip
-
-LARGEST_CODE = 2**31 - 1
-"""Codes are stored as 32-bit integers."""
 
 
 def nearest_multiple(size: int, step: int) -> int:

@@ -71,7 +71,7 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def num_codes(self) -> int:
-        """Entries of the codebook, of each one where there are several."""
+        """Entries of the codebook, of the finest one where they differ."""
         return self.own_config.num_codes
 
     @property
@@ -143,7 +143,7 @@ class ImageTokenizer(PreTrainedModel):
         `grid` is the finest grid's height and width; it need be said only for flat codes of pictures of another size than `image_size`.
 
         Raises:
-            ValueError: the codes have another form than the tokenizer's, or are not in 0..num_codes-1.
+            ValueError: the codes have another form than the tokenizer's, or one is not in its level's 0..num_codes-1.
         """
         levels = self.quantizer.layout(grid or self.grid)
         if len(levels) > 1:
@@ -154,9 +154,12 @@ class ImageTokenizer(PreTrainedModel):
             fits = codes.ndim == 3 and (grid is None or tuple(codes.shape[1:]) == tuple(grid))
         if not fits:
             raise ValueError(f"codes have shape {tuple(codes.shape)} and must be {expected}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
-            raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())} and must lie in 0..{self.num_codes - 1}")
         finest = (grid or self.grid) if len(levels) > 1 else (codes.shape[1], codes.shape[2])
+        levels = self.quantizer.layout(finest)
+        for number, (part, level) in enumerate(zip(codes.flatten(1).split([level.length for level in levels], 1), levels, strict=True), 1):
+            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < level.num_codes:
+                which = f" of level {number}" if len(levels) > 1 else ""
+                raise ValueError(f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in 0..{level.num_codes - 1}")
         return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest))).clamp(-1, 1)
 
     @torch.no_grad()

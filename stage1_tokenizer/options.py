@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"]
+LARGEST_CODE = 2**31 - 1
+"""Codes are stored as 32-bit integers."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
 OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "vq": ("vq", "residual", "hierarchical"),
@@ -179,12 +181,18 @@ class ScoreFunctionOptions:
     leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9
     """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean of the step before."""
-    diversity: float = 1.0
+    diversity: float = 3.0
     """As in `gumbel`."""
+    sharpness: float = 8.0
+    """Inverse temperature of the posterior whose mean `diversity` takes: while the noisy gradient leaves posteriors soft, their mean is
+    even though few codes are ever the likeliest."""
 
     def problems(self) -> list[str]:
-        if not 0 <= self.baseline_decay < 1:
-            return [f"tokenizer.model.score_function.baseline_decay is {self.baseline_decay}; it must be in [0, 1)"]
+        if not 0 <= self.baseline_decay < 1 or self.sharpness <= 0:
+            return [
+                "tokenizer.model.score_function needs baseline_decay in [0, 1) and sharpness above 0; "
+                f"given were {self.baseline_decay} and {self.sharpness}"
+            ]
         return _not_negative("score_function", diversity=self.diversity)
 
 
@@ -250,11 +258,24 @@ class HierarchicalOptions:
     """Grids of codes, each half as fine as the next; the finest is `image_size / factor`."""
     width: int = 128
     """Channels of the layers between the levels."""
+    coarse_codes: tuple[int, ...] = ()
+    """Entries of the codebooks above the finest, coarsest first; as many as `num_codes` where empty. A coarse grid has few places, so that
+    it fills fewer codes."""
+
+    def __post_init__(self) -> None:
+        self.coarse_codes = tuple(self.coarse_codes)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
         if self.levels < 2 or self.width < 1:
             return [
                 "tokenizer.model.hierarchical needs levels of at least 2 and width of at least 1; "
                 f"given were {self.levels} and {self.width}"
+            ]
+        if self.coarse_codes and (
+            len(self.coarse_codes) != self.levels - 1 or not 2 <= min(self.coarse_codes) <= max(self.coarse_codes) <= LARGEST_CODE
+        ):
+            return [
+                f"tokenizer.model.hierarchical.coarse_codes is {list(self.coarse_codes)}; with {self.levels} levels it needs "
+                f"{self.levels - 1} numbers from 2 to {LARGEST_CODE}, one for each level above the finest"
             ]
         return []

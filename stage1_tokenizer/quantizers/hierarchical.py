@@ -23,8 +23,8 @@ class HierarchicalQuantizer(Quantizer):
     def __init__(self, num_codes: int, code_dim: int, options: HierarchicalOptions, vector: VectorOptions) -> None:
         super().__init__(options.width, code_dim)
         levels, width = options.levels, options.width
-        self.num_codes = num_codes
-        self.books = nn.ModuleList(VectorQuantizer(num_codes, code_dim, vector) for _ in range(levels))
+        self.sizes = (*(options.coarse_codes or (num_codes,) * (levels - 1)), num_codes)
+        self.books = nn.ModuleList(VectorQuantizer(size, code_dim, vector) for size in self.sizes)
         # Of a level, coarsest first: its features from the next finer ones'; its vectors, given the coarser level; the coarser level's
         # codes and context at its own resolution.
         self.down = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 2, stride=2)) for _ in range(levels - 1))
@@ -59,7 +59,9 @@ class HierarchicalQuantizer(Quantizer):
             raise ValueError(
                 f"a grid of {grid[0]}x{grid[1]} codes cannot be halved {halvings} times; make both a multiple of {2**halvings}"
             )
-        return tuple(Level(grid=(grid[0] >> i, grid[1] >> i), num_codes=self.num_codes) for i in range(halvings, -1, -1))
+        return tuple(
+            Level(grid=(grid[0] >> i, grid[1] >> i), num_codes=size) for i, size in zip(range(halvings, -1, -1), self.sizes, strict=True)
+        )
 
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         levels = self.layout(grid)

@@ -43,7 +43,8 @@ class ScoreFunctionQuantizer(Categorical):
             if temperature is not None:
                 log_q = logits.log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
             latents = self.look_up(codes).permute(0, 3, 1, 2)
-        return Quantized(latents, codes, self.against_disuse(logits, self.options.diversity), kl=kl, log_q=log_q, metrics=metrics)
+        loss = self.against_disuse(self.options.sharpness * logits, self.options.diversity)
+        return Quantized(latents, codes, loss, kl=kl, log_q=log_q, metrics=metrics)
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
         """Scalar whose gradient estimates that of the expected cost: costs (B,C,H,W) in nats, log_q (B,h,w) of the codes that had them.

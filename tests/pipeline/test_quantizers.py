@@ -11,11 +11,19 @@ from pipeline.data.codes import CodesDataset, read_manifest
 
 CHANGES = {
     "hierarchical": ["--tokenizer.model.quantizer", "hierarchical", "--tokenizer.model.hierarchical.width", "16"],
+    "uneven": [
+        "--tokenizer.model.quantizer",
+        "hierarchical",
+        "--tokenizer.model.hierarchical.width",
+        "16",
+        "--tokenizer.model.hierarchical.coarse_codes",
+        "[6]",
+    ],
     "residual": ["--tokenizer.model.quantizer", "residual", "--tokenizer.model.residual.depth", "3"],
     "binary": ["--tokenizer.model.quantizer", "binary", "--tokenizer.objective.temperature_start", "0.5"],
     "fsq": ["--tokenizer.model.quantizer", "fsq", "--tokenizer.model.fsq.levels", "[4, 4]"],
 }
-CODES = {"hierarchical": [4, 16], "residual": [16, 16, 16], "binary": [16], "fsq": [16]}
+CODES = {"hierarchical": [4, 16], "uneven": [4, 16], "residual": [16, 16, 16], "binary": [16], "fsq": [16]}
 
 
 @pytest.mark.parametrize("quantizer", CHANGES)

@@ -11,9 +11,9 @@ from stage1_tokenizer.quantizers import HierarchicalQuantizer
 LEVELS = pytest.mark.parametrize("levels", [2, 3])
 
 
-def quantizer(levels: int = 2) -> HierarchicalQuantizer:
+def quantizer(levels: int = 2, coarse_codes: tuple[int, ...] = ()) -> HierarchicalQuantizer:
     torch.manual_seed(0)
-    return HierarchicalQuantizer(8, 4, HierarchicalOptions(levels=levels, width=6), VectorOptions()).eval()
+    return HierarchicalQuantizer(8, 4, HierarchicalOptions(levels=levels, width=6, coarse_codes=coarse_codes), VectorOptions()).eval()
 
 
 def features(*shape: int) -> torch.Tensor:
@@ -31,6 +31,16 @@ def test_the_coarsest_level_comes_first_and_codes_embed_to_what_the_decoder_saw(
     assert result.codes.shape == (2, sum(level.length for level in layout)) and result.latents.shape == (2, 4, *grid)
     torch.testing.assert_close(hierarchy.embed(result.codes, grid), result.latents)
     assert hierarchy.vectors().shape == (8 * levels, 4)
+
+
+def test_levels_may_have_codebooks_of_different_sizes():
+    hierarchy = quantizer(3, (2, 5))
+    assert [level.num_codes for level in hierarchy.layout((8, 8))] == [2, 5, 8]
+    assert hierarchy.vectors().shape == (15, 4) and [len(use) for use in hierarchy.uses()] == [2, 5, 8]
+    result = hierarchy(features(16, 6, 8, 8))
+    parts = result.codes.split([4, 16, 64], dim=1)
+    assert all(int(part.max()) < size for part, size in zip(parts, [2, 5, 8], strict=True)) and int(parts[2].max()) >= 5
+    torch.testing.assert_close(hierarchy.embed(result.codes, (8, 8)), result.latents)
 
 
 def test_the_bottom_is_conditioned_on_the_top_and_not_the_other_way_round():

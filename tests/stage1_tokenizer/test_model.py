@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from stage1_tokenizer import (
+    HierarchicalOptions,
     ImageTokenizer,
     Level,
     ObjectiveConfig,
@@ -135,6 +136,13 @@ def test_codes_of_another_grid_or_book_are_refused(tokenizer):
         codes[0, 0, 0] = high
         with pytest.raises(ValueError, match=rf"codes lie in {low}\.\.{high} and must lie in 0\.\.11"):
             tokenizer.decode(codes)
+    uneven = tiny_tokenizer(quantizer="hierarchical", hierarchical=HierarchicalOptions(width=16, coarse_codes=(5,)))
+    codes = torch.full((1, 20), 11)
+    codes[:, :4] = 4
+    assert uneven.decode(codes).shape == (1, 3, 16, 16)
+    codes[0, 3] = 5
+    with pytest.raises(ValueError, match=r"codes of level 1 lie in 4\.\.5 and must lie in 0\.\.4"):
+        uneven.decode(codes)
 
 
 @EVERY_KIND

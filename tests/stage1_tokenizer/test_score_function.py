@@ -7,7 +7,7 @@ import torch
 
 from stage1_tokenizer import ScoreFunctionOptions
 from stage1_tokenizer.quantizers import ScoreFunctionQuantizer
-from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
+from stage1_tokenizer.quantizers.categorical import disuse, gumbel_noise_like
 
 
 def quantizer(decay: float = 0.9, credit: str = "picture") -> ScoreFunctionQuantizer:
@@ -101,3 +101,12 @@ def test_the_baseline_is_a_places_share_so_that_equal_costs_give_no_gradient():
         (gradient,) = torch.autograd.grad(score.surrogate(torch.full((2, 3, 8, 12), 0.5), log_q), log_q)
         torch.testing.assert_close(gradient, torch.zeros(2, 4, 6), atol=1e-5, rtol=0)
     assert float(score.baseline) == pytest.approx(0.5 * 3 * 4)
+
+
+def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
+    """Soft posteriors whose likeliest code is always the same are even on average, and sharp ones are not."""
+    x = torch.tensor([0.1, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
+    score = ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(diversity=0.5, sharpness=100.0)).train()
+    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * disuse(100 * x))
+    assert float(disuse(x)) < 0.01 and float(score(x, 1.0).loss) > 0.5
+    assert float(score.eval()(x).loss) == 0.0
