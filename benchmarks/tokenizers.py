@@ -1,8 +1,9 @@
 """Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and vector-quantize-pytorch's VectorQuantize in our network.
 
-benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes 8] [--row discrete-vae|vector-quantize]
-Each peer has its default settings, the comparison's first row's data, steps (or minutes) and prior, and bf16 autocast as ours has. The
-rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows them below its own.
+benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes 8] [--row NAME]
+Each peer has its default settings, the comparison's first row's data, steps (or minutes) and prior, and bf16 autocast as ours has;
+DiscreteVAE also trains in fp32, as it comes. The rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows
+them below its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,7 @@ class PeerTokenizer(nn.Module):
         return to_pil(to_pictures(self.decode(codes)))
 
 
-def train_discrete_vae(experiment: Experiment, seconds: float | None) -> PeerTokenizer:
+def train_discrete_vae(experiment: Experiment, seconds: float | None, *, fp32: bool) -> PeerTokenizer:
     """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many seconds; writes its held-out figures."""
     train = experiment.tokenizer.train
     torch.manual_seed(experiment.seed)
@@ -109,7 +111,7 @@ def train_discrete_vae(experiment: Experiment, seconds: float | None) -> PeerTok
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     order = Order(len(source), train.batch_size, experiment.seed)
-    bf16, start, step = uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
+    bf16, start, step = not fp32 and uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
     while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
         pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -135,12 +137,12 @@ def train_discrete_vae(experiment: Experiment, seconds: float | None) -> PeerTok
     return tokenizer
 
 
-def discrete_vae_row(experiment: Experiment, minutes: float | None) -> None:
+def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: bool = False) -> None:
     """The row's figures by the code that judges ours, with the peer in our tokenizer's place."""
     trained: list[PeerTokenizer] = []
 
     def train(given: Experiment) -> Path:
-        trained.append(train_discrete_vae(given, None if minutes is None else 60 * minutes))
+        trained.append(train_discrete_vae(given, None if minutes is None else 60 * minutes, fp32=fp32))
         return given.folder / "tokenizer"
 
     comparison.train_tokenizer = train
@@ -159,6 +161,7 @@ def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:
 
 ROWS = {
     "discrete-vae": ("dalle-pytorch DiscreteVAE", discrete_vae_row),
+    "discrete-vae-fp32": ("dalle-pytorch DiscreteVAE, fp32", partial(discrete_vae_row, fp32=True)),
     "vector-quantize": ("vector-quantize-pytorch", vector_quantize_row),
 }
 

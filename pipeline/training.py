@@ -104,15 +104,22 @@ def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[
 
 
 class WeightAverage:
-    """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged."""
+    """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged, nor is what a
+    module's `jumping_parameters` names."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters()]
         self.shadow = [p.detach().clone() for p in self.parameters]
+        modules = (module for network in networks.values() for module in network.modules())
+        jumping = {id(p) for module in modules if hasattr(module, "jumping_parameters") for p in module.jumping_parameters()}
+        self._jumps = [id(p) in jumping for p in self.parameters]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
+        for jumps, weight in ((False, 1 - decay), (True, 1.0)):
+            chosen = [i for i, own in enumerate(self._jumps) if own == jumps]
+            if chosen:
+                torch._foreach_lerp_([self.shadow[i] for i in chosen], [self.parameters[i] for i in chosen], weight)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -121,6 +121,10 @@ class VectorQuantizer(SingleLevel):
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.vectors())
 
+    def jumping_parameters(self) -> list[nn.Parameter]:
+        """What restarts move at once: an average over steps would leave such codes between where they were and where they are, unused."""
+        return [self.codebook] if isinstance(self.codebook, nn.Parameter) and self.options.restart_below else []
+
     def assign(self, vectors: Tensor) -> Assigned:
         """The nearest codes of vectors (N,D), with the losses; the first vectors in training start the codebook."""
         if self.training and not self.initialized:

@@ -183,6 +183,21 @@ def test_the_average_is_an_exponential_moving_average_and_swaps():
     assert float(network.weight.detach()) == pytest.approx(start + 0.25) and float(average.shadow[0]) == pytest.approx(start + 1)
 
 
+def test_what_jumps_is_taken_as_it_is_and_not_averaged():
+    class Jumping(nn.Linear):
+        def jumping_parameters(self):
+            return [self.weight]
+
+    network = nn.Sequential(nn.Linear(1, 1), Jumping(1, 1))
+    average = WeightAverage({"a": network})
+    start = [float(p.detach()) for p in network.parameters()]
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 1
+    average.update(0.75)
+    assert [float(p) for p in average.shadow] == pytest.approx([s + d for s, d in zip(start, [0.25, 0.25, 1, 0.25], strict=True)])
+
+
 def test_schedules_by_hand():
     config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, ema_decay=0.99)
     assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])

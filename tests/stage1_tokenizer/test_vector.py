@@ -297,6 +297,14 @@ def test_a_restarted_gradient_code_keeps_its_parameter():
     assert vq.codebook is parameter and (vq.codebook[8:].norm(dim=1) < 10).all()
 
 
+def test_a_codebook_that_learns_by_gradient_and_restarts_is_not_to_be_averaged():
+    def jumping(**options):
+        return VectorQuantizer(4, 2, VectorOptions(**options)).jumping_parameters()
+
+    assert [p.shape for p in jumping(codebook="gradient")] == [(4, 2)]
+    assert not jumping() and not jumping(codebook="linear") and not jumping(codebook="gradient", restart_below=0.0)
+
+
 def test_evaluation_changes_no_state():
     vq = started(features(8, 4, seed=1)).eval()
     before = copy.deepcopy(vq.state_dict())
