@@ -111,7 +111,7 @@ class WeightAverage:
         self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters()]
         self.shadow = [p.detach().clone() for p in self.parameters]
         modules = (module for network in networks.values() for module in network.modules())
-        jumping = {id(p) for module in modules if hasattr(module, "jumping_parameters") for p in module.jumping_parameters()}
+        jumping = {id(p) for module in modules for p in getattr(module, "jumping_parameters", list)()}
         self._jumps = [id(p) in jumping for p in self.parameters]
 
     @torch.no_grad()
