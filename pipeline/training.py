@@ -112,14 +112,13 @@ class WeightAverage:
         self.shadow = [p.detach().clone() for p in self.parameters]
         modules = (module for network in networks.values() for module in network.modules())
         jumping = {id(p) for module in modules for p in getattr(module, "jumping_parameters", list)()}
-        self._jumps = [id(p) in jumping for p in self.parameters]
+        self._jumping = [i for i, p in enumerate(self.parameters) if id(p) in jumping]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        for jumps, weight in ((False, 1 - decay), (True, 1.0)):
-            chosen = [i for i, own in enumerate(self._jumps) if own == jumps]
-            if chosen:
-                torch._foreach_lerp_([self.shadow[i] for i in chosen], [self.parameters[i] for i in chosen], weight)
+        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
+        for i in self._jumping:
+            self.shadow[i].copy_(self.parameters[i])
 
     @torch.no_grad()
     def swap(self) -> None:
