@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stage1_tokenizer.quantizers.bits import unpack
 from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
-from stage1_tokenizer.quantizers.gumbel import one_hot, reinmax, relax
+from stage1_tokenizer.quantizers.gumbel import reinmax, relax, straight_through
 from stage1_tokenizer.quantizers.smoothing import smooth
 
 CODES, BITS, DIM, PICTURES = 32, 5, 8, 16
@@ -53,16 +53,9 @@ class Problem:
 
 def relaxed(problem: Problem, weigh: Callable[[Tensor, Tensor, float], Tensor]) -> Estimator:
     def estimate(logits: Tensor, temperature: float) -> Tensor:
-        shaped = logits[:, :, None, None]
-        weights = weigh(shaped, gumbel_noise_like(shaped.detach()), temperature)[:, :, 0, 0]
-        return problem.cost(weights @ problem.codebook).sum()
+        return problem.cost(weigh(logits, gumbel_noise_like(logits.detach()), temperature) @ problem.codebook).sum()
 
     return estimate
-
-
-def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    soft = relax(logits, noise, temperature)
-    return one_hot(soft.argmax(1), CODES) + soft - soft.detach()
 
 
 def score_function(problem: Problem, baseline: bool) -> Estimator:

@@ -50,7 +50,7 @@ class BinaryQuantizer(SingleLevel):
                 self.count(codes)
                 metrics |= self.use()
                 if self.options.diversity:
-                    penalty = self.options.diversity * disuse(self.of_codes(logits))
+                    penalty = self.options.diversity * disuse(self.of_codes(logits).log_softmax(dim=-1))
             if temperature is None:
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
@@ -58,8 +58,8 @@ class BinaryQuantizer(SingleLevel):
         return Quantized(latents, codes, penalty, kl=kl, metrics=metrics)
 
     def of_codes(self, logits: Tensor) -> Tensor:
-        """Logits of bits (B,n,h,w) -> logits of whole codes (B,K,h,w), whose softmax is the product over the bits."""
-        return torch.einsum("bnhw,kn->bkhw", logits, self.vectors()) / 2
+        """Logits of bits (B,n,h,w) -> logits of whole codes (B,h,w,K), whose softmax is the product over the bits."""
+        return torch.einsum("bnhw,kn->bhwk", logits, self.vectors()) / 2
 
     def look_up(self, codes: Tensor) -> Tensor:
         return unpack(codes, self.bits)

@@ -1,6 +1,7 @@
 """What quantizers whose posterior is a categorical distribution share: logits, a learned codebook, the KL. Knows logits alone.
 
-Legend: B batch, D features of a code, h w code grid, K codes.
+Legend: B batch, D features of a code, h w code grid, K codes. Inside, codes lie in the last dimension, where channels-last pictures have
+them anyway: softmaxes over another one copy first.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from stage1_tokenizer.quantizers.base import SingleLevel, mean_over_processes
 
 
 def gumbel_noise_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel noise: -log of an exponential variable (Gumbel-max: argmax(logits + noise) is a sample of their softmax)."""
-    return -torch.empty_like(logits).exponential_().log()
+    """Standard Gumbel noise: -log(-log u) (Gumbel-max: argmax(logits + noise) is a sample of their softmax)."""
+    # Uniform numbers are drawn eight times as fast as exponential ones on CPUs. None is 1; a 0 would make the noise infinite.
+    uniform = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device).clamp_(min=torch.finfo(logits.dtype).tiny)
+    return uniform.log_().neg_().log_().neg_()
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(q(codes given picture) || uniform) in nats a picture: logits (B,K,h,w) -> (B,), summed over positions."""
-    log_q = logits.log_softmax(dim=1)
-    return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(dim=(1, 2, 3))
+def kl_to_uniform(log_q: Tensor) -> Tensor:
+    """KL(q(codes given picture) || uniform) in nats a picture: log-probabilities (B,h,w,K) -> (B,), summed over positions."""
+    return (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(dim=(1, 2, 3))
 
 
-def disuse(logits: Tensor) -> Tensor:
-    """Scalar: KL(mean of q over the batch and all positions || uniform) in nats a code: 0 where all codes are used alike. It is the part
-    of the KL that says nothing against codes that tell pictures apart (ELBO surgery, Hoffman & Johnson 2016)."""
-    mean = mean_over_processes(logits.softmax(dim=1).mean(dim=(0, 2, 3)))
+def disuse(log_q: Tensor) -> Tensor:
+    """Scalar: KL(mean of q over the batch and all positions || uniform) in nats a code, of log-probabilities (B,h,w,K): 0 where all codes
+    are used alike. It is the part of the KL that says nothing against codes that tell pictures apart (ELBO surgery, Hoffman & Johnson
+    2016)."""
+    mean = mean_over_processes(log_q.exp().mean(dim=(0, 1, 2)))
     return math.log(len(mean)) + (mean * mean.clamp(min=1e-12).log()).sum()
 
 
@@ -42,14 +45,14 @@ class Categorical(SingleLevel):
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
 
-    def against_disuse(self, logits: Tensor, weight: float) -> Tensor:
+    def against_disuse(self, log_q: Tensor, weight: float) -> Tensor:
         """`weight` times `disuse` while training; nothing otherwise, when not all processes may be here."""
-        return weight * disuse(logits) if self.training and weight else logits.new_zeros(())
+        return weight * disuse(log_q) if self.training and weight else log_q.new_zeros(())
 
-    def use_of(self, logits: Tensor) -> dict[str, Tensor]:
-        """The KL and, while training, the use of the codebook by the most likely codes."""
-        metrics = {"kl": kl_to_uniform(logits).mean().detach()}
+    def use_of(self, likeliest: Tensor, kl: Tensor) -> dict[str, Tensor]:
+        """The KL and, while training, the use of the codebook by the most likely codes (B,h,w), which are counted."""
+        metrics = {"kl": kl.detach()}
         if self.training:
-            self.count(logits.argmax(dim=1))
+            self.count(likeliest)
             metrics |= self.use()
         return metrics

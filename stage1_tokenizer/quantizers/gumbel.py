@@ -1,6 +1,6 @@
 """Gumbel-softmax: a relaxed categorical code, hardened by falling temperature. Knows logits; nothing of pictures.
 
-Legend: B batch, D features of a code, h w code grid, K codes.
+Legend: B batch, D features of a code, h w code grid, K codes. Functions here have codes in the last dimension.
 
 Jang et al. 2016 (https://arxiv.org/abs/1611.01144), Maddison et al. 2016 (https://arxiv.org/abs/1611.00712): Gumbel-max and its
 relaxation, eq. 1-2; the dVAE of DALL-E, Ramesh et al. 2021, section 2.1 and appendix A.2. ReinMax: Liu et al. 2023
@@ -19,28 +19,33 @@ from stage1_tokenizer.quantizers.categorical import Categorical, gumbel_noise_li
 
 
 def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """A point of the simplex (over dim 1) that nears a one-hot sample as the temperature falls."""
-    return ((logits + noise) / temperature).softmax(dim=1)
+    """A point of the simplex (...,K) that nears a one-hot sample as the temperature falls."""
+    return ((logits + noise) / temperature).softmax(dim=-1)
 
 
-def one_hot(codes: Tensor, num_codes: int) -> Tensor:
-    """Codes (B,h,w) -> (B,K,h,w)."""
-    return F.one_hot(codes, num_codes).permute(0, 3, 1, 2).float()
+def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """One-hot samples (...,K) with the gradient of the relaxed ones."""
+    soft = relax(logits, noise, temperature)
+    return F.one_hot(soft.argmax(dim=-1), logits.shape[-1]).float() + soft - soft.detach()
 
 
 def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """One-hot samples whose gradient is a second-order estimate (Heun's method) of that of the expected loss.
+    """One-hot samples (...,K) whose gradient is a second-order estimate (Heun's method) of that of the expected loss.
 
     With p = softmax(logits), D the sample and p1 = (D + softmax(logits / temperature)) / 2, the gradient is that of 2 s - p / 2, where s
     is the softmax of logits moved so that it equals p1.
     """
-    sample = one_hot((logits + noise).argmax(dim=1), logits.shape[1])
-    p = logits.softmax(dim=1)
-    middle = (sample + (logits / temperature).softmax(dim=1)) / 2
+    sample = F.one_hot((logits + noise).argmax(dim=-1), logits.shape[-1]).float()
+    p = logits.softmax(dim=-1)
+    middle = (sample + (logits / temperature).softmax(dim=-1)) / 2
     # The logarithm's shift is a constant to the gradient; the clamp only keeps probabilities of 0 from making it infinite.
-    moved = (logits + (middle.clamp(min=1e-30).log() - logits).detach()).softmax(dim=1)
+    moved = (logits + (middle.clamp(min=1e-30).log() - logits).detach()).softmax(dim=-1)
     surrogate = 2 * moved - p / 2
     return sample + surrogate - surrogate.detach()
+
+
+WEIGHTS = {"relaxed": relax, "straight_through": straight_through, "reinmax": reinmax}
+"""How codes are weighted while training, by `gumbel.gradient`."""
 
 
 class GumbelQuantizer(Categorical):
@@ -55,21 +60,11 @@ class GumbelQuantizer(Categorical):
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Logits (B,K,h,w) -> relaxed codes at `temperature`; hard ones where it is None."""
         with torch.autocast(features.device.type, enabled=False):
-            logits = features.float()
-            codes, kl, metrics = logits.argmax(dim=1), kl_to_uniform(logits).mean(), self.use_of(logits)
+            log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
+            codes, kl = log_q.argmax(dim=-1), kl_to_uniform(log_q).mean()
             if temperature is None:
-                latents = self.look_up(codes).permute(0, 3, 1, 2)
+                latents = self.look_up(codes)
             else:
-                latents = torch.einsum("bkhw,kd->bdhw", self._weights(logits, temperature), self.codebook)
-        return Quantized(latents, codes, self.against_disuse(logits, self.options.diversity), kl=kl, metrics=metrics)
-
-    def _weights(self, logits: Tensor, temperature: float) -> Tensor:
-        noise = gumbel_noise_like(logits)
-        match self.options.gradient:
-            case "relaxed":
-                return relax(logits, noise, temperature)
-            case "straight_through":
-                soft = relax(logits, noise, temperature)
-                return one_hot(soft.argmax(dim=1), self.num_codes) + soft - soft.detach()
-            case "reinmax":
-                return reinmax(logits, noise, temperature)
+                latents = WEIGHTS[self.options.gradient](log_q, gumbel_noise_like(log_q), temperature) @ self.codebook
+            loss, metrics = self.against_disuse(log_q, self.options.diversity), self.use_of(codes, kl)
+        return Quantized(latents.permute(0, 3, 1, 2), codes, loss, kl=kl, metrics=metrics)

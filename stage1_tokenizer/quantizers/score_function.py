@@ -36,15 +36,13 @@ class ScoreFunctionQuantizer(Categorical):
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Logits (B,K,h,w) -> codes sampled from them where there is a `temperature` (its value is not used), else the likeliest."""
         with torch.autocast(features.device.type, enabled=False):
-            logits = features.float()
-            kl, metrics = kl_to_uniform(logits).mean(), self.use_of(logits)
-            codes = (logits if temperature is None else logits + gumbel_noise_like(logits)).argmax(dim=1)
-            log_q = None
-            if temperature is not None:
-                log_q = logits.log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
-            latents = self.look_up(codes).permute(0, 3, 1, 2)
-        loss = self.against_disuse(self.options.sharpness * logits, self.options.diversity)
-        return Quantized(latents, codes, loss, kl=kl, log_q=log_q, metrics=metrics)
+            log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
+            kl, likeliest = kl_to_uniform(log_q).mean(), log_q.argmax(dim=-1)
+            codes = likeliest if temperature is None else (log_q + gumbel_noise_like(log_q)).argmax(dim=-1)
+            sampled = None if temperature is None else log_q.gather(-1, codes[..., None])[..., 0]
+            loss = self.against_disuse((self.options.sharpness * log_q).log_softmax(dim=-1), self.options.diversity)
+            latents, metrics = self.look_up(codes).permute(0, 3, 1, 2), self.use_of(likeliest, kl)
+        return Quantized(latents, codes, loss, kl=kl, log_q=sampled, metrics=metrics)
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
         """Scalar whose gradient estimates that of the expected cost: costs (B,C,H,W) in nats, log_q (B,h,w) of the codes that had them.

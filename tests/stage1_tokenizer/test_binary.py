@@ -74,12 +74,12 @@ def test_use_is_counted_while_training_only():
 
 def test_the_logits_of_codes_are_those_of_independent_bits():
     binary, x = quantizer(), logits(1, 4, 1, 2)
-    p = binary.of_codes(x).softmax(1)
+    p = binary.of_codes(x).softmax(-1)
     q = x.sigmoid()
     for code in (0, 5, 15):
         bits = [(code >> (3 - i)) & 1 for i in range(4)]
         by_hand = torch.stack([q[0, i] if bit else 1 - q[0, i] for i, bit in enumerate(bits)]).prod(0)
-        torch.testing.assert_close(p[0, code], by_hand)
+        torch.testing.assert_close(p[0, ..., code], by_hand)
 
 
 def test_disuse_is_the_divergence_of_the_mean_posterior():

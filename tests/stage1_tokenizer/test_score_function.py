@@ -47,7 +47,7 @@ def test_codes_are_sampled_from_the_softmax_and_log_q_is_theirs():
     torch.manual_seed(1)
     result = score(x, 0.5)
     torch.manual_seed(1)
-    assert torch.equal(result.codes, (x + gumbel_noise_like(x)).argmax(1))
+    assert torch.equal(result.codes, (x + gumbel_noise_like(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).argmax(1))
     by_hand = [x[7].log_softmax(0)[result.codes[7, i, j], i, j] for i in range(4) for j in range(4)]
     torch.testing.assert_close(result.log_q[7].flatten(), torch.stack(by_hand))
     hard = score.eval()(x)
@@ -107,6 +107,7 @@ def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
     """Soft posteriors whose likeliest code is always the same are even on average, and sharp ones are not."""
     x = torch.tensor([0.1, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
     score = ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(diversity=0.5, sharpness=100.0)).train()
-    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * disuse(100 * x))
-    assert float(disuse(x)) < 0.01 and float(score(x, 1.0).loss) > 0.5
+    rows = x.permute(0, 2, 3, 1)
+    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * disuse((100 * rows).log_softmax(-1)))
+    assert float(disuse(rows.log_softmax(-1))) < 0.01 and float(score(x, 1.0).loss) > 0.5
     assert float(score.eval()(x).loss) == 0.0
