@@ -99,8 +99,8 @@ class TokenizerConfig:
     likelihood: Literal["l2", "l1", "logit_laplace", "bernoulli"] = "l2"
     """p(picture given codes): Gaussian, Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
     likelihood_scale: float = 0.1
-    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1] (logit-Laplace learns its own,
-    a coin has none)."""
+    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the least scale that logit-Laplace may
+    learn, in units of its logit (the larger, the less flat backgrounds outweigh the rest); a coin has none."""
 
     def __post_init__(self) -> None:
         problems = []

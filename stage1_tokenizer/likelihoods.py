@@ -65,20 +65,25 @@ class Laplace(Likelihood):
 class LogitLaplace(Likelihood):
     """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the pixel's range.
 
-    Location and log-scale are both learned. The density (2021, appendix A.3) is over the squeezed unit range; the change of
+    Location and scale are both learned. The density (2021, appendix A.3) is over the squeezed unit range; the change of
     variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
+
+    The scale is `least_scale` and the exponential of what the decoder says, which is where this departs from the paper: pixels of flat
+    backgrounds, whose scale could fall to what 8 bits resolve, would outweigh all others by the inverse of it.
     """
 
     parameters_per_channel = 2
     learns_scale = True
 
+    def __init__(self, least_scale: float) -> None:
+        self.least_scale = least_scale
+
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         location, log_scale = parameters.float().chunk(2, dim=1)
-        # A scale far below what 8 bits resolve would let the loss run away on flat pictures.
-        log_scale = log_scale.clamp(min=-5)
+        scale = self.least_scale + log_scale.exp()
         logits = to_laplace_logits(pixels)
         unit = torch.sigmoid(logits)
-        log_density = -log_scale - math.log(2) - (unit * (1 - unit)).log() - (logits - location).abs() * (-log_scale).exp()
+        log_density = -(2 * scale).log() - (unit * (1 - unit)).log() - (logits - location).abs() / scale
         return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2))
 
     def picture(self, parameters: Tensor) -> Tensor:
@@ -108,6 +113,6 @@ def build_likelihood(name: Literal["l2", "l1", "logit_laplace", "bernoulli"], sc
         case "l1":
             return Laplace(scale)
         case "logit_laplace":
-            return LogitLaplace()
+            return LogitLaplace(scale)
         case "bernoulli":
             return Bernoulli()

@@ -27,9 +27,9 @@ def parameters(likelihood, *values: float) -> torch.Tensor:
     [
         (Gaussian(0.1), (0.3,)),
         (Laplace(0.1), (-0.4,)),
-        (LogitLaplace(), (0.0, -1.0)),
-        (LogitLaplace(), (-1.5, -2.5)),
-        (LogitLaplace(), (1.2, 0.0)),
+        (LogitLaplace(0.1), (0.0, -1.0)),
+        (LogitLaplace(0.1), (-1.5, -2.5)),
+        (LogitLaplace(0.1), (1.2, 0.0)),
     ],
 )
 def test_the_density_integrates_to_one(likelihood, values):
@@ -49,27 +49,34 @@ def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
 
 
 def test_logit_laplace_by_hand():
-    """Eq. of DALL-E's appendix at x=0.5, location 0.2, log-scale -1, and the slope of the map to the unit range."""
+    """Eq. of DALL-E's appendix at x=0.5, location 0.2, log-scale -1 above a least scale of 0.1, and the slope of the map to the unit
+    range."""
     unit = 0.4 * 1.5 + 0.1
     logit = math.log(unit / (1 - unit))
-    scale = math.exp(-1.0)
+    scale = 0.1 + math.exp(-1.0)
     density = math.exp(-abs(logit - 0.2) / scale) / (2 * scale * unit * (1 - unit)) * 0.4
-    nll = LogitLaplace().nll(torch.full((1, 1, 1, 1), 0.5), parameters(LogitLaplace(), 0.2, -1.0))
+    nll = LogitLaplace(0.1).nll(torch.full((1, 1, 1, 1), 0.5), parameters(LogitLaplace(0.1), 0.2, -1.0))
     assert float(nll) == pytest.approx(-math.log(density), rel=1e-5)
 
 
 def test_logit_laplace_keeps_the_channels_of_location_and_scale_apart():
     pixels = torch.tensor([-0.5, 0.0, 0.8]).reshape(1, 3, 1, 1)
     sharp = torch.cat([to_laplace_logits(pixels), torch.full((1, 3, 1, 1), -3.0)], 1)
-    torch.testing.assert_close(LogitLaplace().picture(sharp), pixels)
-    assert LogitLaplace().nll(pixels, sharp) < LogitLaplace().nll(pixels.flip(1), sharp)
+    torch.testing.assert_close(LogitLaplace(0.1).picture(sharp), pixels)
+    assert LogitLaplace(0.1).nll(pixels, sharp) < LogitLaplace(0.1).nll(pixels.flip(1), sharp)
 
 
 def test_logit_laplace_does_not_run_away_on_flat_pictures():
     pixels = torch.full((1, 1, 1, 1), -1.0)
     exact = to_laplace_logits(pixels)
-    nlls = [LogitLaplace().nll(pixels, torch.cat([exact, torch.full_like(exact, s)], 1)) for s in (-5.0, -50.0)]
-    assert nlls[0] == nlls[1] and nlls[1].isfinite()
+    nlls = [LogitLaplace(least).nll(pixels, torch.cat([exact, torch.full_like(exact, -100.0)], 1)) for least in (0.05, 0.1)]
+    torch.testing.assert_close(nlls[1] - nlls[0], torch.tensor([math.log(2)]))
+
+
+def test_a_scale_that_has_fallen_to_the_least_can_rise_again():
+    said = parameters(LogitLaplace(0.1), 0.0, -4.0).requires_grad_()
+    LogitLaplace(0.1).nll(torch.full((1, 1, 1, 1), 0.9), said).sum().backward()
+    assert float(said.grad[0, 1]) < 0
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1)])
@@ -79,7 +86,7 @@ def test_the_picture_is_where_the_density_peaks(likelihood):
     assert float(x.flatten()[nll.argmin()]) == pytest.approx(float(likelihood.picture(parameters(likelihood, 0.25))), abs=1e-3)
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1), LogitLaplace()])
+@pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1), LogitLaplace(0.1)])
 def test_low_precision_outputs_are_scored_in_float32(likelihood):
     out = torch.zeros(2, likelihood.parameters_per_channel, 2, 2, dtype=torch.bfloat16)
     assert likelihood.nll(torch.zeros(2, 1, 2, 2), out).dtype == likelihood.picture(out).dtype == torch.float32
@@ -125,7 +132,7 @@ def test_with_dequantization_no_scale_is_better_than_uniform_on_a_step():
     """Without, a scale that shrinks onto 8-bit values is rewarded without end: fewer than 0 bits a dimension."""
     pixels = torch.full((64, 3, 8, 8), -1.0)
     exact = to_laplace_logits(pixels)
-    sharp = torch.cat([exact, torch.full_like(exact, -5.0)], 1)
-    bits = [float(LogitLaplace().bits_per_dimension(LogitLaplace().nll(x, sharp).mean(), 192)) for x in (pixels, dequantized(pixels))]
+    sharp, likelihood = torch.cat([exact, torch.full_like(exact, -5.0)], 1), LogitLaplace(1e-6)
+    bits = [float(likelihood.bits_per_dimension(likelihood.nll(x, sharp).mean(), 192)) for x in (pixels, dequantized(pixels))]
     assert bits[0] < 0 < bits[1]
     assert LogitLaplace.learns_scale and not Gaussian.learns_scale
