@@ -302,11 +302,12 @@ def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
     except ImportError:
         print("comparison.png is not drawn: that needs matplotlib, pip install 'mini-dalle[plots]'")
         return
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for name, row in figures.items():
-        axes.plot(row["prior_nats"], row["psnr"], "o")
-        axes.annotate(name, (row["prior_nats"], row["psnr"]), xytext=(5, 3), textcoords="offset points", fontsize=9)
+    for number, (name, row) in enumerate(figures.items()):
+        # Ten colours; marks tell apart what has the same one. Names stand beside: on the points they would cover each other.
+        axes.plot(row["prior_nats"], row["psnr"], "os^Dv"[number // 10 % 5], color=f"C{number % 10}", label=name, markersize=9)
+    figure.legend(loc="outside right center", frameon=False)
     axes.set(xlabel=COLUMNS["prior_nats"] + " (held-out)", ylabel="PSNR of reconstructions, dB (held-out)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -150,14 +150,15 @@ def test_attention_sees_the_whole_picture(architecture):
     assert pixels.grad[0, :, -4:, -4:].abs().sum() > 0
 
 
-def test_attention_by_hand():
+@pytest.mark.parametrize("grid", [(3, 4), (16, 17)], ids=["few positions", "many positions"])
+def test_attention_by_hand(grid):
     torch.manual_seed(0)
     block = SpatialAttention(6, nn.Identity())
-    x = torch.randn(2, 6, 3, 4)
+    x = torch.randn(2, 6, *grid)
     tokens = x.flatten(2)
     q, k, v = (torch.einsum("oc,bcn->bon", m.weight[:, :, 0, 0], tokens) + m.bias[:, None] for m in (block.q, block.k, block.v))
     weights = (torch.einsum("bcq,bck->bqk", q, k) / 6**0.5).softmax(-1)
-    mixed = torch.einsum("bqk,bck->bcq", weights, v).reshape(2, 6, 3, 4)
+    mixed = torch.einsum("bqk,bck->bcq", weights, v).reshape(2, 6, *grid)
     torch.testing.assert_close(block(x), x + block.proj_out(mixed))
 
 

@@ -111,3 +111,11 @@ def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
     torch.testing.assert_close(score(x, 1.0).loss, 0.5 * disuse((100 * rows).log_softmax(-1)))
     assert float(disuse(rows.log_softmax(-1))) < 0.01 and float(score(x, 1.0).loss) > 0.5
     assert float(score.eval()(x).loss) == 0.0
+
+
+def test_use_is_that_of_the_likeliest_codes_not_of_the_sampled_ones():
+    x = torch.randn(50, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    score = quantizer()
+    torch.manual_seed(0)
+    assert not torch.equal(score(x, 1.0).codes, x.argmax(1))
+    torch.testing.assert_close(score.counts, torch.bincount(x.argmax(1).flatten(), minlength=3).float())
