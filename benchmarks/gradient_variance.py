@@ -53,7 +53,7 @@ class Problem:
 
 def relaxed(problem: Problem, weigh: Callable[[Tensor, Tensor, float], Tensor]) -> Estimator:
     def estimate(logits: Tensor, temperature: float) -> Tensor:
-        return problem.cost(weigh(logits, gumbel_noise_like(logits.detach()), temperature) @ problem.codebook).sum()
+        return problem.cost(weigh(logits, gumbel_noise_like(logits), temperature) @ problem.codebook).sum()
 
     return estimate
 

@@ -45,9 +45,12 @@ class Categorical(SingleLevel):
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
 
-    def against_disuse(self, log_q: Tensor, weight: float) -> Tensor:
-        """`weight` times `disuse` while training; nothing otherwise, when not all processes may be here."""
-        return weight * disuse(log_q) if self.training and weight else log_q.new_zeros(())
+    def against_disuse(self, log_q: Tensor, weight: float, sharpness: float = 1.0) -> Tensor:
+        """`weight` times `disuse` while training, of posteriors raised to the power `sharpness`; nothing otherwise, when not all processes
+        may be here."""
+        if not (self.training and weight):
+            return log_q.new_zeros(())
+        return weight * disuse(log_q if sharpness == 1 else (sharpness * log_q).log_softmax(dim=-1))
 
     def use_of(self, likeliest: Tensor, kl: Tensor) -> dict[str, Tensor]:
         """The KL and, while training, the use of the codebook by the most likely codes (B,h,w), which are counted."""

@@ -40,7 +40,7 @@ class ScoreFunctionQuantizer(Categorical):
             kl, likeliest = kl_to_uniform(log_q).mean(), log_q.argmax(dim=-1)
             codes = likeliest if temperature is None else (log_q + gumbel_noise_like(log_q)).argmax(dim=-1)
             sampled = None if temperature is None else log_q.gather(-1, codes[..., None])[..., 0]
-            loss = self.against_disuse((self.options.sharpness * log_q).log_softmax(dim=-1), self.options.diversity)
+            loss = self.against_disuse(log_q, self.options.diversity, self.options.sharpness)
             latents, metrics = self.look_up(codes).permute(0, 3, 1, 2), self.use_of(likeliest, kl)
         return Quantized(latents, codes, loss, kl=kl, log_q=sampled, metrics=metrics)
 
