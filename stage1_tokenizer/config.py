@@ -16,6 +16,7 @@ from stage1_tokenizer.options import (
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
+    LikelihoodName,
     PerceptualOptions,
     QuantizerName,
     ResidualOptions,
@@ -96,11 +97,12 @@ class TokenizerConfig:
     """Options of `quantizer: residual`."""
     hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
     """Options of `quantizer: hierarchical`."""
-    likelihood: Literal["l2", "l1", "logit_laplace", "bernoulli"] = "l2"
-    """p(picture given codes): Gaussian, Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
+    likelihood: LikelihoodName = "l2"
+    """p(picture given codes): Gaussian, Gaussian of each picture's own best deviation (highest PSNR), Laplace, DALL-E's logit-Laplace, or a
+    coin a dimension."""
     likelihood_scale: float = 0.1
     """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the least scale that logit-Laplace may
-    learn, in units of its logit (the larger, the less flat backgrounds outweigh the rest); a coin has none."""
+    learn, in units of its logit (the larger, the less flat backgrounds outweigh the rest); `calibrated_l2` and a coin have none."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -6,13 +6,16 @@ Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1];
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage1_tokenizer.options import LikelihoodName
 from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, to_laplace_logits
+
+_STEP = 2 / 255
+"""Between neighbours among the 256 values of 8-bit pictures, in the model's range."""
 
 
 class Likelihood:
@@ -37,7 +40,7 @@ class Likelihood:
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
         """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
-        return (nats / dimensions - math.log(2 / 255)) / math.log(2)
+        return (nats / dimensions - math.log(_STEP)) / math.log(2)
 
 
 class Gaussian(Likelihood):
@@ -49,6 +52,22 @@ class Gaussian(Likelihood):
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         squared = (pixels - parameters.float()).square() / (2 * self.scale**2)
         return squared + math.log(self.scale * math.sqrt(2 * math.pi))
+
+
+class CalibratedGaussian(Likelihood):
+    """L2 with the deviation of each picture that fits it best (sigma-VAE, Rybkin et al. 2021, https://arxiv.org/abs/2006.13202),
+    so that no scale need be chosen: half the log of a picture's mean squared error, in place of the error.
+
+    Pictures then count alike in decibels, where with one deviation for all the hardest ones outweigh the rest. The variance is that of
+    pixels spread over their 8-bit steps (uniform noise adds a twelfth of a step's square), and so has a least value. What the deviation
+    itself would cost to code, some bits a picture, is not counted.
+    """
+
+    def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
+        squared = (pixels - parameters.float()).square() + _STEP**2 / 12
+        # A constant to the gradient: at its best the derivative by it is zero.
+        variance = squared.detach().mean(dim=(1, 2, 3), keepdim=True)
+        return squared / (2 * variance) + 0.5 * (2 * math.pi * variance).log()
 
 
 class Laplace(Likelihood):
@@ -106,10 +125,12 @@ class Bernoulli(Likelihood):
         return nats / dimensions / math.log(2)
 
 
-def build_likelihood(name: Literal["l2", "l1", "logit_laplace", "bernoulli"], scale: float) -> Likelihood:
+def build_likelihood(name: LikelihoodName, scale: float) -> Likelihood:
     match name:
         case "l2":
             return Gaussian(scale)
+        case "calibrated_l2":
+            return CalibratedGaussian()
         case "l1":
             return Laplace(scale)
         case "logit_laplace":

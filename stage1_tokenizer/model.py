@@ -120,7 +120,7 @@ class ImageTokenizer(PreTrainedModel):
         training = self.quantizer.training
         self.quantizer.eval()
         try:
-            return self.quantizer(self.encoder(pixels)).codes
+            return self.quantizer.codes_of(self.encoder(pixels))
         finally:
             self.quantizer.train(training)
 

@@ -9,6 +9,7 @@ QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq"
 LARGEST_CODE = 2**31 - 1
 """Codes are stored as 32-bit integers."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
+LikelihoodName = Literal["l2", "calibrated_l2", "l1", "logit_laplace", "bernoulli"]
 OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "vq": ("vq", "residual", "hierarchical"),
     "gumbel": ("gumbel",),

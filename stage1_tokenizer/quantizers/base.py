@@ -102,6 +102,10 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    def codes_of(self, features: Tensor) -> Tensor:
+        """The codes alone that `forward` has for features (B,input_dim,h,w) without a temperature."""
+        return self(features).codes
+
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
         """The levels of the codes of features with this grid."""
         raise NotImplementedError

@@ -42,6 +42,10 @@ class Categorical(SingleLevel):
         super().__init__(num_codes, input_dim=num_codes, output_dim=code_dim)
         self.codebook = nn.Parameter(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
 
+    def codes_of(self, features: Tensor) -> Tensor:
+        """The likeliest codes (B,h,w); no probabilities are worked out, which cost as much as the networks."""
+        return features.permute(0, 2, 3, 1).argmax(dim=-1)
+
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
 

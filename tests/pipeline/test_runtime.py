@@ -1,12 +1,17 @@
-"""When training computes in bf16 and when it compiles."""
+"""When training computes in bf16 and when it compiles; what becomes of freed memory."""
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from pipeline import runtime
 from pipeline.config import TrainConfig
-from pipeline.runtime import compiles, uses_bf16
+from pipeline.runtime import compiles, keep_freed_memory, uses_bf16
 
 CPU = torch.device("cpu")
 
@@ -32,3 +37,32 @@ def test_a_tracker_that_is_not_installed_is_named(tiny_yaml, capsys, monkeypatch
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     assert main(["train-tokenizer", "--config", str(tiny_yaml), "--trackers", '["wandb"]']) == 1
     assert "trackers ['wandb'] are not installed" in capsys.readouterr().err
+
+
+FAULTS = """
+import resource, torch
+from pipeline.runtime import keep_freed_memory
+if {keeps}: assert keep_freed_memory()
+def faults():
+    torch.ones(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+before = faults()
+for _ in range(5): after = faults()
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    """48 MB five times over are 60,000 pages: asked for each time by default, and not once more here."""
+    counts = []
+    for keeps in (False, True):
+        done = subprocess.run([sys.executable, "-c", FAULTS.format(keeps=keeps)], capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    assert counts[0] > 50_000 and counts[1] < 1_000
+
+
+def test_without_such_a_c_library_nothing_happens(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False

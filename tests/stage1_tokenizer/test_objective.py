@@ -179,6 +179,7 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
     ("changes", "gain"),
     [
         ({}, 4.0),
+        ({"likelihood": "calibrated_l2"}, 4.0),
         ({"likelihood": "l1"}, 4.0),
         ({"likelihood": "logit_laplace"}, 3.0),
         ({"quantizer": "gumbel"}, 2.0),
@@ -189,7 +190,7 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
         ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 4, 4))}, 4.0),
         ({"quantizer": "binary"}, 3.0),
     ],
-    ids=["vq l2", "vq l1", "vq logit_laplace", "gumbel", "residual", "hierarchical", "lfq", "bsq", "fsq", "binary"],
+    ids=["vq l2", "vq calibrated l2", "vq l1", "vq logit_laplace", "gumbel", "residual", "hierarchical", "lfq", "bsq", "fsq", "binary"],
 )
 def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
     torch.manual_seed(0)
