@@ -9,6 +9,7 @@ them below its own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -61,11 +62,19 @@ class PeerTokenizer(nn.Module):
         super().__init__()
         self.own_config = config
         self.vae = peers.discrete_vae(config.image_size, config.factor.bit_length() - 1, config.num_codes)
-        self.image_size, self.num_codes, self.fingerprint = config.image_size, config.num_codes, "dalle-pytorch"
+        self.image_size, self.num_codes = config.image_size, config.num_codes
 
     @property
     def quantizer(self) -> PeerTokenizer:
         return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one for other weights, so that codes and a prior of an earlier try are not taken for this one's."""
+        digest = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +160,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     figures = comparison.row_figures(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
     figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.batch_size / (60 * figures["minutes"])}
-    comparison._write(experiment, minutes, figures)
+    comparison.write_figures(experiment, minutes, figures)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:
@@ -168,7 +177,7 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--row", choices=tuple(ROWS), help="one of them, in this process (both, each in a process of its own)")
+    parser.add_argument("--row", choices=tuple(ROWS), help="one of them, in this process (all, each in a process of its own)")
     options, rest = parser.parse_known_args()
     if options.row is None:
         import subprocess
@@ -181,7 +190,11 @@ def main() -> None:
     name, run = ROWS[options.row]
     base = next(iter(given.rows.values()))
     plain = TokenizerConfig(**{**vars(base.tokenizer.model), "vq": type(base.tokenizer.model.vq)()})
-    run(replace(base, name=name, tokenizer=replace(base.tokenizer, model=plain)), given.minutes)
+    row = replace(base, name=name, tokenizer=replace(base.tokenizer, model=plain))
+    if comparison.is_done(row, given.minutes):
+        print(f"{name}: done already, in {row.folder}")
+        return
+    run(row, given.minutes)
 
 
 if __name__ == "__main__":

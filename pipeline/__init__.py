@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.codebook import codebook_page
+    from pipeline.comparison import compare_tokenizers, load_comparison
     from pipeline.config import Experiment, load_experiment
     from pipeline.data.sources import load_source
     from pipeline.evaluation.report import evaluate
     from pipeline.generation import generate, reconstruct
-    from pipeline.stages import assemble_bundle, encode_dataset, run, train_prior, train_tokenizer
+    from pipeline.stages import assemble_bundle, encode_dataset, encode_elsewhere, run, train_prior, train_tokenizer
     from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
 
 _HOME = {
@@ -21,9 +23,13 @@ _HOME = {
     "TextToImageOutput": "pipeline.text_to_image",
     "TextToImagePipeline": "pipeline.text_to_image",
     "assemble_bundle": "pipeline.stages",
+    "codebook_page": "pipeline.codebook",
+    "compare_tokenizers": "pipeline.comparison",
     "encode_dataset": "pipeline.stages",
+    "encode_elsewhere": "pipeline.stages",
     "evaluate": "pipeline.evaluation.report",
     "generate": "pipeline.generation",
+    "load_comparison": "pipeline.comparison",
     "load_experiment": "pipeline.config",
     "load_source": "pipeline.data.sources",
     "reconstruct": "pipeline.generation",
@@ -37,9 +43,13 @@ __all__ = [
     "TextToImageOutput",
     "TextToImagePipeline",
     "assemble_bundle",
+    "codebook_page",
+    "compare_tokenizers",
     "encode_dataset",
+    "encode_elsewhere",
     "evaluate",
     "generate",
+    "load_comparison",
     "load_experiment",
     "load_source",
     "reconstruct",

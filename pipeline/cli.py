@@ -139,14 +139,18 @@ def _encode(rest: Sequence[str]) -> int:
         from pipeline.config import load_values
         from pipeline.settings import settings_of_run
 
-        values = yaml.safe_load(settings_of_run(options.tokenizer).read_text())
-        values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
+        written = settings_of_run(options.tokenizer)
+        try:
+            values = yaml.safe_load(written.read_text())
+            values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{written} is cut or damaged; add --config FILE, which takes its place") from error
         try:
             experiment = load_values(values, settings)
         except ValueError as error:
             raise _WrongUsage(str(error)) from error
-        if not any(setting.startswith("--encode.") for setting in settings):
-            experiment = every_picture_once(experiment)
+        said = [setting.removeprefix("--encode.").partition("=")[0] for setting in settings if setting.startswith("--encode.")]
+        experiment = every_picture_once(experiment, but=said)
     if options.out is None:
         folder = encode_dataset(experiment)
         _say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
@@ -270,7 +274,7 @@ def _codebook(rest: Sequence[str]) -> int:
     options = reader.parse_args(rest)
     _alone("codebook")
     from pipeline.checkpoints import refuse_taken
-    from pipeline.codebook import NUMBERS, codebook
+    from pipeline.codebook import NUMBERS, codebook_page
     from pipeline.data.sources import load_source
     from pipeline.settings import existing_tokenizer, settings_of_run
 
@@ -281,7 +285,7 @@ def _codebook(rest: Sequence[str]) -> int:
     refuse_taken(out, NUMBERS, "codebook page")
     if options.pictures < 1 or not len(source):
         raise ValueError(f"--pictures is {options.pictures} and {len(source)} are held out; at least one is needed of both")
-    views = codebook(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
+    views = codebook_page(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
     for view in views:
         s = view.statistics
         _say(f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, {s.dead} never used")

@@ -55,7 +55,7 @@ class LevelView:
 
 
 @torch.no_grad()
-def codebook(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
+def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
     """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to `out`; returns what is on the page.
 
     Raises:

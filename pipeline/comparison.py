@@ -29,7 +29,9 @@ from pipeline.stages import encode_dataset, sources_of, tokenizer_task, train_pr
 from pipeline.training import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 
-_FIGURES, _PLAN = "figures.json", "plan.json"
+_FIGURES, _PLAN, _TIME = "figures.json", "plan.json", "training.json"
+_ALIKE = ("seed", "data", "encode", "text", "prior", "precision")
+"""Settings that must be the same for figures to stand in one table."""
 _PROBE_STEPS = 60
 """Steps run and thrown away to find how many fit into the minutes."""
 _ENCODED = 64
@@ -83,8 +85,8 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         minutes = None if minutes is None else float(minutes)
     except (TypeError, ValueError):
         raise ValueError(f"minutes is {minutes!r}; it must be a number") from None
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes is {minutes}; it must be above 0")
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"minutes is {minutes}; it must be above 0 and finite")
     rows, problems, folder = {}, [], Path()
     for name, row in given.items():
         if moved := {"name", "output_dir"} & set(row or {}):
@@ -111,32 +113,43 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def compare_tokenizers(comparison: Comparison) -> Path:
-    """Trains and judges every row that is not done yet, then writes the table and the pictures; returns their folder."""
-    for name, experiment in comparison.rows.items():
-        if _is_done(experiment, comparison.minutes):
-            continue
-        print(f"== {name}", flush=True)
-        # What was compiled for other rows counts against how many shapes a network may be compiled for.
-        torch.compiler.reset()
-        try:
-            row_figures(experiment, comparison.minutes)
-        except FloatingPointError as error:
-            _write(experiment, comparison.minutes, {"failed": str(error)})
-            print(f"{name} failed: {error}", flush=True)
-    write_report(comparison)
+    """Trains and judges every row that is not done yet, then writes the table and the pictures; returns their folder.
+
+    Raises:
+        ValueError: a row was made with other settings before, or cannot be trained; named before any work where it can be known then.
+    """
+    due = {name: experiment for name, experiment in comparison.rows.items() if not is_done(experiment, comparison.minutes)}
+    for experiment in due.values():
+        device = make_accelerator(experiment, trackers=False).device
+        for train in (experiment.tokenizer.train, experiment.prior.train):
+            compiles(train, device)
+    try:
+        for name, experiment in due.items():
+            print(f"== {name}", flush=True)
+            # What was compiled for other rows counts against how many shapes a network may be compiled for.
+            torch.compiler.reset()
+            try:
+                row_figures(experiment, comparison.minutes)
+            except FloatingPointError as error:
+                write_figures(experiment, comparison.minutes, {"failed": str(error)})
+                print(f"{name} failed: {error}", flush=True)
+            except ValueError as error:
+                raise ValueError(f"row {name}: {error}") from error
+    finally:
+        write_report(comparison)
     return comparison.folder
 
 
 def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
     settings = to_dict(experiment)
-    return {**{key: settings[key] for key in ("seed", "data", "tokenizer", "encode", "text", "prior")}, "minutes": minutes}
+    return {**{key: settings[key] for key in (*_ALIKE, "tokenizer")}, "minutes": minutes}
 
 
-def _is_done(experiment: Experiment, minutes: float | None) -> bool:
+def is_done(experiment: Experiment, minutes: float | None) -> bool:
     """Whether a row has its figures; refuses those that were made with other settings."""
     path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
     plan = _plan(experiment.folder)
-    made = json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now
+    made = {"precision": "auto"} | (json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now)
     if differ := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose another name for this comparison, or remove "
@@ -150,7 +163,9 @@ def _plan(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / _PLAN).read_text()) if (folder / _PLAN).is_file() else None
 
 
-def _write(experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]) -> None:
+def write_figures(experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]) -> None:
+    """Writes a row's figures, with what they were made with, into its folder."""
+    experiment.folder.mkdir(parents=True, exist_ok=True)
     content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
     write_file(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
 
@@ -171,7 +186,8 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
     steps = experiment.tokenizer.train.steps
     resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()
     train_tokenizer(experiment)
-    seconds = time.perf_counter() - start
+    if not resumed:  # of a training in two parts neither time is that of the whole
+        write_file(experiment.folder / _TIME, json.dumps({"seconds": time.perf_counter() - start}) + "\n")
     encode_dataset(experiment)
     train_prior(experiment)
     tokenizer = ImageTokenizer.load(folder)
@@ -189,10 +205,11 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
         "steps": steps,
         "encoding_rate": rate,
     }
-    if not resumed:  # of a run in two parts neither time is that of the whole
+    if (experiment.folder / _TIME).is_file():
+        seconds = json.loads((experiment.folder / _TIME).read_text())["seconds"]
         figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.batch_size / seconds}
     np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
-    _write(given, minutes, figures)
+    write_figures(given, minutes, figures)
     return figures
 
 
@@ -256,13 +273,27 @@ def _reconstructed(experiment: Experiment, tokenizer: ImageTokenizer) -> tuple[n
 
 
 def write_report(comparison: Comparison) -> None:
-    """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures."""
-    others = sorted(p.parent.name for p in comparison.folder.glob(f"*/{_FIGURES}") if p.parent.name not in comparison.rows)
-    every = {name: json.loads((comparison.folder / name / _FIGURES).read_text())["figures"] for name in [*comparison.rows, *others]}
+    """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures. Others that
+    were judged on other data or by another prior are named below the table, not in it."""
+    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
+    if not found:
+        return
+    base = _made_with(next(iter(comparison.rows.values())), comparison.minutes)
+    every, notes = {}, ""
+    for name in [*comparison.rows, *(name for name in found if name not in comparison.rows)]:
+        if name not in found:
+            continue
+        made = {"precision": "auto"} | found[name].get("made_with", {})
+        if name not in comparison.rows and (differ := [key for key in _ALIKE if made.get(key) != base[key]]):
+            notes += f"\n{name} is left out: it was made with other settings ({', '.join(differ)})\n"
+        else:
+            every[name] = found[name]["figures"]
     write_file(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
     figures = {name: row for name, row in every.items() if "failed" not in row}
-    failures = "".join(f"\n{name} failed: {row['failed']}\n" for name, row in every.items() if "failed" in row)
-    write_file(comparison.folder / "comparison.md", table(figures) + failures)
+    for name, row in every.items():
+        if "failed" in row:
+            notes += f"\n{name} failed: {row['failed']} (to try it again, remove {comparison.folder / name})\n"
+    write_file(comparison.folder / "comparison.md", table(figures) + notes)
     if not figures:
         return
     shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in figures]

@@ -83,7 +83,16 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether a stage compiles. `auto`: always on CUDA; on the CPU for runs that outlast the half minute it costs, where there is
-    a C++ compiler with Python's headers."""
+    a C++ compiler with Python's headers.
+
+    Raises:
+        ValueError: it is asked for and there is no such compiler.
+    """
+    if config.compile == "on" and device.type == "cpu" and not _can_compile():
+        raise ValueError(
+            "train.compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev), or set "
+            "tokenizer.train.compile and prior.train.compile to auto"
+        )
     if config.compile != "auto":
         return config.compile == "on"
     if device.type == "cuda":

@@ -44,7 +44,7 @@ def start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Acc
         import yaml
 
         experiment.folder.mkdir(parents=True, exist_ok=True)
-        (experiment.folder / "experiment.yaml").write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
+        write_file(experiment.folder / "experiment.yaml", yaml.safe_dump(to_dict(experiment), sort_keys=False))
         write_settings(folder, {"settings": settings})
     accelerator.wait_for_everyone()
     return accelerator
@@ -66,7 +66,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
     written = read_settings(folder)
     if written is None:
         return False
-    made, done = written["settings"], "held_out" in written
+    made, done = {"precision": "auto"} | written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
     # Evaluations choose among weights where the best are kept, and change none elsewhere.

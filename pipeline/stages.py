@@ -6,7 +6,7 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
-from pipeline.config import EncodeConfig, Experiment, to_dict
+from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order, loaded_ahead
-from pipeline.data.codes import MANIFEST, CodesDataset, check_tokenizer, complete, read_manifest, write_part
+from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import bars, grid_image, picture_grid
@@ -46,6 +46,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     source, held_out = sources_of(experiment)
     settings = {
         "seed": experiment.seed,
+        "precision": experiment.precision,
         "data": to_dict(experiment.data),
         "pictures": [source.fingerprint, held_out.fingerprint],
         **to_dict(experiment.tokenizer),
@@ -108,13 +109,14 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
             f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
         )
-    settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode)}
+    settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode), "precision": experiment.precision}
     by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     sources = {split: source.fingerprint for split, source in by_split.items()}
     if (folder / "codes.json").is_file():
         manifest = read_manifest(folder)
         check_tokenizer(manifest, tokenizer.fingerprint, folder)
-        if manifest["settings"] == settings and manifest["sources"] == sources:
+        check_form(manifest, folder)
+        if {"precision": "auto"} | manifest["settings"] == settings and manifest["sources"] == sources:
             return folder
         raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
     accelerator = make_accelerator(experiment, trackers=False)
@@ -162,6 +164,7 @@ def encode_elsewhere(
     refuse_taken(out, MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
+    processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
     if not processes().is_main_process:
         return {}, []
     files = export_codes(made, out, form)
@@ -169,11 +172,12 @@ def encode_elsewhere(
     return read_manifest(out)["rows"], files
 
 
-def every_picture_once(experiment: Experiment) -> Experiment:
-    """The experiment with all of its data encoded (of the shapes, which are unlimited, as many as it says), whatever its prior is given."""
-    options = experiment.encode
-    pictures = options.pictures if experiment.data.source == "shapes" else None
-    return replace(experiment, encode=EncodeConfig(pictures=pictures, held_out=_ALL, batch_size=options.batch_size))
+def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
+    """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
+    says. The fields of `encode` named in `but` stay as they are."""
+    unlimited = experiment.data.source == "shapes"
+    whole: dict[str, Any] = {"views": 1, "shift": 0} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
+    return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
 
 
 @torch.no_grad()
@@ -213,6 +217,7 @@ def train_prior(experiment: Experiment) -> Path:
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     settings = {
         "seed": experiment.seed,
+        "precision": experiment.precision,
         "codes": {key: codes["train"].manifest[key] for key in ("tokenizer", "sources", "settings")},
         "text": to_dict(experiment.text),
         **to_dict(experiment.prior),

@@ -289,7 +289,7 @@ def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, goo
         raise FloatingPointError(
             f"{label}: {', '.join(broken)} is not finite at step {step}; "
             + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
-            + "; lower the learning rate, then run the same command again"
+            + "; lower the learning rate, and start again under another name (--name) or without this run's folder"
         )
 
 

@@ -121,8 +121,13 @@ class TokenizerConfig:
             )
         if self.width % 16:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
-        if self.likelihood_scale <= 0:
-            problems.append(f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above 0")
+        # Below a step of 8-bit pictures a density of fixed scale gives more than they hold: fewer than 0 bits a dimension.
+        least = 2 / 255 if self.likelihood in ("l2", "l1") else 0.0
+        if self.likelihood_scale <= least:
+            problems.append(
+                f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above "
+                + (f"{least:.4f}, the step of 8-bit pictures (or choose likelihood calibrated_l2)" if least else "0")
+            )
         problems += self._network_problems() + self._quantizer_problems()
         if problems:
             raise ValueError("; ".join(problems))
@@ -231,15 +236,23 @@ class ObjectiveConfig:
 
 def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
     """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
-    problems, adversary, heat = [], objective["adversary"], objective["temperature_start"]
-    if adversary["weight"] and model["image_size"] >> adversary["layers"] < 3:
+    problems, adversary = [], objective["adversary"]
+    heats = {name: objective[name] for name in ("temperature_start", "temperature_end")}
+    if adversary["weight"] and adversary["layers"] >= 1 and model["image_size"] >> adversary["layers"] < 3:
         problems.append(
             f"tokenizer.objective.adversary.layers is {adversary['layers']}, which leaves no patch of pictures of "
             f"{model['image_size']} pixels; set it lower"
         )
-    if model["quantizer"] == "binary" and model["binary"]["smoothing"] == "power_pair" and heat >= 1:
+    if model["quantizer"] == "binary" and model["binary"]["smoothing"] == "power_pair" and max(heats.values()) >= 1:
+        worst = max(heats, key=lambda name: heats[name])
         problems.append(
-            f"tokenizer.objective.temperature_start is {heat}, at which tokenizer.model.binary.smoothing power_pair carries nothing of "
-            "a bit; set it below 1 (0.2, with temperature_end 0.1), or choose exponential_pair"
+            f"tokenizer.objective.{worst} is {heats[worst]}, at which tokenizer.model.binary.smoothing power_pair carries nothing of "
+            "a bit; set it below 1 (start at 0.2 and end at 0.1), or choose exponential_pair"
+        )
+    if model["quantizer"] == "gumbel" and model["gumbel"]["gradient"] == "reinmax" and min(heats.values()) < 1:
+        worst = min(heats, key=lambda name: heats[name])
+        problems.append(
+            f"tokenizer.objective.{worst} is {heats[worst]:g}, and tokenizer.model.gumbel.gradient reinmax loses its gradient below 1; "
+            "set temperature_start and temperature_end to 1"
         )
     return problems

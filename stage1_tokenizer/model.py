@@ -104,8 +104,8 @@ class ImageTokenizer(PreTrainedModel):
 
     def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
         """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or sampled as in training."""
-        quantized = self.quantizer(self.encoder(pixels), temperature)
-        return TokenizerOutput(self.decoder(quantized.latents), quantized)
+        quantized = self.quantizer(self.encoder(pixels.to(self.dtype)), temperature)
+        return TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class ImageTokenizer(PreTrainedModel):
         training = self.quantizer.training
         self.quantizer.eval()
         try:
-            return self.quantizer.codes_of(self.encoder(pixels))
+            return self.quantizer.codes_of(self.encoder(pixels.to(self.dtype)))
         finally:
             self.quantizer.train(training)
 
@@ -160,7 +160,7 @@ class ImageTokenizer(PreTrainedModel):
             if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < level.num_codes:
                 which = f" of level {number}" if len(levels) > 1 else ""
                 raise ValueError(f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in 0..{level.num_codes - 1}")
-        return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest))).clamp(-1, 1)
+        return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))).clamp(-1, 1)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, tile: int | None = None, margin: int | None = None) -> Tensor:
@@ -200,6 +200,23 @@ class ImageTokenizer(PreTrainedModel):
         """Compiles encoder and decoder in place; parameter names stay as they are."""
         self.encoder.compile(dynamic=False)
         self.decoder.compile(dynamic=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
+        """As transformers', but weights that are missing are refused, which would be left to chance, and so are unknown ones.
+
+        Raises:
+            ValueError: the weights do not fit the configuration, or the file is cut.
+        """
+        with_info = options.pop("output_loading_info", False)
+        try:
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name, *arguments, **(options | told))
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy it again") from error
+        if differ := sorted([*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]):
+            raise ValueError(f"the weights of {name} do not fit its config.json; first keys that differ: {differ[:3]}")
+        return (model, info) if with_info else model
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageTokenizer:

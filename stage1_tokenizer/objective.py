@@ -101,7 +101,7 @@ class TokenizerObjective:
             return
         # Not by the wrapped module: its gradients are the other loss's.
         with frozen(self.discriminator) as judge:
-            misled = at_picture(generator_loss(judge(drawn)), drawn)
+            misled = at_picture(generator_loss(judge(drawn).float()), drawn)
         weight = adversary.weight * (adaptive_weight(reconstruction, misled, output.parameters) if adversary.adaptive else 1.0)
         metrics["adversarial"] = misled.detach()
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
@@ -115,7 +115,7 @@ class TokenizerObjective:
         """The discriminator's loss on true and drawn pixels (B,C,H,W)."""
         assert self.discriminator is not None
         # One pass for both, since data-parallel training counts on one a step.
-        of_true, of_drawn = self.networks["discriminator"](torch.cat([true, drawn])).chunk(2)
+        of_true, of_drawn = self.networks["discriminator"](torch.cat([true, drawn])).float().chunk(2)
         value, metrics = hinge_loss(of_true, of_drawn), {"logits_true": of_true.detach().mean(), "logits_drawn": of_drawn.detach().mean()}
         if self.config.adversary.lecam:
             value = value + self.config.adversary.lecam * lecam(of_true, of_drawn, self.discriminator.anchors)

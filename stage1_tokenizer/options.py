@@ -167,7 +167,7 @@ class BinaryOptions:
     """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of exponentials (DVAE++) or power functions
     (DVAE#), which are flat at 0 and 1. `power_pair` needs temperatures below 1: at 1 it carries nothing of the bit."""
     diversity: float = 1.0
-    """As in `gumbel`, over whole codes."""
+    """As in `gumbel`, over whole codes: a table of vectors times codes a step, so 0 for vocabularies beyond some 16,000."""
 
     def problems(self) -> list[str]:
         return _not_negative("binary", diversity=self.diversity)

@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 _IMAGE_SIZE = 256
 """All of them were trained on pictures of 256 pixels."""
-_BOOKKEEPING = ("quantizer.counts", "quantizer.sums", "quantizer.steps", "quantizer.initialized")
+_BOOKKEEPING = ("quantizer.counts", "quantizer.hits", "quantizer.sums", "quantizer.steps", "quantizer.initialized")
 """What our quantizers know besides their weights: of no use to a tokenizer that is not trained further."""
 
 
@@ -167,7 +167,9 @@ def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
             attention=f"encoder.down.{resolutions - 1}.attn.0.q.weight" in weights,
         ),
         quantizer="gumbel" if gumbel else "vq", num_codes=codebook.shape[0], code_dim=codebook.shape[1],
-        vq=VectorOptions() if gumbel else VectorOptions(codebook="gradient", normalize=kind == "llamagen"), likelihood="l1",
+        # Trained further, codes that the first batches do not show must stay as they were published.
+        vq=VectorOptions() if gumbel else VectorOptions(codebook="gradient", normalize=kind == "llamagen", restart_below=0.0),
+        likelihood="l1",
     )  # fmt: skip
     renamed = {names.get(key, key): value for key, value in weights.items() if not key.startswith("loss.")}
     if kind == "llamagen":

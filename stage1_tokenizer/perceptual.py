@@ -8,6 +8,7 @@ MS-SSIM: Wang et al. 2003. Distances of features at several layers, each normali
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,8 +76,10 @@ class BackboneDistance(nn.Module):
         name: a folder with a model of transformers, or a name of the Hub.
         layers: which hidden states to compare (0 is the embedding); all but that where empty.
 
+    Of a model of pictures and text (CLIP) the part for pictures is taken.
+
     Raises:
-        ValueError: nothing can be loaded from there, or a layer is not there.
+        ValueError: nothing can be loaded from there, it takes no pictures, or a layer is not there.
     """
 
     mean: Tensor
@@ -88,7 +91,7 @@ class BackboneDistance(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            self.backbone = AutoModel.from_pretrained(name).eval().requires_grad_(False)
+            model = AutoModel.from_pretrained(name)
         except (OSError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -98,10 +101,23 @@ class BackboneDistance(nn.Module):
             known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
         except OSError:
             known = {}
+        self.backbone = getattr(model, "vision_model", model).eval().requires_grad_(False)
         self.layers = layers
-        self.size = getattr(self.backbone.config, "image_size", None)
+        size = getattr(self.backbone.config, "image_size", None)
+        self.size = (size, size) if isinstance(size, int) else tuple(size) if size else None
+        """Height and width that the backbone was made for; None where it takes any."""
         for part, default, given in zip(("mean", "deviation"), _IMAGENET, ("image_mean", "image_std"), strict=True):
             self.register_buffer(part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False)
+        try:
+            states = len(self._states(torch.zeros(1, 3, 64, 64)))
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"tokenizer.objective.perceptual.distance is {name!r}, a {type(self.backbone).__name__}, which does not take pictures of "
+                f"three colours and give hidden states: {first}"
+            ) from error
+        if max(layers, default=0) >= states:
+            raise ValueError(f"tokenizer.objective.perceptual.layers are {list(layers)} and the backbone has hidden states 0..{states - 1}")
 
     def forward(self, pixels: Tensor, others: Tensor) -> Tensor:
         self.to(pixels.device)  # nobody else does: it is part of no network that is trained
@@ -114,16 +130,19 @@ class BackboneDistance(nn.Module):
 
     def _features(self, pixels: Tensor) -> list[Tensor]:
         """(B,C,...) of each layer, of length 1 over channels."""
-        if self.size:
-            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        states = self.backbone(((pixels + 1) / 2 - self.mean) / self.deviation, output_hidden_states=True).hidden_states
+        states = self._states(pixels)
         chosen = self.layers or range(1, len(states))
-        if max(chosen) >= len(states):
-            raise ValueError(
-                f"tokenizer.objective.perceptual.layers are {list(self.layers)} and the backbone has hidden states 0..{len(states) - 1}"
-            )
         # Transformers give (B, positions, C), convolutional networks (B,C,h,w).
         return [F.normalize((s.transpose(1, 2) if s.ndim == 3 else s).float(), dim=1) for s in (states[i] for i in chosen)]
+
+    def _states(self, pixels: Tensor) -> Sequence[Tensor]:
+        """All hidden states for pixels (B,C,H,W) in the model's range."""
+        if self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+        states = self.backbone(pixel_values=((pixels + 1) / 2 - self.mean) / self.deviation, output_hidden_states=True).hidden_states
+        if not states:
+            raise ValueError("there are none")
+        return states
 
 
 def build_distance(options: PerceptualOptions) -> Distance | None:

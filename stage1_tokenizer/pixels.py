@@ -52,8 +52,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """The largest centred part of a picture that has the shape of `size` (a square's side, or width and height), at that size, with
-    antialiasing."""
-    return ImageOps.fit(image, (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
+    antialiasing; upright and in RGB."""
+    return ImageOps.fit(to_rgb(image), (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
@@ -62,11 +62,12 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     Raises:
         ValueError: there is no picture, or they differ in size; none is resized unasked.
     """
+    images = [to_rgb(image) for image in images]  # which turns some upright: sizes count after it
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"
         raise ValueError(f"pictures of one size are needed and given were {given}; use stage1_tokenizer.resize_and_crop(image, size) first")
-    return torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,23 @@ def test_the_packages_are_listed():
 
 
 def test_the_readmes_tree_names_every_file():
-    readme = (ROOT / "README.md").read_text()
+    blocks: dict[tuple[str, ...], str] = defaultdict(str)
+    folder: tuple[str, ...] = ()
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if outer := re.match(r"(\w+)/", line):
+            folder = outer.groups()
+        elif inner := re.match(r"  (\w+)/", line):
+            folder = (folder[0], *inner.groups())
+        elif re.match(r"  \w+\.py", line):
+            folder = folder[:1]
+        blocks[folder] += line + " "
     for path in FILES:
         if path.name != "__init__.py":
-            assert path.name in readme, f"README's tree lacks {path.relative_to(ROOT)}"
+            assert path.name in blocks[path.parent.relative_to(ROOT).parts], f"README's tree lacks {path.relative_to(ROOT)}"
+
+
+def test_what_the_theory_names_is_there():
+    code = "\n".join(path.read_text() for path in FILES)
+    for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
+        for name in re.findall(r"\w+", named.removesuffix(".py").rpartition("/")[2]):
+            assert re.search(rf"\b{name}\b", code) or (ROOT / named).exists(), f"docs/theory.md names {named}"

@@ -25,6 +25,7 @@ class CodesDataset:
         from datasets import Dataset, concatenate_datasets
 
         self.manifest = read_manifest(folder)
+        check_form(self.manifest, folder)
         files = [folder / name for name in self.manifest["files"].get(split, [])]
         for file in files:
             if not file.is_file():
@@ -89,6 +90,16 @@ def write_part(folder: Path, split: str, part: int, parts: int, rows: Iterable[d
 def complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Marks the folder whole."""
     write_file(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def check_form(manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses codes that were written for other programs.
+
+    Raises:
+        ValueError: they are no Arrow files.
+    """
+    if (form := manifest.get("form", "arrow")) != "arrow":
+        raise ValueError(f"the codes in {folder} are {form}, for other programs; remove that folder and run `minidalle encode` again")
 
 
 def check_tokenizer(manifest: dict[str, Any], fingerprint: str, folder: Path) -> None:

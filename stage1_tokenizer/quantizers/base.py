@@ -154,19 +154,25 @@ class SingleLevel(Quantizer):
     def uses(self) -> list[Tensor]:
         return [self.counts]
 
+    def averages(self) -> list[Tensor]:
+        """What `count` adds a step's codes to."""
+        return [self.counts]
+
     @torch.no_grad()
     def count(self, codes: Tensor) -> Tensor:
         """Adds a step's codes, over all processes, to the counts; returns the weight () of this step in them."""
         histogram = sum_over_processes(torch.bincount(codes.flatten(), minlength=self.num_codes).float())
         # The first step counts whole, or every code would seem dead for the first hundred steps.
         weight = torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0)
-        self.counts.lerp_(histogram, weight)
+        for average in self.averages():
+            average.lerp_(histogram, weight)
         return weight
 
     @torch.no_grad()
     def use(self) -> dict[str, Tensor]:
         """Usage, perplexity and dead codes by the moving average."""
-        p = self.counts / self.counts.sum().clamp(min=1e-8)
+        (uses,) = self.uses()
+        p = uses / uses.sum().clamp(min=1e-8)
         alive = p > DEAD_BELOW / self.num_codes
         return {
             "codebook_usage": alive.float().mean(),

@@ -27,7 +27,7 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     scale = chosen.detach().norm(dim=1, keepdim=True) / vectors.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
     along_r, along_e = (vectors * r).sum(1, keepdim=True), (vectors * e).sum(1, keepdim=True)
     turned = scale * (vectors - 2 * along_r * r + 2 * along_e * q)
-    # In exact arithmetic `turned` is the code already; this makes it so to the last bit, so that decoding the codes gives the same.
+    # In exact arithmetic `turned` is the code already; this takes its rounding away, so that decoding the codes gives the same.
     return turned + (chosen - turned).detach()
 
 

@@ -75,10 +75,11 @@ class HierarchicalQuantizer(Quantizer):
         return torch.cat([book.vectors() for book in self.books])  # type: ignore[operator]
 
     def uses(self) -> list[Tensor]:
-        return [book.counts for book in self.books]  # type: ignore[misc]
+        return [use for book in self.books for use in book.uses()]  # type: ignore[operator]
 
     def _onwards(self, level: int, latents: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """A level's codes (B,D,.,.) and what is known of the coarser ones -> the context of the next level, and what the decoder sees."""
+        latents = latents.to(self.merge.weight.dtype)
         known = latents if context is None else torch.cat([latents, context], dim=1)
         if level < len(self.up):
             return self.up[level](self.outwards[level](known)), latents

@@ -67,7 +67,7 @@ class ResidualQuantizer(Quantizer):
         return torch.cat([self._book(number).vectors() for number in self.used])
 
     def uses(self) -> list[Tensor]:
-        return [self._book(number).counts for number in self.used]
+        return [use for number in self.used for use in self._book(number).uses()]
 
     def _book(self, number: int) -> VectorQuantizer:
         book = self.books[number]

@@ -86,6 +86,7 @@ class VectorQuantizer(SingleLevel):
     initialized: Tensor
     steps: Tensor
     sums: Tensor
+    hits: Tensor
 
     def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
         super().__init__(num_codes, code_dim, code_dim, options.decay)
@@ -98,6 +99,8 @@ class VectorQuantizer(SingleLevel):
         # From the identity: at the start the codes are the vectors that the first batch put there.
         self.map = nn.Parameter(torch.eye(code_dim)) if options.codebook == "linear" else None
         self.register_buffer("sums", torch.zeros(num_codes, code_dim))
+        # The counts that belong to the sums give a restarted code an average use, whether it comes to be used or not; these do not.
+        self.register_buffer("hits", torch.zeros(num_codes))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("steps", torch.tensor(0))
 
@@ -116,10 +119,17 @@ class VectorQuantizer(SingleLevel):
         return Quantized(latents, assigned.codes.reshape(b, h, w), assigned.loss, metrics=metrics)
 
     def vectors(self) -> Tensor:
-        return self._placed(self.codebook if self.map is None else self.codebook @ self.map)
+        codebook = self.codebook.float()
+        return self._placed(codebook if self.map is None else codebook @ self.map.float())
 
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.vectors())
+
+    def uses(self) -> list[Tensor]:
+        return [self.hits]
+
+    def averages(self) -> list[Tensor]:
+        return [self.counts, self.hits]
 
     def jumping_parameters(self) -> list[nn.Parameter]:
         """What restarts move at once: an average over steps would leave such codes between where they were and where they are, unused."""
@@ -180,7 +190,7 @@ class VectorQuantizer(SingleLevel):
         if len(pool) < self.num_codes:
             problem = (
                 f"the first batch has {len(pool)} vectors (pictures times codes a picture) and the codebook {self.num_codes} codes; "
-                f"raise train.batch_size {-(-self.num_codes // len(pool))}-fold, or lower tokenizer.model.num_codes"
+                f"raise tokenizer.train.batch_size {-(-self.num_codes // len(pool))}-fold, or lower tokenizer.model.num_codes"
             )
             if rounds:
                 raise ValueError(f"k-means needs a vector a code: {problem}, or set tokenizer.model.vq.kmeans_iterations to 0")
@@ -203,7 +213,9 @@ class VectorQuantizer(SingleLevel):
         needs no further code. Where there are fewer vectors than codes they repeat.
         """
         enough = len(pool) >= self.num_codes
-        picks = torch.multinomial(weights.cpu() + 1e-12, self.num_codes, replacement=not enough, generator=generator)
+        # Weights that are not finite come of a loss that is not, which training will say: this is not the place to fail.
+        weights = weights.cpu().nan_to_num(0.0, 0.0, 0.0)
+        picks = torch.multinomial(weights + 1e-12, self.num_codes, replacement=not enough, generator=generator)
         return pool[picks.to(pool.device)]
 
     @torch.no_grad()
@@ -211,7 +223,8 @@ class VectorQuantizer(SingleLevel):
         """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average counts."""
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
         placed = self._placed(vectors + noise * drawn)
-        count = self.counts.mean().clamp(min=1.0)
+        mean = self.counts.mean()
+        count = torch.where(mean > 0, mean, 1.0)
         # Under a map, what the map carries there.
         rows = placed if self.map is None else placed @ torch.linalg.pinv(self.map)
         self.codebook.data = torch.where(which[:, None], rows, self.codebook.data)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.codebook import codebook
+from pipeline.codebook import codebook_page
 from pipeline.grids import bars
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 from tests.pipeline.test_run import fails
@@ -27,7 +27,7 @@ def pictures(count: int = 20) -> np.ndarray:
 def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (view,) = codebook(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
     codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
     counts = torch.bincount(codes.flatten(), minlength=12)
     assert sorted(view.codes) == list(range(12)) and view.counts == sorted(counts.tolist(), reverse=True)
@@ -40,7 +40,7 @@ def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
 def test_context_shows_places_where_the_code_was_chosen(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (view,) = codebook(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
     codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
     number, i, j = (codes == view.codes[0]).nonzero()[0].tolist()
     centre = view.pictures["in context"][1 + 4 : 1 + 8, 1 + 4 : 1 + 8]
@@ -53,7 +53,7 @@ def test_context_shows_places_where_the_code_was_chosen(tmp_path):
 @pytest.mark.parametrize("kind", ["hierarchical", "residual", "fsq", "binary"])
 def test_each_level_has_its_own_pictures(tmp_path, kind):
     tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
-    views = codebook(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    views = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
     levels = len(ImageTokenizer.load(tmp_path / "tokenizer").layout)
     assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
     page = (tmp_path / "page" / "index.html").read_text()
@@ -85,10 +85,10 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")
     with pytest.raises(FileExistsError, match="holds no codebook page"):
-        codebook(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
+        codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="there are no pictures to see the codes in"):
-        codebook(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
+        codebook_page(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
 

@@ -59,11 +59,61 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/figures.json")}
     stranger = folder / "a peer"
     stranger.mkdir()
-    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}}))
+    made = json.loads((folder / "plain" / "figures.json").read_text())["made_with"]
+    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}, "made_with": {**made, "tokenizer": 0}}))
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
+    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}, "made_with": {**made, "prior": 0}}))
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    written = (folder / "comparison.md").read_text()
+    assert "| a peer |" not in written and "a peer is left out: it was made with other settings (prior)" in written
+
+
+def test_a_row_that_was_made_with_other_settings_is_named_before_any_work(bakeoff, monkeypatch, capsys):
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    (bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json").unlink()  # due again, and before the one that is refused
+    monkeypatch.setattr(comparison, "row_figures", lambda experiment, minutes: pytest.fail("work was begun"))
+    values = yaml.safe_load(bakeoff.read_text())
+    values["rows"]["two levels"]["tokenizer"]["train"]["steps"] = 5
+    bakeoff.write_text(yaml.safe_dump(values))
+    fails(capsys, ["compare-tokenizers", "--config", bakeoff], "two levels was made with other settings (tokenizer)")
+
+
+def test_another_precision_is_another_comparison(bakeoff, capsys):
+    assert main(["compare-tokenizers", "--config", str(bakeoff), "--precision", "fp32"]) == 0
+    fails(capsys, ["compare-tokenizers", "--config", bakeoff], "made with other settings (precision)")
+
+
+def test_a_row_that_cannot_be_trained_is_named_and_the_others_figures_are_kept(bakeoff, capsys):
+    values = yaml.safe_load(bakeoff.read_text())
+    values["rows"]["unfit"] = {"tokenizer": {"model": {"num_codes": 512, "vq": {"kmeans_iterations": 3}}}}
+    bakeoff.write_text(yaml.safe_dump(values))
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 1
+    assert "row unfit: k-means needs a vector a code" in capsys.readouterr().err
+    written = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
+    assert "| plain |" in written and "| two levels |" in written
+
+
+def test_the_time_of_a_training_outlives_a_kill_while_its_prior_trains(bakeoff, monkeypatch):
+    def killed(experiment):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "train_prior", killed)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare_tokenizers(load_comparison(["--config", str(bakeoff)]))
+    monkeypatch.undo()
+    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert all(row["minutes"] > 0 and row["training_rate"] > 0 for row in figures.values())
+
+
+def test_without_a_compiler_nothing_is_begun(bakeoff, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.runtime._can_compile", lambda: False)
+    command = ["compare-tokenizers", "--config", bakeoff, "--prior.train.compile", "on"]
+    fails(capsys, command, "train.compile is on, and there is no C++ compiler")
+    assert not (bakeoff.parent / "runs").exists()
 
 
 def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
@@ -129,6 +179,7 @@ def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
         ({"minutes": "many"}, [], "minutes is 'many'; it must be a number"),
         ({"rows": {"a": {"output_dir": "b"}}}, [], "row a: output_dir cannot differ between rows"),
         ({}, ["--minutes", "0"], "minutes is 0.0; it must be above 0"),
+        ({}, ["--minutes", "inf"], "minutes is inf; it must be above 0 and finite"),
     ],
 )  # fmt: skip
 def test_what_can_be_wrong_in_the_file(bakeoff, change, arguments, message, capsys):
@@ -150,17 +201,18 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
     assert "is not readable YAML" in capsys.readouterr().err
 
 
-def test_a_row_that_diverges_is_told_and_the_others_are_judged(bakeoff, monkeypatch, capsys):
+@pytest.mark.parametrize("minutes", [[], ["--minutes=1"]])
+def test_a_row_that_diverges_is_told_and_the_others_are_judged(minutes, bakeoff, monkeypatch, capsys):
     judge = comparison.row_figures
 
     def diverges(experiment, minutes):
         if experiment.name == "plain":
-            experiment.folder.mkdir(parents=True)
             raise FloatingPointError("tokenizer: loss is not finite at step 3")
         return judge(experiment, minutes)
 
     monkeypatch.setattr(comparison, "row_figures", diverges)
-    assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
+    monkeypatch.setattr(comparison, "steps_within", lambda experiment, seconds: 4)
+    assert main(["compare-tokenizers", "--config", str(bakeoff), *minutes]) == 0
     table = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
     assert "| two levels |" in table and "plain failed: tokenizer: loss is not finite at step 3" in table and "| plain |" not in table
 

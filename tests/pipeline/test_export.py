@@ -138,5 +138,29 @@ def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, caps
     manifest = json.loads((tmp_path / "all" / "codes.json").read_text())
     assert sum(manifest["rows"].values()) == 40 and manifest["views"] == 1
     assert f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out pictures" in capsys.readouterr().out
-    assert main([*command, "--out", str(tmp_path / "some"), "--encode.pictures", "7"]) == 0
-    assert json.loads((tmp_path / "some" / "codes.json").read_text())["rows"] == {"train": 7, "held_out": 2}
+    assert main([*command, "--out", str(tmp_path / "some"), "--encode.pictures", "7", "--encode.batch_size=3"]) == 0
+    some = json.loads((tmp_path / "some" / "codes.json").read_text())
+    assert some["rows"] == {"train": 7, "held_out": manifest["rows"]["held_out"]} and some["views"] == 1
+
+
+def test_of_an_unlimited_source_as_many_are_encoded_as_its_run_says(finished_run, tmp_path):
+    command = ["encode", "--tokenizer", str(finished_run[1] / "tokenizer"), "--out", str(tmp_path / "codes")]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "codes" / "codes.json").read_text())["rows"]
+    assert rows == json.loads((finished_run[1] / "codes" / "codes.json").read_text())["rows"]
+
+
+def test_codes_for_other_programs_are_none_for_a_prior(finished_run, tmp_path, capsys):
+    run = Path(shutil.copytree(finished_run[1], tmp_path / "tiny"))
+    command = ["--config", finished_run[0], "--output_dir", tmp_path]
+    assert main(["encode", *map(str, command), "--format", "parquet", "--out", str(run / "codes")]) == 0
+    for verb in ("encode", "train-prior"):
+        fails(capsys, [verb, *command], "are parquet, for other programs; remove that folder and run `minidalle encode` again")
+
+
+@pytest.mark.parametrize("content", ["", "tokenizer: [", "tokenizer: {model: 3}"])
+def test_damaged_settings_of_the_tokenizers_run_are_named(finished_run, tmp_path, capsys, content):
+    run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
+    (run / "experiment.yaml").write_text(content)
+    fails(capsys, ["encode", "--tokenizer", run / "tokenizer", "--out", tmp_path / "c"],
+          "experiment.yaml is cut or damaged; add --config FILE")  # fmt: skip

@@ -14,6 +14,7 @@ from stage1_tokenizer import (
     GumbelOptions,
     HierarchicalOptions,
     ImageTokenizer,
+    ObjectiveConfig,
     ResidualOptions,
     TokenizerConfig,
     VectorOptions,
@@ -39,6 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Changes to the tiny configuration for every quantizer and its main options."""
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def objective_of(kind: str) -> ObjectiveConfig:
+    """One that the kind of quantizer takes."""
+    return ObjectiveConfig(**({"temperature_end": 1.0} if kind == "gumbel reinmax" else {"temperature_start": 0.5}))
 
 
 def tiny_config(**changes: Any) -> TokenizerConfig:

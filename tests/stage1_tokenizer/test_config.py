@@ -11,6 +11,7 @@ import pytest
 
 import stage1_tokenizer
 from stage1_tokenizer import (
+    AdversaryOptions,
     BinaryOptions,
     FsqOptions,
     GumbelOptions,
@@ -23,6 +24,7 @@ from stage1_tokenizer import (
     VectorOptions,
     VqganOptions,
 )
+from stage1_tokenizer.config import joint_problems
 from stage1_tokenizer.options import OWNERS, QuantizerName
 
 PACKAGE = Path(stage1_tokenizer.__file__).parent
@@ -101,6 +103,9 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=4), "image_size": 96},
          r"image_size 96 is not a multiple of 64, .*factor 8 needs with hierarchical\.levels 4; the nearest size that fits is 128"),
         ({"num_codes": 1}, "num_codes is 1; it must be at least 2"),
+        ({"likelihood_scale": 0.005}, r"likelihood_scale is 0\.005; it must be above 0\.0078, the step of 8-bit pictures"),
+        ({"likelihood": "l1", "likelihood_scale": 0.005}, r"likelihood_scale is 0\.005; it must be above 0\.0078"),
+        ({"likelihood": "logit_laplace", "likelihood_scale": 0.0}, r"likelihood_scale is 0\.0; it must be above 0$"),
         ({"num_codes": 2**31}, r"num_codes is 2147483648; it must be at least 2, and at most 2147483647 \(32 bits\)"),
     ],
 )  # fmt: skip
@@ -151,6 +156,23 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
                 ValueError, match=rf"model\.{section} is .*'{first}'.* belongs to quantizer {OWNERS[section][0]}.*{quantizer}"
             ):
                 TokenizerConfig(quantizer=quantizer, **{section: other})
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "message"),
+    [
+        ({"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")}, {},
+         r"temperature_end is 0\.0625, and .*reinmax loses its gradient below 1; set temperature_start and temperature_end to 1"),
+        ({"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")}, {"temperature_end": 1.0}, None),
+        ({"quantizer": "binary"}, {"temperature_start": 0.2, "temperature_end": 1.0}, r"temperature_end is 1\.0, at which .*power_pair"),
+        ({"quantizer": "binary"}, {"temperature_start": 1.0, "temperature_end": 0.1}, r"temperature_start is 1\.0, at which .*power_pair"),
+        ({"quantizer": "binary"}, {"temperature_start": 0.2, "temperature_end": 0.1}, None),
+        ({}, {"adversary": AdversaryOptions(weight=1.0, layers=5)}, r"adversary\.layers is 5, which leaves no patch"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(model, objective, message):
+    problems = joint_problems(dataclasses.asdict(TokenizerConfig(**model)), dataclasses.asdict(ObjectiveConfig(**objective)))
+    assert not problems if message is None else len(problems) == 1 and re.search(message, problems[0])
 
 
 def test_objective_reports_all_problems_at_once():

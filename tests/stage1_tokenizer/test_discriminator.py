@@ -83,6 +83,14 @@ def test_each_loss_moves_its_own_network_alone(pictures):
     assert all(p.grad is None for p in both.tokenizer.parameters())
 
 
+def test_under_autocast_the_losses_are_in_float32(pictures):
+    """Logits of bf16 near 1 lie 1/128 apart, which neither a hinge at 1 nor a running mean bears."""
+    both = objective(start=0, lecam=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = both.losses(pictures, 0)
+    assert first.metrics["adversarial"].dtype == second.value.dtype == second.metrics["logits_true"].dtype == torch.float32
+
+
 def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
     both = objective(start=0)
     optimizer = torch.optim.Adam(both.discriminator.parameters(), lr=3e-3)
@@ -117,6 +125,7 @@ def test_the_perceptual_distance_is_weighed_and_reported(pictures):
     [
         ({"adversary": AdversaryOptions(weight=-1.0)}, "adversary needs weight"),
         ({"adversary": AdversaryOptions(width=20)}, "width a multiple of 16"),
+        ({"adversary": AdversaryOptions(weight=1.0, layers=-1)}, "layers of at least 1"),
         ({"perceptual": PerceptualOptions(weight=-1.0)}, r"perceptual\.weight is -1\.0; it must be 0 or more"),
         ({"perceptual": PerceptualOptions(layers=(1,))}, r"perceptual\.layers are \[1\]; they are hidden states.*\(now ms_ssim\)"),
     ],

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stage1_tokenizer import (
     GumbelOptions,
-    ObjectiveConfig,
     ResidualOptions,
     ScoreFunctionOptions,
     SignOptions,
@@ -20,7 +19,7 @@ from stage1_tokenizer import (
     VectorOptions,
 )
 from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
-from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
+from tests.stage1_tokenizer.conftest import KINDS, objective_of, tiny_tokenizer
 
 PROCESSES = 2
 SHAPE = (4, 4, 4, 4)
@@ -89,10 +88,8 @@ def work(rank: int, folder: str) -> None:
         "other": {"baseline": baseline(rank), "entropy gradient": entropy_gradient(rank)},
     }
     if rank == 0:  # a collective in here would wait for the other process for ever
-        for changes in KINDS.values():
-            TokenizerObjective(tiny_tokenizer(**changes), ObjectiveConfig(temperature_start=0.5)).evaluate(
-                [torch.zeros(2, 16, 16, 3).byte()]
-            )
+        for kind, changes in KINDS.items():
+            TokenizerObjective(tiny_tokenizer(**changes), objective_of(kind)).evaluate([torch.zeros(2, 16, 16, 3).byte()])
     dist.barrier()
     torch.save(states, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

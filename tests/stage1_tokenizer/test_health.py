@@ -11,7 +11,7 @@ import torch
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage1_tokenizer.health import ALARM_AFTER, alarm
 from stage1_tokenizer.options import OWNERS, QuantizerName
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
+from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
 def test_it_is_raised_late_enough_and_for_little_use_only():
@@ -53,7 +53,7 @@ def test_training_by_a_collapsed_codebook_raises_it(pictures):
 @EVERY_KIND
 def test_uses_are_told_by_level(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
-    list(TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5)).losses(pictures, 0))
+    list(TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 0))
     uses = tokenizer.quantizer.uses()
     assert [len(use) for use in uses] == [level.num_codes for level in tokenizer.layout]
     assert all(float(use.sum()) > 0 for use in uses)

@@ -13,13 +13,12 @@ from stage1_tokenizer import (
     HierarchicalOptions,
     ImageTokenizer,
     Level,
-    ObjectiveConfig,
     TokenizerConfig,
     TokenizerObjective,
     to_model_range,
     to_pictures,
 )  # fmt: skip
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
+from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
 @EVERY_KIND
@@ -35,6 +34,15 @@ def test_pictures_become_codes_and_codes_become_pictures(kind, likelihood, pictu
     output = tokenizer(to_model_range(pictures))
     assert torch.equal(output.quantized.codes, codes)
     torch.testing.assert_close(tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0)
+
+
+@EVERY_KIND
+def test_a_tokenizer_in_bf16_encodes_and_decodes(kind, pictures):
+    tokenizer = tiny_tokenizer(**KINDS[kind]).to(torch.bfloat16)
+    pixels = to_model_range(pictures)
+    codes = tokenizer.encode(pixels)
+    assert torch.equal(tokenizer(pixels).quantized.codes, codes)
+    assert tokenizer.decode(codes).isfinite().all() and tokenizer.decode(codes).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("factor", "size"), [(1, 5), (2, 14), (4, 12), (8, 24), (16, 32), (32, 64)])
@@ -148,7 +156,7 @@ def test_codes_of_another_grid_or_book_are_refused(tokenizer):
 @EVERY_KIND
 def test_gradients_of_the_objective_reach_every_parameter(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
-    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5)).losses(pictures, 500)
+    (loss,) = TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 500)
     loss.value.backward()
     missing = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing

@@ -18,7 +18,7 @@ from stage1_tokenizer import (
 )
 from stage1_tokenizer.likelihoods import Gaussian
 from stage1_tokenizer.objective import falling_cosine, kl_weight, peak_signal_to_noise, temperature
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
+from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 DIMENSIONS = 16 * 16 * 3
 COMMON = {"psnr", "nll", "bits_per_dimension", "codebook_usage", "codebook_perplexity", "dead_codes"}
@@ -119,7 +119,7 @@ def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
             return self.module(*args)
 
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5))
+    objective = TokenizerObjective(tokenizer, objective_of(kind))
     objective.networks["tokenizer"] = wrapper = Wrapper(tokenizer)
     list(objective.losses(pictures, 0))
     assert wrapper.calls == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from stage1_tokenizer import PerceptualOptions
 from stage1_tokenizer.perceptual import BackboneDistance, build_distance, multi_scale_distance, structural_similarity
@@ -107,6 +107,23 @@ def test_a_backbones_distance_is_that_of_its_normalised_features(folders, kind):
     torch.testing.assert_close(distance(x, x), torch.zeros(2))
 
 
+def test_of_a_model_of_pictures_and_text_the_pictures_part_is_taken(tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPModel(CLIPConfig(vision_config={**small, "image_size": 16, "patch_size": 8}, text_config={**small, "vocab_size": 50}))
+    clip.save_pretrained(tmp_path / "clip")
+    distance = BackboneDistance(str(tmp_path / "clip"), ())
+    x = pixels(2, 3, 32, 32)
+    assert float(distance(x, x).sum()) == 0 and (distance(x, pixels(2, 3, 32, 32, seed=1)) > 0).all()
+    assert sum(p.numel() for p in distance.backbone.parameters()) < sum(p.numel() for p in clip.parameters()) / 1.5
+
+
+def test_a_backbone_may_be_made_for_pictures_that_are_no_squares(tmp_path):
+    shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[16, 32], patch_size=8)
+    ViTModel(shape).save_pretrained(tmp_path)
+    distance = BackboneDistance(str(tmp_path), ())
+    assert distance.size == (16, 32) and (distance(pixels(2, 3, 8, 8), pixels(2, 3, 8, 8, seed=1)) > 0).all()
+
+
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_gradients_go_to_the_drawn_picture_and_not_to_the_backbone(folders, kind):
     distance = build_distance(PerceptualOptions(weight=1.0, distance=folders[kind]))
@@ -119,6 +136,10 @@ def test_what_can_be_wrong(folders, tmp_path):
     with pytest.raises(ValueError, match=r"perceptual\.distance is '.*none', which is not ms_ssim and cannot be loaded as a model"):
         BackboneDistance(str(tmp_path / "none"), ())
     with pytest.raises(ValueError, match=r"perceptual\.layers are \[7\] and the backbone has hidden states 0\.\.2"):
-        BackboneDistance(folders["vit"], (7,))(pixels(1, 3, 16, 16), pixels(1, 3, 16, 16))
+        BackboneDistance(folders["vit"], (7,))
+    text = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    text.save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"a BertModel, which does not take pictures of three colours and give hidden states"):
+        BackboneDistance(str(tmp_path / "text"), ())
     assert build_distance(PerceptualOptions()) is None
     assert build_distance(PerceptualOptions(weight=0.1)) is multi_scale_distance

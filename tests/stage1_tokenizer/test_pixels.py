@@ -66,6 +66,21 @@ def test_a_photograph_is_turned_upright():
     assert upright.size == (1, 2) and upright.getpixel((0, 0)) == (9, 9, 9)
 
 
+def sideways(width: int, height: int) -> Image.Image:
+    """A photograph that is this large as it lies and the other way round upright."""
+    image = Image.new("RGB", (width, height), (9, 9, 9))
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def test_sizes_are_those_of_upright_pictures():
+    assert from_pil([sideways(8, 4), Image.new("RGB", (4, 8))]).shape == (2, 8, 4, 3)
+    with pytest.raises(ValueError, match="given were 4x8 and 8x4"):
+        from_pil([sideways(8, 4), Image.new("RGB", (8, 4))])
+    cropped = resize_and_crop(sideways(80, 40), (16, 32))
+    assert from_pil([cropped]).shape == (1, 32, 16, 3)
+
+
 def test_a_picture_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.png", exif=b"garbage!")
     with Image.open(tmp_path / "a.png") as image:

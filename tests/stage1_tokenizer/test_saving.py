@@ -94,6 +94,36 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
         ImageTokenizer.load(folder)
 
 
+@pytest.mark.parametrize("loader", [ImageTokenizer.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop("quantizer.codebook"), "quantizer.codebook"),
+        (lambda w: w.pop("decoder.layers.0.weight"), "decoder.layers.0.weight"),
+        (lambda w: w.update(stranger=torch.ones(1)), "stranger"),
+        (lambda w: w.update({"quantizer.counts": torch.ones(5)}), "quantizer.counts"),
+    ],
+    ids=["missing buffer", "missing", "unexpected", "shape"],
+)
+def test_transformers_way_of_loading_leaves_no_weight_to_chance_either(folder, loader, change, named):
+    rewrite_weights(folder, change)
+    with pytest.raises(ValueError, match=rf"do not fit its config\.json.*{named}"):
+        loader(folder)
+
+
+def test_what_transformers_tells_of_loading_is_still_told(folder):
+    model, info = ImageTokenizer.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, ImageTokenizer) and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, -1])
+def test_a_cut_file_is_refused_by_transformers_way_of_loading(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cannot be read.*copy it again"):
+        ImageTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 7, 500, -1])
 def test_a_cut_file_is_refused(folder, keep):
     path = folder / "model.safetensors"

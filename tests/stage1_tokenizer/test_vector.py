@@ -335,12 +335,42 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
 
 def test_use_of_the_codebook_is_reported():
     vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, restart_below=0.0)
-    vq.counts.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
+    vq.hits.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
     figures = vq.use()
     assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
     assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
     metrics = vq(features(2, 2, 4, 4)).metrics
     assert set(metrics) == {"commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
+
+
+def test_a_restarted_code_counts_as_used_only_once_it_is():
+    """All vectors are one and the same, so that one code at a time serves them, however often the others restart there."""
+    vq = fresh(8, restart_every=1, restart_below=0.3)
+    x = features(1, 4, 1, 1).expand(4, 4, 4, 4)
+    for _ in range(30):
+        metrics = vq(x).metrics
+    assert (vq.counts > 0.1 * vq.counts.mean()).all()  # they do restart
+    assert float(metrics["codebook_usage"]) <= 0.5 and torch.equal(vq.uses()[0], vq.hits)
+    assert float(vq.hits.sum()) == pytest.approx(4 * 16, rel=1e-4)
+
+
+def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
+    """Two vectors a step, for which 16 of 64 codes take turns: four times the average use each, however the other 48 restart."""
+    book = torch.cat([features(16, 4, seed=1), 50 + features(48, 4, seed=2)])
+    vq = started(book, normalize=False, restart_every=5, restart_below=0.1, decay=0.9)
+    vq.counts.copy_(torch.tensor([2 / 16] * 16 + [0.0] * 48))
+    vq.sums.copy_(book * vq.counts[:, None])
+    for step in range(80):
+        turn = 2 * step % 16
+        vq(book[turn : turn + 2].T.reshape(1, 4, 1, 2))
+    torch.testing.assert_close(vq.codebook[:16], book[:16], atol=0.01, rtol=0.01)
+    assert (vq.codebook[16:].norm(dim=1) < 20).all()  # which they did
+
+
+def test_features_that_are_not_finite_are_left_for_the_training_to_report():
+    vq = started(features(8, 4, seed=1), restart_every=1)
+    vq(torch.full((2, 4, 4, 4), float("nan")))
+    assert vq.codebook.isnan().any()
 
 
 def test_the_first_counts_are_those_of_the_first_batch():
