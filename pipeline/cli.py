@@ -230,6 +230,7 @@ def _reconstruct(rest: Sequence[str]) -> int:
     reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
     reader.add_argument("--tile", type=int, default=512, help="larger pictures go through in pieces of this many pixels (512)")
     options = reader.parse_args(rest)
+    _alone("reconstruct")
     size = _size(options.size) if options.size else None
     if options.tile < 1:
         raise _WrongUsage(f"--tile is {options.tile}; it must be at least 1")

@@ -217,11 +217,15 @@ def test_a_row_that_diverges_is_told_and_the_others_are_judged(minutes, bakeoff,
     assert "| two levels |" in table and "plain failed: tokenizer: loss is not finite at step 3" in table and "| plain |" not in table
 
 
-@pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook"])
+@pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook", "reconstruct"])
 def test_verbs_of_one_process_refuse_several(verb, bakeoff, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = ["--config", bakeoff] if verb == "compare-tokenizers" else ["--tokenizer", bakeoff.parent, "--config", bakeoff]
-    fails(capsys, [verb, *arguments], "is the work of one process; start it without torchrun")
+    arguments = {
+        "compare-tokenizers": ["--config", bakeoff],
+        "codebook": ["--tokenizer", bakeoff.parent, "--config", bakeoff],
+        "reconstruct": ["--tokenizer", bakeoff.parent, "picture.png"],
+    }
+    fails(capsys, [verb, *arguments[verb]], "is the work of one process; start it without torchrun")
 
 
 def test_the_table_leaves_unknown_figures_empty():

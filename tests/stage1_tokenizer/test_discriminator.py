@@ -86,9 +86,13 @@ def test_each_loss_moves_its_own_network_alone(pictures):
 def test_under_autocast_the_losses_are_in_float32(pictures):
     """Logits of bf16 near 1 lie 1/128 apart, which neither a hinge at 1 nor a running mean bears."""
     both = objective(start=0, lecam=0.1)
+    logits = []
+    both.discriminator.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
     with torch.autocast("cpu", torch.bfloat16):
         first, second = both.losses(pictures, 0)
-    assert first.metrics["adversarial"].dtype == second.value.dtype == second.metrics["logits_true"].dtype == torch.float32
+    assert logits[0].dtype == torch.bfloat16 and second.value.dtype == torch.float32
+    torch.testing.assert_close(first.metrics["adversarial"], -logits[0].float().mean(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(second.metrics["logits_true"], logits[1][: len(pictures)].float().mean(), rtol=1e-6, atol=1e-7)
 
 
 def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):

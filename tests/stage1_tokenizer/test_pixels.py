@@ -77,8 +77,10 @@ def test_sizes_are_those_of_upright_pictures():
     assert from_pil([sideways(8, 4), Image.new("RGB", (4, 8))]).shape == (2, 8, 4, 3)
     with pytest.raises(ValueError, match="given were 4x8 and 8x4"):
         from_pil([sideways(8, 4), Image.new("RGB", (8, 4))])
-    cropped = resize_and_crop(sideways(80, 40), (16, 32))
-    assert from_pil([cropped]).shape == (1, 32, 16, 3)
+    photo = Image.radial_gradient("L").resize((80, 40))
+    photo.getexif()[0x0112] = 6
+    cropped = resize_and_crop(photo, (16, 24))
+    assert torch.equal(from_pil([cropped]), from_pil([resize_and_crop(to_rgb(photo), (16, 24))]))
 
 
 def test_a_picture_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):

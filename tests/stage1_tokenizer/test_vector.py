@@ -355,16 +355,16 @@ def test_a_restarted_code_counts_as_used_only_once_it_is():
 
 
 def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
-    """Two vectors a step, for which 16 of 64 codes take turns: four times the average use each, however the other 48 restart."""
-    book = torch.cat([features(16, 4, seed=1), 50 + features(48, 4, seed=2)])
+    """Two vectors a step, for which 32 of 64 codes take turns: twice the average use each, however the other 32 restart."""
+    book = torch.cat([features(32, 4, seed=1), 50 + features(32, 4, seed=2)])
     vq = started(book, normalize=False, restart_every=5, restart_below=0.1, decay=0.9)
-    vq.counts.copy_(torch.tensor([2 / 16] * 16 + [0.0] * 48))
+    vq.counts.copy_(torch.tensor([2 / 32] * 32 + [0.0] * 32))
     vq.sums.copy_(book * vq.counts[:, None])
     for step in range(80):
-        turn = 2 * step % 16
+        turn = 2 * step % 32
         vq(book[turn : turn + 2].T.reshape(1, 4, 1, 2))
-    torch.testing.assert_close(vq.codebook[:16], book[:16], atol=0.01, rtol=0.01)
-    assert (vq.codebook[16:].norm(dim=1) < 20).all()  # which they did
+    torch.testing.assert_close(vq.codebook[:32], book[:32], atol=0.01, rtol=0.01)
+    assert (vq.codebook[32:].norm(dim=1) < 20).all()  # which they did
 
 
 def test_features_that_are_not_finite_are_left_for_the_training_to_report():
