@@ -97,4 +97,5 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tupl
     if len({one.shape for one in true}) == 1:
         pairs = [picture for pair in zip(true, drawn, strict=True) for picture in pair]
         grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
-    return [*lines, f"wrote {len(files)} reconstructions to {out}, and grid.png (original, reconstruction, ...) if they have one size"]
+    count = "1 reconstruction" if len(files) == 1 else f"{len(files)} reconstructions"
+    return [*lines, f"wrote {count} to {out}, and grid.png (original, reconstruction, ...) if they have one size"]

@@ -209,7 +209,8 @@ def fit(
     recent: dict[str, Tensor] = {}
     warned: str | None = None
     since, since_step = time.perf_counter(), first
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+    # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
+    with bar, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = pool.submit(task.batch, first) if first < config.steps else None
         for step in range(first, config.steps):
             assert ahead is not None
@@ -238,7 +239,6 @@ def fit(
                 since, since_step = time.perf_counter(), done
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint(done)
-    bar.close()
     for group, network in plain.items():
         objective.networks[group] = network
     if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint

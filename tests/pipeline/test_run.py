@@ -37,6 +37,13 @@ def fails(capsys, arguments, *messages: str, status: int = 1) -> None:
         assert message in error, error
 
 
+def test_what_stops_a_training_is_said_on_a_line_of_its_own(tiny_yaml, capsys):
+    """Not behind the bar, which the error finds half drawn."""
+    arguments = ["--tokenizer.model.num_codes", "512", "--tokenizer.model.vq.kmeans_iterations", "3"]
+    assert main(["train-tokenizer", "--config", str(tiny_yaml), *arguments]) == 1
+    assert any(line.startswith("minidalle train-tokenizer: k-means") for line in capsys.readouterr().err.splitlines())
+
+
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
