@@ -108,7 +108,7 @@ class VectorQuantizer(SingleLevel):
         """Features (B,D,h,w) -> the nearest codes; there is nothing to relax, so `temperature` is not used."""
         b, d, h, w = features.shape
         with torch.autocast(features.device.type, enabled=False):
-            vectors = self._placed(features.float().permute(0, 2, 3, 1).reshape(-1, d))
+            vectors = self._flat(features)
             assigned = self.assign(vectors)
             metrics = assigned.metrics
             if self.training:
@@ -117,6 +117,16 @@ class VectorQuantizer(SingleLevel):
             latents = pass_gradient(vectors, assigned.chosen, self.options.gradient)
         latents = latents.reshape(b, h, w, d).permute(0, 3, 1, 2)
         return Quantized(latents, assigned.codes.reshape(b, h, w), assigned.loss, metrics=metrics)
+
+    def codes_of(self, features: Tensor) -> Tensor:
+        """The nearest codes (B,h,w), without looking up their vectors or taking a loss."""
+        with torch.autocast(features.device.type, enabled=False):
+            found = nearest(self._flat(features), self.vectors())
+        return found.reshape(len(features), *features.shape[2:])
+
+    def _flat(self, features: Tensor) -> Tensor:
+        """Features (B,D,h,w) -> vectors (N,D), where codes live."""
+        return self._placed(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
 
     def vectors(self) -> Tensor:
         codebook = self.codebook.float()
