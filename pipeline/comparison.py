@@ -24,7 +24,7 @@ from pipeline.config import Experiment, load_values, to_dict
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
-from pipeline.settings import read_settings
+from pipeline.settings import as_made, read_settings
 from pipeline.stages import encode_dataset, sources_of, tokenizer_task, train_prior, train_tokenizer
 from pipeline.training import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
@@ -149,7 +149,7 @@ def is_done(experiment: Experiment, minutes: float | None) -> bool:
     """Whether a row has its figures; refuses those that were made with other settings."""
     path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
     plan = _plan(experiment.folder)
-    made = {"precision": "auto"} | (json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now)
+    made = as_made(json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now)
     if differ := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose another name for this comparison, or remove "
@@ -283,7 +283,7 @@ def write_report(comparison: Comparison) -> None:
     for name in [*comparison.rows, *(name for name in found if name not in comparison.rows)]:
         if name not in found:
             continue
-        made = {"precision": "auto"} | found[name].get("made_with", {})
+        made = as_made(found[name].get("made_with", {}))
         if name not in comparison.rows and (differ := [key for key in _ALIKE if made.get(key) != base[key]]):
             notes += f"\n{name} is left out: it was made with other settings ({', '.join(differ)})\n"
         else:

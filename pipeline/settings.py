@@ -58,6 +58,11 @@ def needed(folder: Path, verb: str) -> Path:
     return folder
 
 
+def as_made(saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings, with what those had that were saved before the setting was."""
+    return {"precision": "auto"} | saved
+
+
 def finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the stage was completed with these settings; refuses a folder with weights made with others.
 
@@ -66,7 +71,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
     written = read_settings(folder)
     if written is None:
         return False
-    made, done = {"precision": "auto"} | written["settings"], "held_out" in written
+    made, done = as_made(written["settings"]), "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
     # Evaluations choose among weights where the best are kept, and change none elsewhere.

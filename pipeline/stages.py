@@ -25,7 +25,7 @@ from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
-from pipeline.settings import finish, finished, needed, start
+from pipeline.settings import as_made, finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -116,7 +116,7 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         manifest = read_manifest(folder)
         check_tokenizer(manifest, tokenizer.fingerprint, folder)
         check_form(manifest, folder)
-        if {"precision": "auto"} | manifest["settings"] == settings and manifest["sources"] == sources:
+        if as_made(manifest["settings"]) == settings and manifest["sources"] == sources:
             return folder
         raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
     accelerator = make_accelerator(experiment, trackers=False)

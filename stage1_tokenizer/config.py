@@ -10,6 +10,7 @@ from typing import Any, Literal
 from stage1_tokenizer.options import (
     LARGEST_CODE,
     OWNERS,
+    STEP,
     AdversaryOptions,
     Architecture,
     BinaryOptions,
@@ -122,7 +123,7 @@ class TokenizerConfig:
         if self.width % 16:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
         # Below a step of 8-bit pictures a density of fixed scale gives more than they hold: fewer than 0 bits a dimension.
-        least = 2 / 255 if self.likelihood in ("l2", "l1") else 0.0
+        least = STEP if self.likelihood in ("l2", "l1") else 0.0
         if self.likelihood_scale <= least:
             problems.append(
                 f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above "

@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.options import LikelihoodName
+from stage1_tokenizer.options import STEP, LikelihoodName
 from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, to_laplace_logits
-
-_STEP = 2 / 255
-"""Between neighbours among the 256 values of 8-bit pictures, in the model's range."""
 
 
 class Likelihood:
@@ -40,7 +37,7 @@ class Likelihood:
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
         """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
-        return (nats / dimensions - math.log(_STEP)) / math.log(2)
+        return (nats / dimensions - math.log(STEP)) / math.log(2)
 
 
 class Gaussian(Likelihood):
@@ -64,7 +61,7 @@ class CalibratedGaussian(Likelihood):
     """
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        squared = (pixels - parameters.float()).square() + _STEP**2 / 12
+        squared = (pixels - parameters.float()).square() + STEP**2 / 12
         # A constant to the gradient: at its best the derivative by it is zero.
         variance = squared.detach().mean(dim=(1, 2, 3), keepdim=True)
         return squared / (2 * variance) + 0.5 * (2 * math.pi * variance).log()

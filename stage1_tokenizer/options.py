@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"]
+STEP = 2 / 255
+"""Between neighbours among the 256 values of 8-bit pictures, in the model's range [-1, 1]."""
 LARGEST_CODE = 2**31 - 1
 """Codes are stored as 32-bit integers."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from stage1_tokenizer.options import STEP
+
 LAPLACE_MARGIN = 0.1
 """DALL-E's epsilon: pixels in [0,1] are squeezed into [eps, 1-eps] so that their logit is finite."""
 
@@ -26,7 +28,7 @@ def to_model_range(pictures: Tensor) -> Tensor:
 def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pixels of 8-bit pictures in the model's range, spread evenly over the step of 2/255 around each value."""
     noise = torch.rand(pixels.shape, generator=generator, device="cpu" if generator else pixels.device).to(pixels.device)
-    return pixels + (noise - 0.5) * (2 / 255)
+    return pixels + (noise - 0.5) * STEP
 
 
 def to_pictures(pixels: Tensor) -> Tensor:
