@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline.data.config import DataConfig
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
-from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
+from stage2_prior import Order, OrderSchedule, PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,8 @@ class TrainConfig:
     """Optimizer steps in all."""
     batch_size: int = 32
     """Pictures a step, over all processes together; each takes an equal part."""
+    accumulate: int = 1
+    """Parts that a process's share of the batch goes through the network in, one after another: the same step in less memory."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
     AdamW's scale of steps, and everything else by AdamW."""
@@ -33,8 +35,13 @@ class TrainConfig:
     """Peak learning rate."""
     warmup_steps: int = 50
     """Steps over which the rate rises from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How the rate falls after warm-up: by a cosine, or not at all until the last `decay_share` of the steps, then linearly (warm-up, stable,
+    decay: Hu et al. 2024), so that a run can be made longer without beginning anew."""
+    decay_share: float = 0.2
+    """Share of the steps over which `wsd` lets the rate fall."""
     final_learning_rate: float = 0.05
-    """Rate at the last step as a share of the peak; the fall is a cosine."""
+    """Rate at the last step as a share of the peak."""
     weight_decay: float = 0.01
     """AdamW's, on matrices and kernels only (not on gains, biases, embeddings of one dimension)."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -58,7 +65,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
@@ -69,10 +76,51 @@ class TrainConfig:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        if self.accumulate >= 1 and self.batch_size % self.accumulate:
+            problems.append(f"train.batch_size is {self.batch_size}; it must be a multiple of train.accumulate {self.accumulate}")
+        if not 0 < self.decay_share <= 1:
+            problems.append(f"train.decay_share is {self.decay_share}; it must be in (0, 1]")
         if not 0 <= self.final_learning_rate <= 1:
             problems.append(f"train.final_learning_rate is {self.final_learning_rate}; it is a share of the peak, in [0, 1]")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+@dataclass(kw_only=True)
+class PriorTrainConfig(TrainConfig):
+    """How a prior is trained (`prior.train`)."""
+
+    order: Order = "raster"
+    """In which order codes come: `raster`, row by row; `random`, from which editing, completing and decoding several codes at once follow;
+    `annealed`, random orders that give way to raster order, for better pictures in raster order alone."""
+    anneal: tuple[float, float] = (0.5, 0.75)
+    """With `annealed`: the shares of the steps at which raster order begins to come in and is alone."""
+    checkpoint_activations: bool = False
+    """Work activations out again for the gradient instead of keeping them: much less memory for a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first, last = self.anneal
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"train.anneal is {first}, {last}; it must be two shares of the steps, the second above the first")
+
+    @property
+    def orders(self) -> OrderSchedule:
+        """The schedule in steps."""
+        first, last = (round(share * self.steps) for share in self.anneal)
+        return OrderSchedule(order=self.order, first=first, last=max(last, first + 1))
+
+
+@dataclass(kw_only=True)
+class SequenceConfig:
+    """The stream of caption and codes (`sequence`)."""
+
+    image_first: float = 0.0
+    """Share of the prior's batches whose codes come before the caption: it learns to caption pictures, too."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_first < 1:
+            raise ValueError(f"sequence.image_first is {self.image_first}; it must be in [0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -123,7 +171,7 @@ class PriorSection:
     """Architecture."""
     objective: PriorObjectiveConfig = field(default_factory=PriorObjectiveConfig)
     """What is minimised."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     """How it is trained."""
 
 
@@ -149,6 +197,8 @@ class Experiment:
     """The codes dataset between the stages."""
     text: TextConfig = field(default_factory=TextConfig)
     """Captions as ids."""
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    """How caption and codes follow each other."""
     prior: PriorSection = field(default_factory=PriorSection)
     """Stage 2."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -284,7 +334,7 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
         return kind(**arguments)
     except (ValueError, TypeError) as error:
         section = path.rstrip(".").rpartition(".")[0]
-        prefix = f"{section}: " if section and kind is TrainConfig else ""
+        prefix = f"{section}: " if section and issubclass(kind, TrainConfig) else ""
         problems.append(f"{prefix}{error}")
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
-from pipeline.config import Experiment, to_dict
+from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, to_dict
 from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
@@ -59,8 +59,13 @@ def needed(folder: Path, verb: str) -> Path:
 
 
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings, with what those had that were saved before the setting was."""
-    return {"precision": "auto"} | saved
+    """Saved settings, with the defaults of settings that there were none of when they were saved."""
+    filled = {"precision": "auto"} | saved
+    if "train" in saved:
+        filled["train"] = to_dict(PriorTrainConfig()) | saved["train"]
+    if "text" in saved:  # a prior's
+        filled = {"sequence": to_dict(SequenceConfig())} | filled | {"model": {"kv_heads": None} | saved["model"]}
+    return filled
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> bool:

@@ -220,6 +220,7 @@ def train_prior(experiment: Experiment) -> Path:
         "precision": experiment.precision,
         "codes": {key: codes["train"].manifest[key] for key in ("tokenizer", "sources", "settings")},
         "text": to_dict(experiment.text),
+        "sequence": to_dict(experiment.sequence),
         **to_dict(experiment.prior),
     }
     if finished(folder, settings):
@@ -232,6 +233,7 @@ def train_prior(experiment: Experiment) -> Path:
         text_length=text.length,
         levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
         code_dim=vectors.shape[1],
+        any_order=train.order != "raster",
         pad_id=text.pad_id,
         start_id=text.start_id,
         end_id=text.end_id,
@@ -270,7 +272,8 @@ def train_prior(experiment: Experiment) -> Path:
         _save_sample(experiment, "prior", grid)
         return {"samples": grid}
 
-    objective = PriorObjective(prior, experiment.prior.objective)
+    prior.checkpoint_activations = train.checkpoint_activations
+    objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
     figures = fit(
         Task(objective, batch, held_out_batches, "nats_per_code", pictures), train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),

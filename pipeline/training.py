@@ -67,12 +67,16 @@ class Task:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak at the last step."""
+    """Linear warm-up, then down to `final_learning_rate` of the peak at the last step by the schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    floor = config.final_learning_rate
+    if config.schedule == "wsd":
+        falling = max(round(config.decay_share * config.steps), 1)
+        left = min((config.steps - step) / falling, 1.0)
+        return config.learning_rate * (floor + (1 - floor) * left)
     span = max(config.steps - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / span, 1.0)
-    floor = config.final_learning_rate
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

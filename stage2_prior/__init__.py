@@ -1,15 +1,19 @@
 """Stage 2: caption and codes as one stream. Sees integers only; knows nothing of pictures, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
+from stage2_prior.decoding import Samples, sample
 from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
-from stage2_prior.sampling import Samples, SamplingOptions, sample
+from stage2_prior.order import Order, OrderSchedule
+from stage2_prior.sampling import SamplingOptions
 from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
 
 __all__ = [
     "ImagePrior",
     "Level",
+    "Order",
+    "OrderSchedule",
     "PriorConfig",
     "PriorLogits",
     "PriorLoss",

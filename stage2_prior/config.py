@@ -30,6 +30,9 @@ class PriorConfig:
     """Number of blocks."""
     heads: int = 4
     """Attention heads; `width / heads` is a head's width and must be a multiple of 4 (rows and columns share it)."""
+    kv_heads: int | None = None
+    """Heads of keys and values, shared by equal groups of the attention heads (grouped-query attention): fewer make the cache of
+    sampling smaller. As many as `heads` when absent."""
     mlp_ratio: float = 8 / 3
     """Hidden features of the SwiGLU layer as a multiple of `width`, rounded up to a multiple of 32."""
     dropout: float = 0.0
@@ -47,6 +50,8 @@ class PriorConfig:
                 f"prior.model.width {self.width} does not split into prior.model.heads {self.heads} heads of a width that is "
                 "a multiple of 4; choose, for example, heads = width / 64"
             )
+        if self.kv_heads is not None and (self.kv_heads < 1 or (self.heads > 0 and self.heads % self.kv_heads)):
+            problems.append(f"prior.model.kv_heads is {self.kv_heads}; it must divide prior.model.heads {self.heads}, or be absent")
         if not 0 <= self.dropout < 1:
             problems.append(f"prior.model.dropout is {self.dropout}; it must be in [0, 1)")
         if self.mlp_ratio <= 0 or self.rope_base <= 1:
@@ -94,6 +99,8 @@ class StreamConfig:
     """The codes' levels, in the order in which the stream holds them."""
     code_dim: int = 0
     """Features of a code's vector, of which the prior is told (`ImagePrior.tell_code_vectors`); 0 where codes are bare numbers."""
+    any_order: bool = False
+    """Whether each token is told the position of the code that comes next, so that codes may come in any order."""
     pad_id: int = 0
     """Text id that fills unused text slots."""
     start_id: int = 1

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, project, rotary_table
+from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, Turns, project, rotary_table, visible
+
+
+_TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
+"""What the configuration says of the training, since it decides what may be asked of the prior."""
 
 
 class ImagePriorConfig(PreTrainedConfig):
@@ -27,6 +32,8 @@ class ImagePriorConfig(PreTrainedConfig):
     model: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
     trained_with_caption_dropout: bool = False
+    trained_order: str = "raster"
+    trained_image_first: bool = False
 
 
 @dataclass
@@ -34,9 +41,9 @@ class PriorLogits:
     """Logits of one forward pass; each part holds only the slots that predict that kind of token."""
 
     text: Tensor
-    """(B, text slots asked for, V) for the next text id."""
+    """(B, tokens that predict text, V) for the next text id."""
     image: Tensor
-    """(B, image slots, K) for the next code, counted over all levels."""
+    """(B, tokens that predict codes, K) for the next code, counted over all levels."""
 
 
 class Tables(NamedTuple):
@@ -96,8 +103,11 @@ class ImagePrior(PreTrainedModel):
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
         self.code_embedding = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
+        # Row 0 for tokens that are followed by text, whose slot goes without saying.
+        self.target_embedding = nn.Embedding(1 + self.stream.image_length, width) if self.stream.config.any_order else None
+        self.kv_heads = self.model_config.kv_heads or heads
         self.blocks = nn.ModuleList(
-            Block(width, heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
+            Block(width, heads, self.kv_heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
         )
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
@@ -107,7 +117,10 @@ class ImagePrior(PreTrainedModel):
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
         self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
-        self._compiled_step: Callable[..., Tensor] | None = None
+        self.compiled_steps: dict[Any, Any] = {}
+        """Compiled steps of sampling, by what they were compiled for; see `decoding.compiled_advance`."""
+        self.checkpoint_activations = False
+        """Whether training keeps each block's input alone and works the rest out again for the gradient: less memory, a third more time."""
         self.post_init()
 
     @torch.no_grad()
@@ -139,54 +152,72 @@ class ImagePrior(PreTrainedModel):
         centred = centred - centred.mean(0)
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
-    def forward(self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, num_text: int | None = None) -> PriorLogits:
+    def forward(
+        self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, *, targets: Tensor | None = None, image_first: bool = False
+    ) -> PriorLogits:
         """Logits for the token after each of the given ones.
 
         Args:
-            ids: (B,S) ids of the joint vocabulary (`Stream.inputs`).
-            positions: (S,) the slot of each id; consecutive, following what the cache holds.
-            cache: keys and values of earlier slots; those of the new ones are put there.
-            num_text: how many of the S slots predict text (the first ones); by default all that do.
+            ids: (B,S) ids of the joint vocabulary (`Stream.text_first`, `Stream.image_first`).
+            positions: (S,) or (B,S) the slot of each id.
+            cache: keys and values of earlier tokens; those of the new ones are put behind them.
+            targets: (S,) or (B,S) the slot of the token after each; a prior for any order needs it, others know it without.
+            image_first: whether the codes come before the text, all of them in this pass.
 
         Raises:
-            ValueError: the positions go beyond what the cache holds.
+            ValueError: there are more tokens than the cache holds, or a prior for any order is not told the targets.
         """
-        if cache is not None and int(positions[-1]) >= cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} positions; position {int(positions[-1])} does not fit")
-        if num_text is None:
-            first = int(positions[0]) if cache is not None else 0
-            num_text = min(max(self.stream.text_length - 1 - first, 0), ids.shape[1])
+        first, length = 0 if cache is None else cache.filled, ids.shape[1]
+        past = None
+        if cache is not None:
+            if first + length > cache.capacity:
+                raise ValueError(f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit")
+            places = torch.arange(first, first + length, device=ids.device)
+            past = Past(cache, places, visible(places, places, cache.capacity))
+            cache.filled += length
         tables = self.tables()
-        features = self.features(ids, positions, tables, cache)
-        return PriorLogits(text=self.text_head(features[:, :num_text]), image=F.linear(features[:, num_text:], tables.head))
+        features = self.features(ids, positions, targets, tables, past)
+        if image_first:
+            codes, text = features[:, : self.stream.image_length - 1], features[:, self.stream.image_length :]
+        else:
+            num_text = min(max(self.stream.text_length - 1 - first, 0), length)
+            text, codes = features[:, :num_text], features[:, num_text:]
+        return PriorLogits(text=self.text_head(text), image=F.linear(codes, tables.head))
 
     def tables(self) -> Tables:
         """Embeddings of all ids and rows of the image head, from the weights as they are now."""
         codes = self.code_embedding(self.code_vectors)
         return Tables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors))
 
-    def features(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache | None = None) -> Tensor:
+    def features(self, ids: Tensor, slots: Tensor, targets: Tensor | None, tables: Tables, past: Past | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
-        turns = self.rotary[:, positions]
-        past = None if cache is None else Past(cache, positions, cache.past(positions))
-        x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[positions])
+        x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[slots])
+        key = self._turns(slots)
+        turns = Turns(key, key)
+        if self.target_embedding is not None:
+            if targets is None:
+                raise ValueError("this prior takes codes in any order and must be told which comes next; give targets")
+            x = x + self.target_embedding((targets - self.stream.text_length + 1).clamp(min=0))
+            # Where a token looks follows from what it is to predict: queries turn to the position of the next token.
+            turns = Turns(self._turns(targets), key)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turns, past, layer)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, turns, past, layer, use_reentrant=False)
+            else:
+                x = block(x, turns, past, layer)
         return self.norm(x)
 
-    def step(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache) -> Tensor:
-        """Logits (B,K) of the code after the last of the ids (B,S); what sampling does once a code."""
-        if self._compiled_step is not None and ids.shape[1] == 1:
-            return self._compiled_step(ids, positions, tables, cache)
-        return self._step(ids, positions, tables, cache)
+    def _turns(self, slots: Tensor) -> Tensor:
+        """(2,S,D) or, for slots (B,S), (2,B,1,S,D): what turns queries or keys at these slots."""
+        table = self.rotary[:, slots]
+        return table if slots.ndim == 1 else rearrange(table, "two b s d -> two b 1 s d")
 
-    def _step(self, ids: Tensor, positions: Tensor, tables: Tables, cache: KeyValueCache) -> Tensor:
-        return project(self.features(ids, positions, tables, cache)[:, -1], tables.head)
-
-    def new_cache(self, batch: int) -> KeyValueCache:
-        """An empty cache for whole streams, in the dtype and on the device of the weights."""
+    def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
+        """An empty cache, by default for whole streams, in the dtype and on the device of the weights."""
         c = self.model_config
-        return KeyValueCache(c.depth, batch, c.heads, self.stream.length - 1, c.width // c.heads, self.text_head.weight)
+        return KeyValueCache.empty(
+            c.depth, batch, self.kv_heads, capacity or self.stream.length - 1, c.width // c.heads, self.text_head.weight
+        )
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the blocks, which optimizers for matrices may step; embeddings and heads are not among them."""
@@ -196,14 +227,6 @@ class ImagePrior(PreTrainedModel):
         """Compiles the training forward in place; parameter names stay as they are."""
         self.compile(dynamic=False)
 
-    def compile_sampling(self) -> None:
-        """Compiles `step` for single codes: some ten seconds at the first picture of each batch size, then far less a code."""
-        # The weights' shapes and types do not change any more: looking at each of them before every code would take a tenth of the time.
-        unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        # On the CPU a step is so short that calling its kernels from Python would take a tenth of it too.
-        options: dict[str, Any] = {"guard_filter_fn": unguarded, "cpp_wrapper": self.device.type == "cpu"}
-        self._compiled_step = torch.compile(self._step, dynamic=False, options=options)
-
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with the configuration or any weight."""
@@ -212,6 +235,23 @@ class ImagePrior(PreTrainedModel):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
+        """As transformers', but weights that are missing are refused, which would be left to chance, and so are unknown ones.
+
+        Raises:
+            ValueError: the weights do not fit the configuration, or the file is cut.
+        """
+        with_info = options.pop("output_loading_info", False)
+        try:
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name, *arguments, **(options | told))
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy it again") from error
+        if differ := sorted([*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]):
+            raise ValueError(f"the weights of {name} do not fit its config.json; first keys that differ: {differ[:3]}")
+        return (model, info) if with_info else model
 
     @classmethod
     def load(cls, folder: str | Path) -> ImagePrior:
@@ -238,7 +278,7 @@ def _hub_fields(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text())
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ValueError(f"{path} is not a prior's configuration: it has no 'model' section")
-    return {key: values[key] for key in ("model", "stream", "trained_with_caption_dropout") if key in values}
+    return {key: values[key] for key in ("model", "stream", *_TRAINED) if key in values}
 
 
 def _build(kind: type, values: dict[str, Any] | None) -> Any:

@@ -7,6 +7,7 @@ The two sums are averaged apart (nats a text token, nats a code) and weighted, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.config import PriorObjectiveConfig
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import ImagePrior, PriorLogits
+from stage2_prior.order import OrderSchedule, seeded_orders, training_orders
 
 
 @dataclass(frozen=True)
@@ -29,65 +31,106 @@ class PriorLoss:
 
 
 class PriorObjective:
-    """Batches are mappings with `text_ids` (B,T) and `codes` (B,N), int64."""
+    """Batches are mappings with `text_ids` (B,T) and `codes` (B,N), int64.
 
-    def __init__(self, prior: ImagePrior, config: PriorObjectiveConfig) -> None:
+    Args:
+        prior: what is trained.
+        config: the weights of the losses.
+        schedule: in which orders the codes come.
+        image_first: share of the batches whose codes come before the caption, so that the prior learns to caption.
+
+    Raises:
+        ValueError: another order than raster was asked of a prior that is not told which code comes next.
+    """
+
+    def __init__(
+        self, prior: ImagePrior, config: PriorObjectiveConfig, schedule: OrderSchedule | None = None, image_first: float = 0.0
+    ) -> None:
         self.prior = prior
         self.stream = prior.stream
         self.config = config
+        self.schedule = schedule or OrderSchedule()
+        self.image_first = image_first
         self.networks: dict[str, nn.Module] = {"prior": prior}
+        if self.schedule.order != "raster" and not self.stream.config.any_order:
+            raise ValueError(f"order {self.schedule.order} needs a prior whose stream has any_order=True")
         prior.config.trained_with_caption_dropout = config.caption_dropout > 0
+        prior.config.trained_order = self.schedule.order
+        prior.config.trained_image_first = image_first > 0
 
     def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats; `step` is not used by it. Drops captions with torch's random state."""
+        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random state."""
         text_ids, codes = batch["text_ids"], batch["codes"]
+        # The same batches in every process, spread evenly: a pure function of the step.
+        if math.floor((step + 1) * self.image_first) > math.floor(step * self.image_first):
+            yield self._caption_loss(text_ids, codes)
+            return
         if self.config.caption_dropout:
             dropped = torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
             null = self.stream.null_caption(len(text_ids), text_ids.device)
             text_ids = torch.where(dropped[:, None], null, text_ids)
-        words = self._words(text_ids)
-        if dist.is_available() and dist.is_initialized():  # gradients are averaged over processes: each counts by the mean count
-            dist.all_reduce(words)
-            words = words / dist.get_world_size()
-        text_loss, image_loss, smoothed = self._cross_entropies(self.networks["prior"], text_ids, codes, words)
+        orders = None
+        if self.stream.config.any_order:
+            orders = training_orders(len(codes), self.stream.image_length, self.schedule.random_share(step), codes.device)
+        words = _over_processes(self._words(text_ids))
+        text_loss, image_loss, smoothed = self._cross_entropies(self.networks["prior"], text_ids, codes, words, orders)
         value = smoothed + self.config.text_weight * text_loss
         yield PriorLoss("prior", value, {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()})
 
+    def _caption_loss(self, text_ids: Tensor, codes: Tensor) -> PriorLoss:
+        words = _over_processes(self._words(text_ids))
+        loss, logits = self._caption_cross_entropy(self.networks["prior"], text_ids, codes, words)
+        # Codes are predicted by the other batches; every parameter has a gradient all the same, as several processes need it.
+        return PriorLoss("prior", loss + 0 * logits.image.sum(), {"nats_per_caption_token": loss.detach()})
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Held-out nats per code and per text token, means over all tokens; no collectives, no dropout of captions."""
+        """Held-out nats per code and per text token, means over all tokens; no collectives, no dropout of captions. Codes come in the
+        order that training ends with: random ones are the same in every evaluation."""
         self.prior.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
-            words, codes = self._words(batch["text_ids"]), batch["codes"].numel()
-            text, image, _ = self._cross_entropies(self.prior, batch["text_ids"], batch["codes"], words)
-            sums += torch.tensor([float(text * words), float(words), float(image) * codes, codes], dtype=torch.float64)
+            text_ids, all_codes = batch["text_ids"], batch["codes"]
+            words, codes, orders = self._words(text_ids), all_codes.numel(), None
+            if self.stream.config.any_order:
+                orders = torch.arange(self.stream.image_length).expand(len(all_codes), -1)
+                if self.schedule.order == "random":
+                    first = int(sums[3]) // self.stream.image_length
+                    orders = seeded_orders(range(first, first + len(all_codes)), self.stream.image_length)
+                orders = orders.to(all_codes.device)
+            text, image, _ = self._cross_entropies(self.prior, text_ids, all_codes, words, orders)
+            caption = self._caption_cross_entropy(self.prior, text_ids, all_codes, words)[0] if self.image_first else torch.zeros(())
+            sums += torch.tensor(
+                [float(text * words), float(words), float(image) * codes, codes, float(caption * words)], dtype=torch.float64
+            )
         self.prior.train()
         if not sums[3]:
             raise ValueError("there are no held-out pictures to evaluate on; raise data.held_out or add pictures")
-        return {
+        figures = {
             "nats_per_text_token": float(sums[0] / sums[1].clamp(min=1)),
             "nats_per_code": float(sums[2] / sums[3]),
         }
+        return figures | ({"nats_per_caption_token": float(sums[4] / sums[1].clamp(min=1))} if self.image_first else {})
 
     def _words(self, text_ids: Tensor) -> Tensor:
         """How many text tokens a batch predicts, float32."""
         return (self.stream.text_targets(text_ids) != -100).sum().float()
 
-    def _cross_entropies(self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cross_entropies(
+        self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor, orders: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Nats a text token, of which there are `words`; nats a code; the latter with label smoothing."""
-        ids = self.stream.inputs(text_ids, codes[:, :-1])
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        logits = prior(ids, positions, num_text=self.stream.text_length - 1)
+        fed = self.stream.text_first(text_ids, codes, orders)
+        logits = prior(fed.ids, fed.slots, targets=fed.targets)
+        text = self._text_cross_entropy(logits.text, text_ids, words)
+        targets = self.stream.image_targets(codes)
         image_logits = logits.image.float()
-        mask = self.stream.code_mask()
-        if mask is not None:
-            image_logits = image_logits.masked_fill(~mask.to(ids.device), float("-inf"))
-        # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
-        text_targets = self.stream.text_targets(text_ids).flatten()
-        text = F.cross_entropy(logits.text.float().flatten(0, 1), text_targets, ignore_index=-100, reduction="sum")
-        text = text / words.clamp(min=1)
-        flat, targets = image_logits.flatten(0, 1), self.stream.image_targets(codes).flatten()
+        places = torch.arange(self.stream.image_length, device=codes.device) if orders is None else orders
+        if (outside := self.stream.outside_level(places)) is not None:
+            image_logits = image_logits.masked_fill(outside, float("-inf"))
+        if orders is not None:
+            targets = targets.gather(1, orders)
+        flat, targets = image_logits.flatten(0, 1), targets.flatten()
         image = F.cross_entropy(flat, targets)
         smoothing = self.config.label_smoothing
         if not smoothing:
@@ -97,3 +140,22 @@ class PriorObjective:
         finite = torch.isfinite(log_p)
         uniform = -(log_p.masked_fill(~finite, 0).sum(-1) / finite.sum(-1)).mean()
         return text, image, (1 - smoothing) * image + smoothing * uniform
+
+    def _caption_cross_entropy(self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor) -> tuple[Tensor, PriorLogits]:
+        """Nats a text token given the codes, and all logits."""
+        fed = self.stream.image_first(text_ids, codes)
+        logits = prior(fed.ids, fed.slots, targets=fed.targets, image_first=True)
+        return self._text_cross_entropy(logits.text, text_ids, words), logits
+
+    def _text_cross_entropy(self, logits: Tensor, text_ids: Tensor, words: Tensor) -> Tensor:
+        # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
+        targets = self.stream.text_targets(text_ids).flatten()
+        return F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum") / words.clamp(min=1)
+
+
+def _over_processes(words: Tensor) -> Tensor:
+    """The mean of a count over all processes: gradients are averaged over them, so each counts by the mean count."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(words)
+        words = words / dist.get_world_size()
+    return words

@@ -6,16 +6,32 @@ Legend: B batch, T text slots, N codes of a picture, S = T + N slots.
     holds     <start>  caption    <end>  <pad>   | code 0     ...  code N-1
     predicts  the next slot; slot T-1 predicts code 0, and the last code is never an input.
 
+Codes may stand in another order than raster: a token's slot says what it is, its place in the sequence when it comes. With codes
+first the sequence is code 0 ... code N-1, <start>, caption, ...: the same slots, told the other way round.
+
 The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens that every later slot may
 attend to, so attention is causal and nothing else. (DALL-E, Ramesh et al. 2021, section 2.2, with one pad for all slots.)
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from stage2_prior.config import StreamConfig
+
+
+class TokenSequence(NamedTuple):
+    """What a whole pass over a caption and a picture is fed, S = T + N - 1 tokens."""
+
+    ids: Tensor
+    """(B,S) of the joint vocabulary."""
+    slots: Tensor
+    """(S,) or (B,S): what each token is."""
+    targets: Tensor
+    """(S,) or (B,S): the slot of the token that comes next."""
 
 
 class Stream:
@@ -39,28 +55,44 @@ class Stream:
         self._past_code = torch.tensor(past, device="cpu")
 
     def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
-        """Ids fed to the prior: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""
-        return torch.cat([text_ids, self.code_ids(codes, start=0)], dim=1)
+        """Ids fed to the prior in raster order: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""
+        return torch.cat([text_ids, self.code_ids(codes)], dim=1)
 
-    def code_ids(self, codes: Tensor, *, start: int) -> Tensor:
-        """Codes (B,n) that stand at image positions start.. -> ids of the joint vocabulary."""
-        offsets = self._first_code[start : start + codes.shape[1]].to(codes.device)
-        return codes + offsets + self.text_vocab_size
+    def code_ids(self, codes: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Codes (B,n) that stand at image positions (n,) or (B,n), by default the first n -> ids of the joint vocabulary."""
+        first = self._first_code.to(codes.device)
+        return codes + self.text_vocab_size + (first[: codes.shape[1]] if positions is None else first[positions])
+
+    def text_first(self, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None) -> TokenSequence:
+        """Text ids (B,T), then all codes (B,N) but the last: in raster order, or in `orders` (B,N) of image positions."""
+        if orders is None:
+            slots = torch.arange(self.length, device=codes.device)
+            return TokenSequence(self.inputs(text_ids, codes[:, :-1]), slots[:-1], slots[1:])
+        text = torch.arange(self.text_length, device=codes.device).expand(len(codes), -1)
+        slots = torch.cat([text, orders + self.text_length], dim=1)
+        ids = self.code_ids(codes.gather(1, orders), orders)
+        return TokenSequence(torch.cat([text_ids, ids[:, :-1]], 1), slots[:, :-1], slots[:, 1:])
+
+    def image_first(self, text_ids: Tensor, codes: Tensor) -> TokenSequence:
+        """All codes (B,N) in raster order, then the text ids (B,T) but the last."""
+        slots = torch.arange(self.length, device=codes.device).roll(self.image_length)
+        return TokenSequence(torch.cat([self.code_ids(codes), text_ids[:, :-1]], 1), slots[:-1], slots[1:])
 
     def image_targets(self, codes: Tensor) -> Tensor:
         """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted over all levels."""
         return codes + self._first_code.to(codes.device)
 
-    def level_range(self, position: int) -> tuple[int, int]:
-        """Image position -> the half-open range of image classes that its level owns."""
-        return int(self._first_code[position]), int(self._past_code[position])
-
-    def code_mask(self) -> Tensor | None:
-        """(N, K) bool, true where a position may hold a class; None where one level makes every class allowed."""
+    def outside_level(self, positions: Tensor) -> Tensor | None:
+        """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there is one level."""
         if len(self.config.levels) == 1:
             return None
-        classes = torch.arange(self.num_codes)
-        return (classes >= self._first_code[:, None]) & (classes < self._past_code[:, None])
+        classes = torch.arange(self.num_codes, device=positions.device)
+        first, past = (edge.to(positions.device)[positions][..., None] for edge in (self._first_code, self._past_code))
+        return (classes < first) | (classes >= past)
+
+    def within_level(self, classes: Tensor, positions: Tensor) -> Tensor:
+        """Image classes, counted over all levels, that stand at image positions of the same shape -> codes counted within their level."""
+        return classes - self._first_code.to(classes.device)[positions]
 
     def null_caption(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The caption that says nothing: (B,T)."""

@@ -1,6 +1,6 @@
 """Blocks of a Llama-style decoder and its key-value cache. Knows tensors of features; nothing of text, codes or sampling.
 
-Legend: B batch, S positions, C width, H heads, D width of a head (C = H D), M positions the cache can hold.
+Legend: B batch, S tokens, C width, H query heads, G key-value heads (G divides H), D width of a head (C = H D), M places of the cache.
 
 RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020).
 """
@@ -29,8 +29,15 @@ def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
+class Turns(NamedTuple):
+    """What turns queries and keys: each (2,S,D), or (2,B,1,S,D) where every row of the batch has positions of its own."""
+
+    query: Tensor
+    key: Tensor
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (...,S,D), table (2,S,D)."""
+    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (B,H,S,D), table (2,S,D) or (2,B,1,S,D)."""
     table = table.to(x.dtype)
     return torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, -1), table[1])
 
@@ -62,70 +69,97 @@ class Projection(nn.Linear):
 
 
 class KeyValueCache:
-    """Keys and values of past positions, allocated once: for each block two tensors (B,H,M,D).
+    """Keys and values of past tokens, allocated once: for each block two tensors (B,G,M,D).
 
-    All M positions are read each time, under a mask: every step has the same shapes, so that one compiled step serves all.
+    All M places are read each time, under a mask: every step has the same shapes, so that one compiled step serves all.
     """
 
-    def __init__(self, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor) -> None:
-        self.keys = [like.new_zeros(batch, heads, capacity, head_width) for _ in range(depth)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.capacity = capacity
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys, self.values = keys, values
+        self.capacity = keys[0].shape[2]
+        self.filled = 0
+        """Places that hold a token already, where `ImagePrior.forward` fills them one after another."""
 
-    def put(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B,H,S,D) at positions (S,); returns those of all M positions."""
+    @classmethod
+    def empty(cls, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor) -> KeyValueCache:
+        """A cache of zeros in the dtype and on the device of `like`."""
+        keys = [like.new_zeros(batch, heads, capacity, head_width) for _ in range(depth)]
+        return cls(keys, [torch.zeros_like(key) for key in keys])
+
+    def rows(self, part: slice) -> KeyValueCache:
+        """Some rows of the batch, sharing memory with this cache."""
+        return KeyValueCache([key[part] for key in self.keys], [value[part] for value in self.values])
+
+    def copy_from(self, other: KeyValueCache, rows: Tensor) -> None:
+        """Takes over the first places from another cache: its row rows[b] for each row b (B,)."""
+        length = min(other.capacity, self.capacity)
+        for own, theirs in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
+            own[:, :, :length] = theirs[:, :, :length].index_select(0, rows)
+
+    def put(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (B,G,S,D) at places (S,); returns those of all M places."""
         for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            held.index_copy_(2, positions, new.to(held.dtype))  # autocast makes them of another type than the weights
+            held.index_copy_(2, places, new.to(held.dtype))  # autocast makes them of another type than the weights
         return self.keys[layer], self.values[layer]
-
-    def past(self, positions: Tensor) -> Tensor:
-        """(S,M): which of the M positions each of these (S,) may look at."""
-        return torch.arange(self.capacity, device=positions.device) <= positions[:, None]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Attention of queries (B,H,S,D) to keys and values (B,H,M,D) where `allowed` (S,M) is true; by default causal, S = M.
-
-    On the CPU the plain product beats the fused kernel for the short sequences here (its backward most of all); elsewhere
-    the fused kernel is used.
-    """
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
-    if allowed is None:
-        allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
 
 
 class Past(NamedTuple):
     """What a block needs to go on from a cache."""
 
     cache: KeyValueCache
-    positions: Tensor
-    """(S,) of the new tokens."""
+    places: Tensor
+    """(S,) where the new tokens go."""
     allowed: Tensor
-    """`cache.past(positions)`."""
+    """(S,M): which of the places each of them may look at; `visible`."""
+
+
+def visible(places: Tensor, before: Tensor, capacity: int) -> Tensor:
+    """(S,M): a token may look at itself, at its place (S,), and at all places below `before` (S,)."""
+    every = torch.arange(capacity, device=places.device)
+    return (every < before[:, None]) | (every == places[:, None])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) is true; by default causal, S = M.
+
+    Query head h looks at key-value head h // (H/G) (grouped-query attention, Ainslie et al. 2023). On the CPU the plain product beats
+    the fused kernel for the short sequences here (its backward most of all); elsewhere the fused kernel is used.
+    """
+    if query.device.type != "cpu":
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=grouped)
+    groups, length = key.shape[1], query.shape[2]
+    if allowed is None:
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    shared = query.shape[1] // groups
+    if shared > 1:  # the queries of one key-value head one after another, so that its keys are read once
+        query = rearrange(query, "b (g r) s d -> b g (r s) d", g=groups)
+        allowed = allowed.repeat(shared, 1)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    seen = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
+    return rearrange(seen, "b g (r s) d -> b (g r) s d", s=length) if shared > 1 else seen
 
 
 class Attention(nn.Module):
     """Multi-head causal self-attention with QK-norm and rotary positions."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query_key_value = Projection(width, 3 * width)
-        self.query_key_gain = nn.Parameter(torch.ones(2 * width // heads))
+        self.heads, self.kv_heads = heads, kv_heads
+        head_width = width // heads
+        self.query_key_value = Projection(width, (heads + 2 * kv_heads) * head_width)
+        self.query_key_gain = nn.Parameter(torch.ones(2 * head_width))
         self.output = Projection(width, width)
 
-    def forward(self, x: Tensor, table: Tensor, past: Past | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, past: Past | None, layer: int) -> Tensor:
         batch, length, width = x.shape
-        # Queries and keys side by side (2,B,H,S,D): a code costs so few operations that their number is what takes time.
-        three = self.query_key_value(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        both = F.rms_norm(three[:2], three.shape[-1:], eps=1e-6) * self.query_key_gain.view(2, 1, 1, 1, -1).to(three.dtype)
-        q, k = rotate(both, table).to(three.dtype)
-        v = three[2]
+        three = rearrange(self.query_key_value(x), "b s (h d) -> b h s d", d=width // self.heads)
+        q, k, v = three.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query_gain, key_gain = self.query_key_gain.to(three.dtype).chunk(2)
+        q = rotate(F.rms_norm(q, q.shape[-1:], query_gain, 1e-6), turns.query)
+        k = rotate(F.rms_norm(k, k.shape[-1:], key_gain, 1e-6), turns.key)
         if past is not None:
-            k, v = past.cache.put(layer, past.positions, k, v)
+            k, v = past.cache.put(layer, past.places, k, v)
         return self.output(attend(q, k, v, past.allowed if past else None).transpose(1, 2).reshape(batch, length, width))
 
 
@@ -145,14 +179,14 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then SwiGLU."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, kv_heads)
         self.feed_forward_norm = RMSNorm(width, eps=1e-6)
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, table: Tensor, past: Past | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, past, layer))
+    def forward(self, x: Tensor, turns: Turns, past: Past | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), turns, past, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

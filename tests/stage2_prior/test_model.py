@@ -79,7 +79,8 @@ def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
 
 def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
     cache = prior.new_cache(3)
-    with pytest.raises(ValueError, match="the cache holds 14 positions; position 14 does not fit"):
+    cache.filled = 14
+    with pytest.raises(ValueError, match="the cache holds 14 tokens; 14 and 1 more do not fit"):
         prior(text_ids[:, :1], torch.tensor([14]), cache)
 
 

@@ -18,7 +18,8 @@ def reference(prior, text_ids, codes):
     for row in range(len(ids)):
         text += [-logits.text[row, i].log_softmax(-1)[t] for i, t in enumerate(targets[row].tolist()) if t != -100]
         for i, code in enumerate(codes[row].tolist()):
-            first, past = prior.stream.level_range(i)
+            first = sum(level.num_codes for level in prior.stream.config.levels[: prior.stream.level_index()[6 + i] - 1])
+            past = first + prior.stream.config.levels[prior.stream.level_index()[6 + i] - 1].num_codes
             image.append(-logits.image[row, i, first:past].log_softmax(-1)[code])
     return torch.stack(text).mean(), torch.stack(image).mean()
 
@@ -48,9 +49,7 @@ def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, cod
 
 def test_caption_dropout_trains_the_null_caption_at_its_rate(prior, codes):
     seen = []
-    prior.forward = lambda ids, positions, num_text, forward=prior.forward: (seen.append(ids), forward(ids, positions, num_text=num_text))[
-        1
-    ]
+    prior.forward = lambda ids, positions, forward=prior.forward, **told: (seen.append(ids), forward(ids, positions, **told))[1]
     objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.3))
     text_ids = torch.tensor([[1, 5, 6, 7, 2, 0]]).repeat(1000, 1)
     torch.manual_seed(0)

@@ -18,21 +18,22 @@ def test_inputs_shift_codes_past_the_text_vocabulary_and_earlier_levels():
 
 
 def test_code_ids_of_a_single_later_position_use_its_level():
-    assert Stream(TWO).code_ids(torch.tensor([[3]]), start=4).tolist() == [[18]]
+    assert Stream(TWO).code_ids(torch.tensor([[3]]), torch.tensor([4])).tolist() == [[18]]
 
 
-def test_image_targets_and_ranges_count_over_levels():
+def test_image_targets_count_over_levels():
     stream = Stream(TWO)
     assert stream.image_targets(torch.tensor([[0, 4, 0, 6, 1, 2]])).tolist() == [[0, 4, 5, 11, 6, 7]]
-    assert [stream.level_range(i) for i in (0, 1, 2, 5)] == [(0, 5), (0, 5), (5, 12), (5, 12)]
+    assert stream.within_level(torch.tensor([[0, 4, 5, 11]]), torch.tensor([[0, 1, 2, 5]])).tolist() == [[0, 4, 0, 6]]
 
 
-def test_code_mask_allows_each_position_its_own_level_only():
-    mask = Stream(TWO).code_mask()
-    assert mask is not None
-    assert mask[0].tolist() == [True] * 5 + [False] * 7
-    assert mask[3].tolist() == [False] * 5 + [True] * 7
-    assert Stream(StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(2, 2), num_codes=5),))).code_mask() is None
+def test_each_position_has_the_classes_of_its_own_level_only():
+    outside = Stream(TWO).outside_level(torch.tensor([[0, 3]]))
+    assert outside is not None
+    assert outside[0, 0].tolist() == [False] * 5 + [True] * 7
+    assert outside[0, 1].tolist() == [True] * 5 + [False] * 7
+    one = Stream(StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(2, 2), num_codes=5),)))
+    assert one.outside_level(torch.tensor([0])) is None
 
 
 def test_text_targets_end_at_the_end_token_and_skip_null_captions():

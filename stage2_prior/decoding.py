@@ -1,0 +1,315 @@
+"""Draws codes from a prior: the loop over steps, its cache, its compiled form. Knows ids, places and slots; no text, no pictures.
+
+Legend: B pictures, T text slots, N codes of a picture, k codes decided in one step, R tokens fed in one step, K classes.
+
+Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text, place T+i the i-th code in the order of
+the picture. A step feeds the codes of the step before and reads off the next k. To decide k > 1 codes at once, the last token is fed k
+times, each time told another target, at places that the next step overwrites: every one of them sees all codes decided so far and none
+of its siblings, just as in training. With k = 1 this is plain sequential sampling.
+
+Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps that are guided; where guidance
+comes in late, the branch first catches up in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stage2_prior.model import ImagePrior, Tables
+from stage2_prior.order import codes_a_step, known_first, seeded_orders
+from stage2_prior.sampling import SamplingOptions, draw, filtered, guidance_at, guide, keep_min_p, uniforms
+from stage2_prior.transformer import KeyValueCache, Past, project, visible
+
+
+@dataclass
+class Samples:
+    """What `sample` returns."""
+
+    codes: Tensor
+    """(B,N) int64 in raster order, each counted within its level."""
+    log_likelihood: Tensor
+    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance, temperature 1, no filter."""
+    null_log_likelihood: Tensor | None
+    """(B,) the same given the null caption; None where its branch was not computed for every code."""
+    orders: Tensor
+    """(B,N) image positions in the order in which the codes came."""
+
+
+class Choice(NamedTuple):
+    """What of the sampling options makes a step another program; a compiled step is made for one choice."""
+
+    guided: bool
+    greedy: bool
+    top_k: int | None
+    top_p: bool
+    min_p: bool
+
+
+class Fed(NamedTuple):
+    """One step's tokens: R for each row of the batch, the last k of which predict."""
+
+    ids: Tensor
+    """(B or 2B, R)"""
+    slots: Tensor
+    """(R,) or (B or 2B, R)"""
+    targets: Tensor
+    """Like `slots`: the slot after each."""
+    places: Tensor
+    """(R,) of the cache."""
+    before: Tensor
+    """(R,) each token looks at itself and at places below this one."""
+    noise: Tensor
+    """(B,k) uniform numbers."""
+
+
+class Drawn(NamedTuple):
+    """What one step decides."""
+
+    classes: Tensor
+    """(B,k) counted over all levels."""
+    log_p: Tensor
+    """(B,k) given the caption."""
+    null_log_p: Tensor | None
+    """(B,k) given the null caption, where the step is guided."""
+
+
+def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice) -> Drawn:
+    """Feeds tokens and draws the next k codes; `numbers` (4,) are guidance scale, temperature, top_p and min_p."""
+    count = fed.noise.shape[1]
+    past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
+    features = prior.features(fed.ids, fed.slots, fed.targets, tables, past)[:, -count:]
+    logits = project(features, tables.head).float()
+    outside = prior.stream.outside_level(fed.targets[..., -count:] - prior.stream.text_length)
+    if outside is not None:
+        logits = logits.masked_fill(outside, float("-inf"))
+    scale, temperature, top_p, min_p = numbers.unbind()
+    conditional, null = logits.chunk(2) if choice.guided else (logits, None)
+    chosen = conditional if null is None else guide(conditional, null, scale)
+    if null is not None and outside is not None:
+        chosen = chosen.masked_fill(outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf"))  # inf - inf is no number
+    if choice.min_p:
+        chosen = keep_min_p(chosen, conditional, min_p)
+    if choice.greedy:
+        classes = chosen.argmax(-1)
+    else:
+        classes = draw(filtered(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
+    log_p = _log_p(conditional, classes)
+    return Drawn(classes, log_p, None if null is None else _log_p(null, classes))
+
+
+def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
+
+
+def compiled_advance(prior: ImagePrior, key: tuple[Any, ...]) -> Callable[..., Drawn]:
+    """`advance` compiled for this prior and one `key` of shapes and choices: some seconds at its first step, then far less a code."""
+    found = prior.compiled_steps.get(key)
+    if found is None:
+        cpu = prior.device.type == "cpu"
+        # What guards would look at before every code - shapes, types, choices - is all in the key.
+        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time; on CUDA it is one graph.
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        options |= {"cpp_wrapper": True} if cpu else {"triton.cudagraphs": True}
+        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)
+        prior.compiled_steps[key] = found
+    return found
+
+
+@torch.inference_mode()
+def sample(
+    prior: ImagePrior,
+    text_ids: Tensor,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    known: Tensor | None = None,
+    codes: Tensor | None = None,
+    orders: Tensor | None = None,
+    compiled: bool = False,
+) -> Samples:
+    """Draws one picture's codes for each row of `text_ids` (B,T), row i with seeds[i].
+
+    Args:
+        known: (N,) bool, the image positions whose codes are given and kept; none by default.
+        codes: (B,N) the given codes; the others in it are not looked at.
+        orders: (B,N) in which order the unknown codes come. By default raster order where the prior knows no other, and an order from
+            each picture's seed where it was trained on random ones.
+        compiled: whether steps are compiled.
+
+    Raises:
+        ValueError: guidance was asked of a prior trained without caption dropout; its null caption means nothing. Or what is asked
+            needs a prior that was trained on random orders, or there are more steps than codes to decide.
+        FloatingPointError: the logits are not finite, naming the step at which it happened.
+    """
+    if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
+        raise ValueError(
+            f"guidance_scale {options.guidance_scale} needs a prior trained with caption dropout, and this one was not; "
+            "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
+        )
+    return _Sampling(prior, text_ids, seeds, options, known, codes, orders, compiled).run()
+
+
+class _Sampling:
+    """The state of one call of `sample`."""
+
+    def __init__(
+        self,
+        prior: ImagePrior,
+        text_ids: Tensor,
+        seeds: Sequence[int],
+        options: SamplingOptions,
+        known: Tensor | None,
+        codes: Tensor | None,
+        orders: Tensor | None,
+        compiled: bool,
+    ) -> None:
+        self.prior, self.options, self.compiled = prior, options, compiled
+        stream, device = prior.stream, prior.device
+        self.batch, self.text_length, self.image_length = len(text_ids), stream.text_length, stream.image_length
+        self.num_known = 0 if known is None else int(known.sum())
+        self.counts = codes_a_step(self.image_length - self.num_known, options.steps)
+        self.scales = self._scales()
+        self.orders = _orders(prior, seeds, known, orders, options.steps)
+        shared = (self.orders == self.orders[0]).all()
+        place = self.orders[0] if shared else self.orders
+        text = torch.arange(self.text_length).expand(*place.shape[:-1], -1)
+        # What stands at each place: shared by all rows where all pictures have one order, which costs a step less.
+        self.slots = torch.cat([text, place + self.text_length], -1).to(device)
+        self.noise = uniforms(seeds, self.image_length).to(device)
+        branches = 2 if any(scale != 1 for scale in self.scales) else 1
+        captions = torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)]) if branches == 2 else text_ids.to(device)
+        if not shared and branches == 2:
+            self.slots = self.slots.repeat(2, 1)
+        self.ids = captions.new_zeros(len(captions), stream.length)
+        self.ids[:, : self.text_length] = captions
+        if codes is not None and self.num_known:
+            first = self.orders[:, : self.num_known]
+            ids = stream.code_ids(codes.gather(1, first), first).to(device)
+            self.ids[:, self.text_length : self.text_length + self.num_known] = ids.repeat(branches, 1)
+        self.log_p = torch.zeros(branches, self.batch, self.image_length, device=device)
+        # Siblings of a step lie behind the tokens that stay.
+        self.places = torch.arange(stream.length + max(self.counts), device=device)
+        self.cache = prior.new_cache(len(captions), stream.length - 1 + max(self.counts) - 1)
+        self.tables = prior.tables()
+        self._read_captions(captions[:, :-1])
+        self.filled = [self.text_length - 1] * branches
+        """Places that hold a token already, in either branch."""
+
+    def _scales(self) -> list[float]:
+        decided, scales = self.num_known, []
+        for count in self.counts:
+            scales.append(guidance_at(decided / self.image_length, self.options))
+            decided += count
+        return scales
+
+    def _read_captions(self, captions: Tensor) -> None:
+        """Fills the cache with all text but the last slot, which is told the picture's own first code: each caption is read once, however
+        many pictures it has."""
+        unique, row = torch.unique(captions, dim=0, return_inverse=True)
+        cache = self.prior.new_cache(len(unique), captions.shape[1])
+        slots = torch.arange(captions.shape[1], device=captions.device)
+        self.prior.features(unique, slots, slots + 1, self.tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
+        self.cache.copy_from(cache, row)
+
+    def run(self) -> Samples:
+        place = self.text_length + self.num_known
+        for branch in range(len(self.filled)):
+            if branch == 0 or self.scales[0] != 1:
+                self._catch_up(branch, place - 1)
+        for count, scale in zip(self.counts, self.scales, strict=True):
+            guided = scale != 1
+            if guided:
+                self._catch_up(1, self.filled[0])
+            drawn = self._step(place, count, scale)
+            part = slice(place - self.text_length, place - self.text_length + count)
+            self.log_p[0, :, part] = drawn.log_p
+            if drawn.null_log_p is not None:
+                self.log_p[1, :, part] = drawn.null_log_p
+            self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, place : place + count] = drawn.classes + self.prior.stream.text_vocab_size
+            place += count
+        return self._samples()
+
+    def _catch_up(self, branch: int, place: int) -> None:
+        """Feeds a branch what it has not been fed of the tokens below `place`."""
+        first = self.filled[branch]
+        if first >= place:
+            return
+        rows, part = slice(branch * self.batch, (branch + 1) * self.batch), slice(first, place)
+        places = self.places[part]
+        cache = self.cache.rows(rows)
+        past = Past(cache, places, visible(places, places, cache.capacity))
+        slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
+        self.prior.features(self.ids[rows, part], slots[..., part], slots[..., first + 1 : place + 1], self.tables, past)
+        self.filled[branch] = place
+
+    def _step(self, place: int, count: int, scale: float) -> Drawn:
+        """Decides the codes of places place .. place+count-1."""
+        guided, options = scale != 1, self.options
+        first, end = self.filled[0], place + count - 1
+        rows = slice(None) if guided or len(self.filled) == 1 else slice(self.batch)
+        slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
+        ids, own = self.ids[rows, first:place], slots[..., first:place]
+        places = self.places[first:end]
+        before = places
+        if count > 1:  # the last token once for each further code
+            siblings = count - 1
+            ids = torch.cat([ids, ids[:, -1:].expand(-1, siblings)], 1)
+            own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], siblings)], -1)
+            before = places.clamp(max=place - 1)
+        code = place - self.text_length
+        fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, code : code + count])
+        numbers = torch.tensor(
+            [scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=self.noise.device
+        )
+        top_p = options.top_p is not None and options.top_p < 1
+        choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
+        cache = self.cache.rows(rows)
+        step = advance
+        if self.compiled:
+            key = (choice, tuple(ids.shape), own.ndim, count, cache.capacity, self.prior.dtype, self.tables.head.dtype)
+            step = compiled_advance(self.prior, key)
+        drawn = step(self.prior, self.tables, cache, fed, numbers, choice)
+        self.filled = [place] * len(self.filled) if guided else [place, *self.filled[1:]]
+        return drawn
+
+    def _samples(self) -> Samples:
+        finite = self.log_p[0].isfinite().all(0).cpu()
+        if not finite.all():
+            code = int((~finite).nonzero()[0])
+            step = next(i for i in range(len(self.counts)) if self.num_known + sum(self.counts[: i + 1]) > code)
+            raise FloatingPointError(
+                f"the prior's logits are not finite at step {step}; its weights are damaged, go back to an earlier checkpoint"
+            )
+        stream = self.prior.stream
+        classes = self.ids[: self.batch, self.text_length :] - stream.text_vocab_size
+        orders = self.orders.to(classes.device)
+        codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
+        totals = self.log_p.sum(2)
+        complete = all(scale != 1 for scale in self.scales)
+        return Samples(codes, totals[0], totals[1] if complete else None, orders)
+
+
+def _orders(prior: ImagePrior, seeds: Sequence[int], known: Tensor | None, orders: Tensor | None, steps: int | None) -> Tensor:
+    """(B,N): the known codes in raster order, then the others.
+
+    Raises:
+        ValueError: a prior in raster order is asked for another.
+    """
+    count = prior.stream.image_length
+    raster = torch.arange(count).expand(len(seeds), count)
+    random = prior.config.trained_order == "random"
+    if orders is None:
+        orders = seeded_orders(seeds, count) if random else raster
+    orders = orders.cpu() if known is None else known_first(orders.cpu(), known.cpu())
+    if not random and (steps not in (None, count) or not torch.equal(orders, raster)):
+        what = "several codes a step" if torch.equal(orders, raster) else "codes in any order (editing, known codes but the first rows)"
+        raise ValueError(
+            f"{what} need a prior that was trained on random orders, and this one knows {prior.config.trained_order}; train one with "
+            "prior.train.order=random"
+        )
+    return orders

@@ -1,0 +1,85 @@
+"""In which order the codes of a picture are told: schedules and permutations as pure functions. Knows counts; no networks, no text.
+
+Legend: B pictures, N codes of a picture, k codes decided in one step.
+
+Raster order reads row by row. A prior trained on random orders, and told the position of the code that comes next, can begin anywhere
+(sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024); random orders that give way to raster order during training help the
+latter (RAR, Yu et al. 2024, section 3.2). Deciding few codes a step at first and more later, by a cosine, is MaskGIT's (Chang et al.
+2022, section 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Order = Literal["raster", "random", "annealed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderSchedule:
+    """Which orders a prior is trained on."""
+
+    order: Order = "raster"
+    """`annealed`: random until step `first`, then ever fewer, raster alone from step `last`."""
+    first: int = 0
+    last: int = 0
+
+    def random_share(self, step: int) -> float:
+        """Share of the pictures of a step whose codes come in random order."""
+        if self.order != "annealed":
+            return float(self.order == "random")
+        if step >= self.last:
+            return 0.0
+        return min((self.last - step) / (self.last - self.first), 1.0)
+
+
+def training_orders(batch: int, count: int, share: float, device: torch.device) -> Tensor:
+    """(B,N) orders: a random permutation for `share` of the rows, raster for the others; draws from torch's random state."""
+    raster = torch.arange(count, device=device).expand(batch, count)
+    if not share:
+        return raster
+    shuffled = torch.rand(batch, count, device=device).argsort(1)
+    return torch.where(torch.rand(batch, 1, device=device) < share, shuffled, raster)
+
+
+def seeded_orders(seeds: Sequence[int], count: int) -> Tensor:
+    """(B,N) random permutations, row i from seeds[i] alone; the same on every device."""
+    generators = (torch.Generator().manual_seed(int(seed) ^ 0x5EED) for seed in seeds)
+    return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
+
+
+def known_first(orders: Tensor, known: Tensor) -> Tensor:
+    """Orders (B,N) with the codes that are known (N,) or (B,N) bool moved to the front in raster order, the others as they were."""
+    known = known.expand(orders.shape)
+    # Known codes by their own number, unknown ones behind them by their place in the given order.
+    place = torch.empty_like(orders).scatter_(1, orders, torch.arange(orders.shape[1]).expand_as(orders))
+    key = torch.where(known, torch.arange(orders.shape[1]), place + orders.shape[1])
+    return key.argsort(1)
+
+
+def codes_a_step(count: int, steps: int | None) -> list[int]:
+    """How many of `count` codes each of `steps` steps decides, by a cosine: few at first, more as they come to know each other. By
+    default one a step.
+
+    Raises:
+        ValueError: there are more steps than codes, or none.
+    """
+    if steps is None or steps == count:
+        return [1] * count
+    if not 1 <= steps <= count:
+        raise ValueError(f"steps is {steps}; it must be at least 1 and at most the {count} codes that are to be decided")
+    left = count
+    counts = []
+    for step in range(1, steps + 1):
+        unknown = round(count * math.cos(math.pi / 2 * step / steps))
+        # At least one code now, and at least one for each of the steps to come.
+        now = min(max(left - unknown, 1), left - (steps - step))
+        counts.append(now)
+        left -= now
+    return counts
