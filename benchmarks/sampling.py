@@ -31,7 +31,6 @@ def main() -> None:
     if options.compile:
         for model in (ours,) if options.peers_fp32 else (ours, dalle, llama):
             model.to(torch.bfloat16)
-        ours.compile_sampling()
 
     @torch.no_grad()
     def generate():
@@ -41,7 +40,7 @@ def main() -> None:
 
     seconds = interleave(
         {
-            "ours": lambda: sample(ours, text, range(batch), SamplingOptions()),
+            "ours": lambda: sample(ours, text, range(batch), SamplingOptions(), compiled=options.compile),
             "dalle-pytorch": lambda: dalle.generate_images(text),
             "Llama generate()": generate,
         },

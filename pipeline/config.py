@@ -36,8 +36,8 @@ class TrainConfig:
     warmup_steps: int = 50
     """Steps over which the rate rises from 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """How the rate falls after warm-up: by a cosine, or not at all until the last `decay_share` of the steps, then linearly (warm-up, stable,
-    decay: Hu et al. 2024), so that a run can be made longer without beginning anew."""
+    """How the rate falls after warm-up: by a cosine, or not at all until the last `decay_share` of the steps, then linearly (warm-up,
+    stable, decay: Hu et al. 2024), so that a run can be made longer without beginning anew."""
     decay_share: float = 0.2
     """Share of the steps over which `wsd` lets the rate fall."""
     final_learning_rate: float = 0.05

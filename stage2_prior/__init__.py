@@ -6,6 +6,7 @@ from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
 from stage2_prior.order import Order, OrderSchedule
 from stage2_prior.sampling import SamplingOptions
+from stage2_prior.scoring import caption_log_likelihood, code_log_likelihood, sample_captions
 from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
 
@@ -25,5 +26,8 @@ __all__ = [
     "StreamConfig",
     "TextConfig",
     "TextTokenizer",
+    "caption_log_likelihood",
+    "code_log_likelihood",
     "sample",
+    "sample_captions",
 ]

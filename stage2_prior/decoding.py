@@ -115,7 +115,7 @@ def compiled_advance(prior: ImagePrior, key: tuple[Any, ...]) -> Callable[..., D
         # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time; on CUDA it is one graph.
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         options |= {"cpp_wrapper": True} if cpu else {"triton.cudagraphs": True}
-        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)
+        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
         prior.compiled_steps[key] = found
     return found
 
@@ -135,7 +135,7 @@ def sample(
     """Draws one picture's codes for each row of `text_ids` (B,T), row i with seeds[i].
 
     Args:
-        known: (N,) bool, the image positions whose codes are given and kept; none by default.
+        known: (N,) or (B,N) bool, the image positions whose codes are given and kept, as many in every row; none by default.
         codes: (B,N) the given codes; the others in it are not looked at.
         orders: (B,N) in which order the unknown codes come. By default raster order where the prior knows no other, and an order from
             each picture's seed where it was trained on random ones.
@@ -171,7 +171,7 @@ class _Sampling:
         self.prior, self.options, self.compiled = prior, options, compiled
         stream, device = prior.stream, prior.device
         self.batch, self.text_length, self.image_length = len(text_ids), stream.text_length, stream.image_length
-        self.num_known = 0 if known is None else int(known.sum())
+        self.num_known = 0 if known is None else int(known.reshape(-1, self.image_length)[0].sum())
         self.counts = codes_a_step(self.image_length - self.num_known, options.steps)
         self.scales = self._scales()
         self.orders = _orders(prior, seeds, known, orders, options.steps)
@@ -230,7 +230,9 @@ class _Sampling:
             self.log_p[0, :, part] = drawn.log_p
             if drawn.null_log_p is not None:
                 self.log_p[1, :, part] = drawn.null_log_p
-            self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, place : place + count] = drawn.classes + self.prior.stream.text_vocab_size
+            self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, place : place + count] = (
+                drawn.classes + self.prior.stream.text_vocab_size
+            )
             place += count
         return self._samples()
 
@@ -263,9 +265,7 @@ class _Sampling:
             before = places.clamp(max=place - 1)
         code = place - self.text_length
         fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, code : code + count])
-        numbers = torch.tensor(
-            [scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=self.noise.device
-        )
+        numbers = torch.tensor([scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=self.noise.device)
         top_p = options.top_p is not None and options.top_p < 1
         choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)

@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, KeyValueCache, Past, RMSNorm, Turns, project, rotary_table, visible
-
+from stage2_prior.transformer import Block, KeyValueCache, Past, Projection, RMSNorm, Turns, rotary_table, visible
 
 _TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
 """What the configuration says of the training, since it decides what may be asked of the prior."""
@@ -153,7 +152,13 @@ class ImagePrior(PreTrainedModel):
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     def forward(
-        self, ids: Tensor, positions: Tensor, cache: KeyValueCache | None = None, *, targets: Tensor | None = None, image_first: bool = False
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: KeyValueCache | None = None,
+        *,
+        targets: Tensor | None = None,
+        image_first: bool = False,
     ) -> PriorLogits:
         """Logits for the token after each of the given ones.
 
@@ -226,6 +231,23 @@ class ImagePrior(PreTrainedModel):
     def compile_networks(self) -> None:
         """Compiles the training forward in place; parameter names stay as they are."""
         self.compile(dynamic=False)
+
+    def quantize_matrices(self) -> None:
+        """Keeps the matrices inside the blocks as 8-bit integers from now on: half of bf16's memory, for drawing alone."""
+        for module in self.blocks.modules():
+            if isinstance(module, Projection) and module.scale is None:
+                module.quantize()
+        self.compiled_steps.clear()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As transformers'.
+
+        Raises:
+            ValueError: the matrices are rounded to integers, which training and loading know nothing of.
+        """
+        if any(isinstance(module, Projection) and module.scale is not None for module in self.blocks.modules()):
+            raise ValueError("a prior with 8-bit matrices is for drawing alone and cannot be saved; save it before quantize_matrices()")
+        super().save_pretrained(save_directory, **options)
 
     @property
     def fingerprint(self) -> str:
