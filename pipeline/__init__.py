@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from pipeline.config import Experiment, load_experiment
     from pipeline.data.sources import load_source
     from pipeline.evaluation.report import evaluate
-    from pipeline.generation import generate, reconstruct
+    from pipeline.generation import edit, generate, reconstruct
+    from pipeline.judge import ClipJudge
     from pipeline.stages import assemble_bundle, encode_dataset, encode_elsewhere, run, train_prior, train_tokenizer
     from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
 
 _HOME = {
+    "ClipJudge": "pipeline.judge",
     "Experiment": "pipeline.config",
     "TextToImageOutput": "pipeline.text_to_image",
     "TextToImagePipeline": "pipeline.text_to_image",
     "assemble_bundle": "pipeline.stages",
     "codebook_page": "pipeline.codebook",
     "compare_tokenizers": "pipeline.comparison",
+    "edit": "pipeline.generation",
     "encode_dataset": "pipeline.stages",
     "encode_elsewhere": "pipeline.stages",
     "evaluate": "pipeline.evaluation.report",
@@ -39,12 +42,14 @@ _HOME = {
 }
 
 __all__ = [
+    "ClipJudge",
     "Experiment",
     "TextToImageOutput",
     "TextToImagePipeline",
     "assemble_bundle",
     "codebook_page",
     "compare_tokenizers",
+    "edit",
     "encode_dataset",
     "encode_elsewhere",
     "evaluate",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 HELP = """usage: minidalle VERB [options]
 
@@ -25,6 +26,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it goes on 
 
 using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   pictures from prompts
+  edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of a picture, drawn anew
   reconstruct       --tokenizer DIR FILES...               pictures through the tokenizer and back
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code draws and how often, as a page
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minidalle {verb}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("MINIDALLE_TRACEBACK"):
             raise
         print(f"minidalle {verb}: {error}", file=sys.stderr)
@@ -190,6 +192,28 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
     return 0
 
 
+_SAMPLING: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"type": float, "help": "how strongly the prompt steers; 1 is off"},
+    "guidance_interval": {"type": float, "nargs": 2, "metavar": ("FROM", "TO"), "help": "shares of the codes between which it steers"},
+    "guidance_power": {"type": float, "help": "let guidance rise by this power of a cosine"},
+    "temperature": {"type": float, "help": "0 takes the most likely codes"},
+    "top_k": {"type": int, "help": "keep the k most likely codes"},
+    "top_p": {"type": float, "help": "keep the codes that reach this probability"},
+    "min_p": {"type": float, "help": "drop codes that the caption makes less likely than this share of the likeliest"},
+    "steps": {"type": int, "help": "decide all codes in so many steps (priors trained on random orders)"},
+}
+"""The fields of `SamplingOptions`; one left out takes the bundle's default."""
+
+
+def _add_sampling(reader: argparse.ArgumentParser) -> None:
+    for name, how in _SAMPLING.items():
+        reader.add_argument(f"--{name}", **how)
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in _SAMPLING}
+
+
 def _generate(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle generate", description="Draws pictures for prompts.")
     reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
@@ -198,11 +222,13 @@ def _generate(rest: Sequence[str]) -> int:
     reader.add_argument("--num", type=int, default=4, help="pictures a prompt (4)")
     reader.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)")
     reader.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (0)")
-    reader.add_argument("--guidance_scale", type=float, help="how strongly the prompt steers; 1 is off")
-    reader.add_argument("--temperature", type=float, help="0 takes the most likely codes")
-    reader.add_argument("--top_k", type=int, help="keep the k most likely codes")
-    reader.add_argument("--top_p", type=float, help="keep the codes that reach this probability")
-    reader.add_argument("--min_p", type=float, help="drop codes that the caption makes less likely than this share of the likeliest")
+    _add_sampling(reader)
+    reader.add_argument(
+        "--best_of", type=int, default=1, help="draw so many for each picture and keep the one that shows the prompt best (1)"
+    )
+    reader.add_argument("--judge", help="name or folder of a CLIP model that --best_of chooses by; without it the prior itself does")
+    reader.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="compile the steps; auto where it pays")
+    reader.add_argument("--int8", action="store_true", help="keep the prior's matrices as 8-bit integers")
     reader.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
     reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
     options = reader.parse_args(rest)
@@ -213,10 +239,38 @@ def _generate(rest: Sequence[str]) -> int:
         raise _WrongUsage("no prompt was given; add one in quotes, or --prompts FILE")
     from pipeline.generation import generate
 
-    names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
     written = generate(
         options.bundle, prompts, options.out, num=options.num, seed=options.seed, batch_size=options.batch_size,
-        truncate=options.truncate, **{name: getattr(options, name) for name in names},
+        truncate=options.truncate, best_of=options.best_of, judge=options.judge, compile=options.compile, int8=options.int8,
+        **_sampling(options),
+    )  # fmt: skip
+    _say(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    return 0
+
+
+def _edit(rest: Sequence[str]) -> int:
+    reader = argparse.ArgumentParser(prog="minidalle edit", description="Draws a part of a picture anew.", allow_abbrev=False)
+    reader.add_argument(
+        "--bundle", type=Path, required=True, help="folder of a bundle whose prior was trained with prior.train.order=random"
+    )
+    reader.add_argument("--image", type=Path, required=True, help="picture of the size that the prior draws; smaller with --at")
+    what = reader.add_mutually_exclusive_group(required=True)
+    what.add_argument("--mask", type=Path, help="black and white picture of the same size: white is replaced")
+    what.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="extend a smaller picture; its top left corner comes here")
+    what.add_argument("--strength", type=float, help="vary the picture: this share of its codes, scattered, is drawn anew")
+    reader.add_argument("--prompt", default="", help="what the whole picture is to show")
+    reader.add_argument("--num", type=int, default=4, help="pictures (4)")
+    reader.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)")
+    reader.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (0)")
+    reader.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
+    _add_sampling(reader)
+    options = reader.parse_args(rest)
+    _alone("edit")
+    from pipeline.generation import edit
+
+    written = edit(
+        options.bundle, options.image, options.prompt, options.out, mask=options.mask, at=tuple(options.at) if options.at else None,
+        strength=options.strength, num=options.num, seed=options.seed, truncate=options.truncate, **_sampling(options),
     )  # fmt: skip
     _say(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
     return 0
@@ -301,6 +355,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train-prior": _train_prior,
     "compare-tokenizers": _compare_tokenizers,
     "generate": _generate,
+    "edit": _edit,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "codebook": _codebook,

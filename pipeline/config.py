@@ -27,7 +27,8 @@ class TrainConfig:
     batch_size: int = 32
     """Pictures a step, over all processes together; each takes an equal part."""
     accumulate: int = 1
-    """Parts that a process's share of the batch goes through the network in, one after another: the same step in less memory."""
+    """Parts that a process's share of the batch goes through the network in, one after another: a step in less memory. Means over text
+    tokens are taken in each part, and a codebook's averages are moved by each."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
     AdamW's scale of steps, and everything else by AdamW."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stage1_tokenizer import Level
+from stage1_tokenizer import Level, to_rgb
 
 _WHITE = 128
 
@@ -37,12 +37,13 @@ def checked_picture(image: Image.Image, side: int) -> Image.Image:
     Raises:
         ValueError: it is not of the size that the prior draws.
     """
+    image = to_rgb(image)
     if image.size != (side, side):
         raise ValueError(
             f"the picture is {image.width}x{image.height} and this prior draws {side}x{side}; resize it first "
             "(stage1_tokenizer.resize_and_crop)"
         )
-    return image.convert("RGB")
+    return image
 
 
 def kept_codes(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
@@ -69,13 +70,13 @@ def on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple[Image
     Raises:
         ValueError: the picture does not lie on the canvas, or fills it.
     """
-    x, y = at
+    image, (x, y) = to_rgb(image), at
     right, below = side - x - image.width, side - y - image.height
     if min(x, y, right, below) < 0:
         raise ValueError(f"a picture of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of {side}x{side}")
     if not any((x, y, right, below)):
         raise ValueError(f"the picture fills the canvas of {side}x{side}, so there is nothing to extend; give a smaller one")
-    canvas = np.pad(np.asarray(image.convert("RGB")), ((y, below), (x, right), (0, 0)), mode="edge")
+    canvas = np.pad(np.asarray(image), ((y, below), (x, right), (0, 0)), mode="edge")
     mask = np.full((side, side), 255, np.uint8)
     mask[y : y + image.height, x : x + image.width] = 0
     return Image.fromarray(canvas), Image.fromarray(mask)

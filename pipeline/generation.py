@@ -1,13 +1,14 @@
-"""What `minidalle generate` and `minidalle reconstruct` do: pictures to files. Knows folders; models come from the stages."""
+"""What `minidalle generate`, `edit` and `reconstruct` do: pictures to files. Knows folders; models come from the stages."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,40 +22,123 @@ from pipeline.settings import existing_tokenizer
 from pipeline.text_to_image import TextToImagePipeline
 
 
-def generate(bundle: Path, prompts: Sequence[str], out: Path, *, num: int, seed: int = 0, batch_size: int = 64, **options: Any) -> int:
+def generate(
+    bundle: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    num: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    judge: str | None = None,
+    int8: bool = False,
+    **options: Any,
+) -> int:
     """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the processes. Returns the count.
 
     The pictures do not depend on how many processes there are.
+
+    Args:
+        judge: name or folder of a CLIP model that `best_of` chooses by.
+        int8: whether the prior's matrices are kept as 8-bit integers.
+        options: those of `TextToImagePipeline.__call__`.
 
     Raises:
         ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
     """
     state = processes()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
+    if int8:
+        pipe.quantize()
+    if judge is not None:
+        from pipeline.judge import ClipJudge
+
+        options["judge"] = ClipJudge(judge)
     mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
-    drawn: list[tuple[int, int, Any, float]] = []
+    drawn: list[_Drawn] = []
     if mine:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with _notes():
             output = pipe([prompts[i] for i in mine], num_images_per_prompt=num, seed=seed, batch_size=batch_size, **options)
-        for message in sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}):
-            print(f"note: {message}")
         for place, (image, likelihood) in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True)):
-            drawn.append((mine[place // num], place % num, image, likelihood))
+            drawn.append(_Drawn(mine[place // num], place % num, image, likelihood))
     gathered = sorted(gather_object(drawn), key=lambda row: row[:2])
     if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for number, (prompt, _, image, likelihood) in enumerate(gathered):
-            file = f"{number:05d}{_slug(prompts[prompt])}.png"
-            image.save(out / file)
-            row = {"prompt": prompts[prompt], "file": file, "seed": seed, "log_likelihood": round(likelihood, 4)}
-            lines.append(json.dumps(row, ensure_ascii=False))
-        grid = picture_grid([np.asarray(row[2]) for row in gathered], columns=num)
-        grid_image(grid).save(out / "grid.png")
-        (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write(out, gathered, prompts, seed, columns=num)
     state.wait_for_everyone()
     return len(gathered)
+
+
+def edit(
+    bundle: Path,
+    image: Path,
+    prompt: str,
+    out: Path,
+    *,
+    mask: Path | None = None,
+    at: tuple[int, int] | None = None,
+    strength: float | None = None,
+    num: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> int:
+    """Writes edited pictures as `generate` does; returns the count. One of `mask`, `at` and `strength` says what is drawn anew.
+
+    Args:
+        mask: picture whose white is replaced (`TextToImagePipeline.edit`).
+        at: where on the canvas the picture comes to (`outpaint`).
+        strength: share of the codes (`vary`).
+
+    Raises:
+        ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is written then.
+    """
+    from pipeline.data.pictures import open_picture
+
+    pipe = TextToImagePipeline.from_pretrained(bundle)
+    picture = open_picture(image)
+    with _notes():
+        if mask is not None:
+            output = pipe.edit(picture, open_picture(mask), prompt, num_images=num, seed=seed, **options)
+        elif at is not None:
+            output = pipe.outpaint(picture, prompt, at=at, num_images=num, seed=seed, **options)
+        elif strength is not None:
+            output = pipe.vary(picture, strength, prompt, num_images=num, seed=seed, **options)
+        else:
+            raise ValueError("nothing says what to draw anew; give a mask, a place on the canvas (at) or a strength")
+    rows = [_Drawn(0, i, *pair) for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))]
+    _write(out, rows, [prompt], seed, columns=min(num, 8))
+    return len(rows)
+
+
+class _Drawn(NamedTuple):
+    """One picture on its way to a file."""
+
+    prompt: int
+    number: int
+    image: Image.Image
+    log_likelihood: float
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings as notes for the user, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}):
+        print(f"note: {message}")
+
+
+def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int, *, columns: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        prompt = prompts[row.prompt]
+        file = f"{number:05d}{_slug(prompt)}.png"
+        row.image.save(out / file)
+        line = {"prompt": prompt, "file": file, "seed": seed, "log_likelihood": round(row.log_likelihood, 4)}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    grid_image(picture_grid([np.asarray(row.image) for row in rows], columns=columns)).save(out / "grid.png")
+    (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _slug(prompt: str) -> str:

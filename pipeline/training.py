@@ -155,10 +155,10 @@ def fit(
         ValueError: the batch does not split evenly over the processes.
     """
     objective = task.objective
-    if config.batch_size % accelerator.num_processes:
+    if config.batch_size % (accelerator.num_processes * config.accumulate):
         raise ValueError(
-            f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes; "
-            "choose a multiple of the number of processes"
+            f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes with "
+            f"train.accumulate {config.accumulate}; choose a multiple of both together"
         )
     # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
@@ -266,24 +266,39 @@ def _step(
 ) -> dict[str, Tensor]:
     """One step of every group in the order in which the objective yields its losses; returns scalars, still on the device."""
     scalars: dict[str, Tensor] = {}
-    losses = objective.losses(batch, step)
+    # Each part of the batch goes as far as its next loss, and that loss's gradient is taken, before the next part begins.
+    parts = [objective.losses(part, step) for part in _parts(batch, config.accumulate)]
     while True:
-        with autocast():
-            loss = next(losses, None)
-        if loss is None:
-            return scalars
-        own = [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{loss.group}/")]
+        of_parts: list[dict[str, Tensor]] = []
+        for losses in parts:
+            with autocast():
+                loss = next(losses, None)
+            if loss is None:
+                return scalars
+            accelerator.backward(loss.value / len(parts))
+            of_parts.append({"loss": loss.value.detach(), **loss.metrics})
+            group = loss.group
+            del loss  # or its graph would stay while the next part's is built
+        mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).mean() for name in of_parts[0]}
+        own = [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
         rate = learning_rate(step, config)
         for options in (o for optimizer in own for o in optimizer.param_groups):
             options["lr"] = rate
-        accelerator.backward(loss.value)
-        norm = accelerator.clip_grad_norm_(objective.networks[loss.group].parameters(), config.grad_clip)
+        norm = accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip)
         for optimizer in own:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        prefix = "" if loss.group in ("tokenizer", "prior") else f"{loss.group}_"
-        scalars |= {f"{prefix}loss": loss.value.detach(), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
-        scalars |= loss.metrics
+        prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
+        scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+        scalars |= mean
+
+
+def _parts(batch: Any, count: int) -> list[Any]:
+    """A batch, or a mapping of batches, in equal parts."""
+    if isinstance(batch, Mapping):
+        split = {key: value.chunk(count) for key, value in batch.items()}
+        return [{key: value[i] for key, value in split.items()} for i in range(count)]
+    return list(batch.chunk(count))
 
 
 def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, good: Path | None) -> None:

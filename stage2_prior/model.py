@@ -102,8 +102,8 @@ class ImagePrior(PreTrainedModel):
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
         self.code_embedding = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
-        # Row 0 for tokens that are followed by text, whose slot goes without saying.
-        self.target_embedding = nn.Embedding(1 + self.stream.image_length, width) if self.stream.config.any_order else None
+        # Where the next code lies is told by how queries turn; of levels that share a position, this tells which one it is of.
+        self.target_embedding = nn.Embedding(1 + len(self.stream.config.levels), width) if self.stream.config.any_order else None
         self.kv_heads = self.model_config.kv_heads or heads
         self.blocks = nn.ModuleList(
             Block(width, heads, self.kv_heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
@@ -202,8 +202,7 @@ class ImagePrior(PreTrainedModel):
         if self.target_embedding is not None:
             if targets is None:
                 raise ValueError("this prior takes codes in any order and must be told which comes next; give targets")
-            x = x + self.target_embedding((targets - self.stream.text_length + 1).clamp(min=0))
-            # Where a token looks follows from what it is to predict: queries turn to the position of the next token.
+            x = x + self.target_embedding(self.slot_level[targets])
             turns = Turns(self._turns(targets), key)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:

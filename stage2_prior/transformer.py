@@ -39,6 +39,10 @@ class Turns(NamedTuple):
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (B,H,S,D), table (2,S,D) or (2,B,1,S,D)."""
     table = table.to(x.dtype)
+    if torch.compiler.is_compiling():  # a roll would be compiled into reads of single numbers
+        (cos, _), (_, sin) = (half.chunk(2, -1) for half in table)
+        left, right = x.chunk(2, -1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
     return torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, -1), table[1])
 
 

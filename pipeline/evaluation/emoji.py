@@ -6,6 +6,7 @@ Distance is the mean squared error over all pixels and channels, at the experime
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from pipeline.config import Experiment
 from pipeline.data.sources import load_source
@@ -15,7 +16,8 @@ CANDIDATES = 100
 
 
 def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment) -> None:
-    """Adds `nearest_of_100_seen`, `nearest_of_100_held_out` and `own_tone_held_out`, one picture a prompt, seed 0."""
+    """Adds `nearest_of_100_seen`, `nearest_of_100_held_out` and `own_tone_held_out`, one picture a prompt, seed 0; where a prior captions,
+    `caption_of_100_seen` and `caption_of_100_held_out`."""
     for split in ("train", "held_out"):
         source = load_source(experiment.data, split)
         rng = np.random.default_rng(0)
@@ -25,6 +27,8 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
         distance = squared_errors(drawn, true)
         name = "nearest_of_100_seen" if split == "train" else "nearest_of_100_held_out"
         figures[name] = float(np.mean(distance.argmin(axis=1) == np.arange(len(rows))))
+        if pipe.prior.config.trained_image_first:
+            figures[name.replace("nearest", "caption")] = captions_found(pipe, true, source.captions(rows))
     # `source` is now the held-out one: every held-out name that has tones, against the pictures of all its tones.
     hits = []
     everyone = list(range(len(source)))
@@ -35,6 +39,12 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
             hits.append(int(squared_errors(drawn[row : row + 1], pictures)[0].argmin()) == own)
     if hits:
         figures["own_tone_held_out"] = float(np.mean(hits))
+
+
+def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
+    """Share of pictures whose own caption has the highest log p(caption | codes) among all of the captions."""
+    best = [pipe.caption(Image.fromarray(picture), captions)[0][0] for picture in pictures]
+    return float(np.mean([found == own for found, own in zip(best, captions, strict=True)]))
 
 
 def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,13 +6,22 @@ Accuracies are shares of pictures fully right; `new_pairs` are captions with a (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.config import Experiment
-from pipeline.data.shapes_captions import Prompt, ShapesSource
+from pipeline.data.shapes import COLOURS, NEW_PAIRS, SHAPES, Scene, sprite
+from pipeline.data.shapes_captions import Prompt, ShapesSource, describe
 from pipeline.data.shapes_oracle import Verdict, accuracy, check
 from pipeline.text_to_image import TextToImagePipeline
+
+STEPS = 16
+"""Steps in which parallel decoding is judged."""
+EDITS = 200
+"""Edits that are judged, at most."""
 
 
 def shapes_figures(
@@ -38,11 +47,42 @@ def shapes_figures(
     figures |= {f"prompt_accuracy_of_{kind}": share for kind, share in shares.items()}
     new = ShapesSource(experiment.data, "new_pairs").prompts(range(count))
     figures["prompt_accuracy_new_pairs"] = accuracy(_judge(_draw(pipe, new), new))["correct"]
+    if pipe.prior.config.trained_order == "random":
+        figures[f"prompt_accuracy_{STEPS}_steps"] = accuracy(_judge(_draw(pipe, prompts, steps=STEPS), prompts))["correct"]
+        if experiment.data.max_objects > 1:
+            figures["edit_accuracy"] = edit_accuracy(pipe, experiment, min(count, EDITS))
+
+
+def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int) -> float:
+    """Share of edits after which the oracle finds all that the new caption says, and no object more: in held-out pictures of two objects
+    one is masked, by a box, and the prompt puts another shape in another colour of the same size in its place."""
+    held_out = ShapesSource(experiment.data, "held_out")
+    size, right, done = experiment.data.image_size, 0, 0
+    for index in range(len(held_out)):
+        scene = held_out.world.scene(index)
+        if len(scene.items) != 2:
+            continue
+        rng = np.random.default_rng([EDITS, index])
+        old, kept = (scene.items[i] for i in rng.permutation(2))
+        shape, colour = rng.choice([s for s in SHAPES if s != old.shape]), rng.choice([c for c in COLOURS if c != old.colour])
+        while (shape, colour) in NEW_PAIRS:
+            colour = rng.choice([c for c in COLOURS if c != old.colour])
+        prompt = describe(Scene(scene.background, (replace(old, shape=str(shape), colour=str(colour)), kept)), size, rng)
+        half = sprite(old.shape, old.size, size).shape[0] // 2 + 1
+        mask = np.zeros((size, size), np.uint8)
+        mask[max(old.y - half, 0) : old.y + half + 1, max(old.x - half, 0) : old.x + half + 1] = 255
+        before = Image.fromarray(held_out.images([index])[0])
+        after = pipe.edit(before, Image.fromarray(mask), prompt.text, truncate=True).images[0]
+        right += check(np.asarray(after), prompt.claims).correct
+        done += 1
+        if done == count:
+            break
+    return right / max(done, 1)
 
 
 def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
     return [check(picture, prompt.claims) for picture, prompt in zip(pictures, prompts, strict=True)]
 
 
-def _draw(pipe: TextToImagePipeline, prompts: Sequence[Prompt]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in pipe([p.text for p in prompts], truncate=True).images])
+def _draw(pipe: TextToImagePipeline, prompts: Sequence[Prompt], **sampling: Any) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pipe([p.text for p in prompts], truncate=True, **sampling).images])

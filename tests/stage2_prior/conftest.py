@@ -8,10 +8,13 @@ import torch
 from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
 
-def tiny_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), code_dim: int = 5, **model: object) -> ImagePrior:
+def tiny_prior(
+    levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), code_dim: int = 5, any_order: bool = False, **model: object
+) -> ImagePrior:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
-    prior = ImagePrior(config, StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim))
+    stream = StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order)
+    prior = ImagePrior(config, stream)
     if code_dim:
         prior.tell_code_vectors(torch.randn(prior.stream.num_codes, code_dim))
     with torch.no_grad():
@@ -20,6 +23,13 @@ def tiny_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), 
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     prior.config.trained_with_caption_dropout = True
     return prior.eval()
+
+
+def any_order_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object) -> ImagePrior:
+    """As if trained on random orders."""
+    prior = tiny_prior(levels, any_order=True, **model)
+    prior.config.trained_order = "random"
+    return prior
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""Judges for `best_of`: how well a picture shows its prompt, by another model than the prior. Knows pictures and prompts only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+_BATCH = 32
+
+
+class ClipJudge:
+    """Cosine similarity of picture and prompt in a CLIP model's space (Radford et al. 2021).
+
+    Args:
+        name: a folder, or a name of the Hub, of a transformers CLIP model with its processor.
+
+    Raises:
+        ValueError: there is no such model, or it is none of pictures and text.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            model: Any = AutoModel.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            # The plain backend: the other needs torchvision.
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the judge {name!r} cannot be loaded as a CLIP model ({str(error).splitlines()[0]}); give a folder that holds one with "
+                "its processor, or a Hub name with network access"
+            ) from error
+        if not hasattr(model, "get_image_features"):
+            raise ValueError(f"the judge {name!r} is {type(model).__name__}, which does not compare pictures with text; give a CLIP model")
+        self.model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """A score in [-1,1] for each picture with its prompt: (N,)."""
+        scores = []
+        for first in range(0, len(images), _BATCH):
+            part = slice(first, first + _BATCH)
+            text = self.tokenizer(list(prompts[part]), padding=True, truncation=True, return_tensors="pt")
+            pixels = self.processor(images=list(images[part]), return_tensors="pt")
+            inputs = {**text, **pixels}
+            out = self.model(**{key: value.to(self.model.device) for key, value in inputs.items()})
+            scores.append(torch.cosine_similarity(out.image_embeds, out.text_embeds))
+        return torch.cat(scores).cpu()

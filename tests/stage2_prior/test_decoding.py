@@ -1,0 +1,232 @@
+"""The loop of sampling: any order, several codes a step, known codes, what is computed and what is not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
+from stage2_prior.decoding import compiled_advance
+from stage2_prior.order import seeded_orders
+from stage2_prior.sampling import draw, filtered, guide, uniforms
+from tests.stage2_prior.conftest import any_order_prior, tiny_prior
+from tests.stage2_prior.test_sampling import traced
+
+SEEDS = [7, 8, 9]
+TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
+
+
+def logits_in_order(prior, text_ids, codes, orders):
+    """(B,N,K) of whole, uncached passes, by place."""
+    fed = prior.stream.text_first(text_ids, codes, orders)
+    logits = prior(fed.ids, fed.slots, targets=fed.targets).image
+    outside = prior.stream.outside_level(orders)
+    return logits if outside is None else logits.masked_fill(outside, float("-inf"))
+
+
+@pytest.mark.parametrize("levels", [None, TWO])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, levels):
+    prior = any_order_prior(levels) if levels else any_order_prior()
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=scale, temperature=0.7))
+    assert torch.equal(drawn.orders, seeded_orders(SEEDS, 9))
+    conditional = logits_in_order(prior, text_ids, drawn.codes, drawn.orders)
+    null = logits_in_order(prior, prior.stream.null_caption(3), drawn.codes, drawn.orders)
+    chosen = guide(conditional, null, scale).nan_to_num(float("-inf"))
+    classes = prior.stream.image_targets(drawn.codes).gather(1, drawn.orders)
+    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
+        assert torch.equal(draw(filtered(chosen[:, i], 0.7, None, None), noise), classes[:, i])
+    log_p = conditional.log_softmax(-1).gather(2, classes[..., None]).sum((1, 2))
+    torch.testing.assert_close(drawn.log_likelihood, log_p)
+    if scale == 1:
+        assert drawn.null_log_likelihood is None
+    else:
+        expected = null.log_softmax(-1).gather(2, classes[..., None]).sum((1, 2))
+        torch.testing.assert_close(drawn.null_log_likelihood, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_several_codes_a_step_each_see_what_came_before_the_step(text_ids, scale):
+    """Every code of a step is drawn as if it alone came next; its siblings are unknown to it."""
+    prior = any_order_prior()
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(steps=4, guidance_scale=scale))
+    noise, place = uniforms(SEEDS, 9), 0
+    for count in (1, 2, 3, 3):
+        for sibling in range(count):
+            orders = drawn.orders.clone()
+            orders[:, [place, place + sibling]] = orders[:, [place + sibling, place]]
+            branches = [logits_in_order(prior, ids, drawn.codes, orders) for ids in (text_ids, prior.stream.null_caption(3))]
+            chosen = guide(branches[0], branches[1], scale)[:, place]
+            codes = draw(chosen, noise[:, place + sibling])
+            assert torch.equal(codes, drawn.codes.gather(1, drawn.orders)[:, place + sibling])
+        place += count
+
+
+def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
+    prior = any_order_prior()
+    plain, stepped = (sample(prior, text_ids, SEEDS, SamplingOptions(steps=steps)) for steps in (None, 9))
+    assert torch.equal(plain.codes, stepped.codes)
+    torch.testing.assert_close(plain.log_likelihood, stepped.log_likelihood)
+
+
+def test_each_step_of_several_codes_is_one_pass(text_ids):
+    prior, lengths = any_order_prior(), []
+    prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    sample(prior, text_ids, SEEDS, SamplingOptions(steps=4))
+    assert lengths == [5, 1, 2, 4, 5]  # the codes of the step before, and the last of them once for each further code
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_known_codes_are_kept_and_come_first(text_ids, codes, steps):
+    prior = any_order_prior()
+    known = torch.tensor([True, False, True, False, False, True, False, False, False])
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps), known=known, codes=codes)
+    assert torch.equal(drawn.codes[:, known], codes[:, known])
+    assert drawn.orders[:, :3].tolist() == [[0, 2, 5]] * 3
+    free = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps))
+    assert not torch.equal(free.codes[:, ~known], drawn.codes[:, ~known])
+    if steps is None:
+        given = code_log_likelihood(prior, text_ids, drawn.codes, drawn.orders)[:, ~known].sum(1)
+        torch.testing.assert_close(drawn.log_likelihood, given)
+
+
+def test_every_picture_may_keep_other_codes(text_ids, codes):
+    prior = any_order_prior()
+    known = torch.zeros(3, 9, dtype=torch.bool)
+    known[0, :2] = known[1, 4:6] = known[2, 7:] = True
+    together = sample(prior, text_ids, SEEDS, SamplingOptions(), known=known, codes=codes)
+    assert torch.equal(together.codes[known], codes[known])
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = sample(prior, text_ids[part], SEEDS[part], SamplingOptions(), known=known[part], codes=codes[part])
+        assert torch.equal(alone.codes[0], together.codes[row])
+
+
+def test_a_raster_prior_goes_on_from_the_first_codes(prior, text_ids, codes):
+    known = torch.arange(9) < 3
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2), known=known, codes=codes)
+    assert torch.equal(drawn.codes[:, :3], codes[:, :3])
+    given = code_log_likelihood(prior, text_ids, drawn.codes)[:, 3:].sum(1)
+    torch.testing.assert_close(drawn.log_likelihood, given)
+
+
+@pytest.mark.parametrize("order", ["raster", "annealed"])
+def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, order):
+    prior.config.trained_order = order
+    with pytest.raises(
+        ValueError, match=f"several codes a step need a prior that was trained on random orders, and this one knows {order}"
+    ):
+        sample(prior, text_ids, SEEDS, SamplingOptions(steps=4))
+    with pytest.raises(ValueError, match="codes in any order .* prior.train.order=random"):
+        sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) > 4, codes=codes)
+
+
+@pytest.mark.parametrize("options", [{"guidance_interval": (0.3, 0.7)}, {"guidance_power": 1.0}, {"guidance_interval": (0.5, 1.0)}])
+def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(prior, text_ids, options):
+    rows = []
+    prior.blocks[0].register_forward_hook(lambda _, inputs, __: rows.append(tuple(inputs[0].shape[:2])))
+    options = SamplingOptions(guidance_scale=3, **options)
+    drawn = sample(prior, text_ids, SEEDS, options)
+    scales = [1.0] * 9
+    for i in range(9):
+        first, last = options.guidance_interval
+        if first <= i / 9 < last:
+            scales[i] = 3.0 if options.guidance_power is None else 1 + 2 * (1 - math.cos(math.pi * i / 9)) / 2
+    guided = [scale != 1 for scale in scales]
+    assert sum(shape == (6, 1) for shape in rows) == sum(guided)
+    assert sum(shape[0] * shape[1] for shape in rows if shape[0] == 6) == 6 * sum(guided)
+    branches = [logits_in_raster(prior, ids, drawn.codes) for ids in (text_ids, prior.stream.null_caption(3))]
+    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
+        chosen = guide(branches[0][:, i], branches[1][:, i], scales[i])
+        assert torch.equal(draw(chosen, noise), drawn.codes[:, i])
+    assert drawn.null_log_likelihood is None
+
+
+def logits_in_raster(prior, text_ids, codes):
+    ids = prior.stream.inputs(text_ids, codes[:, :-1])
+    with torch.no_grad():
+        return prior(ids, torch.arange(ids.shape[1])).image
+
+
+def test_a_caption_is_read_once_for_all_its_pictures(prior, text_ids):
+    sizes = []
+    prior.blocks[0].register_forward_hook(lambda _, inputs, __: sizes.append(tuple(inputs[0].shape[:2])))
+    many = sample(prior, text_ids[[0, 1, 0, 1, 0]], [1, 2, 3, 4, 5], SamplingOptions(guidance_scale=2))
+    assert sizes[0] == (3, 5)  # two captions and the null caption
+    alone = sample(prior, text_ids[:1], [3], SamplingOptions(guidance_scale=2))
+    assert torch.equal(many.codes[2], alone.codes[0])
+
+
+def test_grouped_heads_draw_what_uncached_passes_do(text_ids):
+    prior = tiny_prior(heads=4, kv_heads=2)
+    assert prior.new_cache(3).keys[0].shape == (3, 2, 14, 8)
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions())
+    logits = logits_in_raster(prior, text_ids, drawn.codes)
+    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
+        assert torch.equal(draw(logits[:, i], noise), drawn.codes[:, i])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"steps": 4}, {"guidance_scale": 2.0, "top_k": 3, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}]
+)
+def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, options):
+    prior, options = any_order_prior(), SamplingOptions(**options)
+    plain = sample(prior, text_ids, SEEDS, options)
+    graphs = traced(monkeypatch)
+    compiled = sample(prior, text_ids, SEEDS, options, compiled=True)
+    assert torch.equal(compiled.codes, plain.codes)
+    torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
+    assert len(graphs) == (4 if options.steps else 1)
+
+
+def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, monkeypatch):
+    graphs = traced(monkeypatch)
+    raster, other = tiny_prior(), any_order_prior()
+    for prior in (raster, other, raster):
+        plain = sample(prior, text_ids, SEEDS, SamplingOptions())
+        assert torch.equal(sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True).codes, plain.codes)
+    assert len(graphs) == 2
+    for temperature in (0.5, 0.7):
+        options = SamplingOptions(temperature=temperature, top_p=0.9)
+        plain = sample(raster, text_ids, SEEDS, options)
+        assert torch.equal(sample(raster, text_ids, SEEDS, options, compiled=True).codes, plain.codes)
+    assert len(graphs) == 3  # numbers are no other program
+    assert compiled_advance(raster, ("x",)) is compiled_advance(raster, ("x",))
+
+
+def test_orders_may_be_given(text_ids):
+    prior = any_order_prior()
+    raster = torch.arange(9).expand(3, 9)
+    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(), orders=raster)
+    assert torch.equal(drawn.orders, raster)
+    torch.testing.assert_close(drawn.log_likelihood, code_log_likelihood(prior, text_ids, drawn.codes).sum(1))
+
+
+def test_samples_in_random_order_follow_the_joint_distribution_of_that_order():
+    """Chi-square over all 27 pictures of a prior with three codes of three kinds, in the order 2, 0, 1."""
+    prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
+    caption = torch.tensor([[1, 5, 6, 7, 2, 0]])
+    every = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    order = torch.tensor([[2, 0, 1]])
+    expected = code_log_likelihood(prior, caption.repeat(27, 1), every, order.repeat(27, 1)).sum(1).exp() * 4000
+    assert float(expected.sum()) == pytest.approx(4000, rel=1e-4)
+    codes = sample(prior, caption.repeat(4000, 1), list(range(4000)), SamplingOptions(), orders=order.repeat(4000, 1)).codes
+    counts = torch.bincount(codes @ torch.tensor([9, 3, 1]), minlength=27)
+    # 26 degrees of freedom: the 99.9% quantile is 54.1.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 54.1
+
+
+def test_eight_bit_matrices_change_little_and_are_not_saved(prior, text_ids, codes, tmp_path):
+    before = code_log_likelihood(prior, text_ids, codes)
+    prior.quantize_matrices()
+    assert {m.weight.dtype for m in prior.blocks.modules() if hasattr(m, "scale")} == {torch.int8}
+    after = code_log_likelihood(prior, text_ids, codes)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(before, after, atol=0.1, rtol=0.1)
+    prior.to(torch.bfloat16)
+    assert sample(prior, text_ids, SEEDS, SamplingOptions()).codes.shape == (3, 9)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        prior.save_pretrained(tmp_path)
