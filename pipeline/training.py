@@ -279,7 +279,7 @@ def _step(
             of_parts.append({"loss": loss.value.detach(), **loss.metrics})
             group = loss.group
             del loss  # or its graph would stay while the next part's is built
-        mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).mean() for name in of_parts[0]}
+        mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).float().mean() for name in of_parts[0]}
         own = [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
         rate = learning_rate(step, config)
         for options in (o for optimizer in own for o in optimizer.param_groups):
