@@ -1,19 +1,24 @@
-"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate(), batch 1 and 64.
+"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate() with its static cache.
 
-benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--out FILE]
+benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone] [--out FILE]
 No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights. With --compile ours is made
 ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too,
-or with --peers-fp32 those that they come with.
+or with --peers-fp32 those that they come with. Then what guidance costs, what 16 steps in place of 64 save (plain steps on either side:
+those of several codes are not compiled), and how long a step takes against the time in which its bytes can be read or its products worked
+out; --alone leaves the peers out.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.timing import interleave, report
+from pipeline.runtime import keep_freed_memory
 from stage2_prior import SamplingOptions, sample
 
 
@@ -22,36 +27,78 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peers-fp32", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     options = parser.parse_known_args()[0]
+    keep_freed_memory()  # for every side alike
     batch = options.batch
     torch.manual_seed(0)
     text = torch.randint(3, peers.VOCABULARY, (batch, peers.TEXT))
-    ours, dalle, llama = (model.eval() for model in (peers.ours(), peers.dalle(), peers.llama()))
-
+    ours, any_order, dalle, llama = (m.eval() for m in (peers.ours(), peers.ours(any_order=True), peers.dalle(), peers.llama()))
     if options.compile:
-        for model in (ours,) if options.peers_fp32 else (ours, dalle, llama):
+        for model in (ours, any_order) if options.peers_fp32 else (ours, any_order, dalle, llama):
             model.to(torch.bfloat16)
+
+    def draw(model=ours, compiled=options.compile, **how):
+        return lambda: sample(model, text, range(batch), SamplingOptions(**how), compiled=compiled)
 
     @torch.no_grad()
     def generate():
         return llama.generate(
             text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=peers.CODES, min_new_tokens=peers.CODES,
+            cache_implementation="static",
         )  # fmt: skip
 
-    seconds = interleave(
-        {
-            "ours": lambda: sample(ours, text, range(batch), SamplingOptions(), compiled=options.compile),
-            "dalle-pytorch": lambda: dalle.generate_images(text),
-            "Llama generate()": generate,
-        },
-        rounds=5 if batch == 1 else 3,
-    )
+    sides = {"ours": draw()}
+    if not options.alone:
+        sides |= {"dalle-pytorch": lambda: dalle.generate_images(text), "Llama generate()": generate}
+    rounds = 7 if batch == 1 else 3
     kind = ", ours compiled, " + ("bf16, peers in fp32" if options.peers_fp32 else "all bf16") if options.compile else ""
-    report(
-        f"sampling, batch {batch}{kind}",
-        "pictures/s",
-        {k: batch / v for k, v in seconds.items()},
-    )
+    seconds = interleave(sides, rounds=rounds)
+    report(f"sampling, batch {batch}{kind}", "pictures/s", {k: batch / v for k, v in seconds.items()})
+
+    own = {"ours": draw(), "guided": draw(guidance_scale=2.0)}
+    own |= {"64 steps": draw(any_order, False), "16 steps": draw(any_order, False, steps=16)}
+    seconds = interleave(own, rounds=max(rounds, 5), warm_up=2)
+    step, floor, why = seconds["ours"] / peers.CODES, *step_floor(ours, batch)
+    print(f"  guidance costs {seconds['guided'] / seconds['ours']:.2f}x")
+    print(f"  16 steps draw {seconds['64 steps'] / seconds['16 steps']:.2f}x the pictures of 64, nothing compiled")
+    print(f"  a step takes {step * 1e3:.2f} ms, {step / floor:.1f}x of the {floor * 1e3:.2f} ms that {why}")
+
+
+def step_floor(prior, batch: int) -> tuple[float, str]:
+    """The least seconds for a step: its weights and its cache read once at the rate of a copy, or its products at that of a large one."""
+    cache = prior.new_cache(batch)
+    weights = [prior.image_head.own, *(p for p in prior.blocks.parameters() if p.ndim == 2)]
+    count = sum(w.numel() for w in weights)
+    held = sum(w.numel() * w.element_size() for w in weights)
+    held += sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
+    attention = 4 * sum(t.numel() for t in cache.keys)
+    read, product = held / copy_rate(), (2 * batch * count + attention) / product_rate(prior.dtype)
+    if read > product:
+        return read, f"{held / 1e6:.0f} MB take at the rate of a copy, {copy_rate() / 1e9:.0f} GB/s"
+    return product, f"the products take at {product_rate(prior.dtype) / 1e9:.0f} GFLOP/s"
+
+
+def _fastest(call) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(10))
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of copying 256 MB."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source))
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a product of two 2048 x 2048 matrices."""
+    matrix: Tensor = torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / _fastest(lambda: matrix @ matrix)
 
 
 if __name__ == "__main__":

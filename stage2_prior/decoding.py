@@ -106,8 +106,10 @@ def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
 
 
-def compiled_advance(prior: ImagePrior, key: tuple[Any, ...]) -> Callable[..., Drawn]:
-    """`advance` compiled for this prior and one `key` of shapes and choices: some seconds at its first step, then far less a code."""
+def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice, cache: KeyValueCache) -> Callable[..., Drawn]:
+    """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
+    code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
+    key = (choice, fed.ids.shape[0], fed.slots.ndim, cache.capacity, prior.dtype)
     found = prior.compiled_steps.get(key)
     if found is None:
         cpu = prior.device.type == "cpu"
@@ -139,7 +141,7 @@ def sample(
         codes: (B,N) the given codes; the others in it are not looked at.
         orders: (B,N) in which order the unknown codes come. By default raster order where the prior knows no other, and an order from
             each picture's seed where it was trained on random ones.
-        compiled: whether steps are compiled.
+        compiled: whether steps of a single code are compiled.
 
     Raises:
         ValueError: guidance was asked of a prior trained without caption dropout; its null caption means nothing. Or what is asked
@@ -269,10 +271,8 @@ class _Sampling:
         top_p = options.top_p is not None and options.top_p < 1
         choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)
-        step = advance
-        if self.compiled:
-            key = (choice, tuple(ids.shape), own.ndim, count, cache.capacity, self.prior.dtype, self.tables.head.dtype)
-            step = compiled_advance(self.prior, key)
+        single = self.compiled and ids.shape[1] == 1
+        step = compiled_advance(self.prior, fed, choice, cache) if single else advance
         drawn = step(self.prior, self.tables, cache, fed, numbers, choice)
         self.filled = [place] * len(self.filled) if guided else [place, *self.filled[1:]]
         return drawn

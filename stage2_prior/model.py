@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -214,7 +213,7 @@ class ImagePrior(PreTrainedModel):
     def _turns(self, slots: Tensor) -> Tensor:
         """(2,S,D) or, for slots (B,S), (2,B,1,S,D): what turns queries or keys at these slots."""
         table = self.rotary[:, slots]
-        return table if slots.ndim == 1 else rearrange(table, "two b s d -> two b 1 s d")
+        return table if slots.ndim == 1 else table.unsqueeze(2)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
         """An empty cache, by default for whole streams, in the dtype and on the device of the weights."""

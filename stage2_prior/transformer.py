@@ -148,11 +148,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
         allowed = torch.ones(length, length, dtype=torch.bool).tril()
     shared = query.shape[1] // groups
     if shared > 1:  # the queries of one key-value head one after another, so that its keys are read once
-        query = rearrange(query, "b (g r) s d -> b g (r s) d", g=groups)
+        query = query.unflatten(1, (groups, shared)).flatten(2, 3)
         allowed = allowed.repeat(shared, 1)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     seen = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
-    return rearrange(seen, "b g (r s) d -> b (g r) s d", s=length) if shared > 1 else seen
+    return seen.unflatten(2, (shared, length)).flatten(1, 2) if shared > 1 else seen
 
 
 class Attention(nn.Module):
@@ -168,7 +168,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Turns, past: Past | None, layer: int) -> Tensor:
         batch, length, width = x.shape
-        three = rearrange(self.query_key_value(x), "b s (h d) -> b h s d", d=width // self.heads)
+        # Plain views: torch.compile takes a pattern's sizes for constants, and the number of tokens is none.
+        three = self.query_key_value(x).unflatten(-1, (-1, width // self.heads)).transpose(1, 2)
         q, k, v = three.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query_gain, key_gain = self.query_key_gain.to(three.dtype).chunk(2)
         q = rotate(F.rms_norm(q, q.shape[-1:], query_gain, 1e-6), turns.query)
