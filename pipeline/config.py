@@ -148,6 +148,8 @@ class EncodeConfig:
     """Encodings a training picture: the first is the picture itself, further ones are it shifted by some pixels."""
     shift: int = 0
     """Largest shift of a further view, in pixels along either axis."""
+    flip: bool = False
+    """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
     """Pictures encoded at a time in a process."""
 
@@ -158,8 +160,11 @@ class EncodeConfig:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
         if self.pictures is not None and self.pictures < 1:
             problems.append(f"encode.pictures is {self.pictures}; it must be at least 1, or absent for all")
-        if self.shift < 0 or (self.views > 1) != (self.shift > 0):
-            problems.append(f"encode.views is {self.views} with encode.shift {self.shift}; more views need a shift, and one none")
+        if self.shift < 0 or (self.views > 1) != (self.shift > 0 or self.flip):
+            problems.append(
+                f"encode.views is {self.views} with encode.shift {self.shift} and encode.flip {self.flip}; more views need a "
+                "shift or a flip, and one none"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -237,9 +242,17 @@ def _relations(values: dict[str, Any]) -> list[str]:
             f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
             "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
         )
+    order = values["prior"]["train"]["order"]
+    if values["sampling"]["steps"] is not None and order != "random":
+        problems.append(
+            f"sampling.steps is {values['sampling']['steps']} but prior.train.order is {order}; several codes a step need "
+            "prior.train.order=random"
+        )
     problems += joint_problems(model, values["tokenizer"]["objective"])
     if data["source"] == "shapes" and values["encode"]["pictures"] is None:
         problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
+    if data["source"] == "shapes" and values["encode"]["flip"]:
+        problems.append("encode.flip is on, and captions of the shapes say what is left and right; set encode.flip=false")
     return problems
 
 

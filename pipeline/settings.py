@@ -13,7 +13,7 @@ from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
 from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, to_dict
 from pipeline.runtime import make_accelerator
 
-_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile")
+_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile", "checkpoint_activations")
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
@@ -61,6 +61,10 @@ def needed(folder: Path, verb: str) -> Path:
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:
     """Saved settings, with the defaults of settings that there were none of when they were saved."""
     filled = {"precision": "auto"} | saved
+    if "encode" in saved:
+        filled["encode"] = {"flip": False} | saved["encode"]
+    if "codes" in saved:
+        filled["codes"] = saved["codes"] | {"settings": as_made(saved["codes"]["settings"])}
     if "train" in saved:
         filled["train"] = to_dict(PriorTrainConfig()) | saved["train"]
     if "text" in saved:  # a prior's

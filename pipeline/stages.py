@@ -176,7 +176,7 @@ def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Exp
     """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
     says. The fields of `encode` named in `but` stay as they are."""
     unlimited = experiment.data.source == "shapes"
-    whole: dict[str, Any] = {"views": 1, "shift": 0} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
+    whole: dict[str, Any] = {"views": 1, "shift": 0, "flip": False} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
     return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
 
 
@@ -189,7 +189,7 @@ def _encoded(
     for part, images in loaded_ahead(source.images, parts):
         codes = []
         for view in range(views):
-            seen = images if view == 0 else shifted(images, part, view, options.shift, experiment.seed)
+            seen = images if view == 0 else shifted(images, part, view, options.shift, experiment.seed, options.flip)
             pixels = to_model_range(torch.from_numpy(seen)).to(tokenizer.device)
             with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
                 codes.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
@@ -198,14 +198,17 @@ def _encoded(
             yield {"codes": line, "text": text, "row": row}
 
 
-def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int) -> np.ndarray:
-    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis; the border is repeated into the gap."""
+def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
+    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap; with `flip`, half of them mirrored."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
     moved = np.empty_like(images)
     for i, row in enumerate(rows):
-        dy, dx = np.random.default_rng([seed, row, view]).integers(0, 2 * shift + 1, size=2)
+        random = np.random.default_rng([seed, row, view])
+        dy, dx = random.integers(0, 2 * shift + 1, size=2)
         moved[i] = padded[i, dy : dy + height, dx : dx + width]
+        if flip and random.integers(2):
+            moved[i] = moved[i, :, ::-1].copy()
     return moved
 
 
@@ -218,7 +221,11 @@ def train_prior(experiment: Experiment) -> Path:
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
-        "codes": {key: codes["train"].manifest[key] for key in ("tokenizer", "sources", "settings")},
+        "codes": {
+            "tokenizer": codes["train"].manifest["tokenizer"],
+            "sources": codes["train"].manifest["sources"],
+            "settings": as_made(codes["train"].manifest["settings"]),
+        },
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
         **to_dict(experiment.prior),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,47 @@ def test_schedules_by_hand():
     assert len(seeds) == 600
 
 
+def test_a_stable_rate_falls_over_the_last_share_of_the_steps():
+    config = TrainConfig(steps=110, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1, schedule="wsd", decay_share=0.2)
+    rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 88, 99, 110)]
+    assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1])
+    longer = replace(config, steps=220)
+    assert [learning_rate(step, longer) for step in range(88)] == [learning_rate(step, config) for step in range(88)]
+
+
+class Plain(Line):
+    """Without noise and without batch statistics: what parts of a batch add up to is the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 1))
+        self.networks = {"tokenizer": self.network}
+        self.sizes: list[int] = []
+
+    def losses(self, batch, step):
+        self.sizes.append(len(batch))
+        value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
+        yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts):
+    torch.manual_seed(3)
+    whole, _ = train(tmp_path / "whole", Plain())
+    torch.manual_seed(3)
+    accumulated, _ = train(tmp_path / "parts", Plain(), accumulate=parts)
+    assert whole.sizes == [4] * 9 and accumulated.sizes == [4 // parts] * 9 * parts
+    for a, b in zip(whole.network.parameters(), accumulated.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_must_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.batch_size is 4; it must be a multiple of train\.accumulate 3"):
+        train(tmp_path, accumulate=3)
+    with pytest.raises(ValueError, match=r"train\.decay_share is 0"):
+        train(tmp_path, decay_share=0)
+
+
 def test_weight_decay_spares_gains_and_biases():
     groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))["a/adamw"].param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
@@ -234,6 +276,9 @@ def test_views_are_shifts_that_repeat():
     moved = shifted(images, [4, 5], 1, 2, seed=0)
     assert np.array_equal(moved, shifted(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
     assert np.array_equal(moved[1], shifted(images[1:], [5], 1, 2, seed=0)[0])
+    flipped = shifted(np.repeat(images[:1], 40, 0), list(range(40)), 1, 0, seed=0, flip=True)
+    mirrored = [np.array_equal(one, images[0, :, ::-1]) for one in flipped]
+    assert 10 < sum(mirrored) < 30 and all(m or np.array_equal(one, images[0]) for m, one in zip(mirrored, flipped, strict=True))
     padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")
     assert any(np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5))
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
@@ -167,6 +168,48 @@ def test_compiled_training_gives_the_same_loss(prior, text_ids, codes):
     compiled = next(objective.losses(batch, 0)).value
     torch.testing.assert_close(compiled, eager)
     assert not any("_orig_mod" in key for key in prior.state_dict())
+
+
+def test_activations_worked_out_again_give_the_same_gradients(text_ids, codes):
+    gradients = []
+    for again in (False, True):
+        prior = tiny_prior(dropout=0.5).train()
+        prior.checkpoint_activations = again
+        calls = []
+        prior.blocks[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(5)
+        next(PriorObjective(prior, PriorObjectiveConfig()).losses({"text_ids": text_ids, "codes": codes}, 0)).value.backward()
+        assert len(calls) == 1 + again
+        gradients.append([p.grad for p in prior.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads_are_heads_whose_keys_and_values_are_repeated(kv_heads):
+    q = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    k, v = torch.randn(2, 2, kv_heads, 5, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v), whole)
+    seen = torch.tensor([[True] * 3 + [False] * 2, [True, False, True, True, False]])
+    repeated = F.scaled_dot_product_attention(q[:, :, :2], k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(attend(q[:, :, :2], k, v, seen), repeated)
+
+
+def test_heads_of_keys_must_divide_those_of_queries():
+    with pytest.raises(ValueError, match=r"prior\.model\.kv_heads is 3; it must divide prior\.model\.heads 4"):
+        PriorConfig(width=64, heads=4, kv_heads=3)
+
+
+def test_weights_that_do_not_fit_are_refused_by_from_pretrained(prior, tmp_path):
+    prior.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    cut = {name: value for name, value in weights.items() if "blocks.1" not in name}
+    save_file(cut, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.1"):
+        ImagePrior.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match="cannot be read"):
+        ImagePrior.from_pretrained(tmp_path)
 
 
 def test_stream_levels_survive_json():
