@@ -199,7 +199,7 @@ def _encoded(
 
 
 def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
-    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap; with `flip`, half of them mirrored."""
+    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap, some mirrored."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
     moved = np.empty_like(images)
