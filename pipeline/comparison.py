@@ -30,7 +30,7 @@ from pipeline.training import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 
 _FIGURES, _PLAN, _TIME = "figures.json", "plan.json", "training.json"
-_ALIKE = ("seed", "data", "encode", "text", "prior", "precision")
+_ALIKE = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
 """Settings that must be the same for figures to stand in one table."""
 _PROBE_STEPS = 60
 """Steps run and thrown away to find how many fit into the minutes."""

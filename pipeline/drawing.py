@@ -20,6 +20,7 @@ COMPILING_TAKES = 20.0
 """Seconds that compiling a step takes on a CPU where it was never compiled before; a fifth of it from the second time on."""
 COMPILED_TAKES = 0.5
 """Time of a compiled step as a share of a plain one's."""
+_TOO_LARGE = "one picture of {} codes does not fit the memory of {}; close other programs, use a smaller prior, or sample without guidance"
 _USABLE = 0.8
 """Share of the free memory that a batch may take."""
 
@@ -29,16 +30,25 @@ def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
     config, stream = prior.model_config, prior.stream
     itemsize = prior.text_head.weight.element_size()
     rows = 2 if options.guidance_scale != 1 else 1
-    siblings = stream.image_length if options.steps is None else math.ceil(2 * stream.image_length / options.steps)
-    cache = 2 * config.depth * prior.kv_heads * (config.width // config.heads) * (stream.length + siblings) * itemsize
+    at_once = 1 if options.steps is None else math.ceil(2 * stream.image_length / options.steps)
+    cache = 2 * config.depth * prior.kv_heads * (config.width // config.heads) * stream.length * itemsize
     reading = stream.text_length * (6 * config.width + 3 * config.hidden + config.heads * stream.text_length) * itemsize
-    deciding = max(siblings if options.steps else 1, 1) * stream.num_codes * 4 * 6
+    deciding = at_once * stream.num_codes * 4 * 6
     return rows * (cache + reading + deciding)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be had on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that may be had on a device, what torch keeps for its next tensors included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether steps can be compiled for a device."""
+    from pipeline.runtime import finds_compiler  # here, since it brings accelerate along, which drawing needs for nothing else
+
+    return device.type != "cpu" or finds_compiler()
 
 
 def batches(count: int, largest: int) -> list[slice]:
@@ -67,14 +77,23 @@ def draw_codes(
     """
     if compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is {compile!r}; choose auto, on or off")
+    if compile != "off" and not can_compile(prior.device):
+        if compile == "on":
+            raise ValueError(
+                "compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev)"
+            )
+        compile = "off"
     fitting = int(_USABLE * free_memory(prior.device) // bytes_a_picture(prior, options))
+    if not fitting:
+        raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device))
     largest = min(batch_size, len(text_ids))
     if fitting < largest:
-        largest = max(fitting, 1)
+        largest = fitting
         warnings.warn(
             f"{min(batch_size, len(text_ids))} pictures at a time do not fit the free memory; going on with {largest}", stacklevel=3
         )
-    compiled, decided = compile == "on", compile != "auto"
+    # Steps of several codes are never compiled.
+    compiled, decided = compile == "on", compile != "auto" or options.steps is not None
     done: list[Samples] = []
     first = 0
     while first < len(text_ids):
@@ -87,10 +106,7 @@ def draw_codes(
             if not _out_of_memory(error):
                 raise
             if part.stop - part.start == 1:
-                raise MemoryError(
-                    f"one picture of {prior.stream.image_length} codes does not fit the memory of {prior.device}; close other programs, "
-                    "use a smaller prior, or sample without guidance"
-                ) from error
+                raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device)) from error
             largest = (part.stop - part.start) // 2
             warnings.warn(f"out of memory with {part.stop - part.start} pictures at a time; going on with {largest}", stacklevel=3)
             if prior.device.type == "cuda":

@@ -53,7 +53,7 @@ def generate(
     if judge is not None:
         from pipeline.judge import ClipJudge
 
-        options["judge"] = ClipJudge(judge)
+        options["judge"] = ClipJudge(judge, state.device)
     mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
     drawn: list[_Drawn] = []
     if mine:
@@ -93,7 +93,7 @@ def edit(
     """
     from pipeline.data.pictures import open_picture
 
-    pipe = TextToImagePipeline.from_pretrained(bundle)
+    pipe = TextToImagePipeline.from_pretrained(bundle).to(processes().device)
     picture = open_picture(image)
     with _notes():
         if mask is not None:

@@ -88,7 +88,7 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     Raises:
         ValueError: it is asked for and there is no such compiler.
     """
-    if config.compile == "on" and device.type == "cpu" and not _can_compile():
+    if config.compile == "on" and device.type == "cpu" and not finds_compiler():
         raise ValueError(
             "train.compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev), or set "
             "tokenizer.train.compile and prior.train.compile to auto"
@@ -97,9 +97,10 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
         return config.compile == "on"
     if device.type == "cuda":
         return True
-    return device.type == "cpu" and config.steps >= WORTH_COMPILING and _can_compile()
+    return device.type == "cpu" and config.steps >= WORTH_COMPILING and finds_compiler()
 
 
-def _can_compile() -> bool:
+def finds_compiler() -> bool:
+    """Whether there is a C++ compiler with Python's headers, which torch.compile needs on CPUs."""
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
     return compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()

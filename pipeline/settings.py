@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
-from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, to_dict
+from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, TrainConfig, to_dict
 from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile", "checkpoint_activations")
@@ -59,17 +59,25 @@ def needed(folder: Path, verb: str) -> Path:
 
 
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings, with the defaults of settings that there were none of when they were saved."""
+    """Saved settings of a stage, of codes or of a row of a comparison; those that there were none of then have their defaults."""
     filled = {"precision": "auto"} | saved
-    if "encode" in saved:
-        filled["encode"] = {"flip": False} | saved["encode"]
+    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0})):
+        if name in saved:
+            filled[name] = later | saved[name]
     if "codes" in saved:
         filled["codes"] = saved["codes"] | {"settings": as_made(saved["codes"]["settings"])}
-    if "train" in saved:
-        filled["train"] = to_dict(PriorTrainConfig()) | saved["train"]
-    if "text" in saved:  # a prior's
-        filled = {"sequence": to_dict(SequenceConfig())} | filled | {"model": {"kv_heads": None} | saved["model"]}
-    return filled
+    if "prior" in saved:  # a row of a comparison
+        tokenizer = saved.get("tokenizer", {"train": {}})
+        filled["tokenizer"] = tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
+        filled["prior"] = _prior_as_made(saved["prior"])
+    elif "train" in saved:
+        filled |= _prior_as_made(saved) if "text" in saved else {"train": to_dict(TrainConfig()) | saved["train"]}
+    return {"sequence": to_dict(SequenceConfig())} | filled if "text" in saved else filled
+
+
+def _prior_as_made(section: dict[str, Any]) -> dict[str, Any]:
+    later = {"model": {"kv_heads": None} | section["model"], "train": to_dict(PriorTrainConfig()) | section["train"]}
+    return (section if "text" not in section else {}) | later
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> bool:

@@ -245,11 +245,14 @@ def train_prior(experiment: Experiment) -> Path:
         start_id=text.start_id,
         end_id=text.end_id,
     )
+    codes_a_picture = sum(level.length for level in stream.levels)
+    if experiment.sampling.steps is not None and experiment.sampling.steps > codes_a_picture:
+        raise ValueError(f"sampling.steps is {experiment.sampling.steps}; a picture has {codes_a_picture} codes, so it can be at most that")
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.tell_code_vectors(vectors)
     order = Order(len(codes["train"]), train.batch_size, experiment.seed)
-    truncate = experiment.text.truncate
+    truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
 
     def batch(step: int) -> dict[str, torch.Tensor]:
         rows = order.share(step, accelerator.process_index, accelerator.num_processes)
@@ -257,7 +260,9 @@ def train_prior(experiment: Experiment) -> Path:
         views = random.integers(0, codes["train"].views, size=len(rows))
         captions = codes["train"].captions(rows.tolist())
         return {
-            "text_ids": text.encode(captions, truncate=truncate),
+            "text_ids": text.encode_with_dropout(captions, dropout, random, truncate=truncate)
+            if dropout
+            else text.encode(captions, truncate=truncate),
             "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
         }
 

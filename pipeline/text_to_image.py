@@ -67,6 +67,11 @@ def picture_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
 
 
+def _at_least_one(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} is {count}; it must be at least 1")
+
+
 class TextToImagePipeline:
     """Both stages chained.
 
@@ -160,21 +165,25 @@ class TextToImagePipeline:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; both must be at least 1")
         if best_of < 1:
             raise ValueError(f"best_of is {best_of}; it must be at least 1, the number of pictures drawn for each one that is kept")
+        if judge is not None and best_of == 1:
+            raise ValueError("a judge chooses among several pictures, and best_of is 1; ask for more (best_of=4)")
         options = self._options(sampling)
         ids = self._text_ids(prompts, truncate)
         count = num_images_per_prompt * best_of
         ids = ids.repeat_interleave(count, dim=0)
         seeds = [picture_seed(seed, i) for _ in prompts for i in range(count)]
         drawn = draw_codes(self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile)
-        output = self._output(drawn, seeds)
         if best_of == 1:
-            return output
+            return self._output(drawn, seeds)
+        firsts = torch.arange(0, len(seeds), best_of)
         if judge is None:
-            scores = self._gains(drawn, ids, batch_size)
-        else:
-            scores = torch.as_tensor(judge(output.images, [prompt for prompt in prompts for _ in range(count)]))
-        best = scores.view(-1, best_of).argmax(1) + torch.arange(0, len(seeds), best_of)
-        return output.rows(best.tolist())
+            best = self._gains(drawn, ids, options, batch_size).view(-1, best_of).argmax(1) + firsts
+            return self._output(drawn.rows(best), [seeds[i] for i in best])
+        output = self._output(drawn, seeds)
+        scores = torch.as_tensor(judge(output.images, [prompt for prompt in prompts for _ in range(count)])).flatten().cpu()
+        if len(scores) != len(seeds):
+            raise ValueError(f"the judge gave {len(scores)} scores for {len(seeds)} pictures; it must give one for each")
+        return output.rows((scores.view(-1, best_of).argmax(1) + firsts).tolist())
 
     def edit(
         self,
@@ -198,6 +207,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: the mask's size or mode, or the picture's size, is another; or the prior was not trained on random orders.
         """
+        _at_least_one("num_images", num_images)
         picture = checked_picture(image, self.tokenizer.image_size)
         replaced = replaced_pixels(mask, picture.size)
         known = kept_codes(replaced, self.tokenizer.layout)
@@ -226,6 +236,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
         """
+        _at_least_one("num_images", num_images)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
         known = random_known(seeds, self.prior.stream.image_length, strength)
         return self.complete(image, known, prompt, num_images=num_images, seed=seed, **sampling)
@@ -245,25 +256,30 @@ class TextToImagePipeline:
 
         Args:
             image: a picture of the size that the prior draws, or its codes as the tokenizer gives them, without a batch.
-            known: bool, the codes' shape (or flat, or a row for each picture): which are kept. A prior in raster order can go on from the
-                top rows alone.
+            known: bool, the codes' shape (or flat, or a row for each picture, with as many in each): which are kept, but not all. A prior
+                in raster order can go on from the top rows alone.
             prompt: what the whole picture is to show; '' says nothing of it.
 
         Raises:
-            ValueError: `known` has another shape, or is not what the prior's order allows.
+            ValueError: `known` or the codes have another shape, or `known` is not what the prior's order allows.
         """
+        _at_least_one("num_images", num_images)
         length = self.prior.stream.image_length
         if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
             raise ValueError(
                 f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of the {length} codes if it is kept"
             )
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}; it must be at least 1")
         codes = image if isinstance(image, Tensor) else self.tokenizer.to_codes([checked_picture(image, self.tokenizer.image_size)])
+        if codes.numel() != length:
+            raise ValueError(f"the codes are {tuple(codes.shape)}; this prior's pictures have {length}")
+        options = self._options(sampling)
+        unknown = length - int(known.reshape(-1, length)[0].sum())
+        if sampling.get("steps") is None and options.steps is not None:  # the bundle's default is for whole pictures
+            options = replace(options, steps=max(min(options.steps, unknown), 1))
         ids = self._text_ids([prompt], truncate).repeat(num_images, 1)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
         drawn = draw_codes(
-            self.prior, ids, seeds, self._options(sampling), batch_size=64, compile=self._compile,
+            self.prior, ids, seeds, options, batch_size=64, compile=self._compile,
             known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),
             codes=codes.reshape(1, length).cpu().repeat(num_images, 1),
         )  # fmt: skip
@@ -277,7 +293,8 @@ class TextToImagePipeline:
         """
         if len(images) != len(prompts) or not images:
             raise ValueError(f"there are {len(images)} pictures and {len(prompts)} prompts; give one prompt a picture")
-        codes = self.tokenizer.to_codes([checked_picture(image, self.tokenizer.image_size) for image in images]).flatten(1)
+        pictures = [checked_picture(image, self.tokenizer.image_size) for image in images]
+        codes = torch.cat([self.tokenizer.to_codes(pictures[i : i + batch_size]).flatten(1) for i in range(0, len(pictures), batch_size)])
         ids = self.text.encode(list(prompts), truncate=truncate)
         given = self._log_likelihood(ids, codes, None, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
@@ -293,6 +310,7 @@ class TextToImagePipeline:
         seed: int = 0,
         temperature: float = 1.0,
         top_p: float | None = None,
+        truncate: bool = False,
     ) -> list[tuple[str, float]]:
         """Captions with log p(caption | codes) in nats, the likeliest first: the candidates, or `num` drawn ones where there are none.
 
@@ -302,8 +320,11 @@ class TextToImagePipeline:
         codes = self.tokenizer.to_codes([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
-            values = caption_log_likelihood(self.prior, self.text.encode(captions), codes[0])
+            _at_least_one("the number of candidates", len(captions))
+            values = caption_log_likelihood(self.prior, self.text.encode(captions, truncate=truncate), codes[0])
         else:
+            _at_least_one("num", num)
+            SamplingOptions(temperature=temperature, top_p=top_p)  # says what is out of range
             seeds = [picture_seed(seed, i) for i in range(num)]
             ids, values = sample_captions(self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p)
             captions = self.text.decode(ids)
@@ -327,16 +348,18 @@ class TextToImagePipeline:
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _gains(self, drawn: Samples, ids: Tensor, batch_size: int) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn; of unguided pictures the latter takes a pass of its own."""
-        null = drawn.null_log_likelihood
+    def _gains(self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int) -> Tensor:
+        """log p(codes | caption) - log p(codes | null) in the order drawn; where steps were not guided, the latter takes its own pass."""
+        given, null = drawn.log_likelihood, drawn.null_log_likelihood
         if null is None:
             if not self.prior.config.trained_with_caption_dropout:
                 raise ValueError(
                     "best_of needs a prior trained with caption dropout, or a judge; train with prior.objective.caption_dropout=0.1"
                 )
             null = self._log_likelihood(self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size)
-        return drawn.log_likelihood.cpu() - null.cpu()
+            if options.steps is not None:  # codes of one step do not see each other, those of a pass do: both terms by passes
+                given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
+        return given.cpu() - null.cpu()
 
     def _log_likelihood(self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int) -> Tensor:
         """(B,) in nats."""

@@ -221,7 +221,8 @@ def fit(
             batch = _to_device(ahead.result(), accelerator.device)
             ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
             torch.manual_seed(step_seed(seed, step, accelerator.process_index))
-            recent = _step(objective, optimizers, accelerator, autocast, batch, step, config)
+            # Not every step has every figure: batches with codes first have others.
+            recent = recent | _step(objective, optimizers, accelerator, autocast, batch, step, config)
             average.update(average_decay(step, config))
             done = step + 1
             bar.update(1)

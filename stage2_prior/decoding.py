@@ -39,6 +39,12 @@ class Samples:
     orders: Tensor
     """(B,N) image positions in the order in which the codes came."""
 
+    def rows(self, chosen: Tensor) -> Samples:
+        """Some of the pictures, by number (n,)."""
+        chosen = chosen.to(self.codes.device)
+        null = None if self.null_log_likelihood is None else self.null_log_likelihood[chosen]
+        return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
+
 
 class Choice(NamedTuple):
     """What of the sampling options makes a step another program; a compiled step is made for one choice."""
@@ -106,17 +112,37 @@ def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
 
 
-def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice, cache: KeyValueCache) -> Callable[..., Drawn]:
+def read_captions(prior: ImagePrior, tables: Tables, cache: KeyValueCache, ids: Tensor) -> None:
+    """Fills an empty cache with captions (P,S)."""
+    slots = torch.arange(ids.shape[1], device=ids.device)
+    prior.features(ids, slots, slots + 1, tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
+
+
+def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
+    """`read_captions` compiled once for any number of captions."""
+    key = ("captions", *_computed(prior))
+    if key not in prior.compiled_steps:
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        compiled = torch.compile(read_captions, dynamic=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
+        prior.compiled_steps[key] = compiled
+    return prior.compiled_steps[key]
+
+
+def _computed(prior: ImagePrior) -> tuple[Any, ...]:
+    """What else makes a program another one: how and where it computes."""
+    return prior.dtype, prior.device, torch.is_autocast_enabled(prior.device.type)
+
+
+def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..., Drawn]:
     """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
     code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
-    key = (choice, fed.ids.shape[0], fed.slots.ndim, cache.capacity, prior.dtype)
+    key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
     found = prior.compiled_steps.get(key)
     if found is None:
         cpu = prior.device.type == "cpu"
         # What guards would look at before every code - shapes, types, choices - is all in the key.
-        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time; on CUDA it is one graph.
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-        options |= {"cpp_wrapper": True} if cpu else {"triton.cudagraphs": True}
+        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
         found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
         prior.compiled_steps[key] = found
     return found
@@ -170,11 +196,12 @@ class _Sampling:
         orders: Tensor | None,
         compiled: bool,
     ) -> None:
-        self.prior, self.options, self.compiled = prior, options, compiled
+        self.prior, self.options = prior, options
         stream, device = prior.stream, prior.device
         self.batch, self.text_length, self.image_length = len(text_ids), stream.text_length, stream.image_length
-        self.num_known = 0 if known is None else int(known.reshape(-1, self.image_length)[0].sum())
+        self.num_known = _number_known(known, codes, self.image_length)
         self.counts = codes_a_step(self.image_length - self.num_known, options.steps)
+        self.compiled = compiled and max(self.counts) == 1
         self.scales = self._scales()
         self.orders = _orders(prior, seeds, known, orders, options.steps)
         shared = (self.orders == self.orders[0]).all()
@@ -191,16 +218,22 @@ class _Sampling:
         self.ids[:, : self.text_length] = captions
         if codes is not None and self.num_known:
             first = self.orders[:, : self.num_known]
-            ids = stream.code_ids(codes.gather(1, first), first).to(device)
+            ids = stream.code_ids(codes.cpu().gather(1, first), first).to(device)
             self.ids[:, self.text_length : self.text_length + self.num_known] = ids.repeat(branches, 1)
         self.log_p = torch.zeros(branches, self.batch, self.image_length, device=device)
-        # Siblings of a step lie behind the tokens that stay.
-        self.places = torch.arange(stream.length + max(self.counts), device=device)
-        self.cache = prior.new_cache(len(captions), stream.length - 1 + max(self.counts) - 1)
+        # Siblings of a step lie at the places of the codes that it decides, which the next step fills anew.
+        self.places = torch.arange(stream.length, device=device)
+        self.cache = prior.new_cache(len(captions))
+        self.numbers = {scale: self._numbers(scale) for scale in self.scales}
         self.tables = prior.tables()
         self._read_captions(captions[:, :-1])
         self.filled = [self.text_length - 1] * branches
         """Places that hold a token already, in either branch."""
+
+    def _numbers(self, scale: float) -> Tensor:
+        options = self.options
+        values = [scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0]
+        return torch.tensor(values, device=self.prior.device)
 
     def _scales(self) -> list[float]:
         decided, scales = self.num_known, []
@@ -214,8 +247,8 @@ class _Sampling:
         many pictures it has."""
         unique, row = torch.unique(captions, dim=0, return_inverse=True)
         cache = self.prior.new_cache(len(unique), captions.shape[1])
-        slots = torch.arange(captions.shape[1], device=captions.device)
-        self.prior.features(unique, slots, slots + 1, self.tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
+        read = compiled_reading(self.prior) if self.compiled else read_captions
+        read(self.prior, self.tables, cache, unique)
         self.cache.copy_from(cache, row)
 
     def run(self) -> Samples:
@@ -267,13 +300,11 @@ class _Sampling:
             before = places.clamp(max=place - 1)
         code = place - self.text_length
         fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, code : code + count])
-        numbers = torch.tensor([scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=self.noise.device)
         top_p = options.top_p is not None and options.top_p < 1
         choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)
-        single = self.compiled and ids.shape[1] == 1
-        step = compiled_advance(self.prior, fed, choice, cache) if single else advance
-        drawn = step(self.prior, self.tables, cache, fed, numbers, choice)
+        step = compiled_advance(self.prior, fed, choice) if self.compiled else advance
+        drawn = step(self.prior, self.tables, cache, fed, self.numbers[scale], choice)
         self.filled = [place] * len(self.filled) if guided else [place, *self.filled[1:]]
         return drawn
 
@@ -292,6 +323,25 @@ class _Sampling:
         totals = self.log_p.sum(2)
         complete = all(scale != 1 for scale in self.scales)
         return Samples(codes, totals[0], totals[1] if complete else None, orders)
+
+
+def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int:
+    """How many codes of each picture are known.
+
+    Raises:
+        ValueError: not as many in each, all of them, or no codes are given.
+    """
+    if known is None:
+        return 0
+    numbers = set(known.reshape(-1, count).sum(1).tolist())
+    if len(numbers) > 1:
+        raise ValueError(f"the pictures of a batch keep {sorted(numbers)} codes; they must all keep as many")
+    number = int(numbers.pop())
+    if number and codes is None:
+        raise ValueError(f"{number} codes are known and none is given; give codes")
+    if number == count:
+        raise ValueError(f"all {count} codes are known; there is nothing to sample")
+    return number
 
 
 def _orders(prior: ImagePrior, seeds: Sequence[int], known: Tensor | None, orders: Tensor | None, steps: int | None) -> Tensor:

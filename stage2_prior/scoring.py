@@ -54,10 +54,9 @@ def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -
     places = slots[:-1] + prior.stream.image_length
     past = Past(cache, places, visible(places, places, cache.capacity))
     features = prior.features(text_ids[:, :-1], slots[:-1], slots[1:], tables, past)
-    targets = prior.stream.text_targets(text_ids)
-    # A caption of no words is its end token alone, which is no target in training and has no likelihood here.
-    log_p = prior.text_head(features).float().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    return log_p.masked_fill(targets == -100, 0).sum(1)
+    targets = text_ids[:, 1:]
+    log_p = prior.text_head(features).float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    return log_p.masked_fill(targets == prior.stream.config.pad_id, 0).sum(1)
 
 
 @torch.inference_mode()
@@ -110,5 +109,5 @@ def _read_codes(prior: ImagePrior, codes: Tensor, rows: int) -> tuple[Tables, Ke
     past = Past(read, places, visible(places, places, read.capacity))
     prior.features(prior.stream.code_ids(codes), slots[:-1], slots[1:], tables, past)
     cache = prior.new_cache(rows)
-    cache.copy_from(read, torch.zeros(rows, dtype=torch.long) if len(codes) == 1 else torch.arange(rows))
+    cache.copy_from(read, torch.arange(rows, device=prior.device).clamp(max=len(codes) - 1))
     return tables, cache

@@ -1,7 +1,8 @@
 """Captions <-> text ids. Knows words and the text slots; nothing of codes or networks.
 
 Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`, kept as a transformers fast
-tokenizer; or any tokenizer of the Hub by name.
+tokenizer; or any tokenizer of the Hub by name. BPE dropout (Provilkov et al. 2020) is applied here, since the library's takes no seed, and
+training that goes on from a checkpoint would not see the ids that it would have seen.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -31,6 +35,8 @@ class TextConfig:
     """Name or folder of a transformers tokenizer to use instead of training one."""
     truncate: bool = False
     """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
+    bpe_dropout: float = 0.0
+    """Chance with which each merge of a training caption is left out, so that words are met in other pieces, too."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -38,6 +44,8 @@ class TextConfig:
             problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
         if self.length < 3:
             problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
+        if not 0 <= self.bpe_dropout < 1:
+            problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -109,6 +117,48 @@ class TextTokenizer:
             rows[i, 1 : len(ids) + 1] = torch.tensor(ids, dtype=torch.long)
             rows[i, len(ids) + 1] = self.end_id
         return rows
+
+    def encode_with_dropout(
+        self, captions: Sequence[str], dropout: float, random: np.random.Generator, *, truncate: bool = False
+    ) -> Tensor:
+        """As `encode`, with each merge left out by chance. A caption whose pieces would be too many for the slots has them whole.
+
+        Raises:
+            ValueError: the tokenizer is no BPE; and what `encode` raises.
+        """
+        rows = self.encode(captions, truncate=truncate)
+        for row, caption in zip(rows, captions, strict=True):
+            ids = [i for word in self._words(caption.strip()) for i in self._pieces(word, dropout, random)]
+            if 0 < len(ids) <= self.length - 2:
+                row[1:] = self.pad_id
+                row[1 : len(ids) + 2] = torch.tensor([*ids, self.end_id])
+        return rows
+
+    def _words(self, caption: str) -> list[str]:
+        """What merges never cross, in the tokenizer's own letters."""
+        inside = self.fast.backend_tokenizer
+        normal = inside.normalizer.normalize_str(caption) if inside.normalizer else caption
+        return [word for word, _ in inside.pre_tokenizer.pre_tokenize_str(normal)] if normal else []
+
+    def _pieces(self, word: str, dropout: float, random: np.random.Generator) -> list[int]:
+        vocabulary, ranks = self._merges
+        pieces = list(word)
+        while len(pieces) > 1:
+            pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
+            kept = [pair for pair, drawn in zip(pairs, random.random(len(pairs)), strict=True) if drawn >= dropout]
+            if not kept:
+                break
+            _, i = min(kept)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        return [vocabulary[piece] for piece in pieces]
+
+    @cached_property
+    def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        """The vocabulary, and the rank of each pair that is merged."""
+        model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
+        if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
+            raise ValueError(f"text.bpe_dropout needs a byte-level BPE tokenizer, and this one is {model['type']}; set text.bpe_dropout=0")
+        return model["vocab"], {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) -> captions, special tokens left out."""

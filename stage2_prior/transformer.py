@@ -97,9 +97,12 @@ class KeyValueCache:
 
     @classmethod
     def empty(cls, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor) -> KeyValueCache:
-        """A cache of zeros in the dtype and on the device of `like`."""
-        keys = [like.new_zeros(batch, heads, capacity, head_width) for _ in range(depth)]
-        return cls(keys, [torch.zeros_like(key) for key in keys])
+        """An empty cache in the dtype and on the device of `like`."""
+        shape = (batch, heads, capacity, head_width)
+        # Masked places count with a weight of 0, and 0 times what memory happens to hold may be no number. On the CPU `attend` masks what
+        # keys give, whatever it is; the kernels elsewhere add to it.
+        keys = like.new_empty if like.device.type == "cpu" else like.new_zeros
+        return cls([keys(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)])
 
     def rows(self, part: slice) -> KeyValueCache:
         """Some rows of the batch, sharing memory with this cache."""

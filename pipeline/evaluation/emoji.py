@@ -43,7 +43,7 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
 
 def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
     """Share of pictures whose own caption has the highest log p(caption | codes) among all of the captions."""
-    best = [pipe.caption(Image.fromarray(picture), captions)[0][0] for picture in pictures]
+    best = [pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0] for picture in pictures]
     return float(np.mean([found == own for found, own in zip(best, captions, strict=True)]))
 
 

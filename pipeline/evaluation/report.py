@@ -18,7 +18,7 @@ from pipeline.evaluation.pictures import psnr, ssim
 from pipeline.runtime import uses_bf16
 from pipeline.text_to_image import TextToImagePipeline
 from stage1_tokenizer import codebook_statistics, count_codes, counts_by_level, to_model_range
-from stage2_prior import PriorObjective, PriorObjectiveConfig
+from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
 
 BATCH = 64
 
@@ -118,11 +118,15 @@ def prior_figures(report: Report, pipe: TextToImagePipeline, source: Source, cou
             codes = tokenizer.encode(to_model_range(torch.from_numpy(source.images(rows))).to(device)).flatten(1)
             yield {"text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(device), "codes": codes}
 
-    objective = PriorObjective(pipe.prior, PriorObjectiveConfig(caption_dropout=0.1 if _guided(pipe) else 0.0))
+    # As it was trained: the objective writes into the prior what may be asked of it.
+    config = PriorObjectiveConfig(caption_dropout=0.1 if _guided(pipe) else 0.0)
+    trained = pipe.prior.config
+    objective = PriorObjective(pipe.prior, config, OrderSchedule(order=trained.trained_order), 0.5 if trained.trained_image_first else 0.0)
     figures = objective.evaluate(batches())
     pipe.prior.eval()
-    report.figures["nats_per_code"] = figures["nats_per_code"]
-    report.figures["nats_per_text_token"] = figures["nats_per_text_token"]
+    report.figures |= {
+        name: figures[name] for name in ("nats_per_code", "nats_per_text_token", "nats_per_caption_token") if name in figures
+    }
 
 
 def _guided(pipe: TextToImagePipeline) -> bool:

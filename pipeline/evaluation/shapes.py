@@ -48,7 +48,8 @@ def shapes_figures(
     new = ShapesSource(experiment.data, "new_pairs").prompts(range(count))
     figures["prompt_accuracy_new_pairs"] = accuracy(_judge(_draw(pipe, new), new))["correct"]
     if pipe.prior.config.trained_order == "random":
-        figures[f"prompt_accuracy_{STEPS}_steps"] = accuracy(_judge(_draw(pipe, prompts, steps=STEPS), prompts))["correct"]
+        steps = min(STEPS, pipe.prior.stream.image_length)
+        figures[f"prompt_accuracy_{STEPS}_steps"] = accuracy(_judge(_draw(pipe, prompts, steps=steps), prompts))["correct"]
         if experiment.data.max_objects > 1:
             figures["edit_accuracy"] = edit_accuracy(pipe, experiment, min(count, EDITS))
 

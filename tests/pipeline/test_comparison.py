@@ -110,7 +110,7 @@ def test_the_time_of_a_training_outlives_a_kill_while_its_prior_trains(bakeoff, 
 
 
 def test_without_a_compiler_nothing_is_begun(bakeoff, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.runtime._can_compile", lambda: False)
+    monkeypatch.setattr("pipeline.runtime.finds_compiler", lambda: False)
     command = ["compare-tokenizers", "--config", bakeoff, "--prior.train.compile", "on"]
     fails(capsys, command, "train.compile is on, and there is no C++ compiler")
     assert not (bakeoff.parent / "runs").exists()

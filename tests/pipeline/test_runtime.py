@@ -24,10 +24,10 @@ def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypa
 
 
 def test_compiling_is_asked_for_or_worth_it(monkeypatch):
-    monkeypatch.setattr(runtime, "_can_compile", lambda: True)
+    monkeypatch.setattr(runtime, "finds_compiler", lambda: True)
     assert compiles(TrainConfig(compile="on", steps=1), CPU) and not compiles(TrainConfig(compile="off", steps=10**6), CPU)
     assert compiles(TrainConfig(steps=10_000), CPU) and not compiles(TrainConfig(steps=10), CPU)
-    monkeypatch.setattr(runtime, "_can_compile", lambda: False)
+    monkeypatch.setattr(runtime, "finds_compiler", lambda: False)
     assert not compiles(TrainConfig(steps=10_000), CPU)
     with pytest.raises(ValueError, match=r"train.compile is on, and there is no C\+\+ compiler with Python's headers here; install them"):
         compiles(TrainConfig(compile="on"), CPU)

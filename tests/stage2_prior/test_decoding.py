@@ -178,7 +178,7 @@ def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, 
     compiled = sample(prior, text_ids, SEEDS, options, compiled=True)
     assert torch.equal(compiled.codes, plain.codes)
     torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
-    assert len(graphs) == 1  # with several codes a step, that of the first step, which decides one
+    assert len(graphs) == (0 if options.steps else 2)  # reading captions, and the step of one code
 
 
 def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, monkeypatch):
@@ -187,12 +187,12 @@ def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, mon
     for prior in (raster, other, raster):
         plain = sample(prior, text_ids, SEEDS, SamplingOptions())
         assert torch.equal(sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True).codes, plain.codes)
-    assert len(graphs) == 2
+    assert len(graphs) == 4  # each reads captions and steps
     for temperature in (0.5, 0.7):
         options = SamplingOptions(temperature=temperature, top_p=0.9)
         plain = sample(raster, text_ids, SEEDS, options)
         assert torch.equal(sample(raster, text_ids, SEEDS, options, compiled=True).codes, plain.codes)
-    assert len(graphs) == 3  # numbers are no other program
+    assert len(graphs) == 5  # numbers are no other program
 
 
 def test_orders_may_be_given(text_ids):

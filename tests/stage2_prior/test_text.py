@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,3 +87,46 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 def test_configuration_errors_are_all_named():
     with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.length is 2"):
         TextConfig(vocab_size=10, length=2)
+
+
+@pytest.fixture
+def bpe():
+    captions = ["a red circle left of a blue square", "two large green stars on a white background", "Café über 漢字 🌞 <end>"]
+    return TextTokenizer.train(captions * 5, vocab_size=360, length=60), captions
+
+
+def test_no_dropout_gives_the_library_s_ids(bpe):
+    text, captions = bpe
+    random = np.random.default_rng(0)
+    more = [*captions, "", "zxqv  red\tcircles!", "squared starlight"]
+    assert torch.equal(text.encode_with_dropout(more, 0.0, random), text.encode(more))
+
+
+def test_dropped_merges_spell_the_same_words_in_more_pieces_by_the_seed(bpe):
+    text, captions = bpe
+    plain = text.encode(captions)
+    dropped = text.encode_with_dropout(captions, 0.4, np.random.default_rng(1))
+    assert text.decode(dropped) == text.decode(plain)
+    assert ((dropped != text.pad_id).sum(1) > (plain != text.pad_id).sum(1)).all()
+    assert torch.equal(dropped, text.encode_with_dropout(captions, 0.4, np.random.default_rng(1)))
+    assert not torch.equal(dropped, text.encode_with_dropout(captions, 0.4, np.random.default_rng(2)))
+
+
+def test_a_caption_whose_pieces_are_too_many_stays_whole(bpe):
+    text, captions = bpe
+    text.length = 14
+    whole = text.encode(captions[:1])
+    assert torch.equal(text.encode_with_dropout(captions[:1], 0.99, np.random.default_rng(1)), whole)
+
+
+def test_dropout_needs_merges(bpe):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words), 9)
+    with pytest.raises(ValueError, match="needs a byte-level BPE tokenizer, and this one is WordLevel"):
+        text.encode_with_dropout(["a"], 0.1, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"text\.bpe_dropout is 1"):
+        TextConfig(bpe_dropout=1)
