@@ -123,14 +123,14 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
     tokenizer.to(accelerator.device).eval()
     side = experiment.data.image_size // tokenizer.own_config.factor
     grid = (side, side)
-    options = experiment.encode
+    options, bf16 = experiment.encode, uses_bf16(experiment.precision, accelerator.device)
     files, counts = {}, {}
     for split, limit in zip(_SPLITS, (options.pictures, options.held_out), strict=True):
         source = by_split[split]
         count = min(len(source), limit or len(source))
         share = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
         views = options.views if split == "train" else 1
-        rows = _encoded(tokenizer, source, share, views, experiment, uses_bf16(experiment.precision, accelerator.device))
+        rows = _encoded(tokenizer, source, share, views, experiment, bf16)
         bar = tqdm(rows, f"encode {split}", len(share), disable=not accelerator.is_main_process, mininterval=1.0)
         name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, bar)
         files[split], counts[split] = sorted(gather_object([name])), count
@@ -143,6 +143,7 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
                 "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout(grid)],
                 "sources": sources,
                 "views": options.views,
+                "bf16": bf16,
                 "rows": counts,
                 "files": files,
                 "settings": settings,
@@ -327,6 +328,7 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
 def assemble_bundle(experiment: Experiment) -> Path:
     """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
     folder = experiment.folder
+    manifest = read_manifest(folder / "codes")
     pipe = TextToImagePipeline(
         ImageTokenizer.load(needed(folder / "tokenizer", "train-tokenizer")),
         ImagePrior.load(needed(folder / "prior", "train-prior")),
@@ -335,7 +337,8 @@ def assemble_bundle(experiment: Experiment) -> Path:
         trained_on={
             "experiment": experiment.name,
             "data": to_dict(experiment.data),
-            "sources": read_manifest(folder / "codes")["sources"],
+            "sources": manifest["sources"],
+            "codes_in_bf16": manifest.get("bf16", uses_bf16(experiment.precision, torch.device("cpu"))),
         },
     )
     pipe.save_pretrained(folder / "bundle")

@@ -212,7 +212,7 @@ class TextToImagePipeline:
         replaced = replaced_pixels(mask, picture.size)
         known = kept_codes(replaced, self.tokenizer.layout)
         if said_if_trivial(known):
-            codes = self.tokenizer.to_codes([picture] * num_images)
+            codes = self._codes_of([picture] * num_images)
             zeros = torch.zeros(num_images)
             return TextToImageOutput([picture.copy() for _ in range(num_images)], codes.cpu(), zeros, [seed] * num_images)
         output = self.complete(picture, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling)
@@ -269,7 +269,7 @@ class TextToImagePipeline:
             raise ValueError(
                 f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of the {length} codes if it is kept"
             )
-        codes = image if isinstance(image, Tensor) else self.tokenizer.to_codes([checked_picture(image, self.tokenizer.image_size)])
+        codes = image if isinstance(image, Tensor) else self._codes_of([checked_picture(image, self.tokenizer.image_size)])
         if codes.numel() != length:
             raise ValueError(f"the codes are {tuple(codes.shape)}; this prior's pictures have {length}")
         options = self._options(sampling)
@@ -294,7 +294,7 @@ class TextToImagePipeline:
         if len(images) != len(prompts) or not images:
             raise ValueError(f"there are {len(images)} pictures and {len(prompts)} prompts; give one prompt a picture")
         pictures = [checked_picture(image, self.tokenizer.image_size) for image in images]
-        codes = torch.cat([self.tokenizer.to_codes(pictures[i : i + batch_size]).flatten(1) for i in range(0, len(pictures), batch_size)])
+        codes = torch.cat([self._codes_of(pictures[i : i + batch_size]).flatten(1) for i in range(0, len(pictures), batch_size)])
         ids = self.text.encode(list(prompts), truncate=truncate)
         given = self._log_likelihood(ids, codes, None, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
@@ -317,7 +317,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: the prior was not trained with codes first (`sequence.image_first`), or the picture has another size.
         """
-        codes = self.tokenizer.to_codes([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
+        codes = self._codes_of([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
             _at_least_one("the number of candidates", len(captions))
@@ -329,6 +329,15 @@ class TextToImagePipeline:
             ids, values = sample_captions(self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p)
             captions = self.text.decode(ids)
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
+
+    def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """Codes worked out as those were that the prior was trained on: in another precision near ties fall the other way, on plain grounds
+        for most of a picture, and the prior would be told of codes that it has never seen together."""
+        with (
+            torch.no_grad(),
+            torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=self.trained_on.get("codes_in_bf16", False)),
+        ):
+            return self.tokenizer.to_codes(images)
 
     def _options(self, given: dict[str, Any]) -> SamplingOptions:
         known = [field.name for field in fields(SamplingOptions)]

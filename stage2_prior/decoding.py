@@ -345,7 +345,7 @@ def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int
 
 
 def _orders(prior: ImagePrior, seeds: Sequence[int], known: Tensor | None, orders: Tensor | None, steps: int | None) -> Tensor:
-    """(B,N): the known codes in raster order, then the others.
+    """(B,N): the known codes, then the others.
 
     Raises:
         ValueError: a prior in raster order is asked for another.

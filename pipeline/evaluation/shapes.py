@@ -56,9 +56,9 @@ def shapes_figures(
 
 def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int) -> float:
     """Share of edits after which the oracle finds all that the new caption says, and no object more: in held-out pictures of two objects
-    one is masked, by a box, and the prompt puts another shape in another colour of the same size in its place."""
+    one is masked, by a box of whole cells, and the prompt puts another shape in another colour of the same size in its place."""
     held_out = ShapesSource(experiment.data, "held_out")
-    size, right, done = experiment.data.image_size, 0, 0
+    size, met, done = experiment.data.image_size, 0, 0
     for index in range(len(held_out)):
         scene = held_out.world.scene(index)
         if len(scene.items) != 2:
@@ -69,16 +69,19 @@ def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int)
         while (shape, colour) in NEW_PAIRS:
             colour = rng.choice([c for c in COLOURS if c != old.colour])
         prompt = describe(Scene(scene.background, (replace(old, shape=str(shape), colour=str(colour)), kept)), size, rng)
-        half = sprite(old.shape, old.size, size).shape[0] // 2 + 1
+        half, cell = sprite(old.shape, old.size, size).shape[0] // 2, pipe.tokenizer.own_config.factor
+        # Whole cells of codes, so that nothing is cut off that is drawn a little aside.
+        top, left = (max(centre - half, 0) // cell * cell for centre in (old.y, old.x))
+        bottom, right = (-(-(centre + half + 1) // cell) * cell for centre in (old.y, old.x))
         mask = np.zeros((size, size), np.uint8)
-        mask[max(old.y - half, 0) : old.y + half + 1, max(old.x - half, 0) : old.x + half + 1] = 255
+        mask[top:bottom, left:right] = 255
         before = Image.fromarray(held_out.images([index])[0])
         after = pipe.edit(before, Image.fromarray(mask), prompt.text, truncate=True).images[0]
-        right += check(np.asarray(after), prompt.claims).correct
+        met += check(np.asarray(after), prompt.claims).correct
         done += 1
         if done == count:
             break
-    return right / max(done, 1)
+    return met / max(done, 1)
 
 
 def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:

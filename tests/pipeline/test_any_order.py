@@ -11,6 +11,9 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli import main
+from pipeline.comparison import _made_with
+from pipeline.config import load_experiment
+from pipeline.settings import as_made
 from stage2_prior import ImagePrior
 from tests.pipeline.test_run import fails
 
@@ -84,3 +87,16 @@ def test_a_run_that_was_made_before_these_settings_goes_on(tiny_yaml, tmp_path):
     for verb in ("encode", "train-prior"):
         assert main([verb, "--config", str(tiny_yaml)]) == 0
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_row_of_a_comparison_that_was_made_before_these_settings_is_the_same(tiny_yaml):
+    now = _made_with(load_experiment(["--config", str(tiny_yaml)]), None)
+    then = json.loads(json.dumps(now))
+    del then["sequence"], then["encode"]["flip"], then["text"]["bpe_dropout"], then["prior"]["model"]["kv_heads"], then["precision"]
+    for name in ("accumulate", "schedule", "decay_share"):
+        del then["prior"]["train"][name], then["tokenizer"]["train"][name]
+    for name in ("order", "anneal", "checkpoint_activations"):
+        del then["prior"]["train"][name]
+    assert as_made(then) == now
+    then["prior"]["train"]["steps"] += 1
+    assert as_made(then) != now

@@ -56,6 +56,22 @@ def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypa
     assert len(said) == 1 and torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
 
 
+def test_not_even_one_picture_fits(prior, monkeypatch):
+    monkeypatch.setattr(drawing, "free_memory", lambda device: 100)
+    with pytest.raises(MemoryError, match="one picture of 9 codes does not fit the memory of cpu"):
+        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+
+
+def test_without_a_compiler_nothing_is_compiled_unless_it_is_asked_for(prior, monkeypatch):
+    monkeypatch.setattr(drawing, "can_compile", lambda device: False)
+    monkeypatch.setattr(drawing, "COMPILING_TAKES", -1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
+    with pytest.raises(ValueError, match=r"compile is on, and there is no C\+\+ compiler"):
+        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1, compile="on")
+
+
 def test_the_estimate_grows_with_what_takes_memory():
     plain = bytes_a_picture(tiny_prior(heads=4), SamplingOptions())
     assert bytes_a_picture(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
@@ -111,6 +127,7 @@ def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds
         asked.append(compiled)
         return sample(*arguments, **options)
 
+    monkeypatch.setattr(drawing, "can_compile", lambda device: True)
     monkeypatch.setattr(drawing, "sample", noted)
     monkeypatch.setattr(drawing.time, "perf_counter", lambda: next(clock) * seconds)
     with warnings.catch_warnings(record=True) as said:
@@ -128,6 +145,7 @@ def test_compiling_may_be_asked_for_or_not(prior, monkeypatch, compile, expected
         asked.append(compiled)
         return sample(*arguments, **options)
 
+    monkeypatch.setattr(drawing, "can_compile", lambda device: True)
     monkeypatch.setattr(drawing, "sample", noted)
     draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile=compile)
     assert set(asked) == {expected}

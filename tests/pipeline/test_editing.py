@@ -14,7 +14,7 @@ from pipeline import TextToImagePipeline
 from pipeline.cli import main
 from pipeline.editing import kept_codes, on_canvas, random_known
 from stage1_tokenizer import Level
-from stage2_prior import ImagePrior, StreamConfig
+from stage2_prior import ImagePrior, SamplingOptions, StreamConfig, sample
 from tests.pipeline.test_run import fails
 
 
@@ -179,6 +179,48 @@ def test_best_of_keeps_the_picture_with_the_highest_gain(pipe, guidance_scale):
     assert best.seeds == [every.seeds[i] for i in chosen]
 
 
+def test_best_of_compares_like_with_like_where_steps_decide_several_codes(pipe):
+    """Codes of one step do not see each other; with guidance both likelihoods are of the steps, without it both are of whole passes."""
+    from stage2_prior import code_log_likelihood
+    from stage2_prior.order import seeded_orders
+
+    every = pipe(["a red circle"], num_images_per_prompt=6, steps=3, guidance_scale=1.0)
+    ids, flat, orders = pipe.text.encode(["a red circle"]).expand(6, -1), every.codes.flatten(1), seeded_orders(every.seeds, 16)
+    given, null = (code_log_likelihood(pipe.prior, t, flat, orders).sum(1) for t in (ids, pipe.prior.stream.null_caption(6)))
+    best = pipe(["a red circle"], best_of=6, steps=3, guidance_scale=1.0)
+    assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
+
+
+def test_a_judge_without_a_choice_or_with_too_few_scores_is_refused(pipe):
+    with pytest.raises(ValueError, match="best_of is 1; ask for more"):
+        pipe("x", judge=lambda images, prompts: [0.0] * len(images))
+    with pytest.raises(ValueError, match="the judge gave 1 scores for 2 pictures"):
+        pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
+
+
+def test_a_bundle_s_own_steps_are_for_whole_pictures(pipe, picture):
+    stepped = TextToImagePipeline(pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(steps=16))
+    assert stepped.edit(picture, box(0, 0, 8, 8), "x").codes.shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="steps is 2; it must be at least 1 and at most the 1 codes"):
+        stepped.edit(picture, box(0, 0, 8, 8), "x", steps=2)
+
+
+def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
+    for call in (lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0), lambda: pipe.vary(picture, 0.5, "x", num_images=0)):
+        with pytest.raises(ValueError, match="num_images is 0; it must be at least 1"):
+            call()
+    with pytest.raises(ValueError, match="num is 0"):
+        pipe.caption(picture, num=0)
+    with pytest.raises(ValueError, match="the number of candidates is 0"):
+        pipe.caption(picture, [])
+    with pytest.raises(ValueError, match="temperature is -1"):
+        pipe.caption(picture, temperature=-1)
+    with pytest.raises(ValueError, match=r"the codes are \(3, 3\); this prior's pictures have 16"):
+        pipe.complete(torch.zeros(3, 3, dtype=torch.long), torch.zeros(16, dtype=torch.bool), "x")
+    with pytest.raises(ValueError, match="all 16 codes are known"):
+        pipe.complete(picture, torch.ones(16, dtype=torch.bool), "x")
+
+
 def test_best_of_may_choose_by_a_judge(pipe):
     every = pipe(["a red circle"], num_images_per_prompt=4)
 
@@ -207,6 +249,25 @@ def test_captions_are_scored_and_drawn(pipe, picture, finished_run):
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     with pytest.raises(ValueError, match=r"sequence\.image_first=0\.2"):
         raster.caption(picture)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_pictures_become_codes_in_the_precision_that_the_prior_knows(finished_run, picture, bf16):
+    pipe = untrained_pipe(finished_run[1])
+    pipe.trained_on = {"codes_in_bf16": bf16}
+    seen = []
+    pipe.tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    pipe.vary(picture, 0.5, "x")
+    pipe.score([picture], ["x"])
+    pipe.caption(picture, num=1)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 3
+
+
+def test_a_bundle_knows_the_precision_of_its_codes(finished_run):
+    from pipeline.data.codes import read_manifest
+
+    trained_on = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle").trained_on
+    assert trained_on["codes_in_bf16"] == read_manifest(finished_run[1] / "codes")["bf16"]
 
 
 def test_unknown_sampling_options_are_named(pipe):
@@ -253,12 +314,24 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
     assert main([str(a) for a in command]) == 2 and not (tmp_path / "no").exists()
 
 
-def test_generate_takes_every_sampling_option(finished_run, tmp_path):
+def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monkeypatch, capsys):
     untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
-    command = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num", 1, "--best_of", 2, "--int8", "--compile", "off",
-               "--guidance_scale", 2, "--guidance_interval", 0, 0.5, "--guidance_power", 1, "--temperature", 0.9, "--top_k", 9,
-               "--top_p", 0.9, "--min_p", 0.001, "--steps", 4, "--out", tmp_path / "out"]  # fmt: skip
-    assert main([str(a) for a in command]) == 0 and (tmp_path / "out" / "grid.png").is_file()
+    given = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.5), "guidance_power": 1.5, "temperature": 0.9, "top_k": 9, "top_p": 0.8,
+             "min_p": 0.001, "steps": 4}  # fmt: skip
+    flags = [a for name, value in given.items() for a in (f"--{name}", *(value if isinstance(value, tuple) else [value]))]
+    seen = []
+    drawing = "pipeline.drawing.sample"
+    monkeypatch.setattr(
+        drawing,
+        lambda prior, ids, seeds, options, **how: (seen.append((options, how, prior)), sample(prior, ids, seeds, options, **how))[1],
+    )
+    bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num", 1, "--out", tmp_path / "out"]
+    assert main([str(a) for a in [*bundle, *flags, "--best_of", 3, "--int8", "--compile", "off"]]) == 0
+    options, how, prior = seen[0]
+    assert options == SamplingOptions(**given) and not how["compiled"] and len(seen) == 1
+    assert prior.blocks[0].feed_forward.down.weight.dtype == torch.int8
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1
+    fails(capsys, [*bundle, "--judge", tmp_path / "none", "--best_of", 2], "cannot be loaded as a CLIP model")
 
 
 def test_the_command_line_has_every_sampling_option():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
 
 import pytest
 import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
-from stage2_prior.order import seeded_orders
+from stage2_prior.order import known_first, seeded_orders
 from stage2_prior.sampling import draw, filtered, guide, uniforms
 from tests.stage2_prior.conftest import any_order_prior, tiny_prior
 from tests.stage2_prior.test_sampling import traced
@@ -84,7 +86,8 @@ def test_known_codes_are_kept_and_come_first(text_ids, codes, steps):
     known = torch.tensor([True, False, True, False, False, True, False, False, False])
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps), known=known, codes=codes)
     assert torch.equal(drawn.codes[:, known], codes[:, known])
-    assert drawn.orders[:, :3].tolist() == [[0, 2, 5]] * 3
+    assert torch.equal(drawn.orders[:, :3].sort(1).values, torch.tensor([[0, 2, 5]] * 3))
+    assert torch.equal(drawn.orders, known_first(seeded_orders(SEEDS, 9), known))
     free = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps))
     assert not torch.equal(free.codes[:, ~known], drawn.codes[:, ~known])
     if steps is None:
@@ -228,3 +231,39 @@ def test_eight_bit_matrices_change_little_and_are_not_saved(prior, text_ids, cod
     assert sample(prior, text_ids, SEEDS, SamplingOptions()).codes.shape == (3, 9)
     with pytest.raises(ValueError, match="cannot be saved"):
         prior.save_pretrained(tmp_path)
+
+
+def test_known_codes_must_be_as_many_in_each_picture_and_be_given(text_ids, codes):
+    prior = any_order_prior()
+    uneven = torch.zeros(3, 9, dtype=torch.bool)
+    uneven[0, :2] = uneven[1, :5] = uneven[2, :2] = True
+    with pytest.raises(ValueError, match=r"keep \[2, 5\] codes; they must all keep as many"):
+        sample(prior, text_ids, SEEDS, SamplingOptions(), known=uneven, codes=codes)
+    with pytest.raises(ValueError, match="2 codes are known and none is given"):
+        sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) < 2)
+    with pytest.raises(ValueError, match="all 9 codes are known"):
+        sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.ones(9, dtype=torch.bool), codes=codes)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
+    for options in (SamplingOptions(), SamplingOptions(guidance_scale=2, top_p=0.9)):
+        prior = any_order_prior()
+        plain = sample(prior, text_ids, SEEDS, options)
+        for rows in (slice(3), slice(1)):  # one picture alone is worked out as sums
+            compiled = sample(prior, text_ids[rows], SEEDS[rows], options, compiled=True)
+            assert torch.equal(compiled.codes, plain.codes[rows])
+            torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood[rows], rtol=1e-4, atol=1e-4)
+        assert len(prior.compiled_steps) == 3
+
+
+def test_a_program_is_made_anew_where_the_prior_computes_otherwise(text_ids, monkeypatch):
+    graphs = traced(monkeypatch)
+    prior = any_order_prior()
+    sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
+    prior.to(torch.bfloat16)
+    sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
+    assert len(graphs) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
+    assert len(graphs) == 6

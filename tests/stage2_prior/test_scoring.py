@@ -53,6 +53,12 @@ def test_scores_are_by_image_position_whatever_the_order(text_ids, codes):
     torch.testing.assert_close(code_log_likelihood(prior, text_ids, codes), code_log_likelihood(prior, text_ids, codes, raster))
 
 
+def test_a_caption_of_no_words_has_the_likelihood_of_its_end(captioner, codes):
+    log_p = whole_pass(captioner, captioner.stream.null_caption(1), codes[:1])
+    score = caption_log_likelihood(captioner, captioner.stream.null_caption(1), codes[0])
+    torch.testing.assert_close(score[0], log_p[0, 0, 2])
+
+
 def whole_pass(prior, text_ids, codes):
     """log p of each next text id (P,T-1,V) given one picture's codes, uncached."""
     fed = prior.stream.image_first(text_ids, codes.expand(len(text_ids), -1))
