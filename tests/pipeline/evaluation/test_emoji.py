@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation import emoji
-from pipeline.evaluation.emoji import emoji_figures, squared_errors
+from pipeline.evaluation.emoji import captions_found, emoji_figures, squared_errors
 
 
 def test_squared_errors_by_hand():
@@ -44,9 +44,22 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
         pictures = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
         return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
 
+    pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
     figures: dict[str, float] = {}
     emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
     assert set(figures) == {"nearest_of_100_seen", "nearest_of_100_held_out", "own_tone_held_out"}
     # The lightest picture of all, or of its family, has no lighter one to be mistaken for.
     assert figures["nearest_of_100_seen"] == pytest.approx(expected, abs=0.1)
     assert figures["own_tone_held_out"] == pytest.approx(expected, abs=0.2)
+
+
+def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():
+    """A captioner that is right about the five darkest pictures alone."""
+
+    def caption(image, candidates, truncate):
+        own = np.asarray(image)[0, 0, 0] // 25
+        best = candidates[own] if own < 5 else candidates[0]
+        return [(best, -1.0), *((c, -2.0) for c in candidates if c != best)]
+
+    pictures = Tones().images(range(10))
+    assert captions_found(SimpleNamespace(caption=caption), pictures, [str(i) for i in range(10)]) == 0.5  # type: ignore[arg-type]
