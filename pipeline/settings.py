@@ -66,11 +66,11 @@ def as_made(saved: dict[str, Any]) -> dict[str, Any]:
             filled[name] = later | saved[name]
     if "codes" in saved:
         filled["codes"] = saved["codes"] | {"settings": as_made(saved["codes"]["settings"])}
-    if "prior" in saved:  # a row of a comparison
-        tokenizer = saved.get("tokenizer", {"train": {}})
+    if isinstance(tokenizer := saved.get("tokenizer"), dict):  # a row of a comparison, which holds both sections
         filled["tokenizer"] = tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
+    if isinstance(saved.get("prior"), dict):
         filled["prior"] = _prior_as_made(saved["prior"])
-    elif "train" in saved:
+    if "train" in saved:
         filled |= _prior_as_made(saved) if "text" in saved else {"train": to_dict(TrainConfig()) | saved["train"]}
     return {"sequence": to_dict(SequenceConfig())} | filled if "text" in saved else filled
 
