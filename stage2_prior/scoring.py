@@ -80,10 +80,9 @@ def sample_captions(
         past = Past(cache, place, visible(place, place, cache.capacity))
         now = torch.tensor([slot], device=device)
         logits = prior.text_head(prior.features(ids[:, slot : slot + 1], now, now + 1, tables, past)[:, 0]).float()
+        # Pad and start are no words, and training gives them next to nothing.
         word = logits.clone()
-        word[:, [stream.config.pad_id, stream.config.start_id]] = float(
-            "-inf"
-        )  # neither is a word, and training gives them next to nothing
+        word[:, [stream.config.pad_id, stream.config.start_id]] = float("-inf")
         drawn = draw(filtered(word, temperature, None, top_p), noise[:, slot])
         if slot == stream.text_length - 2:  # the last slot ends every caption
             drawn = torch.full_like(drawn, stream.config.end_id)
