@@ -46,15 +46,14 @@ def llama() -> Any:
     )  # fmt: skip
 
 
-def ours(any_order: bool = False) -> Any:
+def ours() -> Any:
     """Our prior at the same width and depth, with random weights; guidance and any order may be asked of it as if it was trained so."""
     from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
     levels = (Level(grid=(8, 8), num_codes=NUM_CODES),)
-    stream = StreamConfig(text_vocab_size=VOCABULARY, text_length=TEXT, levels=levels, any_order=any_order)
+    stream = StreamConfig(text_vocab_size=VOCABULARY, text_length=TEXT, levels=levels)
     prior = ImagePrior(PriorConfig(width=256, depth=6, heads=4), stream)
     prior.config.trained_with_caption_dropout = True
-    prior.config.trained_order = "random" if any_order else "raster"
     return prior
 
 

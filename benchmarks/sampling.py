@@ -3,9 +3,8 @@
 benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone] [--out FILE]
 No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights. With --compile ours is made
 ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too,
-or with --peers-fp32 those that they come with. Then what guidance costs, what 16 steps in place of 64 save (plain steps on either side:
-those of several codes are not compiled), and how long a step takes against the time in which its bytes can be read or its products worked
-out; --alone leaves the peers out.
+or with --peers-fp32 those that they come with. Then what guidance costs, and how long a step takes against the time in which its bytes
+can be read or its products worked out; --alone leaves the peers out.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ def main() -> None:
     batch = options.batch
     torch.manual_seed(0)
     text = torch.randint(3, peers.VOCABULARY, (batch, peers.TEXT))
-    ours, any_order, dalle, llama = (m.eval() for m in (peers.ours(), peers.ours(any_order=True), peers.dalle(), peers.llama()))
+    ours, dalle, llama = (m.eval() for m in (peers.ours(), peers.dalle(), peers.llama()))
     if options.compile:
-        for model in (ours, any_order) if options.peers_fp32 else (ours, any_order, dalle, llama):
+        for model in (ours,) if options.peers_fp32 else (ours, dalle, llama):
             model.to(torch.bfloat16)
 
-    def draw(model=ours, compiled=options.compile, **how):
-        return lambda: sample(model, text, range(batch), SamplingOptions(**how), compiled=compiled)
+    def draw(**how):
+        return lambda: sample(ours, text, range(batch), SamplingOptions(**how), compiled=options.compile)
 
     @torch.no_grad()
     def generate():
@@ -57,11 +56,9 @@ def main() -> None:
     report(f"sampling, batch {batch}{kind}", "pictures/s", {k: batch / v for k, v in seconds.items()})
 
     own = {"ours": draw(), "guided": draw(guidance_scale=2.0)}
-    own |= {"64 steps": draw(any_order, False), "16 steps": draw(any_order, False, steps=16)}
     seconds = interleave(own, rounds=max(rounds, 5), warm_up=2)
     step, floor, why = seconds["ours"] / peers.CODES, *step_floor(ours, batch)
     print(f"  guidance costs {seconds['guided'] / seconds['ours']:.2f}x")
-    print(f"  16 steps draw {seconds['64 steps'] / seconds['16 steps']:.2f}x the pictures of 64, nothing compiled")
     print(f"  a step takes {step * 1e3:.2f} ms, {step / floor:.1f}x of the {floor * 1e3:.2f} ms that {why}")
 
 

@@ -25,8 +25,6 @@ def main() -> None:
     joint = torch.cat([text, codes + peers.VOCABULARY], 1)
     ours, dalle, llama = peers.ours(), peers.dalle(), peers.llama()
     objective = PriorObjective(ours, PriorObjectiveConfig())
-    if "--compile" in sys.argv:
-        ours.compile_networks()
 
     def step(model, loss):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -42,15 +40,17 @@ def main() -> None:
 
         return run
 
-    seconds = interleave(
-        {
-            "ours": step(ours, lambda: next(objective.losses({"text_ids": text, "codes": codes}, 0)).value),
-            "dalle-pytorch DALLE": step(dalle, lambda: dalle(text, codes, return_loss=True)),
-            "LlamaForCausalLM": step(llama, lambda: llama(input_ids=joint, labels=joint).loss),
-        },
-        rounds=7,
-        warm_up=2,
-    )
+    sides = {
+        "ours": step(ours, lambda: next(objective.losses({"text_ids": text, "codes": codes}, 0)).value),
+        "dalle-pytorch DALLE": step(dalle, lambda: dalle(text, codes, return_loss=True)),
+        "LlamaForCausalLM": step(llama, lambda: llama(input_ids=joint, labels=joint).loss),
+    }
+    if "--compile" in sys.argv:
+        ours.compile_networks()
+        compiled = peers.llama()
+        compiled.compile()
+        sides["LlamaForCausalLM compiled"] = step(compiled, lambda: compiled(input_ids=joint, labels=joint).loss)
+    seconds = interleave(sides, rounds=7, warm_up=2)
     sizes = {"ours, M parameters": peers.millions(ours), "DALLE, M": peers.millions(dalle), "Llama, M": peers.millions(llama)}
     name = "stage 2 training" + (", ours compiled" if "--compile" in sys.argv else "")
     name += ", peers in fp32" if "--peers-fp32" in sys.argv else ""

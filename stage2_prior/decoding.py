@@ -3,9 +3,15 @@
 Legend: B pictures, T text slots, N codes of a picture, k codes decided in one step, R tokens fed in one step, K classes.
 
 Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text, place T+i the i-th code in the order of
-the picture. A step feeds the codes of the step before and reads off the next k. To decide k > 1 codes at once, the last token is fed k
-times, each time told another target, at places that the next step overwrites: every one of them sees all codes decided so far and none
+the picture. A step feeds the codes of the step before and reads off the next k. To draw k > 1 codes at once, the last token is fed k
+times, each time told another target, at places that the next step overwrites: every one of them sees all codes drawn so far and none
 of its siblings, just as in training. With k = 1 this is plain sequential sampling.
+
+Siblings do not know each other, so two of them may begin the same object twice. But the next step feeds them one after another anyway,
+and so works out what each would be drawn from had it known those before it. It is drawn from that anew, with the same uniform number:
+most stay what they are, and where one does not, the tokens from it on are fed again by the step after. Each step settles at least one
+code on what sequential sampling draws from the same seed, and nearly all of them in practice; only the last step's are never looked
+at again (predictive sampling, Wiggers & Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
 
 Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps that are guided; where guidance
 comes in late, the branch first catches up in one pass.
@@ -33,7 +39,8 @@ class Samples:
     codes: Tensor
     """(B,N) int64 in raster order, each counted within its level."""
     log_likelihood: Tensor
-    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance, temperature 1, no filter."""
+    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance, temperature 1, no filter. Where a
+    step decides several codes, those of the last one are counted as if they came apart."""
     null_log_likelihood: Tensor | None
     """(B,) the same given the null caption; None where its branch was not computed for every code."""
     orders: Tensor
@@ -57,7 +64,7 @@ class Choice(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """One step's tokens: R for each row of the batch, the last k of which predict."""
+    """One step's tokens: R for each row of the batch, each of which predicts its target."""
 
     ids: Tensor
     """(B or 2B, R)"""
@@ -70,32 +77,32 @@ class Fed(NamedTuple):
     before: Tensor
     """(R,) each token looks at itself and at places below this one."""
     noise: Tensor
-    """(B,k) uniform numbers."""
+    """(B,R) uniform numbers."""
+    scales: Tensor
+    """(R,) of guidance."""
 
 
 class Drawn(NamedTuple):
-    """What one step decides."""
+    """What one step draws."""
 
     classes: Tensor
-    """(B,k) counted over all levels."""
+    """(B,R) counted over all levels."""
     log_p: Tensor
-    """(B,k) given the caption."""
+    """(B,R) given the caption."""
     null_log_p: Tensor | None
-    """(B,k) given the null caption, where the step is guided."""
+    """(B,R) given the null caption, where the step is guided."""
 
 
 def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice) -> Drawn:
-    """Feeds tokens and draws the next k codes; `numbers` (4,) are guidance scale, temperature, top_p and min_p."""
-    count = fed.noise.shape[1]
+    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
     past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
-    features = prior.features(fed.ids, fed.slots, fed.targets, tables, past)[:, -count:]
-    logits = project(features, tables.head).float()
-    outside = prior.stream.outside_level(fed.targets[..., -count:] - prior.stream.text_length)
+    logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
+    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length)
     if outside is not None:
         logits = logits.masked_fill(outside, float("-inf"))
-    scale, temperature, top_p, min_p = numbers.unbind()
+    temperature, top_p, min_p = numbers.unbind()
     conditional, null = logits.chunk(2) if choice.guided else (logits, None)
-    chosen = conditional if null is None else guide(conditional, null, scale)
+    chosen = conditional if null is None else guide(conditional, null, fed.scales[:, None])
     if null is not None and outside is not None:
         chosen = chosen.masked_fill(outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf"))  # inf - inf is no number
     if choice.min_p:
@@ -202,7 +209,8 @@ class _Sampling:
         self.num_known = _number_known(known, codes, self.image_length)
         self.counts = codes_a_step(self.image_length - self.num_known, options.steps)
         self.compiled = compiled and max(self.counts) == 1
-        self.scales = self._scales()
+        scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
+        self.scales, self.guided = torch.tensor(scales, device=device), [scale != 1 for scale in scales]
         self.orders = _orders(prior, seeds, known, orders, options.steps)
         shared = (self.orders == self.orders[0]).all()
         place = self.orders[0] if shared else self.orders
@@ -210,7 +218,7 @@ class _Sampling:
         # What stands at each place: shared by all rows where all pictures have one order, which costs a step less.
         self.slots = torch.cat([text, place + self.text_length], -1).to(device)
         self.noise = uniforms(seeds, self.image_length).to(device)
-        branches = 2 if any(scale != 1 for scale in self.scales) else 1
+        branches = 2 if any(self.guided[self.num_known :]) else 1
         captions = torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)]) if branches == 2 else text_ids.to(device)
         if not shared and branches == 2:
             self.slots = self.slots.repeat(2, 1)
@@ -224,23 +232,11 @@ class _Sampling:
         # Siblings of a step lie at the places of the codes that it decides, which the next step fills anew.
         self.places = torch.arange(stream.length, device=device)
         self.cache = prior.new_cache(len(captions))
-        self.numbers = {scale: self._numbers(scale) for scale in self.scales}
+        self.numbers = torch.tensor([options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=device)
         self.tables = prior.tables()
         self._read_captions(captions[:, :-1])
         self.filled = [self.text_length - 1] * branches
-        """Places that hold a token already, in either branch."""
-
-    def _numbers(self, scale: float) -> Tensor:
-        options = self.options
-        values = [scale, options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0]
-        return torch.tensor(values, device=self.prior.device)
-
-    def _scales(self) -> list[float]:
-        decided, scales = self.num_known, []
-        for count in self.counts:
-            scales.append(guidance_at(decided / self.image_length, self.options))
-            decided += count
-        return scales
+        """Places that hold their token already, in either branch."""
 
     def _read_captions(self, captions: Tensor) -> None:
         """Fills the cache with all text but the last slot, which is told the picture's own first code: each caption is read once, however
@@ -254,20 +250,10 @@ class _Sampling:
     def run(self) -> Samples:
         place = self.text_length + self.num_known
         for branch in range(len(self.filled)):
-            if branch == 0 or self.scales[0] != 1:
+            if branch == 0 or self.guided[self.num_known]:
                 self._catch_up(branch, place - 1)
-        for count, scale in zip(self.counts, self.scales, strict=True):
-            guided = scale != 1
-            if guided:
-                self._catch_up(1, self.filled[0])
-            drawn = self._step(place, count, scale)
-            part = slice(place - self.text_length, place - self.text_length + count)
-            self.log_p[0, :, part] = drawn.log_p
-            if drawn.null_log_p is not None:
-                self.log_p[1, :, part] = drawn.null_log_p
-            self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, place : place + count] = (
-                drawn.classes + self.prior.stream.text_vocab_size
-            )
+        for count in self.counts:
+            self._step(place, count)
             place += count
         return self._samples()
 
@@ -284,10 +270,13 @@ class _Sampling:
         self.prior.features(self.ids[rows, part], slots[..., part], slots[..., first + 1 : place + 1], self.tables, past)
         self.filled[branch] = place
 
-    def _step(self, place: int, count: int, scale: float) -> Drawn:
-        """Decides the codes of places place .. place+count-1."""
-        guided, options = scale != 1, self.options
-        first, end = self.filled[0], place + count - 1
+    def _step(self, place: int, count: int) -> None:
+        """Draws the codes of places place .. place+count-1, and those anew that were drawn without knowing all before them."""
+        first, end, options = self.filled[0], place + count - 1, self.options
+        drawn_now = slice(first + 1 - self.text_length, end + 1 - self.text_length)
+        guided = any(self.guided[drawn_now])
+        if guided:
+            self._catch_up(1, first)
         rows = slice(None) if guided or len(self.filled) == 1 else slice(self.batch)
         slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
         ids, own = self.ids[rows, first:place], slots[..., first:place]
@@ -298,15 +287,26 @@ class _Sampling:
             ids = torch.cat([ids, ids[:, -1:].expand(-1, siblings)], 1)
             own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], siblings)], -1)
             before = places.clamp(max=place - 1)
-        code = place - self.text_length
-        fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, code : code + count])
+        fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, drawn_now], self.scales[drawn_now])
         top_p = options.top_p is not None and options.top_p < 1
         choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)
         step = compiled_advance(self.prior, fed, choice) if self.compiled else advance
-        drawn = step(self.prior, self.tables, cache, fed, self.numbers[scale], choice)
-        self.filled = [place] * len(self.filled) if guided else [place, *self.filled[1:]]
-        return drawn
+        drawn = step(self.prior, self.tables, cache, fed, self.numbers, choice)
+        self.log_p[0, :, drawn_now] = drawn.log_p
+        if drawn.null_log_p is not None:
+            self.log_p[1, :, drawn_now] = drawn.null_log_p
+        self._keep(drawn.classes + self.prior.stream.text_vocab_size, first + 1, place, guided)
+
+    def _keep(self, ids: Tensor, first: int, place: int, guided: bool) -> None:
+        """Takes over the ids drawn for places first, first+1, ..., of which those below `place` were drawn before: the tokens from the
+        first on that is now another were fed in vain."""
+        right = place
+        if first < place:
+            changed = (ids[:, : place - first] != self.ids[: self.batch, first:place]).any(0).nonzero()
+            right = first + int(changed[0]) if len(changed) else place
+        self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, first : first + ids.shape[1]] = ids
+        self.filled = [right if i == 0 or guided else min(filled, right) for i, filled in enumerate(self.filled)]
 
     def _samples(self) -> Samples:
         finite = self.log_p[0].isfinite().all(0).cpu()
@@ -321,7 +321,7 @@ class _Sampling:
         orders = self.orders.to(classes.device)
         codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
         totals = self.log_p.sum(2)
-        complete = all(scale != 1 for scale in self.scales)
+        complete = all(self.guided[self.num_known :])
         return Samples(codes, totals[0], totals[1] if complete else None, orders)
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-_FEW_ROWS = 2
-"""Rows up to which a product is compiled as a sum (`project`): a picture alone, with its null branch."""
+_FEW_ROWS = 8
+"""Rows up to which a product is compiled as sums (`project`): four pictures with their null branches."""
 
 
 def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
@@ -56,10 +56,19 @@ class RMSNorm(nn.RMSNorm):
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (...,C) times the rows of weight (R,C) -> (...,R)."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= _FEW_ROWS * x.shape[-1]:
-        # For so few rows the library's product takes about four times as long as a sum, which is compiled into one loop over the
-        # weights (24 matrices of 256 features, AVX512-BF16: 980 against 250 microseconds).
-        return (x.float()[..., None, :] * weight.float()).sum(-1).to(x.dtype)
+        return _summed(x, weight)
     return F.linear(x, weight.to(x.dtype) if weight.dtype == torch.int8 else weight)
+
+
+def _summed(x: Tensor, weight: Tensor) -> Tensor:
+    """`project` as sums, for compiling: one loop over the weights, of which each is read once for all rows. For a few rows the library's
+    product takes longer (a step of 5.9M weights on two cores with AVX512-BF16: 930 against 590 microseconds for 4 rows, 1,200 against
+    910 for 8; a row alone was four times as fast as its products)."""
+    rows, weight = x.float().flatten(0, -2), weight.float()
+    # The compiler writes out what is put together. Otherwise it would work out x, a norm most often, anew for each row of the weights.
+    rows = torch.cat(rows.chunk(2, 1), 1)
+    sums = torch.stack([(row * weight).sum(-1) for row in rows.unbind(0)])
+    return sums.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Projection(nn.Linear):

@@ -12,7 +12,7 @@ import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
 from stage2_prior.order import known_first, seeded_orders
-from stage2_prior.sampling import draw, filtered, guide, uniforms
+from stage2_prior.sampling import draw, filtered, guidance_at, guide, uniforms
 from tests.stage2_prior.conftest import any_order_prior, tiny_prior
 from tests.stage2_prior.test_sampling import traced
 
@@ -49,21 +49,51 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
         torch.testing.assert_close(drawn.null_log_likelihood, expected)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_several_codes_a_step_each_see_what_came_before_the_step(text_ids, scale):
-    """Every code of a step is drawn as if it alone came next; its siblings are unknown to it."""
-    prior = any_order_prior()
-    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(steps=4, guidance_scale=scale))
+def drawn_by_hand(prior, text_ids, orders, counts, options):
+    """Codes by place after each step: every one of them drawn anew from what a whole, uncached pass over the step before gives."""
     noise, place = uniforms(SEEDS, 9), 0
-    for count in (1, 2, 3, 3):
-        for sibling in range(count):
-            orders = drawn.orders.clone()
-            orders[:, [place, place + sibling]] = orders[:, [place + sibling, place]]
-            branches = [logits_in_order(prior, ids, drawn.codes, orders) for ids in (text_ids, prior.stream.null_caption(3))]
-            chosen = guide(branches[0], branches[1], scale)[:, place]
-            codes = draw(chosen, noise[:, place + sibling])
-            assert torch.equal(codes, drawn.codes.gather(1, drawn.orders)[:, place + sibling])
+    codes, steps = torch.zeros(3, 9, dtype=torch.long), []
+
+    for count in counts:
+        new = codes.clone()
+        for target in range(place + count):
+            # What has not been drawn yet, and siblings, are not known: the target changes places with the first of them.
+            swapped, at = orders.clone(), min(target, place)
+            swapped[:, [at, target]] = swapped[:, [target, at]]
+            branches = [logits_in_order(prior, ids, codes, swapped) for ids in (text_ids, prior.stream.null_caption(3))]
+            logits = guide(*branches, guidance_at(target / 9, options))
+            new.scatter_(1, orders[:, target : target + 1], draw(logits[:, at], noise[:, target])[:, None])
+        codes = new
+        steps.append(codes)
         place += count
+    return steps
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8)}])
+def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_ids, options):
+    prior, options = any_order_prior(), SamplingOptions(steps=4, **options)
+    drawn = sample(prior, text_ids, SEEDS, options)
+    steps = drawn_by_hand(prior, text_ids, drawn.orders, (1, 2, 3, 3), options)
+    assert torch.equal(drawn.codes, steps[-1])
+    first = drawn.orders[:, :3]
+    assert not torch.equal(steps[1].gather(1, first), steps[2].gather(1, first))  # some were changed by what they came to know
+
+
+@pytest.mark.parametrize("steps", [2, 5, 7, 8])
+def test_each_step_settles_a_code_on_what_sequential_sampling_draws(text_ids, steps):
+    prior = any_order_prior()
+    for seeds in ([1, 2, 3], [4, 5, 6], [7, 8, 9]):
+        plain, drawn = (sample(prior, text_ids, seeds, SamplingOptions(steps=n)) for n in (None, steps))
+        in_order = [samples.codes.gather(1, samples.orders)[:, :steps] for samples in (plain, drawn)]
+        assert torch.equal(*in_order)
+
+
+def test_pictures_in_steps_are_the_same_alone_and_in_a_batch(text_ids):
+    prior = any_order_prior()
+    together = sample(prior, text_ids, SEEDS, SamplingOptions(steps=3, guidance_scale=2))
+    for row in range(3):
+        alone = sample(prior, text_ids[row : row + 1], SEEDS[row : row + 1], SamplingOptions(steps=3, guidance_scale=2))
+        assert torch.equal(alone.codes[0], together.codes[row])
 
 
 def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
@@ -75,6 +105,8 @@ def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
 
 def test_each_step_of_several_codes_is_one_pass(text_ids):
     prior, lengths = any_order_prior(), []
+    for parameter in prior.image_head.parameters():
+        torch.nn.init.zeros_(parameter)  # nothing changes what a code is drawn from
     prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     sample(prior, text_ids, SEEDS, SamplingOptions(steps=4))
     assert lengths == [5, 1, 2, 4, 5]  # the codes of the step before, and the last of them once for each further code

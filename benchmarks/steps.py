@@ -1,0 +1,51 @@
+"""Steps of several codes: pictures a second against a code a step, of a bundle that was trained on random orders.
+
+benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N]
+How many codes are drawn again depends on what the prior has learned, so this takes a trained one: `minidalle run --config ...` comes
+first. Captions are held-out ones, options the bundle's, weights bf16, nothing compiled on either side. How many captions are drawn
+right in 16 steps is said by `minidalle evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from benchmarks.timing import interleave, machine
+from pipeline import TextToImagePipeline
+from pipeline.config import load_experiment
+from pipeline.data.shapes_captions import ShapesSource
+from pipeline.runtime import keep_freed_memory
+from stage2_prior import sample
+
+STEPS = (20, 16, 12)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=1)
+    options, rest = parser.parse_known_args()
+    experiment = load_experiment(rest)
+    keep_freed_memory()
+    pipe = TextToImagePipeline.from_pretrained(experiment.folder / "bundle")
+    prior = pipe.prior.to(torch.bfloat16)
+    prompts = [prompt.text for prompt in ShapesSource(experiment.data, "held_out").prompts(range(options.batch))]
+    text = pipe.text.encode(prompts, truncate=True)
+    codes = prior.stream.image_length
+
+    def draw(guidance_scale: float, steps: int):
+        how = replace(pipe.defaults, guidance_scale=guidance_scale, steps=steps)
+        return lambda: sample(prior, text, range(options.batch), how)
+
+    for scale in (1.0, pipe.defaults.guidance_scale):
+        sides = {f"{steps} steps": draw(scale, steps) for steps in (codes, *STEPS)}
+        seconds = interleave(sides, rounds=15 if options.batch == 1 else 5, warm_up=2)
+        print(f"batch {options.batch}, guidance {scale} (pictures/s), {machine()}")
+        for side, value in seconds.items():
+            print(f"  {side:<24} {options.batch / value:12,.1f}   {seconds[f'{codes} steps'] / value:.2f}x those of {codes} steps")
+
+
+if __name__ == "__main__":
+    main()
