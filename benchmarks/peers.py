@@ -47,7 +47,7 @@ def llama() -> Any:
 
 
 def ours() -> Any:
-    """Our prior at the same width and depth, with random weights; guidance and any order may be asked of it as if it was trained so."""
+    """Our prior at the same width and depth, with random weights; guidance may be asked of it as if it was trained so."""
     from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
     levels = (Level(grid=(8, 8), num_codes=NUM_CODES),)

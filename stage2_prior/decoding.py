@@ -1,6 +1,6 @@
-"""Draws codes from a prior: the loop over steps, its cache, its compiled form. Knows ids, places and slots; no text, no pictures.
+"""Draws codes from a prior: the loop over steps and its cache. Knows ids, places and slots; no text, no pictures.
 
-Legend: B pictures, T text slots, N codes of a picture, k codes decided in one step, R tokens fed in one step, K classes.
+Legend: B pictures, T text slots, N codes of a picture, k codes first drawn in one step.
 
 Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text, place T+i the i-th code in the order of
 the picture. A step feeds the codes of the step before and reads off the next k. To draw k > 1 codes at once, the last token is fed k
@@ -21,15 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stage2_prior.model import ImagePrior, Tables
+from stage2_prior.model import ImagePrior
 from stage2_prior.order import codes_a_step, known_first, seeded_orders
-from stage2_prior.sampling import SamplingOptions, draw, filtered, guidance_at, guide, keep_min_p, uniforms
-from stage2_prior.transformer import KeyValueCache, Past, project, visible
+from stage2_prior.sampling import SamplingOptions, guidance_at, uniforms
+from stage2_prior.step import Choice, Drawn, Fed, advance, captured, compiled_advance, compiled_reading, read_captions
+from stage2_prior.transformer import KeyValueCache, Past, visible
 
 
 @dataclass
@@ -51,108 +51,6 @@ class Samples:
         chosen = chosen.to(self.codes.device)
         null = None if self.null_log_likelihood is None else self.null_log_likelihood[chosen]
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
-
-
-class Choice(NamedTuple):
-    """What of the sampling options makes a step another program; a compiled step is made for one choice."""
-
-    guided: bool
-    greedy: bool
-    top_k: int | None
-    top_p: bool
-    min_p: bool
-
-
-class Fed(NamedTuple):
-    """One step's tokens: R for each row of the batch, each of which predicts its target."""
-
-    ids: Tensor
-    """(B or 2B, R)"""
-    slots: Tensor
-    """(R,) or (B or 2B, R)"""
-    targets: Tensor
-    """Like `slots`: the slot after each."""
-    places: Tensor
-    """(R,) of the cache."""
-    before: Tensor
-    """(R,) each token looks at itself and at places below this one."""
-    noise: Tensor
-    """(B,R) uniform numbers."""
-    scales: Tensor
-    """(R,) of guidance."""
-
-
-class Drawn(NamedTuple):
-    """What one step draws."""
-
-    classes: Tensor
-    """(B,R) counted over all levels."""
-    log_p: Tensor
-    """(B,R) given the caption."""
-    null_log_p: Tensor | None
-    """(B,R) given the null caption, where the step is guided."""
-
-
-def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice) -> Drawn:
-    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
-    past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
-    logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
-    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length)
-    if outside is not None:
-        logits = logits.masked_fill(outside, float("-inf"))
-    temperature, top_p, min_p = numbers.unbind()
-    conditional, null = logits.chunk(2) if choice.guided else (logits, None)
-    chosen = conditional if null is None else guide(conditional, null, fed.scales[:, None])
-    if null is not None and outside is not None:
-        chosen = chosen.masked_fill(outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf"))  # inf - inf is no number
-    if choice.min_p:
-        chosen = keep_min_p(chosen, conditional, min_p)
-    if choice.greedy:
-        classes = chosen.argmax(-1)
-    else:
-        classes = draw(filtered(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
-    log_p = _log_p(conditional, classes)
-    return Drawn(classes, log_p, None if null is None else _log_p(null, classes))
-
-
-def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
-
-
-def read_captions(prior: ImagePrior, tables: Tables, cache: KeyValueCache, ids: Tensor) -> None:
-    """Fills an empty cache with captions (P,S)."""
-    slots = torch.arange(ids.shape[1], device=ids.device)
-    prior.features(ids, slots, slots + 1, tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
-
-
-def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
-    """`read_captions` compiled once for any number of captions."""
-    key = ("captions", *_computed(prior))
-    if key not in prior.compiled_steps:
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        compiled = torch.compile(read_captions, dynamic=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
-        prior.compiled_steps[key] = compiled
-    return prior.compiled_steps[key]
-
-
-def _computed(prior: ImagePrior) -> tuple[Any, ...]:
-    """What else makes a program another one: how and where it computes."""
-    return prior.dtype, prior.device, torch.is_autocast_enabled(prior.device.type)
-
-
-def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..., Drawn]:
-    """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
-    code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
-    key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
-    found = prior.compiled_steps.get(key)
-    if found is None:
-        cpu = prior.device.type == "cpu"
-        # What guards would look at before every code - shapes, types, choices - is all in the key.
-        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
-        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
-        prior.compiled_steps[key] = found
-    return found
 
 
 @torch.inference_mode()
@@ -211,6 +109,8 @@ class _Sampling:
         self.compiled = compiled and max(self.counts) == 1
         scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
         self.scales, self.guided = torch.tensor(scales, device=device), [scale != 1 for scale in scales]
+        self.graphs: dict[Choice, Callable[[Fed], Drawn]] = {}
+        self.begun: set[Choice] = set()
         self.orders = _orders(prior, seeds, known, orders, options.steps)
         shared = (self.orders == self.orders[0]).all()
         place = self.orders[0] if shared else self.orders
@@ -291,12 +191,23 @@ class _Sampling:
         top_p = options.top_p is not None and options.top_p < 1
         choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)
-        step = compiled_advance(self.prior, fed, choice) if self.compiled else advance
-        drawn = step(self.prior, self.tables, cache, fed, self.numbers, choice)
+        drawn = self._drawn(cache, fed, choice)
         self.log_p[0, :, drawn_now] = drawn.log_p
         if drawn.null_log_p is not None:
             self.log_p[1, :, drawn_now] = drawn.null_log_p
         self._keep(drawn.classes + self.prior.stream.text_vocab_size, first + 1, place, guided)
+
+    def _drawn(self, cache: KeyValueCache, fed: Fed, choice: Choice) -> Drawn:
+        if not self.compiled:
+            return advance(self.prior, self.tables, cache, fed, self.numbers, choice)
+        if choice in self.graphs:
+            return self.graphs[choice](fed)
+        step = compiled_advance(self.prior, fed, choice)
+        if self.prior.device.type == "cuda" and choice in self.begun:  # its first step has compiled it
+            self.graphs[choice] = captured(step, self.prior, self.tables, cache, fed, self.numbers, choice)
+            return self.graphs[choice](fed)
+        self.begun.add(choice)
+        return step(self.prior, self.tables, cache, fed, self.numbers, choice)
 
     def _keep(self, ids: Tensor, first: int, place: int, guided: bool) -> None:
         """Takes over the ids drawn for places first, first+1, ..., of which those below `place` were drawn before: the tokens from the

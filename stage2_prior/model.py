@@ -116,7 +116,7 @@ class ImagePrior(PreTrainedModel):
         self.register_buffer("slot_level", self.stream.level_index())
         self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
         self.compiled_steps: dict[Any, Any] = {}
-        """Compiled steps of sampling, by what they were compiled for; see `decoding.compiled_advance`."""
+        """Compiled steps of sampling, by what they were compiled for; see `step.compiled_advance`."""
         self.checkpoint_activations = False
         """Whether training keeps each block's input alone and works the rest out again for the gradient: less memory, a third more time."""
         self.post_init()

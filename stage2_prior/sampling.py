@@ -40,7 +40,7 @@ class SamplingOptions:
     """Keep only codes at least this share as likely as the likeliest one, given the caption and before guidance and temperature. With a
     small one (0.002) guidance can be stronger."""
     steps: int | None = None
-    """Steps in which all codes are decided, few at first and more later, where the prior was trained on random orders; absent, each code
+    """Steps in which all codes are drawn, few at first and more later, where the prior was trained on random orders; absent, each code
     has a step of its own."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -314,17 +313,27 @@ def test_wrong_usage_has_status_2(capsys, tmp_path):
     assert main(["generate", "--nonsense"]) == 2
 
 
+DIES_AT_STEP_47 = """
+import os, signal, sys
+from pipeline import cli, training
+rate = training.learning_rate
+def dies(step, config):
+    if step == 47:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(step, config)
+training.learning_rate = dies
+cli.main(sys.argv[1:])
+"""
+
+
 def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
-    """kill -9 while training; the same command goes on and ends with the uninterrupted run's weights."""
-    command = [sys.executable, "-m", "pipeline.cli", "train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "60"]
+    """kill -9 in the midst of a step; the same command goes on and ends with the uninterrupted run's weights."""
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "60"]
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     runs = tiny_yaml.parent / "runs" / "tiny" / "tokenizer"
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(runs.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = subprocess.run([sys.executable, "-c", DIES_AT_STEP_47, *arguments], env=environment, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert newest_checkpoint(runs / "checkpoints") is not None and "held_out" not in json.loads((runs / "settings.json").read_text())
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert "going on from" in done.stdout

@@ -1,0 +1,96 @@
+"""A prior of LlamaGen-B's size on one GPU: pictures a second with guidance, and training as a share of the card's products.
+
+python -m benchmarks.gpu [--pictures 8] [--batch 32] [--width 768 --depth 12 --heads 12 --side 24] [--device cuda]
+111M parameters, 24x24 = 576 codes of 16,384, 120 text slots, guidance 2, bf16. Sampling is compiled as by `TextToImagePipeline.compile`.
+Training computes in bf16 autocast with AdamW, compiled; its operations are 6 for each parameter and token and 12 for each pair of
+places that attention sees, feature and block; the card's rate is that of a product of two 8192 x 8192 matrices in bf16. Other sizes and
+`--device cpu` try the script where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
+
+TEXT, CODES = 120, 16384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    sizes = {"pictures": 8, "batch": 32, "width": 768, "depth": 12, "heads": 12, "side": 24, "rounds": 5, "product": 8192}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    stream = StreamConfig(text_vocab_size=8192, text_length=TEXT, levels=(Level(grid=(options.side, options.side), num_codes=CODES),))
+    prior = ImagePrior(PriorConfig(width=options.width, depth=options.depth, heads=options.heads), stream).to(device)
+    prior.config.trained_with_caption_dropout = True
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}: {sum(p.numel() for p in prior.parameters()) / 1e6:.1f}M parameters, {options.side**2} codes")
+
+    def seconds(call) -> float:
+        """Median; the first two calls compile and warm up."""
+        taken = []
+        for _ in range(2 + options.rounds):
+            _finish(device)
+            start = time.perf_counter()
+            call()
+            _finish(device)
+            taken.append(time.perf_counter() - start)
+        return sorted(taken[2:])[options.rounds // 2]
+
+    step, tokens = _training(prior, options.batch, device)
+    taken = seconds(step)
+    share = _operations(prior, tokens, options.batch) / taken / _product_rate(options.product, device, seconds)
+    print(f"training, {options.batch} pictures: {tokens / taken:,.0f} tokens/s, {share:.1%} of the bf16 rate of a product")
+    prior.eval().to(torch.bfloat16)
+    text = torch.randint(3, 8192, (options.pictures, TEXT))
+    how = SamplingOptions(guidance_scale=2.0)
+    for compiled in (False, True):
+        rate = options.pictures / seconds(lambda compiled=compiled: sample(prior, text, range(options.pictures), how, compiled=compiled))
+        print(f"sampling {options.pictures} guided pictures, {'compiled' if compiled else 'plain'}: {rate:.2f} pictures/s")
+
+
+def _training(prior: ImagePrior, batch: int, device: torch.device):
+    """A step of AdamW, and the tokens that it sees."""
+    text = torch.randint(3, 8192, (batch, TEXT), device=device)
+    codes = torch.randint(0, CODES, (batch, prior.stream.image_length), device=device)
+    objective = PriorObjective(prior, PriorObjectiveConfig())
+    prior.compile_networks()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            value = next(objective.losses({"text_ids": text, "codes": codes}, 0)).value
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, batch * (prior.stream.length - 1)
+
+
+def _operations(prior: ImagePrior, tokens: int, batch: int) -> float:
+    """Of one training step: products forward and backward; embeddings are looked up. Attention is causal, so half of its pairs."""
+    length, config = prior.stream.length - 1, prior.model_config
+    multiplied = sum(p.numel() for p in prior.parameters()) - prior.text_embedding.weight.numel() - prior.code_embedding.own.numel()
+    return 6 * multiplied * tokens + 12 * batch * length**2 / 2 * config.width * config.depth
+
+
+def _product_rate(size: int, device: torch.device, seconds) -> float:
+    """Operations a second of a product of two square bf16 matrices."""
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / seconds(lambda: matrix @ matrix)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One step of drawing codes: tokens in, codes out; plain, compiled, or captured as a CUDA graph. Knows places and slots, no order of steps.
+
+Legend: B pictures, R tokens fed in one step, P captions, S text slots that are read, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stage2_prior.model import ImagePrior, Tables
+from stage2_prior.sampling import draw, filtered, guide, keep_min_p
+from stage2_prior.transformer import KeyValueCache, Past, project, visible
+
+
+class Choice(NamedTuple):
+    """What of the sampling options makes a step another program; a compiled step is made for one choice."""
+
+    guided: bool
+    greedy: bool
+    top_k: int | None
+    top_p: bool
+    min_p: bool
+
+
+class Fed(NamedTuple):
+    """One step's tokens: R for each row of the batch, each of which predicts its target."""
+
+    ids: Tensor
+    """(B or 2B, R)"""
+    slots: Tensor
+    """(R,) or (B or 2B, R)"""
+    targets: Tensor
+    """Like `slots`: the slot after each."""
+    places: Tensor
+    """(R,) of the cache."""
+    before: Tensor
+    """(R,) each token looks at itself and at places below this one."""
+    noise: Tensor
+    """(B,R) uniform numbers."""
+    scales: Tensor
+    """(R,) of guidance."""
+
+
+class Drawn(NamedTuple):
+    """What one step draws."""
+
+    classes: Tensor
+    """(B,R) counted over all levels."""
+    log_p: Tensor
+    """(B,R) given the caption."""
+    null_log_p: Tensor | None
+    """(B,R) given the null caption, where the step is guided."""
+
+
+def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice) -> Drawn:
+    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
+    past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
+    logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
+    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length)
+    if outside is not None:
+        logits = logits.masked_fill(outside, float("-inf"))
+    temperature, top_p, min_p = numbers.unbind()
+    conditional, null = logits.chunk(2) if choice.guided else (logits, None)
+    chosen = conditional if null is None else guide(conditional, null, fed.scales[:, None])
+    if null is not None and outside is not None:
+        chosen = chosen.masked_fill(outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf"))  # inf - inf is no number
+    if choice.min_p:
+        chosen = keep_min_p(chosen, conditional, min_p)
+    if choice.greedy:
+        classes = chosen.argmax(-1)
+    else:
+        classes = draw(filtered(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
+    log_p = _log_p(conditional, classes)
+    return Drawn(classes, log_p, None if null is None else _log_p(null, classes))
+
+
+def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
+
+
+def read_captions(prior: ImagePrior, tables: Tables, cache: KeyValueCache, ids: Tensor) -> None:
+    """Fills an empty cache with captions (P,S)."""
+    slots = torch.arange(ids.shape[1], device=ids.device)
+    prior.features(ids, slots, slots + 1, tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
+
+
+def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
+    """`read_captions` compiled once for any number of captions."""
+    key = ("captions", *_computed(prior))
+    if key not in prior.compiled_steps:
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        compiled = torch.compile(read_captions, dynamic=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
+        prior.compiled_steps[key] = compiled
+    return prior.compiled_steps[key]
+
+
+def _computed(prior: ImagePrior) -> tuple[Any, ...]:
+    """What else makes a program another one: how and where it computes."""
+    return prior.dtype, prior.device, torch.is_autocast_enabled(prior.device.type)
+
+
+def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..., Drawn]:
+    """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
+    code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
+    key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
+    found = prior.compiled_steps.get(key)
+    if found is None:
+        cpu = prior.device.type == "cpu"
+        # What guards would look at before every code - shapes, types, choices - is all in the key.
+        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
+        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
+        prior.compiled_steps[key] = found
+    return found
+
+
+def captured(
+    step: Callable[..., Drawn], prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice
+):
+    """A step as a CUDA graph: its kernels are started all at once, not one after another from Python. The graph reads and writes this
+    cache and these tables, so it serves one call of `sample`; what it draws is overwritten by its next step."""
+    held = Fed(*(tensor.clone() for tensor in fed))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, and computes nothing yet
+        drawn = step(prior, tables, cache, held, numbers, choice)
+
+    def replay(fed: Fed) -> Drawn:
+        for own, new in zip(held, fed, strict=True):
+            own.copy_(new)
+        graph.replay()
+        return drawn
+
+    return replay
