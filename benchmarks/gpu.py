@@ -1,10 +1,10 @@
 """A prior of LlamaGen-B's size on one GPU: pictures a second with guidance, and training as a share of the card's products.
 
 python -m benchmarks.gpu [--pictures 8] [--batch 32] [--width 768 --depth 12 --heads 12 --side 24] [--device cuda]
-111M parameters, 24x24 = 576 codes of 16,384, 120 text slots, guidance 2, bf16. Sampling is compiled as by `TextToImagePipeline.compile`.
-Training computes in bf16 autocast with AdamW, compiled; its operations are 6 for each parameter and token and 12 for each pair of
-places that attention sees, feature and block; the card's rate is that of a product of two 8192 x 8192 matrices in bf16. Other sizes and
-`--device cpu` try the script where there is no GPU.
+111M parameters, 24x24 = 576 codes of 16,384, 120 text slots of 512 words, guidance 2, bf16. Sampling is compiled as by
+`TextToImagePipeline.compile`. Training computes in bf16 autocast with AdamW, compiled; its operations are 6 for each parameter and token
+and 12 for each pair of places that attention sees, feature and block; the card's rate is that of a product of two 8192 x 8192 matrices in
+bf16. Other sizes and `--device cpu` try the script where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
 
-TEXT, CODES = 120, 16384
+TEXT, WORDS, CODES = 120, 512, 16384
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    stream = StreamConfig(text_vocab_size=8192, text_length=TEXT, levels=(Level(grid=(options.side, options.side), num_codes=CODES),))
+    stream = StreamConfig(text_vocab_size=WORDS, text_length=TEXT, levels=(Level(grid=(options.side, options.side), num_codes=CODES),))
     prior = ImagePrior(PriorConfig(width=options.width, depth=options.depth, heads=options.heads), stream).to(device)
     prior.config.trained_with_caption_dropout = True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -49,7 +49,7 @@ def main() -> None:
     share = _operations(prior, tokens, options.batch) / taken / _product_rate(options.product, device, seconds)
     print(f"training, {options.batch} pictures: {tokens / taken:,.0f} tokens/s, {share:.1%} of the bf16 rate of a product")
     prior.eval().to(torch.bfloat16)
-    text = torch.randint(3, 8192, (options.pictures, TEXT))
+    text = torch.randint(3, WORDS, (options.pictures, TEXT))
     how = SamplingOptions(guidance_scale=2.0)
     for compiled in (False, True):
         rate = options.pictures / seconds(lambda compiled=compiled: sample(prior, text, range(options.pictures), how, compiled=compiled))
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _training(prior: ImagePrior, batch: int, device: torch.device):
     """A step of AdamW, and the tokens that it sees."""
-    text = torch.randint(3, 8192, (batch, TEXT), device=device)
+    text = torch.randint(3, WORDS, (batch, TEXT), device=device)
     codes = torch.randint(0, CODES, (batch, prior.stream.image_length), device=device)
     objective = PriorObjective(prior, PriorObjectiveConfig())
     prior.compile_networks()
@@ -75,10 +75,11 @@ def _training(prior: ImagePrior, batch: int, device: torch.device):
 
 
 def _operations(prior: ImagePrior, tokens: int, batch: int) -> float:
-    """Of one training step: products forward and backward; embeddings are looked up. Attention is causal, so half of its pairs."""
-    length, config = prior.stream.length - 1, prior.model_config
-    multiplied = sum(p.numel() for p in prior.parameters()) - prior.text_embedding.weight.numel() - prior.code_embedding.own.numel()
-    return 6 * multiplied * tokens + 12 * batch * length**2 / 2 * config.width * config.depth
+    """Of one training step: products forward and backward; each head sees its own kind of token. Attention is causal: half of its pairs."""
+    stream, config = prior.stream, prior.model_config
+    inside = sum(p.numel() for p in prior.blocks.parameters()) * tokens
+    heads = batch * (prior.text_head.weight.numel() * (stream.text_length - 1) + prior.image_head.own.numel() * stream.image_length)
+    return 6 * (inside + heads) + 12 * batch * (stream.length - 1) ** 2 / 2 * config.width * config.depth
 
 
 def _product_rate(size: int, device: torch.device, seconds) -> float:

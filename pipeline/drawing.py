@@ -30,7 +30,7 @@ def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
     config, stream = prior.model_config, prior.stream
     itemsize = prior.text_head.weight.element_size()
     rows = 2 if options.guidance_scale != 1 else 1
-    at_once = 1 if options.steps is None else math.ceil(2 * stream.image_length / options.steps)
+    at_once = 1 if options.steps is None else stream.image_length  # seldom so many, but a code that changes has all after it fed again
     cache = 2 * config.depth * prior.kv_heads * (config.width // config.heads) * stream.length * itemsize
     reading = stream.text_length * (6 * config.width + 3 * config.hidden + config.heads * stream.text_length) * itemsize
     deciding = at_once * stream.num_codes * 4 * 6

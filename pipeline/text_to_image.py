@@ -52,7 +52,7 @@ class TextToImageOutput:
     codes: Tensor
     """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
     log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats."""
+    """(N,) log p(codes | prompt) in nats; near that only with `steps`, see `Samples`."""
     seeds: list[int]
     """(N,) what each picture's random numbers were drawn from."""
 
@@ -358,15 +358,15 @@ class TextToImagePipeline:
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
     def _gains(self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn; where steps were not guided, the latter takes its own pass."""
+        """log p(codes | caption) - log p(codes | null) in the order drawn, by passes of their own where drawing did not tell."""
         given, null = drawn.log_likelihood, drawn.null_log_likelihood
-        if null is None:
+        if null is None or options.steps is not None:
             if not self.prior.config.trained_with_caption_dropout:
                 raise ValueError(
                     "best_of needs a prior trained with caption dropout, or a judge; train with prior.objective.caption_dropout=0.1"
                 )
             null = self._log_likelihood(self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size)
-            if options.steps is not None:  # codes of one step do not see each other, those of a pass do: both terms by passes
+            if options.steps is not None:  # drawing several codes at once knows their likelihood only nearly
                 given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
         return given.cpu() - null.cpu()
 

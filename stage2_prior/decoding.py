@@ -10,8 +10,8 @@ of its siblings, just as in training. With k = 1 this is plain sequential sampli
 Siblings do not know each other, so two of them may begin the same object twice. But the next step feeds them one after another anyway,
 and so works out what each would be drawn from had it known those before it. It is drawn from that anew, with the same uniform number:
 most stay what they are, and where one does not, the tokens from it on are fed again by the step after. Each step settles at least one
-code on what sequential sampling draws from the same seed, and nearly all of them in practice; only the last step's are never looked
-at again (predictive sampling, Wiggers & Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
+code on what sequential sampling draws from the same seed, and nearly all of them in practice; what the last step draws or changes is
+not looked at again (predictive sampling, Wiggers & Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
 
 Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps that are guided; where guidance
 comes in late, the branch first catches up in one pass.
@@ -40,7 +40,8 @@ class Samples:
     """(B,N) int64 in raster order, each counted within its level."""
     log_likelihood: Tensor
     """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance, temperature 1, no filter. Where a
-    step decides several codes, those of the last one are counted as if they came apart."""
+    step draws several codes it is near that only: codes are counted as they were last drawn, some of them given codes that were changed
+    at the same time. `code_log_likelihood` is exact."""
     null_log_likelihood: Tensor | None
     """(B,) the same given the null caption; None where its branch was not computed for every code."""
     orders: Tensor
@@ -109,6 +110,7 @@ class _Sampling:
         self.compiled = compiled and max(self.counts) == 1
         scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
         self.scales, self.guided = torch.tensor(scales, device=device), [scale != 1 for scale in scales]
+        self.finite: list[Tensor] = []
         self.graphs: dict[Choice, Callable[[Fed], Drawn]] = {}
         self.begun: set[Choice] = set()
         self.orders = _orders(prior, seeds, known, orders, options.steps)
@@ -193,6 +195,7 @@ class _Sampling:
         cache = self.cache.rows(rows)
         drawn = self._drawn(cache, fed, choice)
         self.log_p[0, :, drawn_now] = drawn.log_p
+        self.finite.append(drawn.log_p.isfinite().all())
         if drawn.null_log_p is not None:
             self.log_p[1, :, drawn_now] = drawn.null_log_p
         self._keep(drawn.classes + self.prior.stream.text_vocab_size, first + 1, place, guided)
@@ -220,10 +223,9 @@ class _Sampling:
         self.filled = [right if i == 0 or guided else min(filled, right) for i, filled in enumerate(self.filled)]
 
     def _samples(self) -> Samples:
-        finite = self.log_p[0].isfinite().all(0).cpu()
+        finite = torch.stack(self.finite).cpu()
         if not finite.all():
-            code = int((~finite).nonzero()[0])
-            step = next(i for i in range(len(self.counts)) if self.num_known + sum(self.counts[: i + 1]) > code)
+            step = int((~finite).nonzero()[0])
             raise FloatingPointError(
                 f"the prior's logits are not finite at step {step}; its weights are damaged, go back to an earlier checkpoint"
             )

@@ -51,6 +51,8 @@ class Tables(NamedTuple):
     """(V + K, C): one row for each id of the joint vocabulary."""
     head: Tensor
     """(K,C): a code's logit is the product of its row and the features."""
+    level_edges: Tensor
+    """(2,N) `Stream.level_edges` on the prior's device."""
 
 
 class CodeRows(nn.Module):
@@ -191,7 +193,8 @@ class ImagePrior(PreTrainedModel):
     def tables(self) -> Tables:
         """Embeddings of all ids and rows of the image head, from the weights as they are now."""
         codes = self.code_embedding(self.code_vectors)
-        return Tables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors))
+        edges = self.stream.level_edges.to(codes.device)
+        return Tables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors), edges)
 
     def features(self, ids: Tensor, slots: Tensor, targets: Tensor | None, tables: Tables, past: Past | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""

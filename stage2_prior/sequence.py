@@ -51,8 +51,9 @@ class Stream:
             code_offset += level.num_codes
             past += [code_offset] * level.length
         # On the CPU whatever the default device is: transformers builds models on one without memory and then fills their weights.
-        self._first_code = torch.tensor(first, device="cpu")
-        self._past_code = torch.tensor(past, device="cpu")
+        self.level_edges = torch.tensor([first, past], device="cpu")
+        """(2,N) first class of each image position's level, and the one past its last."""
+        self._first_code = self.level_edges[0]
 
     def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
         """Ids fed to the prior in raster order: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""
@@ -82,12 +83,14 @@ class Stream:
         """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted over all levels."""
         return codes + self._first_code.to(codes.device)
 
-    def outside_level(self, positions: Tensor) -> Tensor | None:
-        """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there is one level."""
+    def outside_level(self, positions: Tensor, edges: Tensor | None = None) -> Tensor | None:
+        """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there is one level. `edges` are
+        `level_edges` where they lie on the positions' device already."""
         if len(self.config.levels) == 1:
             return None
         classes = torch.arange(self.num_codes, device=positions.device)
-        first, past = (edge.to(positions.device)[positions][..., None] for edge in (self._first_code, self._past_code))
+        edges = self.level_edges.to(positions.device) if edges is None else edges
+        first, past = edges[:, positions].unsqueeze(-1)
         return (classes < first) | (classes >= past)
 
     def within_level(self, classes: Tensor, positions: Tensor) -> Tensor:

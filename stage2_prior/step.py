@@ -60,7 +60,7 @@ def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, n
     """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
     past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
     logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
-    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length)
+    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length, tables.level_edges)
     if outside is not None:
         logits = logits.masked_fill(outside, float("-inf"))
     temperature, top_p, min_p = numbers.unbind()
@@ -100,7 +100,8 @@ def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
 
 def _computed(prior: ImagePrior) -> tuple[Any, ...]:
     """What else makes a program another one: how and where it computes."""
-    return prior.dtype, prior.device, torch.is_autocast_enabled(prior.device.type)
+    kind = prior.device.type
+    return prior.dtype, prior.device, prior.training, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..., Drawn]:
@@ -123,7 +124,8 @@ def captured(
 ):
     """A step as a CUDA graph: its kernels are started all at once, not one after another from Python. The graph reads and writes this
     cache and these tables, so it serves one call of `sample`; what it draws is overwritten by its next step."""
-    held = Fed(*(tensor.clone() for tensor in fed))
+    # Compiled steps are made for these strides, which a clone would not keep.
+    held = Fed(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in fed))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # records, and computes nothing yet
         drawn = step(prior, tables, cache, held, numbers, choice)

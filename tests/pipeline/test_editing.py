@@ -179,15 +179,15 @@ def test_best_of_keeps_the_picture_with_the_highest_gain(pipe, guidance_scale):
     assert best.seeds == [every.seeds[i] for i in chosen]
 
 
-def test_best_of_compares_like_with_like_where_steps_decide_several_codes(pipe):
-    """Codes of one step do not see each other; with guidance both likelihoods are of the steps, without it both are of whole passes."""
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guidance_scale):
     from stage2_prior import code_log_likelihood
     from stage2_prior.order import seeded_orders
 
-    every = pipe(["a red circle"], num_images_per_prompt=6, steps=3, guidance_scale=1.0)
+    every = pipe(["a red circle"], num_images_per_prompt=6, steps=3, guidance_scale=guidance_scale)
     ids, flat, orders = pipe.text.encode(["a red circle"]).expand(6, -1), every.codes.flatten(1), seeded_orders(every.seeds, 16)
     given, null = (code_log_likelihood(pipe.prior, t, flat, orders).sum(1) for t in (ids, pipe.prior.stream.null_caption(6)))
-    best = pipe(["a red circle"], best_of=6, steps=3, guidance_scale=1.0)
+    best = pipe(["a red circle"], best_of=6, steps=3, guidance_scale=guidance_scale)
     assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
-from stage2_prior.order import known_first, seeded_orders
+from stage2_prior.order import codes_a_step, known_first, seeded_orders
 from stage2_prior.sampling import draw, filtered, guidance_at, guide, uniforms
 from tests.stage2_prior.conftest import any_order_prior, tiny_prior
 from tests.stage2_prior.test_sampling import traced
@@ -49,34 +49,49 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
         torch.testing.assert_close(drawn.null_log_likelihood, expected)
 
 
-def drawn_by_hand(prior, text_ids, orders, counts, options):
-    """Codes by place after each step: every one of them drawn anew from what a whole, uncached pass over the step before gives."""
-    noise, place = uniforms(SEEDS, 9), 0
-    codes, steps = torch.zeros(3, 9, dtype=torch.long), []
-
+def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
+    """Codes after each step: every one of them but the `first` known ones drawn anew from what a whole, uncached pass over the step
+    before gives."""
+    noise, place, stream = uniforms(SEEDS, 9), first, prior.stream
+    steps = []
     for count in counts:
         new = codes.clone()
-        for target in range(place + count):
+        for target in range(first, place + count):
             # What has not been drawn yet, and siblings, are not known: the target changes places with the first of them.
             swapped, at = orders.clone(), min(target, place)
             swapped[:, [at, target]] = swapped[:, [target, at]]
-            branches = [logits_in_order(prior, ids, codes, swapped) for ids in (text_ids, prior.stream.null_caption(3))]
-            logits = guide(*branches, guidance_at(target / 9, options))
-            new.scatter_(1, orders[:, target : target + 1], draw(logits[:, at], noise[:, target])[:, None])
+            branches = [logits_in_order(prior, ids, codes, swapped) for ids in (text_ids, stream.null_caption(3))]
+            logits = guide(*branches, guidance_at(target / 9, options)).nan_to_num(float("-inf"))
+            classes = draw(filtered(logits[:, at], options.temperature, None, options.top_p), noise[:, target])
+            here = orders[:, target : target + 1]
+            new.scatter_(1, here, stream.within_level(classes[:, None], here))
         codes = new
         steps.append(codes)
         place += count
     return steps
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8)}])
-def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_ids, options):
-    prior, options = any_order_prior(), SamplingOptions(steps=4, **options)
-    drawn = sample(prior, text_ids, SEEDS, options)
-    steps = drawn_by_hand(prior, text_ids, drawn.orders, (1, 2, 3, 3), options)
-    assert torch.equal(drawn.codes, steps[-1])
-    first = drawn.orders[:, :3]
-    assert not torch.equal(steps[1].gather(1, first), steps[2].gather(1, first))  # some were changed by what they came to know
+@pytest.mark.parametrize("levels", [None, TWO])
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 2.0, "temperature": 0.8, "top_p": 0.95},
+        {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8)},
+        {"guidance_scale": 2.0, "guidance_power": 1.0},
+    ],
+)
+def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_ids, levels, known, options):
+    prior, options = any_order_prior(levels) if levels else any_order_prior(), SamplingOptions(steps=4, **options)
+    orders = known_first(seeded_orders(SEEDS, 9), torch.arange(9) < known)
+    given = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(1))
+    drawn = sample(prior, text_ids, SEEDS, options, known=torch.arange(9) < known, codes=given)
+    steps = drawn_by_hand(prior, text_ids, orders, codes_a_step(9 - known, 4), options, given, known)
+    assert torch.equal(drawn.orders, orders) and torch.equal(drawn.codes, steps[-1])
+    # Some codes of the third step were changed by what they came to know.
+    third = orders[:, : known + sum(codes_a_step(9 - known, 4)[:3])]
+    assert not torch.equal(steps[2].gather(1, third), steps[3].gather(1, third))
 
 
 @pytest.mark.parametrize("steps", [2, 5, 7, 8])
@@ -279,20 +294,22 @@ def test_known_codes_must_be_as_many_in_each_picture_and_be_given(text_ids, code
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
+    text_ids, seeds = text_ids.repeat(4, 1), range(12)
     for options in (SamplingOptions(), SamplingOptions(guidance_scale=2, top_p=0.9)):
         prior = any_order_prior()
-        plain = sample(prior, text_ids, SEEDS, options)
-        for rows in (slice(3), slice(1)):  # one picture alone is worked out as sums
-            compiled = sample(prior, text_ids[rows], SEEDS[rows], options, compiled=True)
+        plain = sample(prior, text_ids, seeds, options)
+        for rows in (slice(12), slice(3)):  # few rows are worked out as sums, many as products
+            compiled = sample(prior, text_ids[rows], seeds[rows], options, compiled=True)
             assert torch.equal(compiled.codes, plain.codes[rows])
             torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood[rows], rtol=1e-4, atol=1e-4)
         assert len(prior.compiled_steps) == 3
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("levels", [None, TWO])
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8), "top_p": 0.9}])
-def test_captured_steps_draw_the_same_codes(text_ids, options):
-    prior, options = any_order_prior().cuda(), SamplingOptions(**options)
+def test_captured_steps_draw_the_same_codes(text_ids, levels, options):
+    prior, options = (any_order_prior(levels) if levels else any_order_prior()).cuda(), SamplingOptions(**options)
     plain = sample(prior, text_ids, SEEDS, options)
     for _ in range(2):
         graphs = sample(prior, text_ids, SEEDS, options, compiled=True)

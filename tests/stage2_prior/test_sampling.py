@@ -10,7 +10,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from stage2_prior import Level, SamplingOptions, sample
 from stage2_prior.sampling import draw, filtered, guide, keep_min_p, keep_top_k, keep_top_p, uniforms
-from tests.stage2_prior.conftest import tiny_prior
+from tests.stage2_prior.conftest import any_order_prior, tiny_prior
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -164,6 +164,19 @@ def test_broken_weights_stop_the_sampling(prior, text_ids):
         prior.image_head.own.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
         sample(prior, text_ids, [1, 2, 3], SamplingOptions())
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_the_step_at_which_numbers_broke_is_named(text_ids, steps):
+    prior, passes = any_order_prior(), []
+
+    def breaks(_, inputs, output):
+        passes.append(0)
+        return output * float("nan") if len(passes) == 4 else output  # captions are read, then steps 0, 1, 2
+
+    prior.norm.register_forward_hook(breaks)
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        sample(prior, text_ids, [1, 2, 3], SamplingOptions(steps=steps))
 
 
 def test_bad_options_are_all_named():
