@@ -231,11 +231,14 @@ class Plain(Line):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts):
+def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
+    clip, norms = Accelerator.clip_grad_norm_, []
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *given: (norms.append(clip(*given)), norms[-1])[1])
     torch.manual_seed(3)
     whole, _ = train(tmp_path / "whole", Plain())
     torch.manual_seed(3)
     accumulated, _ = train(tmp_path / "parts", Plain(), accumulate=parts)
+    torch.testing.assert_close(torch.stack(norms[:9]), torch.stack(norms[9:]), rtol=1e-4, atol=1e-6)
     assert whole.sizes == [4] * 9 and accumulated.sizes == [4 // parts] * 9 * parts
     for a, b in zip(whole.network.parameters(), accumulated.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -173,6 +173,13 @@ def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, orde
         sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) > 4, codes=codes)
 
 
+def test_guidance_is_on_from_the_first_share_until_before_the_last():
+    options = SamplingOptions(guidance_scale=3, guidance_interval=(0.25, 0.5))
+    assert [guidance_at(share, options) for share in (0, 0.24, 0.25, 0.49, 0.5, 0.9)] == [1, 1, 3, 3, 1, 1]
+    rising = SamplingOptions(guidance_scale=3, guidance_power=2.0)
+    assert [guidance_at(share, rising) for share in (0, 0.5**0.5)] == pytest.approx([1, 2])
+
+
 @pytest.mark.parametrize("options", [{"guidance_interval": (0.3, 0.7)}, {"guidance_power": 1.0}, {"guidance_interval": (0.5, 1.0)}])
 def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(prior, text_ids, options):
     rows = []
