@@ -151,9 +151,7 @@ class _Sampling:
 
     def run(self) -> Samples:
         place = self.text_length + self.num_known
-        for branch in range(len(self.filled)):
-            if branch == 0 or self.guided[self.num_known]:
-                self._catch_up(branch, place - 1)
+        self._catch_up(0, place - 1)
         for count in self.counts:
             self._step(place, count)
             place += count
@@ -220,7 +218,7 @@ class _Sampling:
             changed = (ids[:, : place - first] != self.ids[: self.batch, first:place]).any(0).nonzero()
             right = first + int(changed[0]) if len(changed) else place
         self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, first : first + ids.shape[1]] = ids
-        self.filled = [right if i == 0 or guided else min(filled, right) for i, filled in enumerate(self.filled)]
+        self.filled = [right if i == 0 or guided else filled for i, filled in enumerate(self.filled)]
 
     def _samples(self) -> Samples:
         finite = torch.stack(self.finite).cpu()
