@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +120,8 @@ class ImagePrior(PreTrainedModel):
         self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
         self.compiled_steps: dict[Any, Any] = {}
         """Compiled steps of sampling, by what they were compiled for; see `step.compiled_advance`."""
+        self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
+        """What training takes for it: torch's, compiled with the network."""
         self.checkpoint_activations = False
         """Whether training keeps each block's input alone and works the rest out again for the gradient: less memory, a third more time."""
         self.post_init()
@@ -230,8 +233,10 @@ class ImagePrior(PreTrainedModel):
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     def compile_networks(self) -> None:
-        """Compiles the training forward in place; parameter names stay as they are."""
+        """Compiles the training forward in place, parameter names stay as they are; and the loss, which a batch's logits, a thousand for
+        each code, make a twentieth of a step."""
         self.compile(dynamic=False)
+        self.cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
 
     def quantize_matrices(self) -> None:
         """Keeps the matrices inside the blocks as 8-bit integers from now on: half of bf16's memory, for drawing alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,15 +124,9 @@ class PriorObjective:
         fed = self.stream.text_first(text_ids, codes, orders)
         logits = prior(fed.ids, fed.slots, targets=fed.targets)
         text = self._text_cross_entropy(logits.text, text_ids, words)
-        targets = self.stream.image_targets(codes)
-        image_logits = logits.image.float()
-        places = torch.arange(self.stream.image_length, device=codes.device) if orders is None else orders
-        if (outside := self.stream.outside_level(places)) is not None:
-            image_logits = image_logits.masked_fill(outside, float("-inf"))
-        if orders is not None:
-            targets = targets.gather(1, orders)
+        image_logits, targets = self.stream.in_order(logits.image.float(), codes, orders)
         flat, targets = image_logits.flatten(0, 1), targets.flatten()
-        image = F.cross_entropy(flat, targets)
+        image = self._cross_entropy(flat, targets)
         smoothing = self.config.label_smoothing
         if not smoothing:
             return text, image, image
@@ -150,7 +145,11 @@ class PriorObjective:
     def _text_cross_entropy(self, logits: Tensor, text_ids: Tensor, words: Tensor) -> Tensor:
         # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
         targets = self.stream.text_targets(text_ids).flatten()
-        return F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum") / words.clamp(min=1)
+        return self._cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum") / words.clamp(min=1)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, **how: Any) -> Tensor:
+        # Held-out batches are of many sizes, each of which would be compiled anew.
+        return (self.prior.cross_entropy if self.prior.training else F.cross_entropy)(logits, targets, **how)
 
 
 def _over_processes(words: Tensor) -> Tensor:

@@ -30,15 +30,9 @@ def code_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor, orde
         orders = torch.arange(stream.image_length).expand(len(codes), -1)
     orders = None if orders is None else orders.to(device)
     fed = stream.text_first(text_ids, codes, orders)
-    logits = prior(fed.ids, fed.slots, targets=fed.targets).image.float()
-    places = torch.arange(stream.image_length, device=device) if orders is None else orders
-    if (outside := stream.outside_level(places)) is not None:
-        logits = logits.masked_fill(outside, float("-inf"))
-    classes = stream.image_targets(codes)
-    if orders is None:
-        return logits.log_softmax(-1).gather(2, classes[..., None])[..., 0]
-    in_order = logits.log_softmax(-1).gather(2, classes.gather(1, orders)[..., None])[..., 0]
-    return torch.empty_like(in_order).scatter_(1, orders, in_order)
+    logits, classes = stream.in_order(prior(fed.ids, fed.slots, targets=fed.targets).image.float(), codes, orders)
+    log_p = logits.log_softmax(-1).gather(2, classes[..., None])[..., 0]
+    return log_p if orders is None else torch.empty_like(log_p).scatter_(1, orders, log_p)
 
 
 @torch.inference_mode()

@@ -83,6 +83,16 @@ class Stream:
         """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted over all levels."""
         return codes + self._first_code.to(codes.device)
 
+    def in_order(self, logits: Tensor, codes: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Image logits (B,N,K) in the order in which codes come, and codes (B,N) by image position -> logits with the classes of other
+        levels ruled out, and the classes (B,N) in that order; raster where `orders` (B,N) is None."""
+        classes = self.image_targets(codes)
+        if orders is not None:
+            classes = classes.gather(1, orders)
+        places = torch.arange(self.image_length, device=codes.device) if orders is None else orders
+        outside = self.outside_level(places)
+        return logits if outside is None else logits.masked_fill(outside, float("-inf")), classes
+
     def outside_level(self, positions: Tensor, edges: Tensor | None = None) -> Tensor | None:
         """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there is one level. `edges` are
         `level_edges` where they lie on the positions' device already."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
 from stage2_prior.transformer import attend, rotary_table, rotate
 from tests.stage2_prior.conftest import tiny_prior
+from tests.stage2_prior.test_sampling import traced
 
 LEVELS = [(Level(grid=(3, 3), num_codes=11),), (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))]
 
@@ -160,13 +161,17 @@ def test_configuration_errors_are_all_named():
         PriorObjectiveConfig(text_weight=-1, caption_dropout=1, label_smoothing=2)
 
 
-def test_compiled_training_gives_the_same_loss(prior, text_ids, codes):
-    objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
+def test_compiled_training_gives_the_same_loss(prior, text_ids, codes, monkeypatch):
+    objective = PriorObjective(prior.train(), PriorObjectiveConfig(caption_dropout=0))
     batch = {"text_ids": text_ids, "codes": codes}
-    eager = next(objective.losses(batch, 0)).value
-    prior.compile(dynamic=False, backend="aot_eager")
+    eager, held_out = next(objective.losses(batch, 0)).value, objective.evaluate([batch])
+    graphs = traced(monkeypatch)
+    prior.compile_networks()
     compiled = next(objective.losses(batch, 0)).value
     torch.testing.assert_close(compiled, eager)
+    assert len(graphs) == 3  # the network, and the cross-entropies of text and codes
+    assert objective.evaluate([batch]) == pytest.approx(held_out)
+    assert len(graphs) == 4  # the network without dropout; batches of any size have the plain cross-entropy
     assert not any("_orig_mod" in key for key in prior.state_dict())
 
 

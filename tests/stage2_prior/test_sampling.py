@@ -23,7 +23,7 @@ def traced(monkeypatch) -> list:
         graphs.append(graph)
         return graph.forward
 
-    def trace(function, *, options, **others):
+    def trace(function, *, options=None, **others):
         return compile_(function, backend=lambda g, x, **_: backend(g, x), options=options, **others)
 
     monkeypatch.setattr(torch, "compile", trace)
