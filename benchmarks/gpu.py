@@ -10,10 +10,10 @@ bf16. Other sizes and `--device cpu` try the script where there is no GPU.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 
+from benchmarks.timing import interleave
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
 
 TEXT, WORDS, CODES = 120, 512, 16384
@@ -34,15 +34,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}: {sum(p.numel() for p in prior.parameters()) / 1e6:.1f}M parameters, {options.side**2} codes")
 
     def seconds(call) -> float:
-        """Median; the first two calls compile and warm up."""
-        taken = []
-        for _ in range(2 + options.rounds):
-            _finish(device)
-            start = time.perf_counter()
-            call()
-            _finish(device)
-            taken.append(time.perf_counter() - start)
-        return sorted(taken[2:])[options.rounds // 2]
+        return interleave({"": lambda: (call(), _finish(device))}, rounds=options.rounds, warm_up=2)[""]
 
     step, tokens = _training(prior, options.batch, device)
     taken = seconds(step)

@@ -75,6 +75,8 @@ def test_without_a_compiler_nothing_is_compiled_unless_it_is_asked_for(prior, mo
 def test_the_estimate_grows_with_what_takes_memory():
     plain = bytes_a_picture(tiny_prior(heads=4), SamplingOptions())
     assert bytes_a_picture(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
+    # A step of several codes may feed all of them: logits of 8 more, 11 classes each.
+    assert bytes_a_picture(tiny_prior(heads=4), SamplingOptions(steps=4)) >= plain + 8 * 11 * 4
     assert (
         bytes_a_picture(tiny_prior(heads=4, kv_heads=1), SamplingOptions())
         < plain

@@ -334,3 +334,10 @@ def test_a_program_is_made_anew_where_the_prior_computes_otherwise(text_ids, mon
     with torch.autocast("cpu", torch.bfloat16):
         sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
     assert len(graphs) == 6
+    prior.float()
+    for count, dtype in ((8, torch.bfloat16), (10, torch.float16)):
+        with torch.autocast("cpu", dtype):
+            sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
+        assert len(graphs) == count
+    sample(prior.train(), text_ids, SEEDS, SamplingOptions(), compiled=True)
+    assert len(graphs) == 12
