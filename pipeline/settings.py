@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
 from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, TrainConfig, to_dict
+from pipeline.data.config import data_settings
 from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile", "checkpoint_activations")
@@ -61,6 +62,8 @@ def needed(folder: Path, verb: str) -> Path:
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:
     """Saved settings of a stage, of codes or of a row of a comparison; those that there were none of then have their defaults."""
     filled = {"precision": "auto"} | saved
+    if "data" in saved:
+        filled["data"] = data_settings(saved["data"])
     for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0})):
         if name in saved:
             filled[name] = later | saved[name]

@@ -21,8 +21,13 @@ from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order, loaded_ahead
 from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokenizer, complete, read_manifest, write_part
+from pipeline.data.config import data_settings
 from pipeline.data.export import Format, export_codes
-from pipeline.data.sources import Source, Split, load_source
+from pipeline.data.mixing import parts_of
+from pipeline.data.share import Share
+from pipeline.data.sources import Source, Split, load_sources
+from pipeline.data.stream import StreamSource
+from pipeline.data.stream_feed import feed_of
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
 from pipeline.settings import as_made, finish, finished, needed, start
@@ -47,7 +52,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
-        "data": to_dict(experiment.data),
+        "data": data_settings(to_dict(experiment.data)),
         "pictures": [source.fingerprint, held_out.fingerprint],
         **to_dict(experiment.tokenizer),
     }
@@ -68,11 +73,11 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
     """What stage 1 hands to `fit`, and the new tokenizer in it."""
     torch.manual_seed(experiment.seed)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
-    order = Order(len(source), experiment.tokenizer.train.batch_size, experiment.seed)
+    place = (accelerator.process_index, accelerator.num_processes)
+    feed = feed_of(source, experiment.tokenizer.train.batch_size, experiment.seed, *place, folder=experiment.folder / "data")
 
     def batch(step: int) -> torch.Tensor:
-        rows = order.share(step, accelerator.process_index, accelerator.num_processes)
-        return torch.from_numpy(source.images(rows.tolist()))
+        return torch.from_numpy(feed.pictures(step))
 
     def held_out_batches() -> Iterator[torch.Tensor]:
         count = min(len(held_out), experiment.encode.held_out)
@@ -109,7 +114,7 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
             f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
         )
-    settings = {"data": to_dict(experiment.data), "encode": to_dict(experiment.encode), "precision": experiment.precision}
+    settings = {"data": data_settings(to_dict(experiment.data)), "encode": to_dict(experiment.encode), "precision": experiment.precision}
     by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     sources = {split: source.fingerprint for split, source in by_split.items()}
     if (folder / "codes.json").is_file():
@@ -364,19 +369,24 @@ def run(experiment: Experiment) -> Path:
 
 
 def _report(accelerator: Accelerator, source: Source) -> None:
-    accelerator.print(f"{source.name}: {len(source):,} pictures to train on")
+    many = any(isinstance(part, StreamSource) for part in parts_of(source))
+    accelerator.print(f"{source.name}: " + ("read as it comes" if many else f"{len(source):,} pictures to train on"))
     for problem in source.problems:
         accelerator.print(f"  {problem}")
 
 
-def sources_of(experiment: Experiment) -> tuple[Source, Source]:
-    """Training and held-out pictures, before anything is written."""
-    source, held_out = load_source(experiment.data, "train"), load_source(experiment.data, "held_out")
-    if not len(source) or not len(held_out):
-        raise ValueError(
-            f"{source.name} has {len(source)} pictures to train on and {len(held_out)} held out to judge on, and each needs at least "
-            f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
-        )
+def sources_of(experiment: Experiment) -> tuple[Any, Source]:
+    """Training and held-out pictures, before anything else is written; every process must call."""
+    state = processes()
+    share = Share(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
+    source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
+    for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
+        seen = 1 if isinstance(part, StreamSource) else len(part)
+        if not seen or not len(held_out):
+            raise ValueError(
+                f"{part.name} has {seen} pictures to train on and {len(back)} held out to judge on, and each needs at least "
+                f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
+            )
     return source, held_out
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.config import DataConfig
+from pipeline.data.pictures import random_square
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ANNOTATIONS = "/usr/share/unicode/cldr/common"
@@ -152,9 +153,10 @@ class EmojiSource:
             family, tone = tone_of(one.name)
             if tone:
                 self._families.setdefault(family, []).append(one)
-        self.names = [e.name for e in self._emoji]
+        self._flip = config.flip
+        own = [e.name for e in self._emoji]
         self.problems: list[str] = []
-        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest = hashlib.sha256("\n".join(own).encode())
         for one in self._emoji:
             digest.update(one.picture.tobytes())
         self.fingerprint = digest.hexdigest()[:16]
@@ -162,12 +164,21 @@ class EmojiSource:
     def __len__(self) -> int:
         return len(self._emoji)
 
-    def images(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8."""
-        return np.stack([self._emoji[int(i)].picture for i in indices])
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures (N,S,S,3) uint8; see `Source`."""
+        pictures = [self._emoji[int(i)].picture for i in indices]
+        if draws is not None and self._flip:
+            pictures = [random_square(p, len(p), crop=False, flip=True, draw=draw) for p, draw in zip(pictures, draws, strict=True)]
+        return np.stack(pictures)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [self._emoji[int(i)].name for i in indices]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        return [[text] for text in self.captions(indices)]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return self.captions(indices)
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
         """The pictures (n,S,S,3) of a picture's name in all its tones, and which of them is its own; n is 1 without tones."""

@@ -1,95 +1,103 @@
-"""A `datasets` name or a folder saved by `datasets`. Knows columns and splits; knows no training."""
+"""A `datasets` name, a folder saved by `datasets`, or Parquet files. Knows columns and splits; decodes nothing."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.data.config import DataConfig
-from pipeline.data.folder import Tally, is_held_out
-from pipeline.data.pictures import TooSmall, open_picture, square
+from pipeline.data.rows import Record, Tally, image_column
+
+_BATCH = 1000
 
 
-class HubSource:
-    """One split of a data set with an image column and a text column. Its `train` split is divided by row number."""
+class HubRows:
+    """The `train` split of a data set, or whichever comes first."""
 
-    def __init__(self, config: DataConfig, split: str) -> None:
-        self.name, self.config = config.source, config
-        rows = _load(config)
-        for column in (config.image_column, config.text_column):
-            if column not in rows.column_names:
-                near = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"{config.source} has no column {column!r}; it has {', '.join(rows.column_names)}{hint} "
-                    "(data.image_column, data.text_column)"
-                )
+    def __init__(self, config: DataConfig) -> None:
         from datasets import Image
 
-        # Undecoded, so that a broken picture is ours to report.
-        self._rows = rows.select_columns([config.image_column, config.text_column]).cast_column(config.image_column, Image(decode=False))
-        tally, kept = Tally(), []
-        digest = hashlib.sha256(f"{config.image_size} {config.upscale}".encode())
-        for number in range(len(self._rows)):
-            row = self._rows[number]
-            text = str(row[config.text_column] or "").strip()
-            if not text:
-                tally.add("pictures without a caption left out", f"row {number}")
-                continue
-            try:
-                self._read(number)
-            except TooSmall:
-                tally.add(f"pictures smaller than {config.image_size} pixels left out (data.upscale=true keeps them)", f"row {number}")
-            except (OSError, ValueError, TypeError):
-                tally.add("unreadable pictures left out", f"row {number}")
-            else:
-                digest.update(f"{text}\0".encode() + (row[config.image_column]["bytes"] or b""))
-                kept.append(number)
-        self.problems = tally.lines()
-        bad = tally.count("unreadable pictures left out")
-        if bad > config.max_bad * max(len(self._rows), 1):
-            raise ValueError(
-                f"{bad} of {len(self._rows)} pictures of {config.source} cannot be read "
-                f"({tally.first('unreadable pictures left out')}); repair them, or raise data.max_bad (now {config.max_bad})"
-            )
-        if not kept:
-            raise ValueError(f"{config.source} has no usable picture with a caption; {'; '.join(self.problems)}")
-        self._kept = [n for n in kept if is_held_out(str(n), config.held_out) == (split == "held_out")]
-        self.fingerprint = digest.hexdigest()[:16]
+        self.name, self.tally = config.source, Tally()
+        rows = load(config)
+        self._image = image_column(self.name, config.image_column, rows.column_names)
+        self.columns = [column for column in rows.column_names if column != self._image]
+        self.stamp = f"{rows._fingerprint}-{self._image}"
+        if isinstance(rows.features[self._image], Image):
+            # Undecoded, so that a broken picture is ours to report.
+            rows = rows.cast_column(self._image, Image(decode=False))
+        self._rows = rows
+        # A column alone: reading captions must not read the pictures beside them.
+        self._pictures = rows.select_columns([self._image])
+        self._beside = Path(config.source).expanduser().parent
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._rows)
 
-    def images(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8."""
-        return np.stack([self._read(self._kept[int(i)]) for i in indices])
+    def label(self, row: int) -> str:
+        return f"row {row}"
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return [str(self._rows[self._kept[int(i)]][self.config.text_column]).strip() for i in indices]
+    def picture(self, row: int) -> bytes:
+        return content_of(self._pictures[row][self._image], self._beside)
 
-    def _read(self, number: int) -> np.ndarray:
-        import io
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        rows = self._rows.select_columns(list(columns))
+        named = label_names(rows.features)
+        for batch in rows.iter(_BATCH):
+            for i in range(len(batch[columns[0]])):
+                yield [{column: named(column, batch[column][i]) for column in columns}]
 
-        cell = self._rows[number][self.config.image_column]
-        source = io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
-        return np.asarray(square(open_picture(source), self.config.image_size, upscale=self.config.upscale, name=f"row {number}"))
+
+def content_of(cell: Any, beside: Path) -> bytes:
+    """A cell of pictures as a file's bytes: bytes, a path (relative to `beside`), or `datasets`' pair of both.
+
+    Raises:
+        ValueError: it is none of them.
+        OSError: the file cannot be read.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, str) and cell and "\0" not in cell:
+        return (beside / cell).read_bytes()
+    raise ValueError(f"it holds {type(cell).__name__} and no picture")
 
 
-def _load(config: DataConfig) -> Any:
+def label_names(features: Any) -> Any:
+    """(column, value) -> the value, or its name where the column holds class labels."""
+    from datasets import ClassLabel
+
+    labels = {column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+    def named(column: str, value: Any) -> Any:
+        return labels[column].int2str(value) if column in labels and isinstance(value, int) and value >= 0 else value
+
+    return named
+
+
+def load(config: DataConfig, *, streaming: bool = False) -> Any:
+    """The data set, mapped or streamed.
+
+    Raises:
+        FileNotFoundError: it is not there, or the library cannot read it.
+    """
     import datasets
 
     path = Path(config.source).expanduser()
     try:
-        loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(config.source)
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+            loaded = loaded.to_iterable_dataset(num_shards=64) if streaming else loaded
+        elif path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(config.source, streaming=streaming)
     except Exception as error:  # the library raises many kinds for a name that cannot be had
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
-            f"data.source {config.source!r} is no folder here and no data set that can be loaded ({str(error).splitlines()[0][:200]}); "
-            "give shapes, emoji, a folder of pictures, or a datasets name with network access"
+            f"data.source {config.source!r} is no folder or file here and no data set that can be loaded ({reason}); "
+            "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a datasets name with network access"
         ) from error
     if isinstance(loaded, dict):
         return loaded["train"] if "train" in loaded else next(iter(loaded.values()))

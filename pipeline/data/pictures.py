@@ -1,38 +1,74 @@
-"""One picture file -> a square RGB picture. Knows formats and sizes; knows no captions."""
+"""One picture file -> a square RGB picture. Knows formats, sizes and crops; knows no captions."""
 
 from __future__ import annotations
 
+import io
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LARGEST = 89_478_485
+"""Pixels of a picture above which it is refused: a small file can claim to be so large that it fills the memory."""
+
+# A picture of absurd size is refused below. Pillow's warnings cannot be caught where several threads read.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class TooSmall(ValueError):
     """A picture is smaller than asked for."""
 
 
-def open_picture(source: Any) -> Image.Image:
-    """A decoded picture from a path or file object.
+def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
+    """A decoded picture from a path, a file object or a file's bytes; of several frames the first.
+
+    Args:
+        at_least: a shorter side that is enough: JPEGs are then decoded at a half, a quarter or an eighth where that leaves as much.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: it cannot be read; says why.
     """
+    return _opened(source, at_least)[0]
+
+
+def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture's file decoded as small as it may be (see `open_picture`), and its full width and height when upright."""
+    image, (width, height) = _opened(content, at_least)
+    sideways = _orientation(image) in (5, 6, 7, 8)
+    return image, (height, width) if sideways else (width, height)
+
+
+def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    name = "it" if isinstance(source, bytes) else source
     try:
-        with warnings.catch_warnings():
-            # A picture of absurd size is refused rather than warned about.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(source)
-            image.load()
-            return image
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        size = image.size
+        if size[0] * size[1] > LARGEST:
+            raise ValueError(f"it says to be {size[0]}x{size[1]} pixels, and {LARGEST:,} in all are the most")
+        if at_least is not None:
+            reduced = at_least / min(size)
+            image.draft("RGB", (math.ceil(size[0] * reduced), math.ceil(size[1] * reduced)))
+        image.load()
+        return image, size
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {source}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:  # fmt: skip
-        raise ValueError(f"{source} cannot be read as a picture ({error})") from error
+        raise FileNotFoundError(f"there is no picture {name}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file, down to struct.error and IndexError
+        why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name} cannot be read as a picture ({why})") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a damaged EXIF block, which says nothing of the pixels
+        return 1
 
 
 def square(image: Image.Image, size: int, *, upscale: bool = False, name: str = "the picture") -> Image.Image:
@@ -51,3 +87,46 @@ def square(image: Image.Image, size: int, *, upscale: bool = False, name: str = 
 def read_picture(path: Path, size: int, *, upscale: bool = False) -> Image.Image:
     """A picture file as RGB at `size` pixels; see `open_picture` and `square` for what is raised."""
     return square(open_picture(path), size, upscale=upscale, name=str(path))
+
+
+def shrunk(content: bytes, size: int, scale: float = 1.0) -> np.ndarray:
+    """A picture's file as RGB uint8 (H,W,3), made so small that a square of `scale` of its shorter side still fills `size` pixels."""
+    from stage1_tokenizer.pixels import to_rgb
+
+    wanted = math.ceil(size / scale)
+    # Twice the size leaves the antialiasing enough to work on.
+    image = to_rgb(open_picture(content, at_least=2 * wanted))
+    shorter = min(image.size)
+    target = max(size, min(shorter, wanted))
+    if shorter != target:
+        width, height = (max(target, round(side * target / shorter)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(image)
+
+
+def centre_square(picture: np.ndarray, size: int) -> np.ndarray:
+    """The largest centred square of (H,W,3) at `size` pixels."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    return _resized(picture, (height - side) // 2, (width - side) // 2, side, size)
+
+
+def random_square(picture: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int) -> np.ndarray:
+    """Some square of (H,W,3) at `size` pixels, maybe mirrored; the same for the same `draw`."""
+    random = np.random.default_rng(draw)
+    height, width = picture.shape[:2]
+    shorter = min(height, width)
+    if crop:
+        side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
+        top, left = int(random.integers(0, height - side + 1)), int(random.integers(0, width - side + 1))
+        picture = _resized(picture, top, left, side, size)
+    else:
+        picture = centre_square(picture, size)
+    return picture[:, ::-1] if flip and random.integers(2) else picture
+
+
+def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> np.ndarray:
+    part = picture[top : top + side, left : left + side]
+    if side == size:
+        return part
+    return np.asarray(Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC))

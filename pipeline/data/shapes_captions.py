@@ -120,12 +120,18 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.size
 
-    def images(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8."""
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures (N,S,S,3) uint8; each is seen as it is, whatever the draws."""
         return self.world.images(indices)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [prompt.text for prompt in self.prompts(indices)]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        return [[text] for text in self.captions(indices)]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [f"scene {int(i)}" for i in indices]
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """Captions with their claims."""

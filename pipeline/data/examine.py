@@ -1,0 +1,165 @@
+"""Opens every picture of a source once, in parallel: its size, a hash of its file, and what is wrong with it. Trains nothing.
+
+What was found is kept in a file, so that a source is read through once and not at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.data.config import DataConfig
+from pipeline.data.pictures import open_for_judging
+from pipeline.data.rows import Rows, Tally, stamp_of
+from pipeline.data.share import ALONE, Share
+from stage1_tokenizer.pixels import to_rgb
+
+UNREADABLE = "unreadable pictures left out"
+_CHUNK = 32
+_SLOW = 2000
+"""Pictures from which the user is shown how far it is, and what was found is kept."""
+_DECODED = 64
+"""Shorter side, in pixels, that pictures are decoded at to be judged."""
+_FORM = 1
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found of each picture, an entry a row.
+
+    Attributes:
+        width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
+        digest: uint64 (N), a hash of the file.
+        look: uint64 (N), a hash of what it looks like (`look_of`).
+        mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has several frames.
+        problem: (N), what is wrong with it, or ''.
+    """
+
+    width: np.ndarray
+    height: np.ndarray
+    digest: np.ndarray
+    look: np.ndarray
+    mode: list[str]
+    problem: list[str]
+
+
+def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share = ALONE) -> Examined:
+    """Reads every picture, or takes what an earlier call found in `folder` while the files are the same.
+
+    Args:
+        workers: threads.
+        folder: keeps what was found.
+        share: this process's part of the work; every process of it must call.
+    """
+    kept = folder / f"examined-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
+    found = _read(kept) if kept is not None else None
+    if all(share.gather(found is not None)):
+        assert found is not None
+        return found
+    mine = np.array_split(np.arange(len(rows)), share.count)[share.index]
+    chunks = [mine[first : first + _CHUNK] for first in range(0, len(mine), _CHUNK)]
+    lines: list[tuple] = []
+    # The bar is for those who wait for it; a second's work needs none.
+    bar = tqdm(total=len(mine), desc="reading pictures", disable=len(mine) < _SLOW or share.index > 0, mininterval=1.0, leave=False)
+    with bar, ThreadPoolExecutor(workers, thread_name_prefix="examine") as pool:
+        for part in pool.map(lambda chunk: [_examined(rows, int(row)) for row in chunk], chunks):
+            lines += part
+            bar.update(len(part))
+    lines = [line for of_process in share.gather(lines) for line in of_process]
+    result = _from_lines(lines)
+    if kept is not None and share.index == 0 and len(rows) >= _SLOW:
+        _write(kept, result)
+    return result
+
+
+def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.ndarray:
+    """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted; the others are counted.
+
+    Raises:
+        ValueError: more pictures than `config.max_bad` allows cannot be read.
+    """
+    shorter, longer = np.minimum(found.width, found.height), np.maximum(found.width, found.height)
+    bad = np.array([bool(problem) for problem in found.problem], bool)
+    small = ~bad & (shorter < config.least_size)
+    hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
+    reasons = [(UNREADABLE, bad), (f"pictures smaller than {config.least_size} pixels left out{hint}", small)]
+    if config.max_size is not None:
+        reasons.append((f"pictures larger than {config.max_size} pixels left out", ~bad & (longer > config.max_size)))
+    if config.max_aspect is not None:
+        wide = ~bad & (longer > config.max_aspect * shorter)
+        reasons.append((f"pictures more than {config.max_aspect:g} times as long as wide left out", wide))
+    for reason, rows_of in reasons:
+        for row in np.flatnonzero(rows_of):
+            tally.add(reason, rows.label(int(row)))
+    if bad.sum() > config.max_bad * max(len(rows), 1):
+        first = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read ({tally.first(UNREADABLE)}: {found.problem[first]}); "
+            f"repair or remove them, or raise data.max_bad (now {config.max_bad})"
+        )
+    return ~np.any([rows_of for _, rows_of in reasons], axis=0)
+
+
+def look_of(image: Image.Image) -> int:
+    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened: the signs of its lowest frequencies
+    against their median (pHash: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions")."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BICUBIC), np.float32)
+    low = _COSINES @ grey @ _COSINES.T
+    values = low.flatten()[1:]  # without the mean, which says how bright it is
+    bits = np.append(values > np.median(values), False)
+    return int(np.packbits(bits).view(np.uint64)[0])
+
+
+def _cosines() -> np.ndarray:
+    waves, places = np.arange(8)[:, None], np.arange(32)[None]
+    return np.cos(np.pi * (2 * places + 1) * waves / 64).astype(np.float32)
+
+
+_COSINES = _cosines()
+
+
+def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
+    digest = 0
+    try:
+        content = rows.picture(row)
+        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        image, (width, height) = open_for_judging(content, _DECODED)
+        mode = image.mode + (", animated" if getattr(image, "n_frames", 1) > 1 else "")
+        return width, height, digest, look_of(to_rgb(image)), mode, ""
+    except (OSError, ValueError) as error:
+        return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _from_lines(lines: Sequence[tuple]) -> Examined:
+    width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
+    return Examined(
+        np.array(width, np.int32), np.array(height, np.int32), np.array(digest, np.uint64), np.array(look, np.uint64),
+        list(mode), list(problem),
+    )  # fmt: skip
+
+
+def _read(path: Path) -> Examined | None:
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (OSError, pa.ArrowInvalid):  # not there, or cut: pictures are read anew
+        return None
+    width, height, digest, look = (table[name].to_numpy() for name in ("width", "height", "digest", "look"))
+    return Examined(width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist())
+
+
+def _write(path: Path, found: Examined) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(vars(found))
+    beside = path.with_name(f".{path.name}.writing")
+    with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    beside.replace(path)

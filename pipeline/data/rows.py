@@ -1,0 +1,148 @@
+"""`Rows`: a source as it lies, pictures undecoded and columns unread; and what all layouts share. Decodes nothing."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+"""What is written of a picture, by column."""
+IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
+"""Columns that hold pictures where `data.image_column` names none."""
+_USUAL = {
+    "data.text_column": ("text", "texts", "caption", "captions", "txt", "description", "title", "alt", "prompt", "label", "name"),
+    "data.image_column": (*IMAGE_COLUMNS, "img", "picture", "filename", "file", "image_path", "url"),
+    "it names the picture": ("file", "filename", "path", "image", "name"),
+}
+"""What other data calls a column, to suggest."""
+_NAMED = 3
+
+
+class Tally:
+    """Counts what was left out, by reason, and remembers the first names."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        self._counts[reason] = self._counts.get(reason, 0) + count
+        names = self._names.setdefault(reason, [])
+        if len(names) <= _NAMED:
+            names.append(name)
+
+    def count(self, reason: str) -> int:
+        return self._counts.get(reason, 0)
+
+    def first(self, reason: str) -> str:
+        names = self._names.get(reason, [])
+        return ", ".join(names[:_NAMED]) + (", ..." if self.count(reason) > _NAMED else "")
+
+    def counts(self) -> dict[str, int]:
+        """Reason -> how many."""
+        return dict(self._counts)
+
+    def lines(self) -> list[str]:
+        """A line a reason."""
+        return [f"{count:,} {reason}: {self.first(reason)}" for reason, count in self._counts.items()]
+
+
+class Rows(Protocol):
+    """Pictures and what is written of them, numbered."""
+
+    name: str
+    columns: list[str]
+    """What captions can be made of."""
+    stamp: str
+    """Changes when a file does, as far as its name, size and time tell."""
+    tally: Tally
+    """What the layout itself left out."""
+
+    def __len__(self) -> int: ...
+
+    def label(self, row: int) -> str:
+        """A row's name, for messages and to hold it out by."""
+        ...
+
+    def picture(self, row: int) -> bytes:
+        """The picture's file. Raises OSError or ValueError where it cannot be read."""
+        ...
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        """What is written of each row, in order; several records where a picture is named several times."""
+        ...
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """By a hash of the name, so that pictures added later move no other one."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") < share * 2**64
+
+
+def stamp_of(parts: Iterable[object]) -> str:
+    """A short hash of everything that says which files there are."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
+    """The column of the pictures.
+
+    Raises:
+        ValueError: there is none; names what there is and the nearest.
+    """
+    if wanted is None:
+        for column in IMAGE_COLUMNS:
+            if column in columns:
+                return column
+        wanted = IMAGE_COLUMNS[0]
+    return existing_column(name, wanted, columns, "data.image_column")
+
+
+def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str) -> str:
+    """A column that must be there.
+
+    Raises:
+        ValueError: it is not; names those there are, the nearest, and the setting that says another.
+    """
+    if wanted not in columns:
+        near = difflib.get_close_matches(wanted.lower(), [str(c).lower() for c in columns], n=1, cutoff=0.5)
+        usual = [c for c in columns if str(c).lower() in _USUAL.get(setting, ())]
+        nearest = next((c for c in columns if near and str(c).lower() == near[0]), usual[0] if usual else None)
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        raise ValueError(f"{name} has no column {wanted!r}; it has {listed(columns)}{hint} ({setting})")
+    return wanted
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def text_of(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 where it says so by its first bytes.
+
+    Raises:
+        ValueError: it is in another encoding; names the line.
+    """
+    content = path.read_bytes()
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return content.decode("utf-16")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 (line {line}: {error}); save it in that encoding") from error
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written in UTF-8; a file system may hold others."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples; knows no order and no training.
+
+What is read is kept in memory only; pictures held out are the first that are met.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline.data.captions import CaptionReader
+from pipeline.data.config import DataConfig, data_settings
+from pipeline.data.hub import content_of, label_names, load
+from pipeline.data.rows import Record, Tally, image_column, is_held_out, stamp_of
+
+HELD_OUT = 500
+"""Held-out pictures of a stream, at most: to find them, it is read from its beginning."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of a stream, undecoded."""
+
+    name: str
+    content: bytes
+    captions: list[str]
+
+
+class StreamSource:
+    """The training pictures of a stream: shards of samples, without a number of their own.
+
+    Raises:
+        FileNotFoundError: there is no such shard or data set.
+        ValueError: a column is missing.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        import dataclasses
+
+        self.name, self.config, self.tally = config.source, config, Tally()
+        data, self.shard_names = _opened(config)
+        self._data = data.decode(False)
+        self.num_shards = int(self._data.num_shards)
+        features = self._data.features or {}
+        if not features:
+            raise ValueError(f"{self.name} does not say which columns it has, so it cannot be streamed; set data.streaming=false")
+        # Members in JSON hold columns of their own.
+        inner = [column for value in features.values() if isinstance(value, dict) for column in value]
+        columns = [*features, *(column for column in inner if column not in features)]
+        self._image = image_column(self.name, config.image_column, columns)
+        self._reader = CaptionReader(self.name, [column for column in columns if column != self._image], config)
+        self._named = label_names(features)
+        self.fingerprint = stamp_of([*self.shard_names, self.num_shards, sorted(data_settings(dataclasses.asdict(config)).items())])
+
+    @property
+    def problems(self) -> list[str]:
+        """What has been left out so far."""
+        return self.tally.lines()
+
+    def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+        """The training samples of one shard, or every `parts`-th of them from number `part` on."""
+        accepted = (sample for sample in self._readable(shard) if not is_held_out(sample.name, self.config.held_out))
+        return itertools.islice(accepted, part, None, parts)
+
+    def held_out(self) -> list[Sample]:
+        """The first held-out samples."""
+        found = (s for shard in range(self.num_shards) for s in self._readable(shard) if is_held_out(s.name, self.config.held_out))
+        return list(itertools.islice(found, HELD_OUT))
+
+    def _readable(self, shard: int) -> Iterator[Sample]:
+        rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
+        for number in itertools.count():
+            try:
+                row = next(rows, None)
+            except Exception as error:  # networks and readers fail in many ways
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                raise OSError(
+                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} of {self.name} cannot be read on "
+                    f"({reason}); the same command goes on from the last checkpoint"
+                ) from error
+            if row is None:
+                return
+            name = str(row.get("__key__") or f"shard {shard} row {number}")
+            if (sample := self._sample(name, row)) is not None:
+                yield sample
+
+    def _sample(self, name: str, row: Record) -> Sample | None:
+        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
+        for value in list(record.values()):
+            if isinstance(value, dict):
+                record = value | record
+        for column in self._reader.columns:
+            if isinstance(text := record.get(column), str) and column in ("txt", "caption"):
+                record[column] = text.splitlines()
+        captions = self._reader.of([record])
+        if not captions:
+            self.tally.add("pictures without a caption left out", name)
+            return None
+        config = self.config
+        try:
+            content = content_of(row[self._image], Path())
+            width, height = Image.open(io.BytesIO(content)).size  # the header alone: the pixels are decoded when they are needed
+        except Exception:  # see `pictures.open_picture`
+            self.tally.add("unreadable pictures left out", name)
+            return None
+        shorter, longer = min(width, height), max(width, height)
+        wide = config.max_aspect is not None and longer > config.max_aspect * shorter
+        if shorter < config.least_size or (config.max_size is not None and longer > config.max_size) or wide:
+            self.tally.add("pictures of other sizes than wanted left out", name)
+            return None
+        return Sample(name, content, captions)
+
+
+class HeldRows:
+    """Samples that were read before, as rows."""
+
+    def __init__(self, stream: StreamSource) -> None:
+        self.name, self.tally = stream.name, Tally()
+        self.columns = ["text"]
+        self._samples = stream.held_out()
+        self.stamp = stamp_of([stream.fingerprint, *(sample.name for sample in self._samples)])
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def label(self, row: int) -> str:
+        return self._samples[row].name
+
+    def picture(self, row: int) -> bytes:
+        return self._samples[row].content
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        for sample in self._samples:
+            yield [{"text": sample.captions}]
+
+
+def _opened(config: DataConfig) -> tuple[Any, list[str]]:
+    import datasets
+
+    from pipeline.data.shards import shard_names
+    from pipeline.data.sources import is_saved_dataset, streams
+
+    shards = None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
+    if shards is None:
+        if not streams(config.source):
+            raise ValueError(
+                f"data.streaming is on, and {config.source} is a folder or table of files, which are read one by one as it is; "
+                "set data.streaming=false"
+            )
+        return load(config, streaming=True), []
+    try:
+        return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)["train"], shards
+    except Exception as error:  # the library and what it reads through raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FileNotFoundError(f"the first of the {len(shards)} shards {shards[0]} cannot be read ({reason})") from error
