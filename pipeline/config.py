@@ -335,6 +335,9 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
         inner = hints[name]
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
             arguments[name] = _build(inner, value, f"{path}{name}.", problems)
+        elif isinstance(value, list) and any(dataclasses.is_dataclass(kind_of) for kind_of in typing.get_args(inner)):
+            built = [_build(typing.get_args(inner)[0], item, f"{path}{name}.{i}.", problems) for i, item in enumerate(value)]
+            arguments[name] = [item for item in built if item is not None]
         elif isinstance(value, list) and typing.get_origin(inner) is tuple:
             arguments[name] = tuple(value)
         else:

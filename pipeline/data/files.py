@@ -94,7 +94,7 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         rows = list(_rows_of(metadata))
-        columns = list(dict.fromkeys(column for row in rows for column in row))
+        columns = [c for c in dict.fromkeys(["folder", "name", *(column for row in rows for column in row)]) if c != "file_name"]
         named = _named(metadata, rows, folder, set(pictures), tally)
         for picture in pictures:
             if picture not in named:

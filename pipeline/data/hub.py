@@ -10,6 +10,8 @@ from pipeline.data.config import DataConfig
 from pipeline.data.rows import Record, Tally, image_column
 
 _BATCH = 1000
+_SHARDS = 64
+"""Pieces that a data set on this disk is streamed in."""
 
 
 class HubRows:
@@ -88,7 +90,6 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
-            loaded = loaded.to_iterable_dataset(num_shards=64) if streaming else loaded
         elif path.suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
         else:
@@ -100,5 +101,9 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
             "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a datasets name with network access"
         ) from error
     if isinstance(loaded, dict):
-        return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return loaded
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return _streamed(loaded) if streaming and isinstance(loaded, datasets.Dataset) else loaded
+
+
+def _streamed(rows: Any) -> Any:
+    return rows.to_iterable_dataset(num_shards=min(_SHARDS, max(len(rows), 1)))

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.captions import Captions, captions_of
 from pipeline.data.config import DataConfig
 from pipeline.data.examine import examine, usable
-from pipeline.data.pictures import centre_square, random_square, shrunk
+from pipeline.data.pictures import centre_square, prepared, random_square
 from pipeline.data.rows import Rows, Tally, is_held_out
 from pipeline.data.share import ALONE, Share
 
@@ -69,21 +69,20 @@ class Everything:
             square = partial(centre_square, size=config.image_size)
         else:
             square = partial(random_square, size=config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw)
-        return square(self._shrunk(row))
+        return square(self._prepared(row))
 
-    def _shrunk(self, row: int) -> np.ndarray:
+    def _prepared(self, row: int) -> np.ndarray:
         if (kept := self._decoded.get(row)) is not None:
             return kept
         config = self.config
         try:
-            picture = shrunk(self.rows.picture(row), config.image_size, config.crop_scale)
+            crop = config.crop == "random"
+            picture = prepared(self.rows.picture(row), config.image_size, crop=crop, scale=config.crop_scale)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now ({error}); "
                 "the data must not change while it is used"
             ) from error
-        if config.crop == "centre":
-            picture = np.ascontiguousarray(centre_square(picture, config.image_size))
         # What fits stays: in shuffled passes, any picture is as likely to be wanted next as any other.
         with self._lock:
             if row not in self._decoded and picture.nbytes <= self._free:

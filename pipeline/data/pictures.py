@@ -89,13 +89,16 @@ def read_picture(path: Path, size: int, *, upscale: bool = False) -> Image.Image
     return square(open_picture(path), size, upscale=upscale, name=str(path))
 
 
-def shrunk(content: bytes, size: int, scale: float = 1.0) -> np.ndarray:
-    """A picture's file as RGB uint8 (H,W,3), made so small that a square of `scale` of its shorter side still fills `size` pixels."""
-    from stage1_tokenizer.pixels import to_rgb
+def prepared(content: bytes, size: int, *, crop: bool = False, scale: float = 1.0) -> np.ndarray:
+    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at `size` pixels, or with `crop` all of it, just so large
+    that a square of `scale` of its shorter side fills `size` pixels."""
+    from stage1_tokenizer.pixels import resize_and_crop, to_rgb
 
     wanted = math.ceil(size / scale)
     # Twice the size leaves the antialiasing enough to work on.
     image = to_rgb(open_picture(content, at_least=2 * wanted))
+    if not crop:
+        return np.asarray(resize_and_crop(image, size))
     shorter = min(image.size)
     target = max(size, min(shorter, wanted))
     if shorter != target:

@@ -158,4 +158,4 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
         return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)["train"], shards
     except Exception as error:  # the library and what it reads through raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FileNotFoundError(f"the first of the {len(shards)} shards {shards[0]} cannot be read ({reason})") from error
+        raise FileNotFoundError(f"the {len(shards)} shards of {config.source} cannot be read ({reason})") from error

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.checkpoints import write_file
 from pipeline.data.batches import MappedFeed, Passes, step_draws
 from pipeline.data.mixing import MixedSource, Mixture, parts_of
-from pipeline.data.pictures import centre_square, random_square, shrunk
+from pipeline.data.pictures import centre_square, prepared, random_square
 from pipeline.data.sources import Source
 from pipeline.data.stream import Sample, StreamSource
 
@@ -36,7 +36,7 @@ class Lengths:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self._known = path, dict[str, int]()
+        self._path, self._known, self._lock = path, dict[str, int](), Lock()
         if path is not None and path.is_file():
             try:
                 self._known = {str(key): int(value) for key, value in json.loads(path.read_text()).items()}
@@ -47,7 +47,9 @@ class Lengths:
         return self._known.get(key)
 
     def add(self, key: str, count: int) -> None:
-        if self._known.get(key) != count:
+        with self._lock:  # lanes are read side by side
+            if self._known.get(key) == count:
+                return
             self._known[key] = count
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,14 +233,15 @@ class StreamFeed:
         while True:
             sample = self._sample(part, number, after)
             try:
-                picture = shrunk(sample.content, config.image_size, config.crop_scale)
+                crop = config.crop == "random"
+                picture = prepared(sample.content, config.image_size, crop=crop, scale=config.crop_scale)
                 break
             except (OSError, ValueError) as error:
                 after += 1
                 part.count_bad(sample, error, after)
         part.seen += 1
         if config.varies:
-            return random_square(picture, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw)
+            return random_square(picture, config.image_size, crop=crop, flip=config.flip, draw=draw)
         return centre_square(picture, config.image_size)
 
 

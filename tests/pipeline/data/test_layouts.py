@@ -1,0 +1,227 @@
+"""Every layout gives the same pictures and captions; columns, templates, several captions; what each can have wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pipeline.data.rows import Tally
+from pipeline.data.sources import load_source, load_sources
+from tests.pipeline.data.making import config, encoded, write_shard, write_shards
+
+ROWS = [("red", 200), ("dim", 50), ("mid", 120)]
+
+
+def everything(source: object, **options: object) -> dict[str, int]:
+    """First caption -> red of the picture, over both splits, which must not overlap."""
+    found: dict[str, int] = {}
+    for split in load_sources(config(source, **options)):
+        rows = range(len(split))
+        if rows:
+            captions, images = split.captions(rows), split.images(rows)
+            assert not set(captions) & set(found) and images.shape[1:] == (16, 16, 3) and images.dtype == np.uint8
+            found |= {caption: int(image[0, 0, 0]) for caption, image in zip(captions, images, strict=True)}
+    return found
+
+
+def write_layout(layout: str, folder) -> object:
+    """The three pictures in one layout; returns its source."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = {name: encoded((shade, 0, 0)) for name, shade in ROWS}
+    if layout in ("csv", "jsonl", "absolute"):
+        (folder / "pictures").mkdir()
+        for name, content in pictures.items():
+            (folder / "pictures" / f"{name}.png").write_bytes(content)
+        start = folder if layout == "absolute" else ""
+        lines = [(f"{start}{'/' if start else ''}pictures/{name}.png", name) for name in pictures]
+        if layout == "jsonl":
+            (folder / "t.jsonl").write_text("\n".join(json.dumps({"image": p, "text": t}) for p, t in lines))
+            return folder / "t.jsonl"
+        (folder / "t.csv").write_text("path,text\n" + "".join(f"{p},{t}\n" for p, t in lines))
+        return folder / "t.csv"
+    if layout == "base64":
+        rows = [{"image": "data:image/png;base64," + base64.b64encode(c + b"\0" * 500).decode(), "text": n} for n, c in pictures.items()]
+        (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder / "t.jsonl"
+    if layout == "parquet":
+        pq.write_table(pa.table({"image": list(pictures.values()), "text": list(pictures)}), folder / "t.parquet")
+        return folder / "t.parquet"
+    if layout in ("shards", "glob", "braces"):
+        for number, (name, content) in enumerate(pictures.items()):
+            write_shard(folder / f"{number:02d}.tar", [(f"a/{name}", {"png": content, "txt": name.encode()})])
+        return {"shards": folder, "glob": folder / "*.tar", "braces": folder / "{00..02}.tar"}[layout]
+    rows = {"image": [{"bytes": c, "path": None} for c in pictures.values()], "text": list(pictures)}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    (datasets.DatasetDict({"train": data}) if layout == "saved dict" else data).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("layout", ["csv", "jsonl", "absolute", "base64", "parquet", "shards", "glob", "braces", "saved", "saved dict"])
+def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = write_layout(layout, tmp_path)
+    assert everything(source) == dict(ROWS)
+    assert load_source(config(source), "train").fingerprint == load_source(config(source), "train").fingerprint
+
+
+def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
+    for folder in ("red_fox", "owl"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(encoded((len(folder), 0, 0)))
+    assert everything(tmp_path, caption_template="a photo of a {folder}, {name}") == {
+        "a photo of a red_fox, 1": 7,
+        "a photo of a owl, 1": 3,
+    }
+    with pytest.raises(ValueError, match=r"holds 2 pictures and no captions; accepted are(?s:.*)a photo of a \{folder\}"):
+        load_source(config(tmp_path), "train")
+
+
+def test_class_labels_are_captions_by_their_names(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(4)], "label": [0, 1, 1, 0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    captions = [c for split in load_sources(config(tmp_path / "saved", text_column="label")) for c in split.captions(range(len(split)))]
+    assert sorted(captions) == ["cat", "cat", "dog", "dog"]
+    by_template = load_sources(config(tmp_path / "saved", caption_template="one {label}"))
+    assert sorted(c for split in by_template for c in split.captions(range(len(split)))) == ["one cat", "one cat", "one dog", "one dog"]
+
+
+def test_a_picture_keeps_all_its_captions(tmp_path):
+    """Lines of a text file, rows that name it again, lists in a column; each once, within the lengths that are wanted."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encoded())
+    (tmp_path / "a.txt").write_text("first\n\nsecond  \nfirst\n")
+    (tmp_path / "b.txt").write_text("x\nlonger than wanted\nfits\n")
+    sources = load_sources(config(tmp_path, min_caption=2, max_caption=8))
+    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [["first", "second"], ["fits"]]
+    rows = [{"file_name": "a.png", "text": ["one", "two"]}, {"file_name": "b.png", "text": "x"}, {"file_name": "a.png", "text": "three"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = load_sources(config(tmp_path))
+    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [["one", "two", "three"], ["x"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_template": "a {colr} thing"}, "has no column 'colr'; it has folder, name, colour, text; did you mean 'colour'?"),
+        ({"caption_template": "a thing"}, "data.caption_template 'a thing' names no column"),
+        ({"caption_template": "a {colour"}, "data.caption_template 'a {colour' is no template"),
+        ({"text_column": "Text"}, "has no column 'Text'; it has folder, name, colour, text; did you mean 'text'? (data.text_column)"),
+    ],
+)
+def test_columns_that_are_not_there_are_named_with_the_nearest(tmp_path, options, message):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "metadata.csv").write_text("file_name,colour,text\na.png,red,x\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_source(config(tmp_path, **options), "train")
+
+
+def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(encoded())
+    (tmp_path / "metadata.csv").write_text("file_name,colour\na.png,red\nb.png,\nc.png,blue\n")
+    with pytest.raises(ValueError, match=r"has no column 'colour\.__class__'"):
+        load_source(config(tmp_path, caption_template="{colour.__class__}"), "train")
+    source = load_source(config(tmp_path, caption_template="{{a}} {colour} one"), "train")
+    assert source.problems == ["1 pictures without a caption left out: b.png"]
+    assert set(source.captions(range(len(source)))) <= {"{a} red one", "{a} blue one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "photo,text\na.png,x\n", "has no column 'image'; it has photo, text (data.image_column)"),
+        ("t.csv", "filename,text\na.png,x\n", "has no column 'image'; it has filename, text; did you mean 'filename'?"),
+        ("t.csv", "image,text\na.png,a cat, and a dog\n", "row 1 has more fields than its columns image, text; texts with commas"),
+        ("t.csv", 'image,text\na.png,"a cat\n', "is no CSV (unexpected end of data)"),
+        (
+            "t.csv",
+            "image,text\ngone.png,x\n",
+            "no usable picture with a caption; 1 captions of pictures that are not there left out: gone.png",
+        ),
+        ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no picture left out: row 1"),
+        ("t.jsonl", "{" * 5000, "line 1 is no JSON"),
+        ("t.jsonl", '{"image": "' + "@" * 600 + '", "text": "x"}\n', "1 of 1 pictures in"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_source(config(tmp_path / name), "train")
+
+
+def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,t{i}\n" for i in range(4, 12)))
+    assert load_source(config(tmp_path), "train").problems == [
+        "6 captions of pictures that are not there left out: 6.png, 7.png, 8.png, ...",
+        "4 pictures that no caption names left out: 0.png, 1.png, 2.png, ...",
+    ]
+
+
+def test_shards_hold_texts_json_and_labels(tmp_path):
+    samples = [
+        ("x/one", {"jpg": encoded(form="JPEG"), "json": b'{"alt": "from json"}', "cls": b"cat"}),
+        ("two", {"jpg": encoded(form="JPEG"), "json": b"broken", "cls": b"dog"}),
+        ("notes", {"txt": b"no picture"}),
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    source, held_out = load_sources(config(tmp_path, caption_template="{cls}"))
+    assert sorted(source.captions(range(len(source))) + held_out.captions(range(len(held_out)))) == ["cat", "dog"]
+    assert source.problems == ["1 samples without a picture left out: notes"]
+    source, held_out = load_sources(config(tmp_path, text_column="alt"))
+    assert source.captions(range(len(source))) + held_out.captions(range(len(held_out))) == ["from json"]
+    with pytest.raises(ValueError, match=r"has no column 'png'; it has .*(data\.image_column)"):
+        load_source(config(tmp_path, image_column="png"), "train")
+
+
+def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
+    import gzip
+
+    captions = write_shards(tmp_path, [5, 5])
+    whole = (tmp_path / "001.tar").read_bytes()
+    (tmp_path / "001.tar").write_bytes(whole[: 512 * 9])
+    found = [split.captions(range(len(split))) for split in load_sources(config(tmp_path, max_bad=0.5))]
+    assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
+    assert any("shards that are cut or damaged" in line for line in load_source(config(tmp_path, max_bad=0.5), "train").problems)
+    (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match=r"001\.tar is compressed; unpack it to a plain \.tar, or set data\.streaming=true"):
+        load_source(config(tmp_path), "train")
+    (tmp_path / "000.tar").write_bytes(b"")
+    (tmp_path / "001.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="has 2 shards and no picture"):
+        load_source(config(tmp_path), "train")
+
+
+def test_names_that_lead_out_of_a_shard_are_left_out(tmp_path):
+    picture = {"png": encoded(), "txt": b"x"}
+    write_shard(tmp_path / "0.tar", [("../../evil", picture), ("/abs", picture), ("good", picture)])
+    source, held_out = load_sources(config(tmp_path))
+    assert len(source) + len(held_out) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
+    assert source.problems[0].startswith("4 members of shards whose names lead out of them left out: '../../evil.png'")
+
+
+def test_shards_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*none.*\.tar; give a \.tar file, a folder of them, or a glob"):
+        load_source(config(tmp_path / "none*.tar"), "train")
+    with pytest.raises(ValueError, match=r"https://host/0\.tar is not on this disk; set data\.streaming=true"):
+        load_source(config("https://host/0.tar"), "train")
+
+
+def test_a_tally_counts_all_and_names_the_first():
+    tally = Tally()
+    for i in range(1500):
+        tally.add("left out", str(i))
+    assert tally.lines() == ["1,500 left out: 0, 1, 2, ..."] and tally.count("left out") == 1500 and tally.count("other") == 0
