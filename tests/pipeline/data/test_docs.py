@@ -1,0 +1,30 @@
+"""docs/data.md: every example is a configuration, and every setting it names exists."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import load_experiment
+from pipeline.data.config import DataConfig
+
+TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_each_example_is_a_configuration(number, tmp_path):
+    values = {"name": "example", "encode": {"pictures": 10}, **yaml.safe_load(EXAMPLES[number])}
+    (tmp_path / "example.yaml").write_text(yaml.safe_dump(values))
+    assert load_experiment(["--config", str(tmp_path / "example.yaml")]).data.sources
+
+
+def test_every_setting_of_data_is_named_there():
+    for field in fields(DataConfig):
+        if field.name not in ("world_size", "lattice", "min_objects", "font", "annotations"):  # of the worlds that are drawn here
+            assert re.search(rf"\b{field.name}\b", TEXT), field.name
+    assert len(EXAMPLES) >= 12
