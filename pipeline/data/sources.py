@@ -98,7 +98,7 @@ def find_rows(config: DataConfig) -> Rows:
     """The rows of a source that is read from files, by what its name leads to; see `load_sources` for what is raised."""
     from pipeline.data.files import folder_rows, table_rows
     from pipeline.data.hub import HubRows
-    from pipeline.data.shards import ShardRows, is_remote, shard_names
+    from pipeline.data.webdataset import ShardRows, is_remote, shard_names
 
     if is_remote(config.source):
         raise ValueError(f"data.source {config.source} is not on this disk; set data.streaming=true")
@@ -116,7 +116,7 @@ def find_rows(config: DataConfig) -> Rows:
 
 def streams(source: str) -> bool:
     """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
-    from pipeline.data.shards import shard_names
+    from pipeline.data.webdataset import shard_names
 
     path = Path(source).expanduser()
     if source in WORLDS or path.suffix.lower() in _TABLES:

@@ -143,8 +143,8 @@ class HeldRows:
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:
     import datasets
 
-    from pipeline.data.shards import shard_names
     from pipeline.data.sources import is_saved_dataset, streams
+    from pipeline.data.webdataset import shard_names
 
     shards = None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
     if shards is None:

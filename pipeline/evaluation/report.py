@@ -57,7 +57,7 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
             f"{experiment.data.image_size}; evaluate with the configuration it was trained with"
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    held_out = load_source(experiment.data, "held_out")
+    held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
     count = min(pictures, len(held_out))
     if not count:
         raise ValueError("no picture is held out, so there is nothing to judge on; raise data.held_out")
