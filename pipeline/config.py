@@ -152,10 +152,12 @@ class EncodeConfig:
     """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
     """Pictures encoded at a time in a process."""
+    shard_rows: int = 10_000
+    """Pictures a file of codes; a kill costs the file that is being written. It changes no code."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("held_out", "views", "batch_size"):
+        for name in ("held_out", "views", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
         if self.pictures is not None and self.pictures < 1:
@@ -291,9 +293,8 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         values = reader.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
-    mapping = values.clone()
-    mapping.pop("config", None)
-    plain = mapping.as_dict()
+    plain = values.clone().as_dict()
+    plain.pop("config", None)
     plain["tokenizer"]["model"]["image_size"] = _follow(plain)
     return from_dict(Experiment, plain)
 
@@ -311,8 +312,7 @@ def load_values(values: dict[str, Any], arguments: Sequence[str]) -> Experiment:
 def _follow(plain: dict[str, Any]) -> int:
     """The tokenizer's picture size is the data's unless the user set it to something else than its default."""
     size = plain["tokenizer"]["model"]["image_size"]
-    default = next(f.default for f in dataclasses.fields(TokenizerConfig) if f.name == "image_size")
-    return plain["data"]["image_size"] if size == default else size
+    return plain["data"]["image_size"] if size == TokenizerConfig.image_size else size
 
 
 def from_dict(kind: Any, values: dict[str, Any]) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+
+Loaded = TypeVar("Loaded")
 
 
 class Order:
@@ -42,10 +45,10 @@ class Order:
         return int(self._shuffled[within])
 
 
-def loaded_ahead(load: Callable[[list[int]], np.ndarray], parts: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Each part with its pictures, the next one's being loaded meanwhile: by one thread, since not every source takes several."""
+def loaded_ahead(load: Callable[[list[int]], Loaded], parts: Iterable[list[int]]) -> Iterator[tuple[list[int], Loaded]]:
+    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one thread, as not every source takes several."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
-        waiting: tuple[list[int], Future[np.ndarray]] | None = None
+        waiting: tuple[list[int], Future[Loaded]] | None = None
         for part in parts:
             ahead = (part, pool.submit(load, part))
             if waiting:
