@@ -110,7 +110,7 @@ def train_prior(experiment: Experiment) -> Path:
     if finished(folder, settings):
         return folder
     accelerator = start(experiment, folder, settings)
-    text = _text_tokenizer(experiment, codes, accelerator)
+    text = text_tokenizer(experiment, codes, accelerator)
     vectors = tokenizer.code_vectors
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
@@ -175,7 +175,7 @@ def train_prior(experiment: Experiment) -> Path:
     return folder
 
 
-def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
+def text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
     """Trains the text tokenizer, or loads the one of the checkpoint that the prior goes on from; keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.

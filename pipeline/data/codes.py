@@ -11,7 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,8 +28,9 @@ HASHED_BYTES = 4 * 2**30
 """A folder of at most so many bytes is hashed when it is opened, which takes two seconds; of a larger one sizes alone are checked."""
 _OPEN = 256
 """Files that are mapped at the same time."""
-_READ = 4096
-"""Rows that are read before the pages that they lie in are given back: or all of the data would count as this process's memory."""
+_READ = 8
+"""Rows that are read before one of the mapped files, each in its turn, gives its pages back: with a row 64 KiB around it are mapped, and in
+time all of the data would count as this process's memory."""
 
 
 class CodesDataset:
@@ -89,8 +90,8 @@ class CodesDataset:
                 del self._opened[next(iter(self._opened))]
             self._read += 1
             if self._read % _READ == 0:
-                for opened in self._opened.values():
-                    opened.release()
+                turn = self._read // _READ % len(self._opened)
+                next(islice(self._opened.values(), turn, None)).release()
         return shard, index - (self._ends[number - 1] if number else 0)
 
 
