@@ -140,6 +140,7 @@ def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Sp
         "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout((side, side))],
         "sources": {split: source.fingerprint for split, source in sources.items()},
         "views": options.views,
+        "seed": experiment.seed if options.views > 1 else None,  # of how views differ; the first is the picture itself
         "bf16": bf16,
         "rows": {split: min(len(source), limits[split] or len(source)) for split, source in sources.items()},
         "shard_rows": options.shard_rows,
@@ -176,8 +177,9 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     changes = [] if made["tokenizer"] == plan["tokenizer"] else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
     before, now = _flat(as_made(made["settings"])), _flat(as_made(plan["settings"]))
     changes += [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if made["shard_rows"] != plan["shard_rows"]:
-        changes.append(f"encode.shard_rows {made['shard_rows']} -> {plan['shard_rows']}")
+    for key, name in (("seed", "seed of the views"), ("shard_rows", "encode.shard_rows")):
+        if made[key] != plan[key]:
+            changes.append(f"{name} {made[key]} -> {plan[key]}")
     if made["bf16"] != plan["bf16"]:
         changes.append(f"computed in {' -> '.join('bf16' if bf16 else 'fp32' for bf16 in (made['bf16'], plan['bf16']))} (set by precision)")
     for split, fingerprint in plan["sources"].items():

@@ -1,8 +1,8 @@
 """A codes dataset in other forms, for other programs: Parquet, or webdataset shards. Knows files; trains and encodes nothing.
 
 Parquet: a file a shard, columns `codes`, `text` (the first caption), `more_texts` (further ones), `row`. Webdataset: tar shards of
-NAME.codes.npy (int32) and NAME.txt (a caption a line). Beside them lies `codes.json` with the tokenizer's fingerprint and the layout of
-the codes.
+NAME.codes.npy (int32) and NAME.txt (several captions a line each). Beside them lies `codes.json` with the tokenizer's fingerprint and the
+layout of the codes.
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ def test_a_record_that_is_cut_counts_as_none(unfinished, uninterrupted, command,
 CHANGES = {
     "encode.views 2 -> 3": ["--encode.views", "3"],
     "encode.batch_size 4 -> 5": ["--encode.batch_size", "5"],
+    "seed of the views 0 -> 1": ["--seed", "1"],
     "train pictures or captions of the source": ["--data.max_objects", "2"],
 }
 
@@ -217,6 +218,13 @@ def test_other_arithmetic_is_refused_where_codes_are_unfinished(unfinished, whol
     monkeypatch.setattr(encoding, "uses_bf16", lambda *_: not bf16)
     fails(capsys, command, "computed in bf16 -> fp32" if bf16 else "computed in fp32 -> bf16")
     assert main(whole_elsewhere) == 0
+
+
+def test_the_seed_changes_no_codes_of_pictures_as_they_are(command, tmp_path):
+    once = [*command, "--encode.views", "1", "--encode.shift", "0"]
+    assert main(once) == 0
+    before = contents(tmp_path / "tiny" / "codes")
+    assert main([*once, "--seed", "1"]) == 0 and contents(tmp_path / "tiny" / "codes") == before
 
 
 def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, tmp_path, capsys):

@@ -63,6 +63,7 @@ def test_what_is_written_is_read(tmp_path_factory, data):
             seen = read.codes(order, [view] * rows)
             assert seen.dtype == np.int64 and np.array_equal(seen, codes[order, view * width : (view + 1) * width])
         assert np.array_equal(read.codes(order), read.codes(order, [0] * rows))
+        assert len(read._opened) <= dataset._OPEN
 
 
 def test_datasets_reads_the_files_too(folder):
