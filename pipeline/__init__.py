@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from pipeline.comparison import compare_tokenizers, load_comparison
     from pipeline.config import Experiment, load_experiment
     from pipeline.data.sources import load_source
+    from pipeline.encoding import encode_dataset, encode_elsewhere
     from pipeline.evaluation.report import evaluate
     from pipeline.generation import edit, generate, reconstruct
     from pipeline.judge import ClipJudge
-    from pipeline.stages import assemble_bundle, encode_dataset, encode_elsewhere, run, train_prior, train_tokenizer
+    from pipeline.stages import assemble_bundle, run, train_prior, train_tokenizer
     from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
 
 _HOME = {
@@ -28,8 +29,8 @@ _HOME = {
     "codebook_page": "pipeline.codebook",
     "compare_tokenizers": "pipeline.comparison",
     "edit": "pipeline.generation",
-    "encode_dataset": "pipeline.stages",
-    "encode_elsewhere": "pipeline.stages",
+    "encode_dataset": "pipeline.encoding",
+    "encode_elsewhere": "pipeline.encoding",
     "evaluate": "pipeline.evaluation.report",
     "generate": "pipeline.generation",
     "load_comparison": "pipeline.comparison",

@@ -58,11 +58,24 @@ def write_folder(target: Path, write: Any) -> None:
         beside.rename(target)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file beside and renames it."""
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure leaves what `path` held before."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text)
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     beside.rename(path)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file beside, syncs and renames it."""
+    with written_beside(path) as beside:
+        beside.write_text(text)
 
 
 def refuse_taken(out: Path, marker: str, what: str) -> None:

@@ -131,7 +131,7 @@ def _encode(rest: Sequence[str]) -> int:
     if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
         raise _WrongUsage("--tokenizer and --format are for codes outside a run; add --out DIR")
     given = any(a == "--config" or a.startswith("--config=") for a in settings)
-    from pipeline.stages import encode_dataset, encode_elsewhere, every_picture_once
+    from pipeline.encoding import encode_dataset, encode_elsewhere, every_picture_once
 
     if options.tokenizer is None or given:
         experiment = _experiment(settings)

@@ -21,11 +21,12 @@ import torch
 
 from pipeline.checkpoints import newest_checkpoint, write_file
 from pipeline.config import Experiment, load_values, to_dict
+from pipeline.encoding import encode_dataset, sources_of
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
-from pipeline.settings import as_made, read_settings
-from pipeline.stages import encode_dataset, sources_of, tokenizer_task, train_prior, train_tokenizer
+from pipeline.settings import as_made, encode_settings, read_settings
+from pipeline.stages import tokenizer_task, train_prior, train_tokenizer
 from pipeline.training import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 
@@ -141,7 +142,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
 
 
 def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
-    settings = to_dict(experiment)
+    settings = {**to_dict(experiment), "encode": encode_settings(experiment)}
     return {**{key: settings[key] for key in (*_ALIKE, "tokenizer")}, "minutes": minutes}
 
 

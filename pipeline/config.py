@@ -145,25 +145,26 @@ class EncodeConfig:
     held_out: int = 500
     """Held-out pictures to encode, at most as many as there are."""
     views: int = 1
-    """Encodings a training picture: the first is the picture itself, further ones are it shifted by some pixels."""
+    """Encodings a training picture: the first is its centre, further ones are cropped and mirrored as `data` says, and shifted."""
     shift: int = 0
     """Largest shift of a further view, in pixels along either axis."""
     flip: bool = False
     """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
     """Pictures encoded at a time in a process."""
+    shard_rows: int = 10_000
+    """Pictures a file of codes; a kill costs the file that is being written. It changes no code."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("held_out", "views", "batch_size"):
+        for name in ("held_out", "views", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
         if self.pictures is not None and self.pictures < 1:
             problems.append(f"encode.pictures is {self.pictures}; it must be at least 1, or absent for all")
-        if self.shift < 0 or (self.views > 1) != (self.shift > 0 or self.flip):
+        if self.shift < 0 or (self.views == 1 and (self.shift > 0 or self.flip)):
             problems.append(
-                f"encode.views is {self.views} with encode.shift {self.shift} and encode.flip {self.flip}; more views need a "
-                "shift or a flip, and one none"
+                f"encode.shift is {self.shift} and encode.flip {self.flip} with encode.views {self.views}; they are for further views"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -251,6 +252,12 @@ def _relations(values: dict[str, Any]) -> list[str]:
     problems += joint_problems(model, values["tokenizer"]["objective"])
     if data["source"] == "shapes" and values["encode"]["pictures"] is None:
         problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
+    varies = data["crop"] == "random" or data["flip"] or values["encode"]["shift"] or values["encode"]["flip"]
+    if values["encode"]["views"] > 1 and not varies:
+        problems.append(
+            f"encode.views is {values['encode']['views']} and nothing makes them differ; set encode.shift, encode.flip, data.crop=random "
+            "or data.flip, or encode.views=1"
+        )
     if data["source"] == "shapes" and values["encode"]["flip"]:
         problems.append("encode.flip is on, and captions of the shapes say what is left and right; set encode.flip=false")
     return problems
@@ -291,9 +298,8 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         values = reader.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
-    mapping = values.clone()
-    mapping.pop("config", None)
-    plain = mapping.as_dict()
+    plain = values.clone().as_dict()
+    plain.pop("config", None)
     plain["tokenizer"]["model"]["image_size"] = _follow(plain)
     return from_dict(Experiment, plain)
 
@@ -311,8 +317,7 @@ def load_values(values: dict[str, Any], arguments: Sequence[str]) -> Experiment:
 def _follow(plain: dict[str, Any]) -> int:
     """The tokenizer's picture size is the data's unless the user set it to something else than its default."""
     size = plain["tokenizer"]["model"]["image_size"]
-    default = next(f.default for f in dataclasses.fields(TokenizerConfig) if f.name == "image_size")
-    return plain["data"]["image_size"] if size == default else size
+    return plain["data"]["image_size"] if size == TokenizerConfig.image_size else size
 
 
 def from_dict(kind: Any, values: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from pipeline.data.config import data_settings
 from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile", "checkpoint_activations")
+_CHANGES_NO_CODE = ("shard_rows",)
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
@@ -81,6 +82,11 @@ def as_made(saved: dict[str, Any]) -> dict[str, Any]:
 def _prior_as_made(section: dict[str, Any]) -> dict[str, Any]:
     later = {"model": {"kv_heads": None} | section["model"], "train": to_dict(PriorTrainConfig()) | section["train"]}
     return (section if "text" not in section else {}) | later
+
+
+def encode_settings(experiment: Experiment) -> dict[str, Any]:
+    """The section `encode` without what changes no code."""
+    return {key: value for key, value in to_dict(experiment.encode).items() if key not in _CHANGES_NO_CODE}
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> bool:

@@ -1,35 +1,30 @@
-"""The stages of a run: `train_tokenizer`, `encode_dataset`, `train_prior`, `assemble_bundle`, and `run`, all of them.
+"""The stages of a run: `train_tokenizer`, `train_prior`, `assemble_bundle`, and `run`: all of them, with `encode_dataset` between.
 
 Knows the run folder and what each stage needs of the one before. Each can be called again and goes on from what is there.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
+from pipeline.checkpoints import newest_checkpoint, write_folder
 from pipeline.config import Experiment, to_dict
-from pipeline.data.batches import Order, loaded_ahead
-from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokenizer, complete, read_manifest, write_part
+from pipeline.data.batches import Order
+from pipeline.data.codes import CodesDataset, check_tokenizer, read_manifest
 from pipeline.data.config import data_settings
-from pipeline.data.export import Format, export_codes
 from pipeline.data.mixing import parts_of
-from pipeline.data.share import Share
-from pipeline.data.sources import Source, Split, load_sources
+from pipeline.data.sources import Source
 from pipeline.data.stream import StreamSource
 from pipeline.data.stream_feed import feed_of
+from pipeline.encoding import encode_dataset, sources_of
 from pipeline.grids import bars, grid_image, picture_grid
-from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
+from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.settings import as_made, finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
@@ -37,11 +32,9 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
 EVALUATION_BATCH = 64
-_ALL = 10**9
-"""More pictures than any source holds out."""
 _CAPTIONS_TO_LEARN = 100_000
-"""The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
-_SPLITS: tuple[Split, Split] = ("train", "held_out")
+"""The text tokenizer is trained on about so many captions, evenly spread; further ones hardly change its merges."""
+_ROWS_AT_A_TIME = 1000
 
 
 def train_tokenizer(experiment: Experiment) -> Path:
@@ -100,124 +93,6 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
     return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm), tokenizer
 
 
-def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
-    """Writes the codes of training and held-out pictures, split over the processes; returns their folder.
-
-    Args:
-        tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
-        folder: where to write to in place of RUN/codes.
-    """
-    folder = folder or experiment.folder / "codes"
-    tokenizer = ImageTokenizer.load(tokenizer_folder or needed(experiment.folder / "tokenizer", "train-tokenizer"))
-    if experiment.data.image_size % tokenizer.own_config.stride:
-        raise ValueError(
-            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
-            f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
-        )
-    settings = {"data": data_settings(to_dict(experiment.data)), "encode": to_dict(experiment.encode), "precision": experiment.precision}
-    by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
-    sources = {split: source.fingerprint for split, source in by_split.items()}
-    if (folder / "codes.json").is_file():
-        manifest = read_manifest(folder)
-        check_tokenizer(manifest, tokenizer.fingerprint, folder)
-        check_form(manifest, folder)
-        if as_made(manifest["settings"]) == settings and manifest["sources"] == sources:
-            return folder
-        raise ValueError(f"{folder} holds codes made with other data or encode settings; remove it and run encode again")
-    accelerator = make_accelerator(experiment, trackers=False)
-    tokenizer.to(accelerator.device).eval()
-    side = experiment.data.image_size // tokenizer.own_config.factor
-    grid = (side, side)
-    options, bf16 = experiment.encode, uses_bf16(experiment.precision, accelerator.device)
-    files, counts = {}, {}
-    for split, limit in zip(_SPLITS, (options.pictures, options.held_out), strict=True):
-        source = by_split[split]
-        count = min(len(source), limit or len(source))
-        share = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
-        views = options.views if split == "train" else 1
-        rows = _encoded(tokenizer, source, share, views, experiment, bf16)
-        bar = tqdm(rows, f"encode {split}", len(share), disable=not accelerator.is_main_process, mininterval=1.0)
-        name = write_part(folder, split, accelerator.process_index, accelerator.num_processes, bar)
-        files[split], counts[split] = sorted(gather_object([name])), count
-    if accelerator.is_main_process:
-        complete(
-            folder,
-            {
-                "format": 1,
-                "tokenizer": tokenizer.fingerprint,
-                "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout(grid)],
-                "sources": sources,
-                "views": options.views,
-                "bf16": bf16,
-                "rows": counts,
-                "files": files,
-                "settings": settings,
-            },
-        )
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def encode_elsewhere(
-    experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
-) -> tuple[dict[str, int], list[str]]:
-    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the number of
-    pictures of each split and the files' names.
-
-    Raises:
-        FileExistsError: there is something else in `out` already.
-    """
-    refuse_taken(out, MANIFEST, "codes")
-    made = out.parent / f".{out.name}.arrow"
-    encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
-    processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
-    if not processes().is_main_process:
-        return {}, []
-    files = export_codes(made, out, form)
-    shutil.rmtree(made)
-    return read_manifest(out)["rows"], files
-
-
-def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
-    """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
-    says. The fields of `encode` named in `but` stay as they are."""
-    unlimited = experiment.data.source == "shapes"
-    whole: dict[str, Any] = {"views": 1, "shift": 0, "flip": False} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
-    return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
-
-
-@torch.no_grad()
-def _encoded(
-    tokenizer: ImageTokenizer, source: Source, rows: np.ndarray, views: int, experiment: Experiment, bf16: bool
-) -> Iterator[dict[str, Any]]:
-    options = experiment.encode
-    parts = [rows[first : first + options.batch_size].tolist() for first in range(0, len(rows), options.batch_size)]
-    for part, images in loaded_ahead(source.images, parts):
-        codes = []
-        for view in range(views):
-            seen = images if view == 0 else shifted(images, part, view, options.shift, experiment.seed, options.flip)
-            pixels = to_model_range(torch.from_numpy(seen)).to(tokenizer.device)
-            with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
-                codes.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
-        stacked = np.concatenate(codes, axis=1).astype(np.int32)
-        for row, text, line in zip(part, source.captions(part), stacked, strict=True):
-            yield {"codes": line, "text": text, "row": row}
-
-
-def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
-    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap, some mirrored."""
-    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    height, width = images.shape[1:3]
-    moved = np.empty_like(images)
-    for i, row in enumerate(rows):
-        random = np.random.default_rng([seed, row, view])
-        dy, dx = random.integers(0, 2 * shift + 1, size=2)
-        moved[i] = padded[i, dy : dy + height, dx : dx + width]
-        if flip and random.integers(2):
-            moved[i] = moved[i, :, ::-1].copy()
-    return moved
-
-
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder, train = experiment.folder / "prior", experiment.prior.train
@@ -239,7 +114,7 @@ def train_prior(experiment: Experiment) -> Path:
     if finished(folder, settings):
         return folder
     accelerator = start(experiment, folder, settings)
-    text = _text_tokenizer(experiment, codes, accelerator)
+    text = text_tokenizer(experiment, codes, accelerator)
     vectors = tokenizer.code_vectors
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
@@ -257,14 +132,17 @@ def train_prior(experiment: Experiment) -> Path:
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.tell_code_vectors(vectors)
-    order = Order(len(codes["train"]), train.batch_size, experiment.seed)
+    order = Order(codes["train"].lengths, train.batch_size, experiment.seed, codes["train"].weights)
+    several = codes["train"].captions_in_all > len(codes["train"])
     truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
 
     def batch(step: int) -> dict[str, torch.Tensor]:
         rows = order.share(step, accelerator.process_index, accelerator.num_processes)
         random = np.random.default_rng([experiment.seed, step, accelerator.process_index])
         views = random.integers(0, codes["train"].views, size=len(rows))
-        captions = codes["train"].captions(rows.tolist())
+        # Drawn only where there is a choice: what follows is drawn by the same numbers.
+        draws = random.random(len(rows)).tolist() if several else None
+        captions = codes["train"].captions(rows.tolist(), draws)
         return {
             "text_ids": text.encode_with_dropout(captions, dropout, random, truncate=truncate)
             if dropout
@@ -301,11 +179,9 @@ def train_prior(experiment: Experiment) -> Path:
     return folder
 
 
-def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
+def text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
     """Trains the text tokenizer, or loads the one of the checkpoint that the prior goes on from; keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
-    learned = codes["train"].captions(range(len(codes["train"])))
-    captions = learned + codes["held_out"].captions(range(len(codes["held_out"])))
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
     if goes_on:
@@ -313,21 +189,35 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
     elif config.pretrained:
         text = TextTokenizer.pretrained(config.pretrained, length=config.length)
     else:
-        text = TextTokenizer.train(learned[:_CAPTIONS_TO_LEARN], vocab_size=config.vocab_size, length=config.length)
-    lengths = text.lengths(captions)
-    too_long = [i for i, length in enumerate(lengths) if length > text.length]
+        learned = chain.from_iterable(_caption_batches(codes["train"], _CAPTIONS_TO_LEARN))
+        text = TextTokenizer.train(learned, vocab_size=config.vocab_size, length=config.length)
+    too_long, longest, worst = 0, 0, ""
+    for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
+        lengths = text.lengths(captions)
+        too_long += sum(length > text.length for length in lengths)
+        if max(lengths) > longest:
+            longest = max(lengths)
+            worst = captions[lengths.index(longest)]
+    count = sum(dataset.captions_in_all for dataset in codes.values())
     if too_long and not config.truncate:
-        worst = max(lengths)
         raise ValueError(
-            f"{len(too_long)} of {len(captions)} captions need more than text.length={text.length} slots (the longest {worst}: "
-            f"{captions[lengths.index(worst)][:60]!r}); set text.length={worst}, or cut them with text.truncate=true"
+            f"{too_long} of {count} captions need more than text.length={text.length} slots (the longest {longest}: "
+            f"{worst[:60]!r}); set text.length={longest}, or cut them with text.truncate=true"
         )
     if too_long:
-        accelerator.print(f"{len(too_long)} of {len(captions)} captions are cut to text.length={text.length} slots")
+        accelerator.print(f"{too_long} of {count} captions are cut to text.length={text.length} slots")
     if accelerator.is_main_process and not goes_on:
         write_folder(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
+
+
+def _caption_batches(codes: CodesDataset, captions: int | None = None) -> Iterator[list[str]]:
+    """All captions, some thousand at a time; or those of evenly spread rows that together have about `captions`."""
+    rows = len(codes) if captions is None else min(len(codes), max(len(codes) * captions // codes.captions_in_all, 1))
+    for first in range(0, rows, _ROWS_AT_A_TIME):
+        spread = [row * len(codes) // rows for row in range(first, min(first + _ROWS_AT_A_TIME, rows))]
+        yield list(chain.from_iterable(codes.all_captions(spread)))
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
@@ -369,25 +259,10 @@ def run(experiment: Experiment) -> Path:
 
 
 def _report(accelerator: Accelerator, source: Source) -> None:
-    many = any(isinstance(part, StreamSource) for part in parts_of(source))
-    accelerator.print(f"{source.name}: " + ("read as it comes" if many else f"{len(source):,} pictures to train on"))
+    streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
+    accelerator.print(f"{source.name}: " + ("read as it comes" if streamed else f"{len(source):,} pictures to train on"))
     for problem in source.problems:
         accelerator.print(f"  {problem}")
-
-
-def sources_of(experiment: Experiment) -> tuple[Any, Source]:
-    """Training and held-out pictures, before anything else is written; every process must call."""
-    state = processes()
-    share = Share(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
-    source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
-    for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
-        seen = 1 if isinstance(part, StreamSource) else len(part)
-        if not seen or not len(held_out):
-            raise ValueError(
-                f"{part.name} has {seen} pictures to train on and {len(back)} held out to judge on, and each needs at least "
-                f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
-            )
-    return source, held_out
 
 
 def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from pipeline.data.mixing import MixedSource, Mixture
 from pipeline.data.sources import Source
+
+Loaded = TypeVar("Loaded")
+Part = TypeVar("Part")
 
 
 class Feed(Protocol):
@@ -108,10 +111,10 @@ def _part(batch_size: int, process: int, processes: int) -> slice:
     return slice(process * each, (process + 1) * each)
 
 
-def loaded_ahead(load: Callable[[list[int]], np.ndarray], parts: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Each part with its pictures, the next one's being loaded meanwhile: by one thread, since not every source takes several."""
+def loaded_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:
+    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one thread, as not every source takes several."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
-        waiting: tuple[list[int], Future[np.ndarray]] | None = None
+        waiting: tuple[Part, Future[Loaded]] | None = None
         for part in parts:
             ahead = (part, pool.submit(load, part))
             if waiting:

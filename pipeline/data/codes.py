@@ -1,95 +1,200 @@
 """The codes dataset: every picture as codes, once, in Arrow files. Knows files and fingerprints; trains and draws nothing.
 
-A row a picture: `codes` (all views one after another), `text`, `row` (its number in the source). `codes.json` is written last and
-makes the folder whole; it holds the fingerprints of the tokenizer and of the source.
+A split is one row after another in shards (code_shards.py): of equally many rows, the last one shorter, and of a stream one for each of
+its own. `codes.json` is written last and makes the folder whole; it holds the fingerprints of the tokenizer and of the source, and size and
+hash of every file. Until then `plan.json` says what is being made, and beside each finished shard lies a JSON file with its size and hash.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from pipeline.checkpoints import write_file
+from pipeline.data.code_shards import OpenShard, Shard, damage
 
-MANIFEST = "codes.json"
+MANIFEST, PLAN = "codes.json", "plan.json"
+FORMAT = 2
+"""Of the folder; 1 was a file a process, without hashes."""
+HASHED_BYTES = 4 * 2**30
+"""A folder of at most so many bytes is hashed when it is opened, which takes two seconds; of a larger one sizes alone are checked."""
+_OPEN = 256
+"""Files that are mapped at the same time."""
+_READ = 8
+"""Rows that are read before one of the mapped files, each in its turn, gives its pages back: with a row 64 KiB around it are mapped, and in
+time all of the data would count as this process's memory."""
 
 
 class CodesDataset:
-    """One split of a codes folder, memory-mapped."""
+    """One split of a codes folder, memory-mapped. Opening it verifies it: every file is there and has its size, and its hash too where all
+    files of the folder together are at most `HASHED_BYTES`; of larger folders a changed file of the right size goes unnoticed.
+
+    Raises:
+        ValueError: the folder is not whole, is of another format, or holds a missing, cut or changed file, which is named.
+    """
 
     def __init__(self, folder: Path, split: str) -> None:
-        from datasets import Dataset, concatenate_datasets
-
         self.manifest = read_manifest(folder)
         check_form(self.manifest, folder)
-        files = [folder / name for name in self.manifest["files"].get(split, [])]
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; remove {folder} and run `minidalle encode` again")
-        parts = [Dataset.from_file(str(file)) for file in files]
+        self._folder, self._shards = folder, shards_of(self.manifest)[split]
+        hashed = are_hashed(self.manifest)
+        for shard in self._shards:
+            if wrong := damage(folder / shard.name, shard, hashed=hashed):
+                raise ValueError(f"{folder / shard.name} {wrong}; run `minidalle encode` again, which makes just that file anew")
         self.views = int(self.manifest["views"]) if split == "train" else 1
-        rows = concatenate_datasets(parts)
-        # A column each: reading captions must not decode the codes beside them.
-        self._codes = rows.select_columns(["codes"]).with_format("numpy")
-        self._text, self._row = rows.select_columns(["text"]), rows.select_columns(["row"])
+        self.captions_in_all = sum(shard.captions for shard in self._shards)
+        self._ends = list(accumulate(shard.rows for shard in self._shards))
+        parts = [unit.part for unit in planned_files(self.manifest)[split].values()]
+        self.lengths = [
+            sum(shard.rows for shard, part in zip(self._shards, parts, strict=True) if part == number) for number in range(max(parts) + 1)
+        ]
+        """Rows of each part of a mixture, which lie one after another."""
+        self.weights: list[float] = self.manifest["weights"]
+        self._opened: dict[int, OpenShard] = {}
+        self._read, self._lock = 0, Lock()
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return self._ends[-1]
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return list(self._text[list(indices)]["text"])
+    def captions(self, indices: Sequence[int], draws: Sequence[float] | None = None) -> list[str]:
+        """A caption a picture: its first one, or with `draws`, a number in [0, 1) a picture, any of its own, all equally likely."""
+        if draws is None:
+            return [shard.text(row) for shard, row in map(self._find, indices)]
+        every = self.all_captions(indices)
+        return [texts[int(draw * len(texts))] for texts, draw in zip(every, draws, strict=True)]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """All captions of each picture, the first one first."""
+        return [shard.texts(row) for shard, row in map(self._find, indices)]
 
     def source_rows(self, indices: Sequence[int]) -> list[int]:
         """The pictures' numbers in the source they came from."""
-        return list(self._row[list(indices)]["row"])
+        return [shard.number(row) for shard, row in map(self._find, indices)]
 
     def codes(self, indices: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
         """(B,N) int64; `views` chooses an encoding a picture, the first one by default."""
-        rows = np.asarray(self._codes[list(indices)]["codes"]).astype(np.int64)
-        rows = rows.reshape(len(rows), self.views, -1)
-        return rows[np.arange(len(rows)), np.zeros(len(rows), int) if views is None else np.asarray(views)]
+        chosen = [0] * len(indices) if views is None else views
+        rows = [shard.codes(row).reshape(self.views, -1)[view] for (shard, row), view in zip(map(self._find, indices), chosen, strict=True)]
+        return np.stack(rows).astype(np.int64)
+
+    def _find(self, index: int) -> tuple[OpenShard, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        with self._lock:
+            shard = self._opened.pop(number, None) or OpenShard(self._folder / self._shards[number].name)
+            self._opened[number] = shard  # the one used last comes last
+            if len(self._opened) > _OPEN:
+                del self._opened[next(iter(self._opened))]
+            self._read += 1
+            if self._read % _READ == 0:
+                turn = self._read // _READ % len(self._opened)
+                next(islice(self._opened.values(), turn, None)).release()
+        return shard, index - (self._ends[number - 1] if number else 0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one file holds: rows of the source, or what a shard of a stream gives.
+
+    Attributes:
+        part: of a mixture.
+        rows: numbers in the source, or in the mixture.
+        shard: of the stream.
+        most: pictures of the shard that are encoded, if not all.
+    """
+
+    part: int
+    rows: range | None = None
+    shard: int = 0
+    most: int | None = None
+
+
+def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, Unit]]:
+    """The files of each split in their order and what each holds. `plan["parts"]` names of each part of the source the `first` row and
+    how many `rows`, or how many `shards` a stream has and the `most` pictures of each."""
+    each, files = plan["shard_rows"], {}
+    for split, parts in plan["parts"].items():
+        units: list[Unit] = []
+        for number, part in enumerate(parts):
+            if "shards" in part:
+                units += [Unit(number, shard=shard, most=part["most"]) for shard in range(part["shards"])]
+            else:
+                first, end = part["first"], part["first"] + part["rows"]
+                units += [Unit(number, range(start, min(start + each, end))) for start in range(first, end, each)]
+        files[split] = {f"{split}-{k:05d}-of-{len(units):05d}.arrow": unit for k, unit in enumerate(units)}
+    return files
+
+
+def shards_of(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
+    """What the files of each split are known by."""
+    return {split: [Shard(**file) for file in files] for split, files in manifest["files"].items()}
+
+
+def are_hashed(manifest: Mapping[str, Any]) -> bool:
+    """Whether the files are few enough bytes to be hashed."""
+    return sum(shard.bytes for shards in shards_of(manifest).values() for shard in shards) <= HASHED_BYTES
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `complete` wrote.
 
     Raises:
-        ValueError: the folder holds no whole codes dataset.
+        ValueError: the folder holds no whole codes dataset, or one of another format.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        made = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no whole codes dataset ({error}); run `minidalle encode` first") from error
+    check_format(made, folder)
+    return manifest
 
 
-def write_part(folder: Path, split: str, part: int, parts: int, rows: Iterable[dict[str, Any]]) -> str:
-    """Writes one process's rows; returns the file's name. Written beside and renamed."""
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
+def check_format(made: Any, folder: Path) -> None:
+    """Refuses other formats than this version's.
 
-    features = Features({"codes": List(Value("int32")), "text": Value("string"), "row": Value("int64")})
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{split}-{part:05d}-of-{parts:05d}.arrow"
-    beside = folder / f".{name}.writing"
-    writer = ArrowWriter(path=str(beside), features=features)
+    Raises:
+        ValueError: naming both.
+    """
+    if made != FORMAT:
+        version = "a later version" if isinstance(made, int) and made > FORMAT else "an earlier version"
+        raise ValueError(
+            f"the codes in {folder} were written by {version} (format {made}; this one reads {FORMAT}); remove that folder and run "
+            "`minidalle encode` again"
+        )
+
+
+def record_shard(folder: Path, shard: Shard) -> None:
+    """Marks a shard of an unfinished folder as whole."""
+    write_file((folder / shard.name).with_suffix(".json"), json.dumps(asdict(shard)) + "\n")
+
+
+def recorded_shard(folder: Path, name: str) -> Shard | None:
+    """What `record_shard` wrote of a shard, if it did."""
     try:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.rename(folder / name)
-    return name
+        return Shard(**json.loads((folder / name).with_suffix(".json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
-def complete(folder: Path, manifest: dict[str, Any]) -> None:
-    """Marks the folder whole."""
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+def complete(folder: Path, plan: Mapping[str, Any], shards: Mapping[str, Sequence[Shard]]) -> None:
+    """Marks the folder whole, and removes what was needed until then."""
+    files = {split: [asdict(shard) for shard in of_split] for split, of_split in shards.items()}
+    rows = {split: sum(shard.rows for shard in of_split) for split, of_split in shards.items()}
+    write_file(folder / MANIFEST, json.dumps({**plan, "rows": rows, "files": files}, indent=2) + "\n")
+    for of_split in shards.values():
+        for shard in of_split:
+            (folder / shard.name).with_suffix(".json").unlink(missing_ok=True)
+    (folder / PLAN).unlink(missing_ok=True)
 
 
 def check_form(manifest: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,8 @@
 """A codes dataset in other forms, for other programs: Parquet, or webdataset shards. Knows files; trains and encodes nothing.
 
-Parquet: a file a part, columns `codes`, `text`, `row`. Webdataset: tar shards of NAME.codes.npy (int32) and NAME.txt. Beside them lies
-`codes.json` with the tokenizer's fingerprint and the layout of the codes.
+Parquet: a file a shard, columns `codes`, `text` (the first caption), `more_texts` (further ones), `row`. Webdataset: tar shards of
+NAME.codes.npy (int32) and NAME.txt (several captions a line each). Beside them lies `codes.json` with the tokenizer's fingerprint and the
+layout of the codes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.checkpoints import refuse_taken, write_folder
-from pipeline.data.codes import MANIFEST, read_manifest
+from pipeline.data.code_shards import described, read_batches
+from pipeline.data.codes import MANIFEST, read_manifest, shards_of
 
 Format = Literal["arrow", "parquet", "webdataset"]
-SHARD = 10_000
-"""Rows of a shard."""
 
 
 def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
@@ -30,44 +31,53 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
         ValueError: `codes` holds no whole codes dataset.
         FileExistsError: there is something else in `out` already.
     """
-    from datasets import Dataset
-
     manifest = read_manifest(codes)
     refuse_taken(out, MANIFEST, "codes")
-    written: dict[str, list[str]] = {}
+    names: list[str] = []
 
     def write(beside: Path) -> None:
-        for split, names in manifest["files"].items():
+        written: dict[str, list[dict[str, Any]]] = {}
+        for split, shards in shards_of(manifest).items():
             written[split] = []
-            for name in names:
-                if form == "arrow":
-                    shutil.copyfile(codes / name, beside / name)
-                    written[split].append(name)
-                    continue
-                rows = Dataset.from_file(str(codes / name))
-                stem = name.removesuffix(".arrow")
-                if form == "parquet":
-                    rows.to_parquet(str(beside / f"{stem}.parquet"))
-                    written[split].append(f"{stem}.parquet")
-                else:
-                    written[split] += _write_shards(rows.with_format("numpy"), beside, stem)
-        content = {**manifest, "files": written, "form": form}
-        (beside / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+            for shard in shards:
+                path = beside / shard.name
+                match form:
+                    case "arrow":
+                        shutil.copyfile(codes / shard.name, path)
+                    case "parquet":
+                        path = path.with_suffix(".parquet")
+                        _write_parquet(codes / shard.name, path)
+                    case "webdataset":
+                        path = path.with_suffix(".tar")
+                        _write_tar(codes / shard.name, path)
+                written[split].append(asdict(described(path, rows=shard.rows, captions=shard.captions)))
+                names.append(path.name)
+        (beside / MANIFEST).write_text(json.dumps({**manifest, "files": written, "form": form}, indent=2) + "\n")
 
     write_folder(out, write)
-    return [name for names in written.values() for name in names]
-
-
-def _write_shards(rows: Any, folder: Path, stem: str) -> list[str]:
-    names = []
-    for first in range(0, len(rows), SHARD):
-        names.append(f"{stem}-{first // SHARD:05d}.tar")
-        with tarfile.open(folder / names[-1], "w") as tar:
-            for row in (rows[i] for i in range(first, min(first + SHARD, len(rows)))):
-                key, buffer = f"{int(row['row']):09d}", io.BytesIO()
-                np.save(buffer, np.asarray(row["codes"], dtype=np.int32), allow_pickle=False)
-                for suffix, data in (("codes.npy", buffer.getvalue()), ("txt", str(row["text"]).encode())):
-                    entry = tarfile.TarInfo(f"{key}.{suffix}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
     return names
+
+
+def _write_parquet(shard: Path, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    batches = read_batches(shard)
+    first = next(batches)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for batch in (first, *batches):
+            writer.write_batch(batch)
+
+
+def _write_tar(shard: Path, path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for row in (row for batch in read_batches(shard) for row in batch.to_pylist()):
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(row["codes"], dtype=np.int32), allow_pickle=False)
+            texts = [row["text"], *row["more_texts"]]
+            if len(texts) > 1:  # or a line break inside of one would make two of it
+                texts = [text.replace("\n", " ") for text in texts]
+            content = {"codes.npy": buffer.getvalue(), "txt": "\n".join(texts).encode()}
+            for suffix, data in content.items():
+                entry = tarfile.TarInfo(f"{row['row']:09d}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -14,7 +13,7 @@ import numpy as np
 from pipeline.data.captions import Captions, captions_of
 from pipeline.data.config import DataConfig
 from pipeline.data.examine import examine, usable
-from pipeline.data.pictures import centre_square, prepared, random_square
+from pipeline.data.pictures import prepared, square_of
 from pipeline.data.rows import Rows, Tally, is_held_out
 from pipeline.data.share import ALONE, Share
 
@@ -57,27 +56,18 @@ class Everything:
 
         def fill(first: int) -> None:
             for i in range(first, min(first + _TOGETHER, len(rows))):
-                result[i] = self._square(rows[i], None if draws is None else draws[i])
+                result[i] = square_of(self._prepared(rows[i]), self.config, None if draws is None else draws[i])
 
         for _ in self._pool.map(fill, range(0, len(rows), _TOGETHER)):
             pass
         return result
-
-    def _square(self, row: int, draw: int | None) -> np.ndarray:
-        config = self.config
-        if draw is None or not config.varies:
-            square = partial(centre_square, size=config.image_size)
-        else:
-            square = partial(random_square, size=config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw)
-        return square(self._prepared(row))
 
     def _prepared(self, row: int) -> np.ndarray:
         if (kept := self._decoded.get(row)) is not None:
             return kept
         config = self.config
         try:
-            crop = config.crop == "random"
-            picture = prepared(self.rows.picture(row), config.image_size, crop=crop, scale=config.crop_scale)
+            picture = prepared(self.rows.picture(row), config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now ({error}); "

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.config import DataConfig
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST = 89_478_485
 """Pixels of a picture above which it is refused: a small file can claim to be so large that it fills the memory."""
@@ -89,15 +91,16 @@ def read_picture(path: Path, size: int, *, upscale: bool = False) -> Image.Image
     return square(open_picture(path), size, upscale=upscale, name=str(path))
 
 
-def prepared(content: bytes, size: int, *, crop: bool = False, scale: float = 1.0) -> np.ndarray:
-    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at `size` pixels, or with `crop` all of it, just so large
-    that a square of `scale` of its shorter side fills `size` pixels."""
+def prepared(content: bytes, config: DataConfig) -> np.ndarray:
+    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted, or for random crops all of it, just so
+    large that the smallest one of them fills that size. See `open_picture` for what is raised."""
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb
 
-    wanted = math.ceil(size / scale)
+    size = config.image_size
+    wanted = math.ceil(size / config.crop_scale)
     # Twice the size leaves the antialiasing enough to work on.
     image = to_rgb(open_picture(content, at_least=2 * wanted))
-    if not crop:
+    if config.crop == "centre":
         return np.asarray(resize_and_crop(image, size))
     shorter = min(image.size)
     target = max(size, min(shorter, wanted))
@@ -105,6 +108,13 @@ def prepared(content: bytes, size: int, *, crop: bool = False, scale: float = 1.
         width, height = (max(target, round(side * target / shorter)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return np.asarray(image)
+
+
+def square_of(picture: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
+    """What is seen of a prepared picture: its centre, or with a `draw` what that chooses where the configuration has it vary."""
+    if draw is None or not config.varies:
+        return centre_square(picture, config.image_size)
+    return random_square(picture, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw)
 
 
 def centre_square(picture: np.ndarray, size: int) -> np.ndarray:

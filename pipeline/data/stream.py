@@ -10,15 +10,21 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pipeline.data.captions import CaptionReader
 from pipeline.data.config import DataConfig, data_settings
 from pipeline.data.hub import content_of, label_names, load
+from pipeline.data.pictures import prepared, square_of
 from pipeline.data.rows import Record, Tally, image_column, is_held_out, stamp_of
 
+UNDECODED = "pictures that cannot be decoded left out"
+_SURE = 1000
+"""Pictures after which the share of those that cannot be decoded says something."""
 HELD_OUT = 500
 """Held-out pictures of a stream, at most: to find them, it is read from its beginning."""
 
@@ -44,6 +50,7 @@ class StreamSource:
         import dataclasses
 
         self.name, self.config, self.tally = config.source, config, Tally()
+        self._decoded, self._bad, self._lock = 0, 0, Lock()
         data, self.shard_names = _opened(config)
         self._data = data.decode(False)
         self.num_shards = int(self._data.num_shards)
@@ -67,6 +74,32 @@ class StreamSource:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
         accepted = (sample for sample in self._readable(shard) if not is_held_out(sample.name, self.config.held_out))
         return itertools.islice(accepted, part, None, parts)
+
+    def decode(self, sample: Sample) -> np.ndarray | None:
+        """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is counted.
+
+        Raises:
+            ValueError: more than `data.max_bad` of the pictures cannot be.
+        """
+        try:
+            picture = prepared(sample.content, self.config)
+        except ValueError as error:
+            with self._lock:
+                self._bad += 1
+                self.tally.add(UNDECODED, sample.name)
+            if self._bad > self.config.max_bad * max(self._decoded, _SURE):
+                raise ValueError(
+                    f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be decoded (the last: {sample.name}, "
+                    f"{error}); repair or remove them, or raise data.max_bad (now {self.config.max_bad})"
+                ) from error
+            return None
+        with self._lock:
+            self._decoded += 1
+        return picture
+
+    def square(self, picture: np.ndarray, draw: int | None) -> np.ndarray:
+        """What is seen of a decoded picture, (S,S,3) uint8; see `Source.images` for `draw`."""
+        return square_of(picture, self.config, draw)
 
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""

@@ -20,12 +20,8 @@ import numpy as np
 from pipeline.checkpoints import write_file
 from pipeline.data.batches import MappedFeed, Passes, step_draws
 from pipeline.data.mixing import MixedSource, Mixture, parts_of
-from pipeline.data.pictures import centre_square, prepared, random_square
 from pipeline.data.sources import Source
 from pipeline.data.stream import Sample, StreamSource
-
-_SURE = 1000
-"""Pictures after which the share of unreadable ones says something."""
 
 
 class Lengths:
@@ -124,7 +120,6 @@ class Shuffled:
         self._ahead_by = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self._blocks: dict[int, Future[list[Sample]]] = {}
         self._lock = Lock()
-        self.seen, self._bad = 0, 0
 
     def block(self, number: int) -> list[Sample]:
         """A block's samples in their shuffled order; the next one is read meanwhile."""
@@ -137,23 +132,6 @@ class Shuffled:
                 del self._blocks[old]
             wanted_block = self._blocks[number]
         return wanted_block.result()
-
-    def count_bad(self, sample: Sample, error: Exception, in_a_row: int) -> None:
-        """Notes a picture that cannot be decoded.
-
-        Raises:
-            ValueError: they are more than `data.max_bad` allows.
-        """
-        with self._lock:
-            self._bad += 1
-            self.stream.tally.add("unreadable pictures replaced by others", sample.name)
-        most = self.stream.config.max_bad
-        if self._bad > most * max(self.seen, _SURE) or in_a_row >= self._block:
-            raise ValueError(
-                f"{self._bad} of {self.seen + self._bad} pictures of {self.stream.name} cannot be decoded "
-                f"(the last: {sample.name}, {error}); "
-                f"repair or remove them, or raise data.max_bad (now {most})"
-            ) from error
 
     def place(self, position: int) -> tuple[int, int]:
         """(block, number within it)."""
@@ -229,20 +207,10 @@ class StreamFeed:
 
     def _decoded(self, part: Shuffled, number: int, draw: int) -> np.ndarray:
         """A picture, or where it cannot be decoded the next one of its block, so that every process has as many as every other."""
-        config, after = part.stream.config, 0
-        while True:
-            sample = self._sample(part, number, after)
-            try:
-                crop = config.crop == "random"
-                picture = prepared(sample.content, config.image_size, crop=crop, scale=config.crop_scale)
-                break
-            except (OSError, ValueError) as error:
-                after += 1
-                part.count_bad(sample, error, after)
-        part.seen += 1
-        if config.varies:
-            return random_square(picture, config.image_size, crop=crop, flip=config.flip, draw=draw)
-        return centre_square(picture, config.image_size)
+        after = 0
+        while (picture := part.stream.decode(self._sample(part, number, after))) is None:
+            after += 1
+        return part.stream.square(picture, draw)
 
 
 def feed_of(

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.data import export
 from pipeline.data.codes import CodesDataset
 from stage1_tokenizer import ImageTokenizer
 from tests.pipeline.test_run import fails
@@ -47,13 +46,13 @@ def test_parquet(finished_run, encoded):
     manifest = json.loads((folder / "codes.json").read_text())
     assert manifest["form"] == "parquet" and manifest["levels"] == [{"grid": [4, 4], "num_codes": 16}]
     assert manifest["tokenizer"] == ImageTokenizer.load(finished_run[1] / "tokenizer").fingerprint
-    assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *manifest["files"]["train"], *manifest["files"]["held_out"]])
+    named = [file["name"] for files in manifest["files"].values() for file in files]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *named])
 
 
-def test_webdataset_in_several_shards(finished_run, encoded, monkeypatch):
-    monkeypatch.setattr(export, "SHARD", 15)
-    folder = encoded("webdataset")
-    names = json.loads((folder / "codes.json").read_text())["files"]["train"]
+def test_webdataset_in_several_shards(finished_run, encoded):
+    folder = encoded("webdataset", "--encode.shard_rows", "15")
+    names = [file["name"] for file in json.loads((folder / "codes.json").read_text())["files"]["train"]]
     assert len(names) == 3
     rows: dict[str, dict[str, bytes]] = {}
     for name in names:
@@ -97,7 +96,7 @@ def test_any_tokenizer_on_any_source(finished_run, tmp_path):
     assert main(["encode", "--tokenizer", str(run / "tokenizer"), "--out", str(out), "--format", "parquet", *arguments]) == 0
     manifest = json.loads((out / "codes.json").read_text())
     assert manifest["levels"] == [{"grid": [8, 8], "num_codes": 16}] and sum(manifest["rows"].values()) == 12
-    table = pq.read_table(out / manifest["files"]["train"][0]).to_pydict()
+    table = pq.read_table(out / manifest["files"]["train"][0]["name"]).to_pydict()
     tokenizer = ImageTokenizer.load(run / "tokenizer")
     images = [Image.open(tmp_path / "own" / f"{text.split()[1]}.png") for text in table["text"]]
     same = (tokenizer.to_codes(images).flatten(1) == torch.tensor(table["codes"])).float().mean()

@@ -51,7 +51,7 @@ def two_runs(tmp_path_factory):
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "precision": "fp32"}))
     for processes in (1, 2):
-        name, dropout = ("--name", f"by{processes}"), ("--prior.objective.caption_dropout", "0")
+        name, dropout = ("--name", f"by{processes}"), ("--prior.objective.caption_dropout", "0", "--encode.shard_rows", "7")
         launch(folder, processes, "run", "--config", str(path), *name, *dropout)
     return folder / "runs" / "by1", folder / "runs" / "by2"
 
@@ -86,7 +86,8 @@ def test_an_adversary_trains_on_two_processes_as_on_one(tmp_path):
 
 def test_encoding_is_split_and_whole(two_runs):
     manifests = [read_manifest(run / "codes") for run in two_runs]
-    assert [len(m["files"]["train"]) for m in manifests] == [1, 2]
+    names = [[file["name"] for file in m["files"]["train"]] for m in manifests]
+    assert names[0] == names[1] == [f"train-{k:05d}-of-00006.arrow" for k in range(6)]
     codes = CodesDataset(two_runs[1] / "codes", "train")
     assert len(codes) == 40 and codes.source_rows(range(40)) == list(range(40))
 

@@ -259,7 +259,7 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
 def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
     config = ["--config", finished_run[0]]
     fails(capsys, ["train-tokenizer", *config, "--tokenizer.model.num_codes", 8], "made with other settings (model)")
-    fails(capsys, ["encode", *config, "--encode.pictures", 20], "other data or encode settings")
+    fails(capsys, ["encode", *config, "--encode.pictures", 20], "made with something else (encode.pictures 40 -> 20)")
     fails(capsys, ["train-prior", *config, "--prior.model.depth", 2], "made with other settings (model)")
 
 
@@ -270,9 +270,10 @@ def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
     tokenizer.save_pretrained(copy / "tokenizer")
-    made = read_manifest(copy / "codes")["tokenizer"]
-    for verb in ("encode", "train-prior"):
-        fails(capsys, [verb, "--config", path, "--output_dir", tmp_path / "runs"], f"were made by tokenizer {made}")
+    made, now = read_manifest(copy / "codes")["tokenizer"], tokenizer.fingerprint
+    again = ["--config", path, "--output_dir", tmp_path / "runs"]
+    fails(capsys, ["encode", *again], f"made with something else (tokenizer {made} -> {now}); remove that folder")
+    fails(capsys, ["train-prior", *again], f"were made by tokenizer {made}")
 
 
 def test_stages_need_the_ones_before(tiny_yaml, capsys):
@@ -300,7 +301,7 @@ def test_an_unfinished_codes_folder_is_named(finished_run, tmp_path, capsys):
     fails(capsys, ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"], "holds no whole codes dataset")
     shutil.copy(folder / "codes" / "codes.json", copy / "codes")
     next((copy / "codes").glob("train*.arrow")).unlink()
-    fails(capsys, ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"], "is missing; remove")
+    fails(capsys, ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"], "is missing; run `minidalle encode` again")
 
 
 def test_wrong_usage_has_status_2(capsys, tmp_path):

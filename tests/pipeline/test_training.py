@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint, write_folder
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Order
-from pipeline.stages import shifted
+from pipeline.encoding import shifted
 from pipeline.training import Task, WeightAverage, average_decay, fit, learning_rate, optimizers_for, step_seed
 
 

@@ -245,8 +245,8 @@ def test_damaged_pictures_alone(content, limit):
     reads: list[Callable[[], object]] = [
         lambda: open_picture(content),
         lambda: open_for_judging(content, limit),
-        lambda: prepared(content, 16, crop=True, scale=0.5),
-        lambda: prepared(content, 16),
+        lambda: prepared(content, config("x", crop="random", crop_scale=0.5)),
+        lambda: prepared(content, config("x")),
     ]
     for read in reads:
         try:

@@ -34,7 +34,7 @@ def test_jpegs_decoded_small_look_as_if_decoded_whole():
         content = as_file(photo(seed, (300, 260)), "JPEG", quality=90)
         whole = np.asarray(square(open_picture(content), 32))
         assert open_picture(content, at_least=64).size < (300, 260)
-        assert psnr(whole, centre_square(prepared(content, 32), 32)) > 40
+        assert psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32)) > 40
 
 
 def test_a_picture_is_judged_by_its_full_size_when_upright():
@@ -55,7 +55,7 @@ def test_a_picture_is_judged_by_its_full_size_when_upright():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_shape_gives_a_square(width, height, scale, draw, flip):
-    picture = prepared(as_file(photo(1, (width, height)), "PNG"), 16, crop=True, scale=scale)
+    picture = prepared(as_file(photo(1, (width, height)), "PNG"), config("x", crop="random", crop_scale=scale))
     assert min(picture.shape[:2]) >= 16
     for part in (centre_square(picture, 16), random_square(picture, 16, crop=True, flip=flip, draw=draw)):
         assert part.shape == (16, 16, 3)

@@ -111,7 +111,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
     ("name", "content", "message"),
     [
         ("metadata.csv", "file,text\na.png,a\n", "row 1 has no column 'file_name'; it has file, text; did you mean 'file'?"),
-        ("metadata.csv", "file_name,caption\na.png,a\n", "has no column 'text'; it has file_name, caption; did you mean 'caption'?"),
+        ("metadata.csv", "file_name,caption\na.png,a\n", "has no column 'text'; it has folder, name, caption; did you mean 'caption'?"),
         ("metadata.csv", "file_name,text\n../b.png,a\n", "names '../b.png', which lies outside the folder"),
         ("metadata.jsonl", "{broken\n", "line 1 is no JSON"),
         ("metadata.jsonl", "[1]\n", "line 1 is no row"),

@@ -1,0 +1,143 @@
+"""Memory while codes are written, opened, read as training reads them, and their captions learned: how much it grows with the rows.
+
+python -m benchmarks.memory [--rows 1000000] [--folder DIR]
+Rows of 64 codes and captions of eight words, one picture in four with a second caption, go through the functions that encoding and
+training use, with numbers in place of a tokenizer's codes. Growth is the most that was seen above the start of the part: of the process's
+own (anonymous) memory, and of its resident memory, which counts the pages of mapped files, too, that the system may drop at any time. Each
+part runs on 10,000 rows first, in a row of its own: what it imports and what it needs once is counted there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.timing import machine
+from pipeline.config import load_values
+from pipeline.data.batches import Order
+from pipeline.data.code_shards import EncodedRows, write_shard
+from pipeline.data.codes import FORMAT, CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.runtime import make_accelerator
+from pipeline.stages import text_tokenizer
+
+CODES, NUM_CODES, BATCH = 64, 1024, 64
+WORDS = [f"{first}{second}{third}" for first in "bdfgklmnprst" for second in "aeiou" for third in ("n", "rk", "st", "lm")]
+SMALL = 10_000
+MIB = 2**20
+
+
+class Growth:
+    """Watches this process's memory from a thread of its own."""
+
+    def __enter__(self) -> Growth:
+        self._process, self._stop = psutil.Process(), Event()
+        self._start = self._most = self._now()
+        self._thread = Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.own, self.resident = ((most - start) / MIB for most, start in zip(self._most, self._start, strict=True))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self._most = tuple(map(max, self._most, self._now()))
+
+    def _now(self) -> tuple[int, ...]:
+        memory = self._process.memory_info()
+        return memory.rss - memory.shared, memory.rss
+
+
+def write(folder: Path, rows: int, each: int) -> None:
+    """A whole codes folder of as many training rows, by the functions that encoding writes with."""
+    levels = [{"grid": [8, 8], "num_codes": NUM_CODES}]
+    plan: dict[str, Any] = {
+        "format": FORMAT, "tokenizer": "none", "levels": levels, "sources": {}, "views": 1, "bf16": False, "shard_rows": each,
+        "parts": {"train": [{"first": 0, "rows": rows}], "held_out": [{"first": 0, "rows": 1000}]}, "weights": [1.0], "settings": {},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    files = planned_files(plan)
+    for of_split in files.values():
+        for name, unit in of_split.items():
+            record_shard(folder, write_shard(folder / name, blocks(unit.rows), codes=CODES, kind="uint16"))
+    known = {split: [shard for name in of_split if (shard := recorded_shard(folder, name))] for split, of_split in files.items()}
+    complete(folder, plan, known)
+
+
+def blocks(rows: range) -> Iterator[EncodedRows]:
+    for first in range(rows.start, rows.stop, 128):
+        part = range(first, min(first + 128, rows.stop))
+        random = np.random.default_rng(first)
+        words = random.integers(0, len(WORDS), (len(part), 2, 8))
+        captions = [[" ".join(WORDS[word] for word in one) for one in two][: 2 if i % 4 == 0 else 1] for i, two in enumerate(words)]
+        yield EncodedRows(random.integers(0, NUM_CODES, (len(part), CODES)), captions, part)
+
+
+def read(codes: CodesDataset) -> None:
+    """Two shuffled passes, as training reads them."""
+    order, random = Order(len(codes), BATCH, seed=0), np.random.default_rng(0)
+    for step in range(2 * len(codes) // BATCH):
+        rows = order.rows(step).tolist()
+        codes.codes(rows)
+        codes.captions(rows, random.random(len(rows)).tolist())
+
+
+def batch_times(codes: CodesDataset, batches: int = 2000) -> np.ndarray:
+    """Milliseconds of each of some random batches, codes and captions."""
+    random, times = np.random.default_rng(1), []
+    for _ in range(batches):
+        rows = random.integers(0, len(codes), BATCH).tolist()
+        start = time.perf_counter()
+        codes.codes(rows)
+        codes.captions(rows)
+        times.append(1000 * (time.perf_counter() - start))
+    return np.array(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of codes (1,000,000)")
+    parser.add_argument("--folder", type=Path, help="where to write them for the time of the run (a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        scratch = Path(name)
+        settings = {"name": "memory", "output_dir": name, "data": {"source": "emoji"}, "text": {"length": 48}, "trackers": []}
+        experiment = load_values(settings, [])
+        accelerator = make_accelerator(experiment, trackers=False)
+        opened: dict[int, dict[str, CodesDataset]] = {}
+
+        def open_all(rows: int) -> None:
+            opened[rows] = {split: CodesDataset(scratch / str(rows), split) for split in ("train", "held_out")}
+
+        parts: dict[str, Callable[[int], object]] = {
+            "writing": lambda rows: write(scratch / str(rows), rows, 10_000),
+            "opening, with verification": open_all,
+            "reading two shuffled passes, batches of 64": lambda rows: read(opened[rows]["train"]),
+            "learning the captions, and their lengths": lambda rows: text_tokenizer(experiment, opened[rows], accelerator),
+        }
+        print(f"{machine()}\n| what | rows | own memory grew by, MiB | resident memory, MiB | rows/s |\n|---|---|---|---|---|")
+        for what, part in parts.items():
+            for rows in (SMALL, options.rows):
+                start = time.perf_counter()
+                with Growth() as growth:
+                    part(rows)
+                rate = rows / (time.perf_counter() - start) * (2 if "two" in what else 1)
+                print(f"| {what} | {rows:,} | {growth.own:.0f} | {growth.resident:.0f} | {rate:,.0f} |", flush=True)
+        size = sum(path.stat().st_size for path in (scratch / str(options.rows)).iterdir())
+        times = batch_times(opened[options.rows]["train"])
+        print(f"{size / MIB:.0f} MiB in files; a batch of {BATCH} random rows: median {np.median(times):.2f} ms, 99% within "
+              f"{np.quantile(times, 0.99):.2f} ms")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

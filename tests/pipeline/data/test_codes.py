@@ -1,0 +1,165 @@
+"""The codes dataset as files: what is written is read, what is damaged is named, captions are drawn evenly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import code_shards
+from pipeline.data import codes as dataset
+from pipeline.data.code_shards import EncodedRows, write_shard
+from pipeline.data.codes import CodesDataset, complete, planned_files, record_shard, recorded_shard
+
+
+def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: int = 5, views: int = 1, num_codes: int = 16) -> Path:
+    """A whole folder of training rows with codes (rows, N), in blocks of three."""
+    levels = [{"grid": [1, codes.shape[1] // views], "num_codes": num_codes}]
+    plan: dict = {"format": 2, "levels": levels, "views": views, "shard_rows": each, "weights": [1.0]}
+    plan["parts"] = {"train": [{"first": 0, "rows": len(codes)}]}
+    folder.mkdir()
+    kind, written = code_shards.kind_of(levels), []
+    for name, unit in planned_files(plan)["train"].items():
+        part = unit.rows
+        starts = range(part.start, part.stop, 3)
+        blocks = (
+            EncodedRows(codes[i : min(i + 3, part.stop)], captions[i : min(i + 3, part.stop)], range(100 + i, 100 + min(i + 3, part.stop)))
+            for i in starts
+        )
+        record_shard(folder, write_shard(folder / name, blocks, codes=codes.shape[1], kind=kind))
+        written.append(recorded_shard(folder, name))
+    complete(folder, plan, {"train": [shard for shard in written if shard]})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve rows in three files, of one to three captions."""
+    captions = [[f"first {i}", f"second {i}", f"third {i}"][: 1 + i % 3] for i in range(12)]
+    return write(tmp_path / "codes", np.arange(48).reshape(12, 4) % 16, captions)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_is_written_is_read(tmp_path_factory, data):
+    rows, each, views, width = (data.draw(st.integers(1, most)) for most in (20, 8, 3, 4))
+    captions = data.draw(st.lists(st.lists(st.text(max_size=9), min_size=1, max_size=3), min_size=rows, max_size=rows))
+    codes = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 2**16, (rows, views * width))
+    folder = tmp_path_factory.mktemp("property") / "codes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_shards, "_BATCH", data.draw(st.integers(1, 6)))
+        patch.setattr(dataset, "_OPEN", data.draw(st.integers(1, 3)))
+        patch.setattr(dataset, "_READ", data.draw(st.integers(1, 5)))
+        read = CodesDataset(write(folder, codes, captions, each=each, views=views, num_codes=2**16), "train")
+        order = data.draw(st.permutations(range(rows)))
+        assert len(read) == rows and len(list(folder.iterdir())) == 1 + -(-rows // each)
+        assert read.all_captions(order) == [captions[i] for i in order]
+        assert read.captions(order) == [captions[i][0] for i in order]
+        assert read.source_rows(order) == [100 + i for i in order]
+        assert read.captions_in_all == sum(map(len, captions))
+        for view in range(views):
+            seen = read.codes(order, [view] * rows)
+            assert seen.dtype == np.int64 and np.array_equal(seen, codes[order, view * width : (view + 1) * width])
+        assert np.array_equal(read.codes(order), read.codes(order, [0] * rows))
+        assert len(read._opened) <= dataset._OPEN
+
+
+def test_datasets_reads_the_files_too(folder):
+    from datasets import Dataset
+
+    read = Dataset.from_file(str(folder / "train-00001-of-00003.arrow"))
+    assert read[0] == {"codes": [4, 5, 6, 7], "text": "first 5", "more_texts": ["second 5", "third 5"], "row": 105} and len(read) == 5
+    assert read.features["codes"].feature.dtype == "uint16"
+
+
+@pytest.mark.parametrize(("num_codes", "kind"), [(2**16, "uint16"), (2**16 + 1, "int32")])
+def test_codes_have_the_fewest_bits_that_hold_them(tmp_path, num_codes, kind):
+    codes = np.array([[0, num_codes - 1]])
+    folder = write(tmp_path / "codes", codes, [["a"]], num_codes=num_codes)
+    assert next(code_shards.read_batches(folder / "train-00000-of-00001.arrow")).schema.field("codes").type.value_type == kind
+    assert np.array_equal(CodesDataset(folder, "train").codes([0]), codes)
+
+
+def test_each_caption_of_a_picture_is_as_likely(folder):
+    read = CodesDataset(folder, "train")
+    drawn = read.captions([2] * 300, np.random.default_rng(0).random(300).tolist())
+    assert {text: round(drawn.count(text) / 100) for text in set(drawn)} == {"first 2": 1, "second 2": 1, "third 2": 1}
+    assert read.captions([2, 2, 2, 0], [0.0, 0.34, 0.999, 0.999]) == ["first 2", "second 2", "third 2", "first 0"]
+
+
+def changed(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "is missing": Path.unlink,
+    "is cut or damaged: it has 100 bytes and was written with": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "is damaged: its content is not what was written": changed,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_file_is_named_on_opening(folder, message):
+    file = folder / "train-00001-of-00003.arrow"
+    DAMAGE[message](file)
+    with pytest.raises(ValueError, match=f"{file} {message}.*run `minidalle encode` again, which makes just that file anew"):
+        CodesDataset(folder, "train")
+
+
+def test_of_large_folders_sizes_alone_are_checked(folder, monkeypatch):
+    monkeypatch.setattr(dataset, "HASHED_BYTES", 100)
+    changed(folder / "train-00001-of-00003.arrow")
+    assert len(CodesDataset(folder, "train")) == 12
+    (folder / "train-00002-of-00003.arrow").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train-00002-of-00003\.arrow is cut or damaged: it has 0 bytes"):
+        CodesDataset(folder, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff\xff\xff\x10\0\0\0no arrow here at all"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "train-00000-of-00001.arrow"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} cannot be read .*; remove it and run"):
+        code_shards.OpenShard(file)
+
+
+@pytest.mark.parametrize(("made", "message"), [(1, "an earlier version .format 1; this one reads 2."), (3, "a later version .format 3"),
+                                              ("x", "an earlier version .format x")])  # fmt: skip
+def test_other_formats_are_refused(folder, made, message):
+    manifest = json.loads((folder / "codes.json").read_text())
+    (folder / "codes.json").write_text(json.dumps({**manifest, "format": made}))
+    with pytest.raises(ValueError, match=f"the codes in {folder} were written by {message}.*remove that folder and run"):
+        CodesDataset(folder, "train")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}"])
+def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
+    (folder / "codes.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no whole codes dataset"):
+        CodesDataset(folder, "train")
+
+
+def test_what_fails_in_writing_leaves_the_file_of_before(folder):
+    file = folder / "train-00000-of-00003.arrow"
+    before = file.read_bytes()
+
+    def blocks():
+        yield EncodedRows(np.zeros((3, 4), int), [["a"]] * 3, range(3))
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_shard(file, blocks(), codes=4, kind="uint16")
+    assert file.read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_rows_that_are_not_there_are_an_error(folder):
+    read = CodesDataset(folder, "train")
+    for index in (-1, 12):
+        with pytest.raises(IndexError, match=f"row {index} of 12"):
+            read.captions([index])
