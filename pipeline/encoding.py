@@ -167,15 +167,18 @@ def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Sp
 def _part_plans(source: Source, weights: Sequence[float], limit: int | None) -> list[dict[str, int | None]]:
     """What is encoded of each part: all of it, or by its weight where no more than `limit` pictures are."""
     plans: list[dict[str, int | None]] = []
-    first = 0
-    for part, weight in zip(parts_of(source), weights, strict=True):
+    for part, weight, first in zip(parts_of(source), weights, _starts(source), strict=True):
         share = None if limit is None else ceil(limit * weight / sum(weights))
         if isinstance(part, StreamSource):
             plans.append({"shards": part.num_shards, "most": share and ceil(share / part.num_shards)})
         else:
             plans.append({"first": first, "rows": min(len(part), share or len(part))})
-            first += len(part)
     return plans
+
+
+def _starts(source: Source) -> list[int]:
+    """The number of each part's first picture."""
+    return source.starts[:-1].tolist() if isinstance(source, MixedSource) else [0]
 
 
 def _what_is_there(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
@@ -256,12 +259,12 @@ def _encoded(
 ) -> Iterator[EncodedRows]:
     """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded, cropped and mirrored meanwhile."""
     size = experiment.encode.batch_size
-    part = parts_of(source)[unit.part]
+    part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
     batches: Iterator[_Batch]
     if unit.rows is None:
-        batches = (b for _, b in loaded_ahead(lambda few: _of_stream(part, few, views, experiment), _in_few(part, unit, size)))
+        batches = (b for _, b in loaded_ahead(lambda few: _of_stream(part, few, views, experiment), _in_few(part, first, unit, size)))
     else:
-        rows = [list(unit.rows[first : first + size]) for first in range(0, len(unit.rows), size)]
+        rows = [list(unit.rows[start : start + size]) for start in range(0, len(unit.rows), size)]
         batches = (b for _, b in loaded_ahead(lambda few: _of_rows(source, few, views, experiment), rows))
     for batch in batches:
         found = []
@@ -306,10 +309,10 @@ def _of_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: i
     return _Batch(seen, [sample.captions for sample in kept], numbers)
 
 
-def _in_few(stream: StreamSource, unit: codes.Unit, size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """The samples of a shard with a number each that no other of the stream has, some at a time."""
+def _in_few(stream: StreamSource, first: int, unit: codes.Unit, size: int) -> Iterator[list[tuple[int, Sample]]]:
+    """The samples of a shard with a number each that no other of the source has, some at a time."""
     samples = islice(stream.samples(unit.shard), unit.most)
-    numbered = ((unit.shard << 32 | place, sample) for place, sample in enumerate(samples))
+    numbered = ((first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples))
     while few := list(islice(numbered, size)):
         yield few
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.data.sources import Source
 
+STREAM_NUMBERS = 1 << 48
 _BLOCK = 1000
 """Positions within which each part has exactly its share."""
 
@@ -29,15 +30,16 @@ class MixedSource:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Pictures of each part."""
-        return [len(part) for part in self.parts]
+        """Pictures of each part; of a stream, how many numbers are left for them."""
+        return [len(part) if hasattr(part, "__len__") else STREAM_NUMBERS for part in self.parts]
 
     @cached_property
-    def _starts(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
+        """The number of each part's first picture, and of the one after the last."""
         return np.cumsum([0, *self.lengths])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Pictures (N,S,S,3) uint8; see `Source`."""
@@ -67,12 +69,12 @@ class MixedSource:
 
     def _by_part(self, indices: Sequence[int]) -> list[tuple[Source, list[int], list[int]]]:
         rows = np.asarray(indices, np.int64)
-        which = np.searchsorted(self._starts, rows, side="right") - 1
+        which = np.searchsorted(self.starts, rows, side="right") - 1
         found = []
         for number, part in enumerate(self.parts):
             places = np.flatnonzero(which == number)
             if len(places):
-                found.append((part, places.tolist(), (rows[places] - self._starts[number]).tolist()))
+                found.append((part, places.tolist(), (rows[places] - self.starts[number]).tolist()))
         return found
 
 
