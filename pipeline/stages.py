@@ -6,7 +6,7 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokeni
 from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
 from pipeline.grids import bars, grid_image, picture_grid
+from pipeline.lock import alone_in_run
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
 from pipeline.settings import as_made, finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
@@ -39,6 +40,7 @@ _CAPTIONS_TO_LEARN = 100_000
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
+@alone_in_run
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
@@ -92,9 +94,10 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm), tokenizer
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, _rows(order, accelerator)), tokenizer
 
 
+@alone_in_run
 def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
     """Writes the codes of training and held-out pictures, split over the processes; returns their folder.
 
@@ -213,6 +216,7 @@ def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: in
     return moved
 
 
+@alone_in_run
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder, train = experiment.folder / "prior", experiment.prior.train
@@ -288,7 +292,7 @@ def train_prior(experiment: Experiment) -> Path:
     prior.checkpoint_activations = train.checkpoint_activations
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
     figures = fit(
-        Task(objective, batch, held_out_batches, "nats_per_code", pictures), train, accelerator, folder,
+        Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=_rows(order, accelerator)), train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip
@@ -345,6 +349,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     return folder / "bundle"
 
 
+@alone_in_run
 def run(experiment: Experiment) -> Path:
     """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
     train_tokenizer(experiment)
@@ -361,6 +366,11 @@ def run(experiment: Experiment) -> Path:
         (experiment.folder / "samples" / "held-out-prompts.txt").write_text("\n".join(prompts) + "\n")
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"
+
+
+def _rows(order: Order, accelerator: Accelerator) -> Callable[[int], list[str]]:
+    """Names of the pictures of this process's part of a step's batch: their rows in the source or in the codes dataset."""
+    return lambda step: [f"row {row}" for row in order.share(step, accelerator.process_index, accelerator.num_processes)]
 
 
 def _report(accelerator: Accelerator, source: Source) -> None:
