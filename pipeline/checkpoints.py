@@ -209,16 +209,22 @@ def save_checkpoint(
     whole = set() if whole is None else whole
     target = folder / f"step-{state.step}"
     write_folder(target, write)
+    for later in checkpoints_in(folder):
+        if _step(later) > state.step:  # passed over as damaged, or training would have gone on from it
+            shutil.rmtree(later)
     whole.add(target)
-    _prune(folder, target, keep, whole)
+    prune(folder, target, keep, whole)
     return target
 
 
-def _prune(folder: Path, newest: Path, keep: int, whole: set[Path]) -> None:
-    kept = 0
+def prune(folder: Path, newest: Path, keep: int, whole: set[Path]) -> None:
+    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a damaged one takes no place of
+    theirs. `whole` are those known to be whole already; it grows."""
+    kept = 1
     for path in checkpoints_in(folder):
-        # Later ones were passed over as damaged, or training would have gone on from them.
-        if path == newest or (_step(path) < _step(newest) and kept < keep and (path in whole or damage(path) is None)):
+        if _step(path) >= _step(newest):
+            continue
+        if kept < keep and (path in whole or damage(path) is None):
             kept += 1
             whole.add(path)
         else:

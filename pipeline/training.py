@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.averages import WeightAverage, average_decay
-from pipeline.checkpoints import DamagedCheckpoint, State, damage, load_checkpoint, load_newest, newest_checkpoint, save_checkpoint, tidy
+from pipeline.checkpoints import (
+    DamagedCheckpoint,
+    State,
+    damage,
+    load_checkpoint,
+    load_newest,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+    tidy,
+)
 from pipeline.config import TrainConfig
 from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
 from pipeline.optimizers import learning_rate, optimizers_for
@@ -183,6 +193,8 @@ class _Training:
             return
         newest, self.state = found
         self.whole.add(newest)
+        if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
+            prune(self.checkpoints, newest, self.config.keep_checkpoints, self.whole)
         say(f"{self.label}: going on from {newest} (step {self.state.step})")
         if self.config.keep_best and self.state.best:
             kept = newest_checkpoint(best)
