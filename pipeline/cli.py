@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"minidalle {verb}: {stopped}{_resume(arguments)}", file=sys.stderr)
         return stopped.status
     except Resumable as error:
-        print(f"minidalle {verb}: {error}{_resume(arguments)}", file=sys.stderr)
+        # Where the process that drew the bar is gone, the bar's line was never ended.
+        before = "" if os.environ.get("RANK", "0") == "0" else "\n"
+        print(f"{before}minidalle {verb}: {error}{_resume(arguments)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "RANK" not in os.environ or os.environ.get("MINIDALLE_TRACEBACK"):

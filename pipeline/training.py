@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -279,19 +280,24 @@ class _Training:
         newest = newest_checkpoint(self.checkpoints)
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
-    def checkpoint(self) -> None:
-        """Written by the main process; the others learn whether it could be."""
+    @contextmanager
+    def written_by_main(self) -> Iterator[None]:
+        """Around what the main process alone writes; the others wait and learn whether it could."""
         problem: str | None = None
-        if self.accelerator.is_main_process:
-            try:
+        try:
+            yield
+        except OSError as error:
+            problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {self.good()}"
+        if problem := told_by_main(problem):
+            raise Resumable(problem)
+
+    def checkpoint(self) -> None:
+        with self.written_by_main():
+            if self.accelerator.is_main_process:
                 save_checkpoint(
                     self.checkpoints, self.state, self.plain, self.optimizers, self.average.shadow,
                     keep=self.config.keep_checkpoints, whole=self.whole,
                 )  # fmt: skip
-            except OSError as error:
-                problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {self.good()}"
-        if problem := told_by_main(problem):
-            raise Resumable(problem)
 
     def evaluate(self) -> dict[str, float]:
         """On the main process alone: nothing in here talks to the others."""
@@ -308,11 +314,11 @@ class _Training:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
-            if self.config.keep_best and figures[self.task.best] < best.get(self.task.best, math.inf):
+        with self.written_by_main():
+            if self.config.keep_best and figures and figures[self.task.best] < best.get(self.task.best, math.inf):
                 best.clear()
                 best.update(figures)
                 save_checkpoint(self.folder / "best", self.state, self.plain, {}, self.average.shadow, keep=1)
-        accelerator.wait_for_everyone()
         return figures
 
 

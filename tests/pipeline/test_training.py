@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,10 @@ class Line:
         self.network.to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"tokenizer": self.network}
         self.broken_at = broken_at
+        self.on_step: Callable[[int], object] = lambda step: None
 
     def losses(self, batch, step):
+        self.on_step(step)
         noise = torch.randn(len(batch), 1)
         value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None] + 0.1 * noise).square().mean()
         if step == self.broken_at:
@@ -48,10 +51,14 @@ class Line:
 CONFIG = {"steps": 9, "batch_size": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2, "warmup_steps": 2, "ema_decay": 0.9}
 
 
-def train(folder: Path, objective: Line | None = None, **options: object) -> tuple[Line, dict[str, float]]:
+def train(
+    folder: Path, objective: Line | None = None, on_step: Callable[[int], object] = lambda step: None, **options: object
+) -> tuple[Line, dict[str, float]]:
+    """Trains `Line`; `on_step` is called when a step's losses are asked for."""
     objective = objective or Line()
+    objective.on_step = on_step
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict)
+    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, rows=lambda step: [f"row {step}{i}" for i in range(4)])
     config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
     figures = fit(task, config, Accelerator(), folder, seed=1, compile_networks=False, bf16=False, label="line", progress=False)
     return objective, figures
@@ -76,7 +83,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
-    message = r"line: loss, gradient_norm is not finite at step 5; the last good checkpoint is .*step-4"
+    message = r"line: loss, gradient_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good checkpoint is .*step-4"
     with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, Line(broken_at=5))
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
