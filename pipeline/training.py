@@ -165,7 +165,7 @@ class _Training:
         with bar:
             figures = self.steps(seed, bar, pace)
         if progress and pace.steps:
-            skipped = f"; {self.state.skipped} steps were skipped as not finite" if self.state.skipped else ""
+            skipped = f"; steps skipped as not finite: {self.state.skipped}" if self.state.skipped else ""
             accelerator.print(f"{self.label}: {pace.line()}{skipped}")
         for group, network in plain.items():
             objective.networks[group] = network
@@ -249,7 +249,9 @@ class _Training:
                     latest.restart()
                 if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
                     self.checkpoint()
-                if self.stop and done < config.steps:
+                if done == config.steps:  # or one that came during the last evaluation would be forgotten
+                    self.finite(step, caught, {})
+                if self.stop:
                     raise Stopped(self.stop, f" after step {done} of {config.steps} ({self.label}), which is saved")
         return figures
 

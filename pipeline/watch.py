@@ -28,7 +28,9 @@ def agreed(scalars: Mapping[str, Tensor], stop: int, device: torch.device, sever
     The one number that is read from the device in a step, after the gradients and before the weights change.
     """
     watched = [value for name, value in scalars.items() if "loss" in name or "gradient_norm" in name]
-    bad = ~torch.stack([value.detach().float().to(device) for value in watched]).isfinite().all()
+    bad = torch.tensor(False, device=device)
+    if watched:
+        bad = ~torch.stack([value.detach().float().to(device) for value in watched]).isfinite().all()
     if not several:
         return bool(bad), stop
     flags = torch.stack([bad.float(), torch.tensor(float(stop), device=device)])
