@@ -51,20 +51,22 @@ class Undo:
     jump. Weights need none of it: they have not moved yet when a step is found not to be finite."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
-        modules = [module for network in networks for module in network.modules()]
-        moving = [b for module in modules for b in module.buffers(recurse=False)]
-        moving += [p for module in modules for p in getattr(module, "jumping_parameters", list)()]
-        self._moving = list({id(tensor): tensor for tensor in moving}.values())
-        self._before = [tensor.detach().clone() for tensor in self._moving]
+        self._modules = [module for network in networks for module in network.modules()]
+        self._before: list[Tensor] = []
+
+    def _moving(self) -> list[Tensor]:
+        # Asked for anew each time: data-parallel wrapping puts other tensors in the buffers' places.
+        moving = [b for module in self._modules for b in module.buffers(recurse=False)]
+        moving += [p for module in self._modules for p in getattr(module, "jumping_parameters", list)()]
+        return list({id(tensor): tensor for tensor in moving}.values())
 
     @torch.no_grad()
     def remember(self) -> None:
-        for before, tensor in zip(self._before, self._moving, strict=True):
-            before.copy_(tensor)
+        self._before = [tensor.detach().clone() for tensor in self._moving()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for before, tensor in zip(self._before, self._moving, strict=True):
+        for before, tensor in zip(self._before, self._moving(), strict=True):
             tensor.copy_(before)
 
 
