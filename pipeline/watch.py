@@ -55,7 +55,7 @@ class Undo:
         self._before: list[Tensor] = []
 
     def _moving(self) -> list[Tensor]:
-        # Asked for anew each time: data-parallel wrapping puts other tensors in the buffers' places.
+        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other tensors in its buffers' places.
         moving = [b for module in self._modules for b in module.buffers(recurse=False)]
         moving += [p for module in self._modules for p in getattr(module, "jumping_parameters", list)()]
         return list({id(tensor): tensor for tensor in moving}.values())

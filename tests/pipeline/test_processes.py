@@ -153,7 +153,7 @@ def test_a_process_that_dies_ends_the_others_with_a_line(tiny_yaml, tmp_path, vi
 
 
 AGREES = """
-import fcntl, json, math, os, signal, sys
+import fcntl, json, math, os, signal, sys, torch
 from pathlib import Path
 from accelerate import PartialState
 from pipeline import cli, training
@@ -184,7 +184,8 @@ if rank == 0:
     assert left == [".lock"], left
 PartialState().wait_for_everyone()
 status = cli.main(arguments)
-print(f"process {rank} of {PartialState().num_processes}: {refused}, {status}", flush=True)
+timeout = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+print(f"process {rank} of {PartialState().num_processes}: {refused}, {status}, {timeout}", flush=True)
 sys.exit(status)
 """
 
@@ -192,9 +193,10 @@ sys.exit(status)
 def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
     """The second's batch is not finite and the second alone gets the signal."""
     run = tmp_path / "runs" / "tiny"
-    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.skip_nonfinite", "1", "--tokenizer.train.steps", "100"]
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.skip_nonfinite", "1", "--tokenizer.train.steps", "100",
+                 "--process_timeout", "7"]  # fmt: skip
     said = ended(tmp_path, AGREES, str(run), *arguments)
-    assert "process 0 of 2: 1, 143" in said and "process 1 of 2: 1, 143" in said, said
+    assert "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said, said
     assert said.count(f"{run} is in use by process 1 on h since s") == 2
     lines = [line[line.index("tokenizer: ") :] for line in said.splitlines() if "skipped, 1 of 1" in line]
     assert len(lines) == 1 and "is not finite at step 2 (row " in lines[0], said
