@@ -12,12 +12,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 from pipeline.config import Experiment
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -26,15 +29,13 @@ _held: set[Path] = set()
 """Run folders that this process holds: a verb's stages come in after the verb."""
 
 
-def alone_in_run(stage: Callable[..., Any]) -> Callable[..., Any]:
+def alone_in_run(stage: Callable[Concatenate[Experiment, P], T]) -> Callable[Concatenate[Experiment, P], T]:
     """Has a stage - a function of the experiment - hold the run folder while it works; one told to write to another `folder` needs none."""
 
     @wraps(stage)
-    def locked(experiment: Experiment, **options: Any) -> Any:
-        if options.get("folder") is not None:
-            return stage(experiment, **options)
-        with run_lock(experiment):
-            return stage(experiment, **options)
+    def locked(experiment: Experiment, *given: P.args, **options: P.kwargs) -> T:
+        with nullcontext() if options.get("folder") is not None else run_lock(experiment):
+            return stage(experiment, *given, **options)
 
     return locked
 

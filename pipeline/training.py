@@ -270,7 +270,7 @@ class _Training:
             after = f"{self.state.skipped} such steps were skipped before; " if self.state.skipped else ""
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.good()}; {after}lower the learning rate, and start again under another name (--name) or "
-                "without this run's folder; or skip a few such steps with train.skip_nonfinite, and go on"
+                f"without this run's folder; or go on and skip a few such steps: {self.label}.train.skip_nonfinite"
             )
         self.undo.restore()
         self.state.skipped += 1
