@@ -120,6 +120,13 @@ def test_a_damaged_checkpoint_takes_no_place_among_the_kept(tmp_path):
     assert names(tmp_path) == ["step-6", "step-7"]
 
 
+def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
+    train(tmp_path, keep_checkpoints=3)
+    assert names(tmp_path / "checkpoints") == ["step-6", "step-8", "step-9"]
+    train(tmp_path, keep_checkpoints=2)
+    assert names(tmp_path / "checkpoints") == ["step-8", "step-9"]
+
+
 def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
     whole: set[Path] = set()
     save(tmp_path, 2, 4, keep=3, whole=whole)
