@@ -1,16 +1,20 @@
 """Writes and reads checkpoints, whole or not at all. Knows tensors, JSON and folders; knows no stage.
 
-A checkpoint is `step-N/` with `weights.safetensors` (networks), `average.safetensors`, `optimizer.safetensors` and `state.json`.
-It is written beside and renamed, so a folder of that name is always whole.
+A checkpoint is `step-N/` with `weights.safetensors` (networks), `average.safetensors`, `optimizer.safetensors`, `state.json` and, written
+last, `manifest.json`: the size and hash of each of the others. It is written beside, synced and renamed, so a kill leaves a whole one or
+none; what happens to it later (a cut copy, a bad disk) is found when it is read.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+FORMAT = 2
+"""Of run folders and checkpoints. The first said no version and had no manifest; it is read still, unverified."""
+_READ = (1, FORMAT)
+_MANIFEST = "manifest.json"
+_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json")
+_HERE, _EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
+
+
+class OtherFormat(ValueError):
+    """Written by a version of this program that wrote another format than this one reads."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are not those that were written; the text says how they differ."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors."""
+
+    step: int
+    """Steps that were done: the number of the next one."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out figures of the best weights so far."""
+    skipped: int = 0
+    """Steps that were skipped because they were not finite."""
+
+
+def check_format(found: Any, where: Path) -> None:
+    """Raises OtherFormat for one that this version does not read."""
+    if found not in _READ:
+        age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
+        raise OtherFormat(
+            f"{where} is of format {found}, which {age} version of this program wrote, and this one reads {_READ[0]} to {_READ[-1]}; "
+            "go on with the version that wrote it, or choose another name for this run"
+        )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Every `step-N` in a folder, damaged or not, the newest first."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, if any."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and (p / "state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing state."""
+    return next((p for p in checkpoints_in(folder) if (p / "state.json").is_file()), None)
 
 
-def write_folder(target: Path, write: Any) -> None:
-    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and renames it to `target`.
+def write_folder(target: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in `target`'s place.
 
     A failure on the way (a full disk, a kill) leaves what `target` held before.
 
@@ -35,27 +82,27 @@ def write_folder(target: Path, write: Any) -> None:
         OSError: the disk is full or the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
+    _remove(beside)
+    _recover(old)
     beside.mkdir()
     try:
         with disk_errors():
             write(beside)
-        for path in beside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        for path in (*beside.rglob("*"), beside):
+            _sync(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+    if not target.exists():
+        beside.rename(target)
+    elif not _exchanged(beside, target):
+        # A kill between these two leaves no target; `tidy`, or the next call, puts the old one back.
         target.rename(old)
         beside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        beside.rename(target)
+    _sync(target.parent)
+    _remove(beside)
+    _remove(old)
 
 
 @contextmanager
@@ -64,12 +111,54 @@ def written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.writing")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(beside)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     beside.rename(path)
+    _sync(path.parent)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed runs left half-written in a folder, and puts back what they had moved aside."""
+    for beside in folder.glob(".*.writing"):
+        _remove(beside)
+    for old in folder.glob(".*.old"):
+        _recover(old)
+
+
+def _recover(old: Path) -> None:
+    target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swaps two folders in one go; False where the system (other than Linux) or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold a file, or a folder's list of names, before it goes on."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -95,15 +184,18 @@ def disk_errors() -> Iterator[None]:
 
 def save_checkpoint(
     folder: Path,
-    step: int,
-    best: Mapping[str, float],
+    state: State,
     networks: Mapping[str, nn.Module],
     optimizers: Mapping[str, Any],
     average: Sequence[Tensor],
     *,
     keep: int,
+    whole: set[Path] | None = None,
 ) -> Path:
-    """Writes `folder`/step-N and then removes all but the newest `keep` checkpoints.
+    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints.
+
+    Args:
+        whole: checkpoints known to be whole, which need not be read again to be counted; this one is added.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -116,38 +208,124 @@ def save_checkpoint(
         moments = {
             f"{group}.{index}.{name}": torch.as_tensor(value)
             for group, optimizer in optimizers.items()
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()
+            for index, moment in optimizer.state_dict()["state"].items()
+            for name, value in moment.items()
         }
         _save(moments, beside / "optimizer.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step, "best": dict(best), "optimizers": sorted(optimizers)}) + "\n")
+        said = {"format": FORMAT, "step": state.step, "best": state.best, "skipped": state.skipped, "optimizers": sorted(optimizers)}
+        (beside / "state.json").write_text(json.dumps(said) + "\n")
+        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)} for name in _FILES}
+        (beside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=2) + "\n")
 
-    target = folder / f"step-{step}"
+    whole = set() if whole is None else whole
+    target = folder / f"step-{state.step}"
     write_folder(target, write)
-    others = sorted(
-        (p for p in folder.glob("step-*") if p != target and p.name.removeprefix("step-").isdigit()),
-        key=lambda p: int(p.name.removeprefix("step-")),
-    )
-    for old in others[: max(len(others) - (keep - 1), 0)]:
-        shutil.rmtree(old)
+    for later in checkpoints_in(folder):
+        if _step(later) > state.step:  # passed over as damaged, or training would have gone on from it
+            shutil.rmtree(later)
+    whole.add(target)
+    prune(folder, target, keep, whole)
     return target
 
 
-def load_checkpoint(
-    path: Path, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], average: Sequence[Tensor]
-) -> tuple[int, dict[str, float]]:
-    """Fills networks, optimizers and averages in place; returns the step to go on from and the best figures so far.
+def prune(folder: Path, newest: Path, keep: int, whole: set[Path]) -> None:
+    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a damaged one takes no place of
+    theirs. `whole` are those known to be whole already; it grows."""
+    kept = 1
+    for path in checkpoints_in(folder):
+        if _step(path) >= _step(newest):
+            continue
+        if kept < keep and (path in whole or damage(path) is None):
+            kept += 1
+            whole.add(path)
+        else:
+            shutil.rmtree(path)
+            whole.discard(path)
+
+
+def damage(path: Path) -> str | None:
+    """How a checkpoint's files differ from those of its manifest; None where they do not, or where it is of the format without one.
 
     Raises:
-        ValueError: the checkpoint belongs to another configuration, or a file of it is cut.
+        OtherFormat: it is of a format that this version does not read.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        if not (path / _MANIFEST).is_file():
+            older = json.loads((path / "state.json").read_text()).get("format", 1) == 1
+            return None if older else f"{_MANIFEST} is missing"
+        manifest = json.loads((path / _MANIFEST).read_text())
+        check_format(manifest["format"], path)
+        step = manifest["step"]
+        files = {name: (said["bytes"], said["sha256"]) for name, said in manifest["files"].items()}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OtherFormat:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{_MANIFEST if (path / _MANIFEST).is_file() else 'state.json'} cannot be read: {error}"
+    if step != _step(path):
+        return f"{_MANIFEST} is of step {step}"
+    for name, (size, digest) in files.items():
+        try:
+            if (now := (path / name).stat().st_size) != size:
+                return f"{name} has {now:,} of {size:,} bytes"
+            if _hash(path / name) != digest:
+                return f"{name} is not what was written (its hash differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
+
+
+def load_newest(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    average: Sequence[Tensor],
+    say: Callable[[str], None],
+) -> tuple[Path, State] | None:
+    """`load_checkpoint` of the newest one that is whole; each damaged one that is passed over is said in a line. None if there is none.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged; or as `load_checkpoint` does.
+    """
+    damaged: dict[Path, str] = {}
+    for path in checkpoints_in(folder):
+        try:
+            state = load_checkpoint(path, networks, optimizers, average)
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+            continue
+        for bad, why in damaged.items():
+            say(f"{bad} is damaged ({why}); going on from {path.name}, the one before")
+        if not (path / _MANIFEST).is_file():
+            say(f"{path} is of format 1, which has no hashes: it is read unverified")
+        return path, state
+    if damaged:
+        every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
+        raise ValueError(f"every checkpoint in {folder} is damaged: {every}; put one back from a copy, or remove {folder} to begin anew")
+    return None
+
+
+def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], average: Sequence[Tensor]) -> State:
+    """Fills networks, optimizers and averages in place, once every file is found to be as it was written.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut or changed.
+        ValueError: the checkpoint belongs to another configuration, or is of a format that this version does not read.
+    """
+    if problem := damage(path):
+        raise DamagedCheckpoint(problem)
+    try:
+        said = json.loads((path / "state.json").read_text())
+        state = State(int(said["step"]), dict(said["best"]), int(said.get("skipped", 0)))
+        made_with = said["optimizers"]
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "average.safetensors")
         moments = load_file(path / "optimizer.safetensors")
-    except Exception as error:  # safetensors raises its own type for a cut file
-        raise ValueError(f"the checkpoint {path} cannot be read ({error}); remove that folder to go on from the one before") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # without a manifest it is found here
+        raise DamagedCheckpoint(str(error)) from error
     for group, network in networks.items():
         own = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
         expected = network.state_dict()
@@ -161,9 +339,9 @@ def load_checkpoint(
         for i, tensor in enumerate(average):
             tensor.copy_(averages[f"{i:05d}"])
     # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no moments.
-    if optimizers and state["optimizers"] != sorted(optimizers):
+    if optimizers and made_with != sorted(optimizers):
         raise ValueError(
-            f"the checkpoint {path} was made with the optimizers {state['optimizers']} and this run has {sorted(optimizers)}; "
+            f"the checkpoint {path} was made with the optimizers {made_with} and this run has {sorted(optimizers)}; "
             "choose another name for this run, or train.optimizer as it was"
         )
     for group, optimizer in optimizers.items():
@@ -179,9 +357,18 @@ def load_checkpoint(
                     value = torch.empty_like(parameter).copy_(value)
                 merged["state"].setdefault(int(index), {})[name] = value
         optimizer.load_state_dict(merged)
-    return int(state["step"]), state["best"]
+    return state
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     # Contiguous copies: safetensors refuses shared memory and keeps no strides, and channels-last weights have their own.
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

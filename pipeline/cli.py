@@ -1,17 +1,22 @@
 """`minidalle VERB`: each verb a few lines over a function that Python users can call too. Imports nothing heavy until a verb runs.
 
-Exit status: 0 done, 1 failed (one line says why), 2 wrong usage.
+Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped by SIGTERM. A training that is
+stopped saves a checkpoint first, and the line says which command goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pipeline.interrupt import Resumable, Stopped, sigterm_raises
 
 HELP = """usage: minidalle VERB [options]
 
@@ -49,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens and parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = VERBS[verb](rest)
+        with sigterm_raises():
+            status = VERBS[verb](rest)
         if "RANK" in os.environ:  # one of several processes
             from pipeline.runtime import end_processes
 
@@ -60,14 +66,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _WrongUsage as error:
         print(f"minidalle {verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"minidalle {verb}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":  # all stop together
+            print(f"minidalle {verb}: {stopped}{_resume(arguments)}", file=sys.stderr)
+        return stopped.status
+    except Resumable as error:
+        # Where the process that drew the bar is gone, the bar's line was never ended.
+        before = "" if os.environ.get("RANK", "0") == "0" else "\n"
+        print(f"{before}minidalle {verb}: {error}{_resume(arguments)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "RANK" not in os.environ or os.environ.get("MINIDALLE_TRACEBACK"):
+            raise
+        from pipeline.runtime import lost_process
+
+        if not lost_process(error):
+            raise
+        print(f"minidalle {verb}: another process of this job is gone or no longer answers{_resume(arguments)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("MINIDALLE_TRACEBACK"):
             raise
         print(f"minidalle {verb}: {error}", file=sys.stderr)
         return 1
+
+
+def _resume(arguments: Sequence[str]) -> str:
+    """What to type to go on, as a clause; nothing for verbs that keep nothing of their work."""
+    if arguments[0] not in _GOES_ON:
+        return ""
+    launcher = ", under the same launcher" if "RANK" in os.environ else ""
+    return f"; to go on: {shlex.join(['minidalle', *arguments])}{launcher}"
 
 
 class _WrongUsage(Exception):
@@ -360,6 +390,9 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "codebook": _codebook,
 }
+
+_GOES_ON = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
+"""Verbs that go on from what is there."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,13 +54,15 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: `auto` compiles on CUDA, and elsewhere where a stage takes long enough to win the minute it costs."""
     log_every: int = 20
-    """Steps between lines of scalars; the loss is checked for being finite as often."""
+    """Steps between lines of scalars."""
     evaluate_every: int = 500
     """Steps between evaluations on held-out pictures, with a grid of pictures."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    skip_nonfinite: int = 0
+    """Steps of the whole training that may be skipped because a loss or a gradient is not finite; at one more the training stops."""
     keep_best: bool = False
     """Deliver the weights with the best held-out result instead of the last ones (against overfitting)."""
 
@@ -72,7 +74,7 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "skip_nonfinite"):
             if getattr(self, name) < 0:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.ema_decay < 1:
@@ -196,6 +198,8 @@ class Experiment:
     """Arithmetic of training: `auto` is bf16 where the device computes it natively. Parameters stay fp32."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of accelerate by name (tensorboard, wandb, ...); [] for none."""
+    process_timeout: int = 30
+    """Minutes that processes wait for one another before they give up: longer than the longest evaluation, which one of them does."""
     data: DataConfig
     """Pictures and captions."""
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
@@ -230,6 +234,8 @@ def _relations(values: dict[str, Any]) -> list[str]:
         problems.append(f"name is {name!r}; it must be a plain folder name")
     if not 0 <= values["seed"] < 2**31:
         problems.append(f"seed is {values['seed']}; it must be at least 0 and below 2147483648")
+    if values["process_timeout"] < 1:
+        problems.append(f"process_timeout is {values['process_timeout']}; it must be at least 1 minute")
     if data["image_size"] != model["image_size"]:
         problems.append(
             f"data.image_size is {data['image_size']} and tokenizer.model.image_size is {model['image_size']}; "
@@ -243,12 +249,9 @@ def _relations(values: dict[str, Any]) -> list[str]:
             f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
             "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
         )
-    order = values["prior"]["train"]["order"]
-    if values["sampling"]["steps"] is not None and order != "random":
-        problems.append(
-            f"sampling.steps is {values['sampling']['steps']} but prior.train.order is {order}; several codes a step need "
-            "prior.train.order=random"
-        )
+    steps, order = values["sampling"]["steps"], values["prior"]["train"]["order"]
+    if steps is not None and order != "random":
+        problems.append(f"sampling.steps is {steps} but prior.train.order is {order}; several codes a step need prior.train.order=random")
     problems += joint_problems(model, values["tokenizer"]["objective"])
     if data["source"] == "shapes" and values["encode"]["pictures"] is None:
         problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
@@ -396,10 +399,7 @@ def _every_problem(arguments: Sequence[str]) -> list[str]:
 def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_leaves(value, f"{path}{key}."))
-        else:
-            flat[f"{path}{key}"] = value
+        flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
     return flat
 
 

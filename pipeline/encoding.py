@@ -31,6 +31,7 @@ from pipeline.data.mixing import MixedSource, parts_of
 from pipeline.data.share import Share
 from pipeline.data.sources import Source, Split, load_sources
 from pipeline.data.stream import Sample, StreamSource
+from pipeline.lock import alone_in_run
 from pipeline.runtime import make_accelerator, processes, uses_bf16
 from pipeline.settings import as_made, encode_settings, needed
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -40,6 +41,7 @@ _ALL = 10**9
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
+@alone_in_run
 def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
     """Writes the codes of training and held-out pictures, split over the processes; returns their folder. What an interrupted try of the
     same left there is gone on from, and files of a whole folder that were damaged since are made anew.

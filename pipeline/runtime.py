@@ -7,11 +7,12 @@ import os
 import shutil
 import sysconfig
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
 from pipeline.config import Experiment, TrainConfig
 
@@ -34,7 +35,10 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
         log_with=names or None,
         project_config=ProjectConfiguration(project_dir=str(experiment.folder), logging_dir=str(logs)),
         # Every process computes the same buffers (codebook statistics are reduced), so sending them anew is waste.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=experiment.process_timeout)),
+        ],
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -57,10 +61,25 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, 2**31 - 1) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
 
 
-def processes() -> PartialState:
-    """The processes alone, for work that trains nothing. `PartialState` does not read ACCELERATE_USE_CPU as `Accelerator` does: left
-    to itself it would see one process where torchrun started several on CPUs, and each would do all the work."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+def processes(minutes: int = 30) -> PartialState:
+    """The processes alone, for work that trains nothing; they wait so many minutes for one another. `PartialState` does not read
+    ACCELERATE_USE_CPU as `Accelerator` does: left to itself it would see one process where torchrun started several on CPUs, and each
+    would do all the work."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(minutes=minutes))
+
+
+def told_by_main(text: str | None) -> str | None:
+    """The main process's text, on every process; all wait until it has one."""
+    told = [text]
+    if processes().num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error of several processes says that another one is gone or no longer answers."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(part in text for part in ("gloo", "nccl", "by peer", "broken pipe"))
 
 
 def end_processes() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.checkpoints import disk_errors, newest_checkpoint, write_file
+from pipeline.checkpoints import FORMAT, check_format, disk_errors, newest_checkpoint, write_file
 from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, TrainConfig, to_dict
 from pipeline.data.config import data_settings
 from pipeline.runtime import make_accelerator
 
-_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "compile", "checkpoint_activations")
+_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
 _CHANGES_NO_CODE = ("shard_rows",)
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
@@ -127,11 +127,22 @@ def finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[st
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What `write_settings` wrote last; None where a stage was never started, or is none."""
+    """What `write_settings` wrote last; None where a stage was never started, or is none.
+
+    Raises:
+        ValueError: the file is cut, or a version of this program wrote it whose format this one does not read.
+    """
     path = folder / _SETTINGS
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to begin anew") from error
+    check_format(content.get("format", 1), folder)
+    return content
 
 
 def write_settings(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
+    write_file(folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n")

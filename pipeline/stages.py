@@ -24,6 +24,7 @@ from pipeline.data.stream import StreamSource
 from pipeline.data.stream_feed import feed_of
 from pipeline.encoding import encode_dataset, sources_of
 from pipeline.grids import bars, grid_image, picture_grid
+from pipeline.lock import alone_in_run
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.settings import as_made, finish, finished, needed, start
 from pipeline.text_to_image import TextToImagePipeline
@@ -37,6 +38,7 @@ _CAPTIONS_TO_LEARN = 100_000
 _ROWS_AT_A_TIME = 1000
 
 
+@alone_in_run
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
@@ -90,9 +92,10 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm), tokenizer
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, feed.names), tokenizer
 
 
+@alone_in_run
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder, train = experiment.folder / "prior", experiment.prior.train
@@ -150,6 +153,9 @@ def train_prior(experiment: Experiment) -> Path:
             "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
         }
 
+    def names(step: int) -> list[str]:
+        return [f"row {row}" for row in order.share(step, accelerator.process_index, accelerator.num_processes)]
+
     def held_out_batches() -> Iterator[dict[str, torch.Tensor]]:
         for first in range(0, len(codes["held_out"]), EVALUATION_BATCH):
             rows = list(range(first, min(first + EVALUATION_BATCH, len(codes["held_out"]))))
@@ -171,7 +177,7 @@ def train_prior(experiment: Experiment) -> Path:
     prior.checkpoint_activations = train.checkpoint_activations
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
     figures = fit(
-        Task(objective, batch, held_out_batches, "nats_per_code", pictures), train, accelerator, folder,
+        Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=names), train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip
@@ -240,6 +246,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     return folder / "bundle"
 
 
+@alone_in_run
 def run(experiment: Experiment) -> Path:
     """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
     train_tokenizer(experiment)

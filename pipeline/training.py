@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.averages import WeightAverage, average_decay
+from pipeline.checkpoints import (
+    DamagedCheckpoint,
+    State,
+    damage,
+    load_checkpoint,
+    load_newest,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+    tidy,
+)
 from pipeline.config import TrainConfig
-from pipeline.muon import Muon
+from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
+from pipeline.optimizers import learning_rate, optimizers_for
+from pipeline.runtime import lost_process, told_by_main
+from pipeline.watch import GradientWatch, Pace, Undo, agreed, broken, not_finite
 
 
 class Loss(Protocol):
@@ -56,6 +71,7 @@ class Task:
         best: name of the held-out figure that says which weights are best (smaller is better).
         pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
         alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
+        rows: (step) -> names of the pictures in this process's part of the batch of that step, for errors.
     """
 
     objective: Objective
@@ -64,73 +80,12 @@ class Task:
     best: str
     pictures: Callable[[], Mapping[str, Any]]
     alarm: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then down to `final_learning_rate` of the peak at the last step by the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    floor = config.final_learning_rate
-    if config.schedule == "wsd":
-        falling = max(round(config.decay_share * config.steps), 1)
-        left = min((config.steps - step) / falling, 1.0)
-        return config.learning_rate * (floor + (1 - floor) * left)
-    span = max(config.steps - config.warmup_steps, 1)
-    progress = min((step - config.warmup_steps) / span, 1.0)
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def average_decay(step: int, config: TrainConfig) -> float:
-    """Decay of the weight average: short at first, so that the random start is forgotten."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
+    rows: Callable[[int], Sequence[str]] = lambda step: ()
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
     """One seed for torch's generators; distinct for each step and process."""
     return (seed * 1_000_003 + step) * 4096 + process
-
-
-def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions only."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    if config.optimizer == "muon":
-        matrices = network.hidden_matrices()  # type: ignore[operator]
-        chosen = {id(p) for p in matrices}
-        parameters = [p for p in parameters if id(p) not in chosen]
-        optimizers[f"{group}/muon"] = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers[f"{group}/adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    return optimizers
-
-
-class WeightAverage:
-    """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged, nor is what a
-    module's `jumping_parameters` names."""
-
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters()]
-        self.shadow = [p.detach().clone() for p in self.parameters]
-        modules = (module for network in networks.values() for module in network.modules())
-        jumping = {id(p) for module in modules for p in getattr(module, "jumping_parameters", list)()}
-        self._jumping = [i for i, p in enumerate(self.parameters) if id(p) in jumping]
-
-    @torch.no_grad()
-    def update(self, decay: float) -> None:
-        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
-        for i in self._jumping:
-            self.shadow[i].copy_(self.parameters[i])
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchanges the averaged weights with the trained ones; called again, it puts them back."""
-        for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            held = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(held)
 
 
 def fit(
@@ -151,109 +106,222 @@ def fit(
     (or best) held-out figures.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the step and the last good checkpoint.
-        ValueError: the batch does not split evenly over the processes.
+        FloatingPointError: a loss or a gradient is not finite, more often than `config.skip_nonfinite` allows; names the step, its
+            pictures and the last good checkpoint. The weights are those of the step before.
+        ValueError: the batch does not split evenly over the processes, or every checkpoint is damaged.
+        Stopped: by a signal, after the step it came in, which is saved.
+        Resumable: a checkpoint cannot be written, or another process of the job is gone.
     """
-    objective = task.objective
     if config.batch_size % (accelerator.num_processes * config.accumulate):
         raise ValueError(
             f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes with "
             f"train.accumulate {config.accumulate}; choose a multiple of both together"
         )
-    # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
-    autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
-    plain = dict(objective.networks)
-    for network in plain.values():
-        network.to(accelerator.device).train()
-    optimizers: dict[str, Any] = {}
-    for group, network in plain.items():
-        optimizers |= optimizers_for(group, network, config)
-    average = WeightAverage(plain)
-    checkpoints = folder / "checkpoints"
-    first, best = 0, dict[str, float]()
-    if newest := newest_checkpoint(checkpoints):
-        first, best = load_checkpoint(newest, plain, optimizers, average.shadow)
-        accelerator.print(f"{label}: going on from {newest} (step {first})")
-    if compile_networks:
+    training = _Training(task, config, accelerator, folder, label, bf16)
+    try:
+        return training.run(seed, compile_networks, progress)
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and lost_process(error):
+            raise Resumable(f"{label}: another process of this job is gone or no longer answers; {training.good()}") from error
+        raise
+
+
+class _Training:
+    """One call of `fit`: what its parts share."""
+
+    def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator, folder: Path, label: str, bf16: bool) -> None:
+        self.task, self.config, self.accelerator, self.folder, self.label = task, config, accelerator, folder, label
+        self.checkpoints, self.whole = folder / "checkpoints", set[Path]()
+        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
+        self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+        self.plain = dict(task.objective.networks)
+        for network in self.plain.values():
+            network.to(accelerator.device).train()
+        self.optimizers: dict[str, Any] = {}
+        for group, network in self.plain.items():
+            self.optimizers |= optimizers_for(group, network, config)
+        self.average = WeightAverage(self.plain)
+        self.undo = Undo(self.plain.values() if config.skip_nonfinite else ())
+        self.state = State(0)
+        self.stop = 0
+        """The signal after which all processes stop, 0 while there is none."""
+
+    def run(self, seed: int, compile_networks: bool, progress: bool) -> dict[str, float]:
+        objective, config, accelerator, plain = self.task.objective, self.config, self.accelerator, self.plain
+        self.go_on()
+        first = self.state.step
+        if compile_networks:
+            for network in plain.values():
+                network.compile_networks()  # type: ignore[operator]
+        for group in plain:
+            objective.networks[group] = accelerator.prepare(plain[group])
+        for name in self.optimizers:
+            self.optimizers[name] = accelerator.prepare(self.optimizers[name])
+        bar = tqdm(
+            total=config.steps, initial=first, desc=self.label, disable=not (progress and accelerator.is_main_process), mininterval=1.0
+        )
+        pace = Pace(config.batch_size)
+        # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
+        with bar:
+            figures = self.steps(seed, bar, pace)
+        if progress and pace.steps:
+            skipped = f"; steps skipped as not finite: {self.state.skipped}" if self.state.skipped else ""
+            accelerator.print(f"{self.label}: {pace.line()}{skipped}")
+        for group, network in plain.items():
+            objective.networks[group] = network
+        if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint
+            figures = self.evaluate()
+        if config.keep_best and (chosen := newest_checkpoint(self.folder / "best")):
+            try:
+                figures = load_checkpoint(chosen, plain, {}, self.average.shadow).best
+            except DamagedCheckpoint as error:
+                accelerator.print(f"{self.label}: {chosen} is damaged ({error}); the last weights take the place of the best")
+        self.average.swap()
         for network in plain.values():
-            network.compile_networks()  # type: ignore[operator]
-    for group in plain:
-        objective.networks[group] = accelerator.prepare(plain[group])
-    for name in optimizers:
-        optimizers[name] = accelerator.prepare(optimizers[name])
+            network.eval()
+        return figures
 
-    def checkpoint(step: int) -> None:
+    def go_on(self) -> None:
+        """From the newest whole checkpoint, if there is one."""
+        best = self.folder / "best"
+        if self.accelerator.is_main_process:
+            tidy(self.checkpoints)
+            tidy(best)
+        self.accelerator.wait_for_everyone()
+        say = self.accelerator.print
+        found = load_newest(self.checkpoints, self.plain, self.optimizers, self.average.shadow, lambda line: say(f"{self.label}: {line}"))
+        if found is None:
+            return
+        newest, self.state = found
+        self.whole.add(newest)
+        if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
+            prune(self.checkpoints, newest, self.config.keep_checkpoints, self.whole)
+        say(f"{self.label}: going on from {newest} (step {self.state.step})")
+        if self.config.keep_best and self.state.best:
+            kept = newest_checkpoint(best)
+            if problem := damage(kept) if kept else "it is gone":
+                say(f"{self.label}: {kept or best} is damaged ({problem}); the best weights are chosen anew from here on")
+                self.state.best.clear()
+
+    def steps(self, seed: int, bar: tqdm, pace: Pace) -> dict[str, float]:
+        """Every step that is left; returns the held-out figures after the last one."""
+        config, accelerator, task, first = self.config, self.accelerator, self.task, self.state.step
+        figures: dict[str, float] = {}
+        recent: dict[str, Tensor] = {}
+        alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
+        latest = Pace(config.batch_size)
+        with signals_caught() as caught, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ahead = pool.submit(task.batch, first) if first < config.steps else None
+            for step in range(first, config.steps):
+                assert ahead is not None
+                start = time.perf_counter()
+                batch = ahead.result()
+                waited = time.perf_counter() - start
+                batch = _to_device(batch, accelerator.device)
+                ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
+                torch.manual_seed(step_seed(seed, step, accelerator.process_index))
+                self.undo.remember()
+                finite = partial(self.finite, step, caught)
+                scalars = _step(task.objective, self.optimizers, accelerator, self.autocast, batch, step, config, finite)
+                if scalars:
+                    # Not every step has every figure: batches with codes first have others.
+                    recent = recent | scalars
+                    self.average.update(average_decay(step, config))
+                self.state.step = done = step + 1
+                for clock in (pace, latest):
+                    clock.step(waited)
+                bar.update(1)
+                if done % config.log_every == 0 or self.saves(done):
+                    said = {name: float(value) for name, value in recent.items()} | latest.figures()
+                    if config.skip_nonfinite:
+                        said["skipped_steps"] = float(self.state.skipped)
+                    latest.restart()
+                    for i, alarm in enumerate(alarms):
+                        warning = alarm(said, done)
+                        if warning and not warned[i] and accelerator.is_main_process:  # said once, and again where it comes back
+                            bar.write(f"{self.label}: {warning}")
+                        warned[i] = warning is not None
+                    bar.set_postfix_str(_readable(said, figures), refresh=False)
+                    accelerator.log({f"{self.label}/{k}": v for k, v in said.items()}, step=done)
+                # Also where a signal came: what is chosen as the best must not depend on it.
+                if done % config.evaluate_every == 0 or done == config.steps:
+                    figures = self.evaluate()
+                    latest.restart()
+                if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
+                    self.checkpoint()
+                if done == config.steps:  # or one that came during the last evaluation would be forgotten
+                    self.finite(step, caught, {})
+                if self.stop:
+                    raise Stopped(self.stop, f" after step {done} of {config.steps} ({self.label}), which is saved")
+        return figures
+
+    def saves(self, done: int) -> bool:
+        every = (self.config.evaluate_every, self.config.checkpoint_every)
+        return done == self.config.steps or any(done % count == 0 for count in every)
+
+    def finite(self, step: int, caught: Caught, scalars: Mapping[str, Tensor]) -> bool:
+        """Whether a step may move the weights, for all processes; one that may not is an error, or is undone and counted."""
+        accelerator = self.accelerator
+        bad, self.stop = agreed(scalars, caught.number, accelerator.device, accelerator.num_processes > 1)
+        if not bad:
+            return True
+        problem = not_finite(broken(scalars), step, self.task.rows(step))
+        if self.state.skipped >= self.config.skip_nonfinite:
+            after = f"{self.state.skipped} such steps were skipped before; " if self.state.skipped else ""
+            raise FloatingPointError(
+                f"{self.label}: {problem}; {self.good()}; {after}lower the learning rate, and start again under another name (--name) or "
+                f"without this run's folder; or go on and skip a few such steps: {self.label}.train.skip_nonfinite"
+            )
+        self.undo.restore()
+        self.state.skipped += 1
         if accelerator.is_main_process:
-            save_checkpoint(checkpoints, step, best, plain, optimizers, average.shadow, keep=config.keep_checkpoints)
-        accelerator.wait_for_everyone()
+            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.skip_nonfinite}")
+        return False
 
-    def evaluate(step: int) -> dict[str, float]:
+    def good(self) -> str:
+        newest = newest_checkpoint(self.checkpoints)
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+    @contextmanager
+    def written_by_main(self) -> Iterator[None]:
+        """Around what the main process alone writes; the others wait and learn whether it could."""
+        problem: str | None = None
+        try:
+            yield
+        except OSError as error:
+            problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {self.good()}"
+        if problem := told_by_main(problem):
+            raise Resumable(problem)
+
+    def checkpoint(self) -> None:
+        with self.written_by_main():
+            if self.accelerator.is_main_process:
+                save_checkpoint(
+                    self.checkpoints, self.state, self.plain, self.optimizers, self.average.shadow,
+                    keep=self.config.keep_checkpoints, whole=self.whole,
+                )  # fmt: skip
+
+    def evaluate(self) -> dict[str, float]:
         """On the main process alone: nothing in here talks to the others."""
         figures: dict[str, float] = {}
+        label, accelerator, step, best = self.label, self.accelerator, self.state.step, self.state.best
         if accelerator.is_main_process:
-            average.swap()
-            with autocast():
-                figures = objective.evaluate(task.held_out())
-                pictures = task.pictures()
-            average.swap()
+            self.average.swap()
+            with self.autocast():
+                figures = self.task.objective.evaluate(self.task.held_out())
+                pictures = self.task.pictures()
+            self.average.swap()
             accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
-            if config.keep_best and figures[task.best] < best.get(task.best, math.inf):
+        with self.written_by_main():
+            if self.config.keep_best and figures and figures[self.task.best] < best.get(self.task.best, math.inf):
                 best.clear()
                 best.update(figures)
-                save_checkpoint(folder / "best", step, best, plain, {}, average.shadow, keep=1)
-        accelerator.wait_for_everyone()
+                save_checkpoint(self.folder / "best", self.state, self.plain, {}, self.average.shadow, keep=1)
         return figures
-
-    figures: dict[str, float] = {}
-    bar = tqdm(total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0)
-    recent: dict[str, Tensor] = {}
-    warned: str | None = None
-    since, since_step = time.perf_counter(), first
-    # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
-    with bar, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        ahead = pool.submit(task.batch, first) if first < config.steps else None
-        for step in range(first, config.steps):
-            assert ahead is not None
-            batch = _to_device(ahead.result(), accelerator.device)
-            ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
-            torch.manual_seed(step_seed(seed, step, accelerator.process_index))
-            # Not every step has every figure: batches with codes first have others.
-            recent = recent | _step(objective, optimizers, accelerator, autocast, batch, step, config)
-            average.update(average_decay(step, config))
-            done = step + 1
-            bar.update(1)
-            saves = done % config.evaluate_every == 0 or done % config.checkpoint_every == 0 or done == config.steps
-            if saves or done % config.log_every == 0:
-                scalars = {name: float(value) for name, value in recent.items()}
-                _stop_unless_finite(scalars, step, label, newest_checkpoint(checkpoints))
-                now = time.perf_counter()
-                scalars["pictures_per_second"] = (done - since_step) * config.batch_size / max(now - since, 1e-9)
-                since, since_step = now, done
-                warning = task.alarm(scalars, done)
-                if warning and not warned and accelerator.is_main_process:  # said once, and again where it comes back
-                    bar.write(f"{label}: {warning}")
-                warned = warning
-                bar.set_postfix_str(_readable(scalars, figures), refresh=False)
-                accelerator.log({f"{label}/{k}": v for k, v in scalars.items()}, step=done)
-            if done % config.evaluate_every == 0 or done == config.steps:
-                figures = evaluate(done)
-                since, since_step = time.perf_counter(), done
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                checkpoint(done)
-    for group, network in plain.items():
-        objective.networks[group] = network
-    if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint
-        figures = evaluate(config.steps)
-    if config.keep_best and (chosen := newest_checkpoint(folder / "best")):
-        _, figures = load_checkpoint(chosen, plain, {}, average.shadow)
-    average.swap()
-    for network in plain.values():
-        network.eval()
-    return figures
 
 
 def _step(
@@ -264,34 +332,42 @@ def _step(
     batch: Any,
     step: int,
     config: TrainConfig,
+    finite: Callable[[dict[str, Tensor]], bool],
 ) -> dict[str, Tensor]:
-    """One step of every group in the order in which the objective yields its losses; returns scalars, still on the device."""
+    """The gradients of every group in the order in which the objective yields its losses; then, where `finite` says so of their scalars,
+    a step of all optimizers. Returns the scalars, still on the device; none of a step that was skipped and changed nothing."""
     scalars: dict[str, Tensor] = {}
+    rate = learning_rate(step, config)
     # Each part of the batch goes as far as its next loss, and that loss's gradient is taken, before the next part begins.
     parts = [objective.losses(part, step) for part in _parts(batch, config.accumulate)]
+    stepped: list[Any] = []
     while True:
         of_parts: list[dict[str, Tensor]] = []
         for losses in parts:
             with autocast():
                 loss = next(losses, None)
             if loss is None:
-                return scalars
+                break
             accelerator.backward(loss.value / len(parts))
             of_parts.append({"loss": loss.value.detach(), **loss.metrics})
             group = loss.group
             del loss  # or its graph would stay while the next part's is built
+        if not of_parts:
+            break
         mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).float().mean() for name in of_parts[0]}
-        own = [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
-        rate = learning_rate(step, config)
-        for options in (o for optimizer in own for o in optimizer.param_groups):
-            options["lr"] = rate
         norm = accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip)
-        for optimizer in own:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        stepped += [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
         scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
         scalars |= mean
+    goes = finite(scalars)
+    for optimizer in stepped:
+        for options in optimizer.param_groups:
+            options["lr"] = rate
+        if goes:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return scalars if goes else {}
 
 
 def _parts(batch: Any, count: int) -> list[Any]:
@@ -300,17 +376,6 @@ def _parts(batch: Any, count: int) -> list[Any]:
         split = {key: value.chunk(count) for key, value in batch.items()}
         return [{key: value[i] for key, value in split.items()} for i in range(count)]
     return list(batch.chunk(count))
-
-
-def _stop_unless_finite(scalars: Mapping[str, float], step: int, label: str, good: Path | None) -> None:
-    # A finite loss with a gradient that is not has broken the weights all the same.
-    broken = [name for name, value in scalars.items() if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"{label}: {', '.join(broken)} is not finite at step {step}; "
-            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
-            + "; lower the learning rate, and start again under another name (--name) or without this run's folder"
-        )
 
 
 def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:

@@ -90,6 +90,8 @@ def test_every_broken_relation_is_named(tiny_yaml):
         (["--encode.pictures", "null"], "the shapes are unlimited"),
         (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
         (["--seed", "-1"], "seed is -1"),
+        (["--process_timeout", "0"], "process_timeout is 0; it must be at least 1 minute"),
+        (["--prior.train.skip_nonfinite", "-1"], "train.skip_nonfinite is -1; it must be 0 or more"),
         (["--sampling.steps", "4"], "several codes a step need prior.train.order=random"),
         (["--encode.views", "2", "--encode.flip", "true"], "captions of the shapes say what is left and right"),
         (["--prior.train.anneal", "[0.7, 0.5]"], r"train\.anneal is 0\.7, 0\.5; it must be two shares"),

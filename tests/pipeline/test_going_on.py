@@ -77,7 +77,7 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
 
     again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
     monkeypatch.setattr("pipeline.training._step", killed)
-    assert main(again) == 1
+    assert main(again) == 130
     assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
     monkeypatch.setattr("pipeline.training._step", step)
     assert main(again) == 0
@@ -109,7 +109,7 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
         arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", name, *VARIANTS[variant]]
         if name == "cut":
             monkeypatch.setattr("pipeline.training._step", killed)
-            assert main(arguments) == 1
+            assert main(arguments) == 130
             assert (tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-4").is_dir()
             monkeypatch.setattr("pipeline.training._step", step)
         assert main(arguments) == 0

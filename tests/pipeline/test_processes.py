@@ -106,3 +106,103 @@ def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
     for file in sorted((tmp_path / "by1").iterdir()):
         assert file.read_bytes() == (tmp_path / "by2" / file.name).read_bytes(), file.name
     assert len(list((tmp_path / "by2").glob("0*.png"))) == 6
+
+
+DIES = """
+import os, signal, sys
+from pipeline import cli, training
+seed, victim = training.step_seed, sys.argv[1]
+def dies(base, step, process):
+    if step == 5 and str(process) == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seed(base, step, process)
+training.step_seed = dies
+status = cli.main(sys.argv[2:])
+print(f"process {os.environ['RANK']} ended with {status}", flush=True)
+sys.exit(status)
+"""
+
+
+def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 120) -> str:
+    """What two processes of a script say that fail; one that hangs fails the test."""
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "--", str(tmp_path / "script.py"), *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path) as process:
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes
+            pytest.fail(f"it hangs:\n{process.communicate()[0][-3000:]}")
+    assert process.returncode != 0
+    return said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_a_line(tiny_yaml, tmp_path, victim):
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "100"]
+    said = ended(tmp_path, DIES, str(victim), *arguments)
+    checkpoint = tmp_path / "runs" / "tiny" / "tokenizer" / "checkpoints" / "step-4"
+    line = (
+        "minidalle train-tokenizer: tokenizer: another process of this job is gone or no longer answers; the last good checkpoint is "
+        f"{checkpoint}; to go on: minidalle {' '.join(arguments)}, under the same launcher"
+    )
+    assert said.splitlines().count(line) == 1, said
+    assert f"process {1 - victim} ended with 1" in said and f"process {victim} ended" not in said
+    assert (checkpoint / "manifest.json").is_file()
+
+
+AGREES = """
+import fcntl, json, math, os, signal, sys, torch
+from pathlib import Path
+from accelerate import PartialState
+from pipeline import cli, training
+from stage1_tokenizer import objective
+
+run, arguments = Path(sys.argv[1]), sys.argv[2:]
+rank, seed, to_range, now = int(os.environ["RANK"]), training.step_seed, objective.to_model_range, [0]
+
+def seen(base, step, process):
+    now[0] = step
+    if step == 4 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return seed(base, step, process)
+
+training.step_seed = seen
+objective.to_model_range = lambda batch: to_range(batch) * (math.nan if now[0] == 2 and rank == 1 else 1)
+if rank == 0:
+    run.mkdir(parents=True)
+    lock = (run / ".lock").open("w")
+    lock.write(json.dumps({"pid": 1, "host": "h", "since": "s"}))
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+refused = cli.main(arguments)
+PartialState().wait_for_everyone()
+if rank == 0:
+    left = [path.name for path in run.iterdir()]
+    lock.close()
+    assert left == [".lock"], left
+PartialState().wait_for_everyone()
+status = cli.main(arguments)
+timeout = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+print(f"process {rank} of {PartialState().num_processes}: {refused}, {status}, {timeout}", flush=True)
+sys.exit(status)
+"""
+
+
+def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
+    """The second's batch is not finite and the second alone gets the signal."""
+    run = tmp_path / "runs" / "tiny"
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.skip_nonfinite", "1", "--tokenizer.train.steps", "100",
+                 "--process_timeout", "7"]  # fmt: skip
+    said = ended(tmp_path, AGREES, str(run), *arguments)
+    assert "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said, said
+    assert said.count(f"{run} is in use by process 1 on h since s") == 2
+    lines = [line[line.index("tokenizer: ") :] for line in said.splitlines() if "skipped, 1 of 1" in line]
+    assert len(lines) == 1 and "is not finite at step 2 (row " in lines[0], said
+    assert said.count("stopped by SIGTERM after step 5 of 100 (tokenizer), which is saved") == 1
+    state = json.loads((run / "tokenizer" / "checkpoints" / "step-5" / "state.json").read_text())
+    assert state["step"] == 5 and state["skipped"] == 1 and not (run / ".lock").exists()
+    weights = load_file(run / "tokenizer" / "checkpoints" / "step-5" / "weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())

@@ -1,0 +1,233 @@
+"""Kills trainings at random places, goes on, and compares each end with that of an uninterrupted training, file by file.
+
+    python -m benchmarks.kills --kills 20
+
+The kill is SIGKILL: when a random step is reached, before a random one of the training's file operations (checkpoints are written, synced,
+renamed and removed by them), or after a random time, which also falls into the midst of a write. Both stages have everything with a
+state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. Each attempt is a fork of
+this process, which has imported the libraries and computed nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli, stages, training  # imported once, for all forks
+
+_TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 4, "warmup_steps": 2}
+EXPERIMENT: dict[str, Any] = {
+    "name": "run",
+    "trackers": [],
+    "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
+    "tokenizer": {
+        "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
+        "objective": {"adversary": {"weight": 1, "width": 16, "lecam": 0.1, "start": 3}},
+        "train": {**_TRAIN, "optimizer": "muon", "keep_best": True},
+    },
+    "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
+    "text": {"vocab_size": 320, "length": 48},
+    "prior": {
+        "model": {"width": 32, "depth": 1, "heads": 2, "dropout": 0.2},
+        "train": {**_TRAIN, "optimizer": "muon", "keep_best": True},
+    },
+}
+STAGES = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
+KINDS = ("step", "file", "time")
+_FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+class Progress:
+    """What a fork says of itself, in memory that is shared with it: its first and its last step, -1 before one, and its file operations."""
+
+    _FORM = "qqq"
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, struct.calcsize(self._FORM))
+        self.write(-1, -1, 0)
+
+    def write(self, *values: int) -> None:
+        self._memory[:] = struct.pack(self._FORM, *values)
+
+    def read(self) -> tuple[int, int, int]:
+        return struct.unpack(self._FORM, self._memory[:])
+
+
+@dataclass
+class Kill:
+    """Where a fork is killed: before step `at`, before file operation `at`, or after `at` milliseconds."""
+
+    kind: str
+    at: int
+
+
+@dataclass
+class Attempt:
+    """What became of a fork."""
+
+    killed: bool
+    status: int
+    first: int
+    last: int
+    operations: int
+    seconds: float
+
+
+def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None) -> Attempt:
+    """Runs a verb in a fork, killed on the way or not."""
+    progress, start = Progress(), time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _watch(folder, progress, kill)
+        status = 70
+        try:
+            status = cli.main(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    if kill is not None and kill.kind == "time":
+        time.sleep(kill.at / 1000)
+        os.kill(pid, signal.SIGKILL)  # one that ended by itself is still there to be waited for
+    _, ended = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(ended)
+    return Attempt(code == -signal.SIGKILL, code, *progress.read(), time.perf_counter() - start)
+
+
+def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
+    step_seed = training.step_seed
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def seen_step(seed: int, step: int, process: int) -> int:
+        first, _, operations = progress.read()
+        progress.write(step if first < 0 else first, step, operations)
+        if kill is not None and kill.kind == "step" and step == kill.at:
+            die()
+        return step_seed(seed, step, process)
+
+    def seen_file(event: str, given: tuple[Any, ...]) -> None:
+        if event in _FILE_EVENTS and given and str(folder) in str(given[0]):
+            first, last, operations = progress.read()
+            progress.write(first, last, operations + 1)
+            if kill is not None and kill.kind == "file" and operations == kill.at:
+                die()
+
+    training.step_seed = seen_step
+    sys.addaudithook(seen_file)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file that a run keeps, by its path; pictures and logs aside, and what says where the run lies."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("logs", "samples", "experiment.yaml")
+    }
+
+
+@dataclass
+class Outcome:
+    """Of all trials of a stage."""
+
+    kills: int = 0
+    runs: int = 0
+    identical: int = 0
+    beyond: int = 0
+    """Most steps that a kill cost beyond the checkpoint interval."""
+    damaged: int = 0
+    """Times that a checkpoint was found damaged."""
+
+
+def trials(stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run: int, seed: int, log: Path) -> Outcome:
+    """Kills `kills` trainings of a stage on top of the run folder `base`, which holds the stages before it."""
+    outcome, chance = Outcome(), random.Random(f"{stage} {seed}")
+    work = base.parent.parent / stage
+    settings = ["--config", str(base.parent.parent / "experiment.yaml")]
+    interval = EXPERIMENT[stage]["train"]["checkpoint_every"]
+
+    def fresh(name: str) -> tuple[list[str], Path]:
+        shutil.copytree(base, work / name / base.name)
+        return [STAGES[stage], *settings, "--output_dir", str(work / name)], work / name / base.name
+
+    arguments, folder = fresh("whole")
+    whole = attempt(arguments, folder, log, None)
+    if whole.status:
+        raise SystemExit(f"the uninterrupted {stage} failed with status {whole.status}:\n{log.read_text()[-2000:]}")
+    expected = contents(folder)
+    while outcome.kills < kills:
+        arguments, folder = fresh(f"killed-{outcome.runs}")
+        reached = -1
+        for left in range(kills_a_run, -1, -1):
+            kind = chance.choice(kinds)
+            limit = {"step": whole.last + 1, "file": whole.operations, "time": int(1000 * whole.seconds)}[kind]
+            one = attempt(arguments, folder, log, Kill(kind, chance.randrange(limit)) if left else None)
+            if reached >= 0 and one.first >= 0:
+                outcome.beyond = max(outcome.beyond, reached + 1 - one.first - interval)
+            reached = one.last if one.last >= 0 else reached
+            outcome.kills += one.killed
+            if not one.killed and one.status:
+                raise SystemExit(f"{stage} failed with status {one.status} after a kill; see {log}:\n{log.read_text()[-2000:]}")
+        outcome.runs += 1
+        outcome.identical += contents(folder) == expected
+        shutil.rmtree(work / f"killed-{outcome.runs - 1}")
+    outcome.damaged = log.read_text().count(" is damaged (")
+    return outcome
+
+
+def main() -> int:
+    reader = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
+    reader.add_argument("--kills", type=int, default=20, help="kills of each stage (20)")
+    reader.add_argument("--kills_a_run", type=int, default=1, help="kills before a run is left to end (1)")
+    reader.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="how the place of a kill is chosen (all)")
+    reader.add_argument("--seed", type=int, default=0)
+    reader.add_argument("--steps", type=int, default=_TRAIN["steps"], help=f"steps of either stage ({_TRAIN['steps']})")
+    options = reader.parse_args()
+    start, failed = time.perf_counter(), False
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, log = Path(scratch), Path(scratch) / "log"
+        for stage in STAGES:
+            EXPERIMENT[stage]["train"]["steps"] = options.steps
+        (folder / "experiment.yaml").write_text(json.dumps(EXPERIMENT))  # JSON is YAML
+        base = folder / "base" / EXPERIMENT["name"]
+        base.mkdir(parents=True)
+        print(
+            "| stage | kills | runs | identical ends | most steps lost beyond the checkpoint interval | damaged checkpoints |\n|"
+            + "---|" * 6
+        )
+        for stage in STAGES:
+            if stage in options.stages:
+                o = trials(stage, base, options.kinds, options.kills, options.kills_a_run, options.seed, log)
+                print(f"| {stage} | {o.kills} | {o.runs} | {o.identical} | {o.beyond} | {o.damaged} |", flush=True)
+                failed |= o.identical != o.runs or o.beyond > 0
+            if stage == "tokenizer" and "prior" in options.stages:
+                for verb in ("train-tokenizer", "encode"):
+                    made = attempt([verb, "--config", str(folder / "experiment.yaml"), "--output_dir", str(base.parent)], base, log, None)
+                    if made.status:
+                        raise SystemExit(log.read_text()[-2000:])
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    assert stages  # imported for the forks
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What ends a training from outside: signals, a full disk, a process that is gone. Knows signals; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work. `number` is the signal's; the text says how far the work came."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(f"stopped by {NAMES.get(signal.Signals(number), number)}{text}")
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """Exit status that shells expect: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+class Resumable(OSError):
+    """Something outside the training ended it; the same command goes on from the last checkpoint."""
+
+
+class Caught:
+    """The first signal that came, 0 before there is one."""
+
+    number = 0
+
+
+@contextmanager
+def signals_caught() -> Iterator[Caught]:
+    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C is raised at once as KeyboardInterrupt.
+
+    Only the main thread is given signals: in any other nothing changes. The handlers from before come back at the end.
+    """
+    caught = Caught()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and caught.number == signal.SIGINT:
+            raise Stopped(number, " twice: nothing more is saved")
+        if not caught.number:
+            caught.number = number
+            if os.environ.get("RANK", "0") == "0":
+                again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
+                # Not by print: a signal may come in the midst of one, which allows no second.
+                os.write(2, f"\n{NAMES[signal.Signals(number)]}: a checkpoint is saved after this step{again}\n".encode())
+
+    with _handled(handler):
+        yield caught
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raises `Stopped` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where nothing else catches it."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handled(handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler, *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers or NAMES}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)

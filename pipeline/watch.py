@@ -1,0 +1,127 @@
+"""What is watched in every step: numbers that are not finite, gradients that grow, time spent waiting. Knows scalars; knows no stage."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_NAMED = 8
+"""Rows of a batch that are named."""
+
+
+def broken(scalars: Mapping[str, Tensor]) -> list[str]:
+    """The losses and gradient norms that are not finite. A finite loss with a gradient that is not breaks the weights all the same."""
+    return [name for name, value in scalars.items() if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value)]
+
+
+def agreed(scalars: Mapping[str, Tensor], stop: int, device: torch.device, several: bool) -> tuple[bool, int]:
+    """Whether a loss or a gradient norm of this step is not finite on any process, and the highest signal that any of them caught: the
+    same answer on all, so that all skip and stop at the same step.
+
+    The one number that is read from the device in a step, after the gradients and before the weights change.
+    """
+    watched = [value for name, value in scalars.items() if "loss" in name or "gradient_norm" in name]
+    bad = torch.tensor(False, device=device)
+    if watched:
+        bad = ~torch.stack([value.detach().float().to(device) for value in watched]).isfinite().all()
+    if not several:
+        return bool(bad), stop
+    flags = torch.stack([bad.float(), torch.tensor(float(stop), device=device)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad, stop = flags.tolist()
+    return bool(bad), int(stop)
+
+
+def not_finite(names: Sequence[str], step: int, rows: Sequence[str]) -> str:
+    """What was not finite in a step, and where: 'loss is not finite at step 5 (row 3, row 17)'."""
+    shown = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+    what = ", ".join(names) if names else "the loss of another process"
+    return f"{what} is not finite at step {step}" + (f" ({shown})" if rows else "")
+
+
+class Undo:
+    """Takes back what a step's passes changed: statistics that move in the forward pass - of codebooks, of an adversary - and codes that
+    jump. Weights need none of it: they have not moved yet when a step is found not to be finite."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._modules = [module for network in networks for module in network.modules()]
+        self._before: list[Tensor] = []
+
+    def _moving(self) -> list[Tensor]:
+        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other tensors in its buffers' places.
+        moving = [b for module in self._modules for b in module.buffers(recurse=False)]
+        moving += [p for module in self._modules for p in getattr(module, "jumping_parameters", list)()]
+        return list({id(tensor): tensor for tensor in moving}.values())
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        self._before = [tensor.detach().clone() for tensor in self._moving()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for before, tensor in zip(self._before, self._moving(), strict=True):
+            tensor.copy_(before)
+
+
+class GradientWatch:
+    """Warns when a gradient's norm is far above what it was in the last logs."""
+
+    FACTOR = 10
+    LOGS = 50
+    """Logged norms that the median is taken of."""
+    AFTER = 5
+    """Logs before the first warning."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=self.LOGS))
+
+    def alarm(self, scalars: Mapping[str, float], step: int) -> str | None:
+        """One line on a norm above FACTOR times its median, or None; takes the norms in."""
+        warning = None
+        for name in (name for name in scalars if name.endswith("gradient_norm")):
+            seen, norm = self._seen[name], scalars[name]
+            if len(seen) >= self.AFTER and norm > self.FACTOR * (usual := statistics.median(seen)):
+                warning = (
+                    f"{name.replace('_', ' ')} is {norm:.3g} at step {step}, and {usual:.3g} in the median of the last {len(seen)} logs; "
+                    "if it stays there, lower train.learning_rate or train.grad_clip"
+                )
+            seen.append(norm)
+        return warning
+
+
+class Pace:
+    """Pictures a second, and the share of the time that was spent waiting for them, since the start or the last `restart`."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
+
+    def step(self, waited: float) -> None:
+        """A step was made, `waited` seconds of it waiting for its batch."""
+        self.steps += 1
+        self.waited += waited
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.start, 1e-9)
+
+    def figures(self) -> dict[str, float]:
+        seconds = self.seconds
+        return {"pictures_per_second": self.steps * self.batch_size / seconds, "waiting": self.waited / seconds}
+
+    def line(self) -> str:
+        figures = self.figures()
+        return (
+            f"{self.seconds / 60:.1f} minutes, {figures['pictures_per_second']:,.0f} pictures/s, "
+            f"{figures['waiting']:.1%} of it waiting for data"
+        )
