@@ -24,11 +24,13 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps in all."""
-    batch_size: int = 32
-    """Pictures a step, over all processes together; each takes an equal part."""
-    accumulate: int = 1
+    batch_size: int | Literal["auto"] = 32
+    """Pictures a step, over all processes together; each takes an equal part. `auto` is the largest power of two (times processes and
+    parts) that fits the memory, at most 1024; what was chosen is written down, and the stage goes on with it wherever it does."""
+    accumulate: int | Literal["auto"] = 1
     """Parts that a process's share of the batch goes through the network in, one after another: a step in less memory. Means over text
-    tokens are taken in each part, and a codebook's averages are moved by each."""
+    tokens are taken in each part, and a codebook's averages are moved by each. `auto` is as few as fit the memory, so that the batch
+    stays what it is on a smaller machine."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
     AdamW's scale of steps, and everything else by AdamW."""
@@ -67,7 +69,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = []
         for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
@@ -77,7 +79,7 @@ class TrainConfig:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        if self.accumulate >= 1 and self.batch_size % self.accumulate:
+        if self.batch_size != "auto" and self.accumulate != "auto" and self.accumulate >= 1 and self.batch_size % self.accumulate:
             problems.append(f"train.batch_size is {self.batch_size}; it must be a multiple of train.accumulate {self.accumulate}")
         if not 0 < self.decay_share <= 1:
             problems.append(f"train.decay_share is {self.decay_share}; it must be in (0, 1]")
@@ -85,6 +87,16 @@ class TrainConfig:
             problems.append(f"train.final_learning_rate is {self.final_learning_rate}; it is a share of the peak, in [0, 1]")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def numbers(self) -> tuple[int, int]:
+        """`batch_size` and `accumulate`.
+
+        Raises:
+            ValueError: one is still `auto`.
+        """
+        if self.batch_size == "auto" or self.accumulate == "auto":
+            raise ValueError("train.batch_size or train.accumulate is auto, which is for a run's own stages; give numbers here")
+        return self.batch_size, self.accumulate
 
 
 @dataclass(kw_only=True)

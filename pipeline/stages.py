@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
-from pipeline.config import Experiment, to_dict
+from pipeline.config import Experiment, TrainConfig, to_dict
 from pipeline.data.batches import Order, loaded_ahead
 from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
+from pipeline.estimate import repeated
+from pipeline.fitting import is_open, settled
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
-from pipeline.settings import as_made, finish, finished, needed, start
+from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start
 from pipeline.text_to_image import TextToImagePipeline
-from pipeline.training import Task, fit
+from pipeline.training import Task, fit, to_device
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
@@ -42,20 +45,26 @@ _SPLITS: tuple[Split, Split] = ("train", "held_out")
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
-    train = experiment.tokenizer.train
+    train = as_chosen(experiment.tokenizer.train, folder)
     source, held_out = sources_of(experiment)
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
         "data": to_dict(experiment.data),
         "pictures": [source.fingerprint, held_out.fingerprint],
-        **to_dict(experiment.tokenizer),
+        **to_dict(replace(experiment.tokenizer, train=train)),
     }
     if finished(folder, settings):
         return folder
     accelerator = start(experiment, folder, settings)
     _report(accelerator, source)
-    task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
+    if is_open(train):  # by a tokenizer that is thrown away again
+        one_each = replace(train, batch_size=accelerator.num_processes, accumulate=1)
+        trial, _ = tokenizer_task(_with(experiment, one_each), accelerator, source, held_out)
+        train = _settled(train, trial, experiment, accelerator, len(source), "tokenizer")
+        settings["train"] = to_dict(train)
+        keep_settings(accelerator, folder, settings)
+    task, tokenizer = tokenizer_task(_with(experiment, train), accelerator, source, held_out)
     figures = fit(
         task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="tokenizer",
@@ -64,11 +73,27 @@ def train_tokenizer(experiment: Experiment) -> Path:
     return folder
 
 
+def _with(experiment: Experiment, train: TrainConfig) -> Experiment:
+    return replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+
+
+def _settled(train: TrainConfig, task: Task, experiment: Experiment, accelerator: Accelerator, rows: int, label: str) -> TrainConfig:
+    """Numbers in place of `auto`."""
+    device, bf16 = accelerator.device, uses_bf16(experiment.precision, accelerator.device)
+    for network in task.objective.networks.values():
+        network.to(device).train()
+    batch = to_device(task.batch(0), device)
+    return settled(
+        train, task.objective, partial(repeated, batch), accelerator,
+        partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16), rows=rows, compiled=compiles(train, device), label=label,
+    )  # fmt: skip
+
+
 def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
     """What stage 1 hands to `fit`, and the new tokenizer in it."""
     torch.manual_seed(experiment.seed)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
-    order = Order(len(source), experiment.tokenizer.train.batch_size, experiment.seed)
+    order = Order(len(source), experiment.tokenizer.train.numbers()[0], experiment.seed)
 
     def batch(step: int) -> torch.Tensor:
         rows = order.share(step, accelerator.process_index, accelerator.num_processes)
@@ -215,7 +240,8 @@ def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: in
 
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
-    folder, train = experiment.folder / "prior", experiment.prior.train
+    folder = experiment.folder / "prior"
+    train = as_chosen(experiment.prior.train, folder)
     tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
@@ -229,7 +255,7 @@ def train_prior(experiment: Experiment) -> Path:
         },
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
-        **to_dict(experiment.prior),
+        **to_dict(replace(experiment.prior, train=train)),
     }
     if finished(folder, settings):
         return folder
@@ -252,7 +278,7 @@ def train_prior(experiment: Experiment) -> Path:
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.tell_code_vectors(vectors)
-    order = Order(len(codes["train"]), train.batch_size, experiment.seed)
+    order = Order(len(codes["train"]), accelerator.num_processes if is_open(train) else train.numbers()[0], experiment.seed)
     truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
 
     def batch(step: int) -> dict[str, torch.Tensor]:
@@ -287,8 +313,14 @@ def train_prior(experiment: Experiment) -> Path:
 
     prior.checkpoint_activations = train.checkpoint_activations
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
+    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures)
+    if is_open(train):
+        train = _settled(train, task, experiment, accelerator, len(codes["train"]), "prior")
+        settings["train"] = to_dict(train)
+        keep_settings(accelerator, folder, settings)
+        order = Order(len(codes["train"]), train.numbers()[0], experiment.seed)
     figures = fit(
-        Task(objective, batch, held_out_batches, "nats_per_code", pictures), train, accelerator, folder,
+        task, train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
+from pipeline.estimate import Forecast, Needs, growth, needs, repeated, state_bytes
 from pipeline.muon import Muon
 
 
@@ -155,16 +156,21 @@ def fit(
         ValueError: the batch does not split evenly over the processes.
     """
     objective = task.objective
-    if config.batch_size % (accelerator.num_processes * config.accumulate):
+    batch_size, accumulate = config.numbers()
+    if batch_size % (accelerator.num_processes * accumulate):
         raise ValueError(
-            f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes with "
-            f"train.accumulate {config.accumulate}; choose a multiple of both together"
+            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} processes with "
+            f"train.accumulate {accumulate}; choose a multiple of both together"
         )
     # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
     plain = dict(objective.networks)
     for network in plain.values():
         network.to(accelerator.device).train()
+    if progress:
+        rows = batch_size // accelerator.num_processes // accumulate
+        need = estimated(task, config, accelerator, autocast, rows, compiled=compile_networks)
+        accelerator.print(f"{label}: {need.line(accelerator.num_processes)}")
     optimizers: dict[str, Any] = {}
     for group, network in plain.items():
         optimizers |= optimizers_for(group, network, config)
@@ -212,13 +218,13 @@ def fit(
     bar = tqdm(total=config.steps, initial=first, desc=label, disable=not (progress and accelerator.is_main_process), mininterval=1.0)
     recent: dict[str, Tensor] = {}
     warned: str | None = None
-    since, since_step = time.perf_counter(), first
+    since, since_step, forecast = time.perf_counter(), first, Forecast(first, config.steps)
     # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
     with bar, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = pool.submit(task.batch, first) if first < config.steps else None
         for step in range(first, config.steps):
             assert ahead is not None
-            batch = _to_device(ahead.result(), accelerator.device)
+            batch = to_device(ahead.result(), accelerator.device)
             ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
             torch.manual_seed(step_seed(seed, step, accelerator.process_index))
             # Not every step has every figure: batches with codes first have others.
@@ -226,12 +232,14 @@ def fit(
             average.update(average_decay(step, config))
             done = step + 1
             bar.update(1)
+            if (line := forecast.after(done)) and progress and accelerator.is_main_process:
+                bar.write(f"{label}: {line}")
             saves = done % config.evaluate_every == 0 or done % config.checkpoint_every == 0 or done == config.steps
             if saves or done % config.log_every == 0:
-                scalars = {name: float(value) for name, value in recent.items()}
+                scalars = over_processes(recent, accelerator)
                 _stop_unless_finite(scalars, step, label, newest_checkpoint(checkpoints))
                 now = time.perf_counter()
-                scalars["pictures_per_second"] = (done - since_step) * config.batch_size / max(now - since, 1e-9)
+                scalars["pictures_per_second"] = (done - since_step) * batch_size / max(now - since, 1e-9)
                 since, since_step = now, done
                 warning = task.alarm(scalars, done)
                 if warning and not warned and accelerator.is_main_process:  # said once, and again where it comes back
@@ -268,7 +276,7 @@ def _step(
     """One step of every group in the order in which the objective yields its losses; returns scalars, still on the device."""
     scalars: dict[str, Tensor] = {}
     # Each part of the batch goes as far as its next loss, and that loss's gradient is taken, before the next part begins.
-    parts = [objective.losses(part, step) for part in _parts(batch, config.accumulate)]
+    parts = [objective.losses(part, step) for part in _parts(batch, config.numbers()[1])]
     while True:
         of_parts: list[dict[str, Tensor]] = []
         for losses in parts:
@@ -292,6 +300,23 @@ def _step(
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
         scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
         scalars |= mean
+
+
+def estimated(
+    task: Task, config: TrainConfig, accelerator: Accelerator, autocast: Callable[[], Any], rows: int, *, compiled: bool
+) -> Needs:
+    """What training will hold, by steps of `rows` rows at a time; the networks are on the device, neither wrapped nor compiled."""
+    objective, device = task.objective, accelerator.device
+    batch = to_device(task.batch(0), device)
+    grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
+    state = state_bytes(objective.networks, config)
+    return needs(state, grown, rows, device, compiled=compiled, several=accelerator.num_processes > 1)
+
+
+def over_processes(scalars: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Figures of the whole batch: the mean of those of each process's part. Every process calls this, at the same steps."""
+    values = torch.stack([value.detach().float().to(accelerator.device) for value in scalars.values()])
+    return dict(zip(scalars, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
 def _parts(batch: Any, count: int) -> list[Any]:
@@ -319,7 +344,8 @@ def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str
     return ", ".join(parts)
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, or a mapping of batches."""
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     return batch.to(device, non_blocking=True)

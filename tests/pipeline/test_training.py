@@ -88,7 +88,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
     task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, lambda scalars, step: said.get(step))
     fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line: codes")]
     assert lines == ["line: codes are wasted", "line: codes are wasted again"]
 
 
