@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.config import TrainConfig
 from pipeline.memory import readable
+from pipeline.sharding import local
 
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
@@ -44,11 +45,6 @@ class Losses(Protocol):
     networks: dict[str, nn.Module]
 
     def losses(self, batch: Any, step: int) -> Iterator[Any]: ...
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, which shares its memory; a whole tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
                 gradients += mine
                 optimizer += mine if id(parameter) in matrices else 2 * mine  # momentum; or two moments
             if id(parameter) in matrices:
-                alike[len(parameter), parameter[0].numel()] += parameter.numel()
+                alike[len(parameter), parameter.numel() // len(parameter)] += parameter.numel()
         orthogonalizing = max([orthogonalizing, *(_MUON_BYTES * count for count in alike.values())])
     average = sum(_bytes(local(p)) for network in networks.values() for p in network.parameters())
     return StateBytes(entries, parameters, gradients, optimizer, average, orthogonalizing)
@@ -247,22 +243,20 @@ class Needs:
         return f"{self.state.entries / 1e6:,.1f}M parameters, about {readable(self.peak)} of memory{each} ({listed})"
 
 
-def needs(
-    state: StateBytes, grown: Growth, rows: int, device: torch.device, *, compiled: bool, several: bool, resident: int | None = None
-) -> Needs:
+def needs(state: StateBytes, grown: Growth, rows: int, device: torch.device, *, compiled: bool, several: bool, held: int | None) -> Needs:
     """Of steps of `rows` rows at a time.
 
     Args:
         compiled: whether steps are compiled, which makes fewer tensors.
         several: whether processes exchange their gradients, for which they hold a copy.
-        resident: bytes of the program itself; what the process holds now, without its parameters, where it is not given.
+        held: bytes of the state that the process holds already; None to leave the program itself out.
     """
     activations = max(grown.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
     step = activations + state.gradients * (2 if several else 1)
     other = 0
     if device.type != "cuda":
-        resident = max(psutil.Process().memory_info().rss - state.parameters, 0) if resident is None else resident
-        other = resident + (_COMPILER if compiled else 0)
+        program = 0 if held is None else max(psutil.Process().memory_info().rss - held, 0)
+        other = program + (_COMPILER if compiled else 0)
     return Needs(state, step, other)
 
 

@@ -85,7 +85,7 @@ def settled(
 
     def to_come(count: int) -> float:
         """What will be taken that is not taken yet."""
-        need = needs(state, grown, count, device, compiled=compiled, several=processes > 1, resident=0)
+        need = needs(state, grown, count, device, compiled=compiled, several=processes > 1, held=None)
         return need.peak - state.parameters
 
     def fits(count: int) -> bool:

@@ -24,6 +24,7 @@ from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkp
 from pipeline.config import TrainConfig
 from pipeline.estimate import Forecast, Needs, growth, needs, repeated, state_bytes
 from pipeline.muon import Muon
+from pipeline.sharding import Cut, Trained, can_cut, whole
 
 
 class Loss(Protocol):
@@ -165,52 +166,63 @@ def fit(
     # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
     plain = dict(objective.networks)
+    cut = can_cut(plain, accelerator)
     for network in plain.values():
-        network.to(accelerator.device).train()
-    if progress:
-        rows = batch_size // accelerator.num_processes // accumulate
-        need = estimated(task, config, accelerator, autocast, rows, compiled=compile_networks)
-        accelerator.print(f"{label}: {need.line(accelerator.num_processes)}")
-    optimizers: dict[str, Any] = {}
-    for group, network in plain.items():
-        optimizers |= optimizers_for(group, network, config)
-    average = WeightAverage(plain)
+        network.to("cpu" if cut else accelerator.device).train()
+
+    def optimized(networks: Mapping[str, nn.Module]) -> tuple[dict[str, Any], WeightAverage]:
+        optimizers: dict[str, Any] = {}
+        for group, network in networks.items():
+            optimizers |= optimizers_for(group, network, config)
+        return optimizers, WeightAverage(networks)
+
+    optimizers, average = optimized(plain)
     checkpoints = folder / "checkpoints"
     first, best = 0, dict[str, float]()
     if newest := newest_checkpoint(checkpoints):
         first, best = load_checkpoint(newest, plain, optimizers, average.shadow)
         accelerator.print(f"{label}: going on from {newest} (step {first})")
+    trained = Cut(plain, optimizers, average, accelerator, optimized) if cut else Trained(plain, optimizers, average, accelerator)
+    optimizers, average = trained.optimizers, trained.average
+    objective.networks.update(trained.networks)
+    if progress:
+        rows = batch_size // accelerator.num_processes // accumulate
+        need = estimated(task, config, accelerator, autocast, rows, trained, compiled=compile_networks)
+        accelerator.print(f"{label}: {need.line(accelerator.num_processes)}")
     if compile_networks:
-        for network in plain.values():
-            network.compile_networks()  # type: ignore[operator]
+        trained.compile()
     for group in plain:
-        objective.networks[group] = accelerator.prepare(plain[group])
-    for name in optimizers:
-        optimizers[name] = accelerator.prepare(optimizers[name])
+        objective.networks[group] = trained.for_training(group)
 
     def checkpoint(step: int) -> None:
+        networks, moments, averages = trained.saved()
         if accelerator.is_main_process:
-            save_checkpoint(checkpoints, step, best, plain, optimizers, average.shadow, keep=config.keep_checkpoints)
+            save_checkpoint(checkpoints, step, best, networks, moments, averages, keep=config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     def evaluate(step: int) -> dict[str, float]:
-        """On the main process alone: nothing in here talks to the others."""
+        """On the main process alone: but for putting the averaged weights together and keeping the best, nothing talks to the others."""
         figures: dict[str, float] = {}
+        with trained.averaged():
+            if accelerator.is_main_process:
+                with autocast():
+                    figures = objective.evaluate(task.held_out())
+                    pictures = task.pictures()
+        better = accelerator.is_main_process and config.keep_best and figures[task.best] < best.get(task.best, math.inf)
+        if config.keep_best and cut:
+            better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
+        if better:
+            best.clear()
+            best.update(figures)
+            networks, _, averages = trained.saved()
         if accelerator.is_main_process:
-            average.swap()
-            with autocast():
-                figures = objective.evaluate(task.held_out())
-                pictures = task.pictures()
-            average.swap()
             accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
-            if config.keep_best and figures[task.best] < best.get(task.best, math.inf):
-                best.clear()
-                best.update(figures)
-                save_checkpoint(folder / "best", step, best, plain, {}, average.shadow, keep=1)
+            if better:
+                save_checkpoint(folder / "best", step, best, networks, {}, averages, keep=1)
         accelerator.wait_for_everyone()
         return figures
 
@@ -257,8 +269,11 @@ def fit(
     if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint
         figures = evaluate(config.steps)
     if config.keep_best and (chosen := newest_checkpoint(folder / "best")):
+        average = WeightAverage(plain)
         _, figures = load_checkpoint(chosen, plain, {}, average.shadow)
-    average.swap()
+        average.swap()
+    else:
+        trained.end()
     for network in plain.values():
         network.eval()
     return figures
@@ -293,7 +308,7 @@ def _step(
         rate = learning_rate(step, config)
         for options in (o for optimizer in own for o in optimizer.param_groups):
             options["lr"] = rate
-        norm = accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip)
+        norm = whole(accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip))
         for optimizer in own:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -303,14 +318,22 @@ def _step(
 
 
 def estimated(
-    task: Task, config: TrainConfig, accelerator: Accelerator, autocast: Callable[[], Any], rows: int, *, compiled: bool
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    autocast: Callable[[], Any],
+    rows: int,
+    trained: Trained,
+    *,
+    compiled: bool,
 ) -> Needs:
     """What training will hold, by steps of `rows` rows at a time; the networks are on the device, neither wrapped nor compiled."""
     objective, device = task.objective, accelerator.device
     batch = to_device(task.batch(0), device)
     grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
     state = state_bytes(objective.networks, config)
-    return needs(state, grown, rows, device, compiled=compiled, several=accelerator.num_processes > 1)
+    several = accelerator.num_processes > 1 and not isinstance(trained, Cut)
+    return needs(state, grown, rows, device, compiled=compiled, several=several, held=state.parameters + trained.held())
 
 
 def over_processes(scalars: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
