@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import psutil
@@ -264,29 +265,28 @@ class Forecast:
     """Times the first steps after those that compile and warm up, and says what all of them will take."""
 
     def __init__(self, first: int, steps: int) -> None:
-        self._begins, self._steps, self._first = first + _UNTIMED, steps, first
-        self._before: float | None = None
-        self._times: list[float] = []
+        self._start = time.perf_counter()
+        self._first, self._steps = first, steps
+        self._ends: list[float] = []
 
     def after(self, done: int) -> str | None:
         """To be called after each step with the number of steps done; a line, once."""
-        if done < self._begins or len(self._times) > _TIMED:
+        behind = done - self._first
+        if not _UNTIMED <= behind <= _UNTIMED + _TIMED:
             return None
-        now = time.perf_counter()
-        if self._before is not None:
-            self._times.append(now - self._before)
-        self._before = now
-        if len(self._times) != _TIMED:
+        self._ends.append(time.perf_counter())
+        if behind < _UNTIMED + _TIMED:
             return None
-        self._times.append(0.0)  # said
         # The median: what evaluating and saving take falls on single steps.
-        seconds = statistics.median(self._times[:_TIMED])
-        left = self._steps - self._first
-        return f"about {duration(seconds * left)} for {left:,} steps ({seconds:.3g} s each)"
+        seconds = statistics.median(later - earlier for earlier, later in pairwise(self._ends))
+        left = self._ends[-1] - self._start + seconds * (self._steps - done)
+        return f"about {duration(left)} for {self._steps - self._first:,} steps ({seconds:.3g} s each, beside evaluating)"
 
 
 def duration(seconds: float) -> str:
     """Seconds in words."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes" if seconds >= 600 else f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"

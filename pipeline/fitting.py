@@ -101,9 +101,7 @@ def settled(
             f"{device} may be used; close other programs, use a smaller model, or prior.train.checkpoint_activations=true"
         )
     size, parts = chosen
-    accelerator.print(
-        f"{label}: batch_size {size} in {parts} part{'s' if parts > 1 else ''} (accumulate): the most that fits {readable(usable)}"
-    )
+    accelerator.print(f"{label}: batch_size {size}, accumulate {parts}: what {readable(usable)} of memory allow")
     return replace(config, batch_size=size, accumulate=parts)
 
 

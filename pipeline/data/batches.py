@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+
+LISTED = 2**24
+"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row, in no memory."""
+_ROUNDS = 4
 
 
 class Order:
@@ -36,10 +40,36 @@ class Order:
 
     def _row(self, position: int) -> int:
         number, within = divmod(position, self.length)
+        if self.length > LISTED:
+            return int(scattered(np.array([within]), self.length, [self.seed, number])[0])
         if number != self._pass:
             self._pass = number
             self._shuffled = np.random.default_rng([self.seed, number]).permutation(self.length)
         return int(self._shuffled[within])
+
+
+def scattered(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
+    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of it: a Feistel network of four rounds
+    (Luby & Rackoff 1988) over the next even power of two, walked on from what lies outside (Black & Rogaway 2002)."""
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    mask = np.uint64(2**half - 1)
+    keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        found[outside] = left << np.uint64(half) | right
+        outside = found >= np.uint64(length)
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """64-bit numbers with each bit of theirs in each bit of the result (the finalizer of splitmix64, Steele et al. 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def loaded_ahead(load: Callable[[list[int]], np.ndarray], parts: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
