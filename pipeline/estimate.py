@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.config import TrainConfig
 from pipeline.memory import readable
-from pipeline.sharding import local
+from pipeline.sharding import Cut, Trained, local
+from pipeline.train_config import TrainConfig
 
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
@@ -168,6 +168,13 @@ def _backward(objective: Losses, batch: Any, step: int, autocast: Callable[[], A
             parameter.grad = None
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, or a mapping of batches."""
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True)
+
+
 def repeated(batch: Any, count: int) -> Any:
     """The first `count` rows of a batch, or of a mapping of batches; from the first again where there are fewer."""
     if isinstance(batch, Mapping):
@@ -259,6 +266,24 @@ def needs(state: StateBytes, grown: Growth, rows: int, device: torch.device, *, 
         program = 0 if held is None else max(psutil.Process().memory_info().rss - held, 0)
         other = program + (_COMPILER if compiled else 0)
     return Needs(state, step, other)
+
+
+def estimated(
+    objective: Losses,
+    config: TrainConfig,
+    device: torch.device,
+    autocast: Callable[[], Any],
+    batch: Any,
+    rows: int,
+    trained: Trained,
+    *,
+    compiled: bool,
+) -> Needs:
+    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the networks are neither wrapped nor compiled."""
+    grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
+    state = state_bytes(objective.networks, config)
+    several = trained.accelerator.num_processes > 1 and not isinstance(trained, Cut)
+    return needs(state, grown, rows, device, compiled=compiled, several=several, held=state.parameters + trained.held())
 
 
 class Forecast:

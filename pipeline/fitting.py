@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.config import TrainConfig
-from pipeline.estimate import Losses, as_it_was, growth, needs, peak_of_step, state_bytes
+from pipeline.estimate import Losses, as_it_was, growth, needs, peak_of_step, repeated, state_bytes, to_device
 from pipeline.memory import USABLE, free_memory, out_of_memory, readable
+from pipeline.runtime import compiles, uses_bf16
+from pipeline.train_config import TrainConfig
 
 LARGEST = 1024
 """Pictures a step that `batch_size: auto` does not go beyond, since more of them teach little more."""
@@ -53,27 +55,23 @@ def choose(options: list[tuple[int, int]], processes: int, fits: Callable[[int],
     return next(((size, parts) for size, parts in options if fits(size // processes // parts)), None)
 
 
-def settled(
-    config: Any,
-    objective: Losses,
-    example: Callable[[int], Any],
-    accelerator: Accelerator,
-    autocast: Callable[[], Any],
-    *,
-    rows: int,
-    compiled: bool,
-    label: str,
-) -> Any:
+def settled(config: Any, task: Any, precision: str, accelerator: Accelerator, *, rows: int, label: str) -> Any:
     """The configuration with numbers in place of `auto`, the same on every process; says which.
 
     Args:
-        objective: its networks are on the device, in training, neither compiled nor wrapped.
-        example: (rows) -> a batch of so many rows on the device.
+        task: what is to be trained; its networks, neither compiled nor wrapped, are taken to the device.
+        precision: that of the experiment.
         rows: training pictures there are.
 
     Raises:
         MemoryError: not even one picture fits.
     """
+    objective = task.objective
+    for network in objective.networks.values():
+        network.to(accelerator.device).train()
+    example = partial(repeated, to_device(task.batch(0), accelerator.device))
+    autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=uses_bf16(precision, accelerator.device))
+    compiled = compiles(config, accelerator.device)
     options, device, processes = choices(config, rows, accelerator.num_processes), accelerator.device, accelerator.num_processes
     most = max(size // processes // parts for size, parts in options)
     state = state_bytes(objective.networks, config)

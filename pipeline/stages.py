@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,17 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.checkpoints import newest_checkpoint, refuse_taken, write_folder
-from pipeline.config import Experiment, TrainConfig, to_dict
+from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order, loaded_ahead
 from pipeline.data.codes import MANIFEST, CodesDataset, check_form, check_tokenizer, complete, read_manifest, write_part
 from pipeline.data.export import Format, export_codes
 from pipeline.data.sources import Source, Split, load_source
-from pipeline.estimate import repeated
 from pipeline.fitting import is_open, settled
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.runtime import compiles, make_accelerator, processes, uses_bf16
 from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start
 from pipeline.text_to_image import TextToImagePipeline
-from pipeline.training import Task, fit, to_device
+from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
@@ -59,34 +57,18 @@ def train_tokenizer(experiment: Experiment) -> Path:
     accelerator = start(experiment, folder, settings)
     _report(accelerator, source)
     if is_open(train):  # by a tokenizer that is thrown away again
-        one_each = replace(train, batch_size=accelerator.num_processes, accumulate=1)
-        trial, _ = tokenizer_task(_with(experiment, one_each), accelerator, source, held_out)
-        train = _settled(train, trial, experiment, accelerator, len(source), "tokenizer")
-        settings["train"] = to_dict(train)
-        keep_settings(accelerator, folder, settings)
-    task, tokenizer = tokenizer_task(_with(experiment, train), accelerator, source, held_out)
+        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
+        trial = tokenizer_task(replace(experiment, tokenizer=few), accelerator, source, held_out)[0]
+        train = settled(train, trial, experiment.precision, accelerator, rows=len(source), label="tokenizer")
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+    task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
     figures = fit(
         task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="tokenizer",
     )  # fmt: skip
     finish(accelerator, tokenizer, folder, settings, figures)
     return folder
-
-
-def _with(experiment: Experiment, train: TrainConfig) -> Experiment:
-    return replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
-
-
-def _settled(train: TrainConfig, task: Task, experiment: Experiment, accelerator: Accelerator, rows: int, label: str) -> TrainConfig:
-    """Numbers in place of `auto`."""
-    device, bf16 = accelerator.device, uses_bf16(experiment.precision, accelerator.device)
-    for network in task.objective.networks.values():
-        network.to(device).train()
-    batch = to_device(task.batch(0), device)
-    return settled(
-        train, task.objective, partial(repeated, batch), accelerator,
-        partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16), rows=rows, compiled=compiles(train, device), label=label,
-    )  # fmt: skip
 
 
 def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
@@ -315,9 +297,8 @@ def train_prior(experiment: Experiment) -> Path:
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
     task = Task(objective, batch, held_out_batches, "nats_per_code", pictures)
     if is_open(train):
-        train = _settled(train, task, experiment, accelerator, len(codes["train"]), "prior")
-        settings["train"] = to_dict(train)
-        keep_settings(accelerator, folder, settings)
+        train = settled(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
         order = Order(len(codes["train"]), train.numbers()[0], experiment.seed)
     figures = fit(
         task, train, accelerator, folder,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.estimate import Forecast, Needs, growth, needs, repeated, state_bytes
+from pipeline.estimate import Forecast, estimated, to_device
 from pipeline.muon import Muon
 from pipeline.sharding import Cut, Trained, can_cut, whole
 
@@ -187,7 +187,8 @@ def fit(
     objective.networks.update(trained.networks)
     if progress:
         rows = batch_size // accelerator.num_processes // accumulate
-        need = estimated(task, config, accelerator, autocast, rows, trained, compiled=compile_networks)
+        batch = to_device(task.batch(0), accelerator.device)
+        need = estimated(objective, config, accelerator.device, autocast, batch, rows, trained, compiled=compile_networks)
         accelerator.print(f"{label}: {need.line(accelerator.num_processes)}")
     if compile_networks:
         trained.compile()
@@ -317,25 +318,6 @@ def _step(
         scalars |= mean
 
 
-def estimated(
-    task: Task,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    autocast: Callable[[], Any],
-    rows: int,
-    trained: Trained,
-    *,
-    compiled: bool,
-) -> Needs:
-    """What training will hold, by steps of `rows` rows at a time; the networks are on the device, neither wrapped nor compiled."""
-    objective, device = task.objective, accelerator.device
-    batch = to_device(task.batch(0), device)
-    grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
-    state = state_bytes(objective.networks, config)
-    several = accelerator.num_processes > 1 and not isinstance(trained, Cut)
-    return needs(state, grown, rows, device, compiled=compiled, several=several, held=state.parameters + trained.held())
-
-
 def over_processes(scalars: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
     """Figures of the whole batch: the mean of those of each process's part. Every process calls this, at the same steps."""
     values = torch.stack([value.detach().float().to(accelerator.device) for value in scalars.values()])
@@ -365,10 +347,3 @@ def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str
     parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
     return ", ".join(parts)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, or a mapping of batches."""
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True)

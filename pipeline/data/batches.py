@@ -29,8 +29,8 @@ class Order:
 
     def rows(self, step: int) -> np.ndarray:
         """The rows (batch_size,) of a step."""
-        first = step * self.batch_size
-        return np.array([self._row(first + i) for i in range(self.batch_size)])
+        passes, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.length)
+        return np.concatenate([self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)])
 
     def share(self, step: int, process: int, processes: int) -> np.ndarray:
         """One process's equal part of the rows of a step."""
@@ -38,14 +38,13 @@ class Order:
         each = len(rows) // processes
         return rows[process * each : (process + 1) * each]
 
-    def _row(self, position: int) -> int:
-        number, within = divmod(position, self.length)
+    def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
         if self.length > LISTED:
-            return int(scattered(np.array([within]), self.length, [self.seed, number])[0])
+            return scattered(places, self.length, [self.seed, number])
         if number != self._pass:
             self._pass = number
             self._shuffled = np.random.default_rng([self.seed, number]).permutation(self.length)
-        return int(self._shuffled[within])
+        return self._shuffled[places]
 
 
 def scattered(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:

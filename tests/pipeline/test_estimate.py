@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,8 +149,8 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
     state = state_bytes(made.networks, TrainConfig())
     grown = growth(made, pairs, 9, eager, CPU, most=8)
     config = PriorTrainConfig(batch_size="auto", steps=10)
-    chosen = partial(settled, objective=made, example=pairs, accelerator=Accelerator(cpu=True), autocast=eager, rows=1000, compiled=False,
-                     label="prior")  # fmt: skip
+    task = SimpleNamespace(objective=made, batch=lambda step: pairs(4))
+    chosen = partial(settled, task=task, precision="fp32", accelerator=Accelerator(cpu=True), rows=1000, label="prior")
     for rows, expected in ((20, 16), (100, 64)):
         room = state.optimizer + state.average + grown.at(rows)
         monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
