@@ -109,9 +109,8 @@ def main() -> None:
     speed = options.rate * options.utilisation
     rates = f"{options.link / 1e9:.0f} and {options.between / 1e9:.0f} GB/s"
     print(f"\nseconds a step of {options.pictures} pictures on each card: computing, and sending at {rates}")
-    print(
-        "| prior | computing | worked out again | DDP on 8, on more | FSDP on 8, on more | GPU hours for 100M pictures | days on 8 | 64 | 1,000 |"
-    )
+    titles = ("computing", "worked out again", "DDP on 8, on more", "FSDP on 8, on more", "GPU hours for 100M pictures")
+    print(f"| prior | {' | '.join(titles)} | days on 8 | on 64 | on 1,000 |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in SIZES:
         state, work = counted[name]
@@ -122,10 +121,11 @@ def main() -> None:
         cells = [f"{second:.3f}" for second in computing] + [", ".join(f"{second:.3f}" for second in pair) for pair in sending]
         print(f"| {name} | {' | '.join(cells)} | {hours:,.0f} | {' | '.join(f'{hours / 24 / gpus:,.2f}' for gpus in GPUS[1:])} |")
 
-    print("\nbytes of 1,000,000,000 pictures: codes of 2 bytes in columns of Arrow, captions of 60 letters and 8 bytes")
+    print("\n1,000,000,000 pictures: codes of 4 bytes, as they are written; captions of 60 letters and their ends; the row's number")
+    print("| codes a picture | codes | the same in 2 bytes | captions | numbers | files of 1 GB |")
+    print("|---|---|---|---|---|---|")
     for codes in (256, 1024):
-        together = (codes * 2 + 68) * 1e9
-        print(f"| {codes} codes | {codes * 2e9 / 1e12:.2f} TB of codes | 0.07 TB of captions | {together / 1e9:,.0f} shards of 1 GB |")
+        print(f"| {codes:,} | {codes * 4e-3:.2f} TB | {codes * 2e-3:.2f} TB | 0.064 TB | 0.008 TB | {codes * 4 + 72:,} |")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def fit(
     trained = Cut(plain, optimizers, average, accelerator, optimized) if cut else Trained(plain, optimizers, average, accelerator)
     optimizers, average = trained.optimizers, trained.average
     objective.networks.update(trained.networks)
-    if progress:
+    if progress and first < config.steps:
         rows = batch_size // accelerator.num_processes // accumulate
         batch = to_device(task.batch(0), accelerator.device)
         need = estimated(objective, config, accelerator.device, autocast, batch, rows, trained, compiled=compile_networks)
