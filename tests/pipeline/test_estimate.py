@@ -102,9 +102,10 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
 def test_a_codebook_that_is_a_parameter_comes_back():
     made = tokenizer(codebook="gradient", restart_below=0.9, restart_every=1)
     before = made.tokenizer.quantizer.codebook.detach().clone()
-    optimizer_has = made.tokenizer.quantizer.codebook
+    optimizer_has, address = made.tokenizer.quantizer.codebook, made.tokenizer.quantizer.codebook.data_ptr()
     growth(made, pictures, 9, eager, CPU, most=8)
     assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
+    assert optimizer_has.data_ptr() == address
 
 
 def test_where_few_rows_are_refused_more_are_tried():
