@@ -119,7 +119,7 @@ def train_discrete_vae(experiment: Experiment, seconds: float | None, *, fp32: b
     source, held_out = sources_of(experiment)
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
-    order = Order(len(source), train.batch_size, experiment.seed)
+    order = Order(len(source), train.numbers()[0], experiment.seed)
     bf16, start, step = not fp32 and uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
     while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
         pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
@@ -159,7 +159,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     ImageTokenizer.load = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
     figures = comparison.row_figures(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
-    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.batch_size / (60 * figures["minutes"])}
+    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.numbers()[0] / (60 * figures["minutes"])}
     comparison.write_figures(experiment, minutes, figures)
 
 

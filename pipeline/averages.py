@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
+from pipeline.train_config import TrainConfig
 
 
 def average_decay(step: int, config: TrainConfig) -> float:

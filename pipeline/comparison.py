@@ -208,7 +208,7 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
     }
     if (experiment.folder / _TIME).is_file():
         seconds = json.loads((experiment.folder / _TIME).read_text())["seconds"]
-        figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.batch_size / seconds}
+        figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.numbers()[0] / seconds}
     np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
     write_figures(given, minutes, figures)
     return figures

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
+from pipeline.memory import USABLE, free_memory, out_of_memory
 from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
 
 Compile = Literal["auto", "on", "off"]
@@ -21,8 +21,6 @@ COMPILING_TAKES = 20.0
 COMPILED_TAKES = 0.5
 """Time of a compiled step as a share of a plain one's."""
 _TOO_LARGE = "one picture of {} codes does not fit the memory of {}; close other programs, use a smaller prior, or sample without guidance"
-_USABLE = 0.8
-"""Share of the free memory that a batch may take."""
 
 
 def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
@@ -35,13 +33,6 @@ def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
     reading = stream.text_length * (6 * config.width + 3 * config.hidden + config.heads * stream.text_length) * itemsize
     deciding = at_once * stream.num_codes * 4 * 6
     return rows * (cache + reading + deciding)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be had on a device, what torch keeps for its next tensors included."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
 
 
 def can_compile(device: torch.device) -> bool:
@@ -83,7 +74,7 @@ def draw_codes(
                 "compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev)"
             )
         compile = "off"
-    fitting = int(_USABLE * free_memory(prior.device) // bytes_a_picture(prior, options))
+    fitting = int(USABLE * free_memory(prior.device) // bytes_a_picture(prior, options))
     if not fitting:
         raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device))
     largest = min(batch_size, len(text_ids))
@@ -103,7 +94,7 @@ def draw_codes(
         try:
             done.append(sample(prior, text_ids[part], seeds[part], options, compiled=compiled, **_rows(given, part)))
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if part.stop - part.start == 1:
                 raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device)) from error
@@ -125,10 +116,6 @@ def draw_codes(
 
 def _rows(given: dict[str, Tensor | None], part: slice) -> dict[str, Any]:
     return {name: value if value is None or value.ndim == 1 else value[part] for name, value in given.items()}
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _joined(parts: list[Samples]) -> Samples:

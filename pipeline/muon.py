@@ -2,7 +2,8 @@
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is that of AdamW (Liu et al. 2025, arXiv:2502.16982,
 eq. 4), so one learning rate serves both. torch.optim.Muon takes matrices alone and one at a time: here convolution kernels count as
-matrices (out, in * height * width), and those of one shape are orthogonalised together.
+matrices (out, in * height * width), and those of one shape are orthogonalised together. Of matrices that are cut over processes each
+process gathers and orthogonalises the whole ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.sharding import like, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -51,13 +54,13 @@ class Muon(torch.optim.Optimizer):
             alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike[len(parameter), parameter[0].numel()].append(parameter)
+                    alike[len(parameter), parameter.numel() // len(parameter)].append(parameter)
             for (rows, columns), members in alike.items():
-                stacked = torch.stack([self._nesterov(p, group["momentum"]).reshape(rows, columns) for p in members])
+                stacked = torch.stack([whole(self._nesterov(p, group["momentum"])).reshape(rows, columns) for p in members])
                 scale = 0.2 * max(rows, columns) ** 0.5
                 for parameter, update in zip(members, orthogonalize(stacked), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * scale)
+                    parameter.add_(like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from pipeline.config import TrainConfig
 from pipeline.muon import Muon
+from pipeline.train_config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

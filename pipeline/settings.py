@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,15 @@ def start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Acc
 
         experiment.folder.mkdir(parents=True, exist_ok=True)
         write_file(experiment.folder / "experiment.yaml", yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    keep_settings(accelerator, folder, settings)
+    return accelerator
+
+
+def keep_settings(accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
+    """Writes down what a stage that is not done is made with."""
+    if accelerator.is_main_process:
         write_settings(folder, {"settings": settings})
     accelerator.wait_for_everyone()
-    return accelerator
 
 
 def needed(folder: Path, verb: str) -> Path:
@@ -113,6 +120,12 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"or remove {folder} and what was built on it"
         )
     return done and not longer
+
+
+def as_chosen(train: Any, folder: Path) -> Any:
+    """A stage's configuration with the numbers that an earlier try chose in place of `auto`."""
+    written = (read_settings(folder) or {}).get("settings", {}).get("train", {})
+    return replace(train, **{name: written.get(name, "auto") for name in ("batch_size", "accumulate") if getattr(train, name) == "auto"})
 
 
 def finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:

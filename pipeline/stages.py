@@ -6,6 +6,7 @@ Knows the run folder and what each stage needs of the one before. Each can be ca
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from pipeline.data.sources import Source
 from pipeline.data.stream import StreamSource
 from pipeline.data.stream_feed import feed_of
 from pipeline.encoding import encode_dataset, sources_of
+from pipeline.fitting import is_open, settled
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.lock import alone_in_run
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
-from pipeline.settings import as_made, finish, finished, needed, start
+from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -42,19 +44,25 @@ _ROWS_AT_A_TIME = 1000
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
-    train = experiment.tokenizer.train
+    train = as_chosen(experiment.tokenizer.train, folder)
     source, held_out = sources_of(experiment)
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
         "data": data_settings(to_dict(experiment.data)),
         "pictures": [source.fingerprint, held_out.fingerprint],
-        **to_dict(experiment.tokenizer),
+        **to_dict(replace(experiment.tokenizer, train=train)),
     }
     if finished(folder, settings):
         return folder
     accelerator = start(experiment, folder, settings)
     _report(accelerator, source)
+    if is_open(train):  # by a tokenizer that is thrown away again
+        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
+        trial = tokenizer_task(replace(experiment, tokenizer=few), accelerator, source, held_out)[0]
+        train = settled(train, trial, experiment.precision, accelerator, rows=_most_rows(source), label="tokenizer")
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
     figures = fit(
         task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
@@ -69,7 +77,7 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
     torch.manual_seed(experiment.seed)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
     place = (accelerator.process_index, accelerator.num_processes)
-    feed = feed_of(source, experiment.tokenizer.train.batch_size, experiment.seed, *place, folder=experiment.folder / "data")
+    feed = feed_of(source, experiment.tokenizer.train.numbers()[0], experiment.seed, *place, folder=experiment.folder / "data")
 
     def batch(step: int) -> torch.Tensor:
         return torch.from_numpy(feed.pictures(step))
@@ -98,7 +106,8 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
 @alone_in_run
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
-    folder, train = experiment.folder / "prior", experiment.prior.train
+    folder = experiment.folder / "prior"
+    train = as_chosen(experiment.prior.train, folder)
     tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
@@ -112,7 +121,7 @@ def train_prior(experiment: Experiment) -> Path:
         },
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
-        **to_dict(experiment.prior),
+        **to_dict(replace(experiment.prior, train=train)),
     }
     if finished(folder, settings):
         return folder
@@ -135,7 +144,8 @@ def train_prior(experiment: Experiment) -> Path:
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.tell_code_vectors(vectors)
-    order = Order(codes["train"].lengths, train.batch_size, experiment.seed, codes["train"].weights)
+    shuffled = (experiment.seed, codes["train"].weights)
+    order = Order(codes["train"].lengths, accelerator.num_processes if is_open(train) else train.numbers()[0], *shuffled)
     several = codes["train"].captions_in_all > len(codes["train"])
     truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
 
@@ -176,8 +186,13 @@ def train_prior(experiment: Experiment) -> Path:
 
     prior.checkpoint_activations = train.checkpoint_activations
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
+    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=names)
+    if is_open(train):
+        train = settled(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+        order = Order(codes["train"].lengths, train.numbers()[0], *shuffled)
     figures = fit(
-        Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=names), train, accelerator, folder,
+        task, train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip
@@ -263,6 +278,11 @@ def run(experiment: Experiment) -> Path:
         (experiment.folder / "samples" / "held-out-prompts.txt").write_text("\n".join(prompts) + "\n")
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"
+
+
+def _most_rows(source: Source) -> int:
+    """Pictures that a batch may have: as many as there are, where that is known."""
+    return sum(2**31 if isinstance(part, StreamSource) else len(part) for part in parts_of(source))
 
 
 def _report(accelerator: Accelerator, source: Source) -> None:

@@ -7,17 +7,18 @@ data: the batch of a step and its noise are made anew from the step's number.
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,54 +34,14 @@ from pipeline.checkpoints import (
     save_checkpoint,
     tidy,
 )
-from pipeline.config import TrainConfig
+from pipeline.estimate import Forecast, estimated, to_device
 from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
 from pipeline.optimizers import learning_rate, optimizers_for
 from pipeline.runtime import lost_process, told_by_main
+from pipeline.sharding import Cut, Trained, can_cut, whole
+from pipeline.task import Objective, Task
+from pipeline.train_config import TrainConfig
 from pipeline.watch import GradientWatch, Pace, Undo, agreed, broken, not_finite
-
-
-class Loss(Protocol):
-    """One loss to step: for the optimizer of `group`."""
-
-    @property
-    def group(self) -> str: ...
-    @property
-    def value(self) -> Tensor: ...
-    @property
-    def metrics(self) -> dict[str, Tensor]: ...
-
-
-class Objective(Protocol):
-    """What `fit` minimises. `networks` holds a module an optimizer, by group; the loop puts wrapped ones in their place, and
-    `losses` calls those, so that gradients are averaged over processes."""
-
-    networks: dict[str, nn.Module]
-
-    def losses(self, batch: Any, step: int) -> Iterator[Loss]: ...
-    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]: ...
-
-
-@dataclass
-class Task:
-    """What a stage hands to `fit`.
-
-    Attributes:
-        batch: (step) -> this process's part of the batch of that step, on the CPU; a pure function of the step.
-        held_out: () -> batches to evaluate on.
-        best: name of the held-out figure that says which weights are best (smaller is better).
-        pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
-        alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
-        rows: (step) -> names of the pictures in this process's part of the batch of that step, for errors.
-    """
-
-    objective: Objective
-    batch: Callable[[int], Any]
-    held_out: Callable[[], Iterable[Any]]
-    best: str
-    pictures: Callable[[], Mapping[str, Any]]
-    alarm: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
-    rows: Callable[[int], Sequence[str]] = lambda step: ()
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -112,10 +73,11 @@ def fit(
         Stopped: by a signal, after the step it came in, which is saved.
         Resumable: a checkpoint cannot be written, or another process of the job is gone.
     """
-    if config.batch_size % (accelerator.num_processes * config.accumulate):
+    batch_size, accumulate = config.numbers()
+    if batch_size % (accelerator.num_processes * accumulate):
         raise ValueError(
-            f"train.batch_size {config.batch_size} does not split evenly over {accelerator.num_processes} processes with "
-            f"train.accumulate {config.accumulate}; choose a multiple of both together"
+            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} processes with "
+            f"train.accumulate {accumulate}; choose a multiple of both together"
         )
     training = _Training(task, config, accelerator, folder, label, bf16)
     try:
@@ -135,32 +97,38 @@ class _Training:
         # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
         self.plain = dict(task.objective.networks)
+        cut = can_cut(self.plain, accelerator)
         for network in self.plain.values():
-            network.to(accelerator.device).train()
-        self.optimizers: dict[str, Any] = {}
-        for group, network in self.plain.items():
-            self.optimizers |= optimizers_for(group, network, config)
-        self.average = WeightAverage(self.plain)
-        self.undo = Undo(self.plain.values() if config.skip_nonfinite else ())
+            network.to("cpu" if cut else accelerator.device).train()
         self.state = State(0)
+        optimizers, average = self.optimized(self.plain)
+        self.go_on(optimizers, average)
+        given = (self.plain, optimizers, average, accelerator)
+        self.trained = Cut(*given, self.optimized) if cut else Trained(*given)
+        self.undo = Undo(self.trained.networks.values() if config.skip_nonfinite else ())
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
 
+    def optimized(self, networks: Mapping[str, nn.Module]) -> tuple[dict[str, Any], WeightAverage]:
+        optimizers: dict[str, Any] = {}
+        for group, network in networks.items():
+            optimizers |= optimizers_for(group, network, self.config)
+        return optimizers, WeightAverage(networks)
+
     def run(self, seed: int, compile_networks: bool, progress: bool) -> dict[str, float]:
         objective, config, accelerator, plain = self.task.objective, self.config, self.accelerator, self.plain
-        self.go_on()
         first = self.state.step
+        objective.networks.update(self.trained.networks)
+        if progress and first < config.steps:
+            self.say_need(compile_networks)
         if compile_networks:
-            for network in plain.values():
-                network.compile_networks()  # type: ignore[operator]
+            self.trained.compile()
         for group in plain:
-            objective.networks[group] = accelerator.prepare(plain[group])
-        for name in self.optimizers:
-            self.optimizers[name] = accelerator.prepare(self.optimizers[name])
+            objective.networks[group] = self.trained.for_training(group)
         bar = tqdm(
             total=config.steps, initial=first, desc=self.label, disable=not (progress and accelerator.is_main_process), mininterval=1.0
         )
-        pace = Pace(config.batch_size)
+        pace = Pace(config.numbers()[0])
         # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
         with bar:
             figures = self.steps(seed, bar, pace)
@@ -173,15 +141,27 @@ class _Training:
             figures = self.evaluate()
         if config.keep_best and (chosen := newest_checkpoint(self.folder / "best")):
             try:
-                figures = load_checkpoint(chosen, plain, {}, self.average.shadow).best
+                average = WeightAverage(plain)
+                figures = load_checkpoint(chosen, plain, {}, average.shadow).best
+                average.swap()
             except DamagedCheckpoint as error:
                 accelerator.print(f"{self.label}: {chosen} is damaged ({error}); the last weights take the place of the best")
-        self.average.swap()
+                self.trained.end()
+        else:
+            self.trained.end()
         for network in plain.values():
             network.eval()
         return figures
 
-    def go_on(self) -> None:
+    def say_need(self, compiled: bool) -> None:
+        batch_size, accumulate = self.config.numbers()
+        rows = batch_size // self.accelerator.num_processes // accumulate
+        device = self.accelerator.device
+        batch = to_device(self.task.batch(0), device)
+        need = estimated(self.task.objective, self.config, device, self.autocast, batch, rows, self.trained, compiled=compiled)
+        self.accelerator.print(f"{self.label}: {need.line(self.accelerator.num_processes)}")
+
+    def go_on(self, optimizers: dict[str, Any], average: WeightAverage) -> None:
         """From the newest whole checkpoint, if there is one."""
         best = self.folder / "best"
         if self.accelerator.is_main_process:
@@ -189,7 +169,7 @@ class _Training:
             tidy(best)
         self.accelerator.wait_for_everyone()
         say = self.accelerator.print
-        found = load_newest(self.checkpoints, self.plain, self.optimizers, self.average.shadow, lambda line: say(f"{self.label}: {line}"))
+        found = load_newest(self.checkpoints, self.plain, optimizers, average.shadow, lambda line: say(f"{self.label}: {line}"))
         if found is None:
             return
         newest, self.state = found
@@ -209,7 +189,7 @@ class _Training:
         figures: dict[str, float] = {}
         recent: dict[str, Tensor] = {}
         alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
-        latest = Pace(config.batch_size)
+        latest, forecast = Pace(config.numbers()[0]), Forecast(first, config.steps)
         with signals_caught() as caught, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead = pool.submit(task.batch, first) if first < config.steps else None
             for step in range(first, config.steps):
@@ -217,22 +197,24 @@ class _Training:
                 start = time.perf_counter()
                 batch = ahead.result()
                 waited = time.perf_counter() - start
-                batch = _to_device(batch, accelerator.device)
+                batch = to_device(batch, accelerator.device)
                 ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
                 torch.manual_seed(step_seed(seed, step, accelerator.process_index))
                 self.undo.remember()
                 finite = partial(self.finite, step, caught)
-                scalars = _step(task.objective, self.optimizers, accelerator, self.autocast, batch, step, config, finite)
+                scalars = _step(task.objective, self.trained.optimizers, accelerator, self.autocast, batch, step, config, finite)
                 if scalars:
                     # Not every step has every figure: batches with codes first have others.
                     recent = recent | scalars
-                    self.average.update(average_decay(step, config))
+                    self.trained.average.update(average_decay(step, config))
                 self.state.step = done = step + 1
                 for clock in (pace, latest):
                     clock.step(waited)
                 bar.update(1)
+                if (line := forecast.after(done)) and not bar.disable:
+                    bar.write(f"{self.label}: {line}")
                 if done % config.log_every == 0 or self.saves(done):
-                    said = {name: float(value) for name, value in recent.items()} | latest.figures()
+                    said = over_processes(recent, accelerator) | latest.figures()
                     if config.skip_nonfinite:
                         said["skipped_steps"] = float(self.state.skipped)
                     latest.restart()
@@ -294,33 +276,38 @@ class _Training:
             raise Resumable(problem)
 
     def checkpoint(self) -> None:
+        networks, optimizers, average = self.trained.saved()
         with self.written_by_main():
             if self.accelerator.is_main_process:
                 save_checkpoint(
-                    self.checkpoints, self.state, self.plain, self.optimizers, self.average.shadow,
-                    keep=self.config.keep_checkpoints, whole=self.whole,
-                )  # fmt: skip
+                    self.checkpoints, self.state, networks, optimizers, average, keep=self.config.keep_checkpoints, whole=self.whole
+                )
 
     def evaluate(self) -> dict[str, float]:
-        """On the main process alone: nothing in here talks to the others."""
+        """On the main process alone: but for putting averaged weights together and writing, nothing talks to the others."""
         figures: dict[str, float] = {}
         label, accelerator, step, best = self.label, self.accelerator, self.state.step, self.state.best
+        with self.trained.averaged():
+            if accelerator.is_main_process:
+                with self.autocast():
+                    figures = self.task.objective.evaluate(self.task.held_out())
+                    pictures = self.task.pictures()
+        better = bool(self.config.keep_best and figures and figures[self.task.best] < best.get(self.task.best, math.inf))
+        if self.config.keep_best and isinstance(self.trained, Cut):  # gathering takes part of all
+            better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
+        if better:
+            best.clear()
+            best.update(figures)
+            networks, _, average = self.trained.saved()
         if accelerator.is_main_process:
-            self.average.swap()
-            with self.autocast():
-                figures = self.task.objective.evaluate(self.task.held_out())
-                pictures = self.task.pictures()
-            self.average.swap()
             accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
         with self.written_by_main():
-            if self.config.keep_best and figures and figures[self.task.best] < best.get(self.task.best, math.inf):
-                best.clear()
-                best.update(figures)
-                save_checkpoint(self.folder / "best", self.state, self.plain, {}, self.average.shadow, keep=1)
+            if better and accelerator.is_main_process:
+                save_checkpoint(self.folder / "best", self.state, networks, {}, average, keep=1)
         return figures
 
 
@@ -339,7 +326,7 @@ def _step(
     scalars: dict[str, Tensor] = {}
     rate = learning_rate(step, config)
     # Each part of the batch goes as far as its next loss, and that loss's gradient is taken, before the next part begins.
-    parts = [objective.losses(part, step) for part in _parts(batch, config.accumulate)]
+    parts = [objective.losses(part, step) for part in _parts(batch, config.numbers()[1])]
     stepped: list[Any] = []
     while True:
         of_parts: list[dict[str, Tensor]] = []
@@ -355,7 +342,7 @@ def _step(
         if not of_parts:
             break
         mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).float().mean() for name in of_parts[0]}
-        norm = accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip)
+        norm = whole(accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip))
         stepped += [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
         scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
@@ -370,6 +357,14 @@ def _step(
     return scalars if goes else {}
 
 
+def over_processes(scalars: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Figures of the whole batch: the mean over the processes that have each. Every process calls this, at the same steps."""
+    own = {name: float(value) for name, value in scalars.items()}
+    everybodys = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    names = dict.fromkeys(name for figures in everybodys for name in figures)
+    return {name: statistics.fmean(figures[name] for figures in everybodys if name in figures) for name in names}
+
+
 def _parts(batch: Any, count: int) -> list[Any]:
     """A batch, or a mapping of batches, in equal parts."""
     if isinstance(batch, Mapping):
@@ -382,9 +377,3 @@ def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str
     parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
     return ", ".join(parts)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True)

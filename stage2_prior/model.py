@@ -232,6 +232,10 @@ class ImagePrior(PreTrainedModel):
         """The matrices inside the blocks, which optimizers for matrices may step; embeddings and heads are not among them."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that are brought together one after another where the parameters are cut over processes."""
+        return list(self.blocks)
+
     def compile_networks(self) -> None:
         """Compiles the training forward in place, parameter names stay as they are; and the loss, which a batch's logits, a thousand for
         each code, make a twentieth of a step."""

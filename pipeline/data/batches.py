@@ -14,6 +14,10 @@ from pipeline.data.sources import Source
 Loaded = TypeVar("Loaded")
 Part = TypeVar("Part")
 
+LISTED = 2**24
+"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row, in no memory."""
+_ROUNDS = 4
+
 
 class Feed(Protocol):
     """One process's pictures, step by step."""
@@ -37,11 +41,20 @@ class Passes:
         self._pass, self._shuffled = -1, np.empty(0, dtype=np.int64)
 
     def row(self, position: int) -> int:
-        number, within = divmod(position, self.length)
+        return int(self.rows(np.array([position]))[0])
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The rows (N,) at ascending positions (N,)."""
+        passes, places = np.divmod(positions, self.length)
+        return np.concatenate([self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)])
+
+    def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
+        if self.length > LISTED:
+            return scattered(places, self.length, [self.seed, number])
         if number != self._pass:
             self._pass = number
             self._shuffled = np.random.default_rng([self.seed, number]).permutation(self.length)
-        return int(self._shuffled[within])
+        return self._shuffled[places]
 
 
 class Order:
@@ -63,8 +76,15 @@ class Order:
 
     def rows(self, step: int) -> np.ndarray:
         """The rows (batch_size,) of a step."""
-        first = step * self.batch_size
-        return np.array([self._row(first + i) for i in range(self.batch_size)])
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        if self._mixture is None:
+            return self._passes[0].rows(positions)
+        taken = np.array([self._mixture.at(int(position)) for position in positions])
+        rows = np.empty(self.batch_size, np.int64)
+        for part in np.unique(taken[:, 0]):
+            places = taken[:, 0] == part
+            rows[places] = self._starts[part] + self._passes[part].rows(taken[places, 1])
+        return rows
 
     def share(self, step: int, process: int, processes: int) -> np.ndarray:
         """One process's equal part of the rows of a step."""
@@ -73,12 +93,6 @@ class Order:
     def draws(self, step: int, process: int, processes: int) -> list[int]:
         """A number for each of those rows, for what is random about how it is seen."""
         return step_draws(self.seed, step, self.batch_size)[_part(self.batch_size, process, processes)].tolist()
-
-    def _row(self, position: int) -> int:
-        if self._mixture is None:
-            return self._passes[0].row(position)
-        part, number = self._mixture.at(position)
-        return int(self._starts[part]) + self._passes[part].row(number)
 
 
 def step_draws(seed: int, step: int, count: int) -> np.ndarray:
@@ -109,6 +123,30 @@ class MappedFeed:
 def _part(batch_size: int, process: int, processes: int) -> slice:
     each = batch_size // processes
     return slice(process * each, (process + 1) * each)
+
+
+def scattered(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
+    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of it: a Feistel network of four rounds
+    (Luby & Rackoff 1988) over the next even power of two, walked on from what lies outside (Black & Rogaway 2002)."""
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    mask = np.uint64(2**half - 1)
+    keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        found[outside] = left << np.uint64(half) | right
+        outside = found >= np.uint64(length)
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """64-bit numbers with each bit of theirs in each bit of the result (the finalizer of splitmix64, Steele et al. 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def loaded_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:

@@ -42,3 +42,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "trackers": ["tensorboard"]}))
     assert main(["run", "--config", str(path)]) == 0
     return path, folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def by_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by 1, 2 and 4 processes (runs/by1 and so on), what each logged and each process's networks. Nothing in them is drawn by
+    process: no caption is dropped. Codes die and restart. Tests must not change it."""
+    from tests.pipeline.launched import CHECK, PROCESSES, WATCHED, launch, settings
+
+    folder = tmp_path_factory.mktemp("by_processes")
+    options = ["--prior.objective.caption_dropout", "0", "--tokenizer.train.log_every", "1", "--prior.train.log_every", "1",
+               "--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.restart_below", "0.9",
+               "--tokenizer.model.vq.restart_every", "2", "--encode.shard_rows", "7"]  # fmt: skip
+    for processes in PROCESSES:
+        launch(folder, processes, "run", *settings(folder), "--name", f"by{processes}", *options, script=WATCHED + CHECK)
+    return folder

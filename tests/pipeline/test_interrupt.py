@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import stages, training
+from pipeline import encoding, training
 from pipeline.checkpoints import newest_checkpoint
 from pipeline.cli import main
 from pipeline.interrupt import Stopped, signals_caught, sigterm_raises
@@ -112,7 +112,7 @@ def test_signals_outside_of_training_end_with_one_line(finished_run, tmp_path, m
     path, folder = finished_run
     before = handlers()
     for number, (name, status) in SIGNALS.items():
-        monkeypatch.setattr(stages, "_encoded", lambda *_, number=number: send(number))
+        monkeypatch.setattr(encoding, "_encoded", lambda *_, number=number: send(number))
         arguments = ["encode", "--config", str(path), "--tokenizer", str(folder / "tokenizer"), "--out", str(tmp_path / "codes")]
         assert main(arguments) == status
         line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -13,47 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.codes import CodesDataset, read_manifest
-
-ROOT = Path(__file__).parents[2]
-CHECK = """
-import sys
-from accelerate import PartialState
-from pipeline import runtime
-from pipeline.cli import main
-runtime.end_processes = lambda: None  # so that the state can still be asked
-status = main(sys.argv[2:])
-assert PartialState().num_processes == int(sys.argv[1]), f"there are {PartialState().num_processes} processes"
-sys.exit(status)
-"""
+from tests.pipeline.launched import ROOT, launch
 
 
-def launch(tmp_path: Path, processes: int, *arguments: str) -> str:
-    """Runs a verb under torchrun and insists on the number of processes."""
-    script = tmp_path / "check.py"
-    script.write_text(CHECK)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    # After "--", or torchrun takes `--num` for one of its own options.
-    command = [*torchrun, "--", str(script), str(processes), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """The tiny run by two processes and by one."""
-    import yaml
-
-    from tests.pipeline.conftest import TINY
-
-    folder = tmp_path_factory.mktemp("processes")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "precision": "fp32"}))
-    for processes in (1, 2):
-        name, dropout = ("--name", f"by{processes}"), ("--prior.objective.caption_dropout", "0", "--encode.shard_rows", "7")
-        launch(folder, processes, "run", "--config", str(path), *name, *dropout)
-    return folder / "runs" / "by1", folder / "runs" / "by2"
+@pytest.fixture
+def two_runs(by_processes):
+    """The tiny run by one process and by two."""
+    return by_processes / "runs" / "by1", by_processes / "runs" / "by2"
 
 
 def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):

@@ -97,7 +97,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
     task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, lambda scalars, step: said.get(step))
     fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
-    assert lines[:-1] == ["line: codes are wasted", "line: codes are wasted again"]
+    assert [line for line in lines if "codes" in line] == ["line: codes are wasted", "line: codes are wasted again"]
     assert re.fullmatch(r"line: 0\.0 minutes, \d+ pictures/s, \d+\.\d% of it waiting for data", lines[-1])
 
 
