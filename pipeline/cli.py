@@ -17,6 +17,9 @@ HELP = """usage: minidalle VERB [options]
 
 Trains an image tokenizer and a prior over caption and codes, and draws pictures from prompts.
 
+before training:
+  doctor            SOURCE                                 what is in it, what would stop a training, which settings suit it
+
 training, each with --config FILE [--key.path VALUE ...]; run again, it goes on from what is there:
   run               all of the below, in order, then a grid of pictures
   train-tokenizer   stage 1: pictures <-> codes
@@ -348,6 +351,19 @@ def _codebook(rest: Sequence[str]) -> int:
     return 0
 
 
+def _doctor(rest: Sequence[str]) -> int:
+    from pipeline.doctor.verb import asked, report
+
+    _alone("doctor")
+    try:
+        what = asked(rest)
+    except ValueError as error:
+        raise _WrongUsage(str(error)) from error
+    diagnosis, lines = report(what)
+    print(lines)
+    return int(diagnosis.fails)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "train-tokenizer": _train_tokenizer,
@@ -359,6 +375,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "codebook": _codebook,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pipeline.data.config import data_settings
 from pipeline.data.export import Format, export_codes
 from pipeline.data.mixing import parts_of
 from pipeline.data.share import Share
-from pipeline.data.sources import Source, Split, load_sources
+from pipeline.data.sources import Source, Split, check_splits, load_sources
 from pipeline.data.stream import StreamSource
 from pipeline.data.stream_feed import feed_of
 from pipeline.grids import bars, grid_image, picture_grid
@@ -35,12 +35,11 @@ from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
+from stage2_prior.text import CAPTIONS_TO_LEARN, CaptionLengths
 
 EVALUATION_BATCH = 64
 _ALL = 10**9
 """More pictures than any source holds out."""
-_CAPTIONS_TO_LEARN = 100_000
-"""The text tokenizer is trained on no more captions than this; further ones hardly change its merges."""
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
@@ -308,22 +307,12 @@ def _text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], acce
     captions = learned + codes["held_out"].captions(range(len(codes["held_out"])))
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
-    if goes_on:
-        text = TextTokenizer.load(folder)
-    elif config.pretrained:
-        text = TextTokenizer.pretrained(config.pretrained, length=config.length)
-    else:
-        text = TextTokenizer.train(learned[:_CAPTIONS_TO_LEARN], vocab_size=config.vocab_size, length=config.length)
-    lengths = text.lengths(captions)
-    too_long = [i for i, length in enumerate(lengths) if length > text.length]
-    if too_long and not config.truncate:
-        worst = max(lengths)
-        raise ValueError(
-            f"{len(too_long)} of {len(captions)} captions need more than text.length={text.length} slots (the longest {worst}: "
-            f"{captions[lengths.index(worst)][:60]!r}); set text.length={worst}, or cut them with text.truncate=true"
-        )
-    if too_long:
-        accelerator.print(f"{len(too_long)} of {len(captions)} captions are cut to text.length={text.length} slots")
+    text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned[:CAPTIONS_TO_LEARN])
+    lengths = CaptionLengths(text.length)
+    lengths.add(captions, text.lengths(captions))
+    lengths.check(truncate=config.truncate)
+    if lengths.too_long:
+        accelerator.print(f"{lengths.too_long} of {lengths.count} captions are cut to text.length={text.length} slots")
     if accelerator.is_main_process and not goes_on:
         write_folder(folder, text.save)
     accelerator.wait_for_everyone()
@@ -382,11 +371,7 @@ def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
     for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
         seen = 1 if isinstance(part, StreamSource) else len(part)
-        if not seen or not len(held_out):
-            raise ValueError(
-                f"{part.name} has {seen} pictures to train on and {len(back)} held out to judge on, and each needs at least "
-                f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
-            )
+        check_splits(experiment.data, part.name, seen, len(back), len(held_out))
     return source, held_out
 
 

@@ -73,6 +73,10 @@ class StreamSource:
         found = (s for shard in range(self.num_shards) for s in self._readable(shard) if is_held_out(s.name, self.config.held_out))
         return list(itertools.islice(found, HELD_OUT))
 
+    def first(self, most: int) -> Iterator[Sample]:
+        """The first samples of either split."""
+        return itertools.islice((s for shard in range(self.num_shards) for s in self._readable(shard)), most)
+
     def _readable(self, shard: int) -> Iterator[Sample]:
         rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
         for number in itertools.count():
