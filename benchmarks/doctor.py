@@ -22,7 +22,7 @@ from pipeline.cli import main
 from pipeline.doctor.looks import alike, groups_of
 
 _SIDE = 256
-_NOISE = 11
+_NOISE = 15
 _WORDS = ("red", "green", "blue", "bright", "dark", "field", "sky", "house", "river", "stone", "morning", "evening", "cat", "dog", "tree")
 
 

@@ -12,9 +12,9 @@ from itertools import combinations, pairwise
 import numpy as np
 
 NEAR = 4
-"""Bits in which looks that are alike may differ. Of emoji, shapes and coloured noise with the spectrum of photographs, all copies of half or
-three times the size stay within it, 99% of those of JPEG quality 50, 90% of those a third darker and 68 to 89% of those a third brighter,
-whose bright parts are cut; different noise differs in 15 or more, and drawings of one kind, such as faces, look alike to it."""
+"""Bits in which looks that are alike may differ. Of emoji, shapes and coloured noise with the spectrum of photographs, all copies of half
+or three times the size stay within it, 99% of those of JPEG quality 50, 90% of those a third darker and 68 to 89% of those a third
+brighter, whose bright parts are cut; different noise differs in 15 or more, and drawings of one kind, such as faces, look alike to it."""
 CROWD = 128
 """Looks that agree in two parts are compared with so many neighbours in their order, so that a source of pictures that are all nearly the
 same takes no longer than others; beyond it, pairs may be missed."""
