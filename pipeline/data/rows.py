@@ -112,7 +112,7 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
     """
     if wanted not in columns:
         near = difflib.get_close_matches(wanted.lower(), [str(c).lower() for c in columns], n=1, cutoff=0.5)
-        usual = [c for c in columns if str(c).lower() in _USUAL.get(setting, ())]
+        usual = [c for name in _USUAL.get(setting, ()) for c in columns if str(c).lower() == name]
         nearest = next((c for c in columns if near and str(c).lower() == near[0]), usual[0] if usual else None)
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ValueError(f"{name} has no column {wanted!r}; it has {listed(columns)}{hint} ({setting})")

@@ -81,10 +81,10 @@ def load_sources(config: DataConfig, folder: Path | None = None, share: Share = 
     from pipeline.data.mapped import Everything, MappedSource
 
     if config.streaming:
-        from pipeline.data.stream import HeldRows, StreamSource
+        from pipeline.data.stream import HeldRows, StreamSource, as_read
 
         stream = StreamSource(config)
-        return stream, MappedSource(Everything(HeldRows(stream), config), "held_out")
+        return stream, MappedSource(Everything(HeldRows(stream), as_read(config)), "held_out")
     everything = Everything(find_rows(config), config, folder, share)
     return MappedSource(everything, "train"), MappedSource(everything, "held_out")
 

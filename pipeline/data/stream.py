@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,11 @@ class StreamSource:
             self.tally.add("pictures of other sizes than wanted left out", name)
             return None
         return Sample(name, content, captions)
+
+
+def as_read(config: DataConfig) -> DataConfig:
+    """The configuration by which captions of samples are read once more: they are texts by then, whatever column they came from."""
+    return replace(config, text_column="text", caption_template=None)
 
 
 class HeldRows:

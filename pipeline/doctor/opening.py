@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.data.config import WORLDS, DataConfig
 from pipeline.data.rows import Record, Rows, Tally, is_held_out, stamp_of
 from pipeline.data.sources import find_rows, load_sources
-from pipeline.data.stream import StreamSource
+from pipeline.data.stream import StreamSource, as_read
 
 
 class Opened:
@@ -53,7 +53,7 @@ def open_source(config: DataConfig, most: int) -> Opened:
         return Opened(drawn, config, first_only=drawn.first_only)
     if config.streaming:
         streamed = StreamedRows(config, most)
-        return Opened(streamed, replace(config, text_column="text", caption_template=None), first_only=len(streamed) == most)
+        return Opened(streamed, as_read(config), first_only=len(streamed) == most)
     return Opened(find_rows(config), config)
 
 

@@ -250,21 +250,19 @@ def test_a_mixture_is_looked_at_part_by_part(folder, tmp_path):
 
 
 def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
-    for number in range(2):
-        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
-            for path in sorted(folder.iterdir())[number::2]:
-                tar.add(path, path.name)
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in sorted(folder.iterdir()):
-            tar.add(path, path.name)
-    streamed = config(tmp_path / "all.tar", streaming=True, text_column="txt")
+            tar.add(path, path.name.replace(".txt", ".caption"))
+    streamed = config(tmp_path / "all.tar", streaming=True, text_column="caption")
     whole = diagnose(streamed)
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
     first = diagnose(streamed, pictures=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
     assert "the first 25 pictures were looked at, of a source that goes on (--pictures)" in said(first, "notes")
     assert whole.suggestion.values["data"]["streaming"] is True
-    mapped = diagnose(config(tmp_path / "all.tar", text_column="txt"))
+    train, held_out = load_sources(streamed)
+    assert train.name == held_out.name and len(held_out) == whole.sources[0].held_out
+    mapped = diagnose(config(tmp_path / "all.tar", text_column="caption"))
     assert mapped.sources[0].train == whole.sources[0].train and mapped.captions.tokens == whole.captions.tokens
 
 
