@@ -100,7 +100,10 @@ class StreamSource:
             if isinstance(value, dict):
                 record = value | record
         for column in self._reader.columns:
-            if isinstance(text := record.get(column), str) and column in ("txt", "caption"):
+            text = record.get(column)
+            if isinstance(text, bytes):  # `datasets` knows .txt as text, and other members as bytes
+                record[column] = text = text.decode("utf-8", "replace")
+            if isinstance(text, str) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
         captions = self._reader.of([record])
         if not captions:
