@@ -43,10 +43,11 @@ def main() -> None:
     seconds, mebibytes = np.array(read).T
     settled = seconds > seconds[-1] / 4
     slope = np.polyfit(seconds[settled], mebibytes[settled], 1)[0]
-    print(f"{options.stage}, {options.config}, {seconds[-1] / 60:.0f} minutes: {mebibytes[settled][0]:,.0f} MiB after the first quarter,")
+    after, last, most = mebibytes[settled][0], mebibytes[-1], mebibytes.max()
     print(
-        f"{mebibytes[-1]:,.0f} MiB at the end, at most {mebibytes.max():,.0f} MiB; {slope * 3600 * HOURS:+,.0f} MiB in {HOURS} hours by the slope"
+        f"{options.stage}, {options.config}, {seconds[-1] / 60:.0f} minutes: {after:,.0f} MiB after the first quarter, {last:,.0f} MiB at"
     )
+    print(f"the end, at most {most:,.0f} MiB; {slope * 3600 * HOURS:+,.0f} MiB in {HOURS} hours by the slope")
 
 
 if __name__ == "__main__":

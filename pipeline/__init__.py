@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.comparison import compare_tokenizers, load_comparison
     from pipeline.config import Experiment, load_experiment
     from pipeline.data.sources import load_source
+    from pipeline.doctor.diagnosis import diagnose
     from pipeline.encoding import encode_dataset, encode_elsewhere
     from pipeline.evaluation.report import evaluate
     from pipeline.generation import edit, generate, reconstruct
@@ -28,6 +29,7 @@ _HOME = {
     "assemble_bundle": "pipeline.stages",
     "codebook_page": "pipeline.codebook",
     "compare_tokenizers": "pipeline.comparison",
+    "diagnose": "pipeline.doctor.diagnosis",
     "edit": "pipeline.generation",
     "encode_dataset": "pipeline.encoding",
     "encode_elsewhere": "pipeline.encoding",
@@ -50,6 +52,7 @@ __all__ = [
     "assemble_bundle",
     "codebook_page",
     "compare_tokenizers",
+    "diagnose",
     "edit",
     "encode_dataset",
     "encode_elsewhere",

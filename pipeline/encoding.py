@@ -29,7 +29,7 @@ from pipeline.data.config import data_settings
 from pipeline.data.export import Format, export_codes
 from pipeline.data.mixing import MixedSource, parts_of
 from pipeline.data.share import Share
-from pipeline.data.sources import Source, Split, load_sources
+from pipeline.data.sources import Source, Split, check_splits, load_sources
 from pipeline.data.stream import Sample, StreamSource
 from pipeline.lock import alone_in_run
 from pipeline.runtime import make_accelerator, processes, uses_bf16
@@ -133,11 +133,7 @@ def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
     for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
         seen = 1 if isinstance(part, StreamSource) else len(part)
-        if not seen or not len(held_out):
-            raise ValueError(
-                f"{part.name} has {seen} pictures to train on and {len(back)} held out to judge on, and each needs at least "
-                f"one; with few pictures another share than data.held_out={experiment.data.held_out} is needed (0.2)"
-            )
+        check_splits(experiment.data, part.name, seen, len(back), len(held_out))
     return source, held_out
 
 

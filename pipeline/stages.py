@@ -33,10 +33,9 @@ from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
+from stage2_prior.text import CAPTIONS_TO_LEARN, CaptionLengths
 
 EVALUATION_BATCH = 64
-_CAPTIONS_TO_LEARN = 100_000
-"""The text tokenizer is trained on about so many captions, evenly spread; further ones hardly change its merges."""
 _ROWS_AT_A_TIME = 1000
 
 
@@ -205,28 +204,14 @@ def text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accel
     folder, config = experiment.folder / "text_tokenizer", experiment.text
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
-    if goes_on:
-        text = TextTokenizer.load(folder)
-    elif config.pretrained:
-        text = TextTokenizer.pretrained(config.pretrained, length=config.length)
-    else:
-        learned = chain.from_iterable(_caption_batches(codes["train"], _CAPTIONS_TO_LEARN))
-        text = TextTokenizer.train(learned, vocab_size=config.vocab_size, length=config.length)
-    too_long, longest, worst = 0, 0, ""
+    learned = chain.from_iterable(_caption_batches(codes["train"], CAPTIONS_TO_LEARN))
+    text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned)
+    lengths = CaptionLengths(text.length)
     for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
-        lengths = text.lengths(captions)
-        too_long += sum(length > text.length for length in lengths)
-        if max(lengths) > longest:
-            longest = max(lengths)
-            worst = captions[lengths.index(longest)]
-    count = sum(dataset.captions_in_all for dataset in codes.values())
-    if too_long and not config.truncate:
-        raise ValueError(
-            f"{too_long} of {count} captions need more than text.length={text.length} slots (the longest {longest}: "
-            f"{worst[:60]!r}); set text.length={longest}, or cut them with text.truncate=true"
-        )
-    if too_long:
-        accelerator.print(f"{too_long} of {count} captions are cut to text.length={text.length} slots")
+        lengths.add(captions, text.lengths(captions))
+    lengths.check(truncate=config.truncate)
+    if lengths.too_long:
+        accelerator.print(f"{lengths.too_long} of {lengths.count} captions are cut to text.length={text.length} slots")
     if accelerator.is_main_process and not goes_on:
         write_folder(folder, text.save)
     accelerator.wait_for_everyone()

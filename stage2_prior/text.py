@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+CAPTIONS_TO_LEARN = 100_000
+"""A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
 PAD, START, END = "<pad>", "<start>", "<end>"
 
 
@@ -66,6 +68,13 @@ class TextTokenizer:
             self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
 
     @classmethod
+    def of(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
+        """The tokenizer that a configuration names: trained on the captions, or a pretrained one. Raises what `pretrained` does."""
+        if config.pretrained:
+            return cls.pretrained(config.pretrained, length=config.length)
+        return cls.train(captions, vocab_size=config.vocab_size, length=config.length)
+
+    @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
         """Trains byte-level BPE; any Unicode text can be encoded, whatever the captions held. Case is folded."""
         bpe = Tokenizer(models.BPE())
@@ -97,7 +106,7 @@ class TextTokenizer:
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Slots each caption needs, start and end token included."""
-        return [len(ids) + 2 for ids in self._encode(captions)]
+        return [len(ids) + 2 for ids in self.token_ids(captions)]
 
     def encode(self, captions: Sequence[str], *, truncate: bool = False) -> Tensor:
         """Captions -> (B,T) int64: start, tokens, end, pads. An empty caption is the null caption.
@@ -107,7 +116,7 @@ class TextTokenizer:
         """
         rows = torch.full((len(captions), self.length), self.pad_id, dtype=torch.long)
         rows[:, 0] = self.start_id
-        for i, ids in enumerate(self._encode(captions)):
+        for i, ids in enumerate(self.token_ids(captions)):
             if len(ids) > self.length - 2 and not truncate:
                 raise ValueError(
                     f"the caption {captions[i][:80]!r} needs {len(ids) + 2} tokens and there are {self.length} text slots; "
@@ -164,7 +173,8 @@ class TextTokenizer:
         """(B,T) -> captions, special tokens left out."""
         return [text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
-    def _encode(self, captions: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """The tokens of each caption, without start and end."""
         texts = [caption.strip() for caption in captions]
         # A caption that spells "<end>" means these five letters and not the token.
         return self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
@@ -184,3 +194,32 @@ class TextTokenizer:
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is not a whole text tokenizer ({error}); copy the bundle again") from error
         return cls(fast, length)
+
+
+class CaptionLengths:
+    """How many captions do not fit their text slots, told some at a time.
+
+    Attributes:
+        length: slots there are.
+        count, too_long: captions so far, and those of them that need more slots.
+        longest, worst: the slots of the longest caption so far, and the caption.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.count, self.too_long, self.longest, self.worst = length, 0, 0, 0, ""
+
+    def add(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
+        """Captions and the slots each needs (`TextTokenizer.lengths`)."""
+        self.count += len(captions)
+        self.too_long += sum(length > self.length for length in lengths)
+        if lengths and max(lengths) > self.longest:
+            self.longest = max(lengths)
+            self.worst = captions[lengths.index(self.longest)]
+
+    def check(self, *, truncate: bool) -> None:
+        """Raises ValueError where captions do not fit and are not to be cut."""
+        if self.too_long and not truncate:
+            raise ValueError(
+                f"{self.too_long} of {self.count} captions need more than text.length={self.length} slots (the longest {self.longest}: "
+                f"{self.worst[:60]!r}); set text.length={self.longest}, or cut them with text.truncate=true"
+            )

@@ -16,6 +16,7 @@ from pipeline.data.examine import examine, usable
 from pipeline.data.pictures import prepared, square_of
 from pipeline.data.rows import Rows, Tally, is_held_out
 from pipeline.data.share import ALONE, Share
+from pipeline.data.sources import check_usable
 
 _TOGETHER = 8
 """Pictures that are left to one thread at a time; fewer cost more to hand over than they take."""
@@ -36,8 +37,7 @@ class Everything:
         fit = usable(rows, found, config, tally)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         self.problems = rows.tally.lines() + tally.lines()
-        if not fit.any():
-            raise ValueError(f"{rows.name} has no usable picture with a caption; {'; '.join(self.problems) or 'it is empty'}")
+        check_usable(rows.name, int(fit.sum()), self.problems)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
         for row in np.flatnonzero(fit).tolist():

@@ -81,12 +81,27 @@ def load_sources(config: DataConfig, folder: Path | None = None, share: Share = 
     from pipeline.data.mapped import Everything, MappedSource
 
     if config.streaming:
-        from pipeline.data.stream import HeldRows, StreamSource
+        from pipeline.data.stream import HeldRows, StreamSource, as_read
 
         stream = StreamSource(config)
-        return stream, MappedSource(Everything(HeldRows(stream), config), "held_out")
+        return stream, MappedSource(Everything(HeldRows(stream), as_read(config)), "held_out")
     everything = Everything(find_rows(config), config, folder, share)
     return MappedSource(everything, "train"), MappedSource(everything, "held_out")
+
+
+def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
+    """Raises ValueError where no picture of a source is left, with what was left out."""
+    if not usable:
+        raise ValueError(f"{name} has no usable picture with a caption; {'; '.join(problems) or 'it is empty'}")
+
+
+def check_splits(config: DataConfig, name: str, train: int, held_out: int, held_out_in_all: int) -> None:
+    """Raises ValueError where a source has no picture to train on, or there is none at all to judge on."""
+    if not train or not held_out_in_all:
+        raise ValueError(
+            f"{name} has {train} pictures to train on and {held_out} held out to judge on, and each needs at least "
+            f"one; with few pictures another share than data.held_out={config.held_out} is needed (0.2)"
+        )
 
 
 def load_source(config: DataConfig, split: Split, folder: Path | None = None) -> Source:

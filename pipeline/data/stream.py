@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -106,6 +106,10 @@ class StreamSource:
         found = (s for shard in range(self.num_shards) for s in self._readable(shard) if is_held_out(s.name, self.config.held_out))
         return list(itertools.islice(found, HELD_OUT))
 
+    def first(self, most: int) -> Iterator[Sample]:
+        """The first samples of either split."""
+        return itertools.islice((s for shard in range(self.num_shards) for s in self._readable(shard)), most)
+
     def _readable(self, shard: int) -> Iterator[Sample]:
         rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
         for number in itertools.count():
@@ -129,7 +133,10 @@ class StreamSource:
             if isinstance(value, dict):
                 record = value | record
         for column in self._reader.columns:
-            if isinstance(text := record.get(column), str) and column in ("txt", "caption"):
+            text = record.get(column)
+            if isinstance(text, bytes):  # `datasets` knows .txt as text, and other members as bytes
+                record[column] = text = text.decode("utf-8", "replace")
+            if isinstance(text, str) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
         captions = self._reader.of([record])
         if not captions:
@@ -148,6 +155,11 @@ class StreamSource:
             self.tally.add("pictures of other sizes than wanted left out", name)
             return None
         return Sample(name, content, captions)
+
+
+def as_read(config: DataConfig) -> DataConfig:
+    """The configuration by which captions of samples are read once more: they are texts by then, whatever column they came from."""
+    return replace(config, text_column="text", caption_template=None)
 
 
 class HeldRows:

@@ -68,7 +68,8 @@ class Lane:
             self._number, self._position, self._samples = 0, 0, self._open(0)
         while self._position < position:
             known = self._lengths.get(self._key(self._number))
-            if known is not None and self._at_start and self._position + known <= position:
+            # Empty ones are read again, where it is found out that all are.
+            if known and self._at_start and self._position + known <= position:
                 self._position += known
                 self._number += 1
                 self._samples = self._open(self._number)

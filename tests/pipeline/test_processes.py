@@ -166,7 +166,7 @@ def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
     assert "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said, said
     assert said.count(f"{run} is in use by process 1 on h since s") == 2
     lines = [line[line.index("tokenizer: ") :] for line in said.splitlines() if "skipped, 1 of 1" in line]
-    assert len(lines) == 1 and "is not finite at step 2 (row " in lines[0], said
+    assert len(lines) == 1 and "is not finite at step 2 (scene " in lines[0], said
     assert said.count("stopped by SIGTERM after step 5 of 100 (tokenizer), which is saved") == 1
     state = json.loads((run / "tokenizer" / "checkpoints" / "step-5" / "state.json").read_text())
     assert state["step"] == 5 and state["skipped"] == 1 and not (run / ".lock").exists()

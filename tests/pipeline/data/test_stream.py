@@ -16,7 +16,7 @@ from pipeline.data.config import MixPart
 from pipeline.data.rows import is_held_out
 from pipeline.data.sources import load_sources
 from pipeline.data.stream import StreamSource
-from pipeline.data.stream_feed import Lengths, Shuffled, StreamFeed, feed_of
+from pipeline.data.stream_feed import Lane, Lengths, Shuffled, StreamFeed, feed_of
 from tests.pipeline.data.making import config, encoded, number_of, write_shard, write_shards
 
 COUNTS = [30, 7, 0, 18, 25, 11]
@@ -214,6 +214,21 @@ def test_nothing_to_train_on_ends(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on; .*without a caption left out: a"):
         StreamFeed(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
+
+
+def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
+    write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
+    lane, opened, open_shard = Lane(stream(tmp_path), 0, 1, 0, Lengths(None)), [], Lane._open
+
+    def counted(self, number):
+        opened.append(number)
+        assert len(opened) < 20, "it goes round for ever"
+        return open_shard(self, number)
+
+    monkeypatch.setattr(Lane, "_open", counted)
+    for _ in range(2):  # the second time their lengths are known
+        with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on"):
+            lane.skip_to(1)
 
 
 def test_what_cannot_be_streamed_is_said(tmp_path):

@@ -1,0 +1,1 @@
+"""What is in a source of pictures and captions, what would stop a training on it, and which configuration suits it."""

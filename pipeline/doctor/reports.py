@@ -1,0 +1,217 @@
+"""What the doctor finds, as plain values: `Diagnosis` and its parts. Knows no files and finds nothing out itself.
+
+Everything here can be written as JSON as it is (`dataclasses.asdict`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Level = Literal["fails", "warns", "notes"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know.
+
+    Attributes:
+        level: `fails`: training would stop, with these words; `warns`: it would suffer; `notes`: good to know.
+        text: what it is and what to do.
+    """
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Pictures or captions that training leaves out for one reason.
+
+    Attributes:
+        reason: why.
+        count: how many.
+        names: the first of them.
+    """
+
+    reason: str
+    count: int
+    names: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be read: its name and why."""
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a histogram: what it counts, and how many there are."""
+
+    label: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median, 99th percentile and largest of many numbers."""
+
+    smallest: float
+    median: float
+    most: float
+    """The 99th percentile."""
+    largest: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that are the same, or look it.
+
+    Attributes:
+        count: of its pictures.
+        rows: numbers of the first of them in their source.
+        names: of these.
+        held_out: whether these are kept from training.
+    """
+
+    count: int
+    rows: list[int]
+    names: list[str]
+    held_out: list[bool]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pictures that occur several times.
+
+    Attributes:
+        copies: pictures whose file is that of an earlier one.
+        alike: further pictures that look like an earlier one without being the same file, after scaling or compression.
+        held_out_copies, held_out_alike: held-out pictures of which training sees a copy, or one that looks the same.
+        plain: pictures that are one plain surface; they all look alike and are in no group for it.
+        groups: of copies, the largest first; not all.
+        alike_groups: of pictures that look alike, the largest first; not all.
+    """
+
+    copies: int = 0
+    alike: int = 0
+    held_out_copies: int = 0
+    held_out_alike: int = 0
+    plain: int = 0
+    groups: list[Group] = field(default_factory=list)
+    alike_groups: list[Group] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source.
+
+    Attributes:
+        name: as given.
+        rows: pictures that were looked at.
+        readable: of these, those that can be decoded.
+        usable: of these, those of the wanted sizes with a caption of the wanted length.
+        train, held_out: the two splits of the usable ones.
+        first_only: whether there may be more than was looked at.
+        left_out: by reason.
+        unreadable: those that cannot be read; not all where they are more than a thousand.
+        shorter_side, longer_side: in pixels; None where none can be read.
+        sides: histogram of shorter sides.
+        aspects: histogram of the longer over the shorter side.
+        modes: Pillow's modes, the most frequent first.
+        formats: by the names' endings, where they have one.
+        duplicates: copies and pictures that look alike.
+    """
+
+    name: str
+    rows: int = 0
+    readable: int = 0
+    usable: int = 0
+    train: int = 0
+    held_out: int = 0
+    first_only: bool = False
+    left_out: list[LeftOut] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
+    shorter_side: Spread | None = None
+    longer_side: Spread | None = None
+    sides: list[Bin] = field(default_factory=list)
+    aspects: list[Bin] = field(default_factory=list)
+    modes: list[Bin] = field(default_factory=list)
+    formats: list[Bin] = field(default_factory=list)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """The captions of all usable pictures.
+
+    Attributes:
+        captions: how many, over all pictures.
+        distinct: how many different ones.
+        shared: pictures that have a caption in common with another one.
+        repeated: captions of several pictures, with their numbers of pictures, the most frequent first; not all.
+        characters: length of a caption in characters.
+        damaged: captions with characters that could not be read in UTF-8.
+        words, words_once: different words, and those that occur once.
+        length: text slots of the stream, `text.length`.
+        tokens: slots that a caption needs, its start and end included; None where there is no tokenizer.
+        token_bins: histogram of the same.
+        too_long: captions that need more.
+        longest: the longest caption.
+        vocabulary: entries of the tokenizer.
+        vocabulary_used: entries that occur in the captions.
+    """
+
+    captions: int
+    distinct: int
+    shared: int
+    repeated: list[Bin]
+    characters: Spread
+    damaged: int
+    words: int
+    words_once: int
+    length: int
+    tokens: Spread | None = None
+    token_bins: list[Bin] = field(default_factory=list)
+    too_long: int = 0
+    longest: str = ""
+    vocabulary: int = 0
+    vocabulary_used: int = 0
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A configuration that suits the data.
+
+    Attributes:
+        values: the settings, as they stand in the YAML.
+        reasons: why, a line a setting.
+    """
+
+    values: dict[str, Any]
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found.
+
+    Attributes:
+        sources: a report for each; one where there is no mixture.
+        captions: None where there are none.
+        findings: what would stop a training first.
+        suggestion: None where no configuration could make these data train.
+    """
+
+    sources: list[SourceReport]
+    captions: CaptionReport | None
+    findings: list[Finding]
+    suggestion: Suggestion | None
+
+    @property
+    def fails(self) -> bool:
+        """Whether training would stop."""
+        return any(finding.level == "fails" for finding in self.findings)
