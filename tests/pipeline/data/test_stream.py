@@ -227,7 +227,7 @@ def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Lane, "_open", counted)
     for _ in range(2):  # the second time their lengths are known
-        with pytest.raises(ValueError, match="no shard of .* has a picture to train on"):
+        with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on"):
             lane.skip_to(1)
 
 
