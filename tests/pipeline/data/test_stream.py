@@ -218,14 +218,15 @@ def test_nothing_to_train_on_ends(tmp_path):
 
 def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
-    lane, opened, open_shard = Lane(stream(tmp_path), 0, 1, 0, Lengths(None)), [], Lane._open
+    lane, opened = Lane(stream(tmp_path), 0, 1, 0, Lengths(None)), []
+    open_shard = lane._open
 
-    def counted(self, number):
+    def counted(number):
         opened.append(number)
         assert len(opened) < 20, "it goes round for ever"
-        return open_shard(self, number)
+        return open_shard(number)
 
-    monkeypatch.setattr(Lane, "_open", counted)
+    monkeypatch.setattr(lane, "_open", counted)
     for _ in range(2):  # the second time their lengths are known
         with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on"):
             lane.skip_to(1)
