@@ -135,7 +135,7 @@ def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
                 assert all(captions and all(captions) for captions in split.all_captions(rows))
                 assert all(isinstance(text.encode(), bytes) for text in split.captions(rows))
     except (ValueError, OSError) as error:
-        assert str(error).strip() and type(error) is not UnicodeError
+        assert str(error).strip() and not isinstance(error, UnicodeError)
     assert listing(folder.parent) == before
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +171,19 @@ def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_pa
         "6 captions of pictures that are not there left out: 6.png, 7.png, 8.png, ...",
         "4 pictures that no caption names left out: 0.png, 1.png, 2.png, ...",
     ]
+
+
+def test_odd_letters_in_captions_and_names(tmp_path):
+    """A line separator inside a text ends no row, half a surrogate pair becomes a question mark, names that are no UTF-8 are counted."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(encoded())
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "one\u2028two"}\n{"file_name": "b.png", "text": "half \\ud800"}\n'
+    )
+    sources = load_sources(config(tmp_path))
+    assert sorted(c for split in sources for c in split.captions(range(len(split)))) == ["half ?", "one\u2028two"]
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(encoded())
+    assert load_source(config(tmp_path), "train").problems == ["1 pictures whose names are not UTF-8 left out: '\\udcff.png'"]
 
 
 def test_shards_hold_texts_json_and_labels(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -85,8 +86,10 @@ def bomb() -> bytes:
 
 def test_bombs_animations_and_odd_modes(tmp_path):
     """A bomb is refused by what it claims; of an animation the first frame is seen; every mode becomes RGB."""
-    with pytest.raises(ValueError, match=r"cannot be read as a picture .*89,?478,?485"):
-        open_picture(bomb())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of tests, where Pillow's warning would not stop it
+        with pytest.raises(ValueError, match=r"it says to be 10000x10000 pixels, and 89,478,485 in all are the most"):
+            open_picture(bomb())
     (tmp_path / "bomb.png").write_bytes(bomb())
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
