@@ -177,9 +177,8 @@ def test_odd_letters_in_captions_and_names(tmp_path):
     """A line separator inside a text ends no row, half a surrogate pair becomes a question mark, names that are no UTF-8 are counted."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(encoded())
-    (tmp_path / "metadata.jsonl").write_text(
-        '{"file_name": "a.png", "text": "one\u2028two"}\n{"file_name": "b.png", "text": "half \\ud800"}\n'
-    )
+    rows = ['{"file_name": "a.png", "text": "one\u2028two"}', '{"file_name": "b.png", "text": "half \\ud800"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     sources = load_sources(config(tmp_path))
     assert sorted(c for split in sources for c in split.captions(range(len(split)))) == ["half ?", "one\u2028two"]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(encoded())
@@ -211,6 +210,11 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     found = [split.captions(range(len(split))) for split in load_sources(config(tmp_path, max_bad=0.5))]
     assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
     assert any("shards that are cut or damaged" in line for line in load_source(config(tmp_path, max_bad=0.5), "train").problems)
+    # In the middle of a picture: its bytes are missed when it is read.
+    start = whole.rindex(b"\x89PNG")
+    (tmp_path / "001.tar").write_bytes(whole[: start + 30])
+    with pytest.raises(ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"):
+        load_source(config(tmp_path, max_bad=0), "train")
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(ValueError, match=r"001\.tar is compressed; unpack it to a plain \.tar, or set data\.streaming=true"):
         load_source(config(tmp_path), "train")
