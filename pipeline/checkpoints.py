@@ -8,6 +8,7 @@ none; what happens to it later (a cut copy, a bad disk) is found when it is read
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 2
 """Of run folders and checkpoints. The first said no version and had no manifest; it is read still, unverified."""
 _READ = (1, FORMAT)
@@ -110,12 +112,17 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure leaves what `path` held before."""
     beside = path.with_name(f".{path.name}.writing")
     try:
-        yield beside
-        _sync(beside)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.rename(path)
+        try:
+            yield beside
+            _sync(beside)
+            beside.rename(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(f"cannot write {path} ({error.strerror}); free some space, then run the same command again") from error
     _sync(path.parent)
 
 

@@ -121,7 +121,7 @@ def _train_tokenizer(rest: Sequence[str]) -> int:
     from pipeline.stages import train_tokenizer
 
     folder = train_tokenizer(experiment_of(rest))
-    say(f"wrote {folder}\nnext: minidalle encode {' '.join(rest)}")
+    say(f"wrote {folder}\nnext: minidalle encode {shlex.join(rest)}")
     return 0
 
 
@@ -160,7 +160,7 @@ def _encode(rest: Sequence[str]) -> int:
         experiment = every_picture_once(experiment, but=said)
     if options.out is None:
         folder = encode_dataset(experiment)
-        say(f"wrote {folder}\nnext: minidalle train-prior {' '.join(rest)}")
+        say(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(rest)}")
         return 0
     rows, files = encode_elsewhere(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())

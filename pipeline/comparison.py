@@ -150,7 +150,7 @@ def is_done(experiment: Experiment, minutes: float | None) -> bool:
     """Whether a row has its figures; refuses those that were made with other settings."""
     path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
     plan = _plan(experiment.folder)
-    made = as_made(json.loads(path.read_text())["made_with"] if path.is_file() else plan["made_with"] if plan else now)
+    made = as_made(_read(path)["made_with"] if path.is_file() else plan["made_with"] if plan else now)
     if differ := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose another name for this comparison, or remove "
@@ -159,9 +159,16 @@ def is_done(experiment: Experiment, minutes: float | None) -> bool:
     return path.is_file()
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is cut or damaged ({error}); remove it, and what it says is found out anew") from error
+
+
 def _plan(folder: Path) -> dict[str, Any] | None:
     """What an earlier try of a row settled on."""
-    return json.loads((folder / _PLAN).read_text()) if (folder / _PLAN).is_file() else None
+    return _read(folder / _PLAN) if (folder / _PLAN).is_file() else None
 
 
 def write_figures(experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]) -> None:
@@ -207,7 +214,7 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
         "encoding_rate": rate,
     }
     if (experiment.folder / _TIME).is_file():
-        seconds = json.loads((experiment.folder / _TIME).read_text())["seconds"]
+        seconds = _read(experiment.folder / _TIME)["seconds"]
         figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.numbers()[0] / seconds}
     np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
     write_figures(given, minutes, figures)
@@ -276,7 +283,7 @@ def _reconstructed(experiment: Experiment, tokenizer: ImageTokenizer) -> tuple[n
 def write_report(comparison: Comparison) -> None:
     """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in the folder; and two pictures. Others that
     were judged on other data or by another prior are named below the table, not in it."""
-    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
+    found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
     if not found:
         return
     base = _made_with(next(iter(comparison.rows.values())), comparison.minutes)

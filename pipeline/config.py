@@ -158,7 +158,8 @@ def _relations(values: dict[str, Any]) -> list[str]:
     if steps is not None and order != "random":
         problems.append(f"sampling.steps is {steps} but prior.train.order is {order}; several codes a step need prior.train.order=random")
     problems += joint_problems(model, values["tokenizer"]["objective"])
-    if data["source"] == "shapes" and values["encode"]["pictures"] is None:
+    shapes = "shapes" in (data["source"], *(part["source"] for part in data["mix"]))
+    if shapes and values["encode"]["pictures"] is None:
         problems.append("encode.pictures is absent; the shapes are unlimited, say how many to encode (50000)")
     varies = data["crop"] == "random" or data["flip"] or values["encode"]["shift"] or values["encode"]["flip"]
     if values["encode"]["views"] > 1 and not varies:
@@ -166,7 +167,7 @@ def _relations(values: dict[str, Any]) -> list[str]:
             f"encode.views is {values['encode']['views']} and nothing makes them differ; set encode.shift, encode.flip, data.crop=random "
             "or data.flip, or encode.views=1"
         )
-    if data["source"] == "shapes" and values["encode"]["flip"]:
+    if shapes and values["encode"]["flip"]:
         problems.append("encode.flip is on, and captions of the shapes say what is left and right; set encode.flip=false")
     return problems
 

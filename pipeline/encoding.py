@@ -31,7 +31,7 @@ from pipeline.data.mixing import MixedSource, parts_of
 from pipeline.data.share import Share
 from pipeline.data.sources import Source, Split, check_splits, load_sources
 from pipeline.data.stream import Sample, StreamSource
-from pipeline.lock import alone_in_run
+from pipeline.lock import alone_in_run, run_lock
 from pipeline.runtime import make_accelerator, processes, uses_bf16
 from pipeline.settings import as_made, encode_settings, needed
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -109,26 +109,27 @@ def encode_elsewhere(
     """
     refuse_taken(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
-    encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
-    processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
-    if not processes().is_main_process:
-        return {}, []
-    files = export_codes(made, out, form)
-    shutil.rmtree(made)
+    with run_lock(made, experiment.process_timeout):
+        encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
+        processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
+        if not processes().is_main_process:
+            return {}, []
+        files = export_codes(made, out, form)
+        shutil.rmtree(made)
     return codes.read_manifest(out)["rows"], files
 
 
 def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
     """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
     says. The fields of `encode` named in `but` stay as they are."""
-    unlimited = experiment.data.source == "shapes"
+    unlimited = "shapes" in experiment.data.sources
     whole: dict[str, Any] = {"views": 1, "shift": 0, "flip": False} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
     return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
 
 
 def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     """Training and held-out pictures, before anything else is written; every process must call."""
-    state = processes()
+    state = processes(experiment.process_timeout)
     share = Share(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
     for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
@@ -196,9 +197,9 @@ def _what_is_there(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
         try:
             begun = json.loads((folder / codes.PLAN).read_text())
             codes.check_format(begun["format"], folder)
+            _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder / codes.PLAN} is damaged ({error}); remove {folder} and run `minidalle encode` again") from error
-        _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         names = (name for units in codes.planned_files(plan).values() for name in units)
         return plan, {name: shard for name in names if (shard := codes.recorded_shard(folder, name))}
     return plan, {}

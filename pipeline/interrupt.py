@@ -37,7 +37,7 @@ class Caught:
 
 @contextmanager
 def signals_caught() -> Iterator[Caught]:
-    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C is raised at once as KeyboardInterrupt.
+    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends the process at once.
 
     Only the main thread is given signals: in any other nothing changes. The handlers from before come back at the end.
     """
@@ -45,7 +45,9 @@ def signals_caught() -> Iterator[Caught]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and caught.number == signal.SIGINT:
-            raise Stopped(number, " twice: nothing more is saved")
+            # Not by an exception: threads that read data would be waited for, however long they take.
+            os.write(2, b"\nCtrl-C twice: nothing more is saved\n")
+            os._exit(Stopped(number).status)
         if not caught.number:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":

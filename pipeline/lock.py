@@ -34,20 +34,23 @@ def alone_in_run(stage: Callable[Concatenate[Experiment, P], T]) -> Callable[Con
 
     @wraps(stage)
     def locked(experiment: Experiment, *given: P.args, **options: P.kwargs) -> T:
-        with nullcontext() if options.get("folder") is not None else run_lock(experiment):
+        with nullcontext() if options.get("folder") is not None else run_lock(experiment.folder, experiment.process_timeout):
             return stage(experiment, *given, **options)
 
     return locked
 
 
 @contextmanager
-def run_lock(experiment: Experiment) -> Iterator[None]:
-    """Holds a run folder, for all processes of the job, by its main one.
+def run_lock(folder: Path, process_timeout: int) -> Iterator[None]:
+    """Holds a folder, for all processes of the job, by its main one.
+
+    Args:
+        process_timeout: minutes that processes wait for one another.
 
     Raises:
         ValueError: another job holds it; on all processes, and nothing was written.
     """
-    folder = experiment.folder.resolve()
+    folder = folder.resolve()
     if folder in _held:
         yield
         return
@@ -57,7 +60,7 @@ def run_lock(experiment: Experiment) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pipeline.runtime import processes, told_by_main
 
-        processes(experiment.process_timeout)  # the first to ask decides for how long they wait
+        processes(process_timeout)  # the first to ask decides for how long they wait
         refusal = told_by_main(refusal)
     if refusal:
         raise ValueError(refusal)

@@ -103,6 +103,11 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
     """
     written = read_settings(folder)
     if written is None:
+        if checkpoint := newest_checkpoint(folder / "checkpoints"):
+            raise ValueError(
+                f"{folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that says what it was made with; put that file back, or "
+                f"remove {folder} to begin anew"
+            )
         return False
     made, done = as_made(written["settings"]), "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
@@ -150,7 +155,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        content["settings"]["train"]["steps"]
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to begin anew") from error
     check_format(content.get("format", 1), folder)
     return content

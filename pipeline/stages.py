@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from pipeline.checkpoints import newest_checkpoint, write_folder
+from pipeline.checkpoints import newest_checkpoint, write_file, write_folder, written_beside
 from pipeline.config import Experiment, to_dict
 from pipeline.data.batches import Order
 from pipeline.data.codes import CodesDataset, check_tokenizer, read_manifest
@@ -58,8 +58,11 @@ def train_tokenizer(experiment: Experiment) -> Path:
     _report(accelerator, source)
     if is_open(train):  # by a tokenizer that is thrown away again
         few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
-        trial = tokenizer_task(replace(experiment, tokenizer=few), accelerator, source, held_out)[0]
-        train = settled(train, trial, experiment.precision, accelerator, rows=_most_rows(source), label="tokenizer")
+        few_at_a_time = replace(experiment, tokenizer=few)
+        train = settled(
+            train, tokenizer_task(few_at_a_time, accelerator, source, held_out)[0], experiment.precision, accelerator,
+            rows=_most_rows(source), label="tokenizer",
+        )  # fmt: skip
         keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
     experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
@@ -260,7 +263,7 @@ def run(experiment: Experiment) -> Path:
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
         images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
         _save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
-        (experiment.folder / "samples" / "held-out-prompts.txt").write_text("\n".join(prompts) + "\n")
+        write_file(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"
 
@@ -280,4 +283,5 @@ def _report(accelerator: Accelerator, source: Source) -> None:
 def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    grid_image(grid).save(folder / f"{name}.png")
+    with written_beside(folder / f"{name}.png") as beside:
+        grid_image(grid).save(beside, "PNG")

@@ -157,7 +157,7 @@ class _Training:
         batch_size, accumulate = self.config.numbers()
         rows = batch_size // self.accelerator.num_processes // accumulate
         device = self.accelerator.device
-        batch = to_device(self.task.batch(0), device)
+        batch = to_device(self.task.batch(self.state.step), device)  # the one that is needed next: a stream reads on from there
         need = estimated(self.task.objective, self.config, device, self.autocast, batch, rows, self.trained, compiled=compiled)
         self.accelerator.print(f"{self.label}: {need.line(self.accelerator.num_processes)}")
 
@@ -247,7 +247,7 @@ class _Training:
         bad, self.stop = agreed(scalars, caught.number, accelerator.device, accelerator.num_processes > 1)
         if not bad:
             return True
-        problem = not_finite(broken(scalars), step, self.task.rows(step))
+        problem = not_finite(*self.culprits(broken(scalars), step), step)
         if self.state.skipped >= self.config.skip_nonfinite:
             after = f"{self.state.skipped} such steps were skipped before; " if self.state.skipped else ""
             raise FloatingPointError(
@@ -259,6 +259,13 @@ class _Training:
         if accelerator.is_main_process:
             tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.skip_nonfinite}")
         return False
+
+    def culprits(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
+        """What was not finite in a step and in which pictures: of the processes whose own loss was not, as a gradient is everybody's."""
+        own = (names, list(self.task.rows(step)))
+        every = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
+        guilty = [one for one in every if any("loss" in name for name in one[0])] or every
+        return list(dict.fromkeys(name for names, _ in guilty for name in names)), [row for _, rows in guilty for row in rows]
 
     def good(self) -> str:
         newest = newest_checkpoint(self.checkpoints)

@@ -39,11 +39,10 @@ def agreed(scalars: Mapping[str, Tensor], stop: int, device: torch.device, sever
     return bool(bad), int(stop)
 
 
-def not_finite(names: Sequence[str], step: int, rows: Sequence[str]) -> str:
+def not_finite(names: Sequence[str], rows: Sequence[str], step: int) -> str:
     """What was not finite in a step, and where: 'loss is not finite at step 5 (row 3, row 17)'."""
     shown = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
-    what = ", ".join(names) if names else "the loss of another process"
-    return f"{what} is not finite at step {step}" + (f" ({shown})" if rows else "")
+    return f"{', '.join(names)} is not finite at step {step}" + (f" ({shown})" if rows else "")
 
 
 class Undo:

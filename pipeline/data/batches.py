@@ -38,7 +38,7 @@ class Passes:
         if length < 1:
             raise ValueError("there are no pictures to train on; check data.source and data.held_out")
         self.length, self.seed = length, seed
-        self._pass, self._shuffled = -1, np.empty(0, dtype=np.int64)
+        self._held = (-1, np.empty(0, dtype=np.int64))
 
     def row(self, position: int) -> int:
         return int(self.rows(np.array([position]))[0])
@@ -51,10 +51,10 @@ class Passes:
     def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
         if self.length > LISTED:
             return scattered(places, self.length, [self.seed, number])
-        if number != self._pass:
-            self._pass = number
-            self._shuffled = np.random.default_rng([self.seed, number]).permutation(self.length)
-        return self._shuffled[places]
+        held = self._held  # read and put once each: a thread that loads ahead asks for other passes than one that names rows
+        if held[0] != number:
+            held = self._held = (number, np.random.default_rng([self.seed, number]).permutation(self.length))
+        return held[1][places]
 
 
 class Order:

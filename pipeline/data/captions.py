@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.config import DataConfig
-from pipeline.data.rows import Record, Rows, Tally, existing_column
+from pipeline.data.rows import BAD_CAPTION, Record, Rows, Tally, existing_column
 
 NO_TEXT = "pictures without a caption left out"
 
@@ -42,6 +42,8 @@ class CaptionReader:
     def __init__(self, name: str, columns: Sequence[str], config: DataConfig) -> None:
         self.template = config.caption_template
         self._least, self._most = config.min_caption, config.max_caption
+        self.undecodable = 0
+        """Texts so far that are not UTF-8."""
         if self.template is None:
             # Shards call it by its file's extension.
             column = "txt" if config.text_column == "text" and "text" not in columns and "txt" in columns else config.text_column
@@ -59,7 +61,12 @@ class CaptionReader:
         """The captions of one picture, each once, of the lengths that are wanted."""
         found: dict[str, None] = {}
         for record in records:
-            for text in self._texts(record):
+            try:
+                texts = self._texts(record)
+            except UnicodeDecodeError:
+                self.undecodable += 1
+                continue
+            for text in texts:
                 text = text.strip().encode("utf-8", "replace").decode()
                 if len(text) >= self._least and (self._most is None or len(text) <= self._most):
                     found[text] = None
@@ -81,7 +88,10 @@ def captions_of(rows: Rows, config: DataConfig, tally: Tally) -> Captions:
 
     def each() -> Iterable[list[str]]:
         for row, records in enumerate(rows.records(reader.columns)):
+            before = reader.undecodable
             texts = reader.of(records)
+            if reader.undecodable > before:
+                tally.add(BAD_CAPTION, rows.label(row))
             if not texts:
                 tally.add(NO_TEXT, rows.label(row))
             yield texts
@@ -94,4 +104,5 @@ def _plain(value: Any) -> str:
         return ""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_plain, value)))
-    return str(value).strip()
+    # Parquet and shards may hold texts as bytes; Python would write those as b'...'.
+    return (value.decode("utf-8-sig") if isinstance(value, bytes) else str(value)).strip()

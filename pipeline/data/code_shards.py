@@ -89,6 +89,12 @@ def damage(path: Path, shard: Shard, *, hashed: bool) -> str | None:
     return None
 
 
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a file, which may have no rows."""
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return reader.schema
+
+
 def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """The rows of a file, some thousand at a time."""
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:

@@ -150,11 +150,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no whole codes dataset, or one of another format.
     """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
         made = manifest["format"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no whole codes dataset; run `minidalle encode` first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no whole codes dataset ({error}); run `minidalle encode` first") from error
+        raise ValueError(f"{path} is cut or damaged ({error}); remove {folder} and run `minidalle encode` again") from error
     check_format(made, folder)
     return manifest
 

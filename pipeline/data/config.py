@@ -25,8 +25,8 @@ class MixPart:
     """As `data.caption_template`."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"data.mix: the weight of {self.source} is {self.weight}; it must be above 0")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"data.mix: the weight of {self.source} is {self.weight}; it must be above 0, and finite")
 
 
 @dataclass(kw_only=True)
@@ -119,8 +119,10 @@ class DataConfig:
             problems.append(
                 f"data.min_size is {self.min_size}, below data.image_size {self.image_size}; raise it, or set data.upscale=true"
             )
-        if self.max_size is not None and self.max_size < (self.min_size or self.image_size):
-            problems.append(f"data.max_size is {self.max_size}; it must be at least data.min_size, {self.min_size or self.image_size}")
+        if self.max_size is not None and self.max_size < self.least_size:
+            problems.append(f"data.max_size is {self.max_size}; pictures of at least {self.least_size} are wanted (data.min_size)")
+        if len(self.mix) > 100:
+            problems.append(f"data.mix has {len(self.mix)} parts; 100 are the most")
         if self.max_aspect is not None and self.max_aspect < 1:
             problems.append(f"data.max_aspect is {self.max_aspect}; it is the longer over the shorter side, at least 1")
         if self.max_caption is not None and self.max_caption < self.min_caption:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.data.config import DataConfig
-from pipeline.data.pictures import open_for_judging
+from pipeline.data.pictures import frames, open_for_judging
 from pipeline.data.rows import Rows, Tally, stamp_of
 from pipeline.data.share import ALONE, Share
 from stage1_tokenizer.pixels import to_rgb
@@ -145,7 +145,7 @@ def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
         content = rows.picture(row)
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         image, (width, height) = open_for_judging(content, _DECODED)
-        mode = image.mode + (", animated" if getattr(image, "n_frames", 1) > 1 else "")
+        mode = image.mode + (", animated" if frames(image) > 1 else "")
         return width, height, digest, look_of(to_rgb(image)), mode, ""
     except (OSError, ValueError) as error:
         return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.checkpoints import refuse_taken, write_folder
-from pipeline.data.code_shards import described, read_batches
+from pipeline.data.code_shards import described, read_batches, schema_of
 from pipeline.data.codes import MANIFEST, read_manifest, shards_of
 
 Format = Literal["arrow", "parquet", "webdataset"]
@@ -61,10 +61,8 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
 def _write_parquet(shard: Path, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    batches = read_batches(shard)
-    first = next(batches)
-    with pq.ParquetWriter(path, first.schema) as writer:
-        for batch in (first, *batches):
+    with pq.ParquetWriter(path, schema_of(shard)) as writer:
+        for batch in read_batches(shard):
             writer.write_batch(batch)
 
 

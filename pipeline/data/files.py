@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from pipeline.data.pictures import EXTENSIONS
-from pipeline.data.rows import Record, Tally, existing_column, image_column, is_text, listed, stamp_of, text_of
+from pipeline.data.rows import BAD_CAPTION, Record, Tally, existing_column, image_column, is_text, listed, stamp_of, state_of, text_of
 
 LAYOUTS = """accepted are
   pictures/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
@@ -27,10 +27,10 @@ LAYOUTS = """accepted are
   pictures/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "pictures that no caption names left out"
 NO_PICTURE = "captions of pictures that are not there left out"
-BAD_CAPTION = "captions that are not UTF-8 left out"
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_INLINE = 512
-"""Longer texts in a column of pictures are taken for pictures in base64: no path is as long."""
+_LONGEST_PATH = 1024
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""How PNG, JPEG, GIF, WebP and TIFF begin in base64, with or without a data URI's head."""
 
 
 class FileRows:
@@ -56,11 +56,11 @@ class FileRows:
 
     def label(self, row: int) -> str:
         picture = self._pictures[row].as_py()
-        return picture if len(picture) <= _INLINE else f"row {row}"
+        return f"row {row}" if is_inline(picture) else picture
 
     def picture(self, row: int) -> bytes:
         picture = self._pictures[row].as_py()
-        if len(picture) <= _INLINE:
+        if not is_inline(picture):
             return (self.root / picture).read_bytes()
         try:
             return base64.b64decode(picture.rpartition("base64,")[2], validate=True)
@@ -74,13 +74,7 @@ class FileRows:
             first += count.as_py()
 
     def _state(self, picture: str) -> object:
-        if len(picture) > _INLINE:
-            return picture
-        try:
-            state = (self.root / picture).stat()
-        except OSError:
-            return picture
-        return picture, state.st_size, state.st_mtime_ns
+        return picture if is_inline(picture) else state_of(self.root / picture)
 
 
 def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
@@ -137,16 +131,32 @@ def table_rows(file: Path, column: str | None) -> FileRows:
         picture = row.get(column)
         if not isinstance(picture, str) or not picture or "\0" in picture or not is_text(picture):
             tally.add("rows that name no picture left out", f"row {number}")
-        elif len(picture) <= _INLINE and not (file.parent / picture).is_file():
+        elif not is_inline(picture) and not _is_file(file.parent / picture):
             tally.add(NO_PICTURE, picture)
         else:
             named.setdefault(picture, []).append({key: value for key, value in row.items() if key != column})
     return FileRows(str(file), file.parent, named, [c for c in columns if c != column], tally)
 
 
+def is_inline(cell: str) -> bool:
+    """Whether a cell of pictures holds one in base64 rather than a path."""
+    return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
+
+
 def _pictures_below(folder: Path, tally: Tally) -> list[str]:
     found = []
-    for where, folders, files in os.walk(folder):  # links to folders are not followed: they may lead back here
+
+    def closed(error: OSError) -> None:
+        tally.add("folders that cannot be read left out", str(error.filename))
+
+    for where, folders, files in os.walk(folder, onerror=closed):  # links to folders are not followed: they may lead back here
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
         for name in files:
@@ -186,6 +196,7 @@ def _rows_of(path: Path) -> Iterable[Record]:
 
 
 def _rows_of_csv(path: Path, text: str) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = [dict(row) for row in reader]

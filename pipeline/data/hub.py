@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.config import DataConfig
-from pipeline.data.rows import Record, Tally, image_column
+from pipeline.data.rows import Record, Tally, image_column, stamp_of, state_of
 
 _BATCH = 1000
 _SHARDS = 64
@@ -24,7 +24,7 @@ class HubRows:
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
-        self.stamp = f"{rows._fingerprint}-{self._image}"
+        paths = not isinstance(rows.features[self._image], Image) and getattr(rows.features[self._image], "dtype", "") == "string"
         if isinstance(rows.features[self._image], Image):
             # Undecoded, so that a broken picture is ours to report.
             rows = rows.cast_column(self._image, Image(decode=False))
@@ -32,6 +32,9 @@ class HubRows:
         # A column alone: reading captions must not read the pictures beside them.
         self._pictures = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
+        # The library's fingerprint says nothing of files that the rows only name.
+        files = (state_of(self._beside / str(self._pictures[row][self._image])) for row in range(len(rows))) if paths else ()
+        self.stamp = stamp_of([rows._fingerprint, self._image, *files])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -100,16 +100,18 @@ class Mixture:
         while (counts == 0).any():
             counts[counts.argmax()] -= 1
             counts[counts.argmin()] += 1
-        self._counts, self._seed, self._block = counts, seed, -1
+        self._counts, self._seed = counts, seed
+        self._held = (-1, counts, counts)
 
     def at(self, position: int) -> tuple[int, int]:
         """(part, number of the part's pictures before it)."""
         block, within = divmod(position, _BLOCK)
-        if block != self._block:
-            self._parts = np.random.default_rng([self._seed, block, 1]).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
-            self._before = np.empty(_BLOCK, np.int64)
+        held = self._held  # read and put once each, as several threads ask
+        if held[0] != block:
+            parts = np.random.default_rng([self._seed, block, 1]).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+            before = np.empty(_BLOCK, np.int64)
             for part, count in enumerate(self._counts):
-                self._before[self._parts == part] = np.arange(count)
-            self._block = block
-        part = int(self._parts[within])
-        return part, int(block * self._counts[part] + self._before[within])
+                before[parts == part] = np.arange(count)
+            held = self._held = (block, parts, before)
+        part = int(held[1][within])
+        return part, int(block * self._counts[part] + held[2][within])

@@ -66,6 +66,14 @@ def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, 
         raise ValueError(f"{name} cannot be read as a picture ({why})") from error
 
 
+def frames(image: Image.Image) -> int:
+    """How many frames a picture has; those after the first may be damaged, and are not used."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:
+        return 1
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))

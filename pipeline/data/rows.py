@@ -7,12 +7,14 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 Record = dict[str, Any]
 """What is written of a picture, by column."""
 IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
 """Columns that hold pictures where `data.image_column` names none."""
+BAD_CAPTION = "captions that are not UTF-8 left out"
 _USUAL = {
     "data.text_column": ("text", "texts", "caption", "captions", "txt", "description", "title", "alt", "prompt", "label", "name"),
     "data.image_column": (*IMAGE_COLUMNS, "img", "picture", "filename", "file", "image_path", "url"),
@@ -20,6 +22,7 @@ _USUAL = {
 }
 """What other data calls a column, to suggest."""
 _NAMED = 3
+_LONG = 200
 
 
 class Tally:
@@ -28,12 +31,14 @@ class Tally:
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
+        self._lock = Lock()
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        self._counts[reason] = self._counts.get(reason, 0) + count
-        names = self._names.setdefault(reason, [])
-        if len(names) <= _NAMED:
-            names.append(name)
+        with self._lock:  # several threads read
+            self._counts[reason] = self._counts.get(reason, 0) + count
+            names = self._names.setdefault(reason, [])
+            if len(names) <= _NAMED:
+                names.append(printable(name))
 
     def count(self, reason: str) -> int:
         return self._counts.get(reason, 0)
@@ -90,6 +95,15 @@ def stamp_of(parts: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
+def state_of(path: Path) -> object:
+    """What tells that a file is another: its name, size and time; the name alone where it is not there."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return path
+    return path, state.st_size, state.st_mtime_ns
+
+
 def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
     """The column of the pictures.
 
@@ -120,7 +134,13 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
 
 
 def listed(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names)) or "none"
+    return printable(", ".join(map(str, names))) or "none"
+
+
+def printable(name: str) -> str:
+    """A name that can be written in UTF-8, not too long for a line."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= _LONG else f"{name[:_LONG]}..."
 
 
 def text_of(path: Path) -> str:

@@ -20,9 +20,10 @@ from pipeline.data.captions import CaptionReader
 from pipeline.data.config import DataConfig, data_settings
 from pipeline.data.hub import content_of, label_names, load
 from pipeline.data.pictures import prepared, square_of
-from pipeline.data.rows import Record, Tally, image_column, is_held_out, stamp_of
+from pipeline.data.rows import BAD_CAPTION, Record, Tally, image_column, is_held_out, stamp_of, state_of
 
 UNDECODED = "pictures that cannot be decoded left out"
+_REMEMBERED = 100_000
 _SURE = 1000
 """Pictures after which the share of those that cannot be decoded says something."""
 HELD_OUT = 500
@@ -51,6 +52,7 @@ class StreamSource:
 
         self.name, self.config, self.tally = config.source, config, Tally()
         self._decoded, self._bad, self._lock = 0, 0, Lock()
+        self._left_out: set[tuple[str, str]] = set()
         data, self.shard_names = _opened(config)
         self._data = data.decode(False)
         self.num_shards = int(self._data.num_shards)
@@ -60,10 +62,11 @@ class StreamSource:
         # Members in JSON hold columns of their own.
         inner = [column for value in features.values() if isinstance(value, dict) for column in value]
         columns = [*features, *(column for column in inner if column not in features)]
-        self._image = image_column(self.name, config.image_column, columns)
+        self._image = image_column(self.name, config.image_column, list(features))
         self._reader = CaptionReader(self.name, [column for column in columns if column != self._image], config)
         self._named = label_names(features)
-        self.fingerprint = stamp_of([*self.shard_names, self.num_shards, sorted(data_settings(dataclasses.asdict(config)).items())])
+        settings = sorted(data_settings(dataclasses.asdict(config)).items())
+        self.fingerprint = stamp_of([*_states(config, self.shard_names), self.num_shards, settings])
 
     @property
     def problems(self) -> list[str]:
@@ -86,7 +89,7 @@ class StreamSource:
         except ValueError as error:
             with self._lock:
                 self._bad += 1
-                self.tally.add(UNDECODED, sample.name)
+            self._leave_out(UNDECODED, sample.name)
             if self._bad > self.config.max_bad * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be decoded (the last: {sample.name}, "
@@ -133,28 +136,38 @@ class StreamSource:
             if isinstance(value, dict):
                 record = value | record
         for column in self._reader.columns:
-            text = record.get(column)
-            if isinstance(text, bytes):  # `datasets` knows .txt as text, and other members as bytes
-                record[column] = text = text.decode("utf-8", "replace")
-            if isinstance(text, str) and column in ("txt", "caption"):
+            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
+        before = self._reader.undecodable
         captions = self._reader.of([record])
+        if self._reader.undecodable > before:
+            self._leave_out(BAD_CAPTION, name)
         if not captions:
-            self.tally.add("pictures without a caption left out", name)
+            self._leave_out("pictures without a caption left out", name)
+            return None
+        if row[self._image] is None:
+            self._leave_out(f"samples without a picture in the column {self._image} left out", name)
             return None
         config = self.config
         try:
-            content = content_of(row[self._image], Path())
+            content = content_of(row[self._image], Path(config.source).expanduser().parent)
             width, height = Image.open(io.BytesIO(content)).size  # the header alone: the pixels are decoded when they are needed
         except Exception:  # see `pictures.open_picture`
-            self.tally.add("unreadable pictures left out", name)
+            self._leave_out("unreadable pictures left out", name)
             return None
         shorter, longer = min(width, height), max(width, height)
         wide = config.max_aspect is not None and longer > config.max_aspect * shorter
         if shorter < config.least_size or (config.max_size is not None and longer > config.max_size) or wide:
-            self.tally.add("pictures of other sizes than wanted left out", name)
+            self._leave_out("pictures of other sizes than wanted left out", name)
             return None
         return Sample(name, content, captions)
+
+    def _leave_out(self, reason: str, name: str) -> None:
+        """Counts a sample once, however often the stream is read; of very many, those after the first are counted each time."""
+        if (reason, name) not in self._left_out:
+            if len(self._left_out) < _REMEMBERED:
+                self._left_out.add((reason, name))
+            self.tally.add(reason, name)
 
 
 def as_read(config: DataConfig) -> DataConfig:
@@ -166,7 +179,7 @@ class HeldRows:
     """Samples that were read before, as rows."""
 
     def __init__(self, stream: StreamSource) -> None:
-        self.name, self.tally = stream.name, Tally()
+        self.name, self.tally = stream.name, stream.tally
         self.columns = ["text"]
         self._samples = stream.held_out()
         self.stamp = stamp_of([stream.fingerprint, *(sample.name for sample in self._samples)])
@@ -183,6 +196,16 @@ class HeldRows:
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         for sample in self._samples:
             yield [{"text": sample.captions}]
+
+
+def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
+    """What tells that the files of a stream are others, of those that are on this disk."""
+    from pipeline.data.webdataset import is_remote
+
+    path = Path(config.source).expanduser()
+    if shards:
+        return [shard if is_remote(shard) else state_of(Path(shard)) for shard in shards]
+    return [state_of(file) for file in sorted(path.rglob("*.arrow"))] if path.is_dir() else [state_of(path)]
 
 
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:

@@ -42,6 +42,10 @@ class Lengths:
     def get(self, key: str) -> int | None:
         return self._known.get(key)
 
+    def empty(self, parts: int) -> int:
+        """How many parts of shards are known to have none, where each shard is dealt in so many."""
+        return sum(count == 0 and key.endswith(f"/{parts}") for key, count in list(self._known.items()))
+
     def add(self, key: str, count: int) -> None:
         with self._lock:  # lanes are read side by side
             if self._known.get(key) == count:
@@ -68,29 +72,32 @@ class Lane:
             self._number, self._position, self._samples = 0, 0, self._open(0)
         while self._position < position:
             known = self._lengths.get(self._key(self._number))
-            # Empty ones are read again, where it is found out that all are.
-            if known and self._at_start and self._position + known <= position:
+            if known and self._count == 0 and self._position + known <= position:
                 self._position += known
-                self._number += 1
-                self._samples = self._open(self._number)
+                self._go_on()
             else:
                 next(self)
 
     def __next__(self) -> Sample:
-        for _ in range(self._order.length + 1):
+        while True:
             sample = next(self._samples, None)
             if sample is not None:
                 self._position += 1
                 self._count += 1
                 return sample
             self._lengths.add(self._key(self._number), self._count)
-            self._number += 1
-            self._samples = self._open(self._number)
-        raise ValueError(f"no shard of {self._stream.name} has a picture to train on; {'; '.join(self._stream.problems)}")
+            # Passes are shuffled apart, so a lane may meet many empty shards before it meets one that is not.
+            if self._lengths.empty(self._parts) == self._order.length:
+                why = "; ".join(self._stream.problems)
+                raise ValueError(f"no shard of {self._stream.name} has a picture to train on; {why or 'all are held out or missing'}")
+            self._go_on()
 
-    @property
-    def _at_start(self) -> bool:
-        return self._count == 0
+    def _go_on(self) -> None:
+        """To the next shard that is not known to be empty."""
+        self._number += 1
+        while self._lengths.get(self._key(self._number)) == 0:
+            self._number += 1
+        self._samples = self._open(self._number)
 
     def _open(self, number: int) -> Iterator[Sample]:
         self._count = 0

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.pictures import EXTENSIONS
-from pipeline.data.rows import Record, Tally, existing_column, is_text, listed, stamp_of
+from pipeline.data.rows import Record, Tally, existing_column, is_text, listed, stamp_of, state_of
 
 _TEXTS = ("txt", "caption", "cls")
 """Members that are texts; those of json hold columns of their own."""
@@ -62,10 +62,8 @@ class ShardRows:
 
     def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
         self.name, self.tally = name, Tally()
-        self._files = [os.open(shard, os.O_RDONLY) for shard in shards]
         self._shards = list(shards)
-        states = [os.fstat(file) for file in self._files]
-        self.stamp = stamp_of([name, image, *((shard, s.st_size, s.st_mtime_ns) for shard, s in zip(shards, states, strict=True))])
+        self.stamp = stamp_of([name, image, *(state_of(Path(shard)) for shard in shards)])
         keys: list[str] = []
         places: list[tuple[int, int, int]] = []  # shard, start and length of the picture
         texts: dict[str, list[tuple[int, int]]] = {}
@@ -115,8 +113,7 @@ class ShardRows:
         for row in range(len(self)):
             record: Record = {}
             for column in plain:
-                text = self._read(row, *self._texts[column][row]).decode("utf-8", "replace")
-                record[column] = [line.strip() for line in text.splitlines()]
+                record[column] = self._read(row, *self._texts[column][row]).splitlines()
             if len(plain) < len(columns):
                 record = self._json(row) | record
             yield [record]
@@ -130,14 +127,12 @@ class ShardRows:
 
     def _read(self, row: int, start: int, length: int) -> bytes:
         shard = int(self._places[row, 0])
-        content = os.pread(self._files[shard], int(length), int(start))
+        # Opened anew each time, which takes some microseconds: a system allows a process no more than some thousand open files.
+        with open(self._shards[shard], "rb", buffering=0) as file:
+            content = os.pread(file.fileno(), int(length), int(start))
         if len(content) < length:
             raise ValueError(f"{self._shards[shard]} is cut: {length} bytes were to come at {start}, and {len(content)} are there")
         return content
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", []):
-            os.close(file)
 
 
 def _samples(shard: str, tally: Tally) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

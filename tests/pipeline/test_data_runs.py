@@ -113,3 +113,21 @@ def test_other_speeds_are_no_other_data(sources, tmp_path, capsys):
     capsys.readouterr()
     assert main(["train-tokenizer", *run, "--data.workers", "1", "--data.memory", "0"]) == 0
     fails(capsys, ["train-tokenizer", *run, "--data.flip", "true"], "made with other settings (data")
+
+
+def test_shapes_in_a_mixture_are_still_shapes(sources, tmp_path, capsys):
+    parts = [{"source": sources["own"]}, {"source": "shapes"}]
+    run = written(tmp_path, "mix", {"mix": parts}, views=2, flip=True)
+    assert main(["run", *run]) == 2
+    said = capsys.readouterr().err
+    assert "encode.pictures is absent; the shapes are unlimited" in said and "captions of the shapes say what is left and right" in said
+
+
+def test_a_shard_without_pictures_is_exported_too(sources, tmp_path):
+    from tests.pipeline.data.making import write_shard
+
+    write_shard(tmp_path / "shards" / "999.tar", [("x", {"png": b"none", "txt": b"x"})])
+    run = written(tmp_path, "empty", {"source": sources["shards"], "streaming": True})
+    assert main(["train-tokenizer", *run]) == 0
+    for form in ("parquet", "webdataset"):
+        assert main(["encode", *run, "--out", str(tmp_path / form), "--format", form]) == 0

@@ -175,7 +175,8 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
 
 def test_another_optimizer_after_a_kill_is_refused(run, capsys):
     arguments, folder = run
-    (folder / "tokenizer" / "settings.json").unlink()
+    path = folder / "tokenizer" / "settings.json"
+    path.write_text(path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {'))
     fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"], "made with the optimizers ['tokenizer/adamw']")
 
 
@@ -194,3 +195,24 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypa
     monkeypatch.undo()
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
     assert ImageTokenizer.load(folder / "tokenizer")
+
+
+def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
+    """Cut, emptied or gone: one line each, and nothing is mixed."""
+    arguments, folder = run
+    settings = folder / "tokenizer" / "settings.json"
+    whole = settings.read_text()
+    for content in ("{}", '{"settings": {}}', whole[:40]):
+        settings.write_text(content)
+        fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")
+    settings.unlink()
+    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"], "has the checkpoint step-6 and no settings.json")
+    settings.write_text(whole)
+    manifest = folder / "codes" / "codes.json"
+    manifest.write_text(manifest.read_text()[:100])
+    fails(capsys, ["encode", *arguments], "codes.json is cut or damaged", f"remove {folder / 'codes'} and run `minidalle encode` again")
+    manifest.unlink()
+    (folder / "codes" / "plan.json").write_text('{"format": 2}')
+    fails(capsys, ["encode", *arguments], "plan.json is damaged ('tokenizer')")
+    shutil.rmtree(folder / "codes")
+    fails(capsys, ["train-prior", *arguments], "holds no whole codes dataset; run `minidalle encode` first")

@@ -61,20 +61,23 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
     experiment = load_experiment(["--config", str(tiny_yaml)])
     pid = os.fork()
     if pid == 0:
-        with run_lock(experiment):
+        with run_lock(experiment.folder, 30):
             time.sleep(600)
         os._exit(1)
     lock = experiment.folder / ".lock"
     while not (lock.is_file() and lock.read_text().endswith("\n")):
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         time.sleep(0.01)
-    with pytest.raises(ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"), run_lock(experiment):
+    with (
+        pytest.raises(ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"),
+        run_lock(experiment.folder, 30),
+    ):
         pytest.fail("it was not refused")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    with run_lock(experiment):
+    with run_lock(experiment.folder, 30):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with run_lock(experiment):  # a verb's stages come in after the verb
+        with run_lock(experiment.folder, 30):  # a verb's stages come in after the verb
             pass
         assert lock.exists()
     assert not lock.exists()
@@ -83,7 +86,7 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
 def test_a_failed_stage_lets_go_and_an_empty_folder_does_not_stay(tiny_yaml, tmp_path):
     experiment = load_experiment(["--config", str(tiny_yaml)])
     for _ in range(2):
-        with pytest.raises(RuntimeError), run_lock(experiment):
+        with pytest.raises(RuntimeError), run_lock(experiment.folder, 30):
             raise RuntimeError
         assert not (tmp_path / "runs").exists()
 
@@ -102,7 +105,7 @@ def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with run_lock(experiment):
+    with run_lock(experiment.folder, 30):
         pass
     assert "cannot be locked ([Errno 37] No locks available); see that no other run writes to it" in capsys.readouterr().out
 
@@ -118,3 +121,13 @@ def test_a_finished_run_is_read_from_a_disk_that_cannot_be_written(finished_run,
         assert main(["train-tokenizer", "--config", str(path), "--output_dir", str(disk)]) == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_codes_elsewhere_are_written_by_one(finished_run, tmp_path, capsys):
+    """The folder beside the target, where they are until all of them are there, is held, and not the tokenizer's run."""
+    path, folder = finished_run
+    command = ["encode", "--config", str(path), "--tokenizer", str(folder / "tokenizer"), "--out", str(tmp_path / "codes")]
+    with held(tmp_path / ".codes.arrow"), held(folder):
+        fails(capsys, command, f"{tmp_path / '.codes.arrow'} is in use by process 4321")
+    (folder / ".lock").unlink()
+    assert main(command) == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["codes"]

@@ -97,3 +97,14 @@ def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypat
     with ThreadPoolExecutor(processes) as pool:  # one has the record and the others have not: all read, and none waits for ever
         list(pool.map(one, range(processes)))
     assert len(opened) == 10
+
+
+def test_an_animation_whose_later_frames_are_cut_is_its_first_frame(tmp_path):
+    frames = [photo(i, (30, 24)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.txt").write_text("moves")
+    for end in range(len(content) // 2, len(content), 7):
+        (tmp_path / "a.gif").write_bytes(content[:end])
+        found = examine(rows(tmp_path), 1)
+        assert found.width.tolist() == [30] and found.problem == [""] and found.mode[0].startswith(("P", "RGB"))

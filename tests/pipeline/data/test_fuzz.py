@@ -240,7 +240,14 @@ def test_links_and_loops(links):
 @given(content=damaged(), limit=st.sampled_from([1, 64, 4096]))
 def test_damaged_pictures_alone(content, limit):
     """Each of the functions that take a picture's file."""
+    from pipeline.data.examine import _examined
     from pipeline.data.pictures import open_for_judging, open_picture, prepared
+
+    class One:
+        def picture(self, row: int) -> bytes:
+            return content
+
+    assert len(_examined(One(), 0)) == 6  # type: ignore[arg-type]
 
     reads: list[Callable[[], object]] = [
         lambda: open_picture(content),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.data.rows import Tally
 from pipeline.data.sources import load_source, load_sources
@@ -153,7 +155,7 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         ),
         ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no picture left out: row 1"),
         ("t.jsonl", "{" * 5000, "line 1 is no JSON"),
-        ("t.jsonl", '{"image": "' + "@" * 600 + '", "text": "x"}\n', "1 of 1 pictures in"),
+        ("t.jsonl", '{"image": "' + "@" * 2000 + '", "text": "x"}\n', "1 of 1 pictures in"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
@@ -161,6 +163,53 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_source(config(tmp_path / name), "train")
+
+
+@pytest.mark.parametrize("size", [(4, 4), (20, 20), (500, 500)])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_pictures_in_base64_of_any_length(tmp_path, size, form):
+    """Shorter than many paths, and longer than what Python's csv takes by itself."""
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    cell = base64.b64encode(buffer.getvalue()).decode()
+    assert len(cell) < 200 or (size[0] > 4 and (len(cell) > 131_072) == (size[0] == 500))
+    if form == "csv":
+        (tmp_path / "t.csv").write_text(f"image,text\n{cell},noise\n")
+    else:
+        (tmp_path / "t.jsonl").write_text(json.dumps({"image": cell, "text": "noise"}))
+    assert list(everything(tmp_path / f"t.{form}", upscale=True)) == ["noise"]
+
+
+def test_a_path_that_is_too_long_is_no_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "t.csv").write_text(f"image,text\n{'x' * 400}.png,lost\na.png,found\n")
+    assert list(everything(tmp_path / "t.csv")) == ["found"]
+
+
+def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
+    """They are relative to it, mapped and streamed, and other files are another source; texts that are bytes are decoded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = [f"{i}.png" for i in range(12)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded((i, 0, 0)))
+    pq.write_table(pa.table({"path": names, "text": [f"caf\u00e9 {i}".encode() for i in range(12)]}), tmp_path / "t.parquet")
+    before = load_source(config(tmp_path / "t.parquet"), "train")
+    assert everything(tmp_path / "t.parquet") == {f"caf\u00e9 {i}": i for i in range(12)}
+    held_out = load_sources(config(tmp_path / "t.parquet", streaming=True))[1]
+    assert set(held_out.captions(range(len(held_out)))) <= {f"caf\u00e9 {i}" for i in range(12)} and len(held_out)
+    os.utime(tmp_path / "3.png", ns=(1, 1))
+    (tmp_path / "4.png").write_bytes(encoded((99, 0, 0)))
+    assert load_source(config(tmp_path / "t.parquet"), "train").fingerprint != before.fingerprint
+
+
+def test_names_with_half_surrogates_are_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "\\ud800.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}')
+    assert load_source(config(tmp_path), "train").problems == [r"1 captions of pictures that are not there left out: \ud800.png"]
 
 
 def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_path):

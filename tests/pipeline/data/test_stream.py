@@ -240,3 +240,41 @@ def test_what_cannot_be_streamed_is_said(tmp_path):
     write_shard(tmp_path / "s" / "0.tar", [("a", {"png": encoded(), "txt": b"x"})])
     with pytest.raises(ValueError, match=r"has no column 'label'; it has .*txt"):
         stream(tmp_path / "s", text_column="label")
+
+
+def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
+    """A lane may meet more empty shards in a row than there are shards, as each pass is shuffled apart."""
+    small = encoded(size=(8, 8))
+    for number in range(40):
+        picture = encoded((0, number, 7)) if number in (3, 17) else small
+        write_shard(tmp_path / f"{number:02d}.tar", [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)])
+    for seed in range(4):
+        feed = StreamFeed(stream(tmp_path, interleave=4), 6, seed, 0, 1, None)
+        assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {3, 17}
+
+
+def test_json_beside_a_picture_may_have_any_keys(tmp_path):
+    samples = [(f"{i}", {"png": encoded((0, i, 7)), "json": b'{"file_name": "x.jpg", "image": 3, "text": "words"}'}) for i in range(12)]
+    write_shard(tmp_path / "0.tar", samples)
+    for streaming in (False, True):
+        train, held_out = load_sources(config(tmp_path, streaming=streaming))
+        assert set(held_out.captions(range(len(held_out)))) == {"words"}
+        assert feed_of(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
+    write_shard(tmp_path / "0.tar", [(f"{i}", {"png": encoded((0, i, 7)), "caption": b"caf\xe9" if i == 5 else b"tea"}) for i in range(12)])
+    train, _ = load_sources(config(tmp_path, streaming=streaming, text_column="caption", held_out=0.2))
+    assert set(feed_of(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
+    assert "1 captions that are not UTF-8 left out: 5" in train.problems
+
+
+def test_rewritten_shards_are_another_stream(tmp_path):
+    import os
+
+    write_shards(tmp_path, [5, 5])
+    before = stream(tmp_path).fingerprint
+    assert stream(tmp_path).fingerprint == before
+    os.utime(tmp_path / "001.tar", ns=(1, 1))
+    assert stream(tmp_path).fingerprint != before
