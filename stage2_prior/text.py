@@ -170,8 +170,7 @@ class TextTokenizer:
         model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
         if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
             raise ValueError(
-                f"text.bpe_dropout needs a byte-level BPE tokenizer, and so does text.new_entries; this one is {model['type']}, "
-                "set both to 0"
+                f"text.bpe_dropout, or text.new_entries, needs a byte-level BPE tokenizer, and this one is {model['type']}; set both to 0"
             )
         by_id = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
         return by_id, {tuple(pair): rank for rank, pair in enumerate(model["merges"])}

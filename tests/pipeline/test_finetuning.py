@@ -21,6 +21,7 @@ from pipeline.settings import as_made, read_settings
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
 from tests.pipeline.conftest import TINY
+from tests.pipeline.launched import CHECK, launch
 from tests.pipeline.test_run import fails
 
 STILL = ["--prior.train.learning_rate", "1e-12", "--prior.objective.caption_dropout", "0"]
@@ -200,6 +201,33 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     moments = load_file(folder / "prior" / "checkpoints" / "step-6" / "optimizer.safetensors")
     assert len(held) == 8 and len({name.rsplit(".", 1)[0] for name in moments}) == 8
     assert TextToImagePipeline.from_pretrained(folder / "bundle").prior.fingerprint == whole.fingerprint
+
+
+CUT_ADAPTER = """
+from pipeline import sharding
+end = sharding.Cut.end
+def told(self):
+    end(self)
+    assert len(self.average.shadow) == 8 < len(list(self.networks["prior"].parameters()))
+    print("[cut]")
+sharding.Cut.end = told
+"""
+
+
+def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
+    """Cut over them (FSDP), where the averages of adapters alone are put together."""
+    given = [*same, *LORA, "--prior.objective.caption_dropout", "0", "--precision", "fp32"]
+    for name in ("alone", "cut"):
+        for verb in ("train-tokenizer", "encode"):
+            assert main([verb, *given, "--name", name]) == 0
+    assert main(["train-prior", *given, "--name", "alone"]) == 0
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert launch(tmp_path, 2, "train-prior", *given, "--name", "cut", script=CUT_ADAPTER + CHECK, **environment).count("[cut]") == 2
+    for file in ("model", "adapter/adapter_model"):
+        one, two = (load_file(tmp_path / "runs" / name / "prior" / f"{file}.safetensors") for name in ("alone", "cut"))
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
