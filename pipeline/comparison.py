@@ -97,6 +97,8 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         try:
             experiment = load_values(_merged(values, row or {}), arguments)
             folder = experiment.folder
+            if experiment.tokenizer.frozen:
+                raise ValueError("tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false")
             rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
         except ValueError as error:
             problems.append(f"row {name}: {error}")

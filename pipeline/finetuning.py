@@ -118,9 +118,14 @@ class Adapter:
 
     def end(self, folder: Path, accelerator: Accelerator) -> None:
         """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the matrices: the prior is a plain one again."""
+
+        def write(beside: Path) -> None:
+            self._model.save_pretrained(str(beside), save_embedding_layers=False)
+            (beside / "README.md").unlink(missing_ok=True)  # a card of blanks to fill in
+
         if accelerator.is_main_process:
             with disk_errors():
-                write_folder(folder / _ADAPTER, lambda beside: self._model.save_pretrained(str(beside), save_embedding_layers=False))
+                write_folder(folder / _ADAPTER, write)
         prior = self._model.merge_and_unload()
         prior.requires_grad_(True)
 

@@ -196,6 +196,7 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     assert changed == {f"blocks.0.{part}.weight" for part in
                        ("attention.query_key_value", "attention.output", "feed_forward.gate_up", "feed_forward.down")}  # fmt: skip
     adapter = load_file(folder / "prior" / "adapter" / "adapter_model.safetensors")
+    assert sorted(p.name for p in (folder / "prior" / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert len(adapter) == 8 and json.loads((folder / "prior" / "adapter" / "adapter_config.json").read_text())["r"] == 2
     held = load_file(folder / "prior" / "checkpoints" / "step-6" / "average.safetensors")
     moments = load_file(folder / "prior" / "checkpoints" / "step-6" / "optimizer.safetensors")
