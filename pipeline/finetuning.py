@@ -105,7 +105,7 @@ class Adapter:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
-            raise ValueError(f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install 'mini-dalle[finetune]'") from None
+            raise ValueError(f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or set it to 0") from None
         config: Any = LoraConfig(
             r=section.lora_rank,
             lora_alpha=section.lora_alpha,

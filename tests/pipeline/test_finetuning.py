@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -163,9 +165,13 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     torch.testing.assert_close(adapted(PeftModel, plain, tmp_path / "adapter", fed), beside)
 
 
-def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
-    import warnings
+def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="prior.lora_rank is 2, which needs peft; pip install peft"):
+        Adapter(ImagePrior.load(bundle / "prior"), PriorSection(init_from="x", lora_rank=2), {"prior": "x"})
 
+
+def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft_model.from_pretrained(prior, folder)
