@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.data.sources import load_source
     from pipeline.doctor.diagnosis import diagnose
     from pipeline.encoding import encode_dataset, encode_elsewhere
+    from pipeline.evaluation.forgetting import forgetting
     from pipeline.evaluation.report import evaluate
     from pipeline.generation import edit, generate, reconstruct
     from pipeline.judge import ClipJudge
@@ -34,6 +35,7 @@ _HOME = {
     "encode_dataset": "pipeline.encoding",
     "encode_elsewhere": "pipeline.encoding",
     "evaluate": "pipeline.evaluation.report",
+    "forgetting": "pipeline.evaluation.forgetting",
     "generate": "pipeline.generation",
     "load_comparison": "pipeline.comparison",
     "load_experiment": "pipeline.config",
@@ -57,6 +59,7 @@ __all__ = [
     "encode_dataset",
     "encode_elsewhere",
     "evaluate",
+    "forgetting",
     "generate",
     "load_comparison",
     "load_experiment",

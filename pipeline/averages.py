@@ -16,11 +16,11 @@ def average_decay(step: int, config: TrainConfig) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of every parameter; buffers (codebook statistics are averages already) are not averaged, nor is what a
-    module's `jumping_parameters` names."""
+    """Exponential moving average of every parameter that is trained; buffers (codebook statistics are averages already) are not
+    averaged, nor is what a module's `jumping_parameters` names."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters()]
+        self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
         self.shadow = [p.detach().clone() for p in self.parameters]
         modules = (module for network in networks.values() for module in network.modules())
         jumping = {id(p) for module in modules for p in getattr(module, "jumping_parameters", list)()}

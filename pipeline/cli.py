@@ -202,6 +202,7 @@ def _evaluate(rest: Sequence[str]) -> int:
     reader.add_argument("--bundle", type=Path, help="bundle to judge (that of the configuration's run)")
     reader.add_argument("--out", type=Path, help="JSON file for the figures (evaluation.json in the run folder)")
     reader.add_argument("--pictures", type=int, default=500, help="held-out pictures and prompts to judge on (500)")
+    reader.add_argument("--before", type=Path, help="bundle to compare with on the old data and the new (that of init_from)")
     options, settings = reader.parse_known_args(rest)
     from pipeline.evaluation.report import evaluate
 
@@ -210,7 +211,7 @@ def _evaluate(rest: Sequence[str]) -> int:
         return 0
     bundle = options.bundle or experiment.folder / "bundle"
     out = options.out or experiment.folder / "evaluation.json"
-    say(evaluate(bundle, experiment, out, pictures=options.pictures).table())
+    say(evaluate(bundle, experiment, out, pictures=options.pictures, before=options.before).table())
     say(f"wrote {out}")
     return 0
 

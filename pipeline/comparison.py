@@ -21,6 +21,7 @@ import torch
 
 from pipeline.checkpoints import newest_checkpoint, write_file
 from pipeline.config import Experiment, load_values, to_dict
+from pipeline.data.config import data_settings
 from pipeline.encoding import encode_dataset, sources_of
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
@@ -96,6 +97,8 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         try:
             experiment = load_values(_merged(values, row or {}), arguments)
             folder = experiment.folder
+            if experiment.tokenizer.frozen:
+                raise ValueError("tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false")
             rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
         except ValueError as error:
             problems.append(f"row {name}: {error}")
@@ -142,7 +145,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
 
 
 def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
-    settings = {**to_dict(experiment), "encode": encode_settings(experiment)}
+    settings = {**to_dict(experiment), "data": data_settings(to_dict(experiment.data)), "encode": encode_settings(experiment)}
     return {**{key: settings[key] for key in (*_ALIKE, "tokenizer")}, "minutes": minutes}
 
 

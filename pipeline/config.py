@@ -6,14 +6,15 @@ import dataclasses
 import json
 import tempfile
 import typing
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.config import DataConfig
+from pipeline.origins import inherited
 from pipeline.train_config import PriorTrainConfig, TrainConfig
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
 from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
@@ -41,6 +42,10 @@ class TokenizerSection:
     """What is minimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it is trained."""
+    init_from: str | None = None
+    """A bundle, a run's folder or a tokenizer's folder whose weights it starts from. Settings of `model` that are left out follow."""
+    frozen: bool = False
+    """Take the tokenizer of `init_from` as it is: nothing is trained, and a prior that knows its codes can be started from."""
 
 
 @dataclass(kw_only=True)
@@ -87,6 +92,26 @@ class PriorSection:
     """What is minimised."""
     train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     """How it is trained."""
+    init_from: str | None = None
+    """A bundle, a run's folder or a prior's folder whose weights and vocabulary it starts from; needs `tokenizer.frozen`. Settings of
+    `model`, `text.length` and random orders follow where they are left out."""
+    lora_rank: int = 0
+    """Train so many directions beside each matrix of the blocks (LoRA, Hu et al. 2021), by peft, and nothing else; 0 trains everything."""
+    lora_alpha: float = 16.0
+    """What LoRA adds is multiplied by `lora_alpha / lora_rank`."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            problems.append(
+                f"prior.lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; the rank must be 0 or more and alpha above 0"
+            )
+        if self.lora_rank and self.init_from is None:
+            problems.append(f"prior.lora_rank is {self.lora_rank} and prior.init_from is absent; LoRA adapts a prior that is there")
+        if self.lora_rank and self.train.optimizer == "muon":
+            problems.append("prior.train.optimizer is muon and prior.lora_rank above 0; Muon is for whole matrices, choose adamw")
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 @dataclass(kw_only=True)
@@ -157,6 +182,20 @@ def _relations(values: dict[str, Any]) -> list[str]:
     steps, order = values["sampling"]["steps"], values["prior"]["train"]["order"]
     if steps is not None and order != "random":
         problems.append(f"sampling.steps is {steps} but prior.train.order is {order}; several codes a step need prior.train.order=random")
+    tokenizer, prior, text = values["tokenizer"], values["prior"], values["text"]
+    if tokenizer["frozen"] and tokenizer["init_from"] is None:
+        problems.append("tokenizer.frozen is on and tokenizer.init_from is absent; say which tokenizer to take as it is")
+    if prior["init_from"] is not None and not tokenizer["frozen"]:
+        problems.append(
+            f"prior.init_from is {prior['init_from']} and tokenizer.frozen is off; a prior knows the codes of one tokenizer, set "
+            f"tokenizer.init_from={tokenizer['init_from'] or prior['init_from']} and tokenizer.frozen=true"
+        )
+    if prior["init_from"] is not None and text["pretrained"]:
+        problems.append(f"text.pretrained is {text['pretrained']}; a prior that is started from keeps its own vocabulary, leave it out")
+    if text["new_entries"] and (prior["init_from"] is None or prior["lora_rank"]):
+        problems.append(
+            f"text.new_entries is {text['new_entries']}, which needs prior.init_from, and prior.lora_rank=0: LoRA trains no embeddings"
+        )
     problems += joint_problems(model, values["tokenizer"]["objective"])
     shapes = "shapes" in (data["source"], *(part["source"] for part in data["mix"]))
     if shapes and values["encode"]["pictures"] is None:
@@ -204,10 +243,15 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         raise ValueError("no configuration was given; add --config configs/shapes.yaml (or your own copy of it)")
     reader = parser()
     try:
-        values = reader.parse_args(arguments)
+        plain = reader.parse_args(arguments).clone().as_dict()
     except ArgumentError as error:
         raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
-    plain = values.clone().as_dict()
+    if follow := inherited(plain):
+        with _as_file(follow) as path:
+            try:
+                plain = reader.parse_args(["--config", path, *arguments]).clone().as_dict()
+            except ArgumentError as error:
+                raise ValueError(f"what init_from names was made by another version: {_first_line(error)}") from error
     plain.pop("config", None)
     plain["tokenizer"]["model"]["image_size"] = _follow(plain)
     return from_dict(Experiment, plain)
@@ -215,12 +259,18 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
 
 def load_values(values: dict[str, Any], arguments: Sequence[str]) -> Experiment:
     """As `load_experiment`, of settings that are in no file."""
+    with _as_file(values) as path:
+        return load_experiment(["--config", path, *arguments])
+
+
+@contextmanager
+def _as_file(values: dict[str, Any]) -> Iterator[str]:
     import yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()
-        return load_experiment(["--config", file.name, *arguments])
+        yield file.name
 
 
 def _follow(plain: dict[str, Any]) -> int:

@@ -85,7 +85,7 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
             if id(parameter) in matrices:
                 alike[len(parameter), parameter.numel() // len(parameter)] += parameter.numel()
         orthogonalizing = max([orthogonalizing, *(_MUON_BYTES * count for count in alike.values())])
-    average = sum(_bytes(local(p)) for network in networks.values() for p in network.parameters())
+    average = sum(_bytes(local(p)) for network in networks.values() for p in network.parameters() if p.requires_grad)
     return StateBytes(entries, parameters, gradients, optimizer, average, orthogonalizing)
 
 

@@ -17,6 +17,9 @@ from pipeline.runtime import make_accelerator
 
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
 _CHANGES_NO_CODE = ("shard_rows",)
+_UNSTARTED: dict[str, Any] = {"init_from": None, "frozen": False}
+_PLAIN: dict[str, Any] = {"init_from": None, "lora_rank": 0, "lora_alpha": 16.0}
+"""Of a tokenizer and a prior that were made before they could start from others."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
@@ -72,23 +75,24 @@ def as_made(saved: dict[str, Any]) -> dict[str, Any]:
     filled = {"precision": "auto"} | saved
     if "data" in saved:
         filled["data"] = data_settings(saved["data"])
-    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0})):
+    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0, "new_entries": 0})):
         if name in saved:
             filled[name] = later | saved[name]
     if "codes" in saved:
         filled["codes"] = saved["codes"] | {"settings": as_made(saved["codes"]["settings"])}
     if isinstance(tokenizer := saved.get("tokenizer"), dict):  # a row of a comparison, which holds both sections
-        filled["tokenizer"] = tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
+        filled["tokenizer"] = _UNSTARTED | tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
     if isinstance(saved.get("prior"), dict):
         filled["prior"] = _prior_as_made(saved["prior"])
     if "train" in saved:
         filled |= _prior_as_made(saved) if "text" in saved else {"train": to_dict(TrainConfig()) | saved["train"]}
+        filled = (_PLAIN if "text" in saved else _UNSTARTED) | filled
     return {"sequence": to_dict(SequenceConfig())} | filled if "text" in saved else filled
 
 
 def _prior_as_made(section: dict[str, Any]) -> dict[str, Any]:
     later = {"model": {"kv_heads": None} | section["model"], "train": to_dict(PriorTrainConfig()) | section["train"]}
-    return (section if "text" not in section else {}) | later
+    return (_PLAIN | section if "text" not in section else {}) | later
 
 
 def encode_settings(experiment: Experiment) -> dict[str, Any]:
@@ -160,6 +164,11 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to begin anew") from error
     check_format(content.get("format", 1), folder)
     return content
+
+
+def started_from(folder: Path) -> Any:
+    """Fingerprints of what a stage was started from; None for one that began at random."""
+    return as_made((read_settings(folder) or {}).get("settings", {})).get("init_from")
 
 
 def write_settings(folder: Path, content: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ class Cut(Trained):
 
     def _fill(self, parameters: Sequence[Tensor]) -> None:
         """Puts parameters, and buffers as they are now, into the whole networks."""
-        owners = [p for network in self.plain.values() for p in network.parameters()]
+        owners = [p for network in self.plain.values() for p in network.parameters() if p.requires_grad]
         with torch.no_grad():
             for owner, value in zip(owners, parameters, strict=True):
                 owner.copy_(whole(value))

@@ -24,11 +24,13 @@ from pipeline.data.sources import Source
 from pipeline.data.stream import StreamSource
 from pipeline.data.stream_feed import feed_of
 from pipeline.encoding import encode_dataset, sources_of
+from pipeline.finetuning import Adapter, PriorOrigin, new_tokenizer, take_tokenizer, tokenizer_identity
 from pipeline.fitting import is_open, settled
 from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.lock import alone_in_run
+from pipeline.origins import check_origins
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
-from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start
+from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start, started_from
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -43,6 +45,10 @@ _ROWS_AT_A_TIME = 1000
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
+    check_origins(experiment)
+    if experiment.tokenizer.frozen:
+        take_tokenizer(experiment, folder)
+        return folder
     train = as_chosen(experiment.tokenizer.train, folder)
     source, held_out = sources_of(experiment)
     settings = {
@@ -51,6 +57,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
         "data": data_settings(to_dict(experiment.data)),
         "pictures": [source.fingerprint, held_out.fingerprint],
         **to_dict(replace(experiment.tokenizer, train=train)),
+        "init_from": tokenizer_identity(experiment.tokenizer),
     }
     if finished(folder, settings):
         return folder
@@ -77,7 +84,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
 def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
     """What stage 1 hands to `fit`, and the new tokenizer in it."""
     torch.manual_seed(experiment.seed)
-    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    tokenizer = new_tokenizer(experiment.tokenizer)
     place = (accelerator.process_index, accelerator.num_processes)
     feed = feed_of(source, experiment.tokenizer.train.numbers()[0], experiment.seed, *place, folder=experiment.folder / "data")
 
@@ -113,6 +120,8 @@ def train_prior(experiment: Experiment) -> Path:
     tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
+    check_origins(experiment)
+    origin = PriorOrigin(experiment.prior.init_from, tokenizer.fingerprint) if experiment.prior.init_from else None
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
@@ -124,18 +133,19 @@ def train_prior(experiment: Experiment) -> Path:
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
         **to_dict(replace(experiment.prior, train=train)),
+        "init_from": origin and origin.identity,
     }
     if finished(folder, settings):
         return folder
     accelerator = start(experiment, folder, settings)
-    text = text_tokenizer(experiment, codes, accelerator)
+    text = text_tokenizer(experiment, codes, accelerator, origin)
     vectors = tokenizer.code_vectors
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
         text_length=text.length,
         levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
         code_dim=vectors.shape[1],
-        any_order=train.order != "raster",
+        any_order=train.order != "raster" or (origin is not None and origin.prior.stream.config.any_order),
         pad_id=text.pad_id,
         start_id=text.start_id,
         end_id=text.end_id,
@@ -146,6 +156,9 @@ def train_prior(experiment: Experiment) -> Path:
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.tell_code_vectors(vectors)
+    if origin is not None:
+        origin.fill(prior)
+    adapter = Adapter(prior, experiment.prior, origin.identity) if origin and experiment.prior.lora_rank else None
     shuffled = (experiment.seed, codes["train"].weights)
     order = Order(codes["train"].lengths, accelerator.num_processes if is_open(train) else train.numbers()[0], *shuffled)
     several = codes["train"].captions_in_all > len(codes["train"])
@@ -198,17 +211,26 @@ def train_prior(experiment: Experiment) -> Path:
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=compiles(train, accelerator.device), label="prior",
     )  # fmt: skip
+    if adapter is not None:
+        adapter.end(folder, accelerator)
     finish(accelerator, prior, folder, settings, figures)
     return folder
 
 
-def text_tokenizer(experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator) -> TextTokenizer:
-    """Trains the text tokenizer, or loads the one of the checkpoint that the prior goes on from; keeps it once every caption fits."""
+def text_tokenizer(
+    experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator, origin: PriorOrigin | None = None
+) -> TextTokenizer:
+    """Trains the text tokenizer, takes it over with the prior to start from, or loads that of the checkpoint that the prior goes on from;
+    keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
     # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
     learned = chain.from_iterable(_caption_batches(codes["train"], CAPTIONS_TO_LEARN))
-    text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned)
+    if origin is not None:  # also where it goes on: the new entries and what spells them follow from the captions
+        text = origin.vocabulary(learned, config)
+        accelerator.print(origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME))))
+    else:
+        text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned)
     lengths = CaptionLengths(text.length)
     for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
         lengths.add(captions, text.lengths(captions))
@@ -242,6 +264,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
             "experiment": experiment.name,
             "data": to_dict(experiment.data),
             "sources": manifest["sources"],
+            "started_from": {stage: started_from(folder / stage) for stage in ("tokenizer", "prior")},
             "codes_in_bf16": manifest.get("bf16", uses_bf16(experiment.precision, torch.device("cpu"))),
         },
     )

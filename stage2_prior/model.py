@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +154,26 @@ class ImagePrior(PreTrainedModel):
         centred = vectors.detach().float()
         centred = centred - centred.mean(0)
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
+
+    @torch.no_grad()
+    def start_from(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
+        """Takes over the weights of a prior of the same architecture and codes, whose text may be shorter and vocabulary smaller.
+
+        Args:
+            spelled: the old text ids that spell each entry which the old vocabulary has not; it starts as their mean.
+
+        Raises:
+            ValueError: something else differs.
+        """
+        weights, own = origin.state_dict(), self.state_dict()
+        for name in ("text_embedding.weight", "text_head.weight"):
+            rows = weights[name]
+            weights[name] = torch.cat([rows, *(rows[list(ids)].mean(0, keepdim=True) for ids in spelled)])
+        if origin.stream.text_length < self.stream.text_length:  # codes lie past the text, and move on with its end
+            weights |= {name: own[name] for name in ("rotary", "slot_level")}
+        if differ := sorted(set(own) ^ set(weights)) or [name for name in own if own[name].shape != weights[name].shape]:
+            raise ValueError(f"the prior to start from is of another architecture; first weights that differ: {differ[:3]}")
+        self.load_state_dict(weights)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ training that goes on from a checkpoint would not see the ids that it would have
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,8 @@ class TextConfig:
     """Captions as ids (`text` in a YAML)."""
 
     vocab_size: int = 1024
-    """Entries of the vocabulary that is trained on the captions; at least 300 (256 bytes, special tokens, some merges)."""
+    """Entries of the vocabulary that is trained on the captions; at least 300 (256 bytes, special tokens, some merges). A prior that is
+    started from has its own vocabulary."""
     length: int = 32
     """Text slots of the stream, start and end token included."""
     pretrained: str | None = None
@@ -39,6 +41,8 @@ class TextConfig:
     """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
     bpe_dropout: float = 0.0
     """Chance with which each merge of a training caption is left out, so that words are met in other pieces, too."""
+    new_entries: int = 0
+    """Entries added at most to the vocabulary of the prior that is started from, for words of the new captions that it cuts into pieces."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -46,6 +50,8 @@ class TextConfig:
             problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
         if self.length < 3:
             problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
+        if self.new_entries < 0:
+            problems.append(f"text.new_entries is {self.new_entries}; it must be 0 or more")
         if not 0 <= self.bpe_dropout < 1:
             problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
         if problems:
@@ -137,15 +143,21 @@ class TextTokenizer:
         """
         rows = self.encode(captions, truncate=truncate)
         for row, caption in zip(rows, captions, strict=True):
-            ids = [i for word in self._words(caption.strip()) for i in self._pieces(word, dropout, random)]
+            ids = [i for word in self.words(caption) for i in self._pieces(word, dropout, random)]
             if 0 < len(ids) <= self.length - 2:
                 row[1:] = self.pad_id
                 row[1 : len(ids) + 2] = torch.tensor([*ids, self.end_id])
         return rows
 
-    def _words(self, caption: str) -> list[str]:
-        """What merges never cross, in the tokenizer's own letters."""
-        inside = self.fast.backend_tokenizer
+    def words(self, caption: str) -> list[str]:
+        """What merges never cross, in the tokenizer's own letters.
+
+        Raises:
+            ValueError: the tokenizer is no byte-level BPE.
+        """
+        inside, caption = self.fast.backend_tokenizer, caption.strip()
+        if inside.pre_tokenizer is None:
+            raise ValueError("the text tokenizer does not say what its words are; a byte-level BPE tokenizer does")
         normal = inside.normalizer.normalize_str(caption) if inside.normalizer else caption
         return [word for word, _ in inside.pre_tokenizer.pre_tokenize_str(normal)] if normal else []
 
@@ -163,11 +175,58 @@ class TextTokenizer:
 
     @cached_property
     def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-        """The vocabulary, and the rank of each pair that is merged."""
+        """The vocabulary by id, and the rank of each pair that is merged, the first first."""
         model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
         if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
-            raise ValueError(f"text.bpe_dropout needs a byte-level BPE tokenizer, and this one is {model['type']}; set text.bpe_dropout=0")
-        return model["vocab"], {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+            raise ValueError(
+                f"text.bpe_dropout, or text.new_entries, needs a byte-level BPE tokenizer, and this one is {model['type']}; set both to 0"
+            )
+        by_id = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
+        return by_id, {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+
+    def grown(self, captions: Iterable[str], entries: int) -> tuple[TextTokenizer, list[list[int]]]:
+        """Goes on merging where this BPE's training ended, on the words of other captions: old entries and merges stay, and come first.
+
+        Args:
+            entries: how many to add at most; fewer where no two pieces stand side by side twice.
+
+        Returns:
+            The larger tokenizer, and the old ids that spell each new entry.
+
+        Raises:
+            ValueError: this is no BPE whose vocabulary holds every token.
+        """
+        vocabulary, ranks = dict(self._merges[0]), self._merges[1]
+        if len(vocabulary) != len(self.fast):
+            raise ValueError("text.new_entries needs a byte-level BPE tokenizer that was trained here, and this one has tokens beside it")
+        counts = Counter(word for caption in captions for word in self.words(caption))
+        names = {i: piece for piece, i in vocabulary.items()}
+        cut = {word: [names[i] for i in self._pieces(word, 0.0, np.random.default_rng(0))] for word in sorted(counts)}
+        cut = {word: pieces for word, pieces in cut.items() if len(pieces) > 1}
+        spelled, merges = {piece: [i] for piece, i in vocabulary.items()}, list(ranks)
+        while len(vocabulary) - len(names) < entries:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for word, pieces in cut.items():
+                for pair in pairwise(pieces):
+                    pairs[pair] += counts[word]
+            best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+            if best is None or pairs[best] < 2:
+                break
+            merges.append(best)
+            joined = best[0] + best[1]
+            vocabulary.setdefault(joined, len(vocabulary))
+            spelled.setdefault(joined, spelled[best[0]] + spelled[best[1]])
+            for pieces in cut.values():
+                i = 0
+                while i < len(pieces) - 1:
+                    if (pieces[i], pieces[i + 1]) == best:
+                        pieces[i : i + 2] = [joined]
+                    i += 1
+        inside = json.loads(self.fast.backend_tokenizer.to_str())
+        inside["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
+        roles = {f"{role}_token": getattr(self.fast, f"{role}_token") for role in ("pad", "bos", "eos")}
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inside)), **roles)
+        return TextTokenizer(fast, self.length), [spelled[piece] for piece in list(vocabulary)[len(names) :]]
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) -> captions, special tokens left out."""

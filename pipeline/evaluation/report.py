@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from pipeline.checkpoints import write_file
 from pipeline.config import Experiment, to_dict
 from pipeline.data.sources import Source, load_source
 from pipeline.evaluation.pictures import psnr, ssim
+from pipeline.origins import bundle_of
 from pipeline.runtime import uses_bf16
 from pipeline.text_to_image import TextToImagePipeline
 from stage1_tokenizer import codebook_statistics, count_codes, counts_by_level, to_model_range
 from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.forgetting import Forgetting
 
 BATCH = 64
 
@@ -29,22 +33,29 @@ class Report:
 
     figures: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    forgetting: Forgetting | None = None
+    """What was lost on the data that it was fine-tuned from, where it was."""
 
     def table(self) -> str:
         """The figures, one a line."""
         width = max(map(len, self.figures), default=0)
-        return "\n".join(f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items())
+        lines = [f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items()]
+        return "\n".join([*lines, self.forgetting.table()] if self.forgetting else lines)
 
     def save(self, path: Path) -> None:
         """Writes JSON beside and renames it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({**self.figures, "settings": self.settings}, indent=2) + "\n")
+        content: dict[str, Any] = {**self.figures, "settings": self.settings}
+        if self.forgetting:
+            content["forgetting"] = asdict(self.forgetting)
+        write_file(path, json.dumps(content, indent=2) + "\n")
 
 
-def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, pictures: int = 500) -> Report:
+def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, pictures: int = 500, before: Path | None = None) -> Report:
     """Judges a bundle on up to `pictures` held-out pictures and prompts of the experiment's source.
 
-    Sampling uses the bundle's own defaults and seed 0. On several processes only the first one works.
+    Sampling uses the bundle's own defaults and seed 0. On several processes only the first one works. Where the experiment starts from
+    a bundle (`init_from`), or one is given as `before`, what was forgotten since is reported too.
 
     Raises:
         ValueError: the bundle's pictures are of another size than the experiment's, or nothing is held out.
@@ -74,6 +85,10 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
         from pipeline.evaluation.emoji import emoji_figures
 
         emoji_figures(report.figures, pipe, experiment)
+    if before := before or bundle_of(experiment):
+        from pipeline.evaluation.forgetting import forgetting
+
+        report.forgetting = forgetting(before, bundle, experiment, pictures=pictures)
     report.settings = {
         "bundle": str(bundle),
         "pictures": count,

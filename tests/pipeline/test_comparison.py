@@ -180,6 +180,7 @@ def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
         ({"rows": {"a/b": None}}, [], "name is 'a/b'"),
         ({"minutes": "many"}, [], "minutes is 'many'; it must be a number"),
         ({"rows": {"a": {"output_dir": "b"}}}, [], "row a: output_dir cannot differ between rows"),
+        ({"rows": {"a": {"tokenizer": {"frozen": True, "init_from": "b"}}}}, [], "row a: tokenizer.frozen is on"),
         ({}, ["--minutes", "0"], "minutes is 0.0; it must be above 0"),
         ({}, ["--minutes", "inf"], "minutes is inf; it must be above 0 and finite"),
     ],

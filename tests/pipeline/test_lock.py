@@ -61,9 +61,11 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
     experiment = load_experiment(["--config", str(tiny_yaml)])
     pid = os.fork()
     if pid == 0:
-        with run_lock(experiment.folder, 30):
-            time.sleep(600)
-        os._exit(1)
+        try:
+            with run_lock(experiment.folder, 30):
+                time.sleep(600)
+        finally:
+            os._exit(1)
     lock = experiment.folder / ".lock"
     while not (lock.is_file() and lock.read_text().endswith("\n")):
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
