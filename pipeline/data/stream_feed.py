@@ -86,16 +86,20 @@ class Lane:
                 self._count += 1
                 return sample
             self._lengths.add(self._key(self._number), self._count)
-            # Passes are shuffled apart, so a lane may meet many empty shards before it meets one that is not.
-            if self._lengths.empty(self._parts) == self._order.length:
-                why = "; ".join(self._stream.problems)
-                raise ValueError(f"no shard of {self._stream.name} has a picture to train on; {why or 'all are held out or missing'}")
             self._go_on()
 
     def _go_on(self) -> None:
-        """To the next shard that is not known to be empty."""
+        """To the next shard that is not known to be empty. Passes are shuffled apart, so a lane may meet many before it.
+
+        Raises:
+            ValueError: all are.
+        """
         self._number += 1
         while self._lengths.get(self._key(self._number)) == 0:
+            # Asked anew each time: other lanes find out more meanwhile.
+            if self._lengths.empty(self._parts) == self._order.length:
+                why = "; ".join(self._stream.problems)
+                raise ValueError(f"no shard of {self._stream.name} has a picture to train on; {why or 'all are held out or missing'}")
             self._number += 1
         self._samples = self._open(self._number)
 
