@@ -92,7 +92,7 @@ def suggest(data: DataConfig, text: TextConfig, parts: Sequence[Part], largest: 
         },
         "sampling": {"guidance_scale": 1.25},
     }
-    if world:
+    if "shapes" in data.sources:  # they are unlimited
         values["encode"] = {"pictures": _SHAPES}
     return Suggestion(values, reasons)
 

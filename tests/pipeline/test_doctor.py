@@ -193,11 +193,13 @@ def test_many_pictures_with_one_caption_are_warned_of(folder):
 
 def test_captions_that_lost_characters_are_warned_of(tmp_path, folder):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        (folder / "07.txt").write_bytes(b"caf\xe9")
+        (folder / "06.txt").write_bytes(b"caf\xe9")
+        (folder / "07.txt").write_text("caf\ufffd")  # as programs write that replaced it
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
     found = diagnose(config(tmp_path / "shard.tar"))
     assert "1 captions hold characters that are not UTF-8" in said(found, "warns") and found.captions.damaged == 1
+    assert "1 captions that are not UTF-8 left out: 06" in said(found, "notes")
 
 
 def split(folder: Path) -> tuple[list[str], list[str]]:

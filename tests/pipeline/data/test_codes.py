@@ -141,7 +141,7 @@ def test_other_formats_are_refused(folder, made, message):
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}"])
 def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
     (folder / "codes.json").write_text(content)
-    with pytest.raises(ValueError, match="holds no whole codes dataset"):
+    with pytest.raises(ValueError, match=r"codes\.json is cut or damaged .*remove .* and run `minidalle encode` again"):
         CodesDataset(folder, "train")
 
 

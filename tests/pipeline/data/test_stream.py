@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import http.server
 import shutil
 import threading
@@ -166,6 +167,7 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
         assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(range(40))
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_shards_come_over_http(shards, tmp_path):
     served = Path(shutil.copytree(shards, tmp_path / "served"))
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
@@ -183,6 +185,8 @@ def test_shards_come_over_http(shards, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+        del source
+        gc.collect()  # the library's connections end here, and not in a later test, where a warning of theirs would be an error
 
 
 def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path):
