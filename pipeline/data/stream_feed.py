@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -159,7 +159,9 @@ class Shuffled:
             lane.skip_to(before)
             return [next(lane) for _ in range(before, until)]
 
-        by_lane = [iter(samples) for samples in self._readers.map(of_lane, range(self._width))]
+        read = [self._readers.submit(of_lane, k) for k in range(self._width)]
+        wait(read)  # also where one fails: the next block must not find a lane still reading
+        by_lane = [iter(samples.result()) for samples in read]
         samples = [next(by_lane[(first + i) % self._width]) for i in range(count)]
         order = np.random.default_rng([self._seed, self._process, number, 3]).permutation(count)
         return [samples[i] for i in order]

@@ -7,6 +7,7 @@ import gc
 import http.server
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -218,6 +219,32 @@ def test_nothing_to_train_on_ends(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on; .*without a caption left out: a"):
         StreamFeed(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
+
+
+def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
+    """The next block is read ahead at once, by the same lanes."""
+    write_shards(tmp_path, [6, 6, 6])
+    source = stream(tmp_path, interleave=3)
+    shuffled, busy, met = Shuffled(source, 0, 0, 1), [0, 0, 0], []
+
+    def slow(number):
+        def read(_):
+            met.append(busy[number])
+            busy[number] += 1
+            if number == 0:
+                busy[number] -= 1
+                raise OSError("gone")
+            time.sleep(0.05)
+            busy[number] -= 1
+
+        return read
+
+    for number, lane in enumerate(shuffled._lanes):
+        monkeypatch.setattr(lane, "skip_to", slow(number))
+    for block in range(4):
+        with pytest.raises(OSError, match="gone"):
+            shuffled.block(block)
+    assert len(met) >= 12 and set(met) == {0}
 
 
 def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
