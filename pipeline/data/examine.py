@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.checkpoints import written_beside
 from pipeline.data.config import DataConfig
 from pipeline.data.pictures import frames, open_for_judging
 from pipeline.data.rows import Rows, Tally, stamp_of
@@ -172,7 +173,5 @@ def _read(path: Path) -> Examined | None:
 def _write(path: Path, found: Examined) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(vars(found))
-    beside = path.with_name(f".{path.name}.writing")
-    with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with written_beside(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    beside.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,6 @@ LARGEST = 89_478_485
 
 # A picture of absurd size is refused below. Pillow's warnings cannot be caught where several threads read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class TooSmall(ValueError):
-    """A picture is smaller than asked for."""
 
 
 def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
@@ -79,24 +74,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # a damaged EXIF block, which says nothing of the pixels
         return 1
-
-
-def square(image: Image.Image, size: int, *, upscale: bool = False, name: str = "the picture") -> Image.Image:
-    """Any picture as RGB, its largest centred square at `size` pixels.
-
-    Raises:
-        TooSmall: it is smaller than `size` and `upscale` is off.
-    """
-    from stage1_tokenizer.pixels import resize_and_crop, to_rgb
-
-    if min(image.size) < size and not upscale:
-        raise TooSmall(f"{name} is {image.width}x{image.height} and must be at least {size}x{size}; enlarge it, or set data.upscale=true")
-    return resize_and_crop(to_rgb(image), size)
-
-
-def read_picture(path: Path, size: int, *, upscale: bool = False) -> Image.Image:
-    """A picture file as RGB at `size` pixels; see `open_picture` and `square` for what is raised."""
-    return square(open_picture(path), size, upscale=upscale, name=str(path))
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:

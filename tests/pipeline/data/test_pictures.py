@@ -15,8 +15,9 @@ from PIL import Image
 
 from pipeline.data import mapped
 from pipeline.data.config import DataConfig
-from pipeline.data.pictures import centre_square, open_for_judging, open_picture, prepared, random_square, square
+from pipeline.data.pictures import centre_square, open_for_judging, open_picture, prepared, random_square
 from pipeline.data.sources import load_source, load_sources
+from stage1_tokenizer import resize_and_crop
 from tests.pipeline.data.making import config, encoded, photo
 
 
@@ -33,7 +34,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_jpegs_decoded_small_look_as_if_decoded_whole():
     for seed in range(4):
         content = as_file(photo(seed, (300, 260)), "JPEG", quality=90)
-        whole = np.asarray(square(open_picture(content), 32))
+        whole = np.asarray(resize_and_crop(open_picture(content), 32))
         assert open_picture(content, at_least=64).size < (300, 260)
         assert psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32)) > 40
 
@@ -193,4 +194,4 @@ def mapped_part():
 
 
 def test_emoji_sized_bytes_are_pictures_too():
-    assert square(open_picture(encoded(size=(16, 16))), 16).size == (16, 16)
+    assert resize_and_crop(open_picture(encoded(size=(16, 16))), 16).size == (16, 16)
