@@ -25,6 +25,7 @@ from pipeline.data.config import data_settings
 from pipeline.encoding import encode_dataset, sources_of
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
+from pipeline.lock import run_lock
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.settings import as_made, encode_settings, read_settings
 from pipeline.stages import tokenizer_task, train_prior, train_tokenizer
@@ -127,20 +128,21 @@ def compare_tokenizers(comparison: Comparison) -> Path:
         device = make_accelerator(experiment, trackers=False).device
         for train in (experiment.tokenizer.train, experiment.prior.train):
             compiles(train, device)
-    try:
-        for name, experiment in due.items():
-            print(f"== {name}", flush=True)
-            # What was compiled for other rows counts against how many shapes a network may be compiled for.
-            torch.compiler.reset()
-            try:
-                row_figures(experiment, comparison.minutes)
-            except FloatingPointError as error:
-                write_figures(experiment, comparison.minutes, {"failed": str(error)})
-                print(f"{name} failed: {error}", flush=True)
-            except ValueError as error:
-                raise ValueError(f"row {name}: {error}") from error
-    finally:
-        write_report(comparison)
+    with run_lock(comparison.folder, next(iter(comparison.rows.values())).process_timeout):
+        try:
+            for name, experiment in due.items():
+                print(f"== {name}", flush=True)
+                # What was compiled for other rows counts against how many shapes a network may be compiled for.
+                torch.compiler.reset()
+                try:
+                    row_figures(experiment, comparison.minutes)
+                except FloatingPointError as error:
+                    write_figures(experiment, comparison.minutes, {"failed": str(error)})
+                    print(f"{name} failed: {error}", flush=True)
+                except ValueError as error:
+                    raise ValueError(f"row {name}: {error}") from error
+        finally:
+            write_report(comparison)
     return comparison.folder
 
 

@@ -1,4 +1,4 @@
-"""What training a stage will take: bytes before it starts, time after its first steps. Knows tensors and clocks; knows no stage.
+"""What training a stage will take in memory. Knows tensors; knows no stage.
 
 Parameters, gradients, averages and optimizer state are counted. What a step holds beyond them is measured, by the gradient of a few
 rows and of twice as many, after which everything is as it was.
@@ -6,25 +6,21 @@ rows and of twice as many, after which everything is as it was.
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.memory import readable
+from pipeline.rehearsal import as_they_were
 from pipeline.sharding import Cut, Trained, local
 from pipeline.train_config import TrainConfig
 
@@ -36,8 +32,6 @@ _COMPILER = 150 * 2**20
 """Bytes that torch.compile itself takes in a process on a CPU."""
 _MUON_BYTES = 14
 """Bytes an entry of the matrices that Muon orthogonalises together: a stack in fp32 and five in bf16."""
-_UNTIMED, _TIMED = 5, 20
-"""Steps before the first timed one, which compile and warm up; and steps timed."""
 
 
 class Losses(Protocol):
@@ -124,22 +118,6 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@contextmanager
-def as_it_was(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts parameters and buffers back when it ends, and takes gradients away. Torch's random state is set by each step anew."""
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    held = [(tensor, tensor.data, local(tensor.detach()).clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, data, values in held:
-                tensor.grad = None
-                if not isinstance(tensor, DTensor):
-                    tensor.data = data  # a codebook that restarts is another tensor
-                local(tensor.detach()).copy_(values)
-
-
 def peak_of_step(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that all gradients of a batch hold at a time, beyond what was there before; the gradients themselves too."""
     if device.type == "cuda":
@@ -211,7 +189,7 @@ def growth(
         peaks = {}
         try:
             for count in sorted({rows, min(2 * rows, most)}):
-                with as_it_was(objective.networks.values()), warnings.catch_warnings():
+                with as_they_were(objective.networks.values()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
                     peaks[count] = peak_of_step(objective, example(count), step, autocast, device)
             break
@@ -284,34 +262,3 @@ def estimated(
     state = state_bytes(objective.networks, config)
     several = trained.accelerator.num_processes > 1 and not isinstance(trained, Cut)
     return needs(state, grown, rows, device, compiled=compiled, several=several, held=state.parameters + trained.held())
-
-
-class Forecast:
-    """Times the first steps after those that compile and warm up, and says what all of them will take."""
-
-    def __init__(self, first: int, steps: int) -> None:
-        self._start = time.perf_counter()
-        self._first, self._steps = first, steps
-        self._ends: list[float] = []
-
-    def after(self, done: int) -> str | None:
-        """To be called after each step with the number of steps done; a line, once."""
-        behind = done - self._first
-        if not _UNTIMED <= behind <= _UNTIMED + _TIMED:
-            return None
-        self._ends.append(time.perf_counter())
-        if behind < _UNTIMED + _TIMED:
-            return None
-        # The median: what evaluating and saving take falls on single steps.
-        seconds = statistics.median(later - earlier for earlier, later in pairwise(self._ends))
-        left = self._ends[-1] - self._start + seconds * (self._steps - done)
-        return f"about {duration(left)} for {self._steps - self._first:,} steps ({seconds:.3g} s each, beside evaluating)"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} minutes" if seconds >= 600 else f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:.1f} hours"

@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.estimate import Losses, as_it_was, growth, needs, peak_of_step, repeated, state_bytes, to_device
+from pipeline.estimate import Losses, growth, needs, peak_of_step, repeated, state_bytes, to_device
 from pipeline.memory import USABLE, free_memory, out_of_memory, readable
+from pipeline.rehearsal import as_they_were
 from pipeline.runtime import compiles, uses_bf16
 from pipeline.train_config import TrainConfig
 
@@ -106,7 +107,7 @@ def settled(config: Any, task: Any, precision: str, accelerator: Accelerator, *,
 def _runs(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> bool:
     """Whether the gradient of a batch can be taken."""
     try:
-        with as_it_was(objective.networks.values()):
+        with as_they_were(objective.networks.values()):
             peak_of_step(objective, batch, step, autocast, device)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -52,8 +52,9 @@ def signals_caught() -> Iterator[Caught]:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":
                 again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
+                name = NAMES[signal.Signals(number)]
                 # Not by print: a signal may come in the midst of one, which allows no second.
-                os.write(2, f"\n{NAMES[signal.Signals(number)]}: a checkpoint is saved after this step{again}\n".encode())
+                os.write(2, f"\n{name}: saving after this step (a first step that compiles takes a minute){again}\n".encode())
 
     with _handled(handler):
         yield caught

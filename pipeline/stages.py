@@ -109,7 +109,8 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, feed.names), tokenizer
+    begins = [experiment.tokenizer.objective.adversary.start] if objective.discriminator else []
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, feed.names, begins), tokenizer
 
 
 @alone_in_run

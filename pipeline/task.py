@@ -41,6 +41,7 @@ class Task:
         pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
         alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
         rows: (step) -> names of the pictures in this process's part of the batch of that step, for errors.
+        begins: numbers of the steps at which more takes part than before, so that each takes longer.
     """
 
     objective: Objective
@@ -50,3 +51,4 @@ class Task:
     pictures: Callable[[], Mapping[str, Any]]
     alarm: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
     rows: Callable[[int], Sequence[str]] = lambda step: ()
+    begins: Sequence[int] = ()

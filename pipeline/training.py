@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,10 @@ from pipeline.checkpoints import (
     save_checkpoint,
     tidy,
 )
-from pipeline.estimate import Forecast, estimated, to_device
+from pipeline.estimate import estimated, to_device
 from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
 from pipeline.optimizers import learning_rate, optimizers_for
+from pipeline.rehearsal import Ahead, as_they_were, rehearse
 from pipeline.runtime import lost_process, told_by_main
 from pipeline.sharding import Cut, Trained, can_cut, whole
 from pipeline.task import Objective, Task
@@ -106,6 +106,7 @@ class _Training:
         given = (self.plain, optimizers, average, accelerator)
         self.trained = Cut(*given, self.optimized) if cut else Trained(*given)
         self.undo = Undo(self.trained.networks.values() if config.skip_nonfinite else ())
+        self.caught = Caught()
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
 
@@ -119,19 +120,21 @@ class _Training:
         objective, config, accelerator, plain = self.task.objective, self.config, self.accelerator, self.plain
         first = self.state.step
         objective.networks.update(self.trained.networks)
-        if progress and first < config.steps:
-            self.say_need(compile_networks)
-        if compile_networks:
-            self.trained.compile()
-        for group in plain:
-            objective.networks[group] = self.trained.for_training(group)
-        bar = tqdm(
-            total=config.steps, initial=first, desc=self.label, disable=not (progress and accelerator.is_main_process), mininterval=1.0
-        )
         pace = Pace(config.numbers()[0])
-        # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
-        with bar:
-            figures = self.steps(seed, bar, pace)
+        with signals_caught() as self.caught, Ahead(self.task.batch, config.steps) as self.ahead:
+            if progress and first < config.steps:
+                self.say_need(compile_networks)
+            if compile_networks:
+                self.trained.compile()
+            for group in plain:
+                objective.networks[group] = self.trained.for_training(group)
+            if progress:
+                self.say_time(seed)
+            shown = progress and accelerator.is_main_process
+            # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
+            with tqdm(total=config.steps, initial=first, desc=self.label, disable=not shown, mininterval=1.0) as bar:
+                pace.restart()
+                figures = self.steps(seed, bar, pace)
         if progress and pace.steps:
             skipped = f"; steps skipped as not finite: {self.state.skipped}" if self.state.skipped else ""
             accelerator.print(f"{self.label}: {pace.line()}{skipped}")
@@ -157,9 +160,29 @@ class _Training:
         batch_size, accumulate = self.config.numbers()
         rows = batch_size // self.accelerator.num_processes // accumulate
         device = self.accelerator.device
-        batch = to_device(self.task.batch(self.state.step), device)  # the one that is needed next: a stream reads on from there
+        batch = to_device(self.ahead.take(self.state.step, keep=True), device)
         need = estimated(self.task.objective, self.config, device, self.autocast, batch, rows, self.trained, compiled=compiled)
         self.accelerator.print(f"{self.label}: {need.line(self.accelerator.num_processes)}")
+
+    def say_time(self, seed: int) -> None:
+        accelerator, first, steps = self.accelerator, self.state.step, self.config.steps
+
+        def heard(scalars: dict[str, Tensor]) -> bool:
+            bad, stop = agreed(scalars, self.caught.number, accelerator.device, accelerator.num_processes > 1)
+            if stop:
+                raise Stopped(stop, f" before step {first} of {steps} ({self.label}), which loses nothing")
+            return not bad
+
+        def step(number: int, batch: Any) -> None:
+            self.take(seed, number, to_device(batch, accelerator.device), heard)
+
+        taken_back = partial(as_they_were, self.trained.networks.values(), self.trained.optimizers.values())
+        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, taken_back):
+            accelerator.print(f"{self.label}: {rehearsed.line()}")
+
+    def take(self, seed: int, step: int, batch: Any, finite: Callable[[dict[str, Tensor]], bool]) -> dict[str, Tensor]:
+        torch.manual_seed(step_seed(seed, step, self.accelerator.process_index))
+        return _step(self.task.objective, self.trained.optimizers, self.accelerator, self.autocast, batch, step, self.config, finite)
 
     def go_on(self, optimizers: dict[str, Any], average: WeightAverage) -> None:
         """From the newest whole checkpoint, if there is one."""
@@ -189,62 +212,53 @@ class _Training:
         figures: dict[str, float] = {}
         recent: dict[str, Tensor] = {}
         alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
-        latest, forecast = Pace(config.numbers()[0]), Forecast(first, config.steps)
-        with signals_caught() as caught, ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(task.batch, first) if first < config.steps else None
-            for step in range(first, config.steps):
-                assert ahead is not None
-                start = time.perf_counter()
-                batch = ahead.result()
-                waited = time.perf_counter() - start
-                batch = to_device(batch, accelerator.device)
-                ahead = pool.submit(task.batch, step + 1) if step + 1 < config.steps else None
-                torch.manual_seed(step_seed(seed, step, accelerator.process_index))
-                self.undo.remember()
-                finite = partial(self.finite, step, caught)
-                scalars = _step(task.objective, self.trained.optimizers, accelerator, self.autocast, batch, step, config, finite)
-                if scalars:
-                    # Not every step has every figure: batches with codes first have others.
-                    recent = recent | scalars
-                    self.trained.average.update(average_decay(step, config))
-                self.state.step = done = step + 1
-                for clock in (pace, latest):
-                    clock.step(waited)
-                bar.update(1)
-                if (line := forecast.after(done)) and not bar.disable:
-                    bar.write(f"{self.label}: {line}")
-                if done % config.log_every == 0 or self.saves(done):
-                    said = over_processes(recent, accelerator) | latest.figures()
-                    if config.skip_nonfinite:
-                        said["skipped_steps"] = float(self.state.skipped)
-                    latest.restart()
-                    for i, alarm in enumerate(alarms):
-                        warning = alarm(said, done)
-                        if warning and not warned[i] and accelerator.is_main_process:  # said once, and again where it comes back
-                            bar.write(f"{self.label}: {warning}")
-                        warned[i] = warning is not None
-                    bar.set_postfix_str(_readable(said, figures), refresh=False)
-                    accelerator.log({f"{self.label}/{k}": v for k, v in said.items()}, step=done)
-                # Also where a signal came: what is chosen as the best must not depend on it.
-                if done % config.evaluate_every == 0 or done == config.steps:
-                    figures = self.evaluate()
-                    latest.restart()
-                if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
-                    self.checkpoint()
-                if done == config.steps:  # or one that came during the last evaluation would be forgotten
-                    self.finite(step, caught, {})
-                if self.stop:
-                    raise Stopped(self.stop, f" after step {done} of {config.steps} ({self.label}), which is saved")
+        latest = Pace(config.numbers()[0])
+        for step in range(first, config.steps):
+            start = time.perf_counter()
+            batch = self.ahead.take(step)
+            waited = time.perf_counter() - start
+            self.undo.remember()
+            scalars = self.take(seed, step, to_device(batch, accelerator.device), partial(self.finite, step))
+            if scalars:
+                # Not every step has every figure: batches with codes first have others.
+                recent = recent | scalars
+                self.trained.average.update(average_decay(step, config))
+            self.state.step = done = step + 1
+            for clock in (pace, latest):
+                clock.step(waited)
+            bar.update(1)
+            if done % config.log_every == 0 or self.saves(done):
+                said = over_processes(recent, accelerator) | latest.figures()
+                if config.skip_nonfinite:
+                    said["skipped_steps"] = float(self.state.skipped)
+                latest.restart()
+                for i, alarm in enumerate(alarms):
+                    warning = alarm(said, done)
+                    if warning and not warned[i] and accelerator.is_main_process:  # said once, and again where it comes back
+                        bar.write(f"{self.label}: {warning}")
+                    warned[i] = warning is not None
+                bar.set_postfix_str(_readable(said, figures), refresh=False)
+                accelerator.log({f"{self.label}/{k}": v for k, v in said.items()}, step=done)
+            # Also where a signal came: what is chosen as the best must not depend on it.
+            if done % config.evaluate_every == 0 or done == config.steps:
+                figures = self.evaluate()
+                latest.restart()
+            if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
+                self.checkpoint()
+            if done == config.steps:  # or one that came during the last evaluation would be forgotten
+                self.finite(step, {})
+            if self.stop:
+                raise Stopped(self.stop, f" after step {done} of {config.steps} ({self.label}), which is saved")
         return figures
 
     def saves(self, done: int) -> bool:
         every = (self.config.evaluate_every, self.config.checkpoint_every)
         return done == self.config.steps or any(done % count == 0 for count in every)
 
-    def finite(self, step: int, caught: Caught, scalars: Mapping[str, Tensor]) -> bool:
+    def finite(self, step: int, scalars: Mapping[str, Tensor]) -> bool:
         """Whether a step may move the weights, for all processes; one that may not is an error, or is undone and counted."""
         accelerator = self.accelerator
-        bad, self.stop = agreed(scalars, caught.number, accelerator.device, accelerator.num_processes > 1)
+        bad, self.stop = agreed(scalars, self.caught.number, accelerator.device, accelerator.num_processes > 1)
         if not bad:
             return True
         problem = not_finite(*self.culprits(broken(scalars), step), step)

@@ -60,7 +60,8 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
         folder: keeps what was found.
         share: this process's part of the work; every process of it must call.
     """
-    kept = folder / f"examined-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
+    source = stamp_of([rows.name])
+    kept = folder / f"examined-{source}-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
         assert found is not None
@@ -78,6 +79,8 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
     result = _from_lines(lines)
     if kept is not None and share.index == 0 and len(rows) >= _SLOW:
         _write(kept, result)
+        for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {kept}:  # of the source as it was
+            old.unlink(missing_ok=True)
     return result
 
 
@@ -87,16 +90,9 @@ def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.
     Raises:
         ValueError: more pictures than `config.max_bad` allows cannot be read.
     """
-    shorter, longer = np.minimum(found.width, found.height), np.maximum(found.width, found.height)
     bad = np.array([bool(problem) for problem in found.problem], bool)
-    small = ~bad & (shorter < config.least_size)
-    hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
-    reasons = [(UNREADABLE, bad), (f"pictures smaller than {config.least_size} pixels left out{hint}", small)]
-    if config.max_size is not None:
-        reasons.append((f"pictures larger than {config.max_size} pixels left out", ~bad & (longer > config.max_size)))
-    if config.max_aspect is not None:
-        wide = ~bad & (longer > config.max_aspect * shorter)
-        reasons.append((f"pictures more than {config.max_aspect:g} times as long as wide left out", wide))
+    of_size = [(reason, ~bad & which) for reason, which in unwanted_sizes(found.width, found.height, config)]
+    reasons = [(UNREADABLE, bad), *of_size]
     for reason, rows_of in reasons:
         for row in np.flatnonzero(rows_of):
             tally.add(reason, rows.label(int(row)))
@@ -107,6 +103,18 @@ def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.
             f"repair or remove them, or raise data.max_bad (now {config.max_bad})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
+
+
+def unwanted_sizes(width: np.ndarray, height: np.ndarray, config: DataConfig) -> list[tuple[str, np.ndarray]]:
+    """Reasons to leave pictures of these sizes (N) out, and whether each stands against each picture (N)."""
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
+    reasons = [(f"pictures smaller than {config.least_size} pixels left out{hint}", shorter < config.least_size)]
+    if config.max_size is not None:
+        reasons.append((f"pictures larger than {config.max_size} pixels left out", longer > config.max_size))
+    if config.max_aspect is not None:
+        reasons.append((f"pictures more than {config.max_aspect:g} times as long as wide left out", longer > config.max_aspect * shorter))
+    return reasons
 
 
 def look_of(image: Image.Image) -> int:

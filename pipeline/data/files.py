@@ -17,8 +17,20 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from pipeline.data.pictures import EXTENSIONS
-from pipeline.data.rows import BAD_CAPTION, Record, Tally, existing_column, image_column, is_text, listed, stamp_of, state_of, text_of
+from pipeline.data.pictures import EXTENSIONS, UNREAD
+from pipeline.data.rows import (
+    BAD_CAPTION,
+    Record,
+    Tally,
+    existing_column,
+    image_column,
+    is_text,
+    listed,
+    printable,
+    stamp_of,
+    state_of,
+    text_of,
+)
 
 LAYOUTS = """accepted are
   pictures/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
@@ -160,12 +172,17 @@ def _pictures_below(folder: Path, tally: Tally) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
         for name in files:
-            if Path(name).suffix.lower() not in EXTENSIONS or not (Path(where) / name).is_file():
+            extension, picture = Path(name).suffix.lower(), (below / name).as_posix()
+            if extension in UNREAD:
+                tally.add(f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out", picture)
+            if extension not in EXTENSIONS or name.startswith("."):  # as ._cat.jpg, which is no picture
                 continue
-            if is_text(picture := (below / name).as_posix()):
-                found.append(picture)
-            else:
+            if not is_text(picture):
                 tally.add("pictures whose names are not UTF-8 left out", ascii(picture))
+            elif not _is_file(Path(where) / name):
+                tally.add("links to pictures that are not there left out", picture)
+            else:
+                found.append(picture)
     return sorted(found)
 
 
@@ -202,6 +219,9 @@ def _rows_of_csv(path: Path, text: str) -> list[Record]:
         rows = [dict(row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes") from error
+    only = (reader.fieldnames or [""])[0]
+    if len(reader.fieldnames or []) == 1 and (other := next((mark for mark in ";\t|" if mark in only), None)):
+        raise ValueError(f"{path} parts its columns by {other!r} ({printable(only)}); save it with commas")
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(

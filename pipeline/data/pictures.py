@@ -12,7 +12,11 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.config import DataConfig
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".pdf")
+"""Pictures of kinds that are not read."""
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Pillow's names of what is read, whatever a file's name says. Not of what other programs are started for, as for EPS."""
 LARGEST = 89_478_485
 """Pixels of a picture above which it is refused: a small file can claim to be so large that it fills the memory."""
 
@@ -40,10 +44,16 @@ def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[
     return image, (height, width) if sideways else (width, height)
 
 
+def header(source: Any) -> Image.Image:
+    """A picture of which nothing is decoded yet, from a path or a file object. Raises whatever Pillow does."""
+    Image.init()  # does something once
+    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
 def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     name = "it" if isinstance(source, bytes) else source
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = header(io.BytesIO(source) if isinstance(source, bytes) else source)
         size = image.size
         if size[0] * size[1] > LARGEST:
             raise ValueError(f"it says to be {size[0]}x{size[1]} pixels, and {LARGEST:,} in all are the most")

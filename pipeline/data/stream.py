@@ -14,12 +14,12 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline.data.captions import CaptionReader
 from pipeline.data.config import DataConfig, data_settings
+from pipeline.data.examine import UNREADABLE, unwanted_sizes
 from pipeline.data.hub import content_of, label_names, load
-from pipeline.data.pictures import prepared, square_of
+from pipeline.data.pictures import header, prepared, square_of
 from pipeline.data.rows import BAD_CAPTION, Record, Tally, image_column, is_held_out, stamp_of, state_of
 
 UNDECODED = "pictures that cannot be decoded left out"
@@ -151,14 +151,13 @@ class StreamSource:
         config = self.config
         try:
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
-            width, height = Image.open(io.BytesIO(content)).size  # the header alone: the pixels are decoded when they are needed
+            width, height = header(io.BytesIO(content)).size  # the pixels are decoded when they are needed
         except Exception:  # see `pictures.open_picture`
-            self._leave_out("unreadable pictures left out", name)
+            self._leave_out(UNREADABLE, name)
             return None
-        shorter, longer = min(width, height), max(width, height)
-        wide = config.max_aspect is not None and longer > config.max_aspect * shorter
-        if shorter < config.least_size or (config.max_size is not None and longer > config.max_size) or wide:
-            self._leave_out("pictures of other sizes than wanted left out", name)
+        unwanted = [reason for reason, which in unwanted_sizes(np.array([width]), np.array([height]), config) if which[0]]
+        if unwanted:
+            self._leave_out(unwanted[0], name)
             return None
         return Sample(name, content, captions)
 

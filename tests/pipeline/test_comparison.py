@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
@@ -50,6 +51,15 @@ def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
     for name in ("comparison.png", "reconstructions.png"):
         with Image.open(folder / name) as image:
             assert len(np.unique(np.asarray(image))) > 2
+
+
+def test_one_comparison_at_a_time(bakeoff, tmp_path, capsys):
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails(capsys, ["compare-tokenizers", "--config", bakeoff], f"{folder} is in use by another process")
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What training will take: counted, measured by small steps that leave no trace, chosen by; and said before it starts."""
+"""What training will take: counted, measured by small steps that leave no trace, chosen by."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from pipeline import fitting
 from pipeline.cli import main
 from pipeline.config import PriorTrainConfig, TrainConfig
-from pipeline.estimate import Forecast, LiveBytes, as_it_was, duration, growth, repeated, state_bytes
+from pipeline.estimate import LiveBytes, growth, repeated, state_bytes
 from pipeline.fitting import choices, choose, settled
 from pipeline.memory import readable
+from pipeline.rehearsal import as_they_were
 from pipeline.training import optimizers_for
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
@@ -93,7 +94,7 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
     grown = growth(made, batch, 9, eager, CPU, most=64)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert [p.data_ptr() for p in network.parameters()] == addresses and all(p.grad is None for p in network.parameters())
-    with as_it_was([network]), LiveBytes(CPU) as live:
+    with as_they_were([network]), LiveBytes(CPU) as live:
         for loss in made.losses(batch(32), 9):
             loss.value.backward()
     assert grown.at(32) == pytest.approx(live.peak, rel=0.1)
@@ -196,17 +197,5 @@ def test_auto_is_for_the_stages_alone():
         TrainConfig(batch_size="auto").numbers()
 
 
-def test_time_is_foretold_from_steps_that_do_not_compile(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("pipeline.estimate.time.perf_counter", lambda: now[0])
-    forecast, said = Forecast(100, 400), []
-    for done in range(101, 201):
-        now[0] += 40.0 if done == 101 else 30.0 if done == 110 else 2.0  # the first compiles, one evaluates
-        said.append(forecast.after(done))
-    assert [line for line in said if line] == ["about 11 minutes for 300 steps (2 s each, beside evaluating)"]
-    assert said.index(next(line for line in said if line)) == 24
-
-
-def test_sizes_and_times_in_words():
+def test_sizes_in_words():
     assert [readable(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
-    assert [duration(s) for s in (12, 100, 700, 10000)] == ["12 seconds", "1.7 minutes", "12 minutes", "2.8 hours"]

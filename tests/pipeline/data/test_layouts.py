@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data.files import folder_rows
 from pipeline.data.rows import Tally
 from pipeline.data.sources import load_source, load_sources
 from tests.pipeline.data.making import config, encoded, write_shard, write_shards
@@ -147,6 +148,8 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         ("t.csv", "photo,text\na.png,x\n", "has no column 'image'; it has photo, text (data.image_column)"),
         ("t.csv", "filename,text\na.png,x\n", "has no column 'image'; it has filename, text; did you mean 'filename'?"),
         ("t.csv", "image,text\na.png,a cat, and a dog\n", "row 1 has more fields than its columns image, text; texts with commas"),
+        ("t.csv", "image;text\na.png;x\n", "parts its columns by ';' (image;text); save it with commas"),
+        ("t.csv", "image\ttext\na.png\tx\n", "parts its columns by '\\t' (image\ttext); save it with commas"),
         ("t.csv", 'image,text\na.png,"a cat\n', "is no CSV (unexpected end of data)"),
         (
             "t.csv",
@@ -220,6 +223,21 @@ def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_pa
         "6 captions of pictures that are not there left out: 6.png, 7.png, 8.png, ...",
         "4 pictures that no caption names left out: 0.png, 1.png, 2.png, ...",
     ]
+
+
+def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
+    """Pictures of other kinds and links to nothing are; what is hidden was not meant."""
+    for name in ("a.png", "b.JFIF", "c.avif"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name, {"png": "PNG", "JFIF": "JPEG", "avif": "AVIF"}[name.split(".")[1]])
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    for name in ("d.heic", "e.svg", "._a.png", "notes.md"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "f.jpg").symlink_to(tmp_path / "gone.jpg")
+    found = folder_rows(tmp_path, "text", None)
+    assert [found.label(row) for row in range(len(found))] == ["a.png", "b.JFIF", "c.avif"]
+    kinds = "pictures of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, .avif, .bmp, .gif, .tif, .tiff are) left out"
+    assert found.tally.counts() == {kinds: 2, "links to pictures that are not there left out": 1}
+    assert sorted(everything(tmp_path)) == ["a.png", "b.JFIF", "c.avif"]
 
 
 def test_odd_letters_in_captions_and_names(tmp_path):

@@ -39,6 +39,13 @@ def test_jpegs_decoded_small_look_as_if_decoded_whole():
         assert psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32)) > 40
 
 
+def test_no_other_program_is_started_for_a_picture(tmp_path):
+    """Pillow hands EPS to Ghostscript, which runs what the file says."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.eps", "EPS")
+    with pytest.raises(ValueError, match="it is of no known format"):
+        open_picture((tmp_path / "a.eps").rename(tmp_path / "a.png"))
+
+
 def test_a_picture_is_judged_by_its_full_size_when_upright():
     content = as_file(photo(0, (640, 320)), "JPEG")
     small, size = open_for_judging(content, 40)

@@ -206,8 +206,12 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
     for step in range(12):
         assert feed.pictures(step).shape == (10, 16, 16, 3)
     problems = "\n".join(source.problems)
-    for expected in ("without a caption left out: mute", "of other sizes than wanted left out: small", "unreadable pictures left out: none",
-                     "pictures that cannot be decoded left out: cut"):  # fmt: skip
+    for expected in (
+        "without a caption left out: mute",
+        "1 pictures smaller than 16 pixels left out (data.upscale=true keeps them): small",
+        "unreadable pictures left out: none",
+        "pictures that cannot be decoded left out: cut",
+    ):
         assert expected in problems
     strict = StreamFeed(stream(tmp_path, max_bad=0.0), 10, 0, 0, 1, None)
     with pytest.raises(ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_bad \(now 0\.0\)"):
