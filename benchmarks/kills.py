@@ -4,14 +4,16 @@
 
 The kill is SIGKILL: when a random step is reached, before a random one of the training's file operations (checkpoints are written, synced,
 renamed and removed by them), or after a random time, which also falls into the midst of a write. Both stages have everything with a
-state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. Each attempt is a fork of
-this process, which has imported the libraries and computed nothing.
+state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With `--streaming` the
+pictures come from shards that are read from beginning to end, so that a run that goes on must find its place in them again. Each attempt
+is a fork of this process, which has imported the libraries and computed nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -20,6 +22,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pipeline import cli, stages, training  # imported once, for all forks
+from pipeline.data.config import DataConfig
+from pipeline.data.sources import load_source
 
 _TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 4, "warmup_steps": 2}
 EXPERIMENT: dict[str, Any] = {
@@ -46,6 +53,7 @@ EXPERIMENT: dict[str, Any] = {
         "train": {**_TRAIN, "optimizer": "muon", "keep_best": True},
     },
 }
+_SHARDS, _SAMPLES = 5, 30
 STAGES = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
 KINDS = ("step", "file", "time")
 _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -136,12 +144,30 @@ def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file that a run keeps, by its path; pictures and logs aside, and what says where the run lies."""
+    """Hash of every file that a run keeps, by its path; pictures and logs aside, what was found out about the data, and what says where
+    the run lies."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in ("logs", "samples", "experiment.yaml")
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("logs", "samples", "data", "experiment.yaml")
     }
+
+
+def write_shards(folder: Path) -> dict[str, Any]:
+    """Writes pictures of shapes as shards; the `data` section that streams them, with more passes over them than one."""
+    source = load_source(DataConfig(**EXPERIMENT["data"]), "train")
+    folder.mkdir()
+    for shard in range(_SHARDS):
+        rows = range(shard * _SAMPLES, (shard + 1) * _SAMPLES)
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for row, image, caption in zip(rows, source.images(rows), source.captions(rows), strict=True):
+                picture = io.BytesIO()
+                Image.fromarray(image).save(picture, "PNG")
+                for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
+                    entry = tarfile.TarInfo(f"{row:06d}.{extension}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    return {"source": str(folder / "*.tar"), "image_size": 32, "streaming": True, "shuffle_buffer": 16, "interleave": 2, "held_out": 0.1}
 
 
 @dataclass
@@ -201,12 +227,18 @@ def main() -> int:
     reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="how the place of a kill is chosen (all)")
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument("--steps", type=int, default=_TRAIN["steps"], help=f"steps of either stage ({_TRAIN['steps']})")
+    reader.add_argument("--streaming", action="store_true", help="pictures from shards that are read from beginning to end")
     options = reader.parse_args()
     start, failed = time.perf_counter(), False
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = Path(scratch), Path(scratch) / "log"
         for stage in STAGES:
             EXPERIMENT[stage]["train"]["steps"] = options.steps
+        if options.streaming:
+            import datasets  # for all forks
+
+            assert datasets
+            EXPERIMENT["data"] = write_shards(folder / "shards")
         (folder / "experiment.yaml").write_text(json.dumps(EXPERIMENT))  # JSON is YAML
         base = folder / "base" / EXPERIMENT["name"]
         base.mkdir(parents=True)
