@@ -33,7 +33,7 @@ from pipeline.data.sources import Source, Split, check_splits, load_sources
 from pipeline.data.stream import Sample, StreamSource
 from pipeline.lock import alone_in_run, run_lock
 from pipeline.runtime import make_accelerator, processes, uses_bf16
-from pipeline.settings import as_made, encode_settings, needed
+from pipeline.settings import as_made, encode_settings, loaded
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
 _ALL = 10**9
@@ -55,7 +55,8 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         FileNotFoundError: there is no tokenizer yet.
     """
     folder = folder or experiment.folder / "codes"
-    tokenizer = ImageTokenizer.load(tokenizer_folder or needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    own = experiment.folder / "tokenizer"
+    tokenizer = ImageTokenizer.load(tokenizer_folder) if tokenizer_folder else loaded(ImageTokenizer.load, own, "train-tokenizer")
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "

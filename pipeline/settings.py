@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
@@ -15,6 +16,7 @@ from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, TrainC
 from pipeline.data.config import data_settings
 from pipeline.runtime import make_accelerator
 
+Made = TypeVar("Made")
 _CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
 _CHANGES_NO_CODE = ("shard_rows",)
 _UNSTARTED: dict[str, Any] = {"init_from": None, "frozen": False}
@@ -68,6 +70,22 @@ def needed(folder: Path, verb: str) -> Path:
         state = "not finished" if folder.is_dir() else "not there"
         raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
     return folder
+
+
+def loaded(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
+    """What a stage of the same run made.
+
+    Args:
+        verb: the one that makes it.
+
+    Raises:
+        FileNotFoundError: it is not done.
+        ValueError: it is cut or damaged.
+    """
+    try:
+        return load(needed(folder, verb))
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove {folder} and run `minidalle {verb}`, which makes it anew") from error
 
 
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:

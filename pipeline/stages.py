@@ -30,7 +30,7 @@ from pipeline.grids import bars, grid_image, picture_grid
 from pipeline.lock import alone_in_run
 from pipeline.origins import check_origins
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
-from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, needed, start, started_from
+from pipeline.settings import as_chosen, as_made, finish, finished, keep_settings, loaded, needed, start, started_from
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.training import Task, fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -118,7 +118,7 @@ def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder = experiment.folder / "prior"
     train = as_chosen(experiment.prior.train, folder)
-    tokenizer = ImageTokenizer.load(needed(experiment.folder / "tokenizer", "train-tokenizer"))
+    tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     check_origins(experiment)
@@ -257,8 +257,8 @@ def assemble_bundle(experiment: Experiment) -> Path:
     folder = experiment.folder
     manifest = read_manifest(folder / "codes")
     pipe = TextToImagePipeline(
-        ImageTokenizer.load(needed(folder / "tokenizer", "train-tokenizer")),
-        ImagePrior.load(needed(folder / "prior", "train-prior")),
+        loaded(ImageTokenizer.load, folder / "tokenizer", "train-tokenizer"),
+        loaded(ImagePrior.load, folder / "prior", "train-prior"),
         TextTokenizer.load(needed(folder / "text_tokenizer", "train-prior")),
         experiment.sampling,
         trained_on={

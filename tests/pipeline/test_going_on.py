@@ -216,3 +216,14 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
     fails(capsys, ["encode", *arguments], "plan.json is damaged ('tokenizer')")
     shutil.rmtree(folder / "codes")
     fails(capsys, ["train-prior", *arguments], "holds no whole codes dataset; run `minidalle encode` first")
+
+
+def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
+    arguments, folder = run
+    weights = folder / "tokenizer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    again = f"or remove {folder / 'tokenizer'} and run `minidalle train-tokenizer`, which makes it anew"
+    for verb in ("encode", "train-prior"):
+        fails(capsys, [verb, *arguments], "cannot be read", again)
+    shutil.rmtree(folder / "tokenizer")
+    assert main(["train-tokenizer", *arguments]) == main(["encode", *arguments]) == 0
