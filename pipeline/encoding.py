@@ -55,8 +55,10 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         FileNotFoundError: there is no tokenizer yet.
     """
     folder = folder or experiment.folder / "codes"
-    own = experiment.folder / "tokenizer"
-    tokenizer = ImageTokenizer.load(tokenizer_folder) if tokenizer_folder else loaded(ImageTokenizer.load, own, "train-tokenizer")
+    if tokenizer_folder is not None:
+        tokenizer = ImageTokenizer.load(tokenizer_folder)
+    else:
+        tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
