@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from pipeline.sharding import local
 
-_UNTIMED, _TIMED = 3, 6
+_UNTIMED, _TIMED = 3, 10
 """Steps that compile and warm up; and steps timed."""
 _STEPS_A_TIMED_ONE = 20
 """Steps of the training for each timed one, so that foretelling a short training does not take as long as it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -211,6 +212,17 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     assert TextToImagePipeline.from_pretrained(folder / "bundle").prior.fingerprint == whole.fingerprint
 
 
+def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
+    """Only what is trained has moments and gradients to count."""
+    arguments, folder = encoded
+    assert main(["train-prior", *arguments, *LORA, "--prior.train.batch_size", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "prior: batch_size 32, accumulate 1" in out  # of 40 pictures
+    assert read_settings(folder / "prior")["settings"]["train"]["batch_size"] == 32
+    optimizer = re.search(r"optimizer [\d.]+ (\w+)", out)
+    assert optimizer and optimizer[1] == "KiB"
+
+
 CUT_ADAPTER = """
 from pipeline import sharding
 end = sharding.Cut.end
@@ -289,6 +301,27 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(tmp_path,
     out, written = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
     assert "what fine-tuning changed" in out and "new data  nats_per_code" in out
     assert written["forgetting"]["figures"] == found.figures
+
+
+def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(tmp_path, bundle, finished_run, capsys):
+    """A run that was not started from it: `evaluate --before`."""
+    path, folder = finished_run
+    other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
+    tokenizer = ImageTokenizer.load(bundle / "tokenizer")
+    with torch.no_grad():
+        next(tokenizer.decoder.parameters()).mul_(0.5)
+    shutil.rmtree(other / "bundle" / "tokenizer")
+    tokenizer.save_pretrained(other / "bundle" / "tokenizer")
+    described = json.loads((other / "bundle" / "pipeline.json").read_text()) | {"tokenizer_fingerprint": tokenizer.fingerprint}
+    (other / "bundle" / "pipeline.json").write_text(json.dumps(described))
+    arguments = ["evaluate", "--config", str(path), "--output_dir", str(tmp_path / "runs"), "--pictures", "20"]
+    assert main([*arguments, "--before", str(bundle)]) == 0
+    out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
+    found = written["forgetting"]["figures"]
+    assert "the tokenizers differ" in out and set(found) == {OLD, NEW}
+    for figures in found.values():
+        assert figures["psnr"]["before"] != figures["psnr"]["after"]
+    assert found[NEW]["psnr"]["after"] == pytest.approx(written["psnr"], abs=1e-6)
 
 
 def test_old_data_that_are_gone_are_said_and_the_new_ones_reported(tmp_path, bundle, finished_run):

@@ -128,7 +128,7 @@ def test_time_is_foretold_by_the_steps_that_do_not_compile(monkeypatch):
         foretold = rehearse(step, ahead, 100, 400, [50, 300, 400], nullcontext)
     assert foretold == Rehearsed(((100, 2.0), (300, 5.0)), 400) and foretold.seconds == 200 * 2 + 100 * 5
     assert foretold.line() == "about 15 minutes for 300 steps (2 s each, 5 s from step 300 on, beside evaluating)"
-    assert taken == [(100, 100 + i) for i in range(9)] + [(300, 109 + i) for i in range(9)]
+    assert taken == [(100, 100 + i) for i in range(13)] + [(300, 113 + i) for i in range(13)]
 
 
 def test_few_steps_are_not_rehearsed():

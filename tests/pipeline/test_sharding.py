@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.cli import main
 from stage2_prior import ImagePrior
-from tests.pipeline.launched import CHECK, launch, settings
+from tests.pipeline.launched import CHECK, REHEARSED, launch, settings
 
 CUT = """
 import torch
@@ -55,7 +55,8 @@ def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
         if processes == 1:
             assert main(given) == 0
         else:
-            assert launch(tmp_path, processes, *given, script=CUT + CHECK, **FSDP).count("[cut]") == processes
+            said = launch(tmp_path, processes, *given, script=CUT + REHEARSED + CHECK, **FSDP)
+            assert said.count("[cut]") == said.count("[rehearsed]") == processes
     for file in ("step-4/weights", "step-4/average", "step-8/weights", "step-8/optimizer"):
         same(tmp_path, f"checkpoints/{file}", 1e-5)
     same(tmp_path, "model", 1e-5)
@@ -71,9 +72,10 @@ def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
 
 
 def test_a_tokenizer_is_trained_whole_beside_it(by_processes, tmp_path):
-    """Under FSDP, which is for priors, as without it."""
+    """Under FSDP, which is for priors, as without it; a rehearsal of it leaves no trace on either process."""
     options = ["--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.restart_below", "0.9", "--tokenizer.model.vq.restart_every", "2",
                "--tokenizer.train.log_every", "1"]  # fmt: skip
-    launch(tmp_path, 2, "train-tokenizer", *settings(tmp_path), *options, **FSDP)
+    said = launch(tmp_path, 2, "train-tokenizer", *settings(tmp_path), *options, script=REHEARSED + CHECK, **FSDP)
+    assert said.count("[rehearsed]") == 2
     cut, given = (load_file(f / "tokenizer" / "model.safetensors") for f in (tmp_path / "runs" / "tiny", by_processes / "runs" / "by2"))
     assert all(torch.equal(value, given[key]) for key, value in cut.items())
