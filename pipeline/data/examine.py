@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,8 +106,8 @@ def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
 
 
-def unwanted_sizes(width: np.ndarray, height: np.ndarray, config: DataConfig) -> list[tuple[str, np.ndarray]]:
-    """Reasons to leave pictures of these sizes (N) out, and whether each stands against each picture (N)."""
+def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
+    """Reasons to leave pictures out, and whether each stands against a picture of this size, or against each of these sizes (N)."""
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
     reasons = [(f"pictures smaller than {config.least_size} pixels left out{hint}", shorter < config.least_size)]

@@ -155,10 +155,10 @@ class StreamSource:
         except Exception:  # see `pictures.open_picture`
             self._leave_out(UNREADABLE, name)
             return None
-        unwanted = [reason for reason, which in unwanted_sizes(np.array([width]), np.array([height]), config) if which[0]]
-        if unwanted:
-            self._leave_out(unwanted[0], name)
-            return None
+        for reason, stands in unwanted_sizes(width, height, config):
+            if stands:
+                self._leave_out(reason, name)
+                return None
         return Sample(name, content, captions)
 
     def _leave_out(self, reason: str, name: str) -> None:
