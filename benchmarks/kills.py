@@ -6,7 +6,8 @@ The kill is SIGKILL: when a random step is reached, before a random one of the t
 renamed and removed by them), or after a random time, which also falls into the midst of a write. Both stages have everything with a
 state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With `--streaming` the
 pictures come from shards that are read from beginning to end, so that a run that goes on must find its place in them again. Each attempt
-is a fork of this process, which has imported the libraries and computed nothing.
+is a fork of this process, which has imported the libraries and trained nothing. From 40 steps on (`--steps`) trainings are rehearsed, and
+kills by time and file operations fall into rehearsals too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import cli, stages, training  # imported once, for all forks
+from pipeline import cli, stages  # imported once, for all forks
+from pipeline.ahead import Ahead
 from pipeline.data.config import DataConfig
 from pipeline.data.sources import load_source
 
@@ -120,17 +122,18 @@ def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None
 
 
 def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
-    step_seed = training.step_seed
+    take = Ahead.take
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def seen_step(seed: int, step: int, process: int) -> int:
-        first, _, operations = progress.read()
-        progress.write(step if first < 0 else first, step, operations)
-        if kill is not None and kill.kind == "step" and step == kill.at:
-            die()
-        return step_seed(seed, step, process)
+    def seen_step(batches: Ahead, step: int, *, keep: bool = False) -> Any:
+        if not keep:  # not one that is rehearsed
+            first, _, operations = progress.read()
+            progress.write(step if first < 0 else first, step, operations)
+            if kill is not None and kill.kind == "step" and step == kill.at:
+                die()
+        return take(batches, step, keep=keep)
 
     def seen_file(event: str, given: tuple[Any, ...]) -> None:
         if event in _FILE_EVENTS and given and str(folder) in str(given[0]):
@@ -139,7 +142,7 @@ def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
             if kill is not None and kill.kind == "file" and operations == kill.at:
                 die()
 
-    training.step_seed = seen_step
+    Ahead.take = seen_step
     sys.addaudithook(seen_file)
 
 

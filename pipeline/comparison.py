@@ -26,6 +26,7 @@ from pipeline.encoding import encode_dataset, sources_of
 from pipeline.evaluation.pictures import ssim
 from pipeline.grids import grid_image, picture_grid
 from pipeline.lock import run_lock
+from pipeline.rehearsal import steps_in_all
 from pipeline.runtime import compiles, make_accelerator, uses_bf16
 from pipeline.settings import as_made, encode_settings, read_settings
 from pipeline.stages import tokenizer_task, train_prior, train_tokenizer
@@ -227,15 +228,17 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
 
 
 def steps_within(experiment: Experiment, seconds: float) -> int:
-    """How many steps fit into this time, starting and compiling included: by the pace of a few that are run and thrown away, and of a few
-    with the adversary where one joins later."""
+    """How many steps fit into this time, starting, compiling and rehearsing included: by the pace of a few that are run and thrown away,
+    and of a few with the adversary where one joins later."""
     adversary = experiment.tokenizer.objective.adversary
     joins = adversary.start if adversary.weight else 0
     before, pace = _pace(experiment, adversary=not joins)
     if joins and before + joins * pace < seconds:
         before, slower = _pace(experiment, adversary=True)
-        return joins + max(int((seconds - before - joins * pace) / slower), 0)
-    return max(int((seconds - before) / pace), 1)
+        steps = joins + max(int((seconds - before - joins * pace) / slower), 0)
+        return max(steps - 2 * steps_in_all(steps), 1)
+    steps = max(int((seconds - before) / pace), 1)
+    return max(steps - steps_in_all(steps), 1)
 
 
 def _pace(experiment: Experiment, *, adversary: bool) -> tuple[float, float]:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.memory import readable
-from pipeline.rehearsal import as_they_were
 from pipeline.sharding import Cut, Trained, local
 from pipeline.train_config import TrainConfig
+from pipeline.undo import as_they_were
 
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
@@ -209,12 +209,14 @@ class Needs:
     state: StateBytes
     step: float
     """What a step holds at a time beyond parameters, moments and averages; its gradients too."""
+    aside: int
+    """What is put aside while steps are rehearsed, on a CPU."""
     other: int
     """What the process holds before it begins, and what compiling takes, on a CPU."""
 
     @property
     def peak(self) -> float:
-        return self.other + self.state.kept + max(self.step, self.state.gradients + self.state.orthogonalizing)
+        return self.other + self.aside + self.state.kept + max(self.step, self.state.gradients + self.state.orthogonalizing)
 
     def line(self, processes: int) -> str:
         parts = {
@@ -222,6 +224,7 @@ class Needs:
             "optimizer": self.state.optimizer,
             "average": self.state.average,
             "a step's gradients and activations": max(self.step, self.state.gradients + self.state.orthogonalizing),
+            "put aside to foretell the time": self.aside,
             "the program": self.other,
         }
         each = " in each process" if processes > 1 else ""
@@ -239,11 +242,12 @@ def needs(state: StateBytes, grown: Growth, rows: int, device: torch.device, *, 
     """
     activations = max(grown.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
     step = activations + state.gradients * (2 if several else 1)
-    other = 0
+    aside = other = 0
     if device.type != "cuda":
+        aside = 2 * state.average  # parameters that are trained, and their averages
         program = 0 if held is None else max(psutil.Process().memory_info().rss - held, 0)
         other = program + (_COMPILER if compiled else 0)
-    return Needs(state, step, other)
+    return Needs(state, step, aside, other)
 
 
 def estimated(

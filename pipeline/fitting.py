@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 
 from pipeline.estimate import Losses, growth, needs, peak_of_step, repeated, state_bytes, to_device
 from pipeline.memory import USABLE, free_memory, out_of_memory, readable
-from pipeline.rehearsal import as_they_were
 from pipeline.runtime import compiles, uses_bf16
 from pipeline.train_config import TrainConfig
+from pipeline.undo import as_they_were
 
 LARGEST = 1024
 """Pictures a step that `batch_size: auto` does not go beyond, since more of them teach little more."""

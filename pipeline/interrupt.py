@@ -30,9 +30,10 @@ class Resumable(OSError):
 
 
 class Caught:
-    """The first signal that came, 0 before there is one."""
+    """The first signal that came, 0 before there is one; and whether a step is behind, so that there is something to save."""
 
     number = 0
+    begun = False
 
 
 @contextmanager
@@ -52,9 +53,9 @@ def signals_caught() -> Iterator[Caught]:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":
                 again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
-                name = NAMES[signal.Signals(number)]
+                does = "saving after this step" if caught.begun else "stopping after this step, which may take a minute to compile"
                 # Not by print: a signal may come in the midst of one, which allows no second.
-                os.write(2, f"\n{name}: saving after this step (a first step that compiles takes a minute){again}\n".encode())
+                os.write(2, f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n".encode())
 
     with _handled(handler):
         yield caught

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoints import FORMAT, check_format, disk_errors, newest_checkpoint, write_file
 from pipeline.config import Experiment, PriorTrainConfig, SequenceConfig, TrainConfig, to_dict
@@ -82,10 +83,11 @@ def loaded(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
         FileNotFoundError: it is not done.
         ValueError: it is cut or damaged.
     """
+    folder = needed(folder, verb)
     try:
-        return load(needed(folder, verb))
+        return load(folder)
     except ValueError as error:
-        raise ValueError(f"{error}, or remove {folder} and run `minidalle {verb}`, which makes it anew") from error
+        raise ValueError(f"{error}, or run `minidalle {verb}`, which delivers it again from its last checkpoint") from error
 
 
 def as_made(saved: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +148,19 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
             f"or remove {folder} and what was built on it"
         )
-    return done and not longer
+    return done and not longer and _is_whole(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the weights are there and not cut."""
+    weights = list(folder.glob("*.safetensors"))
+    try:
+        for path in weights:
+            with safe_open(path, "pt"):
+                pass
+    except (SafetensorError, OSError):
+        return False
+    return bool(weights)
 
 
 def as_chosen(train: Any, folder: Path) -> Any:

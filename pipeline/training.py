@@ -7,7 +7,6 @@ data: the batch of a step and its noise are made anew from the step's number.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.ahead import Ahead
 from pipeline.averages import WeightAverage, average_decay
 from pipeline.checkpoints import (
     DamagedCheckpoint,
@@ -36,12 +36,13 @@ from pipeline.checkpoints import (
 from pipeline.estimate import estimated, to_device
 from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
 from pipeline.optimizers import learning_rate, optimizers_for
-from pipeline.rehearsal import Ahead, as_they_were, rehearse
+from pipeline.rehearsal import rehearse, steps_to_time
 from pipeline.runtime import lost_process, told_by_main
 from pipeline.sharding import Cut, Trained, can_cut, whole
 from pipeline.task import Objective, Task
 from pipeline.train_config import TrainConfig
-from pipeline.watch import GradientWatch, Pace, Undo, agreed, broken, not_finite
+from pipeline.undo import Undo, as_they_were
+from pipeline.watch import GradientWatch, Pace, agreed, broken, not_finite, over_processes, readable_figures
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -70,7 +71,7 @@ def fit(
         FloatingPointError: a loss or a gradient is not finite, more often than `config.skip_nonfinite` allows; names the step, its
             pictures and the last good checkpoint. The weights are those of the step before.
         ValueError: the batch does not split evenly over the processes, or every checkpoint is damaged.
-        Stopped: by a signal, after the step it came in, which is saved.
+        Stopped: by a signal, after the step it came in, which is saved, or before the first one.
         Resumable: a checkpoint cannot be written, or another process of the job is gone.
     """
     batch_size, accumulate = config.numbers()
@@ -106,7 +107,7 @@ class _Training:
         given = (self.plain, optimizers, average, accelerator)
         self.trained = Cut(*given, self.optimized) if cut else Trained(*given)
         self.undo = Undo(self.trained.networks.values() if config.skip_nonfinite else ())
-        self.caught = Caught()
+        self.caught, self.ahead = Caught(), Ahead(task.batch, config.steps)
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
 
@@ -121,7 +122,7 @@ class _Training:
         first = self.state.step
         objective.networks.update(self.trained.networks)
         pace = Pace(config.numbers()[0])
-        with signals_caught() as self.caught, Ahead(self.task.batch, config.steps) as self.ahead:
+        with signals_caught() as self.caught, self.ahead:
             if progress and first < config.steps:
                 self.say_need(compile_networks)
             if compile_networks:
@@ -176,13 +177,27 @@ class _Training:
         def step(number: int, batch: Any) -> None:
             self.take(seed, number, to_device(batch, accelerator.device), heard)
 
-        taken_back = partial(as_they_were, self.trained.networks.values(), self.trained.optimizers.values())
-        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, taken_back):
+        def slowest(seconds: float) -> float:
+            return max(gather_object([seconds])) if accelerator.num_processes > 1 else seconds
+
+        if steps_to_time(steps - first):
+            accelerator.print(f"{self.label}: taking a few steps to see how long all of them will take; they are taken back")
+        trained = self.trained
+        taken_back = partial(as_they_were, trained.networks.values(), trained.optimizers.values(), trained.average.shadow)
+        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, taken_back, slowest):
             accelerator.print(f"{self.label}: {rehearsed.line()}")
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # moments that were dropped must not lie in the way of the first true ones
 
     def take(self, seed: int, step: int, batch: Any, finite: Callable[[dict[str, Tensor]], bool]) -> dict[str, Tensor]:
+        """One step; its scalars, none where it was skipped."""
+        self.undo.remember()
         torch.manual_seed(step_seed(seed, step, self.accelerator.process_index))
-        return _step(self.task.objective, self.trained.optimizers, self.accelerator, self.autocast, batch, step, self.config, finite)
+        optimizers = self.trained.optimizers
+        scalars = _step(self.task.objective, optimizers, self.accelerator, self.autocast, batch, step, self.config, finite)
+        if scalars:
+            self.trained.average.update(average_decay(step, self.config))
+        return scalars
 
     def go_on(self, optimizers: dict[str, Any], average: WeightAverage) -> None:
         """From the newest whole checkpoint, if there is one."""
@@ -212,23 +227,23 @@ class _Training:
         figures: dict[str, float] = {}
         recent: dict[str, Tensor] = {}
         alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
-        latest = Pace(config.numbers()[0])
+        latest, made = Pace(config.numbers()[0]), self.ahead.made
         for step in range(first, config.steps):
+            if step == first + made:  # batches that were read for a rehearsal were there to be taken
+                pace.restart()
+                latest.restart()
             start = time.perf_counter()
             batch = self.ahead.take(step)
             waited = time.perf_counter() - start
-            self.undo.remember()
-            scalars = self.take(seed, step, to_device(batch, accelerator.device), partial(self.finite, step))
-            if scalars:
-                # Not every step has every figure: batches with codes first have others.
-                recent = recent | scalars
-                self.trained.average.update(average_decay(step, config))
+            # Not every step has every figure: batches with codes first have others.
+            recent = recent | self.take(seed, step, to_device(batch, accelerator.device), partial(self.finite, step))
+            self.caught.begun = True
             self.state.step = done = step + 1
             for clock in (pace, latest):
                 clock.step(waited)
             bar.update(1)
             if done % config.log_every == 0 or self.saves(done):
-                said = over_processes(recent, accelerator) | latest.figures()
+                said = over_processes(recent, accelerator.num_processes) | latest.figures()
                 if config.skip_nonfinite:
                     said["skipped_steps"] = float(self.state.skipped)
                 latest.restart()
@@ -237,7 +252,7 @@ class _Training:
                     if warning and not warned[i] and accelerator.is_main_process:  # said once, and again where it comes back
                         bar.write(f"{self.label}: {warning}")
                     warned[i] = warning is not None
-                bar.set_postfix_str(_readable(said, figures), refresh=False)
+                bar.set_postfix_str(readable_figures(said, figures), refresh=False)
                 accelerator.log({f"{self.label}/{k}": v for k, v in said.items()}, step=done)
             # Also where a signal came: what is chosen as the best must not depend on it.
             if done % config.evaluate_every == 0 or done == config.steps:
@@ -378,23 +393,9 @@ def _step(
     return scalars if goes else {}
 
 
-def over_processes(scalars: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
-    """Figures of the whole batch: the mean over the processes that have each. Every process calls this, at the same steps."""
-    own = {name: float(value) for name, value in scalars.items()}
-    everybodys = gather_object([own]) if accelerator.num_processes > 1 else [own]
-    names = dict.fromkeys(name for figures in everybodys for name in figures)
-    return {name: statistics.fmean(figures[name] for figures in everybodys if name in figures) for name in names}
-
-
 def _parts(batch: Any, count: int) -> list[Any]:
     """A batch, or a mapping of batches, in equal parts."""
     if isinstance(batch, Mapping):
         split = {key: value.chunk(count) for key, value in batch.items()}
         return [{key: value[i] for key, value in split.items()} for i in range(count)]
     return list(batch.chunk(count))
-
-
-def _readable(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
-    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
-    parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
-    return ", ".join(parts)

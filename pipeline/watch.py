@@ -6,11 +6,12 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from torch import Tensor
 
 _NAMED = 8
 """Rows of a batch that are named."""
@@ -43,30 +44,6 @@ def not_finite(names: Sequence[str], rows: Sequence[str], step: int) -> str:
     """What was not finite in a step, and where: 'loss is not finite at step 5 (row 3, row 17)'."""
     shown = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
     return f"{', '.join(names)} is not finite at step {step}" + (f" ({shown})" if rows else "")
-
-
-class Undo:
-    """Takes back what a step's passes changed: statistics that move in the forward pass - of codebooks, of an adversary - and codes that
-    jump. Weights need none of it: they have not moved yet when a step is found not to be finite."""
-
-    def __init__(self, networks: Iterable[nn.Module]) -> None:
-        self._modules = [module for network in networks for module in network.modules()]
-        self._before: list[Tensor] = []
-
-    def _moving(self) -> list[Tensor]:
-        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other tensors in its buffers' places.
-        moving = [b for module in self._modules for b in module.buffers(recurse=False)]
-        moving += [p for module in self._modules for p in getattr(module, "jumping_parameters", list)()]
-        return list({id(tensor): tensor for tensor in moving}.values())
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        self._before = [tensor.detach().clone() for tensor in self._moving()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for before, tensor in zip(self._before, self._moving(), strict=True):
-            tensor.copy_(before)
 
 
 class GradientWatch:
@@ -124,3 +101,18 @@ class Pace:
             f"{self.seconds / 60:.1f} minutes, {figures['pictures_per_second']:,.0f} pictures/s, "
             f"{figures['waiting']:.1%} of it waiting for data"
         )
+
+
+def over_processes(scalars: Mapping[str, Tensor], processes: int) -> dict[str, float]:
+    """Figures of the whole batch: the mean over the processes that have each. Every process calls this, at the same steps."""
+    own = {name: float(value) for name, value in scalars.items()}
+    everybodys = gather_object([own]) if processes > 1 else [own]
+    names = dict.fromkeys(name for figures in everybodys for name in figures)
+    return {name: statistics.fmean(figures[name] for figures in everybodys if name in figures) for name in names}
+
+
+def readable_figures(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
+    """Figures of a step and of the last evaluation in one line."""
+    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
+    parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
+    return ", ".join(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
         folder: keeps what was found.
         share: this process's part of the work; every process of it must call.
     """
-    source = stamp_of([rows.name])
+    source = stamp_of([rows.name, *rows.columns])  # one folder may be two parts of a mixture
     kept = folder / f"examined-{source}-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
@@ -81,7 +82,8 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
     if kept is not None and share.index == 0 and len(rows) >= _SLOW:
         _write(kept, result)
         for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {kept}:  # of the source as it was
-            old.unlink(missing_ok=True)
+            with suppress(OSError):
+                old.unlink()
     return result
 
 

@@ -38,6 +38,7 @@ LAYOUTS = """accepted are
   pictures/cat.png with pictures/cat.txt beside it           (a cat on a mat)
   pictures/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "pictures that no caption names left out"
+CLOSED = "folders that cannot be read left out"
 NO_PICTURE = "captions of pictures that are not there left out"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _LONGEST_PATH = 1024
@@ -124,8 +125,8 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
         if beside:
             columns.append("text")
         if not named:
-            problems = [line for line in tally.lines() if NO_CAPTION not in line]
-            raise ValueError(f"{folder} holds {len(pictures)} pictures and no captions; {'; '.join(problems) or LAYOUTS}")
+            unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
+            raise ValueError(f"{folder} holds {len(pictures)} pictures and no captions; {'; '.join(unread) or LAYOUTS}")
     return FileRows(str(folder), folder, named, columns, tally)
 
 
@@ -166,18 +167,20 @@ def _pictures_below(folder: Path, tally: Tally) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
-        tally.add("folders that cannot be read left out", str(error.filename))
+        tally.add(CLOSED, str(error.filename))
 
     for where, folders, files in os.walk(folder, onerror=closed):  # links to folders are not followed: they may lead back here
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
         for name in files:
             extension, picture = Path(name).suffix.lower(), (below / name).as_posix()
+            if name.startswith("."):  # as ._cat.jpg, which is no picture
+                continue
             if extension in UNREAD:
                 tally.add(f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out", picture)
-            if extension not in EXTENSIONS or name.startswith("."):  # as ._cat.jpg, which is no picture
+            elif extension not in EXTENSIONS:
                 continue
-            if not is_text(picture):
+            elif not is_text(picture):
                 tally.add("pictures whose names are not UTF-8 left out", ascii(picture))
             elif not _is_file(Path(where) / name):
                 tally.add("links to pictures that are not there left out", picture)
@@ -214,14 +217,14 @@ def _rows_of(path: Path) -> Iterable[Record]:
 
 def _rows_of_csv(path: Path, text: str) -> list[Record]:
     csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
+    head = text.partition("\n")[0].strip()
+    if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
+        raise ValueError(f"{path} parts its columns by {other!r} ({printable(head)}); save it with commas")
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = [dict(row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes") from error
-    only = (reader.fieldnames or [""])[0]
-    if len(reader.fieldnames or []) == 1 and (other := next((mark for mark in ";\t|" if mark in only), None)):
-        raise ValueError(f"{path} parts its columns by {other!r} ({printable(only)}); save it with commas")
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(

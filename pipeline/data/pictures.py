@@ -15,7 +15,7 @@ from pipeline.data.config import DataConfig
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".pdf")
 """Pictures of kinds that are not read."""
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
 """Pillow's names of what is read, whatever a file's name says. Not of what other programs are started for, as for EPS."""
 LARGEST = 89_478_485
 """Pixels of a picture above which it is refused: a small file can claim to be so large that it fills the memory."""

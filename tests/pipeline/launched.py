@@ -51,7 +51,7 @@ PROCESSES = (1, 2, 4)
 
 REHEARSED = """
 from pipeline import rehearsal
-rehearsal._STEPS_A_TIMED_ONE, rehearsal._UNTIMED = 2, 1
+rehearsal._STEPS_A_TIMED_ONE, rehearsal._UNTIMED = 1, 1
 taken_back = rehearsal.rehearse
 def told(*given):
     found = taken_back(*given)

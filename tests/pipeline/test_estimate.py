@@ -17,8 +17,8 @@ from pipeline.config import PriorTrainConfig, TrainConfig
 from pipeline.estimate import LiveBytes, growth, repeated, state_bytes
 from pipeline.fitting import choices, choose, settled
 from pipeline.memory import readable
-from pipeline.rehearsal import as_they_were
 from pipeline.training import optimizers_for
+from pipeline.undo import as_they_were
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
 

@@ -219,8 +219,8 @@ def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
     out = capsys.readouterr().out
     assert "prior: batch_size 32, accumulate 1" in out  # of 40 pictures
     assert read_settings(folder / "prior")["settings"]["train"]["batch_size"] == 32
-    optimizer = re.search(r"optimizer [\d.]+ (\w+)", out)
-    assert optimizer and optimizer[1] == "KiB"
+    optimizer = re.search(r"optimizer ([\d.]+) KiB", out)
+    assert optimizer and float(optimizer[1]) < 20  # and 280 of the whole prior
 
 
 CUT_ADAPTER = """

@@ -149,6 +149,7 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         ("t.csv", "filename,text\na.png,x\n", "has no column 'image'; it has filename, text; did you mean 'filename'?"),
         ("t.csv", "image,text\na.png,a cat, and a dog\n", "row 1 has more fields than its columns image, text; texts with commas"),
         ("t.csv", "image;text\na.png;x\n", "parts its columns by ';' (image;text); save it with commas"),
+        ("t.csv", '"image";"text"\n"a.png";"x"\n', """parts its columns by ';' ("image";"text"); save it with commas"""),
         ("t.csv", "image\ttext\na.png\tx\n", "parts its columns by '\\t' (image\ttext); save it with commas"),
         ("t.csv", 'image,text\na.png,"a cat\n', "is no CSV (unexpected end of data)"),
         (
@@ -229,15 +230,18 @@ def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
     """Pictures of other kinds and links to nothing are; what is hidden was not meant."""
     for name in ("a.png", "b.JFIF", "c.avif"):
         Image.new("RGB", (20, 20)).save(tmp_path / name, {"png": "PNG", "JFIF": "JPEG", "avif": "AVIF"}[name.split(".")[1]])
-        (tmp_path / name).with_suffix(".txt").write_text(name)
-    for name in ("d.heic", "e.svg", "._a.png", "notes.md"):
+    for name in ("d.heic", "e.svg", "._a.png", "._a.heic", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds 3 pictures and no captions; accepted are"):
+        folder_rows(tmp_path, "text", None)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "f.jpg").symlink_to(tmp_path / "gone.jpg")
     found = folder_rows(tmp_path, "text", None)
     assert [found.label(row) for row in range(len(found))] == ["a.png", "b.JFIF", "c.avif"]
     kinds = "pictures of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, .avif, .bmp, .gif, .tif, .tiff are) left out"
     assert found.tally.counts() == {kinds: 2, "links to pictures that are not there left out": 1}
-    assert sorted(everything(tmp_path)) == ["a.png", "b.JFIF", "c.avif"]
+    assert sorted(everything(tmp_path)) == ["a", "b", "c"]
 
 
 def test_odd_letters_in_captions_and_names(tmp_path):

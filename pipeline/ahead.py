@@ -1,0 +1,42 @@
+"""Batches made while the step before is taken. Knows threads; knows no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Ahead:
+    """The batches of a training, each made in a thread while the step before it is taken. A context manager.
+
+    Args:
+        batch: (step) -> the batch of that step.
+        steps: number of steps in all; none is made beyond them.
+    """
+
+    def __init__(self, batch: Callable[[int], Any], steps: int) -> None:
+        self._batch, self._steps = batch, steps
+        self._made: dict[int, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def made(self) -> int:
+        """How many batches are there or under way."""
+        return len(self._made)
+
+    def take(self, step: int, *, keep: bool = False) -> Any:
+        """The batch of a step; the next one is made meanwhile. With `keep` it can be taken again: a stream does not go back."""
+        for wanted in (step, step + 1):
+            if wanted < self._steps and wanted not in self._made:
+                self._made[wanted] = self._pool.submit(self._batch, wanted)
+        batch = self._made[step].result()
+        if not keep:
+            del self._made[step]
+        return batch
