@@ -16,7 +16,10 @@ from typing import Any
 from pipeline.ahead import Ahead
 
 _UNTIMED, _TIMED = 3, 10
-"""Steps that compile and warm up; and steps timed, at most."""
+"""Steps that compile; and steps timed, at most."""
+_SETTLING = 2.0
+"""Seconds of further untimed steps, which are no more than the timed ones: for about a second after compiling, steps were measured to
+take a sixth more."""
 _STEPS_A_TIMED_ONE = 20
 """Steps of the training for each timed one, so that foretelling a short training does not take as long as it."""
 _LEAST = 2
@@ -53,7 +56,7 @@ def steps_to_time(left: int) -> int:
 def steps_in_all(left: int) -> int:
     """Steps of a rehearsal before so many, at most."""
     timed = steps_to_time(left)
-    return _UNTIMED + timed if timed else 0
+    return _UNTIMED + 2 * timed if timed else 0
 
 
 def rehearse(
@@ -79,13 +82,15 @@ def rehearse(
     with taken_back():
         for begin in (first, *(begin for begin in begins if first < begin < steps)):
             ends: list[float] = []
-            while len(ends) < _UNTIMED + timed:
+            settling = 0
+            while len(ends) < _UNTIMED + settling + timed:
                 behind = len(ends)
                 # The same batches again where more takes part, or more and more of them would be held.
                 step(min(begin + behind, steps - 1), ahead.take(first + behind % (steps - first), keep=True))
                 ends.append(time.perf_counter())
                 if behind == _UNTIMED:
-                    timed = max(min(int(_LONGEST / slowest(ends[-1] - ends[-2])), timed), 1)
+                    each = max(slowest(ends[-1] - ends[-2]), 1e-9)
+                    settling, timed = min(int(_SETTLING / each), timed), max(min(int(_LONGEST / each), timed), 1)
             # The median, since what else the machine does falls on single steps.
             pace.append((begin, statistics.median(later - earlier for earlier, later in pairwise(ends[-timed - 1 :]))))
     return Rehearsed(tuple(pace), steps)

@@ -138,8 +138,8 @@ def test_time_is_foretold_by_the_steps_that_do_not_compile(monkeypatch):
         foretold = rehearse(step, ahead, 100, 400, [50, 300, 400], nullcontext, lambda own: told.append(own) or own)
     assert foretold == Rehearsed(((100, 2.0), (300, 3.25)), 400) and foretold.seconds == 200 * 2 + 100 * 3.25
     assert foretold.line() == "about 12 minutes for 300 steps (2 s each, 3.25 s from step 300 on, beside evaluating)"
-    # The same batches where more takes part, and no more steps than half a minute has.
-    assert taken == [(100 + i, 100 + i) for i in range(13)] + [(300 + i, 100 + i) for i in range(12)]
+    # The same batches where more takes part, and no more steps than half a minute has: one that settles, then 10 and 9.
+    assert taken == [(100 + i, 100 + i) for i in range(14)] + [(300 + i, 100 + i) for i in range(12)]
     assert told == [2.0, 3.25]
 
 
@@ -155,8 +155,8 @@ def test_few_steps_are_not_rehearsed():
         assert rehearse(lambda number, batch: pytest.fail("taken"), ahead, 0, 39, [], nullcontext, max) is None
     taken = []
     with Ahead(lambda step: step, 40) as ahead:
-        assert rehearse(lambda number, batch: taken.append((number, batch)), ahead, 0, 40, [38], nullcontext, lambda own: 1.0)
-    assert taken == [(i, i) for i in range(5)] + [(min(38 + i, 39), i) for i in range(5)]
+        assert rehearse(lambda number, batch: taken.append((number, batch)), ahead, 0, 40, [38], nullcontext, lambda own: 0.1)
+    assert taken == [(i, i) for i in range(7)] + [(min(38 + i, 39), i) for i in range(7)]
 
 
 def test_batches_are_made_once_and_in_order_and_one_ahead():
