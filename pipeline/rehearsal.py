@@ -91,8 +91,9 @@ def rehearse(
                 if behind == _UNTIMED:
                     each = max(slowest(ends[-1] - ends[-2]), 1e-9)
                     settling, timed = min(int(_SETTLING / each), timed), max(min(int(_LONGEST / each), timed), 1)
-            # The median, since what else the machine does falls on single steps.
-            pace.append((begin, statistics.median(later - earlier for earlier, later in pairwise(ends[-timed - 1 :]))))
+            took = sorted(later - earlier for earlier, later in pairwise(ends[-timed - 1 :]))
+            # Without the slowest: what else the machine does falls on single steps.
+            pace.append((begin, statistics.fmean(took[:-1] or took)))
     return Rehearsed(tuple(pace), steps)
 
 
