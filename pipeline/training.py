@@ -172,7 +172,7 @@ class _Training:
             bad, stop = agreed(scalars, self.caught.number, accelerator.device, accelerator.num_processes > 1)
             if stop:
                 raise Stopped(stop, f" before step {first} of {steps} ({self.label}), which loses nothing")
-            return not bad
+            return not bad  # or what is not finite would fail the steps after it in other ways
 
         def step(number: int, batch: Any) -> None:
             self.take(seed, number, to_device(batch, accelerator.device), heard)

@@ -19,6 +19,8 @@ from pipeline.config import TrainConfig
 from pipeline.interrupt import Stopped
 from pipeline.rehearsal import Rehearsed, duration, rehearse
 from pipeline.training import Task, fit
+from pipeline.undo import as_they_were
+from pipeline.watch import Pace
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage1_tokenizer.options import AdversaryOptions
 from stage2_prior import PriorObjective
@@ -116,6 +118,32 @@ def test_what_is_not_finite_is_the_trainings_to_say(tmp_path, monkeypatch, capsy
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
         train("prior", tmp_path, progress=True)
     assert "for 44 steps" in capsys.readouterr().out
+
+
+def test_batches_that_were_there_are_not_counted_as_waited_for(tmp_path, monkeypatch):
+    """Three, two and two steps were rehearsed, and one batch more was under way."""
+    restarted = []
+
+    class Seen(Pace):
+        def restart(self) -> None:
+            restarted.append(getattr(self, "steps", None))
+            super().restart()
+
+    monkeypatch.setattr(training, "Pace", Seen)
+    train("prior", tmp_path, progress=True, log_every=100, checkpoint_every=100)
+    assert restarted.count(8) == 2  # of the whole training and of what is logged next
+
+
+def test_what_is_taken_back_leaves_no_gradients_and_no_moments():
+    layer, frozen = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False)
+    optimizer, other = torch.optim.AdamW(layer.parameters()), torch.ones(3)
+    before = [p.clone() for p in layer.parameters()]
+    with as_they_were([layer, frozen], [optimizer], [other]):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        other += 1
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, layer.parameters(), strict=True))
+    assert not optimizer.state and other.tolist() == [1, 1, 1]
 
 
 class Clock:
