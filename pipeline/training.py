@@ -183,8 +183,8 @@ class _Training:
         if steps_to_time(steps - first):
             accelerator.print(f"{self.label}: taking a few steps to see how long all of them will take; they are taken back")
         trained = self.trained
-        taken_back = partial(as_they_were, trained.networks.values(), trained.optimizers.values(), trained.average.shadow)
-        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, taken_back, slowest):
+        moved = trained.networks.values(), trained.optimizers.values(), trained.average.shadow
+        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, partial(as_they_were, *moved), slowest):
             accelerator.print(f"{self.label}: {rehearsed.line()}")
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()  # moments that were dropped must not lie in the way of the first true ones
@@ -193,8 +193,8 @@ class _Training:
         """One step; its scalars, none where it was skipped."""
         self.undo.remember()
         torch.manual_seed(step_seed(seed, step, self.accelerator.process_index))
-        optimizers = self.trained.optimizers
-        scalars = _step(self.task.objective, optimizers, self.accelerator, self.autocast, batch, step, self.config, finite)
+        given = self.task.objective, self.trained.optimizers, self.accelerator, self.autocast
+        scalars = _step(*given, batch, step, self.config, finite)
         if scalars:
             self.trained.average.update(average_decay(step, self.config))
         return scalars
@@ -229,9 +229,8 @@ class _Training:
         alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
         latest, made = Pace(config.numbers()[0]), self.ahead.made
         for step in range(first, config.steps):
-            if step == first + made:  # batches that were read for a rehearsal were there to be taken
-                pace.restart()
-                latest.restart()
+            for clock in (pace, latest) if step == first + made else ():  # batches that were rehearsed were there to be taken
+                clock.restart()
             start = time.perf_counter()
             batch = self.ahead.take(step)
             waited = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import threading
@@ -23,7 +22,7 @@ SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 
 def send(*numbers: signal.Signals) -> None:
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # os.kill may come to another thread, and be handled a little later
 
 
 def handlers() -> list[object]:

@@ -76,13 +76,14 @@ def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
 
 DIES = """
 import os, signal, sys
-from pipeline import cli, training
-seed, victim = training.step_seed, sys.argv[1]
-def dies(base, step, process):
-    if step == 5 and str(process) == victim:
+from pipeline import cli
+from pipeline.ahead import Ahead
+take, victim = Ahead.take, sys.argv[1]
+def dies(batches, step, keep=False):
+    if step == 5 and not keep and os.environ["RANK"] == victim:  # not while it is rehearsed
         os.kill(os.getpid(), signal.SIGKILL)
-    return seed(base, step, process)
-training.step_seed = dies
+    return take(batches, step, keep=keep)
+Ahead.take = dies
 status = cli.main(sys.argv[2:])
 print(f"process {os.environ['RANK']} ended with {status}", flush=True)
 sys.exit(status)
@@ -123,19 +124,20 @@ AGREES = """
 import fcntl, json, math, os, signal, sys, torch
 from pathlib import Path
 from accelerate import PartialState
-from pipeline import cli, training
+from pipeline import cli
+from pipeline.ahead import Ahead
 from stage1_tokenizer import objective
 
 run, arguments = Path(sys.argv[1]), sys.argv[2:]
-rank, seed, to_range, now = int(os.environ["RANK"]), training.step_seed, objective.to_model_range, [0]
+rank, take, to_range, now = int(os.environ["RANK"]), Ahead.take, objective.to_model_range, [0]
 
-def seen(base, step, process):
-    now[0] = step
-    if step == 4 and rank == 1:
+def seen(batches, step, keep=False):
+    now[0] = 0 if keep else step
+    if step == 4 and not keep and rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return seed(base, step, process)
+    return take(batches, step, keep=keep)
 
-training.step_seed = seen
+Ahead.take = seen
 objective.to_model_range = lambda batch: to_range(batch) * (math.nan if now[0] == 2 and rank == 1 else 1)
 if rank == 0:
     run.mkdir(parents=True)

@@ -98,7 +98,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
     fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
     assert [line for line in lines if "codes" in line] == ["line: codes are wasted", "line: codes are wasted again"]
-    assert re.fullmatch(r"line: 0\.0 minutes, \d+ pictures/s, \d+\.\d% of it waiting for data", lines[-1])
+    assert re.fullmatch(r"line: 0\.0 minutes, [\d,]+ pictures/s, \d+\.\d% of it waiting for data", lines[-1])
 
 
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
