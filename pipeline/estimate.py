@@ -232,19 +232,23 @@ class Needs:
         return f"{self.state.entries / 1e6:,.1f}M parameters, about {readable(self.peak)} of memory{each} ({listed})"
 
 
-def needs(state: StateBytes, grown: Growth, rows: int, device: torch.device, *, compiled: bool, several: bool, held: int | None) -> Needs:
+def needs(
+    state: StateBytes, grown: Growth, rows: int, device: torch.device, *, compiled: bool, several: bool, held: int | None, batches: int = 0
+) -> Needs:
     """Of steps of `rows` rows at a time.
 
     Args:
         compiled: whether steps are compiled, which makes fewer tensors.
         several: whether processes exchange their gradients, for which they hold a copy.
         held: bytes of the state that the process holds already; None to leave the program itself out.
+        batches: bytes of the batches that are kept while steps are rehearsed.
     """
     activations = max(grown.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
     step = activations + state.gradients * (2 if several else 1)
     aside = other = 0
     if device.type != "cuda":
-        aside = 2 * state.average  # parameters that are trained, and their averages
+        # Parameters that are trained and their averages, moments where there are some, and batches.
+        aside = 2 * state.average + max((held or 0) - state.parameters - state.average, 0) + batches
         program = 0 if held is None else max(psutil.Process().memory_info().rss - held, 0)
         other = program + (_COMPILER if compiled else 0)
     return Needs(state, step, aside, other)
@@ -260,9 +264,13 @@ def estimated(
     trained: Trained,
     *,
     compiled: bool,
+    rehearsed: int,
 ) -> Needs:
-    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the networks are neither wrapped nor compiled."""
+    """What training will hold, by steps of `rows` rows at a time like those of `batch`, of which so many are rehearsed; the networks are
+    neither wrapped nor compiled."""
     grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
     state = state_bytes(objective.networks, config)
     several = trained.accelerator.num_processes > 1 and not isinstance(trained, Cut)
-    return needs(state, grown, rows, device, compiled=compiled, several=several, held=state.parameters + trained.held())
+    batches = rehearsed * sum(leaf.nbytes for leaf in tree_leaves(batch))
+    held = state.parameters + trained.held()
+    return needs(state, grown, rows, device, compiled=compiled, several=several, held=held, batches=batches)

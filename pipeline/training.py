@@ -36,7 +36,7 @@ from pipeline.checkpoints import (
 from pipeline.estimate import estimated, to_device
 from pipeline.interrupt import Caught, Resumable, Stopped, signals_caught
 from pipeline.optimizers import learning_rate, optimizers_for
-from pipeline.rehearsal import rehearse, steps_to_time
+from pipeline.rehearsal import rehearse, steps_in_all, steps_to_time
 from pipeline.runtime import lost_process, told_by_main
 from pipeline.sharding import Cut, Trained, can_cut, whole
 from pipeline.task import Objective, Task
@@ -162,7 +162,8 @@ class _Training:
         rows = batch_size // self.accelerator.num_processes // accumulate
         device = self.accelerator.device
         batch = to_device(self.ahead.take(self.state.step, keep=True), device)
-        need = estimated(self.task.objective, self.config, device, self.autocast, batch, rows, self.trained, compiled=compiled)
+        given = self.task.objective, self.config, device, self.autocast, batch, rows, self.trained
+        need = estimated(*given, compiled=compiled, rehearsed=steps_in_all(self.config.steps - self.state.step))
         self.accelerator.print(f"{self.label}: {need.line(self.accelerator.num_processes)}")
 
     def say_time(self, seed: int) -> None:
@@ -182,8 +183,7 @@ class _Training:
 
         if steps_to_time(steps - first):
             accelerator.print(f"{self.label}: taking a few steps to see how long all of them will take; they are taken back")
-        trained = self.trained
-        moved = trained.networks.values(), trained.optimizers.values(), trained.average.shadow
+        moved = self.trained.networks.values(), self.trained.optimizers.values(), self.trained.average.shadow
         if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, partial(as_they_were, *moved), slowest):
             accelerator.print(f"{self.label}: {rehearsed.line()}")
         if accelerator.device.type == "cuda":

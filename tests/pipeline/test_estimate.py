@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from pipeline import fitting
 from pipeline.cli import main
 from pipeline.config import PriorTrainConfig, TrainConfig
-from pipeline.estimate import LiveBytes, growth, repeated, state_bytes
+from pipeline.estimate import Growth, LiveBytes, growth, needs, repeated, state_bytes
 from pipeline.fitting import choices, choose, settled
 from pipeline.memory import readable
 from pipeline.training import optimizers_for
@@ -199,3 +199,14 @@ def test_auto_is_for_the_stages_alone():
 
 def test_sizes_in_words():
     assert [readable(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
+
+
+def test_what_a_rehearsal_puts_aside_is_counted():
+    """Trained parameters and averages; on going on the moments too, and the batches that are kept; nothing of it on a card."""
+    state = state_bytes(prior().networks, TrainConfig(optimizer="adamw"))
+    need = partial(needs, state, Growth(0.0, 0.0), 4, compiled=False, several=False)
+    fresh = need(CPU, held=state.parameters + state.average)
+    later = need(CPU, held=state.parameters + state.average + state.optimizer, batches=1000)
+    assert fresh.aside == 2 * state.average > 0 and later.aside == fresh.aside + state.optimizer + 1000
+    assert need(torch.device("cuda"), held=0, batches=1000).aside == 0
+    assert fresh.peak >= fresh.other + fresh.aside + state.kept and "put aside to foretell the time" in fresh.line(1)
