@@ -20,6 +20,14 @@ from tests.pipeline.test_training import train
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded():
+    """Shells have what they start in the background ignore Ctrl-C, and Python then leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(*numbers: signal.Signals) -> None:
     for number in numbers:
         signal.raise_signal(number)  # os.kill may come to another thread, and be handled a little later
