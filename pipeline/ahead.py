@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,10 +13,12 @@ class Ahead:
     Args:
         batch: (step) -> the batch of that step.
         steps: number of steps in all; none is made beyond them.
+        pin_memory: whether batches lie in page-locked memory, from which a GPU reads them while it computes.
     """
 
-    def __init__(self, batch: Callable[[int], Any], steps: int) -> None:
-        self._batch, self._steps = batch, steps
+    def __init__(self, batch: Callable[[int], Any], steps: int, *, pin_memory: bool = False) -> None:
+        self._batch = (lambda step: pinned(batch(step))) if pin_memory else batch
+        self._steps = steps
         self._made: dict[int, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
@@ -40,3 +42,10 @@ class Ahead:
         if not keep:
             del self._made[step]
         return batch
+
+
+def pinned(batch: Any) -> Any:
+    """A batch, or a mapping of batches, in page-locked memory."""
+    if isinstance(batch, Mapping):
+        return {key: pinned(value) for key, value in batch.items()}
+    return batch.pin_memory()

@@ -107,7 +107,8 @@ class _Training:
         given = (self.plain, optimizers, average, accelerator)
         self.trained = Cut(*given, self.optimized) if cut else Trained(*given)
         self.undo = Undo(self.trained.networks.values() if config.skip_nonfinite else ())
-        self.caught, self.ahead = Caught(), Ahead(task.batch, config.steps)
+        self.caught = Caught()
+        self.ahead = Ahead(task.batch, config.steps, pin_memory=accelerator.device.type == "cuda")
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
 

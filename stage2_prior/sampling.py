@@ -113,11 +113,16 @@ def filtered(logits: Tensor, temperature: float | Tensor, top_k: int | None, top
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Inverts the cumulative distribution: logits (...,K), uniform (...) in [0,1) -> classes (...)."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    # The last entry is 1 only up to rounding, and a class of probability 0 must never be drawn.
-    threshold = uniform[..., None].to(cumulative) * cumulative[..., -1:]
-    return (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+    """Inverts the cumulative distribution: logits (...,K) in fp32, uniform (...) in [0,1) -> classes (...). A class of probability 0 is
+    never drawn."""
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    # A parallel sum (CUDA) may rise or fall where a class has probability 0, so these classes are left out.
+    reached = cumulative.masked_fill(probabilities == 0, 0.0)
+    # The total is 1 only up to rounding. The largest float below it is reached by some class.
+    below_total = reached.amax(-1, keepdim=True) * (1 - 2**-24)
+    threshold = torch.minimum(uniform[..., None].to(cumulative) * cumulative[..., -1:], below_total)
+    return (reached > threshold).byte().argmax(-1)
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:

@@ -6,6 +6,7 @@ Legend: B pictures, R tokens fed in one step, P captions, S text slots that are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -92,9 +93,8 @@ def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
     """`read_captions` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
     if key not in prior.compiled_steps:
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        compiled = torch.compile(read_captions, dynamic=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
-        prior.compiled_steps[key] = compiled
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        prior.compiled_steps[key] = torch.compile(_copied(read_captions), dynamic=True, options=options)
     return prior.compiled_steps[key]
 
 
@@ -114,9 +114,16 @@ def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..
         # What guards would look at before every code - shapes, types, choices - is all in the key.
         # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
-        found = torch.compile(advance, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
+        found = torch.compile(_copied(advance), dynamic=False, fullgraph=True, options=options)
         prior.compiled_steps[key] = found
     return found
+
+
+def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own. `torch.compile` keeps compiled programs by code object and tells them apart by guards,
+    which these steps have not: with one code object a step would run the program of another."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def captured(

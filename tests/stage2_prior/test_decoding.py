@@ -312,18 +312,6 @@ def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
         assert len(prior.compiled_steps) == 3
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("levels", [None, TWO])
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8), "top_p": 0.9}])
-def test_captured_steps_draw_the_same_codes(text_ids, levels, options):
-    prior, options = (any_order_prior(levels) if levels else any_order_prior()).cuda(), SamplingOptions(**options)
-    plain = sample(prior, text_ids, SEEDS, options)
-    for _ in range(2):
-        graphs = sample(prior, text_ids, SEEDS, options, compiled=True)
-        assert torch.equal(graphs.codes, plain.codes)
-        torch.testing.assert_close(graphs.log_likelihood, plain.log_likelihood, rtol=1e-4, atol=1e-4)
-
-
 def test_a_program_is_made_anew_where_the_prior_computes_otherwise(text_ids, monkeypatch):
     graphs = traced(monkeypatch)
     prior = any_order_prior()

@@ -60,6 +60,31 @@ def test_draw_never_returns_an_excluded_code():
     assert [int(draw(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
 
 
+def test_draw_never_returns_an_excluded_code_where_sums_are_parallel(monkeypatch):
+    """A scan in blocks, as on a GPU, is not flat where probabilities are 0: 16,384 codes, all but every 16th excluded."""
+
+    cumsum = torch.Tensor.cumsum
+
+    def in_blocks(x: torch.Tensor, dim: int) -> torch.Tensor:
+        blocks = x.unflatten(-1, (-1, 64))
+        within = blocks + 0.0
+        for distance in (1, 2, 4, 8, 16, 32):  # each block's sums by doubling, whose order of adding differs from place to place
+            within[..., distance:] = within[..., distance:] + within[..., :-distance]
+        before = cumsum(blocks.sum(-1, keepdim=True), -2) - blocks.sum(-1, keepdim=True)
+        return (within + before).flatten(-2)
+
+    logits = torch.randn(6, 16384, generator=torch.Generator().manual_seed(0))
+    allowed = torch.arange(16384) % 16 == 3
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    sums = in_blocks(logits.softmax(-1), -1)
+    assert (sums.diff()[:, ~allowed[1:]] != 0).any(), "the scan of this test must not be flat"
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: in_blocks(x, dim) if x.shape[-1] == 16384 else cumsum(x, dim))
+    for row, own in zip(logits, sums, strict=True):
+        uniform = (own / own[-1]).clamp(0, 1 - 2**-24)[::16]  # where rounding decides
+        drawn = draw(row.expand(len(uniform), -1), uniform)
+        assert allowed[drawn].all()
+
+
 def test_uniforms_depend_on_each_seed_alone():
     both = uniforms([3, 4], 6)
     assert torch.equal(both[1], uniforms([4], 6)[0]) and not torch.equal(both[0], both[1])

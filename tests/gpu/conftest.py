@@ -1,0 +1,53 @@
+"""What differs on a GPU. The tests run there by `pytest -m gpu`, and on the CPU, as far as they can, by `pytest -m gpu --device cpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test. Tests that ask for it alone run on the CPU too."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled_on_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a rehearsal, and compiling takes minutes."""
+    if device.type == "cpu":
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda *given, **options: compile(*given, **_eager(options)))
+
+
+def _eager(options: dict[str, Any]) -> dict[str, Any]:
+    # The options are Inductor's own.
+    return {"backend": "eager", **{name: value for name, value in options.items() if name != "options"}}
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """A CUDA device; on the CPU the test is skipped."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    torch.cuda.empty_cache()
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Convolutions in fp32 and not in TF32, which cuDNN takes by default: what is compared here is compared in fp32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerator_on(device: torch.device) -> Accelerator:
+    """A fresh accelerator on this device, whichever one the last was on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == "cpu")

@@ -1,0 +1,75 @@
+"""Tokenizers on a GPU: every quantizer, codebook statistics, restarts, published weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stage1_tokenizer import ImageTokenizer, VectorOptions
+from stage1_tokenizer.originals import fit, plan
+from stage1_tokenizer.quantizers import VectorQuantizer
+from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
+from tests.stage1_tokenizer.test_originals import vqgan
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_and_decoding_equal_those_of_the_cpu(kind, device):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    pixels = torch.rand(4, 3, 16, 16) * 2 - 1
+    codes, drawn = tokenizer.encode(pixels), tokenizer.decode(tokenizer.encode(pixels))
+    there = tokenizer.to(device)
+    found = there.encode(pixels.to(device))
+    assert (found.cpu() == codes).float().mean() > 0.98  # a near tie may fall the other way
+    torch.testing.assert_close(there.decode(codes.to(device)).cpu(), drawn, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quantizer_has_gradients(kind, device):
+    tokenizer = tiny_tokenizer(**KINDS[kind]).to(device).train()
+    pixels = torch.rand(8, 3, 16, 16, device=device) * 2 - 1
+    output = tokenizer(pixels, 0.9 if tokenizer.quantizer.relaxed else None)
+    value = tokenizer.likelihood.nll_map(pixels.clamp(0.01, 0.99), output.parameters).mean() + output.quantized.loss
+    value.backward()
+    gradients = [p.grad for p in tokenizer.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def learned(device: torch.device, **options: object) -> tuple[VectorQuantizer, list[Tensor]]:
+    """After five steps on vectors far apart, so that no distance is a near tie; and the codes of each step."""
+    quantizer = VectorQuantizer(24, 4, VectorOptions(**options)).to(device).train()  # type: ignore[arg-type]
+    centres = 10 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    codes = []
+    for step in range(5):
+        draws = torch.Generator().manual_seed(step + 1)
+        rows = torch.randint(16, (8 * 16,), generator=draws)
+        vectors = centres[rows] + 0.01 * torch.randn(len(rows), 4, generator=draws)
+        features = vectors.reshape(8, 4, 4, 4).permute(0, 3, 1, 2).to(device)
+        codes.append(quantizer(features).codes.cpu())
+    return quantizer, codes
+
+
+@pytest.mark.parametrize("options", [{"restart_below": 0.0}, {"restart_below": 0.5, "restart_every": 2}, {"kmeans_iterations": 3}])
+def test_codebook_statistics_and_restarts_equal_those_of_the_cpu(options, device):
+    expected, codes = learned(torch.device("cpu"), **options)
+    found, found_codes = learned(device, **options)
+    assert all(torch.equal(a, b) for a, b in zip(codes, found_codes, strict=True))
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("style", ["taming", "llamagen"])
+def test_published_vqgan_weights_draw_the_same(style, device):
+    weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=8, codes=50, style=style)
+    config, ours = plan(weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights")
+    tokenizer = ImageTokenizer(config)
+    tokenizer.load_state_dict(fit(config, ours, tokenizer.state_dict(), "weights"))
+    tokenizer.eval()
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    codes = tokenizer.encode(pixels)
+    drawn = tokenizer.decode(codes)
+    there = tokenizer.to(device)
+    assert (there.encode(pixels.to(device)).cpu() == codes).float().mean() > 0.98
+    torch.testing.assert_close(there.decode(codes.to(device)).cpu(), drawn, rtol=1e-3, atol=1e-3)
