@@ -4,7 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/shapes
 
-.PHONY: help setup demo test check fonts bench clean
+
+# The GPU kit runs by the Python that has torch for the card; pure-Python packages that it lacks travel in .whl/.
+GPU_PYTHON ?= python3
+DEVICE ?= cuda
+WHEELS_PYTHON ?= 3.12
+WHEELS := datasets dill multiprocess jsonargparse
+
+.PHONY: help setup demo test check fonts bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo    set up, train both stages on shapes and draw pictures (about 15 minutes on two cores)"
@@ -12,6 +19,7 @@ help:
 	@echo "make check   lint, format and types alone"
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
+	@echo "make gpu     prove and measure everything on a GPU in nine minutes; DEVICE=cpu rehearses it (see benchmarks/README.md)"
 
 # torch first: at its constrained version the CPU build is enough, and an open range would fetch CUDA packages too.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -49,6 +57,16 @@ bench:
 	benchmarks/.venv/bin/python -m benchmarks.sampling --batch 64 --compile
 	benchmarks/.venv/bin/python -m benchmarks.encoding
 	benchmarks/.venv/bin/python -m benchmarks.shapes_drawing
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu_kit --device $(DEVICE)
+
+# For another machine: of any platform, for Python $(WHEELS_PYTHON), at the constrained versions.
+gpu-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --dest .whl \
+		$(foreach name,$(WHEELS),"$$(grep -m1 '^$(name)==' constraints.txt)")
+	@ls -l .whl
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
