@@ -44,6 +44,7 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m gpu --device cpu tests/gpu
 
 fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"

@@ -243,7 +243,7 @@ def run_parts(
             limit = min(REHEARSED_SECONDS if device == "cpu" else part.seconds, left)
             print(f"== {part.name} (at most {limit:.0f} s)", flush=True)
             given = command(part, file) if command else _command(part, device, file)
-            result |= _run(given, limit, file, {**environment, "GPU_KIT_SECONDS": f"{limit:.0f}"})
+            result |= _run(given, limit, file, environment)
         _write(file, result)
         problem = f": {result['problem'].splitlines()[0]}" if result["problem"] else ""
         print(f"== {part.name} {result['status']} after {result['seconds']:.0f} s{problem}", flush=True)
