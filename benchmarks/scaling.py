@@ -3,9 +3,9 @@
 python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4] [--memory 80] [--link 400e9] [--between 50e9]
 Nothing large is allocated: networks are made of tensors without numbers, and a step's activations are counted as it goes through them, in
 bf16 autocast with fused attention, not compiled. Operations are those of `benchmarks.gpu_parts`: 6 for each parameter that a token is
-multiplied by, 12 for each pair of places that attention sees, feature and block; 8 and 16 where activations are worked out again. What a card
-computes (bf16 operations a second), the share of it that training reaches, its memory (GB), and bytes a second between two cards of a
-machine and between two machines (for each card) are assumptions, which the options change.
+multiplied by, 12 for each pair of places that attention sees, feature and block; 8 and 16 where activations are worked out again. What a
+card computes (bf16 operations a second), the share of it that training reaches, its memory (GB), and bytes a second between two cards of
+a machine and between two machines (for each card) are assumptions, which the options change.
 """
 
 from __future__ import annotations
