@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.cli import main
-from pipeline.doctor.looks import alike, groups_of
+from pipeline.cli.main import main
+from pipeline.doctor.near_duplicates import alike, groups_of
 
 _SIDE = 256
 _NOISE = 15

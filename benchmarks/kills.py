@@ -33,10 +33,11 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import cli, stages  # imported once, for all forks
-from pipeline.ahead import Ahead
-from pipeline.data.config import DataConfig
-from pipeline.data.sources import load_source
+from pipeline import cli
+from pipeline.config.data import DataConfig
+from pipeline.data.load import load_source
+from pipeline.stages import run as stages  # imported once, for all forks
+from pipeline.training.prefetch import Ahead
 
 _TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 4, "warmup_steps": 2}
 EXPERIMENT: dict[str, Any] = {

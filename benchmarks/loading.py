@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.config import DataConfig
-from pipeline.data.sources import load_sources
-from pipeline.data.stream_feed import feed_of
+from pipeline.config.data import DataConfig
+from pipeline.data.load import load_sources
+from pipeline.data.streaming.feed import feed_of
 
 BATCH = 64
 SHARD = 500

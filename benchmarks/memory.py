@@ -21,12 +21,12 @@ import numpy as np
 import psutil
 
 from benchmarks.timing import machine
-from pipeline.config import load_values
-from pipeline.data.batches import Order
-from pipeline.data.code_shards import EncodedRows, write_shard
-from pipeline.data.codes import FORMAT, CodesDataset, complete, planned_files, record_shard, recorded_shard
-from pipeline.runtime import make_accelerator
-from pipeline.stages import text_tokenizer
+from pipeline.config.load import load_values
+from pipeline.data.codes.dataset import FORMAT, CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.data.codes.shards import EncodedRows, write_shard
+from pipeline.data.sampler import Order
+from pipeline.runtime.distributed import make_accelerator
+from pipeline.stages.prior import text_tokenizer
 
 CODES, NUM_CODES, BATCH = 64, 1024, 64
 WORDS = [f"{first}{second}{third}" for first in "bdfgklmnprst" for second in "aeiou" for third in ("n", "rk", "st", "lm")]

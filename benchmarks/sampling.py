@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.timing import interleave, report
-from pipeline.runtime import keep_freed_memory
+from pipeline.runtime.devices import keep_freed_memory
 from stage2_prior import SamplingOptions, sample
 
 

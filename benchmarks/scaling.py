@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.estimate import LiveBytes, state_bytes
-from pipeline.train_config import PriorTrainConfig
+from pipeline.config.train import PriorTrainConfig
+from pipeline.training.memory_estimate import LiveBytes, state_bytes
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig, transformer
 
 GIB = 2**30

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.timing import interleave, report
-from pipeline.data.config import DataConfig
-from pipeline.data.sources import load_source
+from pipeline.config.data import DataConfig
+from pipeline.data.load import load_source
 
 PICTURES = 4096
 

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks import peers
 from benchmarks.timing import interleave, report
-from pipeline.config import TrainConfig
-from pipeline.data.config import DataConfig
-from pipeline.data.shapes_captions import ShapesSource
-from pipeline.training import optimizers_for
+from pipeline.config.data import DataConfig
+from pipeline.config.train import TrainConfig
+from pipeline.data.builtin.shapes_captions import ShapesSource
+from pipeline.training.optimizers import optimizers_for
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, to_model_range
-from stage1_tokenizer.objective import peak_signal_to_noise
+from stage1_tokenizer.metrics import peak_signal_to_noise
 
 BATCH, NUM_CODES = 64, 512
 

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.timing import interleave, machine
 from pipeline import TextToImagePipeline
-from pipeline.config import load_experiment
-from pipeline.data.shapes_captions import ShapesSource
-from pipeline.runtime import keep_freed_memory
+from pipeline.config.load import load_experiment
+from pipeline.data.builtin.shapes_captions import ShapesSource
+from pipeline.runtime.devices import keep_freed_memory
 from stage2_prior import sample
 
 STEPS = (20, 16, 12)

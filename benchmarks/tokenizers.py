@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pipeline.comparison as comparison
+import pipeline.stages.compare_tokenizers as comparison
 import stage1_tokenizer.model as model
 from benchmarks import peers
-from pipeline.config import Experiment
-from pipeline.data.batches import Order
-from pipeline.encoding import sources_of
-from pipeline.runtime import uses_bf16
+from pipeline.config.experiment import Experiment
+from pipeline.data.sampler import Order
+from pipeline.runtime.devices import uses_bf16
+from pipeline.stages.encode import sources_of
 from stage1_tokenizer import ImageTokenizer, Level, Quantized, TokenizerConfig, codebook_statistics, to_model_range
-from stage1_tokenizer.objective import peak_signal_to_noise
+from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.quantizers.base import SingleLevel
 
 

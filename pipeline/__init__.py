@@ -9,41 +9,44 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.codebook import codebook_page
-    from pipeline.comparison import compare_tokenizers, load_comparison
-    from pipeline.config import Experiment, load_experiment
-    from pipeline.data.sources import load_source
-    from pipeline.doctor.diagnosis import diagnose
-    from pipeline.encoding import encode_dataset, encode_elsewhere
+    from pipeline.config.experiment import Experiment
+    from pipeline.config.load import load_experiment
+    from pipeline.data.load import load_source
+    from pipeline.doctor.diagnose import diagnose
+    from pipeline.evaluation.codebook_report import codebook_page
+    from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
-    from pipeline.evaluation.report import evaluate
-    from pipeline.generation import edit, generate, reconstruct
-    from pipeline.judge import ClipJudge
-    from pipeline.stages import assemble_bundle, run, train_prior, train_tokenizer
-    from pipeline.text_to_image import TextToImageOutput, TextToImagePipeline
+    from pipeline.inference.generate import edit, generate, reconstruct
+    from pipeline.inference.pipeline import TextToImageOutput, TextToImagePipeline
+    from pipeline.inference.reranking import ClipJudge
+    from pipeline.stages.compare_tokenizers import compare_tokenizers, load_comparison
+    from pipeline.stages.encode import encode_dataset, encode_elsewhere
+    from pipeline.stages.prior import train_prior
+    from pipeline.stages.run import assemble_bundle, run
+    from pipeline.stages.tokenizer import train_tokenizer
 
 _HOME = {
-    "ClipJudge": "pipeline.judge",
-    "Experiment": "pipeline.config",
-    "TextToImageOutput": "pipeline.text_to_image",
-    "TextToImagePipeline": "pipeline.text_to_image",
-    "assemble_bundle": "pipeline.stages",
-    "codebook_page": "pipeline.codebook",
-    "compare_tokenizers": "pipeline.comparison",
-    "diagnose": "pipeline.doctor.diagnosis",
-    "edit": "pipeline.generation",
-    "encode_dataset": "pipeline.encoding",
-    "encode_elsewhere": "pipeline.encoding",
-    "evaluate": "pipeline.evaluation.report",
+    "ClipJudge": "pipeline.inference.reranking",
+    "Experiment": "pipeline.config.experiment",
+    "TextToImageOutput": "pipeline.inference.pipeline",
+    "TextToImagePipeline": "pipeline.inference.pipeline",
+    "assemble_bundle": "pipeline.stages.run",
+    "codebook_page": "pipeline.evaluation.codebook_report",
+    "compare_tokenizers": "pipeline.stages.compare_tokenizers",
+    "diagnose": "pipeline.doctor.diagnose",
+    "edit": "pipeline.inference.generate",
+    "encode_dataset": "pipeline.stages.encode",
+    "encode_elsewhere": "pipeline.stages.encode",
+    "evaluate": "pipeline.evaluation.evaluate",
     "forgetting": "pipeline.evaluation.forgetting",
-    "generate": "pipeline.generation",
-    "load_comparison": "pipeline.comparison",
-    "load_experiment": "pipeline.config",
-    "load_source": "pipeline.data.sources",
-    "reconstruct": "pipeline.generation",
-    "run": "pipeline.stages",
-    "train_prior": "pipeline.stages",
-    "train_tokenizer": "pipeline.stages",
+    "generate": "pipeline.inference.generate",
+    "load_comparison": "pipeline.stages.compare_tokenizers",
+    "load_experiment": "pipeline.config.load",
+    "load_source": "pipeline.data.load",
+    "reconstruct": "pipeline.inference.generate",
+    "run": "pipeline.stages.run",
+    "train_prior": "pipeline.stages.prior",
+    "train_tokenizer": "pipeline.stages.tokenizer",
 }
 
 __all__ = [

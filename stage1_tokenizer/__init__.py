@@ -1,6 +1,7 @@
 """Stage 1: pictures <-> grids of codes. Knows nothing of text, data sets or training loops."""
 
 from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig, joint_problems
+from stage1_tokenizer.metrics import structural_similarity
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
 from stage1_tokenizer.options import (
@@ -16,7 +17,6 @@ from stage1_tokenizer.options import (
     VectorOptions,
     VqganOptions,
 )
-from stage1_tokenizer.perceptual import structural_similarity
 from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_pictures, to_rgb
 from stage1_tokenizer.quantizers import (
     CodebookStatistics,

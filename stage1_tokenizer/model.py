@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
+from stage1_tokenizer.convert_checkpoints import Kind, fit, original
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
-from stage1_tokenizer.originals import Kind, fit, original
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
 from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
 from stage1_tokenizer.tiling import by_tiles

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.codebook_health import alarm
 from stage1_tokenizer.config import ObjectiveConfig, joint_problems
 from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
-from stage1_tokenizer.health import alarm
+from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range
@@ -47,12 +48,6 @@ def kl_weight(step: int, config: ObjectiveConfig) -> float:
 def temperature(step: int, config: ObjectiveConfig) -> float:
     """Temperature of the Gumbel-softmax: a cosine from start to end."""
     return falling_cosine(step, config.temperature_steps, config.temperature_start, config.temperature_end)
-
-
-def peak_signal_to_noise(pixels: Tensor, pictures: Tensor) -> Tensor:
-    """PSNR in dB of each picture (B,), both in [-1,1] (peak 2)."""
-    error = (pixels - pictures.clamp(-1, 1)).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
 class TokenizerObjective:

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,68 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Our own modules that a file imports, anywhere in it: also within functions and for the type checker alone."""
+    names = {module_of(file) for file in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in names:
+            found |= {full if (full := f"{node.module}.{alias.name}") in names else node.module for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+LAYERS = (
+    ("cli",),
+    ("serving", "evaluation"),
+    ("stages",),
+    ("doctor", "inference", "likelihood"),
+    ("data",),
+    ("training",),
+    ("runtime",),
+    ("config",),
+)
+"""Packages of pipeline/, top to bottom. A module imports from its own package or from one in a lower row."""
+
+
+def upward_imports(path: Path) -> list[str]:
+    """Modules of pipeline/ that a file may not import."""
+    row = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+    own = path.relative_to(ROOT).parts[1]
+    theirs = {module: module.split(".")[1] for module in imported_modules(path) if module.startswith("pipeline.")}
+    return [module for module, package in theirs.items() if package != own and row[package] <= row[own]]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if len(p.relative_to(ROOT).parts) > 2 and p.is_relative_to(ROOT / "pipeline")], ids=module_of
+)
+def test_imports_go_down_the_layers(path):
+    assert upward_imports(path) == []
+
+
+def test_every_package_has_a_layer():
+    packages = {p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert packages <= {package for row in LAYERS for package in row}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that reach themselves."""
+    reached = {module: set(uses) for module, uses in graph.items()}
+    for middle in graph:
+        for uses in reached.values():
+            if middle in uses:
+                uses |= reached[middle]
+    return sorted(module for module, uses in reached.items() if module in uses)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+    assert circles({module_of(path): imported_modules(path) for path in FILES}) == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_stages_do_not_know_each_other_or_the_pipeline(path):
     package = path.relative_to(ROOT).parts[0]
@@ -43,7 +104,7 @@ def test_shapes_and_sequence_alone_know_their_units():
         assert path.name == "sequence.py" or "+ self.text_vocab_size" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("module", ["pipeline", "pipeline.cli", "pipeline.data.sources", "pipeline.data.shapes"])
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.cli", "pipeline.data.load", "pipeline.data.builtin.shapes"])
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'accelerate') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -80,20 +141,19 @@ def test_the_packages_are_listed():
     assert sorted(listed) == sorted({".".join(p.parent.relative_to(ROOT).parts) for p in FILES})
 
 
-def test_the_readmes_tree_names_every_file():
-    blocks: dict[tuple[str, ...], str] = defaultdict(str)
-    folder: tuple[str, ...] = ()
-    for line in (ROOT / "README.md").read_text().splitlines():
-        if outer := re.match(r"(\w+)/", line):
-            folder = outer.groups()
-        elif inner := re.match(r"  (\w+)/", line):
-            folder = (folder[0], *inner.groups())
-        elif re.match(r"  \w+\.py", line):
-            folder = folder[:1]
-        blocks[folder] += line + " "
-    for path in FILES:
-        if path.name != "__init__.py":
-            assert path.name in blocks[path.parent.relative_to(ROOT).parts], f"README's tree lacks {path.relative_to(ROOT)}"
+def test_the_architecture_page_names_every_file_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folders: list[str] = []
+    listed = set()
+    for line in re.search(r"## Files\n+```\n(.*?)```", page, re.DOTALL)[1].splitlines():  # type: ignore[index]
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        assert len(line.split()) > 3, f"{name} has no word of what it does"
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+        else:
+            listed.add("/".join([*folders, name]))
+    assert listed == {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
 
 
 def test_what_the_theory_names_is_there():

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pipeline.config import Experiment
-from pipeline.data.sources import load_source
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.config.experiment import Experiment
+from pipeline.data.load import load_source
+from pipeline.inference.pipeline import TextToImagePipeline
 
 CANDIDATES = 100
 

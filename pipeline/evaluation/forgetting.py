@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import DataConfig, Experiment, from_dict
-from pipeline.data.sources import Source, load_source
-from pipeline.evaluation.report import Report, prior_figures, tokenizer_figures
-from pipeline.runtime import uses_bf16
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.config.data import DataConfig
+from pipeline.config.experiment import Experiment
+from pipeline.config.load import from_dict
+from pipeline.data.load import load_source
+from pipeline.data.source import Source
+from pipeline.evaluation.metrics import prior_metrics, tokenizer_metrics
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.devices import uses_bf16
 
 OLD, NEW = "old data", "new data"
 
@@ -79,14 +82,14 @@ def forgetting(before: Path, after: Path, experiment: Experiment, *, pictures: i
         if not count:
             raise ValueError(f"no picture of the {data} is held out, so there is nothing to judge on; raise data.held_out")
         for when, pipe in pipes.items():
-            report = Report()
+            metrics: dict[str, float] = {}
             pipe.to(device)
             bf16 = uses_bf16(experiment.precision, pipe.tokenizer.device)
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
                 if other_codes:
-                    tokenizer_figures(report, pipe, source, count)
-                prior_figures(report, pipe, source, count)
+                    metrics |= tokenizer_metrics(pipe, source, count).metrics
+                metrics |= prior_metrics(pipe, source, count)
             for name in ("nats_per_code", "nats_per_text_token", "psnr"):
-                if name in report.figures:
-                    result.figures.setdefault(data, {}).setdefault(name, {})[when] = report.figures[name]
+                if name in metrics:
+                    result.figures.setdefault(data, {}).setdefault(name, {})[when] = metrics[name]
     return result

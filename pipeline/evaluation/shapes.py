@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import Experiment
-from pipeline.data.shapes import COLOURS, NEW_PAIRS, SHAPES, Scene, sprite
-from pipeline.data.shapes_captions import Prompt, ShapesSource, describe
-from pipeline.data.shapes_oracle import Verdict, accuracy, check
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.config.experiment import Experiment
+from pipeline.data.builtin.shapes import COLOURS, NEW_PAIRS, SHAPES, Scene, sprite
+from pipeline.data.builtin.shapes_captions import Prompt, ShapesSource, describe
+from pipeline.data.builtin.shapes_oracle import Verdict, accuracy, check
+from pipeline.inference.pipeline import TextToImagePipeline
 
 STEPS = 16
 """Steps in which parallel decoding is judged."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 
@@ -45,9 +44,3 @@ def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def accelerator_on(device: torch.device) -> Accelerator:
-    """A fresh accelerator on this device, whichever one the last was on."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu")

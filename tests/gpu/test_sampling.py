@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 
-from pipeline.drawing import draw_codes
+from pipeline.inference.batching import draw_codes
 from stage2_prior import ImagePrior, Level, PriorConfig, SamplingOptions, StreamConfig, code_log_likelihood, sample
 from stage2_prior.sampling import draw, filtered, guide, uniforms
-from tests.stage2_prior.conftest import any_order_prior, tiny_prior
+from tests.helpers.priors import any_order_prior, tiny_prior
 
 pytestmark = pytest.mark.gpu
 SEEDS = [7, 8, 9]

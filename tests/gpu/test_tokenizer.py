@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer import ImageTokenizer, VectorOptions
-from stage1_tokenizer.originals import fit, plan
+from stage1_tokenizer.convert_checkpoints import fit, plan
 from stage1_tokenizer.quantizers import VectorQuantizer
-from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
-from tests.stage1_tokenizer.test_originals import vqgan
+from tests.helpers.published_weights import vqgan
+from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
 

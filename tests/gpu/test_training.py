@@ -13,19 +13,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import fitting
-from pipeline.ahead import Ahead
-from pipeline.averages import WeightAverage
-from pipeline.estimate import estimated, to_device
-from pipeline.fitting import settled
-from pipeline.optimizers import optimizers_for
-from pipeline.sharding import Cut, Trained
-from pipeline.task import Task
-from pipeline.train_config import PriorTrainConfig, TrainConfig
-from pipeline.training import fit
+from pipeline.config.train import PriorTrainConfig, TrainConfig
+from pipeline.training import auto_batch as fitting
+from pipeline.training.auto_batch import settled
+from pipeline.training.ema import WeightAverage
+from pipeline.training.fsdp import Cut, Trained
+from pipeline.training.memory_estimate import estimated, to_device
+from pipeline.training.optimizers import optimizers_for
+from pipeline.training.prefetch import Ahead
+from pipeline.training.task import Task
+from pipeline.training.trainer import fit
 from stage1_tokenizer import AdversaryOptions, ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
-from tests.gpu.conftest import accelerator_on
+from tests.helpers.devices import accelerator_on
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")

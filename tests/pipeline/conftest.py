@@ -7,21 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-TINY = {
-    "name": "tiny",
-    "trackers": [],
-    "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
-    "tokenizer": {
-        "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
-        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
-    },
-    "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
-    "text": {"vocab_size": 320, "length": 48},
-    "prior": {
-        "model": {"width": 32, "depth": 1, "heads": 2},
-        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
-    },
-}
+from tests.helpers.experiments import TINY
 
 
 @pytest.fixture
@@ -35,7 +21,7 @@ def tiny_yaml(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run carried out once by `minidalle run`: (its YAML, its folder). Tests must not change it."""
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     folder = tmp_path_factory.mktemp("finished")
     path = folder / "tiny.yaml"
@@ -48,7 +34,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def by_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs by 1, 2 and 4 processes (runs/by1 and so on), what each logged and each process's networks. Nothing in them is drawn by
     process: no caption is dropped. Codes die and restart. Tests must not change it."""
-    from tests.pipeline.launched import CHECK, PROCESSES, WATCHED, launch, settings
+    from tests.helpers.launch import CHECK, PROCESSES, WATCHED, launch, settings
 
     folder = tmp_path_factory.mktemp("by_processes")
     options = ["--prior.objective.caption_dropout", "0", "--tokenizer.train.log_every", "1", "--prior.train.log_every", "1",

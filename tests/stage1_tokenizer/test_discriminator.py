@@ -7,7 +7,7 @@ import torch
 
 from stage1_tokenizer import AdversaryOptions, ObjectiveConfig, PerceptualOptions, TokenizerObjective
 from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
-from tests.stage1_tokenizer.conftest import tiny_tokenizer
+from tests.helpers.tokenizers import tiny_tokenizer
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:

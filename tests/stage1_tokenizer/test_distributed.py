@@ -19,7 +19,7 @@ from stage1_tokenizer import (
     VectorOptions,
 )
 from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
-from tests.stage1_tokenizer.conftest import KINDS, objective_of, tiny_tokenizer
+from tests.helpers.tokenizers import KINDS, objective_of, tiny_tokenizer
 
 PROCESSES = 2
 SHAPE = (4, 4, 4, 4)

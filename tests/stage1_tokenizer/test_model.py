@@ -18,7 +18,7 @@ from stage1_tokenizer import (
     to_model_range,
     to_pictures,
 )  # fmt: skip
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
+from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
 @EVERY_KIND

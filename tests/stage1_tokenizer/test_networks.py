@@ -10,7 +10,7 @@ from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, T
 from stage1_tokenizer.networks.attention import SpatialAttention
 from stage1_tokenizer.networks.patch import Decoder, Encoder, ResidualBlock
 from stage1_tokenizer.networks.transformer import positions
-from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
 
 def networks(factor: int, size: int = 32, width: int = 32, kernel: int = 3) -> tuple[Encoder, Decoder]:

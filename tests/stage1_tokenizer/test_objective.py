@@ -17,8 +17,9 @@ from stage1_tokenizer import (
     to_model_range,
 )
 from stage1_tokenizer.likelihoods import Gaussian
-from stage1_tokenizer.objective import falling_cosine, kl_weight, peak_signal_to_noise, temperature
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
+from stage1_tokenizer.metrics import peak_signal_to_noise
+from stage1_tokenizer.objective import falling_cosine, kl_weight, temperature
+from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 DIMENSIONS = 16 * 16 * 3
 COMMON = {"psnr", "nll", "bits_per_dimension", "codebook_usage", "codebook_perplexity", "dead_codes"}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from stage1_tokenizer import PerceptualOptions
-from stage1_tokenizer.perceptual import BackboneDistance, build_distance, multi_scale_distance, structural_similarity
+from stage1_tokenizer.metrics import multi_scale_distance, structural_similarity
+from stage1_tokenizer.perceptual import BackboneDistance, build_distance
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:

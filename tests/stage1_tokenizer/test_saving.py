@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from stage1_tokenizer import ImageTokenizer, to_model_range
-from tests.stage1_tokenizer.conftest import EVERY_KIND, KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import EVERY_KIND, KINDS, tiny_tokenizer
 
 
 def trained(**changes) -> ImageTokenizer:

@@ -7,7 +7,7 @@ import torch
 
 from stage1_tokenizer import build_quantizer, codebook_statistics
 from stage1_tokenizer.quantizers import GumbelQuantizer, VectorQuantizer
-from tests.stage1_tokenizer.conftest import tiny_config
+from tests.helpers.tokenizers import tiny_config
 
 
 @pytest.mark.parametrize(

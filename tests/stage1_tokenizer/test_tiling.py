@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.tiling import by_tiles
-from tests.stage1_tokenizer.conftest import KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
 
 def pixels(*shape: int) -> torch.Tensor:

@@ -5,31 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
-
-
-def tiny_prior(
-    levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), code_dim: int = 5, any_order: bool = False, **model: object
-) -> ImagePrior:
-    torch.manual_seed(0)
-    config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
-    stream = StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order)
-    prior = ImagePrior(config, stream)
-    if code_dim:
-        prior.tell_code_vectors(torch.randn(prior.stream.num_codes, code_dim))
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    prior.config.trained_with_caption_dropout = True
-    return prior.eval()
-
-
-def any_order_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object) -> ImagePrior:
-    """As if trained on random orders."""
-    prior = tiny_prior(levels, any_order=True, **model)
-    prior.config.trained_order = "random"
-    return prior
+from stage2_prior import ImagePrior
+from tests.helpers.priors import tiny_prior
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
 from stage2_prior.order import codes_a_step, known_first, seeded_orders
 from stage2_prior.sampling import draw, filtered, guidance_at, guide, uniforms
-from tests.stage2_prior.conftest import any_order_prior, tiny_prior
-from tests.stage2_prior.test_sampling import traced
+from tests.helpers.compiling import traced
+from tests.helpers.priors import any_order_prior, tiny_prior
 
 SEEDS = [7, 8, 9]
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
 from stage2_prior.transformer import attend, rotary_table, rotate
-from tests.stage2_prior.conftest import tiny_prior
-from tests.stage2_prior.test_sampling import traced
+from tests.helpers.compiling import traced
+from tests.helpers.priors import tiny_prior
 
 LEVELS = [(Level(grid=(3, 3), num_codes=11),), (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stage2_prior import Level, PriorObjective, PriorObjectiveConfig
-from tests.stage2_prior.conftest import tiny_prior
+from tests.helpers.priors import tiny_prior
 
 
 def reference(prior, text_ids, codes):

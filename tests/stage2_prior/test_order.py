@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from stage2_prior import Level, OrderSchedule, PriorObjective, PriorObjectiveConfig
 from stage2_prior.order import codes_a_step, known_first, seeded_orders, training_orders
-from tests.stage2_prior.conftest import any_order_prior, tiny_prior
+from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
 

@@ -10,24 +10,10 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from stage2_prior import Level, SamplingOptions, sample
 from stage2_prior.sampling import draw, filtered, guide, keep_min_p, keep_top_k, keep_top_p, uniforms
-from tests.stage2_prior.conftest import any_order_prior, tiny_prior
+from tests.helpers.compiling import traced
+from tests.helpers.priors import any_order_prior, tiny_prior
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
-
-
-def traced(monkeypatch) -> list:
-    """Has torch.compile trace without compiling; returns the list that the graphs come to."""
-    graphs, compile_ = [], torch.compile
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    def trace(function, *, options=None, **others):
-        return compile_(function, backend=lambda g, x, **_: backend(g, x), options=options, **others)
-
-    monkeypatch.setattr(torch, "compile", trace)
-    return graphs
 
 
 @pytest.mark.parametrize("k", [1, 3, 40, 99])

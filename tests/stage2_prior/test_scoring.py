@@ -19,7 +19,7 @@ from stage2_prior import (
     sample_captions,
 )
 from stage2_prior.order import seeded_orders
-from tests.stage2_prior.conftest import any_order_prior, tiny_prior
+from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import code_shards
-from pipeline.data import codes as dataset
-from pipeline.data.code_shards import EncodedRows, write_shard
-from pipeline.data.codes import CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.data.codes import dataset
+from pipeline.data.codes import shards as code_shards
+from pipeline.data.codes.dataset import CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.data.codes.shards import EncodedRows, write_shard
 
 
 def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: int = 5, views: int = 1, num_codes: int = 16) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import load_experiment
-from pipeline.data.config import DataConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.load import load_experiment
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.config import DataConfig
-from pipeline.data.emoji import ANNOTATIONS, FONT, TONES, EmojiSource, held_out_names, load_emoji, read_names, tone_of
+from pipeline.config.data import DataConfig
+from pipeline.data.builtin.emoji import ANNOTATIONS, FONT, TONES, EmojiSource, held_out_names, load_emoji, read_names, tone_of
 
 installed = pytest.mark.skipif(
     not Path(FONT).is_file() or not Path(ANNOTATIONS).is_dir(), reason="the emoji font or names are not installed"

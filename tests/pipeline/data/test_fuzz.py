@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.sources import load_sources
-from pipeline.data.stream_feed import feed_of
-from tests.pipeline.data.making import config, photo
+from pipeline.data.load import load_sources
+from pipeline.data.streaming.feed import feed_of
+from tests.helpers.data import config, photo
 
 CASES = int(os.environ.get("MINIDALLE_FUZZ", "25"))
 SECONDS = 60
@@ -240,8 +240,8 @@ def test_links_and_loops(links):
 @given(content=damaged(), limit=st.sampled_from([1, 64, 4096]))
 def test_damaged_pictures_alone(content, limit):
     """Each of the functions that take a picture's file."""
-    from pipeline.data.examine import _examined
-    from pipeline.data.pictures import open_for_judging, open_picture, prepared
+    from pipeline.data.readers.images import open_for_judging, open_picture, prepared
+    from pipeline.data.readers.scan import _examined
 
     class One:
         def picture(self, row: int) -> bytes:

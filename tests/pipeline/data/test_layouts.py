@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.files import folder_rows
-from pipeline.data.rows import Tally
-from pipeline.data.sources import load_source, load_sources
-from tests.pipeline.data.making import config, encoded, write_shard, write_shards
+from pipeline.data.load import load_source, load_sources
+from pipeline.data.readers.base import Tally
+from pipeline.data.readers.folder import folder_rows
+from tests.helpers.data import config, encoded, write_shard, write_shards
 
 ROWS = [("red", 200), ("dim", 50), ("mid", 120)]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from pipeline.data.config import DataConfig
-from pipeline.data.shapes import BACKGROUNDS, COLOURS, NEW_PAIRS, SHAPES, SIZES, Item, Scene, ShapesWorld, draw, sprite
-from pipeline.data.shapes_captions import (
+from pipeline.config.data import DataConfig
+from pipeline.data.builtin.shapes import BACKGROUNDS, COLOURS, NEW_PAIRS, SHAPES, SIZES, Item, Scene, ShapesWorld, draw, sprite
+from pipeline.data.builtin.shapes_captions import (
     GROUND_FRAMES,
     PLAIN_FRAMES,
     RELATION_WORDS,
@@ -21,7 +21,7 @@ from pipeline.data.shapes_captions import (
     ShapesSource,
     clear_relation,
 )
-from pipeline.data.shapes_oracle import accuracy, check, components, read_scene
+from pipeline.data.builtin.shapes_oracle import accuracy, check, components, read_scene
 
 
 def source(split: str = "held_out", size: int = 64) -> ShapesSource:
@@ -189,7 +189,7 @@ def test_bad_worlds_are_refused():
     with pytest.raises(ValueError, match="is no split"):
         ShapesWorld(split="test")
     with pytest.raises(ValueError, match="is no shape"):
-        from pipeline.data.shapes import _inside
+        from pipeline.data.builtin.shapes import _inside
 
         _inside("blob", np.zeros(1), np.zeros(1))
     with pytest.raises(ValueError, match=r"must be uint8 \(S,S,3\)"):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.config import DataConfig
-from pipeline.data.sources import load_source
+from pipeline.config.data import DataConfig
+from pipeline.data.load import load_source
 
 
 def picture(path: Path, colour: object = (200, 30, 40), size: tuple[int, int] = (20, 20), mode: str = "RGB") -> None:

@@ -1,0 +1,5 @@
+"""The command line `minidalle`."""
+
+from pipeline.cli.main import main
+
+__all__ = ["main"]

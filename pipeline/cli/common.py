@@ -1,0 +1,35 @@
+"""What verbs share: settings from the command line, the one process that prints. Imports nothing heavy until it is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+class WrongUsage(Exception):
+    """The command line itself is wrong."""
+
+
+def experiment_of(rest: Sequence[str]):
+    from pipeline.config.load import load_experiment, parser
+
+    if "--help" in rest or "-h" in rest:
+        parser().print_help()
+        raise SystemExit(0)
+    try:
+        return load_experiment(rest)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise WrongUsage(str(error)) from error
+
+
+def alone(verb: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{verb} is the work of one process; start it without torchrun or accelerate launch")
+
+
+def say(text: str) -> None:
+    """Prints on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)

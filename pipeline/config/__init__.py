@@ -1,0 +1,1 @@
+"""Settings of an experiment: the YAML as dataclasses, read and checked."""

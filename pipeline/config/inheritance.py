@@ -1,0 +1,70 @@
+"""What a configuration inherits from the bundle, run or stage that it starts from. Knows folders and their JSON; loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Stage = Literal["tokenizer", "prior"]
+
+
+def stage_folder(given: str | Path, stage: Stage) -> Path:
+    """The folder of a stage in a bundle or a run, or the one that is given itself.
+
+    Raises:
+        FileNotFoundError: there is no such stage, or it is not finished.
+        ValueError: it is the other stage's folder.
+    """
+    folder = Path(given)
+    if not (folder / "config.json").is_file():
+        folder = folder / stage
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the folder of a run or of a {stage}"
+        )
+    kind = str(_read(folder / "config.json").get("model_type"))
+    if kind != f"mini_dalle_{stage}":
+        raise ValueError(f"{stage}.init_from is {given}, which is a {kind} and no {stage}; give a bundle, a run or a {stage}'s folder")
+    return folder
+
+
+def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a configuration has from what it starts from, unless it says otherwise: what the weights have to fit.
+
+    Args:
+        values: an experiment as plain values.
+    """
+    found: dict[str, Any] = {}
+    if given := values["tokenizer"]["init_from"]:
+        model = dict(_model(given, "tokenizer"))
+        size = model.pop("image_size", None)  # the tokenizer's follows the data's
+        found |= {"tokenizer": {"model": model}} | ({"data": {"image_size": size}} if size else {})
+    if given := values["prior"]["init_from"]:
+        config = _config(given, "prior")
+        stream = config.get("stream") or {}
+        # What was trained on random orders can edit, and would forget it.
+        order = {"train": {"order": "random"}} if config.get("trained_order") == "random" else {}
+        found |= {"prior": {"model": config.get("model") or {}} | order}
+        found |= {"text": {"length": stream["text_length"]}} if "text_length" in stream else {}
+    return found
+
+
+def _model(given: str, stage: Stage) -> dict[str, Any]:
+    return _config(given, stage).get("model") or {}
+
+
+def _config(given: str, stage: Stage) -> dict[str, Any]:
+    """A stage's config.json; nothing where there is none, which the stages refuse when they begin: a run that is done can be read."""
+    try:
+        return _read(stage_folder(given, stage) / "config.json")
+    except FileNotFoundError:
+        return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is cut or damaged ({error}); copy it again") from error

@@ -1,0 +1,1 @@
+"""Sources that need no download: drawn shapes and the emoji of a font."""

@@ -1,0 +1,191 @@
+"""Real pictures: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows no training.
+
+Held out is a fixed set of names that are new combinations of seen words: one skin tone of a name whose four other tones are in
+training, for as many names as make 5% of all pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.config.data import DataConfig
+from pipeline.data.readers.images import random_square
+
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+ANNOTATIONS = "/usr/share/unicode/cldr/common"
+TONES = tuple(f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark"))
+BITMAP_SIZE = 109
+"""The one size at which the font holds its bitmaps."""
+_GLYPH = (136, 128)
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture of the font."""
+
+    text: str
+    name: str
+    picture: np.ndarray
+    """uint8 (S,S,3)."""
+
+
+def tone_of(name: str) -> tuple[str, str | None]:
+    """A name's family and its one skin tone: 'astronaut: dark skin tone' -> ('astronaut', 'dark skin tone').
+
+    Names without a tone, or with two, have none.
+    """
+    base, _, rest = name.partition(": ")
+    parts = rest.split(", ") if rest else []
+    tones = [part for part in parts if part in TONES]
+    if len(tones) != 1:
+        return name, None
+    others = [part for part in parts if part not in TONES]
+    return base + (": " + ", ".join(others) if others else ""), tones[0]
+
+
+def held_out_names(names: Sequence[str], share: float) -> set[str]:
+    """One tone each of some families with all five tones, chosen by a hash of the family's name: `share` of all names."""
+    families: dict[str, dict[str, str]] = {}
+    for name in names:
+        family, tone = tone_of(name)
+        if tone:
+            families.setdefault(family, {})[tone] = name
+    whole = sorted((f for f, tones in families.items() if len(tones) == len(TONES)), key=_hash)
+    chosen = whole[: round(share * len(names))]
+    return {families[family][TONES[_hash(family) % len(TONES)]] for family in chosen}
+
+
+def read_names(folder: Path) -> dict[str, str]:
+    """Text -> English name, of the CLDR's annotations/en.xml and annotationsDerived/en.xml."""
+    names: dict[str, str] = {}
+    for part in ("annotations", "annotationsDerived"):
+        path = folder / part / "en.xml"
+        if path.is_file():
+            for entry in ElementTree.parse(path).getroot().iter("annotation"):
+                if entry.get("type") == "tts" and entry.text:
+                    names[entry.get("cp", "")] = entry.text.strip()
+    return names
+
+
+def names_of_package() -> dict[str, str]:
+    """The same of the PyPI package `emoji`, where the CLDR is not installed; empty where that is missing too."""
+    if importlib.util.find_spec("emoji") is None:
+        return {}
+    import emoji
+
+    named = {text: data["en"].strip(":").replace("_", " ") for text, data in emoji.EMOJI_DATA.items()}
+    # 'astronaut medium skin tone' -> 'astronaut: medium skin tone', as the CLDR writes it.
+    for text, name in named.items():
+        for tone in sorted(TONES, key=len, reverse=True):
+            if name.endswith(f" {tone}"):
+                named[text] = f"{name.removesuffix(f' {tone}')}: {tone}"
+                break
+    return named
+
+
+@lru_cache(maxsize=4)
+def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tuple[Emoji, ...]:
+    """Every distinct picture of the font that has a name, in the order of the names' list.
+
+    Raises:
+        FileNotFoundError: the font or the names are missing; says how to install them.
+    """
+    font_path = Path(font or FONT)
+    if not font_path.is_file():
+        raise FileNotFoundError(
+            f"the emoji font {font_path} is not there; install it (Debian: apt-get install fonts-noto-color-emoji) "
+            "or give its path as data.font"
+        )
+    names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
+    if not names:
+        raise FileNotFoundError(
+            f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them (Debian: apt-get install "
+            "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as data.annotations"
+        )
+    try:
+        face = ImageFont.truetype(str(font_path), BITMAP_SIZE)
+    except OSError as error:
+        raise ValueError(
+            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.font needs NotoColorEmoji.ttf"
+        ) from error
+    found, seen = [], set()
+    for text, name in names.items():
+        picture = _draw(face, text, image_size)
+        if picture is not None and (key := picture.tobytes()) not in seen:
+            seen.add(key)
+            found.append(Emoji(text, name, picture))
+    return tuple(found)
+
+
+def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarray | None:
+    """One glyph on white, or None where the font has no single picture for the text."""
+    box = face.getbbox(text)
+    if (box[2] - box[0], box[3] - box[1]) != _GLYPH:
+        return None  # an unknown letter is empty, an unknown sequence several glyphs wide
+    side = max(_GLYPH)
+    canvas = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    top = (side - _GLYPH[1]) // 2 - int(box[1])
+    ImageDraw.Draw(canvas).text(((side - _GLYPH[0]) // 2 - box[0], top), text, font=face, embedded_color=True)
+    flat = Image.alpha_composite(Image.new("RGBA", canvas.size, "white"), canvas).convert("RGB")
+    return np.asarray(flat.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None))
+
+
+class EmojiSource:
+    """One split of the emoji."""
+
+    name = "emoji"
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        everything = load_emoji(config.image_size, config.font, config.annotations)
+        kept_back = held_out_names([e.name for e in everything], config.held_out)
+        self._emoji = [e for e in everything if (e.name in kept_back) == (split == "held_out")]
+        self._families: dict[str, list[Emoji]] = {}
+        for one in everything:
+            family, tone = tone_of(one.name)
+            if tone:
+                self._families.setdefault(family, []).append(one)
+        self._flip = config.flip
+        own = [e.name for e in self._emoji]
+        self.problems: list[str] = []
+        digest = hashlib.sha256("\n".join(own).encode())
+        for one in self._emoji:
+            digest.update(one.picture.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._emoji)
+
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures (N,S,S,3) uint8; see `Source`."""
+        pictures = [self._emoji[int(i)].picture for i in indices]
+        if draws is not None and self._flip:
+            pictures = [random_square(p, len(p), crop=False, flip=True, draw=draw) for p, draw in zip(pictures, draws, strict=True)]
+        return np.stack(pictures)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return [self._emoji[int(i)].name for i in indices]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        return [[text] for text in self.captions(indices)]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return self.captions(indices)
+
+    def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
+        """The pictures (n,S,S,3) of a picture's name in all its tones, and which of them is its own; n is 1 without tones."""
+        own = self._emoji[index]
+        family = self._families.get(tone_of(own.name)[0], [own])
+        return np.stack([e.picture for e in family]), [e.name for e in family].index(own.name)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,1 @@
+"""The codes dataset: images as discrete tokens, in Arrow files with hashes."""

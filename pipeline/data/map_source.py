@@ -1,0 +1,106 @@
+"""`MappedSource`: one split of rows that can be read in any order. Knows crops and captions; knows no layouts and no training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from pipeline.config.data import DataConfig
+from pipeline.data.readers.base import Rows, Tally, is_held_out
+from pipeline.data.readers.captions import Captions, captions_of
+from pipeline.data.readers.images import prepared, square_of
+from pipeline.data.readers.scan import examine, usable
+from pipeline.data.source import check_usable
+from pipeline.data.worker_info import ALONE, Share
+
+_TOGETHER = 8
+"""Pictures that are left to one thread at a time; fewer cost more to hand over than they take."""
+
+
+class Everything:
+    """What both splits share: rows, their captions, which are fit to train on, and pictures that were decoded before.
+
+    Raises:
+        ValueError: a column is missing, too many pictures cannot be read, or none can be used.
+    """
+
+    def __init__(self, rows: Rows, config: DataConfig, folder: Path | None = None, share: Share = ALONE) -> None:
+        self.rows, self.config = rows, config
+        tally = Tally()
+        self.captions: Captions = captions_of(rows, config, tally)
+        found = examine(rows, config.workers, folder, share)
+        fit = usable(rows, found, config, tally)
+        fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
+        self.problems = rows.tally.lines() + tally.lines()
+        check_usable(rows.name, int(fit.sum()), self.problems)
+        digest = hashlib.sha256()
+        kept: dict[bool, list[int]] = {False: [], True: []}
+        for row in np.flatnonzero(fit).tolist():
+            label = rows.label(row)
+            kept[is_held_out(label, config.held_out)].append(row)
+            digest.update("\0".join([label, *self.captions[row], str(int(found.digest[row]))]).encode() + b"\n")
+        self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
+        self.fingerprint = digest.hexdigest()[:16]
+        self._decoded: dict[int, np.ndarray] = {}
+        self._free, self._lock = config.memory * 2**30, Lock()
+        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
+
+    def pictures(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
+        """(N,S,S,3) uint8, in parallel."""
+        result = np.empty((len(rows), self.config.image_size, self.config.image_size, 3), np.uint8)
+
+        def fill(first: int) -> None:
+            for i in range(first, min(first + _TOGETHER, len(rows))):
+                result[i] = square_of(self._prepared(rows[i]), self.config, None if draws is None else draws[i])
+
+        for _ in self._pool.map(fill, range(0, len(rows), _TOGETHER)):
+            pass
+        return result
+
+    def _prepared(self, row: int) -> np.ndarray:
+        if (kept := self._decoded.get(row)) is not None:
+            return kept
+        config = self.config
+        try:
+            picture = prepared(self.rows.picture(row), config)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now ({error}); "
+                "the data must not change while it is used"
+            ) from error
+        # What fits stays: in shuffled passes, any picture is as likely to be wanted next as any other.
+        with self._lock:
+            if row not in self._decoded and picture.nbytes <= self._free:
+                self._decoded[row] = picture
+                self._free -= picture.nbytes
+        return picture
+
+
+class MappedSource:
+    """One split."""
+
+    def __init__(self, everything: Everything, split: str) -> None:
+        self._all = everything
+        self._rows = everything.kept[split == "held_out"]
+        self.name, self.problems, self.fingerprint = everything.rows.name, everything.problems, everything.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures (N,S,S,3) uint8; see `Source`."""
+        return self._all.pictures([int(self._rows[int(i)]) for i in indices], draws)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return [captions[0] for captions in self.all_captions(indices)]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        return [self._all.captions[int(self._rows[int(i)])] for i in indices]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self._all.rows.label(int(self._rows[int(i)])) for i in indices]

@@ -1,0 +1,117 @@
+"""Several sources as one, by weight. Knows numbers of rows; reads nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.source import Source
+
+STREAM_NUMBERS = 1 << 48
+_BLOCK = 1000
+"""Positions within which each part has exactly its share."""
+
+
+class MixedSource:
+    """Parts one after another, and `weights` by which a training shuffles them together."""
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
+        self.parts, self.weights = list(parts), list(weights)
+        self.name = " + ".join(part.name for part in parts)
+        self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()[:16]
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{part.name}: {problem}" for part in self.parts for problem in part.problems]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Pictures of each part; of a stream, how many numbers are left for them."""
+        return [len(part) if hasattr(part, "__len__") else STREAM_NUMBERS for part in self.parts]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The number of each part's first picture, and of the one after the last."""
+        return np.cumsum([0, *self.lengths])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures (N,S,S,3) uint8; see `Source`."""
+        result: list[np.ndarray] = [np.empty(0)] * len(indices)
+        for part, places, rows in self._by_part(indices):
+            pictures = part.images(rows, None if draws is None else [draws[i] for i in places])
+            for place, picture in zip(places, pictures, strict=True):
+                result[place] = picture
+        return np.stack(result)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return [captions[0] for captions in self.all_captions(indices)]
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        result: list[list[str]] = [[]] * len(indices)
+        for part, places, rows in self._by_part(indices):
+            for place, captions in zip(places, part.all_captions(rows), strict=True):
+                result[place] = captions
+        return result
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        result = [""] * len(indices)
+        for part, places, rows in self._by_part(indices):
+            for place, name in zip(places, part.names(rows), strict=True):
+                result[place] = f"{part.name}: {name}"
+        return result
+
+    def _by_part(self, indices: Sequence[int]) -> list[tuple[Source, list[int], list[int]]]:
+        rows = np.asarray(indices, np.int64)
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        found = []
+        for number, part in enumerate(self.parts):
+            places = np.flatnonzero(which == number)
+            if len(places):
+                found.append((part, places.tolist(), (rows[places] - self.starts[number]).tolist()))
+        return found
+
+
+def parts_of(source: Any) -> list[Any]:
+    """The parts of a mixture; of anything else itself."""
+    return source.parts if isinstance(source, MixedSource) else [source]
+
+
+class Mixture:
+    """Which part each position of an endless stream comes from, and how many of that part came before: a pure function of the position.
+
+    Args:
+        weights: of the parts.
+        seed: start of the shuffles.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        exact = np.array(weights) / sum(weights) * _BLOCK
+        counts = np.floor(exact).astype(int)
+        # The rest goes to those that lost most by rounding, and no part goes without.
+        for part in np.argsort(counts - exact)[: _BLOCK - counts.sum()]:
+            counts[part] += 1
+        while (counts == 0).any():
+            counts[counts.argmax()] -= 1
+            counts[counts.argmin()] += 1
+        self._counts, self._seed = counts, seed
+        self._held = (-1, counts, counts)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(part, number of the part's pictures before it)."""
+        block, within = divmod(position, _BLOCK)
+        held = self._held  # read and put once each, as several threads ask
+        if held[0] != block:
+            parts = np.random.default_rng([self._seed, block, 1]).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+            before = np.empty(_BLOCK, np.int64)
+            for part, count in enumerate(self._counts):
+                before[parts == part] = np.arange(count)
+            held = self._held = (block, parts, before)
+        part = int(held[1][within])
+        return part, int(block * self._counts[part] + held[2][within])

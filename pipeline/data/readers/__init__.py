@@ -1,0 +1,1 @@
+"""Rows of images and captions as they lie: folders, tables, shards, `datasets`."""

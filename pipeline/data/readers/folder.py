@@ -1,0 +1,250 @@
+"""Pictures that are files: a folder with captions in it, or a table of paths. Knows layouts; decodes nothing.
+
+A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt beside NAME.png, or from the names of its subfolders by
+`data.caption_template`. A table is a .csv or .jsonl file whose pictures are paths, or bytes in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+
+from pipeline.data.readers.base import (
+    BAD_CAPTION,
+    Record,
+    Tally,
+    existing_column,
+    image_column,
+    is_text,
+    listed,
+    printable,
+    stamp_of,
+    state_of,
+    text_of,
+)
+from pipeline.data.readers.images import EXTENSIONS, UNREAD
+
+TABLE_SUFFIXES = (".csv", ".jsonl")
+LAYOUTS = """accepted are
+  pictures/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
+  pictures/metadata.jsonl, a row a line                      ({"file_name": "cat.png", "text": "a cat on a mat"})
+  pictures/cat.png with pictures/cat.txt beside it           (a cat on a mat)
+  pictures/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
+NO_CAPTION = "pictures that no caption names left out"
+CLOSED = "folders that cannot be read left out"
+NO_PICTURE = "captions of pictures that are not there left out"
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_LONGEST_PATH = 1024
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""How PNG, JPEG, GIF, WebP and TIFF begin in base64, with or without a data URI's head."""
+
+
+class FileRows:
+    """Pictures of a folder, or of a table of paths.
+
+    Args:
+        name: of the source, for messages.
+        root: what the paths are relative to.
+        named: picture -> what is written of it, in order; a picture is a path relative to `root`, or base64.
+    """
+
+    def __init__(self, name: str, root: Path, named: dict[str, list[Record]], columns: list[str], tally: Tally) -> None:
+        self.name, self.root, self.columns, self.tally = name, root, columns, tally
+        # Arrow holds a million paths in a tenth of what Python strings take.
+        self._pictures = pa.array(list(named), pa.large_string())
+        self._counts = pa.array([len(records) for records in named.values()], pa.int32())
+        # Written as JSON, since a column may hold texts in one row and lists in the next.
+        self._records = pa.array([json.dumps(record) for records in named.values() for record in records], pa.large_string())
+        self.stamp = stamp_of([name, *(self._state(picture) for picture in named)])
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def label(self, row: int) -> str:
+        picture = self._pictures[row].as_py()
+        return f"row {row}" if is_inline(picture) else picture
+
+    def picture(self, row: int) -> bytes:
+        picture = self._pictures[row].as_py()
+        if not is_inline(picture):
+            return (self.root / picture).read_bytes()
+        try:
+            return base64.b64decode(picture.rpartition("base64,")[2], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"row {row} is neither a path nor base64 ({error})") from error
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        first = 0
+        for count in self._counts:
+            yield [json.loads(self._records[first + i].as_py()) for i in range(count.as_py())]
+            first += count.as_py()
+
+    def _state(self, picture: str) -> object:
+        return picture if is_inline(picture) else state_of(self.root / picture)
+
+
+def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
+    """A folder in whichever layout it has.
+
+    Raises:
+        ValueError: there are no captions, a column is missing, or a path leads out of the folder.
+    """
+    tally = Tally()
+    pictures = _pictures_below(folder, tally)
+    metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+    if metadata is not None:
+        rows = list(_rows_of(metadata))
+        columns = [c for c in dict.fromkeys(["folder", "name", *(column for row in rows for column in row)]) if c != "file_name"]
+        named = _named(metadata, rows, folder, set(pictures), tally)
+        for picture in pictures:
+            if picture not in named:
+                tally.add(NO_CAPTION, picture)
+        named = dict(sorted(named.items()))
+    else:
+        columns, named, beside = ["folder", "name"], {}, text_column == "text" and template is None
+        for picture in pictures:
+            path = PurePosixPath(picture)
+            record: Record = {"folder": path.parent.name, "name": path.stem}
+            if beside:
+                try:
+                    record["text"] = [line.strip() for line in text_of((folder / picture).with_suffix(".txt")).splitlines()]
+                except FileNotFoundError:
+                    tally.add(NO_CAPTION, picture)
+                    continue
+                except ValueError:
+                    tally.add(BAD_CAPTION, str(path.with_suffix(".txt")))
+                    continue
+            named[picture] = [record]
+        if beside:
+            columns.append("text")
+        if not named:
+            unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
+            raise ValueError(f"{folder} holds {len(pictures)} pictures and no captions; {'; '.join(unread) or LAYOUTS}")
+    return FileRows(str(folder), folder, named, columns, tally)
+
+
+def table_rows(file: Path, column: str | None) -> FileRows:
+    """A .csv or .jsonl file of paths; they are relative to its own folder.
+
+    Raises:
+        ValueError: the column of the pictures is missing, or a row is damaged.
+    """
+    rows, tally = list(_rows_of(file)), Tally()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    column = image_column(str(file), column, columns)
+    named: dict[str, list[Record]] = {}
+    for number, row in enumerate(rows, start=1):
+        picture = row.get(column)
+        if not isinstance(picture, str) or not picture or "\0" in picture or not is_text(picture):
+            tally.add("rows that name no picture left out", f"row {number}")
+        elif not is_inline(picture) and not _is_file(file.parent / picture):
+            tally.add(NO_PICTURE, picture)
+        else:
+            named.setdefault(picture, []).append({key: value for key, value in row.items() if key != column})
+    return FileRows(str(file), file.parent, named, [c for c in columns if c != column], tally)
+
+
+def is_inline(cell: str) -> bool:
+    """Whether a cell of pictures holds one in base64 rather than a path."""
+    return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
+
+
+def _pictures_below(folder: Path, tally: Tally) -> list[str]:
+    found = []
+
+    def closed(error: OSError) -> None:
+        tally.add(CLOSED, str(error.filename))
+
+    for where, folders, files in os.walk(folder, onerror=closed):  # links to folders are not followed: they may lead back here
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = Path(where).relative_to(folder)
+        for name in files:
+            extension, picture = Path(name).suffix.lower(), (below / name).as_posix()
+            if name.startswith("."):  # as ._cat.jpg, which is no picture
+                continue
+            if extension in UNREAD:
+                tally.add(f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out", picture)
+            elif extension not in EXTENSIONS:
+                continue
+            elif not is_text(picture):
+                tally.add("pictures whose names are not UTF-8 left out", ascii(picture))
+            elif not _is_file(Path(where) / name):
+                tally.add("links to pictures that are not there left out", picture)
+            else:
+                found.append(picture)
+    return sorted(found)
+
+
+def _named(metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: Tally) -> dict[str, list[Record]]:
+    named: dict[str, list[Record]] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{metadata} row {number}"
+        existing_column(where, "file_name", list(row), "it names the picture")
+        name = row["file_name"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where} names no picture: file_name is {name!r}")
+        path = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
+        if path.is_absolute() or path.parts[:1] == ("..",):
+            raise ValueError(f"{where} names {name!r}, which lies outside the folder")
+        if path.as_posix() not in pictures:
+            tally.add(NO_PICTURE, name)
+            continue
+        record = {"folder": path.parent.name, "name": path.stem} | {key: value for key, value in row.items() if key != "file_name"}
+        named.setdefault(path.as_posix(), []).append(record)
+    return named
+
+
+def _rows_of(path: Path) -> Iterable[Record]:
+    text = text_of(path)
+    if path.suffix.lower() == ".csv":
+        return _rows_of_csv(path, text)
+    return _rows_of_jsonl(path, text)
+
+
+def _rows_of_csv(path: Path, text: str) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
+    head = text.partition("\n")[0].strip()
+    if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
+        raise ValueError(f"{path} parts its columns by {other!r} ({printable(head)}); save it with commas")
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [dict(row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise ValueError(
+                f"{path} row {number} has more fields than its columns {listed(reader.fieldnames or [])}; "
+                "texts with commas belong in double quotes"
+            )
+    return rows
+
+
+def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
+    rows = []
+    # Not splitlines(), which also ends lines at characters that JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path} line {number} is no JSON ({error}); each line must be one row") from error
+            if not isinstance(row, dict):
+                raise ValueError(f'{path} line {number} is no row; write {{"file_name": "cat.png", "text": "a cat"}}')
+            rows.append(row)
+    return rows

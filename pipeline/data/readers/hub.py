@@ -1,0 +1,117 @@
+"""A `datasets` name, a folder saved by `datasets`, or Parquet files. Knows columns and splits; decodes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.data import DataConfig
+from pipeline.data.readers.base import Record, Tally, image_column, stamp_of, state_of
+
+_BATCH = 1000
+_SHARDS = 64
+"""Pieces that a data set on this disk is streamed in."""
+
+
+class HubRows:
+    """The `train` split of a data set, or whichever comes first."""
+
+    def __init__(self, config: DataConfig) -> None:
+        from datasets import Image
+
+        self.name, self.tally = config.source, Tally()
+        rows = load(config)
+        self._image = image_column(self.name, config.image_column, rows.column_names)
+        self.columns = [column for column in rows.column_names if column != self._image]
+        paths = not isinstance(rows.features[self._image], Image) and getattr(rows.features[self._image], "dtype", "") == "string"
+        if isinstance(rows.features[self._image], Image):
+            # Undecoded, so that a broken picture is ours to report.
+            rows = rows.cast_column(self._image, Image(decode=False))
+        self._rows = rows
+        # A column alone: reading captions must not read the pictures beside them.
+        self._pictures = rows.select_columns([self._image])
+        self._beside = Path(config.source).expanduser().parent
+        # The library's fingerprint says nothing of files that the rows only name.
+        files = (state_of(self._beside / str(self._pictures[row][self._image])) for row in range(len(rows))) if paths else ()
+        self.stamp = stamp_of([rows._fingerprint, self._image, *files])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def label(self, row: int) -> str:
+        return f"row {row}"
+
+    def picture(self, row: int) -> bytes:
+        return content_of(self._pictures[row][self._image], self._beside)
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        rows = self._rows.select_columns(list(columns))
+        named = label_names(rows.features)
+        for batch in rows.iter(_BATCH):
+            for i in range(len(batch[columns[0]])):
+                yield [{column: named(column, batch[column][i]) for column in columns}]
+
+
+def content_of(cell: Any, beside: Path) -> bytes:
+    """A cell of pictures as a file's bytes: bytes, a path (relative to `beside`), or `datasets`' pair of both.
+
+    Raises:
+        ValueError: it is none of them.
+        OSError: the file cannot be read.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, str) and cell and "\0" not in cell:
+        return (beside / cell).read_bytes()
+    raise ValueError(f"it holds {type(cell).__name__} and no picture")
+
+
+def label_names(features: Any) -> Any:
+    """(column, value) -> the value, or its name where the column holds class labels."""
+    from datasets import ClassLabel
+
+    labels = {column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+    def named(column: str, value: Any) -> Any:
+        return labels[column].int2str(value) if column in labels and isinstance(value, int) and value >= 0 else value
+
+    return named
+
+
+def load(config: DataConfig, *, streaming: bool = False) -> Any:
+    """The data set, mapped or streamed.
+
+    Raises:
+        FileNotFoundError: it is not there, or the library cannot read it.
+    """
+    import datasets
+
+    path = Path(config.source).expanduser()
+    try:
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(config.source, streaming=streaming)
+    except Exception as error:  # the library raises many kinds for a name that cannot be had
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FileNotFoundError(
+            f"data.source {config.source!r} is no folder or file here and no data set that can be loaded ({reason}); "
+            "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a datasets name with network access"
+        ) from error
+    if isinstance(loaded, dict):
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return _streamed(loaded) if streaming and isinstance(loaded, datasets.Dataset) else loaded
+
+
+def _streamed(rows: Any) -> Any:
+    return rows.to_iterable_dataset(num_shards=min(_SHARDS, max(len(rows), 1)))
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets`' save_to_disk."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()

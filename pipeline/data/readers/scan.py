@@ -1,0 +1,188 @@
+"""Opens every picture of a source once, in parallel: its size, a hash of its file, and what is wrong with it. Trains nothing.
+
+What was found is kept in a file, so that a source is read through once and not at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.config.data import DataConfig
+from pipeline.data.readers.base import Rows, Tally, stamp_of
+from pipeline.data.readers.images import frames, open_for_judging
+from pipeline.data.worker_info import ALONE, Share
+from pipeline.runtime.atomic_io import written_beside
+from stage1_tokenizer.pixels import to_rgb
+
+UNREADABLE = "unreadable pictures left out"
+_CHUNK = 32
+_SLOW = 2000
+"""Pictures from which the user is shown how far it is, and what was found is kept."""
+_DECODED = 64
+"""Shorter side, in pixels, that pictures are decoded at to be judged."""
+_FORM = 2
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found of each picture, an entry a row.
+
+    Attributes:
+        width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
+        digest: uint64 (N), a hash of the file.
+        look: uint64 (N), a hash of what it looks like (`look_of`).
+        mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has several frames.
+        problem: (N), what is wrong with it, or ''.
+    """
+
+    width: np.ndarray
+    height: np.ndarray
+    digest: np.ndarray
+    look: np.ndarray
+    mode: list[str]
+    problem: list[str]
+
+
+def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share = ALONE) -> Examined:
+    """Reads every picture, or takes what an earlier call found in `folder` while the files are the same.
+
+    Args:
+        workers: threads.
+        folder: keeps what was found.
+        share: this process's part of the work; every process of it must call.
+    """
+    source = stamp_of([rows.name, *rows.columns])  # one folder may be two parts of a mixture
+    kept = folder / f"examined-{source}-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
+    found = _read(kept) if kept is not None else None
+    if all(share.gather(found is not None)):
+        assert found is not None
+        return found
+    mine = np.array_split(np.arange(len(rows)), share.count)[share.index]
+    chunks = [mine[first : first + _CHUNK] for first in range(0, len(mine), _CHUNK)]
+    lines: list[tuple] = []
+    # The bar is for those who wait for it; a second's work needs none.
+    bar = tqdm(total=len(mine), desc="reading pictures", disable=len(mine) < _SLOW or share.index > 0, mininterval=1.0, leave=False)
+    with bar, ThreadPoolExecutor(workers, thread_name_prefix="examine") as pool:
+        for part in pool.map(lambda chunk: [_examined(rows, int(row)) for row in chunk], chunks):
+            lines += part
+            bar.update(len(part))
+    lines = [line for of_process in share.gather(lines) for line in of_process]
+    result = _from_lines(lines)
+    if kept is not None and share.index == 0 and len(rows) >= _SLOW:
+        _write(kept, result)
+        for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {kept}:  # of the source as it was
+            with suppress(OSError):
+                old.unlink()
+    return result
+
+
+def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.ndarray:
+    """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted; the others are counted.
+
+    Raises:
+        ValueError: more pictures than `config.max_bad` allows cannot be read.
+    """
+    bad = np.array([bool(problem) for problem in found.problem], bool)
+    of_size = [(reason, ~bad & which) for reason, which in unwanted_sizes(found.width, found.height, config)]
+    reasons = [(UNREADABLE, bad), *of_size]
+    for reason, rows_of in reasons:
+        for row in np.flatnonzero(rows_of):
+            tally.add(reason, rows.label(int(row)))
+    if bad.sum() > config.max_bad * max(len(rows), 1):
+        first = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read ({tally.first(UNREADABLE)}: {found.problem[first]}); "
+            f"repair or remove them, or raise data.max_bad (now {config.max_bad})"
+        )
+    return ~np.any([rows_of for _, rows_of in reasons], axis=0)
+
+
+def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
+    """Reasons to leave pictures out, and whether each stands against a picture of this size, or against each of these sizes (N)."""
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
+    reasons = [(f"pictures smaller than {config.least_size} pixels left out{hint}", shorter < config.least_size)]
+    if config.max_size is not None:
+        reasons.append((f"pictures larger than {config.max_size} pixels left out", longer > config.max_size))
+    if config.max_aspect is not None:
+        reasons.append((f"pictures more than {config.max_aspect:g} times as long as wide left out", longer > config.max_aspect * shorter))
+    return reasons
+
+
+def look_of(image: Image.Image) -> int:
+    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened; 0 is a plain surface.
+
+    Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): 48 of
+    lightness against their median, and 8 of each of two colour differences, so that a red and a blue heart differ. Frequencies too weak to
+    outlast JPEG count as none.
+    """
+    small = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0).convert("YCbCr")
+    channels = np.asarray(small, np.float32).transpose(2, 0, 1)
+    lightness, *colours = _COSINES @ channels @ _COSINES.T
+    values = lightness[:7, :7].flatten()[1:]  # without the mean, which says how bright it is
+    values[np.abs(values) < _FAINT] = 0
+    of_colour = np.stack(colours)[:, *_LOWEST]
+    of_colour[:, 0] -= 128  # the mean of a grey picture
+    if not values.any() and (np.abs(of_colour[:, 1:]) < 2 * _FAINT).all():
+        return 0
+    bits = np.concatenate([values > np.median(values), of_colour.flatten() > 2 * _FAINT])
+    return int(np.packbits(bits).view(np.uint64)[0])
+
+
+def _cosines() -> np.ndarray:
+    waves, places = np.arange(8)[:, None], np.arange(32)[None]
+    cosines = np.cos(np.pi * (2 * places + 1) * waves / 64)
+    return (cosines / (cosines**2).sum(1, keepdims=True)).astype(np.float32)  # amplitudes, in grey levels
+
+
+_COSINES = _cosines()
+_LOWEST = (np.array([0, 0, 1, 1, 0, 2, 1, 2]), np.array([0, 1, 0, 1, 2, 0, 2, 1]))
+_FAINT = 0.5
+
+
+def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
+    digest = 0
+    try:
+        content = rows.picture(row)
+        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        image, (width, height) = open_for_judging(content, _DECODED)
+        mode = image.mode + (", animated" if frames(image) > 1 else "")
+        return width, height, digest, look_of(to_rgb(image)), mode, ""
+    except (OSError, ValueError) as error:
+        return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _from_lines(lines: Sequence[tuple]) -> Examined:
+    width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
+    return Examined(
+        np.array(width, np.int32), np.array(height, np.int32), np.array(digest, np.uint64), np.array(look, np.uint64),
+        list(mode), list(problem),
+    )  # fmt: skip
+
+
+def _read(path: Path) -> Examined | None:
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (OSError, pa.ArrowInvalid):  # not there, or cut: pictures are read anew
+        return None
+    width, height, digest, look = (table[name].to_numpy() for name in ("width", "height", "digest", "look"))
+    return Examined(width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist())
+
+
+def _write(path: Path, found: Examined) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(vars(found))
+    with written_beside(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)

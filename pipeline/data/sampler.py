@@ -1,0 +1,162 @@
+"""Which pictures a step sees, a pure function of (seed, step), so that no position in the data needs to be saved; and loading ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from pipeline.data.mixture import MixedSource, Mixture
+from pipeline.data.source import Source
+
+Loaded = TypeVar("Loaded")
+Part = TypeVar("Part")
+
+LISTED = 2**24
+"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row, in no memory."""
+_ROUNDS = 4
+
+
+class Feed(Protocol):
+    """One process's pictures, step by step."""
+
+    def pictures(self, step: int) -> np.ndarray:
+        """(B,S,S,3) uint8."""
+        ...
+
+    def names(self, step: int) -> list[str]:
+        """What to call the pictures of a step in messages."""
+        ...
+
+
+class Passes:
+    """Endless shuffled passes over `length` rows, each row once a pass."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        if length < 1:
+            raise ValueError("there are no pictures to train on; check data.source and data.held_out")
+        self.length, self.seed = length, seed
+        self._held = (-1, np.empty(0, dtype=np.int64))
+
+    def row(self, position: int) -> int:
+        return int(self.rows(np.array([position]))[0])
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The rows (N,) at ascending positions (N,)."""
+        passes, places = np.divmod(positions, self.length)
+        return np.concatenate([self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)])
+
+    def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
+        if self.length > LISTED:
+            return scattered(places, self.length, [self.seed, number])
+        held = self._held  # read and put once each: a thread that loads ahead asks for other passes than one that names rows
+        if held[0] != number:
+            held = self._held = (number, np.random.default_rng([self.seed, number]).permutation(self.length))
+        return held[1][places]
+
+
+class Order:
+    """The rows of each step: batches run on across passes.
+
+    Args:
+        lengths: rows there are, or those of each part of a mixture, which lie one after another.
+        batch_size: rows a step, over all processes.
+        seed: start of the shuffles.
+        weights: of the parts.
+    """
+
+    def __init__(self, lengths: int | Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = (1.0,)) -> None:
+        parts = [lengths] if isinstance(lengths, int) else list(lengths)
+        self.batch_size, self.seed = batch_size, seed
+        self._starts = np.cumsum([0, *parts])
+        self._passes = [Passes(length, seed) for length in parts]
+        self._mixture = Mixture(weights, seed) if len(parts) > 1 else None
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows (batch_size,) of a step."""
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        if self._mixture is None:
+            return self._passes[0].rows(positions)
+        taken = np.array([self._mixture.at(int(position)) for position in positions])
+        rows = np.empty(self.batch_size, np.int64)
+        for part in np.unique(taken[:, 0]):
+            places = taken[:, 0] == part
+            rows[places] = self._starts[part] + self._passes[part].rows(taken[places, 1])
+        return rows
+
+    def share(self, step: int, process: int, processes: int) -> np.ndarray:
+        """One process's equal part of the rows of a step."""
+        return self.rows(step)[_part(self.batch_size, process, processes)]
+
+    def draws(self, step: int, process: int, processes: int) -> list[int]:
+        """A number for each of those rows, for what is random about how it is seen."""
+        return step_draws(self.seed, step, self.batch_size)[_part(self.batch_size, process, processes)].tolist()
+
+
+def step_draws(seed: int, step: int, count: int) -> np.ndarray:
+    """Random numbers (count,) int64 of a step."""
+    return np.random.default_rng([seed, step, 2]).integers(0, 2**62, count)
+
+
+def order_of(source: Source, batch_size: int, seed: int) -> Order:
+    """The order in which training sees a source, or codes that were made of it."""
+    if isinstance(source, MixedSource):
+        return Order(source.lengths, batch_size, seed, source.weights)
+    return Order(len(source), batch_size, seed)
+
+
+class MappedFeed:
+    """Pictures of a source that is read in any order: each process has its part of what one process would have."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, process: int, processes: int) -> None:
+        self._source, self._order, self._place = source, order_of(source, batch_size, seed), (process, processes)
+
+    def pictures(self, step: int) -> np.ndarray:
+        return self._source.images(self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place))
+
+    def names(self, step: int) -> list[str]:
+        return self._source.names(self._order.share(step, *self._place).tolist())
+
+
+def _part(batch_size: int, process: int, processes: int) -> slice:
+    each = batch_size // processes
+    return slice(process * each, (process + 1) * each)
+
+
+def scattered(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
+    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of it: a Feistel network of four rounds
+    (Luby & Rackoff 1988) over the next even power of two, walked on from what lies outside (Black & Rogaway 2002)."""
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    mask = np.uint64(2**half - 1)
+    keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        found[outside] = left << np.uint64(half) | right
+        outside = found >= np.uint64(length)
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """64-bit numbers with each bit of theirs in each bit of the result (the finalizer of splitmix64, Steele et al. 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def loaded_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:
+    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one thread, as not every source takes several."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
+        waiting: tuple[Part, Future[Loaded]] | None = None
+        for part in parts:
+            ahead = (part, pool.submit(load, part))
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = ahead
+        if waiting:
+            yield waiting[0], waiting[1].result()

@@ -1,0 +1,1 @@
+"""Shards that are read from beginning to end."""

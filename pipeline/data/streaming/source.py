@@ -1,0 +1,239 @@
+"""Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples; knows no order and no training.
+
+What is read is kept in memory only; pictures held out are the first that are met.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.data import WORLDS, DataConfig, data_settings
+from pipeline.data.readers.base import BAD_CAPTION, Record, Tally, image_column, is_held_out, stamp_of, state_of
+from pipeline.data.readers.captions import CaptionReader
+from pipeline.data.readers.folder import TABLE_SUFFIXES
+from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
+from pipeline.data.readers.images import header, prepared, square_of
+from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+
+UNDECODED = "pictures that cannot be decoded left out"
+_REMEMBERED = 100_000
+_SURE = 1000
+"""Pictures after which the share of those that cannot be decoded says something."""
+HELD_OUT = 500
+"""Held-out pictures of a stream, at most: to find them, it is read from its beginning."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of a stream, undecoded."""
+
+    name: str
+    content: bytes
+    captions: list[str]
+
+
+class StreamSource:
+    """The training pictures of a stream: shards of samples, without a number of their own.
+
+    Raises:
+        FileNotFoundError: there is no such shard or data set.
+        ValueError: a column is missing.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        import dataclasses
+
+        self.name, self.config, self.tally = config.source, config, Tally()
+        self._decoded, self._bad, self._lock = 0, 0, Lock()
+        self._left_out: set[tuple[str, str]] = set()
+        data, self.shard_names = _opened(config)
+        self._data = data.decode(False)
+        self.num_shards = int(self._data.num_shards)
+        features = self._data.features or {}
+        if not features:
+            raise ValueError(f"{self.name} does not say which columns it has, so it cannot be streamed; set data.streaming=false")
+        # Members in JSON hold columns of their own.
+        inner = [column for value in features.values() if isinstance(value, dict) for column in value]
+        columns = [*features, *(column for column in inner if column not in features)]
+        self._image = image_column(self.name, config.image_column, list(features))
+        self._reader = CaptionReader(self.name, [column for column in columns if column != self._image], config)
+        self._named = label_names(features)
+        settings = sorted(data_settings(dataclasses.asdict(config)).items())
+        self.fingerprint = stamp_of([*_states(config, self.shard_names), self.num_shards, settings])
+
+    @property
+    def problems(self) -> list[str]:
+        """What has been left out so far."""
+        return self.tally.lines()
+
+    def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+        """The training samples of one shard, or every `parts`-th of them from number `part` on."""
+        accepted = (sample for sample in self._readable(shard) if not is_held_out(sample.name, self.config.held_out))
+        return itertools.islice(accepted, part, None, parts)
+
+    def decode(self, sample: Sample) -> np.ndarray | None:
+        """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is counted.
+
+        Raises:
+            ValueError: more than `data.max_bad` of the pictures cannot be.
+        """
+        try:
+            picture = prepared(sample.content, self.config)
+        except ValueError as error:
+            with self._lock:
+                self._bad += 1
+            self._leave_out(UNDECODED, sample.name)
+            if self._bad > self.config.max_bad * max(self._decoded, _SURE):
+                raise ValueError(
+                    f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be decoded (the last: {sample.name}, "
+                    f"{error}); repair or remove them, or raise data.max_bad (now {self.config.max_bad})"
+                ) from error
+            return None
+        with self._lock:
+            self._decoded += 1
+        return picture
+
+    def square(self, picture: np.ndarray, draw: int | None) -> np.ndarray:
+        """What is seen of a decoded picture, (S,S,3) uint8; see `Source.images` for `draw`."""
+        return square_of(picture, self.config, draw)
+
+    def held_out(self) -> list[Sample]:
+        """The first held-out samples."""
+        found = (s for shard in range(self.num_shards) for s in self._readable(shard) if is_held_out(s.name, self.config.held_out))
+        return list(itertools.islice(found, HELD_OUT))
+
+    def first(self, most: int) -> Iterator[Sample]:
+        """The first samples of either split."""
+        return itertools.islice((s for shard in range(self.num_shards) for s in self._readable(shard)), most)
+
+    def _readable(self, shard: int) -> Iterator[Sample]:
+        rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
+        for number in itertools.count():
+            try:
+                row = next(rows, None)
+            except Exception as error:  # networks and readers fail in many ways
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                raise OSError(
+                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} of {self.name} cannot be read on "
+                    f"({reason}); the same command goes on from the last checkpoint"
+                ) from error
+            if row is None:
+                return
+            name = str(row.get("__key__") or f"shard {shard} row {number}")
+            if (sample := self._sample(name, row)) is not None:
+                yield sample
+
+    def _sample(self, name: str, row: Record) -> Sample | None:
+        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
+        for value in list(record.values()):
+            if isinstance(value, dict):
+                record = value | record
+        for column in self._reader.columns:
+            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
+                record[column] = text.splitlines()
+        before = self._reader.undecodable
+        captions = self._reader.of([record])
+        if self._reader.undecodable > before:
+            self._leave_out(BAD_CAPTION, name)
+        if not captions:
+            self._leave_out("pictures without a caption left out", name)
+            return None
+        if row[self._image] is None:
+            self._leave_out(f"samples without a picture in the column {self._image} left out", name)
+            return None
+        config = self.config
+        try:
+            content = content_of(row[self._image], Path(config.source).expanduser().parent)
+            width, height = header(io.BytesIO(content)).size  # the pixels are decoded when they are needed
+        except Exception:  # see `pictures.open_picture`
+            self._leave_out(UNREADABLE, name)
+            return None
+        for reason, stands in unwanted_sizes(width, height, config):
+            if stands:
+                self._leave_out(reason, name)
+                return None
+        return Sample(name, content, captions)
+
+    def _leave_out(self, reason: str, name: str) -> None:
+        """Counts a sample once, however often the stream is read; of very many, those after the first are counted each time."""
+        if (reason, name) not in self._left_out:
+            if len(self._left_out) < _REMEMBERED:
+                self._left_out.add((reason, name))
+            self.tally.add(reason, name)
+
+
+def as_read(config: DataConfig) -> DataConfig:
+    """The configuration by which captions of samples are read once more: they are texts by then, whatever column they came from."""
+    return replace(config, text_column="text", caption_template=None)
+
+
+class HeldRows:
+    """Samples that were read before, as rows."""
+
+    def __init__(self, stream: StreamSource) -> None:
+        self.name, self.tally = stream.name, stream.tally
+        self.columns = ["text"]
+        self._samples = stream.held_out()
+        self.stamp = stamp_of([stream.fingerprint, *(sample.name for sample in self._samples)])
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def label(self, row: int) -> str:
+        return self._samples[row].name
+
+    def picture(self, row: int) -> bytes:
+        return self._samples[row].content
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        for sample in self._samples:
+            yield [{"text": sample.captions}]
+
+
+def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
+    """What tells that the files of a stream are others, of those that are on this disk."""
+    from pipeline.data.readers.webdataset import is_remote
+
+    path = Path(config.source).expanduser()
+    if shards:
+        return [shard if is_remote(shard) else state_of(Path(shard)) for shard in shards]
+    return [state_of(file) for file in sorted(path.rglob("*.arrow"))] if path.is_dir() else [state_of(path)]
+
+
+def _opened(config: DataConfig) -> tuple[Any, list[str]]:
+    import datasets
+
+    from pipeline.data.readers.hub import is_saved_dataset
+    from pipeline.data.readers.webdataset import shard_names
+
+    shards = None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
+    if shards is None:
+        if not streams(config.source):
+            raise ValueError(
+                f"data.streaming is on, and {config.source} is a folder or table of files, which are read one by one as it is; "
+                "set data.streaming=false"
+            )
+        return load(config, streaming=True), []
+    try:
+        return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)["train"], shards
+    except Exception as error:  # the library and what it reads through raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FileNotFoundError(f"the {len(shards)} shards of {config.source} cannot be read ({reason})") from error
+
+
+def streams(source: str) -> bool:
+    """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
+    from pipeline.data.readers.webdataset import shard_names
+
+    path = Path(source).expanduser()
+    if source in WORLDS or path.suffix.lower() in TABLE_SUFFIXES:
+        return False
+    return not path.is_dir() or is_saved_dataset(path) or shard_names(source) is not None

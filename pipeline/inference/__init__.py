@@ -1,0 +1,1 @@
+"""A finished bundle: images from prompts, edits, scores."""

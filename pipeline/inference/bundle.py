@@ -1,0 +1,100 @@
+"""The bundle: one folder that holds everything a pipeline needs. Knows files and fingerprints; draws nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.utils import logging as transformers_logging
+
+from pipeline.runtime.atomic_io import write_folder
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer
+
+FORMAT = 1
+# Bars of a split second for files of a few megabytes would only break the messages that matter.
+transformers_logging.disable_progress_bar()
+
+
+class Bundle(NamedTuple):
+    """What a bundle holds."""
+
+    tokenizer: ImageTokenizer
+    prior: ImagePrior
+    text: TextTokenizer
+    defaults: SamplingOptions
+    trained_on: dict[str, Any]
+
+
+def write_bundle(folder: Path, bundle: Bundle) -> None:
+    """Writes the bundle, whole or not at all."""
+
+    def write(beside: Path) -> None:
+        bundle.tokenizer.save_pretrained(beside / "tokenizer")
+        bundle.prior.save_pretrained(beside / "prior")
+        bundle.text.save(beside / "text_tokenizer")
+        description = {
+            "format": FORMAT,
+            "tokenizer_fingerprint": bundle.tokenizer.fingerprint,
+            "prior_fingerprint": bundle.prior.fingerprint,
+            "text_tokenizer_fingerprint": _file_fingerprint(beside / "text_tokenizer" / "tokenizer.json"),
+            "sampling": asdict(bundle.defaults),
+            "trained_on": bundle.trained_on,
+        }
+        (beside / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    write_folder(folder, write)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Loads what `write_bundle` wrote.
+
+    Raises:
+        FileNotFoundError: the folder is no bundle.
+        ValueError: a part is missing, cut, of another format, or swapped for another bundle's; says which.
+    """
+    try:
+        description = json.loads((folder / "pipeline.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in runs/NAME/bundle"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/pipeline.json is cut or damaged ({error}); copy the bundle again") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{folder} has bundle format {description.get('format')!r}, and this version reads {FORMAT}")
+    if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
+        raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
+    known = {f.name for f in fields(SamplingOptions)}
+    if unknown := set(description["sampling"]) - known:
+        raise ValueError(f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are {sorted(known)}")
+    for part in ("tokenizer", "prior", "text_tokenizer"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
+    tokenizer = ImageTokenizer.load(folder / "tokenizer").eval()
+    prior = ImagePrior.load(folder / "prior")
+    found = {
+        "tokenizer": tokenizer.fingerprint,
+        "prior": prior.fingerprint,
+        "text_tokenizer": _file_fingerprint(folder / "text_tokenizer" / "tokenizer.json"),
+    }
+    for part, fingerprint in found.items():
+        if fingerprint != description.get(f"{part}_fingerprint"):
+            raise ValueError(
+                f"{folder}/{part} has fingerprint {fingerprint} and pipeline.json expects "
+                f"{description.get(f'{part}_fingerprint')}; that part comes from another bundle, copy the bundle again"
+            )
+    text = TextTokenizer.load(folder / "text_tokenizer")
+    return Bundle(tokenizer, prior, text, SamplingOptions(**description["sampling"]), description["trained_on"])
+
+
+def _file_fingerprint(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; copy the bundle again") from None

@@ -1,0 +1,185 @@
+"""What `minidalle generate`, `edit` and `reconstruct` do: pictures to files. Knows folders; models come from the stages."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.distributed import processes
+from pipeline.runtime.image_grid import grid_image, picture_grid
+from pipeline.runtime.run_paths import existing_tokenizer
+from stage1_tokenizer.metrics import psnr
+
+
+def generate(
+    bundle: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    num: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    judge: str | None = None,
+    int8: bool = False,
+    **options: Any,
+) -> int:
+    """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the processes. Returns the count.
+
+    The pictures do not depend on how many processes there are.
+
+    Args:
+        judge: name or folder of a CLIP model that `best_of` chooses by.
+        int8: whether the prior's matrices are kept as 8-bit integers.
+        options: those of `TextToImagePipeline.__call__`.
+
+    Raises:
+        ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
+    """
+    state = processes()
+    pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
+    if int8:
+        pipe.quantize()
+    if judge is not None:
+        from pipeline.inference.reranking import ClipJudge
+
+        options["judge"] = ClipJudge(judge, state.device)
+    mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
+    drawn: list[_Drawn] = []
+    if mine:
+        with _notes():
+            output = pipe([prompts[i] for i in mine], num_images_per_prompt=num, seed=seed, batch_size=batch_size, **options)
+        for place, (image, likelihood) in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True)):
+            drawn.append(_Drawn(mine[place // num], place % num, image, likelihood))
+    gathered = sorted(gather_object(drawn), key=lambda row: row[:2])
+    if state.is_main_process:
+        _write(out, gathered, prompts, seed, columns=num)
+    state.wait_for_everyone()
+    return len(gathered)
+
+
+def edit(
+    bundle: Path,
+    image: Path,
+    prompt: str,
+    out: Path,
+    *,
+    mask: Path | None = None,
+    at: tuple[int, int] | None = None,
+    strength: float | None = None,
+    num: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> int:
+    """Writes edited pictures as `generate` does; returns the count. One of `mask`, `at` and `strength` says what is drawn anew.
+
+    Args:
+        mask: picture whose white is replaced (`TextToImagePipeline.edit`).
+        at: where on the canvas the picture comes to (`outpaint`).
+        strength: share of the codes (`vary`).
+
+    Raises:
+        ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is written then.
+    """
+    from pipeline.data.readers.images import open_picture
+
+    pipe = TextToImagePipeline.from_pretrained(bundle).to(processes().device)
+    picture = open_picture(image)
+    with _notes():
+        if mask is not None:
+            output = pipe.edit(picture, open_picture(mask), prompt, num_images=num, seed=seed, **options)
+        elif at is not None:
+            output = pipe.outpaint(picture, prompt, at=at, num_images=num, seed=seed, **options)
+        elif strength is not None:
+            output = pipe.vary(picture, strength, prompt, num_images=num, seed=seed, **options)
+        else:
+            raise ValueError("nothing says what to draw anew; give a mask, a place on the canvas (at) or a strength")
+    rows = [_Drawn(0, i, *pair) for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))]
+    _write(out, rows, [prompt], seed, columns=min(num, 8))
+    return len(rows)
+
+
+class _Drawn(NamedTuple):
+    """One picture on its way to a file."""
+
+    prompt: int
+    number: int
+    image: Image.Image
+    log_likelihood: float
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings as notes for the user, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}):
+        print(f"note: {message}")
+
+
+def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int, *, columns: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        prompt = prompts[row.prompt]
+        file = f"{number:05d}{_slug(prompt)}.png"
+        row.image.save(out / file)
+        line = {"prompt": prompt, "file": file, "seed": seed, "log_likelihood": round(row.log_likelihood, 4)}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    grid_image(picture_grid([np.asarray(row.image) for row in rows], columns=columns)).save(out / "grid.png")
+    (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _slug(prompt: str) -> str:
+    """A few plain words of the prompt for the file's name; the number before it keeps names apart."""
+    words = re.findall(r"[a-z0-9]+", prompt.lower())[:6]
+    return "".join(f"-{word}" for word in words)[:60]
+
+
+def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tuple[int, int] | None = None, tile: int = 512) -> list[str]:
+    """Writes each picture's reconstruction, and a grid of pairs where all have one size; returns a line a picture with its PSNR.
+
+    Args:
+        size: width and height to crop and resize to; without it pictures stay as they are.
+        tile: pictures with a longer side go through in pieces of this many pixels.
+
+    Raises:
+        ValueError: a file cannot be read as a picture, or has a size that the tokenizer's grid does not divide.
+        FileNotFoundError: a file or the tokenizer is not there.
+    """
+    from pipeline.data.readers.images import open_picture
+    from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_pictures, to_rgb
+
+    model = ImageTokenizer.load(existing_tokenizer(tokenizer)).eval()
+    true = []
+    for file in files:
+        image = to_rgb(open_picture(file))
+        image = image if size is None else resize_and_crop(image, size)
+        true.append(np.array(image))
+        try:
+            model.check_size((1, 3, image.height, image.width))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error} (--size WIDTHxHEIGHT does)") from error
+    drawn = [to_pictures(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[0].numpy() for one in true]
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
+        name = f"{number:05d}-{file.stem}.png"
+        Image.fromarray(after).save(out / name)
+        lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
+    if len({one.shape for one in true}) == 1:
+        pairs = [picture for pair in zip(true, drawn, strict=True) for picture in pair]
+        grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
+    count = "1 reconstruction" if len(files) == 1 else f"{len(files)} reconstructions"
+    return [*lines, f"wrote {count} to {out}, and grid.png (original, reconstruction, ...) if they have one size"]

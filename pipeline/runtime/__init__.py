@@ -1,0 +1,1 @@
+"""What every layer above builds on: processes, devices, signals, files that are written whole."""

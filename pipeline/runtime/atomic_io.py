@@ -1,0 +1,132 @@
+"""Files and folders that are written whole or not at all: to a temporary name, synced, renamed. Knows no tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HERE, _EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
+
+
+def write_folder(target: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in `target`'s place.
+
+    A failure on the way (a full disk, a kill) leaves what `target` held before.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
+    _remove(beside)
+    _recover(old)
+    beside.mkdir()
+    try:
+        with disk_errors():
+            write(beside)
+        for path in (*beside.rglob("*"), beside):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if not target.exists():
+        beside.rename(target)
+    elif not _exchanged(beside, target):
+        # A kill between these two leaves no target; `tidy`, or the next call, puts the old one back.
+        target.rename(old)
+        beside.rename(target)
+    _sync(target.parent)
+    _remove(beside)
+    _remove(old)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure leaves what `path` held before."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        try:
+            yield beside
+            _sync(beside)
+            beside.rename(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(f"cannot write {path} ({error.strerror}); free some space, then run the same command again") from error
+    _sync(path.parent)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed runs left half-written in a folder, and puts back what they had moved aside."""
+    for beside in folder.glob(".*.writing"):
+        _remove(beside)
+    for old in folder.glob(".*.old"):
+        _recover(old)
+
+
+def _recover(old: Path) -> None:
+    target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swaps two folders in one go; False where the system (other than Linux) or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold a file, or a folder's list of names, before it goes on."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file beside, syncs and renames it."""
+    with written_beside(path) as beside:
+        beside.write_text(text)
+
+
+def refuse_taken(out: Path, marker: str, what: str) -> None:
+    """Raises FileExistsError where `out` is there and holds no file `marker`, so that it is not `what` and not ours to replace."""
+    if out.exists() and not (out / marker).is_file():
+        raise FileExistsError(f"{out} is there already and holds no {what}; choose another folder")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises safetensors' own error for a full disk as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write the weights: {error}; free some space, then run the same command again") from error

@@ -1,0 +1,331 @@
+"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and `encode_elsewhere` for other programs.
+
+Knows what codes are made with and in which order; how files lie is for pipeline/data/codes/dataset.py and shards.py to know.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from pipeline.config.data import data_settings
+from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.codes import dataset as codes
+from pipeline.data.codes.export import Format, export_codes
+from pipeline.data.codes.shards import EncodedRows, Shard, damage, kind_of, write_shard
+from pipeline.data.load import load_sources
+from pipeline.data.mixture import MixedSource, parts_of
+from pipeline.data.readers.images import shifted
+from pipeline.data.sampler import loaded_ahead
+from pipeline.data.source import Source, Split, check_splits
+from pipeline.data.streaming.source import Sample, StreamSource
+from pipeline.data.worker_info import Share
+from pipeline.runtime.atomic_io import refuse_taken, write_file
+from pipeline.runtime.devices import uses_bf16
+from pipeline.runtime.distributed import make_accelerator, processes
+from pipeline.stages.manifest import as_made, encode_settings, loaded
+from pipeline.stages.run_lock import alone_in_run, run_lock
+from stage1_tokenizer import ImageTokenizer, to_model_range
+
+_ALL = 10**9
+"""More pictures than any source holds out."""
+_SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+
+@alone_in_run
+def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
+    """Writes the codes of training and held-out pictures, split over the processes; returns their folder. What an interrupted try of the
+    same left there is gone on from, and files of a whole folder that were damaged since are made anew.
+
+    Args:
+        tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
+        folder: where to write to in place of RUN/codes.
+
+    Raises:
+        ValueError: the folder holds codes, whole or not, that were made with something else; says what changed.
+        FileNotFoundError: there is no tokenizer yet.
+    """
+    folder = folder or experiment.folder / "codes"
+    if tokenizer_folder is not None:
+        tokenizer = ImageTokenizer.load(tokenizer_folder)
+    else:
+        tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
+    if experiment.data.image_size % tokenizer.own_config.stride:
+        raise ValueError(
+            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
+            f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
+        )
+    by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
+    accelerator = make_accelerator(experiment, trackers=False)
+    plan, known = _what_is_there(folder, _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)))
+    files, whole = codes.planned_files(plan), (folder / codes.MANIFEST).is_file()
+    todo = _to_do(folder, [name for units in files.values() for name in units], known, accelerator)
+    if whole and not todo:
+        return folder
+    if accelerator.is_main_process and not whole:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    tokenizer.to(accelerator.device).eval()
+    # Dealt out anew, and not once for all: each process has an equal share of what is left, however many there were before the kill.
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    codes_a_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
+    for split in _SPLITS:
+        own = {name: files[split][name] for name in mine if name in files[split]}
+        views = plan["views"] if split == "train" else 1
+        known_rows = [len(unit.rows) for unit in own.values() if unit.rows is not None]
+        total = sum(known_rows) if len(known_rows) == len(own) else None
+        with tqdm(total=total, desc=f"encode {split}", disable=not (own and accelerator.is_main_process), mininterval=1.0) as bar:
+            for name, unit in own.items():
+                blocks = _encoded(tokenizer, by_split[split], unit, views, experiment, plan["bf16"], bar)
+                codes.record_shard(folder, write_shard(folder / name, blocks, codes=views * codes_a_view, kind=kind_of(plan["levels"])))
+    # A process that fails does not come this far, and its launcher ends the others.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        made = {name: codes.recorded_shard(folder, name) if name in todo else known[name] for units in files.values() for name in units}
+        codes.complete(folder, plan, {split: [_there(folder, name, made[name]) for name in units] for split, units in files.items()})
+        for part in parts_of(by_split["train"]):
+            if isinstance(part, StreamSource):
+                accelerator.print("\n".join(f"{part.name}: {problem}" for problem in part.problems))
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def encode_elsewhere(
+    experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
+) -> tuple[dict[str, int], list[str]]:
+    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the number of
+    pictures of each split and the files' names.
+
+    Raises:
+        FileExistsError: there is something else in `out` already.
+        ValueError: as `encode_dataset`, of the folder beside `out` where the codes are until all of them are there.
+    """
+    refuse_taken(out, codes.MANIFEST, "codes")
+    made = out.parent / f".{out.name}.arrow"
+    with run_lock(made, experiment.process_timeout):
+        encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
+        processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
+        if not processes().is_main_process:
+            return {}, []
+        files = export_codes(made, out, form)
+        shutil.rmtree(made)
+    return codes.read_manifest(out)["rows"], files
+
+
+def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
+    """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
+    says. The fields of `encode` named in `but` stay as they are."""
+    unlimited = "shapes" in experiment.data.sources
+    whole: dict[str, Any] = {"views": 1, "shift": 0, "flip": False} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
+    return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
+
+
+def sources_of(experiment: Experiment) -> tuple[Any, Source]:
+    """Training and held-out pictures, before anything else is written; every process must call."""
+    state = processes(experiment.process_timeout)
+    share = Share(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
+    source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
+    for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
+        seen = 1 if isinstance(part, StreamSource) else len(part)
+        check_splits(experiment.data, part.name, seen, len(back), len(held_out))
+    return source, held_out
+
+
+def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool) -> dict[str, Any]:
+    """All that decides the content of the files."""
+    options, side = experiment.encode, experiment.data.image_size // tokenizer.own_config.factor
+    limits = {"train": options.pictures, "held_out": options.held_out}
+    mixed = sources["train"]
+    weights = list(mixed.weights) if isinstance(mixed, MixedSource) else [1.0]
+    return {
+        "format": codes.FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout((side, side))],
+        "sources": {split: source.fingerprint for split, source in sources.items()},
+        "views": options.views,
+        "seed": experiment.seed if options.views > 1 else None,  # of how views differ; the first is the picture itself
+        "bf16": bf16,
+        "parts": {split: _part_plans(source, weights, limits[split]) for split, source in sources.items()},
+        "weights": weights,
+        "shard_rows": options.shard_rows,
+        "settings": {
+            "data": data_settings(to_dict(experiment.data)),
+            "encode": encode_settings(experiment),
+            "precision": experiment.precision,
+        },
+    }
+
+
+def _part_plans(source: Source, weights: Sequence[float], limit: int | None) -> list[dict[str, int | None]]:
+    """What is encoded of each part: all of it, or by its weight where no more than `limit` pictures are."""
+    plans: list[dict[str, int | None]] = []
+    for part, weight, first in zip(parts_of(source), weights, _starts(source), strict=True):
+        share = None if limit is None else ceil(limit * weight / sum(weights))
+        if isinstance(part, StreamSource):
+            plans.append({"shards": part.num_shards, "most": share and ceil(share / part.num_shards)})
+        else:
+            plans.append({"first": first, "rows": min(len(part), share or len(part))})
+    return plans
+
+
+def _starts(source: Source) -> list[int]:
+    """The number of each part's first picture."""
+    return source.starts[:-1].tolist() if isinstance(source, MixedSource) else [0]
+
+
+def _what_is_there(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
+    """The plan to follow, and the files that were written by it.
+
+    Raises:
+        ValueError: what is there was made by another plan.
+    """
+    if (folder / codes.MANIFEST).is_file():
+        made = codes.read_manifest(folder)
+        codes.check_form(made, folder)
+        # A file that is made anew has as many rows as before, and the same arithmetic, whatever this machine computes in.
+        plan = {**plan, "shard_rows": made["shard_rows"], "bf16": made["bf16"]}
+        _refuse_other(made, plan, f"{folder} holds codes")
+        return plan, {shard.name: shard for shards in codes.shards_of(made).values() for shard in shards}
+    if (folder / codes.PLAN).is_file():
+        try:
+            begun = json.loads((folder / codes.PLAN).read_text())
+            codes.check_format(begun["format"], folder)
+            _refuse_other(begun, plan, f"{folder} holds unfinished codes")
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder / codes.PLAN} is damaged ({error}); remove {folder} and run `minidalle encode` again") from error
+        names = (name for units in codes.planned_files(plan).values() for name in units)
+        return plan, {name: shard for name in names if (shard := codes.recorded_shard(folder, name))}
+    return plan, {}
+
+
+def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
+    changes = [] if made["tokenizer"] == plan["tokenizer"] else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
+    before, now = _flat(as_made(made["settings"])), _flat(as_made(plan["settings"]))
+    changes += [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)]
+    for key, name in (("seed", "seed of the views"), ("shard_rows", "encode.shard_rows")):
+        if made[key] != plan[key]:
+            changes.append(f"{name} {made[key]} -> {plan[key]}")
+    if made["bf16"] != plan["bf16"]:
+        changes.append(f"computed in {' -> '.join('bf16' if bf16 else 'fp32' for bf16 in (made['bf16'], plan['bf16']))} (set by precision)")
+    for split, fingerprint in plan["sources"].items():
+        if made["sources"].get(split) != fingerprint:
+            changes.append(f"{split} pictures or captions of the source {made['sources'].get(split)} -> {fingerprint}")
+    if changes:
+        raise ValueError(f"{what} made with something else ({'; '.join(changes)}); remove that folder and run `minidalle encode` again")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _to_do(folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator) -> list[str]:
+    """The files that are yet to be written: each process checks a part of those that are there."""
+    hashed = sum(shard.bytes for shard in known.values()) <= codes.HASHED_BYTES
+    wrong = {}
+    for name in names[accelerator.process_index :: accelerator.num_processes]:
+        if name not in known:
+            wrong[name] = ""
+        elif found := damage(folder / name, known[name], hashed=hashed):
+            wrong[name] = f"{folder / name} {found}; it is made anew"
+    wrong = dict(gather_object(list(wrong.items())))
+    for line in filter(None, wrong.values()):
+        accelerator.print(line)
+    if known and len(wrong) < len(names) and not (folder / codes.MANIFEST).is_file():
+        accelerator.print(f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there")
+    return [name for name in names if name in wrong]
+
+
+def _there(folder: Path, name: str, shard: Shard | None) -> Shard:
+    if shard is None or not (folder / name).is_file():
+        raise ValueError(f"{folder / name} was not written; run `minidalle encode` again, which goes on from what is there")
+    return shard
+
+
+@torch.no_grad()
+def _encoded(
+    tokenizer: ImageTokenizer, source: Source, unit: codes.Unit, views: int, experiment: Experiment, bf16: bool, bar: tqdm
+) -> Iterator[EncodedRows]:
+    """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded, cropped and mirrored meanwhile."""
+    size = experiment.encode.batch_size
+    part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
+    batches: Iterator[_Batch]
+    if unit.rows is None:
+        batches = (b for _, b in loaded_ahead(lambda few: _of_stream(part, few, views, experiment), _in_few(part, first, unit, size)))
+    else:
+        rows = [list(unit.rows[start : start + size]) for start in range(0, len(unit.rows), size)]
+        batches = (b for _, b in loaded_ahead(lambda few: _of_rows(source, few, views, experiment), rows))
+    for batch in batches:
+        found = []
+        for images in batch.views:
+            pixels = to_model_range(torch.from_numpy(images)).to(tokenizer.device)
+            with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
+                found.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
+        bar.update(len(batch.numbers))
+        if batch.numbers:
+            yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers)
+
+
+@dataclass
+class _Batch:
+    """Pictures to encode: (B,S,S,3) a view, all captions and the number of each."""
+
+    views: list[np.ndarray]
+    captions: list[list[str]]
+    numbers: list[int]
+
+
+def _of_rows(source: Source, rows: list[int], views: int, experiment: Experiment) -> _Batch:
+    seen = [source.images(rows)]
+    for view in range(1, views):
+        images = source.images(rows, [_draw(experiment.seed, row, view) for row in rows]) if experiment.data.varies else seen[0]
+        seen.append(_shifted(images, rows, view, experiment))
+    return _Batch(seen, source.all_captions(rows), rows)
+
+
+def _of_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment) -> _Batch:
+    kept, numbers, pictures = [], [], []
+    for number, sample in samples:
+        if (picture := stream.decode(sample)) is not None:
+            kept.append(sample)
+            numbers.append(number)
+            pictures.append(picture)
+    size = experiment.data.image_size
+    seen = [np.stack([stream.square(p, None) for p in pictures]) if pictures else np.empty((0, size, size, 3), np.uint8)]
+    for view in range(1, views):
+        drawn = [stream.square(p, _draw(experiment.seed, n, view)) for p, n in zip(pictures, numbers, strict=True)]
+        seen.append(_shifted(np.stack(drawn) if drawn else seen[0], numbers, view, experiment))
+    return _Batch(seen, [sample.captions for sample in kept], numbers)
+
+
+def _in_few(stream: StreamSource, first: int, unit: codes.Unit, size: int) -> Iterator[list[tuple[int, Sample]]]:
+    """The samples of a shard with a number each that no other of the source has, some at a time."""
+    samples = islice(stream.samples(unit.shard), unit.most)
+    numbered = ((first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples))
+    while few := list(islice(numbered, size)):
+        yield few
+
+
+def _draw(seed: int, row: int, view: int) -> int:
+    return int(np.random.default_rng([seed, row, view, 1]).integers(2**62))
+
+
+def _shifted(images: np.ndarray, rows: list[int], view: int, experiment: Experiment) -> np.ndarray:
+    options = experiment.encode
+    return shifted(images, rows, view, options.shift, experiment.seed, options.flip) if options.shift or options.flip else images

@@ -1,0 +1,221 @@
+"""Stages that start from weights: what they take over, adapters beside matrices (LoRA), and words that are new. Knows both stages' models.
+
+LoRA (Hu et al. 2021) is peft's: while training, each matrix of the blocks has a product of two narrow ones beside it, and they alone are
+trained. Afterwards it is added to the matrix, so that what is delivered is a prior like any other; the adapter lies beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, to_dict
+from pipeline.config.inheritance import Stage, _read, stage_folder
+from pipeline.config.train import TrainConfig
+from pipeline.runtime.atomic_io import disk_errors, write_folder
+from pipeline.stages.manifest import finish, finished, needed, start
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, TextConfig, TextTokenizer
+
+_ADAPTED = ("query_key_value", "output", "gate_up", "down")
+"""The matrices of a block."""
+_ADAPTER = "adapter"
+"""In a prior's folder: the adapter alone, in peft's own form."""
+
+
+def new_tokenizer(section: TokenizerSection) -> ImageTokenizer:
+    """A tokenizer to train: random, or with the weights of `init_from`."""
+    tokenizer = ImageTokenizer(section.model)
+    if section.init_from is not None:
+        tokenizer.load_state_dict(_load_tokenizer(section.init_from).state_dict())
+    return tokenizer
+
+
+def tokenizer_identity(section: TokenizerSection) -> str | None:
+    """Fingerprint of what a tokenizer starts from, wherever that lies."""
+    return None if section.init_from is None else _load_tokenizer(section.init_from).fingerprint
+
+
+def take_tokenizer(experiment: Experiment, folder: Path) -> None:
+    """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run.
+
+    Raises:
+        ValueError: the folder holds another tokenizer; or the prior to start from knows another one's codes.
+    """
+    assert experiment.tokenizer.init_from is not None
+    tokenizer = _load_tokenizer(experiment.tokenizer.init_from)
+    if experiment.prior.init_from is not None:  # said now, not after an hour of encoding
+        check_codes(experiment.prior.init_from, tokenizer.fingerprint)
+    settings = {"init_from": tokenizer.fingerprint, "frozen": True, "train": to_dict(TrainConfig())}
+    if not finished(folder, settings):
+        finish(start(experiment, folder, settings), tokenizer, folder, settings, {})
+
+
+class PriorOrigin:
+    """The prior and vocabulary that another prior starts from.
+
+    Raises:
+        ValueError: the prior knows other codes than those of the tokenizer `fingerprint`, or has no vocabulary beside it.
+    """
+
+    def __init__(self, given: str, fingerprint: str) -> None:
+        folder = check_codes(given, fingerprint)
+        words = folder.parent / "text_tokenizer"
+        self.prior = ImagePrior.load(needed(folder, "train-prior"))
+        self.text = TextTokenizer.load(words)
+        self.identity = {
+            "prior": self.prior.fingerprint,
+            "text_tokenizer": hashlib.sha256((words / "tokenizer.json").read_bytes()).hexdigest()[:16],
+        }
+        """What stays the same wherever it lies."""
+        self._spelled: list[list[int]] = []
+
+    def vocabulary(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
+        """The text tokenizer, with `config.length` slots and up to `config.new_entries` entries more for these captions."""
+        text = self.text
+        if config.new_entries:
+            text, self._spelled = text.grown(captions, config.new_entries)
+        return TextTokenizer(text.fast, config.length)
+
+    def fill(self, prior: ImagePrior) -> None:
+        """Gives a prior for that vocabulary the weights."""
+        prior.start_from(self.prior, self._spelled)
+
+    def pieces(self, text: TextTokenizer, captions: list[str]) -> str:
+        """How finely captions are cut by the old vocabulary and by the new one, in words."""
+        words = max(sum(len(caption.split()) for caption in captions), 1)
+        old, new = (sum(length - 2 for length in tokenizer.lengths(captions)) / words for tokenizer in (self.text, text))
+        line = f"the vocabulary of the prior it starts from, {self.text.vocab_size} entries, cuts a word into {old:.2f} pieces"
+        added = text.vocab_size - self.text.vocab_size
+        return f"{line}; {added} entries more, into {new:.2f}" if added else line
+
+
+class Adapter:
+    """What LoRA trains beside the matrices of a prior's blocks, which stay as they are, like everything else.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+
+    def __init__(self, prior: ImagePrior, section: PriorSection, identity: dict[str, str]) -> None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise ValueError(f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or set it to 0") from None
+        config: Any = LoraConfig(
+            r=section.lora_rank,
+            lora_alpha=section.lora_alpha,
+            target_modules=list(_ADAPTED),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks transformers so
+            self._model: Any = get_peft_model(prior, config)  # changes the prior in place
+        config.base_model_name_or_path = f"prior {identity['prior']}"  # to whoever finds the adapter alone
+
+    def end(self, folder: Path, accelerator: Accelerator) -> None:
+        """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the matrices: the prior is a plain one again."""
+
+        def write(beside: Path) -> None:
+            self._model.save_pretrained(str(beside), save_embedding_layers=False)
+            (beside / "README.md").unlink(missing_ok=True)  # a card of blanks to fill in
+
+        if accelerator.is_main_process:
+            with disk_errors():
+                write_folder(folder / _ADAPTER, write)
+        prior = self._model.merge_and_unload()
+        prior.requires_grad_(True)
+
+
+def _load_tokenizer(given: str) -> ImageTokenizer:
+    return ImageTokenizer.load(needed(stage_folder(given, "tokenizer"), "train-tokenizer"))
+
+
+def bundle_of(experiment: Experiment) -> Path | None:
+    """The bundle that a run starts from, or that of the run it starts from; None where there is none."""
+    for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
+        places = (Path(given), Path(given) / "bundle", Path(given).parent, Path(given).parent / "bundle")
+        for place in places:
+            if (place / "pipeline.json").is_file():
+                return place
+    return None
+
+
+def known_codes(prior: Path) -> str:
+    """Fingerprint of the tokenizer whose codes a prior was trained on.
+
+    Raises:
+        ValueError: neither a bundle nor a run is around it to say so.
+    """
+    if (prior.parent / "pipeline.json").is_file():
+        said = _read(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
+    else:
+        written = prior / "settings.json"
+        said = _read(written).get("settings", {}).get("codes", {}).get("tokenizer") if written.is_file() else None
+    if not said:
+        raise ValueError(f"{prior} does not say which tokenizer's codes it knows; give its bundle, or the folder of its run")
+    return str(said)
+
+
+def check_codes(given: str, fingerprint: str) -> Path:
+    """The folder of the prior to start from, which knows the codes of the tokenizer with this fingerprint.
+
+    Raises:
+        ValueError: it knows another tokenizer's codes; names both fingerprints.
+    """
+    prior = stage_folder(given, "prior")
+    if (known := known_codes(prior)) != fingerprint:
+        raise ValueError(
+            f"the prior in {prior} knows the codes of tokenizer {known}, and this run's tokenizer is {fingerprint}, whose codes mean "
+            f"something else; set tokenizer.init_from={given} and tokenizer.frozen=true"
+        )
+    return prior
+
+
+def check_origins(experiment: Experiment) -> None:
+    """Refuses, before any work, weights that do not fit the configuration.
+
+    Raises:
+        ValueError: settings differ; names the first of them and both values.
+        FileNotFoundError: there is nothing where `init_from` points to.
+    """
+    from stage1_tokenizer import TokenizerConfig
+    from stage2_prior import PriorConfig
+
+    if given := experiment.tokenizer.init_from:
+        _same("tokenizer", experiment.tokenizer.model, stage_folder(given, "tokenizer"), asdict(TokenizerConfig()))
+    if given := experiment.prior.init_from:
+        folder = stage_folder(given, "prior")
+        _same("prior", experiment.prior.model, folder, asdict(PriorConfig()))
+        stream, order = _read(folder / "config.json").get("stream") or {}, experiment.prior.train.order
+        if order != "raster" and not stream.get("any_order"):
+            raise ValueError(f"prior.train.order is {order}, and the prior in {folder} knows raster order alone; leave it out")
+        if (length := experiment.text.length) < stream.get("text_length", 0):
+            raise ValueError(
+                f"text.length is {length}, and the prior in {folder} has {stream['text_length']} text slots; leave it out, or set it higher"
+            )
+
+
+def _same(stage: Stage, model: Any, folder: Path, defaults: dict[str, Any]) -> None:
+    own, filled = _flat(json.loads(json.dumps(asdict(model)))), _flat(json.loads(json.dumps(defaults)))
+    theirs = filled | _flat(_read(folder / "config.json")["model"])  # a field that there was none of has its default
+    if differ := [name for name in sorted(own) if own[name] != theirs[name]]:
+        said = [f"{stage}.model.{name} is {own[name]} and {theirs[name]} there" for name in differ[:3]]
+        more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
+        raise ValueError(
+            f"the {stage} in {folder} is of another architecture: {', '.join(said)}{more}; leave these settings out and they follow "
+            "what is started from"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

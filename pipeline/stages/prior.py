@@ -1,0 +1,172 @@
+"""Stage 2: trains a prior on a codes dataset. Knows the run folder; see `training` for the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
+from pipeline.data.sampler import Order
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.atomic_io import write_folder
+from pipeline.runtime.devices import compiles, uses_bf16
+from pipeline.runtime.image_grid import picture_grid
+from pipeline.stages.finetune import Adapter, PriorOrigin, check_origins
+from pipeline.stages.manifest import as_chosen, as_made, finish, finished, keep_settings, loaded, start
+from pipeline.stages.run_lock import alone_in_run
+from pipeline.stages.tokenizer import EVALUATION_BATCH, _save_sample
+from pipeline.training.auto_batch import is_open, settled
+from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.task import Task
+from pipeline.training.trainer import fit
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
+from stage2_prior.text import CAPTIONS_TO_LEARN, CaptionLengths
+
+_ROWS_AT_A_TIME = 1000
+
+
+@alone_in_run
+def train_prior(experiment: Experiment) -> Path:
+    """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
+    folder = experiment.folder / "prior"
+    train = as_chosen(experiment.prior.train, folder)
+    tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
+    codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
+    check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
+    check_origins(experiment)
+    origin = PriorOrigin(experiment.prior.init_from, tokenizer.fingerprint) if experiment.prior.init_from else None
+    settings = {
+        "seed": experiment.seed,
+        "precision": experiment.precision,
+        "codes": {
+            "tokenizer": codes["train"].manifest["tokenizer"],
+            "sources": codes["train"].manifest["sources"],
+            "settings": as_made(codes["train"].manifest["settings"]),
+        },
+        "text": to_dict(experiment.text),
+        "sequence": to_dict(experiment.sequence),
+        **to_dict(replace(experiment.prior, train=train)),
+        "init_from": origin and origin.identity,
+    }
+    if finished(folder, settings):
+        return folder
+    accelerator = start(experiment, folder, settings)
+    text = text_tokenizer(experiment, codes, accelerator, origin)
+    vectors = tokenizer.code_vectors
+    stream = StreamConfig(
+        text_vocab_size=text.vocab_size,
+        text_length=text.length,
+        levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
+        code_dim=vectors.shape[1],
+        any_order=train.order != "raster" or (origin is not None and origin.prior.stream.config.any_order),
+        pad_id=text.pad_id,
+        start_id=text.start_id,
+        end_id=text.end_id,
+    )
+    codes_a_picture = sum(level.length for level in stream.levels)
+    if experiment.sampling.steps is not None and experiment.sampling.steps > codes_a_picture:
+        raise ValueError(f"sampling.steps is {experiment.sampling.steps}; a picture has {codes_a_picture} codes, so it can be at most that")
+    torch.manual_seed(experiment.seed + 1)
+    prior = ImagePrior(experiment.prior.model, stream)
+    prior.tell_code_vectors(vectors)
+    if origin is not None:
+        origin.fill(prior)
+    adapter = Adapter(prior, experiment.prior, origin.identity) if origin and experiment.prior.lora_rank else None
+    shuffled = (experiment.seed, codes["train"].weights)
+    order = Order(codes["train"].lengths, accelerator.num_processes if is_open(train) else train.numbers()[0], *shuffled)
+    several = codes["train"].captions_in_all > len(codes["train"])
+    truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
+
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        rows = order.share(step, accelerator.process_index, accelerator.num_processes)
+        random = np.random.default_rng([experiment.seed, step, accelerator.process_index])
+        views = random.integers(0, codes["train"].views, size=len(rows))
+        # Drawn only where there is a choice: what follows is drawn by the same numbers.
+        draws = random.random(len(rows)).tolist() if several else None
+        captions = codes["train"].captions(rows.tolist(), draws)
+        return {
+            "text_ids": text.encode_with_dropout(captions, dropout, random, truncate=truncate)
+            if dropout
+            else text.encode(captions, truncate=truncate),
+            "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
+        }
+
+    def names(step: int) -> list[str]:
+        return [f"row {row}" for row in order.share(step, accelerator.process_index, accelerator.num_processes)]
+
+    def held_out_batches() -> Iterator[dict[str, torch.Tensor]]:
+        for first in range(0, len(codes["held_out"]), EVALUATION_BATCH):
+            rows = list(range(first, min(first + EVALUATION_BATCH, len(codes["held_out"]))))
+            ids = text.encode(codes["held_out"].captions(rows), truncate=True).to(accelerator.device)
+            yield {"text_ids": ids, "codes": torch.from_numpy(codes["held_out"].codes(rows)).to(accelerator.device)}
+
+    prompts = codes["held_out"].captions(list(range(min(8, len(codes["held_out"])))))
+
+    def pictures() -> dict[str, np.ndarray]:
+        prior.eval()
+        pipe = TextToImagePipeline(tokenizer.to(accelerator.device), prior, text, experiment.sampling)
+        with torch.autocast(accelerator.device.type, enabled=False):
+            images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
+        prior.train()
+        grid = picture_grid([np.asarray(image) for image in images], columns=4)
+        _save_sample(experiment, "prior", grid)
+        return {"samples": grid}
+
+    prior.checkpoint_activations = train.checkpoint_activations
+    objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
+    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=names)
+    if is_open(train):
+        train = settled(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+        order = Order(codes["train"].lengths, train.numbers()[0], *shuffled)
+    figures = fit(
+        task, train, accelerator, folder,
+        seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=compiles(train, accelerator.device), label="prior",
+    )  # fmt: skip
+    if adapter is not None:
+        adapter.end(folder, accelerator)
+    finish(accelerator, prior, folder, settings, figures)
+    return folder
+
+
+def text_tokenizer(
+    experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator, origin: PriorOrigin | None = None
+) -> TextTokenizer:
+    """Trains the text tokenizer, takes it over with the prior to start from, or loads that of the checkpoint that the prior goes on from;
+    keeps it once every caption fits."""
+    folder, config = experiment.folder / "text_tokenizer", experiment.text
+    # Training it is quick and has one outcome: every process does, so that all see the same error if there is one.
+    goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
+    learned = chain.from_iterable(_caption_batches(codes["train"], CAPTIONS_TO_LEARN))
+    if origin is not None:  # also where it goes on: the new entries and what spells them follow from the captions
+        text = origin.vocabulary(learned, config)
+        accelerator.print(origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME))))
+    else:
+        text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned)
+    lengths = CaptionLengths(text.length)
+    for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
+        lengths.add(captions, text.lengths(captions))
+    lengths.check(truncate=config.truncate)
+    if lengths.too_long:
+        accelerator.print(f"{lengths.too_long} of {lengths.count} captions are cut to text.length={text.length} slots")
+    if accelerator.is_main_process and not goes_on:
+        write_folder(folder, text.save)
+    accelerator.wait_for_everyone()
+    return TextTokenizer.load(folder)
+
+
+def _caption_batches(codes: CodesDataset, captions: int | None = None) -> Iterator[list[str]]:
+    """All captions, some thousand at a time; or those of evenly spread rows that together have about `captions`."""
+    rows = len(codes) if captions is None else min(len(codes), max(len(codes) * captions // codes.captions_in_all, 1))
+    for first in range(0, rows, _ROWS_AT_A_TIME):
+        spread = [row * len(codes) // rows for row in range(first, min(first + _ROWS_AT_A_TIME, rows))]
+        yield list(chain.from_iterable(codes.all_captions(spread)))

@@ -1,0 +1,66 @@
+"""The stages of a run: `train_tokenizer`, `train_prior`, `assemble_bundle`, and `run`: all of them, with `encode_dataset` between.
+
+Knows the run folder and what each stage needs of the one before. Each can be called again and goes on from what is there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.codes.dataset import CodesDataset, read_manifest
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.atomic_io import write_file
+from pipeline.runtime.devices import uses_bf16
+from pipeline.runtime.distributed import make_accelerator
+from pipeline.runtime.image_grid import picture_grid
+from pipeline.stages.encode import encode_dataset
+from pipeline.stages.manifest import loaded, needed, started_from
+from pipeline.stages.prior import train_prior
+from pipeline.stages.run_lock import alone_in_run
+from pipeline.stages.tokenizer import _save_sample, train_tokenizer
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, TextTokenizer
+
+
+def assemble_bundle(experiment: Experiment) -> Path:
+    """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
+    folder = experiment.folder
+    manifest = read_manifest(folder / "codes")
+    pipe = TextToImagePipeline(
+        loaded(ImageTokenizer.load, folder / "tokenizer", "train-tokenizer"),
+        loaded(ImagePrior.load, folder / "prior", "train-prior"),
+        TextTokenizer.load(needed(folder / "text_tokenizer", "train-prior")),
+        experiment.sampling,
+        trained_on={
+            "experiment": experiment.name,
+            "data": to_dict(experiment.data),
+            "sources": manifest["sources"],
+            "started_from": {stage: started_from(folder / stage) for stage in ("tokenizer", "prior")},
+            "codes_in_bf16": manifest.get("bf16", uses_bf16(experiment.precision, torch.device("cpu"))),
+        },
+    )
+    pipe.save_pretrained(folder / "bundle")
+    return folder / "bundle"
+
+
+@alone_in_run
+def run(experiment: Experiment) -> Path:
+    """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
+    train_tokenizer(experiment)
+    encode_dataset(experiment)
+    train_prior(experiment)
+    accelerator = make_accelerator(experiment, trackers=False)
+    if accelerator.is_main_process:
+        bundle = assemble_bundle(experiment)
+        codes = CodesDataset(experiment.folder / "codes", "held_out")
+        prompts = codes.captions(list(range(min(16, len(codes)))))
+        pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
+        images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
+        _save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
+        write_file(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
+    accelerator.wait_for_everyone()
+    return experiment.folder / "bundle"

@@ -1,0 +1,122 @@
+"""Stage 1: trains a tokenizer on images. Knows the run folder; see `training` for the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from pipeline.config.data import data_settings
+from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.mixture import parts_of
+from pipeline.data.source import Source
+from pipeline.data.streaming.feed import feed_of
+from pipeline.data.streaming.source import StreamSource
+from pipeline.runtime.atomic_io import written_beside
+from pipeline.runtime.devices import compiles, uses_bf16
+from pipeline.runtime.image_grid import bars, grid_image, picture_grid
+from pipeline.stages.encode import sources_of
+from pipeline.stages.finetune import check_origins, new_tokenizer, take_tokenizer, tokenizer_identity
+from pipeline.stages.manifest import as_chosen, finish, finished, keep_settings, start
+from pipeline.stages.run_lock import alone_in_run
+from pipeline.training.auto_batch import is_open, settled
+from pipeline.training.task import Task
+from pipeline.training.trainer import fit
+from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
+
+EVALUATION_BATCH = 64
+
+
+@alone_in_run
+def train_tokenizer(experiment: Experiment) -> Path:
+    """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
+    folder = experiment.folder / "tokenizer"
+    check_origins(experiment)
+    if experiment.tokenizer.frozen:
+        take_tokenizer(experiment, folder)
+        return folder
+    train = as_chosen(experiment.tokenizer.train, folder)
+    source, held_out = sources_of(experiment)
+    settings = {
+        "seed": experiment.seed,
+        "precision": experiment.precision,
+        "data": data_settings(to_dict(experiment.data)),
+        "pictures": [source.fingerprint, held_out.fingerprint],
+        **to_dict(replace(experiment.tokenizer, train=train)),
+        "init_from": tokenizer_identity(experiment.tokenizer),
+    }
+    if finished(folder, settings):
+        return folder
+    accelerator = start(experiment, folder, settings)
+    _report(accelerator, source)
+    if is_open(train):  # by a tokenizer that is thrown away again
+        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
+        few_at_a_time = replace(experiment, tokenizer=few)
+        train = settled(
+            train, tokenizer_task(few_at_a_time, accelerator, source, held_out)[0], experiment.precision, accelerator,
+            rows=_most_rows(source), label="tokenizer",
+        )  # fmt: skip
+        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+    task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
+    figures = fit(
+        task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=compiles(train, accelerator.device), label="tokenizer",
+    )  # fmt: skip
+    finish(accelerator, tokenizer, folder, settings, figures)
+    return folder
+
+
+def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
+    """What stage 1 hands to `fit`, and the new tokenizer in it."""
+    torch.manual_seed(experiment.seed)
+    tokenizer = new_tokenizer(experiment.tokenizer)
+    place = (accelerator.process_index, accelerator.num_processes)
+    feed = feed_of(source, experiment.tokenizer.train.numbers()[0], experiment.seed, *place, folder=experiment.folder / "data")
+
+    def batch(step: int) -> torch.Tensor:
+        return torch.from_numpy(feed.pictures(step))
+
+    def held_out_batches() -> Iterator[torch.Tensor]:
+        count = min(len(held_out), experiment.encode.held_out)
+        for first in range(0, count, EVALUATION_BATCH):
+            rows = range(first, min(first + EVALUATION_BATCH, count))
+            yield torch.from_numpy(held_out.images(rows)).to(accelerator.device)
+
+    @torch.no_grad()
+    def pictures() -> dict[str, np.ndarray]:
+        true = held_out.images(range(min(len(held_out), 8)))
+        pixels = to_model_range(torch.from_numpy(true)).to(accelerator.device)
+        drawn = tokenizer.to_images(tokenizer.encode(pixels))
+        grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
+        _save_sample(experiment, "reconstructions", grid)
+        # The most used code on the left: flat is good, and what falls off early is wasted.
+        uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.uses())}
+        return {"reconstructions": grid} | uses
+
+    objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
+    begins = [experiment.tokenizer.objective.adversary.start] if objective.discriminator else []
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, feed.names, begins), tokenizer
+
+
+def _most_rows(source: Source) -> int:
+    """Pictures that a batch may have: as many as there are, where that is known."""
+    return sum(2**31 if isinstance(part, StreamSource) else len(part) for part in parts_of(source))
+
+
+def _report(accelerator: Accelerator, source: Source) -> None:
+    streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
+    accelerator.print(f"{source.name}: " + ("read as it comes" if streamed else f"{len(source):,} pictures to train on"))
+    for problem in source.problems:
+        accelerator.print(f"  {problem}")
+
+
+def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
+    folder = experiment.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_beside(folder / f"{name}.png") as beside:
+        grid_image(grid).save(beside, "PNG")

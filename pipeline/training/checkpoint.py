@@ -1,0 +1,262 @@
+"""Writes and reads checkpoints, whole or not at all. Knows tensors, JSON and folders; knows no stage.
+
+A checkpoint is `step-N/` with `weights.safetensors` (networks), `average.safetensors`, `optimizer.safetensors`, `state.json` and, written
+last, `manifest.json`: the size and hash of each of the others. It is written beside, synced and renamed, so a kill leaves a whole one or
+none; what happens to it later (a cut copy, a bad disk) is found when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.runtime.atomic_io import write_folder
+
+FORMAT = 2
+"""Of run folders and checkpoints. The first said no version and had no manifest; it is read still, unverified."""
+_READ = (1, FORMAT)
+_MANIFEST = "manifest.json"
+_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json")
+
+
+class OtherFormat(ValueError):
+    """Written by a version of this program that wrote another format than this one reads."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are not those that were written; the text says how they differ."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors."""
+
+    step: int
+    """Steps that were done: the number of the next one."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out figures of the best weights so far."""
+    skipped: int = 0
+    """Steps that were skipped because they were not finite."""
+
+
+def check_format(found: Any, where: Path) -> None:
+    """Raises OtherFormat for one that this version does not read."""
+    if found not in _READ:
+        age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
+        raise OtherFormat(
+            f"{where} is of format {found}, which {age} version of this program wrote, and this one reads {_READ[0]} to {_READ[-1]}; "
+            "go on with the version that wrote it, or choose another name for this run"
+        )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Every `step-N` in a folder, damaged or not, the newest first."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing state."""
+    return next((p for p in checkpoints_in(folder) if (p / "state.json").is_file()), None)
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    average: Sequence[Tensor],
+    *,
+    keep: int,
+    whole: set[Path] | None = None,
+) -> Path:
+    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints.
+
+    Args:
+        whole: checkpoints known to be whole, which need not be read again to be counted; this one is added.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+
+    def write(beside: Path) -> None:
+        weights = {f"{g}.{k}": v.detach() for g, net in networks.items() for k, v in net.state_dict().items()}
+        _save(weights, beside / "weights.safetensors")
+        _save({f"{i:05d}": t for i, t in enumerate(average)}, beside / "average.safetensors")
+        moments = {
+            f"{group}.{index}.{name}": torch.as_tensor(value)
+            for group, optimizer in optimizers.items()
+            for index, moment in optimizer.state_dict()["state"].items()
+            for name, value in moment.items()
+        }
+        _save(moments, beside / "optimizer.safetensors")
+        said = {"format": FORMAT, "step": state.step, "best": state.best, "skipped": state.skipped, "optimizers": sorted(optimizers)}
+        (beside / "state.json").write_text(json.dumps(said) + "\n")
+        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)} for name in _FILES}
+        (beside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=2) + "\n")
+
+    whole = set() if whole is None else whole
+    target = folder / f"step-{state.step}"
+    write_folder(target, write)
+    for later in checkpoints_in(folder):
+        if _step(later) > state.step:  # passed over as damaged, or training would have gone on from it
+            shutil.rmtree(later)
+    whole.add(target)
+    prune(folder, target, keep, whole)
+    return target
+
+
+def prune(folder: Path, newest: Path, keep: int, whole: set[Path]) -> None:
+    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a damaged one takes no place of
+    theirs. `whole` are those known to be whole already; it grows."""
+    kept = 1
+    for path in checkpoints_in(folder):
+        if _step(path) >= _step(newest):
+            continue
+        if kept < keep and (path in whole or damage(path) is None):
+            kept += 1
+            whole.add(path)
+        else:
+            shutil.rmtree(path)
+            whole.discard(path)
+
+
+def damage(path: Path) -> str | None:
+    """How a checkpoint's files differ from those of its manifest; None where they do not, or where it is of the format without one.
+
+    Raises:
+        OtherFormat: it is of a format that this version does not read.
+    """
+    try:
+        if not (path / _MANIFEST).is_file():
+            older = json.loads((path / "state.json").read_text()).get("format", 1) == 1
+            return None if older else f"{_MANIFEST} is missing"
+        manifest = json.loads((path / _MANIFEST).read_text())
+        check_format(manifest["format"], path)
+        step = manifest["step"]
+        files = {name: (said["bytes"], said["sha256"]) for name, said in manifest["files"].items()}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OtherFormat:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{_MANIFEST if (path / _MANIFEST).is_file() else 'state.json'} cannot be read: {error}"
+    if step != _step(path):
+        return f"{_MANIFEST} is of step {step}"
+    for name, (size, digest) in files.items():
+        try:
+            if (now := (path / name).stat().st_size) != size:
+                return f"{name} has {now:,} of {size:,} bytes"
+            if _hash(path / name) != digest:
+                return f"{name} is not what was written (its hash differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
+
+
+def load_newest(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    average: Sequence[Tensor],
+    say: Callable[[str], None],
+) -> tuple[Path, State] | None:
+    """`load_checkpoint` of the newest one that is whole; each damaged one that is passed over is said in a line. None if there is none.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged; or as `load_checkpoint` does.
+    """
+    damaged: dict[Path, str] = {}
+    for path in checkpoints_in(folder):
+        try:
+            state = load_checkpoint(path, networks, optimizers, average)
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+            continue
+        for bad, why in damaged.items():
+            say(f"{bad} is damaged ({why}); going on from {path.name}, the one before")
+        if not (path / _MANIFEST).is_file():
+            say(f"{path} is of format 1, which has no hashes: it is read unverified")
+        return path, state
+    if damaged:
+        every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
+        raise ValueError(f"every checkpoint in {folder} is damaged: {every}; put one back from a copy, or remove {folder} to begin anew")
+    return None
+
+
+def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], average: Sequence[Tensor]) -> State:
+    """Fills networks, optimizers and averages in place, once every file is found to be as it was written.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut or changed.
+        ValueError: the checkpoint belongs to another configuration, or is of a format that this version does not read.
+    """
+    if problem := damage(path):
+        raise DamagedCheckpoint(problem)
+    try:
+        said = json.loads((path / "state.json").read_text())
+        state = State(int(said["step"]), dict(said["best"]), int(said.get("skipped", 0)))
+        made_with = said["optimizers"]
+        weights = load_file(path / "weights.safetensors")
+        averages = load_file(path / "average.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # without a manifest it is found here
+        raise DamagedCheckpoint(str(error)) from error
+    for group, network in networks.items():
+        own = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
+        expected = network.state_dict()
+        if differ := sorted(set(own) ^ set(expected)) or [k for k in own if own[k].shape != expected[k].shape]:
+            raise ValueError(
+                f"the checkpoint {path} is of another configuration (first keys that differ: {differ[:3]}); "
+                "choose another name for this run, or remove the run folder"
+            )
+        network.load_state_dict(own)
+    with torch.no_grad():
+        for i, tensor in enumerate(average):
+            tensor.copy_(averages[f"{i:05d}"])
+    # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no moments.
+    if optimizers and made_with != sorted(optimizers):
+        raise ValueError(
+            f"the checkpoint {path} was made with the optimizers {made_with} and this run has {sorted(optimizers)}; "
+            "choose another name for this run, or train.optimizer as it was"
+        )
+    for group, optimizer in optimizers.items():
+        merged = optimizer.state_dict()
+        merged["state"] = {}
+        parameters = [p for options in optimizer.param_groups for p in options["params"]]
+        for key, value in moments.items():
+            owner, index, name = key.split(".", 2)
+            if owner == group:
+                parameter = parameters[int(index)]
+                if value.shape == parameter.shape:
+                    # Fused AdamW walks raw memory: moments must have the strides of their (channels-last) parameter.
+                    value = torch.empty_like(parameter).copy_(value)
+                merged["state"].setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(merged)
+    return state
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Contiguous copies: safetensors refuses shared memory and keeps no strides, and channels-last weights have their own.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""Muon: steps by the momentum's nearest orthogonal matrix. Knows matrices and kernels; knows no network.
+
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is that of AdamW (Liu et al. 2025, arXiv:2502.16982,
+eq. 4), so one learning rate serves both. torch.optim.Muon takes matrices alone and one at a time: here convolution kernels count as
+matrices (out, in * height * width), and those of one shape are orthogonalised together. Of matrices that are cut over processes each
+process gathers and orthogonalises the whole ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.fsdp import like, whole
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices (N,R,C) -> (N,R,C) with all singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations in bf16."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised.
+
+    Args:
+        parameters: tensors of two or more dimensions; all beyond the first count as columns.
+        lr: learning rate, on AdamW's scale.
+        momentum: share of the old momentum that stays each step.
+        weight_decay: decoupled, as AdamW's.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; `closure` is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[len(parameter), parameter.numel() // len(parameter)].append(parameter)
+            for (rows, columns), members in alike.items():
+                stacked = torch.stack([whole(self._nesterov(p, group["momentum"])).reshape(rows, columns) for p in members])
+                scale = 0.2 * max(rows, columns) ** 0.5
+                for parameter, update in zip(members, orthogonalize(stacked), strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
+
+    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)

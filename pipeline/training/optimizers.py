@@ -1,0 +1,42 @@
+"""Which optimizer steps which parameter, and at what rate. Knows parameters and steps; knows no loop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from pipeline.config.train import TrainConfig
+from pipeline.training.muon import Muon
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then down to `final_learning_rate` of the peak at the last step by the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    floor = config.final_learning_rate
+    if config.schedule == "wsd":
+        falling = max(round(config.decay_share * config.steps), 1)
+        left = min((config.steps - step) / falling, 1.0)
+        return config.learning_rate * (floor + (1 - floor) * left)
+    span = max(config.steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / span, 1.0)
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions only."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if config.optimizer == "muon":
+        matrices = network.hidden_matrices()  # type: ignore[operator]
+        chosen = {id(p) for p in matrices}
+        parameters = [p for p in parameters if id(p) not in chosen]
+        optimizers[f"{group}/muon"] = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers[f"{group}/adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return optimizers

@@ -1,0 +1,110 @@
+"""Opening every picture: what is kept and when it holds, work shared by processes, what is told of each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from pipeline.data.readers import scan as examining
+from pipeline.data.readers.folder import folder_rows
+from pipeline.data.readers.scan import examine
+from pipeline.data.worker_info import Share
+from tests.helpers.data import photo
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(9):
+        photo(number, (30 + number, 24)).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"number {number}")
+    (tmp_path / "pictures" / "9.png").write_bytes(b"none")
+    (tmp_path / "pictures" / "9.txt").write_text("broken")
+    return tmp_path / "pictures"
+
+
+def rows(folder):
+    return folder_rows(folder, "text", None)
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[int]:
+    """Rows that were really read."""
+    read: list[int] = []
+    one = examining._examined
+    monkeypatch.setattr(examining, "_examined", lambda source, row: read.append(row) or one(source, row))
+    return read
+
+
+def test_each_picture_is_described(folder):
+    found = examine(rows(folder), 2)
+    assert found.width.tolist() == [*range(30, 39), 0] and found.height.tolist() == [24] * 9 + [0]
+    assert found.mode == ["RGB"] * 9 + [""] and [bool(problem) for problem in found.problem] == [False] * 9 + [True]
+    assert len(set(found.digest.tolist())) == 10
+
+
+def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, monkeypatch, opened):
+    """Of sources that take long; a file that is changed, added or cut in the record has them read anew."""
+    kept = tmp_path / "kept"
+    examine(rows(folder), 2, kept)
+    assert not kept.exists()  # ten pictures are read again in no time
+    monkeypatch.setattr(examining, "_SLOW", 5)
+    first = examine(rows(folder), 2, kept)
+    opened.clear()
+    again = examine(rows(folder), 2, kept)
+    assert not opened and all(np.array_equal(getattr(first, name), getattr(again, name)) for name in vars(first))
+    photo(77, (50, 50)).save(folder / "3.png")
+    os.utime(folder / "3.png", ns=(1, 1))
+    assert examine(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
+    opened.clear()
+    (file,) = kept.iterdir()  # what was found of the source as it was is gone
+    file.write_bytes(file.read_bytes()[:100])
+    assert examine(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
+    assert not [file for file in kept.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypatch, opened, processes):
+    monkeypatch.setattr(examining, "_SLOW", 5)
+    alone = examine(rows(folder), 1)
+    opened.clear()
+    meeting, told = threading.Barrier(processes), [None] * processes
+
+    def gather(index):
+        def everybodys(own):
+            told[index] = own
+            meeting.wait(timeout=30)
+            result = list(told)
+            meeting.wait(timeout=30)
+            return result
+
+        return everybodys
+
+    def one(index):
+        return examine(rows(folder), 1, tmp_path / f"of{index}", Share(index, processes, gather(index)))
+
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(one, range(processes)))
+    assert sorted(opened) == list(range(10))
+    for each in found:
+        assert all(np.array_equal(getattr(each, name), getattr(alone, name)) for name in vars(alone))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("of")] == ["of0"]
+    opened.clear()
+    with ThreadPoolExecutor(processes) as pool:  # one has the record and the others have not: all read, and none waits for ever
+        list(pool.map(one, range(processes)))
+    assert len(opened) == 10
+
+
+def test_an_animation_whose_later_frames_are_cut_is_its_first_frame(tmp_path):
+    frames = [photo(i, (30, 24)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.txt").write_text("moves")
+    for end in range(len(content) // 2, len(content), 7):
+        (tmp_path / "a.gif").write_bytes(content[:end])
+        found = examine(rows(tmp_path), 1)
+        assert found.width.tolist() == [30] and found.problem == [""] and found.mode[0].startswith(("P", "RGB"))

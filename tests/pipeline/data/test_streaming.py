@@ -1,0 +1,315 @@
+"""Streams: every sample once a pass whatever the lanes and processes, the same after a resume, mixed, and what goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import http.server
+import shutil
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config.data import MixPart
+from pipeline.data.load import load_sources
+from pipeline.data.readers.base import is_held_out
+from pipeline.data.streaming.feed import Lane, Lengths, Shuffled, StreamFeed, feed_of
+from pipeline.data.streaming.source import StreamSource
+from tests.helpers.data import config, encoded, number_of, write_shard, write_shards
+
+COUNTS = [30, 7, 0, 18, 25, 11]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [count for count in COUNTS if count])
+    return str(folder)
+
+
+def stream(source: object, **options: object) -> StreamSource:
+    return StreamSource(config(source, streaming=True, **{"held_out": 0.1, "shuffle_buffer": 8, "interleave": 2, **options}))
+
+
+def names(shuffled: Shuffled, count: int) -> list[str]:
+    found = []
+    for position in range(count):
+        block, within = shuffled.place(position)
+        found.append(shuffled.block(block)[within].name)
+    return found
+
+
+def of_training(source: StreamSource) -> list[str]:
+    return [sample.name for shard in range(source.num_shards) for sample in source.samples(shard)]
+
+
+def test_splits_and_captions_are_those_of_reading_row_by_row(shards):
+    mapped = load_sources(config(shards, held_out=0.1))
+    streamed, held_out = load_sources(config(shards, held_out=0.1, streaming=True))
+    assert isinstance(streamed, StreamSource)
+    assert held_out.names(range(len(held_out))) == mapped[1].names(range(len(mapped[1])))
+    assert of_training(streamed) == mapped[0].names(range(len(mapped[0])))
+    rows = range(len(held_out))
+    assert np.array_equal(held_out.images(rows), mapped[1].images(rows)) and held_out.captions(rows) == mapped[1].captions(rows)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes):
+    """Lanes roll on to the next pass on their own, so counts differ by what a shard's length makes the lanes differ by, and no more."""
+    source = stream(shards)
+    everything = of_training(source)
+    passes = 6
+    each = passes * len(everything) // processes
+    seen = Counter(name for r in range(processes) for name in names(Shuffled(source, 0, r, processes), each))
+    assert set(seen) == set(everything) and min(seen.values()) >= passes // 2 and max(seen.values()) <= 2 * passes
+    if processes == 1:
+        first = names(Shuffled(source, 0, 0, 1), len(everything))
+        assert len(set(first)) > 0.8 * len(everything)
+
+
+def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
+    source = stream(shards, interleave=1, shuffle_buffer=1)
+    everything = of_training(source)
+    found = names(Shuffled(source, 0, 0, 1), 3 * len(everything))
+    for number in range(3):
+        assert sorted(found[number * len(everything) :][: len(everything)]) == sorted(everything)
+    assert found[: len(everything)] != everything  # shards in random order
+
+
+def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
+    write_shards(tmp_path, [40])
+    source = stream(tmp_path, interleave=4)
+    everything = of_training(source)
+    seen = names(Shuffled(source, 0, 0, 1), len(everything))
+    assert max(Counter(seen).values()) <= 2 and len(set(seen)) >= 0.9 * len(everything)
+
+
+def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
+    source = stream(shards)
+    one, two = names(Shuffled(source, 0, 0, 1), 40), names(Shuffled(source, 1, 0, 1), 40)
+    assert one != two and one == names(Shuffled(source, 0, 0, 1), 40)
+    unshuffled = names(Shuffled(stream(shards, shuffle_buffer=1), 0, 0, 1), 40)
+    assert one != unshuffled and sorted(one) == sorted(unshuffled)
+
+
+def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(shards, tmp_path, monkeypatch):
+    source = stream(shards)
+    whole = StreamFeed(source, 6, 0, 0, 1, tmp_path)
+    expected = [(whole.pictures(step), whole.names(step)) for step in range(40)]
+    assert list(tmp_path.glob("lengths-*.json"))
+    opened: list[int] = []
+    samples = StreamSource.samples
+    monkeypatch.setattr(StreamSource, "samples", lambda self, *given: counted(opened, samples(self, *given)))
+    for folder, most in ((tmp_path, 104), (None, 10**6)):
+        opened.clear()
+        resumed = StreamFeed(stream(shards), 6, 0, 0, 1, folder)
+        for step in (33, 34, 39, 35):  # and back again
+            assert np.array_equal(resumed.pictures(step), expected[step][0]) and resumed.names(step) == expected[step][1]
+            if step == 33:
+                read = len(opened)
+                assert read <= most
+    assert read > 104  # without the lengths, a whole pass is read to find them
+
+
+def counted(opened: list[int], samples):
+    for sample in samples:
+        opened.append(1)
+        yield sample
+
+
+def test_lengths_that_are_cut_are_counted_anew(tmp_path):
+    (tmp_path / "l.json").write_text('{"0/0/1": 3')
+    lengths = Lengths(tmp_path / "l.json")
+    assert lengths.get("0/0/1") is None
+    lengths.add("0/0/1", 4)
+    assert Lengths(tmp_path / "l.json").get("0/0/1") == 4
+
+
+def test_streams_mix_with_what_is_mapped(shards, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number in range(300, 320):
+        (folder / f"{number}.png").write_bytes(encoded((number // 256, number % 256, 7)))
+        (folder / f"{number}.txt").write_text(f"own {number}")
+    parts = [MixPart(source=shards, weight=1), MixPart(source=str(folder), weight=3)]
+    source, held_out = load_sources(config("", mix=parts, streaming=True, shuffle_buffer=8))
+    assert len(held_out.lengths) == 2
+    feeds = [feed_of(source, 20, 0, r, 2) for r in range(2)]
+    found: Counter[int] = Counter()
+    for step in range(100):
+        for feed in feeds:
+            pictures = feed.pictures(step)
+            assert [str(number_of(p)) in name for p, name in zip(pictures, feed.names(step), strict=True)] == [True] * 10
+            found.update(map(number_of, pictures))
+    own = {number: count for number, count in found.items() if number >= 300}
+    assert sum(own.values()) == 1500 and max(own.values()) - min(own.values()) <= 1  # both processes deal the same passes
+
+
+def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pictures = [encoded((0, number, 7)) for number in range(40)]
+    pq.write_table(pa.table({"image": pictures, "text": [f"number {n}" for n in range(40)]}), tmp_path / "t.parquet")
+    rows = {"image": [{"bytes": c, "path": None} for c in pictures], "text": [f"number {n}" for n in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    for source in ("t.parquet", "saved"):
+        train, held_out = load_sources(config(tmp_path / source, streaming=True, shuffle_buffer=4))
+        feed = feed_of(train, 10, 0, 0, 1)
+        assert isinstance(feed, StreamFeed)
+        numbers = {number_of(p) for step in range(20) for p in feed.pictures(step)}
+        assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(range(40))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_shards_come_over_http(shards, tmp_path):
+    served = Path(shutil.copytree(shards, tmp_path / "served"))
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(served)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = stream(f"{address}/{{000..004}}.tar")
+        assert of_training(source) == of_training(stream(shards))
+        with pytest.raises(FileNotFoundError, match=r"the 6 shards of http://127.* cannot be read \(.*005\.tar"):
+            stream(f"{address}/{{000..005}}.tar")
+        (served / "004.tar").unlink()
+        with pytest.raises(OSError, match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command goes on"):
+            of_training(source)
+    finally:
+        server.shutdown()
+        server.server_close()
+        del source
+        gc.collect()  # the library's connections end here, and not in a later test, where a warning of theirs would be an error
+
+
+def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path):
+    whole = encoded((0, 1, 7), size=(40, 40))
+    samples = [(f"good{i}", {"png": encoded((0, i, 7)), "txt": b"x"}) for i in range(30)]
+    samples += [
+        ("cut", {"png": whole[:-30], "txt": b"x"}),
+        ("small", {"png": encoded(size=(8, 8)), "txt": b"x"}),
+        ("none", {"png": b"no picture", "txt": b"x"}),
+        ("mute", {"png": whole, "txt": b" "}),
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    assert not is_held_out("cut", 0.1)
+    source = stream(tmp_path)
+    feed = StreamFeed(source, 10, 0, 0, 1, None)
+    for step in range(12):
+        assert feed.pictures(step).shape == (10, 16, 16, 3)
+    problems = "\n".join(source.problems)
+    for expected in (
+        "without a caption left out: mute",
+        "1 pictures smaller than 16 pixels left out (data.upscale=true keeps them): small",
+        "unreadable pictures left out: none",
+        "pictures that cannot be decoded left out: cut",
+    ):
+        assert expected in problems
+    strict = StreamFeed(stream(tmp_path, max_bad=0.0), 10, 0, 0, 1, None)
+    with pytest.raises(ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_bad \(now 0\.0\)"):
+        for step in range(12):
+            strict.pictures(step)
+
+
+def test_nothing_to_train_on_ends(tmp_path):
+    write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
+    with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on; .*without a caption left out: a"):
+        StreamFeed(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
+
+
+def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
+    """The next block is read ahead at once, by the same lanes."""
+    write_shards(tmp_path, [6, 6, 6])
+    source = stream(tmp_path, interleave=3)
+    shuffled, busy, met = Shuffled(source, 0, 0, 1), [0, 0, 0], []
+
+    def slow(number):
+        def read(_):
+            met.append(busy[number])
+            busy[number] += 1
+            if number == 0:
+                busy[number] -= 1
+                raise OSError("gone")
+            time.sleep(0.05)
+            busy[number] -= 1
+
+        return read
+
+    for number, lane in enumerate(shuffled._lanes):
+        monkeypatch.setattr(lane, "skip_to", slow(number))
+    for block in range(4):
+        with pytest.raises(OSError, match="gone"):
+            shuffled.block(block)
+    assert len(met) >= 12 and set(met) == {0}
+
+
+def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
+    write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
+    lane, opened = Lane(stream(tmp_path), 0, 1, 0, Lengths(None)), []
+    open_shard = lane._open
+
+    def counted(number):
+        opened.append(number)
+        assert len(opened) < 20, "it goes round for ever"
+        return open_shard(number)
+
+    monkeypatch.setattr(lane, "_open", counted)
+    for _ in range(2):  # the second time their lengths are known
+        with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on"):
+            lane.skip_to(1)
+
+
+def test_what_cannot_be_streamed_is_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"data\.streaming is on, and .* is a folder or table of files"):
+        load_sources(config(tmp_path, streaming=True))
+    write_shard(tmp_path / "s" / "0.tar", [("a", {"png": encoded(), "txt": b"x"})])
+    with pytest.raises(ValueError, match=r"has no column 'label'; it has .*txt"):
+        stream(tmp_path / "s", text_column="label")
+
+
+def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
+    """A lane may meet more empty shards in a row than there are shards, as each pass is shuffled apart."""
+    small = encoded(size=(8, 8))
+    for number in range(40):
+        picture = encoded((0, number, 7)) if number in (3, 17) else small
+        write_shard(tmp_path / f"{number:02d}.tar", [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)])
+    for seed in range(4):
+        feed = StreamFeed(stream(tmp_path, interleave=4), 6, seed, 0, 1, None)
+        assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {3, 17}
+
+
+def test_json_beside_a_picture_may_have_any_keys(tmp_path):
+    samples = [(f"{i}", {"png": encoded((0, i, 7)), "json": b'{"file_name": "x.jpg", "image": 3, "text": "words"}'}) for i in range(12)]
+    write_shard(tmp_path / "0.tar", samples)
+    for streaming in (False, True):
+        train, held_out = load_sources(config(tmp_path, streaming=streaming))
+        assert set(held_out.captions(range(len(held_out)))) == {"words"}
+        assert feed_of(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
+    write_shard(tmp_path / "0.tar", [(f"{i}", {"png": encoded((0, i, 7)), "caption": b"caf\xe9" if i == 5 else b"tea"}) for i in range(12)])
+    train, _ = load_sources(config(tmp_path, streaming=streaming, text_column="caption", held_out=0.2))
+    assert set(feed_of(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
+    assert "1 captions that are not UTF-8 left out: 5" in train.problems
+
+
+def test_rewritten_shards_are_another_stream(tmp_path):
+    import os
+
+    write_shards(tmp_path, [5, 5])
+    before = stream(tmp_path).fingerprint
+    assert stream(tmp_path).fingerprint == before
+    os.utime(tmp_path / "001.tar", ns=(1, 1))
+    assert stream(tmp_path).fingerprint != before

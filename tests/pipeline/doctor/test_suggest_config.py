@@ -1,0 +1,120 @@
+"""What the doctor suggests: by sizes, numbers and captions; and every suggestion loads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config.data import DataConfig, MixPart
+from pipeline.config.experiment import Experiment
+from pipeline.config.load import load_experiment
+from pipeline.data.load import load_sources
+from pipeline.doctor.diagnose import diagnose
+from pipeline.doctor.report import Suggestion
+from pipeline.doctor.suggest_config import _CODES, _length, _steps, as_yaml, name_of
+from stage2_prior import TextConfig
+
+
+def make(folder, sizes, texts=None):
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size if isinstance(size, tuple) else (size, size)).save(folder / f"{number:03}.png")
+        (folder / f"{number:03}.txt").write_text(texts[number] if texts else f"number {number}")
+    return folder
+
+
+def loaded(suggestion: Suggestion, tmp_path) -> Experiment:
+    path = tmp_path / "suggested.yaml"
+    path.write_text(as_yaml(suggestion, "minidalle run --config suggested.yaml"))
+    return load_experiment(["--config", str(path)])
+
+
+def suggested(tmp_path, sizes, texts=None, *, text=None, largest=256, **options) -> Experiment:
+    data = DataConfig(source=str(make(tmp_path / "pictures", sizes, texts)), **options)
+    experiment = loaded(diagnose(data, text=text, largest=largest).suggestion, tmp_path)
+    train, held_out = load_sources(experiment.data)
+    assert len(train) and len(held_out)
+    return experiment
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected", "upscale", "factor"),
+    [
+        ([70] * 30, 64, False, 8),
+        ([100] * 27 + [50] * 3, 96, False, 8),  # a tenth may be left out
+        ([100] * 26 + [50] * 4, 48, False, 8),
+        ([(400, 300)] * 30, 256, False, 16),
+        ([20] * 30, 16, False, 4),
+        ([40] * 30, 32, False, 4),
+        ([10] * 30, 16, True, 4),
+    ],
+)
+def test_the_size_leaves_out_a_tenth_at_most(tmp_path, sizes, expected, upscale, factor):
+    experiment = suggested(tmp_path, sizes)
+    assert (experiment.data.image_size, experiment.data.upscale, experiment.tokenizer.model.factor) == (expected, upscale, factor)
+
+
+def test_a_larger_size_must_be_asked_for_and_filters_are_kept(tmp_path):
+    experiment = suggested(tmp_path, [600] * 20 + [(900, 300)] * 20, largest=512, max_aspect=1.5, flip=True)
+    assert experiment.data.image_size == 512 and experiment.data.max_aspect == 1.5 and experiment.data.flip
+    source = experiment.data.source
+    for options, expected in ({"max_size": 700}, 384), ({"min_size": 100}, 96), ({"min_size": 100, "upscale": True}, 384):
+        data = DataConfig(source=source, image_size=64, **options)
+        found = loaded(diagnose(data, largest=384).suggestion, tmp_path)
+        # Of the long ones 300 pixels are the shorter side, so that half are left out where nothing else leaves them out.
+        assert found.data.image_size == (expected if "max_size" in options or expected == 96 else 256), options
+        assert {name: getattr(found.data, name) for name in options} == options
+
+
+def test_the_text_length_is_that_of_the_longest_caption_unless_few_are_far_longer(tmp_path):
+    texts = ["a b c d e"] * 40
+    experiment = suggested(tmp_path, [64] * 40, texts, text=TextConfig(vocab_size=300))
+    assert (experiment.text.length % 8, experiment.text.truncate, experiment.text.vocab_size) == (0, False, 300)
+    lengths = np.full(1000, 10)
+    assert _length(lengths)[:2] == (16, False)
+    lengths[0] = 30
+    assert _length(lengths)[:2] == (32, False)
+    lengths[0] = 300
+    assert _length(lengths)[:2] == (16, True)
+    lengths[:50] = 300
+    assert _length(lengths)[:2] == (304, False)
+
+
+def test_steps_are_those_of_the_shipped_experiment_and_bounded():
+    assert (_steps("tokenizer", 3440), _steps("prior", 3440)) == (2600, 4300)  # configs/emoji.yaml
+    assert (_steps("tokenizer", 10), _steps("prior", 10)) == (1000, 2000)
+    assert (_steps("tokenizer", 200_000), _steps("prior", 200_000)) == (20_000, 40_000)
+    assert _steps("prior", 32_000_000) == 1_000_000  # one pass
+    counts = [count for count, _ in _CODES]
+    assert counts == sorted(counts) and dict(_CODES)[30_000] == 1024
+
+
+def test_few_pictures_are_split_so_that_neither_part_is_empty(tmp_path):
+    experiment = suggested(tmp_path, [64] * 4, held_out=0.0001)
+    assert experiment.data.held_out > 0.0001
+    one = make(tmp_path / "one", [64])
+    assert diagnose(DataConfig(source=str(one))).suggestion is None
+
+
+def test_mixtures_and_drawn_worlds_are_suggested_as_they_were_given(tmp_path):
+    folder = make(tmp_path / "pictures", [100] * 40)
+    mix = [MixPart(source="shapes", weight=2.0), MixPart(source=str(folder))]
+    experiment = loaded(diagnose(DataConfig(mix=mix, lattice=8), pictures=40).suggestion, tmp_path)
+    assert experiment.data.mix == mix and experiment.data.image_size == 96 and experiment.data.lattice == 8
+    shapes = loaded(diagnose(DataConfig(source="shapes", max_objects=2), pictures=40).suggestion, tmp_path)
+    assert (shapes.data.image_size, shapes.data.max_objects, shapes.tokenizer.model.num_codes, shapes.encode.pictures) == (
+        64,
+        2,
+        512,
+        60_000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("path/to/my cats", "my-cats"), ("table.csv", "table"), ("shards/*.tar", "shards"), ("user/data-set", "data-set"), ("..", "mine")],
+)
+def test_the_run_is_named_after_the_source(source, name):
+    assert name_of(DataConfig(source=source)) == name

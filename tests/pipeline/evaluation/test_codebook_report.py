@@ -1,0 +1,99 @@
+"""`minidalle codebook`: pictures of every code, sorted by use, and a page that stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cli.main import main
+from pipeline.evaluation.codebook_report import codebook_page
+from pipeline.runtime.image_grid import bars
+from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
+from tests.helpers.cli import fails
+from tests.helpers.tokenizers import KINDS, tiny_tokenizer
+
+
+def pictures(count: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+
+
+def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
+    counts = torch.bincount(codes.flatten(), minlength=12)
+    assert sorted(view.codes) == list(range(12)) and view.counts == sorted(counts.tolist(), reverse=True)
+    assert [int(counts[code]) for code in view.codes] == view.counts
+    first = to_pictures(tokenizer.decode(torch.full((1, 4, 4), view.codes[0])))[0, 8:12, 8:12].numpy()
+    assert np.array_equal(view.pictures["alone"][1:5, 1:5], first)
+    assert view.statistics.dead == int((counts == 0).sum())
+
+
+def test_context_shows_places_where_the_code_was_chosen(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
+    number, i, j = (codes == view.codes[0]).nonzero()[0].tolist()
+    centre = view.pictures["in context"][1 + 4 : 1 + 8, 1 + 4 : 1 + 8]
+    assert np.array_equal(centre, pictures()[number, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4])
+    unused = [place for place, count in enumerate(view.counts) if not count]
+    for place in unused:
+        assert (view.pictures["in context"][:, 1 + 13 * place : 13 * place + 13] == 224).all()
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "residual", "fsq", "binary"])
+def test_each_level_has_its_own_pictures(tmp_path, kind):
+    tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
+    views = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    levels = len(ImageTokenizer.load(tmp_path / "tokenizer").layout)
+    assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 * levels and "http" not in page.replace("<!doctype html>", "")
+    for view in views:
+        assert f"{view.statistics.usage:.1%} of the codes used, perplexity {view.statistics.perplexity:,.1f}" in page
+        assert len(re.findall("<tr><td>", page)) == sum(len(v.codes) for v in views)
+
+
+def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--pictures", "20"]) == 0
+    assert "of the codes used, perplexity" in capsys.readouterr().out
+    with Image.open(folder / "codebook" / "map.png") as image:
+        assert len(np.unique(np.asarray(image))) > 2
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--pictures", "20"]) == 0  # its own page is replaced
+    numbers = json.loads((folder / "codebook" / "codebook.json").read_text())
+    assert numbers["pictures"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
+    again = ["codebook", "--tokenizer", folder / "tokenizer", "--config", finished_run[0], "--out", tmp_path / "elsewhere"]
+    assert main([str(a) for a in again]) == 0 and (tmp_path / "elsewhere" / "index.html").is_file()
+
+
+def test_what_can_be_missing(finished_run, tmp_path, capsys):
+    fails(capsys, ["codebook", "--tokenizer", tmp_path / "none"], "there is no tokenizer in")
+    shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
+    fails(capsys, ["codebook", "--tokenizer", tmp_path / "tokenizer"], "it is not known which pictures to encode; add --config FILE")
+    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "p", "--pictures", 0], "--pictures is 0")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")
+    with pytest.raises(FileExistsError, match="holds no codebook page"):
+        codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="there are no pictures to see the codes in"):
+        codebook_page(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+
+
+def test_bars_are_as_high_as_their_values():
+    chart = bars(np.array([4.0, 2.0, 0.0, 1.0]), height=8, width=8)
+    filled = (chart == (40, 90, 160)).all(2).sum(0)
+    assert filled.tolist() == [8, 8, 4, 4, 0, 0, 2, 2]
+    assert (bars(np.zeros(3), height=4, width=3) == 255).all()

@@ -1,0 +1,343 @@
+"""Pictures in part, scores and choices: what is kept, what is refused, and the command line of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import TextToImagePipeline
+from pipeline.cli.main import main
+from pipeline.inference.editing import kept_codes, on_canvas, random_known
+from stage1_tokenizer import Level
+from stage2_prior import ImagePrior, SamplingOptions, StreamConfig, sample
+from tests.helpers.cli import fails
+
+
+def untrained_pipe(run: Path, **trained: object) -> TextToImagePipeline:
+    """A run's tokenizers with a prior for any order whose weights are random; what is kept does not depend on what it learned."""
+    pipe = TextToImagePipeline.from_pretrained(run / "bundle")
+    config = StreamConfig(**{**vars(pipe.prior.stream.config), "any_order": True})
+    torch.manual_seed(0)
+    prior = ImagePrior(pipe.prior.model_config, config)
+    prior.tell_code_vectors(pipe.tokenizer.code_vectors)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    for name, value in {"trained_order": "random", "trained_with_caption_dropout": True, "trained_image_first": True, **trained}.items():
+        setattr(prior.config, name, value)
+    return TextToImagePipeline(pipe.tokenizer, prior.eval(), pipe.text, pipe.defaults)
+
+
+@pytest.fixture(scope="module")
+def pipe(finished_run) -> TextToImagePipeline:
+    return untrained_pipe(finished_run[1])
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def box(left: int, top: int, right: int, bottom: int) -> Image.Image:
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, picture):
+    mask = box(9, 0, 20, 12)  # cells 1 and 2 of rows 0 and 1
+    out = pipe.edit(picture, mask, "a red circle", num_images=3, seed=1)
+    kept = torch.ones(4, 4, dtype=torch.bool)
+    kept[:2, 1:3] = False
+    before = pipe.tokenizer.to_codes([picture])[0]
+    assert all(torch.equal(codes[kept], before[kept]) for codes in out.codes)
+    assert len({tuple(codes[~kept].tolist()) for codes in out.codes}) > 1
+    outside = np.asarray(mask) == 0
+    for image, codes in zip(out.images, out.codes, strict=True):
+        assert np.array_equal(np.asarray(image)[outside], np.asarray(picture)[outside])
+        drawn = np.asarray(pipe.tokenizer.to_images(codes[None])[0])
+        assert np.array_equal(np.asarray(image)[~outside], drawn[~outside])
+    again = pipe.edit(picture, mask, "a red circle", num_images=1, seed=1)
+    assert torch.equal(again.codes[0], out.codes[0])
+    assert not torch.equal(pipe.edit(picture, mask, "a red circle", seed=2).codes[0], out.codes[0])
+    torch.testing.assert_close(out.log_likelihood[0], again.log_likelihood[0])
+
+
+def test_an_empty_mask_changes_nothing_and_is_said(pipe, picture):
+    with pytest.warns(UserWarning, match="the mask is empty"):
+        out = pipe.edit(picture, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
+    assert [np.array_equal(np.asarray(image), np.asarray(picture)) for image in out.images] == [True, True]
+    assert out.log_likelihood.tolist() == [0, 0] and out.codes.shape == (2, 4, 4)
+
+
+def test_a_full_mask_is_plain_sampling_and_is_said(pipe, picture):
+    with pytest.warns(UserWarning, match="plain sampling"):
+        out = pipe.edit(picture, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3)
+    plain = pipe("a red circle", num_images_per_prompt=2, seed=3)
+    assert torch.equal(out.codes, plain.codes)
+    assert [np.asarray(a).tobytes() for a in out.images] == [np.asarray(b).tobytes() for b in plain.images]
+
+
+def test_masks_and_pictures_that_do_not_fit_are_named(pipe, picture):
+    with pytest.raises(ValueError, match="the mask is 16x32 and the picture 32x32"):
+        pipe.edit(picture, Image.new("L", (16, 32)), "x")
+    with pytest.raises(ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"):
+        pipe.edit(picture, Image.new("RGB", (32, 32)), "x")
+    with pytest.raises(ValueError, match="the picture is 40x32 and this prior draws 32x32; resize it first"):
+        pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
+
+
+def test_editing_with_a_raster_prior_says_what_to_train(finished_run, picture):
+    raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    with pytest.raises(ValueError, match=r"need a prior that was trained on random orders.*prior\.train\.order=random"):
+        raster.edit(picture, box(0, 0, 9, 9), "x")
+
+
+def test_a_raster_prior_completes_from_the_top_rows(finished_run, picture):
+    raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    known = torch.zeros(4, 4, dtype=torch.bool)
+    known[:2] = True
+    codes = raster.tokenizer.to_codes([picture])[0]
+    for given in (picture, codes):
+        out = raster.complete(given, known, "a red circle", num_images=2)
+        assert torch.equal(out.codes[:, :2], codes[:2].expand(2, 2, 4))
+    with pytest.raises(ValueError, match=r"known is torch\.int64 \(4, 4\); it must be bool and say for each of the 16 codes"):
+        raster.complete(picture, known.long(), "x")
+    with pytest.raises(ValueError, match="num_images is 0"):
+        raster.complete(picture, known, "x", num_images=0)
+
+
+def test_a_picture_is_extended_on_a_larger_canvas(pipe):
+    small = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 24, 3), dtype=np.uint8))
+    out = pipe.outpaint(small, "a red circle", at=(8, 0), num_images=2)
+    for image in out.images:
+        assert np.array_equal(np.asarray(image)[:16, 8:], np.asarray(small))
+    with pytest.raises(ValueError, match="16x24 at 9, 9 does not lie on the canvas of 32x32"):
+        pipe.outpaint(small.rotate(90, expand=True), "x", at=(9, 9))
+    with pytest.raises(ValueError, match="fills the canvas"):
+        on_canvas(Image.new("RGB", (32, 32)), 32, (0, 0))
+
+
+def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
+    before = pipe.tokenizer.to_codes([picture])[0].flatten()
+    with pytest.warns(UserWarning, match="without a caption"):
+        out = pipe.vary(picture, 0.25, num_images=8, seed=4)
+    changed = (out.codes.flatten(1) != before).sum(1)
+    assert changed.max() <= 4 and changed.sum() > 8
+    assert len({tuple(row.nonzero()[:, 0].tolist()) for row in out.codes.flatten(1) != before}) > 4
+    with pytest.raises(ValueError, match=r"strength is 1\.5"):
+        pipe.vary(picture, 1.5, "x")
+    assert random_known([1, 2], 16, 0.01).sum().item() == 30  # at least one is drawn anew
+
+
+def test_cells_of_every_level_are_kept_by_their_own_pixels():
+    replaced = np.zeros((8, 8), bool)
+    replaced[0, 0] = True
+    kept = kept_codes(replaced, [Level(grid=(2, 2), num_codes=3), Level(grid=(4, 4), num_codes=3)])
+    assert kept[:4].tolist() == [False, True, True, True]
+    assert kept[4:].tolist() == [False] + [True] * 15
+
+
+def test_scores_are_those_of_the_samples_codes(pipe):
+    raster = torch.arange(16).expand(2, 16)
+    codes = pipe("a red circle", num_images_per_prompt=2).codes
+    images = pipe.tokenizer.to_images(codes)
+    scores = pipe.score(images, ["a red circle", "a blue star"])
+    from stage2_prior import code_log_likelihood
+
+    again = pipe.tokenizer.to_codes(images).flatten(1)
+    ids = pipe.text.encode(["a red circle", "a blue star"])
+    given = code_log_likelihood(pipe.prior, ids, again, raster).sum(1)
+    null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(2), again, raster).sum(1)
+    torch.testing.assert_close(scores.log_likelihood, given)
+    torch.testing.assert_close(scores.guidance_gain, given - null)
+    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+        pipe.score(images, ["x"])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_best_of_keeps_the_picture_with_the_highest_gain(pipe, guidance_scale):
+    from stage2_prior import code_log_likelihood
+    from stage2_prior.order import seeded_orders
+
+    prompts = ["a red circle", "a blue star"]
+    every = pipe(prompts, num_images_per_prompt=6, guidance_scale=guidance_scale)
+    ids = pipe.text.encode(prompts).repeat_interleave(6, 0)
+    orders, flat = seeded_orders(every.seeds, 16), every.codes.flatten(1)
+    null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(12), flat, orders).sum(1)
+    gains = code_log_likelihood(pipe.prior, ids, flat, orders).sum(1) - null
+    best = pipe(prompts, num_images_per_prompt=2, best_of=3, guidance_scale=guidance_scale)
+    chosen = gains.view(4, 3).argmax(1) + torch.arange(0, 12, 3)
+    assert torch.equal(best.codes, every.codes[chosen]) and len(best.images) == len(best.seeds) == 4
+    assert best.seeds == [every.seeds[i] for i in chosen]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guidance_scale):
+    from stage2_prior import code_log_likelihood
+    from stage2_prior.order import seeded_orders
+
+    every = pipe(["a red circle"], num_images_per_prompt=6, steps=3, guidance_scale=guidance_scale)
+    ids, flat, orders = pipe.text.encode(["a red circle"]).expand(6, -1), every.codes.flatten(1), seeded_orders(every.seeds, 16)
+    given, null = (code_log_likelihood(pipe.prior, t, flat, orders).sum(1) for t in (ids, pipe.prior.stream.null_caption(6)))
+    best = pipe(["a red circle"], best_of=6, steps=3, guidance_scale=guidance_scale)
+    assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
+
+
+def test_a_judge_without_a_choice_or_with_too_few_scores_is_refused(pipe):
+    with pytest.raises(ValueError, match="best_of is 1; ask for more"):
+        pipe("x", judge=lambda images, prompts: [0.0] * len(images))
+    with pytest.raises(ValueError, match="the judge gave 1 scores for 2 pictures"):
+        pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
+
+
+def test_a_bundle_s_own_steps_are_for_whole_pictures(pipe, picture):
+    stepped = TextToImagePipeline(pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(steps=16))
+    assert stepped.edit(picture, box(0, 0, 8, 8), "x").codes.shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="steps is 2; it must be at least 1 and at most the 1 codes"):
+        stepped.edit(picture, box(0, 0, 8, 8), "x", steps=2)
+
+
+def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
+    for call in (lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0), lambda: pipe.vary(picture, 0.5, "x", num_images=0)):
+        with pytest.raises(ValueError, match="num_images is 0; it must be at least 1"):
+            call()
+    with pytest.raises(ValueError, match="num is 0"):
+        pipe.caption(picture, num=0)
+    with pytest.raises(ValueError, match="the number of candidates is 0"):
+        pipe.caption(picture, [])
+    with pytest.raises(ValueError, match="temperature is -1"):
+        pipe.caption(picture, temperature=-1)
+    with pytest.raises(ValueError, match=r"the codes are \(3, 3\); this prior's pictures have 16"):
+        pipe.complete(torch.zeros(3, 3, dtype=torch.long), torch.zeros(16, dtype=torch.bool), "x")
+    with pytest.raises(ValueError, match="all 16 codes are known"):
+        pipe.complete(picture, torch.ones(16, dtype=torch.bool), "x")
+
+
+def test_best_of_may_choose_by_a_judge(pipe):
+    every = pipe(["a red circle"], num_images_per_prompt=4)
+
+    def brightest(images, prompts):
+        assert prompts == ["a red circle"] * 4
+        return [float(np.asarray(image).mean()) for image in images]
+
+    best = pipe(["a red circle"], best_of=4, judge=brightest)
+    assert torch.equal(best.codes[0], every.codes[int(np.argmax(brightest(every.images, ["a red circle"] * 4)))])
+
+
+def test_best_of_needs_something_to_choose_by(finished_run):
+    pipe = untrained_pipe(finished_run[1], trained_with_caption_dropout=False)
+    with pytest.raises(ValueError, match="best_of needs a prior trained with caption dropout, or a judge"):
+        pipe(["a red circle"], best_of=2, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="best_of is 0; it must be at least 1"):
+        pipe(["a red circle"], best_of=0)
+    assert pipe.score(pipe("x", guidance_scale=1.0).images, ["x"]).guidance_gain is None
+
+
+def test_captions_are_scored_and_drawn(pipe, picture, finished_run):
+    ranked = pipe.caption(picture, ["a red circle", "a tiny blue star", "x"])
+    assert sorted(text for text, _ in ranked) == ["a red circle", "a tiny blue star", "x"]
+    assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
+    assert len(pipe.caption(picture, num=3, seed=1)) == 3 and pipe.caption(picture, num=2, seed=1) == pipe.caption(picture, num=2, seed=1)
+    raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    with pytest.raises(ValueError, match=r"sequence\.image_first=0\.2"):
+        raster.caption(picture)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_pictures_become_codes_in_the_precision_that_the_prior_knows(finished_run, picture, bf16):
+    pipe = untrained_pipe(finished_run[1])
+    pipe.trained_on = {"codes_in_bf16": bf16}
+    seen = []
+    pipe.tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    pipe.vary(picture, 0.5, "x")
+    pipe.score([picture], ["x"])
+    pipe.caption(picture, num=1)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 3
+
+
+def test_a_bundle_knows_the_precision_of_its_codes(finished_run):
+    from pipeline.data.codes.dataset import read_manifest
+
+    trained_on = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle").trained_on
+    assert trained_on["codes_in_bf16"] == read_manifest(finished_run[1] / "codes")["bf16"]
+
+
+def test_unknown_sampling_options_are_named(pipe):
+    with pytest.raises(ValueError, match=r"\['top_P'\] are no sampling options; known are \['guidance_scale'"):
+        pipe("x", top_P=0.5)
+    with pytest.raises(ValueError, match="steps is 17; it must be at least 1 and at most the 16 codes"):
+        pipe("x", steps=17)
+
+
+def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
+    untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
+    picture.save(tmp_path / "p.png")
+    box(0, 0, 16, 16).save(tmp_path / "m.png")
+    picture.crop((0, 0, 16, 16)).save(tmp_path / "small.png")
+    command = ["edit", "--bundle", tmp_path / "bundle", "--image", tmp_path / "p.png", "--prompt", "a red circle"]
+    run = [str(a) for a in [*command, "--mask", tmp_path / "m.png", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]]
+    assert main(run) == 0 and "wrote 2 pictures" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["prompt"] == "a red circle" and (tmp_path / "out" / "grid.png").is_file()
+    with Image.open(tmp_path / "out" / rows[0]["file"]) as image:
+        assert np.array_equal(np.asarray(image)[16:], np.asarray(picture)[16:])
+    small = [
+        "edit",
+        "--bundle",
+        tmp_path / "bundle",
+        "--image",
+        tmp_path / "small.png",
+        "--at",
+        16,
+        16,
+        "--num",
+        1,
+        "--out",
+        tmp_path / "o",
+    ]
+    assert main([str(a) for a in small]) == 0 and "note: an empty prompt" in capsys.readouterr().out
+    assert main([str(a) for a in [*command, "--strength", 0.5, "--num", 1, "--out", tmp_path / "v"]]) == 0
+    Image.new("L", (32, 32), 0).save(tmp_path / "empty.png")
+    assert main([str(a) for a in [*command, "--mask", tmp_path / "empty.png", "--num", 1, "--out", tmp_path / "e"]]) == 0
+    assert "note: the mask is empty" in capsys.readouterr().out
+    Image.new("RGB", (32, 32), 0).save(tmp_path / "rgb.png")
+    fails(capsys, [*command, "--mask", tmp_path / "rgb.png", "--out", tmp_path / "no"], "the mask has mode RGB")
+    fails(capsys, [*command, "--mask", tmp_path / "none.png", "--out", tmp_path / "no"], "there is no picture")
+    assert main([str(a) for a in command]) == 2 and not (tmp_path / "no").exists()
+
+
+def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monkeypatch, capsys):
+    untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
+    given = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.5), "guidance_power": 1.5, "temperature": 0.9, "top_k": 9, "top_p": 0.8,
+             "min_p": 0.001, "steps": 4}  # fmt: skip
+    flags = [a for name, value in given.items() for a in (f"--{name}", *(value if isinstance(value, tuple) else [value]))]
+    seen = []
+    drawing = "pipeline.inference.batching.sample"
+    monkeypatch.setattr(
+        drawing,
+        lambda prior, ids, seeds, options, **how: (seen.append((options, how, prior)), sample(prior, ids, seeds, options, **how))[1],
+    )
+    bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num", 1, "--out", tmp_path / "out"]
+    assert main([str(a) for a in [*bundle, *flags, "--best_of", 3, "--int8", "--compile", "off"]]) == 0
+    options, how, prior = seen[0]
+    assert options == SamplingOptions(**given) and not how["compiled"] and len(seen) == 1
+    assert prior.blocks[0].feed_forward.down.weight.dtype == torch.int8
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1
+    fails(capsys, [*bundle, "--judge", tmp_path / "none", "--best_of", 2], "cannot be loaded as a CLIP model")
+
+
+def test_the_command_line_has_every_sampling_option():
+    from dataclasses import fields
+
+    from pipeline.cli.generate import _SAMPLING
+    from stage2_prior import SamplingOptions
+
+    assert list(_SAMPLING) == [field.name for field in fields(SamplingOptions)]

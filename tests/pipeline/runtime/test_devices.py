@@ -1,0 +1,70 @@
+"""When training computes in bf16 and when it compiles; what becomes of freed memory."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.config.train import TrainConfig
+from pipeline.runtime import devices
+from pipeline.runtime.devices import compiles, keep_freed_memory, uses_bf16
+
+CPU = torch.device("cpu")
+
+
+def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypatch):
+    assert uses_bf16("bf16", CPU) and not uses_bf16("fp32", CPU)
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert uses_bf16("auto", CPU) is expected
+
+
+def test_compiling_is_asked_for_or_worth_it(monkeypatch):
+    monkeypatch.setattr(devices, "finds_compiler", lambda: True)
+    assert compiles(TrainConfig(compile="on", steps=1), CPU) and not compiles(TrainConfig(compile="off", steps=10**6), CPU)
+    assert compiles(TrainConfig(steps=10_000), CPU) and not compiles(TrainConfig(steps=10), CPU)
+    monkeypatch.setattr(devices, "finds_compiler", lambda: False)
+    assert not compiles(TrainConfig(steps=10_000), CPU)
+    with pytest.raises(ValueError, match=r"train.compile is on, and there is no C\+\+ compiler with Python's headers here; install them"):
+        compiles(TrainConfig(compile="on"), CPU)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_yaml, capsys, monkeypatch):
+    from pipeline.cli.main import main
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--trackers", '["wandb"]']) == 1
+    assert "trackers ['wandb'] are not installed" in capsys.readouterr().err
+
+
+FAULTS = """
+import resource, torch
+from pipeline.runtime.devices import keep_freed_memory
+if {keeps}: assert keep_freed_memory()
+def faults():
+    torch.ones(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+before = faults()
+for _ in range(5): after = faults()
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    """48 MB five times over are 60,000 pages: asked for each time by default, and here once more at most."""
+    counts = []
+    for keeps in (False, True):
+        done = subprocess.run([sys.executable, "-c", FAULTS.format(keeps=keeps)], capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    assert counts[0] > 50_000 and counts[1] < 15_000
+
+
+def test_without_such_a_c_library_nothing_happens(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False

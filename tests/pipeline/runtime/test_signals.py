@@ -1,0 +1,134 @@
+"""Signals during training and outside of it: what is saved, said and left behind."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.cli.main import main
+from pipeline.runtime.signals import Stopped, signals_caught, sigterm_raises
+from pipeline.stages import encode as encoding
+from pipeline.training import trainer as training
+from pipeline.training.checkpoint import newest_checkpoint
+from stage1_tokenizer import ImageTokenizer
+from tests.helpers.signals import send
+from tests.helpers.training import train
+
+SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded():
+    """Shells have what they start in the background ignore Ctrl-C, and Python then leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("step", [4, 5, 8])
+def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number, step):
+    """Also where an evaluation is due, which may choose the best weights, and in the last step."""
+    options = {"keep_best": True, "evaluate_every": 3, "learning_rate": 0.1}
+    whole, figures = train(tmp_path / "whole", **options)
+    before = handlers()
+    with pytest.raises(Stopped, match=rf"stopped by {SIGNALS[number][0]} after step {step + 1} of 9 \(line\), which is saved") as caught:
+        train(tmp_path / "cut", on_step=lambda now: now == step and send(number), **options)
+    assert caught.value.status == SIGNALS[number][1] and handlers() == before
+    assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == f"step-{step + 1}"
+    again, figures_again = train(tmp_path / "cut", **options)
+    assert all(torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items())
+    assert figures == figures_again
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
+    """By the process's end, whatever its threads are waiting for."""
+    before = handlers()
+
+    def left(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("pipeline.runtime.signals.os._exit", left)
+    with pytest.raises(SystemExit, match="130"):
+        train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGINT, signal.SIGINT))
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-4" and handlers() == before
+    assert "Ctrl-C twice: nothing more is saved" in capfd.readouterr().err
+
+
+def test_further_signals_than_ctrl_c_change_nothing(tmp_path):
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 6"):
+        train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
+
+
+def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
+    from tests.helpers.training import Line
+
+    class Signalled(Line):
+        def evaluate(self, batches):
+            send(signal.SIGTERM)
+            return super().evaluate(batches)
+
+    with pytest.raises(Stopped, match="after step 9 of 9"):
+        train(tmp_path, Signalled(), evaluate_every=100)
+
+
+def test_another_thread_trains_without_handlers(tmp_path):
+    before, seen = handlers(), []
+    thread = threading.Thread(target=lambda: seen.append(train(tmp_path, on_step=lambda step: seen.append(handlers() == before))))
+    thread.start()
+    thread.join()
+    assert seen[:-1] == [True] * 9 and seen[-1][1]["error"] > 0
+
+
+def test_handlers_are_put_back_whatever_happens():
+    before = handlers()
+    with pytest.raises(RuntimeError), signals_caught() as caught:
+        send(signal.SIGTERM)
+        assert caught.number == signal.SIGTERM
+        raise RuntimeError
+    with pytest.raises(Stopped), sigterm_raises():
+        send(signal.SIGTERM)
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch, capsys, number):
+    seed = training.step_seed
+    monkeypatch.setattr(training, "step_seed", lambda base, step, process: (step == 3 and send(number), seed(base, step, process))[1])
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", "my run"]
+    assert main(arguments) == SIGNALS[number][1]
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("minidalle"))
+    text = f"minidalle train-tokenizer: stopped by {SIGNALS[number][0]} after step 4 of 6 (tokenizer), which is saved; to go on: "
+    assert line.startswith(text) and "--name 'my run'" in line
+    monkeypatch.setattr(training, "step_seed", seed)
+    command = shlex.split(line.removeprefix(text))
+    assert command == ["minidalle", *arguments] and main(command[1:]) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert main([*arguments, "--name", "whole"]) == 0
+    one, two = (ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint for name in ("my run", "whole"))
+    assert one == two and not list((tmp_path / "runs").glob("*/.lock"))
+
+
+def test_signals_outside_of_training_end_with_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    path, folder = finished_run
+    before = handlers()
+    for number, (name, status) in SIGNALS.items():
+        monkeypatch.setattr(encoding, "_encoded", lambda *_, number=number: send(number))
+        arguments = ["encode", "--config", str(path), "--tokenizer", str(folder / "tokenizer"), "--out", str(tmp_path / "codes")]
+        assert main(arguments) == status
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line == f"minidalle encode: stopped by {name}; to go on: {shlex.join(['minidalle', *arguments])}"
+        monkeypatch.setattr("pipeline.inference.generate.generate", lambda *_, number=number, **__: send(number))
+        assert main(["generate", "--bundle", str(folder / "bundle"), "x", "--out", str(tmp_path / "y")]) == status
+        assert capsys.readouterr().err == f"minidalle generate: stopped by {name}\n"
+    assert handlers() == before and not Path(tmp_path / "codes").exists()

@@ -1,0 +1,231 @@
+"""The same command again: after a kill, with other settings, other pictures, a full disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipeline.cli.main import main
+from pipeline.training import trainer as training
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, TextTokenizer
+from tests.helpers.cli import fails
+from tests.helpers.experiments import TINY
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> tuple[list[str], Path]:
+    """Arguments and folder of a copy of the finished run."""
+    path, folder = finished_run
+    copy = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
+    return ["--config", str(path), "--output_dir", str(tmp_path / "runs")], copy
+
+
+def unfinished(stage: Path) -> None:
+    settings = json.loads((stage / "settings.json").read_text())
+    (stage / "settings.json").write_text(json.dumps({"settings": settings["settings"]}))
+
+
+def test_other_settings_after_a_kill(run, capsys):
+    """With a checkpoint they are refused; without one there is nothing to lose, and the text tokenizer is made anew too."""
+    arguments, folder = run
+    unfinished(folder / "prior")
+    longer = ["train-prior", *arguments, "--text.length", "40"]
+    fails(capsys, longer, "made with other settings (text)")
+    shutil.rmtree(folder / "prior" / "checkpoints")
+    assert main(longer) == 0
+    assert TextTokenizer.load(folder / "text_tokenizer").length == 40
+    capsys.readouterr()
+    unfinished(folder / "tokenizer")
+    fails(capsys, longer, "tokenizer is not finished yet; run `minidalle train-tokenizer`")
+
+
+def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
+    arguments, folder = run
+    fails(capsys, ["train-prior", *arguments, "--prior.train.learning_rate", "1e-4"], "made with other settings (train.learning_rate)")
+    fails(capsys, ["train-prior", *arguments, "--prior.train.steps", "4"], "made with other settings (train.steps)")
+    before = ImagePrior.load(folder / "prior").fingerprint
+    assert main(["train-prior", *arguments, "--prior.train.log_every", "1", "--prior.train.evaluate_every", "2"]) == 0
+    assert ImagePrior.load(folder / "prior").fingerprint == before
+    assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
+    assert ImagePrior.load(folder / "prior").fingerprint != before
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
+    """With Muon, the best weights kept and dropout: everything that has a state or draws random numbers."""
+    arguments, folder = run
+    shutil.rmtree(folder / "prior")
+    other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tiny"))
+    options = ["--prior.train.optimizer", "muon", "--prior.train.keep_best", "true", "--prior.model.dropout", "0.2"]
+    assert main(["train-prior", *arguments, *options]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train-prior", *arguments, *options, "--prior.train.evaluate_every", "2"], "other settings (train.evaluate_every)")
+    step = training._step
+
+    def killed(*given: object):
+        if given[5] == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
+    monkeypatch.setattr("pipeline.training.trainer._step", killed)
+    assert main(again) == 130
+    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
+    monkeypatch.setattr("pipeline.training.trainer._step", step)
+    assert main(again) == 0
+    assert ImagePrior.load(other / "prior").fingerprint == ImagePrior.load(folder / "prior").fingerprint
+
+
+ADVERSARY = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.width", "16",
+             "--tokenizer.objective.adversary.lecam", "0.1", "--tokenizer.train.optimizer", "muon"]  # fmt: skip
+VARIANTS = {
+    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.adversary.start", "3"],
+    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.adversary.start", "5"],
+    "score function": ["--tokenizer.model.quantizer", "score_function"],
+    "residual": ["--tokenizer.model.quantizer", "residual", "--tokenizer.model.residual.shared", "true"],
+    "perceptual": ["--tokenizer.objective.perceptual.weight", "1", "--tokenizer.model.likelihood", "logit_laplace"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
+    """With every part that has a state of its own: the adversary, its optimizer and anchors, baselines, shared books."""
+    step, fingerprints = training._step, []
+
+    def killed(*given: object):
+        if given[5] == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    for name in ("whole", "cut"):
+        arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", name, *VARIANTS[variant]]
+        if name == "cut":
+            monkeypatch.setattr("pipeline.training.trainer._step", killed)
+            assert main(arguments) == 130
+            assert (tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-4").is_dir()
+            monkeypatch.setattr("pipeline.training.trainer._step", step)
+        assert main(arguments) == 0
+        fingerprints.append(ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint)
+        weights = load_file(tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-6" / "weights.safetensors")
+        assert any(key.startswith("discriminator.") for key in weights) == variant.startswith("adversary")
+        if variant.startswith("adversary"):
+            fingerprints.append({key: value.tolist() for key, value in weights.items() if key.startswith("discriminator.")})
+    half = len(fingerprints) // 2
+    assert fingerprints[:half] == fingerprints[half:]
+
+
+def folder_of_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (32, 32), (i * 8, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"shade {i}")
+
+
+@pytest.fixture
+def own_folder(tmp_path) -> list[str]:
+    """Arguments of a run on a folder of 12 pictures."""
+    folder_of_pictures(tmp_path / "pictures", 12)
+    values = {
+        **TINY,
+        "output_dir": str(tmp_path / "runs"),
+        "data": {"source": str(tmp_path / "pictures"), "image_size": 32, "held_out": 0.3},
+        "encode": {"held_out": 10},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(tmp_path / "own.yaml")]
+
+
+def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
+    for verb in ("train-tokenizer", "encode", "train-prior"):
+        assert main([verb, *own_folder]) == 0
+    capsys.readouterr()
+    folder_of_pictures(tmp_path / "pictures", 13)
+    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
+    fails(capsys, ["encode", *own_folder], "holds codes made with something else (", "train pictures or captions of the source ")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "codes")
+    assert main(["encode", *own_folder]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train-prior", *own_folder], "made with other settings (codes)")
+
+
+def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_path, capsys):
+    fails(capsys, ["run", *own_folder, "--data.held_out", "0.0001"], "12 pictures to train on and 0 held out", "data.held_out=0.0001")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, capsys):
+    from pipeline.config.load import load_experiment
+    from pipeline.data.load import load_source
+
+    held_out = load_source(load_experiment(own_folder).data, "held_out").captions([0])[0]
+    (tmp_path / "pictures" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
+    for verb in ("train-tokenizer", "encode"):
+        assert main([verb, *own_folder]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train-prior", *own_folder], "1 of 12 captions need more than text.length=48 slots")
+
+
+def test_another_optimizer_after_a_kill_is_refused(run, capsys):
+    arguments, folder = run
+    path = folder / "tokenizer" / "settings.json"
+    path.write_text(path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {'))
+    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"], "made with the optimizers ['tokenizer/adamw']")
+
+
+@pytest.mark.parametrize("where", ["pipeline.training.checkpoint.save_file", "stage1_tokenizer.model.ImageTokenizer.save_pretrained"])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypatch, where):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    arguments, folder = run
+    checkpoints = folder / "tokenizer" / "checkpoints"
+    monkeypatch.setattr(where, full)
+    assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "free some space" in error and "Traceback" not in error
+    assert (checkpoints / "step-6" / "state.json").is_file() and not list(checkpoints.glob(".*"))
+    monkeypatch.undo()
+    assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
+    assert ImageTokenizer.load(folder / "tokenizer")
+
+
+def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
+    """Cut, emptied or gone: one line each, and nothing is mixed."""
+    arguments, folder = run
+    settings = folder / "tokenizer" / "settings.json"
+    whole = settings.read_text()
+    for content in ("{}", '{"settings": {}}', whole[:40]):
+        settings.write_text(content)
+        fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")
+    settings.unlink()
+    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"], "has the checkpoint step-6 and no settings.json")
+    settings.write_text(whole)
+    manifest = folder / "codes" / "codes.json"
+    manifest.write_text(manifest.read_text()[:100])
+    fails(capsys, ["encode", *arguments], "codes.json is cut or damaged", f"remove {folder / 'codes'} and run `minidalle encode` again")
+    manifest.unlink()
+    (folder / "codes" / "plan.json").write_text('{"format": 2}')
+    fails(capsys, ["encode", *arguments], "plan.json is damaged ('tokenizer')")
+    shutil.rmtree(folder / "codes")
+    fails(capsys, ["train-prior", *arguments], "holds no whole codes dataset; run `minidalle encode` first")
+
+
+def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
+    arguments, folder = run
+    weights = folder / "tokenizer" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    for verb in ("encode", "train-prior"):
+        fails(capsys, [verb, *arguments], "cannot be read", "or run `minidalle train-tokenizer`, which delivers it again from its last")
+    assert main(["train-tokenizer", *arguments]) == main(["encode", *arguments]) == 0
+    assert "going on from" in capsys.readouterr().out and weights.read_bytes() == whole
+    weights.unlink()
+    assert main(["train-tokenizer", *arguments]) == 0 and weights.read_bytes() == whole

@@ -1,0 +1,325 @@
+"""Checkpoints that were damaged, could not be written, or are of another format: what they cost, and what is said."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.runtime import atomic_io
+from pipeline.runtime.atomic_io import tidy
+from pipeline.runtime.atomic_io import write_folder as write_whole
+from pipeline.runtime.signals import Resumable
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import FORMAT, DamagedCheckpoint, State, checkpoints_in, load_checkpoint, load_newest, save_checkpoint
+from tests.helpers.cli import fails
+from tests.helpers.training import train
+
+NETWORK = nn.Linear(2, 2)
+
+
+def save(folder: Path, *steps: int, keep: int = 9, whole: set[Path] | None = None) -> None:
+    for step in steps:
+        save_checkpoint(folder, State(step, {"error": 0.5}, 3), {"a": NETWORK}, {}, [], keep=keep, whole=whole)
+
+
+def load(path: Path) -> State:
+    return load_checkpoint(path, {"a": nn.Linear(2, 2)}, {}, [])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def of_step_7(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 4', '"step": 7'))
+
+
+DAMAGE = {
+    "cut weights": ("weights.safetensors", cut, r"weights\.safetensors has 157 of 160 bytes"),
+    "changed weights": ("weights.safetensors", flip_a_bit, r"weights\.safetensors is not what was written \(its hash differs\)"),
+    "changed state": ("state.json", lambda p: p.write_text(p.read_text().replace("0.5", "0.6")), r"state\.json is not what was written"),
+    "no average": ("average.safetensors", Path.unlink, r"average\.safetensors is missing"),
+    "no manifest": ("manifest.json", Path.unlink, r"manifest\.json is missing"),
+    "cut manifest": ("manifest.json", cut, r"manifest\.json cannot be read"),
+    "empty manifest": ("manifest.json", lambda p: p.write_text("[]"), r"manifest\.json cannot be read"),
+    "manifest of another": ("manifest.json", of_step_7, r"manifest\.json is of step 7"),
+    "folder instead of a file": ("state.json", lambda p: (p.unlink(), p.mkdir()), r"state\.json"),
+    "nothing in it": ("", lambda p: (shutil.rmtree(p), p.mkdir()), r"state\.json is missing"),
+}
+
+
+def test_a_checkpoint_says_what_is_in_it(tmp_path):
+    save(tmp_path, 4)
+    manifest = json.loads((tmp_path / "step-4" / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"]) == (FORMAT, 4)
+    assert sorted([*manifest["files"], "manifest.json"]) == names(tmp_path / "step-4")
+    assert load(tmp_path / "step-4") == State(4, {"error": 0.5}, 3)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_found_and_named(tmp_path, how):
+    save(tmp_path, 2, 4)
+    file, break_it, message = DAMAGE[how]
+    break_it(tmp_path / "step-4" / file)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        load(tmp_path / "step-4")
+    said: list[str] = []
+    path, state = load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], said.append)
+    assert path.name == "step-2" and state.step == 2
+    assert len(said) == 1 and "step-4 is damaged (" in said[0] and "going on from step-2, the one before" in said[0]
+
+
+@pytest.mark.parametrize("how", ["cut weights", "changed weights", "no manifest"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys, how):
+    whole, figures = train(tmp_path / "whole")
+    train(tmp_path / "run", steps=9)
+    file, break_it, _ = DAMAGE[how]
+    break_it(tmp_path / "run" / "checkpoints" / "step-9" / file)
+    capsys.readouterr()
+    again, figures_again = train(tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step-9 is damaged" in line]
+    assert len(lines) == 1 and lines[0].startswith("line: ")
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key]), key
+    assert figures == figures_again and names(tmp_path / "run" / "checkpoints") == ["step-8", "step-9"]
+    assert load_newest(tmp_path / "run" / "checkpoints", {}, {}, [], pytest.fail)
+
+
+def test_where_all_are_damaged_one_error_names_them(tmp_path):
+    save(tmp_path, 2, 4)
+    (tmp_path / "step-2" / "state.json").unlink()
+    cut(tmp_path / "step-4" / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: step-4 \(.*157 of 160.*\), step-2 \(state.json is missing\)"):
+        load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_the_kept(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    flip_a_bit(tmp_path / "step-4" / "weights.safetensors")
+    save(tmp_path, 8, keep=3)
+    assert names(tmp_path) == ["step-2", "step-6", "step-8"]
+    cut(tmp_path / "step-8" / "weights.safetensors")  # and training went on from 6
+    save(tmp_path, 7, keep=2)
+    assert names(tmp_path) == ["step-6", "step-7"]
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
+    train(tmp_path, keep_checkpoints=3)
+    assert names(tmp_path / "checkpoints") == ["step-6", "step-8", "step-9"]
+    train(tmp_path, keep_checkpoints=2)
+    assert names(tmp_path / "checkpoints") == ["step-8", "step-9"]
+
+
+def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
+    whole: set[Path] = set()
+    save(tmp_path, 2, 4, keep=3, whole=whole)
+    monkeypatch.setattr(checkpoints, "damage", pytest.fail)
+    save(tmp_path, 6, 8, keep=3, whole=whole)
+    assert names(tmp_path) == ["step-4", "step-6", "step-8"]
+
+
+def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
+    train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
+    best = checkpoints_in(tmp_path / "best")[0]
+    assert best.name == "step-2"
+    flip_a_bit(best / "average.safetensors")
+    capsys.readouterr()
+    again, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
+    out = capsys.readouterr().out
+    assert f"{best} is damaged (average.safetensors is not what was written" in out and "chosen anew" in out
+    assert names(tmp_path / "best") == ["step-8"]
+    last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
+    assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in last.network.state_dict().items())
+
+
+def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, capsys):
+    spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "average.safetensors")  # noqa: E731
+    spoilt, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True, on_step=spoil)
+    assert "step-2 is damaged (average.safetensors is not" in capsys.readouterr().out
+    last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
+    assert all(torch.equal(value, spoilt.network.state_dict()[key]) for key, value in last.network.state_dict().items())
+
+
+def test_what_kills_left_is_cleared_and_put_back(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / ".step-4.writing").mkdir()
+    (tmp_path / ".step-4.writing" / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / ".x.json.writing").write_text("half")
+    (tmp_path / "step-2").rename(tmp_path / ".step-2.old")  # killed between the two renames
+    tidy(tmp_path)
+    assert names(tmp_path) == ["step-2"] and load(tmp_path / "step-2").step == 2
+    shutil.copytree(tmp_path / "step-2", tmp_path / ".step-2.old")  # killed after them
+    tidy(tmp_path)
+    assert names(tmp_path) == ["step-2"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_replacing_a_folder_never_leaves_none(tmp_path, monkeypatch, exchanges):
+    """With the system's exchange there is a target at any time; without it the next try puts the old one back."""
+    if not exchanges:
+        monkeypatch.setattr(atomic_io, "_exchanged", lambda *_: False)
+    target = tmp_path / "bundle"
+    write_whole(target, lambda folder: (folder / "a").write_text("old"))
+    seen, rename = [], Path.rename
+
+    def killed(path: Path, to: Path) -> Path:
+        seen.append(target.exists())
+        if path.name == ".bundle.writing":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    if exchanges:
+        write_whole(target, lambda folder: (folder / "a").write_text("new"))
+        assert not seen and names(tmp_path) == ["bundle"] and (target / "a").read_text() == "new"
+        return
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(target, lambda folder: (folder / "a").write_text("new"))
+    assert not target.exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="full"):
+        write_whole(target, lambda folder: (_ for _ in ()).throw(OSError("full")))
+    assert names(tmp_path) == ["bundle"] and (target / "a").read_text() == "old"
+
+
+def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    order: list[str] = []
+    sync, rename = atomic_io._sync, Path.rename
+    monkeypatch.setattr(atomic_io, "_sync", lambda path: (order.append(f"sync {path.name}"), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (order.append("rename"), rename(path, to))[1])
+    save(tmp_path / "checkpoints", 2)
+    files = ["weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".step-2.writing"]
+    assert sorted(order[:6]) == sorted(f"sync {name}" for name in files) and order[6:] == ["rename", "sync checkpoints"]
+
+
+# What cannot be written
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own of 256 KiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def stopped_and_gone_on(folder: Path, errors: tuple[int, ...], spoil, mend) -> None:
+    """A training whose disk is spoilt after step 4 stops, loses nothing, and goes on when it is mended."""
+    whole, _ = train(folder.parent / "whole")
+    seen: list[int] = []
+
+    def spoilt(step: int) -> None:
+        if step == 5 and not seen:
+            seen.append(step)
+            spoil()
+
+    with pytest.raises(
+        Resumable, match=r"line: the checkpoint of step 6 could not be written .*last good checkpoint is .*step-4"
+    ) as caught:
+        train(folder, on_step=spoilt)
+    assert any(os.strerror(number) in str(caught.value) for number in errors), caught.value
+    mend()
+    assert load_newest(folder / "checkpoints", {}, {}, [], pytest.fail)[1].step == 4
+    again, _ = train(folder)
+    assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in whole.network.state_dict().items())
+    assert names(folder / "checkpoints") == ["step-8", "step-9"]
+
+
+def test_a_full_disk_costs_no_checkpoint(small_disk):
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 4096)
+
+    stopped_and_gone_on(small_disk / "run", (errno.ENOSPC,), fill, filler.unlink)
+
+
+def test_a_disk_that_turns_read_only_costs_no_checkpoint(small_disk):
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+    stopped_and_gone_on(small_disk / "run", (errno.EROFS,), lambda: remount("ro"), lambda: remount("rw"))
+
+
+def test_a_file_that_may_not_grow_costs_no_checkpoint(tmp_path):
+    """As a quota does, for any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stopped_and_gone_on(
+        tmp_path / "run", (errno.EFBIG,), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard)),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
+    )  # fmt: skip
+
+
+def test_a_file_in_the_way_of_the_checkpoints_is_said(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(Resumable, match=r"the checkpoint of step 2 could not be written .*there is no checkpoint yet"):
+        train(tmp_path)
+
+
+# Formats
+
+
+def test_checkpoints_without_a_manifest_are_read_with_a_note(tmp_path, capsys):
+    train(tmp_path, steps=4)
+    newest = tmp_path / "checkpoints" / "step-4"
+    (newest / "manifest.json").unlink()
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({key: state[key] for key in ("step", "best", "optimizers")}))
+    capsys.readouterr()
+    train(tmp_path, steps=6)
+    assert "step-4 is of format 1, which has no hashes: it is read unverified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "age"), [(FORMAT + 1, "a newer"), (0, "an older"), ("x", "an older")])
+def test_another_format_is_refused_and_passed_over_by_nothing(tmp_path, number, age):
+    save(tmp_path, 2, 4)
+    manifest = tmp_path / "step-4" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": number}))
+    with pytest.raises(
+        ValueError, match=rf"step-4 is of format {number}, which {age} version of this program wrote, and this one reads 1 to 2"
+    ):
+        load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
+
+
+def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(finished_run, tmp_path, capsys):
+    path, folder = finished_run
+    copy = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
+    arguments = ["--config", path, "--output_dir", tmp_path / "runs"]
+    settings = copy / "tokenizer" / "settings.json"
+    written = json.loads(settings.read_text())
+    assert written["format"] == FORMAT
+    settings.write_text(json.dumps(written | {"format": 9}))
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+    for verb in ("train-tokenizer", "encode", "train-prior", "run"):
+        fails(
+            capsys, [verb, *arguments], "tokenizer is of format 9, which a newer version of this program wrote, and this one reads 1 to 2"
+        )
+    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+    settings.write_text(json.dumps({key: value for key, value in written.items() if key != "format"}))  # as the first format was
+    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.learning_rate", "1e-4"], "made with other settings")
+    settings.write_text('{"settings":')
+    fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")

@@ -1,0 +1,81 @@
+"""FSDP on CPUs: cut over 2 processes, then whole on 1, then cut over 4, a prior ends as one process alone makes it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.cli.main import main
+from stage2_prior import ImagePrior
+from tests.helpers.launch import CHECK, REHEARSED, launch, settings
+
+CUT = """
+import torch
+from torch.distributed.tensor import DTensor
+from pipeline.training import fsdp as sharding
+init = sharding.Cut.__init__
+def counted(self, *given):
+    init(self, *given)
+    cut = [p for p in self.networks["prior"].parameters() if isinstance(p, DTensor)]
+    here = sum(p.to_local().numel() for p in cut)
+    assert len(cut) == len(list(self.networks["prior"].parameters())) and here < 0.6 * sum(p.numel() for p in cut)
+    print("[cut]")
+sharding.Cut.__init__ = counted
+"""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+OPTIONS = ["--prior.objective.caption_dropout", "0", "--prior.train.schedule", "wsd", "--prior.train.decay_share", "0.01",
+           "--prior.train.keep_checkpoints", "9", "--prior.train.keep_best", "true",
+           "--prior.train.checkpoint_activations", "true"]  # fmt: skip
+
+
+@pytest.fixture
+def command(by_processes, tmp_path) -> list[str]:
+    for name in ("alone", "cut"):
+        for part in ("tokenizer", "codes"):
+            shutil.copytree(by_processes / "runs" / "by1" / part, tmp_path / "runs" / name / part)
+    return ["train-prior", *settings(tmp_path), *OPTIONS]
+
+
+def same(folder, file: str, atol: float) -> None:
+    alone, cut = (load_file(folder / "runs" / name / "prior" / f"{file}.safetensors") for name in ("alone", "cut"))
+    assert alone.keys() == cut.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(cut[key], value, atol=atol, rtol=1e-4, msg=lambda m, k=f"{file} {key}": f"{k}: {m}")
+
+
+def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
+    assert main([*command, "--name", "alone", "--prior.train.steps", "8"]) == 0
+    for processes, steps in ((2, "4"), (1, "6"), (4, "8")):
+        given = [*command, "--name", "cut", "--prior.train.steps", steps]
+        if processes == 1:
+            assert main(given) == 0
+        else:
+            said = launch(tmp_path, processes, *given, script=CUT + REHEARSED + CHECK, **FSDP)
+            assert said.count("[cut]") == said.count("[rehearsed]") == processes
+    for file in ("step-4/weights", "step-4/average", "step-8/weights", "step-8/optimizer"):
+        same(tmp_path, f"checkpoints/{file}", 1e-5)
+    same(tmp_path, "model", 1e-5)
+    ImagePrior.load(tmp_path / "runs" / "cut" / "prior")
+
+
+def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
+    command += ["--prior.train.optimizer", "muon", "--prior.train.steps", "4"]
+    assert main([*command, "--name", "alone"]) == 0
+    launch(tmp_path, 2, *command, "--name", "cut", script=CUT + CHECK, **FSDP)
+    for file in ("weights", "optimizer"):
+        same(tmp_path, f"checkpoints/step-4/{file}", 2e-3)  # its own arithmetic is in bf16
+
+
+def test_a_tokenizer_is_trained_whole_beside_it(by_processes, tmp_path):
+    """Under FSDP, which is for priors, as without it; a rehearsal of it leaves no trace on either process."""
+    options = ["--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.restart_below", "0.9", "--tokenizer.model.vq.restart_every", "2",
+               "--tokenizer.train.log_every", "1"]  # fmt: skip
+    said = launch(tmp_path, 2, "train-tokenizer", *settings(tmp_path), *options, script=REHEARSED + CHECK, **FSDP)
+    assert said.count("[rehearsed]") == 2
+    cut, given = (load_file(f / "tokenizer" / "model.safetensors") for f in (tmp_path / "runs" / "tiny", by_processes / "runs" / "by2"))
+    assert all(torch.equal(value, given[key]) for key, value in cut.items())

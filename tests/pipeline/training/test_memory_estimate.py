@@ -1,0 +1,212 @@
+"""What training will take: counted, measured by small steps that leave no trace, chosen by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from pipeline.cli.main import main
+from pipeline.config.train import PriorTrainConfig, TrainConfig
+from pipeline.runtime.devices import readable
+from pipeline.training import auto_batch as fitting
+from pipeline.training.auto_batch import choices, choose, settled
+from pipeline.training.memory_estimate import Growth, LiveBytes, growth, needs, repeated, state_bytes
+from pipeline.training.optimizers import optimizers_for
+from pipeline.training.snapshot import as_they_were
+from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
+from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+
+CPU = torch.device("cpu")
+STREAM = StreamConfig(text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),), code_dim=4)
+eager = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
+
+
+def prior(**how: object) -> PriorObjective:
+    torch.manual_seed(0)
+    return PriorObjective(ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM).train(), PriorObjectiveConfig(**how))
+
+
+def pairs(count: int) -> dict[str, torch.Tensor]:
+    return {"text_ids": torch.randint(3, 300, (count, 12)), "codes": torch.randint(0, 64, (count, 64))}
+
+
+def tokenizer(num_codes: int = 16, **vq: object) -> TokenizerObjective:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4}
+    model = TokenizerConfig(num_codes=num_codes, vq=VectorOptions(**vq), **sizes)
+    return TokenizerObjective(ImageTokenizer(model).train(), ObjectiveConfig())
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("objective", [prior, tokenizer])
+def test_state_is_counted_as_training_holds_it(objective, optimizer):
+    made, config = objective(), TrainConfig(optimizer=optimizer)
+    group, network = next(iter(made.networks.items()))
+    optimizers = optimizers_for(group, network, config)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for one in optimizers.values():
+        one.step()
+    held = [v for one in optimizers.values() for state in one.state.values() for v in state.values() if v.numel() > 1]
+    counted = state_bytes(made.networks, config)
+    assert counted.optimizer == pytest.approx(sum(v.nbytes for v in held), rel=0.01)  # but for moments of single numbers
+    assert counted.parameters == sum(t.nbytes for t in network.state_dict().values())
+    assert counted.gradients == counted.average == sum(p.nbytes for p in network.parameters())
+    assert counted.entries == sum(p.numel() for p in network.parameters())
+
+
+def test_on_the_meta_device_the_count_is_the_same():
+    with torch.device("meta"):
+        weightless = ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM)
+    for config in (PriorTrainConfig(), PriorTrainConfig(optimizer="muon")):
+        assert state_bytes({"prior": weightless}, config) == state_bytes(prior().networks, config)
+
+
+def test_living_tensors_are_counted_while_they_live():
+    before = torch.zeros(1000)
+    with LiveBytes(CPU) as live:
+        first = before + 1
+        view = first[:10]
+        del first
+        assert live.now == 4000  # the view keeps it
+        del view
+        assert live.now == 0
+        before.add_(1)  # was there before
+    assert live.now == 0 and live.peak == 4000
+
+
+@pytest.mark.parametrize(("objective", "batch"), [(prior, pairs), (tokenizer, pictures)])
+def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
+    made = objective()
+    network = next(iter(made.networks.values()))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    addresses = [p.data_ptr() for p in network.parameters()]
+    grown = growth(made, batch, 9, eager, CPU, most=64)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [p.data_ptr() for p in network.parameters()] == addresses and all(p.grad is None for p in network.parameters())
+    with as_they_were([network]), LiveBytes(CPU) as live:
+        for loss in made.losses(batch(32), 9):
+            loss.value.backward()
+    assert grown.at(32) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_codebook_that_is_a_parameter_comes_back():
+    made = tokenizer(codebook="gradient", restart_below=0.9, restart_every=1)
+    before = made.tokenizer.quantizer.codebook.detach().clone()
+    optimizer_has, address = made.tokenizer.quantizer.codebook, made.tokenizer.quantizer.codebook.data_ptr()
+    growth(made, pictures, 9, eager, CPU, most=8)
+    assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
+    assert optimizer_has.data_ptr() == address
+
+
+def test_where_few_rows_are_refused_more_are_tried():
+    """k-means needs a vector a code: 16 of each picture for 80 codes."""
+    made = tokenizer(num_codes=80, kmeans_iterations=1)
+    assert growth(made, pictures, 0, eager, CPU, most=8).row > 0
+    with pytest.raises(ValueError, match="k-means needs a vector a code"):
+        growth(made, pictures, 0, eager, CPU, most=4)
+
+
+def test_rows_repeat_where_there_are_few():
+    batch = {"codes": torch.tensor([[1], [2]])}
+    assert repeated(batch, 5)["codes"].flatten().tolist() == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "processes", "first", "last"),
+    [
+        ({"batch_size": "auto"}, 10**6, 1, (1024, 1), (1, 1)),
+        ({"batch_size": "auto"}, 100, 2, (64, 1), (2, 1)),
+        ({"batch_size": "auto", "accumulate": 3}, 10**6, 2, (768, 3), (6, 3)),
+        ({"batch_size": "auto", "accumulate": "auto"}, 40, 4, (32, 1), (4, 1)),
+        ({"batch_size": 24, "accumulate": "auto"}, 40, 2, (24, 1), (24, 12)),
+    ],
+)
+def test_what_may_be_chosen(given, rows, processes, first, last):
+    options = choices(TrainConfig(**given), rows, processes)
+    assert (options[0], options[-1]) == (first, last)
+    assert all(size % (parts * processes) == 0 for size, parts in options)
+
+
+def test_the_first_that_fits_is_chosen():
+    options = choices(TrainConfig(batch_size=24, accumulate="auto"), 100, 2)
+    assert choose(options, 2, lambda rows: rows <= 5) == (24, 3)
+    assert choose(options, 2, lambda rows: False) is None
+    with pytest.raises(ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"):
+        choices(TrainConfig(batch_size=7, accumulate="auto"), 100, 2)
+
+
+def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, capsys):
+    made = prior()
+    state = state_bytes(made.networks, TrainConfig())
+    grown = growth(made, pairs, 9, eager, CPU, most=8)
+    config = PriorTrainConfig(batch_size="auto", steps=10)
+    task = SimpleNamespace(objective=made, batch=lambda step: pairs(4))
+    chosen = partial(settled, task=task, precision="fp32", accelerator=Accelerator(cpu=True), rows=1000, label="prior")
+    for rows, expected in ((20, 16), (100, 64)):
+        room = state.optimizer + state.average + grown.at(rows)
+        monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
+        assert chosen(config).batch_size == expected
+        assert chosen(replace(config, batch_size=128, accumulate="auto")).accumulate == 128 // expected
+    assert "prior: batch_size 16, accumulate 1: what" in capsys.readouterr().out
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
+    with pytest.raises(MemoryError, match="prior: not one picture at a time fits"):
+        chosen(config)
+
+
+def test_a_card_that_runs_out_is_asked_for_less(monkeypatch):
+    """As on CUDA, where a step is tried: what cannot be had is caught, and everything is as it was."""
+    made, network = prior(), next(iter(prior().networks.values()))
+    monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    assert not fitting._runs(made, pairs(1), 0, eager, CPU)
+    monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        fitting._runs(made, pairs(1), 0, eager, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.prior.parameters(), strict=True))
+
+
+def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys, monkeypatch):
+    command = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.batch_size", "auto"]
+    monkeypatch.setattr(fitting, "LARGEST", 16)
+    assert main([*command, "--tokenizer.train.steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "tokenizer: batch_size 16, accumulate 1" in out and "M parameters, about" in out
+    written = tmp_path / "runs" / "tiny" / "tokenizer" / "settings.json"
+    assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 0)  # on a smaller machine it goes on with the same
+    assert main([*command, "--tokenizer.train.steps", "6"]) == 0
+    assert "tokenizer: batch_size" not in capsys.readouterr().out
+    assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
+    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.batch_size", "16", "--tokenizer.train.steps", "6"]) == 0
+    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "6"]) == 1
+    assert "made with other settings (train.batch_size)" in capsys.readouterr().err
+
+
+def test_auto_is_for_the_stages_alone():
+    with pytest.raises(ValueError, match="give numbers here"):
+        TrainConfig(batch_size="auto").numbers()
+
+
+def test_sizes_in_words():
+    assert [readable(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
+
+
+def test_what_a_rehearsal_puts_aside_is_counted():
+    """Trained parameters and averages; on going on the moments too, and the batches that are kept; nothing of it on a card."""
+    state = state_bytes(prior().networks, TrainConfig(optimizer="adamw"))
+    need = partial(needs, state, Growth(0.0, 0.0), 4, compiled=False, several=False)
+    fresh = need(CPU, held=state.parameters + state.average)
+    later = need(CPU, held=state.parameters + state.average + state.optimizer, batches=1000)
+    assert fresh.aside == 2 * state.average > 0 and later.aside == fresh.aside + state.optimizer + 1000
+    assert need(torch.device("cuda"), held=0, batches=1000).aside == 0
+    assert fresh.peak >= fresh.other + fresh.aside + state.kept and "put aside to foretell the time" in fresh.line(1)

@@ -1,0 +1,56 @@
+"""Muon: orthogonal updates, the same steps as torch's own on matrices, kernels as matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.training.muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
+def test_singular_values_come_near_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    result = orthogonalize(torch.randn(shape, generator=generator))
+    values = torch.linalg.svdvals(result.float())
+    assert result.shape == shape and 0.5 < float(values.min()) <= float(values.max()) < 1.4
+
+
+def test_a_matrix_is_orthogonalised_as_if_it_were_alone():
+    matrices = torch.randn(4, 12, 18, generator=torch.Generator().manual_seed(1))
+    together = orthogonalize(matrices * torch.tensor([1e-6, 1.0, 30.0, 1e4])[:, None, None])
+    for matrix, result in zip(matrices, together, strict=True):
+        torch.testing.assert_close(result, orthogonalize(matrix[None])[0], atol=0.03, rtol=0)
+
+
+def test_matrices_take_the_steps_of_torchs_muon():
+    start = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    own = Muon([ours], lr=0.1, weight_decay=0.01)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        gradient = torch.randn(24, 40, generator=torch.Generator().manual_seed(10 + step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        own.step()
+        reference.step()
+    moved = (theirs - start).norm()
+    assert moved > 1 and (ours - theirs).norm() < 0.02 * moved
+
+
+def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs():
+    start = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(3))
+    kernel = nn.Parameter(start.clone().to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(start.reshape(8, 36).clone())
+    gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(4))
+    kernel.grad, matrix.grad = gradient.clone().to(memory_format=torch.channels_last), gradient.reshape(8, 36).clone()
+    for parameter in (kernel, matrix):
+        Muon([parameter], lr=0.1).step()
+    torch.testing.assert_close(kernel.detach().reshape(8, 36), matrix.detach())
+
+
+def test_parameters_without_a_gradient_stay():
+    still, moved = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    moved.grad = torch.eye(4)
+    Muon([still, moved], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(still, torch.ones(4, 4)) and not torch.equal(moved, torch.ones(4, 4))

@@ -1,0 +1,287 @@
+"""The loop: schedules, averages, checkpoints, resume, and what stops it. On an objective of one weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.config.train import TrainConfig
+from pipeline.data.readers.images import shifted
+from pipeline.data.sampler import Order
+from pipeline.runtime.atomic_io import write_folder
+from pipeline.training.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.ema import WeightAverage, average_decay
+from pipeline.training.optimizers import learning_rate, optimizers_for
+from pipeline.training.task import Task
+from pipeline.training.train_step import step_seed
+from pipeline.training.trainer import fit
+from tests.helpers.training import CONFIG, Line, train
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
+    whole, figures = train(tmp_path / "whole")
+    with pytest.raises(FloatingPointError):
+        train(tmp_path / "cut", Line(broken_at=5))
+    assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == "step-4"
+    again, figures_again = train(tmp_path / "cut")
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key]), key
+    assert figures == figures_again
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first, figures = train(tmp_path)
+    second, again = train(tmp_path)
+    assert all(torch.equal(v, second.network.state_dict()[k]) for k, v in first.network.state_dict().items())
+    assert again == pytest.approx(figures)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
+    message = r"line: loss, gradient_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good checkpoint is .*step-4"
+    with pytest.raises(FloatingPointError, match=message):
+        train(tmp_path, Line(broken_at=5))
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+        train(tmp_path / "other", Line(broken_at=0))
+
+
+def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
+    said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
+    objective = Line()
+    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, lambda scalars, step: said.get(step))
+    fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
+    assert [line for line in lines if "codes" in line] == ["line: codes are wasted", "line: codes are wasted again"]
+    assert re.fullmatch(r"line: 0\.0 minutes, [\d,]+ pictures/s, \d+\.\d% of it waiting for data", lines[-1])
+
+
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
+    objective = Line()
+    next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="gradient_norm is not finite at step 0"):
+        train(tmp_path, objective)
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_a_broken_step_is_never_saved(tmp_path):
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, Line(broken_at=5), log_every=100)
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-4"
+
+
+def test_keep_best_delivers_the_best_weights(tmp_path):
+    _, last = train(tmp_path / "last", steps=12, evaluate_every=2, learning_rate=0.3)
+    _, best = train(tmp_path / "best", steps=12, evaluate_every=2, learning_rate=0.3, keep_best=True)
+    assert best["error"] <= last["error"]
+    assert newest_checkpoint(tmp_path / "best" / "best") is not None
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(tmp_path, keep_checkpoints=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-8", "step-9"]
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+    network = nn.Linear(2, 2)
+    save_checkpoint(tmp_path, State(1), {"a": network}, {}, [], keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, State(2), {"a": network}, {}, [], keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert load_checkpoint(tmp_path / "step-1", {"a": network}, {}, []).step == 1
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    (tmp_path / ".step-2.writing").mkdir()
+    (tmp_path / "step-3").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step-1"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "bundle"
+    write_folder(target, lambda f: (f / "a").write_text("1"))
+    with pytest.raises(RuntimeError):
+        write_folder(target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0])
+    assert [p.name for p in target.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    write_folder(target, lambda f: (f / "b").write_text("2"))
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_broken_checkpoints_are_named(tmp_path):
+    save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    with pytest.raises(ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"):
+        load_checkpoint(tmp_path / "step-1", {"a": nn.Linear(3, 2)}, {}, [])
+    cut = tmp_path / "step-1" / "weights.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"weights\.safetensors has 156 of 160 bytes"):
+        load_checkpoint(tmp_path / "step-1", {"a": nn.Linear(2, 2)}, {}, [])
+
+
+def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = optimizers_for("a", network, TrainConfig())["a/adamw"]
+    network(torch.randn(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, State(1), {"a": network}, {"a": optimizer}, [], keep=1)
+    fresh = optimizers_for("a", network, TrainConfig())["a/adamw"]
+    load_checkpoint(tmp_path / "step-1", {"a": network}, {"a": fresh}, [])
+    moment = fresh.state[network.weight]["exp_avg"]
+    assert moment.stride() == network.weight.stride() and torch.equal(moment, optimizer.state[network.weight]["exp_avg"])
+
+
+def test_the_average_is_an_exponential_moving_average_and_swaps():
+    network = nn.Linear(1, 1, bias=False)
+    average = WeightAverage({"a": network})
+    start = float(network.weight.detach())
+    with torch.no_grad():
+        network.weight += 1
+    average.update(0.75)
+    assert float(average.shadow[0]) == pytest.approx(0.75 * start + 0.25 * (start + 1))
+    average.swap()
+    assert float(network.weight.detach()) == pytest.approx(start + 0.25) and float(average.shadow[0]) == pytest.approx(start + 1)
+
+
+def test_what_jumps_is_taken_as_it_is_and_not_averaged():
+    class Jumping(nn.Linear):
+        def jumping_parameters(self):
+            return [self.weight]
+
+    network = nn.Sequential(nn.Linear(1, 1), Jumping(1, 1))
+    average = WeightAverage({"a": network})
+    start = [float(p.detach()) for p in network.parameters()]
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 1
+    average.update(0.75)
+    assert [float(p) for p in average.shadow] == pytest.approx([s + d for s, d in zip(start, [0.25, 0.25, 1, 0.25], strict=True)])
+
+
+def test_schedules_by_hand():
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, ema_decay=0.99)
+    assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])
+    assert [average_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
+    seeds = {step_seed(s, step, p) for s in range(3) for step in range(50) for p in range(4)}
+    assert len(seeds) == 600
+
+
+def test_a_stable_rate_falls_over_the_last_share_of_the_steps():
+    config = TrainConfig(steps=110, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1, schedule="wsd", decay_share=0.2)
+    rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 88, 99, 110)]
+    assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1])
+    longer = replace(config, steps=220)
+    assert [learning_rate(step, longer) for step in range(88)] == [learning_rate(step, config) for step in range(88)]
+
+
+class Plain(Line):
+    """Without noise and without batch statistics: what parts of a batch add up to is the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 1))
+        self.networks = {"tokenizer": self.network}
+        self.sizes: list[int] = []
+
+    def losses(self, batch, step):
+        self.sizes.append(len(batch))
+        value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
+        yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
+    clip, norms = Accelerator.clip_grad_norm_, []
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *given: (norms.append(clip(*given)), norms[-1])[1])
+    torch.manual_seed(3)
+    whole, _ = train(tmp_path / "whole", Plain())
+    torch.manual_seed(3)
+    accumulated, _ = train(tmp_path / "parts", Plain(), accumulate=parts)
+    torch.testing.assert_close(torch.stack(norms[:9]), torch.stack(norms[9:]), rtol=1e-4, atol=1e-6)
+    assert whole.sizes == [4] * 9 and accumulated.sizes == [4 // parts] * 9 * parts
+    for a, b in zip(whole.network.parameters(), accumulated.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_must_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.batch_size is 4; it must be a multiple of train\.accumulate 3"):
+        train(tmp_path, accumulate=3)
+    with pytest.raises(ValueError, match=r"train\.decay_share is 0"):
+        train(tmp_path, decay_share=0)
+
+
+def test_weight_decay_spares_gains_and_biases():
+    groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))["a/adamw"].param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
+
+
+def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
+    order = Order(10, 4, seed=3)
+    seen = [int(r) for step in range(5) for r in order.rows(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert Order(10, 4, seed=3).rows(3).tolist() == order.rows(3).tolist()
+    assert [r for p in range(2) for r in order.share(2, p, 2)] == order.rows(2).tolist()
+    with pytest.raises(ValueError, match="no pictures to train on"):
+        Order(0, 4, seed=3)
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 3))
+    with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 processes"):
+        train(tmp_path)
+
+
+def test_views_are_shifts_that_repeat():
+    import numpy as np
+
+    images = np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
+    moved = shifted(images, [4, 5], 1, 2, seed=0)
+    assert np.array_equal(moved, shifted(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
+    assert np.array_equal(moved[1], shifted(images[1:], [5], 1, 2, seed=0)[0])
+    flipped = shifted(np.repeat(images[:1], 40, 0), list(range(40)), 1, 0, seed=0, flip=True)
+    mirrored = [np.array_equal(one, images[0, :, ::-1]) for one in flipped]
+    assert 10 < sum(mirrored) < 30 and all(m or np.array_equal(one, images[0]) for m, one in zip(mirrored, flipped, strict=True))
+    padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")
+    assert any(np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5))
+
+
+def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
+    from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+
+    stream = StreamConfig(text_vocab_size=9, text_length=4, levels=(Level(grid=(2, 2), num_codes=5),))
+    prior = ImagePrior(PriorConfig(width=16, depth=2, heads=2), stream)
+    optimizers = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
+    inside = {id(p) for o in optimizers["prior/muon"].param_groups for p in o["params"]}
+    rest = {id(p) for o in optimizers["prior/adamw"].param_groups for p in o["params"]}
+    assert inside == {id(p) for n, p in prior.named_parameters() if n.startswith("blocks") and p.ndim == 2}
+    assert not inside & rest and inside | rest == {id(p) for p in prior.parameters()}
+    for parameter in prior.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    save_checkpoint(tmp_path, State(1), {"prior": prior}, optimizers, [], keep=1)
+    fresh = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
+    load_checkpoint(tmp_path / "step-1", {"prior": prior}, fresh, [])
+    matrix = prior.blocks[0].attention.output.weight
+    moment = fresh["prior/muon"].state[matrix]["momentum"]
+    assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum"])
+
+
+def test_muon_steps_kernels_but_no_codebook():
+    from stage1_tokenizer import ImageTokenizer, TokenizerConfig, VectorOptions
+
+    tokenizer = ImageTokenizer(TokenizerConfig(image_size=32, width=32, num_codes=8, vq=VectorOptions(codebook="gradient")))
+    optimizers = optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon"))
+    stepped = {id(p) for o in optimizers["tokenizer/muon"].param_groups for p in o["params"]}
+    kernels = {id(m.weight) for m in tokenizer.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert stepped == kernels and id(tokenizer.quantizer.codebook) not in stepped
