@@ -55,13 +55,14 @@ class Part:
 
 
 PARTS = (
-    Part("environment", 40),
-    Part("tests", 150, 6.0, whole=True),
-    Part("sampling", 120, 8.0),
-    Part("training", 90, 30.0),
-    Part("main_job", 180, 4.0, whole=True),
-    Part("profile", 90, 30.0),
+    Part("environment", 30),
+    Part("tests", 130, 6.0, whole=True),
+    Part("sampling", 130, 8.0),
+    Part("training", 90, 60.0),
+    Part("main_job", 130, 4.0, whole=True),
+    Part("profile", 30, 30.0),
 )
+"""Together they take `TOTAL_SECONDS` at most; the last one also has what the others left."""
 CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse")
 """Packages that `make gpu-wheels` gathers: pure Python, and absent where only a framework is installed."""
 REHEARSED_SECONDS = 60
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     chosen = [part for part in PARTS if not options.only or part.name in options.only]
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpu-kit-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="gpu-kit-", ignore_cleanup_errors=True) as scratch:
         environment = _environment(options.device, Path(scratch))
         if problem := device_problem(options.device, environment):
             print(problem, file=sys.stderr)
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = table(results, compared=options.device == "cuda")
     print(lines)
     (options.out / "table.md").write_text(lines + "\n")
+    for unfinished in options.out.glob("*.writing"):  # of a part that was ended in the midst of it
+        unfinished.unlink()
     return 0 if all(result["status"] == "passed" for result in results) else 1
 
 
@@ -180,7 +183,8 @@ def missing_packages(project: Path, path: str) -> list[str]:
     required = [*tomllib.loads(project.read_text())["project"]["dependencies"], "pytest", "dill", "multiprocess"]
     found = {}
     for distribution in importlib.metadata.distributions(path=[*sys.path, *filter(None, path.split(os.pathsep))]):
-        found.setdefault(_plain(distribution.metadata["Name"]), distribution.version)
+        if name := distribution.metadata["Name"]:  # a folder that a failed installation left has none
+            found.setdefault(_plain(name), distribution.version)
     missing = []
     for requirement in required:
         name, version = _plain(re.split(r"[\[<>=!~; ]", requirement)[0]), re.search(r">=\s*([\d.]+)", requirement)
@@ -240,7 +244,8 @@ def run_parts(
         elif left < LEAST_SECONDS:
             result["problem"] = f"{max(left, 0):.0f} s are left of the run's {total:.0f}"
         else:
-            limit = min(REHEARSED_SECONDS if device == "cpu" else part.seconds, left)
+            own = left if part is PARTS[-1] else part.seconds
+            limit = min(REHEARSED_SECONDS if device == "cpu" else own, left)
             print(f"== {part.name} (at most {limit:.0f} s)", flush=True)
             given = command(part, file) if command else _command(part, device, file)
             result |= _run(given, limit, file, environment)
@@ -282,12 +287,13 @@ def _run(command: list[str], limit: float, file: Path, environment: dict[str, st
         expired = late()
     figures = _figures(file)
     seconds = round(time.monotonic() - start, 1)
+    told = [line for line in lines if line.strip()]
     if expired:
-        return {"status": "timed out", "seconds": seconds, "figures": figures, "problem": f"it took longer than {limit:.0f} s"}
+        problem = "\n".join([f"it took longer than {limit:.0f} s", *told[-400:]])
+        return {"status": "timed out", "seconds": seconds, "figures": figures, "problem": problem}
     if process.returncode:
-        told = [line for line in lines if line.strip()]
         last = told[-1] if told else f"it ended with status {process.returncode} and no word"
-        return {"status": "failed", "seconds": seconds, "figures": figures, "problem": "\n".join([last, *told[-60:-1]])}
+        return {"status": "failed", "seconds": seconds, "figures": figures, "problem": "\n".join([last, *told[-400:-1]])}
     return {"status": "passed", "seconds": seconds, "figures": figures, "problem": None}
 
 

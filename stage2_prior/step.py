@@ -134,7 +134,8 @@ def captured(
     # Compiled steps are made for these strides, which a clone would not keep.
     held = Fed(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in fed))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # records, and computes nothing yet
+    # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next batch.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         drawn = step(prior, tables, cache, held, numbers, choice)
 
     def replay(fed: Fed) -> Drawn:

@@ -188,10 +188,10 @@ def growth(
     while True:
         peaks = {}
         try:
+            if device.type == "cuda":  # cuBLAS takes its workspaces, which stay, with a thread's first products
+                _probe(objective, example(rows), step, autocast, device)
             for count in sorted({rows, min(2 * rows, most)}):
-                with as_they_were(objective.networks.values()), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
-                    peaks[count] = peak_of_step(objective, example(count), step, autocast, device)
+                peaks[count] = _probe(objective, example(count), step, autocast, device)
             break
         except ValueError:  # k-means over fewer vectors than codes, for one
             if rows >= most:
@@ -200,6 +200,13 @@ def growth(
     (few, low), (many, high) = next(iter(peaks.items())), list(peaks.items())[-1]
     row = max(high - low, 0) / (many - few) if many > few else high / many
     return Growth(max(low - row * few, 0.0), row)
+
+
+def _probe(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> int:
+    """`peak_of_step`, after which the networks are as they were."""
+    with as_they_were(objective.networks.values()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
+        return peak_of_step(objective, batch, step, autocast, device)
 
 
 @dataclass(frozen=True)

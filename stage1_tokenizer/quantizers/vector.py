@@ -23,7 +23,9 @@ from stage1_tokenizer.quantizers.gradients import pass_gradient
 
 _SMOOTHING = 1e-5
 _TABLE = 2**21
-"""Distances worked out at a time."""
+"""Distances computed at a time on a CPU, whose cache holds them."""
+_TABLE_ON_GPU = 2**28
+"""The same on a GPU, where each call costs time and memory is the limit (1 GiB)."""
 _CANDIDATES = 4096
 """Vectors a process offers for restarts, at least; four a code where the codebook is large."""
 
@@ -36,7 +38,7 @@ def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index (N,) of the codebook row (K,D) nearest to each vector (N,D), some vectors at a time: a table that stays in the processor's
     cache costs half of one that does not."""
-    rows = max(_TABLE // len(codebook), 1)
+    rows = max((_TABLE if vectors.device.type == "cpu" else _TABLE_ON_GPU) // len(codebook), 1)
     return torch.cat([squared_distances(part, codebook).argmin(1) for part in vectors.split(rows)])
 
 

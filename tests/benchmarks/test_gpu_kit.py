@@ -44,7 +44,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
     start = f"import subprocess, time; child = subprocess.Popen({sleep!r}); "
     code = FIGURE % '{"a": 1}' + start + f'open({str(child)!r}, "w").write(str(child.pid)); time.sleep(600)'
     (result,) = run(tmp_path, {"hangs": code}, seconds=3)
-    assert result["status"] == "timed out" and result["problem"] == "it took longer than 3 s" and result["figures"] == {"a": 1}
+    assert result["status"] == "timed out" and result["problem"].startswith("it took longer than 3 s") and result["figures"] == {"a": 1}
     state = Path(f"/proc/{child.read_text()}/stat")
     deadline = time.monotonic() + 30
     while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < deadline:
@@ -122,7 +122,7 @@ def test_the_table_holds_figures_against_their_aims():
 def test_every_part_is_there_and_together_they_end_in_time():
     assert [part.name for part in PARTS] == list(gpu_parts.PARTS)
     assert {part for part, _ in AIMS} <= set(gpu_parts.PARTS)
-    assert TOTAL_SECONDS <= 540
+    assert sum(part.seconds for part in PARTS) == TOTAL_SECONDS == 540
     sizes = gpu_parts.FULL
     prior = gpu_parts.random_prior(gpu_parts.TINY)
     assert (sizes.side, sizes.codes, sizes.batches[0]) == (24, 16384, 8)

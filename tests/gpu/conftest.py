@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,3 +46,16 @@ def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure is told at once: a run that is ended before its time would otherwise tell none."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} {report.when}\n{report.longreprtext[-3000:]}", flush=True)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """A fault of the card would fail every later test of this process: under xdist it ends, and another takes its place."""
+    fault = call.excinfo is not None and re.search("illegal memory access|device-side assert", str(call.excinfo.value))
+    if fault and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
