@@ -6,8 +6,7 @@ The kill is SIGKILL: when a random step is reached, before a random one of the t
 renamed and removed by them), or after a random time, which also falls into the midst of a write. Both stages have everything with a
 state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With `--streaming` the
 pictures come from shards that are read from beginning to end, so that a run that goes on must find its place in them again. Each attempt
-is a fork of this process, which has imported the libraries and trained nothing. From 40 steps on (`--steps`) trainings are rehearsed, and
-kills by time and file operations fall into rehearsals too.
+is a fork of this process, which has imported the libraries and trained nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from pipeline import cli
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source
 from pipeline.stages import run as stages  # imported once, for all forks
-from pipeline.training.prefetch import Ahead
+from pipeline.training.prefetch import BatchPrefetcher
 
 _TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 4, "warmup_steps": 2}
 EXPERIMENT: dict[str, Any] = {
@@ -123,18 +122,17 @@ def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None
 
 
 def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
-    take = Ahead.take
+    take = BatchPrefetcher.get
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def seen_step(batches: Ahead, step: int, *, keep: bool = False) -> Any:
-        if not keep:  # not one that is rehearsed
-            first, _, operations = progress.read()
-            progress.write(step if first < 0 else first, step, operations)
-            if kill is not None and kill.kind == "step" and step == kill.at:
-                die()
-        return take(batches, step, keep=keep)
+    def seen_step(batches: BatchPrefetcher, step: int) -> Any:
+        first, _, operations = progress.read()
+        progress.write(step if first < 0 else first, step, operations)
+        if kill is not None and kill.kind == "step" and step == kill.at:
+            die()
+        return take(batches, step)
 
     def seen_file(event: str, given: tuple[Any, ...]) -> None:
         if event in _FILE_EVENTS and given and str(folder) in str(given[0]):
@@ -143,7 +141,7 @@ def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
             if kill is not None and kill.kind == "file" and operations == kill.at:
                 die()
 
-    Ahead.take = seen_step
+    BatchPrefetcher.get = seen_step
     sys.addaudithook(seen_file)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_sources
-from pipeline.data.streaming.feed import feed_of
+from pipeline.data.streaming.feed import batch_loader
 
 BATCH = 64
 SHARD = 500
@@ -59,7 +59,7 @@ def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
     start = time.perf_counter()
     train, _ = load_sources(DataConfig(source=str(source), workers=workers, memory=0.0, streaming=streaming))
     opened = 0.0 if streaming else (len(train) / 0.95) / (time.perf_counter() - start)
-    feed = feed_of(train, BATCH, 0, 0, 1)
+    feed = batch_loader(train, BATCH, 0, 0, 1)
     feed.pictures(0)
     steps, start = 0, time.perf_counter()
     while time.perf_counter() - start < 5:

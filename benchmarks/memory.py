@@ -22,9 +22,9 @@ import psutil
 
 from benchmarks.timing import machine
 from pipeline.config.load import load_values
-from pipeline.data.codes.dataset import FORMAT, CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.data.codes.dataset import FORMAT, CodesDataset, mark_shard_done, planned_files, recorded_shard, write_manifest
 from pipeline.data.codes.shards import EncodedRows, write_shard
-from pipeline.data.sampler import Order
+from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.stages.prior import text_tokenizer
 
@@ -69,9 +69,9 @@ def write(folder: Path, rows: int, each: int) -> None:
     files = planned_files(plan)
     for of_split in files.values():
         for name, unit in of_split.items():
-            record_shard(folder, write_shard(folder / name, blocks(unit.rows), codes=CODES, kind="uint16"))
+            mark_shard_done(folder, write_shard(folder / name, blocks(unit.rows), codes=CODES, kind="uint16"))
     known = {split: [shard for name in of_split if (shard := recorded_shard(folder, name))] for split, of_split in files.items()}
-    complete(folder, plan, known)
+    write_manifest(folder, plan, known)
 
 
 def blocks(rows: range) -> Iterator[EncodedRows]:
@@ -85,7 +85,7 @@ def blocks(rows: range) -> Iterator[EncodedRows]:
 
 def read(codes: CodesDataset) -> None:
     """Two shuffled passes, as training reads them."""
-    order, random = Order(len(codes), BATCH, seed=0), np.random.default_rng(0)
+    order, random = BatchSampler(len(codes), BATCH, seed=0), np.random.default_rng(0)
     for step in range(2 * len(codes) // BATCH):
         rows = order.rows(step).tolist()
         codes.codes(rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.timing import interleave, report
-from pipeline.runtime.devices import keep_freed_memory
+from pipeline.runtime.devices import tune_malloc
 from stage2_prior import SamplingOptions, sample
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--peers-fp32", action="store_true")
     parser.add_argument("--alone", action="store_true")
     options = parser.parse_known_args()[0]
-    keep_freed_memory()  # for every side alike
+    tune_malloc()  # for every side alike
     batch = options.batch
     torch.manual_seed(0)
     text = torch.randint(3, peers.VOCABULARY, (batch, peers.TEXT))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config.train import PriorTrainConfig
-from pipeline.training.memory_estimate import LiveBytes, state_bytes
+from pipeline.training.memory_estimate import LiveTensorTracker, state_bytes
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig, transformer
 
 GIB = 2**30
@@ -54,7 +54,7 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
                 "text_ids": torch.zeros(pictures, STREAM.text_length, dtype=torch.long),
                 "codes": torch.zeros(pictures, 256, dtype=torch.long),
             }
-            with LiveBytes(torch.device("cpu")) as live:
+            with LiveTensorTracker(torch.device("cpu")) as live:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = next(objective.losses(batch, 0))
                 loss.value.backward()

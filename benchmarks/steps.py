@@ -17,7 +17,7 @@ from benchmarks.timing import interleave, machine
 from pipeline import TextToImagePipeline
 from pipeline.config.load import load_experiment
 from pipeline.data.builtin.shapes_captions import ShapesSource
-from pipeline.runtime.devices import keep_freed_memory
+from pipeline.runtime.devices import tune_malloc
 from stage2_prior import sample
 
 STEPS = (20, 16, 12)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     options, rest = parser.parse_known_args()
     experiment = load_experiment(rest)
-    keep_freed_memory()
+    tune_malloc()
     pipe = TextToImagePipeline.from_pretrained(experiment.folder / "bundle")
     prior = pipe.prior.to(torch.bfloat16)
     prompts = [prompt.text for prompt in ShapesSource(experiment.data, "held_out").prompts(range(options.batch))]

@@ -24,7 +24,7 @@ import pipeline.stages.compare_tokenizers as comparison
 import stage1_tokenizer.model as model
 from benchmarks import peers
 from pipeline.config.experiment import Experiment
-from pipeline.data.sampler import Order
+from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.devices import uses_bf16
 from pipeline.stages.encode import sources_of
 from stage1_tokenizer import ImageTokenizer, Level, Quantized, TokenizerConfig, codebook_statistics, to_model_range
@@ -48,7 +48,7 @@ class PeerQuantizer(SingleLevel):
             codes, metrics = codes.reshape(b, h, w), {}
             if self.training:
                 self.count(codes)
-                metrics = self.use()
+                metrics = self.usage_metrics()
         return Quantized(quantized.transpose(1, 2).reshape(b, d, h, w), codes, loss.sum(), metrics=metrics)
 
     def look_up(self, codes: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def train_discrete_vae(experiment: Experiment, seconds: float | None, *, fp32: b
     source, held_out = sources_of(experiment)
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
-    order = Order(len(source), train.numbers()[0], experiment.seed)
+    order = BatchSampler(len(source), train.resolved_batch()[0], experiment.seed)
     bf16, start, step = not fp32 and uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
     while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
         pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
@@ -155,17 +155,17 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
         return given.folder / "tokenizer"
 
     comparison.train_tokenizer = train
-    comparison.steps_within = lambda given, seconds: 1
+    comparison.steps_in_budget = lambda given, seconds: 1
     ImageTokenizer.load = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
-    figures = comparison.row_figures(experiment, minutes)
+    figures = comparison.run_variant(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
-    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.numbers()[0] / (60 * figures["minutes"])}
+    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / (60 * figures["minutes"])}
     comparison.write_figures(experiment, minutes, figures)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:
     model.build_quantizer = PeerQuantizer  # type: ignore[assignment]
-    comparison.row_figures(experiment, minutes)
+    comparison.run_variant(experiment, minutes)
 
 
 ROWS = {
@@ -191,7 +191,7 @@ def main() -> None:
     base = next(iter(given.rows.values()))
     plain = TokenizerConfig(**{**vars(base.tokenizer.model), "vq": type(base.tokenizer.model.vq)()})
     row = replace(base, name=name, tokenizer=replace(base.tokenizer, model=plain))
-    if comparison.is_done(row, given.minutes):
+    if comparison.is_complete(row, given.minutes):
         print(f"{name}: done already, in {row.folder}")
         return
     run(row, given.minutes)

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from pipeline.evaluation.forgetting import forgetting
     from pipeline.inference.generate import edit, generate, reconstruct
     from pipeline.inference.pipeline import TextToImageOutput, TextToImagePipeline
-    from pipeline.inference.reranking import ClipJudge
+    from pipeline.inference.reranking import CLIPScorer
     from pipeline.stages.compare_tokenizers import compare_tokenizers, load_comparison
-    from pipeline.stages.encode import encode_dataset, encode_elsewhere
+    from pipeline.stages.encode import encode_dataset, encode_for_export
     from pipeline.stages.prior import train_prior
     from pipeline.stages.run import assemble_bundle, run
     from pipeline.stages.tokenizer import train_tokenizer
 
 _HOME = {
-    "ClipJudge": "pipeline.inference.reranking",
+    "CLIPScorer": "pipeline.inference.reranking",
     "Experiment": "pipeline.config.experiment",
     "TextToImageOutput": "pipeline.inference.pipeline",
     "TextToImagePipeline": "pipeline.inference.pipeline",
@@ -36,7 +36,7 @@ _HOME = {
     "diagnose": "pipeline.doctor.diagnose",
     "edit": "pipeline.inference.generate",
     "encode_dataset": "pipeline.stages.encode",
-    "encode_elsewhere": "pipeline.stages.encode",
+    "encode_for_export": "pipeline.stages.encode",
     "evaluate": "pipeline.evaluation.evaluate",
     "forgetting": "pipeline.evaluation.forgetting",
     "generate": "pipeline.inference.generate",
@@ -50,7 +50,7 @@ _HOME = {
 }
 
 __all__ = [
-    "ClipJudge",
+    "CLIPScorer",
     "Experiment",
     "TextToImageOutput",
     "TextToImagePipeline",
@@ -60,7 +60,7 @@ __all__ = [
     "diagnose",
     "edit",
     "encode_dataset",
-    "encode_elsewhere",
+    "encode_for_export",
     "evaluate",
     "forgetting",
     "generate",

@@ -12,17 +12,17 @@ ALARM_AFTER = 300
 """Steps before which it does not: codes need some to find their place."""
 
 
-def alarm(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
+def check(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
     """One line on the worst level of a codebook that is hardly used, with what to change; None where all is well."""
     shares = {name: value for name, value in figures.items() if name.startswith("codebook_usage")}
     if step < ALARM_AFTER or not shares or min(shares.values()) >= ALARM_BELOW:
         return None
     worst = min(shares, key=lambda name: shares[name])
     where = worst.removeprefix("codebook_usage").replace("_", " ")
-    return f"only {shares[worst]:.0%} of the codes{' of' + where if where else ''} are in use at step {step}; {remedy(config)}"
+    return f"only {shares[worst]:.0%} of the codes{' of' + where if where else ''} are in use at step {step}; {suggestion(config)}"
 
 
-def remedy(config: TokenizerConfig) -> str:
+def suggestion(config: TokenizerConfig) -> str:
     """What to change against codes that fall out of use."""
     fewer = f"or have fewer codes (tokenizer.model.num_codes is {config.num_codes})"
     match config.quantizer:

@@ -26,7 +26,7 @@ _BOOKKEEPING = ("quantizer.counts", "quantizer.hits", "quantizer.sums", "quantiz
 """What our quantizers know besides their weights: of no use to a tokenizer that is not trained further."""
 
 
-def original(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weights]:
+def load_external(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weights]:
     """The configuration that fits a file of published weights, and the weights under our names.
 
     `path` is a .safetensors file or one of torch that holds tensors only; for `openai-dvae` a folder with one for the encoder and one
@@ -40,10 +40,10 @@ def original(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weights]:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
     path = Path(path)
     weights = _dvae_folder(path) if kind == "openai-dvae" and path.is_dir() else read_weights(path)
-    return plan(weights, kind, str(path))
+    return convert(weights, kind, str(path))
 
 
-def plan(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, Weights]:
+def convert(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, Weights]:
     """`original`, of weights already read; `name` is what errors call them."""
     try:
         match kind:
@@ -60,7 +60,7 @@ def plan(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, Weig
         ) from error
 
 
-def fit(config: TokenizerConfig, weights: Weights, own: Weights, name: str) -> Weights:
+def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, name: str) -> Weights:
     """The whole state of our module: `weights`, and of `own` what is bookkeeping.
 
     Raises:

@@ -56,7 +56,7 @@ class Discriminator(nn.Module):
         self.layers.compile(dynamic=False)
 
     @torch.no_grad()
-    def move_anchors(self, true: Tensor, drawn: Tensor) -> None:
+    def update_ema_anchors(self, true: Tensor, drawn: Tensor) -> None:
         """Moves the running means by the logits of a step, over all processes."""
         sums = sum_over_processes(
             torch.stack([true.float().sum(), drawn.float().sum(), torch.tensor(float(true.numel()), device=true.device)])
@@ -88,7 +88,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor)
     return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
 
 
-def at_picture(loss: Tensor, picture: Tensor) -> Tensor:
+def loss_at_image(loss: Tensor, picture: Tensor) -> Tensor:
     """A loss of the same value and gradient that remembers its gradient at the picture alone, so that it may be differentiated more than
     once: what lies between the two is passed back through once, more than which a compiled graph need not allow."""
     gradient = torch.autograd.grad(loss, picture)[0].detach()
@@ -97,7 +97,7 @@ def at_picture(loss: Tensor, picture: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[nn.Module]:
+def requires_grad_off(network: nn.Module) -> Iterator[nn.Module]:
     """The network, with gradients to its inputs and none to its weights."""
     network.requires_grad_(False)
     try:

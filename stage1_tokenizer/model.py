@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
-from stage1_tokenizer.convert_checkpoints import Kind, fit, original
+from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
@@ -120,7 +120,7 @@ class ImageTokenizer(PreTrainedModel):
         training = self.quantizer.training
         self.quantizer.eval()
         try:
-            return self.quantizer.codes_of(self.encoder(pixels.to(self.dtype)))
+            return self.quantizer.encode(self.encoder(pixels.to(self.dtype)))
         finally:
             self.quantizer.train(training)
 
@@ -242,16 +242,16 @@ class ImageTokenizer(PreTrainedModel):
         return tokenizer.eval()
 
     @classmethod
-    def from_original(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
+    def from_external(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
         """A tokenizer with published weights of another project, from a local file; see `originals.original` for the kinds of files.
 
         Raises:
             ValueError: the file is unsafe or damaged, or holds another architecture's weights; names the first keys that differ.
             FileNotFoundError: there is no such file.
         """
-        config, weights = original(path, kind)
+        config, weights = load_external(path, kind)
         tokenizer = cls(config)
-        tokenizer.load_state_dict(fit(config, weights, tokenizer.state_dict(), str(path)))
+        tokenizer.load_state_dict(align_state_dict(config, weights, tokenizer.state_dict(), str(path)))
         if isinstance(tokenizer.quantizer, VectorQuantizer):  # or training it further would start the codebook anew
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()

@@ -15,9 +15,17 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.codebook_health import alarm
+from stage1_tokenizer.codebook_health import check
 from stage1_tokenizer.config import ObjectiveConfig, joint_problems
-from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
+from stage1_tokenizer.discriminator import (
+    Discriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    lecam,
+    loss_at_image,
+    requires_grad_off,
+)
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
@@ -65,13 +73,14 @@ class TokenizerObjective:
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
 
-    def losses(self, batch: Tensor, step: int) -> Iterator[TokenizerLoss]:
+    def losses(self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[TokenizerLoss]:
         """The tokenizer's loss - negative log-likelihood a dimension, plus what the quantizer, a perceptual distance and an adversary add -
-        and then the adversary's own."""
+        and then the adversary's own. `networks` are called in place of the objective's own, such as the same ones wrapped by DDP."""
+        networks = networks or self.networks
         pixels = to_model_range(batch)
         tokenizer, dimensions = self.tokenizer, pixels[0].numel()
         heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
-        output = self.networks["tokenizer"](pixels, heat)
+        output = networks["tokenizer"](pixels, heat)
         quantized, drawn = output.quantized, tokenizer.likelihood.picture(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
         nll_map = tokenizer.likelihood.nll_map(target, output.parameters)
@@ -95,26 +104,26 @@ class TokenizerObjective:
             yield TokenizerLoss("tokenizer", value, metrics)
             return
         # Not by the wrapped module: its gradients are the other loss's.
-        with frozen(self.discriminator) as judge:
-            misled = at_picture(generator_loss(judge(drawn).float()), drawn)
+        with requires_grad_off(self.discriminator) as judge:
+            misled = loss_at_image(generator_loss(judge(drawn).float()), drawn)
         weight = adversary.weight * (adaptive_weight(reconstruction, misled, output.parameters) if adversary.adaptive else 1.0)
         metrics["adversarial"] = misled.detach()
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
-        yield self._judged(pixels, drawn.detach())
+        yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
 
-    def alarm(self, figures: Mapping[str, float], step: int) -> str | None:
+    def check_health(self, figures: Mapping[str, float], step: int) -> str | None:
         """What is wrong with the codebook by the scalars of a training step, and what to do; None where nothing is."""
-        return alarm(self.tokenizer.own_config, figures, step)
+        return check(self.tokenizer.own_config, figures, step)
 
-    def _judged(self, true: Tensor, drawn: Tensor) -> TokenizerLoss:
+    def _discriminator_loss(self, discriminator: nn.Module, true: Tensor, drawn: Tensor) -> TokenizerLoss:
         """The discriminator's loss on true and drawn pixels (B,C,H,W)."""
         assert self.discriminator is not None
         # One pass for both, since data-parallel training counts on one a step.
-        of_true, of_drawn = self.networks["discriminator"](torch.cat([true, drawn])).float().chunk(2)
+        of_true, of_drawn = discriminator(torch.cat([true, drawn])).float().chunk(2)
         value, metrics = hinge_loss(of_true, of_drawn), {"logits_true": of_true.detach().mean(), "logits_drawn": of_drawn.detach().mean()}
         if self.config.adversary.lecam:
             value = value + self.config.adversary.lecam * lecam(of_true, of_drawn, self.discriminator.anchors)
-            self.discriminator.move_anchors(of_true, of_drawn)
+            self.discriminator.update_ema_anchors(of_true, of_drawn)
         return TokenizerLoss("discriminator", value, metrics)
 
     @torch.no_grad()

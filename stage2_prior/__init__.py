@@ -4,16 +4,16 @@ from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, Stream
 from stage2_prior.decoding import Samples, sample
 from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
-from stage2_prior.order import Order, OrderSchedule
+from stage2_prior.order import CodeOrder, OrderSchedule
 from stage2_prior.sampling import SamplingOptions
 from stage2_prior.scoring import caption_log_likelihood, code_log_likelihood, sample_captions
 from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
 
 __all__ = [
+    "CodeOrder",
     "ImagePrior",
     "Level",
-    "Order",
     "OrderSchedule",
     "PriorConfig",
     "PriorLogits",

@@ -98,7 +98,7 @@ class StreamConfig:
     levels: tuple[Level, ...] = field(default_factory=tuple)
     """The codes' levels, in the order in which the stream holds them."""
     code_dim: int = 0
-    """Features of a code's vector, of which the prior is told (`ImagePrior.tell_code_vectors`); 0 where codes are bare numbers."""
+    """Features of a code's vector, of which the prior is told (`ImagePrior.set_codebook`); 0 where codes are bare numbers."""
     any_order: bool = False
     """Whether each token is told the position of the code that comes next, so that codes may come in any order."""
     pad_id: int = 0

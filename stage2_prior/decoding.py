@@ -26,10 +26,19 @@ import torch
 from torch import Tensor
 
 from stage2_prior.model import ImagePrior
-from stage2_prior.order import codes_a_step, known_first, seeded_orders
-from stage2_prior.sampling import SamplingOptions, guidance_at, uniforms
-from stage2_prior.step import Choice, Drawn, Fed, advance, captured, compiled_advance, compiled_reading, read_captions
-from stage2_prior.transformer import KeyValueCache, Past, visible
+from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders
+from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
+from stage2_prior.step import (
+    SamplingSpec,
+    StepInput,
+    StepOutput,
+    capture_cuda_graph,
+    compiled_decode_step,
+    compiled_prefill,
+    decode_step,
+    prefill,
+)
+from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
 
 @dataclass
@@ -106,20 +115,20 @@ class _Sampling:
         stream, device = prior.stream, prior.device
         self.batch, self.text_length, self.image_length = len(text_ids), stream.text_length, stream.image_length
         self.num_known = _number_known(known, codes, self.image_length)
-        self.counts = codes_a_step(self.image_length - self.num_known, options.steps)
+        self.counts = cosine_step_sizes(self.image_length - self.num_known, options.steps)
         self.compiled = compiled and max(self.counts) == 1
         scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
         self.scales, self.guided = torch.tensor(scales, device=device), [scale != 1 for scale in scales]
         self.finite: list[Tensor] = []
-        self.graphs: dict[Choice, Callable[[Fed], Drawn]] = {}
-        self.begun: set[Choice] = set()
+        self.graphs: dict[SamplingSpec, Callable[[StepInput], StepOutput]] = {}
+        self.begun: set[SamplingSpec] = set()
         self.orders = _orders(prior, seeds, known, orders, options.steps)
         shared = (self.orders == self.orders[0]).all()
         place = self.orders[0] if shared else self.orders
         text = torch.arange(self.text_length).expand(*place.shape[:-1], -1)
         # What stands at each place: shared by all rows where all pictures have one order, which costs a step less.
         self.slots = torch.cat([text, place + self.text_length], -1).to(device)
-        self.noise = uniforms(seeds, self.image_length).to(device)
+        self.noise = per_seed_uniforms(seeds, self.image_length).to(device)
         branches = 2 if any(self.guided[self.num_known :]) else 1
         captions = torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)]) if branches == 2 else text_ids.to(device)
         if not shared and branches == 2:
@@ -145,7 +154,7 @@ class _Sampling:
         many pictures it has."""
         unique, row = torch.unique(captions, dim=0, return_inverse=True)
         cache = self.prior.new_cache(len(unique), captions.shape[1])
-        read = compiled_reading(self.prior) if self.compiled else read_captions
+        read = compiled_prefill(self.prior) if self.compiled else prefill
         read(self.prior, self.tables, cache, unique)
         self.cache.copy_from(cache, row)
 
@@ -165,7 +174,7 @@ class _Sampling:
         rows, part = slice(branch * self.batch, (branch + 1) * self.batch), slice(first, place)
         places = self.places[part]
         cache = self.cache.rows(rows)
-        past = Past(cache, places, visible(places, places, cache.capacity))
+        past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
         slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
         self.prior.features(self.ids[rows, part], slots[..., part], slots[..., first + 1 : place + 1], self.tables, past)
         self.filled[branch] = place
@@ -187,9 +196,9 @@ class _Sampling:
             ids = torch.cat([ids, ids[:, -1:].expand(-1, siblings)], 1)
             own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], siblings)], -1)
             before = places.clamp(max=place - 1)
-        fed = Fed(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, drawn_now], self.scales[drawn_now])
+        fed = StepInput(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, drawn_now], self.scales[drawn_now])
         top_p = options.top_p is not None and options.top_p < 1
-        choice = Choice(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
+        choice = SamplingSpec(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
         cache = self.cache.rows(rows)
         drawn = self._drawn(cache, fed, choice)
         self.log_p[0, :, drawn_now] = drawn.log_p
@@ -198,14 +207,14 @@ class _Sampling:
             self.log_p[1, :, drawn_now] = drawn.null_log_p
         self._keep(drawn.classes + self.prior.stream.text_vocab_size, first + 1, place, guided)
 
-    def _drawn(self, cache: KeyValueCache, fed: Fed, choice: Choice) -> Drawn:
+    def _drawn(self, cache: KeyValueCache, fed: StepInput, choice: SamplingSpec) -> StepOutput:
         if not self.compiled:
-            return advance(self.prior, self.tables, cache, fed, self.numbers, choice)
+            return decode_step(self.prior, self.tables, cache, fed, self.numbers, choice)
         if choice in self.graphs:
             return self.graphs[choice](fed)
-        step = compiled_advance(self.prior, fed, choice)
+        step = compiled_decode_step(self.prior, fed, choice)
         if self.prior.device.type == "cuda" and choice in self.begun:  # its first step has compiled it
-            self.graphs[choice] = captured(step, self.prior, self.tables, cache, fed, self.numbers, choice)
+            self.graphs[choice] = capture_cuda_graph(step, self.prior, self.tables, cache, fed, self.numbers, choice)
             return self.graphs[choice](fed)
         self.begun.add(choice)
         return step(self.prior, self.tables, cache, fed, self.numbers, choice)

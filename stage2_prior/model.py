@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, KeyValueCache, Past, Projection, RMSNorm, Turns, rotary_table, visible
+from stage2_prior.transformer import Block, CacheView, KeyValueCache, Projection, RMSNorm, RotaryEmbedding, attention_mask, rotary_table
 
 _TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
 """What the configuration says of the training, since it decides what may be asked of the prior."""
@@ -45,7 +45,7 @@ class PriorLogits:
     """(B, tokens that predict codes, K) for the next code, counted over all levels."""
 
 
-class Tables(NamedTuple):
+class CodebookTables(NamedTuple):
     """What turns ids into features and features into codes' logits, worked out once a pass or once a picture."""
 
     embeddings: Tensor
@@ -56,7 +56,7 @@ class Tables(NamedTuple):
     """(2,N) `Stream.level_edges` on the prior's device."""
 
 
-class CodeRows(nn.Module):
+class CodebookProjection(nn.Module):
     """A row (C,) for each of K codes: linear in the code's vector, plus a small part of its own.
 
     A tokenizer's codebook is not a bare list: codes that look alike lie together, and the same change of colour is much the same
@@ -102,7 +102,7 @@ class ImagePrior(PreTrainedModel):
         self.stream = Stream(_build(StreamConfig, hub.stream))
         width, heads = self.model_config.width, self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
-        self.code_embedding = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
+        self.code_embedding = CodebookProjection(self.stream.num_codes, width, self.stream.config.code_dim)
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
         # Where the next code lies is told by how queries turn; of levels that share a position, this tells which one it is of.
         self.target_embedding = nn.Embedding(1 + len(self.stream.config.levels), width) if self.stream.config.any_order else None
@@ -112,14 +112,14 @@ class ImagePrior(PreTrainedModel):
         )
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
-        self.image_head = CodeRows(self.stream.num_codes, width, self.stream.config.code_dim)
+        self.image_head = CodebookProjection(self.stream.num_codes, width, self.stream.config.code_dim)
         # Persistent, so that loading (which builds the model without memory) fills them like any weight.
         table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
         self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
         self.compiled_steps: dict[Any, Any] = {}
-        """Compiled steps of sampling, by what they were compiled for; see `step.compiled_advance`."""
+        """Compiled steps of sampling, by what they were compiled for; see `step.compiled_decode_step`."""
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
         """What training takes for it: torch's, compiled with the network."""
         self.checkpoint_activations = False
@@ -133,7 +133,7 @@ class ImagePrior(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
-        elif isinstance(module, CodeRows) and module is self.code_embedding:
+        elif isinstance(module, CodebookProjection) and module is self.code_embedding:
             nn.init.normal_(module.own, std=0.5 if module.shared is None else 0.1)
             if module.shared is not None:
                 nn.init.normal_(module.shared, std=0.5 * len(module.shared) ** -0.5)
@@ -143,7 +143,7 @@ class ImagePrior(PreTrainedModel):
         if module is self:
             nn.init.zeros_(self.text_head.weight)
 
-    def tell_code_vectors(self, vectors: Tensor) -> None:
+    def set_codebook(self, vectors: Tensor) -> None:
         """The codes' vectors (K,D) in the tokenizer that made them, before training; they are kept centred, at deviation 1.
 
         Raises:
@@ -156,7 +156,7 @@ class ImagePrior(PreTrainedModel):
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     @torch.no_grad()
-    def start_from(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
+    def load_pretrained(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
         """Takes over the weights of a prior of the same architecture and codes, whose text may be shorter and vocabulary smaller.
 
         Args:
@@ -202,7 +202,7 @@ class ImagePrior(PreTrainedModel):
             if first + length > cache.capacity:
                 raise ValueError(f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit")
             places = torch.arange(first, first + length, device=ids.device)
-            past = Past(cache, places, visible(places, places, cache.capacity))
+            past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
             cache.filled += length
         tables = self.tables()
         features = self.features(ids, positions, targets, tables, past)
@@ -213,22 +213,22 @@ class ImagePrior(PreTrainedModel):
             text, codes = features[:, :num_text], features[:, num_text:]
         return PriorLogits(text=self.text_head(text), image=F.linear(codes, tables.head))
 
-    def tables(self) -> Tables:
+    def tables(self) -> CodebookTables:
         """Embeddings of all ids and rows of the image head, from the weights as they are now."""
         codes = self.code_embedding(self.code_vectors)
         edges = self.stream.level_edges.to(codes.device)
-        return Tables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors), edges)
+        return CodebookTables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors), edges)
 
-    def features(self, ids: Tensor, slots: Tensor, targets: Tensor | None, tables: Tables, past: Past | None = None) -> Tensor:
+    def features(self, ids: Tensor, slots: Tensor, targets: Tensor | None, tables: CodebookTables, past: CacheView | None = None) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
         x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[slots])
-        key = self._turns(slots)
-        turns = Turns(key, key)
+        key = self._rotary(slots)
+        turns = RotaryEmbedding(key, key)
         if self.target_embedding is not None:
             if targets is None:
                 raise ValueError("this prior takes codes in any order and must be told which comes next; give targets")
             x = x + self.target_embedding(self.slot_level[targets])
-            turns = Turns(self._turns(targets), key)
+            turns = RotaryEmbedding(self._rotary(targets), key)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, turns, past, layer, use_reentrant=False)
@@ -236,7 +236,7 @@ class ImagePrior(PreTrainedModel):
                 x = block(x, turns, past, layer)
         return self.norm(x)
 
-    def _turns(self, slots: Tensor) -> Tensor:
+    def _rotary(self, slots: Tensor) -> Tensor:
         """(2,S,D) or, for slots (B,S), (2,B,1,S,D): what turns queries or keys at these slots."""
         table = self.rotary[:, slots]
         return table if slots.ndim == 1 else table.unsqueeze(2)

@@ -59,12 +59,14 @@ class PriorObjective:
         prior.config.trained_order = self.schedule.order
         prior.config.trained_image_first = image_first > 0
 
-    def losses(self, batch: Mapping[str, Tensor], step: int) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random state."""
+    def losses(self, batch: Mapping[str, Tensor], step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[PriorLoss]:
+        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random state. `networks` are called in place of
+        the objective's own, such as the same ones wrapped by DDP."""
+        prior = (networks or self.networks)["prior"]
         text_ids, codes = batch["text_ids"], batch["codes"]
         # The same batches in every process, spread evenly: a pure function of the step.
         if math.floor((step + 1) * self.image_first) > math.floor(step * self.image_first):
-            yield self._caption_loss(text_ids, codes)
+            yield self._caption_loss(prior, text_ids, codes)
             return
         if self.config.caption_dropout:
             dropped = torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
@@ -74,13 +76,13 @@ class PriorObjective:
         if self.stream.config.any_order:
             orders = training_orders(len(codes), self.stream.image_length, self.schedule.random_share(step), codes.device)
         words = _over_processes(self._words(text_ids))
-        text_loss, image_loss, smoothed = self._cross_entropies(self.networks["prior"], text_ids, codes, words, orders)
+        text_loss, image_loss, smoothed = self._cross_entropies(prior, text_ids, codes, words, orders)
         value = smoothed + self.config.text_weight * text_loss
         yield PriorLoss("prior", value, {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()})
 
-    def _caption_loss(self, text_ids: Tensor, codes: Tensor) -> PriorLoss:
+    def _caption_loss(self, prior: nn.Module, text_ids: Tensor, codes: Tensor) -> PriorLoss:
         words = _over_processes(self._words(text_ids))
-        loss, logits = self._caption_cross_entropy(self.networks["prior"], text_ids, codes, words)
+        loss, logits = self._caption_cross_entropy(prior, text_ids, codes, words)
         # Codes are predicted by the other batches; every parameter has a gradient all the same, as several processes need it.
         return PriorLoss("prior", loss + 0 * logits.image.sum(), {"nats_per_caption_token": loss.detach()})
 

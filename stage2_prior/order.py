@@ -18,14 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["raster", "random", "annealed"]
+CodeOrder = Literal["raster", "random", "annealed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderSchedule:
     """Which orders a prior is trained on."""
 
-    order: Order = "raster"
+    order: CodeOrder = "raster"
     """`annealed`: random until step `first`, then ever fewer, raster alone from step `last`."""
     first: int = 0
     last: int = 0
@@ -61,7 +61,7 @@ def known_first(orders: Tensor, known: Tensor) -> Tensor:
     return orders.gather(1, unknown.long().argsort(dim=1, stable=True))
 
 
-def codes_a_step(count: int, steps: int | None) -> list[int]:
+def cosine_step_sizes(count: int, steps: int | None) -> list[int]:
     """How many of `count` codes each of `steps` steps decides, by a cosine: few at first, more as they come to know each other. By
     default one a step.
 

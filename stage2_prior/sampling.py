@@ -102,7 +102,7 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     return null + scale * (conditional - null)
 
 
-def filtered(logits: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | Tensor | None) -> Tensor:
+def warp_logits(logits: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | Tensor | None) -> Tensor:
     """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of the number 0 keeps the largest logit alone."""
     if isinstance(temperature, (int, float)) and temperature == 0:
         return keep_top_k(logits, 1)
@@ -112,7 +112,7 @@ def filtered(logits: Tensor, temperature: float | Tensor, top_k: int | None, top
     return logits if top_p is None else keep_top_p(logits, top_p)
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_from_uniform(logits: Tensor, uniform: Tensor) -> Tensor:
     """Inverts the cumulative distribution: logits (...,K) in fp32, uniform (...) in [0,1) -> classes (...). A class of probability 0 is
     never drawn."""
     probabilities = logits.softmax(-1)
@@ -125,6 +125,6 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return (reached > threshold).byte().argmax(-1)
 
 
-def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+def per_seed_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """(B,count) uniform numbers in [0,1), row i from a generator seeded with seeds[i]; the same on every device."""
     return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage2_prior.model import ImagePrior, Tables
-from stage2_prior.sampling import draw, filtered, uniforms
-from stage2_prior.transformer import KeyValueCache, Past, visible
+from stage2_prior.model import CodebookTables, ImagePrior
+from stage2_prior.sampling import per_seed_uniforms, sample_from_uniform, warp_logits
+from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -
     text_ids = text_ids.to(prior.device)
     slots = torch.arange(prior.stream.text_length, device=prior.device)
     places = slots[:-1] + prior.stream.image_length
-    past = Past(cache, places, visible(places, places, cache.capacity))
+    past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
     features = prior.features(text_ids[:, :-1], slots[:-1], slots[1:], tables, past)
     targets = text_ids[:, 1:]
     log_p = prior.text_head(features).float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
@@ -66,18 +66,18 @@ def sample_captions(
     tables, cache = _read_codes(prior, codes, len(codes))
     ids = stream.null_caption(len(codes), device)
     ids[:, 1:] = stream.config.pad_id
-    noise = uniforms(seeds, stream.text_length).to(device)
+    noise = per_seed_uniforms(seeds, stream.text_length).to(device)
     log_likelihood = torch.zeros(len(codes), device=device)
     ended = torch.zeros(len(codes), dtype=torch.bool, device=device)
     for slot in range(stream.text_length - 1):
         place = torch.tensor([stream.image_length + slot], device=device)
-        past = Past(cache, place, visible(place, place, cache.capacity))
+        past = CacheView(cache, place, attention_mask(place, place, cache.capacity))
         now = torch.tensor([slot], device=device)
         logits = prior.text_head(prior.features(ids[:, slot : slot + 1], now, now + 1, tables, past)[:, 0]).float()
         # Pad and start are no words, and training gives them next to nothing.
         word = logits.clone()
         word[:, [stream.config.pad_id, stream.config.start_id]] = float("-inf")
-        drawn = draw(filtered(word, temperature, None, top_p), noise[:, slot])
+        drawn = sample_from_uniform(warp_logits(word, temperature, None, top_p), noise[:, slot])
         if slot == stream.text_length - 2:  # the last slot ends every caption
             drawn = torch.full_like(drawn, stream.config.end_id)
         log_p = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
@@ -87,7 +87,7 @@ def sample_captions(
     return ids, log_likelihood
 
 
-def _read_codes(prior: ImagePrior, codes: Tensor, rows: int) -> tuple[Tables, KeyValueCache]:
+def _read_codes(prior: ImagePrior, codes: Tensor, rows: int) -> tuple[CodebookTables, KeyValueCache]:
     """A cache for `rows` captions that holds the codes (1 or rows, N), which are read once."""
     if not prior.config.trained_image_first:
         raise ValueError(
@@ -99,7 +99,7 @@ def _read_codes(prior: ImagePrior, codes: Tensor, rows: int) -> tuple[Tables, Ke
     slots = torch.arange(prior.stream.length, device=prior.device).roll(prior.stream.image_length)[: codes.shape[1] + 1]
     places = torch.arange(codes.shape[1], device=prior.device)
     read = prior.new_cache(len(codes), codes.shape[1])
-    past = Past(read, places, visible(places, places, read.capacity))
+    past = CacheView(read, places, attention_mask(places, places, read.capacity))
     prior.features(prior.stream.code_ids(codes), slots[:-1], slots[1:], tables, past)
     cache = prior.new_cache(rows)
     cache.copy_from(read, torch.arange(rows, device=prior.device).clamp(max=len(codes) - 1))

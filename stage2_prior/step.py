@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_prior.model import ImagePrior, Tables
-from stage2_prior.sampling import draw, filtered, guide, keep_min_p
-from stage2_prior.transformer import KeyValueCache, Past, project, visible
+from stage2_prior.model import CodebookTables, ImagePrior
+from stage2_prior.sampling import guide, keep_min_p, sample_from_uniform, warp_logits
+from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
 
 
-class Choice(NamedTuple):
+class SamplingSpec(NamedTuple):
     """What of the sampling options makes a step another program; a compiled step is made for one choice."""
 
     guided: bool
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     min_p: bool
 
 
-class Fed(NamedTuple):
+class StepInput(NamedTuple):
     """One step's tokens: R for each row of the batch, each of which predicts its target."""
 
     ids: Tensor
@@ -46,7 +46,7 @@ class Fed(NamedTuple):
     """(R,) of guidance."""
 
 
-class Drawn(NamedTuple):
+class StepOutput(NamedTuple):
     """What one step draws."""
 
     classes: Tensor
@@ -57,9 +57,11 @@ class Drawn(NamedTuple):
     """(B,R) given the null caption, where the step is guided."""
 
 
-def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice) -> Drawn:
+def decode_step(
+    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, fed: StepInput, numbers: Tensor, choice: SamplingSpec
+) -> StepOutput:
     """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
-    past = Past(cache, fed.places, visible(fed.places, fed.before, cache.capacity))
+    past = CacheView(cache, fed.places, attention_mask(fed.places, fed.before, cache.capacity))
     logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
     outside = prior.stream.outside_level(fed.targets - prior.stream.text_length, tables.level_edges)
     if outside is not None:
@@ -74,27 +76,27 @@ def advance(prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, n
     if choice.greedy:
         classes = chosen.argmax(-1)
     else:
-        classes = draw(filtered(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
+        classes = sample_from_uniform(warp_logits(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
     log_p = _log_p(conditional, classes)
-    return Drawn(classes, log_p, None if null is None else _log_p(null, classes))
+    return StepOutput(classes, log_p, None if null is None else _log_p(null, classes))
 
 
 def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
 
 
-def read_captions(prior: ImagePrior, tables: Tables, cache: KeyValueCache, ids: Tensor) -> None:
+def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
     """Fills an empty cache with captions (P,S)."""
     slots = torch.arange(ids.shape[1], device=ids.device)
-    prior.features(ids, slots, slots + 1, tables, Past(cache, slots, visible(slots, slots, cache.capacity)))
+    prior.features(ids, slots, slots + 1, tables, CacheView(cache, slots, attention_mask(slots, slots, cache.capacity)))
 
 
-def compiled_reading(prior: ImagePrior) -> Callable[..., None]:
-    """`read_captions` compiled once for any number of captions."""
+def compiled_prefill(prior: ImagePrior) -> Callable[..., None]:
+    """`prefill` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
     if key not in prior.compiled_steps:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        prior.compiled_steps[key] = torch.compile(_copied(read_captions), dynamic=True, options=options)
+        prior.compiled_steps[key] = torch.compile(_copied(prefill), dynamic=True, options=options)
     return prior.compiled_steps[key]
 
 
@@ -104,7 +106,7 @@ def _computed(prior: ImagePrior) -> tuple[Any, ...]:
     return prior.dtype, prior.device, prior.training, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
-def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..., Drawn]:
+def compiled_decode_step(prior: ImagePrior, fed: StepInput, choice: SamplingSpec) -> Callable[..., StepOutput]:
     """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
     code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
     key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
@@ -114,7 +116,7 @@ def compiled_advance(prior: ImagePrior, fed: Fed, choice: Choice) -> Callable[..
         # What guards would look at before every code - shapes, types, choices - is all in the key.
         # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
-        found = torch.compile(_copied(advance), dynamic=False, fullgraph=True, options=options)
+        found = torch.compile(_copied(decode_step), dynamic=False, fullgraph=True, options=options)
         prior.compiled_steps[key] = found
     return found
 
@@ -126,19 +128,25 @@ def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def captured(
-    step: Callable[..., Drawn], prior: ImagePrior, tables: Tables, cache: KeyValueCache, fed: Fed, numbers: Tensor, choice: Choice
+def capture_cuda_graph(
+    step: Callable[..., StepOutput],
+    prior: ImagePrior,
+    tables: CodebookTables,
+    cache: KeyValueCache,
+    fed: StepInput,
+    numbers: Tensor,
+    choice: SamplingSpec,
 ):
     """A step as a CUDA graph: its kernels are started all at once, not one after another from Python. The graph reads and writes this
     cache and these tables, so it serves one call of `sample`; what it draws is overwritten by its next step."""
     # Compiled steps are made for these strides, which a clone would not keep.
-    held = Fed(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in fed))
+    held = StepInput(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in fed))
     graph = torch.cuda.CUDAGraph()
     # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next batch.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         drawn = step(prior, tables, cache, held, numbers, choice)
 
-    def replay(fed: Fed) -> Drawn:
+    def replay(fed: StepInput) -> StepOutput:
         for own, new in zip(held, fed, strict=True):
             own.copy_(new)
         graph.replay()

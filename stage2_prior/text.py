@@ -74,7 +74,7 @@ class TextTokenizer:
             self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
 
     @classmethod
-    def of(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
+    def from_config(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
         """The tokenizer that a configuration names: trained on the captions, or a pretrained one. Raises what `pretrained` does."""
         if config.pretrained:
             return cls.pretrained(config.pretrained, length=config.length)
@@ -184,7 +184,7 @@ class TextTokenizer:
         by_id = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
         return by_id, {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
 
-    def grown(self, captions: Iterable[str], entries: int) -> tuple[TextTokenizer, list[list[int]]]:
+    def extend_vocab(self, captions: Iterable[str], entries: int) -> tuple[TextTokenizer, list[list[int]]]:
         """Goes on merging where this BPE's training ended, on the words of other captions: old entries and merges stay, and come first.
 
         Args:
@@ -255,7 +255,7 @@ class TextTokenizer:
         return cls(fast, length)
 
 
-class CaptionLengths:
+class LengthReport:
     """How many captions do not fit their text slots, told some at a time.
 
     Attributes:

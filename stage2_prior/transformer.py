@@ -29,7 +29,7 @@ def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
-class Turns(NamedTuple):
+class RotaryEmbedding(NamedTuple):
     """What turns queries and keys: each (2,S,D), or (2,B,1,S,D) where every row of the batch has positions of its own."""
 
     query: Tensor
@@ -130,7 +130,7 @@ class KeyValueCache:
         return self.keys[layer], self.values[layer]
 
 
-class Past(NamedTuple):
+class CacheView(NamedTuple):
     """What a block needs to go on from a cache."""
 
     cache: KeyValueCache
@@ -140,7 +140,7 @@ class Past(NamedTuple):
     """(S,M): which of the places each of them may look at; `visible`."""
 
 
-def visible(places: Tensor, before: Tensor, capacity: int) -> Tensor:
+def attention_mask(places: Tensor, before: Tensor, capacity: int) -> Tensor:
     """(S,M): a token may look at itself, at its place (S,), and at all places below `before` (S,)."""
     every = torch.arange(capacity, device=places.device)
     return (every < before[:, None]) | (every == places[:, None])
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         self.query_key_gain = nn.Parameter(torch.ones(2 * head_width))
         self.output = Projection(width, width)
 
-    def forward(self, x: Tensor, turns: Turns, past: Past | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int) -> Tensor:
         batch, length, width = x.shape
         # Plain views: torch.compile takes a pattern's sizes for constants, and the number of tokens is none.
         three = self.query_key_value(x).unflatten(-1, (-1, width // self.heads)).transpose(1, 2)
@@ -215,6 +215,6 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turns: Turns, past: Past | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), turns, past, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -53,4 +53,4 @@ def test_what_asks_for_sharding_is_what_training_looks_for(name, monkeypatch):
     arguments, _, _ = _validate_launch_command(launched(FOLDER / f"{name}.yaml"))
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
-    assert sharding.asked_for()
+    assert sharding.fsdp_requested()

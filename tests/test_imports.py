@@ -120,7 +120,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_are(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 400 and path.name != "utils.py"
+    assert len(text.splitlines()) <= 500 and path.name != "utils.py"
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 
 
-class WrongUsage(Exception):
+class UsageError(Exception):
     """The command line itself is wrong."""
 
 
-def experiment_of(rest: Sequence[str]):
+def parse_experiment(rest: Sequence[str]):
     from pipeline.config.load import load_experiment, parser
 
     if "--help" in rest or "-h" in rest:
@@ -21,15 +21,15 @@ def experiment_of(rest: Sequence[str]):
     except FileNotFoundError:
         raise
     except ValueError as error:
-        raise WrongUsage(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
-def alone(verb: str) -> None:
+def require_single_process(verb: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{verb} is the work of one process; start it without torchrun or accelerate launch")
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Prints on the first process alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text)

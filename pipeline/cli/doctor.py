@@ -17,7 +17,7 @@ from pipeline.doctor.html_report import as_page
 from pipeline.doctor.report import Diagnosis
 from pipeline.doctor.suggest_config import LARGEST, SIZES, as_yaml, name_of
 from pipeline.doctor.text_report import as_table
-from pipeline.runtime.atomic_io import refuse_taken, write_folder
+from pipeline.runtime.atomic_io import atomic_write_dir, check_output_dir
 
 NUMBERS = "doctor.json"
 """The diagnosis, for programs."""
@@ -73,7 +73,7 @@ def report(asked: Asked) -> tuple[Diagnosis, str]:
         ValueError, OSError: nothing of the source can be opened.
     """
     experiment, out = asked.experiment, asked.out
-    refuse_taken(out, NUMBERS, "report of the doctor")
+    check_output_dir(out, NUMBERS, "report of the doctor")
     diagnosis, parts = diagnose_parts(
         experiment.data, text=experiment.text, pictures=asked.pictures, largest=asked.largest, folder=experiment.folder / "data"
     )
@@ -87,7 +87,7 @@ def report(asked: Asked) -> tuple[Diagnosis, str]:
         if suggested is not None:
             (beside / SUGGESTED).write_text(suggested, encoding="utf-8")
 
-    write_folder(out, write)
+    atomic_write_dir(out, write)
     lines = [as_table(diagnosis), "", f"wrote {out / 'index.html'} and {out / NUMBERS}"]
     if suggested is not None:
         lines = [*lines[:-1], "suggested", suggested, f"{lines[-1]}, and the suggestion to {out / SUGGESTED}", f"next: {command}"]

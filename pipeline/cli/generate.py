@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.common import WrongUsage, alone, say
+from pipeline.cli.common import UsageError, print_rank0, require_single_process
 
 _SAMPLING: dict[str, dict[str, Any]] = {
     "guidance_scale": {"type": float, "help": "how strongly the prompt steers; 1 is off"},
@@ -53,7 +53,7 @@ def generate_verb(rest: Sequence[str]) -> int:
     if options.file is not None:
         prompts += options.file.read_text(encoding="utf-8").splitlines()
     if not prompts:
-        raise WrongUsage("no prompt was given; add one in quotes, or --prompts FILE")
+        raise UsageError("no prompt was given; add one in quotes, or --prompts FILE")
     from pipeline.inference.generate import generate
 
     written = generate(
@@ -61,7 +61,7 @@ def generate_verb(rest: Sequence[str]) -> int:
         truncate=options.truncate, best_of=options.best_of, judge=options.judge, compile=options.compile, int8=options.int8,
         **_sampling(options),
     )  # fmt: skip
-    say(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    print_rank0(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
     return 0
 
 
@@ -82,14 +82,14 @@ def edit_verb(rest: Sequence[str]) -> int:
     reader.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
     _add_sampling(reader)
     options = reader.parse_args(rest)
-    alone("edit")
+    require_single_process("edit")
     from pipeline.inference.generate import edit
 
     written = edit(
         options.bundle, options.image, options.prompt, options.out, mask=options.mask, at=tuple(options.at) if options.at else None,
         strength=options.strength, num=options.num, seed=options.seed, truncate=options.truncate, **_sampling(options),
     )  # fmt: skip
-    say(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    print_rank0(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
     return 0
 
 
@@ -101,19 +101,19 @@ def reconstruct_verb(rest: Sequence[str]) -> int:
     reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
     reader.add_argument("--tile", type=int, default=512, help="larger pictures go through in pieces of this many pixels (512)")
     options = reader.parse_args(rest)
-    alone("reconstruct")
+    require_single_process("reconstruct")
     size = _size(options.size) if options.size else None
     if options.tile < 1:
-        raise WrongUsage(f"--tile is {options.tile}; it must be at least 1")
+        raise UsageError(f"--tile is {options.tile}; it must be at least 1")
     from pipeline.inference.generate import reconstruct
 
     for line in reconstruct(options.tokenizer, options.files, options.out, size=size, tile=options.tile):
-        say(line)
+        print_rank0(line)
     return 0
 
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise WrongUsage(f"--size is {text!r}; it must be a number of pixels (64), or width and height (512x768)")
+        raise UsageError(f"--size is {text!r}; it must be a number of pixels (64), or width and height (512x768)")
     return int(parts[0]), int(parts[-1])

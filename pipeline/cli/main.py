@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.cli.common import WrongUsage, alone, experiment_of, say
+from pipeline.cli.common import UsageError, parse_experiment, print_rank0, require_single_process
 from pipeline.cli.generate import edit_verb, generate_verb, reconstruct_verb
-from pipeline.runtime.signals import Resumable, Stopped, sigterm_raises
+from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
 
 HELP = """usage: minidalle VERB [options]
 
@@ -25,6 +25,7 @@ Trains an image tokenizer and a prior over caption and codes, and draws pictures
 
 before training:
   doctor            SOURCE                                 what is in it, what would stop a training, which settings suit it
+  estimate          --config FILE                          the memory that each training stage takes
 
 training, each with --config FILE [--key.path VALUE ...]; run again, it goes on from what is there:
   run               all of the below, in order, then a grid of pictures
@@ -61,21 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with sigterm_raises():
             status = VERBS[verb](rest)
         if "RANK" in os.environ:  # one of several processes
-            from pipeline.runtime.distributed import end_processes
+            from pipeline.runtime.distributed import destroy_process_group
 
-            end_processes()
+            destroy_process_group()
         return status
     except SystemExit as stop:  # argparse: 0 after --help, 2 for wrong usage
         return int(stop.code or 0)
-    except WrongUsage as error:
+    except UsageError as error:
         print(f"minidalle {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        stopped = error if isinstance(error, TrainingInterrupted) else TrainingInterrupted(signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":  # all stop together
             print(f"minidalle {verb}: {stopped}{_resume(arguments)}", file=sys.stderr)
         return stopped.status
-    except Resumable as error:
+    except RecoverableError as error:
         # Where the process that drew the bar is gone, the bar's line was never ended.
         before = "" if os.environ.get("RANK", "0") == "0" else "\n"
         print(f"{before}minidalle {verb}: {error}{_resume(arguments)}", file=sys.stderr)
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RANK" not in os.environ or os.environ.get("MINIDALLE_TRACEBACK"):
             raise
-        from pipeline.runtime.distributed import lost_process
+        from pipeline.runtime.distributed import is_peer_failure
 
-        if not lost_process(error):
+        if not is_peer_failure(error):
             raise
         print(f"minidalle {verb}: another process of this job is gone or no longer answers{_resume(arguments)}", file=sys.stderr)
         return 1
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _resume(arguments: Sequence[str]) -> str:
     """What to type to go on, as a clause; nothing for verbs that keep nothing of their work."""
-    if arguments[0] not in _GOES_ON:
+    if arguments[0] not in RESUMABLE:
         return ""
     launcher = ", under the same launcher" if "RANK" in os.environ else ""
     return f"; to go on: {shlex.join(['minidalle', *arguments])}{launcher}"
@@ -107,9 +108,9 @@ def _resume(arguments: Sequence[str]) -> str:
 def _run(rest: Sequence[str]) -> int:
     from pipeline.stages.run import run
 
-    experiment, start = experiment_of(rest), time.perf_counter()
+    experiment, start = parse_experiment(rest), time.perf_counter()
     bundle = run(experiment)
-    say(
+    print_rank0(
         f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
         f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      {experiment.folder / 'logs'}\n"
         f'next: minidalle generate --bundle {bundle} "your prompt" --num 4 --out pictures'
@@ -120,8 +121,8 @@ def _run(rest: Sequence[str]) -> int:
 def _train_tokenizer(rest: Sequence[str]) -> int:
     from pipeline.stages.tokenizer import train_tokenizer
 
-    folder = train_tokenizer(experiment_of(rest))
-    say(f"wrote {folder}\nnext: minidalle encode {shlex.join(rest)}")
+    folder = train_tokenizer(parse_experiment(rest))
+    print_rank0(f"wrote {folder}\nnext: minidalle encode {shlex.join(rest)}")
     return 0
 
 
@@ -134,12 +135,12 @@ def _encode(rest: Sequence[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(reader.format_help())
     if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
-        raise WrongUsage("--tokenizer and --format are for codes outside a run; add --out DIR")
+        raise UsageError("--tokenizer and --format are for codes outside a run; add --out DIR")
     given = any(a == "--config" or a.startswith("--config=") for a in settings)
-    from pipeline.stages.encode import encode_dataset, encode_elsewhere, every_picture_once
+    from pipeline.stages.encode import encode_dataset, encode_for_export, without_augmentation
 
     if options.tokenizer is None or given:
-        experiment = experiment_of(settings)
+        experiment = parse_experiment(settings)
     else:
         import yaml
 
@@ -155,16 +156,16 @@ def _encode(rest: Sequence[str]) -> int:
         try:
             experiment = load_values(values, settings)
         except ValueError as error:
-            raise WrongUsage(str(error)) from error
+            raise UsageError(str(error)) from error
         said = [setting.removeprefix("--encode.").partition("=")[0] for setting in settings if setting.startswith("--encode.")]
-        experiment = every_picture_once(experiment, but=said)
+        experiment = without_augmentation(experiment, but=said)
     if options.out is None:
         folder = encode_dataset(experiment)
-        say(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(rest)}")
+        print_rank0(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(rest)}")
         return 0
-    rows, files = encode_elsewhere(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
+    rows, files = encode_for_export(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
-    say(f"wrote {options.out}: {counts} pictures in {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json")
+    print_rank0(f"wrote {options.out}: {counts} pictures in {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json")
     return 0
 
 
@@ -172,7 +173,7 @@ def _train_prior(rest: Sequence[str]) -> int:
     from pipeline.stages.prior import train_prior
     from pipeline.stages.run import assemble_bundle
 
-    experiment = experiment_of(rest)
+    experiment = parse_experiment(rest)
     folder = train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = assemble_bundle(experiment)
@@ -188,13 +189,13 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
         print("minidalle compare-tokenizers --config configs/bakeoff-emoji.yaml [--minutes M] [--key.path VALUE ...]\n")
         parser().print_help()
         return 0
-    alone("compare-tokenizers")
+    require_single_process("compare-tokenizers")
     try:
         comparison = load_comparison(rest)
     except ValueError as error:
-        raise WrongUsage(str(error)) from error
+        raise UsageError(str(error)) from error
     folder = compare_tokenizers(comparison)
-    say(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to {folder}")
+    print_rank0(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to {folder}")
     return 0
 
 
@@ -207,13 +208,24 @@ def _evaluate(rest: Sequence[str]) -> int:
     options, settings = reader.parse_known_args(rest)
     from pipeline.evaluation.evaluate import evaluate
 
-    experiment = experiment_of(settings)
+    experiment = parse_experiment(settings)
     if os.environ.get("RANK", "0") != "0":  # judged by one process: the pictures are few
         return 0
     bundle = options.bundle or experiment.folder / "bundle"
     out = options.out or experiment.folder / "evaluation.json"
-    say(evaluate(bundle, experiment, out, pictures=options.pictures, before=options.before).table())
-    say(f"wrote {out}")
+    print_rank0(evaluate(bundle, experiment, out, pictures=options.pictures, before=options.before).table())
+    print_rank0(f"wrote {out}")
+    return 0
+
+
+def _estimate(rest: Sequence[str]) -> int:
+    experiment = parse_experiment(rest)
+    require_single_process("estimate")
+    from pipeline.stages.estimate import estimate
+
+    for stage, memory in estimate(experiment).items():
+        print_rank0(f"{stage}: {memory.line(1)}")
+    print_rank0(f"next: minidalle run {' '.join(rest)}")
     return 0
 
 
@@ -224,35 +236,35 @@ def _codebook(rest: Sequence[str]) -> int:
     reader.add_argument("--pictures", type=int, default=500, help="held-out pictures to encode (500)")
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
     options = reader.parse_args(rest)
-    alone("codebook")
+    require_single_process("codebook")
     from pipeline.data.load import load_source
     from pipeline.evaluation.codebook_report import NUMBERS, codebook_page
-    from pipeline.runtime.atomic_io import refuse_taken
+    from pipeline.runtime.atomic_io import check_output_dir
     from pipeline.runtime.run_paths import existing_tokenizer, settings_of_run
 
     config = options.config or settings_of_run(options.tokenizer)
     run = existing_tokenizer(options.tokenizer).parent
-    source = load_source(experiment_of(["--config", str(config)]).data, "held_out")
+    source = load_source(parse_experiment(["--config", str(config)]).data, "held_out")
     out = options.out or run / "codebook"
-    refuse_taken(out, NUMBERS, "codebook page")
+    check_output_dir(out, NUMBERS, "codebook page")
     if options.pictures < 1 or not len(source):
         raise ValueError(f"--pictures is {options.pictures} and {len(source)} are held out; at least one is needed of both")
     views = codebook_page(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
     for view in views:
         s = view.statistics
-        say(f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, {s.dead} never used")
-    say(f"wrote {out / 'index.html'} and its pictures")
+        print_rank0(f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, {s.dead} never used")
+    print_rank0(f"wrote {out / 'index.html'} and its pictures")
     return 0
 
 
 def _doctor(rest: Sequence[str]) -> int:
     from pipeline.cli.doctor import asked, report
 
-    alone("doctor")
+    require_single_process("doctor")
     try:
         what = asked(rest)
     except ValueError as error:
-        raise WrongUsage(str(error)) from error
+        raise UsageError(str(error)) from error
     diagnosis, lines = report(what)
     print(lines)
     return int(diagnosis.fails)
@@ -270,7 +282,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "codebook": _codebook,
     "doctor": _doctor,
+    "estimate": _estimate,
 }
 
-_GOES_ON = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
+RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
 """Verbs that go on from what is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-WORLDS = ("shapes", "emoji")
+SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are drawn here; what is read from files (filters, columns, crops) does not concern them."""
 
 
@@ -129,13 +129,13 @@ class DataConfig:
             problems.append(f"data.max_caption is {self.max_caption}; it must be at least data.min_caption {self.min_caption}")
         if not 0 < self.crop_scale <= 1 or (self.crop_scale < 1 and self.crop == "centre"):
             problems.append(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1], and 1 unless data.crop is random")
-        if self.crop == "random" and any(source in WORLDS for source in self.sources):
+        if self.crop == "random" and any(source in SYNTHETIC_SOURCES for source in self.sources):
             problems.append("data.crop is random, and shapes and emoji fill their pictures; set it to centre")
         if self.flip and "shapes" in self.sources:
             problems.append("data.flip is on, and captions of the shapes say what is left and right; set it to false")
         if self.memory < 0:
             problems.append(f"data.memory is {self.memory}; it must be 0 or more")
-        if self.streaming and self.source in WORLDS:
+        if self.streaming and self.source in SYNTHETIC_SOURCES:
             problems.append(f"data.streaming is on, and {self.source} are drawn here; set it to false")
         if problems:
             raise ValueError("; ".join(problems))

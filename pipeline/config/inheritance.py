@@ -30,7 +30,7 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
     return folder
 
 
-def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a configuration has from what it starts from, unless it says otherwise: what the weights have to fit.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.experiment import Experiment, _relations
-from pipeline.config.inheritance import inherited
+from pipeline.config.inheritance import inherited_config
 from pipeline.config.train import TrainConfig
 from stage1_tokenizer import TokenizerConfig
 
@@ -48,7 +48,7 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         plain = reader.parse_args(arguments).clone().as_dict()
     except ArgumentError as error:
         raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
-    if follow := inherited(plain):
+    if follow := inherited_config(plain):
         with _as_file(follow) as path:
             try:
                 plain = reader.parse_args(["--config", path, *arguments]).clone().as_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stage2_prior import Order, OrderSchedule
+from stage2_prior import CodeOrder, OrderSchedule
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class TrainConfig:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def numbers(self) -> tuple[int, int]:
+    def resolved_batch(self) -> tuple[int, int]:
         """`batch_size` and `accumulate`.
 
         Raises:
@@ -95,7 +95,7 @@ class TrainConfig:
 class PriorTrainConfig(TrainConfig):
     """How a prior is trained (`prior.train`)."""
 
-    order: Order = "raster"
+    order: CodeOrder = "raster"
     """In which order codes come: `raster`, row by row; `random`, from which editing, completing and decoding several codes at once follow;
     `annealed`, random orders that give way to raster order, for better pictures in raster order alone."""
     anneal: tuple[float, float] = (0.5, 0.75)

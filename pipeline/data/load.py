@@ -8,10 +8,10 @@ from typing import Any
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows
 from pipeline.data.source import Source, Split
-from pipeline.data.worker_info import ALONE, Share
+from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 
-def load_sources(config: DataConfig, folder: Path | None = None, share: Share = ALONE) -> tuple[Any, Source]:
+def load_sources(config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> tuple[Any, Source]:
     """Training and held-out pictures of the source that `config` names; they are the same in every run.
 
     Args:
@@ -42,14 +42,14 @@ def load_sources(config: DataConfig, folder: Path | None = None, share: Share = 
         from pipeline.data.builtin.emoji import EmojiSource
 
         return EmojiSource(config, "train"), EmojiSource(config, "held_out")
-    from pipeline.data.map_source import Everything, MappedSource
+    from pipeline.data.map_source import MappedSource, SourceIndex
 
     if config.streaming:
         from pipeline.data.streaming.source import HeldRows, StreamSource, as_read
 
         stream = StreamSource(config)
-        return stream, MappedSource(Everything(HeldRows(stream), as_read(config)), "held_out")
-    everything = Everything(find_rows(config), config, folder, share)
+        return stream, MappedSource(SourceIndex(HeldRows(stream), as_read(config)), "held_out")
+    everything = SourceIndex(find_rows(config), config, folder, share)
     return MappedSource(everything, "train"), MappedSource(everything, "held_out")
 
 

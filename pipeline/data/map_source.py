@@ -11,29 +11,29 @@ from threading import Lock
 import numpy as np
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Rows, Tally, is_held_out
+from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
-from pipeline.data.readers.scan import examine, usable
+from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.source import check_usable
-from pipeline.data.worker_info import ALONE, Share
+from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 _TOGETHER = 8
 """Pictures that are left to one thread at a time; fewer cost more to hand over than they take."""
 
 
-class Everything:
+class SourceIndex:
     """What both splits share: rows, their captions, which are fit to train on, and pictures that were decoded before.
 
     Raises:
         ValueError: a column is missing, too many pictures cannot be read, or none can be used.
     """
 
-    def __init__(self, rows: Rows, config: DataConfig, folder: Path | None = None, share: Share = ALONE) -> None:
+    def __init__(self, rows: Rows, config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> None:
         self.rows, self.config = rows, config
-        tally = Tally()
+        tally = SkipCounter()
         self.captions: Captions = captions_of(rows, config, tally)
-        found = examine(rows, config.workers, folder, share)
+        found = scan_images(rows, config.workers, folder, share)
         fit = usable(rows, found, config, tally)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         self.problems = rows.tally.lines() + tally.lines()
@@ -84,7 +84,7 @@ class Everything:
 class MappedSource:
     """One split."""
 
-    def __init__(self, everything: Everything, split: str) -> None:
+    def __init__(self, everything: SourceIndex, split: str) -> None:
         self._all = everything
         self._rows = everything.kept[split == "held_out"]
         self.name, self.problems, self.fingerprint = everything.rows.name, everything.problems, everything.fingerprint

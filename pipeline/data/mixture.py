@@ -83,7 +83,7 @@ def parts_of(source: Any) -> list[Any]:
     return source.parts if isinstance(source, MixedSource) else [source]
 
 
-class Mixture:
+class MixtureSchedule:
     """Which part each position of an endless stream comes from, and how many of that part came before: a pure function of the position.
 
     Args:

@@ -8,13 +8,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.data.mixture import MixedSource, Mixture
+from pipeline.data.mixture import MixedSource, MixtureSchedule
 from pipeline.data.source import Source
 
 Loaded = TypeVar("Loaded")
 Part = TypeVar("Part")
 
-LISTED = 2**24
+MAX_EXPLICIT_PERMUTATION = 2**24
 """Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row, in no memory."""
 _ROUNDS = 4
 
@@ -31,7 +31,7 @@ class Feed(Protocol):
         ...
 
 
-class Passes:
+class ShuffledEpochs:
     """Endless shuffled passes over `length` rows, each row once a pass."""
 
     def __init__(self, length: int, seed: int) -> None:
@@ -49,15 +49,15 @@ class Passes:
         return np.concatenate([self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)])
 
     def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
-        if self.length > LISTED:
-            return scattered(places, self.length, [self.seed, number])
+        if self.length > MAX_EXPLICIT_PERMUTATION:
+            return feistel_permutation(places, self.length, [self.seed, number])
         held = self._held  # read and put once each: a thread that loads ahead asks for other passes than one that names rows
         if held[0] != number:
             held = self._held = (number, np.random.default_rng([self.seed, number]).permutation(self.length))
         return held[1][places]
 
 
-class Order:
+class BatchSampler:
     """The rows of each step: batches run on across passes.
 
     Args:
@@ -71,8 +71,8 @@ class Order:
         parts = [lengths] if isinstance(lengths, int) else list(lengths)
         self.batch_size, self.seed = batch_size, seed
         self._starts = np.cumsum([0, *parts])
-        self._passes = [Passes(length, seed) for length in parts]
-        self._mixture = Mixture(weights, seed) if len(parts) > 1 else None
+        self._passes = [ShuffledEpochs(length, seed) for length in parts]
+        self._mixture = MixtureSchedule(weights, seed) if len(parts) > 1 else None
 
     def rows(self, step: int) -> np.ndarray:
         """The rows (batch_size,) of a step."""
@@ -100,14 +100,14 @@ def step_draws(seed: int, step: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 2]).integers(0, 2**62, count)
 
 
-def order_of(source: Source, batch_size: int, seed: int) -> Order:
+def order_of(source: Source, batch_size: int, seed: int) -> BatchSampler:
     """The order in which training sees a source, or codes that were made of it."""
     if isinstance(source, MixedSource):
-        return Order(source.lengths, batch_size, seed, source.weights)
-    return Order(len(source), batch_size, seed)
+        return BatchSampler(source.lengths, batch_size, seed, source.weights)
+    return BatchSampler(len(source), batch_size, seed)
 
 
-class MappedFeed:
+class MapBatchLoader:
     """Pictures of a source that is read in any order: each process has its part of what one process would have."""
 
     def __init__(self, source: Source, batch_size: int, seed: int, process: int, processes: int) -> None:
@@ -125,7 +125,7 @@ def _part(batch_size: int, process: int, processes: int) -> slice:
     return slice(process * each, (process + 1) * each)
 
 
-def scattered(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
+def feistel_permutation(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
     """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of it: a Feistel network of four rounds
     (Luby & Rackoff 1988) over the next even power of two, walked on from what lies outside (Black & Rogaway 2002)."""
     half = max((length - 1).bit_length() + 1, 2) // 2
@@ -149,7 +149,7 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def loaded_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:
+def prefetch(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:
     """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one thread, as not every source takes several."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
         waiting: tuple[Part, Future[Loaded]] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerInfo:
     """One process's part of work that several do.
 
     Attributes:
@@ -21,4 +21,4 @@ class Share:
     gather: Callable[[Any], list[Any]] = lambda own: [own]
 
 
-ALONE = Share()
+SINGLE_PROCESS = WorkerInfo()

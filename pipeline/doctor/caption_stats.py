@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.doctor.inspect_source import Part, spread
 from pipeline.doctor.report import Bin, CaptionReport, Finding
-from stage2_prior.text import CAPTIONS_TO_LEARN, CaptionLengths, TextConfig, TextTokenizer
+from stage2_prior.text import CAPTIONS_TO_LEARN, LengthReport, TextConfig, TextTokenizer
 
 _TOGETHER = 10_000
 _REPEATED = 50
@@ -34,7 +34,7 @@ class Fitted:
     """
 
     lengths: np.ndarray
-    check: CaptionLengths
+    check: LengthReport
     vocabulary: int
     used: int
 
@@ -49,8 +49,8 @@ def fitted(parts: Sequence[Part], masks: Sequence[np.ndarray], train: Sequence[n
     Raises:
         ValueError: `text.pretrained` cannot be loaded.
     """
-    text = TextTokenizer.of(config, _spread_out(list(_captions(parts, train))))
-    check, lengths, used = CaptionLengths(config.length), [], np.zeros(text.vocab_size, bool)
+    text = TextTokenizer.from_config(config, _spread_out(list(_captions(parts, train))))
+    check, lengths, used = LengthReport(config.length), [], np.zeros(text.vocab_size, bool)
     for some in _in_batches(_captions(parts, masks)):
         ids = text.token_ids(some)
         needed = [len(one) + 2 for one in ids]

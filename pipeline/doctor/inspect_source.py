@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.config.data import WORLDS, DataConfig
-from pipeline.data.readers.base import Tally
+from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
+from pipeline.data.readers.base import SkipCounter
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
-from pipeline.data.readers.scan import Examined, examine, usable
+from pipeline.data.readers.scan import ScanResult, scan_images, usable
 from pipeline.data.source import check_usable
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 from pipeline.doctor.open_source import Opened, open_source, open_without_captions
@@ -50,7 +50,7 @@ class Part:
 
     config: DataConfig
     opened: Opened | None
-    found: Examined | None
+    found: ScanResult | None
     captions: Captions | None
     fit: np.ndarray
     held_out: np.ndarray
@@ -60,9 +60,9 @@ class Part:
     def fit_for(self, config: DataConfig) -> np.ndarray:
         """Whether training with other settings would use each row (N)."""
         assert self.opened is not None and self.found is not None
-        if config.source in WORLDS:  # drawn as large as is wanted
+        if config.source in SYNTHETIC_SOURCES:  # drawn as large as is wanted
             return self.fit
-        fit = usable(self.opened.rows, self.found, replace(config, max_bad=1.0), Tally())
+        fit = usable(self.opened.rows, self.found, replace(config, max_bad=1.0), SkipCounter())
         return fit & _captioned(self.captions, len(fit))
 
 
@@ -79,18 +79,18 @@ def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
     if opened is None and not config.streaming:
         # What is wrong may be the captions alone.
         opened = _tried(lambda: open_without_captions(config), [])
-        tally = Tally()
+        tally = SkipCounter()
     elif opened is not None:
-        rows, reader, tally = opened.rows, opened.config, Tally()
+        rows, reader, tally = opened.rows, opened.config, SkipCounter()
         captions = _tried(lambda: captions_of(rows, reader, tally), findings)
     if opened is None:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)
     rows = opened.rows
-    found = examine(rows, config.workers, folder)
+    found = scan_images(rows, config.workers, folder)
     fit = _tried(lambda: usable(rows, found, config, tally), findings)
     if fit is None:
-        fit = usable(rows, found, replace(config, max_bad=1.0), Tally())
+        fit = usable(rows, found, replace(config, max_bad=1.0), SkipCounter())
     fit = fit & _captioned(captions, len(fit))
     tallies = (rows.tally, tally)
     if captions is not None and len(findings) == 0:
@@ -160,7 +160,7 @@ def _aspects(ratios: np.ndarray) -> list[Bin]:
     return [Bin(label, int(count)) for label, count in zip(labels, counts, strict=True) if count]
 
 
-def _duplicates(opened: Opened, found: Examined, readable: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Duplicates:
+def _duplicates(opened: Opened, found: ScanResult, readable: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Duplicates:
     rows = np.flatnonzero(readable)
     copies = groups_of(found.digest[rows])
     # One of each file: copies are counted, and need not be found to look alike.
@@ -201,7 +201,7 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
 
     for left in report.left_out:
         say("warns" if left.count > 0.1 * report.rows else "notes", True, f"{left.count:,} {left.reason}: {left.names}")
-    drawn = config.source in WORLDS
+    drawn = config.source in SYNTHETIC_SOURCES
     say(
         "notes" if drawn else "warns",
         found.held_out_copies + found.held_out_alike,

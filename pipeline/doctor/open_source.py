@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import WORLDS, DataConfig
+from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.data.load import find_rows, load_sources
-from pipeline.data.readers.base import Record, Rows, Tally, is_held_out, stamp_of
+from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint, is_held_out
 from pipeline.data.streaming.source import StreamSource, as_read
 
 
@@ -48,7 +48,7 @@ def open_source(config: DataConfig, most: int) -> Opened:
     Raises:
         ValueError, FileNotFoundError: see `pipeline.data.load.load_sources`.
     """
-    if config.source in WORLDS:
+    if config.source in SYNTHETIC_SOURCES:
         drawn = DrawnRows(config, most)
         return Opened(drawn, config, first_only=drawn.first_only)
     if config.streaming:
@@ -66,14 +66,14 @@ class DrawnRows:
     """Pictures that are drawn here: `train` of training and then those held out."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
-        self.name, self.columns, self.tally = config.source, ["text"], Tally()
+        self.name, self.columns, self.tally = config.source, ["text"], SkipCounter()
         self._splits = load_sources(config)
         train, held_out = self._splits
         self.train, self._held_out = min(len(train), most), min(len(held_out), most)
         self.first_only = self.train < len(train)
         if self.first_only:
             self._held_out = min(self._held_out, max(round(most * config.held_out), 1))
-        self.stamp = stamp_of([train.fingerprint, held_out.fingerprint])
+        self.stamp = content_fingerprint([train.fingerprint, held_out.fingerprint])
 
     def __len__(self) -> int:
         return self.train + self._held_out
@@ -115,7 +115,7 @@ class StreamedRows:
             self._captions.append(sample.captions)
         self._file.flush()
         self._ends = np.array(ends, np.int64)
-        self.stamp = stamp_of([stream.fingerprint, *self._names])
+        self.stamp = content_fingerprint([stream.fingerprint, *self._names])
 
     def __len__(self) -> int:
         return len(self._names)

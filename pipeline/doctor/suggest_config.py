@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.data import WORLDS, DataConfig
+from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.doctor.caption_stats import fitted
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Suggestion
@@ -112,11 +112,11 @@ def as_yaml(suggestion: Suggestion, command: str) -> str:
 
 
 def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, bool, str]:
-    if all(source in WORLDS for source in data.sources):
+    if all(source in SYNTHETIC_SOURCES for source in data.sources):
         return data.image_size, data.upscale, "drawn at any size"
     # Other filters stay as they are; of what they leave, the shorter sides decide.
     sides = []
-    for part in (part for part in parts if part.config.source not in WORLDS):
+    for part in (part for part in parts if part.config.source not in SYNTHETIC_SOURCES):
         assert part.found is not None
         fit = part.fit_for(replace(part.config, image_size=16, upscale=True, min_size=None))
         sides.append(np.minimum(part.found.width, part.found.height)[fit])

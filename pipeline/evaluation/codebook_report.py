@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.runtime.atomic_io import refuse_taken, write_folder
+from pipeline.runtime.atomic_io import atomic_write_dir, check_output_dir
 from pipeline.runtime.image_grid import bars, picture_grid
 from stage1_tokenizer import (
     CodebookStatistics,
@@ -63,7 +63,7 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
         FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.load(tokenizer)
-    refuse_taken(out, NUMBERS, "codebook page")
+    check_output_dir(out, NUMBERS, "codebook page")
     if not len(pictures):
         raise ValueError("there are no pictures to see the codes in; give a configuration with held-out pictures")
     codes = torch.cat(
@@ -97,7 +97,7 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
             )
         )
     total = codebook_statistics(counts_by_level(whole, layout)[""])
-    write_folder(out, lambda beside: _write(beside, views, total, len(pictures), tokenizer))
+    atomic_write_dir(out, lambda beside: _write(beside, views, total, len(pictures), tokenizer))
     return views
 
 

@@ -13,9 +13,9 @@ import torch
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import write_file
+from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import uses_bf16
-from pipeline.stages.finetune import bundle_of
+from pipeline.stages.finetune import parent_bundle
 
 if TYPE_CHECKING:
     from pipeline.evaluation.forgetting import Forgetting
@@ -43,7 +43,7 @@ class Report:
         content: dict[str, Any] = {**self.figures, "settings": self.settings}
         if self.forgetting:
             content["forgetting"] = asdict(self.forgetting)
-        write_file(path, json.dumps(content, indent=2) + "\n")
+        atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, pictures: int = 500, before: Path | None = None) -> Report:
@@ -80,7 +80,7 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
         from pipeline.evaluation.emoji import emoji_figures
 
         emoji_figures(report.figures, pipe, experiment)
-    if before := before or bundle_of(experiment):
+    if before := before or parent_bundle(experiment):
         from pipeline.evaluation.forgetting import forgetting
 
         report.forgetting = forgetting(before, bundle, experiment, pictures=pictures)

@@ -11,19 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.runtime.devices import USABLE, free_memory, out_of_memory
+from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, free_memory, is_out_of_memory
 from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
 
 Compile = Literal["auto", "on", "off"]
 
-COMPILING_TAKES = 20.0
+COMPILE_SECONDS = 20.0
 """Seconds that compiling a step takes on a CPU where it was never compiled before; a fifth of it from the second time on."""
-COMPILED_TAKES = 0.5
+COMPILED_TIME_FRACTION = 0.5
 """Time of a compiled step as a share of a plain one's."""
 _TOO_LARGE = "one picture of {} codes does not fit the memory of {}; close other programs, use a smaller prior, or sample without guidance"
 
 
-def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
+def bytes_per_image(prior: ImagePrior, options: SamplingOptions) -> int:
     """Memory that sampling one picture takes, weights aside: its cache, and what reading its caption holds at a time."""
     config, stream = prior.model_config, prior.stream
     itemsize = prior.text_head.weight.element_size()
@@ -37,19 +37,19 @@ def bytes_a_picture(prior: ImagePrior, options: SamplingOptions) -> int:
 
 def can_compile(device: torch.device) -> bool:
     """Whether steps can be compiled for a device."""
-    from pipeline.runtime.devices import finds_compiler  # here, since it brings accelerate along, which drawing needs for nothing else
+    from pipeline.runtime.devices import has_cpp_compiler  # here, since it brings accelerate along, which drawing needs for nothing else
 
-    return device.type != "cpu" or finds_compiler()
+    return device.type != "cpu" or has_cpp_compiler()
 
 
-def batches(count: int, largest: int) -> list[slice]:
+def even_batches(count: int, largest: int) -> list[slice]:
     """As few parts as there must be, of as equal sizes as there can be: one size compiles once."""
     parts = math.ceil(count / largest)
     size = math.ceil(count / parts)
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def draw_codes(
+def sample_codes_batched(
     prior: ImagePrior,
     text_ids: Tensor,
     seeds: Sequence[int],
@@ -74,7 +74,7 @@ def draw_codes(
                 "compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev)"
             )
         compile = "off"
-    fitting = int(USABLE * free_memory(prior.device) // bytes_a_picture(prior, options))
+    fitting = int(USABLE_MEMORY_FRACTION * free_memory(prior.device) // bytes_per_image(prior, options))
     if not fitting:
         raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device))
     largest = min(batch_size, len(text_ids))
@@ -88,13 +88,13 @@ def draw_codes(
     done: list[Samples] = []
     first = 0
     while first < len(text_ids):
-        remaining = batches(len(text_ids) - first, largest)
+        remaining = even_batches(len(text_ids) - first, largest)
         part = slice(first, first + remaining[0].stop)
         start = time.perf_counter()
         try:
             done.append(sample(prior, text_ids[part], seeds[part], options, compiled=compiled, **_rows(given, part)))
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if part.stop - part.start == 1:
                 raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device)) from error
@@ -107,7 +107,7 @@ def draw_codes(
         if not decided and len(remaining) > 1:
             # The batch just drawn says what the others will take.
             left = (len(remaining) - 1) * (time.perf_counter() - start)
-            compiled = left * (1 - COMPILED_TAKES) > COMPILING_TAKES
+            compiled = left * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
             decided = True
             if compiled:
                 warnings.warn(f"{left:.0f} seconds of drawing are left, so the steps are compiled", stacklevel=3)

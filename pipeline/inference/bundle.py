@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging as transformers_logging
 
-from pipeline.runtime.atomic_io import write_folder
+from pipeline.runtime.atomic_io import atomic_write_dir
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer
 
@@ -46,7 +46,7 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         }
         (beside / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
 
-    write_folder(folder, write)
+    atomic_write_dir(folder, write)
 
 
 def read_bundle(folder: Path) -> Bundle:

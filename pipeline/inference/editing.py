@@ -46,7 +46,7 @@ def checked_picture(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def kept_codes(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
+def keep_mask(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
     """(N,) bool over all levels of the stream: the codes of cells without a replaced pixel (H,W)."""
     kept = []
     for level in levels:
@@ -56,13 +56,13 @@ def kept_codes(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
     return torch.from_numpy(np.concatenate(kept))
 
 
-def put_back(original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray) -> list[Image.Image]:
+def composite(original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray) -> list[Image.Image]:
     """The drawn pictures inside the mask, the original's own pixels everywhere else."""
     before = np.asarray(original)
     return [Image.fromarray(np.where(replaced[..., None], np.asarray(picture), before)) for picture in drawn]
 
 
-def on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+def place_on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
     """A smaller picture put on a canvas of side x side pixels, its top left corner `at` (x, y), and the mask of what is new.
 
     The gap is filled with the border's pixels, so that codes at the seam know what it continues.
@@ -82,7 +82,7 @@ def on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple[Image
     return Image.fromarray(canvas), Image.fromarray(mask)
 
 
-def said_if_trivial(known: Tensor) -> bool:
+def warn_if_trivial(known: Tensor) -> bool:
     """Whether there is nothing to draw; says where a mask is empty or full."""
     if known.all():
         warnings.warn("the mask is empty: nothing is replaced, and the picture comes back as it is", stacklevel=3)
@@ -91,7 +91,7 @@ def said_if_trivial(known: Tensor) -> bool:
     return bool(known.all())
 
 
-def random_known(seeds: Sequence[int], count: int, strength: float) -> Tensor:
+def random_keep_mask(seeds: Sequence[int], count: int, strength: float) -> Tensor:
     """(B,N) bool: which codes a variation keeps, all but a share `strength` of them, by each picture's seed alone.
 
     Raises:

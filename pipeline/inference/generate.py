@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.distributed import processes
+from pipeline.runtime.distributed import distributed_state
 from pipeline.runtime.image_grid import grid_image, picture_grid
 from pipeline.runtime.run_paths import existing_tokenizer
 from stage1_tokenizer.metrics import psnr
@@ -46,14 +46,14 @@ def generate(
     Raises:
         ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
     """
-    state = processes()
+    state = distributed_state()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
     if int8:
         pipe.quantize()
     if judge is not None:
-        from pipeline.inference.reranking import ClipJudge
+        from pipeline.inference.reranking import CLIPScorer
 
-        options["judge"] = ClipJudge(judge, state.device)
+        options["judge"] = CLIPScorer(judge, state.device)
     mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
     drawn: list[_Drawn] = []
     if mine:
@@ -93,7 +93,7 @@ def edit(
     """
     from pipeline.data.readers.images import open_picture
 
-    pipe = TextToImagePipeline.from_pretrained(bundle).to(processes().device)
+    pipe = TextToImagePipeline.from_pretrained(bundle).to(distributed_state().device)
     picture = open_picture(image)
     with _notes():
         if mask is not None:

@@ -13,9 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.inference.batching import Compile, draw_codes
+from pipeline.inference.batching import Compile, sample_codes_batched
 from pipeline.inference.bundle import Bundle, read_bundle, write_bundle
-from pipeline.inference.editing import checked_picture, kept_codes, on_canvas, put_back, random_known, replaced_pixels, said_if_trivial
+from pipeline.inference.editing import (
+    checked_picture,
+    composite,
+    keep_mask,
+    place_on_canvas,
+    random_keep_mask,
+    replaced_pixels,
+    warn_if_trivial,
+)
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
@@ -28,7 +36,7 @@ from stage2_prior import (
 )
 
 
-class Judge(Protocol):
+class ImageTextScorer(Protocol):
     """Says how well pictures show their prompts; more is better."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float] | Tensor: ...
@@ -40,7 +48,7 @@ class Scores:
 
     log_likelihood: Tensor
     """(N,) log p(codes | prompt) in nats."""
-    guidance_gain: Tensor | None
+    pmi: Tensor | None
     """(N,) log p(codes | prompt) - log p(codes | null caption) in nats; None where the prior was trained without caption dropout."""
 
 
@@ -137,7 +145,7 @@ class TextToImagePipeline:
         *,
         num_images_per_prompt: int = 1,
         best_of: int = 1,
-        judge: Judge | None = None,
+        judge: ImageTextScorer | None = None,
         seed: int = 0,
         batch_size: int = 64,
         truncate: bool = False,
@@ -149,7 +157,7 @@ class TextToImagePipeline:
 
         Args:
             best_of: pictures drawn for each one returned; the one with the highest guidance gain is kept.
-            judge: (pictures, prompts) -> a score each, which `best_of` chooses by instead, such as `pipeline.ClipJudge`.
+            judge: (pictures, prompts) -> a score each, which `best_of` chooses by instead, such as `pipeline.CLIPScorer`.
             batch_size: pictures at a time; fewer where memory is short.
             compile: whether the steps are compiled; `auto` does so where so much is drawn that it pays.
             sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's default.
@@ -172,12 +180,12 @@ class TextToImagePipeline:
         count = num_images_per_prompt * best_of
         ids = ids.repeat_interleave(count, dim=0)
         seeds = [picture_seed(seed, i) for _ in prompts for i in range(count)]
-        drawn = draw_codes(self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile)
+        drawn = sample_codes_batched(self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile)
         if best_of == 1:
             return self._output(drawn, seeds)
         firsts = torch.arange(0, len(seeds), best_of)
         if judge is None:
-            best = self._gains(drawn, ids, options, batch_size).view(-1, best_of).argmax(1) + firsts
+            best = self._pmi(drawn, ids, options, batch_size).view(-1, best_of).argmax(1) + firsts
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
         scores = torch.as_tensor(judge(output.images, [prompt for prompt in prompts for _ in range(count)])).flatten().cpu()
@@ -210,13 +218,13 @@ class TextToImagePipeline:
         _at_least_one("num_images", num_images)
         picture = checked_picture(image, self.tokenizer.image_size)
         replaced = replaced_pixels(mask, picture.size)
-        known = kept_codes(replaced, self.tokenizer.layout)
-        if said_if_trivial(known):
+        known = keep_mask(replaced, self.tokenizer.layout)
+        if warn_if_trivial(known):
             codes = self._codes_of([picture] * num_images)
             zeros = torch.zeros(num_images)
             return TextToImageOutput([picture.copy() for _ in range(num_images)], codes.cpu(), zeros, [seed] * num_images)
         output = self.complete(picture, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling)
-        output.images = put_back(picture, output.images, replaced)
+        output.images = composite(picture, output.images, replaced)
         return output
 
     def outpaint(self, image: Image.Image, prompt: str, *, at: tuple[int, int] = (0, 0), **options: Any) -> TextToImageOutput:
@@ -225,7 +233,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: the picture does not lie on the canvas, or fills it; and what `edit` raises.
         """
-        canvas, mask = on_canvas(image, self.tokenizer.image_size, at)
+        canvas, mask = place_on_canvas(image, self.tokenizer.image_size, at)
         return self.edit(canvas, mask, prompt, **options)
 
     def vary(
@@ -238,7 +246,7 @@ class TextToImagePipeline:
         """
         _at_least_one("num_images", num_images)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
-        known = random_known(seeds, self.prior.stream.image_length, strength)
+        known = random_keep_mask(seeds, self.prior.stream.image_length, strength)
         return self.complete(image, known, prompt, num_images=num_images, seed=seed, **sampling)
 
     def complete(
@@ -278,7 +286,7 @@ class TextToImagePipeline:
             options = replace(options, steps=max(min(options.steps, unknown), 1))
         ids = self._text_ids([prompt], truncate).repeat(num_images, 1)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
-        drawn = draw_codes(
+        drawn = sample_codes_batched(
             self.prior, ids, seeds, options, batch_size=64, compile=self._compile,
             known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),
             codes=codes.reshape(1, length).cpu().repeat(num_images, 1),
@@ -357,7 +365,7 @@ class TextToImagePipeline:
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _gains(self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int) -> Tensor:
+    def _pmi(self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int) -> Tensor:
         """log p(codes | caption) - log p(codes | null) in the order drawn, by passes of their own where drawing did not tell."""
         given, null = drawn.log_likelihood, drawn.null_log_likelihood
         if null is None or options.steps is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 _BATCH = 32
 
 
-class ClipJudge:
+class CLIPScorer:
     """Cosine similarity of picture and prompt in a CLIP model's space (Radford et al. 2021).
 
     Args:

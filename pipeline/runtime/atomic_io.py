@@ -18,7 +18,7 @@ _HERE, _EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
 
-def write_folder(target: Path, write: Callable[[Path], Any]) -> None:
+def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in `target`'s place.
 
     A failure on the way (a full disk, a kill) leaves what `target` held before.
@@ -51,7 +51,7 @@ def write_folder(target: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure leaves what `path` held before."""
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -69,7 +69,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def tidy(folder: Path) -> None:
+def clean_partial_writes(folder: Path) -> None:
     """Removes what killed runs left half-written in a folder, and puts back what they had moved aside."""
     for beside in folder.glob(".*.writing"):
         _remove(beside)
@@ -111,13 +111,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Writes a text file beside, syncs and renames it."""
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text)
 
 
-def refuse_taken(out: Path, marker: str, what: str) -> None:
+def check_output_dir(out: Path, marker: str, what: str) -> None:
     """Raises FileExistsError where `out` is there and holds no file `marker`, so that it is not `what` and not ours to replace."""
     if out.exists() and not (out / marker).is_file():
         raise FileExistsError(f"{out} is there already and holds no {what}; choose another folder")

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.train import TrainConfig
 
-USABLE = 0.8
+USABLE_MEMORY_FRACTION = 0.8
 """Share of the free memory that a batch may take."""
 
 
@@ -24,12 +24,12 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what torch raises where memory has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -38,14 +38,14 @@ def readable(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-WORTH_COMPILING = 1000
+MIN_STEPS_TO_COMPILE = 1000
 """Steps from which compiling pays on a CPU: at a tenth of a second or more each, a third less outweighs half a minute."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's `mallopt` options."""
 
 
-def keep_freed_memory() -> bool:
+def tune_malloc() -> bool:
     """Has the C library keep what tensors give back for the next ones; returns whether it could (glibc can). By default it hands large
     pieces back to the system, and every training step then waits while the same pages are zeroed and mapped again, a seventh of its
     time."""
@@ -68,14 +68,14 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return False
 
 
-def compiles(config: TrainConfig, device: torch.device) -> bool:
+def should_compile(config: TrainConfig, device: torch.device) -> bool:
     """Whether a stage compiles. `auto`: always on CUDA; on the CPU for runs that outlast the half minute it costs, where there is
     a C++ compiler with Python's headers.
 
     Raises:
         ValueError: it is asked for and there is no such compiler.
     """
-    if config.compile == "on" and device.type == "cpu" and not finds_compiler():
+    if config.compile == "on" and device.type == "cpu" and not has_cpp_compiler():
         raise ValueError(
             "train.compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev), or set "
             "tokenizer.train.compile and prior.train.compile to auto"
@@ -84,10 +84,10 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
         return config.compile == "on"
     if device.type == "cuda":
         return True
-    return device.type == "cpu" and config.steps >= WORTH_COMPILING and finds_compiler()
+    return device.type == "cpu" and config.steps >= MIN_STEPS_TO_COMPILE and has_cpp_compiler()
 
 
-def finds_compiler() -> bool:
+def has_cpp_compiler() -> bool:
     """Whether there is a C++ compiler with Python's headers, which torch.compile needs on CPUs."""
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
     return compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()

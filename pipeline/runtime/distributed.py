@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
 from pipeline.config.experiment import Experiment
-from pipeline.runtime.devices import keep_freed_memory
+from pipeline.runtime.devices import tune_malloc
 
 
 def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
@@ -31,7 +31,7 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
         ],
     )
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     found = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
     if missing := [name for name in names if name not in found and name != "all"]:
         raise ValueError(f"trackers {missing} are not installed; pip install them, or leave them out of trackers (now {names})")
@@ -40,28 +40,28 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
     return accelerator
 
 
-def processes(minutes: int = 30) -> PartialState:
+def distributed_state(minutes: int = 30) -> PartialState:
     """The processes alone, for work that trains nothing; they wait so many minutes for one another. `PartialState` does not read
     ACCELERATE_USE_CPU as `Accelerator` does: left to itself it would see one process where torchrun started several on CPUs, and each
     would do all the work."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(minutes=minutes))
 
 
-def told_by_main(text: str | None) -> str | None:
+def broadcast_from_main(text: str | None) -> str | None:
     """The main process's text, on every process; all wait until it has one."""
     told = [text]
-    if processes().num_processes > 1:
+    if distributed_state().num_processes > 1:
         broadcast_object_list(told)
     return told[0]
 
 
-def lost_process(error: RuntimeError) -> bool:
+def is_peer_failure(error: RuntimeError) -> bool:
     """Whether an error of several processes says that another one is gone or no longer answers."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(part in text for part in ("gloo", "nccl", "by peer", "broken pipe"))
 
 
-def end_processes() -> None:
+def destroy_process_group() -> None:
     """Ends the process group, if there is one; the last thing a verb does."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -12,7 +12,7 @@ from types import FrameType
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
-class Stopped(KeyboardInterrupt):
+class TrainingInterrupted(KeyboardInterrupt):
     """A signal ended the work. `number` is the signal's; the text says how far the work came."""
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -25,11 +25,11 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
-class Resumable(OSError):
+class RecoverableError(OSError):
     """Something outside the training ended it; the same command goes on from the last checkpoint."""
 
 
-class Caught:
+class SignalState:
     """The first signal that came, 0 before there is one; and whether a step is behind, so that there is something to save."""
 
     number = 0
@@ -37,18 +37,18 @@ class Caught:
 
 
 @contextmanager
-def signals_caught() -> Iterator[Caught]:
+def catch_signals() -> Iterator[SignalState]:
     """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends the process at once.
 
     Only the main thread is given signals: in any other nothing changes. The handlers from before come back at the end.
     """
-    caught = Caught()
+    caught = SignalState()
 
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and caught.number == signal.SIGINT:
             # Not by an exception: threads that read data would be waited for, however long they take.
             os.write(2, b"\nCtrl-C twice: nothing more is saved\n")
-            os._exit(Stopped(number).status)
+            os._exit(TrainingInterrupted(number).status)
         if not caught.number:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":
@@ -63,10 +63,10 @@ def signals_caught() -> Iterator[Caught]:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raises `Stopped` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where nothing else catches it."""
+    """Raises `TrainingInterrupted` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where nothing else catches it."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        raise TrainingInterrupted(number)
 
     with _handled(handler, signal.SIGTERM):
         yield

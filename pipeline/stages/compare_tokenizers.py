@@ -22,23 +22,22 @@ import torch
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.load import load_values
-from pipeline.runtime.atomic_io import write_file
-from pipeline.runtime.devices import compiles, uses_bf16
+from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, picture_grid
 from pipeline.stages.encode import encode_dataset, sources_of
-from pipeline.stages.manifest import as_made, encode_settings, read_settings
+from pipeline.stages.manifest import encode_settings, read_settings, upgrade_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
 from pipeline.stages.tokenizer import tokenizer_task, train_tokenizer
 from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.rehearsal import steps_in_all
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 from stage1_tokenizer.metrics import ssim
 
 _FIGURES, _PLAN, _TIME = "figures.json", "plan.json", "training.json"
-_ALIKE = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
+SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
 """Settings that must be the same for figures to stand in one table."""
 _PROBE_STEPS = 60
 """Steps run and thrown away to find how many fit into the minutes."""
@@ -128,11 +127,11 @@ def compare_tokenizers(comparison: Comparison) -> Path:
     Raises:
         ValueError: a row was made with other settings before, or cannot be trained; named before any work where it can be known then.
     """
-    due = {name: experiment for name, experiment in comparison.rows.items() if not is_done(experiment, comparison.minutes)}
+    due = {name: experiment for name, experiment in comparison.rows.items() if not is_complete(experiment, comparison.minutes)}
     for experiment in due.values():
         device = make_accelerator(experiment, trackers=False).device
         for train in (experiment.tokenizer.train, experiment.prior.train):
-            compiles(train, device)
+            should_compile(train, device)
     with run_lock(comparison.folder, next(iter(comparison.rows.values())).process_timeout):
         try:
             for name, experiment in due.items():
@@ -140,7 +139,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
                 # What was compiled for other rows counts against how many shapes a network may be compiled for.
                 torch.compiler.reset()
                 try:
-                    row_figures(experiment, comparison.minutes)
+                    run_variant(experiment, comparison.minutes)
                 except FloatingPointError as error:
                     write_figures(experiment, comparison.minutes, {"failed": str(error)})
                     print(f"{name} failed: {error}", flush=True)
@@ -153,14 +152,14 @@ def compare_tokenizers(comparison: Comparison) -> Path:
 
 def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
     settings = {**to_dict(experiment), "data": data_settings(to_dict(experiment.data)), "encode": encode_settings(experiment)}
-    return {**{key: settings[key] for key in (*_ALIKE, "tokenizer")}, "minutes": minutes}
+    return {**{key: settings[key] for key in (*SHARED_SETTINGS, "tokenizer")}, "minutes": minutes}
 
 
-def is_done(experiment: Experiment, minutes: float | None) -> bool:
+def is_complete(experiment: Experiment, minutes: float | None) -> bool:
     """Whether a row has its figures; refuses those that were made with other settings."""
     path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
     plan = _plan(experiment.folder)
-    made = as_made(_read(path)["made_with"] if path.is_file() else plan["made_with"] if plan else now)
+    made = upgrade_settings(_read(path)["made_with"] if path.is_file() else plan["made_with"] if plan else now)
     if differ := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose another name for this comparison, or remove "
@@ -185,27 +184,27 @@ def write_figures(experiment: Experiment, minutes: float | None, figures: Mappin
     """Writes a row's figures, with what they were made with, into its folder."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
     content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
-    write_file(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
+    atomic_write_text(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
 
 
-def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, float]:
+def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, float]:
     """Trains one tokenizer and a prior on its codes; the figures, which are also written to the row's folder."""
     given, folder = experiment, experiment.folder / "tokenizer"
     if minutes is not None:
         plan = _plan(experiment.folder)
-        steps = plan["steps"] if plan else steps_within(experiment, 60 * minutes)
+        steps = plan["steps"] if plan else steps_in_budget(experiment, 60 * minutes)
         experiment.folder.mkdir(parents=True, exist_ok=True)
-        write_file(experiment.folder / _PLAN, json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
+        atomic_write_text(experiment.folder / _PLAN, json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}))
         # Judged at the end alone: what evaluations cost differs between tokenizers. Compiled if it was when the pace was taken.
         train = experiment.tokenizer.train
-        compiled = compiles(train, make_accelerator(experiment, trackers=False).device)
+        compiled = should_compile(train, make_accelerator(experiment, trackers=False).device)
         train = replace(train, steps=steps, evaluate_every=steps, compile="on" if compiled else "off")
         experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     steps = experiment.tokenizer.train.steps
     resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()
     train_tokenizer(experiment)
     if not resumed:  # of a training in two parts neither time is that of the whole
-        write_file(experiment.folder / _TIME, json.dumps({"seconds": time.perf_counter() - start}) + "\n")
+        atomic_write_text(experiment.folder / _TIME, json.dumps({"seconds": time.perf_counter() - start}) + "\n")
     encode_dataset(experiment)
     train_prior(experiment)
     tokenizer = ImageTokenizer.load(folder)
@@ -225,27 +224,26 @@ def row_figures(experiment: Experiment, minutes: float | None) -> dict[str, floa
     }
     if (experiment.folder / _TIME).is_file():
         seconds = _read(experiment.folder / _TIME)["seconds"]
-        figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.numbers()[0] / seconds}
+        figures |= {"minutes": seconds / 60, "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / seconds}
     np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
     write_figures(given, minutes, figures)
     return figures
 
 
-def steps_within(experiment: Experiment, seconds: float) -> int:
-    """How many steps fit into this time, starting, compiling and rehearsing included: by the pace of a few that are run and thrown away,
+def steps_in_budget(experiment: Experiment, seconds: float) -> int:
+    """How many steps fit into this time, starting and compiling included: by the pace of a few that are run and thrown away,
     and of a few with the adversary where one joins later."""
     adversary = experiment.tokenizer.objective.adversary
     joins = adversary.start if adversary.weight else 0
-    before, pace = _pace(experiment, adversary=not joins)
+    before, pace = _seconds_per_step(experiment, adversary=not joins)
     if joins and before + joins * pace < seconds:
-        before, slower = _pace(experiment, adversary=True)
+        before, slower = _seconds_per_step(experiment, adversary=True)
         steps = joins + max(int((seconds - before - joins * pace) / slower), 0)
-        return max(steps - 2 * steps_in_all(steps), 1)
-    steps = max(int((seconds - before) / pace), 1)
-    return max(steps - steps_in_all(steps), 1)
+        return max(steps, 1)
+    return max(int((seconds - before) / pace), 1)
 
 
-def _pace(experiment: Experiment, *, adversary: bool) -> tuple[float, float]:
+def _seconds_per_step(experiment: Experiment, *, adversary: bool) -> tuple[float, float]:
     """Seconds before the first step and seconds a step, with the adversary from the start or without one."""
     objective = experiment.tokenizer.objective
     changed = replace(objective.adversary, start=0) if adversary else replace(objective.adversary, weight=0.0)
@@ -264,8 +262,8 @@ def _pace(experiment: Experiment, *, adversary: bool) -> tuple[float, float]:
         probe = replace(train, steps=_PROBE_STEPS, evaluate_every=_PROBE_STEPS, checkpoint_every=_PROBE_STEPS, keep_best=False)
         start = time.perf_counter()
         fit(
-            replace(task, batch=timed, pictures=dict), probe, accelerator, Path(scratch), seed=experiment.seed,
-            bf16=uses_bf16(experiment.precision, accelerator.device), compile_networks=compiles(train, accelerator.device),
+            replace(task, batch=timed, sample_images=dict), probe, accelerator, Path(scratch), seed=experiment.seed,
+            bf16=uses_bf16(experiment.precision, accelerator.device), compile_networks=should_compile(train, accelerator.device),
             label="pace", progress=False,
         )  # fmt: skip
     pace = float(np.median(np.diff(times)[_PROBE_STEPS // 2 :]))
@@ -303,17 +301,17 @@ def write_report(comparison: Comparison) -> None:
     for name in [*comparison.rows, *(name for name in found if name not in comparison.rows)]:
         if name not in found:
             continue
-        made = as_made(found[name].get("made_with", {}))
-        if name not in comparison.rows and (differ := [key for key in _ALIKE if made.get(key) != base[key]]):
+        made = upgrade_settings(found[name].get("made_with", {}))
+        if name not in comparison.rows and (differ := [key for key in SHARED_SETTINGS if made.get(key) != base[key]]):
             notes += f"\n{name} is left out: it was made with other settings ({', '.join(differ)})\n"
         else:
             every[name] = found[name]["figures"]
-    write_file(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
+    atomic_write_text(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
     figures = {name: row for name, row in every.items() if "failed" not in row}
     for name, row in every.items():
         if "failed" in row:
             notes += f"\n{name} failed: {row['failed']} (to try it again, remove {comparison.folder / name})\n"
-    write_file(comparison.folder / "comparison.md", table(figures) + notes)
+    atomic_write_text(comparison.folder / "comparison.md", table(figures) + notes)
     if not figures:
         return
     shown = [np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False) for name in figures]

@@ -1,4 +1,4 @@
-"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and `encode_elsewhere` for other programs.
+"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and `encode_for_export` for other programs.
 
 Knows what codes are made with and in which order; how files lie is for pipeline/data/codes/dataset.py and shards.py to know.
 """
@@ -24,19 +24,19 @@ from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
-from pipeline.data.codes.shards import EncodedRows, Shard, damage, kind_of, write_shard
+from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
 from pipeline.data.load import load_sources
 from pipeline.data.mixture import MixedSource, parts_of
-from pipeline.data.readers.images import shifted
-from pipeline.data.sampler import loaded_ahead
+from pipeline.data.readers.images import random_shift
+from pipeline.data.sampler import prefetch
 from pipeline.data.source import Source, Split, check_splits
 from pipeline.data.streaming.source import Sample, StreamSource
-from pipeline.data.worker_info import Share
-from pipeline.runtime.atomic_io import refuse_taken, write_file
+from pipeline.data.worker_info import WorkerInfo
+from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
-from pipeline.runtime.distributed import make_accelerator, processes
-from pipeline.stages.manifest import as_made, encode_settings, loaded
-from pipeline.stages.run_lock import alone_in_run, run_lock
+from pipeline.runtime.distributed import distributed_state, make_accelerator
+from pipeline.stages.manifest import encode_settings, load_complete, upgrade_settings
+from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
 _ALL = 10**9
@@ -44,7 +44,7 @@ _ALL = 10**9
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
-@alone_in_run
+@with_run_lock
 def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
     """Writes the codes of training and held-out pictures, split over the processes; returns their folder. What an interrupted try of the
     same left there is gone on from, and files of a whole folder that were damaged since are made anew.
@@ -61,7 +61,7 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
     if tokenizer_folder is not None:
         tokenizer = ImageTokenizer.load(tokenizer_folder)
     else:
-        tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
+        tokenizer = load_complete(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
@@ -69,14 +69,14 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         )
     by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     accelerator = make_accelerator(experiment, trackers=False)
-    plan, known = _what_is_there(folder, _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)))
+    plan, known = _load_progress(folder, _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)))
     files, whole = codes.planned_files(plan), (folder / codes.MANIFEST).is_file()
-    todo = _to_do(folder, [name for units in files.values() for name in units], known, accelerator)
+    todo = _pending_shards(folder, [name for units in files.values() for name in units], known, accelerator)
     if whole and not todo:
         return folder
     if accelerator.is_main_process and not whole:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
+        atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()
     tokenizer.to(accelerator.device).eval()
     # Dealt out anew, and not once for all: each process has an equal share of what is left, however many there were before the kill.
@@ -90,12 +90,14 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         with tqdm(total=total, desc=f"encode {split}", disable=not (own and accelerator.is_main_process), mininterval=1.0) as bar:
             for name, unit in own.items():
                 blocks = _encoded(tokenizer, by_split[split], unit, views, experiment, plan["bf16"], bar)
-                codes.record_shard(folder, write_shard(folder / name, blocks, codes=views * codes_a_view, kind=kind_of(plan["levels"])))
+                codes.mark_shard_done(folder, write_shard(folder / name, blocks, codes=views * codes_a_view, kind=kind_of(plan["levels"])))
     # A process that fails does not come this far, and its launcher ends the others.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         made = {name: codes.recorded_shard(folder, name) if name in todo else known[name] for units in files.values() for name in units}
-        codes.complete(folder, plan, {split: [_there(folder, name, made[name]) for name in units] for split, units in files.items()})
+        codes.write_manifest(
+            folder, plan, {split: [_require_shard(folder, name, made[name]) for name in units] for split, units in files.items()}
+        )
         for part in parts_of(by_split["train"]):
             if isinstance(part, StreamSource):
                 accelerator.print("\n".join(f"{part.name}: {problem}" for problem in part.problems))
@@ -103,7 +105,7 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
     return folder
 
 
-def encode_elsewhere(
+def encode_for_export(
     experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
 ) -> tuple[dict[str, int], list[str]]:
     """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the number of
@@ -113,19 +115,19 @@ def encode_elsewhere(
         FileExistsError: there is something else in `out` already.
         ValueError: as `encode_dataset`, of the folder beside `out` where the codes are until all of them are there.
     """
-    refuse_taken(out, codes.MANIFEST, "codes")
+    check_output_dir(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     with run_lock(made, experiment.process_timeout):
         encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
-        processes().wait_for_everyone()  # or the first could remove what the others have yet to find whole
-        if not processes().is_main_process:
+        distributed_state().wait_for_everyone()  # or the first could remove what the others have yet to find whole
+        if not distributed_state().is_main_process:
             return {}, []
         files = export_codes(made, out, form)
         shutil.rmtree(made)
     return codes.read_manifest(out)["rows"], files
 
 
-def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
+def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
     """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
     says. The fields of `encode` named in `but` stay as they are."""
     unlimited = "shapes" in experiment.data.sources
@@ -135,8 +137,8 @@ def every_picture_once(experiment: Experiment, but: Collection[str] = ()) -> Exp
 
 def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     """Training and held-out pictures, before anything else is written; every process must call."""
-    state = processes(experiment.process_timeout)
-    share = Share(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
+    state = distributed_state(experiment.process_timeout)
+    share = WorkerInfo(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
     for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
         seen = 1 if isinstance(part, StreamSource) else len(part)
@@ -186,7 +188,7 @@ def _starts(source: Source) -> list[int]:
     return source.starts[:-1].tolist() if isinstance(source, MixedSource) else [0]
 
 
-def _what_is_there(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
+def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
     """The plan to follow, and the files that were written by it.
 
     Raises:
@@ -213,7 +215,7 @@ def _what_is_there(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
     changes = [] if made["tokenizer"] == plan["tokenizer"] else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
-    before, now = _flat(as_made(made["settings"])), _flat(as_made(plan["settings"]))
+    before, now = _flat(upgrade_settings(made["settings"])), _flat(upgrade_settings(plan["settings"]))
     changes += [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key, name in (("seed", "seed of the views"), ("shard_rows", "encode.shard_rows")):
         if made[key] != plan[key]:
@@ -235,14 +237,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _to_do(folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator) -> list[str]:
+def _pending_shards(folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator) -> list[str]:
     """The files that are yet to be written: each process checks a part of those that are there."""
     hashed = sum(shard.bytes for shard in known.values()) <= codes.HASHED_BYTES
     wrong = {}
     for name in names[accelerator.process_index :: accelerator.num_processes]:
         if name not in known:
             wrong[name] = ""
-        elif found := damage(folder / name, known[name], hashed=hashed):
+        elif found := verify_shard(folder / name, known[name], hashed=hashed):
             wrong[name] = f"{folder / name} {found}; it is made anew"
     wrong = dict(gather_object(list(wrong.items())))
     for line in filter(None, wrong.values()):
@@ -252,7 +254,7 @@ def _to_do(folder: Path, names: Sequence[str], known: Mapping[str, Shard], accel
     return [name for name in names if name in wrong]
 
 
-def _there(folder: Path, name: str, shard: Shard | None) -> Shard:
+def _require_shard(folder: Path, name: str, shard: Shard | None) -> Shard:
     if shard is None or not (folder / name).is_file():
         raise ValueError(f"{folder / name} was not written; run `minidalle encode` again, which goes on from what is there")
     return shard
@@ -260,17 +262,19 @@ def _there(folder: Path, name: str, shard: Shard | None) -> Shard:
 
 @torch.no_grad()
 def _encoded(
-    tokenizer: ImageTokenizer, source: Source, unit: codes.Unit, views: int, experiment: Experiment, bf16: bool, bar: tqdm
+    tokenizer: ImageTokenizer, source: Source, unit: codes.ShardPlan, views: int, experiment: Experiment, bf16: bool, bar: tqdm
 ) -> Iterator[EncodedRows]:
     """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded, cropped and mirrored meanwhile."""
     size = experiment.encode.batch_size
     part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
     batches: Iterator[_Batch]
     if unit.rows is None:
-        batches = (b for _, b in loaded_ahead(lambda few: _of_stream(part, few, views, experiment), _in_few(part, first, unit, size)))
+        batches = (
+            b for _, b in prefetch(lambda few: _load_stream(part, few, views, experiment), _batched_samples(part, first, unit, size))
+        )
     else:
         rows = [list(unit.rows[start : start + size]) for start in range(0, len(unit.rows), size)]
-        batches = (b for _, b in loaded_ahead(lambda few: _of_rows(source, few, views, experiment), rows))
+        batches = (b for _, b in prefetch(lambda few: _load_rows(source, few, views, experiment), rows))
     for batch in batches:
         found = []
         for images in batch.views:
@@ -291,7 +295,7 @@ class _Batch:
     numbers: list[int]
 
 
-def _of_rows(source: Source, rows: list[int], views: int, experiment: Experiment) -> _Batch:
+def _load_rows(source: Source, rows: list[int], views: int, experiment: Experiment) -> _Batch:
     seen = [source.images(rows)]
     for view in range(1, views):
         images = source.images(rows, [_draw(experiment.seed, row, view) for row in rows]) if experiment.data.varies else seen[0]
@@ -299,7 +303,7 @@ def _of_rows(source: Source, rows: list[int], views: int, experiment: Experiment
     return _Batch(seen, source.all_captions(rows), rows)
 
 
-def _of_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment) -> _Batch:
+def _load_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment) -> _Batch:
     kept, numbers, pictures = [], [], []
     for number, sample in samples:
         if (picture := stream.decode(sample)) is not None:
@@ -314,7 +318,7 @@ def _of_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: i
     return _Batch(seen, [sample.captions for sample in kept], numbers)
 
 
-def _in_few(stream: StreamSource, first: int, unit: codes.Unit, size: int) -> Iterator[list[tuple[int, Sample]]]:
+def _batched_samples(stream: StreamSource, first: int, unit: codes.ShardPlan, size: int) -> Iterator[list[tuple[int, Sample]]]:
     """The samples of a shard with a number each that no other of the source has, some at a time."""
     samples = islice(stream.samples(unit.shard), unit.most)
     numbered = ((first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples))
@@ -328,4 +332,4 @@ def _draw(seed: int, row: int, view: int) -> int:
 
 def _shifted(images: np.ndarray, rows: list[int], view: int, experiment: Experiment) -> np.ndarray:
     options = experiment.encode
-    return shifted(images, rows, view, options.shift, experiment.seed, options.flip) if options.shift or options.flip else images
+    return random_shift(images, rows, view, options.shift, experiment.seed, options.flip) if options.shift or options.flip else images

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, to_dict
 from pipeline.config.inheritance import Stage, _read, stage_folder
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.atomic_io import disk_errors, write_folder
-from pipeline.stages.manifest import finish, finished, needed, start
+from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
+from pipeline.stages.manifest import begin_stage, finalize_stage, is_complete, require_complete
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextConfig, TextTokenizer
 
@@ -43,7 +43,7 @@ def tokenizer_identity(section: TokenizerSection) -> str | None:
     return None if section.init_from is None else _load_tokenizer(section.init_from).fingerprint
 
 
-def take_tokenizer(experiment: Experiment, folder: Path) -> None:
+def copy_frozen_tokenizer(experiment: Experiment, folder: Path) -> None:
     """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run.
 
     Raises:
@@ -52,13 +52,13 @@ def take_tokenizer(experiment: Experiment, folder: Path) -> None:
     assert experiment.tokenizer.init_from is not None
     tokenizer = _load_tokenizer(experiment.tokenizer.init_from)
     if experiment.prior.init_from is not None:  # said now, not after an hour of encoding
-        check_codes(experiment.prior.init_from, tokenizer.fingerprint)
+        check_tokenizer_match(experiment.prior.init_from, tokenizer.fingerprint)
     settings = {"init_from": tokenizer.fingerprint, "frozen": True, "train": to_dict(TrainConfig())}
-    if not finished(folder, settings):
-        finish(start(experiment, folder, settings), tokenizer, folder, settings, {})
+    if not is_complete(folder, settings):
+        finalize_stage(begin_stage(experiment, folder, settings), tokenizer, folder, settings, {})
 
 
-class PriorOrigin:
+class PretrainedPrior:
     """The prior and vocabulary that another prior starts from.
 
     Raises:
@@ -66,9 +66,9 @@ class PriorOrigin:
     """
 
     def __init__(self, given: str, fingerprint: str) -> None:
-        folder = check_codes(given, fingerprint)
+        folder = check_tokenizer_match(given, fingerprint)
         words = folder.parent / "text_tokenizer"
-        self.prior = ImagePrior.load(needed(folder, "train-prior"))
+        self.prior = ImagePrior.load(require_complete(folder, "train-prior"))
         self.text = TextTokenizer.load(words)
         self.identity = {
             "prior": self.prior.fingerprint,
@@ -77,16 +77,16 @@ class PriorOrigin:
         """What stays the same wherever it lies."""
         self._spelled: list[list[int]] = []
 
-    def vocabulary(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
+    def extend_vocab(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
         """The text tokenizer, with `config.length` slots and up to `config.new_entries` entries more for these captions."""
         text = self.text
         if config.new_entries:
-            text, self._spelled = text.grown(captions, config.new_entries)
+            text, self._spelled = text.extend_vocab(captions, config.new_entries)
         return TextTokenizer(text.fast, config.length)
 
-    def fill(self, prior: ImagePrior) -> None:
+    def load_into(self, prior: ImagePrior) -> None:
         """Gives a prior for that vocabulary the weights."""
-        prior.start_from(self.prior, self._spelled)
+        prior.load_pretrained(self.prior, self._spelled)
 
     def pieces(self, text: TextTokenizer, captions: list[str]) -> str:
         """How finely captions are cut by the old vocabulary and by the new one, in words."""
@@ -97,7 +97,7 @@ class PriorOrigin:
         return f"{line}; {added} entries more, into {new:.2f}" if added else line
 
 
-class Adapter:
+class LoRAAdapter:
     """What LoRA trains beside the matrices of a prior's blocks, which stay as they are, like everything else.
 
     Raises:
@@ -119,7 +119,7 @@ class Adapter:
             self._model: Any = get_peft_model(prior, config)  # changes the prior in place
         config.base_model_name_or_path = f"prior {identity['prior']}"  # to whoever finds the adapter alone
 
-    def end(self, folder: Path, accelerator: Accelerator) -> None:
+    def merge_and_save(self, folder: Path, accelerator: Accelerator) -> None:
         """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the matrices: the prior is a plain one again."""
 
         def write(beside: Path) -> None:
@@ -128,16 +128,16 @@ class Adapter:
 
         if accelerator.is_main_process:
             with disk_errors():
-                write_folder(folder / _ADAPTER, write)
+                atomic_write_dir(folder / _ADAPTER, write)
         prior = self._model.merge_and_unload()
         prior.requires_grad_(True)
 
 
 def _load_tokenizer(given: str) -> ImageTokenizer:
-    return ImageTokenizer.load(needed(stage_folder(given, "tokenizer"), "train-tokenizer"))
+    return ImageTokenizer.load(require_complete(stage_folder(given, "tokenizer"), "train-tokenizer"))
 
 
-def bundle_of(experiment: Experiment) -> Path | None:
+def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or that of the run it starts from; None where there is none."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
         places = (Path(given), Path(given) / "bundle", Path(given).parent, Path(given).parent / "bundle")
@@ -147,7 +147,7 @@ def bundle_of(experiment: Experiment) -> Path | None:
     return None
 
 
-def known_codes(prior: Path) -> str:
+def tokenizer_fingerprint_of(prior: Path) -> str:
     """Fingerprint of the tokenizer whose codes a prior was trained on.
 
     Raises:
@@ -163,14 +163,14 @@ def known_codes(prior: Path) -> str:
     return str(said)
 
 
-def check_codes(given: str, fingerprint: str) -> Path:
+def check_tokenizer_match(given: str, fingerprint: str) -> Path:
     """The folder of the prior to start from, which knows the codes of the tokenizer with this fingerprint.
 
     Raises:
         ValueError: it knows another tokenizer's codes; names both fingerprints.
     """
     prior = stage_folder(given, "prior")
-    if (known := known_codes(prior)) != fingerprint:
+    if (known := tokenizer_fingerprint_of(prior)) != fingerprint:
         raise ValueError(
             f"the prior in {prior} knows the codes of tokenizer {known}, and this run's tokenizer is {fingerprint}, whose codes mean "
             f"something else; set tokenizer.init_from={given} and tokenizer.frozen=true"
@@ -178,7 +178,7 @@ def check_codes(given: str, fingerprint: str) -> Path:
     return prior
 
 
-def check_origins(experiment: Experiment) -> None:
+def check_init_from(experiment: Experiment) -> None:
     """Refuses, before any work, weights that do not fit the configuration.
 
     Raises:

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, SequenceConfig, to_dict
 from pipeline.config.train import PriorTrainConfig, TrainConfig
-from pipeline.runtime.atomic_io import disk_errors, write_file
+from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 
 Made = TypeVar("Made")
-_CHANGES_NO_WEIGHT = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
+RESUME_SAFE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
 _CHANGES_NO_CODE = ("shard_rows",)
 _UNSTARTED: dict[str, Any] = {"init_from": None, "frozen": False}
 _PLAIN: dict[str, Any] = {"init_from": None, "lora_rank": 0, "lora_alpha": 16.0}
@@ -29,26 +29,26 @@ _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
 
-def start(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
+def begin_stage(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
     """Writes down what the run and its stage are made with, before there is anything that a later try could take for its own."""
     accelerator = make_accelerator(experiment, trackers=True)
     if accelerator.is_main_process:
         import yaml
 
         experiment.folder.mkdir(parents=True, exist_ok=True)
-        write_file(experiment.folder / "experiment.yaml", yaml.safe_dump(to_dict(experiment), sort_keys=False))
-    keep_settings(accelerator, folder, settings)
+        atomic_write_text(experiment.folder / "experiment.yaml", yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    write_stage_settings(accelerator, folder, settings)
     return accelerator
 
 
-def keep_settings(accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
+def write_stage_settings(accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
     """Writes down what a stage that is not done is made with."""
     if accelerator.is_main_process:
         write_settings(folder, {"settings": settings})
     accelerator.wait_for_everyone()
 
 
-def needed(folder: Path, verb: str) -> Path:
+def require_complete(folder: Path, verb: str) -> Path:
     written = read_settings(folder)
     if not folder.is_dir() or (written is not None and "held_out" not in written):
         state = "not finished" if folder.is_dir() else "not there"
@@ -56,7 +56,7 @@ def needed(folder: Path, verb: str) -> Path:
     return folder
 
 
-def loaded(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
+def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
     """What a stage of the same run made.
 
     Args:
@@ -66,14 +66,14 @@ def loaded(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
         FileNotFoundError: it is not done.
         ValueError: it is cut or damaged.
     """
-    folder = needed(folder, verb)
+    folder = require_complete(folder, verb)
     try:
         return load(folder)
     except ValueError as error:
         raise ValueError(f"{error}, or run `minidalle {verb}`, which delivers it again from its last checkpoint") from error
 
 
-def as_made(saved: dict[str, Any]) -> dict[str, Any]:
+def upgrade_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Saved settings of a stage, of codes or of a row of a comparison; those that there were none of then have their defaults."""
     filled = {"precision": "auto"} | saved
     if "data" in saved:
@@ -82,7 +82,7 @@ def as_made(saved: dict[str, Any]) -> dict[str, Any]:
         if name in saved:
             filled[name] = later | saved[name]
     if "codes" in saved:
-        filled["codes"] = saved["codes"] | {"settings": as_made(saved["codes"]["settings"])}
+        filled["codes"] = saved["codes"] | {"settings": upgrade_settings(saved["codes"]["settings"])}
     if isinstance(tokenizer := saved.get("tokenizer"), dict):  # a row of a comparison, which holds both sections
         filled["tokenizer"] = _UNSTARTED | tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
     if isinstance(saved.get("prior"), dict):
@@ -103,7 +103,7 @@ def encode_settings(experiment: Experiment) -> dict[str, Any]:
     return {key: value for key, value in to_dict(experiment.encode).items() if key not in _CHANGES_NO_CODE}
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> bool:
+def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the stage was completed with these settings; refuses a folder with weights made with others.
 
     More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
@@ -116,11 +116,11 @@ def finished(folder: Path, settings: dict[str, Any]) -> bool:
                 f"remove {folder} to begin anew"
             )
         return False
-    made, done = as_made(written["settings"]), "held_out" in written
+    made, done = upgrade_settings(written["settings"]), "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
     # Evaluations choose among weights where the best are kept, and change none elsewhere.
-    free = _CHANGES_NO_WEIGHT if settings["train"]["keep_best"] else (*_CHANGES_NO_WEIGHT, "evaluate_every")
+    free = RESUME_SAFE_FIELDS if settings["train"]["keep_best"] else (*RESUME_SAFE_FIELDS, "evaluate_every")
     differ += [
         f"train.{key}"
         for key, value in settings["train"].items()
@@ -146,13 +146,13 @@ def _is_whole(folder: Path) -> bool:
     return bool(weights)
 
 
-def as_chosen(train: Any, folder: Path) -> Any:
+def with_resolved_batch(train: Any, folder: Path) -> Any:
     """A stage's configuration with the numbers that an earlier try chose in place of `auto`."""
     written = (read_settings(folder) or {}).get("settings", {}).get("train", {})
     return replace(train, **{name: written.get(name, "auto") for name in ("batch_size", "accumulate") if getattr(train, name) == "auto"})
 
 
-def finish(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
+def finalize_stage(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
     """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
     if accelerator.is_main_process:
         with disk_errors():
@@ -181,11 +181,11 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def started_from(folder: Path) -> Any:
+def init_from_fingerprint(folder: Path) -> Any:
     """Fingerprints of what a stage was started from; None for one that began at random."""
-    return as_made((read_settings(folder) or {}).get("settings", {})).get("init_from")
+    return upgrade_settings((read_settings(folder) or {}).get("settings", {})).get("init_from")
 
 
 def write_settings(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n")
+    atomic_write_text(folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n")

@@ -13,52 +13,60 @@ from accelerate import Accelerator
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
-from pipeline.data.sampler import Order
+from pipeline.data.sampler import BatchSampler
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import write_folder
-from pipeline.runtime.devices import compiles, uses_bf16
+from pipeline.runtime.atomic_io import atomic_write_dir
+from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import picture_grid
-from pipeline.stages.finetune import Adapter, PriorOrigin, check_origins
-from pipeline.stages.manifest import as_chosen, as_made, finish, finished, keep_settings, loaded, start
-from pipeline.stages.run_lock import alone_in_run
+from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
+from pipeline.stages.manifest import (
+    begin_stage,
+    finalize_stage,
+    is_complete,
+    load_complete,
+    upgrade_settings,
+    with_resolved_batch,
+    write_stage_settings,
+)
+from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import EVALUATION_BATCH, _save_sample
-from pipeline.training.auto_batch import is_open, settled
+from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
-from stage2_prior.text import CAPTIONS_TO_LEARN, CaptionLengths
+from stage2_prior.text import CAPTIONS_TO_LEARN, LengthReport
 
 _ROWS_AT_A_TIME = 1000
 
 
-@alone_in_run
+@with_run_lock
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in `RUN/text_tokenizer`)."""
     folder = experiment.folder / "prior"
-    train = as_chosen(experiment.prior.train, folder)
-    tokenizer = loaded(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
+    train = with_resolved_batch(experiment.prior.train, folder)
+    tokenizer = load_complete(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
     codes = {split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")}
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
-    check_origins(experiment)
-    origin = PriorOrigin(experiment.prior.init_from, tokenizer.fingerprint) if experiment.prior.init_from else None
+    check_init_from(experiment)
+    origin = PretrainedPrior(experiment.prior.init_from, tokenizer.fingerprint) if experiment.prior.init_from else None
     settings = {
         "seed": experiment.seed,
         "precision": experiment.precision,
         "codes": {
             "tokenizer": codes["train"].manifest["tokenizer"],
             "sources": codes["train"].manifest["sources"],
-            "settings": as_made(codes["train"].manifest["settings"]),
+            "settings": upgrade_settings(codes["train"].manifest["settings"]),
         },
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
         **to_dict(replace(experiment.prior, train=train)),
         "init_from": origin and origin.identity,
     }
-    if finished(folder, settings):
+    if is_complete(folder, settings):
         return folder
-    accelerator = start(experiment, folder, settings)
+    accelerator = begin_stage(experiment, folder, settings)
     text = text_tokenizer(experiment, codes, accelerator, origin)
     vectors = tokenizer.code_vectors
     stream = StreamConfig(
@@ -76,12 +84,14 @@ def train_prior(experiment: Experiment) -> Path:
         raise ValueError(f"sampling.steps is {experiment.sampling.steps}; a picture has {codes_a_picture} codes, so it can be at most that")
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
-    prior.tell_code_vectors(vectors)
+    prior.set_codebook(vectors)
     if origin is not None:
-        origin.fill(prior)
-    adapter = Adapter(prior, experiment.prior, origin.identity) if origin and experiment.prior.lora_rank else None
+        origin.load_into(prior)
+    adapter = LoRAAdapter(prior, experiment.prior, origin.identity) if origin and experiment.prior.lora_rank else None
     shuffled = (experiment.seed, codes["train"].weights)
-    order = Order(codes["train"].lengths, accelerator.num_processes if is_open(train) else train.numbers()[0], *shuffled)
+    order = BatchSampler(
+        codes["train"].lengths, accelerator.num_processes if has_auto_batch(train) else train.resolved_batch()[0], *shuffled
+    )
     several = codes["train"].captions_in_all > len(codes["train"])
     truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
 
@@ -122,24 +132,24 @@ def train_prior(experiment: Experiment) -> Path:
 
     prior.checkpoint_activations = train.checkpoint_activations
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
-    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, rows=names)
-    if is_open(train):
-        train = settled(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
-        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
-        order = Order(codes["train"].lengths, train.numbers()[0], *shuffled)
+    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, sample_names=names)
+    if has_auto_batch(train):
+        train = resolve_auto_batch(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
+        write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+        order = BatchSampler(codes["train"].lengths, train.resolved_batch()[0], *shuffled)
     figures = fit(
         task, train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
-        compile_networks=compiles(train, accelerator.device), label="prior",
+        compile_networks=should_compile(train, accelerator.device), label="prior",
     )  # fmt: skip
     if adapter is not None:
-        adapter.end(folder, accelerator)
-    finish(accelerator, prior, folder, settings, figures)
+        adapter.merge_and_save(folder, accelerator)
+    finalize_stage(accelerator, prior, folder, settings, figures)
     return folder
 
 
 def text_tokenizer(
-    experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator, origin: PriorOrigin | None = None
+    experiment: Experiment, codes: dict[str, CodesDataset], accelerator: Accelerator, origin: PretrainedPrior | None = None
 ) -> TextTokenizer:
     """Trains the text tokenizer, takes it over with the prior to start from, or loads that of the checkpoint that the prior goes on from;
     keeps it once every caption fits."""
@@ -148,18 +158,18 @@ def text_tokenizer(
     goes_on = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
     learned = chain.from_iterable(_caption_batches(codes["train"], CAPTIONS_TO_LEARN))
     if origin is not None:  # also where it goes on: the new entries and what spells them follow from the captions
-        text = origin.vocabulary(learned, config)
+        text = origin.extend_vocab(learned, config)
         accelerator.print(origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME))))
     else:
-        text = TextTokenizer.load(folder) if goes_on else TextTokenizer.of(config, learned)
-    lengths = CaptionLengths(text.length)
+        text = TextTokenizer.load(folder) if goes_on else TextTokenizer.from_config(config, learned)
+    lengths = LengthReport(text.length)
     for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
         lengths.add(captions, text.lengths(captions))
     lengths.check(truncate=config.truncate)
     if lengths.too_long:
         accelerator.print(f"{lengths.too_long} of {lengths.count} captions are cut to text.length={text.length} slots")
     if accelerator.is_main_process and not goes_on:
-        write_folder(folder, text.save)
+        atomic_write_dir(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
 

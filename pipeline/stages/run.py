@@ -13,14 +13,14 @@ import torch
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import write_file
+from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import picture_grid
 from pipeline.stages.encode import encode_dataset
-from pipeline.stages.manifest import loaded, needed, started_from
+from pipeline.stages.manifest import init_from_fingerprint, load_complete, require_complete
 from pipeline.stages.prior import train_prior
-from pipeline.stages.run_lock import alone_in_run
+from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import _save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextTokenizer
@@ -31,15 +31,15 @@ def assemble_bundle(experiment: Experiment) -> Path:
     folder = experiment.folder
     manifest = read_manifest(folder / "codes")
     pipe = TextToImagePipeline(
-        loaded(ImageTokenizer.load, folder / "tokenizer", "train-tokenizer"),
-        loaded(ImagePrior.load, folder / "prior", "train-prior"),
-        TextTokenizer.load(needed(folder / "text_tokenizer", "train-prior")),
+        load_complete(ImageTokenizer.load, folder / "tokenizer", "train-tokenizer"),
+        load_complete(ImagePrior.load, folder / "prior", "train-prior"),
+        TextTokenizer.load(require_complete(folder / "text_tokenizer", "train-prior")),
         experiment.sampling,
         trained_on={
             "experiment": experiment.name,
             "data": to_dict(experiment.data),
             "sources": manifest["sources"],
-            "started_from": {stage: started_from(folder / stage) for stage in ("tokenizer", "prior")},
+            "started_from": {stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")},
             "codes_in_bf16": manifest.get("bf16", uses_bf16(experiment.precision, torch.device("cpu"))),
         },
     )
@@ -47,7 +47,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     return folder / "bundle"
 
 
-@alone_in_run
+@with_run_lock
 def run(experiment: Experiment) -> Path:
     """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
     train_tokenizer(experiment)
@@ -61,6 +61,6 @@ def run(experiment: Experiment) -> Path:
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
         images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
         _save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
-        write_file(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
+        atomic_write_text(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"

@@ -29,7 +29,7 @@ _held: set[Path] = set()
 """Run folders that this process holds: a verb's stages come in after the verb."""
 
 
-def alone_in_run(stage: Callable[Concatenate[Experiment, P], T]) -> Callable[Concatenate[Experiment, P], T]:
+def with_run_lock(stage: Callable[Concatenate[Experiment, P], T]) -> Callable[Concatenate[Experiment, P], T]:
     """Has a stage - a function of the experiment - hold the run folder while it works; one told to write to another `folder` needs none."""
 
     @wraps(stage)
@@ -58,10 +58,10 @@ def run_lock(folder: Path, process_timeout: int) -> Iterator[None]:
     main = os.environ.get("RANK", "0") == "0"
     file, refusal = _acquire(folder) if main else (None, None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pipeline.runtime.distributed import processes, told_by_main
+        from pipeline.runtime.distributed import broadcast_from_main, distributed_state
 
-        processes(process_timeout)  # the first to ask decides for how long they wait
-        refusal = told_by_main(refusal)
+        distributed_state(process_timeout)  # the first to ask decides for how long they wait
+        refusal = broadcast_from_main(refusal)
     if refusal:
         raise ValueError(refusal)
     _held.add(folder)

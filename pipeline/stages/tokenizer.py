@@ -14,16 +14,16 @@ from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.mixture import parts_of
 from pipeline.data.source import Source
-from pipeline.data.streaming.feed import feed_of
+from pipeline.data.streaming.feed import batch_loader
 from pipeline.data.streaming.source import StreamSource
-from pipeline.runtime.atomic_io import written_beside
-from pipeline.runtime.devices import compiles, uses_bf16
+from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
 from pipeline.stages.encode import sources_of
-from pipeline.stages.finetune import check_origins, new_tokenizer, take_tokenizer, tokenizer_identity
-from pipeline.stages.manifest import as_chosen, finish, finished, keep_settings, start
-from pipeline.stages.run_lock import alone_in_run
-from pipeline.training.auto_batch import is_open, settled
+from pipeline.stages.finetune import check_init_from, copy_frozen_tokenizer, new_tokenizer, tokenizer_identity
+from pipeline.stages.manifest import begin_stage, finalize_stage, is_complete, with_resolved_batch, write_stage_settings
+from pipeline.stages.run_lock import with_run_lock
+from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
@@ -31,15 +31,15 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
 EVALUATION_BATCH = 64
 
 
-@alone_in_run
+@with_run_lock
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
     folder = experiment.folder / "tokenizer"
-    check_origins(experiment)
+    check_init_from(experiment)
     if experiment.tokenizer.frozen:
-        take_tokenizer(experiment, folder)
+        copy_frozen_tokenizer(experiment, folder)
         return folder
-    train = as_chosen(experiment.tokenizer.train, folder)
+    train = with_resolved_batch(experiment.tokenizer.train, folder)
     source, held_out = sources_of(experiment)
     settings = {
         "seed": experiment.seed,
@@ -49,25 +49,25 @@ def train_tokenizer(experiment: Experiment) -> Path:
         **to_dict(replace(experiment.tokenizer, train=train)),
         "init_from": tokenizer_identity(experiment.tokenizer),
     }
-    if finished(folder, settings):
+    if is_complete(folder, settings):
         return folder
-    accelerator = start(experiment, folder, settings)
+    accelerator = begin_stage(experiment, folder, settings)
     _report(accelerator, source)
-    if is_open(train):  # by a tokenizer that is thrown away again
+    if has_auto_batch(train):  # by a tokenizer that is thrown away again
         few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
         few_at_a_time = replace(experiment, tokenizer=few)
-        train = settled(
+        train = resolve_auto_batch(
             train, tokenizer_task(few_at_a_time, accelerator, source, held_out)[0], experiment.precision, accelerator,
             rows=_most_rows(source), label="tokenizer",
         )  # fmt: skip
-        keep_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
+        write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
     experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
     figures = fit(
         task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
-        compile_networks=compiles(train, accelerator.device), label="tokenizer",
+        compile_networks=should_compile(train, accelerator.device), label="tokenizer",
     )  # fmt: skip
-    finish(accelerator, tokenizer, folder, settings, figures)
+    finalize_stage(accelerator, tokenizer, folder, settings, figures)
     return folder
 
 
@@ -76,7 +76,7 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
     torch.manual_seed(experiment.seed)
     tokenizer = new_tokenizer(experiment.tokenizer)
     place = (accelerator.process_index, accelerator.num_processes)
-    feed = feed_of(source, experiment.tokenizer.train.numbers()[0], experiment.seed, *place, folder=experiment.folder / "data")
+    feed = batch_loader(source, experiment.tokenizer.train.resolved_batch()[0], experiment.seed, *place, folder=experiment.folder / "data")
 
     def batch(step: int) -> torch.Tensor:
         return torch.from_numpy(feed.pictures(step))
@@ -95,12 +95,11 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
         _save_sample(experiment, "reconstructions", grid)
         # The most used code on the left: flat is good, and what falls off early is wasted.
-        uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.uses())}
+        uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.usage())}
         return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    begins = [experiment.tokenizer.objective.adversary.start] if objective.discriminator else []
-    return Task(objective, batch, held_out_batches, "nll", pictures, objective.alarm, feed.names, begins), tokenizer
+    return Task(objective, batch, held_out_batches, "nll", pictures, objective.check_health, feed.names), tokenizer
 
 
 def _most_rows(source: Source) -> int:
@@ -118,5 +117,5 @@ def _report(accelerator: Accelerator, source: Source) -> None:
 def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    with written_beside(folder / f"{name}.png") as beside:
+    with atomic_write(folder / f"{name}.png") as beside:
         grid_image(grid).save(beside, "PNG")

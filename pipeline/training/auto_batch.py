@@ -17,20 +17,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.devices import USABLE, compiles, free_memory, out_of_memory, readable, uses_bf16
-from pipeline.training.memory_estimate import Losses, growth, needs, peak_of_step, repeated, state_bytes, to_device
-from pipeline.training.snapshot import as_they_were
+from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, format_bytes, free_memory, is_out_of_memory, should_compile, uses_bf16
+from pipeline.training.memory_estimate import Losses, estimate_memory, fit_memory_model, peak_of_step, state_bytes, tile_rows, to_device
+from pipeline.training.snapshot import preserve_state
 
 LARGEST = 1024
 """Pictures a step that `batch_size: auto` does not go beyond, since more of them teach little more."""
 
 
-def is_open(config: TrainConfig) -> bool:
+def has_auto_batch(config: TrainConfig) -> bool:
     """Whether there is something left to choose."""
     return "auto" in (config.batch_size, config.accumulate)
 
 
-def choices(config: TrainConfig, rows: int, processes: int) -> list[tuple[int, int]]:
+def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tuple[int, int]]:
     """The (batch_size, accumulate) that may be chosen, in the order in which they are wanted.
 
     Args:
@@ -55,7 +55,7 @@ def choose(options: list[tuple[int, int]], processes: int, fits: Callable[[int],
     return next(((size, parts) for size, parts in options if fits(size // processes // parts)), None)
 
 
-def settled(config: Any, task: Any, precision: str, accelerator: Accelerator, *, rows: int, label: str) -> Any:
+def resolve_auto_batch(config: Any, task: Any, precision: str, accelerator: Accelerator, *, rows: int, label: str) -> Any:
     """The configuration with numbers in place of `auto`, the same on every process; says which.
 
     Args:
@@ -69,47 +69,47 @@ def settled(config: Any, task: Any, precision: str, accelerator: Accelerator, *,
     objective = task.objective
     for network in objective.networks.values():
         network.to(accelerator.device).train()
-    example = partial(repeated, to_device(task.batch(0), accelerator.device))
+    example = partial(tile_rows, to_device(task.batch(0), accelerator.device))
     autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=uses_bf16(precision, accelerator.device))
-    compiled = compiles(config, accelerator.device)
-    options, device, processes = choices(config, rows, accelerator.num_processes), accelerator.device, accelerator.num_processes
+    compiled = should_compile(config, accelerator.device)
+    options, device, processes = batch_candidates(config, rows, accelerator.num_processes), accelerator.device, accelerator.num_processes
     most = max(size // processes // parts for size, parts in options)
     state = state_bytes(objective.networks, config)
-    grown = growth(objective, example, config.steps - 1, autocast, device, most=most)
+    grown = fit_memory_model(objective, example, config.steps - 1, autocast, device, most=most)
     # Processes of one machine share its memory; each of its cards is one process's alone.
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     least = min(gather_object([free_memory(device)]))  # all must choose the same
-    usable = USABLE * least / sharing
+    usable = USABLE_MEMORY_FRACTION * least / sharing
 
     def to_come(count: int) -> float:
         """What will be taken that is not taken yet."""
-        need = needs(state, grown, count, device, compiled=compiled, several=processes > 1, held=None)
+        need = estimate_memory(state, grown, count, device, compiled=compiled, several=processes > 1)
         return need.peak - state.parameters
 
     def fits(count: int) -> bool:
         if to_come(count) > usable:
             return False
         # Beside others no process may leave the common work, as one that runs out of memory would: there the measure above decides.
-        return device.type != "cuda" or processes > 1 or _runs(objective, example(count), config.steps - 1, autocast, device)
+        return device.type != "cuda" or processes > 1 or _fits(objective, example(count), config.steps - 1, autocast, device)
 
     chosen = choose(options, processes, fits)
     if chosen is None:
         raise MemoryError(
-            f"{label}: not one picture at a time fits: it takes {readable(to_come(1))} beside the weights, and {readable(usable)} of "
-            f"{device} may be used; close other programs, use a smaller model, or prior.train.checkpoint_activations=true"
+            f"{label}: not one picture at a time fits: it takes {format_bytes(to_come(1))} beside the weights, and {format_bytes(usable)} "
+            f"of {device} may be used; close other programs, use a smaller model, or prior.train.checkpoint_activations=true"
         )
     size, parts = chosen
-    accelerator.print(f"{label}: batch_size {size}, accumulate {parts}: what {readable(usable)} of memory allow")
+    accelerator.print(f"{label}: batch_size {size}, accumulate {parts}: what {format_bytes(usable)} of memory allow")
     return replace(config, batch_size=size, accumulate=parts)
 
 
-def _runs(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> bool:
+def _fits(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> bool:
     """Whether the gradient of a batch can be taken."""
     try:
-        with as_they_were(objective.networks.values()):
+        with preserve_state(objective.networks.values()):
             peak_of_step(objective, batch, step, autocast, device)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         return False

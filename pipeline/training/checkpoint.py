@@ -1,6 +1,6 @@
 """Writes and reads checkpoints, whole or not at all. Knows tensors, JSON and folders; knows no stage.
 
-A checkpoint is `step-N/` with `weights.safetensors` (networks), `average.safetensors`, `optimizer.safetensors`, `state.json` and, written
+A checkpoint is `step-N/` with `weights.safetensors` (networks), `ema.safetensors`, `optimizer.safetensors`, `state.json` and, written
 last, `manifest.json`: the size and hash of each of the others. It is written beside, synced and renamed, so a kill leaves a whole one or
 none; what happens to it later (a cut copy, a bad disk) is found when it is read.
 """
@@ -10,31 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.runtime.atomic_io import write_folder
+from pipeline.runtime.atomic_io import atomic_write_dir
 
 FORMAT = 2
 """Of run folders and checkpoints. The first said no version and had no manifest; it is read still, unverified."""
 _READ = (1, FORMAT)
 _MANIFEST = "manifest.json"
-_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json")
+_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
 
-class OtherFormat(ValueError):
+class UnsupportedFormat(ValueError):
     """Written by a version of this program that wrote another format than this one reads."""
 
 
-class DamagedCheckpoint(ValueError):
+class CorruptedCheckpoint(ValueError):
     """A checkpoint's files are not those that were written; the text says how they differ."""
+
+
+class HasState(Protocol):
+    """What a checkpoint asks of networks and optimizers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -50,16 +56,16 @@ class State:
 
 
 def check_format(found: Any, where: Path) -> None:
-    """Raises OtherFormat for one that this version does not read."""
+    """Raises UnsupportedFormat for one that this version does not read."""
     if found not in _READ:
         age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
-        raise OtherFormat(
+        raise UnsupportedFormat(
             f"{where} is of format {found}, which {age} version of this program wrote, and this one reads {_READ[0]} to {_READ[-1]}; "
             "go on with the version that wrote it, or choose another name for this run"
         )
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Every `step-N` in a folder, damaged or not, the newest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
     return sorted(found, key=_step, reverse=True)
@@ -67,23 +73,23 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing state."""
-    return next((p for p in checkpoints_in(folder) if (p / "state.json").is_file()), None)
+    return next((p for p in list_checkpoints(folder) if (p / "state.json").is_file()), None)
 
 
 def save_checkpoint(
     folder: Path,
     state: State,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    average: Sequence[Tensor],
+    networks: Mapping[str, HasState],
+    optimizers: Mapping[str, HasState],
+    ema: Sequence[Tensor],
     *,
     keep: int,
-    whole: set[Path] | None = None,
-) -> Path:
-    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints.
+    verified: Collection[Path] = (),
+) -> set[Path]:
+    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints; returns those that are left.
 
     Args:
-        whole: checkpoints known to be whole, which need not be read again to be counted; this one is added.
+        verified: checkpoints known to be whole, which need not be read again to be counted.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -92,7 +98,7 @@ def save_checkpoint(
     def write(beside: Path) -> None:
         weights = {f"{g}.{k}": v.detach() for g, net in networks.items() for k, v in net.state_dict().items()}
         _save(weights, beside / "weights.safetensors")
-        _save({f"{i:05d}": t for i, t in enumerate(average)}, beside / "average.safetensors")
+        _save({f"{i:05d}": t for i, t in enumerate(ema)}, beside / "ema.safetensors")
         moments = {
             f"{group}.{index}.{name}": torch.as_tensor(value)
             for group, optimizer in optimizers.items()
@@ -105,37 +111,33 @@ def save_checkpoint(
         files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)} for name in _FILES}
         (beside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=2) + "\n")
 
-    whole = set() if whole is None else whole
     target = folder / f"step-{state.step}"
-    write_folder(target, write)
-    for later in checkpoints_in(folder):
+    atomic_write_dir(target, write)
+    for later in list_checkpoints(folder):
         if _step(later) > state.step:  # passed over as damaged, or training would have gone on from it
             shutil.rmtree(later)
-    whole.add(target)
-    prune(folder, target, keep, whole)
-    return target
+    return prune_checkpoints(folder, target, keep, verified)
 
 
-def prune(folder: Path, newest: Path, keep: int, whole: set[Path]) -> None:
-    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a damaged one takes no place of
-    theirs. `whole` are those known to be whole already; it grows."""
-    kept = 1
-    for path in checkpoints_in(folder):
+def prune_checkpoints(folder: Path, newest: Path, keep: int, verified: Collection[Path]) -> set[Path]:
+    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a corrupted one takes no place of
+    theirs. Those in `verified` are known to be whole and are not read. Returns those that are left."""
+    kept = {newest}
+    for path in list_checkpoints(folder):
         if _step(path) >= _step(newest):
             continue
-        if kept < keep and (path in whole or damage(path) is None):
-            kept += 1
-            whole.add(path)
+        if len(kept) < keep and (path in verified or verify_checkpoint(path) is None):
+            kept.add(path)
         else:
             shutil.rmtree(path)
-            whole.discard(path)
+    return kept
 
 
-def damage(path: Path) -> str | None:
+def verify_checkpoint(path: Path) -> str | None:
     """How a checkpoint's files differ from those of its manifest; None where they do not, or where it is of the format without one.
 
     Raises:
-        OtherFormat: it is of a format that this version does not read.
+        UnsupportedFormat: it is of a format that this version does not read.
     """
     try:
         if not (path / _MANIFEST).is_file():
@@ -147,7 +149,7 @@ def damage(path: Path) -> str | None:
         files = {name: (said["bytes"], said["sha256"]) for name, said in manifest["files"].items()}
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OtherFormat:
+    except UnsupportedFormat:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{_MANIFEST if (path / _MANIFEST).is_file() else 'state.json'} cannot be read: {error}"
@@ -179,10 +181,10 @@ def load_newest(
         ValueError: there are checkpoints and all are damaged; or as `load_checkpoint` does.
     """
     damaged: dict[Path, str] = {}
-    for path in checkpoints_in(folder):
+    for path in list_checkpoints(folder):
         try:
             state = load_checkpoint(path, networks, optimizers, average)
-        except DamagedCheckpoint as error:
+        except CorruptedCheckpoint as error:
             damaged[path] = str(error)
             continue
         for bad, why in damaged.items():
@@ -200,20 +202,20 @@ def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: M
     """Fills networks, optimizers and averages in place, once every file is found to be as it was written.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut or changed.
+        CorruptedCheckpoint: a file is missing, cut or changed.
         ValueError: the checkpoint belongs to another configuration, or is of a format that this version does not read.
     """
-    if problem := damage(path):
-        raise DamagedCheckpoint(problem)
+    if problem := verify_checkpoint(path):
+        raise CorruptedCheckpoint(problem)
     try:
         said = json.loads((path / "state.json").read_text())
         state = State(int(said["step"]), dict(said["best"]), int(said.get("skipped", 0)))
         made_with = said["optimizers"]
         weights = load_file(path / "weights.safetensors")
-        averages = load_file(path / "average.safetensors")
+        averages = load_file(path / "ema.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # without a manifest it is found here
-        raise DamagedCheckpoint(str(error)) from error
+        raise CorruptedCheckpoint(str(error)) from error
     for group, network in networks.items():
         own = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
         expected = network.state_dict()

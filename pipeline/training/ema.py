@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from pipeline.config.train import TrainConfig
 
 
-def average_decay(step: int, config: TrainConfig) -> float:
+def ema_decay(step: int, config: TrainConfig) -> float:
     """Decay of the weight average: short at first, so that the random start is forgotten."""
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
-class WeightAverage:
+class EMA:
     """Exponential moving average of every parameter that is trained; buffers (codebook statistics are averages already) are not
-    averaged, nor is what a module's `jumping_parameters` names."""
+    averaged, nor is what a module's `ema_excluded_parameters` names."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
         self.shadow = [p.detach().clone() for p in self.parameters]
         modules = (module for network in networks.values() for module in network.modules())
-        jumping = {id(p) for module in modules for p in getattr(module, "jumping_parameters", list)()}
+        jumping = {id(p) for module in modules for p in getattr(module, "ema_excluded_parameters", list)()}
         self._jumping = [i for i, p in enumerate(self.parameters) if id(p) in jumping]
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,17 +22,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.training.checkpoint import HasState
+from pipeline.training.ema import EMA
+
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
-def asked_for() -> bool:
+def fsdp_requested() -> bool:
     """Whether `accelerate launch` was given an FSDP configuration (or the environment says what it would say)."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def wrap_ddp(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A whole network whose gradients are averaged over the processes."""
-    if not asked_for():
+    if not fsdp_requested():
         return accelerator.prepare(network)
     if accelerator.num_processes == 1:
         return network
@@ -40,85 +44,114 @@ def wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     return DistributedDataParallel(network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory; a whole tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of all processes' parts; every process calls this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Trained:
+class Steppers(Protocol):
+    """What steps networks."""
+
+    @property
+    def optimizers(self) -> Optimizers: ...
+    @property
+    def ema(self) -> EMA: ...
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint holds, by group, whole; on the main process alone where it had to be gathered."""
+
+    networks: Mapping[str, HasState]
+    optimizers: Mapping[str, HasState]
+    ema: Sequence[Tensor]
+
+
+class ModelState:
     """Whole networks, trained as they are.
 
     Attributes:
         networks: what is trained, by group.
     """
 
-    def __init__(self, plain: Mapping[str, nn.Module], optimizers: Optimizers, average: Any, accelerator: Accelerator) -> None:
-        self.plain, self.optimizers, self.average, self.accelerator = plain, optimizers, average, accelerator
+    saves_together = False
+    """Whether all processes take part in `checkpoint_state`."""
+
+    def __init__(
+        self,
+        plain: Mapping[str, nn.Module],
+        optimizers: Optimizers,
+        ema: EMA,
+        accelerator: Accelerator,
+        build: Callable[[Mapping[str, nn.Module]], Steppers],
+    ) -> None:
+        self.plain, self.optimizers, self.ema, self.accelerator = plain, optimizers, ema, accelerator
         self.networks: dict[str, nn.Module] = dict(plain)
 
     def for_training(self, group: str) -> nn.Module:
         """The module that losses call."""
-        return wrapped(self.networks[group], self.accelerator)
+        return wrap_ddp(self.networks[group], self.accelerator)
 
     def compile(self) -> None:
         """Compiles what losses call."""
         for network in self.networks.values():
             network.compile_networks()  # type: ignore[operator]
 
-    def held(self) -> int:
-        """Bytes of this process's averages, and of its moments where it goes on from a checkpoint."""
-        moments = [value for optimizer in self.optimizers.values() for state in _states(optimizer) for value in state.values()]
-        return sum(local(tensor).nbytes for tensor in (*self.average.shadow, *moments))
-
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Within it the whole networks hold the averaged weights, on the main process."""
-        if self.accelerator.is_main_process:
-            self.average.swap()
-        yield
-        if self.accelerator.is_main_process:
-            self.average.swap()
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self.ema.swap()
+        try:
+            yield
+        finally:
+            self.ema.swap()
 
-    def saved(self) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[Tensor]]:
-        """Networks, optimizers and averages as checkpoints hold them; every process calls this, and the main one may use it."""
-        return self.plain, self.optimizers, self.average.shadow
+    def checkpoint_state(self) -> CheckpointState:
+        """What checkpoints hold; every process calls this, and the main one may use it."""
+        return CheckpointState(self.plain, self.optimizers, self.ema.shadow)
 
-    def end(self) -> None:
+    def load_ema(self) -> None:
         """Leaves the averaged weights in the whole networks."""
-        self.average.swap()
+        self.ema.swap()
 
 
-class Cut(Trained):
-    """Networks that name their `shard_units` are cut; what they were made of, moments and averages too."""
+class FSDPModelState(ModelState):
+    """Networks that name their `shard_units` are sharded; what they were made of, moments and averages too."""
+
+    saves_together = True
 
     def __init__(
         self,
         plain: Mapping[str, nn.Module],
         optimizers: Optimizers,
-        average: Any,
+        ema: EMA,
         accelerator: Accelerator,
-        remake: Callable[[Mapping[str, nn.Module]], tuple[Optimizers, Any]],
+        build: Callable[[Mapping[str, nn.Module]], Steppers],
     ) -> None:
-        super().__init__(plain, optimizers, average, accelerator)
+        super().__init__(plain, optimizers, ema, accelerator, build)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for group, network in plain.items():
-            cut = copy.deepcopy(network).to(accelerator.device)
-            for unit in (*cut.shard_units(), cut):  # type: ignore[operator]
+            sharded = copy.deepcopy(network).to(accelerator.device)
+            for unit in (*sharded.shard_units(), sharded):  # type: ignore[operator]
                 fully_shard(unit, mesh=mesh)
-            self.networks[group] = cut
-        self.optimizers, self.average = remake(self.networks)
-        for own, given in zip(self.average.shadow, average.shadow, strict=True):
-            own.copy_(like(given, own))
+            self.networks[group] = sharded
+        built = build(self.networks)
+        self.optimizers, self.ema = built.optimizers, built.ema
+        for own, given in zip(self.ema.shadow, ema.shadow, strict=True):
+            own.copy_(shard_like(given, own))
         for name, optimizer in self.optimizers.items():
             for parameter, values in zip(_parameters(optimizer), _states(optimizers[name]), strict=True):
-                if values:  # it goes on from a checkpoint
+                if values:  # it resumes from a checkpoint
                     optimizer.state[parameter] = {
-                        key: like(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
+                        key: shard_like(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
                     }
 
     def for_training(self, group: str) -> nn.Module:
@@ -130,33 +163,37 @@ class Cut(Trained):
                 unit.compile(dynamic=False)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """The gathered averages; the whole networks are on the device meanwhile, on the main process alone."""
-        self._fill(self.average.shadow)
-        main = self.accelerator.is_main_process
-        for network in self.plain.values() if main else ():
+        self._fill(self.ema.shadow)
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        for network in self.plain.values():
             network.to(self.accelerator.device)
-        yield
-        for network in self.plain.values() if main else ():
-            network.to("cpu")
+        try:
+            yield
+        finally:
+            for network in self.plain.values():
+                network.to("cpu")
 
-    def saved(self) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[Tensor]]:
-        networks = {group: _Held(self._gathered(network.state_dict())) for group, network in self.networks.items()}
+    def checkpoint_state(self) -> CheckpointState:
+        networks = {group: _StateDict(self._gathered(network.state_dict())) for group, network in self.networks.items()}
         optimizers = {}
         for name, optimizer in self.optimizers.items():
             states = {i: self._gathered(values) for i, values in enumerate(_states(optimizer)) if values}
-            optimizers[name] = _Held({"state": states})
-        return networks, optimizers, list(self._gathered(dict(enumerate(self.average.shadow))).values())
+            optimizers[name] = _StateDict({"state": states})
+        return CheckpointState(networks, optimizers, list(self._gathered(dict(enumerate(self.ema.shadow))).values()))
 
-    def end(self) -> None:
-        self._fill(self.average.shadow)
+    def load_ema(self) -> None:
+        self._fill(self.ema.shadow)
 
     def _fill(self, parameters: Sequence[Tensor]) -> None:
         """Puts parameters, and buffers as they are now, into the whole networks."""
         owners = [p for network in self.plain.values() for p in network.parameters() if p.requires_grad]
         with torch.no_grad():
             for owner, value in zip(owners, parameters, strict=True):
-                owner.copy_(whole(value))
+                owner.copy_(full_tensor(value))
             for group, network in self.plain.items():
                 for buffer, value in zip(network.buffers(), self.networks[group].buffers(), strict=True):
                     buffer.copy_(value)
@@ -165,13 +202,13 @@ class Cut(Trained):
         """Whole tensors in the CPU's memory, on the main process; one after another, or a card would hold all of them."""
         held = {}
         for key, tensor in tensors.items():
-            value = whole(torch.as_tensor(tensor).detach())
+            value = full_tensor(torch.as_tensor(tensor).detach())
             if self.accelerator.is_main_process:
                 held[key] = value.cpu()
         return held
 
 
-class _Held:
+class _StateDict:
     """Tensors in the form in which checkpoints ask for them."""
 
     def __init__(self, state: dict[Any, Any]) -> None:
@@ -181,7 +218,7 @@ class _Held:
         return self._state
 
 
-def like(tensor: Tensor, cut: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, cut: Tensor) -> Tensor:
     """A whole tensor, cut as another of its shape is; nothing is sent, since every process has it."""
     if not isinstance(cut, DTensor):
         return tensor
@@ -197,6 +234,6 @@ def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     return [dict(optimizer.state.get(parameter, {})) for parameter in _parameters(optimizer)]
 
 
-def can_cut(networks: Mapping[str, nn.Module], accelerator: Accelerator) -> bool:
+def can_shard(networks: Mapping[str, nn.Module], accelerator: Accelerator) -> bool:
     """Whether FSDP is asked for, there is more than one process, and the networks say how they are cut."""
-    return asked_for() and accelerator.num_processes > 1 and all(hasattr(network, "shard_units") for network in networks.values())
+    return fsdp_requested() and accelerator.num_processes > 1 and all(hasattr(network, "shard_units") for network in networks.values())

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.devices import readable
-from pipeline.training.fsdp import Cut, Trained, local
-from pipeline.training.snapshot import as_they_were
+from pipeline.runtime.devices import format_bytes
+from pipeline.training.fsdp import local_shard
+from pipeline.training.snapshot import preserve_state
 
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
@@ -53,7 +52,7 @@ class StateBytes:
     gradients: int
     optimizer: int
     average: int
-    orthogonalizing: int
+    muon_workspace: int
     """What a step of Muon holds for a moment."""
 
     @property
@@ -68,9 +67,9 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
     for network in networks.values():
         matrices = {id(p) for p in network.hidden_matrices()} if config.optimizer == "muon" else set()  # type: ignore[operator]
         alike: dict[tuple[int, int], int] = defaultdict(int)
-        parameters += sum(_bytes(local(buffer)) for buffer in network.buffers())
+        parameters += sum(_bytes(local_shard(buffer)) for buffer in network.buffers())
         for parameter in network.parameters():
-            mine = _bytes(local(parameter))
+            mine = _bytes(local_shard(parameter))
             entries += parameter.numel()
             parameters += mine
             if parameter.requires_grad:
@@ -79,7 +78,7 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
             if id(parameter) in matrices:
                 alike[len(parameter), parameter.numel() // len(parameter)] += parameter.numel()
         orthogonalizing = max([orthogonalizing, *(_MUON_BYTES * count for count in alike.values())])
-    average = sum(_bytes(local(p)) for network in networks.values() for p in network.parameters() if p.requires_grad)
+    average = sum(_bytes(local_shard(p)) for network in networks.values() for p in network.parameters() if p.requires_grad)
     return StateBytes(entries, parameters, gradients, optimizer, average, orthogonalizing)
 
 
@@ -87,7 +86,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveTensorTracker(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make while it is on and that are still alive; `peak` is the most there were."""
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
     def _storages(self, tree: Any) -> Iterator[torch.UntypedStorage]:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
-                yield local(leaf).untyped_storage()
+                yield local_shard(leaf).untyped_storage()
 
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
@@ -127,7 +126,7 @@ def peak_of_step(objective: Losses, batch: Any, step: int, autocast: Callable[[]
         _backward(objective, batch, step, autocast)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveBytes(device) as live:
+    with LiveTensorTracker(device) as live:
         _backward(objective, batch, step, autocast)
     return live.peak
 
@@ -153,15 +152,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device, non_blocking=True)
 
 
-def repeated(batch: Any, count: int) -> Any:
+def tile_rows(batch: Any, count: int) -> Any:
     """The first `count` rows of a batch, or of a mapping of batches; from the first again where there are fewer."""
     if isinstance(batch, Mapping):
-        return {key: repeated(value, count) for key, value in batch.items()}
+        return {key: tile_rows(value, count) for key, value in batch.items()}
     return batch[torch.arange(count, device=batch.device) % len(batch)]
 
 
 @dataclass(frozen=True)
-class Growth:
+class LinearMemoryModel:
     """Peak bytes of a step by its rows: `fixed` + `row` * rows."""
 
     fixed: float
@@ -171,9 +170,9 @@ class Growth:
         return self.fixed + self.row * rows
 
 
-def growth(
+def fit_memory_model(
     objective: Losses, example: Callable[[int], Any], step: int, autocast: Callable[[], Any], device: torch.device, *, most: int
-) -> Growth:
+) -> LinearMemoryModel:
     """How the memory of a step grows with its rows, from two probes; networks are as they were afterwards.
 
     Args:
@@ -199,85 +198,74 @@ def growth(
             rows = min(2 * rows, most)
     (few, low), (many, high) = next(iter(peaks.items())), list(peaks.items())[-1]
     row = max(high - low, 0) / (many - few) if many > few else high / many
-    return Growth(max(low - row * few, 0.0), row)
+    return LinearMemoryModel(max(low - row * few, 0.0), row)
 
 
 def _probe(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> int:
     """`peak_of_step`, after which the networks are as they were."""
-    with as_they_were(objective.networks.values()), warnings.catch_warnings():
+    with preserve_state(objective.networks.values()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
         return peak_of_step(objective, batch, step, autocast, device)
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """What one process of a stage takes at its peak, in bytes."""
 
     state: StateBytes
     step: float
     """What a step holds at a time beyond parameters, moments and averages; its gradients too."""
-    aside: int
-    """What is put aside while steps are rehearsed, on a CPU."""
     other: int
     """What the process holds before it begins, and what compiling takes, on a CPU."""
 
     @property
     def peak(self) -> float:
-        return self.other + self.aside + self.state.kept + max(self.step, self.state.gradients + self.state.orthogonalizing)
+        return self.other + self.state.kept + max(self.step, self.state.gradients + self.state.muon_workspace)
 
     def line(self, processes: int) -> str:
         parts = {
             "parameters": self.state.parameters,
             "optimizer": self.state.optimizer,
             "average": self.state.average,
-            "a step's gradients and activations": max(self.step, self.state.gradients + self.state.orthogonalizing),
-            "put aside to foretell the time": self.aside,
+            "a step's gradients and activations": max(self.step, self.state.gradients + self.state.muon_workspace),
             "the program": self.other,
         }
         each = " in each process" if processes > 1 else ""
-        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
-        return f"{self.state.entries / 1e6:,.1f}M parameters, about {readable(self.peak)} of memory{each} ({listed})"
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        return f"{self.state.entries / 1e6:,.1f}M parameters, about {format_bytes(self.peak)} of memory{each} ({listed})"
 
 
-def needs(
-    state: StateBytes, grown: Growth, rows: int, device: torch.device, *, compiled: bool, several: bool, held: int | None, batches: int = 0
-) -> Needs:
+def estimate_memory(
+    state: StateBytes, model: LinearMemoryModel, rows: int, device: torch.device, *, compiled: bool, several: bool, program: int = 0
+) -> MemoryEstimate:
     """Of steps of `rows` rows at a time.
 
     Args:
         compiled: whether steps are compiled, which makes fewer tensors.
         several: whether processes exchange their gradients, for which they hold a copy.
-        held: bytes of the state that the process holds already; None to leave the program itself out.
-        batches: bytes of the batches that are kept while steps are rehearsed.
+        program: bytes that the process holds before it builds anything, on a CPU.
     """
-    activations = max(grown.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
+    activations = max(model.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
     step = activations + state.gradients * (2 if several else 1)
-    aside = other = 0
+    other = 0
     if device.type != "cuda":
-        # Parameters that are trained and their averages, moments where there are some, and batches.
-        aside = 2 * state.average + max((held or 0) - state.parameters - state.average, 0) + batches
-        program = 0 if held is None else max(psutil.Process().memory_info().rss - held, 0)
         other = program + (_COMPILER if compiled else 0)
-    return Needs(state, step, aside, other)
+    return MemoryEstimate(state, step, other)
 
 
-def estimated(
+def estimate_training_memory(
     objective: Losses,
     config: TrainConfig,
     device: torch.device,
     autocast: Callable[[], Any],
     batch: Any,
     rows: int,
-    trained: Trained,
     *,
     compiled: bool,
-    rehearsed: int,
-) -> Needs:
-    """What training will hold, by steps of `rows` rows at a time like those of `batch`, of which so many are rehearsed; the networks are
-    neither wrapped nor compiled."""
-    grown = growth(objective, lambda count: repeated(batch, count), config.steps - 1, autocast, device, most=rows)
+    several: bool = False,
+    program: int = 0,
+) -> MemoryEstimate:
+    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the networks are neither wrapped nor compiled."""
+    model = fit_memory_model(objective, lambda count: tile_rows(batch, count), config.steps - 1, autocast, device, most=rows)
     state = state_bytes(objective.networks, config)
-    several = trained.accelerator.num_processes > 1 and not isinstance(trained, Cut)
-    batches = rehearsed * sum(leaf.nbytes for leaf in tree_leaves(batch))
-    held = state.parameters + trained.held()
-    return needs(state, grown, rows, device, compiled=compiled, several=several, held=held, batches=batches)
+    return estimate_memory(state, model, rows, device, compiled=compiled, several=several, program=program)

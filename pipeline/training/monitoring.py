@@ -17,12 +17,12 @@ _NAMED = 8
 """Rows of a batch that are named."""
 
 
-def broken(scalars: Mapping[str, Tensor]) -> list[str]:
+def nonfinite_names(scalars: Mapping[str, Tensor]) -> list[str]:
     """The losses and gradient norms that are not finite. A finite loss with a gradient that is not breaks the weights all the same."""
     return [name for name, value in scalars.items() if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value)]
 
 
-def agreed(scalars: Mapping[str, Tensor], stop: int, device: torch.device, several: bool) -> tuple[bool, int]:
+def all_reduce_flags(scalars: Mapping[str, Tensor], stop: int, device: torch.device, several: bool) -> tuple[bool, int]:
     """Whether a loss or a gradient norm of this step is not finite on any process, and the highest signal that any of them caught: the
     same answer on all, so that all skip and stop at the same step.
 
@@ -40,13 +40,13 @@ def agreed(scalars: Mapping[str, Tensor], stop: int, device: torch.device, sever
     return bool(bad), int(stop)
 
 
-def not_finite(names: Sequence[str], rows: Sequence[str], step: int) -> str:
+def nonfinite_message(names: Sequence[str], rows: Sequence[str], step: int) -> str:
     """What was not finite in a step, and where: 'loss is not finite at step 5 (row 3, row 17)'."""
     shown = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
     return f"{', '.join(names)} is not finite at step {step}" + (f" ({shown})" if rows else "")
 
 
-class GradientWatch:
+class GradNormMonitor:
     """Warns when a gradient's norm is far above what it was in the last logs."""
 
     FACTOR = 10
@@ -58,7 +58,7 @@ class GradientWatch:
     def __init__(self) -> None:
         self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=self.LOGS))
 
-    def alarm(self, scalars: Mapping[str, float], step: int) -> str | None:
+    def check(self, scalars: Mapping[str, float], step: int) -> str | None:
         """One line on a norm above FACTOR times its median, or None; takes the norms in."""
         warning = None
         for name in (name for name in scalars if name.endswith("gradient_norm")):
@@ -72,7 +72,7 @@ class GradientWatch:
         return warning
 
 
-class Pace:
+class ThroughputMeter:
     """Pictures a second, and the share of the time that was spent waiting for them, since the start or the last `restart`."""
 
     def __init__(self, batch_size: int) -> None:
@@ -91,19 +91,19 @@ class Pace:
     def seconds(self) -> float:
         return max(time.perf_counter() - self.start, 1e-9)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         seconds = self.seconds
         return {"pictures_per_second": self.steps * self.batch_size / seconds, "waiting": self.waited / seconds}
 
     def line(self) -> str:
-        figures = self.figures()
+        figures = self.metrics()
         return (
             f"{self.seconds / 60:.1f} minutes, {figures['pictures_per_second']:,.0f} pictures/s, "
             f"{figures['waiting']:.1%} of it waiting for data"
         )
 
 
-def over_processes(scalars: Mapping[str, Tensor], processes: int) -> dict[str, float]:
+def mean_over_ranks(scalars: Mapping[str, Tensor], processes: int) -> dict[str, float]:
     """Figures of the whole batch: the mean over the processes that have each. Every process calls this, at the same steps."""
     own = {name: float(value) for name, value in scalars.items()}
     everybodys = gather_object([own]) if processes > 1 else [own]
@@ -111,7 +111,7 @@ def over_processes(scalars: Mapping[str, Tensor], processes: int) -> dict[str, f
     return {name: statistics.fmean(figures[name] for figures in everybodys if name in figures) for name in names}
 
 
-def readable_figures(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
+def format_metrics(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
     """Figures of a step and of the last evaluation in one line."""
     parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]

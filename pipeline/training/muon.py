@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.fsdp import like, whole
+from pipeline.training.fsdp import full_tensor, shard_like
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -56,11 +56,11 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[len(parameter), parameter.numel() // len(parameter)].append(parameter)
             for (rows, columns), members in alike.items():
-                stacked = torch.stack([whole(self._nesterov(p, group["momentum"])).reshape(rows, columns) for p in members])
+                stacked = torch.stack([full_tensor(self._nesterov(p, group["momentum"])).reshape(rows, columns) for p in members])
                 scale = 0.2 * max(rows, columns) ** 0.5
                 for parameter, update in zip(members, orthogonalize(stacked), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
+                    parameter.add_(shard_like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
-class Ahead:
+class BatchPrefetcher:
     """The batches of a training, each made in a thread while the step before it is taken. A context manager.
 
     Args:
@@ -22,26 +22,18 @@ class Ahead:
         self._made: dict[int, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> BatchPrefetcher:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    @property
-    def made(self) -> int:
-        """How many batches are there or under way."""
-        return len(self._made)
-
-    def take(self, step: int, *, keep: bool = False) -> Any:
-        """The batch of a step; the next one is made meanwhile. With `keep` it can be taken again: a stream does not go back."""
+    def get(self, step: int) -> Any:
+        """The batch of a step; the next one is made meanwhile."""
         for wanted in (step, step + 1):
             if wanted < self._steps and wanted not in self._made:
                 self._made[wanted] = self._pool.submit(self._batch, wanted)
-        batch = self._made[step].result()
-        if not keep:
-            del self._made[step]
-        return batch
+        return self._made.pop(step).result()
 
 
 def pinned(batch: Any) -> Any:

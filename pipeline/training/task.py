@@ -21,12 +21,19 @@ class Loss(Protocol):
 
 
 class Objective(Protocol):
-    """What `fit` minimises. `networks` holds a module an optimizer, by group; the loop puts wrapped ones in their place, and
-    `losses` calls those, so that gradients are averaged over processes."""
+    """What `fit` minimises. `networks` holds a module per optimizer, by group."""
 
     networks: dict[str, nn.Module]
 
-    def losses(self, batch: Any, step: int) -> Iterator[Loss]: ...
+    def losses(self, batch: Any, step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[Loss]:
+        """The losses of a step, one after another; the gradient of each is taken before the next is asked for.
+
+        Args:
+            networks: what to call in place of the objective's own networks: the same ones, wrapped so that gradients are averaged over
+                processes.
+        """
+        ...
+
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]: ...
 
 
@@ -41,14 +48,12 @@ class Task:
         pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
         alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
         rows: (step) -> names of the pictures in this process's part of the batch of that step, for errors.
-        begins: numbers of the steps at which more takes part than before, so that each takes longer.
     """
 
     objective: Objective
     batch: Callable[[int], Any]
-    held_out: Callable[[], Iterable[Any]]
-    best: str
-    pictures: Callable[[], Mapping[str, Any]]
-    alarm: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
-    rows: Callable[[int], Sequence[str]] = lambda step: ()
-    begins: Sequence[int] = ()
+    eval_batches: Callable[[], Iterable[Any]]
+    best_metric: str
+    sample_images: Callable[[], Mapping[str, Any]]
+    check_health: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
+    sample_names: Callable[[int], Sequence[str]] = lambda step: ()

@@ -1,18 +1,18 @@
-"""One training step: the gradients of every loss, over the parts of a batch, then the optimizers. Knows no data and no files."""
+"""One training step: the gradients of every loss, over the micro-batches of a batch. Knows no data, no files and no optimizer's kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.config.train import TrainConfig
-from pipeline.training.fsdp import whole
-from pipeline.training.optimizers import learning_rate
-from pipeline.training.task import Objective
+from pipeline.training.fsdp import full_tensor
+from pipeline.training.task import Loss, Objective
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -20,55 +20,85 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + process
 
 
-def _step(
-    objective: Objective,
-    optimizers: dict[str, Any],
-    accelerator: Accelerator,
-    autocast: Callable[[], Any],
-    batch: Any,
-    step: int,
-    config: TrainConfig,
-    finite: Callable[[dict[str, Tensor]], bool],
-) -> dict[str, Tensor]:
-    """The gradients of every group in the order in which the objective yields its losses; then, where `finite` says so of their scalars,
-    a step of all optimizers. Returns the scalars, still on the device; none of a step that was skipped and changed nothing."""
+@dataclass(frozen=True)
+class StepContext:
+    """What every step of a training needs and none changes."""
+
+    objective: Objective
+    networks: Mapping[str, nn.Module]
+    """What losses call, by group: wrapped for several processes, or compiled."""
+    accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager[Any]]
+    grad_clip: float
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `backward_all` leaves: the parameters hold the gradients."""
+
+    groups: list[str]
+    """Those whose optimizers are to step."""
+    scalars: dict[str, Tensor]
+    """Metrics of the step, still on the device."""
+
+
+def backward_all(context: StepContext, batch: Any, step: int) -> Gradients:
+    """The clipped gradient of every loss, in the order in which the objective yields them.
+
+    Each micro-batch goes as far as its next loss, and that loss's gradient is taken, before the next micro-batch starts.
+    """
+    parts = split_batch(batch, context.micro_batches)
+    pending = [context.objective.losses(part, step, context.networks) for part in parts]
+    groups: list[str] = []
     scalars: dict[str, Tensor] = {}
-    rate = learning_rate(step, config)
-    # Each part of the batch goes as far as its next loss, and that loss's gradient is taken, before the next part begins.
-    parts = [objective.losses(part, step) for part in _parts(batch, config.numbers()[1])]
-    stepped: list[Any] = []
-    while True:
-        of_parts: list[dict[str, Tensor]] = []
-        for losses in parts:
-            with autocast():
-                loss = next(losses, None)
-            if loss is None:
-                break
-            accelerator.backward(loss.value / len(parts))
-            of_parts.append({"loss": loss.value.detach(), **loss.metrics})
-            group = loss.group
-            del loss  # or its graph would stay while the next part's is built
-        if not of_parts:
-            break
-        mean = {name: torch.stack([torch.as_tensor(part[name]) for part in of_parts]).float().mean() for name in of_parts[0]}
-        norm = whole(accelerator.clip_grad_norm_(objective.networks[group].parameters(), config.grad_clip))
-        stepped += [optimizer for name, optimizer in optimizers.items() if name.startswith(f"{group}/")]
+    while metrics := [found for losses in pending if (found := _backward_next(context, losses, len(parts))) is not None]:
+        group = metrics[0].group
+        mean = _mean([part.scalars for part in metrics])
+        norm = context.accelerator.clip_grad_norm_(context.networks[group].parameters(), context.grad_clip)
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
-        scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+        groups.append(group)
+        scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": full_tensor(norm)}
         scalars |= mean
-    goes = finite(scalars)
-    for optimizer in stepped:
-        for options in optimizer.param_groups:
-            options["lr"] = rate
-        if goes:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return scalars if goes else {}
+    return Gradients(groups, scalars)
 
 
-def _parts(batch: Any, count: int) -> list[Any]:
+@dataclass(frozen=True)
+class _LossMetrics:
+    group: str
+    scalars: dict[str, Tensor]
+
+
+def _backward_next(context: StepContext, losses: Iterator[Loss], micro_batches: int) -> _LossMetrics | None:
+    """Takes the gradient of a micro-batch's next loss; None where it has no more. Its graph ends with this call."""
+    with context.autocast():
+        loss = next(losses, None)
+    if loss is None:
+        return None
+    context.accelerator.backward(loss.value / micro_batches)
+    return _LossMetrics(loss.group, {"loss": loss.value.detach(), **loss.metrics})
+
+
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each metric's mean over the micro-batches."""
+    return {name: torch.stack([torch.as_tensor(part[name]) for part in parts]).float().mean() for name in parts[0]}
+
+
+def split_batch(batch: Any, count: int) -> list[Any]:
     """A batch, or a mapping of batches, in equal parts."""
     if isinstance(batch, Mapping):
         split = {key: value.chunk(count) for key, value in batch.items()}
         return [{key: value[i] for key, value in split.items()} for i in range(count)]
     return list(batch.chunk(count))
+
+
+def step_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], groups: list[str], rate: float, *, apply: bool) -> None:
+    """Steps the optimizers of some groups at a learning rate and clears their gradients; without `apply`, clears them alone."""
+    for name, optimizer in optimizers.items():
+        if name.split("/")[0] not in groups:
+            continue
+        for options in optimizer.param_groups:
+            options["lr"] = rate
+        if apply:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

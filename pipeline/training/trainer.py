@@ -1,15 +1,16 @@
-"""`fit`: the accelerate loop for any objective. Knows steps, optimizers, averages and checkpoints; knows no stage and no data.
+"""`fit`: the accelerate loop for any objective. Knows steps, optimizers, EMA and checkpoints; knows no stage and no data.
 
-Every random number is a pure function of (seed, step, process), so a checkpoint needs no random state and no position in the
-data: the batch of a step and its noise are made anew from the step's number.
+Every random number is a pure function of (seed, step, process), so a checkpoint needs no random state and no position in the data: the
+batch of a step and its noise follow from the step's number.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,29 +22,36 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.atomic_io import tidy
-from pipeline.runtime.distributed import lost_process, told_by_main
-from pipeline.runtime.signals import Caught, Resumable, Stopped, signals_caught
+from pipeline.runtime.atomic_io import clean_partial_writes
+from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
+from pipeline.runtime.signals import RecoverableError, SignalState, TrainingInterrupted, catch_signals
 from pipeline.training.checkpoint import (
-    DamagedCheckpoint,
+    CorruptedCheckpoint,
     State,
-    damage,
     load_checkpoint,
     load_newest,
     newest_checkpoint,
-    prune,
+    prune_checkpoints,
     save_checkpoint,
+    verify_checkpoint,
 )
-from pipeline.training.ema import WeightAverage, average_decay
-from pipeline.training.fsdp import Cut, Trained, can_cut
-from pipeline.training.memory_estimate import estimated, to_device
-from pipeline.training.monitoring import GradientWatch, Pace, agreed, broken, not_finite, over_processes, readable_figures
-from pipeline.training.optimizers import optimizers_for
-from pipeline.training.prefetch import Ahead
-from pipeline.training.rehearsal import rehearse, steps_in_all, steps_to_time
-from pipeline.training.snapshot import Undo, as_they_were
+from pipeline.training.ema import EMA, ema_decay
+from pipeline.training.fsdp import FSDPModelState, ModelState, can_shard
+from pipeline.training.memory_estimate import to_device
+from pipeline.training.monitoring import (
+    GradNormMonitor,
+    ThroughputMeter,
+    all_reduce_flags,
+    format_metrics,
+    mean_over_ranks,
+    nonfinite_message,
+    nonfinite_names,
+)
+from pipeline.training.optimizers import learning_rate, optimizers_for
+from pipeline.training.prefetch import BatchPrefetcher
+from pipeline.training.snapshot import BufferSnapshot
 from pipeline.training.task import Task
-from pipeline.training.train_step import _step, step_seed
+from pipeline.training.train_step import StepContext, backward_all, step_optimizers, step_seed
 
 
 def fit(
@@ -60,284 +68,307 @@ def fit(
 ) -> dict[str, float]:
     """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in `folder`/checkpoints if there is one.
 
-    Ends with the averaged weights in the objective's networks (the best ones with `config.keep_best`) and returns the last
-    (or best) held-out figures.
+    Ends with the EMA weights in the objective's networks (the best ones with `config.keep_best`) and returns the last (or best)
+    held-out metrics.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite, more often than `config.skip_nonfinite` allows; names the step, its
-            pictures and the last good checkpoint. The weights are those of the step before.
-        ValueError: the batch does not split evenly over the processes, or every checkpoint is damaged.
-        Stopped: by a signal, after the step it came in, which is saved, or before the first one.
-        Resumable: a checkpoint cannot be written, or another process of the job is gone.
+            images and the last good checkpoint. The weights are those of the step before.
+        ValueError: the batch does not split evenly over the processes, or every checkpoint is corrupted.
+        TrainingInterrupted: by a signal, after the step it came in, which is saved.
+        RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, accumulate = config.numbers()
+    batch_size, accumulate = config.resolved_batch()
     if batch_size % (accelerator.num_processes * accumulate):
         raise ValueError(
             f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} processes with "
             f"train.accumulate {accumulate}; choose a multiple of both together"
         )
-    training = _Training(task, config, accelerator, folder, label, bf16)
+    trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
-        return training.run(seed, compile_networks, progress)
+        return trainer.train(compile_networks=compile_networks, progress=progress)
     except RuntimeError as error:
-        if accelerator.num_processes > 1 and lost_process(error):
-            raise Resumable(f"{label}: another process of this job is gone or no longer answers; {training.good()}") from error
+        if accelerator.num_processes > 1 and is_peer_failure(error):
+            problem = f"{label}: another process of this job is gone or no longer answers; {trainer.last_checkpoint_hint()}"
+            raise RecoverableError(problem) from error
         raise
 
 
-class _Training:
-    """One call of `fit`: what its parts share."""
+@dataclass(frozen=True)
+class Built:
+    """What steps networks."""
 
-    def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator, folder: Path, label: str, bf16: bool) -> None:
-        self.task, self.config, self.accelerator, self.folder, self.label = task, config, accelerator, folder, label
-        self.checkpoints, self.whole = folder / "checkpoints", set[Path]()
-        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
-        self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
-        self.plain = dict(task.objective.networks)
-        cut = can_cut(self.plain, accelerator)
-        for network in self.plain.values():
-            network.to("cpu" if cut else accelerator.device).train()
-        self.state = State(0)
-        optimizers, average = self.optimized(self.plain)
-        self.go_on(optimizers, average)
-        given = (self.plain, optimizers, average, accelerator)
-        self.trained = Cut(*given, self.optimized) if cut else Trained(*given)
-        self.undo = Undo(self.trained.networks.values() if config.skip_nonfinite else ())
-        self.caught = Caught()
-        self.ahead = Ahead(task.batch, config.steps, pin_memory=accelerator.device.type == "cuda")
+    optimizers: dict[str, torch.optim.Optimizer]
+    ema: EMA
+
+
+class Trainer:
+    """One training: `train` is the loop, the other methods are its parts in the order in which they are called."""
+
+    def __init__(
+        self, task: Task, config: TrainConfig, accelerator: Accelerator, folder: Path, label: str, *, seed: int, bf16: bool
+    ) -> None:
+        self.task, self.config, self.accelerator, self.label, self.seed = task, config, accelerator, label, seed
+        self.checkpoints = folder / "checkpoints"
+        self.best = folder / "best"
+        self.verified: set[Path] = set()
+        """Checkpoints that are known to be whole and need not be read again."""
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
+        self.signals = SignalState()
+        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
+        self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+        # Build, on the CPU where the networks will be sharded; resume; then shard.
+        self.networks = task.objective.networks
+        sharded = can_shard(self.networks, accelerator)
+        for network in self.networks.values():
+            network.to("cpu" if sharded else accelerator.device).train()
+        built = self.build(self.networks)
+        self.state = self.resume(built)
+        kind = FSDPModelState if sharded else ModelState
+        self.model = kind(self.networks, built.optimizers, built.ema, accelerator, self.build)
+        self.buffers = BufferSnapshot(self.model.networks.values() if config.skip_nonfinite else ())
+        self.batches = BatchPrefetcher(task.batch, config.steps, pin_memory=accelerator.device.type == "cuda")
 
-    def optimized(self, networks: Mapping[str, nn.Module]) -> tuple[dict[str, Any], WeightAverage]:
-        optimizers: dict[str, Any] = {}
+    def build(self, networks: Mapping[str, nn.Module]) -> Built:
+        optimizers: dict[str, torch.optim.Optimizer] = {}
         for group, network in networks.items():
             optimizers |= optimizers_for(group, network, self.config)
-        return optimizers, WeightAverage(networks)
+        return Built(optimizers, EMA(networks))
 
-    def run(self, seed: int, compile_networks: bool, progress: bool) -> dict[str, float]:
-        objective, config, accelerator, plain = self.task.objective, self.config, self.accelerator, self.plain
-        first = self.state.step
-        objective.networks.update(self.trained.networks)
-        pace = Pace(config.numbers()[0])
-        with signals_caught() as self.caught, self.ahead:
-            if progress and first < config.steps:
-                self.say_need(compile_networks)
+    def resume(self, built: Built) -> State:
+        """Restores the newest whole checkpoint, if there is one; returns where it stood."""
+        if self.accelerator.is_main_process:
+            clean_partial_writes(self.checkpoints)
+            clean_partial_writes(self.best)
+        self.accelerator.wait_for_everyone()
+        found = load_newest(self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.say)
+        if found is None:
+            return State(0)
+        newest, state = found
+        if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
+            self.verified = prune_checkpoints(self.checkpoints, newest, self.config.keep_checkpoints, {newest})
+        self.say(f"going on from {newest} (step {state.step})")
+        if self.config.keep_best and state.best:
+            kept = newest_checkpoint(self.best)
+            if problem := verify_checkpoint(kept) if kept else "it is gone":
+                self.say(f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew from here on")
+                state.best.clear()
+        return state
+
+    def train(self, *, compile_networks: bool, progress: bool) -> dict[str, float]:
+        """The loop; returns the held-out metrics of the weights that it leaves in the networks."""
+        config, first = self.config, self.state.step
+        metrics: dict[str, float] = {}
+        with catch_signals() as self.signals, self.batches:
             if compile_networks:
-                self.trained.compile()
-            for group in plain:
-                objective.networks[group] = self.trained.for_training(group)
-            if progress:
-                self.say_time(seed)
-            shown = progress and accelerator.is_main_process
+                self.model.compile()
+            self.context = self.step_context()
+            shown = progress and self.accelerator.is_main_process
             # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
             with tqdm(total=config.steps, initial=first, desc=self.label, disable=not shown, mininterval=1.0) as bar:
-                pace.restart()
-                figures = self.steps(seed, bar, pace)
-        if progress and pace.steps:
-            skipped = f"; steps skipped as not finite: {self.state.skipped}" if self.state.skipped else ""
-            accelerator.print(f"{self.label}: {pace.line()}{skipped}")
-        for group, network in plain.items():
-            objective.networks[group] = network
-        if first >= config.steps:  # nothing was left to train: the figures are those of the checkpoint
-            figures = self.evaluate()
-        if config.keep_best and (chosen := newest_checkpoint(self.folder / "best")):
-            try:
-                average = WeightAverage(plain)
-                figures = load_checkpoint(chosen, plain, {}, average.shadow).best
-                average.swap()
-            except DamagedCheckpoint as error:
-                accelerator.print(f"{self.label}: {chosen} is damaged ({error}); the last weights take the place of the best")
-                self.trained.end()
-        else:
-            self.trained.end()
-        for network in plain.values():
+                log = _Log(self, bar)
+                for step in range(first, config.steps):
+                    start = time.perf_counter()
+                    batch = self.batches.get(step)
+                    waited = time.perf_counter() - start
+                    scalars = self.train_step(step, to_device(batch, self.accelerator.device))
+                    done = self.state.step
+                    log.add(scalars, waited)
+                    if done % config.log_every == 0 or self.saves(done):
+                        log.write(done, metrics)
+                    # Also where a signal came: what is chosen as the best must not depend on it.
+                    if done % config.evaluate_every == 0 or done == config.steps:
+                        metrics = self.evaluate()
+                        log.recent.restart()
+                    if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
+                        self.save_checkpoint()
+                    self.stop_if_asked(done)
+        if progress:
+            log.summarize()
+        if first >= config.steps:  # nothing was left to train: the metrics are those of the checkpoint
+            metrics = self.evaluate()
+        metrics = self.load_final_weights(metrics)
+        for network in self.networks.values():
             network.eval()
-        return figures
+        return metrics
 
-    def say_need(self, compiled: bool) -> None:
-        batch_size, accumulate = self.config.numbers()
-        rows = batch_size // self.accelerator.num_processes // accumulate
-        device = self.accelerator.device
-        batch = to_device(self.ahead.take(self.state.step, keep=True), device)
-        given = self.task.objective, self.config, device, self.autocast, batch, rows, self.trained
-        need = estimated(*given, compiled=compiled, rehearsed=steps_in_all(self.config.steps - self.state.step))
-        self.accelerator.print(f"{self.label}: {need.line(self.accelerator.num_processes)}")
+    def step_context(self) -> StepContext:
+        networks = {group: self.model.for_training(group) for group in self.networks}
+        micro_batches = self.config.resolved_batch()[1]
+        return StepContext(self.task.objective, networks, self.accelerator, self.autocast, self.config.grad_clip, micro_batches)
 
-    def say_time(self, seed: int) -> None:
-        accelerator, first, steps = self.accelerator, self.state.step, self.config.steps
-
-        def heard(scalars: dict[str, Tensor]) -> bool:
-            bad, stop = agreed(scalars, self.caught.number, accelerator.device, accelerator.num_processes > 1)
-            if stop:
-                raise Stopped(stop, f" before step {first} of {steps} ({self.label}), which loses nothing")
-            return not bad  # or what is not finite would fail the steps after it in other ways
-
-        def step(number: int, batch: Any) -> None:
-            self.take(seed, number, to_device(batch, accelerator.device), heard)
-
-        def slowest(seconds: float) -> float:
-            return max(gather_object([seconds])) if accelerator.num_processes > 1 else seconds
-
-        if steps_to_time(steps - first):
-            accelerator.print(f"{self.label}: taking a few steps to see how long all of them will take; they are taken back")
-        moved = self.trained.networks.values(), self.trained.optimizers.values(), self.trained.average.shadow
-        if rehearsed := rehearse(step, self.ahead, first, steps, self.task.begins, partial(as_they_were, *moved), slowest):
-            accelerator.print(f"{self.label}: {rehearsed.line()}")
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()  # moments that were dropped must not lie in the way of the first true ones
-
-    def take(self, seed: int, step: int, batch: Any, finite: Callable[[dict[str, Tensor]], bool]) -> dict[str, Tensor]:
+    def train_step(self, step: int, batch: Any) -> dict[str, Tensor]:
         """One step; its scalars, none where it was skipped."""
-        self.undo.remember()
-        torch.manual_seed(step_seed(seed, step, self.accelerator.process_index))
-        given = self.task.objective, self.trained.optimizers, self.accelerator, self.autocast
-        scalars = _step(*given, batch, step, self.config, finite)
-        if scalars:
-            self.trained.average.update(average_decay(step, self.config))
-        return scalars
+        self.buffers.capture()
+        torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
+        gradients = backward_all(self.context, batch, step)
+        nonfinite = self.sync_flags(gradients.scalars)
+        if nonfinite:
+            self.handle_nonfinite(step, gradients.scalars)
+        rate = learning_rate(step, self.config)
+        step_optimizers(self.model.optimizers, gradients.groups, rate, apply=not nonfinite)
+        self.signals.begun = True
+        self.state.step = step + 1
+        if nonfinite:
+            return {}
+        self.model.ema.update(ema_decay(step, self.config))
+        return gradients.scalars | {"learning_rate": torch.tensor(rate)}
 
-    def go_on(self, optimizers: dict[str, Any], average: WeightAverage) -> None:
-        """From the newest whole checkpoint, if there is one."""
-        best = self.folder / "best"
-        if self.accelerator.is_main_process:
-            tidy(self.checkpoints)
-            tidy(best)
-        self.accelerator.wait_for_everyone()
-        say = self.accelerator.print
-        found = load_newest(self.checkpoints, self.plain, optimizers, average.shadow, lambda line: say(f"{self.label}: {line}"))
-        if found is None:
-            return
-        newest, self.state = found
-        self.whole.add(newest)
-        if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
-            prune(self.checkpoints, newest, self.config.keep_checkpoints, self.whole)
-        say(f"{self.label}: going on from {newest} (step {self.state.step})")
-        if self.config.keep_best and self.state.best:
-            kept = newest_checkpoint(best)
-            if problem := damage(kept) if kept else "it is gone":
-                say(f"{self.label}: {kept or best} is damaged ({problem}); the best weights are chosen anew from here on")
-                self.state.best.clear()
-
-    def steps(self, seed: int, bar: tqdm, pace: Pace) -> dict[str, float]:
-        """Every step that is left; returns the held-out figures after the last one."""
-        config, accelerator, task, first = self.config, self.accelerator, self.task, self.state.step
-        figures: dict[str, float] = {}
-        recent: dict[str, Tensor] = {}
-        alarms, warned = (task.alarm, GradientWatch().alarm), [False, False]
-        latest, made = Pace(config.numbers()[0]), self.ahead.made
-        for step in range(first, config.steps):
-            for clock in (pace, latest) if step == first + made else ():  # batches that were rehearsed were there to be taken
-                clock.restart()
-            start = time.perf_counter()
-            batch = self.ahead.take(step)
-            waited = time.perf_counter() - start
-            # Not every step has every figure: batches with codes first have others.
-            recent = recent | self.take(seed, step, to_device(batch, accelerator.device), partial(self.finite, step))
-            self.caught.begun = True
-            self.state.step = done = step + 1
-            for clock in (pace, latest):
-                clock.step(waited)
-            bar.update(1)
-            if done % config.log_every == 0 or self.saves(done):
-                said = over_processes(recent, accelerator.num_processes) | latest.figures()
-                if config.skip_nonfinite:
-                    said["skipped_steps"] = float(self.state.skipped)
-                latest.restart()
-                for i, alarm in enumerate(alarms):
-                    warning = alarm(said, done)
-                    if warning and not warned[i] and accelerator.is_main_process:  # said once, and again where it comes back
-                        bar.write(f"{self.label}: {warning}")
-                    warned[i] = warning is not None
-                bar.set_postfix_str(readable_figures(said, figures), refresh=False)
-                accelerator.log({f"{self.label}/{k}": v for k, v in said.items()}, step=done)
-            # Also where a signal came: what is chosen as the best must not depend on it.
-            if done % config.evaluate_every == 0 or done == config.steps:
-                figures = self.evaluate()
-                latest.restart()
-            if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
-                self.checkpoint()
-            if done == config.steps:  # or one that came during the last evaluation would be forgotten
-                self.finite(step, {})
-            if self.stop:
-                raise Stopped(self.stop, f" after step {done} of {config.steps} ({self.label}), which is saved")
-        return figures
-
-    def saves(self, done: int) -> bool:
-        every = (self.config.evaluate_every, self.config.checkpoint_every)
-        return done == self.config.steps or any(done % count == 0 for count in every)
-
-    def finite(self, step: int, scalars: Mapping[str, Tensor]) -> bool:
-        """Whether a step may move the weights, for all processes; one that may not is an error, or is undone and counted."""
+    def sync_flags(self, scalars: Mapping[str, Tensor]) -> bool:
+        """Whether a loss or gradient norm is not finite on any process; also has all processes know of a signal to any."""
         accelerator = self.accelerator
-        bad, self.stop = agreed(scalars, self.caught.number, accelerator.device, accelerator.num_processes > 1)
-        if not bad:
-            return True
-        problem = not_finite(*self.culprits(broken(scalars), step), step)
-        if self.state.skipped >= self.config.skip_nonfinite:
-            after = f"{self.state.skipped} such steps were skipped before; " if self.state.skipped else ""
-            raise FloatingPointError(
-                f"{self.label}: {problem}; {self.good()}; {after}lower the learning rate, and start again under another name (--name) or "
-                f"without this run's folder; or go on and skip a few such steps: {self.label}.train.skip_nonfinite"
-            )
-        self.undo.restore()
-        self.state.skipped += 1
-        if accelerator.is_main_process:
-            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.skip_nonfinite}")
-        return False
+        bad, self.stop = all_reduce_flags(scalars, self.signals.number, accelerator.device, accelerator.num_processes > 1)
+        return bad
 
-    def culprits(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
-        """What was not finite in a step and in which pictures: of the processes whose own loss was not, as a gradient is everybody's."""
-        own = (names, list(self.task.rows(step)))
+    def handle_nonfinite(self, step: int, scalars: Mapping[str, Tensor]) -> None:
+        """Rolls back what the forward passes changed and counts the step.
+
+        Raises:
+            FloatingPointError: there were as many such steps before as are allowed.
+        """
+        names, rows = self.nonfinite_sources(nonfinite_names(scalars), step)
+        problem, skipped = nonfinite_message(names, rows, step), self.state.skipped
+        if skipped >= self.config.skip_nonfinite:
+            after = f"{skipped} such steps were skipped before; " if skipped else ""
+            raise FloatingPointError(
+                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the learning rate, and start again under another "
+                f"name (--name) or without this run's folder; or go on and skip a few such steps: {self.label}.train.skip_nonfinite"
+            )
+        self.buffers.restore()
+        self.state.skipped += 1
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.skip_nonfinite}")
+
+    def nonfinite_sources(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
+        """What was not finite in a step and in which images: of the processes whose own loss was not, as a gradient is everybody's."""
+        own = (names, list(self.task.sample_names(step)))
         every = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         guilty = [one for one in every if any("loss" in name for name in one[0])] or every
         return list(dict.fromkeys(name for names, _ in guilty for name in names)), [row for _, rows in guilty for row in rows]
 
-    def good(self) -> str:
-        newest = newest_checkpoint(self.checkpoints)
-        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+    def saves(self, done: int) -> bool:
+        """Whether metrics are due because something is saved after this step."""
+        every = (self.config.evaluate_every, self.config.checkpoint_every)
+        return done == self.config.steps or any(done % count == 0 for count in every)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the EMA weights; saves those that are the best so far. The main process evaluates and the others wait: but
+        for putting sharded weights together and writing, nothing talks to them."""
+        task, accelerator, state = self.task, self.accelerator, self.state
+        metrics: dict[str, float] = {}
+        images: Mapping[str, Any] = {}
+        with self.model.ema_weights(), self.autocast():
+            if accelerator.is_main_process:
+                metrics = task.objective.evaluate(task.eval_batches())
+                images = task.sample_images()
+        better = bool(self.config.keep_best and metrics and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf))
+        if self.config.keep_best and self.model.saves_together:  # gathering takes part of all
+            better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
+        if better:
+            state.best.clear()
+            state.best.update(metrics)
+            saved = self.model.checkpoint_state()
+        if accelerator.is_main_process:
+            accelerator.log({f"{self.label}/held_out/{name}": value for name, value in metrics.items()}, step=state.step)
+            self.log_images(images)
+        with self.main_process_io():
+            if better and accelerator.is_main_process:
+                save_checkpoint(self.best, state, saved.networks, {}, saved.ema, keep=1)
+        return metrics
+
+    def log_images(self, images: Mapping[str, Any]) -> None:
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"{self.label}/{name}": image[None] for name, image in images.items()}, step=self.state.step, **layout)
+
+    def save_checkpoint(self) -> None:
+        saved = self.model.checkpoint_state()
+        with self.main_process_io():
+            if self.accelerator.is_main_process:
+                self.verified = save_checkpoint(
+                    self.checkpoints, self.state, saved.networks, saved.optimizers, saved.ema,
+                    keep=self.config.keep_checkpoints, verified=self.verified,
+                )  # fmt: skip
 
     @contextmanager
-    def written_by_main(self) -> Iterator[None]:
+    def main_process_io(self) -> Iterator[None]:
         """Around what the main process alone writes; the others wait and learn whether it could."""
         problem: str | None = None
         try:
             yield
         except OSError as error:
-            problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {self.good()}"
-        if problem := told_by_main(problem):
-            raise Resumable(problem)
+            hint = self.last_checkpoint_hint()
+            problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {hint}"
+        if problem := broadcast_from_main(problem):
+            raise RecoverableError(problem)
 
-    def checkpoint(self) -> None:
-        networks, optimizers, average = self.trained.saved()
-        with self.written_by_main():
-            if self.accelerator.is_main_process:
-                save_checkpoint(
-                    self.checkpoints, self.state, networks, optimizers, average, keep=self.config.keep_checkpoints, whole=self.whole
-                )
+    def stop_if_asked(self, done: int) -> None:
+        """Raises TrainingInterrupted where a signal came; after the last step it asks once more, or one during the last evaluation would be
+        forgotten."""
+        if done == self.config.steps:
+            self.sync_flags({})
+        if self.stop:
+            raise TrainingInterrupted(self.stop, f" after step {done} of {self.config.steps} ({self.label}), which is saved")
 
-    def evaluate(self) -> dict[str, float]:
-        """On the main process alone: but for putting averaged weights together and writing, nothing talks to the others."""
-        figures: dict[str, float] = {}
-        label, accelerator, step, best = self.label, self.accelerator, self.state.step, self.state.best
-        with self.trained.averaged():
-            if accelerator.is_main_process:
-                with self.autocast():
-                    figures = self.task.objective.evaluate(self.task.held_out())
-                    pictures = self.task.pictures()
-        better = bool(self.config.keep_best and figures and figures[self.task.best] < best.get(self.task.best, math.inf))
-        if self.config.keep_best and isinstance(self.trained, Cut):  # gathering takes part of all
-            better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
-        if better:
-            best.clear()
-            best.update(figures)
-            networks, _, average = self.trained.saved()
-        if accelerator.is_main_process:
-            accelerator.log({f"{label}/held_out/{k}": v for k, v in figures.items()}, step=step)
-            for tracker in accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({f"{label}/{k}": v[None] for k, v in pictures.items()}, step=step, **layout)
-        with self.written_by_main():
-            if better and accelerator.is_main_process:
-                save_checkpoint(self.folder / "best", self.state, networks, {}, average, keep=1)
-        return figures
+    def load_final_weights(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Leaves the EMA weights, or with `keep_best` the best ones, in the networks; returns their metrics."""
+        if self.config.keep_best and (chosen := newest_checkpoint(self.best)):
+            try:
+                ema = EMA(self.networks)
+                best = load_checkpoint(chosen, self.networks, {}, ema.shadow).best
+                ema.swap()
+                return best
+            except CorruptedCheckpoint as error:
+                self.say(f"{chosen} is damaged ({error}); the last weights take the place of the best")
+        self.model.load_ema()
+        return metrics
+
+    def last_checkpoint_hint(self) -> str:
+        newest = newest_checkpoint(self.checkpoints)
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+    def say(self, line: str) -> None:
+        self.accelerator.print(f"{self.label}: {line}")
+
+
+class _Log:
+    """What is logged and shown of a training: the newest scalars, throughput, and warnings that are told once."""
+
+    def __init__(self, trainer: Trainer, bar: tqdm) -> None:
+        self.trainer, self.bar = trainer, bar
+        batch_size = trainer.config.resolved_batch()[0]
+        self.overall = ThroughputMeter(batch_size)
+        self.recent = ThroughputMeter(batch_size)
+        """Since the last line."""
+        self.scalars: dict[str, Tensor] = {}
+        self.checks = (trainer.task.check_health, GradNormMonitor().check)
+        self.warned = [False, False]
+
+    def add(self, scalars: Mapping[str, Tensor], waited: float) -> None:
+        """A step was made, `waited` seconds of it waiting for its batch."""
+        self.scalars |= scalars  # not every step has every metric: batches with codes first have others
+        self.overall.step(waited)
+        self.recent.step(waited)
+        self.bar.update(1)
+
+    def write(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Logs the means over all processes, and warns where a check says so."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        scalars = mean_over_ranks(self.scalars, accelerator.num_processes) | self.recent.metrics()
+        if trainer.config.skip_nonfinite:
+            scalars["skipped_steps"] = float(trainer.state.skipped)
+        self.recent.restart()
+        for i, check in enumerate(self.checks):
+            warning = check(scalars, done)
+            if warning and not self.warned[i] and accelerator.is_main_process:  # told once, and again where it comes back
+                self.bar.write(f"{trainer.label}: {warning}")
+            self.warned[i] = warning is not None
+        self.bar.set_postfix_str(format_metrics(scalars, metrics), refresh=False)
+        accelerator.log({f"{trainer.label}/{name}": value for name, value in scalars.items()}, step=done)
+
+    def summarize(self) -> None:
+        if self.overall.steps:
+            skipped = self.trainer.state.skipped
+            self.trainer.say(self.overall.line() + (f"; steps skipped as not finite: {skipped}" if skipped else ""))

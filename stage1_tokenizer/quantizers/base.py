@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
-    def codes_of(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """The codes alone that `forward` has for features (B,input_dim,h,w) without a temperature."""
         return self(features).codes
 
@@ -118,7 +118,7 @@ class Quantizer(nn.Module):
         """(sum of K, D) the vector of every code of every level."""
         raise NotImplementedError
 
-    def uses(self) -> list[Tensor]:
+    def usage(self) -> list[Tensor]:
         """For each level, the moving average (K,) of how often each code is used in a training step."""
         raise NotImplementedError
 
@@ -151,10 +151,10 @@ class SingleLevel(Quantizer):
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.look_up(codes).permute(0, 3, 1, 2)
 
-    def uses(self) -> list[Tensor]:
+    def usage(self) -> list[Tensor]:
         return [self.counts]
 
-    def averages(self) -> list[Tensor]:
+    def usage_buffers(self) -> list[Tensor]:
         """What `count` adds a step's codes to."""
         return [self.counts]
 
@@ -164,14 +164,14 @@ class SingleLevel(Quantizer):
         histogram = sum_over_processes(torch.bincount(codes.flatten(), minlength=self.num_codes).float())
         # The first step counts whole, or every code would seem dead for the first hundred steps.
         weight = torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0)
-        for average in self.averages():
+        for average in self.usage_buffers():
             average.lerp_(histogram, weight)
         return weight
 
     @torch.no_grad()
-    def use(self) -> dict[str, Tensor]:
+    def usage_metrics(self) -> dict[str, Tensor]:
         """Usage, perplexity and dead codes by the moving average."""
-        (uses,) = self.uses()
+        (uses,) = self.usage()
         p = uses / uses.sum().clamp(min=1e-8)
         alive = p > DEAD_BELOW / self.num_codes
         return {

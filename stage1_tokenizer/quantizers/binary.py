@@ -17,7 +17,7 @@ from torch import Tensor
 from stage1_tokenizer.options import BinaryOptions
 from stage1_tokenizer.quantizers.base import Quantized, SingleLevel
 from stage1_tokenizer.quantizers.bits import pack, unpack
-from stage1_tokenizer.quantizers.categorical import disuse
+from stage1_tokenizer.quantizers.categorical import diversity_loss
 from stage1_tokenizer.quantizers.smoothing import smooth
 
 
@@ -48,9 +48,9 @@ class BinaryQuantizer(SingleLevel):
             penalty = logits.new_zeros(())
             if self.training:
                 self.count(codes)
-                metrics |= self.use()
+                metrics |= self.usage_metrics()
                 if self.options.diversity:
-                    penalty = self.options.diversity * disuse(self.of_codes(logits).log_softmax(dim=-1))
+                    penalty = self.options.diversity * diversity_loss(self.of_codes(logits).log_softmax(dim=-1))
             if temperature is None:
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:

@@ -27,7 +27,7 @@ def kl_to_uniform(log_q: Tensor) -> Tensor:
     return (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(dim=(1, 2, 3))
 
 
-def disuse(log_q: Tensor) -> Tensor:
+def diversity_loss(log_q: Tensor) -> Tensor:
     """Scalar: KL(mean of q over the batch and all positions || uniform) in nats a code, of log-probabilities (B,h,w,K): 0 where all codes
     are used alike. It is the part of the KL that says nothing against codes that tell pictures apart (ELBO surgery, Hoffman & Johnson
     2016)."""
@@ -42,7 +42,7 @@ class Categorical(SingleLevel):
         super().__init__(num_codes, input_dim=num_codes, output_dim=code_dim)
         self.codebook = nn.Parameter(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
 
-    def codes_of(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """The likeliest codes (B,h,w); no probabilities are worked out, which cost as much as the networks."""
         return features.permute(0, 2, 3, 1).argmax(dim=-1)
 
@@ -50,16 +50,16 @@ class Categorical(SingleLevel):
         return F.embedding(codes, self.codebook)
 
     def against_disuse(self, log_q: Tensor, weight: float, sharpness: float = 1.0) -> Tensor:
-        """`weight` times `disuse` while training, of posteriors raised to the power `sharpness`; nothing otherwise, when not all processes
-        may be here."""
+        """`weight` times `diversity_loss` while training, of posteriors raised to the power `sharpness`; nothing otherwise, when not all
+        processes may be here."""
         if not (self.training and weight):
             return log_q.new_zeros(())
-        return weight * disuse(log_q if sharpness == 1 else (sharpness * log_q).log_softmax(dim=-1))
+        return weight * diversity_loss(log_q if sharpness == 1 else (sharpness * log_q).log_softmax(dim=-1))
 
     def use_of(self, likeliest: Tensor, kl: Tensor) -> dict[str, Tensor]:
         """The KL and, while training, the use of the codebook by the most likely codes (B,h,w), which are counted."""
         metrics = {"kl": kl.detach()}
         if self.training:
             self.count(likeliest)
-            metrics |= self.use()
+            metrics |= self.usage_metrics()
         return metrics

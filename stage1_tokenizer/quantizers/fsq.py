@@ -43,7 +43,7 @@ class FiniteScalarQuantizer(SingleLevel):
             metrics: dict[str, Tensor] = {}
             if self.training:
                 self.count(codes)
-                metrics = self.use()
+                metrics = self.usage_metrics()
         return Quantized(latents.permute(0, 3, 1, 2), codes, latents.new_zeros(()), metrics=metrics)
 
     def look_up(self, codes: Tensor) -> Tensor:

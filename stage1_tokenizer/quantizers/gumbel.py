@@ -61,7 +61,7 @@ class GumbelQuantizer(Categorical):
         """Logits (B,K,h,w) -> relaxed codes at `temperature`; hard ones where it is None."""
         with torch.autocast(features.device.type, enabled=False):
             log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
-            codes, kl = self.codes_of(features), kl_to_uniform(log_q).mean()
+            codes, kl = self.encode(features), kl_to_uniform(log_q).mean()
             if temperature is None:
                 latents = self.look_up(codes)
             else:

@@ -74,8 +74,8 @@ class HierarchicalQuantizer(Quantizer):
     def vectors(self) -> Tensor:
         return torch.cat([book.vectors() for book in self.books])  # type: ignore[operator]
 
-    def uses(self) -> list[Tensor]:
-        return [use for book in self.books for use in book.uses()]  # type: ignore[operator]
+    def usage(self) -> list[Tensor]:
+        return [use for book in self.books for use in book.usage()]  # type: ignore[operator]
 
     def _onwards(self, level: int, latents: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """A level's codes (B,D,.,.) and what is known of the coarser ones -> the context of the next level, and what the decoder sees."""

@@ -17,7 +17,7 @@ from stage1_tokenizer.config import Level
 from stage1_tokenizer.options import ResidualOptions, VectorOptions
 from stage1_tokenizer.quantizers.base import Quantized, Quantizer, metrics_of_levels
 from stage1_tokenizer.quantizers.gradients import pass_gradient
-from stage1_tokenizer.quantizers.vector import VectorQuantizer, onto_sphere
+from stage1_tokenizer.quantizers.vector import VectorQuantizer, l2_normalize
 
 
 class ResidualQuantizer(Quantizer):
@@ -36,7 +36,7 @@ class ResidualQuantizer(Quantizer):
         b, d, h, w = features.shape
         with torch.autocast(features.device.type, enabled=False):
             vectors = features.float().permute(0, 2, 3, 1).reshape(-1, d)
-            left = vectors = onto_sphere(vectors) if self.options.normalize else vectors
+            left = vectors = l2_normalize(vectors) if self.options.normalize else vectors
             parts, seen = [], []
             for number in self.used:
                 assigned = self._book(number).assign(left)
@@ -46,9 +46,9 @@ class ResidualQuantizer(Quantizer):
             if self.training:
                 for number in range(len(self.books)):
                     own = [i for i, used in enumerate(self.used) if used == number]
-                    self._book(number).learn(torch.cat([seen[i] for i in own]), torch.cat([parts[i].codes for i in own]))
+                    self._book(number).update_codebook(torch.cat([seen[i] for i in own]), torch.cat([parts[i].codes for i in own]))
                 for part, number in zip(parts, self.used, strict=True):
-                    part.metrics |= self._book(number).use()
+                    part.metrics |= self._book(number).usage_metrics()
             chosen = torch.stack([part.chosen for part in parts]).sum(0)
             latents = pass_gradient(vectors, chosen, self.options.gradient)
         codes = torch.cat([part.codes.reshape(b, h * w) for part in parts], dim=1)
@@ -66,8 +66,8 @@ class ResidualQuantizer(Quantizer):
     def vectors(self) -> Tensor:
         return torch.cat([self._book(number).vectors() for number in self.used])
 
-    def uses(self) -> list[Tensor]:
-        return [use for number in self.used for use in self._book(number).uses()]
+    def usage(self) -> list[Tensor]:
+        return [use for number in self.used for use in self._book(number).usage()]
 
     def _book(self, number: int) -> VectorQuantizer:
         book = self.books[number]

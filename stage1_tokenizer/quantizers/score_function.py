@@ -37,7 +37,7 @@ class ScoreFunctionQuantizer(Categorical):
         """Logits (B,K,h,w) -> codes sampled from them where there is a `temperature` (its value is not used), else the likeliest."""
         with torch.autocast(features.device.type, enabled=False):
             log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
-            kl, likeliest = kl_to_uniform(log_q).mean(), self.codes_of(features)
+            kl, likeliest = kl_to_uniform(log_q).mean(), self.encode(features)
             codes = likeliest if temperature is None else (log_q + gumbel_noise_like(log_q)).argmax(dim=-1)
             sampled = None if temperature is None else log_q.gather(-1, codes[..., None])[..., 0]
             loss = self.against_disuse(log_q, self.options.diversity, self.options.sharpness)

@@ -47,7 +47,7 @@ class SignQuantizer(SingleLevel):
                 self.count(codes)
                 commitment = F.mse_loss(features, chosen)
                 loss = self.options.commitment * commitment
-                metrics = {"commitment": commitment.detach()} | self.use()
+                metrics = {"commitment": commitment.detach()} | self.usage_metrics()
                 if self.options.entropy_weight:
                     penalty = self.entropy_penalty(features)
                     loss = loss + self.options.entropy_weight * penalty

@@ -59,7 +59,7 @@ def kmeans(pool: Tensor, centres: Tensor, iterations: int) -> Tensor:
     return centres
 
 
-def onto_sphere(vectors: Tensor) -> Tensor:
+def l2_normalize(vectors: Tensor) -> Tensor:
     """Vectors (N,D) scaled to a root mean square of 1."""
     return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
 
@@ -93,7 +93,7 @@ class VectorQuantizer(SingleLevel):
     def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
         super().__init__(num_codes, code_dim, code_dim, options.decay)
         self.options = options
-        codebook = self._placed(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
+        codebook = self._normalize(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
         if options.codebook == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
@@ -114,13 +114,13 @@ class VectorQuantizer(SingleLevel):
             assigned = self.assign(vectors)
             metrics = assigned.metrics
             if self.training:
-                self.learn(vectors.detach(), assigned.codes)
-                metrics |= self.use()
+                self.update_codebook(vectors.detach(), assigned.codes)
+                metrics |= self.usage_metrics()
             latents = pass_gradient(vectors, assigned.chosen, self.options.gradient)
         latents = latents.reshape(b, h, w, d).permute(0, 3, 1, 2)
         return Quantized(latents, assigned.codes.reshape(b, h, w), assigned.loss, metrics=metrics)
 
-    def codes_of(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """The nearest codes (B,h,w), without looking up their vectors or taking a loss."""
         with torch.autocast(features.device.type, enabled=False):
             found = nearest(self._flat(features), self.vectors())
@@ -128,29 +128,29 @@ class VectorQuantizer(SingleLevel):
 
     def _flat(self, features: Tensor) -> Tensor:
         """Features (B,D,h,w) -> vectors (N,D), where codes live."""
-        return self._placed(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
+        return self._normalize(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
 
     def vectors(self) -> Tensor:
         codebook = self.codebook.float()
-        return self._placed(codebook if self.map is None else codebook @ self.map.float())
+        return self._normalize(codebook if self.map is None else codebook @ self.map.float())
 
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.vectors())
 
-    def uses(self) -> list[Tensor]:
+    def usage(self) -> list[Tensor]:
         return [self.hits]
 
-    def averages(self) -> list[Tensor]:
+    def usage_buffers(self) -> list[Tensor]:
         return [self.counts, self.hits]
 
-    def jumping_parameters(self) -> list[nn.Parameter]:
+    def ema_excluded_parameters(self) -> list[nn.Parameter]:
         """What restarts move at once: an average over steps would leave such codes between where they were and where they are, unused."""
         return [self.codebook] if isinstance(self.codebook, nn.Parameter) and self.options.restart_below else []
 
     def assign(self, vectors: Tensor) -> Assigned:
         """The nearest codes of vectors (N,D), with the losses; the first vectors in training start the codebook."""
         if self.training and not self.initialized:
-            self._start_from(vectors.detach())
+            self._init_codebook(vectors.detach())
         table, options = self.vectors(), self.options
         codes = nearest(vectors.detach(), table.detach())
         chosen = F.embedding(codes, table)
@@ -165,12 +165,12 @@ class VectorQuantizer(SingleLevel):
             metrics["entropy_penalty"] = penalty.detach()
         return Assigned(codes, chosen, loss, metrics)
 
-    def _placed(self, vectors: Tensor) -> Tensor:
+    def _normalize(self, vectors: Tensor) -> Tensor:
         """Where vectors and codes live: on the sphere with `normalize`, otherwise where they are."""
-        return onto_sphere(vectors) if self.options.normalize else vectors
+        return l2_normalize(vectors) if self.options.normalize else vectors
 
     @torch.no_grad()
-    def learn(self, vectors: Tensor, codes: Tensor) -> None:
+    def update_codebook(self, vectors: Tensor, codes: Tensor) -> None:
         """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
         weight = self.count(codes)
         self.steps += 1
@@ -180,7 +180,7 @@ class VectorQuantizer(SingleLevel):
             self.sums.lerp_(sum_over_processes(total), weight)
             n = self.counts.sum()
             smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
-            means = self._placed(self.sums / smoothed.clamp(min=1e-12)[:, None])
+            means = self._normalize(self.sums / smoothed.clamp(min=1e-12)[:, None])
             # A code that was never used has no mean; it stays where it was put.
             self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
         if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
@@ -190,7 +190,7 @@ class VectorQuantizer(SingleLevel):
             self._place(dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator)
 
     @torch.no_grad()
-    def _start_from(self, vectors: Tensor) -> None:
+    def _init_codebook(self, vectors: Tensor) -> None:
         """The first batch's vectors, or their k-means, become the codebook.
 
         Raises:
@@ -234,7 +234,7 @@ class VectorQuantizer(SingleLevel):
     def _place(self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator) -> None:
         """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average counts."""
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
-        placed = self._placed(vectors + noise * drawn)
+        placed = self._normalize(vectors + noise * drawn)
         mean = self.counts.mean()
         count = torch.where(mean > 0, mean, 1.0)
         # Under a map, what the map carries there.

@@ -25,7 +25,7 @@ def random_pipe(device: torch.device) -> TextToImagePipeline:
         pad_id=text.pad_id, start_id=text.start_id, end_id=text.end_id,
     )  # fmt: skip
     prior = ImagePrior(PriorConfig(width=32, depth=2, heads=2), stream)
-    prior.tell_code_vectors(tokenizer.code_vectors)
+    prior.set_codebook(tokenizer.code_vectors)
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:

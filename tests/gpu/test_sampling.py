@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 
-from pipeline.inference.batching import draw_codes
+from pipeline.inference.batching import sample_codes_batched
 from stage2_prior import ImagePrior, Level, PriorConfig, SamplingOptions, StreamConfig, code_log_likelihood, sample
-from stage2_prior.sampling import draw, filtered, guide, uniforms
+from stage2_prior.sampling import guide, per_seed_uniforms, sample_from_uniform, warp_logits
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 pytestmark = pytest.mark.gpu
@@ -63,8 +63,8 @@ def test_guided_codes_equal_two_uncached_passes(text_ids, device):
     for caption in (text_ids.to(device), prior.stream.null_caption(3, device)):
         fed = prior.stream.text_first(caption, drawn.codes)
         logits.append(prior(fed.ids, fed.slots, targets=fed.targets).image)
-    chosen, noise = guide(*logits, scale), uniforms(SEEDS, 9).to(device)
-    assert torch.equal(draw(filtered(chosen, 1.0, None, None), noise), drawn.codes)
+    chosen, noise = guide(*logits, scale), per_seed_uniforms(SEEDS, 9).to(device)
+    assert torch.equal(sample_from_uniform(warp_logits(chosen, 1.0, None, None), noise), drawn.codes)
 
 
 @pytest.mark.parametrize("levels", [None, TWO_LEVELS])
@@ -98,17 +98,17 @@ def test_no_filtered_code_is_drawn_of_16384(allowed, device):
     logits = 3 * torch.randn(4, 16384, generator=draws).to(device)
     match allowed:
         case "top_k":
-            logits = filtered(logits, 1.0, 100, None)
+            logits = warp_logits(logits, 1.0, 100, None)
         case "top_p":
-            logits = filtered(logits, 1.0, None, 0.9)
+            logits = warp_logits(logits, 1.0, None, 0.9)
         case _:
             logits = logits.masked_fill(torch.arange(16384, device=device) % 16 != 3, float("-inf"))
     sums = logits.softmax(-1).cumsum(-1)
-    compiled_draw = torch.compile(draw, dynamic=False)
+    compiled_draw = torch.compile(sample_from_uniform, dynamic=False)
     edges = (sums / sums[:, -1:]).clamp(0, 1 - 2**-24)[:, ::16]  # where rounding decides
     for row, uniform in zip(logits, edges, strict=True):
         for part in uniform.split(64):  # as many rows as sampling has: there a compiled sum is split over blocks
-            for choose in (draw, compiled_draw):
+            for choose in (sample_from_uniform, compiled_draw):
                 assert row[choose(row.expand(len(part), -1), part)].isfinite().all()
 
 
@@ -117,14 +117,14 @@ def test_a_batch_that_does_not_fit_the_card_is_halved(cuda):
     stream = StreamConfig(text_vocab_size=300, text_length=8, levels=(Level(grid=(16, 16), num_codes=64),))
     prior = ImagePrior(PriorConfig(width=512, depth=4, heads=8), stream).to(cuda).eval()
     text = torch.randint(3, 300, (128, 8))
-    expected = draw_codes(prior, text[:8], range(8), SamplingOptions(), batch_size=8)
+    expected = sample_codes_batched(prior, text[:8], range(8), SamplingOptions(), batch_size=8)
     torch.cuda.empty_cache()
     cache = 2 * 4 * 128 * 512 * stream_length(prior) * 4
     try:
         room = torch.cuda.memory_allocated() + 0.8 * cache
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(cuda).total_memory)
         with pytest.warns(UserWarning, match="out of memory with 128 pictures at a time; going on with 64"):
-            drawn = draw_codes(prior, text, range(128), SamplingOptions(), batch_size=128)
+            drawn = sample_codes_batched(prior, text, range(128), SamplingOptions(), batch_size=128)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert drawn.codes.shape == (128, 256)
@@ -138,4 +138,4 @@ def stream_length(prior: ImagePrior) -> int:
 def test_small_batches_need_no_warning(text_ids, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_codes(tiny_prior().to(device), text_ids, SEEDS, SamplingOptions(), batch_size=2)
+        sample_codes_batched(tiny_prior().to(device), text_ids, SEEDS, SamplingOptions(), batch_size=2)

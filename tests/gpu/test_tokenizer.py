@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer import ImageTokenizer, VectorOptions
-from stage1_tokenizer.convert_checkpoints import fit, plan
+from stage1_tokenizer.convert_checkpoints import align_state_dict, convert
 from stage1_tokenizer.quantizers import VectorQuantizer
 from tests.helpers.published_weights import vqgan
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
@@ -60,9 +60,9 @@ def test_codebook_statistics_and_restarts_equal_those_of_the_cpu(options, device
 @pytest.mark.parametrize("style", ["taming", "llamagen"])
 def test_published_vqgan_weights_draw_the_same(style, device):
     weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=8, codes=50, style=style)
-    config, ours = plan(weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights")
+    config, ours = convert(weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights")
     tokenizer = ImageTokenizer(config)
-    tokenizer.load_state_dict(fit(config, ours, tokenizer.state_dict(), "weights"))
+    tokenizer.load_state_dict(align_state_dict(config, ours, tokenizer.state_dict(), "weights"))
     tokenizer.eval()
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
     codes = tokenizer.encode(pixels)

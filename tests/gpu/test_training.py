@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from pipeline.training import auto_batch as fitting
-from pipeline.training.auto_batch import settled
-from pipeline.training.ema import WeightAverage
-from pipeline.training.fsdp import Cut, Trained
-from pipeline.training.memory_estimate import estimated, to_device
+from pipeline.training.auto_batch import resolve_auto_batch
+from pipeline.training.ema import EMA
+from pipeline.training.fsdp import FSDPModelState, ModelState
+from pipeline.training.memory_estimate import estimate_training_memory, to_device
 from pipeline.training.optimizers import optimizers_for
-from pipeline.training.prefetch import Ahead
+from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
-from pipeline.training.trainer import fit
+from pipeline.training.trainer import Built, fit
 from stage1_tokenizer import AdversaryOptions, ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
 from tests.helpers.devices import accelerator_on
@@ -128,7 +128,7 @@ def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_pa
     for name, first, then in (("to", CPU, device), ("back", device, CPU)):
         trained(tmp_path / name, stage, first, **options, steps=4)
         trained(tmp_path / name, stage, then, **options)
-        for file in ("weights", "average", "optimizer"):
+        for file in ("weights", "ema", "optimizer"):
             middle, expected, found = (weights(tmp_path / who, step, file) for who, step in (("cpu", 4), ("cpu", 8), (name, 8)))
             assert expected.keys() == found.keys()
             moved = (vector(expected) - vector(middle)).norm()
@@ -139,7 +139,7 @@ def test_a_checkpoint_resumed_at_once_is_the_same_to_the_bit(device, tmp_path):
     trained(tmp_path, "tokenizer", device, steps=4, keep_checkpoints=9)
     before = weights(tmp_path, 4, "weights")
     network = trained(tmp_path, "tokenizer", device, steps=4, keep_checkpoints=9)
-    average = weights(tmp_path, 4, "average")
+    average = weights(tmp_path, 4, "ema")
     for (name, parameter), value in zip(network.named_parameters(), average.values(), strict=True):
         assert torch.equal(parameter, value), name
     buffers = dict(network.named_buffers())
@@ -152,7 +152,7 @@ def test_a_checkpoint_resumed_at_once_is_the_same_to_the_bit(device, tmp_path):
 
 def test_the_ema_of_weights_equals_that_of_the_cpu(device):
     networks = {name: objective("prior").networks["prior"].to(where) for name, where in (("cpu", CPU), ("device", device))}
-    averages = {name: WeightAverage({"prior": network}) for name, network in networks.items()}
+    averages = {name: EMA({"prior": network}) for name, network in networks.items()}
     for step in range(5):
         change = [torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for p in networks["cpu"].parameters()]
         for name, network in networks.items():
@@ -166,9 +166,9 @@ def test_the_ema_of_weights_equals_that_of_the_cpu(device):
 
 def test_batches_are_page_locked_and_arrive_whole(cuda):
     """They are sent without waiting, and the next ones take the place of those that were sent."""
-    with Ahead(lambda step: {"codes": torch.full((2**20,), step)}, 20, pin_memory=True) as batches:
+    with BatchPrefetcher(lambda step: {"codes": torch.full((2**20,), step)}, 20, pin_memory=True) as batches:
         for step in range(20):
-            batch = batches.take(step)
+            batch = batches.get(step)
             assert batch["codes"].is_pinned()
             sent = to_device(batch, cuda)["codes"]
             del batch
@@ -185,9 +185,8 @@ def test_the_peak_of_training_is_as_estimated(cuda, tmp_path):
         network = made.networks["prior"].to(cuda)
         accelerator, batch = accelerator_on(cuda), to_device(batch_of("prior", 0, rows), cuda)
         autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=True)
-        state = Trained(made.networks, optimizers_for("prior", network, config), WeightAverage(made.networks), accelerator)
-        need = estimated(made, config, cuda, autocast, batch, rows, state, compiled=False, rehearsed=0)
-        del state, batch
+        need = estimate_training_memory(made, config, cuda, autocast, batch, rows, compiled=False)
+        del batch
         task = Task(made, lambda step, rows=rows: batch_of("prior", step, rows), lambda: [], "nats_per_code", dict)
         made.evaluate = lambda batches: {}  # type: ignore[method-assign,assignment]
         torch.cuda.synchronize()
@@ -204,8 +203,8 @@ def test_an_automatic_batch_fits(device, monkeypatch):
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
     config = PriorTrainConfig(batch_size="auto", steps=10)
     monkeypatch.setattr(fitting, "LARGEST", 64)
-    chosen = settled(config, task, "bf16" if device.type == "cuda" else "fp32", accelerator_on(device), rows=1000, label="prior")
-    assert chosen.numbers() == (64, 1)
+    chosen = resolve_auto_batch(config, task, "bf16" if device.type == "cuda" else "fp32", accelerator_on(device), rows=1000, label="prior")
+    assert chosen.resolved_batch() == (64, 1)
     assert all(p.grad is None for p in made.prior.parameters())
 
 
@@ -217,10 +216,12 @@ def test_an_automatic_batch_is_smaller_where_the_card_runs_out(cuda, monkeypatch
     monkeypatch.setattr(fitting, "LARGEST", 4096)
     try:
         torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.get_device_properties(cuda).total_memory)
-        chosen = settled(PriorTrainConfig(batch_size="auto", steps=10), task, "bf16", accelerator_on(cuda), rows=10**6, label="prior")
+        chosen = resolve_auto_batch(
+            PriorTrainConfig(batch_size="auto", steps=10), task, "bf16", accelerator_on(cuda), rows=10**6, label="prior"
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 1 < chosen.numbers()[0] < 4096
+    assert 1 < chosen.resolved_batch()[0] < 4096
 
 
 def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
@@ -232,7 +233,7 @@ def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
         config = TrainConfig(learning_rate=1e-3)
 
         def built(networks):
-            return optimizers_for("prior", networks["prior"], config), WeightAverage(networks)
+            return Built(optimizers_for("prior", networks["prior"], config), EMA(networks))
 
         ends = []
         for sharded in (False, True):
@@ -240,8 +241,9 @@ def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
             plain = dict(made.networks)
             if not sharded:
                 plain["prior"].to(device)
-            optimizers, average = built(plain)
-            state = Cut(plain, optimizers, average, accelerator, built) if sharded else Trained(plain, optimizers, average, accelerator)
+            of_whole = built(plain)
+            kind = FSDPModelState if sharded else ModelState
+            state = kind(plain, of_whole.optimizers, of_whole.ema, accelerator, built)
             made.networks["prior"] = state.networks["prior"]
             for step in range(3):
                 loss = next(made.losses(to_device(batch_of("prior", step), device), step))
@@ -249,9 +251,9 @@ def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
                 for optimizer in state.optimizers.values():
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                state.average.update(0.9)
-            networks, _, shadow = state.saved()
-            ends.append(({k: v.cpu() for k, v in networks["prior"].state_dict().items()}, [s.cpu() for s in shadow]))
+                state.ema.update(0.9)
+            saved = state.checkpoint_state()
+            ends.append(({k: v.cpu() for k, v in saved.networks["prior"].state_dict().items()}, [s.cpu() for s in saved.ema]))
         (expected, shadow), (found, found_shadow) = ends
         assert expected.keys() == found.keys()
         for key, value in expected.items():

@@ -15,7 +15,7 @@ def tiny_prior(
     stream = StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order)
     prior = ImagePrior(config, stream)
     if code_dim:
-        prior.tell_code_vectors(torch.randn(prior.stream.num_codes, code_dim))
+        prior.set_codebook(torch.randn(prior.stream.num_codes, code_dim))
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:

@@ -27,10 +27,10 @@ class Line:
         self.broken_at = broken_at
         self.on_step: Callable[[int], object] = lambda step: None
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, networks=None):
         self.on_step(step)
         noise = torch.randn(len(batch), 1)
-        value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None] + 0.1 * noise).square().mean()
+        value = ((networks or self.networks)["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None] + 0.1 * noise).square().mean()
         if step == self.broken_at:
             value = value * math.nan
         yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
@@ -53,7 +53,7 @@ def train(
     objective = objective or Line()
     objective.on_step = on_step
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, rows=lambda step: [f"row {step}{i}" for i in range(4)])
+    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, sample_names=lambda step: [f"row {step}{i}" for i in range(4)])
     config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
     figures = fit(task, config, Accelerator(), folder, seed=1, compile_networks=False, bf16=False, label="line", progress=False)
     return objective, figures

@@ -9,33 +9,33 @@ import pytest
 import torch
 
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
-from stage1_tokenizer.codebook_health import ALARM_AFTER, alarm
+from stage1_tokenizer.codebook_health import ALARM_AFTER, check
 from stage1_tokenizer.options import OWNERS, QuantizerName
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
 def test_it_is_raised_late_enough_and_for_little_use_only():
     config = TokenizerConfig()
-    assert alarm(config, {"codebook_usage": 0.1}, ALARM_AFTER - 1) is None
-    assert alarm(config, {"codebook_usage": 0.5}, ALARM_AFTER) is None and alarm(config, {}, ALARM_AFTER) is None
-    message = alarm(config, {"codebook_usage": 0.1, "loss": 0.0}, ALARM_AFTER)
+    assert check(config, {"codebook_usage": 0.1}, ALARM_AFTER - 1) is None
+    assert check(config, {"codebook_usage": 0.5}, ALARM_AFTER) is None and check(config, {}, ALARM_AFTER) is None
+    message = check(config, {"codebook_usage": 0.1, "loss": 0.0}, ALARM_AFTER)
     assert message == (
         "only 10% of the codes are in use at step 300; raise tokenizer.model.vq.restart_below (now 0.1, 0.4 is much), lower "
         "tokenizer.train.learning_rate, or have fewer codes (tokenizer.model.num_codes is 1024)"
     )
     off = TokenizerConfig(vq=VectorOptions(restart_below=0.0))
-    assert "set tokenizer.model.vq.restart_below to 0.1" in str(alarm(off, {"codebook_usage": 0.1}, ALARM_AFTER))
+    assert "set tokenizer.model.vq.restart_below to 0.1" in str(check(off, {"codebook_usage": 0.1}, ALARM_AFTER))
 
 
 def test_the_worst_level_is_named():
     figures = {"codebook_usage": 0.6, "codebook_usage_level_1": 0.2, "codebook_usage_level_2": 1.0}
     config = TokenizerConfig(quantizer="hierarchical")
-    assert "only 20% of the codes of level 1 are in use" in str(alarm(config, figures, 1000))
+    assert "only 20% of the codes of level 1 are in use" in str(check(config, figures, 1000))
 
 
 @pytest.mark.parametrize("quantizer", typing.get_args(QuantizerName))
 def test_the_advice_names_options_that_there_are(quantizer):
-    message = str(alarm(TokenizerConfig(quantizer=quantizer), {"codebook_usage": 0.1}, 1000))
+    message = str(check(TokenizerConfig(quantizer=quantizer), {"codebook_usage": 0.1}, 1000))
     for section, name in re.findall(r"tokenizer\.model\.(\w+)\.(\w+)", message):
         assert quantizer in OWNERS[section] and hasattr(getattr(TokenizerConfig(), section), name)
 
@@ -47,13 +47,13 @@ def test_training_by_a_collapsed_codebook_raises_it(pictures):
         tokenizer.quantizer.codebook[1:] = -tokenizer.quantizer.codebook[:1]  # all but one the same
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     (loss,) = objective.losses(pictures, 400)
-    assert "of the codes are in use at step 400" in str(objective.alarm({k: float(v) for k, v in loss.metrics.items()}, 400))
+    assert "of the codes are in use at step 400" in str(objective.check_health({k: float(v) for k, v in loss.metrics.items()}, 400))
 
 
 @EVERY_KIND
 def test_uses_are_told_by_level(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
     list(TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 0))
-    uses = tokenizer.quantizer.uses()
+    uses = tokenizer.quantizer.usage()
     assert [len(use) for use in uses] == [level.num_codes for level in tokenizer.layout]
     assert all(float(use.sum()) > 0 for use in uses)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.convert_checkpoints import fit, original, plan, read_weights
+from stage1_tokenizer.convert_checkpoints import align_state_dict, convert, load_external, read_weights
 from tests.helpers.published_weights import Weights, dvae, vqgan
 
 
@@ -39,11 +39,11 @@ PUBLISHED = {
 def test_the_published_architectures_fit_without_a_missing_or_unexpected_key(name):
     """At full size; millions of parameters as the papers give them (the dVAE's files hold 53.8 and 43.8)."""
     kind, build, millions, (factor, codes) = PUBLISHED[name]
-    config, weights = plan(build(), kind, name)
+    config, weights = convert(build(), kind, name)
     with torch.device("meta"):
         tokenizer = ImageTokenizer(config)
     own = tokenizer.state_dict()
-    whole = fit(config, weights, own, name)
+    whole = align_state_dict(config, weights, own, name)
     assert set(whole) == set(own) and all(whole[key].shape == own[key].shape for key in own)
     assert (config.factor, config.num_codes, config.image_size) == (factor, codes, 256)
     assert tokenizer.grid == (256 // factor, 256 // factor)
@@ -84,7 +84,7 @@ def test_the_dvae_computes_what_its_weights_say(tmp_path, pixels, blocks):
     for part in ("encoder", "decoder"):
         own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(part)}
         save_file(own, tmp_path / f"{part}.safetensors")
-    tokenizer = ImageTokenizer.from_original(tmp_path, kind="openai-dvae")
+    tokenizer = ImageTokenizer.from_external(tmp_path, kind="openai-dvae")
     gain = 1 / (4 * blocks) ** 2
     unit = (pixels + 1) / 2
     logits = dvae_walk(weights, "encoder", conv(weights, "encoder.blocks.input", 0.8 * unit + 0.1, ("w", "b")), blocks, gain)
@@ -156,7 +156,7 @@ def test_vqgans_compute_what_their_weights_say(tmp_path, pixels, kind, attention
     if not llama:
         published |= {"loss.discriminator.main.0.weight": torch.ones(2), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2)}
     torch.save({"model" if llama else "state_dict": published}, tmp_path / "weights.ckpt")
-    tokenizer = ImageTokenizer.from_original(tmp_path / "weights.ckpt", kind=kind)
+    tokenizer = ImageTokenizer.from_external(tmp_path / "weights.ckpt", kind=kind)
     middle = ["0", "1", "2"] if llama else ["block_1", "attn_1", "block_2"]
     down = [f"conv_blocks.{i}" if llama else f"down.{i}" for i in range(3)]
     up = [f"conv_blocks.{i}" if llama else f"up.{2 - i}" for i in range(3)]
@@ -179,7 +179,7 @@ def test_vqgans_compute_what_their_weights_say(tmp_path, pixels, kind, attention
 def test_what_was_loaded_is_saved_and_trained_like_any_tokenizer(tmp_path, pixels):
     weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=4, codes=16)
     save_file(weights, tmp_path / "weights.safetensors")
-    tokenizer = ImageTokenizer.from_original(tmp_path / "weights.safetensors", kind="taming-vqgan")
+    tokenizer = ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
     tokenizer.save_pretrained(tmp_path / "saved")
     assert ImageTokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     before = tokenizer.quantizer.codebook.clone()
@@ -208,14 +208,14 @@ def test_weights_of_another_architecture_are_refused_by_the_first_keys_that_diff
     change(weights)
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=message):
-        ImageTokenizer.from_original(tmp_path / "weights.safetensors", kind="taming-vqgan")
+        ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
 
 
 @pytest.mark.parametrize("kind", ["openai-dvae", "taming-gumbel", "llamagen"])
 def test_another_kind_than_the_files_is_refused_and_the_kinds_named(tmp_path, kind):
     save_file(small(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=f"holds no {kind} weights: it has no .*; the kinds are openai-dvae, taming-vqgan"):
-        ImageTokenizer.from_original(tmp_path / "weights.safetensors", kind=kind)
+        ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind=kind)
 
 
 class Program:
@@ -252,6 +252,6 @@ def test_cut_missing_and_empty_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_weights(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match=r"holds no encoder\.safetensors"):
-        original(tmp_path, "openai-dvae")
+        load_external(tmp_path, "openai-dvae")
     with pytest.raises(ValueError, match="kind is 'vqvae'; it must be one of openai-dvae"):
-        original(tmp_path / "weights.pt", "vqvae")  # type: ignore[arg-type]
+        load_external(tmp_path / "weights.pt", "vqvae")  # type: ignore[arg-type]

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from stage1_tokenizer import AdversaryOptions, ObjectiveConfig, PerceptualOptions, TokenizerObjective
-from stage1_tokenizer.discriminator import Discriminator, adaptive_weight, at_picture, frozen, generator_loss, hinge_loss, lecam
+from stage1_tokenizer.discriminator import (
+    Discriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    lecam,
+    loss_at_image,
+    requires_grad_off,
+)
 from tests.helpers.tokenizers import tiny_tokenizer
 
 
@@ -55,7 +63,7 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
 
 def test_frozen_gives_gradients_to_inputs_alone_and_thaws():
     judge, x = Discriminator(3, 16, 1), pixels(2, 3, 16, 16).requires_grad_()
-    with frozen(judge):
+    with requires_grad_off(judge):
         loss = generator_loss(judge(x))
     loss.backward()
     assert x.grad.any() and all(p.grad is None and p.requires_grad for p in judge.parameters())
@@ -144,7 +152,7 @@ def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentia
     picture = 2 * x
     loss = picture.sin().sum()
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
-    kept = at_picture(loss, picture)
+    kept = loss_at_image(loss, picture)
     torch.testing.assert_close(kept, loss)
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from stage1_tokenizer import GumbelOptions
 from stage1_tokenizer.quantizers import GumbelQuantizer
-from stage1_tokenizer.quantizers.categorical import disuse, gumbel_noise_like, kl_to_uniform
+from stage1_tokenizer.quantizers.categorical import diversity_loss, gumbel_noise_like, kl_to_uniform
 from stage1_tokenizer.quantizers.gumbel import reinmax, relax
 
 
@@ -193,9 +193,9 @@ def test_autocast_leaves_the_quantizer_in_float32():
 def test_disuse_is_the_divergence_of_the_mean_posterior_and_0_where_codes_are_used_alike():
     sure = 100 * F.one_hot(torch.tensor([0, 0, 1, 2]), 4).float()[None, None]  # four positions
     mean = torch.tensor([0.5, 0.25, 0.25])
-    torch.testing.assert_close(disuse(sure.log_softmax(-1)), math.log(4) + (mean * mean.log()).sum())
+    torch.testing.assert_close(diversity_loss(sure.log_softmax(-1)), math.log(4) + (mean * mean.log()).sum())
     alike = 100 * torch.eye(4)[None, None]
-    assert float(disuse(alike.log_softmax(-1))) == pytest.approx(0.0, abs=1e-6)
+    assert float(diversity_loss(alike.log_softmax(-1))) == pytest.approx(0.0, abs=1e-6)
     result = quantizer(4, diversity=0.5).train()(sure.permute(0, 3, 1, 2))
-    torch.testing.assert_close(result.loss, 0.5 * disuse(sure.log_softmax(-1)))
+    torch.testing.assert_close(result.loss, 0.5 * diversity_loss(sure.log_softmax(-1)))
     assert float(quantizer(4, diversity=0.5).eval()(sure.permute(0, 3, 1, 2)).loss) == 0.0

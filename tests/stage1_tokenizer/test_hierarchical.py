@@ -36,7 +36,7 @@ def test_the_coarsest_level_comes_first_and_codes_embed_to_what_the_decoder_saw(
 def test_levels_may_have_codebooks_of_different_sizes():
     hierarchy = quantizer(3, (2, 5))
     assert [level.num_codes for level in hierarchy.layout((8, 8))] == [2, 5, 8]
-    assert hierarchy.vectors().shape == (15, 4) and [len(use) for use in hierarchy.uses()] == [2, 5, 8]
+    assert hierarchy.vectors().shape == (15, 4) and [len(use) for use in hierarchy.usage()] == [2, 5, 8]
     result = hierarchy(features(16, 6, 8, 8))
     parts = result.codes.split([4, 16, 64], dim=1)
     assert all(int(part.max()) < size for part, size in zip(parts, [2, 5, 8], strict=True)) and int(parts[2].max()) >= 5

@@ -7,7 +7,7 @@ import torch
 
 from stage1_tokenizer import ScoreFunctionOptions
 from stage1_tokenizer.quantizers import ScoreFunctionQuantizer
-from stage1_tokenizer.quantizers.categorical import disuse, gumbel_noise_like
+from stage1_tokenizer.quantizers.categorical import diversity_loss, gumbel_noise_like
 
 
 def quantizer(decay: float = 0.9, credit: str = "picture") -> ScoreFunctionQuantizer:
@@ -108,8 +108,8 @@ def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
     x = torch.tensor([0.1, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
     score = ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(diversity=0.5, sharpness=100.0)).train()
     rows = x.permute(0, 2, 3, 1)
-    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * disuse((100 * rows).log_softmax(-1)))
-    assert float(disuse(rows.log_softmax(-1))) < 0.01 and float(score(x, 1.0).loss) > 0.5
+    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * diversity_loss((100 * rows).log_softmax(-1)))
+    assert float(diversity_loss(rows.log_softmax(-1))) < 0.01 and float(score(x, 1.0).loss) > 0.5
     assert float(score.eval()(x).loss) == 0.0
 
 

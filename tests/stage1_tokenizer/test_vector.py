@@ -176,7 +176,7 @@ def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
     x = (centres.repeat_interleave(20, 0) + 0.1 * features(120, 4)).reshape(1, 12, 10, 4).permute(0, 3, 1, 2)
     plain, clustered = (fresh(6, normalize=False, restart_below=0.0, kmeans_iterations=n) for n in (0, 20))
     for vq in (plain, clustered):
-        vq.learn = lambda *_: None  # type: ignore[method-assign]
+        vq.update_codebook = lambda *_: None  # type: ignore[method-assign]
         vq.count(vq(x).codes)
     codes = clustered(x).codes.flatten()
     for code in codes.unique():
@@ -205,7 +205,7 @@ def test_a_linear_codebook_is_frozen_under_a_learned_map():
     assert torch.equal(vq.codebook, frozen) and vq.map.grad.any()
     with torch.no_grad():
         vq.map.copy_(features(4, 4, seed=9))
-    torch.testing.assert_close(vq.vectors(), vq._placed(frozen @ vq.map))
+    torch.testing.assert_close(vq.vectors(), vq._normalize(frozen @ vq.map))
     result = vq.eval()(x)
     torch.testing.assert_close(result.latents, vq.embed(result.codes, (4, 4)))
 
@@ -254,7 +254,7 @@ def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
         vq(x)
     assert torch.cdist(vq.codebook[8:], flat(x)).min(1).values.max() < 1.0
     assert vq(x).codes.unique().numel() == 16
-    assert int(vq.use()["dead_codes"]) == 0
+    assert int(vq.usage_metrics()["dead_codes"]) == 0
 
 
 def test_dead_codes_of_a_linear_codebook_restart_where_the_map_puts_them_at_vectors():
@@ -271,7 +271,7 @@ def test_without_restart_they_stay_dead():
     for _ in range(8):
         vq(x)
     assert (vq.codebook[8:].norm(dim=1) > 40).all() and vq(x).codes.max() < 8
-    assert int(vq.use()["dead_codes"]) == 8
+    assert int(vq.usage_metrics()["dead_codes"]) == 8
 
 
 def test_living_codes_are_left_alone_by_a_restart():
@@ -299,7 +299,7 @@ def test_a_restarted_gradient_code_keeps_its_parameter():
 
 def test_a_codebook_that_learns_by_gradient_and_restarts_is_not_to_be_averaged():
     def jumping(**options):
-        return VectorQuantizer(4, 2, VectorOptions(**options)).jumping_parameters()
+        return VectorQuantizer(4, 2, VectorOptions(**options)).ema_excluded_parameters()
 
     assert [p.shape for p in jumping(codebook="gradient")] == [(4, 2)]
     assert not jumping() and not jumping(codebook="linear") and not jumping(codebook="gradient", restart_below=0.0)
@@ -336,7 +336,7 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
 def test_use_of_the_codebook_is_reported():
     vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, restart_below=0.0)
     vq.hits.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
-    figures = vq.use()
+    figures = vq.usage_metrics()
     assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
     assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
     metrics = vq(features(2, 2, 4, 4)).metrics
@@ -350,7 +350,7 @@ def test_a_restarted_code_counts_as_used_only_once_it_is():
     for _ in range(30):
         metrics = vq(x).metrics
     assert (vq.counts > 0.1 * vq.counts.mean()).all()  # they do restart
-    assert float(metrics["codebook_usage"]) <= 0.5 and torch.equal(vq.uses()[0], vq.hits)
+    assert float(metrics["codebook_usage"]) <= 0.5 and torch.equal(vq.usage()[0], vq.hits)
     assert float(vq.hits.sum()) == pytest.approx(4 * 16, rel=1e-4)
 
 
@@ -385,13 +385,13 @@ def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unu
     x = 3 + features(4, 4, 4, 4)
     x[:, :, :, 2:] = x[:1, :, :1, :1]  # half of the vectors are one and the same, so some codes stay without any
     placed = copy.deepcopy(vq)
-    placed.learn = lambda *_: None  # type: ignore[method-assign]
+    placed.update_codebook = lambda *_: None  # type: ignore[method-assign]
     placed(x)
     codes = vq(x).codes.flatten()
-    vectors = vq._placed(flat(x))
+    vectors = vq._normalize(flat(x))
     for code in range(8):
         own = vectors[codes == code]
-        expected = vq._placed(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
+        expected = vq._normalize(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
         torch.testing.assert_close(vq.codebook[code], expected, rtol=1e-4, atol=1e-4)
     assert len(codes.unique()) < 8
 

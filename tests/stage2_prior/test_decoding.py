@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
-from stage2_prior.order import codes_a_step, known_first, seeded_orders
-from stage2_prior.sampling import draw, filtered, guidance_at, guide, uniforms
+from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders
+from stage2_prior.sampling import guidance_at, guide, per_seed_uniforms, sample_from_uniform, warp_logits
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -38,8 +38,8 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
     null = logits_in_order(prior, prior.stream.null_caption(3), drawn.codes, drawn.orders)
     chosen = guide(conditional, null, scale).nan_to_num(float("-inf"))
     classes = prior.stream.image_targets(drawn.codes).gather(1, drawn.orders)
-    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
-        assert torch.equal(draw(filtered(chosen[:, i], 0.7, None, None), noise), classes[:, i])
+    for i, noise in enumerate(per_seed_uniforms(SEEDS, 9).unbind(1)):
+        assert torch.equal(sample_from_uniform(warp_logits(chosen[:, i], 0.7, None, None), noise), classes[:, i])
     log_p = conditional.log_softmax(-1).gather(2, classes[..., None]).sum((1, 2))
     torch.testing.assert_close(drawn.log_likelihood, log_p)
     if scale == 1:
@@ -52,7 +52,7 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
 def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
     """Codes after each step: every one of them but the `first` known ones drawn anew from what a whole, uncached pass over the step
     before gives."""
-    noise, place, stream = uniforms(SEEDS, 9), first, prior.stream
+    noise, place, stream = per_seed_uniforms(SEEDS, 9), first, prior.stream
     steps = []
     for count in counts:
         new = codes.clone()
@@ -62,7 +62,7 @@ def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
             swapped[:, [at, target]] = swapped[:, [target, at]]
             branches = [logits_in_order(prior, ids, codes, swapped) for ids in (text_ids, stream.null_caption(3))]
             logits = guide(*branches, guidance_at(target / 9, options)).nan_to_num(float("-inf"))
-            classes = draw(filtered(logits[:, at], options.temperature, None, options.top_p), noise[:, target])
+            classes = sample_from_uniform(warp_logits(logits[:, at], options.temperature, None, options.top_p), noise[:, target])
             here = orders[:, target : target + 1]
             new.scatter_(1, here, stream.within_level(classes[:, None], here))
         codes = new
@@ -87,10 +87,10 @@ def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_i
     orders = known_first(seeded_orders(SEEDS, 9), torch.arange(9) < known)
     given = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(1))
     drawn = sample(prior, text_ids, SEEDS, options, known=torch.arange(9) < known, codes=given)
-    steps = drawn_by_hand(prior, text_ids, orders, codes_a_step(9 - known, 4), options, given, known)
+    steps = drawn_by_hand(prior, text_ids, orders, cosine_step_sizes(9 - known, 4), options, given, known)
     assert torch.equal(drawn.orders, orders) and torch.equal(drawn.codes, steps[-1])
     # Some codes of the third step were changed by what they came to know.
-    third = orders[:, : known + sum(codes_a_step(9 - known, 4)[:3])]
+    third = orders[:, : known + sum(cosine_step_sizes(9 - known, 4)[:3])]
     assert not torch.equal(steps[2].gather(1, third), steps[3].gather(1, third))
 
 
@@ -195,9 +195,9 @@ def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(
     assert sum(shape == (6, 1) for shape in rows) == sum(guided)
     assert sum(shape[0] * shape[1] for shape in rows if shape[0] == 6) == 6 * sum(guided)
     branches = [logits_in_raster(prior, ids, drawn.codes) for ids in (text_ids, prior.stream.null_caption(3))]
-    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
+    for i, noise in enumerate(per_seed_uniforms(SEEDS, 9).unbind(1)):
         chosen = guide(branches[0][:, i], branches[1][:, i], scales[i])
-        assert torch.equal(draw(chosen, noise), drawn.codes[:, i])
+        assert torch.equal(sample_from_uniform(chosen, noise), drawn.codes[:, i])
     assert drawn.null_log_likelihood is None
 
 
@@ -221,8 +221,8 @@ def test_grouped_heads_draw_what_uncached_passes_do(text_ids):
     assert prior.new_cache(3).keys[0].shape == (3, 2, 14, 8)
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions())
     logits = logits_in_raster(prior, text_ids, drawn.codes)
-    for i, noise in enumerate(uniforms(SEEDS, 9).unbind(1)):
-        assert torch.equal(draw(logits[:, i], noise), drawn.codes[:, i])
+    for i, noise in enumerate(per_seed_uniforms(SEEDS, 9).unbind(1)):
+        assert torch.equal(sample_from_uniform(logits[:, i], noise), drawn.codes[:, i])
 
 
 @pytest.mark.parametrize(

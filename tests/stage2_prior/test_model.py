@@ -53,7 +53,7 @@ def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
             rows.own.zero_()
         vectors = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
         vectors[4] = (vectors[2] + vectors[3]) / 2
-        prior.tell_code_vectors(vectors)
+        prior.set_codebook(vectors)
         for table in (prior.tables().embeddings[20:], prior.tables().head):
             torch.testing.assert_close(table[4], (table[2] + table[3]) / 2)
             assert not torch.allclose(table[2], table[3])
@@ -63,11 +63,11 @@ def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
 
 
 def test_told_vectors_are_centred_and_refused_in_another_shape(prior):
-    prior.tell_code_vectors(torch.randn(11, 5, generator=torch.Generator().manual_seed(4)) * 7 + 3)
+    prior.set_codebook(torch.randn(11, 5, generator=torch.Generator().manual_seed(4)) * 7 + 3)
     torch.testing.assert_close(prior.code_vectors.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert float(prior.code_vectors.std()) == pytest.approx(1)
     with pytest.raises(ValueError, match=r"code vectors have shape \(11, 4\); this prior's stream has \(11, 5\)"):
-        prior.tell_code_vectors(torch.randn(11, 4))
+        prior.set_codebook(torch.randn(11, 4))
 
 
 def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):

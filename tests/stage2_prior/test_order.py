@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage2_prior import Level, OrderSchedule, PriorObjective, PriorObjectiveConfig
-from stage2_prior.order import codes_a_step, known_first, seeded_orders, training_orders
+from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders, training_orders
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -41,20 +41,20 @@ def test_known_codes_come_first_and_all_stay_in_their_order():
 
 @pytest.mark.parametrize(("count", "steps"), [(64, 16), (64, 1), (64, 63), (9, 4), (1, 1), (5, 5), (576, 64)])
 def test_a_cosine_decides_every_code_in_so_many_steps_and_few_at_first(count, steps):
-    counts = codes_a_step(count, steps)
+    counts = cosine_step_sizes(count, steps)
     assert sum(counts) == count and len(counts) == steps and min(counts) >= 1
     assert counts[0] <= counts[-1]
 
 
 def test_the_counts_of_a_small_cosine_by_hand():
     # 9 cos(pi/2 t/4) = 8.3, 6.4, 3.4, 0 are left after each step.
-    assert codes_a_step(9, 4) == [1, 2, 3, 3]
+    assert cosine_step_sizes(9, 4) == [1, 2, 3, 3]
 
 
 def test_steps_beyond_the_codes_are_refused():
     with pytest.raises(ValueError, match="steps is 10; it must be at least 1 and at most the 9 codes"):
-        codes_a_step(9, 10)
-    assert codes_a_step(9, None) == [1] * 9
+        cosine_step_sizes(9, 10)
+    assert cosine_step_sizes(9, None) == [1] * 9
 
 
 @pytest.mark.parametrize("levels", [None, TWO])

@@ -9,7 +9,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from stage2_prior import Level, SamplingOptions, sample
-from stage2_prior.sampling import draw, filtered, guide, keep_min_p, keep_top_k, keep_top_p, uniforms
+from stage2_prior.sampling import guide, keep_min_p, keep_top_k, keep_top_p, per_seed_uniforms, sample_from_uniform, warp_logits
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -32,18 +32,18 @@ def test_min_p_equals_the_reference(p):
 
 
 def test_temperature_zero_keeps_the_largest():
-    assert draw(filtered(LOGITS, 0, None, None), torch.full((5,), 0.99)).tolist() == LOGITS.argmax(1).tolist()
+    assert sample_from_uniform(warp_logits(LOGITS, 0, None, None), torch.full((5,), 0.99)).tolist() == LOGITS.argmax(1).tolist()
 
 
 def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
-    drawn = [int(draw(logits, torch.tensor([u]))) for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.999999)]
+    drawn = [int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.999999)]
     assert drawn == [0, 0, 2, 2, 3, 3]
 
 
 def test_draw_never_returns_an_excluded_code():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
-    assert [int(draw(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
+    assert [int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
 
 
 def test_draw_never_returns_an_excluded_code_where_sums_are_parallel(monkeypatch):
@@ -67,13 +67,13 @@ def test_draw_never_returns_an_excluded_code_where_sums_are_parallel(monkeypatch
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: in_blocks(x, dim) if x.shape[-1] == 16384 else cumsum(x, dim))
     for row, own in zip(logits, sums, strict=True):
         uniform = (own / own[-1]).clamp(0, 1 - 2**-24)[::16]  # where rounding decides
-        drawn = draw(row.expand(len(uniform), -1), uniform)
+        drawn = sample_from_uniform(row.expand(len(uniform), -1), uniform)
         assert allowed[drawn].all()
 
 
 def test_uniforms_depend_on_each_seed_alone():
-    both = uniforms([3, 4], 6)
-    assert torch.equal(both[1], uniforms([4], 6)[0]) and not torch.equal(both[0], both[1])
+    both = per_seed_uniforms([3, 4], 6)
+    assert torch.equal(both[1], per_seed_uniforms([4], 6)[0]) and not torch.equal(both[0], both[1])
 
 
 def log_probabilities(prior, text_ids, codes):
@@ -89,9 +89,9 @@ def test_guided_codes_equal_two_uncached_passes_combined(prior, text_ids, scale)
     codes = sample(prior, text_ids, seeds, SamplingOptions(guidance_scale=scale, temperature=0.7, top_p=0.9)).codes
     null = prior.stream.null_caption(3)
     logits = guide(log_probabilities(prior, text_ids, codes), log_probabilities(prior, null, codes), scale)
-    noise = uniforms(seeds, 9)
+    noise = per_seed_uniforms(seeds, 9)
     for i in range(9):
-        expected = draw(filtered(logits[:, i], 0.7, None, 0.9), noise[:, i])
+        expected = sample_from_uniform(warp_logits(logits[:, i], 0.7, None, 0.9), noise[:, i])
         assert torch.equal(expected, codes[:, i])
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.codes.shards import OpenShard, Shard, damage
-from pipeline.runtime.atomic_io import write_file
+from pipeline.data.codes.shards import OpenShard, Shard, verify_shard
+from pipeline.runtime.atomic_io import atomic_write_text
 
 MANIFEST, PLAN = "codes.json", "plan.json"
 FORMAT = 2
@@ -47,7 +47,7 @@ class CodesDataset:
         self._folder, self._shards = folder, shards_of(self.manifest)[split]
         hashed = are_hashed(self.manifest)
         for shard in self._shards:
-            if wrong := damage(folder / shard.name, shard, hashed=hashed):
+            if wrong := verify_shard(folder / shard.name, shard, hashed=hashed):
                 raise ValueError(f"{folder / shard.name} {wrong}; run `minidalle encode` again, which makes just that file anew")
         self.views = int(self.manifest["views"]) if split == "train" else 1
         self.captions_in_all = sum(shard.captions for shard in self._shards)
@@ -102,7 +102,7 @@ class CodesDataset:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardPlan:
     """What one file holds: rows of the source, or what a shard of a stream gives.
 
     Attributes:
@@ -118,18 +118,18 @@ class Unit:
     most: int | None = None
 
 
-def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, Unit]]:
+def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, ShardPlan]]:
     """The files of each split in their order and what each holds. `plan["parts"]` names of each part of the source the `first` row and
     how many `rows`, or how many `shards` a stream has and the `most` pictures of each."""
     each, files = plan["shard_rows"], {}
     for split, parts in plan["parts"].items():
-        units: list[Unit] = []
+        units: list[ShardPlan] = []
         for number, part in enumerate(parts):
             if "shards" in part:
-                units += [Unit(number, shard=shard, most=part["most"]) for shard in range(part["shards"])]
+                units += [ShardPlan(number, shard=shard, most=part["most"]) for shard in range(part["shards"])]
             else:
                 first, end = part["first"], part["first"] + part["rows"]
-                units += [Unit(number, range(start, min(start + each, end))) for start in range(first, end, each)]
+                units += [ShardPlan(number, range(start, min(start + each, end))) for start in range(first, end, each)]
         files[split] = {f"{split}-{k:05d}-of-{len(units):05d}.arrow": unit for k, unit in enumerate(units)}
     return files
 
@@ -176,24 +176,24 @@ def check_format(made: Any, folder: Path) -> None:
         )
 
 
-def record_shard(folder: Path, shard: Shard) -> None:
+def mark_shard_done(folder: Path, shard: Shard) -> None:
     """Marks a shard of an unfinished folder as whole."""
-    write_file((folder / shard.name).with_suffix(".json"), json.dumps(asdict(shard)) + "\n")
+    atomic_write_text((folder / shard.name).with_suffix(".json"), json.dumps(asdict(shard)) + "\n")
 
 
 def recorded_shard(folder: Path, name: str) -> Shard | None:
-    """What `record_shard` wrote of a shard, if it did."""
+    """What `mark_shard_done` wrote of a shard, if it did."""
     try:
         return Shard(**json.loads((folder / name).with_suffix(".json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def complete(folder: Path, plan: Mapping[str, Any], shards: Mapping[str, Sequence[Shard]]) -> None:
+def write_manifest(folder: Path, plan: Mapping[str, Any], shards: Mapping[str, Sequence[Shard]]) -> None:
     """Marks the folder whole, and removes what was needed until then."""
     files = {split: [asdict(shard) for shard in of_split] for split, of_split in shards.items()}
     rows = {split: sum(shard.rows for shard in of_split) for split, of_split in shards.items()}
-    write_file(folder / MANIFEST, json.dumps({**plan, "rows": rows, "files": files}, indent=2) + "\n")
+    atomic_write_text(folder / MANIFEST, json.dumps({**plan, "rows": rows, "files": files}, indent=2) + "\n")
     for of_split in shards.values():
         for shard in of_split:
             (folder / shard.name).with_suffix(".json").unlink(missing_ok=True)

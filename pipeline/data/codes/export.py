@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.data.codes.dataset import MANIFEST, read_manifest, shards_of
 from pipeline.data.codes.shards import described, read_batches, schema_of
-from pipeline.runtime.atomic_io import refuse_taken, write_folder
+from pipeline.runtime.atomic_io import atomic_write_dir, check_output_dir
 
 Format = Literal["arrow", "parquet", "webdataset"]
 
@@ -32,7 +32,7 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
         FileExistsError: there is something else in `out` already.
     """
     manifest = read_manifest(codes)
-    refuse_taken(out, MANIFEST, "codes")
+    check_output_dir(out, MANIFEST, "codes")
     names: list[str] = []
 
     def write(beside: Path) -> None:
@@ -54,7 +54,7 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
                 names.append(path.name)
         (beside / MANIFEST).write_text(json.dumps({**manifest, "files": written, "form": form}, indent=2) + "\n")
 
-    write_folder(out, write)
+    atomic_write_dir(out, write)
     return names
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.runtime.atomic_io import written_beside
+from pipeline.runtime.atomic_io import atomic_write
 
 _BATCH = 1000
 """Rows of a record batch: so many are held while a file is written, however many it gets."""
@@ -63,7 +63,7 @@ def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: 
         OSError: the disk is full or the folder cannot be written; what `path` held before is still there.
     """
     schema, rows, captions = _schema(codes, kind), 0, 0
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(blocks, schema):
                 writer.write_batch(batch)
@@ -78,7 +78,7 @@ def described(path: Path, *, rows: int, captions: int) -> Shard:
     return Shard(path.name, rows, captions, path.stat().st_size, _sha256(path))
 
 
-def damage(path: Path, shard: Shard, *, hashed: bool) -> str | None:
+def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
     """What is wrong with a file; None where it is whole: of the right size and, with `hashed`, of the right content."""
     if not path.is_file():
         return "is missing"

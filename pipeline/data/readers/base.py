@@ -25,7 +25,7 @@ _NAMED = 3
 _LONG = 200
 
 
-class Tally:
+class SkipCounter:
     """Counts what was left out, by reason, and remembers the first names."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Rows(Protocol):
     """What captions can be made of."""
     stamp: str
     """Changes when a file does, as far as its name, size and time tell."""
-    tally: Tally
+    tally: SkipCounter
     """What the layout itself left out."""
 
     def __len__(self) -> int: ...
@@ -87,7 +87,7 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") < share * 2**64
 
 
-def stamp_of(parts: Iterable[object]) -> str:
+def content_fingerprint(parts: Iterable[object]) -> str:
     """A short hash of everything that says which files there are."""
     digest = hashlib.sha256()
     for part in parts:
@@ -95,7 +95,7 @@ def stamp_of(parts: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def state_of(path: Path) -> object:
+def file_signature(path: Path) -> object:
     """What tells that a file is another: its name, size and time; the name alone where it is not there."""
     try:
         state = path.stat()

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, Tally, existing_column
+from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
 
 NO_TEXT = "pictures without a caption left out"
 
@@ -82,7 +82,7 @@ class CaptionReader:
         return ["".join(text + (values[part] if part else "") for text, part, _, _ in string.Formatter().parse(self.template))]
 
 
-def captions_of(rows: Rows, config: DataConfig, tally: Tally) -> Captions:
+def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
     """The captions of every row; those without any are counted."""
     reader = CaptionReader(rows.name, rows.columns, config)
 

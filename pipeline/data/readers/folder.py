@@ -20,14 +20,14 @@ import pyarrow as pa
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     Record,
-    Tally,
+    SkipCounter,
+    content_fingerprint,
     existing_column,
+    file_signature,
     image_column,
     is_text,
     listed,
     printable,
-    stamp_of,
-    state_of,
     text_of,
 )
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
@@ -56,14 +56,14 @@ class FileRows:
         named: picture -> what is written of it, in order; a picture is a path relative to `root`, or base64.
     """
 
-    def __init__(self, name: str, root: Path, named: dict[str, list[Record]], columns: list[str], tally: Tally) -> None:
+    def __init__(self, name: str, root: Path, named: dict[str, list[Record]], columns: list[str], tally: SkipCounter) -> None:
         self.name, self.root, self.columns, self.tally = name, root, columns, tally
         # Arrow holds a million paths in a tenth of what Python strings take.
         self._pictures = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
         # Written as JSON, since a column may hold texts in one row and lists in the next.
         self._records = pa.array([json.dumps(record) for records in named.values() for record in records], pa.large_string())
-        self.stamp = stamp_of([name, *(self._state(picture) for picture in named)])
+        self.stamp = content_fingerprint([name, *(self._state(picture) for picture in named)])
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -88,7 +88,7 @@ class FileRows:
             first += count.as_py()
 
     def _state(self, picture: str) -> object:
-        return picture if is_inline(picture) else state_of(self.root / picture)
+        return picture if is_inline(picture) else file_signature(self.root / picture)
 
 
 def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
@@ -97,7 +97,7 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
     Raises:
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
-    tally = Tally()
+    tally = SkipCounter()
     pictures = _pictures_below(folder, tally)
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
@@ -137,7 +137,7 @@ def table_rows(file: Path, column: str | None) -> FileRows:
     Raises:
         ValueError: the column of the pictures is missing, or a row is damaged.
     """
-    rows, tally = list(_rows_of(file)), Tally()
+    rows, tally = list(_rows_of(file)), SkipCounter()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     column = image_column(str(file), column, columns)
     named: dict[str, list[Record]] = {}
@@ -164,7 +164,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _pictures_below(folder: Path, tally: Tally) -> list[str]:
+def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
@@ -190,7 +190,7 @@ def _pictures_below(folder: Path, tally: Tally) -> list[str]:
     return sorted(found)
 
 
-def _named(metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: Tally) -> dict[str, list[Record]]:
+def _named(metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: SkipCounter) -> dict[str, list[Record]]:
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{metadata} row {number}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Record, Tally, image_column, stamp_of, state_of
+from pipeline.data.readers.base import Record, SkipCounter, content_fingerprint, file_signature, image_column
 
 _BATCH = 1000
 _SHARDS = 64
@@ -20,7 +20,7 @@ class HubRows:
     def __init__(self, config: DataConfig) -> None:
         from datasets import Image
 
-        self.name, self.tally = config.source, Tally()
+        self.name, self.tally = config.source, SkipCounter()
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
@@ -33,8 +33,8 @@ class HubRows:
         self._pictures = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
         # The library's fingerprint says nothing of files that the rows only name.
-        files = (state_of(self._beside / str(self._pictures[row][self._image])) for row in range(len(rows))) if paths else ()
-        self.stamp = stamp_of([rows._fingerprint, self._image, *files])
+        files = (file_signature(self._beside / str(self._pictures[row][self._image])) for row in range(len(rows))) if paths else ()
+        self.stamp = content_fingerprint([rows._fingerprint, self._image, *files])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -140,7 +140,7 @@ def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> 
     return np.asarray(Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def shifted(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
+def random_shift(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
     """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap, some mirrored."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]

@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Rows, Tally, stamp_of
+from pipeline.data.readers.base import Rows, SkipCounter, content_fingerprint
 from pipeline.data.readers.images import frames, open_for_judging
-from pipeline.data.worker_info import ALONE, Share
-from pipeline.runtime.atomic_io import written_beside
+from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
+from pipeline.runtime.atomic_io import atomic_write
 from stage1_tokenizer.pixels import to_rgb
 
 UNREADABLE = "unreadable pictures left out"
@@ -35,13 +35,13 @@ _FORM = 2
 
 
 @dataclass(frozen=True)
-class Examined:
+class ScanResult:
     """What was found of each picture, an entry a row.
 
     Attributes:
         width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
         digest: uint64 (N), a hash of the file.
-        look: uint64 (N), a hash of what it looks like (`look_of`).
+        look: uint64 (N), a hash of what it looks like (`perceptual_hash`).
         mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has several frames.
         problem: (N), what is wrong with it, or ''.
     """
@@ -54,7 +54,7 @@ class Examined:
     problem: list[str]
 
 
-def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share = ALONE) -> Examined:
+def scan_images(rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> ScanResult:
     """Reads every picture, or takes what an earlier call found in `folder` while the files are the same.
 
     Args:
@@ -62,8 +62,8 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
         folder: keeps what was found.
         share: this process's part of the work; every process of it must call.
     """
-    source = stamp_of([rows.name, *rows.columns])  # one folder may be two parts of a mixture
-    kept = folder / f"examined-{source}-{stamp_of([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
+    source = content_fingerprint([rows.name, *rows.columns])  # one folder may be two parts of a mixture
+    kept = folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
         assert found is not None
@@ -87,7 +87,7 @@ def examine(rows: Rows, workers: int, folder: Path | None = None, share: Share =
     return result
 
 
-def usable(rows: Rows, found: Examined, config: DataConfig, tally: Tally) -> np.ndarray:
+def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter) -> np.ndarray:
     """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted; the others are counted.
 
     Raises:
@@ -120,7 +120,7 @@ def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[st
     return reasons
 
 
-def look_of(image: Image.Image) -> int:
+def perceptual_hash(image: Image.Image) -> int:
     """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened; 0 is a plain surface.
 
     Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): 48 of
@@ -158,31 +158,31 @@ def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         image, (width, height) = open_for_judging(content, _DECODED)
         mode = image.mode + (", animated" if frames(image) > 1 else "")
-        return width, height, digest, look_of(to_rgb(image)), mode, ""
+        return width, height, digest, perceptual_hash(to_rgb(image)), mode, ""
     except (OSError, ValueError) as error:
         return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _from_lines(lines: Sequence[tuple]) -> Examined:
+def _from_lines(lines: Sequence[tuple]) -> ScanResult:
     width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
-    return Examined(
+    return ScanResult(
         np.array(width, np.int32), np.array(height, np.int32), np.array(digest, np.uint64), np.array(look, np.uint64),
         list(mode), list(problem),
     )  # fmt: skip
 
 
-def _read(path: Path) -> Examined | None:
+def _read(path: Path) -> ScanResult | None:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowInvalid):  # not there, or cut: pictures are read anew
         return None
     width, height, digest, look = (table[name].to_numpy() for name in ("width", "height", "digest", "look"))
-    return Examined(width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist())
+    return ScanResult(width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist())
 
 
-def _write(path: Path, found: Examined) -> None:
+def _write(path: Path, found: ScanResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(vars(found))
-    with written_beside(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with atomic_write(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.readers.base import Record, Tally, existing_column, is_text, listed, stamp_of, state_of
+from pipeline.data.readers.base import Record, SkipCounter, content_fingerprint, existing_column, file_signature, is_text, listed
 from pipeline.data.readers.images import EXTENSIONS
 
 _TEXTS = ("txt", "caption", "cls")
@@ -61,9 +61,9 @@ class ShardRows:
     """
 
     def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
-        self.name, self.tally = name, Tally()
+        self.name, self.tally = name, SkipCounter()
         self._shards = list(shards)
-        self.stamp = stamp_of([name, image, *(state_of(Path(shard)) for shard in shards)])
+        self.stamp = content_fingerprint([name, image, *(file_signature(Path(shard)) for shard in shards)])
         keys: list[str] = []
         places: list[tuple[int, int, int]] = []  # shard, start and length of the picture
         texts: dict[str, list[tuple[int, int]]] = {}
@@ -135,7 +135,7 @@ class ShardRows:
         return content
 
 
-def _samples(shard: str, tally: Tally) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """(key, extension -> start and length) of each sample of a shard, in order."""
     held: tuple[str, dict[str, tuple[int, int]]] | None = None
     try:

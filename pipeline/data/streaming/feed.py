@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.mixture import MixedSource, Mixture, parts_of
-from pipeline.data.sampler import MappedFeed, Passes, step_draws
+from pipeline.data.mixture import MixedSource, MixtureSchedule, parts_of
+from pipeline.data.sampler import MapBatchLoader, ShuffledEpochs, step_draws
 from pipeline.data.source import Source
 from pipeline.data.streaming.source import Sample, StreamSource
-from pipeline.runtime.atomic_io import write_file
+from pipeline.runtime.atomic_io import atomic_write_text
 
 
-class Lengths:
+class ShardLengthCache:
     """How many training samples each part of a shard turned out to have; in a file, so that a resumed run can skip them.
 
     Args:
@@ -53,17 +53,17 @@ class Lengths:
             self._known[key] = count
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(self._path, json.dumps(self._known))
+                atomic_write_text(self._path, json.dumps(self._known))
 
 
-class Lane:
+class ShardReader:
     """Every `lanes`-th shard of the endless list, from number `lane` on, sample by sample."""
 
-    def __init__(self, stream: StreamSource, lane: int, lanes: int, seed: int, lengths: Lengths) -> None:
+    def __init__(self, stream: StreamSource, lane: int, lanes: int, seed: int, lengths: ShardLengthCache) -> None:
         self._stream, self._lane, self._lanes, self._seed, self._lengths = stream, lane, lanes, seed, lengths
         # With fewer shards than lanes each is dealt in parts, or several lanes would read the same one at once.
         self._parts = -(-lanes // stream.num_shards)
-        self._order = Passes(stream.num_shards * self._parts, seed)
+        self._order = ShuffledEpochs(stream.num_shards * self._parts, seed)
         self._number, self._position, self._samples = 0, 0, self._open(0)
 
     def skip_to(self, position: int) -> None:
@@ -113,7 +113,7 @@ class Lane:
         return f"{shard}/{part}/{self._parts}"
 
 
-class Shuffled:
+class ShuffleBuffer:
     """One process's samples of one stream, by position.
 
     Args:
@@ -125,9 +125,9 @@ class Shuffled:
         config = stream.config
         self._block, self._width = config.shuffle_buffer, config.interleave
         path = folder / f"lengths-{stream.fingerprint}-{process}-of-{processes}.json" if folder else None
-        lengths = Lengths(path)
+        lengths = ShardLengthCache(path)
         lanes = range(process * self._width, (process + 1) * self._width)
-        self._lanes = [Lane(stream, lane, processes * self._width, seed, lengths) for lane in lanes]
+        self._lanes = [ShardReader(stream, lane, processes * self._width, seed, lengths) for lane in lanes]
         self._readers = ThreadPoolExecutor(self._width, thread_name_prefix="shards")
         self._ahead_by = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self._blocks: dict[int, Future[list[Sample]]] = {}
@@ -167,7 +167,7 @@ class Shuffled:
         return [samples[i] for i in order]
 
 
-class StreamFeed:
+class StreamBatchLoader:
     """Pictures of a stream, or of a mixture with streams in it."""
 
     def __init__(
@@ -176,9 +176,11 @@ class StreamFeed:
         parts: Sequence[Source | StreamSource] = parts_of(source)
         weights = source.weights if isinstance(source, MixedSource) else [1.0]
         self._each, self._seed, self._place = batch_size // processes, seed, (process, processes)
-        self._mixture = Mixture(weights, seed)
-        self._parts: list[Shuffled | tuple[Source, Passes]] = [
-            Shuffled(part, seed, process, processes, folder) if isinstance(part, StreamSource) else (part, Passes(len(part), seed))
+        self._mixture = MixtureSchedule(weights, seed)
+        self._parts: list[ShuffleBuffer | tuple[Source, ShuffledEpochs]] = [
+            ShuffleBuffer(part, seed, process, processes, folder)
+            if isinstance(part, StreamSource)
+            else (part, ShuffledEpochs(len(part), seed))
             for part in parts
         ]
         self._config = next(part.config for part in parts if isinstance(part, StreamSource))
@@ -189,7 +191,7 @@ class StreamFeed:
         taken = self._taken(step)
         result = np.empty((self._each, self._config.image_size, self._config.image_size, 3), np.uint8)
         # Samples of streams wait for nothing but the processor; sources that are mapped have threads of their own.
-        from_streams = [i for i, (part, _) in enumerate(taken) if isinstance(part, Shuffled)]
+        from_streams = [i for i, (part, _) in enumerate(taken) if isinstance(part, ShuffleBuffer)]
         decoded = self._pool.map(lambda i: self._decoded(taken[i][0], taken[i][1], draws[i]), from_streams)
         for part in {id(part): part for part, _ in taken if isinstance(part, tuple)}.values():
             places = [i for i, (other, _) in enumerate(taken) if other is part]
@@ -200,7 +202,7 @@ class StreamFeed:
 
     def names(self, step: int) -> list[str]:
         return [
-            self._sample(part, number).name if isinstance(part, Shuffled) else part[0].names([self._row(part, number)])[0]
+            self._sample(part, number).name if isinstance(part, ShuffleBuffer) else part[0].names([self._row(part, number)])[0]
             for part, number in self._taken(step)
         ]
 
@@ -209,17 +211,17 @@ class StreamFeed:
         taken = [self._mixture.at(step * self._each + i) for i in range(self._each)]
         return [(self._parts[part], number) for part, number in taken]
 
-    def _row(self, part: tuple[Source, Passes], number: int) -> int:
+    def _row(self, part: tuple[Source, ShuffledEpochs], number: int) -> int:
         process, processes = self._place
         return part[1].row(number * processes + process)
 
     @staticmethod
-    def _sample(part: Shuffled, number: int, after: int = 0) -> Sample:
+    def _sample(part: ShuffleBuffer, number: int, after: int = 0) -> Sample:
         block, within = part.place(number)
         samples = part.block(block)
         return samples[(within + after) % len(samples)]
 
-    def _decoded(self, part: Shuffled, number: int, draw: int) -> np.ndarray:
+    def _decoded(self, part: ShuffleBuffer, number: int, draw: int) -> np.ndarray:
         """A picture, or where it cannot be decoded the next one of its block, so that every process has as many as every other."""
         after = 0
         while (picture := part.stream.decode(self._sample(part, number, after))) is None:
@@ -227,9 +229,9 @@ class StreamFeed:
         return part.stream.square(picture, draw)
 
 
-def feed_of(
+def batch_loader(
     source: Source | StreamSource, batch_size: int, seed: int, process: int, processes: int, folder: Path | None = None
-) -> MappedFeed | StreamFeed:
+) -> MapBatchLoader | StreamBatchLoader:
     """One process's pictures of a source, step by step.
 
     Args:
@@ -237,5 +239,5 @@ def feed_of(
         folder: where what was learned of a stream is kept.
     """
     if any(isinstance(part, StreamSource) for part in parts_of(source)):
-        return StreamFeed(source, batch_size, seed, process, processes, folder)
-    return MappedFeed(source, batch_size, seed, process, processes)  # type: ignore[arg-type]
+        return StreamBatchLoader(source, batch_size, seed, process, processes, folder)
+    return MapBatchLoader(source, batch_size, seed, process, processes)  # type: ignore[arg-type]

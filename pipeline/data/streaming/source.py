@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.data import WORLDS, DataConfig, data_settings
-from pipeline.data.readers.base import BAD_CAPTION, Record, Tally, image_column, is_held_out, stamp_of, state_of
+from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
+from pipeline.data.readers.base import BAD_CAPTION, Record, SkipCounter, content_fingerprint, file_signature, image_column, is_held_out
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
@@ -51,7 +51,7 @@ class StreamSource:
     def __init__(self, config: DataConfig) -> None:
         import dataclasses
 
-        self.name, self.config, self.tally = config.source, config, Tally()
+        self.name, self.config, self.tally = config.source, config, SkipCounter()
         self._decoded, self._bad, self._lock = 0, 0, Lock()
         self._left_out: set[tuple[str, str]] = set()
         data, self.shard_names = _opened(config)
@@ -67,7 +67,7 @@ class StreamSource:
         self._reader = CaptionReader(self.name, [column for column in columns if column != self._image], config)
         self._named = label_names(features)
         settings = sorted(data_settings(dataclasses.asdict(config)).items())
-        self.fingerprint = stamp_of([*_states(config, self.shard_names), self.num_shards, settings])
+        self.fingerprint = content_fingerprint([*_states(config, self.shard_names), self.num_shards, settings])
 
     @property
     def problems(self) -> list[str]:
@@ -182,7 +182,7 @@ class HeldRows:
         self.name, self.tally = stream.name, stream.tally
         self.columns = ["text"]
         self._samples = stream.held_out()
-        self.stamp = stamp_of([stream.fingerprint, *(sample.name for sample in self._samples)])
+        self.stamp = content_fingerprint([stream.fingerprint, *(sample.name for sample in self._samples)])
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -204,8 +204,8 @@ def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
 
     path = Path(config.source).expanduser()
     if shards:
-        return [shard if is_remote(shard) else state_of(Path(shard)) for shard in shards]
-    return [state_of(file) for file in sorted(path.rglob("*.arrow"))] if path.is_dir() else [state_of(path)]
+        return [shard if is_remote(shard) else file_signature(Path(shard)) for shard in shards]
+    return [file_signature(file) for file in sorted(path.rglob("*.arrow"))] if path.is_dir() else [file_signature(path)]
 
 
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:
@@ -234,6 +234,6 @@ def streams(source: str) -> bool:
     from pipeline.data.readers.webdataset import shard_names
 
     path = Path(source).expanduser()
-    if source in WORLDS or path.suffix.lower() in TABLE_SUFFIXES:
+    if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
         return False
     return not path.is_dir() or is_saved_dataset(path) or shard_names(source) is not None

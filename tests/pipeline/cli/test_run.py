@@ -308,7 +308,7 @@ def test_wrong_usage_has_status_2(capsys, tmp_path):
 DIES_AT_STEP_47 = """
 import os, signal, sys
 from pipeline import cli
-from pipeline.training import train_step as training
+from pipeline.training import trainer as training
 rate = training.learning_rate
 def dies(step, config):
     if step == 47:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.codes import dataset
 from pipeline.data.codes import shards as code_shards
-from pipeline.data.codes.dataset import CodesDataset, complete, planned_files, record_shard, recorded_shard
+from pipeline.data.codes.dataset import CodesDataset, mark_shard_done, planned_files, recorded_shard, write_manifest
 from pipeline.data.codes.shards import EncodedRows, write_shard
 
 
@@ -30,9 +30,9 @@ def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: i
             EncodedRows(codes[i : min(i + 3, part.stop)], captions[i : min(i + 3, part.stop)], range(100 + i, 100 + min(i + 3, part.stop)))
             for i in starts
         )
-        record_shard(folder, write_shard(folder / name, blocks, codes=codes.shape[1], kind=kind))
+        mark_shard_done(folder, write_shard(folder / name, blocks, codes=codes.shape[1], kind=kind))
         written.append(recorded_shard(folder, name))
-    complete(folder, plan, {"train": [shard for shard in written if shard]})
+    write_manifest(folder, plan, {"train": [shard for shard in written if shard]})
     return folder
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.load import load_sources
-from pipeline.data.streaming.feed import feed_of
+from pipeline.data.streaming.feed import batch_loader
 from tests.helpers.data import config, photo
 
 CASES = int(os.environ.get("MINIDALLE_FUZZ", "25"))
@@ -128,7 +128,7 @@ def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
         train, held_out = load_sources(config(source, max_bad=0.9, upscale=True, **options))
         for split in (train, held_out):
             if options.get("streaming") and split is train:
-                assert feed_of(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+                assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
             elif len(split):
                 rows = range(len(split))
                 assert split.images(rows, list(rows)).shape == (len(split), 16, 16, 3)

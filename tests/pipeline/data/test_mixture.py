@@ -9,32 +9,32 @@ from hypothesis import strategies as st
 
 from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.load import load_sources
-from pipeline.data.mixture import Mixture
-from pipeline.data.sampler import Order, order_of
+from pipeline.data.mixture import MixtureSchedule
+from pipeline.data.sampler import BatchSampler, order_of
 from tests.helpers.data import number_of, write_shards
 
 
 @given(weights=st.lists(st.floats(0.001, 100), min_size=1, max_size=5), block=st.integers(0, 3), seed=st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_each_block_holds_its_shares_and_counts_run_on(weights, block, seed):
-    mixture = Mixture(weights, seed)
+    mixture = MixtureSchedule(weights, seed)
     found = [mixture.at(block * 1000 + i) for i in range(1000)]
     shares = np.bincount([part for part, _ in found], minlength=len(weights))
     assert (shares > 0).all() and np.abs(shares - np.array(weights) / sum(weights) * 1000).max() <= len(weights)
     for part in range(len(weights)):
         numbers = [number for which, number in found if which == part]
         assert numbers == list(range(block * shares[part], (block + 1) * shares[part]))
-    assert Mixture(weights, seed).at(block * 1000 + 500) == found[500]
+    assert MixtureSchedule(weights, seed).at(block * 1000 + 500) == found[500]
 
 
 def test_parts_go_through_their_own_passes():
-    order = Order([4, 100], 10, 0, [3.0, 1.0])
+    order = BatchSampler([4, 100], 10, 0, [3.0, 1.0])
     rows = np.concatenate([order.rows(step) for step in range(100)])
     small, large = rows[rows < 4], rows[rows >= 4]
     assert (len(small) == 750 and len(large) == 250 and np.bincount(small).tolist() == [188, 188, 187, 187]) or len(small) == 750
     assert max(np.bincount(small)) - min(np.bincount(small)) <= 1
     assert len(set(large[:100].tolist())) == 100
-    assert np.array_equal(np.concatenate([order.share(7, r, 2) for r in range(2)]), Order([4, 100], 10, 0, [3.0, 1.0]).rows(7))
+    assert np.array_equal(np.concatenate([order.share(7, r, 2) for r in range(2)]), BatchSampler([4, 100], 10, 0, [3.0, 1.0]).rows(7))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from pipeline.data.sampler import loaded_ahead
+from pipeline.data.sampler import prefetch
 
 
 def test_every_part_comes_with_its_pictures_and_the_next_is_loaded_meanwhile():
@@ -18,7 +18,7 @@ def test_every_part_comes_with_its_pictures_and_the_next_is_loaded_meanwhile():
         return np.array(part)
 
     seen = []
-    for part, images in loaded_ahead(load, [[0, 5], [1], [2, 7, 9]]):
+    for part, images in prefetch(load, [[0, 5], [1], [2, 7, 9]]):
         seen.append((part, images.tolist()))
         if part[0] < 2:
             assert loaded[part[0] + 1].wait(timeout=30)
@@ -32,7 +32,7 @@ def test_no_more_than_the_next_is_held():
         asked.append(part[0])
         return np.array(part)
 
-    given = loaded_ahead(load, ([row] for row in range(100)))
+    given = prefetch(load, ([row] for row in range(100)))
     next(given)
     assert len(asked) <= 2
     given.close()
@@ -43,5 +43,5 @@ def test_what_goes_wrong_in_loading_is_raised_and_nothing_to_load_gives_nothing(
         raise ValueError("cannot be read")
 
     with pytest.raises(ValueError, match="cannot be read"):
-        list(loaded_ahead(load, [[0]]))
-    assert list(loaded_ahead(load, [])) == []
+        list(prefetch(load, [[0]]))
+    assert list(prefetch(load, [])) == []

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.data.readers import scan as examining
 from pipeline.data.readers.folder import folder_rows
-from pipeline.data.readers.scan import examine
-from pipeline.data.worker_info import Share
+from pipeline.data.readers.scan import scan_images
+from pipeline.data.worker_info import WorkerInfo
 from tests.helpers.data import photo
 
 
@@ -41,7 +41,7 @@ def opened(monkeypatch) -> list[int]:
 
 
 def test_each_picture_is_described(folder):
-    found = examine(rows(folder), 2)
+    found = scan_images(rows(folder), 2)
     assert found.width.tolist() == [*range(30, 39), 0] and found.height.tolist() == [24] * 9 + [0]
     assert found.mode == ["RGB"] * 9 + [""] and [bool(problem) for problem in found.problem] == [False] * 9 + [True]
     assert len(set(found.digest.tolist())) == 10
@@ -50,27 +50,27 @@ def test_each_picture_is_described(folder):
 def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, monkeypatch, opened):
     """Of sources that take long; a file that is changed, added or cut in the record has them read anew."""
     kept = tmp_path / "kept"
-    examine(rows(folder), 2, kept)
+    scan_images(rows(folder), 2, kept)
     assert not kept.exists()  # ten pictures are read again in no time
     monkeypatch.setattr(examining, "_SLOW", 5)
-    first = examine(rows(folder), 2, kept)
+    first = scan_images(rows(folder), 2, kept)
     opened.clear()
-    again = examine(rows(folder), 2, kept)
+    again = scan_images(rows(folder), 2, kept)
     assert not opened and all(np.array_equal(getattr(first, name), getattr(again, name)) for name in vars(first))
     photo(77, (50, 50)).save(folder / "3.png")
     os.utime(folder / "3.png", ns=(1, 1))
-    assert examine(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
+    assert scan_images(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
     opened.clear()
     (file,) = kept.iterdir()  # what was found of the source as it was is gone
     file.write_bytes(file.read_bytes()[:100])
-    assert examine(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
+    assert scan_images(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
     assert not [file for file in kept.iterdir() if file.name.startswith(".")]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypatch, opened, processes):
     monkeypatch.setattr(examining, "_SLOW", 5)
-    alone = examine(rows(folder), 1)
+    alone = scan_images(rows(folder), 1)
     opened.clear()
     meeting, told = threading.Barrier(processes), [None] * processes
 
@@ -85,7 +85,7 @@ def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypat
         return everybodys
 
     def one(index):
-        return examine(rows(folder), 1, tmp_path / f"of{index}", Share(index, processes, gather(index)))
+        return scan_images(rows(folder), 1, tmp_path / f"of{index}", WorkerInfo(index, processes, gather(index)))
 
     with ThreadPoolExecutor(processes) as pool:
         found = list(pool.map(one, range(processes)))
@@ -106,5 +106,5 @@ def test_an_animation_whose_later_frames_are_cut_is_its_first_frame(tmp_path):
     (tmp_path / "a.txt").write_text("moves")
     for end in range(len(content) // 2, len(content), 7):
         (tmp_path / "a.gif").write_bytes(content[:end])
-        found = examine(rows(tmp_path), 1)
+        found = scan_images(rows(tmp_path), 1)
         assert found.width.tolist() == [30] and found.problem == [""] and found.mode[0].startswith(("P", "RGB"))

@@ -17,7 +17,7 @@ import pytest
 from pipeline.config.data import MixPart
 from pipeline.data.load import load_sources
 from pipeline.data.readers.base import is_held_out
-from pipeline.data.streaming.feed import Lane, Lengths, Shuffled, StreamFeed, feed_of
+from pipeline.data.streaming.feed import ShardLengthCache, ShardReader, ShuffleBuffer, StreamBatchLoader, batch_loader
 from pipeline.data.streaming.source import StreamSource
 from tests.helpers.data import config, encoded, number_of, write_shard, write_shards
 
@@ -35,7 +35,7 @@ def stream(source: object, **options: object) -> StreamSource:
     return StreamSource(config(source, streaming=True, **{"held_out": 0.1, "shuffle_buffer": 8, "interleave": 2, **options}))
 
 
-def names(shuffled: Shuffled, count: int) -> list[str]:
+def names(shuffled: ShuffleBuffer, count: int) -> list[str]:
     found = []
     for position in range(count):
         block, within = shuffled.place(position)
@@ -64,17 +64,17 @@ def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes)
     everything = of_training(source)
     passes = 6
     each = passes * len(everything) // processes
-    seen = Counter(name for r in range(processes) for name in names(Shuffled(source, 0, r, processes), each))
+    seen = Counter(name for r in range(processes) for name in names(ShuffleBuffer(source, 0, r, processes), each))
     assert set(seen) == set(everything) and min(seen.values()) >= passes // 2 and max(seen.values()) <= 2 * passes
     if processes == 1:
-        first = names(Shuffled(source, 0, 0, 1), len(everything))
+        first = names(ShuffleBuffer(source, 0, 0, 1), len(everything))
         assert len(set(first)) > 0.8 * len(everything)
 
 
 def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
     source = stream(shards, interleave=1, shuffle_buffer=1)
     everything = of_training(source)
-    found = names(Shuffled(source, 0, 0, 1), 3 * len(everything))
+    found = names(ShuffleBuffer(source, 0, 0, 1), 3 * len(everything))
     for number in range(3):
         assert sorted(found[number * len(everything) :][: len(everything)]) == sorted(everything)
     assert found[: len(everything)] != everything  # shards in random order
@@ -84,21 +84,21 @@ def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
     write_shards(tmp_path, [40])
     source = stream(tmp_path, interleave=4)
     everything = of_training(source)
-    seen = names(Shuffled(source, 0, 0, 1), len(everything))
+    seen = names(ShuffleBuffer(source, 0, 0, 1), len(everything))
     assert max(Counter(seen).values()) <= 2 and len(set(seen)) >= 0.9 * len(everything)
 
 
 def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
     source = stream(shards)
-    one, two = names(Shuffled(source, 0, 0, 1), 40), names(Shuffled(source, 1, 0, 1), 40)
-    assert one != two and one == names(Shuffled(source, 0, 0, 1), 40)
-    unshuffled = names(Shuffled(stream(shards, shuffle_buffer=1), 0, 0, 1), 40)
+    one, two = names(ShuffleBuffer(source, 0, 0, 1), 40), names(ShuffleBuffer(source, 1, 0, 1), 40)
+    assert one != two and one == names(ShuffleBuffer(source, 0, 0, 1), 40)
+    unshuffled = names(ShuffleBuffer(stream(shards, shuffle_buffer=1), 0, 0, 1), 40)
     assert one != unshuffled and sorted(one) == sorted(unshuffled)
 
 
 def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(shards, tmp_path, monkeypatch):
     source = stream(shards)
-    whole = StreamFeed(source, 6, 0, 0, 1, tmp_path)
+    whole = StreamBatchLoader(source, 6, 0, 0, 1, tmp_path)
     expected = [(whole.pictures(step), whole.names(step)) for step in range(40)]
     assert list(tmp_path.glob("lengths-*.json"))
     opened: list[int] = []
@@ -106,7 +106,7 @@ def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(shards, t
     monkeypatch.setattr(StreamSource, "samples", lambda self, *given: counted(opened, samples(self, *given)))
     for folder, most in ((tmp_path, 104), (None, 10**6)):
         opened.clear()
-        resumed = StreamFeed(stream(shards), 6, 0, 0, 1, folder)
+        resumed = StreamBatchLoader(stream(shards), 6, 0, 0, 1, folder)
         for step in (33, 34, 39, 35):  # and back again
             assert np.array_equal(resumed.pictures(step), expected[step][0]) and resumed.names(step) == expected[step][1]
             if step == 33:
@@ -123,10 +123,10 @@ def counted(opened: list[int], samples):
 
 def test_lengths_that_are_cut_are_counted_anew(tmp_path):
     (tmp_path / "l.json").write_text('{"0/0/1": 3')
-    lengths = Lengths(tmp_path / "l.json")
+    lengths = ShardLengthCache(tmp_path / "l.json")
     assert lengths.get("0/0/1") is None
     lengths.add("0/0/1", 4)
-    assert Lengths(tmp_path / "l.json").get("0/0/1") == 4
+    assert ShardLengthCache(tmp_path / "l.json").get("0/0/1") == 4
 
 
 def test_streams_mix_with_what_is_mapped(shards, tmp_path):
@@ -138,7 +138,7 @@ def test_streams_mix_with_what_is_mapped(shards, tmp_path):
     parts = [MixPart(source=shards, weight=1), MixPart(source=str(folder), weight=3)]
     source, held_out = load_sources(config("", mix=parts, streaming=True, shuffle_buffer=8))
     assert len(held_out.lengths) == 2
-    feeds = [feed_of(source, 20, 0, r, 2) for r in range(2)]
+    feeds = [batch_loader(source, 20, 0, r, 2) for r in range(2)]
     found: Counter[int] = Counter()
     for step in range(100):
         for feed in feeds:
@@ -162,8 +162,8 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     for source in ("t.parquet", "saved"):
         train, held_out = load_sources(config(tmp_path / source, streaming=True, shuffle_buffer=4))
-        feed = feed_of(train, 10, 0, 0, 1)
-        assert isinstance(feed, StreamFeed)
+        feed = batch_loader(train, 10, 0, 0, 1)
+        assert isinstance(feed, StreamBatchLoader)
         numbers = {number_of(p) for step in range(20) for p in feed.pictures(step)}
         assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(range(40))
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
     write_shard(tmp_path / "0.tar", samples)
     assert not is_held_out("cut", 0.1)
     source = stream(tmp_path)
-    feed = StreamFeed(source, 10, 0, 0, 1, None)
+    feed = StreamBatchLoader(source, 10, 0, 0, 1, None)
     for step in range(12):
         assert feed.pictures(step).shape == (10, 16, 16, 3)
     problems = "\n".join(source.problems)
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
         "pictures that cannot be decoded left out: cut",
     ):
         assert expected in problems
-    strict = StreamFeed(stream(tmp_path, max_bad=0.0), 10, 0, 0, 1, None)
+    strict = StreamBatchLoader(stream(tmp_path, max_bad=0.0), 10, 0, 0, 1, None)
     with pytest.raises(ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_bad \(now 0\.0\)"):
         for step in range(12):
             strict.pictures(step)
@@ -222,14 +222,14 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
 def test_nothing_to_train_on_ends(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on; .*without a caption left out: a"):
-        StreamFeed(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
+        StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
 
 
 def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
     """The next block is read ahead at once, by the same lanes."""
     write_shards(tmp_path, [6, 6, 6])
     source = stream(tmp_path, interleave=3)
-    shuffled, busy, met = Shuffled(source, 0, 0, 1), [0, 0, 0], []
+    shuffled, busy, met = ShuffleBuffer(source, 0, 0, 1), [0, 0, 0], []
 
     def slow(number):
         def read(_):
@@ -253,7 +253,7 @@ def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
 
 def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
-    lane, opened = Lane(stream(tmp_path), 0, 1, 0, Lengths(None)), []
+    lane, opened = ShardReader(stream(tmp_path), 0, 1, 0, ShardLengthCache(None)), []
     open_shard = lane._open
 
     def counted(number):
@@ -284,7 +284,7 @@ def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
         picture = encoded((0, number, 7)) if number in (3, 17) else small
         write_shard(tmp_path / f"{number:02d}.tar", [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)])
     for seed in range(4):
-        feed = StreamFeed(stream(tmp_path, interleave=4), 6, seed, 0, 1, None)
+        feed = StreamBatchLoader(stream(tmp_path, interleave=4), 6, seed, 0, 1, None)
         assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {3, 17}
 
 
@@ -294,14 +294,14 @@ def test_json_beside_a_picture_may_have_any_keys(tmp_path):
     for streaming in (False, True):
         train, held_out = load_sources(config(tmp_path, streaming=streaming))
         assert set(held_out.captions(range(len(held_out)))) == {"words"}
-        assert feed_of(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+        assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
     write_shard(tmp_path / "0.tar", [(f"{i}", {"png": encoded((0, i, 7)), "caption": b"caf\xe9" if i == 5 else b"tea"}) for i in range(12)])
     train, _ = load_sources(config(tmp_path, streaming=streaming, text_column="caption", held_out=0.2))
-    assert set(feed_of(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
+    assert set(batch_loader(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
     assert "1 captions that are not UTF-8 left out: 5" in train.problems
 
 

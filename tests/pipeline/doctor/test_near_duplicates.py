@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from pipeline.data.readers.scan import look_of
+from pipeline.data.readers.scan import perceptual_hash
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 
 
@@ -50,12 +50,12 @@ def distance(a: int, b: int) -> int:
     ids=["half", "twice", "jpeg", "brighter", "darker"],
 )
 def test_a_changed_copy_looks_nearly_the_same(change):
-    distances = [distance(look_of(image), look_of(change(image))) for image in pictures(40)]
+    distances = [distance(perceptual_hash(image), perceptual_hash(change(image))) for image in pictures(40)]
     assert np.mean([d <= NEAR for d in distances]) >= 0.95 and max(distances) <= 2 * NEAR
 
 
 def test_other_pictures_look_different():
-    looks = [look_of(image) for image in pictures(40)]
+    looks = [perceptual_hash(image) for image in pictures(40)]
     assert min(distance(a, b) for i, a in enumerate(looks) for b in looks[:i]) > 2 * NEAR
 
 
@@ -67,10 +67,13 @@ def test_colours_count_and_plain_surfaces_have_no_look():
 
     red = disc("#c00000")
     grey = Image.merge("RGB", [red.convert("L")] * 3)
-    assert distance(look_of(red), look_of(grey)) > NEAR  # as light as each other everywhere
+    assert distance(perceptual_hash(red), perceptual_hash(grey)) > NEAR  # as light as each other everywhere
     for colour in ("white", "black", "#808080", "#c81e46", "blue"):
-        assert look_of(Image.new("RGB", (64, 48), colour)) == 0 and look_of(compressed(Image.new("RGB", (64, 48), colour))) == 0
-    assert look_of(red) != 0
+        assert (
+            perceptual_hash(Image.new("RGB", (64, 48), colour)) == 0
+            and perceptual_hash(compressed(Image.new("RGB", (64, 48), colour))) == 0
+        )
+    assert perceptual_hash(red) != 0
 
 
 def by_comparing_all(looks: np.ndarray, most: int) -> set[frozenset[int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.inference import batching as drawing
-from pipeline.inference.batching import batches, bytes_a_picture, draw_codes
+from pipeline.inference.batching import bytes_per_image, even_batches, sample_codes_batched
 from stage2_prior import SamplingOptions, sample
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -22,15 +22,15 @@ def prior():
 
 
 def test_batches_are_few_and_of_even_sizes():
-    assert [(p.start, p.stop) for p in batches(100, 64)] == [(0, 50), (50, 100)]
-    assert [p.stop - p.start for p in batches(10, 4)] == [4, 4, 2]
-    assert [p.stop - p.start for p in batches(3, 64)] == [3]
+    assert [(p.start, p.stop) for p in even_batches(100, 64)] == [(0, 50), (50, 100)]
+    assert [p.stop - p.start for p in even_batches(10, 4)] == [4, 4, 2]
+    assert [p.stop - p.start for p in even_batches(3, 64)] == [3]
 
 
 def test_a_picture_is_the_same_in_any_batch(prior):
     whole = sample(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2))
     for size in (1, 2, 4, 64):
-        parts = draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2), batch_size=size)
+        parts = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2), batch_size=size)
         assert torch.equal(parts.codes, whole.codes) and torch.equal(parts.orders, whole.orders)
         torch.testing.assert_close(parts.log_likelihood, whole.log_likelihood)
         torch.testing.assert_close(parts.null_log_likelihood, whole.null_log_likelihood)
@@ -42,45 +42,45 @@ def test_known_codes_go_with_their_rows():
     known = torch.zeros(5, 9, dtype=torch.bool)
     for row in range(5):
         known[row, row : row + 3] = True
-    drawn = draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known, codes=codes)
+    drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known, codes=codes)
     assert torch.equal(drawn.codes[known], codes[known])
-    shared = draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known[0], codes=codes)
+    shared = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known[0], codes=codes)
     assert torch.equal(shared.codes[:, :3], codes[:, :3])
 
 
 def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypatch):
-    need = bytes_a_picture(prior, SamplingOptions())
+    need = bytes_per_image(prior, SamplingOptions())
     monkeypatch.setattr(drawing, "free_memory", lambda device: int(2.9 * need))
     with pytest.warns(UserWarning, match="5 pictures at a time do not fit the free memory; going on with 2") as said:
-        drawn = draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+        drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert len(said) == 1 and torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
 
 
 def test_not_even_one_picture_fits(prior, monkeypatch):
     monkeypatch.setattr(drawing, "free_memory", lambda device: 100)
     with pytest.raises(MemoryError, match="one picture of 9 codes does not fit the memory of cpu"):
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
 def test_without_a_compiler_nothing_is_compiled_unless_it_is_asked_for(prior, monkeypatch):
     monkeypatch.setattr(drawing, "can_compile", lambda device: False)
-    monkeypatch.setattr(drawing, "COMPILING_TAKES", -1.0)
+    monkeypatch.setattr(drawing, "COMPILE_SECONDS", -1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
     with pytest.raises(ValueError, match=r"compile is on, and there is no C\+\+ compiler"):
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1, compile="on")
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1, compile="on")
 
 
 def test_the_estimate_grows_with_what_takes_memory():
-    plain = bytes_a_picture(tiny_prior(heads=4), SamplingOptions())
-    assert bytes_a_picture(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
+    plain = bytes_per_image(tiny_prior(heads=4), SamplingOptions())
+    assert bytes_per_image(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
     # A step of several codes may feed all of them: logits of 8 more, 11 classes each.
-    assert bytes_a_picture(tiny_prior(heads=4), SamplingOptions(steps=4)) >= plain + 8 * 11 * 4
+    assert bytes_per_image(tiny_prior(heads=4), SamplingOptions(steps=4)) >= plain + 8 * 11 * 4
     assert (
-        bytes_a_picture(tiny_prior(heads=4, kv_heads=1), SamplingOptions())
+        bytes_per_image(tiny_prior(heads=4, kv_heads=1), SamplingOptions())
         < plain
-        < bytes_a_picture(tiny_prior(heads=4, depth=4), SamplingOptions())
+        < bytes_per_image(tiny_prior(heads=4, depth=4), SamplingOptions())
     )
 
 
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(prior, monkeypatch, error):
 
     monkeypatch.setattr(drawing, "sample", full)
     with pytest.warns(UserWarning, match="out of memory with 5 pictures at a time; going on with 2") as said:
-        drawn = draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+        drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert sizes == [5, 2, 2, 1] and len(said) == 1
     assert torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
 
@@ -109,7 +109,7 @@ def test_one_picture_that_does_not_fit_is_an_error(prior, monkeypatch):
 
     monkeypatch.setattr(drawing, "sample", full)
     with pytest.raises(MemoryError, match="one picture of 9 codes does not fit the memory of cpu; close other programs"):
-        draw_codes(prior, CAPTIONS[:1], [1], SamplingOptions(), batch_size=64)
+        sample_codes_batched(prior, CAPTIONS[:1], [1], SamplingOptions(), batch_size=64)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(prior, monkeypatch):
@@ -118,7 +118,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(prior, monkeypatch):
 
     monkeypatch.setattr(drawing, "sample", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.01, [False] * 5), (30.0, [False, True, True, True, True])])
@@ -134,7 +134,7 @@ def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds
     monkeypatch.setattr(drawing.time, "perf_counter", lambda: next(clock) * seconds)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
     assert asked == expected
     assert ["seconds of drawing are left, so the steps are compiled" in str(w.message) for w in said] == [True] * any(expected)
 
@@ -149,7 +149,7 @@ def test_compiling_may_be_asked_for_or_not(prior, monkeypatch, compile, expected
 
     monkeypatch.setattr(drawing, "can_compile", lambda device: True)
     monkeypatch.setattr(drawing, "sample", noted)
-    draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile=compile)
+    sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile=compile)
     assert set(asked) == {expected}
     with pytest.raises(ValueError, match="compile is 'yes'; choose auto, on or off"):
-        draw_codes(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile="yes")
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile="yes")

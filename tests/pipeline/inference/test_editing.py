@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
-from pipeline.inference.editing import kept_codes, on_canvas, random_known
+from pipeline.inference.editing import keep_mask, place_on_canvas, random_keep_mask
 from stage1_tokenizer import Level
 from stage2_prior import ImagePrior, SamplingOptions, StreamConfig, sample
 from tests.helpers.cli import fails
@@ -24,7 +24,7 @@ def untrained_pipe(run: Path, **trained: object) -> TextToImagePipeline:
     config = StreamConfig(**{**vars(pipe.prior.stream.config), "any_order": True})
     torch.manual_seed(0)
     prior = ImagePrior(pipe.prior.model_config, config)
-    prior.tell_code_vectors(pipe.tokenizer.code_vectors)
+    prior.set_codebook(pipe.tokenizer.code_vectors)
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:
@@ -122,7 +122,7 @@ def test_a_picture_is_extended_on_a_larger_canvas(pipe):
     with pytest.raises(ValueError, match="16x24 at 9, 9 does not lie on the canvas of 32x32"):
         pipe.outpaint(small.rotate(90, expand=True), "x", at=(9, 9))
     with pytest.raises(ValueError, match="fills the canvas"):
-        on_canvas(Image.new("RGB", (32, 32)), 32, (0, 0))
+        place_on_canvas(Image.new("RGB", (32, 32)), 32, (0, 0))
 
 
 def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
@@ -134,13 +134,13 @@ def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
     assert len({tuple(row.nonzero()[:, 0].tolist()) for row in out.codes.flatten(1) != before}) > 4
     with pytest.raises(ValueError, match=r"strength is 1\.5"):
         pipe.vary(picture, 1.5, "x")
-    assert random_known([1, 2], 16, 0.01).sum().item() == 30  # at least one is drawn anew
+    assert random_keep_mask([1, 2], 16, 0.01).sum().item() == 30  # at least one is drawn anew
 
 
 def test_cells_of_every_level_are_kept_by_their_own_pixels():
     replaced = np.zeros((8, 8), bool)
     replaced[0, 0] = True
-    kept = kept_codes(replaced, [Level(grid=(2, 2), num_codes=3), Level(grid=(4, 4), num_codes=3)])
+    kept = keep_mask(replaced, [Level(grid=(2, 2), num_codes=3), Level(grid=(4, 4), num_codes=3)])
     assert kept[:4].tolist() == [False, True, True, True]
     assert kept[4:].tolist() == [False] + [True] * 15
 
@@ -157,7 +157,7 @@ def test_scores_are_those_of_the_samples_codes(pipe):
     given = code_log_likelihood(pipe.prior, ids, again, raster).sum(1)
     null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(2), again, raster).sum(1)
     torch.testing.assert_close(scores.log_likelihood, given)
-    torch.testing.assert_close(scores.guidance_gain, given - null)
+    torch.testing.assert_close(scores.pmi, given - null)
     with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
         pipe.score(images, ["x"])
 
@@ -238,7 +238,7 @@ def test_best_of_needs_something_to_choose_by(finished_run):
         pipe(["a red circle"], best_of=2, guidance_scale=1.0)
     with pytest.raises(ValueError, match="best_of is 0; it must be at least 1"):
         pipe(["a red circle"], best_of=0)
-    assert pipe.score(pipe("x", guidance_scale=1.0).images, ["x"]).guidance_gain is None
+    assert pipe.score(pipe("x", guidance_scale=1.0).images, ["x"]).pmi is None
 
 
 def test_captions_are_scored_and_drawn(pipe, picture, finished_run):

@@ -1,4 +1,4 @@
-"""`ClipJudge` on a small model that the test makes."""
+"""`CLIPScorer` on a small model that the test makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from pipeline import ClipJudge
+from pipeline import CLIPScorer
 
 WORDS = ["<pad>", "<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "blue</w>", "circle</w>"]
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def test_scores_are_cosines_of_each_picture_with_its_prompt(folder):
-    judge = ClipJudge(str(folder))
+    judge = CLIPScorer(str(folder))
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "red")]
     scores = judge(images, ["a", "a", "red"])
     assert scores.shape == (3,) and scores.abs().max() <= 1 + 1e-6
@@ -44,7 +44,7 @@ def test_scores_are_cosines_of_each_picture_with_its_prompt(folder):
 
 def test_a_judge_that_is_none_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"the judge '.*nothing' cannot be loaded as a CLIP model"):
-        ClipJudge(str(tmp_path / "nothing"))
+        CLIPScorer(str(tmp_path / "nothing"))
     CLIPModel.from_pretrained(folder).vision_model.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"cannot be loaded as a CLIP model|does not compare pictures with text"):
-        ClipJudge(str(folder))
+        CLIPScorer(str(folder))

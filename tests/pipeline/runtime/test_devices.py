@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config.train import TrainConfig
 from pipeline.runtime import devices
-from pipeline.runtime.devices import compiles, keep_freed_memory, uses_bf16
+from pipeline.runtime.devices import should_compile, tune_malloc, uses_bf16
 
 CPU = torch.device("cpu")
 
@@ -24,13 +24,13 @@ def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypa
 
 
 def test_compiling_is_asked_for_or_worth_it(monkeypatch):
-    monkeypatch.setattr(devices, "finds_compiler", lambda: True)
-    assert compiles(TrainConfig(compile="on", steps=1), CPU) and not compiles(TrainConfig(compile="off", steps=10**6), CPU)
-    assert compiles(TrainConfig(steps=10_000), CPU) and not compiles(TrainConfig(steps=10), CPU)
-    monkeypatch.setattr(devices, "finds_compiler", lambda: False)
-    assert not compiles(TrainConfig(steps=10_000), CPU)
+    monkeypatch.setattr(devices, "has_cpp_compiler", lambda: True)
+    assert should_compile(TrainConfig(compile="on", steps=1), CPU) and not should_compile(TrainConfig(compile="off", steps=10**6), CPU)
+    assert should_compile(TrainConfig(steps=10_000), CPU) and not should_compile(TrainConfig(steps=10), CPU)
+    monkeypatch.setattr(devices, "has_cpp_compiler", lambda: False)
+    assert not should_compile(TrainConfig(steps=10_000), CPU)
     with pytest.raises(ValueError, match=r"train.compile is on, and there is no C\+\+ compiler with Python's headers here; install them"):
-        compiles(TrainConfig(compile="on"), CPU)
+        should_compile(TrainConfig(compile="on"), CPU)
 
 
 def test_a_tracker_that_is_not_installed_is_named(tiny_yaml, capsys, monkeypatch):
@@ -43,8 +43,8 @@ def test_a_tracker_that_is_not_installed_is_named(tiny_yaml, capsys, monkeypatch
 
 FAULTS = """
 import resource, torch
-from pipeline.runtime.devices import keep_freed_memory
-if {keeps}: assert keep_freed_memory()
+from pipeline.runtime.devices import tune_malloc
+if {keeps}: assert tune_malloc()
 def faults():
     torch.ones(12_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -67,4 +67,4 @@ def test_freed_memory_is_used_again_without_asking_the_system():
 
 def test_without_such_a_c_library_nothing_happens(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert keep_freed_memory() is False
+    assert tune_malloc() is False

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.cli.main import main
-from pipeline.runtime.signals import Stopped, signals_caught, sigterm_raises
+from pipeline.runtime.signals import TrainingInterrupted, catch_signals, sigterm_raises
 from pipeline.stages import encode as encoding
 from pipeline.training import trainer as training
 from pipeline.training.checkpoint import newest_checkpoint
@@ -41,7 +41,9 @@ def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number
     options = {"keep_best": True, "evaluate_every": 3, "learning_rate": 0.1}
     whole, figures = train(tmp_path / "whole", **options)
     before = handlers()
-    with pytest.raises(Stopped, match=rf"stopped by {SIGNALS[number][0]} after step {step + 1} of 9 \(line\), which is saved") as caught:
+    with pytest.raises(
+        TrainingInterrupted, match=rf"stopped by {SIGNALS[number][0]} after step {step + 1} of 9 \(line\), which is saved"
+    ) as caught:
         train(tmp_path / "cut", on_step=lambda now: now == step and send(number), **options)
     assert caught.value.status == SIGNALS[number][1] and handlers() == before
     assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
@@ -66,7 +68,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
 
 
 def test_further_signals_than_ctrl_c_change_nothing(tmp_path):
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 6"):
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 6"):
         train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
 
 
@@ -78,7 +80,7 @@ def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
             send(signal.SIGTERM)
             return super().evaluate(batches)
 
-    with pytest.raises(Stopped, match="after step 9 of 9"):
+    with pytest.raises(TrainingInterrupted, match="after step 9 of 9"):
         train(tmp_path, Signalled(), evaluate_every=100)
 
 
@@ -92,11 +94,11 @@ def test_another_thread_trains_without_handlers(tmp_path):
 
 def test_handlers_are_put_back_whatever_happens():
     before = handlers()
-    with pytest.raises(RuntimeError), signals_caught() as caught:
+    with pytest.raises(RuntimeError), catch_signals() as caught:
         send(signal.SIGTERM)
         assert caught.number == signal.SIGTERM
         raise RuntimeError
-    with pytest.raises(Stopped), sigterm_raises():
+    with pytest.raises(TrainingInterrupted), sigterm_raises():
         send(signal.SIGTERM)
     assert handlers() == before
 

@@ -13,7 +13,7 @@ from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.config.load import load_experiment
 from pipeline.stages.compare_tokenizers import _made_with
-from pipeline.stages.manifest import as_made
+from pipeline.stages.manifest import upgrade_settings
 from stage2_prior import ImagePrior
 from tests.helpers.cli import fails
 
@@ -97,6 +97,6 @@ def test_a_row_of_a_comparison_that_was_made_before_these_settings_is_the_same(t
         del then["prior"]["train"][name], then["tokenizer"]["train"][name]
     for name in ("order", "anneal", "checkpoint_activations"):
         del then["prior"]["train"][name]
-    assert as_made(then) == now
+    assert upgrade_settings(then) == now
     then["prior"]["train"]["steps"] += 1
-    assert as_made(then) != now
+    assert upgrade_settings(then) != now

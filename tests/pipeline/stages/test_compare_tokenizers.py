@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.stages import compare_tokenizers as comparison
-from pipeline.stages.compare_tokenizers import load_comparison, steps_within, table
+from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget, table
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 
@@ -86,7 +86,7 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
 def test_a_row_that_was_made_with_other_settings_is_named_before_any_work(bakeoff, monkeypatch, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     (bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json").unlink()  # due again, and before the one that is refused
-    monkeypatch.setattr(comparison, "row_figures", lambda experiment, minutes: pytest.fail("work was begun"))
+    monkeypatch.setattr(comparison, "run_variant", lambda experiment, minutes: pytest.fail("work was begun"))
     values = yaml.safe_load(bakeoff.read_text())
     values["rows"]["two levels"]["tokenizer"]["train"]["steps"] = 5
     bakeoff.write_text(yaml.safe_dump(values))
@@ -122,14 +122,14 @@ def test_the_time_of_a_training_outlives_a_kill_while_its_prior_trains(bakeoff, 
 
 
 def test_without_a_compiler_nothing_is_begun(bakeoff, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.runtime.devices.finds_compiler", lambda: False)
+    monkeypatch.setattr("pipeline.runtime.devices.has_cpp_compiler", lambda: False)
     command = ["compare-tokenizers", "--config", bakeoff, "--prior.train.compile", "on"]
     fails(capsys, command, "train.compile is on, and there is no C++ compiler")
     assert not (bakeoff.parent / "runs").exists()
 
 
 def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.stages.compare_tokenizers.steps_within", lambda experiment, seconds: int(seconds / 2))
+    monkeypatch.setattr("pipeline.stages.compare_tokenizers.steps_in_budget", lambda experiment, seconds: int(seconds / 2))
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=0.3"]) == 0
     figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
     assert [row["steps"] for row in figures.values()] == [9, 9]
@@ -143,8 +143,8 @@ def test_few_steps_in_the_minutes_are_compiled_if_the_pace_was(compiled, bakeoff
         seen.append((experiment.tokenizer.train.steps, experiment.tokenizer.train.compile))
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(comparison, "steps_within", lambda experiment, seconds: 9)
-    monkeypatch.setattr(comparison, "compiles", lambda train, device: compiled)
+    monkeypatch.setattr(comparison, "steps_in_budget", lambda experiment, seconds: 9)
+    monkeypatch.setattr(comparison, "should_compile", lambda train, device: compiled)
     monkeypatch.setattr(comparison, "train_tokenizer", train)
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=1"]) == 0
     assert seen == 2 * [(9, "on" if compiled else "off")]
@@ -154,15 +154,17 @@ def test_steps_are_found_by_their_pace(bakeoff, monkeypatch):
     """By a clock that goes on by 2 s whenever it is read, once before the steps and once in each: 2 s before the first, then 2 s each."""
     experiment = load_comparison(["--config", str(bakeoff)]).rows["plain"]
     monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__))
-    assert [steps_within(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99 - 11]  # 11 are rehearsed
+    assert [steps_in_budget(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99]
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(25.0, 20), (29.0, 24), (36.0, 27), (15.0, 10)])
 def test_an_adversary_that_joins_later_slows_what_is_left(seconds, steps, bakeoff, monkeypatch):
     """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step 25."""
-    monkeypatch.setattr("pipeline.stages.compare_tokenizers._pace", lambda experiment, adversary: (7.0, 2.0) if adversary else (5.0, 1.0))
+    monkeypatch.setattr(
+        "pipeline.stages.compare_tokenizers._seconds_per_step", lambda experiment, adversary: (7.0, 2.0) if adversary else (5.0, 1.0)
+    )
     arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
-    assert steps_within(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], seconds) == steps
+    assert steps_in_budget(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], seconds) == steps
 
 
 def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
@@ -175,7 +177,7 @@ def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
     build = comparison.tokenizer_task
     monkeypatch.setattr(comparison, "tokenizer_task", task)
     arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
-    steps_within(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], 600.0)
+    steps_in_budget(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], 600.0)
     assert seen == [(0.0, 25), (0.1, 0)]
 
 
@@ -216,15 +218,15 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("minutes", [[], ["--minutes=1"]])
 def test_a_row_that_diverges_is_told_and_the_others_are_judged(minutes, bakeoff, monkeypatch, capsys):
-    judge = comparison.row_figures
+    judge = comparison.run_variant
 
     def diverges(experiment, minutes):
         if experiment.name == "plain":
             raise FloatingPointError("tokenizer: loss is not finite at step 3")
         return judge(experiment, minutes)
 
-    monkeypatch.setattr(comparison, "row_figures", diverges)
-    monkeypatch.setattr(comparison, "steps_within", lambda experiment, seconds: 4)
+    monkeypatch.setattr(comparison, "run_variant", diverges)
+    monkeypatch.setattr(comparison, "steps_in_budget", lambda experiment, seconds: 4)
     assert main(["compare-tokenizers", "--config", str(bakeoff), *minutes]) == 0
     table = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
     assert "| two levels |" in table and "plain failed: tokenizer: loss is not finite at step 3" in table and "| plain |" not in table

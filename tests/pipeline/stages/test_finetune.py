@@ -21,8 +21,8 @@ from pipeline.config.load import load_experiment
 from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
-from pipeline.stages.finetune import Adapter
-from pipeline.stages.manifest import as_made, read_settings
+from pipeline.stages.finetune import LoRAAdapter
+from pipeline.stages.manifest import read_settings, upgrade_settings
 from pipeline.training import trainer as training
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
@@ -152,7 +152,7 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     from accelerate import Accelerator
 
     prior, plain = ImagePrior.load(bundle / "prior"), ImagePrior.load(bundle / "prior")
-    adapter = Adapter(prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint})
+    adapter = LoRAAdapter(prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint})
     trained = {name for name, p in prior.named_parameters() if p.requires_grad}
     assert len(trained) == 8 and all(".lora_" in name and name.startswith("blocks.") for name in trained)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
             prior.get_parameter(name).normal_()
     fed = prior.stream.text_first(torch.randint(0, 300, (2, 48)), torch.randint(0, 16, (2, 16)))
     beside = prior(fed.ids, fed.slots, targets=fed.targets).image
-    adapter.end(tmp_path, Accelerator(cpu=True))
+    adapter.merge_and_save(tmp_path, Accelerator(cpu=True))
     torch.testing.assert_close(prior(fed.ids, fed.slots, targets=fed.targets).image, beside)
     assert not torch.allclose(plain(fed.ids, fed.slots, targets=fed.targets).image, beside)
     assert prior.state_dict().keys() == plain.state_dict().keys() and all(p.requires_grad for p in prior.parameters())
@@ -172,7 +172,7 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
 def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"):
-        Adapter(ImagePrior.load(bundle / "prior"), PriorSection(init_from="x", lora_rank=2), {"prior": "x"})
+        LoRAAdapter(ImagePrior.load(bundle / "prior"), PriorSection(init_from="x", lora_rank=2), {"prior": "x"})
 
 
 def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
@@ -187,18 +187,18 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     arguments, folder = encoded
     other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tuned"))
     assert main(["train-prior", *arguments, *LORA]) == 0
-    step = training._step
+    step = training.Trainer.train_step
 
-    def killed(*given: object):
-        if given[5] == 5:
+    def killed(trainer: training.Trainer, number: int, batch: object):
+        if number == 5:
             raise KeyboardInterrupt
-        return step(*given)
+        return step(trainer, number, batch)
 
     again = ["train-prior", *arguments, "--output_dir", str(other.parent), *LORA]
-    monkeypatch.setattr("pipeline.training.trainer._step", killed)
+    monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
     assert main(again) == 130
     assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
-    monkeypatch.setattr("pipeline.training.trainer._step", step)
+    monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     before, whole, cut = (ImagePrior.load(f) for f in (bundle / "prior", folder / "prior", other / "prior"))
     assert whole.fingerprint == cut.fingerprint
@@ -208,7 +208,7 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     adapter = load_file(folder / "prior" / "adapter" / "adapter_model.safetensors")
     assert sorted(p.name for p in (folder / "prior" / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert len(adapter) == 8 and json.loads((folder / "prior" / "adapter" / "adapter_config.json").read_text())["r"] == 2
-    held = load_file(folder / "prior" / "checkpoints" / "step-6" / "average.safetensors")
+    held = load_file(folder / "prior" / "checkpoints" / "step-6" / "ema.safetensors")
     moments = load_file(folder / "prior" / "checkpoints" / "step-6" / "optimizer.safetensors")
     assert len(held) == 8 and len({name.rsplit(".", 1)[0] for name in moments}) == 8
     assert TextToImagePipeline.from_pretrained(folder / "bundle").prior.fingerprint == whole.fingerprint
@@ -221,18 +221,19 @@ def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
     out = capsys.readouterr().out
     assert "prior: batch_size 32, accumulate 1" in out  # of 40 pictures
     assert read_settings(folder / "prior")["settings"]["train"]["batch_size"] == 32
-    optimizer = re.search(r"optimizer ([\d.]+) KiB", out)
+    assert main(["estimate", *arguments, *LORA]) == 0
+    optimizer = re.search(r"prior: .*optimizer ([\d.]+) KiB", capsys.readouterr().out)
     assert optimizer and float(optimizer[1]) < 20  # and 280 of the whole prior
 
 
 CUT_ADAPTER = """
 from pipeline.training import fsdp as sharding
-end = sharding.Cut.end
+end = sharding.FSDPModelState.load_ema
 def told(self):
     end(self)
-    assert len(self.average.shadow) == 8 < len(list(self.networks["prior"].parameters()))
+    assert len(self.ema.shadow) == 8 < len(list(self.networks["prior"].parameters()))
     print("[cut]")
-sharding.Cut.end = told
+sharding.FSDPModelState.load_ema = told
 """
 
 
@@ -257,7 +258,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
     arguments, folder = encoded
     text = TextTokenizer.load(bundle / "text_tokenizer")
     old = ["a red circle", "a big blue star on white"]
-    grown, spelled = text.grown(["a xylophone", "two xylophones"] * 2, 20)
+    grown, spelled = text.extend_vocab(["a xylophone", "two xylophones"] * 2, 20)
     assert torch.equal(grown.encode(old), text.encode(old)) and len(spelled) == grown.vocab_size - text.vocab_size > 0
     assert grown.lengths(["a xylophone"])[0] < text.lengths(["a xylophone"])[0]
     assert grown.decode(grown.encode(["a xylophone on white"])) == ["a xylophone on white"]
@@ -268,7 +269,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
     assert "5 entries more, into" in capsys.readouterr().out
     before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
     assert after.stream.text_vocab_size == before.stream.text_vocab_size + 5 and after.stream.text_length == 50
-    _, spelled = text.grown(CodesDataset(folder / "codes", "train").captions(list(range(40))), 5)
+    _, spelled = text.extend_vocab(CodesDataset(folder / "codes", "train").captions(list(range(40))), 5)
     for own, theirs in ((after.text_embedding, before.text_embedding), (after.text_head, before.text_head)):
         torch.testing.assert_close(own.weight[:-5], theirs.weight)
         for row, ids in zip(own.weight[-5:], spelled, strict=True):
@@ -344,7 +345,7 @@ def test_a_run_made_before_there_was_anything_to_start_from_is_the_same(finished
             written["settings"].pop(later, None)
         written["settings"].get("text", {}).pop("new_entries", None)
         (folder / stage / "settings.json").write_text(json.dumps(written))
-        assert as_made(written["settings"])["init_from"] is None
+        assert upgrade_settings(written["settings"])["init_from"] is None
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     for verb in ("train-tokenizer", "train-prior"):
         assert main([verb, "--config", str(finished_run[0]), "--output_dir", str(tmp_path / "runs")]) == 0

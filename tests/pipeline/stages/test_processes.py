@@ -77,13 +77,13 @@ def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
 DIES = """
 import os, signal, sys
 from pipeline import cli
-from pipeline.training.prefetch import Ahead
-take, victim = Ahead.take, sys.argv[1]
-def dies(batches, step, keep=False):
-    if step == 5 and not keep and os.environ["RANK"] == victim:  # not while it is rehearsed
+from pipeline.training.prefetch import BatchPrefetcher
+get, victim = BatchPrefetcher.get, sys.argv[1]
+def dies(batches, step):
+    if step == 5 and os.environ["RANK"] == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    return take(batches, step, keep=keep)
-Ahead.take = dies
+    return get(batches, step)
+BatchPrefetcher.get = dies
 status = cli.main(sys.argv[2:])
 print(f"process {os.environ['RANK']} ended with {status}", flush=True)
 sys.exit(status)
@@ -125,19 +125,19 @@ import fcntl, json, math, os, signal, sys, torch
 from pathlib import Path
 from accelerate import PartialState
 from pipeline import cli
-from pipeline.training.prefetch import Ahead
+from pipeline.training.prefetch import BatchPrefetcher
 from stage1_tokenizer import objective
 
 run, arguments = Path(sys.argv[1]), sys.argv[2:]
-rank, take, to_range, now = int(os.environ["RANK"]), Ahead.take, objective.to_model_range, [0]
+rank, take, to_range, now = int(os.environ["RANK"]), BatchPrefetcher.get, objective.to_model_range, [0]
 
-def seen(batches, step, keep=False):
-    now[0] = 0 if keep else step
-    if step == 4 and not keep and rank == 1:
+def seen(batches, step):
+    now[0] = step
+    if step == 4 and rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return take(batches, step, keep=keep)
+    return take(batches, step)
 
-Ahead.take = seen
+BatchPrefetcher.get = seen
 objective.to_model_range = lambda batch: to_range(batch) * (math.nan if now[0] == 2 and rank == 1 else 1)
 if rank == 0:
     run.mkdir(parents=True)

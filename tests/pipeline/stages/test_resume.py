@@ -68,18 +68,18 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     assert main(["train-prior", *arguments, *options]) == 0
     capsys.readouterr()
     fails(capsys, ["train-prior", *arguments, *options, "--prior.train.evaluate_every", "2"], "other settings (train.evaluate_every)")
-    step = training._step
+    step = training.Trainer.train_step
 
-    def killed(*given: object):
-        if given[5] == 5:
+    def killed(trainer: training.Trainer, number: int, batch: object):
+        if number == 5:
             raise KeyboardInterrupt
-        return step(*given)
+        return step(trainer, number, batch)
 
     again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
-    monkeypatch.setattr("pipeline.training.trainer._step", killed)
+    monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
     assert main(again) == 130
     assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
-    monkeypatch.setattr("pipeline.training.trainer._step", step)
+    monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     assert ImagePrior.load(other / "prior").fingerprint == ImagePrior.load(folder / "prior").fingerprint
 
@@ -98,20 +98,20 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
     """With every part that has a state of its own: the adversary, its optimizer and anchors, baselines, shared books."""
-    step, fingerprints = training._step, []
+    step, fingerprints = training.Trainer.train_step, []
 
-    def killed(*given: object):
-        if given[5] == 5:
+    def killed(trainer: training.Trainer, number: int, batch: object):
+        if number == 5:
             raise KeyboardInterrupt
-        return step(*given)
+        return step(trainer, number, batch)
 
     for name in ("whole", "cut"):
         arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", name, *VARIANTS[variant]]
         if name == "cut":
-            monkeypatch.setattr("pipeline.training.trainer._step", killed)
+            monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
             assert main(arguments) == 130
             assert (tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-4").is_dir()
-            monkeypatch.setattr("pipeline.training.trainer._step", step)
+            monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
         assert main(arguments) == 0
         fingerprints.append(ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint)
         weights = load_file(tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-6" / "weights.safetensors")

@@ -15,20 +15,21 @@ import torch
 from torch import nn
 
 from pipeline.runtime import atomic_io
-from pipeline.runtime.atomic_io import tidy
-from pipeline.runtime.atomic_io import write_folder as write_whole
-from pipeline.runtime.signals import Resumable
+from pipeline.runtime.atomic_io import atomic_write_dir as write_whole
+from pipeline.runtime.atomic_io import clean_partial_writes
+from pipeline.runtime.signals import RecoverableError
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checkpoint import FORMAT, DamagedCheckpoint, State, checkpoints_in, load_checkpoint, load_newest, save_checkpoint
+from pipeline.training.checkpoint import FORMAT, CorruptedCheckpoint, State, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from tests.helpers.cli import fails
 from tests.helpers.training import train
 
 NETWORK = nn.Linear(2, 2)
 
 
-def save(folder: Path, *steps: int, keep: int = 9, whole: set[Path] | None = None) -> None:
+def save(folder: Path, *steps: int, keep: int = 9, verified: set[Path] = frozenset()) -> set[Path]:  # type: ignore[assignment]
     for step in steps:
-        save_checkpoint(folder, State(step, {"error": 0.5}, 3), {"a": NETWORK}, {}, [], keep=keep, whole=whole)
+        verified = save_checkpoint(folder, State(step, {"error": 0.5}, 3), {"a": NETWORK}, {}, [], keep=keep, verified=verified)
+    return verified
 
 
 def load(path: Path) -> State:
@@ -57,7 +58,7 @@ DAMAGE = {
     "cut weights": ("weights.safetensors", cut, r"weights\.safetensors has 157 of 160 bytes"),
     "changed weights": ("weights.safetensors", flip_a_bit, r"weights\.safetensors is not what was written \(its hash differs\)"),
     "changed state": ("state.json", lambda p: p.write_text(p.read_text().replace("0.5", "0.6")), r"state\.json is not what was written"),
-    "no average": ("average.safetensors", Path.unlink, r"average\.safetensors is missing"),
+    "no average": ("ema.safetensors", Path.unlink, r"ema\.safetensors is missing"),
     "no manifest": ("manifest.json", Path.unlink, r"manifest\.json is missing"),
     "cut manifest": ("manifest.json", cut, r"manifest\.json cannot be read"),
     "empty manifest": ("manifest.json", lambda p: p.write_text("[]"), r"manifest\.json cannot be read"),
@@ -80,7 +81,7 @@ def test_damage_is_found_and_named(tmp_path, how):
     save(tmp_path, 2, 4)
     file, break_it, message = DAMAGE[how]
     break_it(tmp_path / "step-4" / file)
-    with pytest.raises(DamagedCheckpoint, match=message):
+    with pytest.raises(CorruptedCheckpoint, match=message):
         load(tmp_path / "step-4")
     said: list[str] = []
     path, state = load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], said.append)
@@ -130,31 +131,30 @@ def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start
 
 
 def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
-    whole: set[Path] = set()
-    save(tmp_path, 2, 4, keep=3, whole=whole)
-    monkeypatch.setattr(checkpoints, "damage", pytest.fail)
-    save(tmp_path, 6, 8, keep=3, whole=whole)
+    verified = save(tmp_path, 2, 4, keep=3)
+    monkeypatch.setattr(checkpoints, "verify_checkpoint", pytest.fail)
+    assert save(tmp_path, 6, 8, keep=3, verified=verified) == {tmp_path / f"step-{step}" for step in (4, 6, 8)}
     assert names(tmp_path) == ["step-4", "step-6", "step-8"]
 
 
 def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
     train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
-    best = checkpoints_in(tmp_path / "best")[0]
+    best = list_checkpoints(tmp_path / "best")[0]
     assert best.name == "step-2"
-    flip_a_bit(best / "average.safetensors")
+    flip_a_bit(best / "ema.safetensors")
     capsys.readouterr()
     again, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
     out = capsys.readouterr().out
-    assert f"{best} is damaged (average.safetensors is not what was written" in out and "chosen anew" in out
+    assert f"{best} is damaged (ema.safetensors is not what was written" in out and "chosen anew" in out
     assert names(tmp_path / "best") == ["step-8"]
     last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
     assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in last.network.state_dict().items())
 
 
 def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, capsys):
-    spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "average.safetensors")  # noqa: E731
+    spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "ema.safetensors")  # noqa: E731
     spoilt, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True, on_step=spoil)
-    assert "step-2 is damaged (average.safetensors is not" in capsys.readouterr().out
+    assert "step-2 is damaged (ema.safetensors is not" in capsys.readouterr().out
     last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
     assert all(torch.equal(value, spoilt.network.state_dict()[key]) for key, value in last.network.state_dict().items())
 
@@ -165,10 +165,10 @@ def test_what_kills_left_is_cleared_and_put_back(tmp_path):
     (tmp_path / ".step-4.writing" / "weights.safetensors").write_bytes(b"half")
     (tmp_path / ".x.json.writing").write_text("half")
     (tmp_path / "step-2").rename(tmp_path / ".step-2.old")  # killed between the two renames
-    tidy(tmp_path)
+    clean_partial_writes(tmp_path)
     assert names(tmp_path) == ["step-2"] and load(tmp_path / "step-2").step == 2
     shutil.copytree(tmp_path / "step-2", tmp_path / ".step-2.old")  # killed after them
-    tidy(tmp_path)
+    clean_partial_writes(tmp_path)
     assert names(tmp_path) == ["step-2"]
 
 
@@ -207,7 +207,7 @@ def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io, "_sync", lambda path: (order.append(f"sync {path.name}"), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (order.append("rename"), rename(path, to))[1])
     save(tmp_path / "checkpoints", 2)
-    files = ["weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".step-2.writing"]
+    files = ["weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".step-2.writing"]
     assert sorted(order[:6]) == sorted(f"sync {name}" for name in files) and order[6:] == ["rename", "sync checkpoints"]
 
 
@@ -236,7 +236,7 @@ def stopped_and_gone_on(folder: Path, errors: tuple[int, ...], spoil, mend) -> N
             spoil()
 
     with pytest.raises(
-        Resumable, match=r"line: the checkpoint of step 6 could not be written .*last good checkpoint is .*step-4"
+        RecoverableError, match=r"line: the checkpoint of step 6 could not be written .*last good checkpoint is .*step-4"
     ) as caught:
         train(folder, on_step=spoilt)
     assert any(os.strerror(number) in str(caught.value) for number in errors), caught.value
@@ -276,7 +276,7 @@ def test_a_file_that_may_not_grow_costs_no_checkpoint(tmp_path):
 
 def test_a_file_in_the_way_of_the_checkpoints_is_said(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(Resumable, match=r"the checkpoint of step 2 could not be written .*there is no checkpoint yet"):
+    with pytest.raises(RecoverableError, match=r"the checkpoint of step 2 could not be written .*there is no checkpoint yet"):
         train(tmp_path)
 
 

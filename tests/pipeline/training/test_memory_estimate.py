@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,15 +13,25 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.cli.main import main
+from pipeline.config.load import load_experiment
 from pipeline.config.train import PriorTrainConfig, TrainConfig
-from pipeline.runtime.devices import readable
+from pipeline.runtime.devices import format_bytes
+from pipeline.stages.estimate import estimate
 from pipeline.training import auto_batch as fitting
-from pipeline.training.auto_batch import choices, choose, settled
-from pipeline.training.memory_estimate import Growth, LiveBytes, growth, needs, repeated, state_bytes
+from pipeline.training.auto_batch import batch_candidates, choose, resolve_auto_batch
+from pipeline.training.memory_estimate import (
+    LinearMemoryModel,
+    LiveTensorTracker,
+    estimate_memory,
+    fit_memory_model,
+    state_bytes,
+    tile_rows,
+)
 from pipeline.training.optimizers import optimizers_for
-from pipeline.training.snapshot import as_they_were
+from pipeline.training.snapshot import preserve_state
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+from tests.helpers.cli import fails
 
 CPU = torch.device("cpu")
 STREAM = StreamConfig(text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),), code_dim=4)
@@ -74,7 +85,7 @@ def test_on_the_meta_device_the_count_is_the_same():
 
 def test_living_tensors_are_counted_while_they_live():
     before = torch.zeros(1000)
-    with LiveBytes(CPU) as live:
+    with LiveTensorTracker(CPU) as live:
         first = before + 1
         view = first[:10]
         del first
@@ -91,10 +102,10 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
     network = next(iter(made.networks.values()))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     addresses = [p.data_ptr() for p in network.parameters()]
-    grown = growth(made, batch, 9, eager, CPU, most=64)
+    grown = fit_memory_model(made, batch, 9, eager, CPU, most=64)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert [p.data_ptr() for p in network.parameters()] == addresses and all(p.grad is None for p in network.parameters())
-    with as_they_were([network]), LiveBytes(CPU) as live:
+    with preserve_state([network]), LiveTensorTracker(CPU) as live:
         for loss in made.losses(batch(32), 9):
             loss.value.backward()
     assert grown.at(32) == pytest.approx(live.peak, rel=0.1)
@@ -104,7 +115,7 @@ def test_a_codebook_that_is_a_parameter_comes_back():
     made = tokenizer(codebook="gradient", restart_below=0.9, restart_every=1)
     before = made.tokenizer.quantizer.codebook.detach().clone()
     optimizer_has, address = made.tokenizer.quantizer.codebook, made.tokenizer.quantizer.codebook.data_ptr()
-    growth(made, pictures, 9, eager, CPU, most=8)
+    fit_memory_model(made, pictures, 9, eager, CPU, most=8)
     assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
     assert optimizer_has.data_ptr() == address
 
@@ -112,14 +123,14 @@ def test_a_codebook_that_is_a_parameter_comes_back():
 def test_where_few_rows_are_refused_more_are_tried():
     """k-means needs a vector a code: 16 of each picture for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
-    assert growth(made, pictures, 0, eager, CPU, most=8).row > 0
+    assert fit_memory_model(made, pictures, 0, eager, CPU, most=8).row > 0
     with pytest.raises(ValueError, match="k-means needs a vector a code"):
-        growth(made, pictures, 0, eager, CPU, most=4)
+        fit_memory_model(made, pictures, 0, eager, CPU, most=4)
 
 
 def test_rows_repeat_where_there_are_few():
     batch = {"codes": torch.tensor([[1], [2]])}
-    assert repeated(batch, 5)["codes"].flatten().tolist() == [1, 2, 1, 2, 1]
+    assert tile_rows(batch, 5)["codes"].flatten().tolist() == [1, 2, 1, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,26 +144,26 @@ def test_rows_repeat_where_there_are_few():
     ],
 )
 def test_what_may_be_chosen(given, rows, processes, first, last):
-    options = choices(TrainConfig(**given), rows, processes)
+    options = batch_candidates(TrainConfig(**given), rows, processes)
     assert (options[0], options[-1]) == (first, last)
     assert all(size % (parts * processes) == 0 for size, parts in options)
 
 
 def test_the_first_that_fits_is_chosen():
-    options = choices(TrainConfig(batch_size=24, accumulate="auto"), 100, 2)
+    options = batch_candidates(TrainConfig(batch_size=24, accumulate="auto"), 100, 2)
     assert choose(options, 2, lambda rows: rows <= 5) == (24, 3)
     assert choose(options, 2, lambda rows: False) is None
     with pytest.raises(ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"):
-        choices(TrainConfig(batch_size=7, accumulate="auto"), 100, 2)
+        batch_candidates(TrainConfig(batch_size=7, accumulate="auto"), 100, 2)
 
 
 def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, capsys):
     made = prior()
     state = state_bytes(made.networks, TrainConfig())
-    grown = growth(made, pairs, 9, eager, CPU, most=8)
+    grown = fit_memory_model(made, pairs, 9, eager, CPU, most=8)
     config = PriorTrainConfig(batch_size="auto", steps=10)
     task = SimpleNamespace(objective=made, batch=lambda step: pairs(4))
-    chosen = partial(settled, task=task, precision="fp32", accelerator=Accelerator(cpu=True), rows=1000, label="prior")
+    chosen = partial(resolve_auto_batch, task=task, precision="fp32", accelerator=Accelerator(cpu=True), rows=1000, label="prior")
     for rows, expected in ((20, 16), (100, 64)):
         room = state.optimizer + state.average + grown.at(rows)
         monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
@@ -168,10 +179,10 @@ def test_a_card_that_runs_out_is_asked_for_less(monkeypatch):
     """As on CUDA, where a step is tried: what cannot be had is caught, and everything is as it was."""
     made, network = prior(), next(iter(prior().networks.values()))
     monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    assert not fitting._runs(made, pairs(1), 0, eager, CPU)
+    assert not fitting._fits(made, pairs(1), 0, eager, CPU)
     monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
-        fitting._runs(made, pairs(1), 0, eager, CPU)
+        fitting._fits(made, pairs(1), 0, eager, CPU)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.prior.parameters(), strict=True))
 
 
@@ -180,7 +191,7 @@ def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys,
     monkeypatch.setattr(fitting, "LARGEST", 16)
     assert main([*command, "--tokenizer.train.steps", "4"]) == 0
     out = capsys.readouterr().out
-    assert "tokenizer: batch_size 16, accumulate 1" in out and "M parameters, about" in out
+    assert "tokenizer: batch_size 16, accumulate 1" in out
     written = tmp_path / "runs" / "tiny" / "tokenizer" / "settings.json"
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
     monkeypatch.setattr(fitting, "free_memory", lambda device: 0)  # on a smaller machine it goes on with the same
@@ -194,19 +205,32 @@ def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys,
 
 def test_auto_is_for_the_stages_alone():
     with pytest.raises(ValueError, match="give numbers here"):
-        TrainConfig(batch_size="auto").numbers()
+        TrainConfig(batch_size="auto").resolved_batch()
 
 
 def test_sizes_in_words():
-    assert [readable(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
+    assert [format_bytes(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
 
 
-def test_what_a_rehearsal_puts_aside_is_counted():
-    """Trained parameters and averages; on going on the moments too, and the batches that are kept; nothing of it on a card."""
+def test_a_process_holds_what_it_held_before_and_what_compiling_takes():
+    """Nothing of either on a card, where the program lies elsewhere."""
     state = state_bytes(prior().networks, TrainConfig(optimizer="adamw"))
-    need = partial(needs, state, Growth(0.0, 0.0), 4, compiled=False, several=False)
-    fresh = need(CPU, held=state.parameters + state.average)
-    later = need(CPU, held=state.parameters + state.average + state.optimizer, batches=1000)
-    assert fresh.aside == 2 * state.average > 0 and later.aside == fresh.aside + state.optimizer + 1000
-    assert need(torch.device("cuda"), held=0, batches=1000).aside == 0
-    assert fresh.peak >= fresh.other + fresh.aside + state.kept and "put aside to foretell the time" in fresh.line(1)
+    need = partial(estimate_memory, state, LinearMemoryModel(0.0, 0.0), 4, several=False)
+    assert need(CPU, compiled=False, program=1000).other == 1000
+    assert need(CPU, compiled=True, program=1000).other > 1000
+    assert need(torch.device("cuda"), compiled=True, program=1000).other == 0
+    assert need(CPU, compiled=False, program=1000).peak == 1000 + state.kept + max(state.gradients, state.gradients + state.muon_workspace)
+
+
+def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
+    assert main(["estimate", "--config", str(tiny_yaml)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tokenizer: 0\.\dM parameters, about [\d.]+ [MG]iB of memory \(parameters .*, optimizer .*\)", out)
+    assert re.search(r"prior: 0\.\dM parameters, about", out)
+    assert not (tmp_path / "runs").exists()
+    assert list(estimate(replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml)))) == ["prior"]
+    fails(capsys, ["estimate", "--config", tiny_yaml, "--prior.train.batch_size", "auto"], "train.batch_size or train.accumulate is auto")
+
+
+def _frozen(path):
+    return replace(load_experiment(["--config", str(path)]).tokenizer, init_from="anywhere", frozen=True)

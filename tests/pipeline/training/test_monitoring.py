@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.train import TrainConfig
 from pipeline.training import monitoring as watch
-from pipeline.training.monitoring import GradientWatch, Pace, agreed, not_finite
+from pipeline.training.monitoring import GradNormMonitor, ThroughputMeter, all_reduce_flags, nonfinite_message
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective
@@ -30,7 +30,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint but the count of steps."""
-    files = ("weights", "average", "optimizer")
+    files = ("weights", "ema", "optimizer")
     return {f"{file}/{key}": value for file in files for key, value in load_file(checkpoint / f"{file}.safetensors").items()}
 
 
@@ -122,7 +122,7 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
         networks = objective.networks
         evaluate = staticmethod(objective.evaluate)
 
-        def losses(self, batch, step):
+        def losses(self, batch, step, networks=None):
             step_now[0] = step
             return objective.losses(batch, step)
 
@@ -140,8 +140,8 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
 
 
 def test_what_is_not_finite_is_put_in_words():
-    assert not_finite(["loss"], [], 3) == "loss is not finite at step 3"
-    assert not_finite(["loss"], [f"row {i}" for i in range(10)], 3).endswith(
+    assert nonfinite_message(["loss"], [], 3) == "loss is not finite at step 3"
+    assert nonfinite_message(["loss"], [f"row {i}" for i in range(10)], 3).endswith(
         "(row 0, row 1, row 2, row 3, row 4, row 5, row 6, row 7 and 2 more)"
     )
 
@@ -149,19 +149,19 @@ def test_what_is_not_finite_is_put_in_words():
 def test_losses_and_norms_alone_decide():
     device = torch.device("cpu")
     fine = {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(2.0), "psnr": torch.tensor(math.inf)}
-    assert agreed(fine, 0, device, False) == (False, 0) and agreed({}, 15, device, False) == (False, 15)
+    assert all_reduce_flags(fine, 0, device, False) == (False, 0) and all_reduce_flags({}, 15, device, False) == (False, 15)
     for name in ("loss", "gradient_norm", "discriminator_loss"):
-        assert agreed(fine | {name: torch.tensor(math.nan)}, 0, device, False) == (True, 0)
+        assert all_reduce_flags(fine | {name: torch.tensor(math.nan)}, 0, device, False) == (True, 0)
 
 
 def test_a_gradient_far_above_its_median_is_said():
-    alarm = GradientWatch().alarm
+    alarm = GradNormMonitor().check
     norms = [1.0, 30.0, 2.0, 1.0, 3.0, 21.0, 19.0, 2.0, 100.0]
     said = [alarm({"discriminator_gradient_norm": norm, "loss": 5.0}, step) for step, norm in enumerate(norms)]
     # Not the second, before the usual is known; not the seventh, 9.5 times the median of six.
     assert [step for step, line in enumerate(said) if line] == [5, 8]
     assert said[5].startswith("discriminator gradient norm is 21 at step 5, and 2 in the median of the last 5 logs; ")
-    alarm = GradientWatch().alarm
+    alarm = GradNormMonitor().check
     assert not any([alarm({"gradient_norm": 1.05**step}, step) for step in range(200)])  # growth that is slow enough is none
 
 
@@ -179,12 +179,12 @@ def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, capsys):
 def test_pictures_a_second_and_the_share_of_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
-    pace = Pace(batch_size=32)
+    pace = ThroughputMeter(batch_size=32)
     for waited in (6.0, 0.0, 3.0):
         now[0] += 30
         pace.step(waited)
-    assert pace.figures() == {"pictures_per_second": 96 / 90, "waiting": 0.1}
+    assert pace.metrics() == {"pictures_per_second": 96 / 90, "waiting": 0.1}
     assert pace.line() == "1.5 minutes, 1 pictures/s, 10.0% of it waiting for data"
     pace.restart()
     now[0] += 1
-    assert pace.figures() == {"pictures_per_second": 0, "waiting": 0}
+    assert pace.metrics() == {"pictures_per_second": 0, "waiting": 0}

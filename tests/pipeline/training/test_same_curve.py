@@ -41,8 +41,8 @@ def test_all_processes_end_with_the_same_bits(by_processes, stage, processes):
 def test_codes_died_and_came_back(by_processes):
     for processes in PROCESSES:
         restarts = json.loads((by_processes / f"tokenizer-of-{processes}.json").read_text())["restarts"]
-        # The first batch puts all of them somewhere, and those by which memory was measured did so before.
-        assert restarts[:-3] in ([64] * 2, [64] * 3) and all(0 < count < 64 for count in restarts[-3:])
+        # The first batch puts all of them somewhere.
+        assert restarts[:-3] == [64] and all(0 < count < 64 for count in restarts[-3:])
 
 
 def test_data_that_divides_by_nothing_does_not_hang(tmp_path):

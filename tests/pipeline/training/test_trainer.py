@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.config.train import TrainConfig
-from pipeline.data.readers.images import shifted
-from pipeline.data.sampler import Order
-from pipeline.runtime.atomic_io import write_folder
+from pipeline.data.readers.images import random_shift
+from pipeline.data.sampler import BatchSampler
+from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.training.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.training.ema import WeightAverage, average_decay
+from pipeline.training.ema import EMA, ema_decay
 from pipeline.training.optimizers import learning_rate, optimizers_for
 from pipeline.training.task import Task
 from pipeline.training.train_step import step_seed
@@ -111,11 +111,11 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "bundle"
-    write_folder(target, lambda f: (f / "a").write_text("1"))
+    atomic_write_dir(target, lambda f: (f / "a").write_text("1"))
     with pytest.raises(RuntimeError):
-        write_folder(target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0])
+        atomic_write_dir(target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0])
     assert [p.name for p in target.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
-    write_folder(target, lambda f: (f / "b").write_text("2"))
+    atomic_write_dir(target, lambda f: (f / "b").write_text("2"))
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -143,7 +143,7 @@ def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
 
 def test_the_average_is_an_exponential_moving_average_and_swaps():
     network = nn.Linear(1, 1, bias=False)
-    average = WeightAverage({"a": network})
+    average = EMA({"a": network})
     start = float(network.weight.detach())
     with torch.no_grad():
         network.weight += 1
@@ -155,11 +155,11 @@ def test_the_average_is_an_exponential_moving_average_and_swaps():
 
 def test_what_jumps_is_taken_as_it_is_and_not_averaged():
     class Jumping(nn.Linear):
-        def jumping_parameters(self):
+        def ema_excluded_parameters(self):
             return [self.weight]
 
     network = nn.Sequential(nn.Linear(1, 1), Jumping(1, 1))
-    average = WeightAverage({"a": network})
+    average = EMA({"a": network})
     start = [float(p.detach()) for p in network.parameters()]
     with torch.no_grad():
         for p in network.parameters():
@@ -171,7 +171,7 @@ def test_what_jumps_is_taken_as_it_is_and_not_averaged():
 def test_schedules_by_hand():
     config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, ema_decay=0.99)
     assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])
-    assert [average_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
+    assert [ema_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
     seeds = {step_seed(s, step, p) for s in range(3) for step in range(50) for p in range(4)}
     assert len(seeds) == 600
 
@@ -193,9 +193,9 @@ class Plain(Line):
         self.networks = {"tokenizer": self.network}
         self.sizes: list[int] = []
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, networks=None):
         self.sizes.append(len(batch))
-        value = (self.networks["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
+        value = ((networks or self.networks)["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
         yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
 
 
@@ -226,13 +226,13 @@ def test_weight_decay_spares_gains_and_biases():
 
 
 def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
-    order = Order(10, 4, seed=3)
+    order = BatchSampler(10, 4, seed=3)
     seen = [int(r) for step in range(5) for r in order.rows(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
-    assert Order(10, 4, seed=3).rows(3).tolist() == order.rows(3).tolist()
+    assert BatchSampler(10, 4, seed=3).rows(3).tolist() == order.rows(3).tolist()
     assert [r for p in range(2) for r in order.share(2, p, 2)] == order.rows(2).tolist()
     with pytest.raises(ValueError, match="no pictures to train on"):
-        Order(0, 4, seed=3)
+        BatchSampler(0, 4, seed=3)
 
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
@@ -245,10 +245,10 @@ def test_views_are_shifts_that_repeat():
     import numpy as np
 
     images = np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
-    moved = shifted(images, [4, 5], 1, 2, seed=0)
-    assert np.array_equal(moved, shifted(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
-    assert np.array_equal(moved[1], shifted(images[1:], [5], 1, 2, seed=0)[0])
-    flipped = shifted(np.repeat(images[:1], 40, 0), list(range(40)), 1, 0, seed=0, flip=True)
+    moved = random_shift(images, [4, 5], 1, 2, seed=0)
+    assert np.array_equal(moved, random_shift(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
+    assert np.array_equal(moved[1], random_shift(images[1:], [5], 1, 2, seed=0)[0])
+    flipped = random_shift(np.repeat(images[:1], 40, 0), list(range(40)), 1, 0, seed=0, flip=True)
     mirrored = [np.array_equal(one, images[0, :, ::-1]) for one in flipped]
     assert 10 < sum(mirrored) < 30 and all(m or np.array_equal(one, images[0]) for m, one in zip(mirrored, flipped, strict=True))
     padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")

@@ -1,0 +1,86 @@
+"""`minidalle estimate`: the memory that each training stage of an experiment takes, from its configuration alone. Reads no data."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import psutil
+import torch
+
+from pipeline.config.experiment import Experiment
+from pipeline.config.train import TrainConfig
+from pipeline.runtime.devices import should_compile, uses_bf16
+from pipeline.stages.finetune import LoRAAdapter
+from pipeline.training.memory_estimate import MemoryEstimate, estimate_training_memory
+from pipeline.training.task import Objective
+from stage1_tokenizer import ImageTokenizer, TokenizerObjective
+from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig
+
+
+def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
+    """Memory of a process per stage, by name, on this machine's device. A frozen tokenizer is not trained and has none.
+
+    Args:
+        processes: that share the training.
+
+    Raises:
+        ValueError: `train.batch_size` or `train.accumulate` is `auto`, which fills the memory there is.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    estimates = {}
+    if not experiment.tokenizer.frozen:
+        size, channels = experiment.tokenizer.model.image_size, experiment.tokenizer.model.channels
+        images = torch.randint(256, (8, size, size, channels), dtype=torch.uint8)
+        objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
+        train = experiment.tokenizer.train
+        estimates["tokenizer"] = _estimate(objective, images, train, experiment.precision, device, processes, program)
+    prior = _prior(experiment, tokenizer)
+    stream = prior.stream
+    batch = {
+        "text_ids": torch.randint(3, stream.text_vocab_size, (8, stream.text_length)),
+        "codes": torch.zeros(8, stream.image_length, dtype=torch.long),
+    }
+    train = experiment.prior.train
+    prior.checkpoint_activations = train.checkpoint_activations
+    prior_objective = PriorObjective(prior.train(), experiment.prior.objective, train.orders, experiment.sequence.image_first)
+    estimates["prior"] = _estimate(prior_objective, batch, train, experiment.precision, device, processes, program)
+    return estimates
+
+
+def _prior(experiment: Experiment, tokenizer: ImageTokenizer) -> ImagePrior:
+    """A prior of the experiment's sizes, with a vocabulary as large as the configuration allows."""
+    levels = tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout)
+    stream = StreamConfig(
+        text_vocab_size=experiment.text.vocab_size,
+        text_length=experiment.text.length,
+        levels=levels,
+        code_dim=tokenizer.code_vectors.shape[1],
+        any_order=experiment.prior.train.order != "raster",
+    )
+    prior = ImagePrior(experiment.prior.model, stream)
+    if experiment.prior.lora_rank:
+        LoRAAdapter(prior, experiment.prior, {"prior": "of an estimate"})
+    return prior
+
+
+def _estimate(
+    objective: Objective,
+    batch: torch.Tensor | dict[str, torch.Tensor],
+    train: TrainConfig,
+    precision: str,
+    device: torch.device,
+    processes: int,
+    program: int,
+) -> MemoryEstimate:
+    batch_size, micro_batches = train.resolved_batch()
+    for network in objective.networks.values():
+        network.to(device)
+    on_device = {key: value.to(device) for key, value in batch.items()} if isinstance(batch, dict) else batch.to(device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
+    rows = max(batch_size // micro_batches // processes, 1)
+    compiled = should_compile(train, device)
+    return estimate_training_memory(
+        objective, train, device, autocast, on_device, rows, compiled=compiled, several=processes > 1, program=program
+    )
