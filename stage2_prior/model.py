@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, CacheView, KeyValueCache, Projection, RMSNorm, RotaryEmbedding, attention_mask, rotary_table
+from stage2_prior.transformer import Block, CacheView, KeyValueCache, RMSNorm, RotaryEmbedding, attention_mask, rotary_table
 
 _TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
 """What the configuration says of the training, since it decides what may be asked of the prior."""
@@ -261,23 +261,6 @@ class ImagePrior(PreTrainedModel):
         each code, make a twentieth of a step."""
         self.compile(dynamic=False)
         self.cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
-
-    def quantize_matrices(self) -> None:
-        """Keeps the matrices inside the blocks as 8-bit integers from now on: half of bf16's memory, for drawing alone."""
-        for module in self.blocks.modules():
-            if isinstance(module, Projection) and module.scale is None:
-                module.quantize()
-        self.compiled_steps.clear()
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As transformers'.
-
-        Raises:
-            ValueError: the matrices are rounded to integers, which training and loading know nothing of.
-        """
-        if any(isinstance(module, Projection) and module.scale is not None for module in self.blocks.modules()):
-            raise ValueError("a prior with 8-bit matrices is for drawing alone and cannot be saved; save it before quantize_matrices()")
-        super().save_pretrained(save_directory, **options)
 
     @property
     def fingerprint(self) -> str:

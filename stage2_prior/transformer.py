@@ -58,7 +58,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     one_token = x.shape[-2] == 1  # asked first: where captions of any number are read, a question of their number would fix it
     if one_token and x.shape[0] <= _FEW_ROWS and torch.compiler.is_compiling() and x.device.type == "cpu":
         return _summed(x, weight)
-    return F.linear(x, weight.to(x.dtype) if weight.dtype == torch.int8 else weight)
+    return F.linear(x, weight)
 
 
 def _summed(x: Tensor, weight: Tensor) -> Tensor:
@@ -72,24 +72,13 @@ def _summed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Projection(nn.Linear):
-    """A linear layer without bias, by `project`; for drawing its weights may be 8-bit integers."""
+    """A linear layer without bias, by `project`."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__(width, out, bias=False)
-        self.scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight) if self.scale is None else project(x, self.weight) * self.scale.to(x.dtype)
-
-    @torch.no_grad()
-    def quantize(self) -> None:
-        """Rounds each row of the weights to integers in -127..127 times a scale of its own (symmetric, weights alone)."""
-        scale = self.weight.float().abs().amax(1).clamp(min=1e-8) / 127
-        rounded = (self.weight.float() / scale[:, None]).round().to(torch.int8)
-        del self.weight
-        self.register_buffer("weight", rounded)
-        del self.scale
-        self.register_buffer("scale", scale)
+        return project(x, self.weight)
 
 
 class KeyValueCache:

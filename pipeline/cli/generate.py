@@ -45,7 +45,6 @@ def generate_verb(rest: Sequence[str]) -> int:
     )
     reader.add_argument("--judge", help="name or folder of a CLIP model that --best_of chooses by; without it the prior itself does")
     reader.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="compile the steps; auto where it pays")
-    reader.add_argument("--int8", action="store_true", help="keep the prior's matrices as 8-bit integers")
     reader.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
     reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
     options = reader.parse_args(rest)
@@ -58,7 +57,7 @@ def generate_verb(rest: Sequence[str]) -> int:
 
     written = generate(
         options.bundle, prompts, options.out, num=options.num, seed=options.seed, batch_size=options.batch_size,
-        truncate=options.truncate, best_of=options.best_of, judge=options.judge, compile=options.compile, int8=options.int8,
+        truncate=options.truncate, best_of=options.best_of, judge=options.judge, compile=options.compile,
         **_sampling(options),
     )  # fmt: skip
     print_rank0(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")

@@ -15,7 +15,6 @@ from typing import Any
 from pipeline.config.experiment import Experiment, _relations
 from pipeline.config.inheritance import inherited_config
 from pipeline.config.train import TrainConfig
-from stage1_tokenizer import TokenizerConfig
 
 
 def parser() -> Any:
@@ -55,7 +54,8 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
             except ArgumentError as error:
                 raise ValueError(f"what init_from names was made by another version: {_first_line(error)}") from error
     plain.pop("config", None)
-    plain["tokenizer"]["model"]["image_size"] = _follow(plain)
+    if "tokenizer.model.image_size" not in _given_settings(arguments):  # it follows the data's
+        plain["tokenizer"]["model"]["image_size"] = plain["data"]["image_size"]
     return from_dict(Experiment, plain)
 
 
@@ -73,12 +73,6 @@ def _as_file(values: dict[str, Any]) -> Iterator[str]:
         yaml.safe_dump(values, file)
         file.flush()
         yield file.name
-
-
-def _follow(plain: dict[str, Any]) -> int:
-    """The tokenizer's picture size is the data's unless the user set it to something else than its default."""
-    size = plain["tokenizer"]["model"]["image_size"]
-    return plain["data"]["image_size"] if size == TokenizerConfig.image_size else size
 
 
 def from_dict(kind: Any, values: dict[str, Any]) -> Any:
@@ -122,10 +116,13 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
         return None
 
 
-def _every_problem(arguments: Sequence[str]) -> list[str]:
-    """Checks each setting alone, since the parser stops at the first that is wrong."""
+def _given_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that the user gave, in files and on the command line, by dotted name; the last one of each counts.
+
+    Raises:
+        ValueError: a file is no YAML, or holds no settings.
+    """
     import yaml
-    from jsonargparse import ArgumentError
 
     leaves: dict[str, Any] = {}
     pairs = iter(arguments)
@@ -136,14 +133,21 @@ def _every_problem(arguments: Sequence[str]) -> list[str]:
             try:
                 loaded = yaml.safe_load(Path(value).read_text())
             except (OSError, yaml.YAMLError) as error:
-                return [f"{value} is not readable YAML: {_first_line(error)}"]
+                raise ValueError(f"{value} is not readable YAML: {_first_line(error)}") from error
             if not isinstance(loaded, dict):
-                return [f"{value} holds no settings; see configs/shapes.yaml for the form"]
+                raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(_leaves(loaded))
         else:
             leaves[key] = value
+    return leaves
+
+
+def _every_problem(arguments: Sequence[str]) -> list[str]:
+    """Checks each setting alone, since the parser stops at the first that is wrong."""
+    from jsonargparse import ArgumentError
+
     problems = []
-    for key, value in leaves.items():
+    for key, value in _given_settings(arguments).items():
         try:
             # A name makes the rest complete; what is left to complain of is this one setting.
             required = ["--name", "x", "--data.source", "shapes"]

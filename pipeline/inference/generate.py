@@ -31,7 +31,6 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     judge: str | None = None,
-    int8: bool = False,
     **options: Any,
 ) -> int:
     """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the processes. Returns the count.
@@ -40,7 +39,6 @@ def generate(
 
     Args:
         judge: name or folder of a CLIP model that `best_of` chooses by.
-        int8: whether the prior's matrices are kept as 8-bit integers.
         options: those of `TextToImagePipeline.__call__`.
 
     Raises:
@@ -48,8 +46,6 @@ def generate(
     """
     state = distributed_state()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
-    if int8:
-        pipe.quantize()
     if judge is not None:
         from pipeline.inference.reranking import CLIPScorer
 

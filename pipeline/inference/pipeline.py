@@ -134,11 +134,6 @@ class TextToImagePipeline:
         self._compile = "on"
         return self
 
-    def quantize(self) -> TextToImagePipeline:
-        """Keeps the prior's matrices as 8-bit integers with a scale a row, for drawing alone; returns itself."""
-        self.prior.quantize_matrices()
-        return self
-
     def __call__(
         self,
         prompts: str | Sequence[str],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
@@ -14,8 +13,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_HERE, _EXCHANGE = -100, 2
-"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
 
 def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
@@ -39,12 +36,10 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    if not target.exists():
-        beside.rename(target)
-    elif not _exchanged(beside, target):
-        # A kill between these two leaves no target; `tidy`, or the next call, puts the old one back.
+    if target.exists():
+        # A kill between these two leaves no target; `clean_partial_writes`, or the next call, restores the old one.
         target.rename(old)
-        beside.rename(target)
+    beside.rename(target)
     _sync(target.parent)
     _remove(beside)
     _remove(old)
@@ -89,15 +84,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Swaps two folders in one go; False where the system (other than Linux) or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _sync(path: Path) -> None:

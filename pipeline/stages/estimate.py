@@ -16,6 +16,10 @@ from pipeline.training.task import Objective
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig
 
+_RUNNING = 150 * 2**20
+"""Bytes that a training on a CPU holds beside its networks and what is loaded already: data, evaluations, trackers, memory that the
+allocator keeps. 134 to 234 MiB were measured (docs/scaling.md)."""
+
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
     """Memory of a process per stage, by name, on this machine's device. A frozen tokenizer is not trained and has none.
@@ -27,7 +31,7 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         ValueError: `train.batch_size` or `train.accumulate` is `auto`, which fills the memory there is.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
     estimates = {}
     if not experiment.tokenizer.frozen:

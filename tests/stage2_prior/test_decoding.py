@@ -274,19 +274,6 @@ def test_samples_in_random_order_follow_the_joint_distribution_of_that_order():
     assert float(((counts - expected) ** 2 / expected).sum()) < 54.1
 
 
-def test_eight_bit_matrices_change_little_and_are_not_saved(prior, text_ids, codes, tmp_path):
-    before = code_log_likelihood(prior, text_ids, codes)
-    prior.quantize_matrices()
-    assert {m.weight.dtype for m in prior.blocks.modules() if hasattr(m, "scale")} == {torch.int8}
-    after = code_log_likelihood(prior, text_ids, codes)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(before, after, atol=0.1, rtol=0.1)
-    prior.to(torch.bfloat16)
-    assert sample(prior, text_ids, SEEDS, SamplingOptions()).codes.shape == (3, 9)
-    with pytest.raises(ValueError, match="cannot be saved"):
-        prior.save_pretrained(tmp_path)
-
-
 def test_known_codes_must_be_as_many_in_each_picture_and_be_given(text_ids, codes):
     prior = any_order_prior()
     uneven = torch.zeros(3, 9, dtype=torch.bool)

@@ -88,6 +88,7 @@ def test_every_broken_relation_is_named(tiny_yaml):
     [
         (["--sampling.guidance_scale", "2", "--prior.objective.caption_dropout", "0"], "guidance needs caption dropout"),
         (["--tokenizer.model.image_size", "48"], "data.image_size is 32 and tokenizer.model.image_size is 48"),
+        (["--tokenizer.model.image_size", "64"], "data.image_size is 32 and tokenizer.model.image_size is 64"),  # its default
         (["--encode.pictures", "null"], "the shapes are unlimited"),
         (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
         (["--seed", "-1"], "seed is -1"),

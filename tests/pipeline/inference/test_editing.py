@@ -323,13 +323,12 @@ def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monke
     drawing = "pipeline.inference.batching.sample"
     monkeypatch.setattr(
         drawing,
-        lambda prior, ids, seeds, options, **how: (seen.append((options, how, prior)), sample(prior, ids, seeds, options, **how))[1],
+        lambda prior, ids, seeds, options, **how: (seen.append((options, how)), sample(prior, ids, seeds, options, **how))[1],
     )
     bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num", 1, "--out", tmp_path / "out"]
-    assert main([str(a) for a in [*bundle, *flags, "--best_of", 3, "--int8", "--compile", "off"]]) == 0
-    options, how, prior = seen[0]
+    assert main([str(a) for a in [*bundle, *flags, "--best_of", 3, "--compile", "off"]]) == 0
+    options, how = seen[0]
     assert options == SamplingOptions(**given) and not how["compiled"] and len(seen) == 1
-    assert prior.blocks[0].feed_forward.down.weight.dtype == torch.int8
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1
     fails(capsys, [*bundle, "--judge", tmp_path / "none", "--best_of", 2], "cannot be loaded as a CLIP model")
 

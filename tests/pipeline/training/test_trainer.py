@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config.train import TrainConfig
@@ -80,6 +81,26 @@ def test_keep_best_delivers_the_best_weights(tmp_path):
     _, best = train(tmp_path / "best", steps=12, evaluate_every=2, learning_rate=0.3, keep_best=True)
     assert best["error"] <= last["error"]
     assert newest_checkpoint(tmp_path / "best" / "best") is not None
+
+
+def test_an_evaluation_that_fails_leaves_the_trained_weights_in_the_networks(tmp_path):
+    """Not the EMA's, which are swapped in to be evaluated."""
+    at_evaluation: list[torch.Tensor] = []
+    objective = Line()
+
+    def fails(batches):
+        at_evaluation.append(next(objective.network.parameters()).detach().clone())
+        raise RuntimeError("no")
+
+    objective.evaluate = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no"):
+        train(tmp_path, objective, checkpoint_every=3)
+    trained = load_file(tmp_path / "checkpoints" / "step-3" / "weights.safetensors")["tokenizer.0.weight"]
+    left = next(objective.network.parameters()).detach()
+    assert not torch.equal(left, at_evaluation[0]), "EMA and trained weights must differ here"
+    # One step after the checkpoint: nearer to the trained weights than the EMA is.
+    assert (left - trained).norm() < (at_evaluation[0] - trained).norm()
+    assert objective.networks == {"tokenizer": objective.network}
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
