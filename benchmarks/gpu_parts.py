@@ -254,7 +254,7 @@ def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
             figures.put(name, found[ours])
 
 
-_REHEARSED = {"steps": 4, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 4, "warmup_steps": 1}
+_REHEARSED = {"steps": 4, "batch_size": 4, "eval_every": 4, "save_every": 4, "warmup_steps": 1}
 
 
 def minidalle(*arguments: str) -> None:

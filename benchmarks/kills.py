@@ -38,7 +38,7 @@ from pipeline.data.load import load_source
 from pipeline.stages import run as stages  # imported once, for all forks
 from pipeline.training.prefetch import BatchPrefetcher
 
-_TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "evaluate_every": 5, "checkpoint_every": 4, "warmup_steps": 2}
+_TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "eval_every": 5, "save_every": 4, "warmup_steps": 2}
 EXPERIMENT: dict[str, Any] = {
     "name": "run",
     "trackers": [],
@@ -46,13 +46,13 @@ EXPERIMENT: dict[str, Any] = {
     "tokenizer": {
         "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
         "objective": {"adversary": {"weight": 1, "width": 16, "lecam": 0.1, "start": 3}},
-        "train": {**_TRAIN, "optimizer": "muon", "keep_best": True},
+        "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
     },
     "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
     "text": {"vocab_size": 320, "length": 48},
     "prior": {
         "model": {"width": 32, "depth": 1, "heads": 2, "dropout": 0.2},
-        "train": {**_TRAIN, "optimizer": "muon", "keep_best": True},
+        "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
     },
 }
 _SHARDS, _SAMPLES = 5, 30
@@ -190,7 +190,7 @@ def trials(stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run
     outcome, chance = Outcome(), random.Random(f"{stage} {seed}")
     work = base.parent.parent / stage
     settings = ["--config", str(base.parent.parent / "experiment.yaml")]
-    interval = EXPERIMENT[stage]["train"]["checkpoint_every"]
+    interval = EXPERIMENT[stage]["train"]["save_every"]
 
     def fresh(name: str) -> tuple[list[str], Path]:
         shutil.copytree(base, work / name / base.name)

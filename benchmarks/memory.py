@@ -62,7 +62,7 @@ def write(folder: Path, rows: int, each: int) -> None:
     """A whole codes folder of as many training rows, by the functions that encoding writes with."""
     levels = [{"grid": [8, 8], "num_codes": NUM_CODES}]
     plan: dict[str, Any] = {
-        "format": FORMAT, "tokenizer": "none", "levels": levels, "sources": {}, "views": 1, "bf16": False, "shard_rows": each,
+        "format": FORMAT, "tokenizer": "none", "levels": levels, "sources": {}, "views": 1, "bf16": False, "images_per_shard": each,
         "parts": {"train": [{"first": 0, "rows": rows}], "held_out": [{"first": 0, "rows": 1000}]}, "weights": [1.0], "settings": {},
     }  # fmt: skip
     folder.mkdir(parents=True)

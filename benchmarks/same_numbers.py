@@ -24,8 +24,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
-RENAMED: dict[str, str] = {}
-"""Settings that an older commit knows by another name: name now -> name then."""
+RENAMED = {
+    "eval_every": "evaluate_every",
+    "save_every": "checkpoint_every",
+    "dead_code_threshold": "restart_below",
+    "dead_code_check_every": "restart_every",
+}
+"""Settings that commits before 0.1.0 know by another name: name now -> name then."""
 
 # Run in a checkout, with its own code: hashes of what a run folder holds.
 HASHES = """
@@ -123,7 +128,7 @@ def _checked(command: list[str], code: Path, environment: dict[str, str]) -> str
 
 def _experiment(source: str, images: Path) -> dict[str, Any]:
     """In the words of today."""
-    train = {"steps": STEPS, "batch_size": 8, "log_every": 5, "evaluate_every": 10, "checkpoint_every": 10, "warmup_steps": 2}
+    train = {"steps": STEPS, "batch_size": 8, "log_every": 5, "eval_every": 10, "save_every": 10, "warmup_steps": 2}
     data = {"source": "shapes", "max_objects": 1} if source == "shapes" else {"source": str(images), "held_out": 0.2, "flip": True}
     return {
         "name": "same",
@@ -132,7 +137,7 @@ def _experiment(source: str, images: Path) -> dict[str, Any]:
         "data": {"image_size": 32, **data},
         "tokenizer": {
             "model": {"num_codes": 32, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4,
-                      "vq": {"restart_below": 0.5, "restart_every": 3}},
+                      "vq": {"dead_code_threshold": 0.5, "dead_code_check_every": 3}},
             "objective": {"adversary": {"weight": 1, "width": 16, "lecam": 0.1, "start": 6}},
             "train": {**train, "optimizer": "muon"},
         },
@@ -142,9 +147,14 @@ def _experiment(source: str, images: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _train_config(code: Path) -> str:
+    files = (code / "pipeline" / "config" / "train.py", code / "pipeline" / "train_config.py")
+    return next(file.read_text() for file in files if file.is_file())
+
+
 def _as_known(values: Any, code: Path) -> Any:
     """The settings in the words of a checkout."""
-    if (code / "pipeline" / "config").is_dir() or not isinstance(values, dict):
+    if "eval_every" in _train_config(code) or not isinstance(values, dict):
         return values
     return {RENAMED.get(key, key): _as_known(value, code) for key, value in values.items()}
 

@@ -46,7 +46,7 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
     try:
         with FakeTensorMode():
             prior = weightless(config)
-            prior.checkpoint_activations = again
+            prior.activation_checkpointing = again
             for parameter in () if gradients else prior.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda gone: setattr(gone, "grad", None))
             objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.0))

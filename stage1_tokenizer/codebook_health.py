@@ -27,11 +27,11 @@ def suggestion(config: TokenizerConfig) -> str:
     fewer = f"or have fewer codes (tokenizer.model.num_codes is {config.num_codes})"
     match config.quantizer:
         case "vq" | "residual" | "hierarchical":
-            now = config.vq.restart_below
+            now = config.vq.dead_code_threshold
             first = (
-                f"raise tokenizer.model.vq.restart_below (now {now:g}, 0.4 is much)"
+                f"raise tokenizer.model.vq.dead_code_threshold (now {now:g}, 0.4 is much)"
                 if now
-                else "set tokenizer.model.vq.restart_below to 0.1"
+                else "set tokenizer.model.vq.dead_code_threshold to 0.1"
             )
             return f"{first}, lower tokenizer.train.learning_rate, {fewer}"
         case "lfq" | "bsq":

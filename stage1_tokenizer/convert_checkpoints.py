@@ -168,7 +168,7 @@ def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
         ),
         quantizer="gumbel" if gumbel else "vq", num_codes=codebook.shape[0], code_dim=codebook.shape[1],
         # Trained further, codes that the first batches do not show must stay as they were published.
-        vq=VectorOptions() if gumbel else VectorOptions(codebook="gradient", normalize=kind == "llamagen", restart_below=0.0),
+        vq=VectorOptions() if gumbel else VectorOptions(codebook="gradient", normalize=kind == "llamagen", dead_code_threshold=0.0),
         likelihood="l1",
     )  # fmt: skip
     renamed = {names.get(key, key): value for key, value in weights.items() if not key.startswith("loss.")}

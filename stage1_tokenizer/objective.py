@@ -120,7 +120,7 @@ class TokenizerObjective:
         assert self.discriminator is not None
         # One pass for both, since data-parallel training counts on one a step.
         of_true, of_drawn = discriminator(torch.cat([true, drawn])).float().chunk(2)
-        value, metrics = hinge_loss(of_true, of_drawn), {"logits_true": of_true.detach().mean(), "logits_drawn": of_drawn.detach().mean()}
+        value, metrics = hinge_loss(of_true, of_drawn), {"logits_real": of_true.detach().mean(), "logits_fake": of_drawn.detach().mean()}
         if self.config.adversary.lecam:
             value = value + self.config.adversary.lecam * lecam(of_true, of_drawn, self.discriminator.anchors)
             self.discriminator.update_ema_anchors(of_true, of_drawn)

@@ -130,18 +130,18 @@ class VectorOptions:
     """Weight of the entropy term: vectors are drawn to be sure of their code, and the batch to use all codes."""
     kmeans_iterations: int = 0
     """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the batch as they are."""
-    restart_below: float = 0.1
+    dead_code_threshold: float = 0.1
     """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts. It is all
     that moves a frozen codebook (`linear`)."""
-    restart_every: int = 10
+    dead_code_check_every: int = 10
     """Steps between two looks for dead codes."""
 
     def problems(self) -> list[str]:
-        wrong = not 0 < self.decay < 1 or self.commitment < 0 or self.restart_every < 1 or not 0 <= self.restart_below < 1
+        wrong = not 0 < self.decay < 1 or self.commitment < 0 or self.dead_code_check_every < 1 or not 0 <= self.dead_code_threshold < 1
         if wrong or self.entropy_weight < 0 or self.kmeans_iterations < 0:
             return [
                 "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and kmeans_iterations of 0 or more, "
-                f"restart_below in [0, 1) and restart_every of at least 1; given were {self}"
+                f"dead_code_threshold in [0, 1) and dead_code_check_every of at least 1; given were {self}"
             ]
         return []
 

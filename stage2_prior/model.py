@@ -122,7 +122,7 @@ class ImagePrior(PreTrainedModel):
         """Compiled steps of sampling, by what they were compiled for; see `step.compiled_decode_step`."""
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
         """What training takes for it: torch's, compiled with the network."""
-        self.checkpoint_activations = False
+        self.activation_checkpointing = False
         """Whether training keeps each block's input alone and works the rest out again for the gradient: less memory, a third more time."""
         self.post_init()
 
@@ -230,7 +230,7 @@ class ImagePrior(PreTrainedModel):
             x = x + self.target_embedding(self.slot_level[targets])
             turns = RotaryEmbedding(self._rotary(targets), key)
         for layer, block in enumerate(self.blocks):
-            if self.checkpoint_activations and self.training:
+            if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, turns, past, layer, use_reentrant=False)
             else:
                 x = block(x, turns, past, layer)

@@ -41,7 +41,7 @@ class TextConfig:
     """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
     bpe_dropout: float = 0.0
     """Chance with which each merge of a training caption is left out, so that words are met in other pieces, too."""
-    new_entries: int = 0
+    num_new_tokens: int = 0
     """Entries added at most to the vocabulary of the prior that is started from, for words of the new captions that it cuts into pieces."""
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class TextConfig:
             problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
         if self.length < 3:
             problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
-        if self.new_entries < 0:
-            problems.append(f"text.new_entries is {self.new_entries}; it must be 0 or more")
+        if self.num_new_tokens < 0:
+            problems.append(f"text.num_new_tokens is {self.num_new_tokens}; it must be 0 or more")
         if not 0 <= self.bpe_dropout < 1:
             problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
         if problems:
@@ -179,7 +179,8 @@ class TextTokenizer:
         model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
         if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
             raise ValueError(
-                f"text.bpe_dropout, or text.new_entries, needs a byte-level BPE tokenizer, and this one is {model['type']}; set both to 0"
+                f"text.bpe_dropout, or text.num_new_tokens, needs a byte-level BPE tokenizer, and this one is {model['type']}; set both "
+                "to 0"
             )
         by_id = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
         return by_id, {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
@@ -198,7 +199,9 @@ class TextTokenizer:
         """
         vocabulary, ranks = dict(self._merges[0]), self._merges[1]
         if len(vocabulary) != len(self.fast):
-            raise ValueError("text.new_entries needs a byte-level BPE tokenizer that was trained here, and this one has tokens beside it")
+            raise ValueError(
+                "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and this one has tokens beside it"
+            )
         counts = Counter(word for caption in captions for word in self.words(caption))
         names = {i: piece for piece, i in vocabulary.items()}
         cut = {word: [names[i] for i in self._pieces(word, 0.0, np.random.default_rng(0))] for word in sorted(counts)}

@@ -77,7 +77,7 @@ class DataConfig:
     """Threads of each process that read, decode and shrink pictures."""
     memory: float = 1.0
     """GiB for pictures that have been decoded and may be needed again; 0 decodes them every time."""
-    max_bad: float = 0.01
+    max_corrupt_fraction: float = 0.01
     """Largest share of unreadable pictures; above it loading stops."""
     min_objects: int = 1
     """Fewest objects of a picture (`shapes`)."""
@@ -85,7 +85,7 @@ class DataConfig:
     """Most objects of a picture (`shapes`)."""
     lattice: int = 0
     """Places a side, evenly spaced, on which objects stand (`shapes`): fewer make the world easier to learn; 0 is any pixel."""
-    world_size: int = 1_000_000
+    num_scenes: int = 1_000_000
     """Pictures after which the `shapes` repeat."""
     font: str | None = None
     """Path of NotoColorEmoji.ttf (`emoji`), where it is not in its usual place."""
@@ -104,15 +104,15 @@ class DataConfig:
             problems.append(f"data.image_size is {self.image_size}; the shapes need at least 32")
         if not 0 < self.held_out < 1:
             problems.append(f"data.held_out is {self.held_out}; it must be between 0 and 1")
-        if not 0 <= self.max_bad <= 1:
-            problems.append(f"data.max_bad is {self.max_bad}; it must be in [0, 1]")
+        if not 0 <= self.max_corrupt_fraction <= 1:
+            problems.append(f"data.max_corrupt_fraction is {self.max_corrupt_fraction}; it must be in [0, 1]")
         if not 1 <= self.min_objects <= self.max_objects <= 3:
             problems.append(
                 f"data.min_objects {self.min_objects} and data.max_objects {self.max_objects} must satisfy 1 <= min <= max <= 3"
             )
         if self.lattice and (self.lattice < 8 or self.image_size % self.lattice):
             problems.append(f"data.lattice is {self.lattice}; it must be 0 or a divisor of data.image_size {self.image_size}, at least 8")
-        for name in ("world_size", "shuffle_buffer", "interleave", "workers", "min_caption"):
+        for name in ("num_scenes", "shuffle_buffer", "interleave", "workers", "min_caption"):
             if getattr(self, name) < 1:
                 problems.append(f"data.{name} is {getattr(self, name)}; it must be at least 1")
         if self.min_size is not None and self.min_size < self.image_size and not self.upscale:

@@ -58,12 +58,12 @@ class EncodeConfig:
     """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
     """Pictures encoded at a time in a process."""
-    shard_rows: int = 10_000
+    images_per_shard: int = 10_000
     """Pictures a file of codes; a kill costs the file that is being written. It changes no code."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("held_out", "views", "batch_size", "shard_rows"):
+        for name in ("held_out", "views", "batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
         if self.pictures is not None and self.pictures < 1:
@@ -186,9 +186,10 @@ def _relations(values: dict[str, Any]) -> list[str]:
         )
     if prior["init_from"] is not None and text["pretrained"]:
         problems.append(f"text.pretrained is {text['pretrained']}; a prior that is started from keeps its own vocabulary, leave it out")
-    if text["new_entries"] and (prior["init_from"] is None or prior["lora_rank"]):
+    if text["num_new_tokens"] and (prior["init_from"] is None or prior["lora_rank"]):
         problems.append(
-            f"text.new_entries is {text['new_entries']}, which needs prior.init_from, and prior.lora_rank=0: LoRA trains no embeddings"
+            f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from, and prior.lora_rank=0: LoRA trains no "
+            "embeddings"
         )
     problems += joint_problems(model, values["tokenizer"]["objective"])
     shapes = "shapes" in (data["source"], *(part["source"] for part in data["mix"]))

@@ -16,8 +16,8 @@ CANDIDATES = 100
 
 
 def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment) -> None:
-    """Adds `nearest_of_100_seen`, `nearest_of_100_held_out` and `own_tone_held_out`, one picture a prompt, seed 0; where a prior captions,
-    `caption_of_100_seen` and `caption_of_100_held_out`."""
+    """Adds `retrieval_at_1_of_100_seen`, `retrieval_at_1_of_100_held_out` and `skin_tone_accuracy_val`, one image per prompt, seed 0.
+    Where a prior captions, it adds `caption_of_100_seen` and `caption_of_100_held_out`."""
     for split in ("train", "held_out"):
         source = load_source(experiment.data, split)
         rng = np.random.default_rng(0)
@@ -25,7 +25,7 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
         drawn = _draw(pipe, source.captions(rows))
         true = source.images(rows)
         distance = squared_errors(drawn, true)
-        name = "nearest_of_100_seen" if split == "train" else "nearest_of_100_held_out"
+        name = "retrieval_at_1_of_100_seen" if split == "train" else "retrieval_at_1_of_100_held_out"
         figures[name] = float(np.mean(distance.argmin(axis=1) == np.arange(len(rows))))
         if pipe.prior.config.trained_image_first:
             figures[name.replace("nearest", "caption")] = captions_found(pipe, true, source.captions(rows))
@@ -38,7 +38,7 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
         if len(pictures) > 1:
             hits.append(int(squared_errors(drawn[row : row + 1], pictures)[0].argmin()) == own)
     if hits:
-        figures["own_tone_held_out"] = float(np.mean(hits))
+        figures["skin_tone_accuracy_val"] = float(np.mean(hits))
 
 
 def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:

@@ -35,8 +35,8 @@ def shapes_figures(
     """Adds the oracle's figures: on true pictures, on reconstructions, and on one drawn picture a prompt, seed 0."""
     held_out = ShapesSource(experiment.data, "held_out")
     prompts = held_out.prompts(range(count))
-    figures["oracle_on_true"] = accuracy(_judge(true, prompts))["correct"]
-    figures["oracle_on_reconstructions"] = accuracy(_judge(reconstructed, prompts))["correct"]
+    figures["oracle_accuracy_real"] = accuracy(_judge(true, prompts))["correct"]
+    figures["oracle_accuracy_reconstructed"] = accuracy(_judge(reconstructed, prompts))["correct"]
     verdicts = _judge(_draw(pipe, prompts), prompts)
     shares = accuracy(verdicts)
     figures["prompt_accuracy"] = shares.pop("correct")

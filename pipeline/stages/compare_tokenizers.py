@@ -46,8 +46,8 @@ _ENCODED = 64
 _SHOWN = 12
 """Held-out pictures whose reconstructions are shown."""
 COLUMNS = {
-    "psnr": "PSNR, dB", "ssim": "SSIM", "usage": "codebook used", "perplexity": "perplexity", "bits": "bits a picture",
-    "prior_nats": "nats a picture by the prior", "minutes": "minutes", "steps": "steps", "training_rate": "pictures/s in training",
+    "psnr": "PSNR, dB", "ssim": "SSIM", "usage": "codebook used", "perplexity": "perplexity", "bits_per_image": "bits a picture",
+    "nats_per_image": "nats a picture by the prior", "minutes": "minutes", "steps": "steps", "training_rate": "pictures/s in training",
     "encoding_rate": "pictures/s encoding",
 }  # fmt: skip
 
@@ -198,7 +198,7 @@ def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, floa
         # Judged at the end alone: what evaluations cost differs between tokenizers. Compiled if it was when the pace was taken.
         train = experiment.tokenizer.train
         compiled = should_compile(train, make_accelerator(experiment, trackers=False).device)
-        train = replace(train, steps=steps, evaluate_every=steps, compile="on" if compiled else "off")
+        train = replace(train, steps=steps, eval_every=steps, compile="on" if compiled else "off")
         experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     steps = experiment.tokenizer.train.steps
     resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()
@@ -217,8 +217,8 @@ def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, floa
         "ssim": ssim(true, drawn),
         "usage": held_out["codebook_usage"],
         "perplexity": held_out["codebook_perplexity"],
-        "bits": sum(level.length * math.log2(level.num_codes) for level in layout),
-        "prior_nats": prior["nats_per_code"] * sum(level.length for level in layout),
+        "bits_per_image": sum(level.length * math.log2(level.num_codes) for level in layout),
+        "nats_per_image": prior["nats_per_code"] * sum(level.length for level in layout),
         "steps": steps,
         "encoding_rate": rate,
     }
@@ -259,7 +259,7 @@ def _seconds_per_step(experiment: Experiment, *, adversary: bool) -> tuple[float
         return task.batch(step)
 
     with tempfile.TemporaryDirectory() as scratch:
-        probe = replace(train, steps=_PROBE_STEPS, evaluate_every=_PROBE_STEPS, checkpoint_every=_PROBE_STEPS, keep_best=False)
+        probe = replace(train, steps=_PROBE_STEPS, eval_every=_PROBE_STEPS, save_every=_PROBE_STEPS, save_best=False)
         start = time.perf_counter()
         fit(
             replace(task, batch=timed, sample_images=dict), probe, accelerator, Path(scratch), seed=experiment.seed,
@@ -355,8 +355,8 @@ def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes = figure.subplots()
     for number, (name, row) in enumerate(figures.items()):
         # Ten colours; marks tell apart what has the same one. Names stand beside: on the points they would cover each other.
-        axes.plot(row["prior_nats"], row["psnr"], "os^Dv"[number // 10 % 5], color=f"C{number % 10}", label=name, markersize=9)
+        axes.plot(row["nats_per_image"], row["psnr"], "os^Dv"[number // 10 % 5], color=f"C{number % 10}", label=name, markersize=9)
     figure.legend(loc="outside right center", frameon=False)
-    axes.set(xlabel=COLUMNS["prior_nats"] + " (held-out)", ylabel="PSNR of reconstructions, dB (held-out)")
+    axes.set(xlabel=COLUMNS["nats_per_image"] + " (held-out)", ylabel="PSNR of reconstructions, dB (held-out)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -162,7 +162,7 @@ def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Sp
         "bf16": bf16,
         "parts": {split: _part_plans(source, weights, limits[split]) for split, source in sources.items()},
         "weights": weights,
-        "shard_rows": options.shard_rows,
+        "images_per_shard": options.images_per_shard,
         "settings": {
             "data": data_settings(to_dict(experiment.data)),
             "encode": encode_settings(experiment),
@@ -198,7 +198,7 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
         made = codes.read_manifest(folder)
         codes.check_form(made, folder)
         # A file that is made anew has as many rows as before, and the same arithmetic, whatever this machine computes in.
-        plan = {**plan, "shard_rows": made["shard_rows"], "bf16": made["bf16"]}
+        plan = {**plan, "images_per_shard": made["images_per_shard"], "bf16": made["bf16"]}
         _refuse_other(made, plan, f"{folder} holds codes")
         return plan, {shard.name: shard for shards in codes.shards_of(made).values() for shard in shards}
     if (folder / codes.PLAN).is_file():
@@ -217,7 +217,7 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     changes = [] if made["tokenizer"] == plan["tokenizer"] else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
     before, now = _flat(upgrade_settings(made["settings"])), _flat(upgrade_settings(plan["settings"]))
     changes += [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)]
-    for key, name in (("seed", "seed of the views"), ("shard_rows", "encode.shard_rows")):
+    for key, name in (("seed", "seed of the views"), ("images_per_shard", "encode.images_per_shard")):
         if made[key] != plan[key]:
             changes.append(f"{name} {made[key]} -> {plan[key]}")
     if made["bf16"] != plan["bf16"]:

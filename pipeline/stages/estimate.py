@@ -28,7 +28,7 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         processes: that share the training.
 
     Raises:
-        ValueError: `train.batch_size` or `train.accumulate` is `auto`, which fills the memory there is.
+        ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills the memory there is.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
@@ -47,7 +47,7 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         "codes": torch.zeros(8, stream.image_length, dtype=torch.long),
     }
     train = experiment.prior.train
-    prior.checkpoint_activations = train.checkpoint_activations
+    prior.activation_checkpointing = train.activation_checkpointing
     prior_objective = PriorObjective(prior.train(), experiment.prior.objective, train.orders, experiment.sequence.image_first)
     estimates["prior"] = _estimate(prior_objective, batch, train, experiment.precision, device, processes, program)
     return estimates

@@ -78,10 +78,10 @@ class PretrainedPrior:
         self._spelled: list[list[int]] = []
 
     def extend_vocab(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
-        """The text tokenizer, with `config.length` slots and up to `config.new_entries` entries more for these captions."""
+        """The text tokenizer, with `config.length` slots and up to `config.num_new_tokens` entries more for these captions."""
         text = self.text
-        if config.new_entries:
-            text, self._spelled = text.extend_vocab(captions, config.new_entries)
+        if config.num_new_tokens:
+            text, self._spelled = text.extend_vocab(captions, config.num_new_tokens)
         return TextTokenizer(text.fast, config.length)
 
     def load_into(self, prior: ImagePrior) -> None:

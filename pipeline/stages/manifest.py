@@ -20,8 +20,8 @@ from pipeline.runtime.distributed import make_accelerator
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 
 Made = TypeVar("Made")
-RESUME_SAFE_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite", "compile", "checkpoint_activations")
-_CHANGES_NO_CODE = ("shard_rows",)
+RESUME_SAFE_FIELDS = ("log_every", "save_every", "save_total_limit", "max_nonfinite_steps", "compile", "activation_checkpointing")
+_CHANGES_NO_CODE = ("images_per_shard",)
 _UNSTARTED: dict[str, Any] = {"init_from": None, "frozen": False}
 _PLAIN: dict[str, Any] = {"init_from": None, "lora_rank": 0, "lora_alpha": 16.0}
 """Of a tokenizer and a prior that were made before they could start from others."""
@@ -78,7 +78,7 @@ def upgrade_settings(saved: dict[str, Any]) -> dict[str, Any]:
     filled = {"precision": "auto"} | saved
     if "data" in saved:
         filled["data"] = data_settings(saved["data"])
-    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0, "new_entries": 0})):
+    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0, "num_new_tokens": 0})):
         if name in saved:
             filled[name] = later | saved[name]
     if "codes" in saved:
@@ -120,7 +120,7 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
     # Evaluations choose among weights where the best are kept, and change none elsewhere.
-    free = RESUME_SAFE_FIELDS if settings["train"]["keep_best"] else (*RESUME_SAFE_FIELDS, "evaluate_every")
+    free = RESUME_SAFE_FIELDS if settings["train"]["save_best"] else (*RESUME_SAFE_FIELDS, "eval_every")
     differ += [
         f"train.{key}"
         for key, value in settings["train"].items()
@@ -149,7 +149,10 @@ def _is_whole(folder: Path) -> bool:
 def with_resolved_batch(train: Any, folder: Path) -> Any:
     """A stage's configuration with the numbers that an earlier try chose in place of `auto`."""
     written = (read_settings(folder) or {}).get("settings", {}).get("train", {})
-    return replace(train, **{name: written.get(name, "auto") for name in ("batch_size", "accumulate") if getattr(train, name) == "auto"})
+    return replace(
+        train,
+        **{name: written.get(name, "auto") for name in ("batch_size", "gradient_accumulation_steps") if getattr(train, name) == "auto"},
+    )
 
 
 def finalize_stage(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:

@@ -130,7 +130,7 @@ def train_prior(experiment: Experiment) -> Path:
         _save_sample(experiment, "prior", grid)
         return {"samples": grid}
 
-    prior.checkpoint_activations = train.checkpoint_activations
+    prior.activation_checkpointing = train.activation_checkpointing
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
     task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, sample_names=names)
     if has_auto_batch(train):

@@ -54,7 +54,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     accelerator = begin_stage(experiment, folder, settings)
     _report(accelerator, source)
     if has_auto_batch(train):  # by a tokenizer that is thrown away again
-        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, accumulate=1))
+        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, gradient_accumulation_steps=1))
         few_at_a_time = replace(experiment, tokenizer=few)
         train = resolve_auto_batch(
             train, tokenizer_task(few_at_a_time, accelerator, source, held_out)[0], experiment.precision, accelerator,

@@ -1,7 +1,7 @@
-"""`batch_size: auto` and `accumulate: auto`: the numbers that fit the memory. Knows bytes and processes; knows no stage.
+"""`batch_size: auto` and `gradient_accumulation_steps: auto`: the numbers that fit the memory. Knows bytes and processes; knows no stage.
 
-An explicit batch with `accumulate: auto` stays what it is and goes through the network in as few parts as fit, so that the training is
-the same on every machine; `batch_size: auto` is another training on another machine, and is for filling one.
+An explicit batch with `gradient_accumulation_steps: auto` stays what it is: it is split into as few micro-batches as fit, so that the
+training is the same on every machine. `batch_size: auto` is another training on another machine, and is for filling one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LARGEST = 1024
 
 def has_auto_batch(config: TrainConfig) -> bool:
     """Whether there is something left to choose."""
-    return "auto" in (config.batch_size, config.accumulate)
+    return "auto" in (config.batch_size, config.gradient_accumulation_steps)
 
 
 def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tuple[int, int]]:
-    """The (batch_size, accumulate) that may be chosen, in the order in which they are wanted.
+    """The (batch_size, gradient_accumulation_steps) that may be chosen, in the order in which they are wanted.
 
     Args:
         rows: training pictures there are.
@@ -40,10 +40,10 @@ def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tup
         ValueError: the batch does not split over the processes.
     """
     if config.batch_size == "auto":
-        accumulate = 1 if config.accumulate == "auto" else config.accumulate
-        unit = processes * accumulate
+        gradient_accumulation_steps = 1 if config.gradient_accumulation_steps == "auto" else config.gradient_accumulation_steps
+        unit = processes * gradient_accumulation_steps
         powers = [unit * 2**i for i in range(LARGEST.bit_length()) if unit * 2**i <= min(LARGEST, rows)]
-        return [(size, accumulate) for size in reversed(powers or [unit])]
+        return [(size, gradient_accumulation_steps) for size in reversed(powers or [unit])]
     if config.batch_size % processes:
         raise ValueError(f"train.batch_size {config.batch_size} does not split evenly over {processes} processes; choose a multiple")
     each = config.batch_size // processes
@@ -51,7 +51,7 @@ def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tup
 
 
 def choose(options: list[tuple[int, int]], processes: int, fits: Callable[[int], bool]) -> tuple[int, int] | None:
-    """The first (batch_size, accumulate) of which so many rows at a time fit; None where none does."""
+    """The first (batch_size, gradient_accumulation_steps) of which so many rows at a time fit; None where none does."""
     return next(((size, parts) for size, parts in options if fits(size // processes // parts)), None)
 
 
@@ -96,11 +96,11 @@ def resolve_auto_batch(config: Any, task: Any, precision: str, accelerator: Acce
     if chosen is None:
         raise MemoryError(
             f"{label}: not one picture at a time fits: it takes {format_bytes(to_come(1))} beside the weights, and {format_bytes(usable)} "
-            f"of {device} may be used; close other programs, use a smaller model, or prior.train.checkpoint_activations=true"
+            f"of {device} may be used; close other programs, use a smaller model, or prior.train.activation_checkpointing=true"
         )
     size, parts = chosen
-    accelerator.print(f"{label}: batch_size {size}, accumulate {parts}: what {format_bytes(usable)} of memory allow")
-    return replace(config, batch_size=size, accumulate=parts)
+    accelerator.print(f"{label}: batch_size {size}, gradient_accumulation_steps {parts}: what {format_bytes(usable)} of memory allow")
+    return replace(config, batch_size=size, gradient_accumulation_steps=parts)
 
 
 def _fits(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> bool:

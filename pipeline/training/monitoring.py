@@ -19,7 +19,7 @@ _NAMED = 8
 
 def nonfinite_names(scalars: Mapping[str, Tensor]) -> list[str]:
     """The losses and gradient norms that are not finite. A finite loss with a gradient that is not breaks the weights all the same."""
-    return [name for name, value in scalars.items() if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value)]
+    return [name for name, value in scalars.items() if ("loss" in name or "grad_norm" in name) and not math.isfinite(value)]
 
 
 def all_reduce_flags(scalars: Mapping[str, Tensor], stop: int, device: torch.device, several: bool) -> tuple[bool, int]:
@@ -28,7 +28,7 @@ def all_reduce_flags(scalars: Mapping[str, Tensor], stop: int, device: torch.dev
 
     The one number that is read from the device in a step, after the gradients and before the weights change.
     """
-    watched = [value for name, value in scalars.items() if "loss" in name or "gradient_norm" in name]
+    watched = [value for name, value in scalars.items() if "loss" in name or "grad_norm" in name]
     bad = torch.tensor(False, device=device)
     if watched:
         bad = ~torch.stack([value.detach().float().to(device) for value in watched]).isfinite().all()
@@ -61,7 +61,7 @@ class GradNormMonitor:
     def check(self, scalars: Mapping[str, float], step: int) -> str | None:
         """One line on a norm above FACTOR times its median, or None; takes the norms in."""
         warning = None
-        for name in (name for name in scalars if name.endswith("gradient_norm")):
+        for name in (name for name in scalars if name.endswith("grad_norm")):
             seen, norm = self._seen[name], scalars[name]
             if len(seen) >= self.AFTER and norm > self.FACTOR * (usual := statistics.median(seen)):
                 warning = (
@@ -93,13 +93,13 @@ class ThroughputMeter:
 
     def metrics(self) -> dict[str, float]:
         seconds = self.seconds
-        return {"pictures_per_second": self.steps * self.batch_size / seconds, "waiting": self.waited / seconds}
+        return {"images_per_second": self.steps * self.batch_size / seconds, "data_wait_fraction": self.waited / seconds}
 
     def line(self) -> str:
         figures = self.metrics()
         return (
-            f"{self.seconds / 60:.1f} minutes, {figures['pictures_per_second']:,.0f} pictures/s, "
-            f"{figures['waiting']:.1%} of it waiting for data"
+            f"{self.seconds / 60:.1f} minutes, {figures['images_per_second']:,.0f} pictures/s, "
+            f"{figures['data_wait_fraction']:.1%} of it waiting for data"
         )
 
 
@@ -113,6 +113,6 @@ def mean_over_ranks(scalars: Mapping[str, Tensor], processes: int) -> dict[str, 
 
 def format_metrics(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
     """Figures of a step and of the last evaluation in one line."""
-    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "gradient_norm" not in k and k != "learning_rate"]
+    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "grad_norm" not in k and k != "learning_rate"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
     return ", ".join(parts)

@@ -12,12 +12,12 @@ from pipeline.training.muon import Muon
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then down to `final_learning_rate` of the peak at the last step by the schedule."""
+    """Linear warm-up, then down to `min_lr_ratio` of the peak at the last step by the schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    floor = config.final_learning_rate
+    floor = config.min_lr_ratio
     if config.schedule == "wsd":
-        falling = max(round(config.decay_share * config.steps), 1)
+        falling = max(round(config.decay_ratio * config.steps), 1)
         left = min((config.steps - step) / falling, 1.0)
         return config.learning_rate * (floor + (1 - floor) * left)
     span = max(config.steps - config.warmup_steps, 1)

@@ -58,7 +58,7 @@ def backward_all(context: StepContext, batch: Any, step: int) -> Gradients:
         norm = context.accelerator.clip_grad_norm_(context.networks[group].parameters(), context.grad_clip)
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
         groups.append(group)
-        scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}gradient_norm": full_tensor(norm)}
+        scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}grad_norm": full_tensor(norm)}
         scalars |= mean
     return Gradients(groups, scalars)
 

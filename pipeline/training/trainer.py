@@ -68,21 +68,21 @@ def fit(
 ) -> dict[str, float]:
     """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in `folder`/checkpoints if there is one.
 
-    Ends with the EMA weights in the objective's networks (the best ones with `config.keep_best`) and returns the last (or best)
+    Ends with the EMA weights in the objective's networks (the best ones with `config.save_best`) and returns the last (or best)
     held-out metrics.
 
     Raises:
-        FloatingPointError: a loss or a gradient is not finite, more often than `config.skip_nonfinite` allows; names the step, its
+        FloatingPointError: a loss or a gradient is not finite, more often than `config.max_nonfinite_steps` allows; names the step, its
             images and the last good checkpoint. The weights are those of the step before.
         ValueError: the batch does not split evenly over the processes, or every checkpoint is corrupted.
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, accumulate = config.resolved_batch()
-    if batch_size % (accelerator.num_processes * accumulate):
+    batch_size, gradient_accumulation_steps = config.resolved_batch()
+    if batch_size % (accelerator.num_processes * gradient_accumulation_steps):
         raise ValueError(
             f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} processes with "
-            f"train.accumulate {accumulate}; choose a multiple of both together"
+            f"train.gradient_accumulation_steps {gradient_accumulation_steps}; choose a multiple of both together"
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
@@ -127,7 +127,7 @@ class Trainer:
         self.state = self.resume(built)
         kind = FSDPModelState if sharded else ModelState
         self.model = kind(self.networks, built.optimizers, built.ema, accelerator, self.build)
-        self.buffers = BufferSnapshot(self.model.networks.values() if config.skip_nonfinite else ())
+        self.buffers = BufferSnapshot(self.model.networks.values() if config.max_nonfinite_steps else ())
         self.batches = BatchPrefetcher(task.batch, config.steps, pin_memory=accelerator.device.type == "cuda")
 
     def build(self, networks: Mapping[str, nn.Module]) -> Built:
@@ -147,9 +147,9 @@ class Trainer:
             return State(0)
         newest, state = found
         if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
-            self.verified = prune_checkpoints(self.checkpoints, newest, self.config.keep_checkpoints, {newest})
+            self.verified = prune_checkpoints(self.checkpoints, newest, self.config.save_total_limit, {newest})
         self.say(f"going on from {newest} (step {state.step})")
-        if self.config.keep_best and state.best:
+        if self.config.save_best and state.best:
             kept = newest_checkpoint(self.best)
             if problem := verify_checkpoint(kept) if kept else "it is gone":
                 self.say(f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew from here on")
@@ -178,10 +178,10 @@ class Trainer:
                     if done % config.log_every == 0 or self.saves(done):
                         log.write(done, metrics)
                     # Also where a signal came: what is chosen as the best must not depend on it.
-                    if done % config.evaluate_every == 0 or done == config.steps:
+                    if done % config.eval_every == 0 or done == config.steps:
                         metrics = self.evaluate()
                         log.recent.restart()
-                    if self.stop or done % config.checkpoint_every == 0 or done == config.steps:
+                    if self.stop or done % config.save_every == 0 or done == config.steps:
                         self.save_checkpoint()
                     self.stop_if_asked(done)
         if progress:
@@ -229,16 +229,16 @@ class Trainer:
         """
         names, rows = self.nonfinite_sources(nonfinite_names(scalars), step)
         problem, skipped = nonfinite_message(names, rows, step), self.state.skipped
-        if skipped >= self.config.skip_nonfinite:
+        if skipped >= self.config.max_nonfinite_steps:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the learning rate, and start again under another "
-                f"name (--name) or without this run's folder; or go on and skip a few such steps: {self.label}.train.skip_nonfinite"
+                f"name (--name) or without this run's folder; or go on and skip a few such steps: {self.label}.train.max_nonfinite_steps"
             )
         self.buffers.restore()
         self.state.skipped += 1
         if self.accelerator.is_main_process:
-            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.skip_nonfinite}")
+            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.max_nonfinite_steps}")
 
     def nonfinite_sources(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
         """What was not finite in a step and in which images: of the processes whose own loss was not, as a gradient is everybody's."""
@@ -249,7 +249,7 @@ class Trainer:
 
     def saves(self, done: int) -> bool:
         """Whether metrics are due because something is saved after this step."""
-        every = (self.config.evaluate_every, self.config.checkpoint_every)
+        every = (self.config.eval_every, self.config.save_every)
         return done == self.config.steps or any(done % count == 0 for count in every)
 
     def evaluate(self) -> dict[str, float]:
@@ -262,8 +262,8 @@ class Trainer:
             if accelerator.is_main_process:
                 metrics = task.objective.evaluate(task.eval_batches())
                 images = task.sample_images()
-        better = bool(self.config.keep_best and metrics and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf))
-        if self.config.keep_best and self.model.saves_together:  # gathering takes part of all
+        better = bool(self.config.save_best and metrics and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf))
+        if self.config.save_best and self.model.saves_together:  # gathering takes part of all
             better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
         if better:
             state.best.clear()
@@ -289,7 +289,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.verified = save_checkpoint(
                     self.checkpoints, self.state, saved.networks, saved.optimizers, saved.ema,
-                    keep=self.config.keep_checkpoints, verified=self.verified,
+                    keep=self.config.save_total_limit, verified=self.verified,
                 )  # fmt: skip
 
     @contextmanager
@@ -313,8 +313,8 @@ class Trainer:
             raise TrainingInterrupted(self.stop, f" after step {done} of {self.config.steps} ({self.label}), which is saved")
 
     def load_final_weights(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Leaves the EMA weights, or with `keep_best` the best ones, in the networks; returns their metrics."""
-        if self.config.keep_best and (chosen := newest_checkpoint(self.best)):
+        """Leaves the EMA weights, or with `save_best` the best ones, in the networks; returns their metrics."""
+        if self.config.save_best and (chosen := newest_checkpoint(self.best)):
             try:
                 ema = EMA(self.networks)
                 best = load_checkpoint(chosen, self.networks, {}, ema.shadow).best
@@ -357,7 +357,7 @@ class _Log:
         """Logs the means over all processes, and warns where a check says so."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         scalars = mean_over_ranks(self.scalars, accelerator.num_processes) | self.recent.metrics()
-        if trainer.config.skip_nonfinite:
+        if trainer.config.max_nonfinite_steps:
             scalars["skipped_steps"] = float(trainer.state.skipped)
         self.recent.restart()
         for i, check in enumerate(self.checks):

@@ -145,7 +145,7 @@ class VectorQuantizer(SingleLevel):
 
     def ema_excluded_parameters(self) -> list[nn.Parameter]:
         """What restarts move at once: an average over steps would leave such codes between where they were and where they are, unused."""
-        return [self.codebook] if isinstance(self.codebook, nn.Parameter) and self.options.restart_below else []
+        return [self.codebook] if isinstance(self.codebook, nn.Parameter) and self.options.dead_code_threshold else []
 
     def assign(self, vectors: Tensor) -> Assigned:
         """The nearest codes of vectors (N,D), with the losses; the first vectors in training start the codebook."""
@@ -183,8 +183,8 @@ class VectorQuantizer(SingleLevel):
             means = self._normalize(self.sums / smoothed.clamp(min=1e-12)[:, None])
             # A code that was never used has no mean; it stays where it was put.
             self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
-        if self.options.restart_below and int(self.steps) % self.options.restart_every == 0:
-            dead = self.counts < self.options.restart_below * self.counts.mean()
+        if self.options.dead_code_threshold and int(self.steps) % self.options.dead_code_check_every == 0:
+            dead = self.counts < self.options.dead_code_threshold * self.counts.mean()
             pool, weights = self._candidates(vectors, self._error(vectors, codes))
             generator = self._generator()
             self._place(dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator)

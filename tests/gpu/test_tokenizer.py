@@ -48,7 +48,9 @@ def learned(device: torch.device, **options: object) -> tuple[VectorQuantizer, l
     return quantizer, codes
 
 
-@pytest.mark.parametrize("options", [{"restart_below": 0.0}, {"restart_below": 0.5, "restart_every": 2}, {"kmeans_iterations": 3}])
+@pytest.mark.parametrize(
+    "options", [{"dead_code_threshold": 0.0}, {"dead_code_threshold": 0.5, "dead_code_check_every": 2}, {"kmeans_iterations": 3}]
+)
 def test_codebook_statistics_and_restarts_equal_those_of_the_cpu(options, device):
     expected, codes = learned(torch.device("cpu"), **options)
     found, found_codes = learned(device, **options)

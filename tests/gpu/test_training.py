@@ -47,7 +47,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
         return PriorObjective(prior.train(), PriorObjectiveConfig(caption_dropout=0.0))
     adversary = AdversaryOptions(weight=1.0, width=16, start=0) if "discriminator" in stage else AdversaryOptions()
     sizes = {"image_size": 32, "factor": 8, "num_codes": 32, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4}
-    tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(restart_every=2)))  # type: ignore[arg-type]
+    tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
     return TokenizerObjective(tokenizer.train(), ObjectiveConfig(adversary=adversary))
 
 
@@ -100,7 +100,7 @@ def trained(folder: Path, stage: str, device: torch.device, **options: object) -
     """The network after `fit`, on the CPU."""
     made = objective(stage)
     task = Task(made, lambda step: batch_of(stage, step), lambda: [to_device(batch_of(stage, 10**6), device)], _BEST[stage], dict)
-    config = TrainConfig(**{"steps": 8, "batch_size": 16, "checkpoint_every": 2, "evaluate_every": 4, "warmup_steps": 2,
+    config = TrainConfig(**{"steps": 8, "batch_size": 16, "save_every": 2, "eval_every": 4, "warmup_steps": 2,
                             "learning_rate": 1e-3, "ema_decay": 0.9, "compile": "off", **options})  # type: ignore[arg-type]  # fmt: skip
     given = {"seed": 1, "compile_networks": False, "bf16": False, "label": "gpu", "progress": False}
     fit(task, config, accelerator_on(device), folder, **given)
@@ -123,7 +123,7 @@ def vector(tensors: dict[str, Tensor]) -> Tensor:
 def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_path):
     """Weights, moments, EMA and codebook statistics of a checkpoint go to the other device and back. The ends differ by a tenth of what
     the second half of the training moves at most: where a gradient is next to 0, AdamW steps by the learning rate whatever its sign."""
-    options = {"optimizer": optimizer, "keep_checkpoints": 9, "schedule": "wsd", "decay_share": 0.01}
+    options = {"optimizer": optimizer, "save_total_limit": 9, "schedule": "wsd", "decay_ratio": 0.01}
     trained(tmp_path / "cpu", stage, CPU, **options)
     for name, first, then in (("to", CPU, device), ("back", device, CPU)):
         trained(tmp_path / name, stage, first, **options, steps=4)
@@ -136,9 +136,9 @@ def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_pa
 
 
 def test_a_checkpoint_resumed_at_once_is_the_same_to_the_bit(device, tmp_path):
-    trained(tmp_path, "tokenizer", device, steps=4, keep_checkpoints=9)
+    trained(tmp_path, "tokenizer", device, steps=4, save_total_limit=9)
     before = weights(tmp_path, 4, "weights")
-    network = trained(tmp_path, "tokenizer", device, steps=4, keep_checkpoints=9)
+    network = trained(tmp_path, "tokenizer", device, steps=4, save_total_limit=9)
     average = weights(tmp_path, 4, "ema")
     for (name, parameter), value in zip(network.named_parameters(), average.values(), strict=True):
         assert torch.equal(parameter, value), name
@@ -297,6 +297,6 @@ def test_a_skipped_step_leaves_the_device_as_it_was(device, tmp_path):
 
     task = Task(made, batch, lambda: [], "nll", dict)
     made.evaluate = lambda batches: states.append({k: v.cpu().clone() for k, v in made.tokenizer.state_dict().items()}) or {}  # type: ignore[method-assign,assignment,func-returns-value]
-    config = TrainConfig(steps=2, batch_size=16, evaluate_every=1, skip_nonfinite=1, ema_decay=0.0, compile="off")
+    config = TrainConfig(steps=2, batch_size=16, eval_every=1, max_nonfinite_steps=1, ema_decay=0.0, compile="off")
     fit(task, config, accelerator_on(device), tmp_path, seed=1, compile_networks=False, bf16=False, label="gpu", progress=False)
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

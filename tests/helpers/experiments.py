@@ -8,12 +8,12 @@ TINY = {
     "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
     "tokenizer": {
         "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
-        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
+        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 3, "save_every": 2, "warmup_steps": 2},
     },
     "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
     "text": {"vocab_size": 320, "length": 48},
     "prior": {
         "model": {"width": 32, "depth": 1, "heads": 2},
-        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "evaluate_every": 3, "checkpoint_every": 2, "warmup_steps": 2},
+        "train": {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 3, "save_every": 2, "warmup_steps": 2},
     },
 }

@@ -43,7 +43,7 @@ class Line:
         return {"error": value}
 
 
-CONFIG = {"steps": 9, "batch_size": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 2, "warmup_steps": 2, "ema_decay": 0.9}
+CONFIG = {"steps": 9, "batch_size": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "warmup_steps": 2, "ema_decay": 0.9}
 
 
 def train(

@@ -38,8 +38,8 @@ def by_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("by_processes")
     options = ["--prior.objective.caption_dropout", "0", "--tokenizer.train.log_every", "1", "--prior.train.log_every", "1",
-               "--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.restart_below", "0.9",
-               "--tokenizer.model.vq.restart_every", "2", "--encode.shard_rows", "7"]  # fmt: skip
+               "--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.dead_code_threshold", "0.9",
+               "--tokenizer.model.vq.dead_code_check_every", "2", "--encode.images_per_shard", "7"]  # fmt: skip
     for processes in PROCESSES:
         launch(folder, processes, "run", *settings(folder), "--name", f"by{processes}", *options, script=WATCHED + CHECK)
     return folder

@@ -20,11 +20,11 @@ def test_it_is_raised_late_enough_and_for_little_use_only():
     assert check(config, {"codebook_usage": 0.5}, ALARM_AFTER) is None and check(config, {}, ALARM_AFTER) is None
     message = check(config, {"codebook_usage": 0.1, "loss": 0.0}, ALARM_AFTER)
     assert message == (
-        "only 10% of the codes are in use at step 300; raise tokenizer.model.vq.restart_below (now 0.1, 0.4 is much), lower "
+        "only 10% of the codes are in use at step 300; raise tokenizer.model.vq.dead_code_threshold (now 0.1, 0.4 is much), lower "
         "tokenizer.train.learning_rate, or have fewer codes (tokenizer.model.num_codes is 1024)"
     )
-    off = TokenizerConfig(vq=VectorOptions(restart_below=0.0))
-    assert "set tokenizer.model.vq.restart_below to 0.1" in str(check(off, {"codebook_usage": 0.1}, ALARM_AFTER))
+    off = TokenizerConfig(vq=VectorOptions(dead_code_threshold=0.0))
+    assert "set tokenizer.model.vq.dead_code_threshold to 0.1" in str(check(off, {"codebook_usage": 0.1}, ALARM_AFTER))
 
 
 def test_the_worst_level_is_named():
@@ -41,7 +41,7 @@ def test_the_advice_names_options_that_there_are(quantizer):
 
 
 def test_training_by_a_collapsed_codebook_raises_it(pictures):
-    tokenizer = tiny_tokenizer(num_codes=64, vq=VectorOptions(restart_below=0.0)).train()
+    tokenizer = tiny_tokenizer(num_codes=64, vq=VectorOptions(dead_code_threshold=0.0)).train()
     tokenizer.quantizer.initialized.fill_(True)
     with torch.no_grad():
         tokenizer.quantizer.codebook[1:] = -tokenizer.quantizer.codebook[:1]  # all but one the same

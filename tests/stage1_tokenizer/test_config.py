@@ -70,8 +70,8 @@ def test_the_factor_must_be_a_power_of_two(factor):
     [
         {"decay": 0.0},
         {"commitment": -1.0},
-        {"restart_every": 0},
-        {"restart_below": 1.0},
+        {"dead_code_check_every": 0},
+        {"dead_code_threshold": 1.0},
         {"entropy_weight": -1.0},
         {"kmeans_iterations": -1},
     ],

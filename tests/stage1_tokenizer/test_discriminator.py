@@ -75,7 +75,7 @@ def test_before_its_start_there_is_one_loss_and_after_it_two(pictures):
     assert [loss.group for loss in both.losses(pictures, 9)] == ["tokenizer"]
     losses = list(both.losses(pictures, 10))
     assert [loss.group for loss in losses] == ["tokenizer", "discriminator"]
-    assert "adversarial" in losses[0].metrics and {"logits_true", "logits_drawn"} == set(losses[1].metrics)
+    assert "adversarial" in losses[0].metrics and {"logits_real", "logits_fake"} == set(losses[1].metrics)
     assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
 
 
@@ -100,7 +100,7 @@ def test_under_autocast_the_losses_are_in_float32(pictures):
         first, second = both.losses(pictures, 0)
     assert logits[0].dtype == torch.bfloat16 and second.value.dtype == torch.float32
     torch.testing.assert_close(first.metrics["adversarial"], -logits[0].float().mean(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(second.metrics["logits_true"], logits[1][: len(pictures)].float().mean(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(second.metrics["logits_real"], logits[1][: len(pictures)].float().mean(), rtol=1e-6, atol=1e-7)
 
 
 def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
@@ -111,14 +111,14 @@ def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
         loss.value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert float(loss.metrics["logits_true"]) > 0.5 and float(loss.metrics["logits_drawn"]) < -0.5
+    assert float(loss.metrics["logits_real"]) > 0.5 and float(loss.metrics["logits_fake"]) < -0.5
 
 
 def test_lecam_moves_its_anchors_and_they_are_saved(pictures):
     both = objective(start=0, lecam=0.1)
     assert not both.discriminator.anchors.any()
     _, loss = both.losses(pictures, 0)
-    expected = 0.01 * torch.stack([loss.metrics["logits_true"], loss.metrics["logits_drawn"]])
+    expected = 0.01 * torch.stack([loss.metrics["logits_real"], loss.metrics["logits_fake"]])
     torch.testing.assert_close(both.discriminator.anchors, expected)
     assert "anchors" in both.discriminator.state_dict()
 

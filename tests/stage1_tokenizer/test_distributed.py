@@ -33,7 +33,7 @@ def batch(step: int, rank: int | None) -> Tensor:
 
 def averages() -> VectorQuantizer:
     """Started on a fixed codebook, never restarting: what is left are the moving averages."""
-    vq = VectorQuantizer(16, 4, VectorOptions(restart_below=0.0, normalize=False, decay=0.8))
+    vq = VectorQuantizer(16, 4, VectorOptions(dead_code_threshold=0.0, normalize=False, decay=0.8))
     vq.codebook.copy_(torch.randn(16, 4, generator=torch.Generator().manual_seed(3)))
     vq.sums.copy_(vq.codebook)
     vq.counts.fill_(1.0)
@@ -42,12 +42,12 @@ def averages() -> VectorQuantizer:
 
 
 def restarting(codebook: str) -> VectorQuantizer:
-    return VectorQuantizer(64, 4, VectorOptions(restart_below=0.9, restart_every=2, codebook=codebook))  # type: ignore[arg-type]
+    return VectorQuantizer(64, 4, VectorOptions(dead_code_threshold=0.9, dead_code_check_every=2, codebook=codebook))  # type: ignore[arg-type]
 
 
 def shared_residual() -> ResidualQuantizer:
     torch.manual_seed(0)
-    vector = VectorOptions(restart_below=0.9, restart_every=2, kmeans_iterations=3)
+    vector = VectorOptions(dead_code_threshold=0.9, dead_code_check_every=2, kmeans_iterations=3)
     return ResidualQuantizer(16, 4, ResidualOptions(depth=2, shared=True), vector)
 
 

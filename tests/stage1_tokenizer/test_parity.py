@@ -40,7 +40,9 @@ def start(ours: VectorQuantizer, book: Tensor) -> None:
 def test_vq_with_moving_averages(rotation):
     book = features(16, 4, seed=1)
     gradient = "rotation" if rotation else "straight_through"
-    ours = VectorQuantizer(16, 4, VectorOptions(normalize=False, decay=0.8, restart_below=0.0, commitment=0.25, gradient=gradient)).train()
+    ours = VectorQuantizer(
+        16, 4, VectorOptions(normalize=False, decay=0.8, dead_code_threshold=0.0, commitment=0.25, gradient=gradient)
+    ).train()
     theirs = peer.VectorQuantize(dim=4, codebook_size=16, decay=0.8, commitment_weight=0.25, rotation_trick=rotation).train()
     start(ours, book)
     tell(theirs, book)
@@ -61,7 +63,7 @@ def test_vq_with_moving_averages(rotation):
 
 def test_vq_with_a_gradient_codebook():
     book = features(16, 4, seed=1)
-    ours = VectorQuantizer(16, 4, VectorOptions(normalize=False, codebook="gradient", restart_below=0.0, commitment=0.25)).train()
+    ours = VectorQuantizer(16, 4, VectorOptions(normalize=False, codebook="gradient", dead_code_threshold=0.0, commitment=0.25)).train()
     theirs = peer.VectorQuantize(
         dim=4, codebook_size=16, learnable_codebook=True, ema_update=False, rotation_trick=False, commitment_weight=0.25
     ).train()
@@ -123,7 +125,7 @@ def test_bsq_codes_and_vectors():
 @pytest.mark.parametrize("shared", [False, True])
 def test_residual(shared):
     ours = ResidualQuantizer(
-        16, 4, ResidualOptions(depth=3, shared=shared), VectorOptions(normalize=False, restart_below=0.0, decay=0.8)
+        16, 4, ResidualOptions(depth=3, shared=shared), VectorOptions(normalize=False, dead_code_threshold=0.0, decay=0.8)
     ).train()
     theirs = peer.ResidualVQ(
         dim=4, codebook_size=16, num_quantizers=3, shared_codebook=shared, decay=0.8, rotation_trick=False, commitment_weight=0.25

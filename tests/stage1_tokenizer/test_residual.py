@@ -95,7 +95,7 @@ def test_with_normalize_the_vectors_alone_are_on_the_sphere():
 
 def test_a_shared_book_learns_from_all_depths_at_once_and_own_ones_from_theirs():
     x = features(4, 4, 4, 4)
-    own, shared = quantizer(decay=0.5, restart_below=0.0).train(), quantizer(shared=True, decay=0.5, restart_below=0.0).train()
+    own, shared = quantizer(decay=0.5, dead_code_threshold=0.0).train(), quantizer(shared=True, decay=0.5, dead_code_threshold=0.0).train()
     own(x)
     for book in own.books:
         assert float(book.counts.sum()) == pytest.approx(0.5 * 8 + 0.5 * 64) and int(book.steps) == 1

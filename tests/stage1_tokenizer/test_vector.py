@@ -108,14 +108,14 @@ def test_the_codebook_loss_draws_codes_to_their_vectors_by_gradient():
 
 def test_the_ema_codebook_has_no_parameters_and_the_gradient_one_is_not_averaged():
     assert not list(fresh(8).parameters())
-    vq = started(features(8, 4, seed=1), codebook="gradient", restart_below=0.0)
+    vq = started(features(8, 4, seed=1), codebook="gradient", dead_code_threshold=0.0)
     before = vq.codebook.detach().clone()
     vq(features(4, 4, 4, 4))
     assert torch.equal(vq.codebook.detach(), before)
 
 
 def test_moving_averages_by_hand():
-    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0], [90.0, 90.0]]), normalize=False, decay=0.9, restart_below=0.0)
+    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0], [90.0, 90.0]]), normalize=False, decay=0.9, dead_code_threshold=0.0)
     vq.counts.copy_(torch.tensor([2.0, 3.0, 1.0]))
     vq.sums.copy_(torch.tensor([[0.0, 1.0], [12.0, 12.0], [90.0, 90.0]]))
     vq(torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 3))
@@ -130,7 +130,7 @@ def test_moving_averages_by_hand():
 
 
 def test_the_decoder_sees_the_codebook_from_before_the_update():
-    vq = started(features(8, 4, seed=1), normalize=False, decay=0.5, restart_below=0.0)
+    vq = started(features(8, 4, seed=1), normalize=False, decay=0.5, dead_code_threshold=0.0)
     before = vq.codebook.clone()
     result = vq(features(2, 4, 4, 4))
     torch.testing.assert_close(flat(result.latents), before[result.codes.flatten()])
@@ -139,7 +139,7 @@ def test_the_decoder_sees_the_codebook_from_before_the_update():
 def test_a_static_batch_is_clustered_to_its_centres():
     centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
     x = (centres.repeat(16, 1) + 0.01 * features(64, 2)).T.reshape(1, 2, 8, 8)
-    vq = started(centres + features(4, 2, seed=3), normalize=False, decay=0.5, restart_below=0.0)
+    vq = started(centres + features(4, 2, seed=3), normalize=False, decay=0.5, dead_code_threshold=0.0)
     for _ in range(40):
         vq(x)
     torch.testing.assert_close(vq.codebook, centres, atol=0.02, rtol=0)
@@ -147,7 +147,7 @@ def test_a_static_batch_is_clustered_to_its_centres():
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
-    vq = fresh(16, codebook=codebook, restart_below=0.0)
+    vq = fresh(16, codebook=codebook, dead_code_threshold=0.0)
     towards = torch.tensor([1.0, -2.0, 3.0, 1.0]).reshape(1, 4, 1, 1)
     vq(towards + 0.1 * features(8, 4, 4, 4))
     assert bool(vq.initialized)
@@ -159,7 +159,7 @@ def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(codebook):
-    vq = fresh(64, codebook=codebook, restart_below=0.0)
+    vq = fresh(64, codebook=codebook, dead_code_threshold=0.0)
     x = features(1, 4, 2, 2)
     with pytest.warns(
         UserWarning, match=r"codes start as copies: the first batch has 4 vectors .* and the codebook 64 codes; raise .*16-fold"
@@ -174,7 +174,7 @@ def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(co
 def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
     centres = 5 * features(6, 4, seed=3)
     x = (centres.repeat_interleave(20, 0) + 0.1 * features(120, 4)).reshape(1, 12, 10, 4).permute(0, 3, 1, 2)
-    plain, clustered = (fresh(6, normalize=False, restart_below=0.0, kmeans_iterations=n) for n in (0, 20))
+    plain, clustered = (fresh(6, normalize=False, dead_code_threshold=0.0, kmeans_iterations=n) for n in (0, 20))
     for vq in (plain, clustered):
         vq.update_codebook = lambda *_: None  # type: ignore[method-assign]
         vq.count(vq(x).codes)
@@ -195,7 +195,7 @@ def test_k_means_over_fewer_vectors_than_codes_is_refused():
 
 
 def test_a_linear_codebook_is_frozen_under_a_learned_map():
-    vq = fresh(16, codebook="linear", restart_below=0.0).train()
+    vq = fresh(16, codebook="linear", dead_code_threshold=0.0).train()
     x = features(8, 4, 4, 4)
     vq(x)
     frozen = vq.codebook.clone()
@@ -232,7 +232,7 @@ def test_the_entropy_term_by_hand():
     p = torch.tensor([[1.0, 2.0]]).neg().square().softmax(1)  # at 1 and 2 from the codes: squared distances 1 and 4
     own = float(-(p * p.log()).sum())
     assert float(entropy_penalty(torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]))) == pytest.approx(own - own, abs=1e-6)
-    vq = started(book, normalize=False, entropy_weight=0.5, restart_below=0.0).train()
+    vq = started(book, normalize=False, entropy_weight=0.5, dead_code_threshold=0.0).train()
     x = torch.tensor([1.0, 8.0, 3.0, 9.0]).reshape(1, 1, 2, 2)
     result = vq(x)
     expected = 0.25 * result.metrics["commitment"] + 0.5 * entropy_penalty(flat(x), book)
@@ -240,16 +240,16 @@ def test_the_entropy_term_by_hand():
     assert float(vq.eval()(x).loss) == pytest.approx(0.25 * float(F.mse_loss(flat(x), vq.codebook[vq(x).codes.flatten()])))
 
 
-def collapsed(restart_below: float, **options) -> VectorQuantizer:
+def collapsed(dead_code_threshold: float, **options) -> VectorQuantizer:
     """Half of the codes are far from all data."""
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
-    return started(book, normalize=False, restart_below=restart_below, restart_every=2, decay=0.5, **options)
+    return started(book, normalize=False, dead_code_threshold=dead_code_threshold, dead_code_check_every=2, decay=0.5, **options)
 
 
 def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
     vq, x = collapsed(0.3), features(16, 4, 4, 4)
     vq(x)
-    assert (vq.codebook[8:].norm(dim=1) > 40).all()  # not before restart_every steps
+    assert (vq.codebook[8:].norm(dim=1) > 40).all()  # not before dead_code_check_every steps
     for _ in range(7):
         vq(x)
     assert torch.cdist(vq.codebook[8:], flat(x)).min(1).values.max() < 1.0
@@ -287,7 +287,7 @@ def test_living_codes_are_left_alone_by_a_restart():
 
 def test_a_restarted_gradient_code_keeps_its_parameter():
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
-    vq = started(book, normalize=False, codebook="gradient", restart_below=0.3, restart_every=2, decay=0.5)
+    vq = started(book, normalize=False, codebook="gradient", dead_code_threshold=0.3, dead_code_check_every=2, decay=0.5)
     parameter = vq.codebook
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     for _ in range(8):
@@ -302,7 +302,7 @@ def test_a_codebook_that_learns_by_gradient_and_restarts_is_not_to_be_averaged()
         return VectorQuantizer(4, 2, VectorOptions(**options)).ema_excluded_parameters()
 
     assert [p.shape for p in jumping(codebook="gradient")] == [(4, 2)]
-    assert not jumping() and not jumping(codebook="linear") and not jumping(codebook="gradient", restart_below=0.0)
+    assert not jumping() and not jumping(codebook="linear") and not jumping(codebook="gradient", dead_code_threshold=0.0)
 
 
 def test_evaluation_changes_no_state():
@@ -321,7 +321,7 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
         for step in steps:
             vq(features(4, 4, 4, 4, seed=step))
 
-    options = {"restart_every": 3, "restart_below": 0.5, "decay": 0.8}
+    options = {"dead_code_check_every": 3, "dead_code_threshold": 0.5, "decay": 0.8}
     whole = fresh(32, **options)
     run(whole, range(10))
     first = fresh(32, **options)
@@ -334,7 +334,7 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
 
 
 def test_use_of_the_codebook_is_reported():
-    vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, restart_below=0.0)
+    vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, dead_code_threshold=0.0)
     vq.hits.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
     figures = vq.usage_metrics()
     assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
@@ -345,7 +345,7 @@ def test_use_of_the_codebook_is_reported():
 
 def test_a_restarted_code_counts_as_used_only_once_it_is():
     """All vectors are one and the same, so that one code at a time serves them, however often the others restart there."""
-    vq = fresh(8, restart_every=1, restart_below=0.3)
+    vq = fresh(8, dead_code_check_every=1, dead_code_threshold=0.3)
     x = features(1, 4, 1, 1).expand(4, 4, 4, 4)
     for _ in range(30):
         metrics = vq(x).metrics
@@ -357,7 +357,7 @@ def test_a_restarted_code_counts_as_used_only_once_it_is():
 def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
     """Two vectors a step, for which 32 of 64 codes take turns: twice the average use each, however the other 32 restart."""
     book = torch.cat([features(32, 4, seed=1), 50 + features(32, 4, seed=2)])
-    vq = started(book, normalize=False, restart_every=5, restart_below=0.1, decay=0.9)
+    vq = started(book, normalize=False, dead_code_check_every=5, dead_code_threshold=0.1, decay=0.9)
     vq.counts.copy_(torch.tensor([2 / 32] * 32 + [0.0] * 32))
     vq.sums.copy_(book * vq.counts[:, None])
     for step in range(80):
@@ -368,7 +368,7 @@ def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
 
 
 def test_features_that_are_not_finite_are_left_for_the_training_to_report():
-    vq = started(features(8, 4, seed=1), restart_every=1)
+    vq = started(features(8, 4, seed=1), dead_code_check_every=1)
     vq(torch.full((2, 4, 4, 4), float("nan")))
     assert vq.codebook.isnan().any()
 
@@ -399,7 +399,7 @@ def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unu
 @pytest.mark.parametrize("normalize", [False, True])
 def test_autocast_leaves_distances_and_state_in_float32(normalize):
     x = features(8, 16, 4, 4)
-    plain, cast = (started(features(256, 16, seed=1), normalize=normalize, restart_below=0.0) for _ in range(2))
+    plain, cast = (started(features(256, 16, seed=1), normalize=normalize, dead_code_threshold=0.0) for _ in range(2))
     expected = plain(x)
     with torch.autocast("cpu", torch.bfloat16):
         result = cast(x)

@@ -179,7 +179,7 @@ def test_activations_worked_out_again_give_the_same_gradients(text_ids, codes):
     gradients = []
     for again in (False, True):
         prior = tiny_prior(dropout=0.5).train()
-        prior.checkpoint_activations = again
+        prior.activation_checkpointing = again
         calls = []
         prior.blocks[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(5)

@@ -113,7 +113,7 @@ class ShapesSource:
         self.world = ShapesWorld(
             config.image_size, min_objects=config.min_objects, max_objects=config.max_objects, lattice=config.lattice, split=split
         )
-        self.size = config.world_size
+        self.size = config.num_scenes
         self.problems: list[str] = []
         self.fingerprint = f"shapes1-{config.image_size}-{config.min_objects}{config.max_objects}-{config.lattice}-{split}"
 

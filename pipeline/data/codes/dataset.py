@@ -121,7 +121,7 @@ class ShardPlan:
 def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, ShardPlan]]:
     """The files of each split in their order and what each holds. `plan["parts"]` names of each part of the source the `first` row and
     how many `rows`, or how many `shards` a stream has and the `most` pictures of each."""
-    each, files = plan["shard_rows"], {}
+    each, files = plan["images_per_shard"], {}
     for split, parts in plan["parts"].items():
         units: list[ShardPlan] = []
         for number, part in enumerate(parts):

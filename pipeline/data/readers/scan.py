@@ -91,7 +91,7 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted; the others are counted.
 
     Raises:
-        ValueError: more pictures than `config.max_bad` allows cannot be read.
+        ValueError: more pictures than `config.max_corrupt_fraction` allows cannot be read.
     """
     bad = np.array([bool(problem) for problem in found.problem], bool)
     of_size = [(reason, ~bad & which) for reason, which in unwanted_sizes(found.width, found.height, config)]
@@ -99,11 +99,11 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     for reason, rows_of in reasons:
         for row in np.flatnonzero(rows_of):
             tally.add(reason, rows.label(int(row)))
-    if bad.sum() > config.max_bad * max(len(rows), 1):
+    if bad.sum() > config.max_corrupt_fraction * max(len(rows), 1):
         first = int(np.flatnonzero(bad)[0])
         raise ValueError(
             f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read ({tally.first(UNREADABLE)}: {found.problem[first]}); "
-            f"repair or remove them, or raise data.max_bad (now {config.max_bad})"
+            f"repair or remove them, or raise data.max_corrupt_fraction (now {config.max_corrupt_fraction})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
 

@@ -83,7 +83,7 @@ class StreamSource:
         """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is counted.
 
         Raises:
-            ValueError: more than `data.max_bad` of the pictures cannot be.
+            ValueError: more than `data.max_corrupt_fraction` of the pictures cannot be.
         """
         try:
             picture = prepared(sample.content, self.config)
@@ -91,10 +91,10 @@ class StreamSource:
             with self._lock:
                 self._bad += 1
             self._leave_out(UNDECODED, sample.name)
-            if self._bad > self.config.max_bad * max(self._decoded, _SURE):
+            if self._bad > self.config.max_corrupt_fraction * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be decoded (the last: {sample.name}, "
-                    f"{error}); repair or remove them, or raise data.max_bad (now {self.config.max_bad})"
+                    f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now {self.config.max_corrupt_fraction})"
                 ) from error
             return None
         with self._lock:

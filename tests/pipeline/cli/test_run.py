@@ -238,10 +238,10 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
     assert main(["evaluate", "--bundle", str(finished_run[1] / "bundle"), "--config", str(finished_run[0]), "--out", str(out),
                  "--pictures", "12"]) == 0  # fmt: skip
     figures = json.loads(out.read_text())
-    for key in ("psnr", "ssim", "codebook_usage", "codebook_perplexity", "nats_per_code", "nats_per_text_token", "oracle_on_true",
-                "oracle_on_reconstructions", "prompt_accuracy", "prompt_accuracy_new_pairs"):  # fmt: skip
+    for key in ("psnr", "ssim", "codebook_usage", "codebook_perplexity", "nats_per_code", "nats_per_text_token", "oracle_accuracy_real",
+                "oracle_accuracy_reconstructed", "prompt_accuracy", "prompt_accuracy_new_pairs"):  # fmt: skip
         assert isinstance(figures[key], float), key
-    assert figures["oracle_on_true"] == 1 and figures["settings"]["pictures"] == 12
+    assert figures["oracle_accuracy_real"] == 1 and figures["settings"]["pictures"] == 12
     assert "prompt_accuracy" in capsys.readouterr().out
     fails(capsys, ["evaluate", "--bundle", finished_run[1] / "bundle", "--config", finished_run[0], "--data.image_size", 48],
           "pictures of 32 pixels and data.image_size is 48")  # fmt: skip

@@ -93,7 +93,7 @@ def test_every_broken_relation_is_named(tiny_yaml):
         (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
         (["--seed", "-1"], "seed is -1"),
         (["--process_timeout", "0"], "process_timeout is 0; it must be at least 1 minute"),
-        (["--prior.train.skip_nonfinite", "-1"], "train.skip_nonfinite is -1; it must be 0 or more"),
+        (["--prior.train.max_nonfinite_steps", "-1"], "train.max_nonfinite_steps is -1; it must be 0 or more"),
         (["--sampling.steps", "4"], "several codes a step need prior.train.order=random"),
         (["--encode.views", "2", "--encode.flip", "true"], "captions of the shapes say what is left and right"),
         (["--prior.train.anneal", "[0.7, 0.5]"], r"train\.anneal is 0\.7, 0\.5; it must be two shares"),
@@ -104,8 +104,8 @@ def test_every_broken_relation_is_named(tiny_yaml):
         (["--seed", "10000000000"], "seed is 10000000000"),
         (["--name", "a/b"], "must be a plain folder name"),
         (["--encode.pictures", "0", "--encode.held_out", "0"], r"(?s)encode.held_out is 0.*encode.pictures is 0"),
-        (["--prior.train.learning_rate", "0", "--prior.train.final_learning_rate", "2", "--prior.train.warmup_steps", "-1"],
-         r"(?s)learning_rate is 0.*warmup_steps is -1.*final_learning_rate is 2"),
+        (["--prior.train.learning_rate", "0", "--prior.train.min_lr_ratio", "2", "--prior.train.warmup_steps", "-1"],
+         r"(?s)learning_rate is 0.*warmup_steps is -1.*min_lr_ratio is 2"),
     ],
 )  # fmt: skip
 def test_relations_between_sections(tiny_yaml, arguments, message):

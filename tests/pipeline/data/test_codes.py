@@ -19,7 +19,7 @@ from pipeline.data.codes.shards import EncodedRows, write_shard
 def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: int = 5, views: int = 1, num_codes: int = 16) -> Path:
     """A whole folder of training rows with codes (rows, N), in blocks of three."""
     levels = [{"grid": [1, codes.shape[1] // views], "num_codes": num_codes}]
-    plan: dict = {"format": 2, "levels": levels, "views": views, "shard_rows": each, "weights": [1.0]}
+    plan: dict = {"format": 2, "levels": levels, "views": views, "images_per_shard": each, "weights": [1.0]}
     plan["parts"] = {"train": [{"first": 0, "rows": len(codes)}]}
     folder.mkdir()
     kind, written = code_shards.kind_of(levels), []

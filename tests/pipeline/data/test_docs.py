@@ -25,6 +25,6 @@ def test_each_example_is_a_configuration(number, tmp_path):
 
 def test_every_setting_of_data_is_named_there():
     for field in fields(DataConfig):
-        if field.name not in ("world_size", "lattice", "min_objects", "font", "annotations"):  # of the worlds that are drawn here
+        if field.name not in ("num_scenes", "lattice", "min_objects", "font", "annotations"):  # of the worlds that are drawn here
             assert re.search(rf"\b{field.name}\b", TEXT), field.name
     assert len(EXAMPLES) >= 12

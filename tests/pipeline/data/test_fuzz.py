@@ -125,7 +125,7 @@ def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
     """Loading and reading everything raises nothing but what the command line shows as one line, and leaves the folder as it was."""
     before = listing(folder.parent)
     try:
-        train, held_out = load_sources(config(source, max_bad=0.9, upscale=True, **options))
+        train, held_out = load_sources(config(source, max_corrupt_fraction=0.9, upscale=True, **options))
         for split in (train, held_out):
             if options.get("streaming") and split is train:
                 assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)

@@ -107,7 +107,7 @@ def test_bombs_animations_and_odd_modes(tmp_path):
     for file in list(tmp_path.iterdir()):
         file.with_suffix(".txt").write_text(file.stem)
     found = {}
-    for split in load_sources(config(tmp_path, max_bad=0.5)):
+    for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5)):
         if len(split):
             found |= dict(zip(split.captions(range(len(split))), split.images(range(len(split)))[:, 5, 5].tolist(), strict=True))
     white = [255, 255, 255]

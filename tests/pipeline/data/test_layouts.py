@@ -278,14 +278,16 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     captions = write_shards(tmp_path, [5, 5])
     whole = (tmp_path / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(whole[: 512 * 9])
-    found = [split.captions(range(len(split))) for split in load_sources(config(tmp_path, max_bad=0.5))]
+    found = [split.captions(range(len(split))) for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5))]
     assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
-    assert any("shards that are cut or damaged" in line for line in load_source(config(tmp_path, max_bad=0.5), "train").problems)
+    assert any(
+        "shards that are cut or damaged" in line for line in load_source(config(tmp_path, max_corrupt_fraction=0.5), "train").problems
+    )
     # In the middle of a picture: its bytes are missed when it is read.
     start = whole.rindex(b"\x89PNG")
     (tmp_path / "001.tar").write_bytes(whole[: start + 30])
     with pytest.raises(ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"):
-        load_source(config(tmp_path, max_bad=0), "train")
+        load_source(config(tmp_path, max_corrupt_fraction=0), "train")
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(ValueError, match=r"001\.tar is compressed; unpack it to a plain \.tar, or set data\.streaming=true"):
         load_source(config(tmp_path), "train")

@@ -70,7 +70,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
             (tmp_path / f"{name}.txt").write_text("" if name == "empty" else name)
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     (tmp_path / "broken.txt").write_text("broken")
-    source = load_source(config(tmp_path, max_bad=0.5), "train")
+    source = load_source(config(tmp_path, max_corrupt_fraction=0.5), "train")
     problems = "\n".join(source.problems)
     for expected in (
         "1 unreadable pictures left out: broken.png",
@@ -79,8 +79,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         "1 pictures without a caption left out: empty.png",
     ):
         assert expected in problems
-    assert set(everything(tmp_path, max_bad=0.5)) == {"good"}
-    assert set(everything(tmp_path, max_bad=0.5, upscale=True)) == {"good", "small"}
+    assert set(everything(tmp_path, max_corrupt_fraction=0.5)) == {"good"}
+    assert set(everything(tmp_path, max_corrupt_fraction=0.5, upscale=True)) == {"good", "small"}
     with pytest.raises(ValueError, match=r"1 of 4 pictures in .* cannot be read \(broken\.png: "):
         load_source(config(tmp_path), "train")
 
@@ -179,8 +179,8 @@ def test_a_source_that_does_not_exist_is_named(tmp_path, monkeypatch):
 
 def test_configuration_errors_are_all_named():
     with pytest.raises(
-        ValueError, match=r"(?s)data\.source is empty.*image_size is 4.*held_out is 0.*max_bad is 2.*min_objects 3.*world_size"
+        ValueError, match=r"(?s)data\.source is empty.*image_size is 4.*held_out is 0.*max_corrupt_fraction is 2.*min_objects 3.*num_scenes"
     ):
-        DataConfig(source="", image_size=4, held_out=0, max_bad=2, min_objects=3, max_objects=2, world_size=0)
+        DataConfig(source="", image_size=4, held_out=0, max_corrupt_fraction=2, min_objects=3, max_objects=2, num_scenes=0)
     with pytest.raises(ValueError, match="the shapes need at least 32"):
         DataConfig(source="shapes", image_size=16)

@@ -213,8 +213,10 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
         "pictures that cannot be decoded left out: cut",
     ):
         assert expected in problems
-    strict = StreamBatchLoader(stream(tmp_path, max_bad=0.0), 10, 0, 0, 1, None)
-    with pytest.raises(ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_bad \(now 0\.0\)"):
+    strict = StreamBatchLoader(stream(tmp_path, max_corrupt_fraction=0.0), 10, 0, 0, 1, None)
+    with pytest.raises(
+        ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_corrupt_fraction \(now 0\.0\)"
+    ):
         for step in range(12):
             strict.pictures(step)
 

@@ -106,7 +106,7 @@ def test_unreadable_pictures_are_named_and_too_many_fail(folder):
     for name in ("aa", "bb", "cc"):
         (folder / f"{name}.png").write_bytes(b"no picture")
         (folder / f"{name}.txt").write_text("broken")
-    found = diagnose(config(folder, max_bad=0.1))
+    found = diagnose(config(folder, max_corrupt_fraction=0.1))
     assert [(one.name, "of no known format" in one.problem) for one in found.sources[0].unreadable] == [
         ("aa.png", True), ("bb.png", True), ("cc.png", True)
     ]  # fmt: skip
@@ -290,7 +290,9 @@ def test_the_page_stands_alone_and_escapes_what_is_not_ours(folder, tmp_path):
     (folder / "<i>broken.png").write_bytes(b"no")
     (folder / "<i>broken.txt").write_text("x")
     out = tmp_path / "page"
-    assert main(["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs"), "--data.max_bad", "0.5"]) == 0
+    assert (
+        main(["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs"), "--data.max_corrupt_fraction", "0.5"]) == 0
+    )
     page = (out / "index.html").read_text()
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
     assert "&lt;script&gt;" in page and "&lt;b&gt;copy.png" in page and "&lt;i&gt;broken.png" in page

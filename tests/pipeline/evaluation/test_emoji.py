@@ -47,10 +47,10 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
     figures: dict[str, float] = {}
     emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
-    assert set(figures) == {"nearest_of_100_seen", "nearest_of_100_held_out", "own_tone_held_out"}
+    assert set(figures) == {"retrieval_at_1_of_100_seen", "retrieval_at_1_of_100_held_out", "skin_tone_accuracy_val"}
     # The lightest picture of all, or of its family, has no lighter one to be mistaken for.
-    assert figures["nearest_of_100_seen"] == pytest.approx(expected, abs=0.1)
-    assert figures["own_tone_held_out"] == pytest.approx(expected, abs=0.2)
+    assert figures["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
+    assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
 
 
 def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():

@@ -38,7 +38,7 @@ def handlers() -> list[object]:
 @pytest.mark.parametrize("step", [4, 5, 8])
 def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number, step):
     """Also where an evaluation is due, which may choose the best weights, and in the last step."""
-    options = {"keep_best": True, "evaluate_every": 3, "learning_rate": 0.1}
+    options = {"save_best": True, "eval_every": 3, "learning_rate": 0.1}
     whole, figures = train(tmp_path / "whole", **options)
     before = handlers()
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
             return super().evaluate(batches)
 
     with pytest.raises(TrainingInterrupted, match="after step 9 of 9"):
-        train(tmp_path, Signalled(), evaluate_every=100)
+        train(tmp_path, Signalled(), eval_every=100)
 
 
 def test_another_thread_trains_without_handlers(tmp_path):

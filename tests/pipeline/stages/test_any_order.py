@@ -19,7 +19,7 @@ from tests.helpers.cli import fails
 
 ANY_ORDER = [
     "--data.max_objects", "2", "--prior.train.order", "random", "--sequence.image_first", "0.34", "--prior.model.kv_heads", "1",
-    "--prior.train.accumulate", "2", "--prior.train.schedule", "wsd", "--prior.train.checkpoint_activations", "true",
+    "--prior.train.gradient_accumulation_steps", "2", "--prior.train.schedule", "wsd", "--prior.train.activation_checkpointing", "true",
     "--text.bpe_dropout", "0.1", "--sampling.steps", "4", "--precision", "fp32",
 ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_a_run_that_was_made_before_these_settings_goes_on(tiny_yaml, tmp_path):
     written = json.loads(path.read_text())
     made = written["settings"]
     del made["sequence"], made["model"]["kv_heads"], made["text"]["bpe_dropout"]
-    for name in ("order", "anneal", "checkpoint_activations", "accumulate", "schedule", "decay_share"):
+    for name in ("order", "anneal", "activation_checkpointing", "gradient_accumulation_steps", "schedule", "decay_ratio"):
         del made["train"][name]
     del made["codes"]["settings"]["encode"]["flip"]
     path.write_text(json.dumps(written))
@@ -93,9 +93,9 @@ def test_a_row_of_a_comparison_that_was_made_before_these_settings_is_the_same(t
     now = _made_with(load_experiment(["--config", str(tiny_yaml)]), None)
     then = json.loads(json.dumps(now))
     del then["sequence"], then["encode"]["flip"], then["text"]["bpe_dropout"], then["prior"]["model"]["kv_heads"], then["precision"]
-    for name in ("accumulate", "schedule", "decay_share"):
+    for name in ("gradient_accumulation_steps", "schedule", "decay_ratio"):
         del then["prior"]["train"][name], then["tokenizer"]["train"][name]
-    for name in ("order", "anneal", "checkpoint_activations"):
+    for name in ("order", "anneal", "activation_checkpointing"):
         del then["prior"]["train"][name]
     assert upgrade_settings(then) == now
     then["prior"]["train"]["steps"] += 1

@@ -41,10 +41,10 @@ def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
     for row in figures.values():
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["usage"] <= 1 and row["encoding_rate"] > 0 and row["minutes"] > 0
-    assert figures["plain"]["bits"] == 16 * 4 and figures["two levels"]["bits"] == 20 * 4
+    assert figures["plain"]["bits_per_image"] == 16 * 4 and figures["two levels"]["bits_per_image"] == 20 * 4
     assert [row["steps"] for row in figures.values()] == [6, 4]
     prior = json.loads((folder / "plain" / "prior" / "settings.json").read_text())["held_out"]
-    assert figures["plain"]["prior_nats"] == pytest.approx(16 * prior["nats_per_code"])
+    assert figures["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
     tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())["held_out"]
     assert figures["plain"]["psnr"] == tokenizer["psnr"]
     assert (folder / "comparison.md").read_text() in out
@@ -72,12 +72,14 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
     stranger = folder / "a peer"
     stranger.mkdir()
     made = json.loads((folder / "plain" / "figures.json").read_text())["made_with"]
-    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}, "made_with": {**made, "tokenizer": 0}}))
+    (stranger / "figures.json").write_text(
+        json.dumps({"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "tokenizer": 0}})
+    )
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
-    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "prior_nats": 2.0}, "made_with": {**made, "prior": 0}}))
+    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     written = (folder / "comparison.md").read_text()
     assert "| a peer |" not in written and "a peer is left out: it was made with other settings (prior)" in written

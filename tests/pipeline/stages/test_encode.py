@@ -25,7 +25,7 @@ from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.launch import ROOT, launch
 
-OPTIONS = ["--encode.shard_rows", "6", "--encode.batch_size", "4", "--encode.views", "2", "--encode.shift", "1"]
+OPTIONS = ["--encode.images_per_shard", "6", "--encode.batch_size", "4", "--encode.views", "2", "--encode.shift", "1"]
 SHARDS = [f"{split}-{k:05d}-of-{count:05d}.arrow" for split, count in (("train", 7), ("held_out", 2)) for k in range(count)]
 """Of 40 and 10 pictures."""
 
@@ -78,9 +78,9 @@ def failing_at(name: str, write: Callable) -> Callable:
 def test_the_folder(uninterrupted):
     assert sorted(contents(uninterrupted)) == sorted(["codes.json", *SHARDS])
     manifest = read_manifest(uninterrupted)
-    assert manifest["rows"] == {"train": 40, "held_out": 10} and manifest["shard_rows"] == 6 and manifest["format"] == 2
+    assert manifest["rows"] == {"train": 40, "held_out": 10} and manifest["images_per_shard"] == 6 and manifest["format"] == 2
     assert [file["rows"] for file in manifest["files"]["train"]] == [6] * 6 + [4]
-    assert "shard_rows" not in manifest["settings"]["encode"]
+    assert "images_per_shard" not in manifest["settings"]["encode"]
     codes = CodesDataset(uninterrupted, "train")
     assert codes.source_rows(range(40)) == list(range(40)) and codes.codes([39], [1]).shape == (1, 16)
 
@@ -207,8 +207,8 @@ def test_another_tokenizer_is_refused(unfinished, whole_elsewhere, command, tmp_
 
 def test_the_size_of_files_is_that_of_the_folder(unfinished, whole_elsewhere, command, tmp_path, capsys):
     """A whole one stays as it is and is mended in its own size; an unfinished one is not mixed."""
-    other = ["--encode.shard_rows", "9"]
-    fails(capsys, [*command, *other], "holds unfinished codes", "encode.shard_rows 6 -> 9")
+    other = ["--encode.images_per_shard", "9"]
+    fails(capsys, [*command, *other], "holds unfinished codes", "encode.images_per_shard 6 -> 9")
     codes = tmp_path / "whole" / "tiny" / "codes"
     before = contents(codes)
     (codes / SHARDS[2]).unlink()

@@ -51,7 +51,7 @@ def test_parquet(finished_run, encoded):
 
 
 def test_webdataset_in_several_shards(finished_run, encoded):
-    folder = encoded("webdataset", "--encode.shard_rows", "15")
+    folder = encoded("webdataset", "--encode.images_per_shard", "15")
     names = [file["name"] for file in json.loads((folder / "codes.json").read_text())["files"]["train"]]
     assert len(names) == 3
     rows: dict[str, dict[str, bytes]] = {}

@@ -140,9 +140,9 @@ def test_what_does_not_fit_is_refused_by_what_differs(encoded, tmp_path, bundle,
 
 
 def test_settings_that_make_no_sense_together_are_named(same, capsys):
-    loose = ["--prior.lora_rank", "4", "--prior.init_from", "null", "--tokenizer.init_from", "null", "--text.new_entries", "3"]
+    loose = ["--prior.lora_rank", "4", "--prior.init_from", "null", "--tokenizer.init_from", "null", "--text.num_new_tokens", "3"]
     fails(capsys, ["run", *same, *loose], "LoRA adapts a prior that is there", "tokenizer.frozen is on and tokenizer.init_from is absent",
-          "text.new_entries is 3, which needs prior.init_from", status=2)  # fmt: skip
+          "text.num_new_tokens is 3, which needs prior.init_from", status=2)  # fmt: skip
     fails(capsys, ["run", *same, "--tokenizer.frozen", "false"], "a prior knows the codes of one tokenizer", status=2)
     fails(capsys, ["run", *same, *LORA, "--prior.train.optimizer", "muon"], "Muon is for whole matrices", status=2)
     fails(capsys, ["run", *same, "--text.pretrained", "gpt2"], "keeps its own vocabulary", status=2)
@@ -219,7 +219,7 @@ def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
     arguments, folder = encoded
     assert main(["train-prior", *arguments, *LORA, "--prior.train.batch_size", "auto"]) == 0
     out = capsys.readouterr().out
-    assert "prior: batch_size 32, accumulate 1" in out  # of 40 pictures
+    assert "prior: batch_size 32, gradient_accumulation_steps 1" in out  # of 40 pictures
     assert read_settings(folder / "prior")["settings"]["train"]["batch_size"] == 32
     assert main(["estimate", *arguments, *LORA]) == 0
     optimizer = re.search(r"prior: .*optimizer ([\d.]+) KiB", capsys.readouterr().out)
@@ -265,7 +265,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
     for ids, number in zip(spelled, range(text.vocab_size, grown.vocab_size), strict=True):
         assert text.fast.decode(ids) == grown.fast.decode([number])
     capsys.readouterr()
-    assert main(["train-prior", *arguments, *STILL, "--text.new_entries", "5", "--text.length", "50"]) == 0
+    assert main(["train-prior", *arguments, *STILL, "--text.num_new_tokens", "5", "--text.length", "50"]) == 0
     assert "5 entries more, into" in capsys.readouterr().out
     before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
     assert after.stream.text_vocab_size == before.stream.text_vocab_size + 5 and after.stream.text_length == 50
@@ -343,7 +343,7 @@ def test_a_run_made_before_there_was_anything_to_start_from_is_the_same(finished
         written = json.loads((folder / stage / "settings.json").read_text())
         for later in ("init_from", "frozen", "lora_rank", "lora_alpha"):
             written["settings"].pop(later, None)
-        written["settings"].get("text", {}).pop("new_entries", None)
+        written["settings"].get("text", {}).pop("num_new_tokens", None)
         (folder / stage / "settings.json").write_text(json.dumps(written))
         assert upgrade_settings(written["settings"])["init_from"] is None
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}

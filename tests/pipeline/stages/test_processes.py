@@ -162,8 +162,8 @@ sys.exit(status)
 def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
     """The second's batch is not finite and the second alone gets the signal."""
     run = tmp_path / "runs" / "tiny"
-    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.skip_nonfinite", "1", "--tokenizer.train.steps", "100",
-                 "--process_timeout", "7"]  # fmt: skip
+    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.max_nonfinite_steps", "1",
+                 "--tokenizer.train.steps", "100", "--process_timeout", "7"]  # fmt: skip
     said = ended(tmp_path, AGREES, str(run), *arguments)
     assert "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said, said
     assert said.count(f"{run} is in use by process 1 on h since s") == 2

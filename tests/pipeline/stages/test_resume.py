@@ -52,7 +52,7 @@ def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
     fails(capsys, ["train-prior", *arguments, "--prior.train.learning_rate", "1e-4"], "made with other settings (train.learning_rate)")
     fails(capsys, ["train-prior", *arguments, "--prior.train.steps", "4"], "made with other settings (train.steps)")
     before = ImagePrior.load(folder / "prior").fingerprint
-    assert main(["train-prior", *arguments, "--prior.train.log_every", "1", "--prior.train.evaluate_every", "2"]) == 0
+    assert main(["train-prior", *arguments, "--prior.train.log_every", "1", "--prior.train.eval_every", "2"]) == 0
     assert ImagePrior.load(folder / "prior").fingerprint == before
     assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
     assert ImagePrior.load(folder / "prior").fingerprint != before
@@ -64,10 +64,10 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     arguments, folder = run
     shutil.rmtree(folder / "prior")
     other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tiny"))
-    options = ["--prior.train.optimizer", "muon", "--prior.train.keep_best", "true", "--prior.model.dropout", "0.2"]
+    options = ["--prior.train.optimizer", "muon", "--prior.train.save_best", "true", "--prior.model.dropout", "0.2"]
     assert main(["train-prior", *arguments, *options]) == 0
     capsys.readouterr()
-    fails(capsys, ["train-prior", *arguments, *options, "--prior.train.evaluate_every", "2"], "other settings (train.evaluate_every)")
+    fails(capsys, ["train-prior", *arguments, *options, "--prior.train.eval_every", "2"], "other settings (train.eval_every)")
     step = training.Trainer.train_step
 
     def killed(trainer: training.Trainer, number: int, batch: object):

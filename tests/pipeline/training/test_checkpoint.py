@@ -124,9 +124,9 @@ def test_a_damaged_checkpoint_takes_no_place_among_the_kept(tmp_path):
 
 
 def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
-    train(tmp_path, keep_checkpoints=3)
+    train(tmp_path, save_total_limit=3)
     assert names(tmp_path / "checkpoints") == ["step-6", "step-8", "step-9"]
-    train(tmp_path, keep_checkpoints=2)
+    train(tmp_path, save_total_limit=2)
     assert names(tmp_path / "checkpoints") == ["step-8", "step-9"]
 
 
@@ -138,24 +138,24 @@ def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
 
 
 def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
-    train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
+    train(tmp_path, steps=8, eval_every=2, save_best=True)
     best = list_checkpoints(tmp_path / "best")[0]
     assert best.name == "step-2"
     flip_a_bit(best / "ema.safetensors")
     capsys.readouterr()
-    again, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True)
+    again, _ = train(tmp_path, steps=8, eval_every=2, save_best=True)
     out = capsys.readouterr().out
     assert f"{best} is damaged (ema.safetensors is not what was written" in out and "chosen anew" in out
     assert names(tmp_path / "best") == ["step-8"]
-    last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
+    last, _ = train(tmp_path / "last", steps=8, eval_every=2)
     assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in last.network.state_dict().items())
 
 
 def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, capsys):
     spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "ema.safetensors")  # noqa: E731
-    spoilt, _ = train(tmp_path, steps=8, evaluate_every=2, keep_best=True, on_step=spoil)
+    spoilt, _ = train(tmp_path, steps=8, eval_every=2, save_best=True, on_step=spoil)
     assert "step-2 is damaged (ema.safetensors is not" in capsys.readouterr().out
-    last, _ = train(tmp_path / "last", steps=8, evaluate_every=2)
+    last, _ = train(tmp_path / "last", steps=8, eval_every=2)
     assert all(torch.equal(value, spoilt.network.state_dict()[key]) for key, value in last.network.state_dict().items())
 
 

@@ -28,9 +28,9 @@ sharding.FSDPModelState.__init__ = counted
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-OPTIONS = ["--prior.objective.caption_dropout", "0", "--prior.train.schedule", "wsd", "--prior.train.decay_share", "0.01",
-           "--prior.train.keep_checkpoints", "9", "--prior.train.keep_best", "true",
-           "--prior.train.checkpoint_activations", "true"]  # fmt: skip
+OPTIONS = ["--prior.objective.caption_dropout", "0", "--prior.train.schedule", "wsd", "--prior.train.decay_ratio", "0.01",
+           "--prior.train.save_total_limit", "9", "--prior.train.save_best", "true",
+           "--prior.train.activation_checkpointing", "true"]  # fmt: skip
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
 
 def test_a_tokenizer_is_trained_whole_beside_it(by_processes, tmp_path):
     """Under FSDP, which is for priors, as without it."""
-    options = ["--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.restart_below", "0.9", "--tokenizer.model.vq.restart_every", "2",
-               "--tokenizer.train.log_every", "1"]  # fmt: skip
+    options = ["--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.dead_code_threshold", "0.9",
+               "--tokenizer.model.vq.dead_code_check_every", "2", "--tokenizer.train.log_every", "1"]  # fmt: skip
     launch(tmp_path, 2, "train-tokenizer", *settings(tmp_path), *options, script=CHECK, **FSDP)
     cut, given = (load_file(f / "tokenizer" / "model.safetensors") for f in (tmp_path / "runs" / "tiny", by_processes / "runs" / "by2"))
     assert all(torch.equal(value, given[key]) for key, value in cut.items())

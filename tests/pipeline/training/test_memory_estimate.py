@@ -112,7 +112,7 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
 
 
 def test_a_codebook_that_is_a_parameter_comes_back():
-    made = tokenizer(codebook="gradient", restart_below=0.9, restart_every=1)
+    made = tokenizer(codebook="gradient", dead_code_threshold=0.9, dead_code_check_every=1)
     before = made.tokenizer.quantizer.codebook.detach().clone()
     optimizer_has, address = made.tokenizer.quantizer.codebook, made.tokenizer.quantizer.codebook.data_ptr()
     fit_memory_model(made, pictures, 9, eager, CPU, most=8)
@@ -138,9 +138,9 @@ def test_rows_repeat_where_there_are_few():
     [
         ({"batch_size": "auto"}, 10**6, 1, (1024, 1), (1, 1)),
         ({"batch_size": "auto"}, 100, 2, (64, 1), (2, 1)),
-        ({"batch_size": "auto", "accumulate": 3}, 10**6, 2, (768, 3), (6, 3)),
-        ({"batch_size": "auto", "accumulate": "auto"}, 40, 4, (32, 1), (4, 1)),
-        ({"batch_size": 24, "accumulate": "auto"}, 40, 2, (24, 1), (24, 12)),
+        ({"batch_size": "auto", "gradient_accumulation_steps": 3}, 10**6, 2, (768, 3), (6, 3)),
+        ({"batch_size": "auto", "gradient_accumulation_steps": "auto"}, 40, 4, (32, 1), (4, 1)),
+        ({"batch_size": 24, "gradient_accumulation_steps": "auto"}, 40, 2, (24, 1), (24, 12)),
     ],
 )
 def test_what_may_be_chosen(given, rows, processes, first, last):
@@ -150,11 +150,11 @@ def test_what_may_be_chosen(given, rows, processes, first, last):
 
 
 def test_the_first_that_fits_is_chosen():
-    options = batch_candidates(TrainConfig(batch_size=24, accumulate="auto"), 100, 2)
+    options = batch_candidates(TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2)
     assert choose(options, 2, lambda rows: rows <= 5) == (24, 3)
     assert choose(options, 2, lambda rows: False) is None
     with pytest.raises(ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"):
-        batch_candidates(TrainConfig(batch_size=7, accumulate="auto"), 100, 2)
+        batch_candidates(TrainConfig(batch_size=7, gradient_accumulation_steps="auto"), 100, 2)
 
 
 def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, capsys):
@@ -168,8 +168,8 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
         room = state.optimizer + state.average + grown.at(rows)
         monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
         assert chosen(config).batch_size == expected
-        assert chosen(replace(config, batch_size=128, accumulate="auto")).accumulate == 128 // expected
-    assert "prior: batch_size 16, accumulate 1: what" in capsys.readouterr().out
+        assert chosen(replace(config, batch_size=128, gradient_accumulation_steps="auto")).gradient_accumulation_steps == 128 // expected
+    assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in capsys.readouterr().out
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="prior: not one picture at a time fits"):
         chosen(config)
@@ -191,7 +191,7 @@ def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys,
     monkeypatch.setattr(fitting, "LARGEST", 16)
     assert main([*command, "--tokenizer.train.steps", "4"]) == 0
     out = capsys.readouterr().out
-    assert "tokenizer: batch_size 16, accumulate 1" in out
+    assert "tokenizer: batch_size 16, gradient_accumulation_steps 1" in out
     written = tmp_path / "runs" / "tiny" / "tokenizer" / "settings.json"
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
     monkeypatch.setattr(fitting, "free_memory", lambda device: 0)  # on a smaller machine it goes on with the same
@@ -229,7 +229,11 @@ def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
     assert re.search(r"prior: 0\.\dM parameters, about", out)
     assert not (tmp_path / "runs").exists()
     assert list(estimate(replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml)))) == ["prior"]
-    fails(capsys, ["estimate", "--config", tiny_yaml, "--prior.train.batch_size", "auto"], "train.batch_size or train.accumulate is auto")
+    fails(
+        capsys,
+        ["estimate", "--config", tiny_yaml, "--prior.train.batch_size", "auto"],
+        "train.batch_size or train.gradient_accumulation_steps is auto",
+    )
 
 
 def _frozen(path):

@@ -44,9 +44,7 @@ def test_a_step_that_is_not_finite_stops_before_the_weights_move(tmp_path, broke
             if broken == "gradient":
                 next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
 
-    with pytest.raises(
-        FloatingPointError, match=r"gradient_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good"
-    ):
+    with pytest.raises(FloatingPointError, match=r"grad_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good"):
         train(tmp_path, objective, on_step, log_every=100)
     assert all(torch.equal(a, b) for a, b in zip(before[0], objective.network.parameters(), strict=True))
 
@@ -55,21 +53,21 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, capsys):
     objective = Line(broken_at=5)
     states: dict[int, dict[str, torch.Tensor]] = {}
     train(
-        tmp_path, objective, lambda step: states.update({step: state(objective)}), skip_nonfinite=1, checkpoint_every=1, keep_checkpoints=9
+        tmp_path, objective, lambda step: states.update({step: state(objective)}), max_nonfinite_steps=1, save_every=1, save_total_limit=9
     )
     assert same(states[5], states[6]) and not same(states[4], states[5]) and not same(states[6], states[7])
     steps = {n: tmp_path / "checkpoints" / f"step-{n}" for n in (5, 6, 7)}
     assert same(tensors(steps[5]), tensors(steps[6])) and not same(tensors(steps[6]), tensors(steps[7]))
     assert [json.loads((path / "state.json").read_text())["skipped"] for path in steps.values()] == [0, 1, 1]
-    said = "line: loss, gradient_norm is not finite at step 5 (row 50, row 51, row 52, row 53); skipped, 1 of 1"
+    said = "line: loss, grad_norm is not finite at step 5 (row 50, row 51, row 52, row 53); skipped, 1 of 1"
     assert said in capsys.readouterr().out.splitlines()
 
 
 def test_the_count_goes_on_after_a_kill(tmp_path):
-    train(tmp_path, Line(broken_at=3), skip_nonfinite=2, steps=5)
-    train(tmp_path, Line(broken_at=5), skip_nonfinite=2, steps=7)
+    train(tmp_path, Line(broken_at=3), max_nonfinite_steps=2, steps=5)
+    train(tmp_path, Line(broken_at=5), max_nonfinite_steps=2, steps=7)
     with pytest.raises(FloatingPointError, match=r"not finite at step 8 .*; 2 such steps were skipped before"):
-        train(tmp_path, Line(broken_at=8), skip_nonfinite=2)
+        train(tmp_path, Line(broken_at=8), max_nonfinite_steps=2)
 
 
 def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(tmp_path, capsys, monkeypatch):
@@ -78,17 +76,17 @@ def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(tmp_path,
     objective = Line(broken_at=0)
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
     task = Task(objective, batch, lambda: [batch(10**6)], "error", dict)
-    config = TrainConfig(steps=4, batch_size=4, log_every=1, skip_nonfinite=1)
+    config = TrainConfig(steps=4, batch_size=4, log_every=1, max_nonfinite_steps=1)
     fit(task, config, Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")
-    scalars = [values for values in logged if "line/waiting" in values]
-    assert [values["line/skipped_steps"] for values in scalars] == [1] * 4 and all(0 < v["line/waiting"] <= 1 for v in scalars)
+    scalars = [values for values in logged if "line/data_wait_fraction" in values]
+    assert [values["line/skipped_steps"] for values in scalars] == [1] * 4 and all(0 < v["line/data_wait_fraction"] <= 1 for v in scalars)
     assert "line/loss" not in scalars[0] and math.isfinite(scalars[1]["line/loss"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("of it waiting for data; steps skipped as not finite: 1")
 
 
 QUANTIZERS: dict[str, dict] = {
     "vq": {},
-    "vq by gradient": {"vq": {"codebook": "gradient", "restart_below": 0.2, "restart_every": 1}},
+    "vq by gradient": {"vq": {"codebook": "gradient", "dead_code_threshold": 0.2, "dead_code_check_every": 1}},
     "vq from k-means": {"vq": {"kmeans_iterations": 2}},
     "residual": {"quantizer": "residual"},
     "hierarchical": {"quantizer": "hierarchical"},
@@ -128,7 +126,7 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
 
     batch = lambda step: torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))  # noqa: E731
     task = Task(Counted(), batch, lambda: [batch(99)], "nll", dict)
-    config = TrainConfig(steps=6, batch_size=4, checkpoint_every=1, keep_checkpoints=9, warmup_steps=0, skip_nonfinite=2)
+    config = TrainConfig(steps=6, batch_size=4, save_every=1, save_total_limit=9, warmup_steps=0, max_nonfinite_steps=2)
     start = {key: value.clone() for key, value in tokenizer.state_dict().items()}
     fit(task, config, Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="t", progress=False)
     steps = {n: tensors(tmp_path / "checkpoints" / f"step-{n}") for n in range(1, 7)}
@@ -148,9 +146,9 @@ def test_what_is_not_finite_is_put_in_words():
 
 def test_losses_and_norms_alone_decide():
     device = torch.device("cpu")
-    fine = {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(2.0), "psnr": torch.tensor(math.inf)}
+    fine = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0), "psnr": torch.tensor(math.inf)}
     assert all_reduce_flags(fine, 0, device, False) == (False, 0) and all_reduce_flags({}, 15, device, False) == (False, 15)
-    for name in ("loss", "gradient_norm", "discriminator_loss"):
+    for name in ("loss", "grad_norm", "discriminator_loss"):
         assert all_reduce_flags(fine | {name: torch.tensor(math.nan)}, 0, device, False) == (True, 0)
 
 
@@ -162,7 +160,7 @@ def test_a_gradient_far_above_its_median_is_said():
     assert [step for step, line in enumerate(said) if line] == [5, 8]
     assert said[5].startswith("discriminator gradient norm is 21 at step 5, and 2 in the median of the last 5 logs; ")
     alarm = GradNormMonitor().check
-    assert not any([alarm({"gradient_norm": 1.05**step}, step) for step in range(200)])  # growth that is slow enough is none
+    assert not any([alarm({"grad_norm": 1.05**step}, step) for step in range(200)])  # growth that is slow enough is none
 
 
 def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, capsys):
@@ -183,8 +181,8 @@ def test_pictures_a_second_and_the_share_of_waiting(monkeypatch):
     for waited in (6.0, 0.0, 3.0):
         now[0] += 30
         pace.step(waited)
-    assert pace.metrics() == {"pictures_per_second": 96 / 90, "waiting": 0.1}
+    assert pace.metrics() == {"images_per_second": 96 / 90, "data_wait_fraction": 0.1}
     assert pace.line() == "1.5 minutes, 1 pictures/s, 10.0% of it waiting for data"
     pace.restart()
     now[0] += 1
-    assert pace.metrics() == {"pictures_per_second": 0, "waiting": 0}
+    assert pace.metrics() == {"images_per_second": 0, "data_wait_fraction": 0}

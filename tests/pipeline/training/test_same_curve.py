@@ -54,7 +54,7 @@ def test_data_that_divides_by_nothing_does_not_hang(tmp_path):
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"picture {i} of few")
     data = {"source": str(pictures), "image_size": 32, "held_out": 0.2}
-    encode = {"batch_size": 16, "held_out": 10, "shard_rows": 2}
+    encode = {"batch_size": 16, "held_out": 10, "images_per_shard": 2}
     out = launch(tmp_path, 4, "run", *settings(tmp_path, data=data, encode=encode), "--tokenizer.model.num_codes", "3", seconds=150)
     assert "done in" in out
     codes = json.loads((tmp_path / "runs" / "tiny" / "codes" / "codes.json").read_text())

@@ -44,7 +44,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
-    message = r"line: loss, gradient_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good checkpoint is .*step-4"
+    message = r"line: loss, grad_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good checkpoint is .*step-4"
     with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, Line(broken_at=5))
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
@@ -65,7 +65,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
     objective = Line()
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(FloatingPointError, match="gradient_norm is not finite at step 0"):
+    with pytest.raises(FloatingPointError, match="grad_norm is not finite at step 0"):
         train(tmp_path, objective)
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
@@ -77,8 +77,8 @@ def test_a_broken_step_is_never_saved(tmp_path):
 
 
 def test_keep_best_delivers_the_best_weights(tmp_path):
-    _, last = train(tmp_path / "last", steps=12, evaluate_every=2, learning_rate=0.3)
-    _, best = train(tmp_path / "best", steps=12, evaluate_every=2, learning_rate=0.3, keep_best=True)
+    _, last = train(tmp_path / "last", steps=12, eval_every=2, learning_rate=0.3)
+    _, best = train(tmp_path / "best", steps=12, eval_every=2, learning_rate=0.3, save_best=True)
     assert best["error"] <= last["error"]
     assert newest_checkpoint(tmp_path / "best" / "best") is not None
 
@@ -94,7 +94,7 @@ def test_an_evaluation_that_fails_leaves_the_trained_weights_in_the_networks(tmp
 
     objective.evaluate = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no"):
-        train(tmp_path, objective, checkpoint_every=3)
+        train(tmp_path, objective, save_every=3)
     trained = load_file(tmp_path / "checkpoints" / "step-3" / "weights.safetensors")["tokenizer.0.weight"]
     left = next(objective.network.parameters()).detach()
     assert not torch.equal(left, at_evaluation[0]), "EMA and trained weights must differ here"
@@ -104,7 +104,7 @@ def test_an_evaluation_that_fails_leaves_the_trained_weights_in_the_networks(tmp
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    train(tmp_path, keep_checkpoints=2)
+    train(tmp_path, save_total_limit=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-8", "step-9"]
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
 
@@ -190,7 +190,7 @@ def test_what_jumps_is_taken_as_it_is_and_not_averaged():
 
 
 def test_schedules_by_hand():
-    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1, ema_decay=0.99)
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1, ema_decay=0.99)
     assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])
     assert [ema_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
     seeds = {step_seed(s, step, p) for s in range(3) for step in range(50) for p in range(4)}
@@ -198,7 +198,7 @@ def test_schedules_by_hand():
 
 
 def test_a_stable_rate_falls_over_the_last_share_of_the_steps():
-    config = TrainConfig(steps=110, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1, schedule="wsd", decay_share=0.2)
+    config = TrainConfig(steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.1, schedule="wsd", decay_ratio=0.2)
     rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 88, 99, 110)]
     assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1])
     longer = replace(config, steps=220)
@@ -227,7 +227,7 @@ def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
     torch.manual_seed(3)
     whole, _ = train(tmp_path / "whole", Plain())
     torch.manual_seed(3)
-    accumulated, _ = train(tmp_path / "parts", Plain(), accumulate=parts)
+    accumulated, _ = train(tmp_path / "parts", Plain(), gradient_accumulation_steps=parts)
     torch.testing.assert_close(torch.stack(norms[:9]), torch.stack(norms[9:]), rtol=1e-4, atol=1e-6)
     assert whole.sizes == [4] * 9 and accumulated.sizes == [4 // parts] * 9 * parts
     for a, b in zip(whole.network.parameters(), accumulated.network.parameters(), strict=True):
@@ -235,10 +235,10 @@ def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
 
 
 def test_parts_must_divide_the_batch(tmp_path):
-    with pytest.raises(ValueError, match=r"train\.batch_size is 4; it must be a multiple of train\.accumulate 3"):
-        train(tmp_path, accumulate=3)
-    with pytest.raises(ValueError, match=r"train\.decay_share is 0"):
-        train(tmp_path, decay_share=0)
+    with pytest.raises(ValueError, match=r"train\.batch_size is 4; it must be a multiple of train\.gradient_accumulation_steps 3"):
+        train(tmp_path, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match=r"train\.decay_ratio is 0"):
+        train(tmp_path, decay_ratio=0)
 
 
 def test_weight_decay_spares_gains_and_biases():
