@@ -1,0 +1,56 @@
+"""README and docs: links lead somewhere, commands exist, settings that are named exist."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from pipeline.cli.main import HELP, VERBS
+from pipeline.config.experiment import Experiment
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@EVERY_PAGE
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@EVERY_PAGE
+def test_commands_exist(page):
+    for verb in re.findall(r"minidalle ([a-z][a-z-]*)\b", page.read_text()):
+        assert verb in VERBS, f"{page.name} names the command {verb}"
+
+
+def test_help_lists_every_command():
+    assert all(re.search(rf"^  {verb} ", HELP, re.MULTILINE) for verb in VERBS)
+
+
+def settings(kind: Any, path: str = "") -> set[str]:
+    """Dotted names of every setting, sections included."""
+    found: set[str] = set()
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        found.add(f"{path}{field.name}")
+        if is_dataclass(hints[field.name]):
+            found |= settings(hints[field.name], f"{path}{field.name}.")
+    return found
+
+
+@EVERY_PAGE
+def test_settings_that_are_given_exist(page):
+    """Options with a dot, as in --prior.train.steps."""
+    known = settings(Experiment)
+    for option in re.findall(r"--([a-z_]+\.[a-z_.]+)", page.read_text()):
+        assert option.rstrip(".") in known, f"{page.name} gives --{option}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
