@@ -239,7 +239,7 @@ def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
         if device.type == "cpu":
             given += [f"--{stage}.train.{name}={value}" for stage in ("tokenizer", "prior") for name, value in _REHEARSED.items()]
             given += ["--encode.pictures=200", "--encode.held_out=20"]
-            judged = ["--pictures", "10"]
+            judged = ["--max-images", "10"]
         start = time.perf_counter()
         minidalle("run", *given)
         figures.put("run, s", time.perf_counter() - start)

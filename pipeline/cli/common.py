@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config.experiment import Experiment
 
 
 class UsageError(Exception):
     """The command line itself is wrong."""
 
 
-def parse_experiment(rest: Sequence[str]):
+def parse_experiment(rest: Sequence[str]) -> Experiment:
     from pipeline.config.load import load_experiment, parser
 
     if "--help" in rest or "-h" in rest:
-        parser().print_help()
+        print(re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), parser().format_help()), end="")
         raise SystemExit(0)
     try:
         return load_experiment(rest)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_experiment, load_values
+from pipeline.config.option_names import spelled
 from pipeline.doctor.diagnose import PICTURES, diagnose_parts
 from pipeline.doctor.html_report import as_page
 from pipeline.doctor.report import Diagnosis
@@ -35,7 +36,7 @@ class Asked:
 
 
 def asked(rest: Sequence[str]) -> Asked:
-    """Reads `[SOURCE] [--config FILE] [--pictures N] [--largest S] [--out DIR] [--key.path VALUE ...]`.
+    """Reads `[SOURCE] [--config FILE] [--max-images N] [--max-image-size S] [--out DIR] [--key.path VALUE ...]`.
 
     Raises:
         ValueError: they are wrong, or no source is among them.
@@ -46,15 +47,19 @@ def asked(rest: Sequence[str]) -> Asked:
         usage="minidalle doctor SOURCE [options] [--key.path VALUE ...], or minidalle doctor --config FILE [options]", allow_abbrev=False,
     )  # fmt: skip
     reader.add_argument("--config", type=Path, help="the experiment that the data are for; without it the default settings")
-    reader.add_argument("--pictures", type=int, default=PICTURES, help=f"pictures to look at of a stream, or of shapes ({PICTURES})")
-    reader.add_argument("--largest", type=int, default=LARGEST, help=f"largest picture size to suggest ({LARGEST})")
+    reader.add_argument(
+        "--max-images", dest="pictures", type=int, default=PICTURES, help=f"pictures to look at of a stream, or of shapes ({PICTURES})"
+    )
+    reader.add_argument("--max-image-size", dest="largest", type=int, default=LARGEST, help=f"largest picture size to suggest ({LARGEST})")
     reader.add_argument("--out", type=Path, help="folder for the page, the numbers and the suggestion (RUN/doctor)")
     source = rest[0] if rest and not rest[0].startswith("-") else None
-    options, settings = reader.parse_known_args(rest[1:] if source is not None else rest)
+    options, settings = reader.parse_known_args(spelled(rest[1:] if source is not None else rest, "-"))
     if source is None and options.config is None:
         raise ValueError("no source was given; add a folder, a file, shards or a datasets name, or --config FILE")
     if options.pictures < 1 or options.largest < SIZES[0]:
-        raise ValueError(f"--pictures is {options.pictures} and must be at least 1; --largest is {options.largest}, at least {SIZES[0]}")
+        raise ValueError(
+            f"--max-images is {options.pictures} and must be at least 1; --max-image-size is {options.largest}, at least {SIZES[0]}"
+        )
     given = settings if source is None else ["--data.source", source, *settings]
     if options.config is not None:
         experiment = load_experiment(["--config", str(options.config), *given])

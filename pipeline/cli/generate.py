@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.common import UsageError, print_rank0, require_single_process
+from pipeline.config.option_names import spelled
 
 _SAMPLING: dict[str, dict[str, Any]] = {
     "guidance_scale": {"type": float, "help": "how strongly the prompt steers; 1 is off"},
@@ -24,7 +25,7 @@ _SAMPLING: dict[str, dict[str, Any]] = {
 
 def _add_sampling(reader: argparse.ArgumentParser) -> None:
     for name, how in _SAMPLING.items():
-        reader.add_argument(f"--{name}", **how)
+        reader.add_argument(f"--{name.replace('_', '-')}", **how)
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -36,18 +37,20 @@ def generate_verb(rest: Sequence[str]) -> int:
     reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
     reader.add_argument("--bundle", type=Path, required=True, help="folder that `minidalle run` made: runs/NAME/bundle")
     reader.add_argument("--prompts", dest="file", type=Path, help="text file with a prompt a line")
-    reader.add_argument("--num", type=int, default=4, help="pictures a prompt (4)")
+    reader.add_argument("--num-images", dest="num", type=int, default=4, help="pictures a prompt (4)")
     reader.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)")
     reader.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (0)")
     _add_sampling(reader)
     reader.add_argument(
-        "--best_of", type=int, default=1, help="draw so many for each picture and keep the one that shows the prompt best (1)"
+        "--best-of", type=int, default=1, help="draw so many for each picture and keep the one that shows the prompt best (1)"
     )
-    reader.add_argument("--judge", help="name or folder of a CLIP model that --best_of chooses by; without it the prior itself does")
+    reader.add_argument(
+        "--clip-scorer", dest="judge", help="name or folder of a CLIP model that --best-of chooses by; without it the prior itself does"
+    )
     reader.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="compile the steps; auto where it pays")
-    reader.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
+    reader.add_argument("--batch-size", type=int, default=64, help="pictures at a time (64)")
     reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
-    options = reader.parse_args(rest)
+    options = reader.parse_args(spelled(rest, "-"))
     prompts = list(options.prompts)
     if options.file is not None:
         prompts += options.file.read_text(encoding="utf-8").splitlines()
@@ -69,18 +72,20 @@ def edit_verb(rest: Sequence[str]) -> int:
     reader.add_argument(
         "--bundle", type=Path, required=True, help="folder of a bundle whose prior was trained with prior.train.order=random"
     )
-    reader.add_argument("--image", type=Path, required=True, help="picture of the size that the prior draws; smaller with --at")
+    reader.add_argument("--image", type=Path, required=True, help="picture of the size that the prior draws; smaller with --outpaint-at")
     what = reader.add_mutually_exclusive_group(required=True)
     what.add_argument("--mask", type=Path, help="black and white picture of the same size: white is replaced")
-    what.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="extend a smaller picture; its top left corner comes here")
+    what.add_argument(
+        "--outpaint-at", dest="at", type=int, nargs=2, metavar=("X", "Y"), help="extend a smaller picture; its top left corner comes here"
+    )
     what.add_argument("--strength", type=float, help="vary the picture: this share of its codes, scattered, is drawn anew")
     reader.add_argument("--prompt", default="", help="what the whole picture is to show")
-    reader.add_argument("--num", type=int, default=4, help="pictures (4)")
+    reader.add_argument("--num-images", dest="num", type=int, default=4, help="pictures (4)")
     reader.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)")
     reader.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (0)")
     reader.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
     _add_sampling(reader)
-    options = reader.parse_args(rest)
+    options = reader.parse_args(spelled(rest, "-"))
     require_single_process("edit")
     from pipeline.inference.generate import edit
 
@@ -99,7 +104,7 @@ def reconstruct_verb(rest: Sequence[str]) -> int:
     reader.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the pictures")
     reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
     reader.add_argument("--tile", type=int, default=512, help="larger pictures go through in pieces of this many pixels (512)")
-    options = reader.parse_args(rest)
+    options = reader.parse_args(spelled(rest, "-"))
     require_single_process("reconstruct")
     size = _size(options.size) if options.size else None
     if options.tile < 1:

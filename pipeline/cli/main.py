@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.cli.common import UsageError, parse_experiment, print_rank0, require_single_process
 from pipeline.cli.generate import edit_verb, generate_verb, reconstruct_verb
+from pipeline.config.option_names import spelled
 from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
 
 HELP = """usage: minidalle VERB [options]
@@ -113,7 +114,7 @@ def _run(rest: Sequence[str]) -> int:
     print_rank0(
         f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
         f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      {experiment.folder / 'logs'}\n"
-        f'next: minidalle generate --bundle {bundle} "your prompt" --num 4 --out pictures'
+        f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures'
     )
     return 0
 
@@ -131,7 +132,7 @@ def _encode(rest: Sequence[str]) -> int:
     reader.add_argument("--tokenizer", type=Path, help="another tokenizer than the run's; its own run's settings hold where none are given")
     reader.add_argument("--out", type=Path, help="folder for the codes, for other programs (RUN/codes, for train-prior)")
     reader.add_argument("--format", choices=("arrow", "parquet", "webdataset"), default="arrow", help="form of the codes in --out (arrow)")
-    options, settings = reader.parse_known_args(rest)
+    options, settings = reader.parse_known_args(spelled(rest, "-"))
     if "--help" in rest or "-h" in rest:
         print(reader.format_help())
     if options.out is None and (options.tokenizer is not None or options.format != "arrow"):
@@ -177,7 +178,7 @@ def _train_prior(rest: Sequence[str]) -> int:
     folder = train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = assemble_bundle(experiment)
-        print(f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your prompt" --num 4 --out pictures')
+        print(f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures')
     return 0
 
 
@@ -203,9 +204,11 @@ def _evaluate(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle evaluate", description="Quality of both stages and of the whole.")
     reader.add_argument("--bundle", type=Path, help="bundle to judge (that of the configuration's run)")
     reader.add_argument("--out", type=Path, help="JSON file for the figures (evaluation.json in the run folder)")
-    reader.add_argument("--pictures", type=int, default=500, help="held-out pictures and prompts to judge on (500)")
-    reader.add_argument("--before", type=Path, help="bundle to compare with on the old data and the new (that of init_from)")
-    options, settings = reader.parse_known_args(rest)
+    reader.add_argument("--max-images", dest="pictures", type=int, default=500, help="held-out pictures and prompts to judge on (500)")
+    reader.add_argument(
+        "--baseline-bundle", dest="before", type=Path, help="bundle to compare with on the old data and the new (that of init_from)"
+    )
+    options, settings = reader.parse_known_args(spelled(rest, "-"))
     from pipeline.evaluation.evaluate import evaluate
 
     experiment = parse_experiment(settings)
@@ -233,9 +236,9 @@ def _codebook(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle codebook", description="What each code draws and how often it is used.")
     reader.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer")
     reader.add_argument("--config", type=Path, help="whose held-out pictures to encode (that of the tokenizer's run)")
-    reader.add_argument("--pictures", type=int, default=500, help="held-out pictures to encode (500)")
+    reader.add_argument("--max-images", dest="pictures", type=int, default=500, help="held-out pictures to encode (500)")
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
-    options = reader.parse_args(rest)
+    options = reader.parse_args(spelled(rest, "-"))
     require_single_process("codebook")
     from pipeline.data.load import load_source
     from pipeline.evaluation.codebook_report import NUMBERS, codebook_page
@@ -248,7 +251,7 @@ def _codebook(rest: Sequence[str]) -> int:
     out = options.out or run / "codebook"
     check_output_dir(out, NUMBERS, "codebook page")
     if options.pictures < 1 or not len(source):
-        raise ValueError(f"--pictures is {options.pictures} and {len(source)} are held out; at least one is needed of both")
+        raise ValueError(f"--max-images is {options.pictures} and {len(source)} are held out; at least one is needed of both")
     views = codebook_page(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
     for view in views:
         s = view.statistics

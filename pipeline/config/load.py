@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.experiment import Experiment, _relations
 from pipeline.config.inheritance import inherited_config
+from pipeline.config.option_names import spelled
 from pipeline.config.train import TrainConfig
 
 
@@ -28,7 +29,7 @@ def parser() -> Any:
 
 
 def load_experiment(arguments: Sequence[str]) -> Experiment:
-    """Reads `["--config", FILE, "--prior.train.steps", "500", ...]`.
+    """Reads `["--config", FILE, "--prior.train.steps", "500", ...]`; `--prior.train.batch-size` is `--prior.train.batch_size`.
 
     Raises:
         ValueError: every unknown key, wrong type and broken relation at once.
@@ -36,7 +37,7 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
     """
     from jsonargparse import ArgumentError
 
-    arguments = list(arguments)
+    arguments = spelled(arguments, "_")
     for given, following in pairwise(arguments):
         if given == "--config" and not Path(following).is_file():
             raise FileNotFoundError(f"there is no configuration file {following}; the shipped ones are in configs/")

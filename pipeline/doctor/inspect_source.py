@@ -215,5 +215,5 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
     several = sum(mode.count for mode in report.modes if "animated" in mode.label)
     say("notes", several, f"of {several:,} pictures with several frames the first is used")
     say("notes", 0 < report.usable < 1000, f"{report.usable:,} usable pictures are few: a prior remembers rather than learns")
-    say("notes", report.first_only, f"the first {report.rows:,} pictures were looked at, of a source that goes on (--pictures)")
+    say("notes", report.first_only, f"the first {report.rows:,} pictures were looked at, of a source that goes on (--max-images)")
     return doubts

@@ -129,7 +129,7 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
         small = float((shorter < size).mean()) if len(shorter) else 1.0
         if small <= _LEFT_OUT:
             left = f"{small:.1%} of the pictures are smaller"
-            return size, data.upscale, left + (f"; larger ones than {largest} by --largest" if size == sizes[-1] == largest else "")
+            return size, data.upscale, left + (f"; larger ones than {largest} by --max-image-size" if size == sizes[-1] == largest else "")
     return sizes[0], True, "most pictures are smaller, and are enlarged"
 
 

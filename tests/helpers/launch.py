@@ -66,7 +66,7 @@ def launch(folder: Path, processes: int, *arguments: str, script: str = CHECK, s
     path.write_text(script)
     given = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    # After "--", or torchrun takes `--num` for one of its own options.
+    # After "--", or torchrun takes `--num-images` for one of its own options.
     command = [*torchrun, "--", str(path), str(processes), *arguments]
     with subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as started:
         try:

@@ -88,7 +88,17 @@ def test_codes_are_those_of_the_pictures(finished_run):
 
 
 def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_path, capsys):
-    arguments = ["generate", "--bundle", finished_run[1] / "bundle", "a red circle", "a blue star", "--num", 2, "--out", tmp_path / "a"]
+    arguments = [
+        "generate",
+        "--bundle",
+        finished_run[1] / "bundle",
+        "a red circle",
+        "a blue star",
+        "--num-images",
+        2,
+        "--out",
+        tmp_path / "a",
+    ]
     assert main([str(a) for a in arguments]) == 0
     rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in rows] == ["a red circle"] * 2 + ["a blue star"] * 2
@@ -96,7 +106,7 @@ def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_pat
     assert all(size_of(tmp_path / "a" / r["file"]) == (32, 32) for r in rows) and (tmp_path / "a" / "grid.png").is_file()
     assert "wrote 4 pictures" in capsys.readouterr().out
     (tmp_path / "prompts.txt").write_text("a blue star\n")
-    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "--prompts", str(tmp_path / "prompts.txt"), "--num", "2",
+    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "--prompts", str(tmp_path / "prompts.txt"), "--num-images", "2",
                  "--out", str(tmp_path / "b")]) == 0  # fmt: skip
     again = json.loads((tmp_path / "b" / "samples.jsonl").read_text().splitlines()[0])
     assert (tmp_path / "b" / again["file"]).read_bytes() == (tmp_path / "a" / rows[2]["file"]).read_bytes()
@@ -130,18 +140,18 @@ def test_odd_prompts(finished_run, tmp_path, capsys):
     assert len(pipe(["zxqv", "un élan 赤 🌞"]).images) == 2
     with pytest.warns(UserWarning, match="an empty prompt is sampled without a caption"):
         pipe("")
-    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "", "--num", "1", "--out", str(tmp_path / "x")]) == 0
+    assert main(["generate", "--bundle", str(finished_run[1] / "bundle"), "", "--num-images", "1", "--out", str(tmp_path / "x")]) == 0
     assert "note: an empty prompt is sampled without a caption" in capsys.readouterr().out
     bundle = str(finished_run[1] / "bundle")
     fails(capsys, ["generate", "--bundle", bundle, "word " * 99, "--out", tmp_path / "y"], "text slots", "shorten")
     assert not (tmp_path / "y").exists()
-    assert main(["generate", "--bundle", bundle, "word " * 99, "--truncate", "--num", "1", "--out", str(tmp_path / "y")]) == 0
+    assert main(["generate", "--bundle", bundle, "word " * 99, "--truncate", "--num-images", "1", "--out", str(tmp_path / "y")]) == 0
 
 
 def test_bad_sampling_options_are_named(finished_run, tmp_path, capsys):
     bundle = finished_run[1] / "bundle"
     fails(capsys, ["generate", "--bundle", bundle, "x", "--temperature=-1", "--out", tmp_path / "y"], "temperature is -1.0")
-    fails(capsys, ["generate", "--bundle", bundle, "x", "--num", 0, "--out", tmp_path / "y"], "num_images_per_prompt is 0")
+    fails(capsys, ["generate", "--bundle", bundle, "x", "--num-images", 0, "--out", tmp_path / "y"], "num_images_per_prompt is 0")
     fails(capsys, ["generate", "--bundle", bundle, "--out", tmp_path / "y"], "no prompt was given", status=2)
     assert not (tmp_path / "y").exists()
     with pytest.raises(ValueError, match="no prompt was given"):
@@ -236,7 +246,7 @@ def test_a_large_picture_is_the_same_in_pieces(finished_run, tmp_path):
 def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
     out = tmp_path / "e.json"
     assert main(["evaluate", "--bundle", str(finished_run[1] / "bundle"), "--config", str(finished_run[0]), "--out", str(out),
-                 "--pictures", "12"]) == 0  # fmt: skip
+                 "--max-images", "12"]) == 0  # fmt: skip
     figures = json.loads(out.read_text())
     for key in ("psnr", "ssim", "codebook_usage", "codebook_perplexity", "nats_per_code", "nats_per_text_token", "oracle_accuracy_real",
                 "oracle_accuracy_reconstructed", "prompt_accuracy", "prompt_accuracy_new_pairs"):  # fmt: skip

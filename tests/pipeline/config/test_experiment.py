@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.cli.main import main
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.load import load_experiment
+from pipeline.config.option_names import spelled
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("bakeoff-"))
@@ -156,3 +158,17 @@ def test_every_field_is_documented_and_read_somewhere():
                 documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert documented, f"{kind.__name__}.{name} has no docstring"
                 assert re.search(rf"\.{name}\b", code), f"{kind.__name__}.{name} is read nowhere"
+
+
+def test_options_are_spelled_with_hyphens_or_underscores(tiny_yaml):
+    given = ["--config", str(tiny_yaml), "--prior.train.batch-size", "16", "--tokenizer.train.log-every=3", "--name", "two-words"]
+    experiment = load_experiment(given)
+    assert (experiment.prior.train.batch_size, experiment.tokenizer.train.log_every, experiment.name) == (16, 3, "two-words")
+    assert spelled(["--best_of", "a_b", "--top_k=1_0", "-x_y", "--guidance-scale"], "-") == [
+        "--best-of", "a_b", "--top-k=1_0", "-x_y", "--guidance-scale"]  # fmt: skip
+
+
+def test_help_shows_hyphens(capsys):
+    for command in ("run", "generate"):
+        assert main([command, "--help"]) == 0
+        assert re.findall(r"--[a-z.]*_[a-z_.]*", capsys.readouterr().out) == []

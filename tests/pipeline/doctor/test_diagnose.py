@@ -261,7 +261,7 @@ def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
     first = diagnose(streamed, pictures=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
-    assert "the first 25 pictures were looked at, of a source that goes on (--pictures)" in said(first, "notes")
+    assert "the first 25 pictures were looked at, of a source that goes on (--max-images)" in said(first, "notes")
     assert whole.suggestion.values["data"]["streaming"] is True
     train, held_out = load_sources(streamed)
     assert train.name == held_out.name and len(held_out) == whole.sources[0].held_out
@@ -310,8 +310,8 @@ def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
     fails(capsys, ["doctor"], "no source was given", status=2)
     fails(capsys, ["doctor", folder, "--data.image_sise", "32"], "image_sise", status=2)
     fails(capsys, ["doctor", folder, "--data.image_size", "3"], "data.image_size is 3", status=2)
-    fails(capsys, ["doctor", folder, "--pictures", "0"], "--pictures is 0", status=2)
-    fails(capsys, ["doctor", folder, "--largest", "8"], "--largest is 8", status=2)
+    fails(capsys, ["doctor", folder, "--max-images", "0"], "--max-images is 0", status=2)
+    fails(capsys, ["doctor", folder, "--max-image-size", "8"], "--max-image-size is 8", status=2)
     fails(capsys, ["doctor", folder, "--config", tmp_path / "none.yaml"], "there is no configuration file")
     fails(capsys, ["doctor", tmp_path / "nowhere", *runs], "is no folder or file here")
     assert not (tmp_path / "runs" / "nowhere").exists()
@@ -354,7 +354,8 @@ def test_what_is_suggested_trains(folder, tmp_path):
     """As it is, but smaller and for two steps."""
     out = tmp_path / "report"
     assert (
-        main(["doctor", str(folder), "--out", str(out), "--data.image_size", "32", "--largest", "32", "--output_dir", str(tmp_path)]) == 0
+        main(["doctor", str(folder), "--out", str(out), "--data.image_size", "32", "--max-image-size", "32", "--output_dir", str(tmp_path)])
+        == 0
     )
     small = {
         "tokenizer.model.width": 32,

@@ -65,11 +65,11 @@ def test_each_level_has_its_own_pictures(tmp_path, kind):
 
 def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
-    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--pictures", "20"]) == 0
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
     assert "of the codes used, perplexity" in capsys.readouterr().out
     with Image.open(folder / "codebook" / "map.png") as image:
         assert len(np.unique(np.asarray(image))) > 2
-    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--pictures", "20"]) == 0  # its own page is replaced
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0  # its own page is replaced
     numbers = json.loads((folder / "codebook" / "codebook.json").read_text())
     assert numbers["pictures"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
     again = ["codebook", "--tokenizer", folder / "tokenizer", "--config", finished_run[0], "--out", tmp_path / "elsewhere"]
@@ -80,7 +80,9 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "none"], "there is no tokenizer in")
     shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "tokenizer"], "it is not known which pictures to encode; add --config FILE")
-    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "p", "--pictures", 0], "--pictures is 0")
+    fails(
+        capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "p", "--max-images", 0], "--max-images is 0"
+    )
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")

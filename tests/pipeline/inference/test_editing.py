@@ -283,7 +283,7 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
     box(0, 0, 16, 16).save(tmp_path / "m.png")
     picture.crop((0, 0, 16, 16)).save(tmp_path / "small.png")
     command = ["edit", "--bundle", tmp_path / "bundle", "--image", tmp_path / "p.png", "--prompt", "a red circle"]
-    run = [str(a) for a in [*command, "--mask", tmp_path / "m.png", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]]
+    run = [str(a) for a in [*command, "--mask", tmp_path / "m.png", "--num-images", 2, "--steps", 2, "--out", tmp_path / "out"]]
     assert main(run) == 0 and "wrote 2 pictures" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["prompt"] == "a red circle" and (tmp_path / "out" / "grid.png").is_file()
@@ -295,18 +295,18 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
         tmp_path / "bundle",
         "--image",
         tmp_path / "small.png",
-        "--at",
+        "--outpaint-at",
         16,
         16,
-        "--num",
+        "--num-images",
         1,
         "--out",
         tmp_path / "o",
     ]
     assert main([str(a) for a in small]) == 0 and "note: an empty prompt" in capsys.readouterr().out
-    assert main([str(a) for a in [*command, "--strength", 0.5, "--num", 1, "--out", tmp_path / "v"]]) == 0
+    assert main([str(a) for a in [*command, "--strength", 0.5, "--num-images", 1, "--out", tmp_path / "v"]]) == 0
     Image.new("L", (32, 32), 0).save(tmp_path / "empty.png")
-    assert main([str(a) for a in [*command, "--mask", tmp_path / "empty.png", "--num", 1, "--out", tmp_path / "e"]]) == 0
+    assert main([str(a) for a in [*command, "--mask", tmp_path / "empty.png", "--num-images", 1, "--out", tmp_path / "e"]]) == 0
     assert "note: the mask is empty" in capsys.readouterr().out
     Image.new("RGB", (32, 32), 0).save(tmp_path / "rgb.png")
     fails(capsys, [*command, "--mask", tmp_path / "rgb.png", "--out", tmp_path / "no"], "the mask has mode RGB")
@@ -325,12 +325,12 @@ def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monke
         drawing,
         lambda prior, ids, seeds, options, **how: (seen.append((options, how)), sample(prior, ids, seeds, options, **how))[1],
     )
-    bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num", 1, "--out", tmp_path / "out"]
-    assert main([str(a) for a in [*bundle, *flags, "--best_of", 3, "--compile", "off"]]) == 0
+    bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num-images", 1, "--out", tmp_path / "out"]
+    assert main([str(a) for a in [*bundle, *flags, "--best-of", 3, "--compile", "off"]]) == 0
     options, how = seen[0]
     assert options == SamplingOptions(**given) and not how["compiled"] and len(seen) == 1
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1
-    fails(capsys, [*bundle, "--judge", tmp_path / "none", "--best_of", 2], "cannot be loaded as a CLIP model")
+    fails(capsys, [*bundle, "--clip-scorer", tmp_path / "none", "--best-of", 2], "cannot be loaded as a CLIP model")
 
 
 def test_the_command_line_has_every_sampling_option():

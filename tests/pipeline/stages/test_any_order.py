@@ -32,7 +32,7 @@ def test_a_run_in_any_order(tiny_yaml, tmp_path, capsys):
     assert (prior.config.trained_order, prior.config.trained_image_first, prior.kv_heads) == ("random", True, 1)
     held_out = json.loads((folder / "prior" / "settings.json").read_text())["held_out"]
     assert set(held_out) == {"nats_per_code", "nats_per_text_token", "nats_per_caption_token"}
-    assert main(["evaluate", *arguments, "--pictures", "4"]) == 0
+    assert main(["evaluate", *arguments, "--max-images", "4"]) == 0
     figures = json.loads((folder / "evaluation.json").read_text())
     assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(figures)
     pipe = TextToImagePipeline.from_pretrained(folder / "bundle")

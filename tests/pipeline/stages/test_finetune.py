@@ -300,14 +300,14 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(tmp_path,
                 assert values[when] == pytest.approx(expected[figure], abs=1e-6)
     assert found.figures[OLD]["nats_per_code"]["before"] != found.figures[NEW]["nats_per_code"]["before"]
     capsys.readouterr()
-    assert main(["evaluate", *arguments, *LORA, "--pictures", "70"]) == 0
+    assert main(["evaluate", *arguments, *LORA, "--max-images", "70"]) == 0
     out, written = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
     assert "what fine-tuning changed" in out and "new data  nats_per_code" in out
     assert written["forgetting"]["figures"] == found.figures
 
 
 def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(tmp_path, bundle, finished_run, capsys):
-    """A run that was not started from it: `evaluate --before`."""
+    """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
     tokenizer = ImageTokenizer.load(bundle / "tokenizer")
@@ -317,8 +317,8 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
     tokenizer.save_pretrained(other / "bundle" / "tokenizer")
     described = json.loads((other / "bundle" / "pipeline.json").read_text()) | {"tokenizer_fingerprint": tokenizer.fingerprint}
     (other / "bundle" / "pipeline.json").write_text(json.dumps(described))
-    arguments = ["evaluate", "--config", str(path), "--output_dir", str(tmp_path / "runs"), "--pictures", "20"]
-    assert main([*arguments, "--before", str(bundle)]) == 0
+    arguments = ["evaluate", "--config", str(path), "--output_dir", str(tmp_path / "runs"), "--max-images", "20"]
+    assert main([*arguments, "--baseline-bundle", str(bundle)]) == 0
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
     found = written["forgetting"]["figures"]
     assert "the tokenizers differ" in out and set(found) == {OLD, NEW}

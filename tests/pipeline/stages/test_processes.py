@@ -67,7 +67,7 @@ def test_one_process_writes(two_runs):
 def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
     prompts = ["a red circle", "a blue star", "a green heart"]
     for processes in (1, 2):
-        launch(tmp_path, processes, "generate", "--bundle", str(two_runs[0] / "bundle"), *prompts, "--num", "2",
+        launch(tmp_path, processes, "generate", "--bundle", str(two_runs[0] / "bundle"), *prompts, "--num-images", "2",
                "--out", str(tmp_path / f"by{processes}"))  # fmt: skip
     for file in sorted((tmp_path / "by1").iterdir()):
         assert file.read_bytes() == (tmp_path / "by2" / file.name).read_bytes(), file.name

@@ -40,5 +40,5 @@ def test_a_whole_run(quantizer, tiny_yaml, tmp_path, capsys):
     drawn = out.codes.flatten(1)
     assert drawn.shape == (3, sum(CODES[quantizer])) and 0 <= drawn.min() <= drawn.max() < 16
     assert torch.equal(pipe("a red circle", num_images_per_prompt=3, batch_size=2).codes, out.codes)
-    assert main(["evaluate", *arguments, "--pictures", "10"]) == 0
+    assert main(["evaluate", *arguments, "--max-images", "10"]) == 0
     assert ("codebook_usage_level_2" in capsys.readouterr().out) == (len(CODES[quantizer]) > 1)

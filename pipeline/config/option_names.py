@@ -1,0 +1,17 @@
+"""How options of the command line are spelled: words joined by hyphens or by underscores. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def spelled(arguments: Sequence[str], separator: str) -> list[str]:
+    """Option names with this separator of words, '-' or '_', however the user wrote them; values as they are."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w.-]*", name):
+            argument = "--" + re.sub("[-_]", separator, name.removeprefix("--")) + equals + value
+        result.append(argument)
+    return result
