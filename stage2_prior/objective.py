@@ -55,9 +55,12 @@ class PriorObjective:
         self.networks: dict[str, nn.Module] = {"prior": prior}
         if self.schedule.order != "raster" and not self.stream.config.any_order:
             raise ValueError(f"order {self.schedule.order} needs a prior whose stream has any_order=True")
-        prior.config.trained_with_caption_dropout = config.caption_dropout > 0
-        prior.config.trained_order = self.schedule.order
-        prior.config.trained_image_first = image_first > 0
+
+    def record_training(self) -> None:
+        """Writes into the prior's configuration what it is trained for, which decides what may be asked of it."""
+        self.prior.config.trained_with_caption_dropout = self.config.caption_dropout > 0
+        self.prior.config.trained_order = self.schedule.order
+        self.prior.config.trained_image_first = self.image_first > 0
 
     def losses(self, batch: Mapping[str, Tensor], step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[PriorLoss]:
         """The one loss of this stage, in nats. Drops captions and orders codes with torch's random state. `networks` are called in place of

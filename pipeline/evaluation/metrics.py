@@ -62,14 +62,9 @@ def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict
             codes = tokenizer.encode(to_model_range(torch.from_numpy(source.images(rows))).to(device)).flatten(1)
             yield {"text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(device), "codes": codes}
 
-    # As it was trained: the objective writes into the prior what may be asked of it.
-    config = PriorObjectiveConfig(caption_dropout=0.1 if _guided(pipe) else 0.0)
-    trained = pipe.prior.config
-    objective = PriorObjective(pipe.prior, config, OrderSchedule(order=trained.trained_order), 0.5 if trained.trained_image_first else 0.0)
+    trained = pipe.prior.config  # orders and captions are evaluated as they were trained
+    schedule, captioning = OrderSchedule(order=trained.trained_order), 0.5 if trained.trained_image_first else 0.0
+    objective = PriorObjective(pipe.prior, PriorObjectiveConfig(), schedule, captioning)
     figures = objective.evaluate(batches())
     pipe.prior.eval()
     return {name: figures[name] for name in ("nats_per_code", "nats_per_text_token", "nats_per_caption_token") if name in figures}
-
-
-def _guided(pipe: TextToImagePipeline) -> bool:
-    return bool(pipe.prior.config.trained_with_caption_dropout)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from pipeline.stages.manifest import (
     write_stage_settings,
 )
 from pipeline.stages.run_lock import with_run_lock
-from pipeline.stages.tokenizer import EVALUATION_BATCH, _save_sample
+from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.task import Task
@@ -51,94 +53,32 @@ def train_prior(experiment: Experiment) -> Path:
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     check_init_from(experiment)
     origin = PretrainedPrior(experiment.prior.init_from, tokenizer.fingerprint) if experiment.prior.init_from else None
-    settings = {
-        "seed": experiment.seed,
-        "precision": experiment.precision,
-        "codes": {
-            "tokenizer": codes["train"].manifest["tokenizer"],
-            "sources": codes["train"].manifest["sources"],
-            "settings": upgrade_settings(codes["train"].manifest["settings"]),
-        },
-        "text": to_dict(experiment.text),
-        "sequence": to_dict(experiment.sequence),
-        **to_dict(replace(experiment.prior, train=train)),
-        "init_from": origin and origin.identity,
-    }
+    settings = _settings(replace(experiment, prior=replace(experiment.prior, train=train)), codes["train"], origin)
     if is_complete(folder, settings):
         return folder
     accelerator = begin_stage(experiment, folder, settings)
     text = text_tokenizer(experiment, codes, accelerator, origin)
-    vectors = tokenizer.code_vectors
-    stream = StreamConfig(
-        text_vocab_size=text.vocab_size,
-        text_length=text.length,
-        levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
-        code_dim=vectors.shape[1],
-        any_order=train.order != "raster" or (origin is not None and origin.prior.stream.config.any_order),
-        pad_id=text.pad_id,
-        start_id=text.start_id,
-        end_id=text.end_id,
-    )
-    codes_a_picture = sum(level.length for level in stream.levels)
-    if experiment.sampling.steps is not None and experiment.sampling.steps > codes_a_picture:
-        raise ValueError(f"sampling.steps is {experiment.sampling.steps}; a picture has {codes_a_picture} codes, so it can be at most that")
-    torch.manual_seed(experiment.seed + 1)
-    prior = ImagePrior(experiment.prior.model, stream)
-    prior.set_codebook(vectors)
-    if origin is not None:
-        origin.load_into(prior)
+    prior = _build_prior(experiment, tokenizer, text, origin)
     adapter = LoRAAdapter(prior, experiment.prior, origin.identity) if origin and experiment.prior.lora_rank else None
-    shuffled = (experiment.seed, codes["train"].weights)
-    order = BatchSampler(
-        codes["train"].lengths, accelerator.num_processes if has_auto_batch(train) else train.resolved_batch()[0], *shuffled
-    )
-    several = codes["train"].captions_in_all > len(codes["train"])
-    truncate, dropout = experiment.text.truncate, experiment.text.bpe_dropout
-
-    def batch(step: int) -> dict[str, torch.Tensor]:
-        rows = order.share(step, accelerator.process_index, accelerator.num_processes)
-        random = np.random.default_rng([experiment.seed, step, accelerator.process_index])
-        views = random.integers(0, codes["train"].views, size=len(rows))
-        # Drawn only where there is a choice: what follows is drawn by the same numbers.
-        draws = random.random(len(rows)).tolist() if several else None
-        captions = codes["train"].captions(rows.tolist(), draws)
-        return {
-            "text_ids": text.encode_with_dropout(captions, dropout, random, truncate=truncate)
-            if dropout
-            else text.encode(captions, truncate=truncate),
-            "codes": torch.from_numpy(codes["train"].codes(rows.tolist(), views.tolist())),
-        }
-
-    def names(step: int) -> list[str]:
-        return [f"row {row}" for row in order.share(step, accelerator.process_index, accelerator.num_processes)]
-
-    def held_out_batches() -> Iterator[dict[str, torch.Tensor]]:
-        for first in range(0, len(codes["held_out"]), EVALUATION_BATCH):
-            rows = list(range(first, min(first + EVALUATION_BATCH, len(codes["held_out"]))))
-            ids = text.encode(codes["held_out"].captions(rows), truncate=True).to(accelerator.device)
-            yield {"text_ids": ids, "codes": torch.from_numpy(codes["held_out"].codes(rows)).to(accelerator.device)}
-
-    prompts = codes["held_out"].captions(list(range(min(8, len(codes["held_out"])))))
-
-    def pictures() -> dict[str, np.ndarray]:
-        prior.eval()
-        pipe = TextToImagePipeline(tokenizer.to(accelerator.device), prior, text, experiment.sampling)
-        with torch.autocast(accelerator.device.type, enabled=False):
-            images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
-        prior.train()
-        grid = picture_grid([np.asarray(image) for image in images], columns=4)
-        _save_sample(experiment, "prior", grid)
-        return {"samples": grid}
-
     prior.activation_checkpointing = train.activation_checkpointing
     objective = PriorObjective(prior, experiment.prior.objective, train.orders, experiment.sequence.image_first)
-    task = Task(objective, batch, held_out_batches, "nats_per_code", pictures, sample_names=names)
+    objective.record_training()
+    sampler = partial(BatchSampler, codes["train"].lengths, seed=experiment.seed, weights=codes["train"].weights)
+    data = PriorData(codes, text, experiment, accelerator)
+
+    def task(batch_size: int) -> Task:
+        batches = sampler(batch_size)
+        return Task(
+            objective, partial(data.batch, batches), data.held_out_batches, "nats_per_code",
+            partial(_sample_images, experiment, tokenizer, prior, text, data.prompts(8)), sample_names=partial(data.names, batches),
+        )  # fmt: skip
+
     if has_auto_batch(train):
-        train = resolve_auto_batch(train, task, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
+        probe = task(accelerator.num_processes)
+        train = resolve_auto_batch(train, probe, experiment.precision, accelerator, rows=len(codes["train"]), label="prior")
         write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
-        order = BatchSampler(codes["train"].lengths, train.resolved_batch()[0], *shuffled)
     figures = fit(
-        task, train, accelerator, folder,
+        task(train.resolved_batch()[0]), train, accelerator, folder,
         seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
         compile_networks=should_compile(train, accelerator.device), label="prior",
     )  # fmt: skip
@@ -146,6 +86,101 @@ def train_prior(experiment: Experiment) -> Path:
         adapter.merge_and_save(folder, accelerator)
     finalize_stage(accelerator, prior, folder, settings, figures)
     return folder
+
+
+def _settings(experiment: Experiment, codes: CodesDataset, origin: PretrainedPrior | None) -> dict[str, Any]:
+    """What the prior depends on."""
+    made = {"tokenizer": codes.manifest["tokenizer"], "sources": codes.manifest["sources"]}
+    return {
+        "seed": experiment.seed,
+        "precision": experiment.precision,
+        "codes": made | {"settings": upgrade_settings(codes.manifest["settings"])},
+        "text": to_dict(experiment.text),
+        "sequence": to_dict(experiment.sequence),
+        **to_dict(experiment.prior),
+        "init_from": origin and origin.identity,
+    }
+
+
+def _build_prior(experiment: Experiment, tokenizer: ImageTokenizer, text: TextTokenizer, origin: PretrainedPrior | None) -> ImagePrior:
+    """A new prior for this tokenizer's codes and this vocabulary, with the weights of `origin` if there is one.
+
+    Raises:
+        ValueError: there are more sampling steps than codes.
+    """
+    vectors = tokenizer.code_vectors
+    stream = StreamConfig(
+        text_vocab_size=text.vocab_size,
+        text_length=text.length,
+        levels=tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout),
+        code_dim=vectors.shape[1],
+        any_order=experiment.prior.train.order != "raster" or (origin is not None and origin.prior.stream.config.any_order),
+        pad_id=text.pad_id,
+        start_id=text.start_id,
+        end_id=text.end_id,
+    )
+    codes_per_image, steps = sum(level.length for level in stream.levels), experiment.sampling.steps
+    if steps is not None and steps > codes_per_image:
+        raise ValueError(f"sampling.steps is {steps}; a picture has {codes_per_image} codes, so it can be at most that")
+    torch.manual_seed(experiment.seed + 1)
+    prior = ImagePrior(experiment.prior.model, stream)
+    prior.set_codebook(vectors)
+    if origin is not None:
+        origin.load_into(prior)
+    return prior
+
+
+class PriorData:
+    """Batches of codes and captions. Each is a pure function of the step and the process."""
+
+    def __init__(self, codes: dict[str, CodesDataset], text: TextTokenizer, experiment: Experiment, accelerator: Accelerator) -> None:
+        self.train, self.held_out, self.text = codes["train"], codes["held_out"], text
+        self.options, self.seed = experiment.text, experiment.seed
+        self.process, self.processes, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.several_captions = self.train.captions_in_all > len(self.train)
+
+    def batch(self, sampler: BatchSampler, step: int) -> dict[str, torch.Tensor]:
+        """This process's part of a step's batch."""
+        rows = sampler.share(step, self.process, self.processes)
+        random = np.random.default_rng([self.seed, step, self.process])
+        views = random.integers(0, self.train.views, size=len(rows))
+        # Drawn only where there is a choice: what follows is drawn by the same numbers.
+        draws = random.random(len(rows)).tolist() if self.several_captions else None
+        captions = self.train.captions(rows.tolist(), draws)
+        if self.options.bpe_dropout:
+            ids = self.text.encode_with_dropout(captions, self.options.bpe_dropout, random, truncate=self.options.truncate)
+        else:
+            ids = self.text.encode(captions, truncate=self.options.truncate)
+        return {"text_ids": ids, "codes": torch.from_numpy(self.train.codes(rows.tolist(), views.tolist()))}
+
+    def names(self, sampler: BatchSampler, step: int) -> list[str]:
+        """What to call the images of a step's batch."""
+        return [f"row {row}" for row in sampler.share(step, self.process, self.processes)]
+
+    def held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        for first in range(0, len(self.held_out), EVALUATION_BATCH):
+            rows = list(range(first, min(first + EVALUATION_BATCH, len(self.held_out))))
+            ids = self.text.encode(self.held_out.captions(rows), truncate=True).to(self.device)
+            yield {"text_ids": ids, "codes": torch.from_numpy(self.held_out.codes(rows)).to(self.device)}
+
+    def prompts(self, count: int) -> list[str]:
+        """The first held-out captions."""
+        return self.held_out.captions(list(range(min(count, len(self.held_out)))))
+
+
+def _sample_images(
+    experiment: Experiment, tokenizer: ImageTokenizer, prior: ImagePrior, text: TextTokenizer, prompts: list[str]
+) -> dict[str, np.ndarray]:
+    """Two images per prompt as a grid, which is also saved."""
+    prior.eval()
+    device = prior.device
+    pipe = TextToImagePipeline(tokenizer.to(device), prior, text, experiment.sampling)
+    with torch.autocast(device.type, enabled=False):
+        images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
+    prior.train()
+    grid = picture_grid([np.asarray(image) for image in images], columns=4)
+    save_sample(experiment, "prior", grid)
+    return {"samples": grid}
 
 
 def text_tokenizer(

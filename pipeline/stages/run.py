@@ -21,7 +21,7 @@ from pipeline.stages.encode import encode_dataset
 from pipeline.stages.manifest import init_from_fingerprint, load_complete, require_complete
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
-from pipeline.stages.tokenizer import _save_sample, train_tokenizer
+from pipeline.stages.tokenizer import save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextTokenizer
 
@@ -60,7 +60,7 @@ def run(experiment: Experiment) -> Path:
         prompts = codes.captions(list(range(min(16, len(codes)))))
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
         images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
-        _save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
+        save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
         atomic_write_text(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"

@@ -93,7 +93,7 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         pixels = to_model_range(torch.from_numpy(true)).to(accelerator.device)
         drawn = tokenizer.to_images(tokenizer.encode(pixels))
         grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
-        _save_sample(experiment, "reconstructions", grid)
+        save_sample(experiment, "reconstructions", grid)
         # The most used code on the left: flat is good, and what falls off early is wasted.
         uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.usage())}
         return {"reconstructions": grid} | uses
@@ -114,7 +114,7 @@ def _report(accelerator: Accelerator, source: Source) -> None:
         accelerator.print(f"  {problem}")
 
 
-def _save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
+def save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
     folder = experiment.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{name}.png") as beside:

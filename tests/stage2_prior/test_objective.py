@@ -66,9 +66,11 @@ def test_a_batch_of_null_captions_has_no_text_loss(prior, codes):
 
 
 def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
-    PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
+    PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).record_training()
     assert not prior.config.trained_with_caption_dropout
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1))
+    assert not prior.config.trained_with_caption_dropout, "a loss must not change the model that it is made of"
+    PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1)).record_training()
     assert prior.config.trained_with_caption_dropout
 
 

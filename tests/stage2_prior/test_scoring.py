@@ -114,6 +114,7 @@ def test_a_share_of_the_batches_has_codes_first(prior, text_ids, codes, share):
     objective = PriorObjective(prior, PriorObjectiveConfig(), image_first=share)
     kinds = [set(next(objective.losses({"text_ids": text_ids, "codes": codes}, step)).metrics) for step in range(20)]
     assert sum(kind == {"nats_per_caption_token"} for kind in kinds) == round(20 * share)
+    objective.record_training()
     assert prior.config.trained_image_first == (share > 0)
 
 
