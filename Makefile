@@ -11,12 +11,13 @@ DEVICE ?= cuda
 WHEELS_PYTHON ?= 3.12
 WHEELS := datasets dill multiprocess jsonargparse
 
-.PHONY: help setup demo test check fonts bench gpu gpu-wheels clean
+.PHONY: help setup demo test test-fast fmt check fonts bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo    set up, train both stages on shapes and draw pictures (about 15 minutes on two cores)"
 	@echo "make test    set up, check the code and run the tests"
-	@echo "make check   lint, format and types alone"
+	@echo "make test-fast   the same without whole runs and several processes"
+	@echo "make check   lint, format and types alone; make fmt mends the first two"
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
 	@echo "make gpu     prove and measure everything on a GPU in nine minutes; DEVICE=cpu rehearses it (see benchmarks/README.md)"
@@ -42,9 +43,17 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread per worker: two workers of two threads each wait for one another on two cores.
 test: check
-	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q -m gpu --device cpu tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m gpu --device cpu tests/gpu
+
+test-fast: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed"
+
+fmt:
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"

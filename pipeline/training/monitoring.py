@@ -65,7 +65,7 @@ class GradNormMonitor:
             seen, norm = self._seen[name], scalars[name]
             if len(seen) >= self.AFTER and norm > self.FACTOR * (usual := statistics.median(seen)):
                 warning = (
-                    f"{name.replace('_', ' ')} is {norm:.3g} at step {step}, and {usual:.3g} in the median of the last {len(seen)} logs; "
+                    f"{name.replace('grad_norm', 'gradient norm').replace('_', ' ')} is {norm:.3g} at step {step}, and {usual:.3g} in the median of the last {len(seen)} logs; "
                     "if it stays there, lower train.learning_rate or train.grad_clip"
                 )
             seen.append(norm)

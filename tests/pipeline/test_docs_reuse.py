@@ -11,6 +11,8 @@ import torch
 
 from stage1_tokenizer import ImageTokenizer
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reuse.md"
 SMALLER = {"COUNT = 5000": "COUNT = 100", "STEPS = 600": "STEPS = 3", "range(10)": "range(150)"}
 

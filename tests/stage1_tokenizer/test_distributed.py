@@ -21,6 +21,8 @@ from stage1_tokenizer import (
 from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
 from tests.helpers.tokenizers import KINDS, objective_of, tiny_tokenizer
 
+pytestmark = pytest.mark.distributed
+
 PROCESSES = 2
 SHAPE = (4, 4, 4, 4)
 

@@ -24,6 +24,8 @@ from stage1_tokenizer.metrics import psnr, ssim
 from stage2_prior import ImagePrior
 from tests.helpers.cli import fails
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

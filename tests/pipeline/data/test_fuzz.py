@@ -26,6 +26,8 @@ from pipeline.data.load import load_sources
 from pipeline.data.streaming.feed import batch_loader
 from tests.helpers.data import config, photo
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("MINIDALLE_FUZZ", "25"))
 SECONDS = 60
 fuzzed = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)

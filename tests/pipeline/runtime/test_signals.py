@@ -19,6 +19,8 @@ from stage1_tokenizer import ImageTokenizer
 from tests.helpers.signals import send
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.slow
+
 SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 
 

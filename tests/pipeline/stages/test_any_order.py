@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -16,6 +17,8 @@ from pipeline.stages.compare_tokenizers import _made_with
 from pipeline.stages.manifest import upgrade_settings
 from stage2_prior import ImagePrior
 from tests.helpers.cli import fails
+
+pytestmark = pytest.mark.slow
 
 ANY_ORDER = [
     "--data.max_objects", "2", "--prior.train.order", "random", "--sequence.image_first", "0.34", "--prior.model.kv_heads", "1",

@@ -20,6 +20,8 @@ from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget,
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 
+pytestmark = pytest.mark.slow
+
 ROWS = {
     "plain": None,
     "two levels": {"tokenizer": {"model": {"quantizer": "hierarchical", "hierarchical": {"width": 8}}, "train": {"steps": 4}}},

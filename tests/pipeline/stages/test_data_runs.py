@@ -17,6 +17,8 @@ from tests.helpers.cli import fails
 from tests.helpers.data import encoded, photo, write_shards
 from tests.helpers.experiments import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sources(tmp_path) -> dict[str, str]:

@@ -25,6 +25,8 @@ from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.launch import ROOT, launch
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--encode.images_per_shard", "6", "--encode.batch_size", "4", "--encode.views", "2", "--encode.shift", "1"]
 SHARDS = [f"{split}-{k:05d}-of-{count:05d}.arrow" for split, count in (("train", 7), ("held_out", 2)) for k in range(count)]
 """Of 40 and 10 pictures."""

@@ -19,6 +19,8 @@ from pipeline.data.codes.dataset import CodesDataset
 from stage1_tokenizer import ImageTokenizer
 from tests.helpers.cli import fails
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def encoded(finished_run, tmp_path):

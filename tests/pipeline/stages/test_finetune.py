@@ -30,6 +30,8 @@ from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, launch
 
+pytestmark = pytest.mark.slow
+
 STILL = ["--prior.train.learning_rate", "1e-12", "--prior.objective.caption_dropout", "0"]
 """Steps that move nothing."""
 LORA = ["--prior.lora_rank", "2", "--prior.train.learning_rate", "1e-2"]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 from tests.helpers.launch import ROOT, launch
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture
 def two_runs(by_processes):

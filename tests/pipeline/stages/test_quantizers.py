@@ -9,6 +9,8 @@ from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 
+pytestmark = pytest.mark.slow
+
 CHANGES = {
     "hierarchical": ["--tokenizer.model.quantizer", "hierarchical", "--tokenizer.model.hierarchical.width", "16"],
     "uneven": [

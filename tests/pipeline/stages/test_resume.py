@@ -19,6 +19,8 @@ from stage2_prior import ImagePrior, TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(finished_run, tmp_path) -> tuple[list[str], Path]:

@@ -12,6 +12,8 @@ from pipeline.cli.main import main
 from stage2_prior import ImagePrior
 from tests.helpers.launch import CHECK, launch, settings
 
+pytestmark = pytest.mark.distributed
+
 CUT = """
 import torch
 from torch.distributed.tensor import DTensor

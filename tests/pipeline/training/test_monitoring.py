@@ -155,7 +155,7 @@ def test_losses_and_norms_alone_decide():
 def test_a_gradient_far_above_its_median_is_said():
     alarm = GradNormMonitor().check
     norms = [1.0, 30.0, 2.0, 1.0, 3.0, 21.0, 19.0, 2.0, 100.0]
-    said = [alarm({"discriminator_gradient_norm": norm, "loss": 5.0}, step) for step, norm in enumerate(norms)]
+    said = [alarm({"discriminator_grad_norm": norm, "loss": 5.0}, step) for step, norm in enumerate(norms)]
     # Not the second, before the usual is known; not the seventh, 9.5 times the median of six.
     assert [step for step, line in enumerate(said) if line] == [5, 8]
     assert said[5].startswith("discriminator gradient norm is 21 at step 5, and 2 in the median of the last 5 logs; ")

@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.helpers.launch import PROCESSES, launch, settings
 
+pytestmark = pytest.mark.distributed
+
 
 def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
     rows = json.loads((folder / f"{stage}-of-{processes}.json").read_text())["logged"]
