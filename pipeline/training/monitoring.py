@@ -64,8 +64,9 @@ class GradNormMonitor:
         for name in (name for name in scalars if name.endswith("grad_norm")):
             seen, norm = self._seen[name], scalars[name]
             if len(seen) >= self.AFTER and norm > self.FACTOR * (usual := statistics.median(seen)):
+                what = name.replace("grad_norm", "gradient norm").replace("_", " ")
                 warning = (
-                    f"{name.replace('grad_norm', 'gradient norm').replace('_', ' ')} is {norm:.3g} at step {step}, and {usual:.3g} in the median of the last {len(seen)} logs; "
+                    f"{what} is {norm:.3g} at step {step}, and {usual:.3g} in the median of the last {len(seen)} logs; "
                     "if it stays there, lower train.learning_rate or train.grad_clip"
                 )
             seen.append(norm)
