@@ -90,7 +90,7 @@ Result = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
+    options, start = _options(arguments), time.monotonic()
     chosen = [part for part in PARTS if not options.only or part.name in options.only]
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-kit-", ignore_cleanup_errors=True) as scratch:
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(problem, file=sys.stderr)
             return 1
         missing = missing_packages(ROOT / "pyproject.toml", environment["PYTHONPATH"])
-        results = run_parts(chosen, options.device, options.out, environment, missing)
+        left = TOTAL_SECONDS - (time.monotonic() - start)
+        results = run_parts(chosen, options.device, options.out, environment, missing, total=left)
     lines = table(results, compared=options.device == "cuda")
     print(lines)
     (options.out / "table.md").write_text(lines + "\n")
