@@ -192,16 +192,16 @@ def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
 @contextmanager
 def uncaptured(decoding: Any):
     """Compiled steps without a CUDA graph."""
-    held = decoding.captured
+    held = decoding.capture_cuda_graph
 
     def called(step, prior, tables, cache, fed, numbers, choice):
         return lambda fed: step(prior, tables, cache, fed, numbers, choice)
 
-    decoding.captured = called
+    decoding.capture_cuda_graph = called
     try:
         yield
     finally:
-        decoding.captured = held
+        decoding.capture_cuda_graph = held
 
 
 def training(figures: Figures, device: torch.device, sizes: Sizes) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import gpu_kit, gpu_parts
 from benchmarks.gpu_kit import AIMS, CARRIED, PARTS, ROOT, TOTAL_SECONDS, Part, device_problem, missing_packages, remedy, run_parts, table
+from stage2_prior import decoding
 
 FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"figures": %s})); '
 
@@ -134,6 +135,16 @@ def test_the_wheels_are_those_that_are_asked_for():
     assert wheels is not None and tuple(wheels[1].split()) == CARRIED
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     assert all(any(line.startswith(f"{name}==") for line in pinned) for name in CARRIED)
+
+
+def test_steps_are_compiled_without_a_graph_where_that_is_measured():
+    """What takes the place of capturing gives the step itself, and capturing comes back."""
+    capture = decoding.capture_cuda_graph
+    with gpu_parts.uncaptured(decoding):
+        assert decoding.capture_cuda_graph is not capture
+        replay = decoding.capture_cuda_graph(lambda *given: given, "prior", "tables", "cache", "fed", "numbers", "choice")
+        assert replay("next") == ("prior", "tables", "cache", "next", "numbers", "choice")
+    assert decoding.capture_cuda_graph is capture
 
 
 def test_operations_and_bytes_by_hand():
