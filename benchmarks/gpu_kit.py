@@ -55,12 +55,12 @@ class Part:
 
 
 PARTS = (
-    Part("environment", 30),
-    Part("tests", 130, 6.0, whole=True),
-    Part("sampling", 130, 8.0),
-    Part("training", 90, 60.0),
-    Part("main_job", 130, 4.0, whole=True),
-    Part("profile", 30, 30.0),
+    Part("environment", 15),
+    Part("tests", 110, 6.0, whole=True),
+    Part("sampling", 120, 8.0),
+    Part("training", 95, 60.0),
+    Part("main_job", 180, 4.0, whole=True),
+    Part("profile", 20, 30.0),
 )
 """Together they take `TOTAL_SECONDS` at most; the last one also has what the others left."""
 CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse")

@@ -338,7 +338,7 @@ def prior_step(prior, sizes: Sizes, device: torch.device) -> tuple[Callable[[], 
 
 
 def tokenizer_step(architecture: str, sizes: Sizes, device: torch.device) -> Callable[[], None]:
-    """A compiled step of a VQ tokenizer, a code for 16 x 16 pixels: our default network, or VQ-GAN's."""
+    """A step of a VQ tokenizer, a code for 16 x 16 pixels: our default network, compiled, or VQ-GAN's, whose compiling takes minutes."""
     from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VqganOptions
 
     full = sizes.image == FULL.image
@@ -350,7 +350,7 @@ def tokenizer_step(architecture: str, sizes: Sizes, device: torch.device) -> Cal
     tokenizer = ImageTokenizer(config).to(device, memory_format=torch.channels_last).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     batch = torch.randint(256, (sizes.tokenizer_batch, sizes.image, sizes.image, 3), dtype=torch.uint8, device=device)
-    if device.type == "cuda":
+    if device.type == "cuda" and architecture != "vqgan":
         tokenizer.compile_networks()
     return optimized(objective, batch, tokenizer, device)
 

@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_BLOCK = 128
+"""Classes that one scan goes over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Sets all logits outside the smallest set that reaches probability p to -inf; the most likely one always stays."""
     ordered, order = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
+    before = cumulative_sum(probabilities) - probabilities
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), float("-inf"))
 
 
@@ -112,11 +116,20 @@ def warp_logits(logits: Tensor, temperature: float | Tensor, top_k: int | None, 
     return logits if top_p is None else keep_top_p(logits, top_p)
 
 
+def cumulative_sum(values: Tensor) -> Tensor:
+    """(...,K) -> (...,K), summed in blocks. `torch.compile` splits one long scan over a GPU's processors, which torch 2.11 cannot compile
+    for 16,384 classes, and whose rounding would differ from call to call."""
+    classes = values.shape[-1]
+    blocks = F.pad(values, (0, -classes % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    earlier = F.pad(blocks.sum(-1), (1, -1)).cumsum(-1)
+    return (blocks.cumsum(-1) + earlier[..., None]).flatten(-2)[..., :classes]
+
+
 def sample_from_uniform(logits: Tensor, uniform: Tensor) -> Tensor:
     """Inverts the cumulative distribution: logits (...,K) in fp32, uniform (...) in [0,1) -> classes (...). A class of probability 0 is
     never drawn."""
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = cumulative_sum(probabilities)
     # A parallel sum (CUDA) may rise or fall where a class has probability 0, so these classes are left out.
     reached = cumulative.masked_fill(probabilities == 0, 0.0)
     # The total is 1 only up to rounding. The largest float below it is reached by some class.

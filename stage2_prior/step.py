@@ -96,7 +96,7 @@ def compiled_prefill(prior: ImagePrior) -> Callable[..., None]:
     key = ("captions", *_computed(prior))
     if key not in prior.compiled_steps:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        prior.compiled_steps[key] = torch.compile(_copied(prefill), dynamic=True, options=options)
+        prior.compiled_steps[key] = torch.compile(_copied(prefill), dynamic=True, fullgraph=True, options=options)
     return prior.compiled_steps[key]
 
 

@@ -135,6 +135,14 @@ def attention_mask(places: Tensor, before: Tensor, capacity: int) -> Tensor:
     return (every < before[:, None]) | (every == places[:, None])
 
 
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """`attend` by torch's kernel."""
+    # A branch, where `enable_gqa=a != b` would do: compiled for any shapes, a comparison is a symbol, which the kernel refuses.
+    if query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) is true; by default causal, S = M.
 
@@ -142,8 +150,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     the fused kernel for the short sequences here (its backward most of all); elsewhere the fused kernel is used.
     """
     if query.device.type != "cpu":
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=grouped)
+        return fused_attention(query, key, value, allowed)
     groups, length = key.shape[1], query.shape[2]
     if allowed is None:
         allowed = torch.ones(length, length, dtype=torch.bool).tril()

@@ -56,16 +56,18 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[len(parameter), parameter.numel() // len(parameter)].append(parameter)
             for (rows, columns), members in alike.items():
-                stacked = torch.stack([full_tensor(self._nesterov(p, group["momentum"])).reshape(rows, columns) for p in members])
-                scale = 0.2 * max(rows, columns) ** 0.5
-                for parameter, update in zip(members, orthogonalize(stacked), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(shard_like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
+                updates = self._nesterov(members, group["momentum"])
+                matrices = orthogonalize(torch.stack([full_tensor(update).reshape(rows, columns) for update in updates]))
+                updates = [shard_like(matrix.view(p.shape), p) for p, matrix in zip(members, matrices, strict=True)]
+                # All of a shape at once: on a GPU, starting each one's kernel takes longer than the kernel.
+                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(members, updates, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
-    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+    def _nesterov(self, parameters: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, momenta, momentum)

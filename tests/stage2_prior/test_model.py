@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
-from stage2_prior.transformer import attend, rotary_table, rotate
+from stage2_prior.transformer import attend, fused_attention, rotary_table, rotate
 from tests.helpers.compiling import traced
 from tests.helpers.priors import tiny_prior
 
@@ -198,6 +198,15 @@ def test_grouped_heads_are_heads_whose_keys_and_values_are_repeated(kv_heads):
     seen = torch.tensor([[True] * 3 + [False] * 2, [True, False, True, True, False]])
     repeated = F.scaled_dot_product_attention(q[:, :, :2], k, v, attn_mask=seen, enable_gqa=True)
     torch.testing.assert_close(attend(q[:, :, :2], k, v, seen), repeated)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_fused_kernel_compiles_for_any_shapes(kv_heads):
+    """Captions are read by one program whatever their number: a comparison of shapes must not reach the kernel as a symbol."""
+    q = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    k, v = torch.randn(2, 3, kv_heads, 5, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
+    compiled = torch.compile(fused_attention, backend="eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, None), attend(q, k, v))
 
 
 def test_heads_of_keys_must_divide_those_of_queries():

@@ -8,8 +8,17 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from stage2_prior import Level, SamplingOptions, sample
-from stage2_prior.sampling import guide, keep_min_p, keep_top_k, keep_top_p, per_seed_uniforms, sample_from_uniform, warp_logits
+from stage2_prior import Level, SamplingOptions, sample, sampling
+from stage2_prior.sampling import (
+    cumulative_sum,
+    guide,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    per_seed_uniforms,
+    sample_from_uniform,
+    warp_logits,
+)
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -41,6 +50,21 @@ def test_draw_inverts_the_cumulative_distribution():
     assert drawn == [0, 0, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("classes", [1, 11, 128, 129, 16384])
+def test_sums_in_blocks_are_cumulative_sums(classes):
+    values = torch.rand(2, 3, classes, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cumulative_sum(values), values.cumsum(-1))
+    assert torch.equal(cumulative_sum(values[..., :128]), values[..., :128].cumsum(-1)), "one block is summed as it is"
+
+
+def test_no_scan_of_a_draw_is_long_enough_to_be_split(monkeypatch):
+    """Compiled for a GPU, a scan of 16,384 numbers is split over processors, which torch 2.11 cannot do."""
+    cumsum, lengths = torch.Tensor.cumsum, []
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: lengths.append(x.shape[dim]) or cumsum(x, dim))
+    sample_from_uniform(warp_logits(torch.randn(2, 16384), 1.0, None, 0.9), torch.rand(2))
+    assert lengths and max(lengths) <= 128
+
+
 def test_draw_never_returns_an_excluded_code():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     assert [int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
@@ -49,22 +73,20 @@ def test_draw_never_returns_an_excluded_code():
 def test_draw_never_returns_an_excluded_code_where_sums_are_parallel(monkeypatch):
     """A scan in blocks, as on a GPU, is not flat where probabilities are 0: 16,384 codes, all but every 16th excluded."""
 
-    cumsum = torch.Tensor.cumsum
-
-    def in_blocks(x: torch.Tensor, dim: int) -> torch.Tensor:
+    def in_blocks(x: torch.Tensor) -> torch.Tensor:
         blocks = x.unflatten(-1, (-1, 64))
         within = blocks + 0.0
         for distance in (1, 2, 4, 8, 16, 32):  # each block's sums by doubling, whose order of adding differs from place to place
             within[..., distance:] = within[..., distance:] + within[..., :-distance]
-        before = cumsum(blocks.sum(-1, keepdim=True), -2) - blocks.sum(-1, keepdim=True)
+        before = blocks.sum(-1, keepdim=True).cumsum(-2) - blocks.sum(-1, keepdim=True)
         return (within + before).flatten(-2)
 
     logits = torch.randn(6, 16384, generator=torch.Generator().manual_seed(0))
     allowed = torch.arange(16384) % 16 == 3
     logits = logits.masked_fill(~allowed, float("-inf"))
-    sums = in_blocks(logits.softmax(-1), -1)
+    sums = in_blocks(logits.softmax(-1))
     assert (sums.diff()[:, ~allowed[1:]] != 0).any(), "the scan of this test must not be flat"
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: in_blocks(x, dim) if x.shape[-1] == 16384 else cumsum(x, dim))
+    monkeypatch.setattr(sampling, "cumulative_sum", in_blocks)
     for row, own in zip(logits, sums, strict=True):
         uniform = (own / own[-1]).clamp(0, 1 - 2**-24)[::16]  # where rounding decides
         drawn = sample_from_uniform(row.expand(len(uniform), -1), uniform)
