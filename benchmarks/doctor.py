@@ -1,8 +1,9 @@
-"""`minidalle doctor` on pictures of 256x256: pictures a second, and the search for pictures that look alike among a million.
+"""`minidalle doctor` on pictures of 256x256: pictures a second, and the search for pictures that
+look alike among a million.
 
-python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE]
-Pictures are JPEGs of smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb does is timed,
-the page included; the interpreter's start is not.
+python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Pictures are JPEGs of
+smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb
+does is timed, the page included; the interpreter's start is not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,23 @@ from pipeline.doctor.near_duplicates import alike, groups_of
 
 _SIDE = 256
 _NOISE = 15
-_WORDS = ("red", "green", "blue", "bright", "dark", "field", "sky", "house", "river", "stone", "morning", "evening", "cat", "dog", "tree")
+_WORDS = (
+    "red",
+    "green",
+    "blue",
+    "bright",
+    "dark",
+    "field",
+    "sky",
+    "house",
+    "river",
+    "stone",
+    "morning",
+    "evening",
+    "cat",
+    "dog",
+    "tree",
+)
 
 
 def make_pictures(folder: Path, count: int) -> float:
@@ -31,8 +48,12 @@ def make_pictures(folder: Path, count: int) -> float:
     random = np.random.default_rng(0)
     written = 0
     for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-        noisy = np.asarray(coarse, np.float32) + random.normal(0, _NOISE, (_SIDE, _SIDE, 3)).astype(np.float32)
+        coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+            (_SIDE, _SIDE), Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(coarse, np.float32) + random.normal(0, _NOISE, (_SIDE, _SIDE, 3)).astype(
+            np.float32
+        )
         path = folder / f"{number:06}.jpg"
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path, quality=85)
         path.with_suffix(".txt").write_text(" ".join(random.choice(_WORDS, 6)))
@@ -41,7 +62,8 @@ def make_pictures(folder: Path, count: int) -> float:
 
 
 def search(looks: int) -> tuple[float, int]:
-    """Seconds that the search among random looks takes, and how many of 1,000 changed copies among them it finds."""
+    """Seconds that the search among random looks takes, and how many of 1,000 changed copies among
+    them it finds."""
     random = np.random.default_rng(0)
     values = random.integers(0, 2**64, looks, dtype=np.uint64)
     copies = min(1000, looks // 2)
@@ -60,14 +82,28 @@ def run(pictures: int, looks: int) -> dict[str, float]:
         size = make_pictures(folder, pictures)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            status = main(["doctor", str(folder), "--out", str(Path(temporary) / "report"), "--output_dir", str(Path(temporary) / "runs")])
+            status = main(
+                [
+                    "doctor",
+                    str(folder),
+                    "--out",
+                    str(Path(temporary) / "report"),
+                    "--output_dir",
+                    str(Path(temporary) / "runs"),
+                ]
+            )
         seconds = time.perf_counter() - start
     assert status == 0, "the benchmark's own pictures must be fit to train on"
     search_seconds, found = search(looks)
     return {
-        "pictures": pictures, "KB a picture": round(size, 1), "seconds": round(seconds, 2), "pictures a second": round(pictures / seconds),
-        "looks": looks, "seconds of the search": round(search_seconds, 1), "of 1,000 changed copies found": found,
-    }  # fmt: skip
+        "pictures": pictures,
+        "KB a picture": round(size, 1),
+        "seconds": round(seconds, 2),
+        "pictures a second": round(pictures / seconds),
+        "looks": looks,
+        "seconds of the search": round(search_seconds, 1),
+        "of 1,000 changed copies found": found,
+    }
 
 
 if __name__ == "__main__":

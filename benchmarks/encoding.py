@@ -1,9 +1,11 @@
-"""Encoding pictures to codes at 64x64, factor 8, 1,024 codes: pictures a second of ours and of dalle-pytorch's DiscreteVAE.
+"""Encoding pictures to codes at 64x64, factor 8, 1,024 codes: pictures a second of ours and of
+dalle-pytorch's DiscreteVAE.
 
-benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE]
-Equal network cost: our encoder's width is chosen so that a picture takes at least as many operations as in the peer's encoder, both
-counted by torch's own counter. Both encode the same pictures under the same bf16 autocast, or the peer in the fp32 that it comes with
-(`--peers-fp32`); ours is compiled by `compile_networks`.
+benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE] Equal
+network cost: our encoder's width is chosen so that a picture takes at least as many operations as
+in the peer's encoder, both counted by torch's own counter. Both encode the same pictures under the
+same bf16 autocast, or the peer in the fp32 that it comes with (`--peers-fp32`); ours is compiled by
+`compile_networks`.
 """
 
 from __future__ import annotations
@@ -37,13 +39,15 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     batch = options.batch
     torch.manual_seed(0)
-    pixels = torch.rand(batch, 3, 64, 64).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+    pixels = (
+        torch.rand(batch, 3, 64, 64).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+    )
     vae = peers.discrete_vae(64, 3, NUM_CODES).eval()
     theirs = lambda x: vae.get_codebook_indices((x + 1) / 2)  # noqa: E731
     goal, width, ours = operations(theirs, pixels), 64, None
     while ours is None or operations(ours.encode, pixels) < goal:
         width += 32
-        config = TokenizerConfig(num_codes=NUM_CODES, factor=8, width=width)
+        config = TokenizerConfig(num_codes=NUM_CODES, downsample_factor=8, width=width)
         ours = ImageTokenizer(config).eval()
 
     cost = {
@@ -60,9 +64,21 @@ def main() -> None:
 
         return run
 
-    seconds = interleave({"ours": encode(ours.encode, True), "dalle-pytorch": encode(theirs, not options.peers_fp32)}, rounds=20, warm_up=3)
+    seconds = interleave(
+        {
+            "ours": encode(ours.encode, True),
+            "dalle-pytorch": encode(theirs, not options.peers_fp32),
+        },
+        rounds=20,
+        warm_up=3,
+    )
     rates = {side: batch / value for side, value in seconds.items()}
-    report(f"encoding, batch {batch}" + (", peers in fp32" if options.peers_fp32 else ""), "pictures/s", rates, cost)
+    report(
+        f"encoding, batch {batch}" + (", peers in fp32" if options.peers_fp32 else ""),
+        "pictures/s",
+        rates,
+        cost,
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Proves and measures the pipeline on a GPU in one run of at most nine minutes: `make gpu`, or without make
+"""Proves and measures the pipeline on a GPU in one run of at most nine minutes: `make gpu`, or
+without make
 
     python -m benchmarks.gpu_kit [--device cuda|cpu] [--out runs/gpu] [--only sampling,training]
 
-This file runs the parts: each is a process with a time limit, so a part that fails, hangs or loses its CUDA context stops no other.
-`benchmarks/gpu_parts.py` has the parts themselves. What a part finds is printed and written to OUT/PART.json the moment it is known, and
-a table ends the run (OUT/table.md). `--device cpu` rehearses every part at a tiny size.
+This file runs the parts: each is a process with a time limit, so a part that fails, hangs or loses
+its CUDA context stops no other. `benchmarks/gpu_parts.py` has the parts themselves. What a part
+finds is printed and written to OUT/PART.json the moment it is known, and a table ends the run
+(OUT/table.md). `--device cpu` rehearses every part at a tiny size.
 
-It needs the standard library alone, so that it can say which packages are missing. Wheels in `.whl/` (`make gpu-wheels`) are installed
-into a temporary folder where a package is missing.
+It needs the standard library alone, so that it can say which packages are missing. Wheels in
+`.whl/` (`make gpu-wheels`) are installed into a temporary folder where a package is missing.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Part:
     Attributes:
         seconds: its limit on a GPU.
         gibibytes: free GPU memory that it needs.
-        whole: whether it needs every package of the project, not only torch, transformers and einops.
+        whole: whether it needs every package of the project, not only torch, transformers and
+            einops.
     """
 
     name: str
@@ -64,7 +67,8 @@ PARTS = (
 )
 """Together they take `TOTAL_SECONDS` at most; the last one also has what the others left."""
 CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse")
-"""Packages that `make gpu-wheels` gathers: pure Python, and absent where only a framework is installed."""
+"""Packages that `make gpu-wheels` gathers: pure Python, and absent where only a framework is
+installed."""
 REHEARSED_SECONDS = 60
 """Limit of each part on the CPU."""
 
@@ -78,7 +82,9 @@ class Aim:
 
 
 AIMS = {
-    ("sampling", "images/s, batch 8, captured"): Aim("beat 3.3 (LlamaGen-B under vLLM, A100); goal 6.6", 6.6),
+    ("sampling", "images/s, batch 8, captured"): Aim(
+        "beat 3.3 (LlamaGen-B under vLLM, A100); goal 6.6", 6.6
+    ),
     ("training", "share of the bf16 rate"): Aim("goal 45%", 0.45),
     ("main_job", "run, s"): Aim("384 s of training on 2 CPU cores (Zen 5)"),
     ("main_job", "prompt accuracy"): Aim("97.2% on the CPU"),
@@ -86,7 +92,8 @@ AIMS = {
 }
 
 Result = dict[str, Any]
-"""A part's name, status (passed, failed, timed out, skipped), seconds, figures by name, and what went wrong."""
+"""A part's name, status (passed, failed, timed out, skipped), seconds, figures by name, and what
+went wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,23 +118,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Proves and measures the pipeline on a GPU.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses every part at a tiny size")
     parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"), help="folder of the results ($OUT or runs/gpu)"
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu rehearses every part at a tiny size",
     )
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), help=f"parts, comma-separated: {','.join(part.name for part in PARTS)}"
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or "runs/gpu"),
+        help="folder of the results ($OUT or runs/gpu)",
+    )
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        help=f"parts, comma-separated: {','.join(part.name for part in PARTS)}",
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.only or ()) - {part.name for part in PARTS}:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(part.name for part in PARTS)}")
+        parser.error(
+            f"there is no part {', '.join(sorted(unknown))}; the parts are "
+            f"{', '.join(part.name for part in PARTS)}"
+        )
     return options
 
 
 def _environment(device: str, scratch: Path) -> dict[str, str]:
     """Variables of every part: where packages are found, and no network."""
     path = [str(ROOT)]
-    if missing_packages(ROOT / "pyproject.toml", "") and (wheels := sorted((ROOT / ".whl").glob("*.whl"))):
+    if missing_packages(ROOT / "pyproject.toml", "") and (
+        wheels := sorted((ROOT / ".whl").glob("*.whl"))
+    ):
         install = [
             sys.executable,
             "-m",
@@ -140,9 +162,15 @@ def _environment(device: str, scratch: Path) -> dict[str, str]:
             "--target",
             str(scratch / "site"),
         ]
-        done = subprocess.run([*install, *map(str, wheels)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*install, *map(str, wheels)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            print(f"the wheels in .whl/ cannot be installed: {(done.stderr.splitlines() or ['pip says nothing'])[-1]}", file=sys.stderr)
+            print(
+                "the wheels in .whl/ cannot be installed: "
+                f"{(done.stderr.splitlines() or ['pip says nothing'])[-1]}",
+                file=sys.stderr,
+            )
         path.append(str(scratch / "site"))
     if given := os.environ.get("PYTHONPATH"):
         path.append(given)
@@ -160,20 +188,29 @@ def _environment(device: str, scratch: Path) -> dict[str, str]:
 def device_problem(device: str, environment: dict[str, str]) -> str | None:
     """Why nothing can run on the device, in a line; None where it can."""
     if importlib.util.find_spec("torch") is None:
-        return f"torch is not installed for {sys.executable}; install it, or name another Python: make gpu GPU_PYTHON=/path/to/python"
+        return (
+            f"torch is not installed for {sys.executable}; install it, or name another "
+            "Python: make gpu GPU_PYTHON=/path/to/python"
+        )
     if device == "cpu":
         return None
     ask = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 7)"
-    found = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False
+    )
     if found.returncode == 7:
-        return "there is no CUDA device here; run it where there is one, or rehearse it on the CPU: make gpu DEVICE=cpu"
+        return (
+            "there is no CUDA device here; run it where there is one, or rehearse it on "
+            "the CPU: make gpu DEVICE=cpu"
+        )
     if found.returncode:
         return f"torch cannot be imported: {(found.stderr.splitlines() or ['it says nothing'])[-1]}"
     return None
 
 
 def missing_packages(project: Path, path: str) -> list[str]:
-    """The project's requirements, pytest and what `datasets` needs, that are not installed or are too old.
+    """The project's requirements, pytest and what `datasets` needs, that are not installed or are
+    too old.
 
     They are named as in 'datasets>=4.0' and 'torch>=2.11 (2.9.1 is installed)'.
 
@@ -181,14 +218,26 @@ def missing_packages(project: Path, path: str) -> list[str]:
         project: pyproject.toml.
         path: further folders of packages, as in PYTHONPATH.
     """
-    required = [*tomllib.loads(project.read_text())["project"]["dependencies"], "pytest", "dill", "multiprocess"]
+    required = [
+        *tomllib.loads(project.read_text())["project"]["dependencies"],
+        "pytest",
+        "dill",
+        "multiprocess",
+    ]
     found = {}
-    for distribution in importlib.metadata.distributions(path=[*sys.path, *filter(None, path.split(os.pathsep))]):
-        if name := distribution.metadata["Name"]:  # a folder that a failed installation left has none
+    for distribution in importlib.metadata.distributions(
+        path=[*sys.path, *filter(None, path.split(os.pathsep))]
+    ):
+        if name := distribution.metadata[
+            "Name"
+        ]:  # a folder that a failed installation left has none
             found.setdefault(_plain(name), distribution.version)
     missing = []
     for requirement in required:
-        name, version = _plain(re.split(r"[\[<>=!~; ]", requirement)[0]), re.search(r">=\s*([\d.]+)", requirement)
+        name, version = (
+            _plain(re.split(r"[\[<>=!~; ]", requirement)[0]),
+            re.search(r">=\s*([\d.]+)", requirement),
+        )
         shown = re.sub(r"\[.*?\]", "", requirement).split(",")[0]
         if name not in found:
             missing.append(shown)
@@ -201,7 +250,14 @@ def remedy(missing: Sequence[str]) -> str:
     """What is missing and how it comes there, in a line."""
     carried = [name for name in missing if name.startswith(CARRIED)]
     others = [name for name in missing if name not in carried]
-    ways = [f"{', '.join(carried)}: run 'make gpu-wheels' where there is a network, and take the folder .whl/ along"] if carried else []
+    ways = (
+        [
+            f"{', '.join(carried)}: run 'make gpu-wheels' where there is a network, and take the "
+            "folder .whl/ along"
+        ]
+        if carried
+        else []
+    )
     ways += [f"{', '.join(others)}: install with pip"] if others else []
     return f"missing packages: {'; '.join(ways)}"
 
@@ -230,18 +286,27 @@ def run_parts(
     Args:
         missing: packages that are not there; parts that need all of them are skipped.
         total: seconds that all parts take together at most.
-        command: (part, file of its figures) -> what to start; by default the part of `benchmarks.gpu_parts`.
+        command: (part, file of its figures) -> what to start; by default the part of
+            `benchmarks.gpu_parts`.
     """
     end, free = time.monotonic() + total, None
     results: list[Result] = []
     for part in parts:
         left = end - time.monotonic()
         file = out / f"{part.name}.json"
-        result: Result = {"part": part.name, "status": "skipped", "seconds": 0.0, "figures": {}, "problem": None}
+        result: Result = {
+            "part": part.name,
+            "status": "skipped",
+            "seconds": 0.0,
+            "figures": {},
+            "problem": None,
+        }
         if part.whole and missing:
             result["problem"] = remedy(missing)
         elif free is not None and free < part.gibibytes:
-            result["problem"] = f"it needs {part.gibibytes:.0f} GiB of free GPU memory, and {free:.1f} GiB are free"
+            result["problem"] = (
+                f"it needs {part.gibibytes:.0f} GiB of free GPU memory, and {free:.1f} GiB are free"
+            )
         elif left < LEAST_SECONDS:
             result["problem"] = f"{max(left, 0):.0f} s are left of the run's {total:.0f}"
         else:
@@ -252,7 +317,10 @@ def run_parts(
             result |= _run(given, limit, file, environment)
         _write(file, result)
         problem = f": {result['problem'].splitlines()[0]}" if result["problem"] else ""
-        print(f"== {part.name} {result['status']} after {result['seconds']:.0f} s{problem}", flush=True)
+        print(
+            f"== {part.name} {result['status']} after {result['seconds']:.0f} s{problem}",
+            flush=True,
+        )
         if part.name == "environment":
             free = result["figures"].get("free GPU memory, GiB")
         results.append(result)
@@ -260,11 +328,21 @@ def run_parts(
 
 
 def _command(part: Part, device: str, file: Path) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.gpu_parts", part.name, "--device", device, "--out", str(file)]
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_parts",
+        part.name,
+        "--device",
+        device,
+        "--out",
+        str(file),
+    ]
 
 
 def _run(command: list[str], limit: float, file: Path, environment: dict[str, str]) -> Result:
-    """A part's process, and what became of it. Its output is shown as it comes and its last lines are kept where it fails."""
+    """A part's process, and what became of it. Its output is shown as it comes and its last lines
+    are kept where it fails."""
     file.unlink(missing_ok=True)
     start = time.monotonic()
     lines: list[str] = []
@@ -294,12 +372,18 @@ def _run(command: list[str], limit: float, file: Path, environment: dict[str, st
         return {"status": "timed out", "seconds": seconds, "figures": figures, "problem": problem}
     if process.returncode:
         last = told[-1] if told else f"it ended with status {process.returncode} and no word"
-        return {"status": "failed", "seconds": seconds, "figures": figures, "problem": "\n".join([last, *told[-400:-1]])}
+        return {
+            "status": "failed",
+            "seconds": seconds,
+            "figures": figures,
+            "problem": "\n".join([last, *told[-400:-1]]),
+        }
     return {"status": "passed", "seconds": seconds, "figures": figures, "problem": None}
 
 
 def _ends_at(process: subprocess.Popen[str], limit: float) -> Callable[[], bool]:
-    """Ends a process and what it started after `limit` seconds; returns a call that stops the clock and tells whether it had to."""
+    """Ends a process and what it started after `limit` seconds; returns a call that stops the clock
+    and tells whether it had to."""
     late = threading.Event()
 
     def end() -> None:
@@ -332,15 +416,27 @@ def _write(file: Path, result: Result) -> None:
 
 
 def table(results: Sequence[Result], *, compared: bool) -> str:
-    """Every figure of every part, as Markdown; compared with what it is held against, which a rehearsal is not."""
+    """Every figure of every part, as Markdown; compared with what it is held against, which a
+    rehearsal is not."""
     lines = ["| part | figure | value | to compare |", "|---|---|---|---|"]
     for result in results:
         problem = f": {result['problem'].splitlines()[0]}" if result["problem"] else ""
-        lines.append(f"| **{result['part']}** | {result['status']}{problem} | {result['seconds']:.0f} s | |".replace("\n", " "))
+        lines.append(
+            f"| **{result['part']}** | {result['status']}{problem} | {result['seconds']:.0f} s | "
+            "|".replace("\n", " ")
+        )
         for name, value in result["figures"].items():
             aim = AIMS.get((result["part"], name)) if compared else None
-            reached = "" if aim is None or aim.least is None else " (reached)" if value >= aim.least else " (not reached)"
-            lines.append(f"| | {name} | {shown(name, value)} | {aim.text + reached if aim else ''} |")
+            reached = (
+                ""
+                if aim is None or aim.least is None
+                else " (reached)"
+                if value >= aim.least
+                else " (not reached)"
+            )
+            lines.append(
+                f"| | {name} | {shown(name, value)} | {aim.text + reached if aim else ''} |"
+            )
     return "\n".join(lines)
 
 

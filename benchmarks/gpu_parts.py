@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu_parts sampling --device cuda --out sampling.json
 
-A figure is printed and written to the JSON file the moment it is known. On the CPU every part runs at a tiny size.
+A figure is printed and written to the JSON file the moment it is known. On the CPU every part runs
+at a tiny size.
 
-Operations of a training step are 6 for each parameter that a token is multiplied by and 12 for each pair of places that attention sees,
-feature and block (causal: half of the pairs). The card's bf16 rate is that of a product of two 8192 x 8192 matrices, its copy rate that of
-copying 2 GiB from device to device, bytes read and written both counted.
+Operations of a training step are 6 for each parameter that a token is multiplied by and 12 for each
+pair of places that attention sees, feature and block (causal: half of the pairs). The card's bf16
+rate is that of a product of two 8192 x 8192 matrices, its copy rate that of copying 2 GiB from
+device to device, bytes read and written both counted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,19 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors", "einops", "numpy", "pyarrow", "peft", "triton")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "einops",
+    "numpy",
+    "pyarrow",
+    "peft",
+    "triton",
+)
 
 
 @dataclass(frozen=True)
@@ -107,24 +121,48 @@ def environment(figures: Figures, device: torch.device, sizes: Sizes) -> None:
 def _driver() -> str:
     try:
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+        return (
+            subprocess.run(ask, capture_output=True, text=True, check=True)
+            .stdout.split("\n")[0]
+            .strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def tests(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     """`pytest -m gpu`: each result as it comes."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--device", device.type, "-v", "--no-header", "-p", "no:cacheprovider"]
-    # A warning that a library gives on this card alone is no failure of ours; those that tests ask for are asked for still.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "--device",
+        device.type,
+        "-v",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+    ]
+    # A warning that a library gives on this card alone is no failure of ours; those that tests ask
+    # for are asked for still.
     command += ["-W", "default", "--tb=short"]
     if device.type == "cuda" and importlib.util.find_spec("xdist"):
         command += ["-n", "4"]
     if importlib.util.find_spec("pytest_timeout"):  # a test that hangs costs itself alone
         command += ["--timeout", "90", "--timeout-method", "thread"]
     # Workers share the cores: each compiles and computes with its part of them.
-    environment = {**os.environ, "OMP_NUM_THREADS": "4", "TORCHINDUCTOR_COMPILE_THREADS": "4", "NCCL_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "4",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
     counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, list[str]()
-    with subprocess.Popen([*command, "tests/gpu"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, "tests/gpu"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -144,7 +182,8 @@ def tests(figures: Figures, device: torch.device, sizes: Sizes) -> None:
 
 
 def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
-    """Guided images per second, plain, compiled and captured, and a step against the time in which its bytes are read once."""
+    """Guided images per second, plain, compiled and captured, and a step against the time in which
+    its bytes are read once."""
     from stage2_prior import SamplingOptions, decoding, sample
 
     prior = random_prior(sizes).to(device, torch.bfloat16).eval()
@@ -153,7 +192,9 @@ def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     rate = copy_rate(sizes, device)
     figures.put("copy rate, GB/s", rate / 1e9)
     how = SamplingOptions(guidance_scale=2.0)
-    text = torch.randint(3, sizes.words, (max(sizes.batches), sizes.text), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(
+        3, sizes.words, (max(sizes.batches), sizes.text), generator=torch.Generator().manual_seed(0)
+    )
 
     def drawn(batch: int, *, compiled: bool) -> torch.Tensor:
         return sample(prior, text[:batch], range(batch), how, compiled=compiled).codes
@@ -171,20 +212,31 @@ def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     start = time.perf_counter()
     plain_codes = drawn(first, compiled=False)
     finish(device)
-    figures.put(f"images/s, batch {first}, plain, its first call", first / (time.perf_counter() - start))
+    figures.put(
+        f"images/s, batch {first}, plain, its first call", first / (time.perf_counter() - start)
+    )
     if device.type == "cuda":
         with uncaptured(decoding):
             measured("compiled", first, compiled=True, rounds=2)
     way = "captured" if device.type == "cuda" else "compiled"
     for batch in sizes.batches:
         taken = measured(way, batch, compiled=True, rounds=sizes.rounds)
-        step, floor = taken / prior.stream.image_length, step_bytes(prior, batch, guided=True) / rate
+        step, floor = (
+            taken / prior.stream.image_length,
+            step_bytes(prior, batch, guided=True) / rate,
+        )
         figures.put(f"ms per step, batch {batch}, {way}", 1000 * step)
         figures.put(f"times the floor of {1000 * floor:.3f} ms, batch {batch}", step / floor)
     codes = drawn(first, compiled=True)
-    figures.put(f"share of codes equal, {way} and plain (bf16)", float((codes == plain_codes).float().mean()))
+    figures.put(
+        f"share of codes equal, {way} and plain (bf16)",
+        float((codes == plain_codes).float().mean()),
+    )
     alone = sample(prior, text[:1], range(1), how, compiled=True).codes
-    figures.put("share of codes equal, alone and in a batch (bf16)", float((alone[0] == codes[0]).float().mean()))
+    figures.put(
+        "share of codes equal, alone and in a batch (bf16)",
+        float((alone[0] == codes[0]).float().mean()),
+    )
     if device.type == "cuda":
         figures.put("peak GPU memory, GiB", torch.cuda.max_memory_allocated(device) / 2**30)
 
@@ -205,7 +257,8 @@ def uncaptured(decoding: Any):
 
 
 def training(figures: Figures, device: torch.device, sizes: Sizes) -> None:
-    """Tokens per second of the prior as a share of the card's bf16 rate; images per second of a tokenizer with 16 pixels per code."""
+    """Tokens per second of the prior as a share of the card's bf16 rate; images per second of a
+    tokenizer with 16 pixels per code."""
     rate = product_rate(sizes, device)
     figures.put("bf16 rate of a product, TFLOP/s", rate / 1e12)
     prior = random_prior(sizes).to(device).train()
@@ -216,19 +269,29 @@ def training(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     figures.put("first step of the prior, s", time.perf_counter() - start)
     taken = seconds(step, device, rounds=5 * sizes.rounds, warm_up=2)
     figures.put("tokens/s", tokens / taken)
-    figures.put("share of the bf16 rate", operations(prior, tokens, sizes.train_batch) / taken / rate)
+    figures.put(
+        "share of the bf16 rate", operations(prior, tokens, sizes.train_batch) / taken / rate
+    )
     if device.type == "cuda":
-        figures.put("peak GPU memory of the prior, GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+        figures.put(
+            "peak GPU memory of the prior, GiB", torch.cuda.max_memory_allocated(device) / 2**30
+        )
         torch.cuda.reset_peak_memory_stats(device)
     del prior, step
     for name in ("patch", "vqgan"):
         step = tokenizer_step(name, sizes, device)
         step()
         taken = seconds(step, device, rounds=3 * sizes.rounds, warm_up=2)
-        figures.put(f"tokenizer images/s, {name}, {sizes.image}x{sizes.image}, f16", sizes.tokenizer_batch / taken)
+        figures.put(
+            f"tokenizer images/s, {name}, {sizes.image}x{sizes.image}, f16",
+            sizes.tokenizer_batch / taken,
+        )
         del step
     if device.type == "cuda":
-        figures.put("peak GPU memory of the tokenizers, GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+        figures.put(
+            "peak GPU memory of the tokenizers, GiB",
+            torch.cuda.max_memory_allocated(device) / 2**30,
+        )
 
 
 def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
@@ -237,8 +300,12 @@ def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
         given = ["--config", "configs/shapes.yaml", "--output_dir", folder]
         judged: list[str] = []
         if device.type == "cpu":
-            given += [f"--{stage}.train.{name}={value}" for stage in ("tokenizer", "prior") for name, value in _REHEARSED.items()]
-            given += ["--encode.pictures=200", "--encode.held_out=20"]
+            given += [
+                f"--{stage}.train.{name}={value}"
+                for stage in ("tokenizer", "prior")
+                for name, value in _REHEARSED.items()
+            ]
+            given += ["--encode.max_images=200", "--encode.max_val_images=20"]
             judged = ["--max-images", "10"]
         start = time.perf_counter()
         minidalle("run", *given)
@@ -249,8 +316,12 @@ def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
         figures.put("evaluate, s", time.perf_counter() - start)
         found = json.loads((run / "evaluation.json").read_text())
         figures.put("captions judged", found["settings"]["pictures"])
-        for name, ours in (("prompt accuracy", "prompt_accuracy"), ("prompt accuracy, new pairs", "prompt_accuracy_new_pairs"),
-                           ("PSNR, dB", "psnr"), ("nats per code", "nats_per_code")):  # fmt: skip
+        for name, ours in (
+            ("prompt accuracy", "prompt_accuracy"),
+            ("prompt accuracy, new pairs", "prompt_accuracy_new_pairs"),
+            ("PSNR, dB", "psnr"),
+            ("nats per code", "nats_per_code"),
+        ):
             figures.put(name, found[ours])
 
 
@@ -263,12 +334,15 @@ def minidalle(*arguments: str) -> None:
     Raises:
         SystemExit: it failed.
     """
-    if status := subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], cwd=ROOT, check=False).returncode:
+    if status := subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments], cwd=ROOT, check=False
+    ).returncode:
         sys.exit(f"minidalle {arguments[0]} ended with status {status}")
 
 
 def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
-    """The 20 kernels that take longest in sampling and in a training step, to profile.txt beside the figures."""
+    """The 20 kernels that take longest in sampling and in a training step, to profile.txt beside
+    the figures."""
     from torch.autograd import DeviceType
     from torch.autograd.profiler_util import EventList
     from torch.profiler import ProfilerActivity
@@ -279,7 +353,10 @@ def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     prior = random_prior(sizes).to(device, torch.bfloat16).eval()
-    text, how = torch.randint(3, sizes.words, (sizes.batches[0], sizes.text)), SamplingOptions(guidance_scale=2.0)
+    text, how = (
+        torch.randint(3, sizes.words, (sizes.batches[0], sizes.text)),
+        SamplingOptions(guidance_scale=2.0),
+    )
 
     def drawn() -> None:
         sample(prior, text, range(len(text)), how, compiled=device.type == "cuda")
@@ -297,16 +374,27 @@ def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
             call()
             finish(device)
         averages = found.key_averages()
-        if device.type == "cuda":  # kernels alone: operations carry the time of their kernels, annotations that of all between them
-            kernels = [event for event in averages if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+        if device.type == "cuda":
+            # kernels alone: operations carry the time of their kernels, annotations that of all
+            # between them
+            kernels = [
+                event
+                for event in averages
+                if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+            ]
             averages = EventList(kernels, use_device="cuda")
-        events = sorted(averages, key=lambda event: -getattr(event, order.replace("cuda", "device")))
+        events = sorted(
+            averages, key=lambda event: -getattr(event, order.replace("cuda", "device"))
+        )
         total = sum(getattr(event, order.replace("cuda", "device")) for event in events)
         with report.open("a") as file:
             rows = averages.table(sort_by=order, row_limit=20, max_name_column_width=80)
             file.write(f"{name}\n{rows}\n")
         share = getattr(events[0], order.replace("cuda", "device")) / max(total, 1)
-        figures.put(f"first kernel of {name}", f"{events[0].key[:60]} ({share:.0%} of {total / 1000:.1f} ms)")
+        figures.put(
+            f"first kernel of {name}",
+            f"{events[0].key[:60]} ({share:.0%} of {total / 1000:.1f} ms)",
+        )
 
 
 def random_prior(sizes: Sizes):
@@ -330,32 +418,56 @@ def prior_step(prior, sizes: Sizes, device: torch.device) -> tuple[Callable[[], 
     from stage2_prior import PriorObjective, PriorObjectiveConfig
 
     text = torch.randint(3, sizes.words, (sizes.train_batch, sizes.text), device=device)
-    codes = torch.randint(0, sizes.codes, (sizes.train_batch, prior.stream.image_length), device=device)
+    codes = torch.randint(
+        0, sizes.codes, (sizes.train_batch, prior.stream.image_length), device=device
+    )
     objective = PriorObjective(prior, PriorObjectiveConfig())
     if device.type == "cuda":
         prior.compile_networks()
-    return optimized(objective, {"text_ids": text, "codes": codes}, prior, device), sizes.train_batch * (prior.stream.length - 1)
+    return optimized(
+        objective, {"text_ids": text, "codes": codes}, prior, device
+    ), sizes.train_batch * (prior.stream.length - 1)
 
 
 def tokenizer_step(architecture: str, sizes: Sizes, device: torch.device) -> Callable[[], None]:
-    """A step of a VQ tokenizer, a code for 16 x 16 pixels: our default network, compiled, or VQ-GAN's, whose compiling takes minutes."""
-    from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VqganOptions
+    """A step of a VQ tokenizer, a code for 16 x 16 pixels: our default network, compiled, or
+    VQ-GAN's, whose compiling takes minutes."""
+    from stage1_tokenizer import (
+        ImageTokenizer,
+        ObjectiveConfig,
+        TokenizerConfig,
+        TokenizerObjective,
+        VqganOptions,
+    )
 
     full = sizes.image == FULL.image
     if architecture == "vqgan":
-        network: dict[str, Any] = {"vqgan": VqganOptions(channels=128 if full else 32, multipliers=(1, 1, 2, 2, 4))}
+        network: dict[str, Any] = {
+            "vqgan": VqganOptions(channels=128 if full else 32, multipliers=(1, 1, 2, 2, 4))
+        }
     else:
         network = {"width": 512 if full else 32}
-    config = TokenizerConfig(image_size=sizes.image, factor=16, num_codes=sizes.codes, code_dim=8, architecture=architecture, **network)
+    config = TokenizerConfig(
+        image_size=sizes.image,
+        downsample_factor=16,
+        num_codes=sizes.codes,
+        code_dim=8,
+        architecture=architecture,
+        **network,
+    )
     tokenizer = ImageTokenizer(config).to(device, memory_format=torch.channels_last).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    batch = torch.randint(256, (sizes.tokenizer_batch, sizes.image, sizes.image, 3), dtype=torch.uint8, device=device)
+    batch = torch.randint(
+        256, (sizes.tokenizer_batch, sizes.image, sizes.image, 3), dtype=torch.uint8, device=device
+    )
     if device.type == "cuda" and architecture != "vqgan":
         tokenizer.compile_networks()
     return optimized(objective, batch, tokenizer, device)
 
 
-def optimized(objective, batch: Any, network: torch.nn.Module, device: torch.device) -> Callable[[], None]:
+def optimized(
+    objective, batch: Any, network: torch.nn.Module, device: torch.device
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -372,21 +484,41 @@ def operations(prior, tokens: int, batch: int) -> float:
     """Of one training step, forward and backward; each head sees its own kind of token."""
     stream, config = prior.stream, prior.model_config
     inside = sum(p.numel() for p in prior.blocks.parameters()) * tokens
-    heads = batch * (prior.text_head.weight.numel() * (stream.text_length - 1) + prior.image_head.own.numel() * stream.image_length)
-    return 6 * (inside + heads) + 12 * batch * (stream.length - 1) ** 2 / 2 * config.width * config.depth
+    heads = batch * (
+        prior.text_head.weight.numel() * (stream.text_length - 1)
+        + prior.image_head.own.numel() * stream.image_length
+    )
+    return (
+        6 * (inside + heads)
+        + 12 * batch * (stream.length - 1) ** 2 / 2 * config.width * config.depth
+    )
 
 
 def step_bytes(prior, batch: int, *, guided: bool) -> int:
-    """Bytes that a step of sampling must read: the blocks, the image head and the whole cache, each once."""
+    """Bytes that a step of sampling must read: the blocks, the image head and the whole cache, each
+    once."""
     config, size = prior.model_config, prior.text_head.weight.element_size()
-    weights = sum(p.numel() for p in prior.blocks.parameters()) + prior.stream.num_codes * config.width
-    cache = 2 * config.depth * prior.kv_heads * (config.width // config.heads) * (prior.stream.length - 1) * batch * (2 if guided else 1)
+    weights = (
+        sum(p.numel() for p in prior.blocks.parameters()) + prior.stream.num_codes * config.width
+    )
+    cache = (
+        2
+        * config.depth
+        * prior.kv_heads
+        * (config.width // config.heads)
+        * (prior.stream.length - 1)
+        * batch
+        * (2 if guided else 1)
+    )
     return (weights + cache) * size
 
 
 def product_rate(sizes: Sizes, device: torch.device) -> float:
     """Operations per second of a product of two square bf16 matrices of random numbers."""
-    left, right = (torch.randn(sizes.product, sizes.product, device=device, dtype=torch.bfloat16) for _ in range(2))
+    left, right = (
+        torch.randn(sizes.product, sizes.product, device=device, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
     return 2 * sizes.product**3 / seconds(lambda: left @ right, device, rounds=10, warm_up=3)
 
 
@@ -397,7 +529,9 @@ def copy_rate(sizes: Sizes, device: torch.device) -> float:
     return 2 * sizes.copied / seconds(lambda: target.copy_(source), device, rounds=10, warm_up=3)
 
 
-def seconds(call: Callable[[], object], device: torch.device, *, rounds: int, warm_up: int) -> float:
+def seconds(
+    call: Callable[[], object], device: torch.device, *, rounds: int, warm_up: int
+) -> float:
     """Median seconds of a call, until the device is done with it."""
     for _ in range(warm_up):
         call()
@@ -416,7 +550,9 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-PARTS = {part.__name__: part for part in (environment, tests, sampling, training, main_job, profile)}
+PARTS = {
+    part.__name__: part for part in (environment, tests, sampling, training, main_job, profile)
+}
 
 
 def main() -> None:
@@ -427,7 +563,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
-        torch.compiler.set_stance("force_eager")  # compiling takes a minute, and a rehearsal measures nothing
+        # Compiling takes a minute, and a rehearsal measures nothing
+        torch.compiler.set_stance("force_eager")
     PARTS[options.part](Figures(options.out), device, FULL if device.type == "cuda" else TINY)
 
 

@@ -1,8 +1,10 @@
-"""How good a gradient each quantizer gives its encoder: variance and bias against the exact one, which one position of 32 codes allows.
+"""How good a gradient each quantizer gives its encoder: variance and bias against the exact one,
+which one position of 32 codes allows.
 
-python -m benchmarks.gradient_variance [--samples 2000] [--out docs/images/gradient-variance.png]
-A batch of logits, a codebook and a decoder (two layers) are drawn once; the cost is a squared error. Every estimator gives the gradient
-to the same logits from its own samples; the exact gradient sums over all codes. Categorical estimators see 32 logits, those of bits 5.
+python -m benchmarks.gradient_variance [--samples 2000] [--out docs/images/gradient-variance.png] A
+batch of logits, a codebook and a decoder (two layers) are drawn once; the cost is a squared error.
+Every estimator gives the gradient to the same logits from its own samples; the exact gradient sums
+over all codes. Categorical estimators see 32 logits, those of bits 5.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class Problem:
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         self.logits = draw(PICTURES, inputs)
         self.codebook = draw(CODES, DIM) if inputs == CODES else unpack(torch.arange(CODES), BITS)
-        self.first, self.second = draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5, draw(32, 12) / 32**0.5
+        self.first, self.second = (
+            draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5,
+            draw(32, 12) / 32**0.5,
+        )
         self.target = draw(PICTURES, 12)
 
     def cost(self, latents: Tensor) -> Tensor:
@@ -53,7 +58,9 @@ class Problem:
 
 def relaxed(problem: Problem, weigh: Callable[[Tensor, Tensor, float], Tensor]) -> Estimator:
     def estimate(logits: Tensor, temperature: float) -> Tensor:
-        return problem.cost(weigh(logits, gumbel_noise_like(logits), temperature) @ problem.codebook).sum()
+        return problem.cost(
+            weigh(logits, gumbel_noise_like(logits), temperature) @ problem.codebook
+        ).sum()
 
     return estimate
 
@@ -61,7 +68,13 @@ def relaxed(problem: Problem, weigh: Callable[[Tensor, Tensor, float], Tensor]) 
 def score_function(problem: Problem, baseline: bool) -> Estimator:
     # What a running mean settles on.
     probabilities = problem.log_probabilities(problem.logits).exp()
-    mean = (probabilities * problem.cost(problem.codebook[:, None].expand(-1, PICTURES, -1)).T).sum(1).mean() if baseline else 0.0
+    mean = (
+        (probabilities * problem.cost(problem.codebook[:, None].expand(-1, PICTURES, -1)).T)
+        .sum(1)
+        .mean()
+        if baseline
+        else 0.0
+    )
 
     def estimate(logits: Tensor, temperature: float) -> Tensor:
         log_q = problem.log_probabilities(logits)
@@ -74,12 +87,16 @@ def score_function(problem: Problem, baseline: bool) -> Estimator:
 
 def smoothed(problem: Problem, kind: str) -> Estimator:
     def estimate(logits: Tensor, temperature: float) -> Tensor:
-        return problem.cost(2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, kind) - 1).sum()  # type: ignore[arg-type]
+        return problem.cost(
+            2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, kind) - 1
+        ).sum()  # type: ignore[arg-type]
 
     return estimate
 
 
-def variance_and_bias(problem: Problem, estimate: Estimator, temperature: float, samples: int) -> tuple[float, float]:
+def variance_and_bias(
+    problem: Problem, estimate: Estimator, temperature: float, samples: int
+) -> tuple[float, float]:
     """Both summed over the logits and divided by the exact gradient's squared length."""
     torch.manual_seed(0)
     gradients = []
@@ -103,7 +120,10 @@ def main() -> None:
     from matplotlib.figure import Figure
 
     categorical, bits = Problem(CODES), Problem(BITS)
-    flat = {"score function": score_function(categorical, False), "score function, running baseline": score_function(categorical, True)}
+    flat = {
+        "score function": score_function(categorical, False),
+        "score function, running baseline": score_function(categorical, True),
+    }
     curves = {
         "Gumbel-softmax, relaxed": (categorical, relaxed(categorical, relax)),
         "Gumbel-softmax, straight-through": (categorical, relaxed(categorical, straight_through)),
@@ -121,13 +141,25 @@ def main() -> None:
     for name, (problem, estimate) in curves.items():
         # A power function at temperature 1 is flat and says nothing of its bit.
         temperatures = [t for t in TEMPERATURES if t < 1 or "power" not in name]
-        rows = [variance_and_bias(problem, estimate, temperature, options.samples) for temperature in temperatures]
+        rows = [
+            variance_and_bias(problem, estimate, temperature, options.samples)
+            for temperature in temperatures
+        ]
         for temperature, (variance, bias) in zip(temperatures, rows, strict=True):
-            print(f"{name:<36} temperature {temperature:4} variance {variance:10.3f}  bias {bias:8.4f}")
+            print(
+                f"{name:<36} temperature {temperature:4} variance {variance:10.3f}  bias "
+                f"{bias:8.4f}"
+            )
         left.plot(temperatures, [row[0] for row in rows], "o-", label=name, markersize=3)
         right.plot(temperatures, [row[1] for row in rows], "o-", label=name, markersize=3)
     for axes, title in ((left, "variance"), (right, "squared bias")):
-        axes.set(xscale="log", yscale="log", xlabel="temperature", ylabel=f"{title} / squared length of the exact gradient", title=title)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="temperature",
+            ylabel=f"{title} / squared length of the exact gradient",
+            title=title,
+        )
         axes.grid(alpha=0.3)
     right.set_ylim(bottom=1e-4)
     left.legend(fontsize=8)

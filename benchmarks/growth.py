@@ -1,9 +1,10 @@
 """Memory of a training over time: how much a process grows, and what that makes in three hours.
 
-python -m benchmarks.growth [--minutes 20] [--stage tokenizer] [--config configs/emoji.yaml] [--name growth]
-The stage of that name is trained in a process of its own (a prior needs the tokenizer and the codes of its run), with evaluations and
-checkpoints as often as its configuration says. The process's own (anonymous) memory is read every two seconds; growth is the slope of a
-line through what was read after the first quarter, in which compilers and caches fill.
+python -m benchmarks.growth [--minutes 20] [--stage tokenizer] [--config configs/emoji.yaml] [--name
+growth] The stage of that name is trained in a process of its own (a prior needs the tokenizer and
+the codes of its run), with evaluations and checkpoints as often as its configuration says. The
+process's own (anonymous) memory is read every two seconds; growth is the slope of a line through
+what was read after the first quarter, in which compilers and caches fill.
 """
 
 from __future__ import annotations
@@ -21,18 +22,34 @@ HOURS = 3
 
 
 def main() -> None:
-    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     reader.add_argument("--minutes", type=float, default=20)
     reader.add_argument("--stage", choices=("tokenizer", "prior"), default="tokenizer")
     reader.add_argument("--config", default="configs/emoji.yaml")
     reader.add_argument("--name", default="growth")
     options, more = reader.parse_known_args()
     steps = f"--{options.stage}.train.steps"
-    command = [sys.executable, "-m", "pipeline.cli", f"train-{options.stage}", "--config", options.config, "--name", options.name]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        f"train-{options.stage}",
+        "--config",
+        options.config,
+        "--name",
+        options.name,
+    ]
     read: list[tuple[float, float]] = []
-    with tempfile.TemporaryFile() as said, subprocess.Popen([*command, steps, "1000000", *more], stdout=said, stderr=said) as process:
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen([*command, steps, "1000000", *more], stdout=said, stderr=said) as process,
+    ):
         watched, start = psutil.Process(process.pid), time.monotonic()
-        while (passed := time.monotonic() - start) < options.minutes * 60 and process.poll() is None:
+        while (
+            passed := time.monotonic() - start
+        ) < options.minutes * 60 and process.poll() is None:
             memory = watched.memory_info()
             read.append((passed, (memory.rss - memory.shared) / 2**20))
             time.sleep(2)
@@ -45,9 +62,13 @@ def main() -> None:
     slope = np.polyfit(seconds[settled], mebibytes[settled], 1)[0]
     after, last, most = mebibytes[settled][0], mebibytes[-1], mebibytes.max()
     print(
-        f"{options.stage}, {options.config}, {seconds[-1] / 60:.0f} minutes: {after:,.0f} MiB after the first quarter, {last:,.0f} MiB at"
+        f"{options.stage}, {options.config}, {seconds[-1] / 60:.0f} minutes: {after:,.0f} MiB "
+        f"after the first quarter, {last:,.0f} MiB at"
     )
-    print(f"the end, at most {most:,.0f} MiB; {slope * 3600 * HOURS:+,.0f} MiB in {HOURS} hours by the slope")
+    print(
+        f"the end, at most {most:,.0f} MiB; {slope * 3600 * HOURS:+,.0f} MiB in {HOURS} hours by "
+        "the slope"
+    )
 
 
 if __name__ == "__main__":

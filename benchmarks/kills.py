@@ -1,12 +1,15 @@
-"""Kills trainings at random places, goes on, and compares each end with that of an uninterrupted training, file by file.
+"""Kills trainings at random places, goes on, and compares each end with that of an uninterrupted
+training, file by file.
 
     python -m benchmarks.kills --kills 20
 
-The kill is SIGKILL: when a random step is reached, before a random one of the training's file operations (checkpoints are written, synced,
-renamed and removed by them), or after a random time, which also falls into the midst of a write. Both stages have everything with a
-state of its own: Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With `--streaming` the
-pictures come from shards that are read from beginning to end, so that a run that goes on must find its place in them again. Each attempt
-is a fork of this process, which has imported the libraries and trained nothing.
+The kill is SIGKILL: when a random step is reached, before a random one of the training's file
+operations (checkpoints are written, synced, renamed and removed by them), or after a random time,
+which also falls into the midst of a write. Both stages have everything with a state of its own:
+Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With
+`--streaming` the pictures come from shards that are read from beginning to end, so that a run that
+goes on must find its place in them again. Each attempt is a fork of this process, which has
+imported the libraries and trained nothing.
 """
 
 from __future__ import annotations
@@ -38,18 +41,32 @@ from pipeline.data.load import load_source
 from pipeline.stages import run as stages  # imported once, for all forks
 from pipeline.training.prefetch import BatchPrefetcher
 
-_TRAIN = {"steps": 20, "batch_size": 8, "log_every": 2, "eval_every": 5, "save_every": 4, "warmup_steps": 2}
+_TRAIN = {
+    "steps": 20,
+    "batch_size": 8,
+    "log_every": 2,
+    "eval_every": 5,
+    "save_every": 4,
+    "warmup_steps": 2,
+}
 EXPERIMENT: dict[str, Any] = {
     "name": "run",
     "trackers": [],
     "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
     "tokenizer": {
-        "model": {"num_codes": 16, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4},
-        "objective": {"adversary": {"weight": 1, "width": 16, "lecam": 0.1, "start": 3}},
+        "model": {
+            "num_codes": 16,
+            "downsample_factor": 8,
+            "width": 32,
+            "encoder_depth": 1,
+            "decoder_depth": 1,
+            "code_dim": 4,
+        },
+        "objective": {"discriminator": {"weight": 1, "width": 16, "lecam": 0.1, "start": 3}},
         "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
     },
-    "encode": {"pictures": 40, "held_out": 10, "batch_size": 16},
-    "text": {"vocab_size": 320, "length": 48},
+    "encode": {"max_images": 40, "max_val_images": 10, "batch_size": 16},
+    "text": {"vocab_size": 320, "max_length": 48},
     "prior": {
         "model": {"width": 32, "depth": 1, "heads": 2, "dropout": 0.2},
         "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
@@ -62,7 +79,8 @@ _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shuti
 
 
 class Progress:
-    """What a fork says of itself, in memory that is shared with it: its first and its last step, -1 before one, and its file operations."""
+    """What a fork says of itself, in memory that is shared with it: its first and its last step, -1
+    before one, and its file operations."""
 
     _FORM = "qqq"
 
@@ -79,7 +97,8 @@ class Progress:
 
 @dataclass
 class Kill:
-    """Where a fork is killed: before step `at`, before file operation `at`, or after `at` milliseconds."""
+    """Where a fork is killed: before step `at`, before file operation `at`, or after `at`
+    milliseconds."""
 
     kind: str
     at: int
@@ -146,30 +165,41 @@ def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file that a run keeps, by its path; pictures and logs aside, what was found out about the data, and what says where
-    the run lies."""
+    """Hash of every file that a run keeps, by its path; pictures and logs aside, what was found out
+    about the data, and what says where the run lies."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in ("logs", "samples", "data", "experiment.yaml")
+        if path.is_file()
+        and path.relative_to(folder).parts[0] not in ("logs", "samples", "data", "experiment.yaml")
     }
 
 
 def write_shards(folder: Path) -> dict[str, Any]:
-    """Writes pictures of shapes as shards; the `data` section that streams them, with more passes over them than one."""
+    """Writes pictures of shapes as shards; the `data` section that streams them, with more passes
+    over them than one."""
     source = load_source(DataConfig(**EXPERIMENT["data"]), "train")
     folder.mkdir()
     for shard in range(_SHARDS):
         rows = range(shard * _SAMPLES, (shard + 1) * _SAMPLES)
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for row, image, caption in zip(rows, source.images(rows), source.captions(rows), strict=True):
+            for row, image, caption in zip(
+                rows, source.images(rows), source.captions(rows), strict=True
+            ):
                 picture = io.BytesIO()
                 Image.fromarray(image).save(picture, "PNG")
                 for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
                     entry = tarfile.TarInfo(f"{row:06d}.{extension}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
-    return {"source": str(folder / "*.tar"), "image_size": 32, "streaming": True, "shuffle_buffer": 16, "interleave": 2, "held_out": 0.1}
+    return {
+        "source": str(folder / "*.tar"),
+        "image_size": 32,
+        "streaming": True,
+        "shuffle_buffer": 16,
+        "shards_per_worker": 2,
+        "val_fraction": 0.1,
+    }
 
 
 @dataclass
@@ -185,8 +215,11 @@ class Outcome:
     """Times that a checkpoint was found damaged."""
 
 
-def trials(stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run: int, seed: int, log: Path) -> Outcome:
-    """Kills `kills` trainings of a stage on top of the run folder `base`, which holds the stages before it."""
+def trials(
+    stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run: int, seed: int, log: Path
+) -> Outcome:
+    """Kills `kills` trainings of a stage on top of the run folder `base`, which holds the stages
+    before it."""
     outcome, chance = Outcome(), random.Random(f"{stage} {seed}")
     work = base.parent.parent / stage
     settings = ["--config", str(base.parent.parent / "experiment.yaml")]
@@ -199,21 +232,33 @@ def trials(stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run
     arguments, folder = fresh("whole")
     whole = attempt(arguments, folder, log, None)
     if whole.status:
-        raise SystemExit(f"the uninterrupted {stage} failed with status {whole.status}:\n{log.read_text()[-2000:]}")
+        raise SystemExit(
+            f"the uninterrupted {stage} failed with status "
+            f"{whole.status}:\n{log.read_text()[-2000:]}"
+        )
     expected = contents(folder)
     while outcome.kills < kills:
         arguments, folder = fresh(f"killed-{outcome.runs}")
         reached = -1
         for left in range(kills_a_run, -1, -1):
             kind = chance.choice(kinds)
-            limit = {"step": whole.last + 1, "file": whole.operations, "time": int(1000 * whole.seconds)}[kind]
-            one = attempt(arguments, folder, log, Kill(kind, chance.randrange(limit)) if left else None)
+            limit = {
+                "step": whole.last + 1,
+                "file": whole.operations,
+                "time": int(1000 * whole.seconds),
+            }[kind]
+            one = attempt(
+                arguments, folder, log, Kill(kind, chance.randrange(limit)) if left else None
+            )
             if reached >= 0 and one.first >= 0:
                 outcome.beyond = max(outcome.beyond, reached + 1 - one.first - interval)
             reached = one.last if one.last >= 0 else reached
             outcome.kills += one.killed
             if not one.killed and one.status:
-                raise SystemExit(f"{stage} failed with status {one.status} after a kill; see {log}:\n{log.read_text()[-2000:]}")
+                raise SystemExit(
+                    f"{stage} failed with status {one.status} after a kill; see "
+                    f"{log}:\n{log.read_text()[-2000:]}"
+                )
         outcome.runs += 1
         outcome.identical += contents(folder) == expected
         shutil.rmtree(work / f"killed-{outcome.runs - 1}")
@@ -222,14 +267,33 @@ def trials(stage: str, base: Path, kinds: Sequence[str], kills: int, kills_a_run
 
 
 def main() -> int:
-    reader = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
+    reader = argparse.ArgumentParser(
+        prog="python -m benchmarks.kills", description=__doc__.splitlines()[0]
+    )
     reader.add_argument("--kills", type=int, default=20, help="kills of each stage (20)")
-    reader.add_argument("--kills_a_run", type=int, default=1, help="kills before a run is left to end (1)")
+    reader.add_argument(
+        "--kills_a_run", type=int, default=1, help="kills before a run is left to end (1)"
+    )
     reader.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="how the place of a kill is chosen (all)")
+    reader.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        help="how the place of a kill is chosen (all)",
+    )
     reader.add_argument("--seed", type=int, default=0)
-    reader.add_argument("--steps", type=int, default=_TRAIN["steps"], help=f"steps of either stage ({_TRAIN['steps']})")
-    reader.add_argument("--streaming", action="store_true", help="pictures from shards that are read from beginning to end")
+    reader.add_argument(
+        "--steps",
+        type=int,
+        default=_TRAIN["steps"],
+        help=f"steps of either stage ({_TRAIN['steps']})",
+    )
+    reader.add_argument(
+        "--streaming",
+        action="store_true",
+        help="pictures from shards that are read from beginning to end",
+    )
     options = reader.parse_args()
     start, failed = time.perf_counter(), False
     with tempfile.TemporaryDirectory() as scratch:
@@ -245,17 +309,40 @@ def main() -> int:
         base = folder / "base" / EXPERIMENT["name"]
         base.mkdir(parents=True)
         print(
-            "| stage | kills | runs | identical ends | most steps lost beyond the checkpoint interval | damaged checkpoints |\n|"
-            + "---|" * 6
+            "| stage | kills | runs | identical ends | most steps lost beyond the checkpoint "
+            "interval | damaged checkpoints |\n|" + "---|" * 6
         )
         for stage in STAGES:
             if stage in options.stages:
-                o = trials(stage, base, options.kinds, options.kills, options.kills_a_run, options.seed, log)
-                print(f"| {stage} | {o.kills} | {o.runs} | {o.identical} | {o.beyond} | {o.damaged} |", flush=True)
+                o = trials(
+                    stage,
+                    base,
+                    options.kinds,
+                    options.kills,
+                    options.kills_a_run,
+                    options.seed,
+                    log,
+                )
+                print(
+                    f"| {stage} | {o.kills} | {o.runs} | {o.identical} | {o.beyond} | {o.damaged} "
+                    "|",
+                    flush=True,
+                )
                 failed |= o.identical != o.runs or o.beyond > 0
             if stage == "tokenizer" and "prior" in options.stages:
                 for verb in ("train-tokenizer", "encode"):
-                    made = attempt([verb, "--config", str(folder / "experiment.yaml"), "--output_dir", str(base.parent)], base, log, None)
+                    made = attempt(
+                        [
+                            verb,
+                            "--config",
+                            str(folder / "experiment.yaml"),
+                            "--output_dir",
+                            str(base.parent),
+                        ],
+                        base,
+                        log,
+                        None,
+                    )
                     if made.status:
                         raise SystemExit(log.read_text()[-2000:])
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")

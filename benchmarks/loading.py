@@ -1,9 +1,11 @@
-"""Pictures loaded, shrunk and cropped for training, by `data.workers` threads; and which share of its time a training waits for them.
+"""Pictures loaded, shrunk and cropped for training, by `data.workers` threads; and which share of
+its time a training waits for them.
 
-python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300]
-JPEGs of 256x256 (about 28 KB, smooth with some noise) are made in a temporary folder and read as 64x64, none kept in memory
-(`data.memory` 0): as files of a folder, from webdataset shards row by row, and as a stream of them. Then the tokenizer of
-configs/emoji.yaml is trained on the folder; what it waited is what `fit` measured.
+python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300] JPEGs of 256x256 (about
+28 KB, smooth with some noise) are made in a temporary folder and read as 64x64, none kept in memory
+(`data.cache_gb` 0): as files of a folder, from webdataset shards row by row, and as a stream of
+them. Then the tokenizer of configs/emoji.yaml is trained on the folder; what it waited is what
+`fit` measured.
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ SHARD = 500
 def jpeg(number: int, side: int = 256) -> bytes:
     """A smooth picture with noise, as a file."""
     random = np.random.default_rng(number)
-    smooth = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    noisy = np.asarray(smooth).astype(np.int16) + random.normal(0, 8, (side, side, 1)).astype(np.int16)
+    smooth = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    noisy = np.asarray(smooth).astype(np.int16) + random.normal(0, 8, (side, side, 1)).astype(
+        np.int16
+    )
     buffer = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -55,9 +61,12 @@ def write(folder: Path, count: int) -> None:
 
 
 def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
-    """Pictures a second while every picture is opened once, and while batches are loaded; the first is 0 for a stream."""
+    """Pictures a second while every picture is opened once, and while batches are loaded; the first
+    is 0 for a stream."""
     start = time.perf_counter()
-    train, _ = load_sources(DataConfig(source=str(source), workers=workers, memory=0.0, streaming=streaming))
+    train, _ = load_sources(
+        DataConfig(source=str(source), workers=workers, cache_gb=0.0, streaming=streaming)
+    )
     opened = 0.0 if streaming else (len(train) / 0.95) / (time.perf_counter() - start)
     feed = batch_loader(train, BATCH, 0, 0, 1)
     feed.pictures(0)
@@ -71,17 +80,36 @@ def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
 def waited(folder: Path, steps: int, workers: int) -> str:
     """What a training on the folder says at its end."""
     command = [
-        sys.executable, "-m", "pipeline.cli", "train-tokenizer", "--config", "configs/emoji.yaml", "--name", "loading", "--output_dir",
-        str(folder / "runs"), "--data.source", str(folder / "pictures"), "--data.memory", "0", "--data.workers", str(workers),
-        "--tokenizer.train.steps", str(steps), "--tokenizer.train.compile", "on",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "train-tokenizer",
+        "--config",
+        "configs/emoji.yaml",
+        "--name",
+        "loading",
+        "--output_dir",
+        str(folder / "runs"),
+        "--data.source",
+        str(folder / "pictures"),
+        "--data.cache_gb",
+        "0",
+        "--data.workers",
+        str(workers),
+        "--tokenizer.train.steps",
+        str(steps),
+        "--tokenizer.train.compile",
+        "on",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"tokenizer: (.*waiting for data)", done.stdout + done.stderr)
     return found.group(1) if found else (done.stdout + done.stderr)[-500:]
 
 
 def main() -> None:
-    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     reader.add_argument("--pictures", type=int, default=4000)
     reader.add_argument("--workers", type=int, default=2)
     reader.add_argument("--steps", type=int, default=300, help="of the training; 0 trains none")
@@ -89,11 +117,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, options.pictures)
-        load_sources(DataConfig(source=str(folder / "pictures"), held_out=0.9))  # what is imported and read for the first time
+        # What is imported and read for the first time
+        load_sources(DataConfig(source=str(folder / "pictures"), val_fraction=0.9))
         print("| source | opened, pictures/s | loaded at 64x64, pictures/s |\n|---|---|---|")
-        for label, source, streaming in (("folder", "pictures", False), ("shards", "shards", False), ("stream of shards", "shards", True)):
+        for label, source, streaming in (
+            ("folder", "pictures", False),
+            ("shards", "shards", False),
+            ("stream of shards", "shards", True),
+        ):
             opened, loaded = rate(folder / source, options.workers, streaming=streaming)
-            print(f"| {label} | {f'{opened:,.0f}' if opened else '-'} | {loaded:,.0f} |", flush=True)
+            print(
+                f"| {label} | {f'{opened:,.0f}' if opened else '-'} | {loaded:,.0f} |", flush=True
+            )
         if options.steps:
             print(f"training: {waited(folder, options.steps, options.workers)}")
 

@@ -1,10 +1,12 @@
-"""Memory while codes are written, opened, read as training reads them, and their captions learned: how much it grows with the rows.
+"""Memory while codes are written, opened, read as training reads them, and their captions learned:
+how much it grows with the rows.
 
-python -m benchmarks.memory [--rows 1000000] [--folder DIR]
-Rows of 64 codes and captions of eight words, one picture in four with a second caption, go through the functions that encoding and
-training use, with numbers in place of a tokenizer's codes. Growth is the most that was seen above the start of the part: of the process's
-own (anonymous) memory, and of its resident memory, which counts the pages of mapped files, too, that the system may drop at any time. Each
-part runs on 10,000 rows first, in a row of its own: what it imports and what it needs once is counted there.
+python -m benchmarks.memory [--rows 1000000] [--folder DIR] Rows of 64 codes and captions of eight
+words, one picture in four with a second caption, go through the functions that encoding and
+training use, with numbers in place of a tokenizer's codes. Growth is the most that was seen above
+the start of the part: of the process's own (anonymous) memory, and of its resident memory, which
+counts the pages of mapped files, too, that the system may drop at any time. Each part runs on
+10,000 rows first, in a row of its own: what it imports and what it needs once is counted there.
 """
 
 from __future__ import annotations
@@ -22,14 +24,26 @@ import psutil
 
 from benchmarks.timing import machine
 from pipeline.config.load import load_values
-from pipeline.data.codes.dataset import FORMAT, CodesDataset, mark_shard_done, planned_files, recorded_shard, write_manifest
+from pipeline.data.codes.dataset import (
+    FORMAT,
+    CodesDataset,
+    mark_shard_done,
+    planned_files,
+    recorded_shard,
+    write_manifest,
+)
 from pipeline.data.codes.shards import EncodedRows, write_shard
 from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.stages.prior import text_tokenizer
 
 CODES, NUM_CODES, BATCH = 64, 1024, 64
-WORDS = [f"{first}{second}{third}" for first in "bdfgklmnprst" for second in "aeiou" for third in ("n", "rk", "st", "lm")]
+WORDS = [
+    f"{first}{second}{third}"
+    for first in "bdfgklmnprst"
+    for second in "aeiou"
+    for third in ("n", "rk", "st", "lm")
+]
 SMALL = 10_000
 MIB = 2**20
 
@@ -47,7 +61,9 @@ class Growth:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.own, self.resident = ((most - start) / MIB for most, start in zip(self._most, self._start, strict=True))
+        self.own, self.resident = (
+            (most - start) / MIB for most, start in zip(self._most, self._start, strict=True)
+        )
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
@@ -62,15 +78,28 @@ def write(folder: Path, rows: int, each: int) -> None:
     """A whole codes folder of as many training rows, by the functions that encoding writes with."""
     levels = [{"grid": [8, 8], "num_codes": NUM_CODES}]
     plan: dict[str, Any] = {
-        "format": FORMAT, "tokenizer": "none", "levels": levels, "sources": {}, "views": 1, "bf16": False, "images_per_shard": each,
-        "parts": {"train": [{"first": 0, "rows": rows}], "held_out": [{"first": 0, "rows": 1000}]}, "weights": [1.0], "settings": {},
-    }  # fmt: skip
+        "format": FORMAT,
+        "tokenizer": "none",
+        "levels": levels,
+        "sources": {},
+        "augmentations_per_image": 1,
+        "bf16": False,
+        "images_per_shard": each,
+        "parts": {"train": [{"first": 0, "rows": rows}], "held_out": [{"first": 0, "rows": 1000}]},
+        "weights": [1.0],
+        "settings": {},
+    }
     folder.mkdir(parents=True)
     files = planned_files(plan)
     for of_split in files.values():
         for name, unit in of_split.items():
-            mark_shard_done(folder, write_shard(folder / name, blocks(unit.rows), codes=CODES, kind="uint16"))
-    known = {split: [shard for name in of_split if (shard := recorded_shard(folder, name))] for split, of_split in files.items()}
+            mark_shard_done(
+                folder, write_shard(folder / name, blocks(unit.rows), codes=CODES, kind="uint16")
+            )
+    known = {
+        split: [shard for name in of_split if (shard := recorded_shard(folder, name))]
+        for split, of_split in files.items()
+    }
     write_manifest(folder, plan, known)
 
 
@@ -79,7 +108,10 @@ def blocks(rows: range) -> Iterator[EncodedRows]:
         part = range(first, min(first + 128, rows.stop))
         random = np.random.default_rng(first)
         words = random.integers(0, len(WORDS), (len(part), 2, 8))
-        captions = [[" ".join(WORDS[word] for word in one) for one in two][: 2 if i % 4 == 0 else 1] for i, two in enumerate(words)]
+        captions = [
+            [" ".join(WORDS[word] for word in one) for one in two][: 2 if i % 4 == 0 else 1]
+            for i, two in enumerate(words)
+        ]
         yield EncodedRows(random.integers(0, NUM_CODES, (len(part), CODES)), captions, part)
 
 
@@ -107,36 +139,60 @@ def batch_times(codes: CodesDataset, batches: int = 2000) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of codes (1,000,000)")
-    parser.add_argument("--folder", type=Path, help="where to write them for the time of the run (a temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to write them for the time of the run (a temporary folder)",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         scratch = Path(name)
-        settings = {"name": "memory", "output_dir": name, "data": {"source": "emoji"}, "text": {"length": 48}, "trackers": []}
+        settings = {
+            "name": "memory",
+            "output_dir": name,
+            "data": {"source": "emoji"},
+            "text": {"max_length": 48},
+            "trackers": [],
+        }
         experiment = load_values(settings, [])
         accelerator = make_accelerator(experiment, trackers=False)
         opened: dict[int, dict[str, CodesDataset]] = {}
 
         def open_all(rows: int) -> None:
-            opened[rows] = {split: CodesDataset(scratch / str(rows), split) for split in ("train", "held_out")}
+            opened[rows] = {
+                split: CodesDataset(scratch / str(rows), split) for split in ("train", "held_out")
+            }
 
         parts: dict[str, Callable[[int], object]] = {
             "writing": lambda rows: write(scratch / str(rows), rows, 10_000),
             "opening, with verification": open_all,
             "reading two shuffled passes, batches of 64": lambda rows: read(opened[rows]["train"]),
-            "learning the captions, and their lengths": lambda rows: text_tokenizer(experiment, opened[rows], accelerator),
+            "learning the captions, and their lengths": lambda rows: text_tokenizer(
+                experiment, opened[rows], accelerator
+            ),
         }
-        print(f"{machine()}\n| what | rows | own memory grew by, MiB | resident memory, MiB | rows/s |\n|---|---|---|---|---|")
+        print(
+            f"{machine()}\n| what | rows | own memory grew by, MiB | resident memory, MiB | rows/s "
+            "|\n|---|---|---|---|---|"
+        )
         for what, part in parts.items():
             for rows in (SMALL, options.rows):
                 start = time.perf_counter()
                 with Growth() as growth:
                     part(rows)
                 rate = rows / (time.perf_counter() - start) * (2 if "two" in what else 1)
-                print(f"| {what} | {rows:,} | {growth.own:.0f} | {growth.resident:.0f} | {rate:,.0f} |", flush=True)
+                print(
+                    f"| {what} | {rows:,} | {growth.own:.0f} | {growth.resident:.0f} | {rate:,.0f} "
+                    "|",
+                    flush=True,
+                )
         size = sum(path.stat().st_size for path in (scratch / str(options.rows)).iterdir())
         times = batch_times(opened[options.rows]["train"])
-        print(f"{size / MIB:.0f} MiB in files; a batch of {BATCH} random rows: median {np.median(times):.2f} ms, 99% within "
-              f"{np.quantile(times, 0.99):.2f} ms")  # fmt: skip
+        print(
+            f"{size / MIB:.0f} MiB in files; a batch of {BATCH} random rows: median "
+            f"{np.median(times):.2f} ms, 99% within "
+            f"{np.quantile(times, 0.99):.2f} ms"
+        )
 
 
 if __name__ == "__main__":

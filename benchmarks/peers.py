@@ -1,5 +1,6 @@
-"""Builds the peers at the sizes that are compared. dalle-pytorch's pretrained encoders need packages with no CPU build, so the module
-that holds them is replaced by an empty stand-in; nothing that is measured uses it."""
+"""Builds the peers at the sizes that are compared. dalle-pytorch's pretrained encoders need
+packages with no CPU build, so the module that holds them is replaced by an empty stand-in; nothing
+that is measured uses it."""
 
 from __future__ import annotations
 
@@ -24,14 +25,28 @@ def _dalle_pytorch() -> Any:
 def discrete_vae(image_size: int, layers: int, num_codes: int) -> Any:
     """dalle-pytorch's DiscreteVAE as its README sets it up, with one residual block."""
     return _dalle_pytorch().DiscreteVAE(
-        image_size=image_size, num_layers=layers, num_tokens=num_codes, codebook_dim=128, hidden_dim=64, num_resnet_blocks=1
+        image_size=image_size,
+        num_layers=layers,
+        num_tokens=num_codes,
+        codebook_dim=128,
+        hidden_dim=64,
+        num_resnet_blocks=1,
     )
 
 
 def dalle() -> Any:
-    """dalle-pytorch's DALLE at 96 tokens; the vae only says how many codes there are and draws them at the end."""
+    """dalle-pytorch's DALLE at 96 tokens; the vae only says how many codes there are and draws them
+    at the end."""
     vae = discrete_vae(64, 3, NUM_CODES)
-    return _dalle_pytorch().DALLE(dim=256, vae=vae, num_text_tokens=VOCABULARY, text_seq_len=TEXT, depth=6, heads=4, dim_head=64)
+    return _dalle_pytorch().DALLE(
+        dim=256,
+        vae=vae,
+        num_text_tokens=VOCABULARY,
+        text_seq_len=TEXT,
+        depth=6,
+        heads=4,
+        dim_head=64,
+    )
 
 
 def llama() -> Any:
@@ -40,14 +55,23 @@ def llama() -> Any:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY + NUM_CODES, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=TEXT + CODES, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+            vocab_size=VOCABULARY + NUM_CODES,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=TEXT + CODES,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 def ours() -> Any:
-    """Our prior at the same width and depth, with random weights; guidance may be asked of it as if it was trained so."""
+    """Our prior at the same width and depth, with random weights; guidance may be asked of it as if
+    it was trained so."""
     from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
     levels = (Level(grid=(8, 8), num_codes=NUM_CODES),)

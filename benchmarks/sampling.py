@@ -1,10 +1,13 @@
-"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers' generate() with its static cache.
+"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers'
+generate() with its static cache.
 
-benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone] [--out FILE]
-No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by default), fp32 weights. With --compile ours is made
-ready for many pictures as by `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too,
-or with --peers-fp32 those that they come with. Then what guidance costs, and how long a step takes against the time in which its bytes
-can be read or its products worked out; --alone leaves the peers out.
+benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone]
+[--out FILE] No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by
+default), fp32 weights. With --compile ours is made ready for many pictures as by
+`TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too, or
+with --peers-fp32 those that they come with. Then what guidance costs, and how long a step takes
+against the time in which its bytes can be read or its products worked out; --alone leaves the peers
+out.
 """
 
 from __future__ import annotations
@@ -38,32 +41,51 @@ def main() -> None:
             model.to(torch.bfloat16)
 
     def draw(**how):
-        return lambda: sample(ours, text, range(batch), SamplingOptions(**how), compiled=options.compile)
+        return lambda: sample(
+            ours, text, range(batch), SamplingOptions(**how), compiled=options.compile
+        )
 
     @torch.no_grad()
     def generate():
         return llama.generate(
-            text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=peers.CODES, min_new_tokens=peers.CODES,
+            text,
+            attention_mask=torch.ones_like(text),
+            do_sample=True,
+            max_new_tokens=peers.CODES,
+            min_new_tokens=peers.CODES,
             cache_implementation="static",
-        )  # fmt: skip
+        )
 
     sides = {"ours": draw()}
     if not options.alone:
-        sides |= {"dalle-pytorch": lambda: dalle.generate_images(text), "Llama generate()": generate}
+        sides |= {
+            "dalle-pytorch": lambda: dalle.generate_images(text),
+            "Llama generate()": generate,
+        }
     rounds = 7 if batch == 1 else 3
-    kind = ", ours compiled, " + ("bf16, peers in fp32" if options.peers_fp32 else "all bf16") if options.compile else ""
+    kind = (
+        ", ours compiled, " + ("bf16, peers in fp32" if options.peers_fp32 else "all bf16")
+        if options.compile
+        else ""
+    )
     seconds = interleave(sides, rounds=rounds)
-    report(f"sampling, batch {batch}{kind}", "pictures/s", {k: batch / v for k, v in seconds.items()})
+    report(
+        f"sampling, batch {batch}{kind}", "pictures/s", {k: batch / v for k, v in seconds.items()}
+    )
 
     own = {"ours": draw(), "guided": draw(guidance_scale=2.0)}
     seconds = interleave(own, rounds=max(rounds, 5), warm_up=2)
     step, floor, why = seconds["ours"] / peers.CODES, *step_floor(ours, batch)
     print(f"  guidance costs {seconds['guided'] / seconds['ours']:.2f}x")
-    print(f"  a step takes {step * 1e3:.2f} ms, {step / floor:.1f}x of the {floor * 1e3:.2f} ms that {why}")
+    print(
+        f"  a step takes {step * 1e3:.2f} ms, {step / floor:.1f}x of the {floor * 1e3:.2f} ms that "
+        f"{why}"
+    )
 
 
 def step_floor(prior, batch: int) -> tuple[float, str]:
-    """The least seconds for a step: its weights and its cache read once at the rate of a copy, or its products at that of a large one."""
+    """The least seconds for a step: its weights and its cache read once at the rate of a copy, or
+    its products at that of a large one."""
     cache = prior.new_cache(batch)
     weights = [prior.image_head.own, *(p for p in prior.blocks.parameters() if p.ndim == 2)]
     count = sum(w.numel() for w in weights)

@@ -25,7 +25,11 @@ def main() -> None:
             source.captions(rows)
 
     seconds = interleave({"ours": draw}, rounds=5)
-    report("drawing shapes, 64x64, 1 to 3 objects, one core", "pictures/s", {name: PICTURES / s for name, s in seconds.items()})
+    report(
+        "drawing shapes, 64x64, 1 to 3 objects, one core",
+        "pictures/s",
+        {name: PICTURES / s for name, s in seconds.items()},
+    )
 
 
 if __name__ == "__main__":

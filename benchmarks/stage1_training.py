@@ -1,7 +1,9 @@
-"""Training a tokenizer at 32x32, factor 4, batch 64: pictures a second and PSNR after the same wall time, against DiscreteVAE.
+"""Training a tokenizer at 32x32, factor 4, batch 64: pictures a second and PSNR after the same wall
+time, against DiscreteVAE.
 
-benchmarks/.venv/bin/python -m benchmarks.stage1_training [--seconds 60] [--out FILE]
-Both see the same pictures of the embedded world under the same bf16 autocast; PSNR is of hard codes on 500 held-out pictures.
+benchmarks/.venv/bin/python -m benchmarks.stage1_training [--seconds 60] [--out FILE] Both see the
+same pictures of the embedded world under the same bf16 autocast; PSNR is of hard codes on 500
+held-out pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from pipeline.config.data import DataConfig
 from pipeline.config.train import TrainConfig
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.training.optimizers import optimizers_for
-from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, to_model_range
+from stage1_tokenizer import (
+    ImageTokenizer,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerObjective,
+    to_model_range,
+)
 from stage1_tokenizer.metrics import peak_signal_to_noise
 
 BATCH, NUM_CODES = 64, 512
@@ -32,12 +40,23 @@ def main() -> None:
     pictures = torch.from_numpy(ShapesSource(config, "train").images(range(20_000)))
     held_out = to_model_range(torch.from_numpy(ShapesSource(config, "held_out").images(range(500))))
     tokenizer = ImageTokenizer(
-        TokenizerConfig(image_size=32, factor=4, width=96, encoder_depth=1, decoder_depth=2, num_codes=NUM_CODES)
+        TokenizerConfig(
+            image_size=32,
+            downsample_factor=4,
+            width=96,
+            encoder_depth=1,
+            decoder_depth=2,
+            num_codes=NUM_CODES,
+        )
     ).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     vae = peers.discrete_vae(32, 2, NUM_CODES)
     optimizers = {
-        "ours": list(optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon", learning_rate=8e-3)).values()),
+        "ours": list(
+            optimizers_for(
+                "tokenizer", tokenizer, TrainConfig(optimizer="muon", learning_rate=8e-3)
+            ).values()
+        ),
         "dalle-pytorch": [torch.optim.Adam(vae.parameters(), lr=1e-3)],
     }
     generator = torch.Generator().manual_seed(0)
@@ -46,13 +65,22 @@ def main() -> None:
         batch = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
             unit = (to_model_range(batch) + 1) / 2
-            loss = next(objective.losses(batch, 0)).value if side == "ours" else vae(unit, return_loss=True)
+            loss = (
+                next(objective.losses(batch, 0)).value
+                if side == "ours"
+                else vae(unit, return_loss=True)
+            )
         loss.backward()
         for optimizer in optimizers[side]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    rates = {k: BATCH / v for k, v in interleave({s: (lambda s=s: step(s)) for s in optimizers}, rounds=15, warm_up=3).items()}
+    rates = {
+        k: BATCH / v
+        for k, v in interleave(
+            {s: (lambda s=s: step(s)) for s in optimizers}, rounds=15, warm_up=3
+        ).items()
+    }
     for side in optimizers:
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
@@ -64,7 +92,9 @@ def main() -> None:
         theirs = vae.decode(vae.get_codebook_indices((held_out + 1) / 2))
     psnr = {
         f"ours, dB after {seconds:.0f} s": float(peak_signal_to_noise(held_out, ours).mean()),
-        f"dalle-pytorch, dB after {seconds:.0f} s": float(peak_signal_to_noise(held_out, theirs).mean()),
+        f"dalle-pytorch, dB after {seconds:.0f} s": float(
+            peak_signal_to_noise(held_out, theirs).mean()
+        ),
     }
     report("stage 1 training", "pictures/s", rates, psnr)
 

@@ -1,7 +1,9 @@
-"""Training a prior: tokens a second of ours, dalle-pytorch's DALLE and transformers' LlamaForCausalLM. 96 tokens, batch 64, AdamW.
+"""Training a prior: tokens a second of ours, dalle-pytorch's DALLE and transformers'
+LlamaForCausalLM. 96 tokens, batch 64, AdamW.
 
 benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--peers-fp32] [--out FILE]
-Ours computes in bf16 autocast as `precision: auto` does. Peers are given the same autocast, or with --peers-fp32 none, as they come.
+Ours computes in bf16 autocast as `precision: auto` does. Peers are given the same autocast, or with
+--peers-fp32 none, as they come.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def main() -> None:
     objective = PriorObjective(ours, PriorObjectiveConfig())
 
     def step(model, loss):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+        )
 
         bf16 = model is ours or "--peers-fp32" not in sys.argv
 
@@ -41,7 +45,9 @@ def main() -> None:
         return run
 
     sides = {
-        "ours": step(ours, lambda: next(objective.losses({"text_ids": text, "codes": codes}, 0)).value),
+        "ours": step(
+            ours, lambda: next(objective.losses({"text_ids": text, "codes": codes}, 0)).value
+        ),
         "dalle-pytorch DALLE": step(dalle, lambda: dalle(text, codes, return_loss=True)),
         "LlamaForCausalLM": step(llama, lambda: llama(input_ids=joint, labels=joint).loss),
     }
@@ -49,9 +55,15 @@ def main() -> None:
         ours.compile_networks()
         compiled = peers.llama()
         compiled.compile()
-        sides["LlamaForCausalLM compiled"] = step(compiled, lambda: compiled(input_ids=joint, labels=joint).loss)
+        sides["LlamaForCausalLM compiled"] = step(
+            compiled, lambda: compiled(input_ids=joint, labels=joint).loss
+        )
     seconds = interleave(sides, rounds=7, warm_up=2)
-    sizes = {"ours, M parameters": peers.millions(ours), "DALLE, M": peers.millions(dalle), "Llama, M": peers.millions(llama)}
+    sizes = {
+        "ours, M parameters": peers.millions(ours),
+        "DALLE, M": peers.millions(dalle),
+        "Llama, M": peers.millions(llama),
+    }
     name = "stage 2 training" + (", ours compiled" if "--compile" in sys.argv else "")
     name += ", peers in fp32" if "--peers-fp32" in sys.argv else ""
     report(name, "tokens/s", {k: BATCH * TOKENS / v for k, v in seconds.items()}, sizes)

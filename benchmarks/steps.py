@@ -1,9 +1,11 @@
-"""Steps of several codes: pictures a second against a code a step, of a bundle that was trained on random orders.
+"""Steps of several codes: pictures a second against a code a step, of a bundle that was trained on
+random orders.
 
-benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N]
-How many codes are drawn again depends on what the prior has learned, so this takes a trained one: `minidalle run --config ...` comes
-first. Captions are held-out ones, options the bundle's, weights bf16, nothing compiled on either side. How many captions are drawn
-right in 16 steps is said by `minidalle evaluate`.
+benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N] How
+many codes are drawn again depends on what the prior has learned, so this takes a trained one:
+`minidalle run --config ...` comes first. Captions are held-out ones, options the bundle's, weights
+bf16, nothing compiled on either side. How many captions are drawn right in 16 steps is said by
+`minidalle evaluate`.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ def main() -> None:
     tune_malloc()
     pipe = TextToImagePipeline.from_pretrained(experiment.folder / "bundle")
     prior = pipe.prior.to(torch.bfloat16)
-    prompts = [prompt.text for prompt in ShapesSource(experiment.data, "held_out").prompts(range(options.batch))]
+    prompts = [
+        prompt.text
+        for prompt in ShapesSource(experiment.data, "held_out").prompts(range(options.batch))
+    ]
     text = pipe.text.encode(prompts, truncate=True)
     codes = prior.stream.image_length
 
     def draw(guidance_scale: float, steps: int):
-        how = replace(pipe.defaults, guidance_scale=guidance_scale, steps=steps)
+        how = replace(pipe.defaults, guidance_scale=guidance_scale, num_inference_steps=steps)
         return lambda: sample(prior, text, range(options.batch), how)
 
     for scale in (1.0, pipe.defaults.guidance_scale):
@@ -44,7 +49,10 @@ def main() -> None:
         seconds = interleave(sides, rounds=15 if options.batch == 1 else 5, warm_up=2)
         print(f"batch {options.batch}, guidance {scale} (pictures/s), {machine()}")
         for side, value in seconds.items():
-            print(f"  {side:<24} {options.batch / value:12,.1f}   {seconds[f'{codes} steps'] / value:.2f}x those of {codes} steps")
+            print(
+                f"  {side:<24} {options.batch / value:12,.1f}   "
+                f"{seconds[f'{codes} steps'] / value:.2f}x those of {codes} steps"
+            )
 
 
 if __name__ == "__main__":

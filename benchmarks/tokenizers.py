@@ -1,9 +1,11 @@
-"""Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and vector-quantize-pytorch's VectorQuantize in our network.
+"""Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and
+vector-quantize-pytorch's VectorQuantize in our network.
 
-benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes 8] [--row NAME]
-Each peer has its default settings, the comparison's first row's data, steps (or minutes) and prior, and bf16 autocast as ours has;
-DiscreteVAE also trains in fp32, as it comes. The rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows
-them below its own.
+benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes
+8] [--row NAME] Each peer has its default settings, the comparison's first row's data, steps (or
+minutes) and prior, and bf16 autocast as ours has; DiscreteVAE also trains in fp32, as it comes. The
+rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows them below
+its own.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ from pipeline.config.experiment import Experiment
 from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.devices import uses_bf16
 from pipeline.stages.encode import sources_of
-from stage1_tokenizer import ImageTokenizer, Level, Quantized, TokenizerConfig, codebook_statistics, to_model_range
+from stage1_tokenizer import (
+    ImageTokenizer,
+    Level,
+    Quantized,
+    TokenizerConfig,
+    codebook_statistics,
+    to_model_range,
+)
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.quantizers.base import SingleLevel
 
@@ -49,7 +58,9 @@ class PeerQuantizer(SingleLevel):
             if self.training:
                 self.count(codes)
                 metrics = self.usage_metrics()
-        return Quantized(quantized.transpose(1, 2).reshape(b, d, h, w), codes, loss.sum(), metrics=metrics)
+        return Quantized(
+            quantized.transpose(1, 2).reshape(b, d, h, w), codes, loss.sum(), metrics=metrics
+        )
 
     def look_up(self, codes: Tensor) -> Tensor:
         return self.inner.get_output_from_indices(codes)
@@ -61,7 +72,9 @@ class PeerTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.own_config = config
-        self.vae = peers.discrete_vae(config.image_size, config.factor.bit_length() - 1, config.num_codes)
+        self.vae = peers.discrete_vae(
+            config.image_size, config.downsample_factor.bit_length() - 1, config.num_codes
+        )
         self.image_size, self.num_codes = config.image_size, config.num_codes
 
     @property
@@ -70,7 +83,8 @@ class PeerTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other weights, so that codes and a prior of an earlier try are not taken for this one's."""
+        """Another one for other weights, so that codes and a prior of an earlier try are not taken
+        for this one's."""
         digest = hashlib.sha256()
         for tensor in self.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -99,7 +113,9 @@ class PeerTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.get_codebook_indices((pixels + 1) / 2).reshape(len(pixels), *self.own_config.grid)
+        return self.vae.get_codebook_indices((pixels + 1) / 2).reshape(
+            len(pixels), *self.own_config.grid
+        )
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: Any = None) -> Tensor:
@@ -112,15 +128,22 @@ class PeerTokenizer(nn.Module):
         return to_pil(to_pictures(self.decode(codes)))
 
 
-def train_discrete_vae(experiment: Experiment, seconds: float | None, *, fp32: bool) -> PeerTokenizer:
-    """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many seconds; writes its held-out figures."""
+def train_discrete_vae(
+    experiment: Experiment, seconds: float | None, *, fp32: bool
+) -> PeerTokenizer:
+    """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many
+    seconds; writes its held-out figures."""
     train = experiment.tokenizer.train
     torch.manual_seed(experiment.seed)
     source, held_out = sources_of(experiment)
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     order = BatchSampler(len(source), train.resolved_batch()[0], experiment.seed)
-    bf16, start, step = not fp32 and uses_bf16(experiment.precision, torch.device("cpu")), time.perf_counter(), 0
+    bf16, start, step = (
+        not fp32 and uses_bf16(experiment.precision, torch.device("cpu")),
+        time.perf_counter(),
+        0,
+    )
     while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
         pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -131,7 +154,11 @@ def train_discrete_vae(experiment: Experiment, seconds: float | None, *, fp32: b
         step += 1
     tokenizer.eval()
     print(f"DiscreteVAE: {step} steps in {time.perf_counter() - start:.0f} s", flush=True)
-    true = to_model_range(torch.from_numpy(held_out.images(range(min(len(held_out), experiment.encode.held_out)))))
+    true = to_model_range(
+        torch.from_numpy(
+            held_out.images(range(min(len(held_out), experiment.encode.max_val_images)))
+        )
+    )
     codes = tokenizer.encode(true)
     statistics = codebook_statistics(torch.bincount(codes.flatten(), minlength=tokenizer.num_codes))
     figures = {
@@ -151,15 +178,24 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     trained: list[PeerTokenizer] = []
 
     def train(given: Experiment) -> Path:
-        trained.append(train_discrete_vae(given, None if minutes is None else 60 * minutes, fp32=fp32))
+        trained.append(
+            train_discrete_vae(given, None if minutes is None else 60 * minutes, fp32=fp32)
+        )
         return given.folder / "tokenizer"
 
     comparison.train_tokenizer = train
     comparison.steps_in_budget = lambda given, seconds: 1
     ImageTokenizer.load = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
     figures = comparison.run_variant(experiment, minutes)
-    steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"]["train"]["steps"]
-    figures |= {"steps": steps, "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / (60 * figures["minutes"])}
+    steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"][
+        "train"
+    ]["steps"]
+    figures |= {
+        "steps": steps,
+        "training_rate": steps
+        * experiment.tokenizer.train.resolved_batch()[0]
+        / (60 * figures["minutes"]),
+    }
     comparison.write_figures(experiment, minutes, figures)
 
 
@@ -177,18 +213,24 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--row", choices=tuple(ROWS), help="one of them, in this process (all, each in a process of its own)")
+    parser.add_argument(
+        "--row",
+        choices=tuple(ROWS),
+        help="one of them, in this process (all, each in a process of its own)",
+    )
     options, rest = parser.parse_known_args()
     if options.row is None:
         import subprocess
         import sys
 
         for row in ROWS:
-            subprocess.run([sys.executable, "-m", "benchmarks.tokenizers", "--row", row, *rest], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.tokenizers", "--row", row, *rest], check=True
+            )
         return
     given = comparison.load_comparison(rest)
     name, run = ROWS[options.row]
-    base = next(iter(given.rows.values()))
+    base = next(iter(given.variants.values()))
     plain = TokenizerConfig(**{**vars(base.tokenizer.model), "vq": type(base.tokenizer.model.vq)()})
     row = replace(base, name=name, tokenizer=replace(base.tokenizer, model=plain))
     if comparison.is_complete(row, given.minutes):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
     from pipeline.inference.generate import edit, generate, reconstruct
-    from pipeline.inference.pipeline import TextToImageOutput, TextToImagePipeline
+    from pipeline.inference.output import TextToImageOutput
+    from pipeline.inference.pipeline import TextToImagePipeline
     from pipeline.inference.reranking import CLIPScorer
     from pipeline.stages.compare_tokenizers import compare_tokenizers, load_comparison
     from pipeline.stages.encode import encode_dataset, encode_for_export
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CLIPScorer": "pipeline.inference.reranking",
     "Experiment": "pipeline.config.experiment",
-    "TextToImageOutput": "pipeline.inference.pipeline",
+    "TextToImageOutput": "pipeline.inference.output",
     "TextToImagePipeline": "pipeline.inference.pipeline",
     "assemble_bundle": "pipeline.stages.run",
     "codebook_page": "pipeline.evaluation.codebook_report",

@@ -5,8 +5,8 @@ from stage1_tokenizer.metrics import structural_similarity
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
 from stage1_tokenizer.options import (
-    AdversaryOptions,
     BinaryOptions,
+    DiscriminatorOptions,
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
@@ -29,9 +29,9 @@ from stage1_tokenizer.quantizers import (
 )
 
 __all__ = [
-    "AdversaryOptions",
     "BinaryOptions",
     "CodebookStatistics",
+    "DiscriminatorOptions",
     "FsqOptions",
     "GumbelOptions",
     "HierarchicalOptions",

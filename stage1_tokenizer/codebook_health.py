@@ -1,4 +1,5 @@
-"""When a codebook is going to waste, and what to do about it. Knows figures and options; no tensors."""
+"""When a codebook is going to waste, and what to do about it. Knows figures and options; no
+tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +14,17 @@ ALARM_AFTER = 300
 
 
 def check(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
-    """One line on the worst level of a codebook that is hardly used, with what to change; None where all is well."""
+    """One line on the worst level of a codebook that is hardly used, with what to change; None
+    where all is well."""
     shares = {name: value for name, value in figures.items() if name.startswith("codebook_usage")}
     if step < ALARM_AFTER or not shares or min(shares.values()) >= ALARM_BELOW:
         return None
     worst = min(shares, key=lambda name: shares[name])
     where = worst.removeprefix("codebook_usage").replace("_", " ")
-    return f"only {shares[worst]:.0%} of the codes{' of' + where if where else ''} are in use at step {step}; {suggestion(config)}"
+    return (
+        f"only {shares[worst]:.0%} of the codes{' of' + where if where else ''} are in use "
+        f"at step {step}; {suggestion(config)}"
+    )
 
 
 def suggestion(config: TokenizerConfig) -> str:
@@ -35,9 +40,17 @@ def suggestion(config: TokenizerConfig) -> str:
             )
             return f"{first}, lower tokenizer.train.learning_rate, {fewer}"
         case "lfq" | "bsq":
-            return f"raise tokenizer.model.sign.entropy_weight (now {config.sign.entropy_weight:g}) or sign.diversity, {fewer}"
+            return (
+                "raise tokenizer.model.sign.entropy_weight (now "
+                f"{config.sign.entropy_weight:g}) or sign.diversity, {fewer}"
+            )
         case "gumbel" | "score_function" | "binary":
             options = getattr(config, config.quantizer)
-            return f"raise tokenizer.model.{config.quantizer}.diversity (now {options.diversity:g}), {fewer}"
+            return (
+                f"raise tokenizer.model.{config.quantizer}.diversity (now "
+                f"{options.diversity:g}), {fewer}"
+            )
         case _:
-            return f"lower tokenizer.train.learning_rate, {fewer} and fewer tokenizer.model.fsq.levels"
+            return (
+                f"lower tokenizer.train.learning_rate, {fewer} and fewer tokenizer.model.fsq.levels"
+            )

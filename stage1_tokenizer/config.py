@@ -1,4 +1,5 @@
-"""What a tokenizer is made of and what it minimises. Knows sizes and their relations; knows nothing of tensors or data."""
+"""What a tokenizer is made of and what it minimises. Knows sizes and their relations; knows nothing
+of tensors or data."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from stage1_tokenizer.options import (
     LARGEST_CODE,
     OWNERS,
     STEP,
-    AdversaryOptions,
     Architecture,
     BinaryOptions,
+    DiscriminatorOptions,
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
@@ -25,7 +26,7 @@ from stage1_tokenizer.options import (
     SignOptions,
     VectorOptions,
     VqganOptions,
-)  # fmt: skip
+)
 
 
 def nearest_multiple(size: int, step: int) -> int:
@@ -56,32 +57,33 @@ class TokenizerConfig:
     """Height and width of a picture, in pixels."""
     channels: int = 3
     """Colours of a pixel."""
-    factor: int = 8
+    downsample_factor: int = 8
     """Pixels a code covers along each axis; a power of two."""
     width: int = 192
-    """Channels at the code grid's resolution; each finer resolution has half as many, 32 at least."""
+    """Channels at the code grid's resolution; each finer resolution has half as many, 32 at
+    least."""
     encoder_depth: int = 1
     """Residual blocks at each resolution of the encoder; in a transformer, its blocks."""
     encoder_kernel: Literal[1, 3] = 1
-    """1: a code sees the pixels it covers alone, which makes it easiest for a prior to explain; 3: its surroundings too, which makes
-    pictures a little sharper."""
+    """1: a code sees the pixels it covers alone, which makes it easiest for a prior to explain; 3:
+    its surroundings too, which makes pictures a little sharper."""
     decoder_depth: int = 3
     """The same of the decoder, which has the harder task."""
     architecture: Architecture = "patch"
-    """Networks: convolutions over folded patches; a transformer over patches; DALL-E's dVAE (`width` is its widest, 8 times its base at
-    factor 8); or VQ-GAN's."""
+    """Networks: convolutions over folded patches; a transformer over patches; DALL-E's dVAE
+    (`width` is its widest, 8 times its base at factor 8); or VQ-GAN's."""
     attention: bool = False
     """Self-attention at the codes' resolution (`architecture: patch`)."""
     vqgan: VqganOptions = field(default_factory=VqganOptions)
-    """Sizes of `architecture: vqgan`, in place of width and depths. The logits of categorical quantizers come from `code_dim` features
-    there."""
+    """Sizes of `architecture: vqgan`, in place of width and depths. The logits of categorical
+    quantizers come from `code_dim` features there."""
     quantizer: QuantizerName = "vq"
     """How features become codes."""
     num_codes: int = 1024
     """Entries of the codebook (of each one where there are several)."""
     code_dim: int = 16
-    """Features of a code's vector. `binary`, `lfq` and `bsq` have one for each bit of `num_codes` and `fsq` one for each of its levels,
-    whatever is said here."""
+    """Features of a code's vector. `binary`, `lfq` and `bsq` have one for each bit of `num_codes`
+    and `fsq` one for each of its levels, whatever is said here."""
     vq: VectorOptions = field(default_factory=VectorOptions)
     """Options of `quantizer: vq`, `residual` and `hierarchical`."""
     gumbel: GumbelOptions = field(default_factory=GumbelOptions)
@@ -99,21 +101,37 @@ class TokenizerConfig:
     hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
     """Options of `quantizer: hierarchical`."""
     likelihood: LikelihoodName = "l2"
-    """p(picture given codes): Gaussian, Gaussian of each picture's own best deviation (highest PSNR), Laplace, DALL-E's logit-Laplace, or a
-    coin a dimension."""
+    """p(picture given codes): Gaussian, Gaussian of each picture's own best deviation (highest
+    PSNR), Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
     likelihood_scale: float = 0.1
-    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the least scale that logit-Laplace may
-    learn, in units of its logit (the larger, the less flat backgrounds outweigh the rest); `calibrated_l2` and a coin have none."""
+    """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the
+    least scale that logit-Laplace may learn, in units of its logit (the larger, the less flat
+    backgrounds outweigh the rest); `calibrated_l2` and a coin have none."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("image_size", "channels", "width", "encoder_depth", "decoder_depth", "code_dim"):
+        for name in (
+            "image_size",
+            "channels",
+            "width",
+            "encoder_depth",
+            "decoder_depth",
+            "code_dim",
+        ):
             if getattr(self, name) < 1:
-                problems.append(f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.factor < 1 or self.factor & (self.factor - 1):
-            problems.append(f"tokenizer.model.factor is {self.factor}; it must be a power of two (8)")
+                problems.append(
+                    f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1"
+                )
+        if self.downsample_factor < 1 or self.downsample_factor & (self.downsample_factor - 1):
+            problems.append(
+                f"tokenizer.model.downsample_factor is {self.downsample_factor}; it must be a "
+                "power of two (8)"
+            )
         elif self.image_size % self.stride:
-            needed = f"{self.stride}, which tokenizer.model.factor {self.factor} needs"
+            needed = (
+                f"{self.stride}, which tokenizer.model.downsample_factor "
+                f"{self.downsample_factor} needs"
+            )
             if self.quantizer == "hierarchical":
                 needed += f" with hierarchical.levels {self.hierarchical.levels}"
             problems.append(
@@ -122,12 +140,17 @@ class TokenizerConfig:
             )
         if self.width % 16:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
-        # Below a step of 8-bit pictures a density of fixed scale gives more than they hold: fewer than 0 bits a dimension.
+        # Below a step of 8-bit pictures a density of fixed scale gives more than they hold: fewer
+        # than 0 bits a dimension.
         least = STEP if self.likelihood in ("l2", "l1") else 0.0
         if self.likelihood_scale <= least:
             problems.append(
                 f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above "
-                + (f"{least:.4f}, the step of 8-bit pictures (or choose likelihood calibrated_l2)" if least else "0")
+                + (
+                    f"{least:.4f}, the step of 8-bit pictures (or choose likelihood calibrated_l2)"
+                    if least
+                    else "0"
+                )
             )
         problems += self._network_problems() + self._quantizer_problems()
         if problems:
@@ -137,24 +160,40 @@ class TokenizerConfig:
         problems = self.vqgan.problems()
         if self.architecture != "patch" and (self.attention or self.encoder_kernel != 1):
             problems.append(
-                "tokenizer.model.attention and encoder_kernel belong to architecture patch, and tokenizer.model.architecture is "
+                "tokenizer.model.attention and encoder_kernel belong to architecture patch, and "
+                "tokenizer.model.architecture is "
                 f"{self.architecture}; leave them out"
             )
         if self.architecture != "vqgan" and self.vqgan != VqganOptions():
             problems.append(
-                "tokenizer.model.vqgan belongs to architecture vqgan, and tokenizer.model.architecture is "
+                "tokenizer.model.vqgan belongs to architecture vqgan, and "
+                "tokenizer.model.architecture is "
                 f"{self.architecture}; remove the section"
             )
-        if self.architecture == "vqgan" and not problems and self.factor != 2 ** (len(self.vqgan.multipliers) - 1):
+        if (
+            self.architecture == "vqgan"
+            and not problems
+            and self.downsample_factor != 2 ** (len(self.vqgan.multipliers) - 1)
+        ):
             problems.append(
-                f"tokenizer.model.vqgan.multipliers are {len(self.vqgan.multipliers)}, which makes a factor of "
-                f"{2 ** (len(self.vqgan.multipliers) - 1)}, and tokenizer.model.factor is {self.factor}; make them agree"
+                f"tokenizer.model.vqgan.multipliers are {len(self.vqgan.multipliers)}, which makes "
+                "a factor of "
+                f"{2 ** (len(self.vqgan.multipliers) - 1)}, and tokenizer.model.downsample_factor "
+                f"is {self.downsample_factor}; make them agree"
             )
         if self.architecture == "transformer" and self.width % 32:
-            problems.append(f"tokenizer.model.width is {self.width}; architecture transformer needs a multiple of 32")
-        if self.architecture == "dalle" and self.factor >= 1 and (self.width % self.factor or (self.width // self.factor) % 4):
             problems.append(
-                f"tokenizer.model.width is {self.width}; architecture dalle needs 4 times factor {self.factor} or a multiple of that"
+                f"tokenizer.model.width is {self.width}; architecture transformer needs a multiple "
+                "of 32"
+            )
+        if (
+            self.architecture == "dalle"
+            and self.downsample_factor >= 1
+            and (self.width % self.downsample_factor or (self.width // self.downsample_factor) % 4)
+        ):
+            problems.append(
+                f"tokenizer.model.width is {self.width}; architecture dalle needs 4 times factor "
+                f"{self.downsample_factor} or a multiple of that"
             )
         return problems
 
@@ -164,21 +203,32 @@ class TokenizerConfig:
             options = getattr(self, section)
             problems += options.problems()
             if self.quantizer not in owners and options != type(options)():
-                chosen = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+                chosen = {
+                    f.name: getattr(options, f.name)
+                    for f in fields(options)
+                    if getattr(options, f.name) != f.default
+                }
                 problems.append(
-                    f"tokenizer.model.{section} is {chosen}, which belongs to quantizer {' or '.join(owners)}, and "
-                    f"tokenizer.model.quantizer is {self.quantizer}; remove the section or choose that quantizer"
+                    f"tokenizer.model.{section} is {chosen}, which belongs to quantizer "
+                    f"{' or '.join(owners)}, and "
+                    f"tokenizer.model.quantizer is {self.quantizer}; remove the section or choose "
+                    "that quantizer"
                 )
         if not 2 <= self.num_codes <= LARGEST_CODE:
-            problems.append(f"tokenizer.model.num_codes is {self.num_codes}; it must be at least 2, and at most {LARGEST_CODE} (32 bits)")
+            problems.append(
+                f"tokenizer.model.num_codes is {self.num_codes}; it must be at least 2, and at "
+                f"most {LARGEST_CODE} (32 bits)"
+            )
         elif self.quantizer in ("binary", "lfq", "bsq") and self.num_codes & (self.num_codes - 1):
             problems.append(
-                f"tokenizer.model.num_codes is {self.num_codes} and the codes of {self.quantizer} are bits, so it must be a power of two; "
+                f"tokenizer.model.num_codes is {self.num_codes} and the codes of {self.quantizer} "
+                "are bits, so it must be a power of two; "
                 f"the nearest is {2 ** round(math.log2(self.num_codes))}"
             )
         elif self.quantizer == "fsq" and math.prod(self.fsq.levels) != self.num_codes:
             problems.append(
-                f"tokenizer.model.fsq.levels {list(self.fsq.levels)} make {math.prod(self.fsq.levels)} codes and "
+                f"tokenizer.model.fsq.levels {list(self.fsq.levels)} make "
+                f"{math.prod(self.fsq.levels)} codes and "
                 f"tokenizer.model.num_codes is {self.num_codes}; make them agree"
             )
         return problems
@@ -186,27 +236,34 @@ class TokenizerConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the code grid."""
-        return self.image_size // self.factor, self.image_size // self.factor
+        return self.image_size // self.downsample_factor, self.image_size // self.downsample_factor
 
     @property
     def stride(self) -> int:
-        """Pixels a code of the coarsest level covers along each axis; a picture's sides are multiples of it."""
-        return self.factor * 2 ** (max(self.hierarchical.levels, 1) - 1) if self.quantizer == "hierarchical" else self.factor
+        """Pixels a code of the coarsest level covers along each axis; a picture's sides are
+        multiples of it."""
+        return (
+            self.downsample_factor * 2 ** (max(self.hierarchical.levels, 1) - 1)
+            if self.quantizer == "hierarchical"
+            else self.downsample_factor
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels at each resolution, finest first: after a patch of min(factor, 4) pixels, down to the code grid."""
-        halvings = max(int(math.log2(self.factor)) - 2, 0)
+        """Channels at each resolution, finest first: after a patch of min(factor, 4) pixels, down
+        to the code grid."""
+        halvings = max(int(math.log2(self.downsample_factor)) - 2, 0)
         return tuple(max(self.width >> i, 32) for i in reversed(range(halvings + 1)))
 
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What stage 1 minimises (`tokenizer.objective` in a YAML). Steps count from the start of training."""
+    """What stage 1 minimises (`tokenizer.objective` in a YAML). Steps count from the start of
+    training."""
 
     kl_weight: float = 1.0
-    """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`), in the units of the likelihood: 1 is the evidence
-    lower bound."""
+    """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`), in the units of
+    the likelihood: 1 is the evidence lower bound."""
     kl_ramp_steps: int = 1000
     """Steps over which the KL's weight rises from 0 (cosine, DALL-E)."""
     temperature_start: float = 1.0
@@ -217,43 +274,64 @@ class ObjectiveConfig:
     """Steps over which the temperature falls (cosine)."""
     perceptual: PerceptualOptions = field(default_factory=PerceptualOptions)
     """A distance of how pictures look."""
-    adversary: AdversaryOptions = field(default_factory=AdversaryOptions)
+    discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
     """A discriminator (VQ-GAN)."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.kl_weight < 0:
-            problems.append(f"tokenizer.objective.kl_weight is {self.kl_weight}; it must be 0 or more")
+            problems.append(
+                f"tokenizer.objective.kl_weight is {self.kl_weight}; it must be 0 or more"
+            )
         for name in ("temperature_start", "temperature_end"):
             if getattr(self, name) <= 0:
-                problems.append(f"tokenizer.objective.{name} is {getattr(self, name)}; it must be above 0")
-        problems += self.perceptual.problems() + self.adversary.problems()
+                problems.append(
+                    f"tokenizer.objective.{name} is {getattr(self, name)}; it must be above 0"
+                )
+        problems += self.perceptual.problems() + self.discriminator.problems()
         for name in ("kl_ramp_steps", "temperature_steps"):
             if getattr(self, name) < 0:
-                problems.append(f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more")
+                problems.append(
+                    f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more"
+                )
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
     """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
-    problems, adversary = [], objective["adversary"]
+    problems, discriminator = [], objective["discriminator"]
     heats = {name: objective[name] for name in ("temperature_start", "temperature_end")}
-    if adversary["weight"] and adversary["layers"] >= 1 and model["image_size"] >> adversary["layers"] < 3:
+    if (
+        discriminator["weight"]
+        and discriminator["layers"] >= 1
+        and model["image_size"] >> discriminator["layers"] < 3
+    ):
         problems.append(
-            f"tokenizer.objective.adversary.layers is {adversary['layers']}, which leaves no patch of pictures of "
+            f"tokenizer.objective.discriminator.layers is {discriminator['layers']}, which leaves "
+            "no patch of pictures of "
             f"{model['image_size']} pixels; set it lower"
         )
-    if model["quantizer"] == "binary" and model["binary"]["smoothing"] == "power_pair" and max(heats.values()) >= 1:
+    if (
+        model["quantizer"] == "binary"
+        and model["binary"]["smoothing"] == "power_pair"
+        and max(heats.values()) >= 1
+    ):
         worst = max(heats, key=lambda name: heats[name])
         problems.append(
-            f"tokenizer.objective.{worst} is {heats[worst]}, at which tokenizer.model.binary.smoothing power_pair carries nothing of "
+            f"tokenizer.objective.{worst} is {heats[worst]}, at which "
+            "tokenizer.model.binary.smoothing power_pair carries nothing of "
             "a bit; set it below 1 (start at 0.2 and end at 0.1), or choose exponential_pair"
         )
-    if model["quantizer"] == "gumbel" and model["gumbel"]["gradient"] == "reinmax" and min(heats.values()) < 1:
+    if (
+        model["quantizer"] == "gumbel"
+        and model["gumbel"]["gradient"] == "reinmax"
+        and min(heats.values()) < 1
+    ):
         worst = min(heats, key=lambda name: heats[name])
         problems.append(
-            f"tokenizer.objective.{worst} is {heats[worst]:g}, and tokenizer.model.gumbel.gradient reinmax loses its gradient below 1; "
+            f"tokenizer.objective.{worst} is {heats[worst]:g}, and tokenizer.model.gumbel.gradient "
+            "reinmax loses its gradient below 1; "
             "set temperature_start and temperature_end to 1"
         )
     return problems

@@ -1,6 +1,8 @@
-"""Published weights -> our modules: OpenAI's dVAE, VQ-GAN and its Gumbel variant of taming-transformers, LlamaGen's VQ-8 and VQ-16.
+"""Published weights -> our modules: OpenAI's dVAE, VQ-GAN and its Gumbel variant of
+taming-transformers, LlamaGen's VQ-8 and VQ-16.
 
-Knows their files' names of weights, whose shapes say the sizes; knows no training. Nothing is unpickled but plain tensors.
+Knows their files' names of weights, whose shapes say the sizes; knows no training. Nothing is
+unpickled but plain tensors.
 """
 
 from __future__ import annotations
@@ -22,18 +24,28 @@ Weights = dict[str, Tensor]
 
 _IMAGE_SIZE = 256
 """All of them were trained on pictures of 256 pixels."""
-_BOOKKEEPING = ("quantizer.counts", "quantizer.hits", "quantizer.sums", "quantizer.steps", "quantizer.initialized")
-"""What our quantizers know besides their weights: of no use to a tokenizer that is not trained further."""
+_SUFFIXES = {"w": "weight", "b": "bias"}
+_BOOKKEEPING = (
+    "quantizer.counts",
+    "quantizer.usage_ema",
+    "quantizer.sums",
+    "quantizer.steps",
+    "quantizer.initialized",
+)
+"""What our quantizers know besides their weights: of no use to a tokenizer that is not trained
+further."""
 
 
 def load_external(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weights]:
     """The configuration that fits a file of published weights, and the weights under our names.
 
-    `path` is a .safetensors file or one of torch that holds tensors only; for `openai-dvae` a folder with one for the encoder and one
-    for the decoder (encoder.safetensors, decoder.safetensors; or .pt).
+    `path` is a .safetensors file or one of torch that holds tensors only; for `openai-dvae` a
+    folder with one for the encoder and one for the decoder (encoder.safetensors,
+    decoder.safetensors; or .pt).
 
     Raises:
-        ValueError: the file is unsafe or damaged, or holds another architecture's weights; names the first keys that differ.
+        ValueError: the file is unsafe or damaged, or holds another architecture's weights; names
+            the first keys that differ.
         FileNotFoundError: there is no such file.
     """
     if kind not in get_args(Kind):
@@ -55,7 +67,8 @@ def convert(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, W
                 return _vqgan(weights, kind)
     except KeyError as error:
         raise ValueError(
-            f"{name} holds no {kind} weights: it has no {error.args[0]!r}, and its first keys are {sorted(weights)[:3]}; "
+            f"{name} holds no {kind} weights: it has no {error.args[0]!r}, and its first keys are "
+            f"{sorted(weights)[:3]}; "
             f"the kinds are {', '.join(get_args(Kind))}"
         ) from error
 
@@ -67,11 +80,15 @@ def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, na
         ValueError: a weight is missing, too many or of another shape; names the first.
     """
     kept = {key: value for key, value in own.items() if key in _BOOKKEEPING}
-    missing, unexpected = sorted(set(own) - set(kept) - set(weights)), sorted(set(weights) - set(own))
+    missing, unexpected = (
+        sorted(set(own) - set(kept) - set(weights)),
+        sorted(set(weights) - set(own)),
+    )
     shapes = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     if missing or unexpected or shapes:
         raise ValueError(
-            f"{name} does not fit {config.architecture} with {config.quantizer}; first keys that differ: missing {missing[:3]}, "
+            f"{name} does not fit {config.architecture} with {config.quantizer}; first keys that "
+            f"differ: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}, of another shape {shapes[:3]}"
         )
     return kept | weights
@@ -80,25 +97,39 @@ def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, na
 def read_weights(path: Path) -> Weights:
     """Named tensors of a file, whatever they are wrapped in."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; weights are a .safetensors file, or one of torch that holds tensors only")
+        raise FileNotFoundError(
+            f"there is no file {path}; weights are a .safetensors file, or one of torch that holds "
+            "tensors only"
+        )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}; the file is cut or damaged, copy it again") from error
-    except Exception as error:  # torch's loader raises many kinds for files that are damaged, and its own for those that are unsafe
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors ({' '.join(str(error).split())[:120]}); loading such a file can run any "
-            "program in it, so it is refused. Where it can be trusted, save its tensors alone, in the environment that it came from: "
-            'weights = torch.load(path, weights_only=False); safetensors.torch.save_file(weights.state_dict(), "weights.safetensors") '
+            f"{path} cannot be read: {error}; the file is cut or damaged, copy it again"
+        ) from error
+    except Exception as error:
+        # torch's loader raises many kinds for files that are damaged, and its own for those that
+        # are unsafe
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors "
+            f"({' '.join(str(error).split())[:120]}); loading such a file can run any "
+            "program in it, so it is refused. Where it can be trusted, save its tensors alone, in "
+            "the environment that it came from: "
+            "weights = torch.load(path, weights_only=False); "
+            'safetensors.torch.save_file(weights.state_dict(), "weights.safetensors") '
             '(or weights["state_dict"] of a training checkpoint)'
         ) from error
     for key in ("state_dict", "ema", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(value, Tensor) for value in loaded.values())
+    ):
         raise ValueError(f"{path} holds no named tensors; a state dict is needed")
     return loaded
 
@@ -106,9 +137,16 @@ def read_weights(path: Path) -> Weights:
 def _dvae_folder(folder: Path) -> Weights:
     weights: Weights = {}
     for part in ("encoder", "decoder"):
-        found = [folder / f"{part}{suffix}" for suffix in (".safetensors", ".pt", ".pth", ".pkl") if (folder / f"{part}{suffix}").is_file()]
+        found = [
+            folder / f"{part}{suffix}"
+            for suffix in (".safetensors", ".pt", ".pth", ".pkl")
+            if (folder / f"{part}{suffix}").is_file()
+        ]
         if not found:
-            raise FileNotFoundError(f"{folder} holds no {part}.safetensors (or .pt); the dVAE's encoder and decoder are both needed")
+            raise FileNotFoundError(
+                f"{folder} holds no {part}.safetensors (or .pt); the dVAE's encoder and decoder "
+                "are both needed"
+            )
         weights |= {f"{part}.{key}": value for key, value in read_weights(found[0]).items()}
     return weights
 
@@ -126,23 +164,33 @@ def _openai_dvae(weights: Weights) -> tuple[TokenizerConfig, Weights]:
     table, shift = weights["decoder.blocks.input.w"], weights["decoder.blocks.input.b"]
     halvings = _count(weights, r"encoder\.blocks\.group_(\d+)\.") - 1
     config = TokenizerConfig(
-        image_size=_IMAGE_SIZE, channels=first.shape[1], factor=2**halvings, architecture="dalle", width=first.shape[0] << halvings,
+        image_size=_IMAGE_SIZE,
+        channels=first.shape[1],
+        downsample_factor=2**halvings,
+        architecture="dalle",
+        width=first.shape[0] << halvings,
         encoder_depth=_count(weights, r"encoder\.blocks\.group_1\.block_(\d+)\."),
         decoder_depth=_count(weights, r"decoder\.blocks\.group_1\.block_(\d+)\."),
-        quantizer="gumbel", num_codes=last.shape[0], code_dim=table.shape[0], likelihood="logit_laplace",
-    )  # fmt: skip
+        quantizer="gumbel",
+        num_codes=last.shape[0],
+        code_dim=table.shape[0],
+        likelihood="logit_laplace",
+    )
     renamed = {}
     for key, value in weights.items():
         if not key.startswith("decoder.blocks.input."):
             stem, _, suffix = key.rpartition(".")
-            renamed[f"{stem.replace('output.conv', 'output')}.{ {'w': 'weight', 'b': 'bias'}.get(suffix, suffix) }"] = value
+            renamed[f"{stem.replace('output.conv', 'output')}.{_SUFFIXES.get(suffix, suffix)}"] = (
+                value
+            )
     # A 1x1 convolution of one-hot codes is a look-up.
     renamed["quantizer.codebook"] = table[:, :, 0, 0].T + shift
     return config, renamed
 
 
 def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
-    """VQ-GAN by the names of taming-transformers, whose checkpoints hold the losses' networks too."""
+    """VQ-GAN by the names of taming-transformers, whose checkpoints hold the losses' networks
+    too."""
     gumbel = kind == "taming-gumbel"
     names = {
         "quantize.embed.weight" if gumbel else "quantize.embedding.weight": "quantizer.codebook",
@@ -152,26 +200,47 @@ def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
         "post_quant_conv.bias": "decoder.post_quant_conv.bias",
     }
     if gumbel:
-        names |= {"quantize.proj.weight": "encoder.project.weight", "quantize.proj.bias": "encoder.project.bias"}
+        names |= {
+            "quantize.proj.weight": "encoder.project.weight",
+            "quantize.proj.bias": "encoder.project.bias",
+        }
     for key in names:
         weights[key]  # a KeyError names what another architecture lacks
-    first, resolutions = weights["encoder.conv_in.weight"], _count(weights, r"encoder\.down\.(\d+)\.")
-    widths = [weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(resolutions)]
+    first, resolutions = (
+        weights["encoder.conv_in.weight"],
+        _count(weights, r"encoder\.down\.(\d+)\."),
+    )
+    widths = [
+        weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(resolutions)
+    ]
     codebook = weights["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
     config = TokenizerConfig(
-        image_size=_IMAGE_SIZE, channels=first.shape[1], factor=2 ** (resolutions - 1), architecture="vqgan",
+        image_size=_IMAGE_SIZE,
+        channels=first.shape[1],
+        downsample_factor=2 ** (resolutions - 1),
+        architecture="vqgan",
         vqgan=VqganOptions(
-            channels=first.shape[0], multipliers=tuple(width // first.shape[0] for width in widths),
+            channels=first.shape[0],
+            multipliers=tuple(width // first.shape[0] for width in widths),
             blocks=_count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
             latent_channels=weights["encoder.conv_out.weight"].shape[0],
             attention=f"encoder.down.{resolutions - 1}.attn.0.q.weight" in weights,
         ),
-        quantizer="gumbel" if gumbel else "vq", num_codes=codebook.shape[0], code_dim=codebook.shape[1],
-        # Trained further, codes that the first batches do not show must stay as they were published.
-        vq=VectorOptions() if gumbel else VectorOptions(codebook="gradient", normalize=kind == "llamagen", dead_code_threshold=0.0),
+        quantizer="gumbel" if gumbel else "vq",
+        num_codes=codebook.shape[0],
+        code_dim=codebook.shape[1],
+        # Trained further, codes that the first batches do not show must stay as they were
+        # published.
+        vq=VectorOptions()
+        if gumbel
+        else VectorOptions(
+            codebook="gradient", normalize=kind == "llamagen", dead_code_threshold=0.0
+        ),
         likelihood="l1",
-    )  # fmt: skip
-    renamed = {names.get(key, key): value for key, value in weights.items() if not key.startswith("loss.")}
+    )
+    renamed = {
+        names.get(key, key): value for key, value in weights.items() if not key.startswith("loss.")
+    }
     if kind == "llamagen":
         # Its codes have length 1, ours a root mean square of 1.
         key = "decoder.post_quant_conv.weight"
@@ -180,7 +249,8 @@ def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
 
 
 def _llamagen_names(weights: Weights) -> Weights:
-    """LlamaGen's names as those of taming-transformers, which number the decoder's resolutions from the finest."""
+    """LlamaGen's names as those of taming-transformers, which number the decoder's resolutions from
+    the finest."""
     last = _count(weights, r"encoder\.conv_blocks\.(\d+)\.") - 1
     middle = {"0": "block_1", "1": "attn_1", "2": "block_2"}
     rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [

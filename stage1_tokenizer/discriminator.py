@@ -1,9 +1,11 @@
-"""What VQ-GAN adds against blur: a discriminator of patches and the losses of both sides. Knows pixels and logits, no tokenizer.
+"""What VQ-GAN adds against blur: a discriminator of patches and the losses of both sides. Knows
+pixels and logits, no tokenizer.
 
 Legend: B batch, C channels, H W pixels, h w patches.
 
-PatchGAN: Isola et al. 2017 (https://arxiv.org/abs/1611.07004). Hinge loss and adaptive weight: Esser et al. 2020
-(https://arxiv.org/abs/2012.09841), section 3.1, eq. 7. LeCam regularisation: Tseng et al. 2021 (https://arxiv.org/abs/2104.03310), eq. 3.
+PatchGAN: Isola et al. 2017 (https://arxiv.org/abs/1611.07004). Hinge loss and adaptive weight:
+Esser et al. 2020 (https://arxiv.org/abs/2012.09841), section 3.1, eq. 7. LeCam regularisation:
+Tseng et al. 2021 (https://arxiv.org/abs/2104.03310), eq. 3.
 """
 
 from __future__ import annotations
@@ -22,21 +24,30 @@ _ANCHOR_DECAY = 0.99
 
 
 class Discriminator(nn.Module):
-    """Pixels (B,C,H,W) -> logits (B,1,h,w), one for each patch of overlapping ones; above 0 says a true picture.
+    """Pixels (B,C,H,W) -> logits (B,1,h,w), one for each patch of overlapping ones; above 0 says a
+    true picture.
 
-    GroupNorm in place of the original's batch normalisation: a picture's logits then depend on no other, nor on the process it is on.
+    GroupNorm in place of the original's batch normalisation: a picture's logits then depend on no
+    other, nor on the process it is on.
     """
 
     anchors: Tensor
 
     def __init__(self, channels: int, width: int, layers: int) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         inputs = width
         for i in range(1, layers + 1):
             outputs = width * min(2**i, 8)
             stride = 2 if i < layers else 1
-            parts += [nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1), nn.GroupNorm(16, outputs), nn.LeakyReLU(0.2)]
+            parts += [
+                nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1),
+                nn.GroupNorm(16, outputs),
+                nn.LeakyReLU(0.2),
+            ]
             inputs = outputs
         parts.append(nn.Conv2d(inputs, 1, 4, padding=1))
         self.layers = nn.Sequential(*parts)
@@ -59,13 +70,20 @@ class Discriminator(nn.Module):
     def update_ema_anchors(self, true: Tensor, drawn: Tensor) -> None:
         """Moves the running means by the logits of a step, over all processes."""
         sums = sum_over_processes(
-            torch.stack([true.float().sum(), drawn.float().sum(), torch.tensor(float(true.numel()), device=true.device)])
+            torch.stack(
+                [
+                    true.float().sum(),
+                    drawn.float().sum(),
+                    torch.tensor(float(true.numel()), device=true.device),
+                ]
+            )
         )
         self.anchors.lerp_(sums[:2] / sums[2], 1 - _ANCHOR_DECAY)
 
 
 def hinge_loss(true: Tensor, drawn: Tensor) -> Tensor:
-    """The discriminator's: it wants logits above 1 for true pictures and below -1 for drawn ones."""
+    """The discriminator's: it wants logits above 1 for true pictures and below -1 for drawn
+    ones."""
     return (F.relu(1 - true).mean() + F.relu(1 + drawn).mean()) / 2
 
 
@@ -75,22 +93,29 @@ def generator_loss(drawn: Tensor) -> Tensor:
 
 
 def lecam(true: Tensor, drawn: Tensor, anchors: Tensor) -> Tensor:
-    """Penalty on logits that run away from the running mean of the other side, which little data would let them do."""
+    """Penalty on logits that run away from the running mean of the other side, which little data
+    would let them do."""
     return F.relu(true - anchors[1]).square().mean() + F.relu(anchors[0] - drawn).square().mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:
-    """Scalar that makes the adversary's gradient as long as the reconstruction loss's, both taken at the decoder's output.
+    """Scalar that makes the adversary's gradient as long as the reconstruction loss's, both taken
+    at the decoder's output.
 
-    The paper takes them at the last layer's weights; at its output they cost no second pass through the decoder.
+    The paper takes them at the last layer's weights; at its output they cost no second pass through
+    the decoder.
     """
-    norms = [torch.autograd.grad(loss, output, retain_graph=True)[0].float().norm() for loss in (reconstruction, adversarial)]
+    norms = [
+        torch.autograd.grad(loss, output, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversarial)
+    ]
     return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
 
 
 def loss_at_image(loss: Tensor, picture: Tensor) -> Tensor:
-    """A loss of the same value and gradient that remembers its gradient at the picture alone, so that it may be differentiated more than
-    once: what lies between the two is passed back through once, more than which a compiled graph need not allow."""
+    """A loss of the same value and gradient that remembers its gradient at the picture alone, so
+    that it may be differentiated more than once: what lies between the two is passed back through
+    once, more than which a compiled graph need not allow."""
     gradient = torch.autograd.grad(loss, picture)[0].detach()
     linear = (gradient * picture).sum()
     return linear + (loss - linear).detach()

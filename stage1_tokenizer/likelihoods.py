@@ -1,6 +1,8 @@
-"""p(picture given codes): negative log-likelihoods in nats, and the picture to show. Knows no networks.
+"""p(picture given codes): negative log-likelihoods in nats, and the picture to show. Knows no
+networks.
 
-Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]; densities are over that range.
+Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]; densities are over
+that range.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ class Likelihood:
 
     parameters_per_channel = 1
     learns_scale = False
-    """Whether the density may grow without bound on the 256 values of 8-bit pictures; they are then spread over their steps by uniform
-    noise (dequantization, Theis et al. 2016), which makes the density's mean a bound of the discrete probability."""
+    """Whether the density may grow without bound on the 256 values of 8-bit pictures; they are then
+    spread over their steps by uniform noise (dequantization, Theis et al. 2016), which makes the
+    density's mean a bound of the discrete probability."""
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats a dimension; a picture's is their sum."""
+        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats a dimension; a
+        picture's is their sum."""
         raise NotImplementedError
 
     def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
@@ -36,7 +40,8 @@ class Likelihood:
         return parameters.float()
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
-        """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit pictures (a step is 2/255 wide)."""
+        """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit
+        pictures (a step is 2/255 wide)."""
         return (nats / dimensions - math.log(STEP)) / math.log(2)
 
 
@@ -52,12 +57,14 @@ class Gaussian(Likelihood):
 
 
 class CalibratedGaussian(Likelihood):
-    """L2 with the deviation of each picture that fits it best (sigma-VAE, Rybkin et al. 2021, https://arxiv.org/abs/2006.13202),
-    so that no scale need be chosen: half the log of a picture's mean squared error, in place of the error.
+    """L2 with the deviation of each picture that fits it best (sigma-VAE, Rybkin et al. 2021,
+    https://arxiv.org/abs/2006.13202), so that no scale need be chosen: half the log of a picture's
+    mean squared error, in place of the error.
 
-    Pictures then count alike in decibels, where with one deviation for all the hardest ones outweigh the rest. The variance is that of
-    pixels spread over their 8-bit steps (uniform noise adds a twelfth of a step's square), and so has a least value. What the deviation
-    itself would cost to code, some bits a picture, is not counted.
+    Pictures then count alike in decibels, where with one deviation for all the hardest ones
+    outweigh the rest. The variance is that of pixels spread over their 8-bit steps (uniform noise
+    adds a twelfth of a step's square), and so has a least value. What the deviation itself would
+    cost to code, some bits a picture, is not counted.
     """
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
@@ -79,13 +86,15 @@ class Laplace(Likelihood):
 
 
 class LogitLaplace(Likelihood):
-    """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the pixel's range.
+    """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the
+    pixel's range.
 
-    Location and scale are both learned. The density (2021, appendix A.3) is over the squeezed unit range; the change of
-    variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
+    Location and scale are both learned. The density (2021, appendix A.3) is over the squeezed unit
+    range; the change of variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
 
-    The scale is `least_scale` and the exponential of what the decoder says, which is where this departs from the paper: pixels of flat
-    backgrounds, whose scale could fall to what 8 bits resolve, would outweigh all others by the inverse of it.
+    The scale is `least_scale` and the exponential of what the decoder says, which is where this
+    departs from the paper: pixels of flat backgrounds, whose scale could fall to what 8 bits
+    resolve, would outweigh all others by the inverse of it.
     """
 
     parameters_per_channel = 2
@@ -99,7 +108,9 @@ class LogitLaplace(Likelihood):
         scale = self.least_scale + log_scale.exp()
         logits = to_laplace_logits(pixels)
         unit = torch.sigmoid(logits)
-        log_density = -(2 * scale).log() - (unit * (1 - unit)).log() - (logits - location).abs() / scale
+        log_density = (
+            -(2 * scale).log() - (unit * (1 - unit)).log() - (logits - location).abs() / scale
+        )
         return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2))
 
     def picture(self, parameters: Tensor) -> Tensor:
@@ -107,11 +118,14 @@ class LogitLaplace(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Pixels are coins of the decoder's probability. The likelihood of pictures of black and white dimensions; of others the mean over
-    their random binarizations (a dimension is white with its own brightness), as is common for VAEs."""
+    """Pixels are coins of the decoder's probability. The likelihood of pictures of black and white
+    dimensions; of others the mean over their random binarizations (a dimension is white with its
+    own brightness), as is common for VAEs."""
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(parameters.float(), (pixels + 1) / 2, reduction="none")
+        return F.binary_cross_entropy_with_logits(
+            parameters.float(), (pixels + 1) / 2, reduction="none"
+        )
 
     def picture(self, parameters: Tensor) -> Tensor:
         """The mean, which for a certain pixel is the most likely one."""

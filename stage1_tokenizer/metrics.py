@@ -24,7 +24,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean structural similarity of pictures (N,H,W,3) uint8, in double precision; settings as in `structural_similarity`, peak 255."""
+    """Mean structural similarity of pictures (N,H,W,3) uint8, in double precision; settings as in
+    `structural_similarity`, peak 255."""
     x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).double() for v in (a, b))
     return float(structural_similarity(x, y, peak=255.0)[0].mean())
 
@@ -36,8 +37,9 @@ def peak_signal_to_noise(pixels: Tensor, pictures: Tensor) -> Tensor:
 
 
 def structural_similarity(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Tensor]:
-    """SSIM and its part without the luminance, each (B,C) a mean over positions: per channel, Gaussian window 11 of deviation 1.5 (as
-    much of it as fits), no padding, K1 = 0.01, K2 = 0.03 (Wang et al. 2004)."""
+    """SSIM and its part without the luminance, each (B,C) a mean over positions: per channel,
+    Gaussian window 11 of deviation 1.5 (as much of it as fits), no padding, K1 = 0.01, K2 = 0.03
+    (Wang et al. 2004)."""
     size = min(_WINDOW, *x.shape[2:])
     steps = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2
     window = torch.exp(-(steps**2) / (2 * _DEVIATION**2))

@@ -1,4 +1,5 @@
-"""`ImageTokenizer`: pictures <-> codes, and how it is saved and loaded. Knows its parts; knows no training loop and no text.
+"""`ImageTokenizer`: pictures <-> codes, and how it is saved and loaded. Knows its parts; knows no
+training loop and no text.
 
 Legend: B batch, C channels, H W pixels, h w code grid.
 """
@@ -48,7 +49,8 @@ class ImageTokenizer(PreTrainedModel):
     """Encoder, quantizer and decoder.
 
     Args:
-        config: a `TokenizerConfig`, or the `ImageTokenizerConfig` that transformers passes on loading.
+        config: a `TokenizerConfig`, or the `ImageTokenizerConfig` that transformers passes on
+            loading.
     """
 
     config_class = ImageTokenizerConfig
@@ -56,13 +58,19 @@ class ImageTokenizer(PreTrainedModel):
     main_input_name = "pixels"
 
     def __init__(self, config: TokenizerConfig | ImageTokenizerConfig) -> None:
-        hub = config if isinstance(config, ImageTokenizerConfig) else ImageTokenizerConfig(model=asdict(config))
+        hub = (
+            config
+            if isinstance(config, ImageTokenizerConfig)
+            else ImageTokenizerConfig(model=asdict(config))
+        )
         super().__init__(hub)
         own = self.own_config = build_config(TokenizerConfig, hub.model or {})
         self.likelihood = build_likelihood(own.likelihood, own.likelihood_scale)
         self.quantizer = build_quantizer(own)
         parameters = own.channels * self.likelihood.parameters_per_channel
-        self.encoder, self.decoder = build_networks(own, self.quantizer.input_dim, self.quantizer.output_dim, parameters)
+        self.encoder, self.decoder = build_networks(
+            own, self.quantizer.input_dim, self.quantizer.output_dim, parameters
+        )
         self.to(memory_format=torch.channels_last)
         self.post_init()
 
@@ -85,12 +93,14 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def layout(self) -> tuple[Level, ...]:
-        """How the codes of a picture of `image_size` lie in one stream: level after level, coarse ones first."""
+        """How the codes of a picture of `image_size` lie in one stream: level after level, coarse
+        ones first."""
         return self.quantizer.layout(self.grid)
 
     @property
     def code_vectors(self) -> Tensor:
-        """(sum of K, D): the vector of every code of every level, for models that take the codes further."""
+        """(sum of K, D): the vector of every code of every level, for models that take the codes
+        further."""
         return self.quantizer.vectors().detach()
 
     @property
@@ -99,17 +109,21 @@ class ImageTokenizer(PreTrainedModel):
         digest = hashlib.sha256(json.dumps(self.config.model, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
     def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
-        """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or sampled as in training."""
+        """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or
+        sampled as in training."""
         quantized = self.quantizer(self.encoder(pixels.to(self.dtype)), temperature)
         return TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B,C,H,W) in [-1,1] -> codes int64: (B,h,w) of one level, (B,N) of several as `layout` says.
+        """Pixels (B,C,H,W) in [-1,1] -> codes int64: (B,h,w) of one level, (B,N) of several as
+        `layout` says.
 
         Any height and width that the code grid divides will do.
 
@@ -125,49 +139,70 @@ class ImageTokenizer(PreTrainedModel):
             self.quantizer.train(training)
 
     def check_size(self, shape: Sequence[int]) -> None:
-        """Refuses pixels of a shape that this tokenizer cannot encode, naming the nearest that it can."""
+        """Refuses pixels of a shape that this tokenizer cannot encode, naming the nearest that it
+        can."""
         channels, stride = self.own_config.channels, self.own_config.stride
         if len(shape) != 4 or shape[1] != channels:
-            raise ValueError(f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)")
+            raise ValueError(
+                f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)"
+            )
         height, width = shape[2:]
         if not height or not width or height % stride or width % stride:
             raise ValueError(
-                f"pixels are {width}x{height} (width x height) and both must be multiples of {stride}; the nearest that fits is "
-                f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or resize to it first"
+                f"pixels are {width}x{height} (width x height) and both must be multiples of "
+                f"{stride}; the nearest that fits is "
+                f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or "
+                "resize to it first"
             )
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1].
 
-        `grid` is the finest grid's height and width; it need be said only for flat codes of pictures of another size than `image_size`.
+        `grid` is the finest grid's height and width; it need be said only for flat codes of
+        pictures of another size than `image_size`.
 
         Raises:
-            ValueError: the codes have another form than the tokenizer's, or one is not in its level's 0..num_codes-1.
+            ValueError: the codes have another form than the tokenizer's, or one is not in its
+                level's 0..num_codes-1.
         """
         levels = self.quantizer.layout(grid or self.grid)
         if len(levels) > 1:
             expected = f"(batch, {sum(level.length for level in levels)})"
             fits = codes.ndim == 2 and codes.shape[1] == sum(level.length for level in levels)
         else:
-            expected = "(batch, height, width)" if grid is None else f"(batch, {grid[0]}, {grid[1]})"
+            expected = (
+                "(batch, height, width)" if grid is None else f"(batch, {grid[0]}, {grid[1]})"
+            )
             fits = codes.ndim == 3 and (grid is None or tuple(codes.shape[1:]) == tuple(grid))
         if not fits:
             raise ValueError(f"codes have shape {tuple(codes.shape)} and must be {expected}")
         finest = (grid or self.grid) if len(levels) > 1 else (codes.shape[1], codes.shape[2])
         levels = self.quantizer.layout(finest)
-        for number, (part, level) in enumerate(zip(codes.flatten(1).split([level.length for level in levels], 1), levels, strict=True), 1):
+        for number, (part, level) in enumerate(
+            zip(codes.flatten(1).split([level.length for level in levels], 1), levels, strict=True),
+            1,
+        ):
             if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < level.num_codes:
                 which = f" of level {number}" if len(levels) > 1 else ""
-                raise ValueError(f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in 0..{level.num_codes - 1}")
-        return self.likelihood.picture(self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))).clamp(-1, 1)
+                raise ValueError(
+                    f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in "
+                    f"0..{level.num_codes - 1}"
+                )
+        return self.likelihood.picture(
+            self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))
+        ).clamp(-1, 1)
 
     @torch.no_grad()
-    def reconstruct(self, pixels: Tensor, *, tile: int | None = None, margin: int | None = None) -> Tensor:
-        """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid divides.
+    def reconstruct(
+        self, pixels: Tensor, *, tile: int | None = None, margin: int | None = None
+    ) -> Tensor:
+        """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid
+        divides.
 
-        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each seen with `margin` pixels around it (16
-        codes if not said, which is more than a pixel of the default networks depends on).
+        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each
+        seen with `margin` pixels around it (16 codes if not said, which is more than a pixel of the
+        default networks depends on).
 
         Raises:
             ValueError: as `encode`.
@@ -175,12 +210,22 @@ class ImageTokenizer(PreTrainedModel):
         self.check_size(pixels.shape)
 
         def through(piece: Tensor) -> Tensor:
-            return self.decode(self.encode(piece), (piece.shape[2] // self.own_config.factor, piece.shape[3] // self.own_config.factor))
+            return self.decode(
+                self.encode(piece),
+                (
+                    piece.shape[2] // self.own_config.downsample_factor,
+                    piece.shape[3] // self.own_config.downsample_factor,
+                ),
+            )
 
         if tile is None or max(pixels.shape[2:]) <= tile:
             return through(pixels)
         return by_tiles(
-            pixels, through, tile=tile, margin=16 * self.own_config.stride if margin is None else margin, stride=self.own_config.stride
+            pixels,
+            through,
+            tile=tile,
+            margin=16 * self.own_config.stride if margin is None else margin,
+            stride=self.own_config.stride,
         )
 
     def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
@@ -192,8 +237,11 @@ class ImageTokenizer(PreTrainedModel):
         return to_pil(to_pictures(self.decode(codes.to(self.device), grid)))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The kernels of the networks, which optimizers for matrices may step; a codebook is not among them."""
-        modules = (m for network in (self.encoder, self.decoder, self.quantizer) for m in network.modules())
+        """The kernels of the networks, which optimizers for matrices may step; a codebook is not
+        among them."""
+        modules = (
+            m for network in (self.encoder, self.decoder, self.quantizer) for m in network.modules()
+        )
         return [m.weight for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]  # type: ignore[misc]
 
     def compile_networks(self) -> None:
@@ -203,7 +251,8 @@ class ImageTokenizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
-        """As transformers', but weights that are missing are refused, which would be left to chance, and so are unknown ones.
+        """As transformers', but weights that are missing are refused, which would be left to
+        chance, and so are unknown ones.
 
         Raises:
             ValueError: the weights do not fit the configuration, or the file is cut.
@@ -213,57 +262,94 @@ class ImageTokenizer(PreTrainedModel):
             told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(name, *arguments, **(options | told))
         except SafetensorError as error:
-            raise ValueError(f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy it again") from error
-        if differ := sorted([*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]):
-            raise ValueError(f"the weights of {name} do not fit its config.json; first keys that differ: {differ[:3]}")
+            raise ValueError(
+                f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy "
+                "it again"
+            ) from error
+        if differ := sorted(
+            [
+                *info["missing_keys"],
+                *info["unexpected_keys"],
+                *(entry[0] for entry in info["mismatched_keys"]),
+            ]
+        ):
+            raise ValueError(
+                f"the weights of {name} do not fit its config.json; first keys that differ: "
+                f"{differ[:3]}"
+            )
         return (model, info) if with_info else model
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageTokenizer:
-        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut or foreign."""
+        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut
+        or foreign."""
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}; a tokenizer needs config.json and model.safetensors")
+                raise ValueError(
+                    f"{folder} holds no {name}; a tokenizer needs config.json and model.safetensors"
+                )
         try:
             values = json.loads((folder / "config.json").read_text())
             if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-                raise ValueError(f"{folder}/config.json is not a tokenizer's: it has no 'model' section")
+                raise ValueError(
+                    f"{folder}/config.json is not a tokenizer's: it has no 'model' section"
+                )
             tokenizer = cls(ImageTokenizerConfig(model=values["model"]))
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder} cannot be read: {error}; the file is cut or not a tokenizer's, copy it again") from error
+            raise ValueError(
+                f"{folder} cannot be read: {error}; the file is cut or not a tokenizer's, copy it "
+                "again"
+            ) from error
         own = tokenizer.state_dict()
-        differ = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
+        differ = sorted(set(own) ^ set(weights)) or [
+            k for k in own if own[k].shape != weights[k].shape
+        ]
         if differ:
-            raise ValueError(f"{folder}/model.safetensors does not fit its config.json; first keys that differ: {differ[:3]}")
+            raise ValueError(
+                f"{folder}/model.safetensors does not fit its config.json; first keys that differ: "
+                f"{differ[:3]}"
+            )
         tokenizer.load_state_dict(weights)
         return tokenizer.eval()
 
     @classmethod
     def from_external(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
-        """A tokenizer with published weights of another project, from a local file; see `originals.original` for the kinds of files.
+        """A tokenizer with published weights of another project, from a local file; see
+        `originals.original` for the kinds of files.
 
         Raises:
-            ValueError: the file is unsafe or damaged, or holds another architecture's weights; names the first keys that differ.
+            ValueError: the file is unsafe or damaged, or holds another architecture's weights;
+                names the first keys that differ.
             FileNotFoundError: there is no such file.
         """
         config, weights = load_external(path, kind)
         tokenizer = cls(config)
-        tokenizer.load_state_dict(align_state_dict(config, weights, tokenizer.state_dict(), str(path)))
-        if isinstance(tokenizer.quantizer, VectorQuantizer):  # or training it further would start the codebook anew
+        tokenizer.load_state_dict(
+            align_state_dict(config, weights, tokenizer.state_dict(), str(path))
+        )
+        if isinstance(
+            tokenizer.quantizer, VectorQuantizer
+        ):  # or training it further would start the codebook anew
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
 
 
 def build_config(kind: Any, values: dict[str, Any]) -> Any:
-    """A configuration from saved values, nested ones too; a key this version does not know is refused rather than ignored."""
+    """A configuration from saved values, nested ones too; a key this version does not know is
+    refused rather than ignored."""
     unknown = set(values) - {f.name for f in fields(kind)}
     if unknown:
-        raise ValueError(f"the tokenizer's config.json has unknown keys {sorted(unknown)} for {kind.__name__}")
+        raise ValueError(
+            f"the tokenizer's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"
+        )
     hints = get_type_hints(kind)
-    nested = {k: build_config(hints[k], v) if is_dataclass(hints[k]) and isinstance(v, dict) else v for k, v in values.items()}
+    nested = {
+        k: build_config(hints[k], v) if is_dataclass(hints[k]) and isinstance(v, dict) else v
+        for k, v in values.items()
+    }
     return kind(**nested)
 
 

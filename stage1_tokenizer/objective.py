@@ -1,9 +1,10 @@
 """What stage 1 minimises. Knows likelihoods and schedules; no optimizer, no data set.
 
-The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes given x) || p(codes)), here with
-the uniform prior; its negative, in nats a picture, is divided by the number of dimensions so that losses compare across sizes. Where
-the posterior is one code (`vq` and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's own
-losses take its place.
+The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes
+given x) || p(codes)), here with the uniform prior; its negative, in nats a picture, is divided by
+the number of dimensions so that losses compare across sizes. Where the posterior is one code (`vq`
+and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's
+own losses take its place.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ def kl_weight(step: int, config: ObjectiveConfig) -> float:
 
 def temperature(step: int, config: ObjectiveConfig) -> float:
     """Temperature of the Gumbel-softmax: a cosine from start to end."""
-    return falling_cosine(step, config.temperature_steps, config.temperature_start, config.temperature_end)
+    return falling_cosine(
+        step, config.temperature_steps, config.temperature_start, config.temperature_end
+    )
 
 
 class TokenizerObjective:
-    """Batches are uint8 pictures (B,H,W,C). With an adversary there are two networks and two losses a step."""
+    """Batches are uint8 pictures (B,H,W,C). With an adversary there are two networks and two losses
+    a step."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
         if problems := joint_problems(asdict(tokenizer.own_config), asdict(config)):
@@ -68,14 +72,21 @@ class TokenizerObjective:
         self.config = config
         self.networks: dict[str, nn.Module] = {"tokenizer": tokenizer}
         self.distance = build_distance(config.perceptual)
-        adversary = config.adversary
-        self.discriminator = Discriminator(tokenizer.own_config.channels, adversary.width, adversary.layers) if adversary.weight else None
+        options = config.discriminator
+        self.discriminator = (
+            Discriminator(tokenizer.own_config.channels, options.width, options.layers)
+            if options.weight
+            else None
+        )
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
 
-    def losses(self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[TokenizerLoss]:
-        """The tokenizer's loss - negative log-likelihood a dimension, plus what the quantizer, a perceptual distance and an adversary add -
-        and then the adversary's own. `networks` are called in place of the objective's own, such as the same ones wrapped by DDP."""
+    def losses(
+        self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[TokenizerLoss]:
+        """The tokenizer's loss - negative log-likelihood a dimension, plus what the quantizer, a
+        perceptual distance and an adversary add - and then the adversary's own. `networks` are
+        called in place of the objective's own, such as the same ones wrapped by DDP."""
         networks = networks or self.networks
         pixels = to_model_range(batch)
         tokenizer, dimensions = self.tokenizer, pixels[0].numel()
@@ -85,13 +96,18 @@ class TokenizerObjective:
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
         nll_map = tokenizer.likelihood.nll_map(target, output.parameters)
         nll = nll_map.flatten(1).sum(1).mean()
-        metrics = {**quantized.metrics, "nll": nll.detach(), "psnr": peak_signal_to_noise(pixels, drawn.detach()).mean()}
+        metrics = {
+            **quantized.metrics,
+            "nll": nll.detach(),
+            "psnr": peak_signal_to_noise(pixels, drawn.detach()).mean(),
+        }
         reconstruction = nll / dimensions
         if self.distance is not None:
             perceptual = self.distance(pixels, drawn).mean()
             reconstruction = reconstruction + self.config.perceptual.weight * perceptual
             metrics["perceptual"] = perceptual.detach()
-        # Divergences are in nats a picture as the likelihood is; distances and entropies of the quantizer stand as they are.
+        # Divergences are in nats a picture as the likelihood is; distances and entropies of the
+        # quantizer stand as they are.
         value = reconstruction + quantized.loss
         if quantized.kl is not None:
             value = value + kl_weight(step, self.config) * quantized.kl / dimensions
@@ -99,37 +115,48 @@ class TokenizerObjective:
             value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
         if heat is not None:
             metrics["temperature"] = torch.tensor(heat)
-        adversary = self.config.adversary
-        if self.discriminator is None or step < adversary.start:
+        options = self.config.discriminator
+        if self.discriminator is None or step < options.start:
             yield TokenizerLoss("tokenizer", value, metrics)
             return
         # Not by the wrapped module: its gradients are the other loss's.
         with requires_grad_off(self.discriminator) as judge:
             misled = loss_at_image(generator_loss(judge(drawn).float()), drawn)
-        weight = adversary.weight * (adaptive_weight(reconstruction, misled, output.parameters) if adversary.adaptive else 1.0)
+        weight = options.weight * (
+            adaptive_weight(reconstruction, misled, output.parameters) if options.adaptive else 1.0
+        )
         metrics["adversarial"] = misled.detach()
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
         yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
 
     def check_health(self, figures: Mapping[str, float], step: int) -> str | None:
-        """What is wrong with the codebook by the scalars of a training step, and what to do; None where nothing is."""
+        """What is wrong with the codebook by the scalars of a training step, and what to do; None
+        where nothing is."""
         return check(self.tokenizer.own_config, figures, step)
 
-    def _discriminator_loss(self, discriminator: nn.Module, true: Tensor, drawn: Tensor) -> TokenizerLoss:
+    def _discriminator_loss(
+        self, discriminator: nn.Module, true: Tensor, drawn: Tensor
+    ) -> TokenizerLoss:
         """The discriminator's loss on true and drawn pixels (B,C,H,W)."""
         assert self.discriminator is not None
         # One pass for both, since data-parallel training counts on one a step.
         of_true, of_drawn = discriminator(torch.cat([true, drawn])).float().chunk(2)
-        value, metrics = hinge_loss(of_true, of_drawn), {"logits_real": of_true.detach().mean(), "logits_fake": of_drawn.detach().mean()}
-        if self.config.adversary.lecam:
-            value = value + self.config.adversary.lecam * lecam(of_true, of_drawn, self.discriminator.anchors)
+        value, metrics = (
+            hinge_loss(of_true, of_drawn),
+            {"logits_real": of_true.detach().mean(), "logits_fake": of_drawn.detach().mean()},
+        )
+        if self.config.discriminator.lecam:
+            value = value + self.config.discriminator.lecam * lecam(
+                of_true, of_drawn, self.discriminator.anchors
+            )
             self.discriminator.update_ema_anchors(of_true, of_drawn)
         return TokenizerLoss("discriminator", value, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures with hard codes: psnr (dB), nll (nats a picture), bits_per_dimension, codebook use (over all levels and, where
-        there are several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and the gap. No collectives."""
+        """Held-out figures with hard codes: psnr (dB), nll (nats a picture), bits_per_dimension,
+        codebook use (over all levels and, where there are several, of each); for relaxed quantizers
+        also `relaxed_psnr` at the last temperature and the gap. No collectives."""
         tokenizer = self.tokenizer
         tokenizer.eval()
         psnr, soft_psnr, nll = [], [], []
@@ -142,14 +169,21 @@ class TokenizerObjective:
             output = tokenizer(pixels)
             target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
             nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
-            psnr.append(peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).cpu())
+            psnr.append(
+                peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).cpu()
+            )
             counts += count_codes(output.quantized.codes.cpu(), layout)
             if tokenizer.quantizer.relaxed:
                 soft = tokenizer(pixels, self.config.temperature_end).parameters
-                soft_psnr.append(peak_signal_to_noise(pixels, tokenizer.likelihood.picture(soft)).cpu())
+                soft_psnr.append(
+                    peak_signal_to_noise(pixels, tokenizer.likelihood.picture(soft)).cpu()
+                )
         tokenizer.train()
         if not psnr:
-            raise ValueError("there are no held-out pictures to evaluate on; raise data.held_out or add pictures")
+            raise ValueError(
+                "there are no held-out pictures to evaluate on; raise data.val_fraction or add "
+                "pictures"
+            )
         nats = float(torch.cat(nll).mean())
         figures = {
             "psnr": float(torch.cat(psnr).mean()),

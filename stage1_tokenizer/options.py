@@ -1,11 +1,14 @@
-"""Options of each quantizer: a section of `tokenizer.model` each, read by the quantizers that `OWNERS` names. Knows no tensors."""
+"""Options of each quantizer: a section of `tokenizer.model` each, read by the quantizers that
+`OWNERS` names. Knows no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-QuantizerName = Literal["vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"]
+QuantizerName = Literal[
+    "vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"
+]
 STEP = 2 / 255
 """Between neighbours among the 256 values of 8-bit pictures, in the model's range [-1, 1]."""
 LARGEST_CODE = 2**31 - 1
@@ -31,11 +34,13 @@ class VqganOptions:
     channels: int = 128
     """Channels at the picture's own resolution, before the multipliers."""
     multipliers: tuple[int, ...] = (1, 1, 2, 4)
-    """Multiples of `channels` at each resolution, finest first; `factor` is 2 to the power of their number less one."""
+    """Multiples of `channels` at each resolution, finest first; `downsample_factor` is 2 to the
+    power of their number less one."""
     blocks: int = 2
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = 256
-    """Channels at the codes' resolution, before and after the 1x1 convolutions around the quantizer."""
+    """Channels at the codes' resolution, before and after the 1x1 convolutions around the
+    quantizer."""
     attention: bool = True
     """Attention after each block of the lowest resolution; in the middle there always is."""
 
@@ -43,9 +48,14 @@ class VqganOptions:
         self.multipliers = tuple(self.multipliers)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        if not self.multipliers or min(self.channels, self.blocks, self.latent_channels, *self.multipliers) < 1 or self.channels % 32:
+        if (
+            not self.multipliers
+            or min(self.channels, self.blocks, self.latent_channels, *self.multipliers) < 1
+            or self.channels % 32
+        ):
             return [
-                "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, blocks and latent_channels of at least "
+                "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, "
+                "blocks and latent_channels of at least "
                 f"1; given were {self}"
             ]
         return []
@@ -53,12 +63,14 @@ class VqganOptions:
 
 @dataclass(kw_only=True)
 class PerceptualOptions:
-    """How different true and drawn pictures look, beside their likelihood (`tokenizer.objective.perceptual`)."""
+    """How different true and drawn pictures look, beside their likelihood
+    (`tokenizer.objective.perceptual`)."""
 
     weight: float = 0.0
     """Weight of the distance against nats a dimension; 0 leaves it out."""
     distance: str = "ms_ssim"
-    """`ms_ssim` (1 - MS-SSIM, nothing to load), or a vision model of transformers by its folder or its name on the Hub."""
+    """`ms_ssim` (1 - MS-SSIM, nothing to load), or a vision model of transformers by its folder or
+    its name on the Hub."""
     layers: tuple[int, ...] = ()
     """Hidden states of that model to compare, 0 being the embedding; all others where empty."""
 
@@ -68,37 +80,49 @@ class PerceptualOptions:
     def problems(self) -> list[str]:
         problems = []
         if self.weight < 0:
-            problems.append(f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more")
+            problems.append(
+                f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more"
+            )
         if self.layers and (min(self.layers) < 0 or self.distance == "ms_ssim"):
             problems.append(
-                f"tokenizer.objective.perceptual.layers are {list(self.layers)}; they are hidden states, from 0, of a model that "
+                f"tokenizer.objective.perceptual.layers are {list(self.layers)}; they are hidden "
+                "states, from 0, of a model that "
                 f"perceptual.distance names (now {self.distance})"
             )
         return problems
 
 
 @dataclass(kw_only=True)
-class AdversaryOptions:
-    """A discriminator that the decoder learns to mislead (`tokenizer.objective.adversary`)."""
+class DiscriminatorOptions:
+    """A discriminator that the decoder learns to mislead (`tokenizer.objective.discriminator`)."""
 
     weight: float = 0.0
     """Weight of the decoder's loss against the discriminator; 0 leaves it out."""
     start: int = 1000
     """First step that has it: before, there is too little to tell true from drawn by."""
     adaptive: bool = True
-    """Scale the weight so that at 1 the discriminator moves the picture as much as its likelihood does."""
+    """Scale the weight so that at 1 the discriminator moves the picture as much as its likelihood
+    does."""
     lecam: float = 0.0
-    """Weight of the LeCam penalty on the discriminator, which keeps it from memorising little data."""
+    """Weight of the LeCam penalty on the discriminator, which keeps it from memorising little
+    data."""
     width: int = 64
     """Channels of the discriminator's first layer, a multiple of 16."""
     layers: int = 2
-    """Further layers of the discriminator: each but the last halves the resolution (3 in PatchGAN, for 256 pixels)."""
+    """Further layers of the discriminator: each but the last halves the resolution (3 in PatchGAN,
+    for 256 pixels)."""
 
     def problems(self) -> list[str]:
-        wrong = min(self.weight, self.start, self.lecam) < 0 or self.width < 16 or self.width % 16 or self.layers < 1
+        wrong = (
+            min(self.weight, self.start, self.lecam) < 0
+            or self.width < 16
+            or self.width % 16
+            or self.layers < 1
+        )
         return (
             [
-                "tokenizer.objective.adversary needs weight, start and lecam of 0 or more, width a multiple of 16, layers of at least 1; "
+                "tokenizer.objective.discriminator needs weight, start and lecam of 0 or more, "
+                "width a multiple of 16, layers of at least 1; "
                 f"given were {self}"
             ]
             if wrong
@@ -107,41 +131,58 @@ class AdversaryOptions:
 
 
 def _not_negative(section: str, **values: float) -> list[str]:
-    return [f"tokenizer.model.{section}.{name} is {value}; it must be 0 or more" for name, value in values.items() if value < 0]
+    return [
+        f"tokenizer.model.{section}.{name} is {value}; it must be 0 or more"
+        for name, value in values.items()
+        if value < 0
+    ]
 
 
 @dataclass(kw_only=True)
 class VectorOptions:
-    """Options of `quantizer: vq` (VQ-VAE), and of the codebooks inside `residual` and `hierarchical`."""
+    """Options of `quantizer: vq` (VQ-VAE), and of the codebooks inside `residual` and
+    `hierarchical`."""
 
     codebook: Literal["ema", "gradient", "linear"] = "ema"
-    """How the codebook learns: moving averages of the vectors assigned to each code; the gradient of the codebook loss; or that
-    gradient through one linear map over a frozen codebook, which moves all codes at once (SimVQ)."""
+    """How the codebook learns: moving averages of the vectors assigned to each code; the gradient
+    of the codebook loss; or that gradient through one linear map over a frozen codebook, which
+    moves all codes at once (SimVQ)."""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """What the encoder gets of the decoder's gradient: the same, or the same turned as the vector is turned onto its code."""
+    """What the encoder gets of the decoder's gradient: the same, or the same turned as the vector
+    is turned onto its code."""
     decay: float = 0.99
     """Decay of the moving averages, a step (`ema`), and of the usage counts (all)."""
     commitment: float = 0.25
     """Weight of the commitment loss, beta in the paper."""
     normalize: bool = True
-    """Put vectors and codes on a sphere, so that the nearest code is the most similar direction (ViT-VQGAN). In `residual` the vectors
-    alone: what is left of them after the first code lies on no sphere."""
+    """Put vectors and codes on a sphere, so that the nearest code is the most similar direction
+    (ViT-VQGAN). In `residual` the vectors alone: what is left of them after the first code lies on
+    no sphere."""
     entropy_weight: float = 0.0
-    """Weight of the entropy term: vectors are drawn to be sure of their code, and the batch to use all codes."""
+    """Weight of the entropy term: vectors are drawn to be sure of their code, and the batch to use
+    all codes."""
     kmeans_iterations: int = 0
-    """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the batch as they are."""
+    """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the
+    batch as they are."""
     dead_code_threshold: float = 0.1
-    """A code used less than this share of the average use is dead and restarts at a vector of the batch; 0 never restarts. It is all
-    that moves a frozen codebook (`linear`)."""
+    """A code used less than this share of the average use is dead and restarts at a vector of the
+    batch; 0 never restarts. It is all that moves a frozen codebook (`linear`)."""
     dead_code_check_every: int = 10
     """Steps between two looks for dead codes."""
 
     def problems(self) -> list[str]:
-        wrong = not 0 < self.decay < 1 or self.commitment < 0 or self.dead_code_check_every < 1 or not 0 <= self.dead_code_threshold < 1
+        wrong = (
+            not 0 < self.decay < 1
+            or self.commitment < 0
+            or self.dead_code_check_every < 1
+            or not 0 <= self.dead_code_threshold < 1
+        )
         if wrong or self.entropy_weight < 0 or self.kmeans_iterations < 0:
             return [
-                "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and kmeans_iterations of 0 or more, "
-                f"dead_code_threshold in [0, 1) and dead_code_check_every of at least 1; given were {self}"
+                "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and "
+                "kmeans_iterations of 0 or more, "
+                "dead_code_threshold in [0, 1) and dead_code_check_every of at least 1; given "
+                f"were {self}"
             ]
         return []
 
@@ -151,11 +192,13 @@ class GumbelOptions:
     """Options of `quantizer: gumbel` (dVAE)."""
 
     gradient: Literal["relaxed", "straight_through", "reinmax"] = "relaxed"
-    """What the decoder sees while training, and the gradient to it: relaxed codes and their own; sampled one-hot codes with the relaxed
-    ones' gradient; or sampled one-hot codes with a second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
+    """What the decoder sees while training, and the gradient to it: relaxed codes and their own;
+    sampled one-hot codes with the relaxed ones' gradient; or sampled one-hot codes with a
+    second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
 
     diversity: float = 2.0
-    """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps codes from falling out of use."""
+    """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps
+    codes from falling out of use."""
 
     def problems(self) -> list[str]:
         return _not_negative("gumbel", diversity=self.diversity)
@@ -163,13 +206,16 @@ class GumbelOptions:
 
 @dataclass(kw_only=True)
 class BinaryOptions:
-    """Options of `quantizer: binary` (discrete VAE with Bernoulli latents); the inverse temperature is 1 / temperature."""
+    """Options of `quantizer: binary` (discrete VAE with Bernoulli latents); the inverse temperature
+    is 1 / temperature."""
 
     smoothing: Literal["spike_exponential", "exponential_pair", "power_pair"] = "power_pair"
-    """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of exponentials (DVAE++) or power functions
-    (DVAE#), which are flat at 0 and 1. `power_pair` needs temperatures below 1: at 1 it carries nothing of the bit."""
+    """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of
+    exponentials (DVAE++) or power functions (DVAE#), which are flat at 0 and 1. `power_pair` needs
+    temperatures below 1: at 1 it carries nothing of the bit."""
     diversity: float = 1.0
-    """As in `gumbel`, over whole codes: a table of vectors times codes a step, so 0 for vocabularies beyond some 16,000."""
+    """As in `gumbel`, over whole codes: a table of vectors times codes a step, so 0 for
+    vocabularies beyond some 16,000."""
 
     def problems(self) -> list[str]:
         return _not_negative("binary", diversity=self.diversity)
@@ -179,22 +225,24 @@ class BinaryOptions:
 class ScoreFunctionOptions:
     """Options of `quantizer: score_function` (REINFORCE)."""
 
-    credit: Literal["picture", "neighbourhood"] = "neighbourhood"
-    """What a code's cost is: that of the whole picture, which is unbiased; or of the pixels at its place and the eight around it, which
-    leaves out what it hardly moves and varies far less."""
+    credit_assignment: Literal["picture", "neighbourhood"] = "neighbourhood"
+    """What a code's cost is: that of the whole picture, which is unbiased; or of the pixels at its
+    place and the eight around it, which leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9
-    """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean of the step before."""
+    """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean
+    of the step before."""
     diversity: float = 3.0
     """As in `gumbel`."""
-    sharpness: float = 8.0
-    """Inverse temperature of the posterior whose mean `diversity` takes: while the noisy gradient leaves posteriors soft, their mean is
-    even though few codes are ever the likeliest."""
+    inverse_temperature: float = 8.0
+    """Inverse temperature of the posterior whose mean `diversity` takes: while the noisy gradient
+    leaves posteriors soft, their mean is even though few codes are ever the likeliest."""
 
     def problems(self) -> list[str]:
-        if not 0 <= self.baseline_decay < 1 or self.sharpness <= 0:
+        if not 0 <= self.baseline_decay < 1 or self.inverse_temperature <= 0:
             return [
-                "tokenizer.model.score_function needs baseline_decay in [0, 1) and sharpness above 0; "
-                f"given were {self.baseline_decay} and {self.sharpness}"
+                "tokenizer.model.score_function needs baseline_decay in [0, 1) and sharpness above "
+                "0; "
+                f"given were {self.baseline_decay} and {self.inverse_temperature}"
             ]
         return _not_negative("score_function", diversity=self.diversity)
 
@@ -212,14 +260,16 @@ class FsqOptions:
     def problems(self) -> list[str]:
         if not self.levels or min(self.levels) < 3 or max(self.levels) > 1000:
             return [
-                f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (lfq has two values a feature), at most 1000"
+                f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (lfq "
+                "has two values a feature), at most 1000"
             ]
         return []
 
 
 @dataclass(kw_only=True)
 class SignOptions:
-    """Options of `quantizer: lfq` (lookup-free, MAGVIT-v2) and `bsq` (binary spherical): codes are the signs of the features."""
+    """Options of `quantizer: lfq` (lookup-free, MAGVIT-v2) and `bsq` (binary spherical): codes are
+    the signs of the features."""
 
     commitment: float = 0.25
     """Weight of the commitment loss."""
@@ -227,13 +277,17 @@ class SignOptions:
     """Weight of the entropy penalty: each vector sure of its signs, all codes used by the batch."""
     diversity: float = 1.0
     """Weight, within that penalty, of the batch's entropy (gamma in the paper)."""
-    sharpness: float = 100.0
+    inverse_temperature: float = 100.0
     """Inverse temperature of the probabilities whose entropy is taken."""
 
     def problems(self) -> list[str]:
-        if min(self.commitment, self.entropy_weight, self.diversity) < 0 or self.sharpness <= 0:
+        if (
+            min(self.commitment, self.entropy_weight, self.diversity) < 0
+            or self.inverse_temperature <= 0
+        ):
             return [
-                f"tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more and sharpness above 0; given were {self}"
+                "tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more "
+                f"and sharpness above 0; given were {self}"
             ]
         return []
 
@@ -262,8 +316,8 @@ class HierarchicalOptions:
     width: int = 128
     """Channels of the layers between the levels."""
     coarse_codes: tuple[int, ...] = ()
-    """Entries of the codebooks above the finest, coarsest first; as many as `num_codes` where empty. A coarse grid has few places, so that
-    it fills fewer codes."""
+    """Entries of the codebooks above the finest, coarsest first; as many as `num_codes` where
+    empty. A coarse grid has few places, so that it fills fewer codes."""
 
     def __post_init__(self) -> None:
         self.coarse_codes = tuple(self.coarse_codes)  # JSON and YAML know lists only
@@ -275,10 +329,13 @@ class HierarchicalOptions:
                 f"given were {self.levels} and {self.width}"
             ]
         if self.coarse_codes and (
-            len(self.coarse_codes) != self.levels - 1 or not 2 <= min(self.coarse_codes) <= max(self.coarse_codes) <= LARGEST_CODE
+            len(self.coarse_codes) != self.levels - 1
+            or not 2 <= min(self.coarse_codes) <= max(self.coarse_codes) <= LARGEST_CODE
         ):
             return [
-                f"tokenizer.model.hierarchical.coarse_codes is {list(self.coarse_codes)}; with {self.levels} levels it needs "
-                f"{self.levels - 1} numbers from 2 to {LARGEST_CODE}, one for each level above the finest"
+                f"tokenizer.model.hierarchical.coarse_codes is {list(self.coarse_codes)}; with "
+                f"{self.levels} levels it needs "
+                f"{self.levels - 1} numbers from 2 to {LARGEST_CODE}, one for each level above the "
+                "finest"
             ]
         return []

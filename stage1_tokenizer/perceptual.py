@@ -1,9 +1,11 @@
-"""How different two pictures look: multi-scale structural similarity, or a vision backbone's features. Knows pixels, no tokenizer.
+"""How different two pictures look: multi-scale structural similarity, or a vision backbone's
+features. Knows pixels, no tokenizer.
 
 Legend: B batch, C channels, H W pixels, in the model's range [-1,1].
 
-MS-SSIM: Wang et al. 2003. Distances of features at several layers, each normalised over its channels: LPIPS, Zhang et al. 2018
-(https://arxiv.org/abs/1801.03924), here without its learned weights of channels, for any backbone that transformers loads.
+MS-SSIM: Wang et al. 2003. Distances of features at several layers, each normalised over its
+channels: LPIPS, Zhang et al. 2018 (https://arxiv.org/abs/1801.03924), here without its learned
+weights of channels, for any backbone that transformers loads.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Distance(Protocol):
-    """Pixels (B,C,H,W) and what is compared with them -> a distance (B,) of 0 for equal ones, differentiable in both."""
+    """Pixels (B,C,H,W) and what is compared with them -> a distance (B,) of 0 for equal ones,
+    differentiable in both."""
 
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor: ...
 
 
 class BackboneDistance(nn.Module):
-    """Mean squared difference of a backbone's features, normalised over channels, averaged over positions and summed over layers.
+    """Mean squared difference of a backbone's features, normalised over channels, averaged over
+    positions and summed over layers.
 
     Args:
         name: a folder with a model of transformers, or a name of the Hub.
@@ -53,7 +57,8 @@ class BackboneDistance(nn.Module):
         except (OSError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"tokenizer.objective.perceptual.distance is {name!r}, which is not ms_ssim and cannot be loaded as a model: {first}"
+                f"tokenizer.objective.perceptual.distance is {name!r}, which is not ms_ssim and "
+                f"cannot be loaded as a model: {first}"
             ) from error
         try:
             known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
@@ -64,18 +69,26 @@ class BackboneDistance(nn.Module):
         size = getattr(self.backbone.config, "image_size", None)
         self.size = (size, size) if isinstance(size, int) else tuple(size) if size else None
         """Height and width that the backbone was made for; None where it takes any."""
-        for part, default, given in zip(("mean", "deviation"), _IMAGENET, ("image_mean", "image_std"), strict=True):
-            self.register_buffer(part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False)
+        for part, default, given in zip(
+            ("mean", "deviation"), _IMAGENET, ("image_mean", "image_std"), strict=True
+        ):
+            self.register_buffer(
+                part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False
+            )
         try:
             states = len(self._states(torch.zeros(1, 3, 64, 64)))
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"tokenizer.objective.perceptual.distance is {name!r}, a {type(self.backbone).__name__}, which does not take pictures of "
+                f"tokenizer.objective.perceptual.distance is {name!r}, a "
+                f"{type(self.backbone).__name__}, which does not take pictures of "
                 f"three colours and give hidden states: {first}"
             ) from error
         if max(layers, default=0) >= states:
-            raise ValueError(f"tokenizer.objective.perceptual.layers are {list(layers)} and the backbone has hidden states 0..{states - 1}")
+            raise ValueError(
+                f"tokenizer.objective.perceptual.layers are {list(layers)} and the backbone has "
+                f"hidden states 0..{states - 1}"
+            )
 
     def forward(self, pixels: Tensor, others: Tensor) -> Tensor:
         self.to(pixels.device)  # nobody else does: it is part of no network that is trained
@@ -91,13 +104,20 @@ class BackboneDistance(nn.Module):
         states = self._states(pixels)
         chosen = self.layers or range(1, len(states))
         # Transformers give (B, positions, C), convolutional networks (B,C,h,w).
-        return [F.normalize((s.transpose(1, 2) if s.ndim == 3 else s).float(), dim=1) for s in (states[i] for i in chosen)]
+        return [
+            F.normalize((s.transpose(1, 2) if s.ndim == 3 else s).float(), dim=1)
+            for s in (states[i] for i in chosen)
+        ]
 
     def _states(self, pixels: Tensor) -> Sequence[Tensor]:
         """All hidden states for pixels (B,C,H,W) in the model's range."""
         if self.size:
-            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
-        states = self.backbone(pixel_values=((pixels + 1) / 2 - self.mean) / self.deviation, output_hidden_states=True).hidden_states
+            pixels = F.interpolate(
+                pixels, self.size, mode="bilinear", antialias=True, align_corners=False
+            )
+        states = self.backbone(
+            pixel_values=((pixels + 1) / 2 - self.mean) / self.deviation, output_hidden_states=True
+        ).hidden_states
         if not states:
             raise ValueError("there are none")
         return states
@@ -107,4 +127,8 @@ def build_distance(options: PerceptualOptions) -> Distance | None:
     """What the options ask for; None where it has no weight."""
     if not options.weight:
         return None
-    return multi_scale_distance if options.distance == "ms_ssim" else BackboneDistance(options.distance, options.layers)
+    return (
+        multi_scale_distance
+        if options.distance == "ms_ssim"
+        else BackboneDistance(options.distance, options.layers)
+    )

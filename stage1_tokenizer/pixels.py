@@ -1,6 +1,7 @@
 """Pictures <-> the model's range. The only file that knows pixel units; knows nothing of networks.
 
-Legend: B batch, C channels, H W pixels. Pictures are uint8 (B,H,W,C) in 0..255; the model's range is float (B,C,H,W) in [-1,1].
+Legend: B batch, C channels, H W pixels. Pictures are uint8 (B,H,W,C) in 0..255; the model's range
+is float (B,C,H,W) in [-1,1].
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from torch import Tensor
 from stage1_tokenizer.options import STEP
 
 LAPLACE_MARGIN = 0.1
-"""DALL-E's epsilon: pixels in [0,1] are squeezed into [eps, 1-eps] so that their logit is finite."""
+"""DALL-E's epsilon: pixels in [0,1] are squeezed into [eps, 1-eps] so that their logit is
+finite."""
 
 
 def to_model_range(pictures: Tensor) -> Tensor:
-    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the pictures already are)."""
+    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the pictures
+    already are)."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels of 8-bit pictures in the model's range, spread evenly over the step of 2/255 around each value."""
-    noise = torch.rand(pixels.shape, generator=generator, device="cpu" if generator else pixels.device).to(pixels.device)
+    """Pixels of 8-bit pictures in the model's range, spread evenly over the step of 2/255 around
+    each value."""
+    noise = torch.rand(
+        pixels.shape, generator=generator, device="cpu" if generator else pixels.device
+    ).to(pixels.device)
     return pixels + (noise - 0.5) * STEP
 
 
@@ -37,8 +43,10 @@ def to_pictures(pixels: Tensor) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on white."""
-    # Pillow fails in many ways on a damaged EXIF block, which says nothing of the pixels: such a picture stays as it is.
+    """Any PIL picture as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on
+    white."""
+    # Pillow fails in many ways on a damaged EXIF block, which says nothing of the pixels: such a
+    # picture stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -53,9 +61,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """The largest centred part of a picture that has the shape of `size` (a square's side, or width and height), at that size, with
-    antialiasing; upright and in RGB."""
-    return ImageOps.fit(to_rgb(image), (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
+    """The largest centred part of a picture that has the shape of `size` (a square's side, or width
+    and height), at that size, with antialiasing; upright and in RGB."""
+    return ImageOps.fit(
+        to_rgb(image), (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC
+    )
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
@@ -68,7 +78,10 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"
-        raise ValueError(f"pictures of one size are needed and given were {given}; use stage1_tokenizer.resize_and_crop(image, size) first")
+        raise ValueError(
+            f"pictures of one size are needed and given were {given}; use "
+            "stage1_tokenizer.resize_and_crop(image, size) first"
+        )
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 

@@ -1,7 +1,9 @@
-"""Large pictures piece by piece, so that memory does not grow with their size. Knows windows of pixels; nothing of networks.
+"""Large pictures piece by piece, so that memory does not grow with their size. Knows windows of
+pixels; nothing of networks.
 
-A piece is taken with a margin on every side that is thrown away again: where the margin is as wide as what a pixel depends on, the pieces
-fit together to the last bit. Networks with attention or GroupNorm look at whole pieces, and theirs fit together less well.
+A piece is taken with a margin on every side that is thrown away again: where the margin is as wide
+as what a pixel depends on, the pieces fit together to the last bit. Networks with attention or
+GroupNorm look at whole pieces, and theirs fit together less well.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import torch
 from torch import Tensor
 
 
-def by_tiles(pixels: Tensor, work: Callable[[Tensor], Tensor], *, tile: int, margin: int, stride: int) -> Tensor:
-    """`work` on windows of pixels (B,C,H,W), whose sides are multiples of `stride`, put together to the same shape.
+def by_tiles(
+    pixels: Tensor, work: Callable[[Tensor], Tensor], *, tile: int, margin: int, stride: int
+) -> Tensor:
+    """`work` on windows of pixels (B,C,H,W), whose sides are multiples of `stride`, put together to
+    the same shape.
 
     Args:
         tile: side of what is kept of a window, in pixels; rounded down to a multiple of `stride`.
@@ -27,5 +32,7 @@ def by_tiles(pixels: Tensor, work: Callable[[Tensor], Tensor], *, tile: int, mar
             bottom, right = min(top + tile, height), min(left + tile, width)
             first, second = max(top - margin, 0), max(left - margin, 0)
             done = work(pixels[:, :, first : bottom + margin, second : right + margin])
-            whole[:, :, top:bottom, left:right] = done[:, :, top - first : bottom - first, left - second : right - second]
+            whole[:, :, top:bottom, left:right] = done[
+                :, :, top - first : bottom - first, left - second : right - second
+            ]
     return whole

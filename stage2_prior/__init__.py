@@ -1,4 +1,5 @@
-"""Stage 2: caption and codes as one stream. Sees integers only; knows nothing of pictures, data sets or training loops."""
+"""Stage 2: caption and codes as one stream. Sees integers only; knows nothing of pictures, data
+sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
 from stage2_prior.decoding import Samples, sample

@@ -1,20 +1,24 @@
-"""Draws codes from a prior: the loop over steps and its cache. Knows ids, places and slots; no text, no pictures.
+"""Draws codes from a prior: the loop over steps and its cache. Knows ids, places and slots; no
+text, no pictures.
 
 Legend: B pictures, T text slots, N codes of a picture, k codes first drawn in one step.
 
-Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text, place T+i the i-th code in the order of
-the picture. A step feeds the codes of the step before and reads off the next k. To draw k > 1 codes at once, the last token is fed k
-times, each time told another target, at places that the next step overwrites: every one of them sees all codes drawn so far and none
-of its siblings, just as in training. With k = 1 this is plain sequential sampling.
+Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text,
+place T+i the i-th code in the order of the picture. A step feeds the codes of the step before and
+reads off the next k. To draw k > 1 codes at once, the last token is fed k times, each time told
+another target, at places that the next step overwrites: every one of them sees all codes drawn so
+far and none of its siblings, just as in training. With k = 1 this is plain sequential sampling.
 
-Siblings do not know each other, so two of them may begin the same object twice. But the next step feeds them one after another anyway,
-and so works out what each would be drawn from had it known those before it. It is drawn from that anew, with the same uniform number:
-most stay what they are, and where one does not, the tokens from it on are fed again by the step after. Each step settles at least one
-code on what sequential sampling draws from the same seed, and nearly all of them in practice; what the last step draws or changes is
-not looked at again (predictive sampling, Wiggers & Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
+Siblings do not know each other, so two of them may begin the same object twice. But the next step
+feeds them one after another anyway, and so works out what each would be drawn from had it known
+those before it. It is drawn from that anew, with the same uniform number: most stay what they are,
+and where one does not, the tokens from it on are fed again by the step after. Each step settles at
+least one code on what sequential sampling draws from the same seed, and nearly all of them in
+practice; what the last step draws or changes is not looked at again (predictive sampling, Wiggers &
+Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
 
-Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps that are guided; where guidance
-comes in late, the branch first catches up in one pass.
+Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps
+that are guided; where guidance comes in late, the branch first catches up in one pass.
 """
 
 from __future__ import annotations
@@ -48,11 +52,13 @@ class Samples:
     codes: Tensor
     """(B,N) int64 in raster order, each counted within its level."""
     log_likelihood: Tensor
-    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance, temperature 1, no filter. Where a
-    step draws several codes it is near that only: codes are counted as they were last drawn, some of them given codes that were changed
-    at the same time. `code_log_likelihood` is exact."""
+    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance,
+    temperature 1, no filter. Where a step draws several codes it is near that only: codes are
+    counted as they were last drawn, some of them given codes that were changed at the same time.
+    `code_log_likelihood` is exact."""
     null_log_likelihood: Tensor | None
-    """(B,) the same given the null caption; None where its branch was not computed for every code."""
+    """(B,) the same given the null caption; None where its branch was not computed for every
+    code."""
     orders: Tensor
     """(B,N) image positions in the order in which the codes came."""
 
@@ -78,20 +84,24 @@ def sample(
     """Draws one picture's codes for each row of `text_ids` (B,T), row i with seeds[i].
 
     Args:
-        known: (N,) or (B,N) bool, the image positions whose codes are given and kept, as many in every row; none by default.
+        known: (N,) or (B,N) bool, the image positions whose codes are given and kept, as many in
+            every row; none by default.
         codes: (B,N) the given codes; the others in it are not looked at.
-        orders: (B,N) in which order the unknown codes come. By default raster order where the prior knows no other, and an order from
-            each picture's seed where it was trained on random ones.
+        orders: (B,N) in which order the unknown codes come. By default raster order where the prior
+            knows no other, and an order from each picture's seed where it was trained on random
+            ones.
         compiled: whether steps of a single code are compiled.
 
     Raises:
-        ValueError: guidance was asked of a prior trained without caption dropout; its null caption means nothing. Or what is asked
-            needs a prior that was trained on random orders, or there are more steps than codes to decide.
+        ValueError: guidance was asked of a prior trained without caption dropout; its null caption
+            means nothing. Or what is asked needs a prior that was trained on random orders, or
+            there are more steps than codes to decide.
         FloatingPointError: the logits are not finite, naming the step at which it happened.
     """
     if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
         raise ValueError(
-            f"guidance_scale {options.guidance_scale} needs a prior trained with caption dropout, and this one was not; "
+            f"guidance_scale {options.guidance_scale} needs a prior trained with caption dropout, "
+            "and this one was not; "
             "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
         )
     return _Sampling(prior, text_ids, seeds, options, known, codes, orders, compiled).run()
@@ -113,24 +123,38 @@ class _Sampling:
     ) -> None:
         self.prior, self.options = prior, options
         stream, device = prior.stream, prior.device
-        self.batch, self.text_length, self.image_length = len(text_ids), stream.text_length, stream.image_length
+        self.batch, self.text_length, self.image_length = (
+            len(text_ids),
+            stream.text_length,
+            stream.image_length,
+        )
         self.num_known = _number_known(known, codes, self.image_length)
-        self.counts = cosine_step_sizes(self.image_length - self.num_known, options.steps)
+        self.counts = cosine_step_sizes(
+            self.image_length - self.num_known, options.num_inference_steps
+        )
         self.compiled = compiled and max(self.counts) == 1
         scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
-        self.scales, self.guided = torch.tensor(scales, device=device), [scale != 1 for scale in scales]
+        self.scales, self.guided = (
+            torch.tensor(scales, device=device),
+            [scale != 1 for scale in scales],
+        )
         self.finite: list[Tensor] = []
         self.graphs: dict[SamplingSpec, Callable[[StepInput], StepOutput]] = {}
         self.begun: set[SamplingSpec] = set()
-        self.orders = _orders(prior, seeds, known, orders, options.steps)
+        self.orders = _orders(prior, seeds, known, orders, options.num_inference_steps)
         shared = (self.orders == self.orders[0]).all()
         place = self.orders[0] if shared else self.orders
         text = torch.arange(self.text_length).expand(*place.shape[:-1], -1)
-        # What stands at each place: shared by all rows where all pictures have one order, which costs a step less.
+        # What stands at each place: shared by all rows where all pictures have one order, which
+        # costs a step less.
         self.slots = torch.cat([text, place + self.text_length], -1).to(device)
         self.noise = per_seed_uniforms(seeds, self.image_length).to(device)
         branches = 2 if any(self.guided[self.num_known :]) else 1
-        captions = torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)]) if branches == 2 else text_ids.to(device)
+        captions = (
+            torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)])
+            if branches == 2
+            else text_ids.to(device)
+        )
         if not shared and branches == 2:
             self.slots = self.slots.repeat(2, 1)
         self.ids = captions.new_zeros(len(captions), stream.length)
@@ -138,20 +162,25 @@ class _Sampling:
         if codes is not None and self.num_known:
             first = self.orders[:, : self.num_known]
             ids = stream.code_ids(codes.cpu().gather(1, first), first).to(device)
-            self.ids[:, self.text_length : self.text_length + self.num_known] = ids.repeat(branches, 1)
+            self.ids[:, self.text_length : self.text_length + self.num_known] = ids.repeat(
+                branches, 1
+            )
         self.log_p = torch.zeros(branches, self.batch, self.image_length, device=device)
-        # Siblings of a step lie at the places of the codes that it decides, which the next step fills anew.
+        # Siblings of a step lie at the places of the codes that it decides, which the next step
+        # fills anew.
         self.places = torch.arange(stream.length, device=device)
         self.cache = prior.new_cache(len(captions))
-        self.numbers = torch.tensor([options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=device)
+        self.numbers = torch.tensor(
+            [options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=device
+        )
         self.tables = prior.tables()
         self._read_captions(captions[:, :-1])
         self.filled = [self.text_length - 1] * branches
         """Places that hold their token already, in either branch."""
 
     def _read_captions(self, captions: Tensor) -> None:
-        """Fills the cache with all text but the last slot, which is told the picture's own first code: each caption is read once, however
-        many pictures it has."""
+        """Fills the cache with all text but the last slot, which is told the picture's own first
+        code: each caption is read once, however many pictures it has."""
         unique, row = torch.unique(captions, dim=0, return_inverse=True)
         cache = self.prior.new_cache(len(unique), captions.shape[1])
         read = compiled_prefill(self.prior) if self.compiled else prefill
@@ -176,11 +205,18 @@ class _Sampling:
         cache = self.cache.rows(rows)
         past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
         slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
-        self.prior.features(self.ids[rows, part], slots[..., part], slots[..., first + 1 : place + 1], self.tables, past)
+        self.prior.features(
+            self.ids[rows, part],
+            slots[..., part],
+            slots[..., first + 1 : place + 1],
+            self.tables,
+            past,
+        )
         self.filled[branch] = place
 
     def _step(self, place: int, count: int) -> None:
-        """Draws the codes of places place .. place+count-1, and those anew that were drawn without knowing all before them."""
+        """Draws the codes of places place .. place+count-1, and those anew that were drawn without
+        knowing all before them."""
         first, end, options = self.filled[0], place + count - 1, self.options
         drawn_now = slice(first + 1 - self.text_length, end + 1 - self.text_length)
         guided = any(self.guided[drawn_now])
@@ -196,9 +232,19 @@ class _Sampling:
             ids = torch.cat([ids, ids[:, -1:].expand(-1, siblings)], 1)
             own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], siblings)], -1)
             before = places.clamp(max=place - 1)
-        fed = StepInput(ids, own, slots[..., first + 1 : end + 1], places, before, self.noise[:, drawn_now], self.scales[drawn_now])
+        fed = StepInput(
+            ids,
+            own,
+            slots[..., first + 1 : end + 1],
+            places,
+            before,
+            self.noise[:, drawn_now],
+            self.scales[drawn_now],
+        )
         top_p = options.top_p is not None and options.top_p < 1
-        choice = SamplingSpec(guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None)
+        choice = SamplingSpec(
+            guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None
+        )
         cache = self.cache.rows(rows)
         drawn = self._drawn(cache, fed, choice)
         self.log_p[0, :, drawn_now] = drawn.log_p
@@ -213,28 +259,37 @@ class _Sampling:
         if choice in self.graphs:
             return self.graphs[choice](fed)
         step = compiled_decode_step(self.prior, fed, choice)
-        if self.prior.device.type == "cuda" and choice in self.begun:  # its first step has compiled it
-            self.graphs[choice] = capture_cuda_graph(step, self.prior, self.tables, cache, fed, self.numbers, choice)
+        if (
+            self.prior.device.type == "cuda" and choice in self.begun
+        ):  # its first step has compiled it
+            self.graphs[choice] = capture_cuda_graph(
+                step, self.prior, self.tables, cache, fed, self.numbers, choice
+            )
             return self.graphs[choice](fed)
         self.begun.add(choice)
         return step(self.prior, self.tables, cache, fed, self.numbers, choice)
 
     def _keep(self, ids: Tensor, first: int, place: int, guided: bool) -> None:
-        """Takes over the ids drawn for places first, first+1, ..., of which those below `place` were drawn before: the tokens from the
-        first on that is now another were fed in vain."""
+        """Takes over the ids drawn for places first, first+1, ..., of which those below `place`
+        were drawn before: the tokens from the first on that is now another were fed in vain."""
         right = place
         if first < place:
-            changed = (ids[:, : place - first] != self.ids[: self.batch, first:place]).any(0).nonzero()
+            changed = (
+                (ids[:, : place - first] != self.ids[: self.batch, first:place]).any(0).nonzero()
+            )
             right = first + int(changed[0]) if len(changed) else place
         self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, first : first + ids.shape[1]] = ids
-        self.filled = [right if i == 0 or guided else filled for i, filled in enumerate(self.filled)]
+        self.filled = [
+            right if i == 0 or guided else filled for i, filled in enumerate(self.filled)
+        ]
 
     def _samples(self) -> Samples:
         finite = torch.stack(self.finite).cpu()
         if not finite.all():
             step = int((~finite).nonzero()[0])
             raise FloatingPointError(
-                f"the prior's logits are not finite at step {step}; its weights are damaged, go back to an earlier checkpoint"
+                f"the prior's logits are not finite at step {step}; its weights are damaged, go "
+                "back to an earlier checkpoint"
             )
         stream = self.prior.stream
         classes = self.ids[: self.batch, self.text_length :] - stream.text_vocab_size
@@ -255,7 +310,9 @@ def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int
         return 0
     numbers = set(known.reshape(-1, count).sum(1).tolist())
     if len(numbers) > 1:
-        raise ValueError(f"the pictures of a batch keep {sorted(numbers)} codes; they must all keep as many")
+        raise ValueError(
+            f"the pictures of a batch keep {sorted(numbers)} codes; they must all keep as many"
+        )
     number = int(numbers.pop())
     if number and codes is None:
         raise ValueError(f"{number} codes are known and none is given; give codes")
@@ -264,7 +321,13 @@ def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int
     return number
 
 
-def _orders(prior: ImagePrior, seeds: Sequence[int], known: Tensor | None, orders: Tensor | None, steps: int | None) -> Tensor:
+def _orders(
+    prior: ImagePrior,
+    seeds: Sequence[int],
+    known: Tensor | None,
+    orders: Tensor | None,
+    steps: int | None,
+) -> Tensor:
     """(B,N): the known codes, then the others.
 
     Raises:
@@ -277,9 +340,14 @@ def _orders(prior: ImagePrior, seeds: Sequence[int], known: Tensor | None, order
         orders = seeded_orders(seeds, count) if random else raster
     orders = orders.cpu() if known is None else known_first(orders.cpu(), known.cpu())
     if not random and (steps not in (None, count) or not torch.equal(orders, raster)):
-        what = "several codes a step" if torch.equal(orders, raster) else "codes in any order (editing, known codes but the first rows)"
+        what = (
+            "several codes a step"
+            if torch.equal(orders, raster)
+            else "codes in any order (editing, known codes but the first rows)"
+        )
         raise ValueError(
-            f"{what} need a prior that was trained on random orders, and this one knows {prior.config.trained_order}; train one with "
-            "prior.train.order=random"
+            f"{what} need a prior that was trained on random orders, and this one knows "
+            f"{prior.config.trained_order}; train one with "
+            "prior.train.code_order=random"
         )
     return orders

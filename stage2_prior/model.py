@@ -1,4 +1,5 @@
-"""`ImagePrior`: ids and positions of the stream -> logits; and how it is saved and loaded. Never sees text or a picture."""
+"""`ImagePrior`: ids and positions of the stream -> logits; and how it is saved and loaded. Never
+sees text or a picture."""
 
 from __future__ import annotations
 
@@ -18,14 +19,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.sequence import Stream
-from stage2_prior.transformer import Block, CacheView, KeyValueCache, RMSNorm, RotaryEmbedding, attention_mask, rotary_table
+from stage2_prior.transformer import (
+    Block,
+    CacheView,
+    KeyValueCache,
+    RMSNorm,
+    RotaryEmbedding,
+    attention_mask,
+    rotary_table,
+)
 
 _TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
 """What the configuration says of the training, since it decides what may be asked of the prior."""
 
 
 class ImagePriorConfig(PreTrainedConfig):
-    """The two plain configurations in the form that transformers saves: `model` and `stream` are dictionaries."""
+    """The two plain configurations in the form that transformers saves: `model` and `stream` are
+    dictionaries."""
 
     model_type = "mini_dalle_prior"
     model: dict[str, Any] | None = None
@@ -37,7 +47,8 @@ class ImagePriorConfig(PreTrainedConfig):
 
 @dataclass
 class PriorLogits:
-    """Logits of one forward pass; each part holds only the slots that predict that kind of token."""
+    """Logits of one forward pass; each part holds only the slots that predict that kind of
+    token."""
 
     text: Tensor
     """(B, tokens that predict text, V) for the next text id."""
@@ -46,7 +57,8 @@ class PriorLogits:
 
 
 class CodebookTables(NamedTuple):
-    """What turns ids into features and features into codes' logits, worked out once a pass or once a picture."""
+    """What turns ids into features and features into codes' logits, worked out once a pass or once
+    a picture."""
 
     embeddings: Tensor
     """(V + K, C): one row for each id of the joint vocabulary."""
@@ -59,14 +71,16 @@ class CodebookTables(NamedTuple):
 class CodebookProjection(nn.Module):
     """A row (C,) for each of K codes: linear in the code's vector, plus a small part of its own.
 
-    A tokenizer's codebook is not a bare list: codes that look alike lie together, and the same change of colour is much the same
-    step everywhere in it. Rows that follow the codebook inherit this, so what the prior learns of red stars serves green ones;
-    rows of their own would have to find it again from examples. Without vectors (`code_dim` 0) the own part is all there is.
+    A tokenizer's codebook is not a bare list: codes that look alike lie together, and the same
+    change of colour is much the same step everywhere in it. Rows that follow the codebook inherit
+    this, so what the prior learns of red stars serves green ones; rows of their own would have to
+    find it again from examples. Without vectors (`code_dim` 0) the own part is all there is.
     """
 
     def __init__(self, num_codes: int, width: int, code_dim: int) -> None:
         super().__init__()
-        # The smaller the own part, the smaller the steps it takes: what codes have in common is learned first.
+        # The smaller the own part, the smaller the steps it takes: what codes have in common is
+        # learned first.
         self.own_gain = 0.1 if code_dim else 1.0
         self.own = nn.Parameter(torch.zeros(num_codes, width))
         self.shared = nn.Parameter(torch.zeros(code_dim, width)) if code_dim else None
@@ -90,45 +104,68 @@ class ImagePrior(PreTrainedModel):
     config_class = ImagePriorConfig
     base_model_prefix = "prior"
 
-    def __init__(self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None) -> None:
+    def __init__(
+        self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None
+    ) -> None:
         if isinstance(model, ImagePriorConfig):
             hub = model
         else:
             if stream is None:
-                raise ValueError("ImagePrior needs the stream's shape: ImagePrior(PriorConfig(...), StreamConfig(...))")
-            hub = ImagePriorConfig(model=asdict(model), stream=json.loads(json.dumps(asdict(stream))))
+                raise ValueError(
+                    "ImagePrior needs the stream's shape: ImagePrior(PriorConfig(...), "
+                    "StreamConfig(...))"
+                )
+            hub = ImagePriorConfig(
+                model=asdict(model), stream=json.loads(json.dumps(asdict(stream)))
+            )
         super().__init__(hub)
         self.model_config = _build(PriorConfig, hub.model)
         self.stream = Stream(_build(StreamConfig, hub.stream))
         width, heads = self.model_config.width, self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
-        self.code_embedding = CodebookProjection(self.stream.num_codes, width, self.stream.config.code_dim)
+        self.code_embedding = CodebookProjection(
+            self.stream.num_codes, width, self.stream.config.code_dim
+        )
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
-        # Where the next code lies is told by how queries turn; of levels that share a position, this tells which one it is of.
-        self.target_embedding = nn.Embedding(1 + len(self.stream.config.levels), width) if self.stream.config.any_order else None
+        # Where the next code lies is told by how queries turn; of levels that share a position,
+        # this tells which one it is of.
+        self.target_embedding = (
+            nn.Embedding(1 + len(self.stream.config.levels), width)
+            if self.stream.config.any_order
+            else None
+        )
         self.kv_heads = self.model_config.kv_heads or heads
         self.blocks = nn.ModuleList(
-            Block(width, heads, self.kv_heads, self.model_config.hidden, self.model_config.dropout) for _ in range(self.model_config.depth)
+            Block(width, heads, self.kv_heads, self.model_config.hidden, self.model_config.dropout)
+            for _ in range(self.model_config.depth)
         )
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
-        self.image_head = CodebookProjection(self.stream.num_codes, width, self.stream.config.code_dim)
-        # Persistent, so that loading (which builds the model without memory) fills them like any weight.
+        self.image_head = CodebookProjection(
+            self.stream.num_codes, width, self.stream.config.code_dim
+        )
+        # Persistent, so that loading (which builds the model without memory) fills them like any
+        # weight.
         table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
-        self.register_buffer("code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim))
+        self.register_buffer(
+            "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
+        )
         self.compiled_steps: dict[Any, Any] = {}
-        """Compiled steps of sampling, by what they were compiled for; see `step.compiled_decode_step`."""
+        """Compiled steps of sampling, by what they were compiled for; see
+        `step.compiled_decode_step`."""
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
         """What training takes for it: torch's, compiled with the network."""
         self.activation_checkpointing = False
-        """Whether training keeps each block's input alone and works the rest out again for the gradient: less memory, a third more time."""
+        """Whether training keeps each block's input alone and works the rest out again for the
+        gradient: less memory, a third more time."""
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with deviation width^-1/2; projections back into the residual stream start at zero, as do the heads."""
+        """Normal with deviation width^-1/2; projections back into the residual stream start at
+        zero, as do the heads."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
@@ -144,23 +181,29 @@ class ImagePrior(PreTrainedModel):
             nn.init.zeros_(self.text_head.weight)
 
     def set_codebook(self, vectors: Tensor) -> None:
-        """The codes' vectors (K,D) in the tokenizer that made them, before training; they are kept centred, at deviation 1.
+        """The codes' vectors (K,D) in the tokenizer that made them, before training; they are kept
+        centred, at deviation 1.
 
         Raises:
             ValueError: their shape is not (num_codes, code_dim) of the stream.
         """
         if vectors.shape != self.code_vectors.shape:
-            raise ValueError(f"code vectors have shape {tuple(vectors.shape)}; this prior's stream has {tuple(self.code_vectors.shape)}")
+            raise ValueError(
+                f"code vectors have shape {tuple(vectors.shape)}; this prior's stream has "
+                f"{tuple(self.code_vectors.shape)}"
+            )
         centred = vectors.detach().float()
         centred = centred - centred.mean(0)
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     @torch.no_grad()
     def load_pretrained(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
-        """Takes over the weights of a prior of the same architecture and codes, whose text may be shorter and vocabulary smaller.
+        """Takes over the weights of a prior of the same architecture and codes, whose text may be
+        shorter and vocabulary smaller.
 
         Args:
-            spelled: the old text ids that spell each entry which the old vocabulary has not; it starts as their mean.
+            spelled: the old text ids that spell each entry which the old vocabulary has not; it
+                starts as their mean.
 
         Raises:
             ValueError: something else differs.
@@ -168,11 +211,20 @@ class ImagePrior(PreTrainedModel):
         weights, own = origin.state_dict(), self.state_dict()
         for name in ("text_embedding.weight", "text_head.weight"):
             rows = weights[name]
-            weights[name] = torch.cat([rows, *(rows[list(ids)].mean(0, keepdim=True) for ids in spelled)])
-        if origin.stream.text_length < self.stream.text_length:  # codes lie past the text, and move on with its end
+            weights[name] = torch.cat(
+                [rows, *(rows[list(ids)].mean(0, keepdim=True) for ids in spelled)]
+            )
+        if (
+            origin.stream.text_length < self.stream.text_length
+        ):  # codes lie past the text, and move on with its end
             weights |= {name: own[name] for name in ("rotary", "slot_level")}
-        if differ := sorted(set(own) ^ set(weights)) or [name for name in own if own[name].shape != weights[name].shape]:
-            raise ValueError(f"the prior to start from is of another architecture; first weights that differ: {differ[:3]}")
+        if differ := sorted(set(own) ^ set(weights)) or [
+            name for name in own if own[name].shape != weights[name].shape
+        ]:
+            raise ValueError(
+                "the prior to start from is of another architecture; first weights that differ: "
+                f"{differ[:3]}"
+            )
         self.load_state_dict(weights)
 
     def forward(
@@ -190,24 +242,31 @@ class ImagePrior(PreTrainedModel):
             ids: (B,S) ids of the joint vocabulary (`Stream.text_first`, `Stream.image_first`).
             positions: (S,) or (B,S) the slot of each id.
             cache: keys and values of earlier tokens; those of the new ones are put behind them.
-            targets: (S,) or (B,S) the slot of the token after each; a prior for any order needs it, others know it without.
+            targets: (S,) or (B,S) the slot of the token after each; a prior for any order needs it,
+                others know it without.
             image_first: whether the codes come before the text, all of them in this pass.
 
         Raises:
-            ValueError: there are more tokens than the cache holds, or a prior for any order is not told the targets.
+            ValueError: there are more tokens than the cache holds, or a prior for any order is not
+                told the targets.
         """
         first, length = 0 if cache is None else cache.filled, ids.shape[1]
         past = None
         if cache is not None:
             if first + length > cache.capacity:
-                raise ValueError(f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit")
+                raise ValueError(
+                    f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit"
+                )
             places = torch.arange(first, first + length, device=ids.device)
             past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
             cache.filled += length
         tables = self.tables()
         features = self.features(ids, positions, targets, tables, past)
         if image_first:
-            codes, text = features[:, : self.stream.image_length - 1], features[:, self.stream.image_length :]
+            codes, text = (
+                features[:, : self.stream.image_length - 1],
+                features[:, self.stream.image_length :],
+            )
         else:
             num_text = min(max(self.stream.text_length - 1 - first, 0), length)
             text, codes = features[:, :num_text], features[:, num_text:]
@@ -217,16 +276,30 @@ class ImagePrior(PreTrainedModel):
         """Embeddings of all ids and rows of the image head, from the weights as they are now."""
         codes = self.code_embedding(self.code_vectors)
         edges = self.stream.level_edges.to(codes.device)
-        return CodebookTables(torch.cat([self.text_embedding.weight, codes]), self.image_head(self.code_vectors), edges)
+        return CodebookTables(
+            torch.cat([self.text_embedding.weight, codes]),
+            self.image_head(self.code_vectors),
+            edges,
+        )
 
-    def features(self, ids: Tensor, slots: Tensor, targets: Tensor | None, tables: CodebookTables, past: CacheView | None = None) -> Tensor:
+    def features(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        targets: Tensor | None,
+        tables: CodebookTables,
+        past: CacheView | None = None,
+    ) -> Tensor:
         """Normalised features (B,S,C) from which the heads read their logits."""
         x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[slots])
         key = self._rotary(slots)
         turns = RotaryEmbedding(key, key)
         if self.target_embedding is not None:
             if targets is None:
-                raise ValueError("this prior takes codes in any order and must be told which comes next; give targets")
+                raise ValueError(
+                    "this prior takes codes in any order and must be told which comes next; give "
+                    "targets"
+                )
             x = x + self.target_embedding(self.slot_level[targets])
             turns = RotaryEmbedding(self._rotary(targets), key)
         for layer, block in enumerate(self.blocks):
@@ -242,30 +315,40 @@ class ImagePrior(PreTrainedModel):
         return table if slots.ndim == 1 else table.unsqueeze(2)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
-        """An empty cache, by default for whole streams, in the dtype and on the device of the weights."""
+        """An empty cache, by default for whole streams, in the dtype and on the device of the
+        weights."""
         c = self.model_config
         return KeyValueCache.empty(
-            c.depth, batch, self.kv_heads, capacity or self.stream.length - 1, c.width // c.heads, self.text_head.weight
+            c.depth,
+            batch,
+            self.kv_heads,
+            capacity or self.stream.length - 1,
+            c.width // c.heads,
+            self.text_head.weight,
         )
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The matrices inside the blocks, which optimizers for matrices may step; embeddings and heads are not among them."""
+        """The matrices inside the blocks, which optimizers for matrices may step; embeddings and
+        heads are not among them."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     def shard_units(self) -> list[nn.Module]:
-        """The parts that are brought together one after another where the parameters are cut over processes."""
+        """The parts that are brought together one after another where the parameters are cut over
+        processes."""
         return list(self.blocks)
 
     def compile_networks(self) -> None:
-        """Compiles the training forward in place, parameter names stay as they are; and the loss, which a batch's logits, a thousand for
-        each code, make a twentieth of a step."""
+        """Compiles the training forward in place, parameter names stay as they are; and the loss,
+        which a batch's logits, a thousand for each code, make a twentieth of a step."""
         self.compile(dynamic=False)
         self.cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with the configuration or any weight."""
-        digest = hashlib.sha256(json.dumps([self.config.model, self.config.stream], sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.config.model, self.config.stream], sort_keys=True).encode()
+        )
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -273,7 +356,8 @@ class ImagePrior(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
-        """As transformers', but weights that are missing are refused, which would be left to chance, and so are unknown ones.
+        """As transformers', but weights that are missing are refused, which would be left to
+        chance, and so are unknown ones.
 
         Raises:
             ValueError: the weights do not fit the configuration, or the file is cut.
@@ -283,28 +367,50 @@ class ImagePrior(PreTrainedModel):
             told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(name, *arguments, **(options | told))
         except SafetensorError as error:
-            raise ValueError(f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy it again") from error
-        if differ := sorted([*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]):
-            raise ValueError(f"the weights of {name} do not fit its config.json; first keys that differ: {differ[:3]}")
+            raise ValueError(
+                f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy "
+                "it again"
+            ) from error
+        if differ := sorted(
+            [
+                *info["missing_keys"],
+                *info["unexpected_keys"],
+                *(entry[0] for entry in info["mismatched_keys"]),
+            ]
+        ):
+            raise ValueError(
+                f"the weights of {name} do not fit its config.json; first keys that differ: "
+                f"{differ[:3]}"
+            )
         return (model, info) if with_info else model
 
     @classmethod
     def load(cls, folder: str | Path) -> ImagePrior:
-        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut or foreign."""
+        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut
+        or foreign."""
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}; a prior needs config.json and model.safetensors")
+                raise ValueError(
+                    f"{folder} holds no {name}; a prior needs config.json and model.safetensors"
+                )
         try:
             prior = cls(ImagePriorConfig(**_hub_fields(folder / "config.json")))
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder} cannot be read: {error}; the file is cut or not a prior's, copy it again") from error
+            raise ValueError(
+                f"{folder} cannot be read: {error}; the file is cut or not a prior's, copy it again"
+            ) from error
         own = prior.state_dict()
-        differ = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
+        differ = sorted(set(own) ^ set(weights)) or [
+            k for k in own if own[k].shape != weights[k].shape
+        ]
         if differ:
-            raise ValueError(f"{folder}/model.safetensors does not fit its config.json; first keys that differ: {differ[:3]}")
+            raise ValueError(
+                f"{folder}/model.safetensors does not fit its config.json; first keys that differ: "
+                f"{differ[:3]}"
+            )
         prior.load_state_dict(weights)
         return prior.eval()
 
@@ -317,9 +423,12 @@ def _hub_fields(path: Path) -> dict[str, Any]:
 
 
 def _build(kind: type, values: dict[str, Any] | None) -> Any:
-    """A configuration from saved values; a key this version does not know is refused rather than ignored."""
+    """A configuration from saved values; a key this version does not know is refused rather than
+    ignored."""
     values = values or {}
     unknown = set(values) - {f.name for f in fields(kind)}
     if unknown:
-        raise ValueError(f"the prior's config.json has unknown keys {sorted(unknown)} for {kind.__name__}")
+        raise ValueError(
+            f"the prior's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"
+        )
     return kind(**values)

@@ -1,8 +1,11 @@
-"""What stage 2 minimises: weighted cross-entropy of text and codes. Knows ids and losses, no optimizer and no data set.
+"""What stage 2 minimises: weighted cross-entropy of text and codes. Knows ids and losses, no
+optimizer and no data set.
 
--log p(text, codes) = -sum log p(text_t | text_<t) - sum log p(code_i | text, code_<i)   (DALL-E, 2021, section 2.2)
+-log p(text, codes) = -sum log p(text_t | text_<t) - sum log p(code_i | text, code_<i)   (DALL-E,
+2021, section 2.2)
 
-The two sums are averaged apart (nats a text token, nats a code) and weighted, since they are of unlike difficulty.
+The two sums are averaged apart (nats a text token, nats a code) and weighted, since they are of
+unlike difficulty.
 """
 
 from __future__ import annotations
@@ -38,14 +41,20 @@ class PriorObjective:
         prior: what is trained.
         config: the weights of the losses.
         schedule: in which orders the codes come.
-        image_first: share of the batches whose codes come before the caption, so that the prior learns to caption.
+        image_first: share of the batches whose codes come before the caption, so that the prior
+            learns to caption.
 
     Raises:
-        ValueError: another order than raster was asked of a prior that is not told which code comes next.
+        ValueError: another order than raster was asked of a prior that is not told which code comes
+            next.
     """
 
     def __init__(
-        self, prior: ImagePrior, config: PriorObjectiveConfig, schedule: OrderSchedule | None = None, image_first: float = 0.0
+        self,
+        prior: ImagePrior,
+        config: PriorObjectiveConfig,
+        schedule: OrderSchedule | None = None,
+        image_first: float = 0.0,
     ) -> None:
         self.prior = prior
         self.stream = prior.stream
@@ -54,17 +63,26 @@ class PriorObjective:
         self.image_first = image_first
         self.networks: dict[str, nn.Module] = {"prior": prior}
         if self.schedule.order != "raster" and not self.stream.config.any_order:
-            raise ValueError(f"order {self.schedule.order} needs a prior whose stream has any_order=True")
+            raise ValueError(
+                f"order {self.schedule.order} needs a prior whose stream has any_order=True"
+            )
 
     def record_training(self) -> None:
-        """Writes into the prior's configuration what it is trained for, which decides what may be asked of it."""
+        """Writes into the prior's configuration what it is trained for, which decides what may be
+        asked of it."""
         self.prior.config.trained_with_caption_dropout = self.config.caption_dropout > 0
         self.prior.config.trained_order = self.schedule.order
         self.prior.config.trained_image_first = self.image_first > 0
 
-    def losses(self, batch: Mapping[str, Tensor], step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random state. `networks` are called in place of
-        the objective's own, such as the same ones wrapped by DDP."""
+    def losses(
+        self,
+        batch: Mapping[str, Tensor],
+        step: int,
+        networks: Mapping[str, nn.Module] | None = None,
+    ) -> Iterator[PriorLoss]:
+        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random
+        state. `networks` are called in place of the objective's own, such as the same ones wrapped
+        by DDP."""
         prior = (networks or self.networks)["prior"]
         text_ids, codes = batch["text_ids"], batch["codes"]
         # The same batches in every process, spread evenly: a pure function of the step.
@@ -72,27 +90,41 @@ class PriorObjective:
             yield self._caption_loss(prior, text_ids, codes)
             return
         if self.config.caption_dropout:
-            dropped = torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
+            dropped = (
+                torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
+            )
             null = self.stream.null_caption(len(text_ids), text_ids.device)
             text_ids = torch.where(dropped[:, None], null, text_ids)
         orders = None
         if self.stream.config.any_order:
-            orders = training_orders(len(codes), self.stream.image_length, self.schedule.random_share(step), codes.device)
+            orders = training_orders(
+                len(codes), self.stream.image_length, self.schedule.random_share(step), codes.device
+            )
         words = _over_processes(self._words(text_ids))
-        text_loss, image_loss, smoothed = self._cross_entropies(prior, text_ids, codes, words, orders)
+        text_loss, image_loss, smoothed = self._cross_entropies(
+            prior, text_ids, codes, words, orders
+        )
         value = smoothed + self.config.text_weight * text_loss
-        yield PriorLoss("prior", value, {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()})
+        yield PriorLoss(
+            "prior",
+            value,
+            {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()},
+        )
 
     def _caption_loss(self, prior: nn.Module, text_ids: Tensor, codes: Tensor) -> PriorLoss:
         words = _over_processes(self._words(text_ids))
         loss, logits = self._caption_cross_entropy(prior, text_ids, codes, words)
-        # Codes are predicted by the other batches; every parameter has a gradient all the same, as several processes need it.
-        return PriorLoss("prior", loss + 0 * logits.image.sum(), {"nats_per_caption_token": loss.detach()})
+        # Codes are predicted by the other batches; every parameter has a gradient all the same, as
+        # several processes need it.
+        return PriorLoss(
+            "prior", loss + 0 * logits.image.sum(), {"nats_per_caption_token": loss.detach()}
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Held-out nats per code and per text token, means over all tokens; no collectives, no dropout of captions. Codes come in the
-        order that training ends with: random ones are the same in every evaluation."""
+        """Held-out nats per code and per text token, means over all tokens; no collectives, no
+        dropout of captions. Codes come in the order that training ends with: random ones are the
+        same in every evaluation."""
         self.prior.eval()
         sums = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
@@ -102,30 +134,56 @@ class PriorObjective:
                 orders = torch.arange(self.stream.image_length).expand(len(all_codes), -1)
                 if self.schedule.order == "random":
                     first = int(sums[3]) // self.stream.image_length
-                    orders = seeded_orders(range(first, first + len(all_codes)), self.stream.image_length)
+                    orders = seeded_orders(
+                        range(first, first + len(all_codes)), self.stream.image_length
+                    )
                 orders = orders.to(all_codes.device)
             text, image, _ = self._cross_entropies(self.prior, text_ids, all_codes, words, orders)
-            caption = self._caption_cross_entropy(self.prior, text_ids, all_codes, words)[0] if self.image_first else torch.zeros(())
+            caption = (
+                self._caption_cross_entropy(self.prior, text_ids, all_codes, words)[0]
+                if self.image_first
+                else torch.zeros(())
+            )
             sums += torch.tensor(
-                [float(text * words), float(words), float(image) * codes, codes, float(caption * words)], dtype=torch.float64
+                [
+                    float(text * words),
+                    float(words),
+                    float(image) * codes,
+                    codes,
+                    float(caption * words),
+                ],
+                dtype=torch.float64,
             )
         self.prior.train()
         if not sums[3]:
-            raise ValueError("there are no held-out pictures to evaluate on; raise data.held_out or add pictures")
+            raise ValueError(
+                "there are no held-out pictures to evaluate on; raise data.val_fraction or add "
+                "pictures"
+            )
         figures = {
             "nats_per_text_token": float(sums[0] / sums[1].clamp(min=1)),
             "nats_per_code": float(sums[2] / sums[3]),
         }
-        return figures | ({"nats_per_caption_token": float(sums[4] / sums[1].clamp(min=1))} if self.image_first else {})
+        return figures | (
+            {"nats_per_caption_token": float(sums[4] / sums[1].clamp(min=1))}
+            if self.image_first
+            else {}
+        )
 
     def _words(self, text_ids: Tensor) -> Tensor:
         """How many text tokens a batch predicts, float32."""
         return (self.stream.text_targets(text_ids) != -100).sum().float()
 
     def _cross_entropies(
-        self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor, orders: Tensor | None
+        self,
+        prior: nn.Module,
+        text_ids: Tensor,
+        codes: Tensor,
+        words: Tensor,
+        orders: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats a text token, of which there are `words`; nats a code; the latter with label smoothing."""
+        """Nats a text token, of which there are `words`; nats a code; the latter with label
+        smoothing."""
         fed = self.stream.text_first(text_ids, codes, orders)
         logits = prior(fed.ids, fed.slots, targets=fed.targets)
         text = self._text_cross_entropy(logits.text, text_ids, words)
@@ -135,13 +193,16 @@ class PriorObjective:
         smoothing = self.config.label_smoothing
         if not smoothing:
             return text, image, image
-        # Minus the mean log-probability over the classes a position may hold is the smoothing's cross-entropy.
+        # Minus the mean log-probability over the classes a position may hold is the smoothing's
+        # cross-entropy.
         log_p = flat.log_softmax(-1)
         finite = torch.isfinite(log_p)
         uniform = -(log_p.masked_fill(~finite, 0).sum(-1) / finite.sum(-1)).mean()
         return text, image, (1 - smoothing) * image + smoothing * uniform
 
-    def _caption_cross_entropy(self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor) -> tuple[Tensor, PriorLogits]:
+    def _caption_cross_entropy(
+        self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor
+    ) -> tuple[Tensor, PriorLogits]:
         """Nats a text token given the codes, and all logits."""
         fed = self.stream.image_first(text_ids, codes)
         logits = prior(fed.ids, fed.slots, targets=fed.targets, image_first=True)
@@ -150,15 +211,20 @@ class PriorObjective:
     def _text_cross_entropy(self, logits: Tensor, text_ids: Tensor, words: Tensor) -> Tensor:
         # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
         targets = self.stream.text_targets(text_ids).flatten()
-        return self._cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum") / words.clamp(min=1)
+        return self._cross_entropy(
+            logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum"
+        ) / words.clamp(min=1)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, **how: Any) -> Tensor:
         # Held-out batches are of many sizes, each of which would be compiled anew.
-        return (self.prior.cross_entropy if self.prior.training else F.cross_entropy)(logits, targets, **how)
+        return (self.prior.cross_entropy if self.prior.training else F.cross_entropy)(
+            logits, targets, **how
+        )
 
 
 def _over_processes(words: Tensor) -> Tensor:
-    """The mean of a count over all processes: gradients are averaged over them, so each counts by the mean count."""
+    """The mean of a count over all processes: gradients are averaged over them, so each counts by
+    the mean count."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(words)
         words = words / dist.get_world_size()

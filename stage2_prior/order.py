@@ -1,11 +1,13 @@
-"""In which order the codes of a picture are told: schedules and permutations as pure functions. Knows counts; no networks, no text.
+"""In which order the codes of a picture are told: schedules and permutations as pure functions.
+Knows counts; no networks, no text.
 
 Legend: B pictures, N codes of a picture, k codes decided in one step.
 
-Raster order reads row by row. A prior trained on random orders, and told the position of the code that comes next, can begin anywhere
-(sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024); random orders that give way to raster order during training help the
-latter (RAR, Yu et al. 2024, section 3.2). Deciding few codes a step at first and more later, by a cosine, is MaskGIT's (Chang et al.
-2022, section 3.3).
+Raster order reads row by row. A prior trained on random orders, and told the position of the code
+that comes next, can begin anywhere (sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024);
+random orders that give way to raster order during training help the latter (RAR, Yu et al. 2024,
+section 3.2). Deciding few codes a step at first and more later, by a cosine, is MaskGIT's (Chang et
+al. 2022, section 3.3).
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class OrderSchedule:
 
 
 def training_orders(batch: int, count: int, share: float, device: torch.device) -> Tensor:
-    """(B,N) orders: a random permutation for `share` of the rows, raster for the others; draws from torch's random state."""
+    """(B,N) orders: a random permutation for `share` of the rows, raster for the others; draws from
+    torch's random state."""
     raster = torch.arange(count, device=device).expand(batch, count)
     if not share:
         return raster
@@ -55,15 +58,16 @@ def seeded_orders(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def known_first(orders: Tensor, known: Tensor) -> Tensor:
-    """Orders (B,N) with the codes that are known (N,) or (B,N) bool moved to the front; both kinds stay in the order that they had, since
-    a prior trained on random orders has hardly seen one in which a part is sorted."""
+    """Orders (B,N) with the codes that are known (N,) or (B,N) bool moved to the front; both kinds
+    stay in the order that they had, since a prior trained on random orders has hardly seen one in
+    which a part is sorted."""
     unknown = ~known.expand(orders.shape).gather(1, orders)
     return orders.gather(1, unknown.long().argsort(dim=1, stable=True))
 
 
 def cosine_step_sizes(count: int, steps: int | None) -> list[int]:
-    """How many of `count` codes each of `steps` steps decides, by a cosine: few at first, more as they come to know each other. By
-    default one a step.
+    """How many of `count` codes each of `steps` steps decides, by a cosine: few at first, more as
+    they come to know each other. By default one a step.
 
     Raises:
         ValueError: there are more steps than codes, or none.
@@ -71,7 +75,11 @@ def cosine_step_sizes(count: int, steps: int | None) -> list[int]:
     if steps is None or steps == count:
         return [1] * count
     if not 1 <= steps <= count:
-        raise ValueError(f"steps is {steps}; it must be at least 1 and at most the {count} codes that are to be decided")
+        raise ValueError(
+            f"num_inference_steps is {steps}; it must be at least 1 and at most the {count} "
+            "codes that are to be "
+            "decided"
+        )
     left = count
     counts = []
     for step in range(1, steps + 1):

@@ -1,13 +1,16 @@
-"""How codes are chosen: options, filters and guidance as small functions. Knows logits and seeds; no networks, no ids.
+"""How codes are chosen: options, filters and guidance as small functions. Knows logits and seeds;
+no networks, no ids.
 
 Legend: B pictures, N codes of a picture, k codes decided in one step, K codes to choose from.
 
-Each picture draws one uniform number a code from a generator of its own and inverts the cumulative distribution, so that its
-codes depend on its seed alone and not on the batch it is in.
-Guidance: logits = null + scale * (conditional - null) (Ho & Salimans 2022), at one scale, in an interval alone (Kynkaanniemi et al. 2024,
-arXiv:2404.07724), or rising by a power of a cosine (MDT, Gao et al. 2023, arXiv:2303.14389). It prefers codes that the
-caption makes likelier than they would be without it, and so, now and then, one that is next to impossible either way. `min_p` rules
-those out by the caption's own distribution, as contrastive decoding does (Li et al. 2022, arXiv:2210.15097, section 3.3).
+Each picture draws one uniform number a code from a generator of its own and inverts the cumulative
+distribution, so that its codes depend on its seed alone and not on the batch it is in. Guidance:
+logits = null + scale * (conditional - null) (Ho & Salimans 2022), at one scale, in an interval
+alone (Kynkaanniemi et al. 2024, arXiv:2404.07724), or rising by a power of a cosine (MDT, Gao et
+al. 2023, arXiv:2303.14389). It prefers codes that the caption makes likelier than they would be
+without it, and so, now and then, one that is next to impossible either way. `min_p` rules those out
+by the caption's own distribution, as contrastive decoding does (Li et al. 2022, arXiv:2210.15097,
+section 3.3).
 """
 
 from __future__ import annotations
@@ -29,33 +32,49 @@ class SamplingOptions:
     """How codes are chosen (`sampling` in a YAML)."""
 
     guidance_scale: float = 1.0
-    """1 samples the caption's distribution; above 1 moves away from the null caption's, and costs a second branch."""
+    """1 samples the caption's distribution; above 1 moves away from the null caption's, and costs a
+    second branch."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Shares of the codes between which guidance is on; the null caption's branch costs nothing before and after."""
+    """Shares of the codes between which guidance is on; the null caption's branch costs nothing
+    before and after."""
     guidance_power: float | None = None
-    """Lets guidance rise from none to `guidance_scale` by (1 - cos(pi share^power)) / 2 over the codes; absent, it is constant."""
+    """Lets guidance rise from none to `guidance_scale` by (1 - cos(pi share^power)) / 2 over the
+    codes; absent, it is constant."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the most likely code."""
     top_k: int | None = None
     """Keep only the k most likely codes."""
     top_p: float | None = None
-    """Keep the smallest set of codes whose probability reaches p (nucleus sampling, Holtzman et al. 2020)."""
+    """Keep the smallest set of codes whose probability reaches p (nucleus sampling, Holtzman et al.
+    2020)."""
     min_p: float | None = None
-    """Keep only codes at least this share as likely as the likeliest one, given the caption and before guidance and temperature. With a
-    small one (0.002) guidance can be stronger."""
-    steps: int | None = None
-    """Steps in which all codes are drawn, few at first and more later, where the prior was trained on random orders; absent, each code
-    has a step of its own."""
+    """Keep only codes at least this share as likely as the likeliest one, given the caption and
+    before guidance and temperature. With a small one (0.002) guidance can be stronger."""
+    num_inference_steps: int | None = None
+    """Steps in which all codes are drawn, few at first and more later, where the prior was trained
+    on random orders; absent, each code has a step of its own."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.guidance_scale < 0:
-            problems.append(f"guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is off)")
-        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON has lists
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
-            problems.append(f"guidance_interval is {self.guidance_interval}; it must be two shares of the codes, as in (0.1, 0.8)")
+            problems.append(
+                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is off)"
+            )
+        # JSON has lists
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        if (
+            len(self.guidance_interval) != 2
+            or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
+        ):
+            problems.append(
+                f"guidance_interval is {self.guidance_interval}; it must be two shares of the "
+                "codes, as in (0.1, 0.8)"
+            )
         if self.guidance_power is not None and self.guidance_power <= 0:
-            problems.append(f"guidance_power is {self.guidance_power}; it must be above 0, or absent for constant guidance")
+            problems.append(
+                f"guidance_power is {self.guidance_power}; it must be above 0, or absent for "
+                "constant guidance"
+            )
         if self.temperature < 0:
             problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
@@ -64,8 +83,11 @@ class SamplingOptions:
             problems.append(f"top_p is {self.top_p}; it must be in (0, 1], or absent for no limit")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             problems.append(f"min_p is {self.min_p}; it must be in [0, 1], or absent for no limit")
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}; it must be at least 1, or absent for a step a code")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            problems.append(
+                f"num_inference_steps is {self.num_inference_steps}; it must be at least 1, or "
+                "absent for one step per code"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -77,7 +99,10 @@ def guidance_at(share: float, options: SamplingOptions) -> float:
         return 1.0
     if options.guidance_power is None:
         return options.guidance_scale
-    return 1 + (options.guidance_scale - 1) * (1 - math.cos(math.pi * share**options.guidance_power)) / 2
+    return (
+        1
+        + (options.guidance_scale - 1) * (1 - math.cos(math.pi * share**options.guidance_power)) / 2
+    )
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -87,7 +112,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
-    """Sets all logits outside the smallest set that reaches probability p to -inf; the most likely one always stays."""
+    """Sets all logits outside the smallest set that reaches probability p to -inf; the most likely
+    one always stays."""
     ordered, order = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
     before = cumulative_sum(probabilities) - probabilities
@@ -95,7 +121,8 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, conditional: Tensor, p: float | Tensor) -> Tensor:
-    """Sets the logits (...,K) of codes that `conditional` (...,K) finds less than p times as likely as its likeliest to -inf."""
+    """Sets the logits (...,K) of codes that `conditional` (...,K) finds less than p times as likely
+    as its likeliest to -inf."""
     # Compared as probabilities, where p may be 0.
     likelihood = (conditional - conditional.amax(-1, keepdim=True)).exp()
     return logits.masked_fill(likelihood < p, float("-inf"))
@@ -106,8 +133,11 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     return null + scale * (conditional - null)
 
 
-def warp_logits(logits: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | Tensor | None) -> Tensor:
-    """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of the number 0 keeps the largest logit alone."""
+def warp_logits(
+    logits: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | Tensor | None
+) -> Tensor:
+    """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of the number 0 keeps
+    the largest logit alone."""
     if isinstance(temperature, (int, float)) and temperature == 0:
         return keep_top_k(logits, 1)
     logits = logits / temperature
@@ -117,8 +147,9 @@ def warp_logits(logits: Tensor, temperature: float | Tensor, top_k: int | None, 
 
 
 def cumulative_sum(values: Tensor) -> Tensor:
-    """(...,K) -> (...,K), summed in blocks. `torch.compile` splits one long scan over a GPU's processors, which torch 2.11 cannot compile
-    for 16,384 classes, and whose rounding would differ from call to call."""
+    """(...,K) -> (...,K), summed in blocks. `torch.compile` splits one long scan over a GPU's
+    processors, which torch 2.11 cannot compile for 16,384 classes, and whose rounding would differ
+    from call to call."""
     classes = values.shape[-1]
     blocks = F.pad(values, (0, -classes % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     earlier = F.pad(blocks.sum(-1), (1, -1)).cumsum(-1)
@@ -126,11 +157,12 @@ def cumulative_sum(values: Tensor) -> Tensor:
 
 
 def sample_from_uniform(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Inverts the cumulative distribution: logits (...,K) in fp32, uniform (...) in [0,1) -> classes (...). A class of probability 0 is
-    never drawn."""
+    """Inverts the cumulative distribution: logits (...,K) in fp32, uniform (...) in [0,1) ->
+    classes (...). A class of probability 0 is never drawn."""
     probabilities = logits.softmax(-1)
     cumulative = cumulative_sum(probabilities)
-    # A parallel sum (CUDA) may rise or fall where a class has probability 0, so these classes are left out.
+    # A parallel sum (CUDA) may rise or fall where a class has probability 0, so these classes are
+    # left out.
     reached = cumulative.masked_fill(probabilities == 0, 0.0)
     # The total is 1 only up to rounding. The largest float below it is reached by some class.
     below_total = reached.amax(-1, keepdim=True) * (1 - 2**-24)
@@ -139,5 +171,8 @@ def sample_from_uniform(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def per_seed_uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """(B,count) uniform numbers in [0,1), row i from a generator seeded with seeds[i]; the same on every device."""
-    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    """(B,count) uniform numbers in [0,1), row i from a generator seeded with seeds[i]; the same on
+    every device."""
+    return torch.stack(
+        [torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    )

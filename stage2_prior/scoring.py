@@ -1,6 +1,8 @@
-"""What a prior thinks of given codes and captions, in nats; and captions drawn from it. Knows ids; no pictures, no words.
+"""What a prior thinks of given codes and captions, in nats; and captions drawn from it. Knows ids;
+no pictures, no words.
 
-Legend: B pictures, T text slots, N codes of a picture, P captions that are compared for one picture.
+Legend: B pictures, T text slots, N codes of a picture, P captions that are compared for one
+picture.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
 
 @torch.inference_mode()
-def code_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None) -> Tensor:
+def code_log_likelihood(
+    prior: ImagePrior, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None
+) -> Tensor:
     """log p(code | caption, codes before it): (B,N) in nats, by image position.
 
     Args:
         text_ids: (B,T) captions; those of `Stream.null_caption` score without one.
         codes: (B,N) each counted within its level.
-        orders: (B,N) in which order the codes come; raster by default. One picture has another likelihood in each order.
+        orders: (B,N) in which order the codes come; raster by default. One picture has another
+            likelihood in each order.
     """
     stream, device = prior.stream, prior.device
     text_ids, codes = text_ids.to(device), codes.to(device)
@@ -30,14 +35,17 @@ def code_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor, orde
         orders = torch.arange(stream.image_length).expand(len(codes), -1)
     orders = None if orders is None else orders.to(device)
     fed = stream.text_first(text_ids, codes, orders)
-    logits, classes = stream.in_order(prior(fed.ids, fed.slots, targets=fed.targets).image.float(), codes, orders)
+    logits, classes = stream.in_order(
+        prior(fed.ids, fed.slots, targets=fed.targets).image.float(), codes, orders
+    )
     log_p = logits.log_softmax(-1).gather(2, classes[..., None])[..., 0]
     return log_p if orders is None else torch.empty_like(log_p).scatter_(1, orders, log_p)
 
 
 @torch.inference_mode()
 def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """log p(caption | codes) of each of the captions (P,T) for one picture's codes (N,): (P,) in nats. The codes are read once.
+    """log p(caption | codes) of each of the captions (P,T) for one picture's codes (N,): (P,) in
+    nats. The codes are read once.
 
     Raises:
         ValueError: the prior was not trained with codes first.
@@ -55,9 +63,15 @@ def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -
 
 @torch.inference_mode()
 def sample_captions(
-    prior: ImagePrior, codes: Tensor, seeds: Sequence[int], *, temperature: float = 1.0, top_p: float | None = None
+    prior: ImagePrior,
+    codes: Tensor,
+    seeds: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws a caption for each row of codes (B,N), row i with seeds[i]: text ids (B,T), and log p(caption | codes) (B,) in nats.
+    """Draws a caption for each row of codes (B,N), row i with seeds[i]: text ids (B,T), and log
+    p(caption | codes) (B,) in nats.
 
     Raises:
         ValueError: the prior was not trained with codes first.
@@ -73,7 +87,9 @@ def sample_captions(
         place = torch.tensor([stream.image_length + slot], device=device)
         past = CacheView(cache, place, attention_mask(place, place, cache.capacity))
         now = torch.tensor([slot], device=device)
-        logits = prior.text_head(prior.features(ids[:, slot : slot + 1], now, now + 1, tables, past)[:, 0]).float()
+        logits = prior.text_head(
+            prior.features(ids[:, slot : slot + 1], now, now + 1, tables, past)[:, 0]
+        ).float()
         # Pad and start are no words, and training gives them next to nothing.
         word = logits.clone()
         word[:, [stream.config.pad_id, stream.config.start_id]] = float("-inf")
@@ -87,16 +103,21 @@ def sample_captions(
     return ids, log_likelihood
 
 
-def _read_codes(prior: ImagePrior, codes: Tensor, rows: int) -> tuple[CodebookTables, KeyValueCache]:
+def _read_codes(
+    prior: ImagePrior, codes: Tensor, rows: int
+) -> tuple[CodebookTables, KeyValueCache]:
     """A cache for `rows` captions that holds the codes (1 or rows, N), which are read once."""
     if not prior.config.trained_image_first:
         raise ValueError(
-            "captions need a prior that was trained with codes first in part of its batches, and this one was not; train one with "
-            "sequence.image_first=0.2"
+            "captions need a prior that was trained with codes first in part of its batches, and "
+            "this one was not; train one with "
+            "sequence.captioning_fraction=0.2"
         )
     codes = codes.to(prior.device)
     tables = prior.tables()
-    slots = torch.arange(prior.stream.length, device=prior.device).roll(prior.stream.image_length)[: codes.shape[1] + 1]
+    slots = torch.arange(prior.stream.length, device=prior.device).roll(prior.stream.image_length)[
+        : codes.shape[1] + 1
+    ]
     places = torch.arange(codes.shape[1], device=prior.device)
     read = prior.new_cache(len(codes), codes.shape[1])
     past = CacheView(read, places, attention_mask(places, places, read.capacity))

@@ -1,4 +1,5 @@
-"""The one stream of caption and codes. The only file that adds offsets; knows slots and ids, nothing of networks.
+"""The one stream of caption and codes. The only file that adds offsets; knows slots and ids,
+nothing of networks.
 
 Legend: B batch, T text slots, N codes of a picture, S = T + N slots.
 
@@ -6,11 +7,13 @@ Legend: B batch, T text slots, N codes of a picture, S = T + N slots.
     holds     <start>  caption    <end>  <pad>   | code 0     ...  code N-1
     predicts  the next slot; slot T-1 predicts code 0, and the last code is never an input.
 
-Codes may stand in another order than raster: a token's slot says what it is, its place in the sequence when it comes. With codes
-first the sequence is code 0 ... code N-1, <start>, caption, ...: the same slots, told the other way round.
+Codes may stand in another order than raster: a token's slot says what it is, its place in the
+sequence when it comes. With codes first the sequence is code 0 ... code N-1, <start>, caption, ...:
+the same slots, told the other way round.
 
-The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens that every later slot may
-attend to, so attention is causal and nothing else. (DALL-E, Ramesh et al. 2021, section 2.2, with one pad for all slots.)
+The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens
+that every later slot may attend to, so attention is causal and nothing else. (DALL-E, Ramesh et al.
+2021, section 2.2, with one pad for all slots.)
 """
 
 from __future__ import annotations
@@ -50,22 +53,32 @@ class Stream:
             first += [code_offset] * level.length
             code_offset += level.num_codes
             past += [code_offset] * level.length
-        # On the CPU whatever the default device is: transformers builds models on one without memory and then fills their weights.
+        # On the CPU whatever the default device is: transformers builds models on one without
+        # memory and then fills their weights.
         self.level_edges = torch.tensor([first, past], device="cpu")
         """(2,N) first class of each image position's level, and the one past its last."""
         self._first_code = self.level_edges[0]
 
     def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
-        """Ids fed to the prior in raster order: (B,T) text ids and (B,n) leading codes, n <= N -> (B,T+n)."""
+        """Ids fed to the prior in raster order: (B,T) text ids and (B,n) leading codes, n <= N ->
+        (B,T+n)."""
         return torch.cat([text_ids, self.code_ids(codes)], dim=1)
 
     def code_ids(self, codes: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Codes (B,n) that stand at image positions (n,) or (B,n), by default the first n -> ids of the joint vocabulary."""
+        """Codes (B,n) that stand at image positions (n,) or (B,n), by default the first n -> ids of
+        the joint vocabulary."""
         first = self._first_code.to(codes.device)
-        return codes + self.text_vocab_size + (first[: codes.shape[1]] if positions is None else first[positions])
+        return (
+            codes
+            + self.text_vocab_size
+            + (first[: codes.shape[1]] if positions is None else first[positions])
+        )
 
-    def text_first(self, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None) -> TokenSequence:
-        """Text ids (B,T), then all codes (B,N) but the last: in raster order, or in `orders` (B,N) of image positions."""
+    def text_first(
+        self, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None
+    ) -> TokenSequence:
+        """Text ids (B,T), then all codes (B,N) but the last: in raster order, or in `orders` (B,N)
+        of image positions."""
         if orders is None:
             slots = torch.arange(self.length, device=codes.device)
             return TokenSequence(self.inputs(text_ids, codes[:, :-1]), slots[:-1], slots[1:])
@@ -77,15 +90,21 @@ class Stream:
     def image_first(self, text_ids: Tensor, codes: Tensor) -> TokenSequence:
         """All codes (B,N) in raster order, then the text ids (B,T) but the last."""
         slots = torch.arange(self.length, device=codes.device).roll(self.image_length)
-        return TokenSequence(torch.cat([self.code_ids(codes), text_ids[:, :-1]], 1), slots[:-1], slots[1:])
+        return TokenSequence(
+            torch.cat([self.code_ids(codes), text_ids[:, :-1]], 1), slots[:-1], slots[1:]
+        )
 
     def image_targets(self, codes: Tensor) -> Tensor:
-        """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted over all levels."""
+        """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted
+        over all levels."""
         return codes + self._first_code.to(codes.device)
 
-    def in_order(self, logits: Tensor, codes: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Image logits (B,N,K) in the order in which codes come, and codes (B,N) by image position -> logits with the classes of other
-        levels ruled out, and the classes (B,N) in that order; raster where `orders` (B,N) is None."""
+    def in_order(
+        self, logits: Tensor, codes: Tensor, orders: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Image logits (B,N,K) in the order in which codes come, and codes (B,N) by image position
+        -> logits with the classes of other levels ruled out, and the classes (B,N) in that order;
+        raster where `orders` (B,N) is None."""
         classes = self.image_targets(codes)
         if orders is not None:
             classes = classes.gather(1, orders)
@@ -94,8 +113,8 @@ class Stream:
         return logits if outside is None else logits.masked_fill(outside, float("-inf")), classes
 
     def outside_level(self, positions: Tensor, edges: Tensor | None = None) -> Tensor | None:
-        """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there is one level. `edges` are
-        `level_edges` where they lie on the positions' device already."""
+        """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there
+        is one level. `edges` are `level_edges` where they lie on the positions' device already."""
         if len(self.config.levels) == 1:
             return None
         classes = torch.arange(self.num_codes, device=positions.device)
@@ -104,28 +123,33 @@ class Stream:
         return (classes < first) | (classes >= past)
 
     def within_level(self, classes: Tensor, positions: Tensor) -> Tensor:
-        """Image classes, counted over all levels, that stand at image positions of the same shape -> codes counted within their level."""
+        """Image classes, counted over all levels, that stand at image positions of the same shape
+        -> codes counted within their level."""
         return classes - self._first_code.to(classes.device)[positions]
 
     def null_caption(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The caption that says nothing: (B,T)."""
-        ids = torch.full((batch, self.text_length), self.config.pad_id, dtype=torch.long, device=device)
+        ids = torch.full(
+            (batch, self.text_length), self.config.pad_id, dtype=torch.long, device=device
+        )
         ids[:, 0] = self.config.start_id
         ids[:, 1] = self.config.end_id
         return ids
 
     def text_targets(self, text_ids: Tensor) -> Tensor:
-        """Next ids (B,T-1) for text slots 0..T-2; -100 (no loss) past the end token and for null captions."""
+        """Next ids (B,T-1) for text slots 0..T-2; -100 (no loss) past the end token and for null
+        captions."""
         targets = text_ids[:, 1:].clone()
         targets[targets == self.config.pad_id] = -100
         targets[text_ids[:, 1] == self.config.end_id] = -100
         return targets
 
     def coordinates(self) -> Tensor:
-        """(S,2) row and column of each slot: a text slot t is (t, t); a code lies past the text, on a unit grid.
+        """(S,2) row and column of each slot: a text slot t is (t, t); a code lies past the text, on
+        a unit grid.
 
-        Levels of unlike size share the picture: a code of a 4x4 level stands in the middle of the four codes of an 8x8 level
-        that cover the same pixels.
+        Levels of unlike size share the picture: a code of a 4x4 level stands in the middle of the
+        four codes of an 8x8 level that cover the same pixels.
         """
         finest = max(max(level.grid) for level in self.config.levels)
         slots = torch.arange(self.text_length, dtype=torch.float32)

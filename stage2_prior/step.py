@@ -1,4 +1,5 @@
-"""One step of drawing codes: tokens in, codes out; plain, compiled, or captured as a CUDA graph. Knows places and slots, no order of steps.
+"""One step of drawing codes: tokens in, codes out; plain, compiled, or captured as a CUDA graph.
+Knows places and slots, no order of steps.
 
 Legend: B pictures, R tokens fed in one step, P captions, S text slots that are read, K classes.
 """
@@ -18,7 +19,8 @@ from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, p
 
 
 class SamplingSpec(NamedTuple):
-    """What of the sampling options makes a step another program; a compiled step is made for one choice."""
+    """What of the sampling options makes a step another program; a compiled step is made for one
+    choice."""
 
     guided: bool
     greedy: bool
@@ -58,11 +60,19 @@ class StepOutput(NamedTuple):
 
 
 def decode_step(
-    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, fed: StepInput, numbers: Tensor, choice: SamplingSpec
+    prior: ImagePrior,
+    tables: CodebookTables,
+    cache: KeyValueCache,
+    fed: StepInput,
+    numbers: Tensor,
+    choice: SamplingSpec,
 ) -> StepOutput:
-    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p and min_p."""
+    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p
+    and min_p."""
     past = CacheView(cache, fed.places, attention_mask(fed.places, fed.before, cache.capacity))
-    logits = project(prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head).float()
+    logits = project(
+        prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head
+    ).float()
     outside = prior.stream.outside_level(fed.targets - prior.stream.text_length, tables.level_edges)
     if outside is not None:
         logits = logits.masked_fill(outside, float("-inf"))
@@ -70,13 +80,19 @@ def decode_step(
     conditional, null = logits.chunk(2) if choice.guided else (logits, None)
     chosen = conditional if null is None else guide(conditional, null, fed.scales[:, None])
     if null is not None and outside is not None:
-        chosen = chosen.masked_fill(outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf"))  # inf - inf is no number
+        # Inf - inf is no number
+        chosen = chosen.masked_fill(
+            outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf")
+        )
     if choice.min_p:
         chosen = keep_min_p(chosen, conditional, min_p)
     if choice.greedy:
         classes = chosen.argmax(-1)
     else:
-        classes = sample_from_uniform(warp_logits(chosen, temperature, choice.top_k, top_p if choice.top_p else None), fed.noise)
+        classes = sample_from_uniform(
+            warp_logits(chosen, temperature, choice.top_k, top_p if choice.top_p else None),
+            fed.noise,
+        )
     log_p = _log_p(conditional, classes)
     return StepOutput(classes, log_p, None if null is None else _log_p(null, classes))
 
@@ -88,42 +104,65 @@ def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
 def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
     """Fills an empty cache with captions (P,S)."""
     slots = torch.arange(ids.shape[1], device=ids.device)
-    prior.features(ids, slots, slots + 1, tables, CacheView(cache, slots, attention_mask(slots, slots, cache.capacity)))
+    prior.features(
+        ids,
+        slots,
+        slots + 1,
+        tables,
+        CacheView(cache, slots, attention_mask(slots, slots, cache.capacity)),
+    )
 
 
 def compiled_prefill(prior: ImagePrior) -> Callable[..., None]:
     """`prefill` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
     if key not in prior.compiled_steps:
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        prior.compiled_steps[key] = torch.compile(_copied(prefill), dynamic=True, fullgraph=True, options=options)
+        options: dict[str, Any] = {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        }
+        prior.compiled_steps[key] = torch.compile(
+            _copied(prefill), dynamic=True, fullgraph=True, options=options
+        )
     return prior.compiled_steps[key]
 
 
 def _computed(prior: ImagePrior) -> tuple[Any, ...]:
     """What else makes a program another one: how and where it computes."""
     kind = prior.device.type
-    return prior.dtype, prior.device, prior.training, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return (
+        prior.dtype,
+        prior.device,
+        prior.training,
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+    )
 
 
-def compiled_decode_step(prior: ImagePrior, fed: StepInput, choice: SamplingSpec) -> Callable[..., StepOutput]:
-    """`advance` for single codes, compiled for this prior, these shapes and this choice: some seconds at its first step, then far less a
-    code. Steps of several codes are not compiled: each has another number of them, and so much work that it would save little."""
+def compiled_decode_step(
+    prior: ImagePrior, fed: StepInput, choice: SamplingSpec
+) -> Callable[..., StepOutput]:
+    """`advance` for single codes, compiled for this prior, these shapes and this choice: some
+    seconds at its first step, then far less a code. Steps of several codes are not compiled: each
+    has another number of them, and so much work that it would save little."""
     key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
     found = prior.compiled_steps.get(key)
     if found is None:
         cpu = prior.device.type == "cpu"
         # What guards would look at before every code - shapes, types, choices - is all in the key.
-        # On the CPU a step is so short that calling its kernels from Python would take a tenth of its time.
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": cpu}
+        # On the CPU a step is so short that calling its kernels from Python would take a tenth of
+        # its time.
+        options: dict[str, Any] = {
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            "cpp_wrapper": cpu,
+        }
         found = torch.compile(_copied(decode_step), dynamic=False, fullgraph=True, options=options)
         prior.compiled_steps[key] = found
     return found
 
 
 def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own. `torch.compile` keeps compiled programs by code object and tells them apart by guards,
-    which these steps have not: with one code object a step would run the program of another."""
+    """The function with a code object of its own. `torch.compile` keeps compiled programs by code
+    object and tells them apart by guards, which these steps have not: with one code object a step
+    would run the program of another."""
     assert isinstance(function, FunctionType)
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
@@ -137,12 +176,19 @@ def capture_cuda_graph(
     numbers: Tensor,
     choice: SamplingSpec,
 ):
-    """A step as a CUDA graph: its kernels are started all at once, not one after another from Python. The graph reads and writes this
-    cache and these tables, so it serves one call of `sample`; what it draws is overwritten by its next step."""
+    """A step as a CUDA graph: its kernels are started all at once, not one after another from
+    Python. The graph reads and writes this cache and these tables, so it serves one call of
+    `sample`; what it draws is overwritten by its next step."""
     # Compiled steps are made for these strides, which a clone would not keep.
-    held = StepInput(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in fed))
+    held = StepInput(
+        *(
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+            for t in fed
+        )
+    )
     graph = torch.cuda.CUDAGraph()
-    # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next batch.
+    # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next
+    # batch.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         drawn = step(prior, tables, cache, held, numbers, choice)
 

@@ -1,8 +1,9 @@
 """Captions <-> text ids. Knows words and the text slots; nothing of codes or networks.
 
-Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`, kept as a transformers fast
-tokenizer; or any tokenizer of the Hub by name. BPE dropout (Provilkov et al. 2020) is applied here, since the library's takes no seed, and
-training that goes on from a checkpoint would not see the ids that it would have seen.
+Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`,
+kept as a transformers fast tokenizer; or any tokenizer of the Hub by name. BPE dropout (Provilkov
+et al. 2020) is applied here, since the library's takes no seed, and training that goes on from a
+checkpoint would not see the ids that it would have seen.
 """
 
 from __future__ import annotations
@@ -31,25 +32,34 @@ class TextConfig:
     """Captions as ids (`text` in a YAML)."""
 
     vocab_size: int = 1024
-    """Entries of the vocabulary that is trained on the captions; at least 300 (256 bytes, special tokens, some merges). A prior that is
-    started from has its own vocabulary."""
-    length: int = 32
+    """Entries of the vocabulary that is trained on the captions; at least 300 (256 bytes, special
+    tokens, some merges). A prior that is started from has its own vocabulary."""
+    max_length: int = 32
     """Text slots of the stream, start and end token included."""
     pretrained: str | None = None
     """Name or folder of a transformers tokenizer to use instead of training one."""
     truncate: bool = False
-    """Cut captions that are longer than `length`. Without it they stop the work with an error that counts them."""
+    """Cut captions that are longer than `max_length`. Without it they stop the work with an error
+    that counts them."""
     bpe_dropout: float = 0.0
-    """Chance with which each merge of a training caption is left out, so that words are met in other pieces, too."""
+    """Chance with which each merge of a training caption is left out, so that words are met in
+    other pieces, too."""
     num_new_tokens: int = 0
-    """Entries added at most to the vocabulary of the prior that is started from, for words of the new captions that it cuts into pieces."""
+    """Entries added at most to the vocabulary of the prior that is started from, for words of the
+    new captions that it cuts into pieces."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.pretrained is None and self.vocab_size < 300:
-            problems.append(f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and some merges)")
-        if self.length < 3:
-            problems.append(f"text.length is {self.length}; it must be at least 3 (start, one token, end)")
+            problems.append(
+                f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and "
+                "some merges)"
+            )
+        if self.max_length < 3:
+            problems.append(
+                f"text.max_length is {self.max_length}; it must be at least 3 (start, one token, "
+                "end)"
+            )
         if self.num_new_tokens < 0:
             problems.append(f"text.num_new_tokens is {self.num_new_tokens}; it must be 0 or more")
         if not 0 <= self.bpe_dropout < 1:
@@ -67,32 +77,47 @@ class TextTokenizer:
         for role, token in (("pad", PAD), ("bos", START), ("eos", END)):
             if getattr(fast, f"{role}_token_id") is None:
                 fast.add_special_tokens({f"{role}_token": token})
-        self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
+        self.pad_id, self.start_id, self.end_id = (
+            fast.pad_token_id,
+            fast.bos_token_id,
+            fast.eos_token_id,
+        )
         if len({self.pad_id, self.start_id, self.end_id}) < 3:
             # Many Hub tokenizers pad with the end token; the stream must tell them apart.
             fast.add_special_tokens({"pad_token": PAD, "bos_token": START, "eos_token": END})
-            self.pad_id, self.start_id, self.end_id = fast.pad_token_id, fast.bos_token_id, fast.eos_token_id
+            self.pad_id, self.start_id, self.end_id = (
+                fast.pad_token_id,
+                fast.bos_token_id,
+                fast.eos_token_id,
+            )
 
     @classmethod
     def from_config(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
-        """The tokenizer that a configuration names: trained on the captions, or a pretrained one. Raises what `pretrained` does."""
+        """The tokenizer that a configuration names: trained on the captions, or a pretrained one.
+        Raises what `pretrained` does."""
         if config.pretrained:
-            return cls.pretrained(config.pretrained, length=config.length)
-        return cls.train(captions, vocab_size=config.vocab_size, length=config.length)
+            return cls.pretrained(config.pretrained, length=config.max_length)
+        return cls.train(captions, vocab_size=config.vocab_size, length=config.max_length)
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
-        """Trains byte-level BPE; any Unicode text can be encoded, whatever the captions held. Case is folded."""
+        """Trains byte-level BPE; any Unicode text can be encoded, whatever the captions held. Case
+        is folded."""
         bpe = Tokenizer(models.BPE())
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=[PAD, START, END],
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         bpe.train_from_iterator(captions, trainer)
-        fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END
+        )
         return cls(fast, length)
 
     @classmethod
@@ -102,7 +127,8 @@ class TextTokenizer:
             return cls(AutoTokenizer.from_pretrained(name, use_fast=True), length)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer ({str(error).splitlines()[0]}); "
+                f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer "
+                f"({str(error).splitlines()[0]}); "
                 "give a folder that holds tokenizer.json, or a Hub name with network access"
             ) from error
 
@@ -118,15 +144,18 @@ class TextTokenizer:
         """Captions -> (B,T) int64: start, tokens, end, pads. An empty caption is the null caption.
 
         Raises:
-            ValueError: a caption needs more slots than there are and `truncate` is off; the first such one is shown.
+            ValueError: a caption needs more slots than there are and `truncate` is off; the first
+                such one is shown.
         """
         rows = torch.full((len(captions), self.length), self.pad_id, dtype=torch.long)
         rows[:, 0] = self.start_id
         for i, ids in enumerate(self.token_ids(captions)):
             if len(ids) > self.length - 2 and not truncate:
                 raise ValueError(
-                    f"the caption {captions[i][:80]!r} needs {len(ids) + 2} tokens and there are {self.length} text slots; "
-                    "shorten it, or cut it with truncate (text.truncate=true in training; a longer text.length needs retraining)"
+                    f"the caption {captions[i][:80]!r} needs {len(ids) + 2} tokens and there are "
+                    f"{self.length} text slots; "
+                    "shorten it, or cut it with truncate (text.truncate=true in training; a longer "
+                    "text.max_length needs retraining)"
                 )
             ids = ids[: self.length - 2]
             rows[i, 1 : len(ids) + 1] = torch.tensor(ids, dtype=torch.long)
@@ -134,9 +163,15 @@ class TextTokenizer:
         return rows
 
     def encode_with_dropout(
-        self, captions: Sequence[str], dropout: float, random: np.random.Generator, *, truncate: bool = False
+        self,
+        captions: Sequence[str],
+        dropout: float,
+        random: np.random.Generator,
+        *,
+        truncate: bool = False,
     ) -> Tensor:
-        """As `encode`, with each merge left out by chance. A caption whose pieces would be too many for the slots has them whole.
+        """As `encode`, with each merge left out by chance. A caption whose pieces would be too many
+        for the slots has them whole.
 
         Raises:
             ValueError: the tokenizer is no BPE; and what `encode` raises.
@@ -157,7 +192,10 @@ class TextTokenizer:
         """
         inside, caption = self.fast.backend_tokenizer, caption.strip()
         if inside.pre_tokenizer is None:
-            raise ValueError("the text tokenizer does not say what its words are; a byte-level BPE tokenizer does")
+            raise ValueError(
+                "the text tokenizer does not say what its words are; a byte-level BPE tokenizer "
+                "does"
+            )
         normal = inside.normalizer.normalize_str(caption) if inside.normalizer else caption
         return [word for word, _ in inside.pre_tokenizer.pre_tokenize_str(normal)] if normal else []
 
@@ -166,7 +204,11 @@ class TextTokenizer:
         pieces = list(word)
         while len(pieces) > 1:
             pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
-            kept = [pair for pair, drawn in zip(pairs, random.random(len(pairs)), strict=True) if drawn >= dropout]
+            kept = [
+                pair
+                for pair, drawn in zip(pairs, random.random(len(pairs)), strict=True)
+                if drawn >= dropout
+            ]
             if not kept:
                 break
             _, i = min(kept)
@@ -179,14 +221,18 @@ class TextTokenizer:
         model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
         if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
             raise ValueError(
-                f"text.bpe_dropout, or text.num_new_tokens, needs a byte-level BPE tokenizer, and this one is {model['type']}; set both "
+                "text.bpe_dropout, or text.num_new_tokens, needs a byte-level BPE tokenizer, and "
+                f"this one is {model['type']}; set both "
                 "to 0"
             )
         by_id = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
         return by_id, {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
 
-    def extend_vocab(self, captions: Iterable[str], entries: int) -> tuple[TextTokenizer, list[list[int]]]:
-        """Goes on merging where this BPE's training ended, on the words of other captions: old entries and merges stay, and come first.
+    def extend_vocab(
+        self, captions: Iterable[str], entries: int
+    ) -> tuple[TextTokenizer, list[list[int]]]:
+        """Goes on merging where this BPE's training ended, on the words of other captions: old
+        entries and merges stay, and come first.
 
         Args:
             entries: how many to add at most; fewer where no two pieces stand side by side twice.
@@ -200,11 +246,15 @@ class TextTokenizer:
         vocabulary, ranks = dict(self._merges[0]), self._merges[1]
         if len(vocabulary) != len(self.fast):
             raise ValueError(
-                "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and this one has tokens beside it"
+                "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and "
+                "this one has tokens beside it"
             )
         counts = Counter(word for caption in captions for word in self.words(caption))
         names = {i: piece for piece, i in vocabulary.items()}
-        cut = {word: [names[i] for i in self._pieces(word, 0.0, np.random.default_rng(0))] for word in sorted(counts)}
+        cut = {
+            word: [names[i] for i in self._pieces(word, 0.0, np.random.default_rng(0))]
+            for word in sorted(counts)
+        }
         cut = {word: pieces for word, pieces in cut.items() if len(pieces) > 1}
         spelled, merges = {piece: [i] for piece, i in vocabulary.items()}, list(ranks)
         while len(vocabulary) - len(names) < entries:
@@ -227,19 +277,31 @@ class TextTokenizer:
                     i += 1
         inside = json.loads(self.fast.backend_tokenizer.to_str())
         inside["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
-        roles = {f"{role}_token": getattr(self.fast, f"{role}_token") for role in ("pad", "bos", "eos")}
-        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inside)), **roles)
-        return TextTokenizer(fast, self.length), [spelled[piece] for piece in list(vocabulary)[len(names) :]]
+        roles = {
+            f"{role}_token": getattr(self.fast, f"{role}_token") for role in ("pad", "bos", "eos")
+        }
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(inside)), **roles
+        )
+        return TextTokenizer(fast, self.length), [
+            spelled[piece] for piece in list(vocabulary)[len(names) :]
+        ]
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) -> captions, special tokens left out."""
-        return [text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)
+        ]
 
     def token_ids(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, without start and end."""
         texts = [caption.strip() for caption in captions]
         # A caption that spells "<end>" means these five letters and not the token.
-        return self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+        return (
+            self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if texts
+            else []
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes the transformers tokenizer and its text length into a folder."""
@@ -254,7 +316,9 @@ class TextTokenizer:
             length = json.loads(path.read_text())["length"]
             fast = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} is not a whole text tokenizer ({error}); copy the bundle again") from error
+            raise ValueError(
+                f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
+            ) from error
         return cls(fast, length)
 
 
@@ -282,6 +346,8 @@ class LengthReport:
         """Raises ValueError where captions do not fit and are not to be cut."""
         if self.too_long and not truncate:
             raise ValueError(
-                f"{self.too_long} of {self.count} captions need more than text.length={self.length} slots (the longest {self.longest}: "
-                f"{self.worst[:60]!r}); set text.length={self.longest}, or cut them with text.truncate=true"
+                f"{self.too_long} of {self.count} captions need more than "
+                f"text.max_length={self.length} slots (the longest {self.longest}: "
+                f"{self.worst[:60]!r}); set text.max_length={self.longest}, or cut them with "
+                "text.truncate=true"
             )

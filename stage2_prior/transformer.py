@@ -1,8 +1,11 @@
-"""Blocks of a Llama-style decoder and its key-value cache. Knows tensors of features; nothing of text, codes or sampling.
+"""Blocks of a Llama-style decoder and its key-value cache. Knows tensors of features; nothing of
+text, codes or sampling.
 
-Legend: B batch, S tokens, C width, H query heads, G key-value heads (G divides H), D width of a head (C = H D), M places of the cache.
+Legend: B batch, S tokens, C width, H query heads, G key-value heads (G divides H), D width of a
+head (C = H D), M places of the cache.
 
-RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020).
+RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary positions (Su et al. 2021), QK-norm
+(Henry et al. 2020).
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 _FEW_ROWS = 8
-"""Rows up to which a product is compiled as sums (`project`): four pictures with their null branches."""
+"""Rows up to which a product is compiled as sums (`project`): four pictures with their null
+branches."""
 
 
 def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
-    """What `rotate` multiplies by at each slot: coordinates (S,2) -> (2,S,D). Half of the pairs turn with the row, half with the
-    column; where both coordinates are equal (text) this is the one-dimensional rotary embedding."""
+    """What `rotate` multiplies by at each slot: coordinates (S,2) -> (2,S,D). Half of the pairs
+    turn with the row, half with the column; where both coordinates are equal (text) this is the
+    one-dimensional rotary embedding."""
     pairs = head_width // 4
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     angles = coordinates[:, :, None] * frequencies
@@ -30,14 +35,16 @@ def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
 
 
 class RotaryEmbedding(NamedTuple):
-    """What turns queries and keys: each (2,S,D), or (2,B,1,S,D) where every row of the batch has positions of its own."""
+    """What turns queries and keys: each (2,S,D), or (2,B,1,S,D) where every row of the batch has
+    positions of its own."""
 
     query: Tensor
     key: Tensor
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (B,H,S,D), table (2,S,D) or (2,B,1,S,D)."""
+    """Turns each pair (x[..., i], x[..., i + D/2]) by its angle: x (B,H,S,D), table (2,S,D) or
+    (2,B,1,S,D)."""
     table = table.to(x.dtype)
     if torch.compiler.is_compiling():  # a roll would be compiled into reads of single numbers
         (cos, _), (_, sin) = (half.chunk(2, -1) for half in table)
@@ -47,7 +54,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: under autocast the fp32 gain would keep the fused kernel from being used."""
+    """RMSNorm in the dtype of its input: under autocast the fp32 gain would keep the fused kernel
+    from being used."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -55,18 +63,26 @@ class RMSNorm(nn.RMSNorm):
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (B,S,C) times the rows of weight (R,C) -> (B,S,R)."""
-    one_token = x.shape[-2] == 1  # asked first: where captions of any number are read, a question of their number would fix it
-    if one_token and x.shape[0] <= _FEW_ROWS and torch.compiler.is_compiling() and x.device.type == "cpu":
+    # Asked first: where captions of any number are read, a question of their number would fix it
+    one_token = x.shape[-2] == 1
+    if (
+        one_token
+        and x.shape[0] <= _FEW_ROWS
+        and torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+    ):
         return _summed(x, weight)
     return F.linear(x, weight)
 
 
 def _summed(x: Tensor, weight: Tensor) -> Tensor:
-    """`project` for one token (B,1,C), as sums, for compiling: one loop over the weights, of which each is read once for all rows. For a
-    few rows the library's product takes longer (a step of 5.9M weights on two cores with AVX512-BF16: 930 against 590 microseconds for 4
-    rows, 1,200 against 910 for 8; a row alone was four times as fast as its products)."""
+    """`project` for one token (B,1,C), as sums, for compiling: one loop over the weights, of which
+    each is read once for all rows. For a few rows the library's product takes longer (a step of
+    5.9M weights on two cores with AVX512-BF16: 930 against 590 microseconds for 4 rows, 1,200
+    against 910 for 8; a row alone was four times as fast as its products)."""
     rows, weight = x[:, 0].float(), weight.float()
-    # The compiler writes out what is put together. Otherwise it would work out x, a norm most often, anew for each row of the weights.
+    # The compiler writes out what is put together. Otherwise it would work out x, a norm most
+    # often, anew for each row of the weights.
     rows = torch.cat(rows.chunk(2, 1), 1)
     return torch.stack([(row * weight).sum(-1) for row in rows.unbind(0)]).to(x.dtype)[:, None]
 
@@ -84,38 +100,52 @@ class Projection(nn.Linear):
 class KeyValueCache:
     """Keys and values of past tokens, allocated once: for each block two tensors (B,G,M,D).
 
-    All M places are read each time, under a mask: every step has the same shapes, so that one compiled step serves all.
+    All M places are read each time, under a mask: every step has the same shapes, so that one
+    compiled step serves all.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         self.keys, self.values = keys, values
         self.capacity = keys[0].shape[2]
         self.filled = 0
-        """Places that hold a token already, where `ImagePrior.forward` fills them one after another."""
+        """Places that hold a token already, where `ImagePrior.forward` fills them one after
+        another."""
 
     @classmethod
-    def empty(cls, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor) -> KeyValueCache:
+    def empty(
+        cls, depth: int, batch: int, heads: int, capacity: int, head_width: int, like: Tensor
+    ) -> KeyValueCache:
         """An empty cache in the dtype and on the device of `like`."""
         shape = (batch, heads, capacity, head_width)
-        # Masked places count with a weight of 0, and 0 times what memory happens to hold may be no number. On the CPU `attend` masks what
-        # keys give, whatever it is; the kernels elsewhere add to it.
+        # Masked places count with a weight of 0, and 0 times what memory happens to hold may be no
+        # number. On the CPU `attend` masks what keys give, whatever it is; the kernels elsewhere
+        # add to it.
         keys = like.new_empty if like.device.type == "cpu" else like.new_zeros
-        return cls([keys(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)])
+        return cls(
+            [keys(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)]
+        )
 
     def rows(self, part: slice) -> KeyValueCache:
         """Some rows of the batch, sharing memory with this cache."""
-        return KeyValueCache([key[part] for key in self.keys], [value[part] for value in self.values])
+        return KeyValueCache(
+            [key[part] for key in self.keys], [value[part] for value in self.values]
+        )
 
     def copy_from(self, other: KeyValueCache, rows: Tensor) -> None:
         """Takes over the first places from another cache: its row rows[b] for each row b (B,)."""
         length = min(other.capacity, self.capacity)
-        for own, theirs in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
+        for own, theirs in zip(
+            [*self.keys, *self.values], [*other.keys, *other.values], strict=True
+        ):
             own[:, :, :length] = theirs[:, :, :length].index_select(0, rows)
 
-    def put(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def put(
+        self, layer: int, places: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Stores keys and values (B,G,S,D) at places (S,); returns those of all M places."""
         for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            held.index_copy_(2, places, new.to(held.dtype))  # autocast makes them of another type than the weights
+            # Autocast makes them of another type than the weights
+            held.index_copy_(2, places, new.to(held.dtype))
         return self.keys[layer], self.values[layer]
 
 
@@ -130,24 +160,32 @@ class CacheView(NamedTuple):
 
 
 def attention_mask(places: Tensor, before: Tensor, capacity: int) -> Tensor:
-    """(S,M): a token may look at itself, at its place (S,), and at all places below `before` (S,)."""
+    """(S,M): a token may look at itself, at its place (S,), and at all places below `before`
+    (S,)."""
     every = torch.arange(capacity, device=places.device)
     return (every < before[:, None]) | (every == places[:, None])
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
     """`attend` by torch's kernel."""
-    # A branch, where `enable_gqa=a != b` would do: compiled for any shapes, a comparison is a symbol, which the kernel refuses.
+    # A branch, where `enable_gqa=a != b` would do: compiled for any shapes, a comparison is a
+    # symbol, which the kernel refuses.
     if query.shape[1] == key.shape[1]:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None
+        )
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=True
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) is true; by default causal, S = M.
+    """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) is true; by
+    default causal, S = M.
 
-    Query head h looks at key-value head h // (H/G) (grouped-query attention, Ainslie et al. 2023). On the CPU the plain product beats
-    the fused kernel for the short sequences here (its backward most of all); elsewhere the fused kernel is used.
+    Query head h looks at key-value head h // (H/G) (grouped-query attention, Ainslie et al. 2023).
+    On the CPU the plain product beats the fused kernel for the short sequences here (its backward
+    most of all); elsewhere the fused kernel is used.
     """
     if query.device.type != "cpu":
         return fused_attention(query, key, value, allowed)
@@ -155,7 +193,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     if allowed is None:
         allowed = torch.ones(length, length, dtype=torch.bool).tril()
     shared = query.shape[1] // groups
-    if shared > 1:  # the queries of one key-value head one after another, so that its keys are read once
+    if (
+        shared > 1
+    ):  # the queries of one key-value head one after another, so that its keys are read once
         query = query.unflatten(1, (groups, shared)).flatten(2, 3)
         allowed = allowed.repeat(shared, 1)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
@@ -174,9 +214,12 @@ class Attention(nn.Module):
         self.query_key_gain = nn.Parameter(torch.ones(2 * head_width))
         self.output = Projection(width, width)
 
-    def forward(self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int
+    ) -> Tensor:
         batch, length, width = x.shape
-        # Plain views: torch.compile takes a pattern's sizes for constants, and the number of tokens is none.
+        # Plain views: torch.compile takes a pattern's sizes for constants, and the number of tokens
+        # is none.
         three = self.query_key_value(x).unflatten(-1, (-1, width // self.heads)).transpose(1, 2)
         q, k, v = three.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query_gain, key_gain = self.query_key_gain.to(three.dtype).chunk(2)
@@ -184,7 +227,11 @@ class Attention(nn.Module):
         k = rotate(F.rms_norm(k, k.shape[-1:], key_gain, 1e-6), turns.key)
         if past is not None:
             k, v = past.cache.put(layer, past.places, k, v)
-        return self.output(attend(q, k, v, past.allowed if past else None).transpose(1, 2).reshape(batch, length, width))
+        return self.output(
+            attend(q, k, v, past.allowed if past else None)
+            .transpose(1, 2)
+            .reshape(batch, length, width)
+        )
 
 
 class SwiGLU(nn.Module):
@@ -211,6 +258,8 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int
+    ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), turns, past, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

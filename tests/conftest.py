@@ -7,7 +7,9 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run")
+    parser.addoption(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run"
+    )
 
 
 @pytest.fixture(autouse=True)

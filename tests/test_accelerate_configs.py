@@ -25,12 +25,18 @@ def launched(file: Path):
 def test_every_key_is_one_that_accelerate_knows(file):
     config = load_config_from_file(str(file))  # raises for a key that it does not know
     known = vars(launched(file))
-    assert all(key in known for key in config.fsdp_config or {}), "a key of fsdp_config that `accelerate launch` has no option for"
+    assert all(key in known for key in config.fsdp_config or {}), (
+        "a key of fsdp_config that `accelerate launch` has no option for"
+    )
     kind = {"gpu-1": "NO", "ddp-8": "MULTI_GPU", "fsdp-8": "FSDP", "fsdp-4x8": "FSDP"}[file.stem]
     assert config.distributed_type == kind and not config.use_cpu and config.mixed_precision == "no"
     *machines, cards = (int(number) for number in file.stem.partition("-")[2].split("x"))
-    assert (config.num_machines, config.num_processes) == (math.prod(machines), math.prod(machines) * cards)
-    assert file.name in file.read_text().split("compute_environment")[0]  # its header has the command
+    assert (config.num_machines, config.num_processes) == (
+        math.prod(machines),
+        math.prod(machines) * cards,
+    )
+    # Its header has the command
+    assert file.name in file.read_text().split("compute_environment")[0]
 
 
 def test_a_key_that_is_gone_is_refused(tmp_path):
@@ -42,7 +48,9 @@ def test_a_key_that_is_gone_is_refused(tmp_path):
 
 def test_none_is_for_several_cpu_processes():
     """Accelerate would start a single one, without a word; torchrun starts them."""
-    assert not any(yaml.safe_load(file.read_text())["distributed_type"] == "MULTI_CPU" for file in FILES)
+    assert not any(
+        yaml.safe_load(file.read_text())["distributed_type"] == "MULTI_CPU" for file in FILES
+    )
 
 
 @pytest.mark.parametrize("name", ["fsdp-8", "fsdp-4x8"])

@@ -13,14 +13,21 @@ from pipeline.cli.main import HELP, VERBS
 from pipeline.config.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @EVERY_PAGE
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+        assert target.startswith("http") or (page.parent / target).exists(), (
+            f"{page.name} links to {target}"
+        )
 
 
 @EVERY_PAGE

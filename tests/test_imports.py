@@ -1,4 +1,5 @@
-"""The structure that design relies on: who may import whom, lazy imports, files of bounded length."""
+"""The structure that design relies on: who may import whom, lazy imports, files of bounded
+length."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("stage1_tokenizer", "stage2_prior", "pipeline")
-FORBIDDEN = {"stage1_tokenizer": {"stage2_prior", "pipeline"}, "stage2_prior": {"stage1_tokenizer", "pipeline"}, "pipeline": set()}
+FORBIDDEN = {
+    "stage1_tokenizer": {"stage2_prior", "pipeline"},
+    "stage2_prior": {"stage1_tokenizer", "pipeline"},
+    "pipeline": set(),
+}
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
@@ -29,12 +34,16 @@ def imported(path: Path) -> set[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Our own modules that a file imports, anywhere in it: also within functions and for the type checker alone."""
+    """Our own modules that a file imports, anywhere in it: also within functions and for the type
+    checker alone."""
     names = {module_of(file) for file in FILES}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module in names:
-            found |= {full if (full := f"{node.module}.{alias.name}") in names else node.module for alias in node.names}
+            found |= {
+                full if (full := f"{node.module}.{alias.name}") in names else node.module
+                for alias in node.names
+            }
     return found
 
 
@@ -52,26 +61,41 @@ LAYERS = (
     ("runtime",),
     ("config",),
 )
-"""Packages of pipeline/, top to bottom. A module imports from its own package or from one in a lower row."""
+"""Packages of pipeline/, top to bottom. A module imports from its own package or from one in a
+lower row."""
 
 
 def upward_imports(path: Path) -> list[str]:
     """Modules of pipeline/ that a file may not import."""
     row = {package: number for number, packages in enumerate(LAYERS) for package in packages}
     own = path.relative_to(ROOT).parts[1]
-    theirs = {module: module.split(".")[1] for module in imported_modules(path) if module.startswith("pipeline.")}
-    return [module for module, package in theirs.items() if package != own and row[package] <= row[own]]
+    theirs = {
+        module: module.split(".")[1]
+        for module in imported_modules(path)
+        if module.startswith("pipeline.")
+    }
+    return [
+        module for module, package in theirs.items() if package != own and row[package] <= row[own]
+    ]
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if len(p.relative_to(ROOT).parts) > 2 and p.is_relative_to(ROOT / "pipeline")], ids=module_of
+    "path",
+    [
+        p
+        for p in FILES
+        if len(p.relative_to(ROOT).parts) > 2 and p.is_relative_to(ROOT / "pipeline")
+    ],
+    ids=module_of,
 )
 def test_imports_go_down_the_layers(path):
     assert upward_imports(path) == []
 
 
 def test_every_package_has_a_layer():
-    packages = {p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    packages = {
+        p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"
+    }
     assert packages <= {package for row in LAYERS for package in row}
 
 
@@ -104,15 +128,25 @@ def test_shapes_and_sequence_alone_know_their_units():
         assert path.name == "sequence.py" or "+ self.text_vocab_size" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("module", ["pipeline", "pipeline.cli", "pipeline.data.load", "pipeline.data.builtin.shapes"])
+@pytest.mark.parametrize(
+    "module", ["pipeline", "pipeline.cli", "pipeline.data.load", "pipeline.data.builtin.shapes"]
+)
 def test_light_modules_import_nothing_heavy(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'accelerate') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', "
+        "'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from pipeline.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pipeline.cli import main; main(['--help']); assert 'torch' not "
+        "in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "train-tokenizer" in done.stdout
 
@@ -160,4 +194,6 @@ def test_what_the_theory_names_is_there():
     code = "\n".join(path.read_text() for path in FILES)
     for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
         for name in re.findall(r"\w+", named.removesuffix(".py").rpartition("/")[2]):
-            assert re.search(rf"\b{name}\b", code) or (ROOT / named).exists(), f"docs/theory.md names {named}"
+            assert re.search(rf"\b{name}\b", code) or (ROOT / named).exists(), (
+                f"docs/theory.md names {named}"
+            )

@@ -1,4 +1,5 @@
-"""What verbs share: settings from the command line, the one process that prints. Imports nothing heavy until it is asked."""
+"""What verbs share: settings from the command line, the one process that prints. Imports nothing
+heavy until it is asked."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ def parse_experiment(rest: Sequence[str]) -> Experiment:
     from pipeline.config.load import load_experiment, parser
 
     if "--help" in rest or "-h" in rest:
-        print(re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), parser().format_help()), end="")
+        print(
+            re.sub(
+                r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), parser().format_help()
+            ),
+            end="",
+        )
         raise SystemExit(0)
     try:
         return load_experiment(rest)
@@ -31,7 +37,9 @@ def parse_experiment(rest: Sequence[str]) -> Experiment:
 
 def require_single_process(verb: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{verb} is the work of one process; start it without torchrun or accelerate launch")
+        raise ValueError(
+            f"{verb} is the work of one process; start it without torchrun or accelerate launch"
+        )
 
 
 def print_rank0(text: str) -> None:

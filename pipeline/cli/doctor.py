@@ -1,4 +1,5 @@
-"""`minidalle doctor`: reads its arguments, writes the page, the numbers and the suggested configuration. Finds nothing out itself."""
+"""`minidalle doctor`: reads its arguments, writes the page, the numbers and the suggested
+configuration. Finds nothing out itself."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ SUGGESTED = "suggested.yaml"
 
 @dataclass
 class Asked:
-    """What the command line asks for: whose data, how many pictures of them at most, the largest size to suggest, and where to write."""
+    """What the command line asks for: whose data, how many pictures of them at most, the largest
+    size to suggest, and where to write."""
 
     experiment: Experiment
     pictures: int
@@ -36,42 +38,73 @@ class Asked:
 
 
 def asked(rest: Sequence[str]) -> Asked:
-    """Reads `[SOURCE] [--config FILE] [--max-images N] [--max-image-size S] [--out DIR] [--key.path VALUE ...]`.
+    """Reads `[SOURCE] [--config FILE] [--max-images N] [--max-image-size S] [--out DIR] [--key.path
+    VALUE ...]`.
 
     Raises:
         ValueError: they are wrong, or no source is among them.
         FileNotFoundError: there is no such configuration file.
     """
     reader = argparse.ArgumentParser(
-        prog="minidalle doctor", description="What is in a source of pictures and captions, and whether a training on it would stop.",
-        usage="minidalle doctor SOURCE [options] [--key.path VALUE ...], or minidalle doctor --config FILE [options]", allow_abbrev=False,
-    )  # fmt: skip
-    reader.add_argument("--config", type=Path, help="the experiment that the data are for; without it the default settings")
-    reader.add_argument(
-        "--max-images", dest="pictures", type=int, default=PICTURES, help=f"pictures to look at of a stream, or of shapes ({PICTURES})"
+        prog="minidalle doctor",
+        description="What is in a source of pictures and captions, and whether a training on it "
+        "would stop.",
+        usage="minidalle doctor SOURCE [options] [--key.path VALUE ...], or minidalle doctor "
+        "--config FILE [options]",
+        allow_abbrev=False,
     )
-    reader.add_argument("--max-image-size", dest="largest", type=int, default=LARGEST, help=f"largest picture size to suggest ({LARGEST})")
-    reader.add_argument("--out", type=Path, help="folder for the page, the numbers and the suggestion (RUN/doctor)")
+    reader.add_argument(
+        "--config",
+        type=Path,
+        help="the experiment that the data are for; without it the default settings",
+    )
+    reader.add_argument(
+        "--max-images",
+        dest="pictures",
+        type=int,
+        default=PICTURES,
+        help=f"pictures to look at of a stream, or of shapes ({PICTURES})",
+    )
+    reader.add_argument(
+        "--max-image-size",
+        dest="largest",
+        type=int,
+        default=LARGEST,
+        help=f"largest picture size to suggest ({LARGEST})",
+    )
+    reader.add_argument(
+        "--out", type=Path, help="folder for the page, the numbers and the suggestion (RUN/doctor)"
+    )
     source = rest[0] if rest and not rest[0].startswith("-") else None
-    options, settings = reader.parse_known_args(spelled(rest[1:] if source is not None else rest, "-"))
+    options, settings = reader.parse_known_args(
+        spelled(rest[1:] if source is not None else rest, "-")
+    )
     if source is None and options.config is None:
-        raise ValueError("no source was given; add a folder, a file, shards or a datasets name, or --config FILE")
+        raise ValueError(
+            "no source was given; add a folder, a file, shards or a datasets name, or --config FILE"
+        )
     if options.pictures < 1 or options.largest < SIZES[0]:
         raise ValueError(
-            f"--max-images is {options.pictures} and must be at least 1; --max-image-size is {options.largest}, at least {SIZES[0]}"
+            f"--max-images is {options.pictures} and must be at least 1; --max-image-size is "
+            f"{options.largest}, at least {SIZES[0]}"
         )
     given = settings if source is None else ["--data.source", source, *settings]
     if options.config is not None:
         experiment = load_experiment(["--config", str(options.config), *given])
     else:
         name = name_of(DataConfig(source=source or ""))
-        values = {"name": name, "data": {"source": source}} | ({"encode": {"pictures": PICTURES}} if source == "shapes" else {})
+        values = {"name": name, "data": {"source": source}} | (
+            {"encode": {"max_images": PICTURES}} if source == "shapes" else {}
+        )
         experiment = load_values(values, settings)
-    return Asked(experiment, options.pictures, options.largest, options.out or experiment.folder / "doctor")
+    return Asked(
+        experiment, options.pictures, options.largest, options.out or experiment.folder / "doctor"
+    )
 
 
 def report(asked: Asked) -> tuple[Diagnosis, str]:
-    """Diagnoses, writes index.html, doctor.json and suggested.yaml, and returns the diagnosis and what to print.
+    """Diagnoses, writes index.html, doctor.json and suggested.yaml, and returns the diagnosis and
+    what to print.
 
     Raises:
         FileExistsError: there is something else in the folder already.
@@ -80,14 +113,20 @@ def report(asked: Asked) -> tuple[Diagnosis, str]:
     experiment, out = asked.experiment, asked.out
     check_output_dir(out, NUMBERS, "report of the doctor")
     diagnosis, parts = diagnose_parts(
-        experiment.data, text=experiment.text, pictures=asked.pictures, largest=asked.largest, folder=experiment.folder / "data"
+        experiment.data,
+        text=experiment.text,
+        pictures=asked.pictures,
+        largest=asked.largest,
+        folder=experiment.folder / "data",
     )
     command = f"minidalle run --config {shlex.quote(str(out / SUGGESTED))}"
     suggested = as_yaml(diagnosis.suggestion, command) if diagnosis.suggestion is not None else None
     page = as_page(diagnosis, parts, suggested)
 
     def write(beside: Path) -> None:
-        (beside / NUMBERS).write_text(json.dumps(asdict(diagnosis), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (beside / NUMBERS).write_text(
+            json.dumps(asdict(diagnosis), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
         (beside / "index.html").write_text(page, encoding="utf-8")
         if suggested is not None:
             (beside / SUGGESTED).write_text(suggested, encoding="utf-8")
@@ -95,7 +134,13 @@ def report(asked: Asked) -> tuple[Diagnosis, str]:
     atomic_write_dir(out, write)
     lines = [as_table(diagnosis), "", f"wrote {out / 'index.html'} and {out / NUMBERS}"]
     if suggested is not None:
-        lines = [*lines[:-1], "suggested", suggested, f"{lines[-1]}, and the suggestion to {out / SUGGESTED}", f"next: {command}"]
+        lines = [
+            *lines[:-1],
+            "suggested",
+            suggested,
+            f"{lines[-1]}, and the suggestion to {out / SUGGESTED}",
+            f"next: {command}",
+        ]
     else:
         lines.append("next: repair what fails, then ask again; no configuration makes up for it")
     return diagnosis, "\n".join(lines)

@@ -1,7 +1,9 @@
-"""`minidalle VERB`: each verb a few lines over a function that Python users can call too. Imports nothing heavy until a verb runs.
+"""`minidalle VERB`: each verb a few lines over a function that Python users can call too. Imports
+nothing heavy until a verb runs.
 
-Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped by SIGTERM. A training that is
-stopped saves a checkpoint first, and the line says which command goes on from it.
+Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped
+by SIGTERM. A training that is stopped saves a checkpoint first, and the line says which command
+goes on from it.
 """
 
 from __future__ import annotations
@@ -55,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, *rest = arguments
     if verb not in VERBS:
-        print(f"minidalle: {verb!r} is not a verb; choose one of: {', '.join(VERBS)}", file=sys.stderr)
+        print(
+            f"minidalle: {verb!r} is not a verb; choose one of: {', '.join(VERBS)}", file=sys.stderr
+        )
         return 2
-    # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens and parallelism.
+    # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens
+    # and parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with sigterm_raises():
@@ -73,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"minidalle {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, TrainingInterrupted) else TrainingInterrupted(signal.SIGINT)
+        stopped = (
+            error if isinstance(error, TrainingInterrupted) else TrainingInterrupted(signal.SIGINT)
+        )
         if os.environ.get("RANK", "0") == "0":  # all stop together
             print(f"minidalle {verb}: {stopped}{_resume(arguments)}", file=sys.stderr)
         return stopped.status
@@ -89,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not is_peer_failure(error):
             raise
-        print(f"minidalle {verb}: another process of this job is gone or no longer answers{_resume(arguments)}", file=sys.stderr)
+        print(
+            f"minidalle {verb}: another process of this job is gone or no longer "
+            f"answers{_resume(arguments)}",
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("MINIDALLE_TRACEBACK"):
@@ -113,7 +124,8 @@ def _run(rest: Sequence[str]) -> int:
     bundle = run(experiment)
     print_rank0(
         f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
-        f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      {experiment.folder / 'logs'}\n"
+        f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      "
+        f"{experiment.folder / 'logs'}\n"
         f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures'
     )
     return 0
@@ -129,9 +141,22 @@ def _train_tokenizer(rest: Sequence[str]) -> int:
 
 def _encode(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(prog="minidalle encode", add_help=False, allow_abbrev=False)
-    reader.add_argument("--tokenizer", type=Path, help="another tokenizer than the run's; its own run's settings hold where none are given")
-    reader.add_argument("--out", type=Path, help="folder for the codes, for other programs (RUN/codes, for train-prior)")
-    reader.add_argument("--format", choices=("arrow", "parquet", "webdataset"), default="arrow", help="form of the codes in --out (arrow)")
+    reader.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="another tokenizer than the run's; its own run's settings hold where none are given",
+    )
+    reader.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the codes, for other programs (RUN/codes, for train-prior)",
+    )
+    reader.add_argument(
+        "--format",
+        choices=("arrow", "parquet", "webdataset"),
+        default="arrow",
+        help="form of the codes in --out (arrow)",
+    )
     options, settings = reader.parse_known_args(spelled(rest, "-"))
     if "--help" in rest or "-h" in rest:
         print(reader.format_help())
@@ -153,20 +178,31 @@ def _encode(rest: Sequence[str]) -> int:
             values = yaml.safe_load(written.read_text())
             values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
         except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{written} is cut or damaged; add --config FILE, which takes its place") from error
+            raise ValueError(
+                f"{written} is cut or damaged; add --config FILE, which takes its place"
+            ) from error
         try:
             experiment = load_values(values, settings)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        said = [setting.removeprefix("--encode.").partition("=")[0] for setting in settings if setting.startswith("--encode.")]
+        said = [
+            setting.removeprefix("--encode.").partition("=")[0].replace("-", "_")
+            for setting in settings
+            if setting.startswith("--encode.")
+        ]
         experiment = without_augmentation(experiment, but=said)
     if options.out is None:
         folder = encode_dataset(experiment)
         print_rank0(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(rest)}")
         return 0
-    rows, files = encode_for_export(experiment, options.out, options.format, tokenizer_folder=options.tokenizer)
+    rows, files = encode_for_export(
+        experiment, options.out, options.format, tokenizer_folder=options.tokenizer
+    )
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
-    print_rank0(f"wrote {options.out}: {counts} pictures in {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json")
+    print_rank0(
+        f"wrote {options.out}: {counts} pictures in "
+        f"{', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json"
+    )
     return 0
 
 
@@ -178,7 +214,10 @@ def _train_prior(rest: Sequence[str]) -> int:
     folder = train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = assemble_bundle(experiment)
-        print(f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures')
+        print(
+            f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your '
+            'prompt" --num-images 4 --out pictures'
+        )
     return 0
 
 
@@ -187,7 +226,10 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
     from pipeline.stages.compare_tokenizers import compare_tokenizers, load_comparison
 
     if "--help" in rest or "-h" in rest:
-        print("minidalle compare-tokenizers --config configs/bakeoff-emoji.yaml [--minutes M] [--key.path VALUE ...]\n")
+        print(
+            "minidalle compare-tokenizers --config configs/bakeoff-emoji.yaml [--minutes M] "
+            "[--key.path VALUE ...]\n"
+        )
         parser().print_help()
         return 0
     require_single_process("compare-tokenizers")
@@ -196,17 +238,35 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     folder = compare_tokenizers(comparison)
-    print_rank0(f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to {folder}")
+    print_rank0(
+        f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to "
+        f"{folder}"
+    )
     return 0
 
 
 def _evaluate(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(prog="minidalle evaluate", description="Quality of both stages and of the whole.")
-    reader.add_argument("--bundle", type=Path, help="bundle to judge (that of the configuration's run)")
-    reader.add_argument("--out", type=Path, help="JSON file for the figures (evaluation.json in the run folder)")
-    reader.add_argument("--max-images", dest="pictures", type=int, default=500, help="held-out pictures and prompts to judge on (500)")
+    reader = argparse.ArgumentParser(
+        prog="minidalle evaluate", description="Quality of both stages and of the whole."
+    )
     reader.add_argument(
-        "--baseline-bundle", dest="before", type=Path, help="bundle to compare with on the old data and the new (that of init_from)"
+        "--bundle", type=Path, help="bundle to judge (that of the configuration's run)"
+    )
+    reader.add_argument(
+        "--out", type=Path, help="JSON file for the figures (evaluation.json in the run folder)"
+    )
+    reader.add_argument(
+        "--max-images",
+        dest="pictures",
+        type=int,
+        default=500,
+        help="held-out pictures and prompts to judge on (500)",
+    )
+    reader.add_argument(
+        "--baseline-bundle",
+        dest="before",
+        type=Path,
+        help="bundle to compare with on the old data and the new (that of init_from)",
     )
     options, settings = reader.parse_known_args(spelled(rest, "-"))
     from pipeline.evaluation.evaluate import evaluate
@@ -216,7 +276,9 @@ def _evaluate(rest: Sequence[str]) -> int:
         return 0
     bundle = options.bundle or experiment.folder / "bundle"
     out = options.out or experiment.folder / "evaluation.json"
-    print_rank0(evaluate(bundle, experiment, out, pictures=options.pictures, before=options.before).table())
+    print_rank0(
+        evaluate(bundle, experiment, out, pictures=options.pictures, before=options.before).table()
+    )
     print_rank0(f"wrote {out}")
     return 0
 
@@ -233,10 +295,24 @@ def _estimate(rest: Sequence[str]) -> int:
 
 
 def _codebook(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(prog="minidalle codebook", description="What each code draws and how often it is used.")
-    reader.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer")
-    reader.add_argument("--config", type=Path, help="whose held-out pictures to encode (that of the tokenizer's run)")
-    reader.add_argument("--max-images", dest="pictures", type=int, default=500, help="held-out pictures to encode (500)")
+    reader = argparse.ArgumentParser(
+        prog="minidalle codebook", description="What each code draws and how often it is used."
+    )
+    reader.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer"
+    )
+    reader.add_argument(
+        "--config",
+        type=Path,
+        help="whose held-out pictures to encode (that of the tokenizer's run)",
+    )
+    reader.add_argument(
+        "--max-images",
+        dest="pictures",
+        type=int,
+        default=500,
+        help="held-out pictures to encode (500)",
+    )
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
     options = reader.parse_args(spelled(rest, "-"))
     require_single_process("codebook")
@@ -251,11 +327,19 @@ def _codebook(rest: Sequence[str]) -> int:
     out = options.out or run / "codebook"
     check_output_dir(out, NUMBERS, "codebook page")
     if options.pictures < 1 or not len(source):
-        raise ValueError(f"--max-images is {options.pictures} and {len(source)} are held out; at least one is needed of both")
-    views = codebook_page(options.tokenizer, source.images(range(min(options.pictures, len(source)))), out)
+        raise ValueError(
+            f"--max-images is {options.pictures} and {len(source)} are held out; at least one is "
+            "needed of both"
+        )
+    views = codebook_page(
+        options.tokenizer, source.images(range(min(options.pictures, len(source)))), out
+    )
     for view in views:
         s = view.statistics
-        print_rank0(f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, {s.dead} never used")
+        print_rank0(
+            f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity "
+            f"{s.perplexity:,.1f}, {s.dead} never used"
+        )
     print_rank0(f"wrote {out / 'index.html'} and its pictures")
     return 0
 

@@ -1,4 +1,5 @@
-"""What a configuration inherits from the bundle, run or stage that it starts from. Knows folders and their JSON; loads no weights."""
+"""What a configuration inherits from the bundle, run or stage that it starts from. Knows folders
+and their JSON; loads no weights."""
 
 from __future__ import annotations
 
@@ -22,16 +23,21 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
         folder = folder / stage
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the folder of a run or of a {stage}"
+            f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the "
+            f"folder of a run or of a {stage}"
         )
     kind = str(_read(folder / "config.json").get("model_type"))
     if kind != f"mini_dalle_{stage}":
-        raise ValueError(f"{stage}.init_from is {given}, which is a {kind} and no {stage}; give a bundle, a run or a {stage}'s folder")
+        raise ValueError(
+            f"{stage}.init_from is {given}, which is a {kind} and no {stage}; give a bundle, a run "
+            f"or a {stage}'s folder"
+        )
     return folder
 
 
 def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a configuration has from what it starts from, unless it says otherwise: what the weights have to fit.
+    """Settings that a configuration has from what it starts from, unless it says otherwise: what
+    the weights have to fit.
 
     Args:
         values: an experiment as plain values.
@@ -45,9 +51,11 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
         config = _config(given, "prior")
         stream = config.get("stream") or {}
         # What was trained on random orders can edit, and would forget it.
-        order = {"train": {"order": "random"}} if config.get("trained_order") == "random" else {}
+        order = (
+            {"train": {"code_order": "random"}} if config.get("trained_order") == "random" else {}
+        )
         found |= {"prior": {"model": config.get("model") or {}} | order}
-        found |= {"text": {"length": stream["text_length"]}} if "text_length" in stream else {}
+        found |= {"text": {"max_length": stream["text_length"]}} if "text_length" in stream else {}
     return found
 
 
@@ -56,7 +64,8 @@ def _model(given: str, stage: Stage) -> dict[str, Any]:
 
 
 def _config(given: str, stage: Stage) -> dict[str, Any]:
-    """A stage's config.json; nothing where there is none, which the stages refuse when they begin: a run that is done can be read."""
+    """A stage's config.json; nothing where there is none, which the stages refuse when they begin:
+    a run that is done can be read."""
     try:
         return _read(stage_folder(given, stage) / "config.json")
     except FileNotFoundError:

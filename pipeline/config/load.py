@@ -1,4 +1,5 @@
-"""Reads an experiment from YAML and dotted overrides, and names every problem at once. Knows jsonargparse; no stage."""
+"""Reads an experiment from YAML and dotted overrides, and names every problem at once. Knows
+jsonargparse; no stage."""
 
 from __future__ import annotations
 
@@ -22,14 +23,22 @@ def parser() -> Any:
     """The jsonargparse parser of an `Experiment`: `--config FILE` and dotted overrides."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    result = ArgumentParser(prog="minidalle", exit_on_error=False, allow_abbrev=False, description="settings of an experiment")
-    result.add_argument("--config", action=ActionConfigFile, help="YAML of the experiment, see configs/")
+    result = ArgumentParser(
+        prog="minidalle",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="settings of an experiment",
+    )
+    result.add_argument(
+        "--config", action=ActionConfigFile, help="YAML of the experiment, see configs/"
+    )
     result.add_class_arguments(Experiment, nested_key=None)
     return result
 
 
 def load_experiment(arguments: Sequence[str]) -> Experiment:
-    """Reads `["--config", FILE, "--prior.train.steps", "500", ...]`; `--prior.train.batch-size` is `--prior.train.batch_size`.
+    """Reads `["--config", FILE, "--prior.train.steps", "500", ...]`; `--prior.train.batch-size` is
+    `--prior.train.batch_size`.
 
     Raises:
         ValueError: every unknown key, wrong type and broken relation at once.
@@ -40,9 +49,13 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
     arguments = spelled(arguments, "_")
     for given, following in pairwise(arguments):
         if given == "--config" and not Path(following).is_file():
-            raise FileNotFoundError(f"there is no configuration file {following}; the shipped ones are in configs/")
+            raise FileNotFoundError(
+                f"there is no configuration file {following}; the shipped ones are in configs/"
+            )
     if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):
-        raise ValueError("no configuration was given; add --config configs/shapes.yaml (or your own copy of it)")
+        raise ValueError(
+            "no configuration was given; add --config configs/shapes.yaml (or your own copy of it)"
+        )
     reader = parser()
     try:
         plain = reader.parse_args(arguments).clone().as_dict()
@@ -53,7 +66,9 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
             try:
                 plain = reader.parse_args(["--config", path, *arguments]).clone().as_dict()
             except ArgumentError as error:
-                raise ValueError(f"what init_from names was made by another version: {_first_line(error)}") from error
+                raise ValueError(
+                    f"what init_from names was made by another version: {_first_line(error)}"
+                ) from error
     plain.pop("config", None)
     if "tokenizer.model.image_size" not in _given_settings(arguments):  # it follows the data's
         plain["tokenizer"]["model"]["image_size"] = plain["data"]["image_size"]
@@ -77,7 +92,8 @@ def _as_file(values: dict[str, Any]) -> Iterator[str]:
 
 
 def from_dict(kind: Any, values: dict[str, Any]) -> Any:
-    """Builds nested dataclasses from plain values; ValueError lists the problems of all of them, not of the first."""
+    """Builds nested dataclasses from plain values; ValueError lists the problems of all of them,
+    not of the first."""
     problems: list[str] = []
     built = _build(kind, values, "", problems)
     if problems:
@@ -96,14 +112,21 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
         inner = hints[name]
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
             arguments[name] = _build(inner, value, f"{path}{name}.", problems)
-        elif isinstance(value, list) and any(dataclasses.is_dataclass(kind_of) for kind_of in typing.get_args(inner)):
-            built = [_build(typing.get_args(inner)[0], item, f"{path}{name}.{i}.", problems) for i, item in enumerate(value)]
+        elif isinstance(value, list) and any(
+            dataclasses.is_dataclass(kind_of) for kind_of in typing.get_args(inner)
+        ):
+            built = [
+                _build(typing.get_args(inner)[0], item, f"{path}{name}.{i}.", problems)
+                for i, item in enumerate(value)
+            ]
             arguments[name] = [item for item in built if item is not None]
         elif isinstance(value, list) and typing.get_origin(inner) is tuple:
             arguments[name] = tuple(value)
         else:
             arguments[name] = value
-    if any(value is None and dataclasses.is_dataclass(hints[name]) for name, value in arguments.items()):
+    if any(
+        value is None and dataclasses.is_dataclass(hints[name]) for name, value in arguments.items()
+    ):
         if kind is Experiment:
             with suppress(KeyError):  # values that leave defaults out cannot be compared
                 problems += _relations(values)
@@ -118,7 +141,8 @@ def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) ->
 
 
 def _given_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings that the user gave, in files and on the command line, by dotted name; the last one of each counts.
+    """The settings that the user gave, in files and on the command line, by dotted name; the last
+    one of each counts.
 
     Raises:
         ValueError: a file is no YAML, or holds no settings.
@@ -162,7 +186,11 @@ def _every_problem(arguments: Sequence[str]) -> list[str]:
 def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
+        flat |= (
+            _leaves(value, f"{path}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{path}{key}": value}
+        )
     return flat
 
 

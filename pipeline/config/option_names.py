@@ -1,4 +1,5 @@
-"""How options of the command line are spelled: words joined by hyphens or by underscores. Imports nothing heavy."""
+"""How options of the command line are spelled: words joined by hyphens or by underscores. Imports
+nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Sequence
 
 
 def spelled(arguments: Sequence[str], separator: str) -> list[str]:
-    """Option names with this separator of words, '-' or '_', however the user wrote them; values as they are."""
+    """Option names with this separator of words, '-' or '_', however the user wrote them; values as
+    they are."""
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -1,4 +1,5 @@
-"""`TrainConfig`: how a stage is trained (`tokenizer.train` and `prior.train` in a YAML). Knows numbers and their relations alone."""
+"""`TrainConfig`: how a stage is trained (`tokenizer.train` and `prior.train` in a YAML). Knows
+numbers and their relations alone."""
 
 from __future__ import annotations
 
@@ -15,21 +16,24 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int | Literal["auto"] = 32
-    """Images per step, over all processes together. `auto` is the largest power of two (times processes and micro-batches) that fits the
-    memory, at most 1024. The number chosen is written down, and the stage resumes with it on any machine."""
+    """Images per step, over all processes together. `auto` is the largest power of two (times
+    processes and micro-batches) that fits the memory, at most 1024. The number chosen is written
+    down, and the stage resumes with it on any machine."""
     gradient_accumulation_steps: int | Literal["auto"] = 1
-    """Each process splits its batch into this many micro-batches, which takes less memory. Means over text tokens are taken per
-    micro-batch, and each updates a codebook's averages. `auto` is as few as fit the memory, so that a smaller machine trains the same."""
+    """Each process splits its batch into this many micro-batches, which takes less memory. Means
+    over text tokens are taken per micro-batch, and each updates a codebook's averages. `auto` is as
+    few as fit the memory, so that a smaller machine trains the same."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised momentum (Jordan et al. 2024), at
-    AdamW's scale of steps, and everything else by AdamW."""
+    """`muon` steps convolutions and the matrices inside the transformer by their orthogonalised
+    momentum (Jordan et al. 2024), at AdamW's scale of steps, and everything else by AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 50
     """Steps over which the rate rises from 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """How the rate falls after warm-up: by a cosine, or not at all until the last `decay_ratio` of the steps, then linearly (warm-up,
-    stable, decay: Hu et al. 2024), so that a run can be extended."""
+    """How the rate falls after warm-up: by a cosine, or not at all until the last `decay_ratio` of
+    the steps, then linearly (warm-up, stable, decay: Hu et al. 2024), so that a run can be
+    extended."""
     decay_ratio: float = 0.2
     """Fraction of the steps over which `wsd` lets the rate fall."""
     min_lr_ratio: float = 0.05
@@ -43,7 +47,8 @@ class TrainConfig:
     ema_decay: float = 0.995
     """Decay of the weights' EMA, which is evaluated and saved. It warms up over the first steps."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: `auto` compiles on CUDA, and elsewhere where a stage takes long enough to win the minute it costs."""
+    """torch.compile: `auto` compiles on CUDA, and elsewhere where a stage takes long enough to win
+    the minute it costs."""
     log_every: int = 20
     """Steps between logged metrics."""
     eval_every: int = 500
@@ -53,13 +58,23 @@ class TrainConfig:
     save_total_limit: int = 2
     """Number of checkpoints kept; older ones are removed."""
     max_nonfinite_steps: int = 0
-    """Steps with a loss or gradient that is not finite are skipped, up to this many per training. One more stops it."""
+    """Steps with a loss or gradient that is not finite are skipped, up to this many per training.
+    One more stops it."""
     save_best: bool = False
-    """Save the weights with the best held-out result in place of the last ones (against overfitting)."""
+    """Save the weights with the best held-out result in place of the last ones (against
+    overfitting)."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_every", "save_every", "save_total_limit"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "save_total_limit",
+        ):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 problems.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
@@ -77,13 +92,16 @@ class TrainConfig:
             and self.batch_size % self.gradient_accumulation_steps
         ):
             problems.append(
-                f"train.batch_size is {self.batch_size}; it must be a multiple of train.gradient_accumulation_steps "
+                f"train.batch_size is {self.batch_size}; it must be a multiple of "
+                "train.gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
             )
         if not 0 < self.decay_ratio <= 1:
             problems.append(f"train.decay_ratio is {self.decay_ratio}; it must be in (0, 1]")
         if not 0 <= self.min_lr_ratio <= 1:
-            problems.append(f"train.min_lr_ratio is {self.min_lr_ratio}; it is a share of the peak, in [0, 1]")
+            problems.append(
+                f"train.min_lr_ratio is {self.min_lr_ratio}; it is a share of the peak, in [0, 1]"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -95,7 +113,8 @@ class TrainConfig:
         """
         if self.batch_size == "auto" or self.gradient_accumulation_steps == "auto":
             raise ValueError(
-                "train.batch_size or train.gradient_accumulation_steps is auto, which is for a run's own stages; give numbers here"
+                "train.batch_size or train.gradient_accumulation_steps is auto, which is for a "
+                "run's own stages; give numbers here"
             )
         return self.batch_size, self.gradient_accumulation_steps
 
@@ -104,22 +123,28 @@ class TrainConfig:
 class PriorTrainConfig(TrainConfig):
     """How a prior is trained (`prior.train`)."""
 
-    order: CodeOrder = "raster"
-    """In which order codes come: `raster`, row by row; `random`, from which editing, completing and decoding several codes at once follow;
-    `annealed`, random orders that give way to raster order, for better pictures in raster order alone."""
-    anneal: tuple[float, float] = (0.5, 0.75)
-    """With `annealed`: the shares of the steps at which raster order begins to come in and is alone."""
+    code_order: CodeOrder = "raster"
+    """In which order codes come: `raster`, row by row; `random`, from which editing, completing and
+    decoding several codes at once follow; `annealed`, random orders that give way to raster order,
+    for better pictures in raster order alone."""
+    anneal_fraction: tuple[float, float] = (0.5, 0.75)
+    """With `annealed`: the shares of the steps at which raster order begins to come in and is
+    alone."""
     activation_checkpointing: bool = False
-    """Work activations out again for the gradient instead of keeping them: much less memory for a third more time."""
+    """Work activations out again for the gradient instead of keeping them: much less memory for a
+    third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        first, last = self.anneal
+        first, last = self.anneal_fraction
         if not 0 <= first < last <= 1:
-            raise ValueError(f"train.anneal is {first}, {last}; it must be two shares of the steps, the second above the first")
+            raise ValueError(
+                f"train.anneal_fraction is {first}, {last}; it must be two shares of the steps, "
+                "the second above the first"
+            )
 
     @property
     def orders(self) -> OrderSchedule:
         """The schedule in steps."""
-        first, last = (round(share * self.steps) for share in self.anneal)
-        return OrderSchedule(order=self.order, first=first, last=max(last, first + 1))
+        first, last = (round(share * self.steps) for share in self.anneal_fraction)
+        return OrderSchedule(order=self.code_order, first=first, last=max(last, first + 1))

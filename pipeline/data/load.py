@@ -11,29 +11,40 @@ from pipeline.data.source import Source, Split
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 
-def load_sources(config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> tuple[Any, Source]:
-    """Training and held-out pictures of the source that `config` names; they are the same in every run.
+def load_sources(
+    config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
+) -> tuple[Any, Source]:
+    """Training and held-out pictures of the source that `config` names; they are the same in every
+    run.
 
     Args:
         folder: where to keep what was found out about the pictures, so that a later call is quick.
         share: this process's part of opening every picture.
 
     Returns:
-        A `Source` each; with `data.streaming` the first is a `StreamSource`, or a mixture with one in it.
+        A `Source` each; with `data.streaming` the first is a `StreamSource`, or a mixture with one
+        in it.
 
     Raises:
-        FileNotFoundError: the folder, the font or the names are not there; says what to install or give.
-        ValueError: the source has no captions, lacks a column, or too many of its pictures are unreadable.
+        FileNotFoundError: the folder, the font or the names are not there; says what to install or
+            give.
+        ValueError: the source has no captions, lacks a column, or too many of its pictures are
+            unreadable.
     """
     if config.mix:
         from pipeline.data.mixture import MixedSource
         from pipeline.data.streaming.source import streams
 
         # What lies here as files is read in any order; only the other parts are streamed.
-        each = [config.of_part(part, streaming=config.streaming and streams(part.source)) for part in config.mix]
+        each = [
+            config.of_part(part, streaming=config.streaming and streams(part.source))
+            for part in config.mix
+        ]
         parts = [load_sources(c, folder, share) for c in each]
         weights = [part.weight for part in config.mix]
-        return MixedSource([train for train, _ in parts], weights), MixedSource([held_out for _, held_out in parts], weights)
+        return MixedSource([train for train, _ in parts], weights), MixedSource(
+            [held_out for _, held_out in parts], weights
+        )
     if config.source == "shapes":
         from pipeline.data.builtin.shapes_captions import ShapesSource
 
@@ -59,13 +70,16 @@ def load_source(config: DataConfig, split: Split, folder: Path | None = None) ->
 
 
 def find_rows(config: DataConfig) -> Rows:
-    """The rows of a source that is read from files, by what its name leads to; see `load_sources` for what is raised."""
+    """The rows of a source that is read from files, by what its name leads to; see `load_sources`
+    for what is raised."""
     from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
     from pipeline.data.readers.hub import HubRows, is_saved_dataset
     from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names
 
     if is_remote(config.source):
-        raise ValueError(f"data.source {config.source} is not on this disk; set data.streaming=true")
+        raise ValueError(
+            f"data.source {config.source} is not on this disk; set data.streaming=true"
+        )
     path = Path(config.source).expanduser()
     if path.is_dir() and is_saved_dataset(path):
         return HubRows(config)

@@ -1,4 +1,5 @@
-"""`MappedSource`: one split of rows that can be read in any order. Knows crops and captions; knows no layouts and no training."""
+"""`MappedSource`: one split of rows that can be read in any order. Knows crops and captions; knows
+no layouts and no training."""
 
 from __future__ import annotations
 
@@ -23,13 +24,20 @@ _TOGETHER = 8
 
 
 class SourceIndex:
-    """What both splits share: rows, their captions, which are fit to train on, and pictures that were decoded before.
+    """What both splits share: rows, their captions, which are fit to train on, and pictures that
+    were decoded before.
 
     Raises:
         ValueError: a column is missing, too many pictures cannot be read, or none can be used.
     """
 
-    def __init__(self, rows: Rows, config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        config: DataConfig,
+        folder: Path | None = None,
+        share: WorkerInfo = SINGLE_PROCESS,
+    ) -> None:
         self.rows, self.config = rows, config
         tally = SkipCounter()
         self.captions: Captions = captions_of(rows, config, tally)
@@ -42,12 +50,15 @@ class SourceIndex:
         kept: dict[bool, list[int]] = {False: [], True: []}
         for row in np.flatnonzero(fit).tolist():
             label = rows.label(row)
-            kept[is_held_out(label, config.held_out)].append(row)
-            digest.update("\0".join([label, *self.captions[row], str(int(found.digest[row]))]).encode() + b"\n")
+            kept[is_held_out(label, config.val_fraction)].append(row)
+            digest.update(
+                "\0".join([label, *self.captions[row], str(int(found.digest[row]))]).encode()
+                + b"\n"
+            )
         self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
         self.fingerprint = digest.hexdigest()[:16]
         self._decoded: dict[int, np.ndarray] = {}
-        self._free, self._lock = config.memory * 2**30, Lock()
+        self._free, self._lock = config.cache_gb * 2**30, Lock()
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
     def pictures(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
@@ -56,7 +67,9 @@ class SourceIndex:
 
         def fill(first: int) -> None:
             for i in range(first, min(first + _TOGETHER, len(rows))):
-                result[i] = square_of(self._prepared(rows[i]), self.config, None if draws is None else draws[i])
+                result[i] = square_of(
+                    self._prepared(rows[i]), self.config, None if draws is None else draws[i]
+                )
 
         for _ in self._pool.map(fill, range(0, len(rows), _TOGETHER)):
             pass
@@ -70,10 +83,12 @@ class SourceIndex:
             picture = prepared(self.rows.picture(row), config)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now ({error}); "
+                f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now "
+                f"({error}); "
                 "the data must not change while it is used"
             ) from error
-        # What fits stays: in shuffled passes, any picture is as likely to be wanted next as any other.
+        # What fits stays: in shuffled passes, any picture is as likely to be wanted next as any
+        # other.
         with self._lock:
             if row not in self._decoded and picture.nbytes <= self._free:
                 self._decoded[row] = picture
@@ -87,7 +102,11 @@ class MappedSource:
     def __init__(self, everything: SourceIndex, split: str) -> None:
         self._all = everything
         self._rows = everything.kept[split == "held_out"]
-        self.name, self.problems, self.fingerprint = everything.rows.name, everything.problems, everything.fingerprint
+        self.name, self.problems, self.fingerprint = (
+            everything.rows.name,
+            everything.problems,
+            everything.fingerprint,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)

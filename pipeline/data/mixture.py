@@ -22,7 +22,9 @@ class MixedSource:
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts, self.weights = list(parts), list(weights)
         self.name = " + ".join(part.name for part in parts)
-        self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(
+            " ".join(part.fingerprint for part in parts).encode()
+        ).hexdigest()[:16]
 
     @property
     def problems(self) -> list[str]:
@@ -84,7 +86,8 @@ def parts_of(source: Any) -> list[Any]:
 
 
 class MixtureSchedule:
-    """Which part each position of an endless stream comes from, and how many of that part came before: a pure function of the position.
+    """Which part each position of an endless stream comes from, and how many of that part came
+    before: a pure function of the position.
 
     Args:
         weights: of the parts.
@@ -108,7 +111,9 @@ class MixtureSchedule:
         block, within = divmod(position, _BLOCK)
         held = self._held  # read and put once each, as several threads ask
         if held[0] != block:
-            parts = np.random.default_rng([self._seed, block, 1]).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+            parts = np.random.default_rng([self._seed, block, 1]).permutation(
+                np.repeat(np.arange(len(self._counts)), self._counts)
+            )
             before = np.empty(_BLOCK, np.int64)
             for part, count in enumerate(self._counts):
                 before[parts == part] = np.arange(count)

@@ -1,4 +1,5 @@
-"""Which pictures a step sees, a pure function of (seed, step), so that no position in the data needs to be saved; and loading ahead."""
+"""Which pictures a step sees, a pure function of (seed, step), so that no position in the data
+needs to be saved; and loading ahead."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Loaded = TypeVar("Loaded")
 Part = TypeVar("Part")
 
 MAX_EXPLICIT_PERMUTATION = 2**24
-"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row, in no memory."""
+"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row,
+in no memory."""
 _ROUNDS = 4
 
 
@@ -36,7 +38,9 @@ class ShuffledEpochs:
 
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
-            raise ValueError("there are no pictures to train on; check data.source and data.held_out")
+            raise ValueError(
+                "there are no pictures to train on; check data.source and data.val_fraction"
+            )
         self.length, self.seed = length, seed
         self._held = (-1, np.empty(0, dtype=np.int64))
 
@@ -46,14 +50,21 @@ class ShuffledEpochs:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """The rows (N,) at ascending positions (N,)."""
         passes, places = np.divmod(positions, self.length)
-        return np.concatenate([self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)])
+        return np.concatenate(
+            [self._of_pass(int(number), places[passes == number]) for number in np.unique(passes)]
+        )
 
     def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
         if self.length > MAX_EXPLICIT_PERMUTATION:
             return feistel_permutation(places, self.length, [self.seed, number])
-        held = self._held  # read and put once each: a thread that loads ahead asks for other passes than one that names rows
+        # read and put once each: a thread that loads ahead asks for other passes than one that
+        # names rows
+        held = self._held
         if held[0] != number:
-            held = self._held = (number, np.random.default_rng([self.seed, number]).permutation(self.length))
+            held = self._held = (
+                number,
+                np.random.default_rng([self.seed, number]).permutation(self.length),
+            )
         return held[1][places]
 
 
@@ -67,7 +78,13 @@ class BatchSampler:
         weights: of the parts.
     """
 
-    def __init__(self, lengths: int | Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = (1.0,)) -> None:
+    def __init__(
+        self,
+        lengths: int | Sequence[int],
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
         parts = [lengths] if isinstance(lengths, int) else list(lengths)
         self.batch_size, self.seed = batch_size, seed
         self._starts = np.cumsum([0, *parts])
@@ -92,7 +109,9 @@ class BatchSampler:
 
     def draws(self, step: int, process: int, processes: int) -> list[int]:
         """A number for each of those rows, for what is random about how it is seen."""
-        return step_draws(self.seed, step, self.batch_size)[_part(self.batch_size, process, processes)].tolist()
+        return step_draws(self.seed, step, self.batch_size)[
+            _part(self.batch_size, process, processes)
+        ].tolist()
 
 
 def step_draws(seed: int, step: int, count: int) -> np.ndarray:
@@ -108,13 +127,22 @@ def order_of(source: Source, batch_size: int, seed: int) -> BatchSampler:
 
 
 class MapBatchLoader:
-    """Pictures of a source that is read in any order: each process has its part of what one process would have."""
+    """Pictures of a source that is read in any order: each process has its part of what one process
+    would have."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int, process: int, processes: int) -> None:
-        self._source, self._order, self._place = source, order_of(source, batch_size, seed), (process, processes)
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, process: int, processes: int
+    ) -> None:
+        self._source, self._order, self._place = (
+            source,
+            order_of(source, batch_size, seed),
+            (process, processes),
+        )
 
     def pictures(self, step: int) -> np.ndarray:
-        return self._source.images(self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place))
+        return self._source.images(
+            self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place)
+        )
 
     def names(self, step: int) -> list[str]:
         return self._source.names(self._order.share(step, *self._place).tolist())
@@ -126,8 +154,9 @@ def _part(batch_size: int, process: int, processes: int) -> slice:
 
 
 def feistel_permutation(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
-    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of it: a Feistel network of four rounds
-    (Luby & Rackoff 1988) over the next even power of two, walked on from what lies outside (Black & Rogaway 2002)."""
+    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of
+    it: a Feistel network of four rounds (Luby & Rackoff 1988) over the next even power of two,
+    walked on from what lies outside (Black & Rogaway 2002)."""
     half = max((length - 1).bit_length() + 1, 2) // 2
     mask = np.uint64(2**half - 1)
     keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
@@ -143,14 +172,18 @@ def feistel_permutation(places: np.ndarray, length: int, seed: Sequence[int]) ->
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """64-bit numbers with each bit of theirs in each bit of the result (the finalizer of splitmix64, Steele et al. 2014)."""
+    """64-bit numbers with each bit of theirs in each bit of the result (the finalizer of
+    splitmix64, Steele et al. 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def prefetch(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[tuple[Part, Loaded]]:
-    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one thread, as not every source takes several."""
+def prefetch(
+    load: Callable[[Part], Loaded], parts: Iterable[Part]
+) -> Iterator[tuple[Part, Loaded]]:
+    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one
+    thread, as not every source takes several."""
     with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
         waiting: tuple[Part, Future[Loaded]] | None = None
         for part in parts:

@@ -1,4 +1,5 @@
-"""`Source`: what every source of images and captions offers, and what makes one usable. Knows no source."""
+"""`Source`: what every source of images and captions offers, and what makes one usable. Knows no
+source."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8. A number a picture in `draws` chooses its crop and whether it is mirrored, where the configuration
-        has it vary; without them, each is its largest centred square."""
+        """Pictures (N,S,S,3) uint8. A number a picture in `draws` chooses its crop and whether it
+        is mirrored, where the configuration has it vary; without them, each is its largest centred
+        square."""
         ...
 
     def captions(self, indices: Sequence[int]) -> list[str]:
@@ -47,13 +49,20 @@ class Source(Protocol):
 def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
     """Raises ValueError where no picture of a source is left, with what was left out."""
     if not usable:
-        raise ValueError(f"{name} has no usable picture with a caption; {'; '.join(problems) or 'it is empty'}")
+        raise ValueError(
+            f"{name} has no usable picture with a caption; {'; '.join(problems) or 'it is empty'}"
+        )
 
 
-def check_splits(config: DataConfig, name: str, train: int, held_out: int, held_out_in_all: int) -> None:
-    """Raises ValueError where a source has no picture to train on, or there is none at all to judge on."""
+def check_splits(
+    config: DataConfig, name: str, train: int, held_out: int, held_out_in_all: int
+) -> None:
+    """Raises ValueError where a source has no picture to train on, or there is none at all to judge
+    on."""
     if not train or not held_out_in_all:
         raise ValueError(
-            f"{name} has {train} pictures to train on and {held_out} held out to judge on, and each needs at least "
-            f"one; with few pictures another share than data.held_out={config.held_out} is needed (0.2)"
+            f"{name} has {train} pictures to train on and {held_out} held out to judge on, and "
+            "each needs at least "
+            f"one; with few pictures another share than data.val_fraction={config.val_fraction} is "
+            "needed (0.2)"
         )

@@ -1,4 +1,5 @@
-"""`Share`: one process's part of work that several do. Knows no processes; whoever starts the work does."""
+"""`Share`: one process's part of work that several do. Knows no processes; whoever starts the work
+does."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""What is in a source of pictures and captions, what would stop a training on it, and which configuration suits it."""
+"""What is in a source of pictures and captions, what would stop a training on it, and which
+configuration suits it."""

@@ -1,4 +1,5 @@
-"""The captions of pictures that training would use: repeated ones, their lengths in characters and tokens, the vocabulary they use.
+"""The captions of pictures that training would use: repeated ones, their lengths in characters and
+tokens, the vocabulary they use.
 
 Knows texts and the text tokenizer; knows no pictures.
 """
@@ -39,8 +40,14 @@ class Fitted:
     used: int
 
 
-def fitted(parts: Sequence[Part], masks: Sequence[np.ndarray], train: Sequence[np.ndarray], config: TextConfig) -> Fitted:
-    """Makes the tokenizer that training would make of the captions of some rows, and measures those of more.
+def fitted(
+    parts: Sequence[Part],
+    masks: Sequence[np.ndarray],
+    train: Sequence[np.ndarray],
+    config: TextConfig,
+) -> Fitted:
+    """Makes the tokenizer that training would make of the captions of some rows, and measures those
+    of more.
 
     Args:
         masks: rows of each part whose captions are measured.
@@ -50,7 +57,7 @@ def fitted(parts: Sequence[Part], masks: Sequence[np.ndarray], train: Sequence[n
         ValueError: `text.pretrained` cannot be loaded.
     """
     text = TextTokenizer.from_config(config, _spread_out(list(_captions(parts, train))))
-    check, lengths, used = LengthReport(config.length), [], np.zeros(text.vocab_size, bool)
+    check, lengths, used = LengthReport(config.max_length), [], np.zeros(text.vocab_size, bool)
     for some in _in_batches(_captions(parts, masks)):
         ids = text.token_ids(some)
         needed = [len(one) + 2 for one in ids]
@@ -60,7 +67,9 @@ def fitted(parts: Sequence[Part], masks: Sequence[np.ndarray], train: Sequence[n
     return Fitted(np.array(lengths, np.int64), check, text.vocab_size, int(used.sum()))
 
 
-def captions_report(parts: Sequence[Part], config: TextConfig) -> tuple[CaptionReport | None, list[Finding]]:
+def captions_report(
+    parts: Sequence[Part], config: TextConfig
+) -> tuple[CaptionReport | None, list[Finding]]:
     """What the captions are, and what would stop a training; None where there are none."""
     masks = [part.fit for part in parts]
     texts = pa.array(_captions(parts, masks), pa.large_string())
@@ -69,7 +78,11 @@ def captions_report(parts: Sequence[Part], config: TextConfig) -> tuple[CaptionR
     counts = pc.value_counts(texts)
     numbers = counts.field("counts").to_numpy()
     often = np.argsort(-numbers, kind="stable")[:_REPEATED]
-    repeated = [Bin(counts.field("values")[int(i)].as_py(), int(numbers[i])) for i in often if numbers[i] > 1]
+    repeated = [
+        Bin(counts.field("values")[int(i)].as_py(), int(numbers[i]))
+        for i in often
+        if numbers[i] > 1
+    ]
     common = set(counts.field("values").filter(pa.array(numbers > 1)).to_pylist())
     shared = sum(any(caption in common for caption in some) for some in _by_picture(parts, masks))
     words = Counter(word for caption in _captions(parts, masks) for word in caption.lower().split())
@@ -92,7 +105,7 @@ def captions_report(parts: Sequence[Part], config: TextConfig) -> tuple[CaptionR
         damaged=damaged,
         words=len(words),
         words_once=sum(count == 1 for count in words.values()),
-        length=config.length,
+        length=config.max_length,
         tokens=spread(measured.lengths) if measured else None,
         token_bins=_bins(measured.lengths) if measured else [],
         too_long=measured.check.too_long if measured else 0,
@@ -106,27 +119,50 @@ def captions_report(parts: Sequence[Part], config: TextConfig) -> tuple[CaptionR
 def _doubts(report: CaptionReport, pictures: int, config: TextConfig) -> list[Finding]:
     found = []
     if report.damaged:
-        found.append(Finding("warns", f"{report.damaged:,} captions hold characters that are not UTF-8; save them in that encoding"))
+        found.append(
+            Finding(
+                "warns",
+                f"{report.damaged:,} captions hold characters that are not UTF-8; save them in "
+                "that encoding",
+            )
+        )
     if report.shared > 0.5 * pictures:
         found.append(
             Finding(
                 "warns",
-                f"{report.shared:,} of {pictures:,} pictures share their caption with another one ({report.distinct:,} are distinct), "
+                f"{report.shared:,} of {pictures:,} pictures share their caption with another one "
+                f"({report.distinct:,} are distinct), "
                 "so a prompt says little of a picture",
             )
         )
     elif report.shared:
-        found.append(Finding("notes", f"{report.shared:,} pictures share their caption with another one"))
+        found.append(
+            Finding("notes", f"{report.shared:,} pictures share their caption with another one")
+        )
     if report.too_long and config.truncate:
-        found.append(Finding("warns", f"{report.too_long:,} of {report.captions:,} captions are cut to text.length={report.length} slots"))
+        found.append(
+            Finding(
+                "warns",
+                f"{report.too_long:,} of {report.captions:,} captions are cut to "
+                f"text.max_length={report.length} slots",
+            )
+        )
     longest = report.tokens.largest if report.tokens else 0
     if longest and longest + 8 <= report.length:
         found.append(
-            Finding("notes", f"the longest caption needs {longest:.0f} of text.length={report.length} slots; fewer train and draw faster")
+            Finding(
+                "notes",
+                f"the longest caption needs {longest:.0f} of text.max_length={report.length} "
+                "slots; fewer train and draw faster",
+            )
         )
     if not config.pretrained and 0 < report.vocabulary < config.vocab_size:
         found.append(
-            Finding("notes", f"the captions make {report.vocabulary:,} entries of text.vocab_size={config.vocab_size}; no more occur twice")
+            Finding(
+                "notes",
+                f"the captions make {report.vocabulary:,} entries of "
+                f"text.vocab_size={config.vocab_size}; no more occur twice",
+            )
         )
     return found
 
@@ -164,5 +200,11 @@ def _bins(lengths: np.ndarray) -> list[Bin]:
     width = -(-(last - first + 1) // _BINS)
     bins = [first + i * width for i in range(-(-(last - first + 1) // width) + 1)]
     counts = np.bincount(np.searchsorted(bins, lengths, side="right") - 1, minlength=len(bins))
-    labels = [str(start) if width == 1 else f"{start} to {start + width - 1}" for start in bins[:-1]] + [f"{bins[-1]} or more"]
-    return [Bin(label, int(count)) for label, count in zip(labels, counts, strict=True) if count or label != labels[-1]]
+    labels = [
+        str(start) if width == 1 else f"{start} to {start + width - 1}" for start in bins[:-1]
+    ] + [f"{bins[-1]} or more"]
+    return [
+        Bin(label, int(count))
+        for label, count in zip(labels, counts, strict=True)
+        if count or label != labels[-1]
+    ]

@@ -1,4 +1,5 @@
-"""`diagnose`: everything that can be said of the data before a training. Knows what is looked at in which order; each look has its file."""
+"""`diagnose`: everything that can be said of the data before a training. Knows what is looked at in
+which order; each look has its file."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def diagnose(
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> Diagnosis:
-    """Reads the whole source and says what is in it, what would stop a training on it, and what configuration suits it.
+    """Reads the whole source and says what is in it, what would stop a training on it, and what
+    configuration suits it.
 
     Args:
         config: the data.
@@ -36,17 +38,26 @@ def diagnose(
         folder: keeps what was found of each picture, for a training to come (RUN/data).
 
     Raises:
-        ValueError, OSError: nothing of the source can be opened; with a mixture, nothing of any part.
+        ValueError, OSError: nothing of the source can be opened; with a mixture, nothing of any
+            part.
     """
     return diagnose_parts(config, text=text, pictures=pictures, largest=largest, folder=folder)[0]
 
 
 def diagnose_parts(
-    config: DataConfig, *, text: TextConfig | None = None, pictures: int = PICTURES, largest: int = LARGEST, folder: Path | None = None
+    config: DataConfig,
+    *,
+    text: TextConfig | None = None,
+    pictures: int = PICTURES,
+    largest: int = LARGEST,
+    folder: Path | None = None,
 ) -> tuple[Diagnosis, list[Part]]:
     """As `diagnose`, with what it was told by: the parts, whose pictures can be looked at."""
     text = text or TextConfig()
-    configs = [config.of_part(part, streaming=config.streaming and streams(part.source)) for part in config.mix] or [config]
+    configs = [
+        config.of_part(part, streaming=config.streaming and streams(part.source))
+        for part in config.mix
+    ] or [config]
     parts = [look_at(own, pictures, folder) for own in configs]
     findings = [finding for part in parts for finding in part.findings]
     if all(part.opened is None for part in parts):
@@ -55,10 +66,14 @@ def diagnose_parts(
         findings += _splits(config, parts)
     about, doubts = captions_report(parts, text)
     # What stops a training comes first, whoever found it.
-    findings = sorted(findings + doubts, key=lambda finding: ("fails", "warns", "notes").index(finding.level))
+    findings = sorted(
+        findings + doubts, key=lambda finding: ("fails", "warns", "notes").index(finding.level)
+    )
     try:
         suggestion = suggest(config, text, parts, largest)
-    except ValueError:  # a tokenizer that cannot be loaded, which is among the findings where there is a caption
+    except (
+        ValueError
+    ):  # a tokenizer that cannot be loaded, which is among the findings where there is a caption
         suggestion = None
     return Diagnosis([part.report for part in parts], about, findings, suggestion), parts
 

@@ -1,4 +1,5 @@
-"""A diagnosis as one HTML page that stands alone: what the table says, with pictures. Knows HTML and thumbnails; finds nothing out.
+"""A diagnosis as one HTML page that stands alone: what the table says, with pictures. Knows HTML
+and thumbnails; finds nothing out.
 
 Whatever comes from the data (names, captions, messages) is escaped.
 """
@@ -24,7 +25,11 @@ _GROUPS = 20
 _EXAMPLES = 24
 """Usable pictures that are shown with their captions, evenly spread."""
 _LISTED = 20
-_TITLES = {"fails": "Training would stop", "warns": "Training would suffer", "notes": "Good to know"}
+_TITLES = {
+    "fails": "Training would stop",
+    "warns": "Training would suffer",
+    "notes": "Good to know",
+}
 
 
 def as_page(diagnosis: Diagnosis, parts: Sequence[Part], suggested: str | None) -> str:
@@ -35,14 +40,19 @@ def as_page(diagnosis: Diagnosis, parts: Sequence[Part], suggested: str | None) 
     for level, title in _TITLES.items():
         found = [finding.text for finding in diagnosis.findings if finding.level == level]
         if found:
-            body.append(f"<h3 class={level}>{title}</h3><ul>{''.join(f'<li>{_text(text)}</li>' for text in found)}</ul>")
+            body.append(
+                f"<h3 class={level}>{title}</h3><ul>{''.join(f'<li>{_text(text)}</li>' for text in found)}</ul>"
+            )
     for source, part in zip(diagnosis.sources, parts, strict=True):
         body.append(_source(source, part, title=len(parts) > 1))
     if diagnosis.captions is not None:
         body.append(_captions(diagnosis.captions))
     if suggested is not None:
         body.append(f"<h2>Suggested configuration</h2><pre>{_text(suggested)}</pre>")
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>doctor: {name}</title><style>{_STYLE}</style>{''.join(body)}</html>\n"
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>doctor: "
+        f"{name}</title><style>{_STYLE}</style>{''.join(body)}</html>\n"
+    )
 
 
 def _source(source: SourceReport, part: Part, *, title: bool) -> str:
@@ -53,20 +63,31 @@ def _source(source: SourceReport, part: Part, *, title: bool) -> str:
         "usable": f"{source.usable:,}: {source.train:,} to train on, {source.held_out:,} held out",
         "shorter side": pixels(source.shorter_side),
         "longer side": pixels(source.longer_side),
-        "copies of other files": f"{several.copies:,} ({several.held_out_copies:,} held-out pictures have one in training)",
-        "alike without being copies": f"{several.alike:,} ({several.held_out_alike:,} held-out pictures look like one in training)",
+        "copies of other files": f"{several.copies:,} ({several.held_out_copies:,} held-out "
+        "pictures have one in training)",
+        "alike without being copies": f"{several.alike:,} ({several.held_out_alike:,} held-out "
+        "pictures look like one in training)",
         "plain surfaces": f"{several.plain:,}",
     }
     parts = [f"<h2>{_text(source.name) if title else 'Pictures'}</h2>", _facts(facts)]
-    parts += [_bars("Shorter sides, pixels", source.sides), _bars("Longer over shorter side", source.aspects)]
+    parts += [
+        _bars("Shorter sides, pixels", source.sides),
+        _bars("Longer over shorter side", source.aspects),
+    ]
     parts += [_bars("Modes", source.modes), _bars("Formats by name", source.formats)]
     if source.left_out:
-        rows = [[_text(left.reason), f"{left.count:,}", _text(left.names)] for left in source.left_out]
+        rows = [
+            [_text(left.reason), f"{left.count:,}", _text(left.names)] for left in source.left_out
+        ]
         parts.append("<h3>Left out</h3>" + _table(["reason", "pictures", "the first"], rows))
     if source.unreadable:
         rows = [[_text(one.name), _text(one.problem)] for one in source.unreadable[:_LISTED]]
         more = source.rows - source.readable - len(rows)
-        parts.append("<h3>Unreadable</h3>" + _table(["picture", "why"], rows) + (f"<p>and {more:,} more (doctor.json)</p>" if more else ""))
+        parts.append(
+            "<h3>Unreadable</h3>"
+            + _table(["picture", "why"], rows)
+            + (f"<p>and {more:,} more (doctor.json)</p>" if more else "")
+        )
     parts.append(_groups("Copies of one file", several.groups, part))
     parts.append(_groups("Pictures that look alike", several.alike_groups, part))
     parts.append(_examples(part))
@@ -83,7 +104,11 @@ def _groups(title: str, groups: Sequence[Group], part: Part) -> str:
             _figure(part, row, name + (" (held out)" if held_out else ""))
             for row, name, held_out in zip(group.rows, group.names, group.held_out, strict=True)
         ]
-        more = f"<p>and {group.count - len(pictures):,} more</p>" if group.count > len(pictures) else ""
+        more = (
+            f"<p>and {group.count - len(pictures):,} more</p>"
+            if group.count > len(pictures)
+            else ""
+        )
         shown.append(f"<div class=group>{''.join(pictures)}{more}</div>")
     return f"<h3>{title}</h3>{''.join(shown)}"
 
@@ -92,8 +117,13 @@ def _examples(part: Part) -> str:
     rows = np.flatnonzero(part.fit)
     if not len(rows) or part.opened is None:
         return ""
-    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).round().astype(int))]
-    figures = [_figure(part, int(row), " / ".join(part.captions[int(row)]) if part.captions else "") for row in some]
+    some = rows[
+        np.unique(np.linspace(0, len(rows) - 1, min(_EXAMPLES, len(rows))).round().astype(int))
+    ]
+    figures = [
+        _figure(part, int(row), " / ".join(part.captions[int(row)]) if part.captions else "")
+        for row in some
+    ]
     return f"<h3>Some of the usable pictures</h3><div class=group>{''.join(figures)}</div>"
 
 
@@ -107,7 +137,8 @@ def _figure(part: Part, row: int, caption: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{_text(caption[:200])}</figcaption></figure>'
+    shown = f'<img src="data:image/jpeg;base64,{data}" alt="">'
+    return f"<figure>{shown}<figcaption>{_text(caption[:200])}</figcaption></figure>"
 
 
 def _captions(captions: CaptionReport) -> str:
@@ -121,16 +152,27 @@ def _captions(captions: CaptionReport) -> str:
         facts |= {
             "text slots needed": f"{numbers(captions.tokens)}; there are {captions.length}",
             "captions too long": f"{captions.too_long:,}",
-            "vocabulary used": f"{captions.vocabulary_used:,} of {captions.vocabulary:,} entries ({vocabulary_share(captions):.1%})",
+            "vocabulary used": f"{captions.vocabulary_used:,} of {captions.vocabulary:,} entries "
+            f"({vocabulary_share(captions):.1%})",
             "longest caption": captions.longest[:400],
         }
     repeated = [[_text(one.label[:200]), f"{one.count:,}"] for one in captions.repeated[:_LISTED]]
-    again = "<h3>Captions of several pictures</h3>" + _table(["caption", "pictures"], repeated) if repeated else ""
-    return f"<h2>Captions</h2>{_facts(facts)}{_bars('Text slots needed', captions.token_bins)}{again}"
+    again = (
+        "<h3>Captions of several pictures</h3>" + _table(["caption", "pictures"], repeated)
+        if repeated
+        else ""
+    )
+    return (
+        f"<h2>Captions</h2>{_facts(facts)}{_bars('Text slots needed', captions.token_bins)}{again}"
+    )
 
 
 def _facts(facts: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(fact)}</td></tr>" for name, fact in facts.items() if fact)
+    rows = "".join(
+        f"<tr><th>{_text(name)}</th><td>{_text(fact)}</td></tr>"
+        for name, fact in facts.items()
+        if fact
+    )
     return f"<table class=facts>{rows}</table>"
 
 
@@ -145,7 +187,8 @@ def _bars(title: str, bins: Sequence[Bin]) -> str:
         return ""
     most = max(one.count for one in bins)
     rows = "".join(
-        f"<tr><th>{_text(one.label)}</th><td>{one.count:,}</td><td class=bar><i style='width:{100 * one.count / most:.1f}%'></i></td></tr>"
+        f"<tr><th>{_text(one.label)}</th><td>{one.count:,}</td><td class=bar><i "
+        f"style='width:{100 * one.count / most:.1f}%'></i></td></tr>"
         for one in bins
     )
     return f"<h3>{_text(title)}</h3><table class=bars>{rows}</table>"

@@ -1,8 +1,10 @@
-"""Which pictures are copies of each other, and which look alike, from hashes alone. Knows numbers; opens no pictures.
+"""Which pictures are copies of each other, and which look alike, from hashes alone. Knows numbers;
+opens no pictures.
 
-Two looks are alike where at most `NEAR` of their 64 bits differ. Cut into `NEAR` + 2 parts, two such looks agree in two parts at least,
-so it is enough to compare those that agree in some two parts (Manku et al. 2007, "Detecting near-duplicates for web crawling"): they are
-sorted 15 times, and never compared all with all.
+Two looks are alike where at most `NEAR` of their 64 bits differ. Cut into `NEAR` + 2 parts, two
+such looks agree in two parts at least, so it is enough to compare those that agree in some two
+parts (Manku et al. 2007, "Detecting near-duplicates for web crawling"): they are sorted 15 times,
+and never compared all with all.
 """
 
 from __future__ import annotations
@@ -12,17 +14,21 @@ from itertools import combinations, pairwise
 import numpy as np
 
 NEAR = 4
-"""Bits in which looks that are alike may differ. Of emoji, shapes and coloured noise with the spectrum of photographs, all copies of half
-or three times the size stay within it, 99% of those of JPEG quality 50, 90% of those a third darker and 68 to 89% of those a third
-brighter, whose bright parts are cut; different noise differs in 15 or more, and drawings of one kind, such as faces, look alike to it."""
+"""Bits in which looks that are alike may differ. Of emoji, shapes and coloured noise with the
+spectrum of photographs, all copies of half or three times the size stay within it, 99% of those of
+JPEG quality 50, 90% of those a third darker and 68 to 89% of those a third brighter, whose bright
+parts are cut; different noise differs in 15 or more, and drawings of one kind, such as faces, look
+alike to it."""
 CROWD = 128
-"""Looks that agree in two parts are compared with so many neighbours in their order, so that a source of pictures that are all nearly the
-same takes no longer than others; beyond it, pairs may be missed."""
+"""Looks that agree in two parts are compared with so many neighbours in their order, so that a
+source of pictures that are all nearly the same takes no longer than others; beyond it, pairs may be
+missed."""
 _PENDING = 100_000
 
 
 def alike(looks: np.ndarray, most: int = NEAR, crowd: int = CROWD) -> np.ndarray:
-    """Looks uint64 (N) -> a number for each (N), the same for those that are linked by pairs that differ in at most `most` bits."""
+    """Looks uint64 (N) -> a number for each (N), the same for those that are linked by pairs that
+    differ in at most `most` bits."""
     distinct, inverse = np.unique(looks, return_inverse=True)
     links = _Links(len(distinct))
     parts = most + 2
@@ -38,7 +44,9 @@ def alike(looks: np.ndarray, most: int = NEAR, crowd: int = CROWD) -> np.ndarray
             places = places[keys[places] == keys[places + distance]]
             if not len(places):
                 break
-            close = places[np.bitwise_count(sorted_looks[places] ^ sorted_looks[places + distance]) <= most]
+            close = places[
+                np.bitwise_count(sorted_looks[places] ^ sorted_looks[places + distance]) <= most
+            ]
             links.add(order[close], order[close + distance])
         links.settle()
     return links.labels[inverse]
@@ -71,7 +79,8 @@ class _Links:
             if not apart.any():
                 return
             ones, others, first, second = ones[apart], others[apart], first[apart], second[apart]
-            # The larger label, which is a member itself, now points to the smaller one; chains of pointers are then followed to their end.
+            # The larger label, which is a member itself, now points to the smaller one; chains of
+            # pointers are then followed to their end.
             np.minimum.at(self.labels, np.maximum(first, second), np.minimum(first, second))
             while not np.array_equal(further := self.labels[self.labels], self.labels):
                 self.labels = further
@@ -83,4 +92,7 @@ def groups_of(labels: np.ndarray) -> list[np.ndarray]:
     places = np.flatnonzero(counts[inverse] > 1)
     places = places[np.argsort(inverse[places], kind="stable")]
     starts = np.flatnonzero(np.diff(inverse[places])) + 1
-    return sorted((part for part in np.split(places, starts) if len(part)), key=lambda part: (-len(part), int(part[0])))
+    return sorted(
+        (part for part in np.split(places, starts) if len(part)),
+        key=lambda part: (-len(part), int(part[0])),
+    )

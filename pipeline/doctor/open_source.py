@@ -1,4 +1,5 @@
-"""The rows of any source, to be looked at: files as they lie, pictures that are drawn here, the first samples of a stream.
+"""The rows of any source, to be looked at: files as they lie, pictures that are drawn here, the
+first samples of a stream.
 
 Knows how each kind is opened; judges nothing.
 """
@@ -58,7 +59,8 @@ def open_source(config: DataConfig, most: int) -> Opened:
 
 
 def open_without_captions(config: DataConfig) -> Opened:
-    """A source whose captions cannot be read, as pictures alone; see `open_source` for what is raised."""
+    """A source whose captions cannot be read, as pictures alone; see `open_source` for what is
+    raised."""
     return Opened(find_rows(replace(config, text_column="name", caption_template="{name}")), config)
 
 
@@ -72,7 +74,7 @@ class DrawnRows:
         self.train, self._held_out = min(len(train), most), min(len(held_out), most)
         self.first_only = self.train < len(train)
         if self.first_only:
-            self._held_out = min(self._held_out, max(round(most * config.held_out), 1))
+            self._held_out = min(self._held_out, max(round(most * config.val_fraction), 1))
         self.stamp = content_fingerprint([train.fingerprint, held_out.fingerprint])
 
     def __len__(self) -> int:
@@ -101,8 +103,11 @@ class StreamedRows:
     """The first samples of a stream, their pictures in a file that is gone when these rows are."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
-        # Sizes are judged later: nothing but what has no caption or no known format is left out here.
-        stream = StreamSource(replace(config, upscale=True, min_size=None, max_size=None, max_aspect=None))
+        # Sizes are judged later: nothing but what has no caption or no known format is left out
+        # here.
+        stream = StreamSource(
+            replace(config, upscale=True, min_size=None, max_size=None, max_aspect=None)
+        )
         self.name, self.columns, self.tally = stream.name, ["text"], stream.tally
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows are
         self._names: list[str] = []

@@ -1,4 +1,5 @@
-"""What the doctor finds, as plain values: `Diagnosis` and its parts. Knows no files and finds nothing out itself.
+"""What the doctor finds, as plain values: `Diagnosis` and its parts. Knows no files and finds
+nothing out itself.
 
 Everything here can be written as JSON as it is (`dataclasses.asdict`).
 """
@@ -16,7 +17,8 @@ class Finding:
     """One thing that a user should know.
 
     Attributes:
-        level: `fails`: training would stop, with these words; `warns`: it would suffer; `notes`: good to know.
+        level: `fails`: training would stop, with these words; `warns`: it would suffer; `notes`:
+            good to know.
         text: what it is and what to do.
     """
 
@@ -89,8 +91,10 @@ class Duplicates:
 
     Attributes:
         copies: pictures whose file is that of an earlier one.
-        alike: further pictures that look like an earlier one without being the same file, after scaling or compression.
-        held_out_copies, held_out_alike: held-out pictures of which training sees a copy, or one that looks the same.
+        alike: further pictures that look like an earlier one without being the same file, after
+            scaling or compression.
+        held_out_copies, held_out_alike: held-out pictures of which training sees a copy, or one
+            that looks the same.
         plain: pictures that are one plain surface; they all look alike and are in no group for it.
         groups: of copies, the largest first; not all.
         alike_groups: of pictures that look alike, the largest first; not all.
@@ -152,12 +156,14 @@ class CaptionReport:
         captions: how many, over all pictures.
         distinct: how many different ones.
         shared: pictures that have a caption in common with another one.
-        repeated: captions of several pictures, with their numbers of pictures, the most frequent first; not all.
+        repeated: captions of several pictures, with their numbers of pictures, the most frequent
+            first; not all.
         characters: length of a caption in characters.
         damaged: captions with characters that could not be read in UTF-8.
         words, words_once: different words, and those that occur once.
-        length: text slots of the stream, `text.length`.
-        tokens: slots that a caption needs, its start and end included; None where there is no tokenizer.
+        length: text slots of the stream, `text.max_length`.
+        tokens: slots that a caption needs, its start and end included; None where there is no
+            tokenizer.
         token_bins: histogram of the same.
         too_long: captions that need more.
         longest: the longest caption.

@@ -1,4 +1,5 @@
-"""`minidalle codebook`: what each code of a tokenizer draws and how often it is used, as pictures and as one HTML page.
+"""`minidalle codebook`: what each code of a tokenizer draws and how often it is used, as pictures
+and as one HTML page.
 
 Knows tokenizers and pictures; trains nothing. Codes are sorted by use, the most used first.
 """
@@ -56,7 +57,8 @@ class LevelView:
 
 @torch.no_grad()
 def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
-    """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to `out`; returns what is on the page.
+    """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to
+    `out`; returns what is on the page.
 
     Raises:
         ValueError: the folder holds no tokenizer, or there are no pictures.
@@ -65,23 +67,40 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
     model = ImageTokenizer.load(tokenizer)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(pictures):
-        raise ValueError("there are no pictures to see the codes in; give a configuration with held-out pictures")
+        raise ValueError(
+            "there are no pictures to see the codes in; give a configuration with held-out pictures"
+        )
     codes = torch.cat(
-        [model.encode(to_model_range(torch.from_numpy(pictures[i : i + _BATCH]))).flatten(1) for i in range(0, len(pictures), _BATCH)]
+        [
+            model.encode(to_model_range(torch.from_numpy(pictures[i : i + _BATCH]))).flatten(1)
+            for i in range(0, len(pictures), _BATCH)
+        ]
     )
-    layout = model.quantizer.layout((pictures.shape[1] // model.own_config.factor, pictures.shape[2] // model.own_config.factor))
+    layout = model.quantizer.layout(
+        (
+            pictures.shape[1] // model.own_config.downsample_factor,
+            pictures.shape[2] // model.own_config.downsample_factor,
+        )
+    )
     whole = count_codes(codes, layout)
     starts = np.cumsum([0, *(level.length for level in layout)])
     vectors = model.code_vectors.split([level.num_codes for level in layout])
     common = torch.cat(
-        [own.flatten().bincount().argmax().expand(own.shape[1]) for own in codes.split([level.length for level in layout], dim=1)]
+        [
+            own.flatten().bincount().argmax().expand(own.shape[1])
+            for own in codes.split([level.length for level in layout], dim=1)
+        ]
     )
     views = []
-    for number, (level, counts) in enumerate(zip(layout, whole.split([level.num_codes for level in layout]), strict=True)):
+    for number, (level, counts) in enumerate(
+        zip(layout, whole.split([level.num_codes for level in layout]), strict=True)
+    ):
         order = counts.argsort(descending=True, stable=True)[:_SHOWN]
         own = codes[:, starts[number] : starts[number + 1]].reshape(len(codes), *level.grid)
         patch = (pictures.shape[1] // level.grid[0], pictures.shape[2] // level.grid[1])
-        drawn = _alone(model, common, int(starts[number]), level.length, order, patch, pictures.shape[1:3])
+        drawn = _alone(
+            model, common, int(starts[number]), level.length, order, patch, pictures.shape[1:3]
+        )
         views.append(
             LevelView(
                 "" if len(layout) == 1 else f"level {number + 1}, {level.grid[0]}x{level.grid[1]}",
@@ -102,10 +121,20 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
 
 
 def _alone(
-    model: ImageTokenizer, common: Tensor, start: int, length: int, order: Tensor, patch: tuple[int, int], size: Sequence[int]
+    model: ImageTokenizer,
+    common: Tensor,
+    start: int,
+    length: int,
+    order: Tensor,
+    patch: tuple[int, int],
+    size: Sequence[int],
 ) -> np.ndarray:
-    """What each code draws when it stands everywhere, other levels holding their commonest code: the middle place (K,p,p,3)."""
-    grid = (size[0] // model.own_config.factor, size[1] // model.own_config.factor)
+    """What each code draws when it stands everywhere, other levels holding their commonest code:
+    the middle place (K,p,p,3)."""
+    grid = (
+        size[0] // model.own_config.downsample_factor,
+        size[1] // model.own_config.downsample_factor,
+    )
     top, left = (size[0] // patch[0] // 2) * patch[0], (size[1] // patch[1] // 2) * patch[1]
     patches = []
     for first in range(0, len(order), _BATCH):
@@ -113,13 +142,18 @@ def _alone(
         stream = common.expand(len(some), -1).clone()
         stream[:, start : start + length] = some[:, None]
         flat = len(model.quantizer.layout(grid)) > 1
-        drawn = to_pictures(model.decode(stream if flat else stream.reshape(-1, *grid), grid)).numpy()
+        drawn = to_pictures(
+            model.decode(stream if flat else stream.reshape(-1, *grid), grid)
+        ).numpy()
         patches.append(drawn[:, top : top + patch[0], left : left + patch[1]])
     return np.concatenate(patches)
 
 
-def _in_context(pictures: np.ndarray, codes: Tensor, order: Tensor, patch: tuple[int, int]) -> np.ndarray:
-    """For each code a column of places where it was chosen, with what lies around them; grey where there are no more."""
+def _in_context(
+    pictures: np.ndarray, codes: Tensor, order: Tensor, patch: tuple[int, int]
+) -> np.ndarray:
+    """For each code a column of places where it was chosen, with what lies around them; grey where
+    there are no more."""
     height, width = patch
     padded = np.pad(pictures, ((0, 0), (height, height), (width, width), (0, 0)), mode="edge")
     cells = []
@@ -129,7 +163,9 @@ def _in_context(pictures: np.ndarray, codes: Tensor, order: Tensor, patch: tuple
         for number, i, j in (codes == code).nonzero().tolist():
             if number not in seen and len(shown) < _EXAMPLES:  # of different pictures
                 seen.add(number)
-                shown.append(padded[number, i * height : (i + 3) * height, j * width : (j + 3) * width])
+                shown.append(
+                    padded[number, i * height : (i + 3) * height, j * width : (j + 3) * width]
+                )
         shown += [np.full((3 * height, 3 * width, 3), 224, np.uint8)] * (_EXAMPLES - len(shown))
         cells.append(np.concatenate(shown))
     return picture_grid(cells, columns=32, gap=1)
@@ -151,7 +187,13 @@ def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def _write(folder: Path, views: Sequence[LevelView], total: CodebookStatistics, pictures: int, tokenizer: Path) -> None:
+def _write(
+    folder: Path,
+    views: Sequence[LevelView],
+    total: CodebookStatistics,
+    pictures: int,
+    tokenizer: Path,
+) -> None:
     """PNGs and the page, which holds them too, so that it can be sent alone."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
@@ -159,13 +201,17 @@ def _write(folder: Path, views: Sequence[LevelView], total: CodebookStatistics, 
         images = []
         for title, picture in view.pictures.items():
             image = Image.fromarray(picture)
-            name = f"{title.replace(' ', '-')}{'-' + view.name.split(',')[0].replace(' ', '-') if view.name else ''}.png"
+            words = [title, *([view.name.split(",")[0]] if view.name else [])]
+            name = "-".join(words).replace(" ", "-") + ".png"
             image.save(folder / name)
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             data = base64.b64encode(buffer.getvalue()).decode()
             scale = max(1, 1000 // image.width)
-            images.append(f'<h3>{_TITLES[title]}</h3><img width="{image.width * scale}" src="data:image/png;base64,{data}" alt="{title}">')
+            images.append(
+                f'<h3>{_TITLES[title]}</h3><img width="{image.width * scale}" '
+                f'src="data:image/png;base64,{data}" alt="{title}">'
+            )
         s = view.statistics
         share = sum(view.counts) or 1
         rows = "".join(
@@ -173,17 +219,27 @@ def _write(folder: Path, views: Sequence[LevelView], total: CodebookStatistics, 
             for code, count in zip(view.codes, view.counts, strict=True)
         )
         sections.append(
-            f"<h2>{html.escape(view.name or 'codebook')}</h2><p>{s.usage:.1%} of the codes used, perplexity {s.perplexity:,.1f}, "
-            f"{s.dead} never used; the {len(view.codes)} most used are shown, most used first.</p>{''.join(images)}"
-            f"<details><summary>use of each code</summary><table><tr><th>code</th><th>uses</th><th>share</th></tr>{rows}</table></details>"
+            f"<h2>{html.escape(view.name or 'codebook')}</h2><p>{s.usage:.1%} of the codes used, "
+            f"perplexity {s.perplexity:,.1f}, "
+            f"{s.dead} never used; the {len(view.codes)} most used are shown, most used "
+            f"first.</p>{''.join(images)}"
+            "<details><summary>use of each "
+            f"code</summary><table><tr><th>code</th><th>uses</th><th>share</th></tr>{rows}</table></details>"
         )
-    head = f"{total.usage:.1%} of all codes used on {pictures} pictures, perplexity {total.perplexity:,.1f}, {total.dead} never used"
+    head = (
+        f"{total.usage:.1%} of all codes used on {pictures} pictures, perplexity "
+        f"{total.perplexity:,.1f}, {total.dead} never used"
+    )
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>codebook of {html.escape(str(tokenizer))}</title><style>{_STYLE}</style>"
-        f"<h1>Codebook of {html.escape(str(tokenizer))}</h1><p>{head}.</p>{''.join(sections)}</html>\n"
+        "<!doctype html><html lang=en><meta charset=utf-8><title>codebook of "
+        f"{html.escape(str(tokenizer))}</title><style>{_STYLE}</style>"
+        "<h1>Codebook of "
+        f"{html.escape(str(tokenizer))}</h1><p>{head}.</p>{''.join(sections)}</html>\n"
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
-    numbers = [{"level": v.name, **asdict(v.statistics), "codes": v.codes, "uses": v.counts} for v in views]
+    numbers = [
+        {"level": v.name, **asdict(v.statistics), "codes": v.codes, "uses": v.counts} for v in views
+    ]
     (folder / NUMBERS).write_text(json.dumps({"pictures": pictures, "levels": numbers}) + "\n")
 
 
@@ -194,6 +250,7 @@ _TITLES = {
     "use": "How often each code is used, sorted",
 }
 _STYLE = (
-    "body{font:16px system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em}img{image-rendering:pixelated;max-width:100%}"
+    "body{font:16px system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 "
+    "1em}img{image-rendering:pixelated;max-width:100%}"
     "td,th{text-align:right;padding:0 1em}"
 )

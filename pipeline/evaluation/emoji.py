@@ -1,4 +1,5 @@
-"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows pictures, not how they are drawn.
+"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows pictures,
+not how they are drawn.
 
 Distance is the mean squared error over all pixels and channels, at the experiment's size.
 """
@@ -15,9 +16,12 @@ from pipeline.inference.pipeline import TextToImagePipeline
 CANDIDATES = 100
 
 
-def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment) -> None:
-    """Adds `retrieval_at_1_of_100_seen`, `retrieval_at_1_of_100_held_out` and `skin_tone_accuracy_val`, one image per prompt, seed 0.
-    Where a prior captions, it adds `caption_of_100_seen` and `caption_of_100_held_out`."""
+def emoji_figures(
+    figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment
+) -> None:
+    """Adds `retrieval_at_1_of_100_seen`, `retrieval_at_1_of_100_held_out` and
+    `skin_tone_accuracy_val`, one image per prompt, seed 0. Where a prior captions, it adds
+    `caption_of_100_seen` and `caption_of_100_held_out`."""
     for split in ("train", "held_out"):
         source = load_source(experiment.data, split)
         rng = np.random.default_rng(0)
@@ -25,11 +29,16 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
         drawn = _draw(pipe, source.captions(rows))
         true = source.images(rows)
         distance = squared_errors(drawn, true)
-        name = "retrieval_at_1_of_100_seen" if split == "train" else "retrieval_at_1_of_100_held_out"
+        name = (
+            "retrieval_at_1_of_100_seen" if split == "train" else "retrieval_at_1_of_100_held_out"
+        )
         figures[name] = float(np.mean(distance.argmin(axis=1) == np.arange(len(rows))))
         if pipe.prior.config.trained_image_first:
-            figures[name.replace("nearest", "caption")] = captions_found(pipe, true, source.captions(rows))
-    # `source` is now the held-out one: every held-out name that has tones, against the pictures of all its tones.
+            figures[name.replace("nearest", "caption")] = captions_found(
+                pipe, true, source.captions(rows)
+            )
+    # `source` is now the held-out one: every held-out name that has tones, against the pictures of
+    # all its tones.
     hits = []
     everyone = list(range(len(source)))
     drawn = _draw(pipe, source.captions(everyone))
@@ -42,8 +51,12 @@ def emoji_figures(figures: dict[str, float], pipe: TextToImagePipeline, experime
 
 
 def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
-    """Share of pictures whose own caption has the highest log p(caption | codes) among all of the captions."""
-    best = [pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0] for picture in pictures]
+    """Share of pictures whose own caption has the highest log p(caption | codes) among all of the
+    captions."""
+    best = [
+        pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0]
+        for picture in pictures
+    ]
     return float(np.mean([found == own for found, own in zip(best, captions, strict=True)]))
 
 

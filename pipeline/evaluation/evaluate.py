@@ -1,4 +1,5 @@
-"""`evaluate`: every metric of a bundle on validation images, as JSON and a table. Knows the metrics, not how they are computed."""
+"""`evaluate`: every metric of a bundle on validation images, as JSON and a table. Knows the
+metrics, not how they are computed."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class Report:
     def table(self) -> str:
         """The figures, one a line."""
         width = max(map(len, self.figures), default=0)
-        lines = [f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items()]
+        lines = [
+            f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items()
+        ]
         return "\n".join([*lines, self.forgetting.table()] if self.forgetting else lines)
 
     def save(self, path: Path) -> None:
@@ -46,27 +49,39 @@ class Report:
         atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, pictures: int = 500, before: Path | None = None) -> Report:
+def evaluate(
+    bundle: Path,
+    experiment: Experiment,
+    out: Path | None = None,
+    *,
+    pictures: int = 500,
+    before: Path | None = None,
+) -> Report:
     """Judges a bundle on up to `pictures` held-out pictures and prompts of the experiment's source.
 
-    Sampling uses the bundle's own defaults and seed 0. On several processes only the first one works. Where the experiment starts from
-    a bundle (`init_from`), or one is given as `before`, what was forgotten since is reported too.
+    Sampling uses the bundle's own defaults and seed 0. On several processes only the first one
+    works. Where the experiment starts from a bundle (`init_from`), or one is given as `before`,
+    what was forgotten since is reported too.
 
     Raises:
-        ValueError: the bundle's pictures are of another size than the experiment's, or nothing is held out.
+        ValueError: the bundle's pictures are of another size than the experiment's, or nothing is
+            held out.
     """
     start = time.perf_counter()
     pipe = TextToImagePipeline.from_pretrained(bundle)
     if pipe.tokenizer.image_size != experiment.data.image_size:
         raise ValueError(
-            f"the bundle {bundle} makes pictures of {pipe.tokenizer.image_size} pixels and data.image_size is "
+            f"the bundle {bundle} makes pictures of {pipe.tokenizer.image_size} pixels and "
+            "data.image_size is "
             f"{experiment.data.image_size}; evaluate with the configuration it was trained with"
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
     count = min(pictures, len(held_out))
     if not count:
-        raise ValueError("no picture is held out, so there is nothing to judge on; raise data.held_out")
+        raise ValueError(
+            "no picture is held out, so there is nothing to judge on; raise data.val_fraction"
+        )
     bf16 = uses_bf16(experiment.precision, pipe.tokenizer.device)
     report = Report()
     with torch.no_grad(), torch.autocast(pipe.tokenizer.device.type, torch.bfloat16, enabled=bf16):
@@ -75,7 +90,9 @@ def evaluate(bundle: Path, experiment: Experiment, out: Path | None = None, *, p
     if experiment.data.source == "shapes":
         from pipeline.evaluation.shapes import shapes_figures
 
-        shapes_figures(report.figures, pipe, experiment, reconstructions.real, reconstructions.drawn, count)
+        shapes_figures(
+            report.figures, pipe, experiment, reconstructions.real, reconstructions.drawn, count
+        )
     if experiment.data.source == "emoji":
         from pipeline.evaluation.emoji import emoji_figures
 

@@ -1,4 +1,5 @@
-"""What fine-tuning cost and gained: figures of the old data and the new, before and after. Knows bundles, not how they were made."""
+"""What fine-tuning cost and gained: figures of the old data and the new, before and after. Knows
+bundles, not how they were made."""
 
 from __future__ import annotations
 
@@ -35,14 +36,27 @@ class Forgetting:
                 before, after = value["before"], value["after"]
                 rows.append((data, name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        aligned = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
-        lines = ["what fine-tuning changed:", *map("  ".join, aligned), *(f"note: {note}" for note in self.notes)]
+        aligned = [
+            [
+                cell.ljust(w) if i < 2 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            for row in rows
+        ]
+        lines = [
+            "what fine-tuning changed:",
+            *map("  ".join, aligned),
+            *(f"note: {note}" for note in self.notes),
+        ]
         return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-def forgetting(before: Path, after: Path, experiment: Experiment, *, pictures: int = 500) -> Forgetting:
-    """Compares a bundle with the one that it was started from, on up to `pictures` held-out pictures of each one's data. PSNR only where
-    the tokenizers differ. Where the old data are not there any more, a note says so in place of their figures.
+def forgetting(
+    before: Path, after: Path, experiment: Experiment, *, pictures: int = 500
+) -> Forgetting:
+    """Compares a bundle with the one that it was started from, on up to `pictures` held-out
+    pictures of each one's data. PSNR only where the tokenizers differ. Where the old data are not
+    there any more, a note says so in place of their figures.
 
     Args:
         before: the bundle started from; it says what the old data are.
@@ -53,11 +67,15 @@ def forgetting(before: Path, after: Path, experiment: Experiment, *, pictures: i
         FileNotFoundError: one of the folders is no bundle.
         ValueError: the bundles' pictures are of unlike size, or nothing is held out.
     """
-    pipes = {"before": TextToImagePipeline.from_pretrained(before), "after": TextToImagePipeline.from_pretrained(after)}
+    pipes = {
+        "before": TextToImagePipeline.from_pretrained(before),
+        "after": TextToImagePipeline.from_pretrained(after),
+    }
     old, new = pipes["before"], pipes["after"]
     if old.tokenizer.image_size != new.tokenizer.image_size:
         raise ValueError(
-            f"{before} makes pictures of {old.tokenizer.image_size} pixels and {after} of {new.tokenizer.image_size}; a bundle is "
+            f"{before} makes pictures of {old.tokenizer.image_size} pixels and {after} of "
+            f"{new.tokenizer.image_size}; a bundle is "
             "compared with the one that it was started from"
         )
     result = Forgetting()
@@ -68,19 +86,33 @@ def forgetting(before: Path, after: Path, experiment: Experiment, *, pictures: i
         if sources[OLD].fingerprint != old.trained_on["sources"]["held_out"]:
             result.notes.append("the old data have changed since the bundle was trained on them")
     except (KeyError, TypeError, ValueError, OSError) as error:
-        why = f"the bundle does not say what they are ({error!r})" if isinstance(error, KeyError | TypeError) else str(error)
-        result.notes.append(f"the old data cannot be read, so what was forgotten is not known: {' '.join(why.split())}")
+        why = (
+            f"the bundle does not say what they are ({error!r})"
+            if isinstance(error, KeyError | TypeError)
+            else str(error)
+        )
+        result.notes.append(
+            "the old data cannot be read, so what was forgotten is not known: "
+            f"{' '.join(why.split())}"
+        )
     sources[NEW] = load_source(experiment.data, "held_out", experiment.folder / "data")
     other_codes = old.tokenizer.fingerprint != new.tokenizer.fingerprint
     if other_codes:
-        result.notes.append("the tokenizers differ: nats a code are of other codes before and after")
+        result.notes.append(
+            "the tokenizers differ: nats a code are of other codes before and after"
+        )
     if old.text.fast.get_vocab() != new.text.fast.get_vocab():
-        result.notes.append("the vocabularies differ: a text token is another piece of a caption before and after")
+        result.notes.append(
+            "the vocabularies differ: a text token is another piece of a caption before and after"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for data, source in sources.items():
         count = min(pictures, len(source))
         if not count:
-            raise ValueError(f"no picture of the {data} is held out, so there is nothing to judge on; raise data.held_out")
+            raise ValueError(
+                f"no picture of the {data} is held out, so there is nothing to judge on; raise "
+                "data.val_fraction"
+            )
         for when, pipe in pipes.items():
             metrics: dict[str, float] = {}
             pipe.to(device)

@@ -1,4 +1,5 @@
-"""Metrics of a tokenizer and a prior on validation images. Knows models and arrays; writes nothing."""
+"""Metrics of a tokenizer and a prior on validation images. Knows models and arrays; writes
+nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
         drawn.append(np.stack([np.asarray(image) for image in tokenizer.to_images(codes)]))
     truth, reconstruction = np.concatenate(true), np.concatenate(drawn)
     metrics = {
-        "psnr": float(np.mean([min(psnr(a, b), 99.0) for a, b in zip(truth, reconstruction, strict=True)])),
+        "psnr": float(
+            np.mean([min(psnr(a, b), 99.0) for a, b in zip(truth, reconstruction, strict=True)])
+        ),
         "ssim": ssim(truth, reconstruction),
     }
     for name, counts in counts_by_level(histogram, layout).items():
@@ -59,12 +62,24 @@ def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict
     def batches():
         for first in range(0, count, BATCH):
             rows = range(first, min(first + BATCH, count))
-            codes = tokenizer.encode(to_model_range(torch.from_numpy(source.images(rows))).to(device)).flatten(1)
-            yield {"text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(device), "codes": codes}
+            codes = tokenizer.encode(
+                to_model_range(torch.from_numpy(source.images(rows))).to(device)
+            ).flatten(1)
+            yield {
+                "text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(device),
+                "codes": codes,
+            }
 
     trained = pipe.prior.config  # orders and captions are evaluated as they were trained
-    schedule, captioning = OrderSchedule(order=trained.trained_order), 0.5 if trained.trained_image_first else 0.0
+    schedule, captioning = (
+        OrderSchedule(order=trained.trained_order),
+        0.5 if trained.trained_image_first else 0.0,
+    )
     objective = PriorObjective(pipe.prior, PriorObjectiveConfig(), schedule, captioning)
     figures = objective.evaluate(batches())
     pipe.prior.eval()
-    return {name: figures[name] for name in ("nats_per_code", "nats_per_text_token", "nats_per_caption_token") if name in figures}
+    return {
+        name: figures[name]
+        for name in ("nats_per_code", "nats_per_text_token", "nats_per_caption_token")
+        if name in figures
+    }

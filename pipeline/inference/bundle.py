@@ -1,4 +1,5 @@
-"""The bundle: one folder that holds everything a pipeline needs. Knows files and fingerprints; draws nothing."""
+"""The bundle: one folder that holds everything a pipeline needs. Knows files and fingerprints;
+draws nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
             "format": FORMAT,
             "tokenizer_fingerprint": bundle.tokenizer.fingerprint,
             "prior_fingerprint": bundle.prior.fingerprint,
-            "text_tokenizer_fingerprint": _file_fingerprint(beside / "text_tokenizer" / "tokenizer.json"),
+            "text_tokenizer_fingerprint": _file_fingerprint(
+                beside / "text_tokenizer" / "tokenizer.json"
+            ),
             "sampling": asdict(bundle.defaults),
             "trained_on": bundle.trained_on,
         }
@@ -54,25 +57,39 @@ def read_bundle(folder: Path) -> Bundle:
 
     Raises:
         FileNotFoundError: the folder is no bundle.
-        ValueError: a part is missing, cut, of another format, or swapped for another bundle's; says which.
+        ValueError: a part is missing, cut, of another format, or swapped for another bundle's; says
+            which.
     """
     try:
         description = json.loads((folder / "pipeline.json").read_text())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in runs/NAME/bundle"
+            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
+            "runs/NAME/bundle"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/pipeline.json is cut or damaged ({error}); copy the bundle again") from error
+        raise ValueError(
+            f"{folder}/pipeline.json is cut or damaged ({error}); copy the bundle again"
+        ) from error
     if not isinstance(description, dict):
-        raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
+        raise ValueError(
+            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
+        )
     if description.get("format") != FORMAT:
-        raise ValueError(f"{folder} has bundle format {description.get('format')!r}, and this version reads {FORMAT}")
+        raise ValueError(
+            f"{folder} has bundle format {description.get('format')!r}, and this version reads "
+            f"{FORMAT}"
+        )
     if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
-        raise ValueError(f"{folder}/pipeline.json does not describe a bundle; copy the bundle again")
+        raise ValueError(
+            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
+        )
     known = {f.name for f in fields(SamplingOptions)}
     if unknown := set(description["sampling"]) - known:
-        raise ValueError(f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are {sorted(known)}")
+        raise ValueError(
+            f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are "
+            f"{sorted(known)}"
+        )
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
@@ -87,10 +104,17 @@ def read_bundle(folder: Path) -> Bundle:
         if fingerprint != description.get(f"{part}_fingerprint"):
             raise ValueError(
                 f"{folder}/{part} has fingerprint {fingerprint} and pipeline.json expects "
-                f"{description.get(f'{part}_fingerprint')}; that part comes from another bundle, copy the bundle again"
+                f"{description.get(f'{part}_fingerprint')}; that part comes from another bundle, "
+                "copy the bundle again"
             )
     text = TextTokenizer.load(folder / "text_tokenizer")
-    return Bundle(tokenizer, prior, text, SamplingOptions(**description["sampling"]), description["trained_on"])
+    return Bundle(
+        tokenizer,
+        prior,
+        text,
+        SamplingOptions(**description["sampling"]),
+        description["trained_on"],
+    )
 
 
 def _file_fingerprint(path: Path) -> str:

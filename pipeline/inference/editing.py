@@ -1,4 +1,5 @@
-"""Pictures in part: masks to codes that are kept, canvases, what is put back. Knows pictures and grids of codes; samples nothing.
+"""Pictures in part: masks to codes that are kept, canvases, what is put back. Knows pictures and
+grids of codes; samples nothing.
 
 White in a mask is what is replaced. A code is kept where no pixel of its cell is white.
 """
@@ -22,12 +23,19 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A mask as bool (H,W), true where it is white.
 
     Raises:
-        ValueError: the mask has another size than the picture (width, height), or is no black and white one.
+        ValueError: the mask has another size than the picture (width, height), or is no black and
+            white one.
     """
     if mask.size != size:
-        raise ValueError(f"the mask is {mask.width}x{mask.height} and the picture {size[0]}x{size[1]}; they must agree")
+        raise ValueError(
+            f"the mask is {mask.width}x{mask.height} and the picture {size[0]}x{size[1]}; they "
+            "must agree"
+        )
     if mask.mode not in ("1", "L"):
-        raise ValueError(f"the mask has mode {mask.mode}; it must be black and white, of mode L or 1 (mask.convert('L'))")
+        raise ValueError(
+            f"the mask has mode {mask.mode}; it must be black and white, of mode L or 1 "
+            "(mask.convert('L'))"
+        )
     return np.asarray(mask.convert("L")) >= _WHITE
 
 
@@ -40,30 +48,42 @@ def checked_picture(image: Image.Image, side: int) -> Image.Image:
     image = to_rgb(image)
     if image.size != (side, side):
         raise ValueError(
-            f"the picture is {image.width}x{image.height} and this prior draws {side}x{side}; resize it first "
+            f"the picture is {image.width}x{image.height} and this prior draws {side}x{side}; "
+            "resize it first "
             "(stage1_tokenizer.resize_and_crop)"
         )
     return image
 
 
 def keep_mask(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
-    """(N,) bool over all levels of the stream: the codes of cells without a replaced pixel (H,W)."""
+    """(N,) bool over all levels of the stream: the codes of cells without a replaced pixel
+    (H,W)."""
     kept = []
     for level in levels:
         height, width = level.grid
-        cells = replaced.reshape(height, replaced.shape[0] // height, width, replaced.shape[1] // width)
+        cells = replaced.reshape(
+            height, replaced.shape[0] // height, width, replaced.shape[1] // width
+        )
         kept.append(~cells.any(axis=(1, 3)).ravel())
     return torch.from_numpy(np.concatenate(kept))
 
 
-def composite(original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray) -> list[Image.Image]:
+def composite(
+    original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray
+) -> list[Image.Image]:
     """The drawn pictures inside the mask, the original's own pixels everywhere else."""
     before = np.asarray(original)
-    return [Image.fromarray(np.where(replaced[..., None], np.asarray(picture), before)) for picture in drawn]
+    return [
+        Image.fromarray(np.where(replaced[..., None], np.asarray(picture), before))
+        for picture in drawn
+    ]
 
 
-def place_on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """A smaller picture put on a canvas of side x side pixels, its top left corner `at` (x, y), and the mask of what is new.
+def place_on_canvas(
+    image: Image.Image, side: int, at: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """A smaller picture put on a canvas of side x side pixels, its top left corner `at` (x, y), and
+    the mask of what is new.
 
     The gap is filled with the border's pixels, so that codes at the seam know what it continues.
 
@@ -73,9 +93,15 @@ def place_on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple
     image, (x, y) = to_rgb(image), at
     right, below = side - x - image.width, side - y - image.height
     if min(x, y, right, below) < 0:
-        raise ValueError(f"a picture of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of {side}x{side}")
+        raise ValueError(
+            f"a picture of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
+            f"{side}x{side}"
+        )
     if not any((x, y, right, below)):
-        raise ValueError(f"the picture fills the canvas of {side}x{side}, so there is nothing to extend; give a smaller one")
+        raise ValueError(
+            f"the picture fills the canvas of {side}x{side}, so there is nothing to extend; give a "
+            "smaller one"
+        )
     canvas = np.pad(np.asarray(image), ((y, below), (x, right), (0, 0)), mode="edge")
     mask = np.full((side, side), 255, np.uint8)
     mask[y : y + image.height, x : x + image.width] = 0
@@ -85,22 +111,35 @@ def place_on_canvas(image: Image.Image, side: int, at: tuple[int, int]) -> tuple
 def warn_if_trivial(known: Tensor) -> bool:
     """Whether there is nothing to draw; says where a mask is empty or full."""
     if known.all():
-        warnings.warn("the mask is empty: nothing is replaced, and the picture comes back as it is", stacklevel=3)
+        warnings.warn(
+            "the mask is empty: nothing is replaced, and the picture comes back as it is",
+            stacklevel=3,
+        )
     elif not known.any():
-        warnings.warn("the mask touches every code: nothing of the picture is kept, so this is plain sampling", stacklevel=3)
+        warnings.warn(
+            "the mask touches every code: nothing of the picture is kept, so this is plain "
+            "sampling",
+            stacklevel=3,
+        )
     return bool(known.all())
 
 
 def random_keep_mask(seeds: Sequence[int], count: int, strength: float) -> Tensor:
-    """(B,N) bool: which codes a variation keeps, all but a share `strength` of them, by each picture's seed alone.
+    """(B,N) bool: which codes a variation keeps, all but a share `strength` of them, by each
+    picture's seed alone.
 
     Raises:
         ValueError: the strength is not above 0 and at most 1.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; it is the share of the codes that are drawn anew, above 0 and at most 1")
+        raise ValueError(
+            f"strength is {strength}; it is the share of the codes that are drawn anew, above 0 "
+            "and at most 1"
+        )
     replaced = max(round(strength * count), 1)
     known = torch.ones(len(seeds), count, dtype=torch.bool)
     for row, seed in zip(known, seeds, strict=True):
-        row[torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))[:replaced]] = False
+        row[
+            torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))[:replaced]
+        ] = False
     return known

@@ -1,4 +1,5 @@
-"""What `minidalle generate`, `edit` and `reconstruct` do: pictures to files. Knows folders; models come from the stages."""
+"""What `minidalle generate`, `edit` and `reconstruct` do: pictures to files. Knows folders; models
+come from the stages."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def generate(
     judge: str | None = None,
     **options: Any,
 ) -> int:
-    """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the processes. Returns the count.
+    """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the
+    processes. Returns the count.
 
     The pictures do not depend on how many processes there are.
 
@@ -50,12 +52,22 @@ def generate(
         from pipeline.inference.reranking import CLIPScorer
 
         options["judge"] = CLIPScorer(judge, state.device)
-    mine = np.array_split(np.arange(len(prompts)), state.num_processes)[state.process_index].tolist()
+    mine = np.array_split(np.arange(len(prompts)), state.num_processes)[
+        state.process_index
+    ].tolist()
     drawn: list[_Drawn] = []
     if mine:
         with _notes():
-            output = pipe([prompts[i] for i in mine], num_images_per_prompt=num, seed=seed, batch_size=batch_size, **options)
-        for place, (image, likelihood) in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True)):
+            output = pipe(
+                [prompts[i] for i in mine],
+                num_images_per_prompt=num,
+                seed=seed,
+                batch_size=batch_size,
+                **options,
+            )
+        for place, (image, likelihood) in enumerate(
+            zip(output.images, output.log_likelihood.tolist(), strict=True)
+        ):
             drawn.append(_Drawn(mine[place // num], place % num, image, likelihood))
     gathered = sorted(gather_object(drawn), key=lambda row: row[:2])
     if state.is_main_process:
@@ -77,7 +89,8 @@ def edit(
     seed: int = 0,
     **options: Any,
 ) -> int:
-    """Writes edited pictures as `generate` does; returns the count. One of `mask`, `at` and `strength` says what is drawn anew.
+    """Writes edited pictures as `generate` does; returns the count. One of `mask`, `at` and
+    `strength` says what is drawn anew.
 
     Args:
         mask: picture whose white is replaced (`TextToImagePipeline.edit`).
@@ -85,7 +98,8 @@ def edit(
         strength: share of the codes (`vary`).
 
     Raises:
-        ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is written then.
+        ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is
+            written then.
     """
     from pipeline.data.readers.images import open_picture
 
@@ -93,14 +107,22 @@ def edit(
     picture = open_picture(image)
     with _notes():
         if mask is not None:
-            output = pipe.edit(picture, open_picture(mask), prompt, num_images=num, seed=seed, **options)
+            output = pipe.edit(
+                picture, open_picture(mask), prompt, num_images=num, seed=seed, **options
+            )
         elif at is not None:
             output = pipe.outpaint(picture, prompt, at=at, num_images=num, seed=seed, **options)
         elif strength is not None:
             output = pipe.vary(picture, strength, prompt, num_images=num, seed=seed, **options)
         else:
-            raise ValueError("nothing says what to draw anew; give a mask, a place on the canvas (at) or a strength")
-    rows = [_Drawn(0, i, *pair) for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))]
+            raise ValueError(
+                "nothing says what to draw anew; give a mask, a place on the canvas (at) or a "
+                "strength"
+            )
+    rows = [
+        _Drawn(0, i, *pair)
+        for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))
+    ]
     _write(out, rows, [prompt], seed, columns=min(num, 8))
     return len(rows)
 
@@ -124,38 +146,63 @@ def _notes() -> Iterator[None]:
         print(f"note: {message}")
 
 
-def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int, *, columns: int) -> None:
+def _write(
+    out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int, *, columns: int
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, row in enumerate(rows):
         prompt = prompts[row.prompt]
         file = f"{number:05d}{_slug(prompt)}.png"
         row.image.save(out / file)
-        line = {"prompt": prompt, "file": file, "seed": seed, "log_likelihood": round(row.log_likelihood, 4)}
+        line = {
+            "prompt": prompt,
+            "file": file,
+            "seed": seed,
+            "log_likelihood": round(row.log_likelihood, 4),
+        }
         lines.append(json.dumps(line, ensure_ascii=False))
-    grid_image(picture_grid([np.asarray(row.image) for row in rows], columns=columns)).save(out / "grid.png")
+    grid_image(picture_grid([np.asarray(row.image) for row in rows], columns=columns)).save(
+        out / "grid.png"
+    )
     (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _slug(prompt: str) -> str:
-    """A few plain words of the prompt for the file's name; the number before it keeps names apart."""
+    """A few plain words of the prompt for the file's name; the number before it keeps names
+    apart."""
     words = re.findall(r"[a-z0-9]+", prompt.lower())[:6]
     return "".join(f"-{word}" for word in words)[:60]
 
 
-def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tuple[int, int] | None = None, tile: int = 512) -> list[str]:
-    """Writes each picture's reconstruction, and a grid of pairs where all have one size; returns a line a picture with its PSNR.
+def reconstruct(
+    tokenizer: Path,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    tile: int = 512,
+) -> list[str]:
+    """Writes each picture's reconstruction, and a grid of pairs where all have one size; returns a
+    line a picture with its PSNR.
 
     Args:
         size: width and height to crop and resize to; without it pictures stay as they are.
         tile: pictures with a longer side go through in pieces of this many pixels.
 
     Raises:
-        ValueError: a file cannot be read as a picture, or has a size that the tokenizer's grid does not divide.
+        ValueError: a file cannot be read as a picture, or has a size that the tokenizer's grid does
+            not divide.
         FileNotFoundError: a file or the tokenizer is not there.
     """
     from pipeline.data.readers.images import open_picture
-    from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_pictures, to_rgb
+    from stage1_tokenizer import (
+        ImageTokenizer,
+        resize_and_crop,
+        to_model_range,
+        to_pictures,
+        to_rgb,
+    )
 
     model = ImageTokenizer.load(existing_tokenizer(tokenizer)).eval()
     true = []
@@ -167,7 +214,12 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tupl
             model.check_size((1, 3, image.height, image.width))
         except ValueError as error:
             raise ValueError(f"{file}: {error} (--size WIDTHxHEIGHT does)") from error
-    drawn = [to_pictures(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[0].numpy() for one in true]
+    drawn = [
+        to_pictures(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[
+            0
+        ].numpy()
+        for one in true
+    ]
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
@@ -178,4 +230,8 @@ def reconstruct(tokenizer: Path, files: Sequence[Path], out: Path, *, size: tupl
         pairs = [picture for pair in zip(true, drawn, strict=True) for picture in pair]
         grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
     count = "1 reconstruction" if len(files) == 1 else f"{len(files)} reconstructions"
-    return [*lines, f"wrote {count} to {out}, and grid.png (original, reconstruction, ...) if they have one size"]
+    return [
+        *lines,
+        f"wrote {count} to {out}, and grid.png (original, reconstruction, ...) if they have one "
+        "size",
+    ]

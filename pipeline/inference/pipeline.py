@@ -1,13 +1,14 @@
-"""`TextToImagePipeline`: prompts -> pictures, pictures in part, scores. Knows both stages' interfaces, not their insides."""
+"""`TextToImagePipeline`: prompts -> pictures, pictures in part, scores. Knows both stages'
+interfaces, not their insides."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +25,8 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.output import Scores, TextToImageOutput
+from pipeline.inference.reranking import ImageTextScorer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
@@ -36,42 +39,9 @@ from stage2_prior import (
 )
 
 
-class ImageTextScorer(Protocol):
-    """Says how well pictures show their prompts; more is better."""
-
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float] | Tensor: ...
-
-
-@dataclass
-class Scores:
-    """What `TextToImagePipeline.score` returns."""
-
-    log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats."""
-    pmi: Tensor | None
-    """(N,) log p(codes | prompt) - log p(codes | null caption) in nats; None where the prior was trained without caption dropout."""
-
-
-@dataclass
-class TextToImageOutput:
-    """Pictures in prompt-major order: all of the first prompt, then all of the second."""
-
-    images: list[Image.Image]
-    codes: Tensor
-    """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
-    log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats; near that only with `steps`, see `Samples`."""
-    seeds: list[int]
-    """(N,) what each picture's random numbers were drawn from."""
-
-    def rows(self, chosen: Sequence[int]) -> TextToImageOutput:
-        """Some of the pictures."""
-        images, seeds = [self.images[i] for i in chosen], [self.seeds[i] for i in chosen]
-        return TextToImageOutput(images, self.codes[list(chosen)], self.log_likelihood[list(chosen)], seeds)
-
-
 def picture_seed(seed: int, number: int) -> int:
-    """Seed of a prompt's picture `number`; it depends on nothing else, so a batch or a split changes no picture."""
+    """Seed of a prompt's picture `number`; it depends on nothing else, so a batch or a split
+    changes no picture."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
 
 
@@ -110,10 +80,14 @@ class TextToImagePipeline:
         own = [(tuple(level.grid), level.num_codes) for level in tokenizer.layout]
         expected = [(tuple(level.grid), level.num_codes) for level in stream.levels]
         if own != expected:
-            raise ValueError(f"the tokenizer makes codes (grid, count) {own} and the prior models {expected}; they do not belong together")
+            raise ValueError(
+                f"the tokenizer makes codes (grid, count) {own} and the prior models {expected}; "
+                "they do not belong together"
+            )
         if (text.vocab_size, text.length) != (stream.text_vocab_size, stream.text_length):
             raise ValueError(
-                f"the text tokenizer has {text.vocab_size} entries and {text.length} slots, the prior {stream.text_vocab_size} "
+                f"the text tokenizer has {text.vocab_size} entries and {text.length} slots, the "
+                f"prior {stream.text_vocab_size} "
                 f"and {stream.text_length}; they do not belong together"
             )
 
@@ -124,10 +98,12 @@ class TextToImagePipeline:
         return self
 
     def compile(self) -> TextToImagePipeline:
-        """Makes ready for many pictures; returns itself. The prior computes in bf16 where the device does so natively, and its steps are
-        compiled: some ten seconds once for each batch size. Likelihoods and codes may differ a little from those of fp32.
+        """Makes ready for many pictures; returns itself. The prior computes in bf16 where the
+        device does so natively, and its steps are compiled: some ten seconds once for each batch
+        size. Likelihoods and codes may differ a little from those of fp32.
         """
-        from pipeline.runtime.devices import uses_bf16  # here, since it brings accelerate along, which drawing needs for nothing else
+        # Here, since it brings accelerate along, which drawing needs for nothing else
+        from pipeline.runtime.devices import uses_bf16
 
         if uses_bf16("auto", self.prior.device):
             self.prior.to(torch.bfloat16)
@@ -147,35 +123,50 @@ class TextToImagePipeline:
         compile: Compile | None = None,
         **sampling: Any,
     ) -> TextToImageOutput:
-        """Samples pictures. The same seed gives the same pictures for a prompt, whatever else is asked for in the call. An empty prompt
-        samples without a caption and warns that it does.
+        """Samples pictures. The same seed gives the same pictures for a prompt, whatever else is
+        asked for in the call. An empty prompt samples without a caption and warns that it does.
 
         Args:
-            best_of: pictures drawn for each one returned; the one with the highest guidance gain is kept.
-            judge: (pictures, prompts) -> a score each, which `best_of` chooses by instead, such as `pipeline.CLIPScorer`.
+            best_of: pictures drawn for each one returned; the one with the highest guidance gain is
+                kept.
+            judge: (pictures, prompts) -> a score each, which `best_of` chooses by instead, such as
+                `pipeline.CLIPScorer`.
             batch_size: pictures at a time; fewer where memory is short.
-            compile: whether the steps are compiled; `auto` does so where so much is drawn that it pays.
-            sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's default.
+            compile: whether the steps are compiled; `auto` does so where so much is drawn that it
+                pays.
+            sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's
+                default.
 
         Raises:
-            ValueError: a prompt is too long (unless `truncate`), an option is out of range, or guidance (or an empty prompt) is
-                asked of a prior that was trained without caption dropout.
+            ValueError: a prompt is too long (unless `truncate`), an option is out of range, or
+                guidance (or an empty prompt) is asked of a prior that was trained without caption
+                dropout.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompt was given; give at least one, '' samples without a caption")
         if num_images_per_prompt < 1 or batch_size < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; both must be at least 1")
+            raise ValueError(
+                f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; "
+                "both must be at least 1"
+            )
         if best_of < 1:
-            raise ValueError(f"best_of is {best_of}; it must be at least 1, the number of pictures drawn for each one that is kept")
+            raise ValueError(
+                f"best_of is {best_of}; it must be at least 1, the number of pictures drawn for "
+                "each one that is kept"
+            )
         if judge is not None and best_of == 1:
-            raise ValueError("a judge chooses among several pictures, and best_of is 1; ask for more (best_of=4)")
+            raise ValueError(
+                "a judge chooses among several pictures, and best_of is 1; ask for more (best_of=4)"
+            )
         options = self._options(sampling)
         ids = self._text_ids(prompts, truncate)
         count = num_images_per_prompt * best_of
         ids = ids.repeat_interleave(count, dim=0)
         seeds = [picture_seed(seed, i) for _ in prompts for i in range(count)]
-        drawn = sample_codes_batched(self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile)
+        drawn = sample_codes_batched(
+            self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile
+        )
         if best_of == 1:
             return self._output(drawn, seeds)
         firsts = torch.arange(0, len(seeds), best_of)
@@ -183,9 +174,18 @@ class TextToImagePipeline:
             best = self._pmi(drawn, ids, options, batch_size).view(-1, best_of).argmax(1) + firsts
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
-        scores = torch.as_tensor(judge(output.images, [prompt for prompt in prompts for _ in range(count)])).flatten().cpu()
+        scores = (
+            torch.as_tensor(
+                judge(output.images, [prompt for prompt in prompts for _ in range(count)])
+            )
+            .flatten()
+            .cpu()
+        )
         if len(scores) != len(seeds):
-            raise ValueError(f"the judge gave {len(scores)} scores for {len(seeds)} pictures; it must give one for each")
+            raise ValueError(
+                f"the judge gave {len(scores)} scores for {len(seeds)} pictures; it must give one "
+                "for each"
+            )
         return output.rows((scores.view(-1, best_of).argmax(1) + firsts).tolist())
 
     def edit(
@@ -199,8 +199,9 @@ class TextToImagePipeline:
         truncate: bool = False,
         **sampling: Any,
     ) -> TextToImageOutput:
-        """Draws the masked part of a picture anew. Codes of cells without a white pixel are kept exactly, and so is every pixel
-        outside the mask. The log-likelihood is that of the codes drawn.
+        """Draws the masked part of a picture anew. Codes of cells without a white pixel are kept
+        exactly, and so is every pixel outside the mask. The log-likelihood is that of the codes
+        drawn.
 
         Args:
             image: a picture of the size that the prior draws.
@@ -208,7 +209,8 @@ class TextToImagePipeline:
             prompt: what the whole picture is to show.
 
         Raises:
-            ValueError: the mask's size or mode, or the picture's size, is another; or the prior was not trained on random orders.
+            ValueError: the mask's size or mode, or the picture's size, is another; or the prior was
+                not trained on random orders.
         """
         _at_least_one("num_images", num_images)
         picture = checked_picture(image, self.tokenizer.image_size)
@@ -217,13 +219,20 @@ class TextToImagePipeline:
         if warn_if_trivial(known):
             codes = self._codes_of([picture] * num_images)
             zeros = torch.zeros(num_images)
-            return TextToImageOutput([picture.copy() for _ in range(num_images)], codes.cpu(), zeros, [seed] * num_images)
-        output = self.complete(picture, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling)
+            return TextToImageOutput(
+                [picture.copy() for _ in range(num_images)], codes.cpu(), zeros, [seed] * num_images
+            )
+        output = self.complete(
+            picture, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        )
         output.images = composite(picture, output.images, replaced)
         return output
 
-    def outpaint(self, image: Image.Image, prompt: str, *, at: tuple[int, int] = (0, 0), **options: Any) -> TextToImageOutput:
-        """Extends a picture that is smaller than those the prior draws; its top left corner comes to `at` (x, y). Options as `edit`.
+    def outpaint(
+        self, image: Image.Image, prompt: str, *, at: tuple[int, int] = (0, 0), **options: Any
+    ) -> TextToImageOutput:
+        """Extends a picture that is smaller than those the prior draws; its top left corner comes
+        to `at` (x, y). Options as `edit`.
 
         Raises:
             ValueError: the picture does not lie on the canvas, or fills it; and what `edit` raises.
@@ -232,9 +241,17 @@ class TextToImagePipeline:
         return self.edit(canvas, mask, prompt, **options)
 
     def vary(
-        self, image: Image.Image, strength: float = 0.5, prompt: str = "", *, num_images: int = 1, seed: int = 0, **sampling: Any
+        self,
+        image: Image.Image,
+        strength: float = 0.5,
+        prompt: str = "",
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        **sampling: Any,
     ) -> TextToImageOutput:
-        """Pictures like the given one: a share `strength` of its codes, scattered by the seed, is drawn anew.
+        """Pictures like the given one: a share `strength` of its codes, scattered by the seed, is
+        drawn anew.
 
         Raises:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
@@ -258,51 +275,93 @@ class TextToImagePipeline:
         """Draws the codes that are not known.
 
         Args:
-            image: a picture of the size that the prior draws, or its codes as the tokenizer gives them, without a batch.
-            known: bool, the codes' shape (or flat, or a row for each picture, with as many in each): which are kept, but not all. A prior
-                in raster order can go on from the top rows alone.
+            image: a picture of the size that the prior draws, or its codes as the tokenizer gives
+                them, without a batch.
+            known: bool, the codes' shape (or flat, or a row for each picture, with as many in
+                each): which are kept, but not all. A prior in raster order can go on from the top
+                rows alone.
             prompt: what the whole picture is to show; '' says nothing of it.
 
         Raises:
-            ValueError: `known` or the codes have another shape, or `known` is not what the prior's order allows.
+            ValueError: `known` or the codes have another shape, or `known` is not what the prior's
+                order allows.
         """
         _at_least_one("num_images", num_images)
         length = self.prior.stream.image_length
         if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
             raise ValueError(
-                f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of the {length} codes if it is kept"
+                f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of "
+                f"the {length} codes if it is kept"
             )
-        codes = image if isinstance(image, Tensor) else self._codes_of([checked_picture(image, self.tokenizer.image_size)])
+        codes = (
+            image
+            if isinstance(image, Tensor)
+            else self._codes_of([checked_picture(image, self.tokenizer.image_size)])
+        )
         if codes.numel() != length:
-            raise ValueError(f"the codes are {tuple(codes.shape)}; this prior's pictures have {length}")
+            raise ValueError(
+                f"the codes are {tuple(codes.shape)}; this prior's pictures have {length}"
+            )
         options = self._options(sampling)
         unknown = length - int(known.reshape(-1, length)[0].sum())
-        if sampling.get("steps") is None and options.steps is not None:  # the bundle's default is for whole pictures
-            options = replace(options, steps=max(min(options.steps, unknown), 1))
+        if (
+            sampling.get("num_inference_steps") is None and options.num_inference_steps is not None
+        ):  # the bundle's default is for whole pictures
+            options = replace(
+                options, num_inference_steps=max(min(options.num_inference_steps, unknown), 1)
+            )
         ids = self._text_ids([prompt], truncate).repeat(num_images, 1)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
         drawn = sample_codes_batched(
-            self.prior, ids, seeds, options, batch_size=64, compile=self._compile,
+            self.prior,
+            ids,
+            seeds,
+            options,
+            batch_size=64,
+            compile=self._compile,
             known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),
             codes=codes.reshape(1, length).cpu().repeat(num_images, 1),
-        )  # fmt: skip
+        )
         return self._output(drawn, seeds)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], *, batch_size: int = 64, truncate: bool = False) -> Scores:
-        """How likely each picture is given its prompt, in raster order, and how much likelier than without one.
+    def score(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        *,
+        batch_size: int = 64,
+        truncate: bool = False,
+    ) -> Scores:
+        """How likely each picture is given its prompt, in raster order, and how much likelier than
+        without one.
 
         Raises:
-            ValueError: there are not as many prompts as pictures, or a picture has another size than the prior draws.
+            ValueError: there are not as many prompts as pictures, or a picture has another size
+                than the prior draws.
         """
         if len(images) != len(prompts) or not images:
-            raise ValueError(f"there are {len(images)} pictures and {len(prompts)} prompts; give one prompt a picture")
+            raise ValueError(
+                f"there are {len(images)} pictures and {len(prompts)} prompts; give one prompt a "
+                "picture"
+            )
         pictures = [checked_picture(image, self.tokenizer.image_size) for image in images]
-        codes = torch.cat([self._codes_of(pictures[i : i + batch_size]).flatten(1) for i in range(0, len(pictures), batch_size)])
+        codes = torch.cat(
+            [
+                self._codes_of(pictures[i : i + batch_size]).flatten(1)
+                for i in range(0, len(pictures), batch_size)
+            ]
+        )
         ids = self.text.encode(list(prompts), truncate=truncate)
         given = self._log_likelihood(ids, codes, None, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
             return Scores(given, None)
-        return Scores(given, given - self._log_likelihood(self.prior.stream.null_caption(len(ids)), codes, None, batch_size))
+        return Scores(
+            given,
+            given
+            - self._log_likelihood(
+                self.prior.stream.null_caption(len(ids)), codes, None, batch_size
+            ),
+        )
 
     def caption(
         self,
@@ -315,30 +374,41 @@ class TextToImagePipeline:
         top_p: float | None = None,
         truncate: bool = False,
     ) -> list[tuple[str, float]]:
-        """Captions with log p(caption | codes) in nats, the likeliest first: the candidates, or `num` drawn ones where there are none.
+        """Captions with log p(caption | codes) in nats, the likeliest first: the candidates, or
+        `num` drawn ones where there are none.
 
         Raises:
-            ValueError: the prior was not trained with codes first (`sequence.image_first`), or the picture has another size.
+            ValueError: the prior was not trained with codes first (`sequence.captioning_fraction`),
+                or the picture has another size.
         """
         codes = self._codes_of([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
             _at_least_one("the number of candidates", len(captions))
-            values = caption_log_likelihood(self.prior, self.text.encode(captions, truncate=truncate), codes[0])
+            values = caption_log_likelihood(
+                self.prior, self.text.encode(captions, truncate=truncate), codes[0]
+            )
         else:
             _at_least_one("num", num)
             SamplingOptions(temperature=temperature, top_p=top_p)  # says what is out of range
             seeds = [picture_seed(seed, i) for i in range(num)]
-            ids, values = sample_captions(self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p)
+            ids, values = sample_captions(
+                self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p
+            )
             captions = self.text.decode(ids)
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
 
     def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes worked out as those were that the prior was trained on: in another precision near ties fall the other way, on plain grounds
-        for most of a picture, and the prior would be told of codes that it has never seen together."""
+        """Codes worked out as those were that the prior was trained on: in another precision near
+        ties fall the other way, on plain grounds for most of a picture, and the prior would be told
+        of codes that it has never seen together."""
         with (
             torch.no_grad(),
-            torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=self.trained_on.get("codes_in_bf16", False)),
+            torch.autocast(
+                self.tokenizer.device.type,
+                torch.bfloat16,
+                enabled=self.trained_on.get("codes_in_bf16", False),
+            ),
         ):
             return self.tokenizer.to_codes(images)
 
@@ -346,12 +416,17 @@ class TextToImagePipeline:
         known = [field.name for field in fields(SamplingOptions)]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{unknown} are no sampling options; known are {known}")
-        return replace(self.defaults, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            self.defaults, **{name: value for name, value in given.items() if value is not None}
+        )
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
         if any(not prompt.strip() for prompt in prompts):
             if not self.prior.config.trained_with_caption_dropout:
-                raise ValueError("an empty prompt needs a prior trained with caption dropout, and this one was not; give a prompt")
+                raise ValueError(
+                    "an empty prompt needs a prior trained with caption dropout, and this one was "
+                    "not; give a prompt"
+                )
             warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
         return self.text.encode(prompts, truncate=truncate)
 
@@ -360,33 +435,52 @@ class TextToImagePipeline:
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _pmi(self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn, by passes of their own where drawing did not tell."""
+    def _pmi(
+        self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int
+    ) -> Tensor:
+        """log p(codes | caption) - log p(codes | null) in the order drawn, by passes of their own
+        where drawing did not tell."""
         given, null = drawn.log_likelihood, drawn.null_log_likelihood
-        if null is None or options.steps is not None:
+        if null is None or options.num_inference_steps is not None:
             if not self.prior.config.trained_with_caption_dropout:
                 raise ValueError(
-                    "best_of needs a prior trained with caption dropout, or a judge; train with prior.objective.caption_dropout=0.1"
+                    "best_of needs a prior trained with caption dropout, or a judge; train with "
+                    "prior.objective.caption_dropout=0.1"
                 )
-            null = self._log_likelihood(self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size)
-            if options.steps is not None:  # drawing several codes at once knows their likelihood only nearly
+            null = self._log_likelihood(
+                self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size
+            )
+            if (
+                options.num_inference_steps is not None
+            ):  # drawing several codes at once knows their likelihood only nearly
                 given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
         return given.cpu() - null.cpu()
 
-    def _log_likelihood(self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int) -> Tensor:
+    def _log_likelihood(
+        self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int
+    ) -> Tensor:
         """(B,) in nats."""
         parts = [slice(first, first + batch_size) for first in range(0, len(ids), batch_size)]
-        totals = [code_log_likelihood(self.prior, ids[p], codes[p], None if orders is None else orders[p]).sum(1) for p in parts]
+        totals = [
+            code_log_likelihood(
+                self.prior, ids[p], codes[p], None if orders is None else orders[p]
+            ).sum(1)
+            for p in parts
+        ]
         return torch.cat(totals).cpu()
 
     def _as_grid(self, codes: Tensor) -> Tensor:
-        """The stream's flat codes in the tokenizer's form: (B,h,w) for a single level, flat for several."""
+        """The stream's flat codes in the tokenizer's form: (B,h,w) for a single level, flat for
+        several."""
         levels = self.tokenizer.layout
         return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bundle, whole or not at all."""
-        write_bundle(Path(folder), Bundle(self.tokenizer, self.prior, self.text, self.defaults, self.trained_on))
+        write_bundle(
+            Path(folder),
+            Bundle(self.tokenizer, self.prior, self.text, self.defaults, self.trained_on),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TextToImagePipeline:
@@ -394,6 +488,7 @@ class TextToImagePipeline:
 
         Raises:
             FileNotFoundError: the folder is no bundle.
-            ValueError: a part is missing, cut, of another format, or swapped for another bundle's; says which.
+            ValueError: a part is missing, cut, of another format, or swapped for another bundle's;
+                says which.
         """
         return cls(*read_bundle(Path(folder)))

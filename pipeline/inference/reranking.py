@@ -1,15 +1,24 @@
-"""Judges for `best_of`: how well a picture shows its prompt, by another model than the prior. Knows pictures and prompts only."""
+"""Judges for `best_of`: how well a picture shows its prompt, by another model than the prior. Knows
+pictures and prompts only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 _BATCH = 32
+
+
+class ImageTextScorer(Protocol):
+    """Says how well pictures show their prompts; more is better."""
+
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Sequence[float] | Tensor: ...
 
 
 class CLIPScorer:
@@ -33,11 +42,15 @@ class CLIPScorer:
             self.processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"the judge {name!r} cannot be loaded as a CLIP model ({str(error).splitlines()[0]}); give a folder that holds one with "
+                f"the judge {name!r} cannot be loaded as a CLIP model "
+                f"({str(error).splitlines()[0]}); give a folder that holds one with "
                 "its processor, or a Hub name with network access"
             ) from error
         if not hasattr(model, "get_image_features"):
-            raise ValueError(f"the judge {name!r} is {type(model).__name__}, which does not compare pictures with text; give a CLIP model")
+            raise ValueError(
+                f"the judge {name!r} is {type(model).__name__}, which does not compare pictures "
+                "with text; give a CLIP model"
+            )
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -46,7 +59,9 @@ class CLIPScorer:
         scores = []
         for first in range(0, len(images), _BATCH):
             part = slice(first, first + _BATCH)
-            text = self.tokenizer(list(prompts[part]), padding=True, truncation=True, return_tensors="pt")
+            text = self.tokenizer(
+                list(prompts[part]), padding=True, truncation=True, return_tensors="pt"
+            )
             pixels = self.processor(images=list(images[part]), return_tensors="pt")
             inputs = {**text, **pixels}
             out = self.model(**{key: value.to(self.model.device) for key, value in inputs.items()})

@@ -1,4 +1,5 @@
-"""Files and folders that are written whole or not at all: to a temporary name, synced, renamed. Knows no tensors."""
+"""Files and folders that are written whole or not at all: to a temporary name, synced, renamed.
+Knows no tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in `target`'s place.
+    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in
+    `target`'s place.
 
     A failure on the way (a full disk, a kill) leaves what `target` held before.
 
@@ -24,7 +26,10 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
         OSError: the disk is full or the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
+    beside, old = (
+        target.with_name(f".{target.name}.writing"),
+        target.with_name(f".{target.name}.old"),
+    )
     _remove(beside)
     _recover(old)
     beside.mkdir()
@@ -37,7 +42,8 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     if target.exists():
-        # A kill between these two leaves no target; `clean_partial_writes`, or the next call, restores the old one.
+        # A kill between these two leaves no target; `clean_partial_writes`, or the next call,
+        # restores the old one.
         target.rename(old)
     beside.rename(target)
     _sync(target.parent)
@@ -47,7 +53,8 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure leaves what `path` held before."""
+    """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure
+    leaves what `path` held before."""
     beside = path.with_name(f".{path.name}.writing")
     try:
         try:
@@ -60,12 +67,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise OSError(f"cannot write {path} ({error.strerror}); free some space, then run the same command again") from error
+        raise OSError(
+            f"cannot write {path} ({error.strerror}); free some space, then run the same command "
+            "again"
+        ) from error
     _sync(path.parent)
 
 
 def clean_partial_writes(folder: Path) -> None:
-    """Removes what killed runs left half-written in a folder, and puts back what they had moved aside."""
+    """Removes what killed runs left half-written in a folder, and puts back what they had moved
+    aside."""
     for beside in folder.glob(".*.writing"):
         _remove(beside)
     for old in folder.glob(".*.old"):
@@ -104,7 +115,8 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def check_output_dir(out: Path, marker: str, what: str) -> None:
-    """Raises FileExistsError where `out` is there and holds no file `marker`, so that it is not `what` and not ours to replace."""
+    """Raises FileExistsError where `out` is there and holds no file `marker`, so that it is not
+    `what` and not ours to replace."""
     if out.exists() and not (out / marker).is_file():
         raise FileExistsError(f"{out} is there already and holds no {what}; choose another folder")
 
@@ -115,4 +127,6 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"cannot write the weights: {error}; free some space, then run the same command again") from error
+        raise OSError(
+            f"cannot write the weights: {error}; free some space, then run the same command again"
+        ) from error

@@ -1,4 +1,5 @@
-"""What a device can do: bf16, compiling, memory; and bytes in words. Knows devices; nothing of what they compute."""
+"""What a device can do: bf16, compiling, memory; and bytes in words. Knows devices; nothing of what
+they compute."""
 
 from __future__ import annotations
 
@@ -20,35 +21,44 @@ USABLE_MEMORY_FRACTION = 0.8
 def free_memory(device: torch.device) -> int:
     """Bytes that may be had on a device, what torch keeps for its next tensors included."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return psutil.virtual_memory().available
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what torch raises where memory has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def format_bytes(size: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
-            return f"{size:.0f} {unit}" if size >= 10 or unit in ("B", "KiB") else f"{size:.1f} {unit}"
+            return (
+                f"{size:.0f} {unit}" if size >= 10 or unit in ("B", "KiB") else f"{size:.1f} {unit}"
+            )
         size /= 1024
     return f"{size:,.1f} TiB"
 
 
 MIN_STEPS_TO_COMPILE = 1000
-"""Steps from which compiling pays on a CPU: at a tenth of a second or more each, a third less outweighs half a minute."""
+"""Steps from which compiling pays on a CPU: at a tenth of a second or more each, a third less
+outweighs half a minute."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's `mallopt` options."""
 
 
 def tune_malloc() -> bool:
-    """Has the C library keep what tensors give back for the next ones; returns whether it could (glibc can). By default it hands large
-    pieces back to the system, and every training step then waits while the same pages are zeroed and mapped again, a seventh of its
-    time."""
+    """Has the C library keep what tensors give back for the next ones; returns whether it could
+    (glibc can). By default it hands large pieces back to the system, and every training step then
+    waits while the same pages are zeroed and mapped again, a seventh of its time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked
@@ -69,15 +79,16 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 
 def should_compile(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a stage compiles. `auto`: always on CUDA; on the CPU for runs that outlast the half minute it costs, where there is
-    a C++ compiler with Python's headers.
+    """Whether a stage compiles. `auto`: always on CUDA; on the CPU for runs that outlast the half
+    minute it costs, where there is a C++ compiler with Python's headers.
 
     Raises:
         ValueError: it is asked for and there is no such compiler.
     """
     if config.compile == "on" and device.type == "cpu" and not has_cpp_compiler():
         raise ValueError(
-            "train.compile is on, and there is no C++ compiler with Python's headers here; install them (Debian: g++ python3-dev), or set "
+            "train.compile is on, and there is no C++ compiler with Python's headers here; install "
+            "them (Debian: g++ python3-dev), or set "
             "tokenizer.train.compile and prior.train.compile to auto"
         )
     if config.compile != "auto":

@@ -10,10 +10,13 @@ from PIL import Image
 
 
 def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap, columns*(W+gap)+gap, 3)."""
+    """Pictures (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
+    columns*(W+gap)+gap, 3)."""
     height, width = pictures[0].shape[:2]
     rows = math.ceil(len(pictures) / columns)
-    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 224, dtype=np.uint8)
+    grid = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 224, dtype=np.uint8
+    )
     for i, picture in enumerate(pictures):
         top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         grid[top : top + height, left : left + width] = picture
@@ -21,7 +24,8 @@ def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) 
 
 
 def bars(values: np.ndarray, *, height: int = 120, width: int = 1024) -> np.ndarray:
-    """Values (K,) of 0 or more as a bar chart from left to right, the largest as high as the picture: uint8 (height,width,3)."""
+    """Values (K,) of 0 or more as a bar chart from left to right, the largest as high as the
+    picture: uint8 (height,width,3)."""
     heights = np.asarray(values, dtype=np.float64)[np.arange(width) * len(values) // width]
     tall = np.ceil(heights / max(heights.max(), 1e-12) * height)
     filled = np.arange(height, 0, -1)[:, None] <= tall[None, :]

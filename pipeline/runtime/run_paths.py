@@ -8,7 +8,10 @@ from pathlib import Path
 def existing_tokenizer(folder: Path) -> Path:
     """The folder, or FileNotFoundError where there is none."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no tokenizer in {folder}; `minidalle train-tokenizer` makes one in runs/NAME/tokenizer")
+        raise FileNotFoundError(
+            f"there is no tokenizer in {folder}; `minidalle train-tokenizer` makes one in "
+            "runs/NAME/tokenizer"
+        )
     return folder
 
 
@@ -20,5 +23,7 @@ def settings_of_run(tokenizer: Path) -> Path:
     """
     written = existing_tokenizer(tokenizer).parent / "experiment.yaml"
     if not written.is_file():
-        raise FileNotFoundError(f"there is no {written}, so it is not known which pictures to encode; add --config FILE")
+        raise FileNotFoundError(
+            f"there is no {written}, so it is not known which pictures to encode; add --config FILE"
+        )
     return written

@@ -1,4 +1,5 @@
-"""What ends a training from outside: signals, a full disk, a process that is gone. Knows signals; imports nothing heavy."""
+"""What ends a training from outside: signals, a full disk, a process that is gone. Knows signals;
+imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class RecoverableError(OSError):
-    """Something outside the training ended it; the same command goes on from the last checkpoint."""
+    """Something outside the training ended it; the same command goes on from the last
+    checkpoint."""
 
 
 class SignalState:
-    """The first signal that came, 0 before there is one; and whether a step is behind, so that there is something to save."""
+    """The first signal that came, 0 before there is one; and whether a step is behind, so that
+    there is something to save."""
 
     number = 0
     begun = False
@@ -38,22 +41,33 @@ class SignalState:
 
 @contextmanager
 def catch_signals() -> Iterator[SignalState]:
-    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends the process at once.
+    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends
+    the process at once.
 
-    Only the main thread is given signals: in any other nothing changes. The handlers from before come back at the end.
+    Only the main thread is given signals: in any other nothing changes. The handlers from before
+    come back at the end.
     """
     caught = SignalState()
 
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and caught.number == signal.SIGINT:
-            # Not by an exception: threads that read data would be waited for, however long they take.
+            # Not by an exception: threads that read data would be waited for, however long they
+            # take.
             os.write(2, b"\nCtrl-C twice: nothing more is saved\n")
             os._exit(TrainingInterrupted(number).status)
         if not caught.number:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":
-                again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
-                does = "saving after this step" if caught.begun else "stopping after this step, which may take a minute to compile"
+                again = (
+                    "; Ctrl-C again stops at once, without saving"
+                    if number == signal.SIGINT
+                    else ""
+                )
+                does = (
+                    "saving after this step"
+                    if caught.begun
+                    else "stopping after this step, which may take a minute to compile"
+                )
                 # Not by print: a signal may come in the midst of one, which allows no second.
                 os.write(2, f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n".encode())
 
@@ -63,7 +77,8 @@ def catch_signals() -> Iterator[SignalState]:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raises `TrainingInterrupted` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where nothing else catches it."""
+    """Raises `TrainingInterrupted` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where
+    nothing else catches it."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         raise TrainingInterrupted(number)

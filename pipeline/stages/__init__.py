@@ -1,1 +1,2 @@
-"""The stages of a run: tokenizer, encoding, prior, bundle. Each resumes from what is in its folder."""
+"""The stages of a run: tokenizer, encoding, prior, bundle. Each resumes from what is in its
+folder."""

@@ -1,6 +1,8 @@
-"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and `encode_for_export` for other programs.
+"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and
+`encode_for_export` for other programs.
 
-Knows what codes are made with and in which order; how files lie is for pipeline/data/codes/dataset.py and shards.py to know.
+Knows what codes are made with and in which order; how files lie is for
+pipeline/data/codes/dataset.py and shards.py to know.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from pipeline.data.worker_info import WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
-from pipeline.stages.manifest import encode_settings, load_complete, upgrade_settings
+from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
@@ -45,33 +47,45 @@ _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 @with_run_lock
-def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None) -> Path:
-    """Writes the codes of training and held-out pictures, split over the processes; returns their folder. What an interrupted try of the
-    same left there is gone on from, and files of a whole folder that were damaged since are made anew.
+def encode_dataset(
+    experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None
+) -> Path:
+    """Writes the codes of training and held-out pictures, split over the processes; returns their
+    folder. What an interrupted try of the same left there is gone on from, and files of a whole
+    folder that were damaged since are made anew.
 
     Args:
         tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
         folder: where to write to in place of RUN/codes.
 
     Raises:
-        ValueError: the folder holds codes, whole or not, that were made with something else; says what changed.
+        ValueError: the folder holds codes, whole or not, that were made with something else; says
+            what changed.
         FileNotFoundError: there is no tokenizer yet.
     """
     folder = folder or experiment.folder / "codes"
     if tokenizer_folder is not None:
         tokenizer = ImageTokenizer.load(tokenizer_folder)
     else:
-        tokenizer = load_complete(ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer")
+        tokenizer = load_complete(
+            ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer"
+        )
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(
-            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs a multiple of "
+            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs "
+            "a multiple of "
             f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
         )
     by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
     accelerator = make_accelerator(experiment, trackers=False)
-    plan, known = _load_progress(folder, _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)))
+    plan, known = _load_progress(
+        folder,
+        _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)),
+    )
     files, whole = codes.planned_files(plan), (folder / codes.MANIFEST).is_file()
-    todo = _pending_shards(folder, [name for units in files.values() for name in units], known, accelerator)
+    todo = _pending_shards(
+        folder, [name for units in files.values() for name in units], known, accelerator
+    )
     if whole and not todo:
         return folder
     if accelerator.is_main_process and not whole:
@@ -79,24 +93,49 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
         atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()
     tokenizer.to(accelerator.device).eval()
-    # Dealt out anew, and not once for all: each process has an equal share of what is left, however many there were before the kill.
+    # Dealt out anew, and not once for all: each process has an equal share of what is left, however
+    # many there were before the kill.
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     codes_a_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
     for split in _SPLITS:
         own = {name: files[split][name] for name in mine if name in files[split]}
-        views = plan["views"] if split == "train" else 1
+        views = plan["augmentations_per_image"] if split == "train" else 1
         known_rows = [len(unit.rows) for unit in own.values() if unit.rows is not None]
         total = sum(known_rows) if len(known_rows) == len(own) else None
-        with tqdm(total=total, desc=f"encode {split}", disable=not (own and accelerator.is_main_process), mininterval=1.0) as bar:
+        with tqdm(
+            total=total,
+            desc=f"encode {split}",
+            disable=not (own and accelerator.is_main_process),
+            mininterval=1.0,
+        ) as bar:
             for name, unit in own.items():
-                blocks = _encoded(tokenizer, by_split[split], unit, views, experiment, plan["bf16"], bar)
-                codes.mark_shard_done(folder, write_shard(folder / name, blocks, codes=views * codes_a_view, kind=kind_of(plan["levels"])))
+                blocks = _encoded(
+                    tokenizer, by_split[split], unit, views, experiment, plan["bf16"], bar
+                )
+                codes.mark_shard_done(
+                    folder,
+                    write_shard(
+                        folder / name,
+                        blocks,
+                        codes=views * codes_a_view,
+                        kind=kind_of(plan["levels"]),
+                    ),
+                )
     # A process that fails does not come this far, and its launcher ends the others.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        made = {name: codes.recorded_shard(folder, name) if name in todo else known[name] for units in files.values() for name in units}
+        made = {
+            name: codes.recorded_shard(folder, name) if name in todo else known[name]
+            for units in files.values()
+            for name in units
+        }
         codes.write_manifest(
-            folder, plan, {split: [_require_shard(folder, name, made[name]) for name in units] for split, units in files.items()}
+            folder,
+            plan,
+            {
+                split: [_require_shard(folder, name, made[name]) for name in units]
+                for split, units in files.items()
+            },
         )
         for part in parts_of(by_split["train"]):
             if isinstance(part, StreamSource):
@@ -108,18 +147,20 @@ def encode_dataset(experiment: Experiment, *, tokenizer_folder: Path | None = No
 def encode_for_export(
     experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
 ) -> tuple[dict[str, int], list[str]]:
-    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in folder `out`; returns the number of
-    pictures of each split and the files' names.
+    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in
+    folder `out`; returns the number of pictures of each split and the files' names.
 
     Raises:
         FileExistsError: there is something else in `out` already.
-        ValueError: as `encode_dataset`, of the folder beside `out` where the codes are until all of them are there.
+        ValueError: as `encode_dataset`, of the folder beside `out` where the codes are until all of
+            them are there.
     """
     check_output_dir(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     with run_lock(made, experiment.process_timeout):
         encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
-        distributed_state().wait_for_everyone()  # or the first could remove what the others have yet to find whole
+        # or the first could remove what the others have yet to find whole
+        distributed_state().wait_for_everyone()
         if not distributed_state().is_main_process:
             return {}, []
         files = export_codes(made, out, form)
@@ -128,17 +169,29 @@ def encode_for_export(
 
 
 def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
-    """The experiment with all of its data encoded once, whatever its prior is given: of the shapes, which are unlimited, as many as it
-    says. The fields of `encode` named in `but` stay as they are."""
+    """The experiment with all of its data encoded once, whatever its prior is given: of the
+    shapes, which are unlimited, as many as it says. The fields of `encode` named in `but` stay
+    as they are."""
     unlimited = "shapes" in experiment.data.sources
-    whole: dict[str, Any] = {"views": 1, "shift": 0, "flip": False} | ({} if unlimited else {"pictures": None, "held_out": _ALL})
-    return replace(experiment, encode=replace(experiment.encode, **{name: v for name, v in whole.items() if name not in but}))
+    whole: dict[str, Any] = {"augmentations_per_image": 1, "shift": 0, "flip": False} | (
+        {} if unlimited else {"max_images": None, "max_val_images": _ALL}
+    )
+    return replace(
+        experiment,
+        encode=replace(
+            experiment.encode, **{name: v for name, v in whole.items() if name not in but}
+        ),
+    )
 
 
 def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     """Training and held-out pictures, before anything else is written; every process must call."""
     state = distributed_state(experiment.process_timeout)
-    share = WorkerInfo(state.process_index, state.num_processes, lambda own: gather_object([own]) if state.num_processes > 1 else [own])
+    share = WorkerInfo(
+        state.process_index,
+        state.num_processes,
+        lambda own: gather_object([own]) if state.num_processes > 1 else [own],
+    )
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
     for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
         seen = 1 if isinstance(part, StreamSource) else len(part)
@@ -146,21 +199,33 @@ def sources_of(experiment: Experiment) -> tuple[Any, Source]:
     return source, held_out
 
 
-def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool) -> dict[str, Any]:
+def _plan(
+    experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool
+) -> dict[str, Any]:
     """All that decides the content of the files."""
-    options, side = experiment.encode, experiment.data.image_size // tokenizer.own_config.factor
-    limits = {"train": options.pictures, "held_out": options.held_out}
+    options, side = (
+        experiment.encode,
+        experiment.data.image_size // tokenizer.own_config.downsample_factor,
+    )
+    limits = {"train": options.max_images, "held_out": options.max_val_images}
     mixed = sources["train"]
     weights = list(mixed.weights) if isinstance(mixed, MixedSource) else [1.0]
     return {
         "format": codes.FORMAT,
         "tokenizer": tokenizer.fingerprint,
-        "levels": [{"grid": list(level.grid), "num_codes": level.num_codes} for level in tokenizer.quantizer.layout((side, side))],
+        "levels": [
+            {"grid": list(level.grid), "num_codes": level.num_codes}
+            for level in tokenizer.quantizer.layout((side, side))
+        ],
         "sources": {split: source.fingerprint for split, source in sources.items()},
-        "views": options.views,
-        "seed": experiment.seed if options.views > 1 else None,  # of how views differ; the first is the picture itself
+        "augmentations_per_image": options.augmentations_per_image,
+        "seed": experiment.seed
+        if options.augmentations_per_image > 1
+        else None,  # of how views differ; the first is the picture itself
         "bf16": bf16,
-        "parts": {split: _part_plans(source, weights, limits[split]) for split, source in sources.items()},
+        "parts": {
+            split: _part_plans(source, weights, limits[split]) for split, source in sources.items()
+        },
         "weights": weights,
         "images_per_shard": options.images_per_shard,
         "settings": {
@@ -171,13 +236,18 @@ def _plan(experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Sp
     }
 
 
-def _part_plans(source: Source, weights: Sequence[float], limit: int | None) -> list[dict[str, int | None]]:
-    """What is encoded of each part: all of it, or by its weight where no more than `limit` pictures are."""
+def _part_plans(
+    source: Source, weights: Sequence[float], limit: int | None
+) -> list[dict[str, int | None]]:
+    """What is encoded of each part: all of it, or by its weight where no more than `limit` pictures
+    are."""
     plans: list[dict[str, int | None]] = []
     for part, weight, first in zip(parts_of(source), weights, _starts(source), strict=True):
         share = None if limit is None else ceil(limit * weight / sum(weights))
         if isinstance(part, StreamSource):
-            plans.append({"shards": part.num_shards, "most": share and ceil(share / part.num_shards)})
+            plans.append(
+                {"shards": part.num_shards, "most": share and ceil(share / part.num_shards)}
+            )
         else:
             plans.append({"first": first, "rows": min(len(part), share or len(part))})
     return plans
@@ -197,47 +267,82 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
     if (folder / codes.MANIFEST).is_file():
         made = codes.read_manifest(folder)
         codes.check_form(made, folder)
-        # A file that is made anew has as many rows as before, and the same arithmetic, whatever this machine computes in.
+        # A file that is made anew has as many rows as before, and the same arithmetic, whatever
+        # this machine computes in.
         plan = {**plan, "images_per_shard": made["images_per_shard"], "bf16": made["bf16"]}
         _refuse_other(made, plan, f"{folder} holds codes")
-        return plan, {shard.name: shard for shards in codes.shards_of(made).values() for shard in shards}
+        return plan, {
+            shard.name: shard for shards in codes.shards_of(made).values() for shard in shards
+        }
     if (folder / codes.PLAN).is_file():
         try:
             begun = json.loads((folder / codes.PLAN).read_text())
             codes.check_format(begun["format"], folder)
             _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder / codes.PLAN} is damaged ({error}); remove {folder} and run `minidalle encode` again") from error
+            raise ValueError(
+                f"{folder / codes.PLAN} is damaged ({error}); remove {folder} and run `minidalle "
+                "encode` again"
+            ) from error
         names = (name for units in codes.planned_files(plan).values() for name in units)
-        return plan, {name: shard for name in names if (shard := codes.recorded_shard(folder, name))}
+        return plan, {
+            name: shard for name in names if (shard := codes.recorded_shard(folder, name))
+        }
     return plan, {}
 
 
 def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
-    changes = [] if made["tokenizer"] == plan["tokenizer"] else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
-    before, now = _flat(upgrade_settings(made["settings"])), _flat(upgrade_settings(plan["settings"]))
-    changes += [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)]
-    for key, name in (("seed", "seed of the views"), ("images_per_shard", "encode.images_per_shard")):
+    changes = (
+        []
+        if made["tokenizer"] == plan["tokenizer"]
+        else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
+    )
+    before, now = _flat(made["settings"]), _flat(plan["settings"])
+    changes += [
+        f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+    ]
+    for key, name in (
+        ("seed", "seed of the views"),
+        ("images_per_shard", "encode.images_per_shard"),
+    ):
         if made[key] != plan[key]:
             changes.append(f"{name} {made[key]} -> {plan[key]}")
     if made["bf16"] != plan["bf16"]:
-        changes.append(f"computed in {' -> '.join('bf16' if bf16 else 'fp32' for bf16 in (made['bf16'], plan['bf16']))} (set by precision)")
+        changes.append(
+            "computed in "
+            f"{' -> '.join('bf16' if bf16 else 'fp32' for bf16 in (made['bf16'], plan['bf16']))} "
+            "(set by precision)"
+        )
     for split, fingerprint in plan["sources"].items():
         if made["sources"].get(split) != fingerprint:
-            changes.append(f"{split} pictures or captions of the source {made['sources'].get(split)} -> {fingerprint}")
+            changes.append(
+                f"{split} pictures or captions of the source {made['sources'].get(split)} -> "
+                f"{fingerprint}"
+            )
     if changes:
-        raise ValueError(f"{what} made with something else ({'; '.join(changes)}); remove that folder and run `minidalle encode` again")
+        raise ValueError(
+            f"{what} made with something else ({'; '.join(changes)}); remove that folder and run "
+            "`minidalle encode` again"
+        )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
-def _pending_shards(folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator) -> list[str]:
+def _pending_shards(
+    folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator
+) -> list[str]:
     """The files that are yet to be written: each process checks a part of those that are there."""
     hashed = sum(shard.bytes for shard in known.values()) <= codes.HASHED_BYTES
     wrong = {}
@@ -250,31 +355,49 @@ def _pending_shards(folder: Path, names: Sequence[str], known: Mapping[str, Shar
     for line in filter(None, wrong.values()):
         accelerator.print(line)
     if known and len(wrong) < len(names) and not (folder / codes.MANIFEST).is_file():
-        accelerator.print(f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there")
+        accelerator.print(
+            f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there"
+        )
     return [name for name in names if name in wrong]
 
 
 def _require_shard(folder: Path, name: str, shard: Shard | None) -> Shard:
     if shard is None or not (folder / name).is_file():
-        raise ValueError(f"{folder / name} was not written; run `minidalle encode` again, which goes on from what is there")
+        raise ValueError(
+            f"{folder / name} was not written; run `minidalle encode` again, which goes on from "
+            "what is there"
+        )
     return shard
 
 
 @torch.no_grad()
 def _encoded(
-    tokenizer: ImageTokenizer, source: Source, unit: codes.ShardPlan, views: int, experiment: Experiment, bf16: bool, bar: tqdm
+    tokenizer: ImageTokenizer,
+    source: Source,
+    unit: codes.ShardPlan,
+    views: int,
+    experiment: Experiment,
+    bf16: bool,
+    bar: tqdm,
 ) -> Iterator[EncodedRows]:
-    """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded, cropped and mirrored meanwhile."""
+    """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded,
+    cropped and mirrored meanwhile."""
     size = experiment.encode.batch_size
     part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
     batches: Iterator[_Batch]
     if unit.rows is None:
         batches = (
-            b for _, b in prefetch(lambda few: _load_stream(part, few, views, experiment), _batched_samples(part, first, unit, size))
+            b
+            for _, b in prefetch(
+                lambda few: _load_stream(part, few, views, experiment),
+                _batched_samples(part, first, unit, size),
+            )
         )
     else:
         rows = [list(unit.rows[start : start + size]) for start in range(0, len(unit.rows), size)]
-        batches = (b for _, b in prefetch(lambda few: _load_rows(source, few, views, experiment), rows))
+        batches = (
+            b for _, b in prefetch(lambda few: _load_rows(source, few, views, experiment), rows)
+        )
     for batch in batches:
         found = []
         for images in batch.views:
@@ -298,12 +421,18 @@ class _Batch:
 def _load_rows(source: Source, rows: list[int], views: int, experiment: Experiment) -> _Batch:
     seen = [source.images(rows)]
     for view in range(1, views):
-        images = source.images(rows, [_draw(experiment.seed, row, view) for row in rows]) if experiment.data.varies else seen[0]
+        images = (
+            source.images(rows, [_draw(experiment.seed, row, view) for row in rows])
+            if experiment.data.varies
+            else seen[0]
+        )
         seen.append(_shifted(images, rows, view, experiment))
     return _Batch(seen, source.all_captions(rows), rows)
 
 
-def _load_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment) -> _Batch:
+def _load_stream(
+    stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment
+) -> _Batch:
     kept, numbers, pictures = [], [], []
     for number, sample in samples:
         if (picture := stream.decode(sample)) is not None:
@@ -311,17 +440,28 @@ def _load_stream(stream: StreamSource, samples: list[tuple[int, Sample]], views:
             numbers.append(number)
             pictures.append(picture)
     size = experiment.data.image_size
-    seen = [np.stack([stream.square(p, None) for p in pictures]) if pictures else np.empty((0, size, size, 3), np.uint8)]
+    seen = [
+        np.stack([stream.square(p, None) for p in pictures])
+        if pictures
+        else np.empty((0, size, size, 3), np.uint8)
+    ]
     for view in range(1, views):
-        drawn = [stream.square(p, _draw(experiment.seed, n, view)) for p, n in zip(pictures, numbers, strict=True)]
+        drawn = [
+            stream.square(p, _draw(experiment.seed, n, view))
+            for p, n in zip(pictures, numbers, strict=True)
+        ]
         seen.append(_shifted(np.stack(drawn) if drawn else seen[0], numbers, view, experiment))
     return _Batch(seen, [sample.captions for sample in kept], numbers)
 
 
-def _batched_samples(stream: StreamSource, first: int, unit: codes.ShardPlan, size: int) -> Iterator[list[tuple[int, Sample]]]:
+def _batched_samples(
+    stream: StreamSource, first: int, unit: codes.ShardPlan, size: int
+) -> Iterator[list[tuple[int, Sample]]]:
     """The samples of a shard with a number each that no other of the source has, some at a time."""
     samples = islice(stream.samples(unit.shard), unit.most)
-    numbered = ((first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples))
+    numbered = (
+        (first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples)
+    )
     while few := list(islice(numbered, size)):
         yield few
 
@@ -332,4 +472,8 @@ def _draw(seed: int, row: int, view: int) -> int:
 
 def _shifted(images: np.ndarray, rows: list[int], view: int, experiment: Experiment) -> np.ndarray:
     options = experiment.encode
-    return random_shift(images, rows, view, options.shift, experiment.seed, options.flip) if options.shift or options.flip else images
+    return (
+        random_shift(images, rows, view, options.shift, experiment.seed, options.flip)
+        if options.shift or options.flip
+        else images
+    )

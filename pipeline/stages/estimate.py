@@ -1,4 +1,5 @@
-"""`minidalle estimate`: the memory that each training stage of an experiment takes, from its configuration alone. Reads no data."""
+"""`minidalle estimate`: the memory that each training stage of an experiment takes, from its
+configuration alone. Reads no data."""
 
 from __future__ import annotations
 
@@ -17,18 +18,21 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig
 
 _RUNNING = 150 * 2**20
-"""Bytes that a training on a CPU holds beside its networks and what is loaded already: data, evaluations, trackers, memory that the
-allocator keeps. 134 to 234 MiB were measured (docs/scaling.md)."""
+"""Bytes that a training on a CPU holds beside its networks and what is loaded already: data,
+evaluations, trackers, memory that the allocator keeps. 134 to 234 MiB were measured
+(docs/scaling.md)."""
 
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
-    """Memory of a process per stage, by name, on this machine's device. A frozen tokenizer is not trained and has none.
+    """Memory of a process per stage, by name, on this machine's device. A frozen tokenizer is not
+    trained and has none.
 
     Args:
         processes: that share the training.
 
     Raises:
-        ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills the memory there is.
+        ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills
+            the memory there is.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
@@ -39,7 +43,9 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         images = torch.randint(256, (8, size, size, channels), dtype=torch.uint8)
         objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
         train = experiment.tokenizer.train
-        estimates["tokenizer"] = _estimate(objective, images, train, experiment.precision, device, processes, program)
+        estimates["tokenizer"] = _estimate(
+            objective, images, train, experiment.precision, device, processes, program
+        )
     prior = _prior(experiment, tokenizer)
     stream = prior.stream
     batch = {
@@ -48,8 +54,15 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
     }
     train = experiment.prior.train
     prior.activation_checkpointing = train.activation_checkpointing
-    prior_objective = PriorObjective(prior.train(), experiment.prior.objective, train.orders, experiment.sequence.image_first)
-    estimates["prior"] = _estimate(prior_objective, batch, train, experiment.precision, device, processes, program)
+    prior_objective = PriorObjective(
+        prior.train(),
+        experiment.prior.objective,
+        train.orders,
+        experiment.sequence.captioning_fraction,
+    )
+    estimates["prior"] = _estimate(
+        prior_objective, batch, train, experiment.precision, device, processes, program
+    )
     return estimates
 
 
@@ -58,10 +71,10 @@ def _prior(experiment: Experiment, tokenizer: ImageTokenizer) -> ImagePrior:
     levels = tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout)
     stream = StreamConfig(
         text_vocab_size=experiment.text.vocab_size,
-        text_length=experiment.text.length,
+        text_length=experiment.text.max_length,
         levels=levels,
         code_dim=tokenizer.code_vectors.shape[1],
-        any_order=experiment.prior.train.order != "raster",
+        any_order=experiment.prior.train.code_order != "raster",
     )
     prior = ImagePrior(experiment.prior.model, stream)
     if experiment.prior.lora_rank:
@@ -81,10 +94,24 @@ def _estimate(
     batch_size, micro_batches = train.resolved_batch()
     for network in objective.networks.values():
         network.to(device)
-    on_device = {key: value.to(device) for key, value in batch.items()} if isinstance(batch, dict) else batch.to(device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
+    on_device = (
+        {key: value.to(device) for key, value in batch.items()}
+        if isinstance(batch, dict)
+        else batch.to(device)
+    )
+    autocast = partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device)
+    )
     rows = max(batch_size // micro_batches // processes, 1)
     compiled = should_compile(train, device)
     return estimate_training_memory(
-        objective, train, device, autocast, on_device, rows, compiled=compiled, several=processes > 1, program=program
+        objective,
+        train,
+        device,
+        autocast,
+        on_device,
+        rows,
+        compiled=compiled,
+        several=processes > 1,
+        program=program,
     )

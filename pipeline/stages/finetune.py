@@ -1,7 +1,9 @@
-"""Stages that start from weights: what they take over, adapters beside matrices (LoRA), and words that are new. Knows both stages' models.
+"""Stages that start from weights: what they take over, adapters beside matrices (LoRA), and words
+that are new. Knows both stages' models.
 
-LoRA (Hu et al. 2021) is peft's: while training, each matrix of the blocks has a product of two narrow ones beside it, and they alone are
-trained. Afterwards it is added to the matrix, so that what is delivered is a prior like any other; the adapter lies beside it.
+LoRA (Hu et al. 2021) is peft's: while training, each matrix of the blocks has a product of two
+narrow ones beside it, and they alone are trained. Afterwards it is added to the matrix, so that
+what is delivered is a prior like any other; the adapter lies beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def copy_frozen_tokenizer(experiment: Experiment, folder: Path) -> None:
     """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run.
 
     Raises:
-        ValueError: the folder holds another tokenizer; or the prior to start from knows another one's codes.
+        ValueError: the folder holds another tokenizer; or the prior to start from knows another
+            one's codes.
     """
     assert experiment.tokenizer.init_from is not None
     tokenizer = _load_tokenizer(experiment.tokenizer.init_from)
@@ -62,7 +65,8 @@ class PretrainedPrior:
     """The prior and vocabulary that another prior starts from.
 
     Raises:
-        ValueError: the prior knows other codes than those of the tokenizer `fingerprint`, or has no vocabulary beside it.
+        ValueError: the prior knows other codes than those of the tokenizer `fingerprint`, or has no
+            vocabulary beside it.
     """
 
     def __init__(self, given: str, fingerprint: str) -> None:
@@ -72,17 +76,20 @@ class PretrainedPrior:
         self.text = TextTokenizer.load(words)
         self.identity = {
             "prior": self.prior.fingerprint,
-            "text_tokenizer": hashlib.sha256((words / "tokenizer.json").read_bytes()).hexdigest()[:16],
+            "text_tokenizer": hashlib.sha256((words / "tokenizer.json").read_bytes()).hexdigest()[
+                :16
+            ],
         }
         """What stays the same wherever it lies."""
         self._spelled: list[list[int]] = []
 
     def extend_vocab(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
-        """The text tokenizer, with `config.length` slots and up to `config.num_new_tokens` entries more for these captions."""
+        """The text tokenizer, with `config.length` slots and up to `config.num_new_tokens` entries
+        more for these captions."""
         text = self.text
         if config.num_new_tokens:
             text, self._spelled = text.extend_vocab(captions, config.num_new_tokens)
-        return TextTokenizer(text.fast, config.length)
+        return TextTokenizer(text.fast, config.max_length)
 
     def load_into(self, prior: ImagePrior) -> None:
         """Gives a prior for that vocabulary the weights."""
@@ -91,14 +98,21 @@ class PretrainedPrior:
     def pieces(self, text: TextTokenizer, captions: list[str]) -> str:
         """How finely captions are cut by the old vocabulary and by the new one, in words."""
         words = max(sum(len(caption.split()) for caption in captions), 1)
-        old, new = (sum(length - 2 for length in tokenizer.lengths(captions)) / words for tokenizer in (self.text, text))
-        line = f"the vocabulary of the prior it starts from, {self.text.vocab_size} entries, cuts a word into {old:.2f} pieces"
+        old, new = (
+            sum(length - 2 for length in tokenizer.lengths(captions)) / words
+            for tokenizer in (self.text, text)
+        )
+        line = (
+            f"the vocabulary of the prior it starts from, {self.text.vocab_size} entries, "
+            f"cuts a word into {old:.2f} pieces"
+        )
         added = text.vocab_size - self.text.vocab_size
         return f"{line}; {added} entries more, into {new:.2f}" if added else line
 
 
 class LoRAAdapter:
-    """What LoRA trains beside the matrices of a prior's blocks, which stay as they are, like everything else.
+    """What LoRA trains beside the matrices of a prior's blocks, which stay as they are, like
+    everything else.
 
     Raises:
         ValueError: peft is not installed.
@@ -108,19 +122,26 @@ class LoRAAdapter:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
-            raise ValueError(f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or set it to 0") from None
+            raise ValueError(
+                f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or "
+                "set it to 0"
+            ) from None
         config: Any = LoraConfig(
-            r=section.lora_rank,
-            lora_alpha=section.lora_alpha,
-            target_modules=list(_ADAPTED),
+            r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=list(_ADAPTED)
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks transformers so
+            # Peft asks transformers so
+            warnings.filterwarnings(
+                "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+            )
             self._model: Any = get_peft_model(prior, config)  # changes the prior in place
-        config.base_model_name_or_path = f"prior {identity['prior']}"  # to whoever finds the adapter alone
+        config.base_model_name_or_path = (
+            f"prior {identity['prior']}"  # to whoever finds the adapter alone
+        )
 
     def merge_and_save(self, folder: Path, accelerator: Accelerator) -> None:
-        """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the matrices: the prior is a plain one again."""
+        """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the
+        matrices: the prior is a plain one again."""
 
         def write(beside: Path) -> None:
             self._model.save_pretrained(str(beside), save_embedding_layers=False)
@@ -134,13 +155,21 @@ class LoRAAdapter:
 
 
 def _load_tokenizer(given: str) -> ImageTokenizer:
-    return ImageTokenizer.load(require_complete(stage_folder(given, "tokenizer"), "train-tokenizer"))
+    return ImageTokenizer.load(
+        require_complete(stage_folder(given, "tokenizer"), "train-tokenizer")
+    )
 
 
 def parent_bundle(experiment: Experiment) -> Path | None:
-    """The bundle that a run starts from, or that of the run it starts from; None where there is none."""
+    """The bundle that a run starts from, or that of the run it starts from; None where there is
+    none."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
-        places = (Path(given), Path(given) / "bundle", Path(given).parent, Path(given).parent / "bundle")
+        places = (
+            Path(given),
+            Path(given) / "bundle",
+            Path(given).parent,
+            Path(given).parent / "bundle",
+        )
         for place in places:
             if (place / "pipeline.json").is_file():
                 return place
@@ -157,14 +186,22 @@ def tokenizer_fingerprint_of(prior: Path) -> str:
         said = _read(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
     else:
         written = prior / "settings.json"
-        said = _read(written).get("settings", {}).get("codes", {}).get("tokenizer") if written.is_file() else None
+        said = (
+            _read(written).get("settings", {}).get("codes", {}).get("tokenizer")
+            if written.is_file()
+            else None
+        )
     if not said:
-        raise ValueError(f"{prior} does not say which tokenizer's codes it knows; give its bundle, or the folder of its run")
+        raise ValueError(
+            f"{prior} does not say which tokenizer's codes it knows; give its bundle, or the "
+            "folder of its run"
+        )
     return str(said)
 
 
 def check_tokenizer_match(given: str, fingerprint: str) -> Path:
-    """The folder of the prior to start from, which knows the codes of the tokenizer with this fingerprint.
+    """The folder of the prior to start from, which knows the codes of the tokenizer with this
+    fingerprint.
 
     Raises:
         ValueError: it knows another tokenizer's codes; names both fingerprints.
@@ -172,7 +209,8 @@ def check_tokenizer_match(given: str, fingerprint: str) -> Path:
     prior = stage_folder(given, "prior")
     if (known := tokenizer_fingerprint_of(prior)) != fingerprint:
         raise ValueError(
-            f"the prior in {prior} knows the codes of tokenizer {known}, and this run's tokenizer is {fingerprint}, whose codes mean "
+            f"the prior in {prior} knows the codes of tokenizer {known}, and this run's tokenizer "
+            f"is {fingerprint}, whose codes mean "
             f"something else; set tokenizer.init_from={given} and tokenizer.frozen=true"
         )
     return prior
@@ -189,27 +227,46 @@ def check_init_from(experiment: Experiment) -> None:
     from stage2_prior import PriorConfig
 
     if given := experiment.tokenizer.init_from:
-        _same("tokenizer", experiment.tokenizer.model, stage_folder(given, "tokenizer"), asdict(TokenizerConfig()))
+        _same(
+            "tokenizer",
+            experiment.tokenizer.model,
+            stage_folder(given, "tokenizer"),
+            asdict(TokenizerConfig()),
+        )
     if given := experiment.prior.init_from:
         folder = stage_folder(given, "prior")
         _same("prior", experiment.prior.model, folder, asdict(PriorConfig()))
-        stream, order = _read(folder / "config.json").get("stream") or {}, experiment.prior.train.order
+        stream, order = (
+            _read(folder / "config.json").get("stream") or {},
+            experiment.prior.train.code_order,
+        )
         if order != "raster" and not stream.get("any_order"):
-            raise ValueError(f"prior.train.order is {order}, and the prior in {folder} knows raster order alone; leave it out")
-        if (length := experiment.text.length) < stream.get("text_length", 0):
             raise ValueError(
-                f"text.length is {length}, and the prior in {folder} has {stream['text_length']} text slots; leave it out, or set it higher"
+                f"prior.train.code_order is {order}, and the prior in {folder} knows raster order "
+                "alone; leave it out"
+            )
+        if (length := experiment.text.max_length) < stream.get("text_length", 0):
+            raise ValueError(
+                f"text.max_length is {length}, and the prior in {folder} has "
+                f"{stream['text_length']} text slots; leave it out, or set it higher"
             )
 
 
 def _same(stage: Stage, model: Any, folder: Path, defaults: dict[str, Any]) -> None:
-    own, filled = _flat(json.loads(json.dumps(asdict(model)))), _flat(json.loads(json.dumps(defaults)))
-    theirs = filled | _flat(_read(folder / "config.json")["model"])  # a field that there was none of has its default
+    own, filled = (
+        _flat(json.loads(json.dumps(asdict(model)))),
+        _flat(json.loads(json.dumps(defaults))),
+    )
+    # A field that there was none of has its default
+    theirs = filled | _flat(_read(folder / "config.json")["model"])
     if differ := [name for name in sorted(own) if own[name] != theirs[name]]:
-        said = [f"{stage}.model.{name} is {own[name]} and {theirs[name]} there" for name in differ[:3]]
+        said = [
+            f"{stage}.model.{name} is {own[name]} and {theirs[name]} there" for name in differ[:3]
+        ]
         more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
         raise ValueError(
-            f"the {stage} in {folder} is of another architecture: {', '.join(said)}{more}; leave these settings out and they follow "
+            f"the {stage} in {folder} is of another architecture: {', '.join(said)}{more}; leave "
+            "these settings out and they follow "
             "what is started from"
         )
 
@@ -217,5 +274,9 @@ def _same(stage: Stage, model: Any, folder: Path, defaults: dict[str, Any]) -> N
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat

@@ -1,4 +1,5 @@
-"""What a stage was made with: written before it starts, compared when it is run again, completed when it is done. Knows folders."""
+"""What a stage was made with: written before it starts, compared when it is run again, completed
+when it is done. Knows folders."""
 
 from __future__ import annotations
 
@@ -12,31 +13,37 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from pipeline.config.data import data_settings
-from pipeline.config.experiment import Experiment, SequenceConfig, to_dict
-from pipeline.config.train import PriorTrainConfig, TrainConfig
+from pipeline.config.experiment import Experiment, to_dict
 from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 
 Made = TypeVar("Made")
-RESUME_SAFE_FIELDS = ("log_every", "save_every", "save_total_limit", "max_nonfinite_steps", "compile", "activation_checkpointing")
+RESUME_SAFE_FIELDS = (
+    "log_every",
+    "save_every",
+    "save_total_limit",
+    "max_nonfinite_steps",
+    "compile",
+    "activation_checkpointing",
+)
 _CHANGES_NO_CODE = ("images_per_shard",)
-_UNSTARTED: dict[str, Any] = {"init_from": None, "frozen": False}
-_PLAIN: dict[str, Any] = {"init_from": None, "lora_rank": 0, "lora_alpha": 16.0}
-"""Of a tokenizer and a prior that were made before they could start from others."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
 
 
 def begin_stage(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
-    """Writes down what the run and its stage are made with, before there is anything that a later try could take for its own."""
+    """Writes down what the run and its stage are made with, before there is anything that a later
+    try could take for its own."""
     accelerator = make_accelerator(experiment, trackers=True)
     if accelerator.is_main_process:
         import yaml
 
         experiment.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(experiment.folder / "experiment.yaml", yaml.safe_dump(to_dict(experiment), sort_keys=False))
+        atomic_write_text(
+            experiment.folder / "experiment.yaml",
+            yaml.safe_dump(to_dict(experiment), sort_keys=False),
+        )
     write_stage_settings(accelerator, folder, settings)
     return accelerator
 
@@ -52,7 +59,9 @@ def require_complete(folder: Path, verb: str) -> Path:
     written = read_settings(folder)
     if not folder.is_dir() or (written is not None and "held_out" not in written):
         state = "not finished" if folder.is_dir() else "not there"
-        raise FileNotFoundError(f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first")
+        raise FileNotFoundError(
+            f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first"
+        )
     return folder
 
 
@@ -70,57 +79,45 @@ def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made
     try:
         return load(folder)
     except ValueError as error:
-        raise ValueError(f"{error}, or run `minidalle {verb}`, which delivers it again from its last checkpoint") from error
-
-
-def upgrade_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings of a stage, of codes or of a row of a comparison; those that there were none of then have their defaults."""
-    filled = {"precision": "auto"} | saved
-    if "data" in saved:
-        filled["data"] = data_settings(saved["data"])
-    for name, later in (("encode", {"flip": False}), ("text", {"bpe_dropout": 0.0, "num_new_tokens": 0})):
-        if name in saved:
-            filled[name] = later | saved[name]
-    if "codes" in saved:
-        filled["codes"] = saved["codes"] | {"settings": upgrade_settings(saved["codes"]["settings"])}
-    if isinstance(tokenizer := saved.get("tokenizer"), dict):  # a row of a comparison, which holds both sections
-        filled["tokenizer"] = _UNSTARTED | tokenizer | {"train": to_dict(TrainConfig()) | tokenizer["train"]}
-    if isinstance(saved.get("prior"), dict):
-        filled["prior"] = _prior_as_made(saved["prior"])
-    if "train" in saved:
-        filled |= _prior_as_made(saved) if "text" in saved else {"train": to_dict(TrainConfig()) | saved["train"]}
-        filled = (_PLAIN if "text" in saved else _UNSTARTED) | filled
-    return {"sequence": to_dict(SequenceConfig())} | filled if "text" in saved else filled
-
-
-def _prior_as_made(section: dict[str, Any]) -> dict[str, Any]:
-    later = {"model": {"kv_heads": None} | section["model"], "train": to_dict(PriorTrainConfig()) | section["train"]}
-    return (_PLAIN | section if "text" not in section else {}) | later
+        raise ValueError(
+            f"{error}, or run `minidalle {verb}`, which delivers it again from its last checkpoint"
+        ) from error
 
 
 def encode_settings(experiment: Experiment) -> dict[str, Any]:
     """The section `encode` without what changes no code."""
-    return {key: value for key, value in to_dict(experiment.encode).items() if key not in _CHANGES_NO_CODE}
+    return {
+        key: value
+        for key, value in to_dict(experiment.encode).items()
+        if key not in _CHANGES_NO_CODE
+    }
 
 
 def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the stage was completed with these settings; refuses a folder with weights made with others.
+    """Whether the stage was completed with these settings; refuses a folder with weights made with
+    others.
 
-    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no weight, such as `log_every`.
+    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no
+    weight, such as `log_every`.
     """
     written = read_settings(folder)
     if written is None:
         if checkpoint := newest_checkpoint(folder / "checkpoints"):
             raise ValueError(
-                f"{folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that says what it was made with; put that file back, or "
+                f"{folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that says what "
+                "it was made with; put that file back, or "
                 f"remove {folder} to begin anew"
             )
         return False
-    made, done = upgrade_settings(written["settings"]), "held_out" in written
+    made, done = written["settings"], "held_out" in written
     differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
     longer = settings["train"]["steps"] > made["train"]["steps"]
     # Evaluations choose among weights where the best are kept, and change none elsewhere.
-    free = RESUME_SAFE_FIELDS if settings["train"]["save_best"] else (*RESUME_SAFE_FIELDS, "eval_every")
+    free = (
+        RESUME_SAFE_FIELDS
+        if settings["train"]["save_best"]
+        else (*RESUME_SAFE_FIELDS, "eval_every")
+    )
     differ += [
         f"train.{key}"
         for key, value in settings["train"].items()
@@ -128,7 +125,8 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     ]
     if differ and (done or newest_checkpoint(folder / "checkpoints")):
         raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for this run, "
+            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for "
+            "this run, "
             f"or remove {folder} and what was built on it"
         )
     return done and not longer and _is_whole(folder)
@@ -151,17 +149,36 @@ def with_resolved_batch(train: Any, folder: Path) -> Any:
     written = (read_settings(folder) or {}).get("settings", {}).get("train", {})
     return replace(
         train,
-        **{name: written.get(name, "auto") for name in ("batch_size", "gradient_accumulation_steps") if getattr(train, name) == "auto"},
+        **{
+            name: written.get(name, "auto")
+            for name in ("batch_size", "gradient_accumulation_steps")
+            if getattr(train, name) == "auto"
+        },
     )
 
 
-def finalize_stage(accelerator: Accelerator, model: Any, folder: Path, settings: dict[str, Any], figures: dict[str, float]) -> None:
-    """Writes the final weights beside the checkpoints; the figures beside the settings come last and mark the stage as done."""
+def finalize_stage(
+    accelerator: Accelerator,
+    model: Any,
+    folder: Path,
+    settings: dict[str, Any],
+    figures: dict[str, float],
+) -> None:
+    """Writes the final weights beside the checkpoints; the figures beside the settings come last
+    and mark the stage as done."""
     if accelerator.is_main_process:
         with disk_errors():
             model.to("cpu").save_pretrained(folder)
-        write_settings(folder, {"settings": settings, "held_out": {k: v for k, v in figures.items() if math.isfinite(v)}})
-    for tracker in accelerator.trackers:  # `end_training` would end the process group too, which the next stage needs
+        write_settings(
+            folder,
+            {
+                "settings": settings,
+                "held_out": {k: v for k, v in figures.items() if math.isfinite(v)},
+            },
+        )
+    for tracker in (
+        accelerator.trackers
+    ):  # `end_training` would end the process group too, which the next stage needs
         tracker.finish()
     accelerator.wait_for_everyone()
 
@@ -170,7 +187,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """What `write_settings` wrote last; None where a stage was never started, or is none.
 
     Raises:
-        ValueError: the file is cut, or a version of this program wrote it whose format this one does not read.
+        ValueError: the file is cut, or a version of this program wrote it whose format this one
+            does not read.
     """
     path = folder / _SETTINGS
     if not path.is_file():
@@ -179,16 +197,21 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         content = dict(json.loads(path.read_text()))
         content["settings"]["train"]["steps"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to begin anew") from error
-    check_format(content.get("format", 1), folder)
+        raise ValueError(
+            f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to "
+            "begin anew"
+        ) from error
+    check_format(content.get("format"), folder)
     return content
 
 
 def init_from_fingerprint(folder: Path) -> Any:
     """Fingerprints of what a stage was started from; None for one that began at random."""
-    return upgrade_settings((read_settings(folder) or {}).get("settings", {})).get("init_from")
+    return (read_settings(folder) or {}).get("settings", {}).get("init_from")
 
 
 def write_settings(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n")
+    atomic_write_text(
+        folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n"
+    )

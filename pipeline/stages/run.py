@@ -1,6 +1,8 @@
-"""The stages of a run: `train_tokenizer`, `train_prior`, `assemble_bundle`, and `run`: all of them, with `encode_dataset` between.
+"""The stages of a run: `train_tokenizer`, `train_prior`, `assemble_bundle`, and `run`: all of them,
+with `encode_dataset` between.
 
-Knows the run folder and what each stage needs of the one before. Each can be called again and goes on from what is there.
+Knows the run folder and what each stage needs of the one before. Each can be called again and goes
+on from what is there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from stage2_prior import ImagePrior, TextTokenizer
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
-    """Puts both stages and the sampling defaults into one folder that needs nothing else; returns `RUN/bundle`."""
+    """Puts both stages and the sampling defaults into one folder that needs nothing else; returns
+    `RUN/bundle`."""
     folder = experiment.folder
     manifest = read_manifest(folder / "codes")
     pipe = TextToImagePipeline(
@@ -39,8 +42,12 @@ def assemble_bundle(experiment: Experiment) -> Path:
             "experiment": experiment.name,
             "data": to_dict(experiment.data),
             "sources": manifest["sources"],
-            "started_from": {stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")},
-            "codes_in_bf16": manifest.get("bf16", uses_bf16(experiment.precision, torch.device("cpu"))),
+            "started_from": {
+                stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
+            },
+            "codes_in_bf16": manifest.get(
+                "bf16", uses_bf16(experiment.precision, torch.device("cpu"))
+            ),
         },
     )
     pipe.save_pretrained(folder / "bundle")
@@ -59,8 +66,13 @@ def run(experiment: Experiment) -> Path:
         codes = CodesDataset(experiment.folder / "codes", "held_out")
         prompts = codes.captions(list(range(min(16, len(codes)))))
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
-        images = [np.asarray(image) for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images]
+        images = [
+            np.asarray(image)
+            for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images
+        ]
         save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
-        atomic_write_text(experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n")
+        atomic_write_text(
+            experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n"
+        )
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"

@@ -1,7 +1,8 @@
 """One run at a time in a run folder. Knows files and processes; knows no stage.
 
-The lock is the kernel's (`flock`) on `RUN/.lock`, so it ends with the process that holds it, however that ends; the file only says who
-it is. It is removed when the work is done, and one that a kill left behind locks nothing.
+The lock is the kernel's (`flock`) on `RUN/.lock`, so it ends with the process that holds it,
+however that ends; the file only says who it is. It is removed when the work is done, and one that a
+kill left behind locks nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,19 @@ _held: set[Path] = set()
 """Run folders that this process holds: a verb's stages come in after the verb."""
 
 
-def with_run_lock(stage: Callable[Concatenate[Experiment, P], T]) -> Callable[Concatenate[Experiment, P], T]:
-    """Has a stage - a function of the experiment - hold the run folder while it works; one told to write to another `folder` needs none."""
+def with_run_lock(
+    stage: Callable[Concatenate[Experiment, P], T],
+) -> Callable[Concatenate[Experiment, P], T]:
+    """Has a stage - a function of the experiment - hold the run folder while it works; one told to
+    write to another `folder` needs none."""
 
     @wraps(stage)
     def locked(experiment: Experiment, *given: P.args, **options: P.kwargs) -> T:
-        with nullcontext() if options.get("folder") is not None else run_lock(experiment.folder, experiment.process_timeout):
+        with (
+            nullcontext()
+            if options.get("folder") is not None
+            else run_lock(experiment.folder, experiment.process_timeout)
+        ):
             return stage(experiment, *given, **options)
 
     return locked
@@ -89,7 +97,9 @@ def _acquire(folder: Path) -> tuple[int | None, str | None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            if error.errno in _NOT_WRITABLE:  # a finished run is read there; what is to be written says more than a lock could
+            if (
+                error.errno in _NOT_WRITABLE
+            ):  # a finished run is read there; what is to be written says more than a lock could
                 return None, None
             raise
         try:
@@ -100,8 +110,13 @@ def _acquire(folder: Path) -> tuple[int | None, str | None]:
             if error.errno in _NO_LOCKS:
                 _say_unlocked(folder, str(error))
                 return None, None
-            return None, f"{folder} is in use by {_named(holder)}; wait for it or stop it, or choose another name for this run (--name)"
-        # The holder from before may have removed the file between our opening and locking it: that lock would keep out nobody.
+            return (
+                None,
+                f"{folder} is in use by {_named(holder)}; wait for it or stop it, or choose "
+                "another name for this run (--name)",
+            )
+        # The holder from before may have removed the file between our opening and locking it: that
+        # lock would keep out nobody.
         try:
             current = os.stat(path).st_ino == os.fstat(file).st_ino
         except FileNotFoundError:
@@ -109,7 +124,11 @@ def _acquire(folder: Path) -> tuple[int | None, str | None]:
         if current:
             break
         os.close(file)
-    said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    said = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(said).encode() + b"\n", 0)
     return file, None

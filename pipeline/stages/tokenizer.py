@@ -20,8 +20,19 @@ from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
 from pipeline.stages.encode import sources_of
-from pipeline.stages.finetune import check_init_from, copy_frozen_tokenizer, new_tokenizer, tokenizer_identity
-from pipeline.stages.manifest import begin_stage, finalize_stage, is_complete, with_resolved_batch, write_stage_settings
+from pipeline.stages.finetune import (
+    check_init_from,
+    copy_frozen_tokenizer,
+    new_tokenizer,
+    tokenizer_identity,
+)
+from pipeline.stages.manifest import (
+    begin_stage,
+    finalize_stage,
+    is_complete,
+    with_resolved_batch,
+    write_stage_settings,
+)
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.task import Task
@@ -54,35 +65,58 @@ def train_tokenizer(experiment: Experiment) -> Path:
     accelerator = begin_stage(experiment, folder, settings)
     _report(accelerator, source)
     if has_auto_batch(train):  # by a tokenizer that is thrown away again
-        few = replace(experiment.tokenizer, train=replace(train, batch_size=accelerator.num_processes, gradient_accumulation_steps=1))
+        few = replace(
+            experiment.tokenizer,
+            train=replace(
+                train, batch_size=accelerator.num_processes, gradient_accumulation_steps=1
+            ),
+        )
         few_at_a_time = replace(experiment, tokenizer=few)
         train = resolve_auto_batch(
-            train, tokenizer_task(few_at_a_time, accelerator, source, held_out)[0], experiment.precision, accelerator,
-            rows=_most_rows(source), label="tokenizer",
-        )  # fmt: skip
+            train,
+            tokenizer_task(few_at_a_time, accelerator, source, held_out)[0],
+            experiment.precision,
+            accelerator,
+            rows=_most_rows(source),
+            label="tokenizer",
+        )
         write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
     experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
     task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
     figures = fit(
-        task, train, accelerator, folder, seed=experiment.seed, bf16=uses_bf16(experiment.precision, accelerator.device),
-        compile_networks=should_compile(train, accelerator.device), label="tokenizer",
-    )  # fmt: skip
+        task,
+        train,
+        accelerator,
+        folder,
+        seed=experiment.seed,
+        bf16=uses_bf16(experiment.precision, accelerator.device),
+        compile_networks=should_compile(train, accelerator.device),
+        label="tokenizer",
+    )
     finalize_stage(accelerator, tokenizer, folder, settings, figures)
     return folder
 
 
-def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source) -> tuple[Task, ImageTokenizer]:
+def tokenizer_task(
+    experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source
+) -> tuple[Task, ImageTokenizer]:
     """What stage 1 hands to `fit`, and the new tokenizer in it."""
     torch.manual_seed(experiment.seed)
     tokenizer = new_tokenizer(experiment.tokenizer)
     place = (accelerator.process_index, accelerator.num_processes)
-    feed = batch_loader(source, experiment.tokenizer.train.resolved_batch()[0], experiment.seed, *place, folder=experiment.folder / "data")
+    feed = batch_loader(
+        source,
+        experiment.tokenizer.train.resolved_batch()[0],
+        experiment.seed,
+        *place,
+        folder=experiment.folder / "data",
+    )
 
     def batch(step: int) -> torch.Tensor:
         return torch.from_numpy(feed.pictures(step))
 
     def held_out_batches() -> Iterator[torch.Tensor]:
-        count = min(len(held_out), experiment.encode.held_out)
+        count = min(len(held_out), experiment.encode.max_val_images)
         for first in range(0, count, EVALUATION_BATCH):
             rows = range(first, min(first + EVALUATION_BATCH, count))
             yield torch.from_numpy(held_out.images(rows)).to(accelerator.device)
@@ -95,11 +129,16 @@ def tokenizer_task(experiment: Experiment, accelerator: Accelerator, source: Sou
         grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
         save_sample(experiment, "reconstructions", grid)
         # The most used code on the left: flat is good, and what falls off early is wasted.
-        uses = {f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy()) for i, use in enumerate(tokenizer.quantizer.usage())}
+        uses = {
+            f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy())
+            for i, use in enumerate(tokenizer.quantizer.usage())
+        }
         return {"reconstructions": grid} | uses
 
     objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(objective, batch, held_out_batches, "nll", pictures, objective.check_health, feed.names), tokenizer
+    return Task(
+        objective, batch, held_out_batches, "nll", pictures, objective.check_health, feed.names
+    ), tokenizer
 
 
 def _most_rows(source: Source) -> int:
@@ -109,7 +148,10 @@ def _most_rows(source: Source) -> int:
 
 def _report(accelerator: Accelerator, source: Source) -> None:
     streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
-    accelerator.print(f"{source.name}: " + ("read as it comes" if streamed else f"{len(source):,} pictures to train on"))
+    accelerator.print(
+        f"{source.name}: "
+        + ("read as it comes" if streamed else f"{len(source):,} pictures to train on")
+    )
     for problem in source.problems:
         accelerator.print(f"  {problem}")
 

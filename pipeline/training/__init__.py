@@ -1,1 +1,2 @@
-"""The training loop of any objective: optimizers, EMA, checkpoints, FSDP, memory. Knows no stage and no data."""
+"""The training loop of any objective: optimizers, EMA, checkpoints, FSDP, memory. Knows no stage
+and no data."""

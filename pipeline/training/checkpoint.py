@@ -1,8 +1,10 @@
-"""Writes and reads checkpoints, whole or not at all. Knows tensors, JSON and folders; knows no stage.
+"""Writes and reads checkpoints, whole or not at all. Knows tensors, JSON and folders; knows no
+stage.
 
-A checkpoint is `step-N/` with `weights.safetensors` (networks), `ema.safetensors`, `optimizer.safetensors`, `state.json` and, written
-last, `manifest.json`: the size and hash of each of the others. It is written beside, synced and renamed, so a kill leaves a whole one or
-none; what happens to it later (a cut copy, a bad disk) is found when it is read.
+A checkpoint is `step-N/` with `weights.safetensors` (networks), `ema.safetensors`,
+`optimizer.safetensors`, `state.json` and, written last, `manifest.json`: the size and hash of each
+of the others. It is written beside, synced and renamed, so a kill leaves a whole one or none; what
+happens to it later (a cut copy, a bad disk) is found when it is read.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ from torch import Tensor, nn
 
 from pipeline.runtime.atomic_io import atomic_write_dir
 
-FORMAT = 2
-"""Of run folders and checkpoints. The first said no version and had no manifest; it is read still, unverified."""
-_READ = (1, FORMAT)
+FORMAT = 1
+"""Of run folders and checkpoints."""
 _MANIFEST = "manifest.json"
 _FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
@@ -57,22 +58,26 @@ class State:
 
 def check_format(found: Any, where: Path) -> None:
     """Raises UnsupportedFormat for one that this version does not read."""
-    if found not in _READ:
+    if found != FORMAT:
         age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
         raise UnsupportedFormat(
-            f"{where} is of format {found}, which {age} version of this program wrote, and this one reads {_READ[0]} to {_READ[-1]}; "
-            "go on with the version that wrote it, or choose another name for this run"
+            f"{where} is of format {found}, which {age} version of this program wrote, and this "
+            f"one reads {FORMAT}; go on with the version that wrote it, or choose another name "
+            "for this run"
         )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Every `step-N` in a folder, damaged or not, the newest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
+    found = [
+        p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()
+    ]
     return sorted(found, key=_step, reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing state."""
+    """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing
+    state."""
     return next((p for p in list_checkpoints(folder) if (p / "state.json").is_file()), None)
 
 
@@ -86,17 +91,23 @@ def save_checkpoint(
     keep: int,
     verified: Collection[Path] = (),
 ) -> set[Path]:
-    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints; returns those that are left.
+    """Writes `folder`/step-N and then removes all but the newest `keep` whole checkpoints; returns
+    those that are left.
 
     Args:
         verified: checkpoints known to be whole, which need not be read again to be counted.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are
+            untouched.
     """
 
     def write(beside: Path) -> None:
-        weights = {f"{g}.{k}": v.detach() for g, net in networks.items() for k, v in net.state_dict().items()}
+        weights = {
+            f"{g}.{k}": v.detach()
+            for g, net in networks.items()
+            for k, v in net.state_dict().items()
+        }
         _save(weights, beside / "weights.safetensors")
         _save({f"{i:05d}": t for i, t in enumerate(ema)}, beside / "ema.safetensors")
         moments = {
@@ -106,22 +117,38 @@ def save_checkpoint(
             for name, value in moment.items()
         }
         _save(moments, beside / "optimizer.safetensors")
-        said = {"format": FORMAT, "step": state.step, "best": state.best, "skipped": state.skipped, "optimizers": sorted(optimizers)}
+        said = {
+            "format": FORMAT,
+            "step": state.step,
+            "best": state.best,
+            "skipped": state.skipped,
+            "optimizers": sorted(optimizers),
+        }
         (beside / "state.json").write_text(json.dumps(said) + "\n")
-        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)} for name in _FILES}
-        (beside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=2) + "\n")
+        files = {
+            name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)}
+            for name in _FILES
+        }
+        (beside / _MANIFEST).write_text(
+            json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=2) + "\n"
+        )
 
     target = folder / f"step-{state.step}"
     atomic_write_dir(target, write)
     for later in list_checkpoints(folder):
-        if _step(later) > state.step:  # passed over as damaged, or training would have gone on from it
+        if (
+            _step(later) > state.step
+        ):  # passed over as damaged, or training would have gone on from it
             shutil.rmtree(later)
     return prune_checkpoints(folder, target, keep, verified)
 
 
-def prune_checkpoints(folder: Path, newest: Path, keep: int, verified: Collection[Path]) -> set[Path]:
-    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole ones: a corrupted one takes no place of
-    theirs. Those in `verified` are known to be whole and are not read. Returns those that are left."""
+def prune_checkpoints(
+    folder: Path, newest: Path, keep: int, verified: Collection[Path]
+) -> set[Path]:
+    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole
+    ones: a corrupted one takes no place of theirs. Those in `verified` are known to be whole and
+    are not read. Returns those that are left."""
     kept = {newest}
     for path in list_checkpoints(folder):
         if _step(path) >= _step(newest):
@@ -134,15 +161,12 @@ def prune_checkpoints(folder: Path, newest: Path, keep: int, verified: Collectio
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """How a checkpoint's files differ from those of its manifest; None where they do not, or where it is of the format without one.
+    """How a checkpoint's files differ from those of its manifest; None where they do not.
 
     Raises:
         UnsupportedFormat: it is of a format that this version does not read.
     """
     try:
-        if not (path / _MANIFEST).is_file():
-            older = json.loads((path / "state.json").read_text()).get("format", 1) == 1
-            return None if older else f"{_MANIFEST} is missing"
         manifest = json.loads((path / _MANIFEST).read_text())
         check_format(manifest["format"], path)
         step = manifest["step"]
@@ -152,7 +176,7 @@ def verify_checkpoint(path: Path) -> str | None:
     except UnsupportedFormat:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{_MANIFEST if (path / _MANIFEST).is_file() else 'state.json'} cannot be read: {error}"
+        return f"{_MANIFEST} cannot be read: {error}"
     if step != _step(path):
         return f"{_MANIFEST} is of step {step}"
     for name, (size, digest) in files.items():
@@ -175,7 +199,8 @@ def load_newest(
     average: Sequence[Tensor],
     say: Callable[[str], None],
 ) -> tuple[Path, State] | None:
-    """`load_checkpoint` of the newest one that is whole; each damaged one that is passed over is said in a line. None if there is none.
+    """`load_checkpoint` of the newest one that is whole; each damaged one that is passed over is
+    said in a line. None if there is none.
 
     Raises:
         ValueError: there are checkpoints and all are damaged; or as `load_checkpoint` does.
@@ -189,21 +214,29 @@ def load_newest(
             continue
         for bad, why in damaged.items():
             say(f"{bad} is damaged ({why}); going on from {path.name}, the one before")
-        if not (path / _MANIFEST).is_file():
-            say(f"{path} is of format 1, which has no hashes: it is read unverified")
         return path, state
     if damaged:
         every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
-        raise ValueError(f"every checkpoint in {folder} is damaged: {every}; put one back from a copy, or remove {folder} to begin anew")
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged: {every}; put one back from a copy, or "
+            f"remove {folder} to begin anew"
+        )
     return None
 
 
-def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], average: Sequence[Tensor]) -> State:
-    """Fills networks, optimizers and averages in place, once every file is found to be as it was written.
+def load_checkpoint(
+    path: Path,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    average: Sequence[Tensor],
+) -> State:
+    """Fills networks, optimizers and averages in place, once every file is found to be as it was
+    written.
 
     Raises:
         CorruptedCheckpoint: a file is missing, cut or changed.
-        ValueError: the checkpoint belongs to another configuration, or is of a format that this version does not read.
+        ValueError: the checkpoint belongs to another configuration, or is of a format that this
+            version does not read.
     """
     if problem := verify_checkpoint(path):
         raise CorruptedCheckpoint(problem)
@@ -214,24 +247,38 @@ def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: M
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "ema.safetensors")
         moments = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # without a manifest it is found here
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+    ) as error:  # without a manifest it is found here
         raise CorruptedCheckpoint(str(error)) from error
     for group, network in networks.items():
-        own = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
+        own = {
+            k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")
+        }
         expected = network.state_dict()
-        if differ := sorted(set(own) ^ set(expected)) or [k for k in own if own[k].shape != expected[k].shape]:
+        if differ := sorted(set(own) ^ set(expected)) or [
+            k for k in own if own[k].shape != expected[k].shape
+        ]:
             raise ValueError(
-                f"the checkpoint {path} is of another configuration (first keys that differ: {differ[:3]}); "
+                f"the checkpoint {path} is of another configuration (first keys that differ: "
+                f"{differ[:3]}); "
                 "choose another name for this run, or remove the run folder"
             )
         network.load_state_dict(own)
     with torch.no_grad():
         for i, tensor in enumerate(average):
             tensor.copy_(averages[f"{i:05d}"])
-    # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no moments.
+    # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no
+    # moments.
     if optimizers and made_with != sorted(optimizers):
         raise ValueError(
-            f"the checkpoint {path} was made with the optimizers {made_with} and this run has {sorted(optimizers)}; "
+            f"the checkpoint {path} was made with the optimizers {made_with} and this run has "
+            f"{sorted(optimizers)}; "
             "choose another name for this run, or train.optimizer as it was"
         )
     for group, optimizer in optimizers.items():
@@ -243,7 +290,8 @@ def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: M
             if owner == group:
                 parameter = parameters[int(index)]
                 if value.shape == parameter.shape:
-                    # Fused AdamW walks raw memory: moments must have the strides of their (channels-last) parameter.
+                    # Fused AdamW walks raw memory: moments must have the strides of their
+                    # (channels-last) parameter.
                     value = torch.empty_like(parameter).copy_(value)
                 merged["state"].setdefault(int(index), {})[name] = value
         optimizer.load_state_dict(merged)
@@ -251,8 +299,11 @@ def load_checkpoint(path: Path, networks: Mapping[str, nn.Module], optimizers: M
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Contiguous copies: safetensors refuses shared memory and keeps no strides, and channels-last weights have their own.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    # Contiguous copies: safetensors refuses shared memory and keeps no strides, and channels-last
+    # weights have their own.
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path
+    )
 
 
 def _step(path: Path) -> int:

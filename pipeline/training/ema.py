@@ -1,4 +1,5 @@
-"""Averages of weights over steps, which are what is evaluated and delivered. Knows parameters; knows no loop."""
+"""Averages of weights over steps, which are what is evaluated and delivered. Knows parameters;
+knows no loop."""
 
 from __future__ import annotations
 
@@ -16,14 +17,19 @@ def ema_decay(step: int, config: TrainConfig) -> float:
 
 
 class EMA:
-    """Exponential moving average of every parameter that is trained; buffers (codebook statistics are averages already) are not
-    averaged, nor is what a module's `ema_excluded_parameters` names."""
+    """Exponential moving average of every parameter that is trained; buffers (codebook
+    statistics are averages already) are not averaged, nor is what a module's
+    `ema_excluded_parameters` names."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.parameters: list[Tensor] = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [
+            p for network in networks.values() for p in network.parameters() if p.requires_grad
+        ]
         self.shadow = [p.detach().clone() for p in self.parameters]
         modules = (module for network in networks.values() for module in network.modules())
-        jumping = {id(p) for module in modules for p in getattr(module, "ema_excluded_parameters", list)()}
+        jumping = {
+            id(p) for module in modules for p in getattr(module, "ema_excluded_parameters", list)()
+        }
         self._jumping = [i for i, p in enumerate(self.parameters) if id(p) in jumping]
 
     @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Networks cut over the processes (FSDP2: torch's `fully_shard`), where `accelerate launch` asks for FSDP. Knows modules and tensors.
+"""Networks cut over the processes (FSDP2: torch's `fully_shard`), where `accelerate launch` asks
+for FSDP. Knows modules and tensors.
 
-Accelerate's own preparation is not used: it knows FSDP on accelerators alone, and here it runs, and is tested, on CPUs too. The whole
-networks stay beside the cut ones, in the CPU's memory, and are filled for evaluating and saving: what is evaluated and saved then
-talks to no other process and is the same with one process as with many.
+Accelerate's own preparation is not used: it knows FSDP on accelerators alone, and here it runs, and
+is tested, on CPUs too. The whole networks stay beside the cut ones, in the CPU's memory, and are
+filled for evaluating and saving: what is evaluated and saved then talks to no other process and is
+the same with one process as with many.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 
 def fsdp_requested() -> bool:
-    """Whether `accelerate launch` was given an FSDP configuration (or the environment says what it would say)."""
+    """Whether `accelerate launch` was given an FSDP configuration (or the environment says what it
+    would say)."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
@@ -41,7 +44,9 @@ def wrap_ddp(network: nn.Module, accelerator: Accelerator) -> nn.Module:
         return network
     # Under FSDP accelerate would cut it.
     device = accelerator.device
-    return DistributedDataParallel(network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False)
+    return DistributedDataParallel(
+        network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
+    )
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -65,7 +70,8 @@ class Steppers(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint holds, by group, whole; on the main process alone where it had to be gathered."""
+    """What a checkpoint holds, by group, whole; on the main process alone where it had to be
+    gathered."""
 
     networks: Mapping[str, HasState]
     optimizers: Mapping[str, HasState]
@@ -90,7 +96,12 @@ class ModelState:
         accelerator: Accelerator,
         build: Callable[[Mapping[str, nn.Module]], Steppers],
     ) -> None:
-        self.plain, self.optimizers, self.ema, self.accelerator = plain, optimizers, ema, accelerator
+        self.plain, self.optimizers, self.ema, self.accelerator = (
+            plain,
+            optimizers,
+            ema,
+            accelerator,
+        )
         self.networks: dict[str, nn.Module] = dict(plain)
 
     def for_training(self, group: str) -> nn.Module:
@@ -124,7 +135,8 @@ class ModelState:
 
 
 class FSDPModelState(ModelState):
-    """Networks that name their `shard_units` are sharded; what they were made of, moments and averages too."""
+    """Networks that name their `shard_units` are sharded; what they were made of, moments and
+    averages too."""
 
     saves_together = True
 
@@ -148,10 +160,15 @@ class FSDPModelState(ModelState):
         for own, given in zip(self.ema.shadow, ema.shadow, strict=True):
             own.copy_(shard_like(given, own))
         for name, optimizer in self.optimizers.items():
-            for parameter, values in zip(_parameters(optimizer), _states(optimizers[name]), strict=True):
+            for parameter, values in zip(
+                _parameters(optimizer), _states(optimizers[name]), strict=True
+            ):
                 if values:  # it resumes from a checkpoint
                     optimizer.state[parameter] = {
-                        key: shard_like(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
+                        key: shard_like(value, parameter)
+                        if value.shape == parameter.shape
+                        else value
+                        for key, value in values.items()
                     }
 
     def for_training(self, group: str) -> nn.Module:
@@ -164,7 +181,8 @@ class FSDPModelState(ModelState):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The gathered averages; the whole networks are on the device meanwhile, on the main process alone."""
+        """The gathered averages; the whole networks are on the device meanwhile, on the main
+        process alone."""
         self._fill(self.ema.shadow)
         if not self.accelerator.is_main_process:
             yield
@@ -178,28 +196,40 @@ class FSDPModelState(ModelState):
                 network.to("cpu")
 
     def checkpoint_state(self) -> CheckpointState:
-        networks = {group: _StateDict(self._gathered(network.state_dict())) for group, network in self.networks.items()}
+        networks = {
+            group: _StateDict(self._gathered(network.state_dict()))
+            for group, network in self.networks.items()
+        }
         optimizers = {}
         for name, optimizer in self.optimizers.items():
-            states = {i: self._gathered(values) for i, values in enumerate(_states(optimizer)) if values}
+            states = {
+                i: self._gathered(values) for i, values in enumerate(_states(optimizer)) if values
+            }
             optimizers[name] = _StateDict({"state": states})
-        return CheckpointState(networks, optimizers, list(self._gathered(dict(enumerate(self.ema.shadow))).values()))
+        return CheckpointState(
+            networks, optimizers, list(self._gathered(dict(enumerate(self.ema.shadow))).values())
+        )
 
     def load_ema(self) -> None:
         self._fill(self.ema.shadow)
 
     def _fill(self, parameters: Sequence[Tensor]) -> None:
         """Puts parameters, and buffers as they are now, into the whole networks."""
-        owners = [p for network in self.plain.values() for p in network.parameters() if p.requires_grad]
+        owners = [
+            p for network in self.plain.values() for p in network.parameters() if p.requires_grad
+        ]
         with torch.no_grad():
             for owner, value in zip(owners, parameters, strict=True):
                 owner.copy_(full_tensor(value))
             for group, network in self.plain.items():
-                for buffer, value in zip(network.buffers(), self.networks[group].buffers(), strict=True):
+                for buffer, value in zip(
+                    network.buffers(), self.networks[group].buffers(), strict=True
+                ):
                     buffer.copy_(value)
 
     def _gathered(self, tensors: Mapping[Any, Any]) -> dict[Any, Tensor]:
-        """Whole tensors in the CPU's memory, on the main process; one after another, or a card would hold all of them."""
+        """Whole tensors in the CPU's memory, on the main process; one after another, or a card
+        would hold all of them."""
         held = {}
         for key, tensor in tensors.items():
             value = full_tensor(torch.as_tensor(tensor).detach())
@@ -219,10 +249,13 @@ class _StateDict:
 
 
 def shard_like(tensor: Tensor, cut: Tensor) -> Tensor:
-    """A whole tensor, cut as another of its shape is; nothing is sent, since every process has it."""
+    """A whole tensor, cut as another of its shape is; nothing is sent, since every process has
+    it."""
     if not isinstance(cut, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None
+    )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -235,5 +268,10 @@ def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 
 
 def can_shard(networks: Mapping[str, nn.Module], accelerator: Accelerator) -> bool:
-    """Whether FSDP is asked for, there is more than one process, and the networks say how they are cut."""
-    return fsdp_requested() and accelerator.num_processes > 1 and all(hasattr(network, "shard_units") for network in networks.values())
+    """Whether FSDP is asked for, there is more than one process, and the networks say how they are
+    cut."""
+    return (
+        fsdp_requested()
+        and accelerator.num_processes > 1
+        and all(hasattr(network, "shard_units") for network in networks.values())
+    )

@@ -1,7 +1,7 @@
 """What training a stage will take in memory. Knows tensors; knows no stage.
 
-Parameters, gradients, averages and optimizer state are counted. What a step holds beyond them is measured, by the gradient of a few
-rows and of twice as many, after which everything is as it was.
+Parameters, gradients, averages and optimizer state are counted. What a step holds beyond them is
+measured, by the gradient of a few rows and of twice as many, after which everything is as it was.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from pipeline.training.snapshot import preserve_state
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
 _COMPILED_SHARE = 0.65
-"""What a compiled step holds of a plain one's, as measured on the shipped configurations (docs/scaling.md)."""
+"""What a compiled step holds of a plain one's, as measured on the shipped configurations
+(docs/scaling.md)."""
 _COMPILER = 150 * 2**20
 """Bytes that torch.compile itself takes in a process on a CPU."""
 _MUON_BYTES = 14
-"""Bytes an entry of the matrices that Muon orthogonalises together: a stack in fp32 and five in bf16."""
+"""Bytes an entry of the matrices that Muon orthogonalises together: a stack in fp32 and five in
+bf16."""
 
 
 class Losses(Protocol):
@@ -43,7 +45,8 @@ class Losses(Protocol):
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that stay for the whole training, by what they are; of this process where the networks are sharded."""
+    """Bytes that stay for the whole training, by what they are; of this process where the networks
+    are sharded."""
 
     entries: int
     """Number of parameters, over all processes."""
@@ -65,7 +68,9 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
     """Of networks on any device, the meta device too, which holds no numbers."""
     entries = parameters = gradients = optimizer = orthogonalizing = 0
     for network in networks.values():
-        matrices = {id(p) for p in network.hidden_matrices()} if config.optimizer == "muon" else set()  # type: ignore[operator]
+        matrices = set()
+        if config.optimizer == "muon":
+            matrices = {id(p) for p in network.hidden_matrices()}  # type: ignore[operator]
         alike: dict[tuple[int, int], int] = defaultdict(int)
         parameters += sum(_bytes(local_shard(buffer)) for buffer in network.buffers())
         for parameter in network.parameters():
@@ -74,11 +79,17 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
             parameters += mine
             if parameter.requires_grad:
                 gradients += mine
-                optimizer += mine if id(parameter) in matrices else 2 * mine  # momentum; or two moments
+                # Momentum; or two moments
+                optimizer += mine if id(parameter) in matrices else 2 * mine
             if id(parameter) in matrices:
                 alike[len(parameter), parameter.numel() // len(parameter)] += parameter.numel()
         orthogonalizing = max([orthogonalizing, *(_MUON_BYTES * count for count in alike.values())])
-    average = sum(_bytes(local_shard(p)) for network in networks.values() for p in network.parameters() if p.requires_grad)
+    average = sum(
+        _bytes(local_shard(p))
+        for network in networks.values()
+        for p in network.parameters()
+        if p.requires_grad
+    )
     return StateBytes(entries, parameters, gradients, optimizer, average, orthogonalizing)
 
 
@@ -87,7 +98,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class LiveTensorTracker(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make while it is on and that are still alive; `peak` is the most there were."""
+    """Counts the bytes of the tensors that operations make while it is on and that are still alive;
+    `peak` is the most there were."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -95,7 +107,9 @@ class LiveTensorTracker(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # What comes in and was not made here was there before.
         self._seen.update(storage._cdata for storage in self._storages((args, kwargs)))
         out = function(*args, **(kwargs or {}))
@@ -117,8 +131,11 @@ class LiveTensorTracker(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_step(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that all gradients of a batch hold at a time, beyond what was there before; the gradients themselves too."""
+def peak_of_step(
+    objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device
+) -> int:
+    """The most bytes that all gradients of a batch hold at a time, beyond what was there before;
+    the gradients themselves too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -153,7 +170,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def tile_rows(batch: Any, count: int) -> Any:
-    """The first `count` rows of a batch, or of a mapping of batches; from the first again where there are fewer."""
+    """The first `count` rows of a batch, or of a mapping of batches; from the first again where
+    there are fewer."""
     if isinstance(batch, Mapping):
         return {key: tile_rows(value, count) for key, value in batch.items()}
     return batch[torch.arange(count, device=batch.device) % len(batch)]
@@ -171,9 +189,16 @@ class LinearMemoryModel:
 
 
 def fit_memory_model(
-    objective: Losses, example: Callable[[int], Any], step: int, autocast: Callable[[], Any], device: torch.device, *, most: int
+    objective: Losses,
+    example: Callable[[int], Any],
+    step: int,
+    autocast: Callable[[], Any],
+    device: torch.device,
+    *,
+    most: int,
 ) -> LinearMemoryModel:
-    """How the memory of a step grows with its rows, from two probes; networks are as they were afterwards.
+    """How the memory of a step grows with its rows, from two probes; networks are as they were
+    afterwards.
 
     Args:
         example: (rows) -> a batch of so many rows on the device.
@@ -187,7 +212,9 @@ def fit_memory_model(
     while True:
         peaks = {}
         try:
-            if device.type == "cuda":  # cuBLAS takes its workspaces, which stay, with a thread's first products
+            if (
+                device.type == "cuda"
+            ):  # cuBLAS takes its workspaces, which stay, with a thread's first products
                 _probe(objective, example(rows), step, autocast, device)
             for count in sorted({rows, min(2 * rows, most)}):
                 peaks[count] = _probe(objective, example(count), step, autocast, device)
@@ -201,7 +228,9 @@ def fit_memory_model(
     return LinearMemoryModel(max(low - row * few, 0.0), row)
 
 
-def _probe(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device) -> int:
+def _probe(
+    objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device
+) -> int:
     """`peak_of_step`, after which the networks are as they were."""
     with preserve_state(objective.networks.values()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
@@ -220,23 +249,39 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        return self.other + self.state.kept + max(self.step, self.state.gradients + self.state.muon_workspace)
+        return (
+            self.other
+            + self.state.kept
+            + max(self.step, self.state.gradients + self.state.muon_workspace)
+        )
 
     def line(self, processes: int) -> str:
         parts = {
             "parameters": self.state.parameters,
             "optimizer": self.state.optimizer,
             "average": self.state.average,
-            "a step's gradients and activations": max(self.step, self.state.gradients + self.state.muon_workspace),
+            "a step's gradients and activations": max(
+                self.step, self.state.gradients + self.state.muon_workspace
+            ),
             "the program": self.other,
         }
         each = " in each process" if processes > 1 else ""
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-        return f"{self.state.entries / 1e6:,.1f}M parameters, about {format_bytes(self.peak)} of memory{each} ({listed})"
+        return (
+            f"{self.state.entries / 1e6:,.1f}M parameters, about {format_bytes(self.peak)} "
+            f"of memory{each} ({listed})"
+        )
 
 
 def estimate_memory(
-    state: StateBytes, model: LinearMemoryModel, rows: int, device: torch.device, *, compiled: bool, several: bool, program: int = 0
+    state: StateBytes,
+    model: LinearMemoryModel,
+    rows: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+    several: bool,
+    program: int = 0,
 ) -> MemoryEstimate:
     """Of steps of `rows` rows at a time.
 
@@ -265,7 +310,17 @@ def estimate_training_memory(
     several: bool = False,
     program: int = 0,
 ) -> MemoryEstimate:
-    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the networks are neither wrapped nor compiled."""
-    model = fit_memory_model(objective, lambda count: tile_rows(batch, count), config.steps - 1, autocast, device, most=rows)
+    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the
+    networks are neither wrapped nor compiled."""
+    model = fit_memory_model(
+        objective,
+        lambda count: tile_rows(batch, count),
+        config.steps - 1,
+        autocast,
+        device,
+        most=rows,
+    )
     state = state_bytes(objective.networks, config)
-    return estimate_memory(state, model, rows, device, compiled=compiled, several=several, program=program)
+    return estimate_memory(
+        state, model, rows, device, compiled=compiled, several=several, program=program
+    )

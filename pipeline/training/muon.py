@@ -1,9 +1,11 @@
-"""Muon: steps by the momentum's nearest orthogonal matrix. Knows matrices and kernels; knows no network.
+"""Muon: steps by the momentum's nearest orthogonal matrix. Knows matrices and kernels; knows no
+network.
 
-Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is that of AdamW (Liu et al. 2025, arXiv:2502.16982,
-eq. 4), so one learning rate serves both. torch.optim.Muon takes matrices alone and one at a time: here convolution kernels count as
-matrices (out, in * height * width), and those of one shape are orthogonalised together. Of matrices that are cut over processes each
-process gathers and orthogonalises the whole ones.
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is that of AdamW
+(Liu et al. 2025, arXiv:2502.16982, eq. 4), so one learning rate serves both. torch.optim.Muon takes
+matrices alone and one at a time: here convolution kernels count as matrices (out, in * height *
+width), and those of one shape are orthogonalised together. Of matrices that are cut over processes
+each process gathers and orthogonalises the whole ones.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _ITERATIONS = 5
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices (N,R,C) -> (N,R,C) with all singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations in bf16."""
+    """Matrices (N,R,C) -> (N,R,C) with all singular values near 1 (0.7 to 1.2), by Newton-Schulz
+    iterations in bf16."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16()
     x = x.mT if tall else x
@@ -43,7 +46,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as AdamW's.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -57,11 +66,21 @@ class Muon(torch.optim.Optimizer):
                     alike[len(parameter), parameter.numel() // len(parameter)].append(parameter)
             for (rows, columns), members in alike.items():
                 updates = self._nesterov(members, group["momentum"])
-                matrices = orthogonalize(torch.stack([full_tensor(update).reshape(rows, columns) for update in updates]))
-                updates = [shard_like(matrix.view(p.shape), p) for p, matrix in zip(members, matrices, strict=True)]
-                # All of a shape at once: on a GPU, starting each one's kernel takes longer than the kernel.
-                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(members, updates, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                matrices = orthogonalize(
+                    torch.stack([full_tensor(update).reshape(rows, columns) for update in updates])
+                )
+                steps = [
+                    shard_like(matrix.view(p.shape), p)
+                    for p, matrix in zip(members, matrices, strict=True)
+                ]
+                # All of a shape at once: on a GPU, starting each one's kernel takes longer than the
+                # kernel.
+                torch._foreach_mul_(list[Tensor](members), 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(
+                    list[Tensor](members),
+                    steps,
+                    alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5,
+                )
 
     def _nesterov(self, parameters: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,5 @@
-"""Which optimizer steps which parameter, and at what rate. Knows parameters and steps; knows no loop."""
+"""Which optimizer steps which parameter, and at what rate. Knows parameters and steps; knows no
+loop."""
 
 from __future__ import annotations
 
@@ -25,18 +26,25 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimizers_for(group: str, network: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions only."""
+def optimizers_for(
+    group: str, network: nn.Module, config: TrainConfig
+) -> dict[str, torch.optim.Optimizer]:
+    """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions
+    only."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
         matrices = network.hidden_matrices()  # type: ignore[operator]
         chosen = {id(p) for p in matrices}
         parameters = [p for p in parameters if id(p) not in chosen]
-        optimizers[f"{group}/muon"] = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizers[f"{group}/muon"] = Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers[f"{group}/adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizers[f"{group}/adamw"] = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, fused=True
+    )
     return optimizers

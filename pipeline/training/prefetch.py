@@ -8,15 +8,19 @@ from typing import Any
 
 
 class BatchPrefetcher:
-    """The batches of a training, each made in a thread while the step before it is taken. A context manager.
+    """The batches of a training, each made in a thread while the step before it is taken. A context
+    manager.
 
     Args:
         batch: (step) -> the batch of that step.
         steps: number of steps in all; none is made beyond them.
-        pin_memory: whether batches lie in page-locked memory, from which a GPU reads them while it computes.
+        pin_memory: whether batches lie in page-locked memory, from which a GPU reads them while it
+            computes.
     """
 
-    def __init__(self, batch: Callable[[int], Any], steps: int, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self, batch: Callable[[int], Any], steps: int, *, pin_memory: bool = False
+    ) -> None:
         self._batch = (lambda step: pinned(batch(step))) if pin_memory else batch
         self._steps = steps
         self._made: dict[int, Future[Any]] = {}

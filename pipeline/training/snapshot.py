@@ -1,4 +1,5 @@
-"""Steps that are rolled back: a probe's wholly, one that is not finite without its optimizers. Knows tensors alone."""
+"""Steps that are rolled back: a probe's wholly, one that is not finite without its optimizers.
+Knows tensors alone."""
 
 from __future__ import annotations
 
@@ -14,11 +15,17 @@ from pipeline.training.fsdp import local_shard
 
 @contextmanager
 def preserve_state(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Restores parameters and buffers when it ends, and takes gradients away; copies lie in the CPU's memory meanwhile. Torch's random
-    state is set by each step anew."""
-    of_networks = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    """Restores parameters and buffers when it ends, and takes gradients away; copies lie in the
+    CPU's memory meanwhile. Torch's random state is set by each step anew."""
+    of_networks = [
+        tensor for network in networks for tensor in (*network.parameters(), *network.buffers())
+    ]
     # Parameters that are frozen are not moved by steps.
-    moving = [tensor for tensor in of_networks if tensor.requires_grad or not isinstance(tensor, nn.Parameter)]
+    moving = [
+        tensor
+        for tensor in of_networks
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    ]
     held = [(tensor, tensor.data, _to_cpu_copy(tensor)) for tensor in moving]
     try:
         yield
@@ -37,17 +44,23 @@ def _to_cpu_copy(tensor: Tensor) -> Tensor:
 
 
 class BufferSnapshot:
-    """Takes back what a step's passes changed: statistics that move in the forward pass - of codebooks, of an adversary - and codes that
-    jump. Weights need none of it: they have not moved yet when a step is found not to be finite."""
+    """Takes back what a step's passes changed: statistics that move in the forward pass - of
+    codebooks, of an adversary - and codes that jump. Weights need none of it: they have not moved
+    yet when a step is found not to be finite."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._modules = [module for network in networks for module in network.modules()]
         self._before: list[Tensor] = []
 
     def _moving(self) -> list[Tensor]:
-        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other tensors in its buffers' places.
+        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other
+        # tensors in its buffers' places.
         moving = [b for module in self._modules for b in module.buffers(recurse=False)]
-        moving += [p for module in self._modules for p in getattr(module, "ema_excluded_parameters", list)()]
+        moving += [
+            p
+            for module in self._modules
+            for p in getattr(module, "ema_excluded_parameters", list)()
+        ]
         return list({id(tensor): tensor for tensor in moving}.values())
 
     @torch.no_grad()

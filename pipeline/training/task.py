@@ -1,4 +1,5 @@
-"""What a stage hands to the training loop, and what the loop asks of it. Knows names and shapes; trains nothing."""
+"""What a stage hands to the training loop, and what the loop asks of it. Knows names and shapes;
+trains nothing."""
 
 from __future__ import annotations
 
@@ -25,12 +26,15 @@ class Objective(Protocol):
 
     networks: dict[str, nn.Module]
 
-    def losses(self, batch: Any, step: int, networks: Mapping[str, nn.Module] | None = None) -> Iterator[Loss]:
-        """The losses of a step, one after another; the gradient of each is taken before the next is asked for.
+    def losses(
+        self, batch: Any, step: int, networks: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[Loss]:
+        """The losses of a step, one after another; the gradient of each is taken before the next is
+        asked for.
 
         Args:
-            networks: what to call in place of the objective's own networks: the same ones, wrapped so that gradients are averaged over
-                processes.
+            networks: what to call in place of the objective's own networks: the same ones, wrapped
+                so that gradients are averaged over processes.
         """
         ...
 
@@ -42,12 +46,16 @@ class Task:
     """What a stage hands to `fit`.
 
     Attributes:
-        batch: (step) -> this process's part of the batch of that step, on the CPU; a pure function of the step.
+        batch: (step) -> this process's part of the batch of that step, on the CPU; a pure function
+            of the step.
         held_out: () -> batches to evaluate on.
         best: name of the held-out figure that says which weights are best (smaller is better).
-        pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the averaged weights.
-        alarm: (scalars, step) -> a line that warns of something wrong with training and says what to do, or None.
-        rows: (step) -> names of the pictures in this process's part of the batch of that step, for errors.
+        pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the
+            averaged weights.
+        alarm: (scalars, step) -> a line that warns of something wrong with training and says what
+            to do, or None.
+        rows: (step) -> names of the pictures in this process's part of the batch of that step, for
+            errors.
     """
 
     objective: Objective

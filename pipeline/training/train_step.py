@@ -1,4 +1,5 @@
-"""One training step: the gradients of every loss, over the micro-batches of a batch. Knows no data, no files and no optimizer's kind."""
+"""One training step: the gradients of every loss, over the micro-batches of a batch. Knows no data,
+no files and no optimizer's kind."""
 
 from __future__ import annotations
 
@@ -46,16 +47,23 @@ class Gradients:
 def backward_all(context: StepContext, batch: Any, step: int) -> Gradients:
     """The clipped gradient of every loss, in the order in which the objective yields them.
 
-    Each micro-batch goes as far as its next loss, and that loss's gradient is taken, before the next micro-batch starts.
+    Each micro-batch goes as far as its next loss, and that loss's gradient is taken, before the
+    next micro-batch starts.
     """
     parts = split_batch(batch, context.micro_batches)
     pending = [context.objective.losses(part, step, context.networks) for part in parts]
     groups: list[str] = []
     scalars: dict[str, Tensor] = {}
-    while metrics := [found for losses in pending if (found := _backward_next(context, losses, len(parts))) is not None]:
+    while metrics := [
+        found
+        for losses in pending
+        if (found := _backward_next(context, losses, len(parts))) is not None
+    ]:
         group = metrics[0].group
         mean = _mean([part.scalars for part in metrics])
-        norm = context.accelerator.clip_grad_norm_(context.networks[group].parameters(), context.grad_clip)
+        norm = context.accelerator.clip_grad_norm_(
+            context.networks[group].parameters(), context.grad_clip
+        )
         prefix = "" if group in ("tokenizer", "prior") else f"{group}_"
         groups.append(group)
         scalars |= {f"{prefix}loss": mean.pop("loss"), f"{prefix}grad_norm": full_tensor(norm)}
@@ -69,8 +77,11 @@ class _LossMetrics:
     scalars: dict[str, Tensor]
 
 
-def _backward_next(context: StepContext, losses: Iterator[Loss], micro_batches: int) -> _LossMetrics | None:
-    """Takes the gradient of a micro-batch's next loss; None where it has no more. Its graph ends with this call."""
+def _backward_next(
+    context: StepContext, losses: Iterator[Loss], micro_batches: int
+) -> _LossMetrics | None:
+    """Takes the gradient of a micro-batch's next loss; None where it has no more. Its graph ends
+    with this call."""
     with context.autocast():
         loss = next(losses, None)
     if loss is None:
@@ -81,7 +92,10 @@ def _backward_next(context: StepContext, losses: Iterator[Loss], micro_batches: 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Each metric's mean over the micro-batches."""
-    return {name: torch.stack([torch.as_tensor(part[name]) for part in parts]).float().mean() for name in parts[0]}
+    return {
+        name: torch.stack([torch.as_tensor(part[name]) for part in parts]).float().mean()
+        for name in parts[0]
+    }
 
 
 def split_batch(batch: Any, count: int) -> list[Any]:
@@ -92,8 +106,11 @@ def split_batch(batch: Any, count: int) -> list[Any]:
     return list(batch.chunk(count))
 
 
-def step_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], groups: list[str], rate: float, *, apply: bool) -> None:
-    """Steps the optimizers of some groups at a learning rate and clears their gradients; without `apply`, clears them alone."""
+def step_optimizers(
+    optimizers: Mapping[str, torch.optim.Optimizer], groups: list[str], rate: float, *, apply: bool
+) -> None:
+    """Steps the optimizers of some groups at a learning rate and clears their gradients; without
+    `apply`, clears them alone."""
     for name, optimizer in optimizers.items():
         if name.split("/")[0] not in groups:
             continue

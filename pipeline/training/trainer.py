@@ -1,7 +1,8 @@
-"""`fit`: the accelerate loop for any objective. Knows steps, optimizers, EMA and checkpoints; knows no stage and no data.
+"""`fit`: the accelerate loop for any objective. Knows steps, optimizers, EMA and checkpoints; knows
+no stage and no data.
 
-Every random number is a pure function of (seed, step, process), so a checkpoint needs no random state and no position in the data: the
-batch of a step and its noise follow from the step's number.
+Every random number is a pure function of (seed, step, process), so a checkpoint needs no random
+state and no position in the data: the batch of a step and its noise follow from the step's number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from tqdm import tqdm
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import clean_partial_writes
 from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
-from pipeline.runtime.signals import RecoverableError, SignalState, TrainingInterrupted, catch_signals
+from pipeline.runtime.signals import (
+    RecoverableError,
+    SignalState,
+    TrainingInterrupted,
+    catch_signals,
+)
 from pipeline.training.checkpoint import (
     CorruptedCheckpoint,
     State,
@@ -66,30 +72,38 @@ def fit(
     label: str,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in `folder`/checkpoints if there is one.
+    """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in
+    `folder`/checkpoints if there is one.
 
-    Ends with the EMA weights in the objective's networks (the best ones with `config.save_best`) and returns the last (or best)
-    held-out metrics.
+    Ends with the EMA weights in the objective's networks (the best ones with `config.save_best`)
+    and returns the last (or best) held-out metrics.
 
     Raises:
-        FloatingPointError: a loss or a gradient is not finite, more often than `config.max_nonfinite_steps` allows; names the step, its
-            images and the last good checkpoint. The weights are those of the step before.
-        ValueError: the batch does not split evenly over the processes, or every checkpoint is corrupted.
+        FloatingPointError: a loss or a gradient is not finite, more often than
+            `config.max_nonfinite_steps` allows; names the step, its images and the last good
+            checkpoint. The weights are those of the step before.
+        ValueError: the batch does not split evenly over the processes, or every checkpoint is
+            corrupted.
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
     batch_size, gradient_accumulation_steps = config.resolved_batch()
     if batch_size % (accelerator.num_processes * gradient_accumulation_steps):
         raise ValueError(
-            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} processes with "
-            f"train.gradient_accumulation_steps {gradient_accumulation_steps}; choose a multiple of both together"
+            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} "
+            "processes with "
+            f"train.gradient_accumulation_steps {gradient_accumulation_steps}; choose a multiple "
+            "of both together"
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
         return trainer.train(compile_networks=compile_networks, progress=progress)
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_peer_failure(error):
-            problem = f"{label}: another process of this job is gone or no longer answers; {trainer.last_checkpoint_hint()}"
+            problem = (
+                f"{label}: another process of this job is gone or no longer answers; "
+                f"{trainer.last_checkpoint_hint()}"
+            )
             raise RecoverableError(problem) from error
         raise
 
@@ -103,12 +117,27 @@ class Built:
 
 
 class Trainer:
-    """One training: `train` is the loop, the other methods are its parts in the order in which they are called."""
+    """One training: `train` is the loop, the other methods are its parts in the order in which they
+    are called."""
 
     def __init__(
-        self, task: Task, config: TrainConfig, accelerator: Accelerator, folder: Path, label: str, *, seed: int, bf16: bool
+        self,
+        task: Task,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: Path,
+        label: str,
+        *,
+        seed: int,
+        bf16: bool,
     ) -> None:
-        self.task, self.config, self.accelerator, self.label, self.seed = task, config, accelerator, label, seed
+        self.task, self.config, self.accelerator, self.label, self.seed = (
+            task,
+            config,
+            accelerator,
+            label,
+            seed,
+        )
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.verified: set[Path] = set()
@@ -116,8 +145,11 @@ class Trainer:
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
         self.signals = SignalState()
-        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules as they are.
-        self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules
+        # as they are.
+        self.autocast = partial(
+            torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16
+        )
         # Build, on the CPU where the networks will be sharded; resume; then shard.
         self.networks = task.objective.networks
         sharded = can_shard(self.networks, accelerator)
@@ -127,8 +159,12 @@ class Trainer:
         self.state = self.resume(built)
         kind = FSDPModelState if sharded else ModelState
         self.model = kind(self.networks, built.optimizers, built.ema, accelerator, self.build)
-        self.buffers = BufferSnapshot(self.model.networks.values() if config.max_nonfinite_steps else ())
-        self.batches = BatchPrefetcher(task.batch, config.steps, pin_memory=accelerator.device.type == "cuda")
+        self.buffers = BufferSnapshot(
+            self.model.networks.values() if config.max_nonfinite_steps else ()
+        )
+        self.batches = BatchPrefetcher(
+            task.batch, config.steps, pin_memory=accelerator.device.type == "cuda"
+        )
 
     def build(self, networks: Mapping[str, nn.Module]) -> Built:
         optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -142,17 +178,24 @@ class Trainer:
             clean_partial_writes(self.checkpoints)
             clean_partial_writes(self.best)
         self.accelerator.wait_for_everyone()
-        found = load_newest(self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.say)
+        found = load_newest(
+            self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.say
+        )
         if found is None:
             return State(0)
         newest, state = found
         if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
-            self.verified = prune_checkpoints(self.checkpoints, newest, self.config.save_total_limit, {newest})
+            self.verified = prune_checkpoints(
+                self.checkpoints, newest, self.config.save_total_limit, {newest}
+            )
         self.say(f"going on from {newest} (step {state.step})")
         if self.config.save_best and state.best:
             kept = newest_checkpoint(self.best)
             if problem := verify_checkpoint(kept) if kept else "it is gone":
-                self.say(f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew from here on")
+                self.say(
+                    f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew "
+                    "from here on"
+                )
                 state.best.clear()
         return state
 
@@ -165,8 +208,15 @@ class Trainer:
                 self.model.compile()
             self.context = self.step_context()
             shown = progress and self.accelerator.is_main_process
-            # The bar is closed before anything that stops the training is said, which would stand on the bar's line otherwise.
-            with tqdm(total=config.steps, initial=first, desc=self.label, disable=not shown, mininterval=1.0) as bar:
+            # The bar is closed before anything that stops the training is said, which would stand
+            # on the bar's line otherwise.
+            with tqdm(
+                total=config.steps,
+                initial=first,
+                desc=self.label,
+                disable=not shown,
+                mininterval=1.0,
+            ) as bar:
                 log = _Log(self, bar)
                 for step in range(first, config.steps):
                     start = time.perf_counter()
@@ -186,7 +236,9 @@ class Trainer:
                     self.stop_if_asked(done)
         if progress:
             log.summarize()
-        if first >= config.steps:  # nothing was left to train: the metrics are those of the checkpoint
+        if (
+            first >= config.steps
+        ):  # nothing was left to train: the metrics are those of the checkpoint
             metrics = self.evaluate()
         metrics = self.load_final_weights(metrics)
         for network in self.networks.values():
@@ -196,7 +248,14 @@ class Trainer:
     def step_context(self) -> StepContext:
         networks = {group: self.model.for_training(group) for group in self.networks}
         micro_batches = self.config.resolved_batch()[1]
-        return StepContext(self.task.objective, networks, self.accelerator, self.autocast, self.config.grad_clip, micro_batches)
+        return StepContext(
+            self.task.objective,
+            networks,
+            self.accelerator,
+            self.autocast,
+            self.config.grad_clip,
+            micro_batches,
+        )
 
     def train_step(self, step: int, batch: Any) -> dict[str, Tensor]:
         """One step; its scalars, none where it was skipped."""
@@ -216,9 +275,12 @@ class Trainer:
         return gradients.scalars | {"learning_rate": torch.tensor(rate)}
 
     def sync_flags(self, scalars: Mapping[str, Tensor]) -> bool:
-        """Whether a loss or gradient norm is not finite on any process; also has all processes know of a signal to any."""
+        """Whether a loss or gradient norm is not finite on any process; also has all processes know
+        of a signal to any."""
         accelerator = self.accelerator
-        bad, self.stop = all_reduce_flags(scalars, self.signals.number, accelerator.device, accelerator.num_processes > 1)
+        bad, self.stop = all_reduce_flags(
+            scalars, self.signals.number, accelerator.device, accelerator.num_processes > 1
+        )
         return bad
 
     def handle_nonfinite(self, step: int, scalars: Mapping[str, Tensor]) -> None:
@@ -232,20 +294,28 @@ class Trainer:
         if skipped >= self.config.max_nonfinite_steps:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
-                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the learning rate, and start again under another "
-                f"name (--name) or without this run's folder; or go on and skip a few such steps: {self.label}.train.max_nonfinite_steps"
+                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
+                "learning rate, and start again under another "
+                "name (--name) or without this run's folder; or go on and skip a few such steps: "
+                f"{self.label}.train.max_nonfinite_steps"
             )
         self.buffers.restore()
         self.state.skipped += 1
         if self.accelerator.is_main_process:
-            tqdm.write(f"{self.label}: {problem}; skipped, {self.state.skipped} of {self.config.max_nonfinite_steps}")
+            tqdm.write(
+                f"{self.label}: {problem}; skipped, {self.state.skipped} of "
+                f"{self.config.max_nonfinite_steps}"
+            )
 
     def nonfinite_sources(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
-        """What was not finite in a step and in which images: of the processes whose own loss was not, as a gradient is everybody's."""
+        """What was not finite in a step and in which images: of the processes whose own loss was
+        not, as a gradient is everybody's."""
         own = (names, list(self.task.sample_names(step)))
         every = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         guilty = [one for one in every if any("loss" in name for name in one[0])] or every
-        return list(dict.fromkeys(name for names, _ in guilty for name in names)), [row for _, rows in guilty for row in rows]
+        return list(dict.fromkeys(name for names, _ in guilty for name in names)), [
+            row for _, rows in guilty for row in rows
+        ]
 
     def saves(self, done: int) -> bool:
         """Whether metrics are due because something is saved after this step."""
@@ -253,8 +323,9 @@ class Trainer:
         return done == self.config.steps or any(done % count == 0 for count in every)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the EMA weights; saves those that are the best so far. The main process evaluates and the others wait: but
-        for putting sharded weights together and writing, nothing talks to them."""
+        """Held-out metrics of the EMA weights; saves those that are the best so far. The main
+        process evaluates and the others wait: but for putting sharded weights together and writing,
+        nothing talks to them."""
         task, accelerator, state = self.task, self.accelerator, self.state
         metrics: dict[str, float] = {}
         images: Mapping[str, Any] = {}
@@ -262,15 +333,24 @@ class Trainer:
             if accelerator.is_main_process:
                 metrics = task.objective.evaluate(task.eval_batches())
                 images = task.sample_images()
-        better = bool(self.config.save_best and metrics and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf))
+        better = bool(
+            self.config.save_best
+            and metrics
+            and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf)
+        )
         if self.config.save_best and self.model.saves_together:  # gathering takes part of all
-            better = bool(accelerator.reduce(torch.tensor(float(better), device=accelerator.device)))
+            better = bool(
+                accelerator.reduce(torch.tensor(float(better), device=accelerator.device))
+            )
         if better:
             state.best.clear()
             state.best.update(metrics)
             saved = self.model.checkpoint_state()
         if accelerator.is_main_process:
-            accelerator.log({f"{self.label}/held_out/{name}": value for name, value in metrics.items()}, step=state.step)
+            accelerator.log(
+                {f"{self.label}/held_out/{name}": value for name, value in metrics.items()},
+                step=state.step,
+            )
             self.log_images(images)
         with self.main_process_io():
             if better and accelerator.is_main_process:
@@ -281,16 +361,25 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"{self.label}/{name}": image[None] for name, image in images.items()}, step=self.state.step, **layout)
+                tracker.log_images(
+                    {f"{self.label}/{name}": image[None] for name, image in images.items()},
+                    step=self.state.step,
+                    **layout,
+                )
 
     def save_checkpoint(self) -> None:
         saved = self.model.checkpoint_state()
         with self.main_process_io():
             if self.accelerator.is_main_process:
                 self.verified = save_checkpoint(
-                    self.checkpoints, self.state, saved.networks, saved.optimizers, saved.ema,
-                    keep=self.config.save_total_limit, verified=self.verified,
-                )  # fmt: skip
+                    self.checkpoints,
+                    self.state,
+                    saved.networks,
+                    saved.optimizers,
+                    saved.ema,
+                    keep=self.config.save_total_limit,
+                    verified=self.verified,
+                )
 
     @contextmanager
     def main_process_io(self) -> Iterator[None]:
@@ -300,20 +389,27 @@ class Trainer:
             yield
         except OSError as error:
             hint = self.last_checkpoint_hint()
-            problem = f"{self.label}: the checkpoint of step {self.state.step} could not be written ({error}); {hint}"
+            problem = (
+                f"{self.label}: the checkpoint of step {self.state.step} could not be "
+                f"written ({error}); {hint}"
+            )
         if problem := broadcast_from_main(problem):
             raise RecoverableError(problem)
 
     def stop_if_asked(self, done: int) -> None:
-        """Raises TrainingInterrupted where a signal came; after the last step it asks once more, or one during the last evaluation would be
-        forgotten."""
+        """Raises TrainingInterrupted where a signal came; after the last step it asks once more, or
+        one during the last evaluation would be forgotten."""
         if done == self.config.steps:
             self.sync_flags({})
         if self.stop:
-            raise TrainingInterrupted(self.stop, f" after step {done} of {self.config.steps} ({self.label}), which is saved")
+            raise TrainingInterrupted(
+                self.stop,
+                f" after step {done} of {self.config.steps} ({self.label}), which is saved",
+            )
 
     def load_final_weights(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Leaves the EMA weights, or with `save_best` the best ones, in the networks; returns their metrics."""
+        """Leaves the EMA weights, or with `save_best` the best ones, in the networks; returns their
+        metrics."""
         if self.config.save_best and (chosen := newest_checkpoint(self.best)):
             try:
                 ema = EMA(self.networks)
@@ -321,7 +417,9 @@ class Trainer:
                 ema.swap()
                 return best
             except CorruptedCheckpoint as error:
-                self.say(f"{chosen} is damaged ({error}); the last weights take the place of the best")
+                self.say(
+                    f"{chosen} is damaged ({error}); the last weights take the place of the best"
+                )
         self.model.load_ema()
         return metrics
 
@@ -334,7 +432,8 @@ class Trainer:
 
 
 class _Log:
-    """What is logged and shown of a training: the newest scalars, throughput, and warnings that are told once."""
+    """What is logged and shown of a training: the newest scalars, throughput, and warnings that are
+    told once."""
 
     def __init__(self, trainer: Trainer, bar: tqdm) -> None:
         self.trainer, self.bar = trainer, bar
@@ -348,7 +447,9 @@ class _Log:
 
     def add(self, scalars: Mapping[str, Tensor], waited: float) -> None:
         """A step was made, `waited` seconds of it waiting for its batch."""
-        self.scalars |= scalars  # not every step has every metric: batches with codes first have others
+        self.scalars |= (
+            scalars  # not every step has every metric: batches with codes first have others
+        )
         self.overall.step(waited)
         self.recent.step(waited)
         self.bar.update(1)
@@ -362,13 +463,20 @@ class _Log:
         self.recent.restart()
         for i, check in enumerate(self.checks):
             warning = check(scalars, done)
-            if warning and not self.warned[i] and accelerator.is_main_process:  # told once, and again where it comes back
+            if (
+                warning and not self.warned[i] and accelerator.is_main_process
+            ):  # told once, and again where it comes back
                 self.bar.write(f"{trainer.label}: {warning}")
             self.warned[i] = warning is not None
         self.bar.set_postfix_str(format_metrics(scalars, metrics), refresh=False)
-        accelerator.log({f"{trainer.label}/{name}": value for name, value in scalars.items()}, step=done)
+        accelerator.log(
+            {f"{trainer.label}/{name}": value for name, value in scalars.items()}, step=done
+        )
 
     def summarize(self) -> None:
         if self.overall.steps:
             skipped = self.trainer.state.skipped
-            self.trainer.say(self.overall.line() + (f"; steps skipped as not finite: {skipped}" if skipped else ""))
+            self.trainer.say(
+                self.overall.line()
+                + (f"; steps skipped as not finite: {skipped}" if skipped else "")
+            )

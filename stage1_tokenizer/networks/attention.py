@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _FEW = 256
-"""Positions up to which scores are written out: plain products are quicker (on a CPU the block trains in 0.6 of the time). Beyond it the
-memory of all scores counts."""
+"""Positions up to which scores are written out: plain products are quicker (on a CPU the block
+trains in 0.6 of the time). Beyond it the memory of all scores counts."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -21,7 +21,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class SpatialAttention(nn.Module):
-    """x + project(attention(norm(x))) with one head over all positions, as in VQ-GAN (Esser et al. 2020)."""
+    """x + project(attention(norm(x))) with one head over all positions, as in VQ-GAN (Esser et al.
+    2020)."""
 
     def __init__(self, width: int, norm: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""The networks of DALL-E's dVAE, so that its published weights fit (Ramesh et al. 2021, https://arxiv.org/abs/2102.12092, appendix A.1).
+"""The networks of DALL-E's dVAE, so that its published weights fit (Ramesh et al. 2021,
+https://arxiv.org/abs/2102.12092, appendix A.1).
 
-Legend: B batch, C channels, n base width. Groups of bottleneck blocks at each resolution, widths n, 2n, 4n, ... towards the codes; ReLU, no
-norm; the branch of a block is scaled by one over the square of the number of blocks. The convolutions at both ends of the codes are
-1x1: the encoder's last gives logits, and the decoder's first is the codebook itself, so it belongs to the quantizer here.
+Legend: B batch, C channels, n base width. Groups of bottleneck blocks at each resolution, widths n,
+2n, 4n, ... towards the codes; ReLU, no norm; the branch of a block is scaled by one over the square
+of the number of blocks. The convolutions at both ends of the codes are 1x1: the encoder's last
+gives logits, and the decoder's first is the codebook itself, so it belongs to the quantizer here.
 """
 
 from __future__ import annotations
@@ -26,14 +28,19 @@ def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
 class Block(nn.Module):
     """A bottleneck of four convolutions with the given kernels, a quarter as wide inside."""
 
-    def __init__(self, inputs: int, outputs: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernels: tuple[int, int, int, int], gain: float
+    ) -> None:
         super().__init__()
         inside = outputs // 4
         self.gain = gain
         self.id_path = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         widths = (inputs, inside, inside, inside, outputs)
         self.res_path = nn.ModuleDict(
-            {f"conv_{i + 1}": _conv(a, b, kernel) for i, (a, b, kernel) in enumerate(zip(widths, widths[1:], kernels, strict=False))}
+            {
+                f"conv_{i + 1}": _conv(a, b, kernel)
+                for i, (a, b, kernel) in enumerate(zip(widths, widths[1:], kernels, strict=False))
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +59,8 @@ def _groups(
     groups: list[tuple[str, nn.Module]] = []
     for number, width in enumerate(widths, start=1):
         blocks: OrderedDict[str, nn.Module] = OrderedDict(
-            (f"block_{i + 1}", Block(first if i == 0 else width, width, kernels, gain)) for i in range(depth)
+            (f"block_{i + 1}", Block(first if i == 0 else width, width, kernels, gain))
+            for i in range(depth)
         )
         if number < len(widths):
             blocks["resize"] = resize
@@ -69,7 +77,14 @@ class Encoder(nn.Module):
         widths = [base << i for i in range(halvings + 1)]
         groups = _groups(base, widths, depth, (3, 3, 3, 1), nn.MaxPool2d(2))
         self.blocks = nn.Sequential(
-            OrderedDict([("input", _conv(channels, base, 7)), *groups, ("relu", nn.ReLU()), ("output", _conv(widths[-1], out, 1))])
+            OrderedDict(
+                [
+                    ("input", _conv(channels, base, 7)),
+                    *groups,
+                    ("relu", nn.ReLU()),
+                    ("output", _conv(widths[-1], out, 1)),
+                ]
+            )
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -82,8 +97,12 @@ class Decoder(nn.Module):
     def __init__(self, code_dim: int, base: int, halvings: int, depth: int, out: int) -> None:
         super().__init__()
         widths = [base << i for i in range(halvings, -1, -1)]
-        groups = _groups(code_dim, widths, depth, (1, 3, 3, 3), nn.Upsample(scale_factor=2, mode="nearest"))
-        self.blocks = nn.Sequential(OrderedDict([*groups, ("relu", nn.ReLU()), ("output", _conv(base, out, 1))]))
+        groups = _groups(
+            code_dim, widths, depth, (1, 3, 3, 3), nn.Upsample(scale_factor=2, mode="nearest")
+        )
+        self.blocks = nn.Sequential(
+            OrderedDict([*groups, ("relu", nn.ReLU()), ("output", _conv(base, out, 1))])
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.blocks(latents)

@@ -1,9 +1,12 @@
-"""Convolutions over folded patches, the default. Know no quantizer, no pixel units, no configuration.
+"""Convolutions over folded patches, the default. Know no quantizer, no pixel units, no
+configuration.
 
-Legend: B batch, C channels, H W pixels, h w code grid. `widths` are channels at each resolution, finest first.
+Legend: B batch, C channels, H W pixels, h w code grid. `widths` are channels at each resolution,
+finest first.
 
-The first layer folds a patch of up to 4x4 pixels into channels, so that no block works at the picture's own resolution, where
-most of the arithmetic of such networks goes for little; the last layer unfolds it (sub-pixel convolution, Shi et al. 2016).
+The first layer folds a patch of up to 4x4 pixels into channels, so that no block works at the
+picture's own resolution, where most of the arithmetic of such networks goes for little; the last
+layer unfolds it (sub-pixel convolution, Shi et al. 2016).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(silu(conv(norm(x)))): one convolution of the given kernel, the second one is 1x1 to halve the arithmetic."""
+    """x + conv1x1(silu(conv(norm(x)))): one convolution of the given kernel, the second one is 1x1
+    to halve the arithmetic."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -48,18 +52,31 @@ def attention_block(width: int) -> SpatialAttention:
 class Encoder(nn.Module):
     """Pixels (B,C,H,W) -> features (B,out,h,w).
 
-    It looks no farther than it must: `kernel` at the finest resolution, 1x1 after it, and no statistic over the picture. A code
-    then says what is at its own place, equal places get equal codes, and the prior has far less to explain than where distant
-    objects flicker in every code. With kernel 1 a code sees the pixels it covers and no other: pictures of the embedded world
-    then take half as many distinct codes as with kernel 3, at about half a dB less; with a wider view and GroupNorm, plain background
-    alone took dozens. With `attention` every code may look at the whole picture, at the codes' resolution.
+    It looks no farther than it must: `kernel` at the finest resolution, 1x1 after it, and no
+    statistic over the picture. A code then says what is at its own place, equal places get equal
+    codes, and the prior has far less to explain than where distant objects flicker in every code.
+    With kernel 1 a code sees the pixels it covers and no other: pictures of the embedded world then
+    take half as many distinct codes as with kernel 3, at about half a dB less; with a wider view
+    and GroupNorm, plain background alone took dozens. With `attention` every code may look at the
+    whole picture, at the codes' resolution.
     """
 
     def __init__(
-        self, channels: int, widths: tuple[int, ...], depth: int, kernel: int, patch: int, out: int, *, attention: bool = False
+        self,
+        channels: int,
+        widths: tuple[int, ...],
+        depth: int,
+        kernel: int,
+        patch: int,
+        out: int,
+        *,
+        attention: bool = False,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 1)]
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(channels * patch**2, widths[0], 1),
+        ]
         for i, width in enumerate(widths):
             if i:
                 layers.append(nn.Conv2d(widths[i - 1], width, 2, stride=2))
@@ -76,7 +93,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Code vectors (B,D,h,w) -> the likelihood's parameters (B,out,H,W)."""
 
-    def __init__(self, code_dim: int, widths: tuple[int, ...], depth: int, patch: int, out: int, *, attention: bool = False) -> None:
+    def __init__(
+        self,
+        code_dim: int,
+        widths: tuple[int, ...],
+        depth: int,
+        patch: int,
+        out: int,
+        *,
+        attention: bool = False,
+    ) -> None:
         super().__init__()
         coarse_first = widths[::-1]
         layers: list[nn.Module] = [nn.Conv2d(code_dim, coarse_first[0], 3, padding=1)]

@@ -1,4 +1,5 @@
-"""Transformers over patches as encoder and decoder (ViT-VQGAN, Yu et al. 2021, https://arxiv.org/abs/2110.04627). Know no picture size.
+"""Transformers over patches as encoder and decoder (ViT-VQGAN, Yu et al. 2021,
+https://arxiv.org/abs/2110.04627). Know no picture size.
 
 Legend: B batch, C channels, W width, h w patches, N = h w.
 """
@@ -19,19 +20,30 @@ def positions(height: int, width: int, features: int, device: torch.device) -> T
     """(N,W) sines and cosines of row and column, so that any grid has its positions."""
     quarter = features // 4
     rates = _LONGEST ** (-torch.arange(quarter, device=device) / quarter)
-    rows, columns = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
     angles = [axis.flatten()[:, None] * rates for axis in (rows, columns)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
 class Block(nn.Module):
-    """Attention over all patches, then a layer of four times the width, each added to what came in."""
+    """Attention over all patches, then a layer of four times the width, each added to what came
+    in."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = width // _HEAD
-        self.norm, self.joint, self.output = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide_norm, self.wide, self.narrow = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.joint, self.output = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.wide_norm, self.wide, self.narrow = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
         # The block starts as the identity, so depth costs no stability at the start.
         for layer in (self.output, self.narrow):
             nn.init.zeros_(layer.weight)

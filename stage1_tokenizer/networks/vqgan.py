@@ -1,8 +1,10 @@
-"""The networks of VQ-GAN, so that published weights of taming-transformers and LlamaGen fit (Esser et al. 2020,
-https://arxiv.org/abs/2012.09841, appendix A; Sun et al. 2024, https://arxiv.org/abs/2406.06525).
+"""The networks of VQ-GAN, so that published weights of taming-transformers and LlamaGen fit (Esser
+et al. 2020, https://arxiv.org/abs/2012.09841, appendix A; Sun et al. 2024,
+https://arxiv.org/abs/2406.06525).
 
-Legend: B batch, C channels, D features of a code. `widths` are channels at each resolution, finest first. Residual blocks of GroupNorm,
-SiLU and two 3x3 convolutions; attention in the middle and, if asked for, in the blocks of the lowest resolution.
+Legend: B batch, C channels, D features of a code. `widths` are channels at each resolution, finest
+first. Residual blocks of GroupNorm, SiLU and two 3x3 convolutions; attention in the middle and, if
+asked for, in the blocks of the lowest resolution.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ def norm(width: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv3x3(silu(norm(conv3x3(silu(norm(x)))))); a 1x1 convolution carries x where the width changes."""
+    """x + conv3x3(silu(norm(conv3x3(silu(norm(x)))))); a 1x1 convolution carries x where the width
+    changes."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -68,12 +71,19 @@ class Middle(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, each followed by attention if asked for, then the change of resolution if there is one."""
+    """The blocks of one resolution, each followed by attention if asked for, then the change of
+    resolution if there is one."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, **resize: nn.Module) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, attention: bool, **resize: nn.Module
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(SpatialAttention(outputs, norm(outputs)) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(
+            SpatialAttention(outputs, norm(outputs)) for _ in range(blocks if attention else 0)
+        )
         self.resize = list(resize)
         for name, module in resize.items():
             self.add_module(name, module)
@@ -92,7 +102,14 @@ class Encoder(nn.Module):
     """Pixels (B,C,H,W) -> features (B,out,h,w)."""
 
     def __init__(
-        self, channels: int, widths: tuple[int, ...], blocks: int, latent_channels: int, code_dim: int, out: int, attention: bool
+        self,
+        channels: int,
+        widths: tuple[int, ...],
+        blocks: int,
+        latent_channels: int,
+        code_dim: int,
+        out: int,
+        attention: bool,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -103,9 +120,13 @@ class Encoder(nn.Module):
             inputs = width
         self.down = nn.ModuleList(stages)
         self.mid = Middle(inputs)
-        self.norm_out, self.conv_out = norm(inputs), nn.Conv2d(inputs, latent_channels, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            norm(inputs),
+            nn.Conv2d(inputs, latent_channels, 3, padding=1),
+        )
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
-        # To the logits of categorical codes, or whatever else a quantizer takes that is no code's vector.
+        # To the logits of categorical codes, or whatever else a quantizer takes that is no code's
+        # vector.
         self.project = nn.Conv2d(code_dim, out, 1) if out != code_dim else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -119,7 +140,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Code vectors (B,D,h,w) -> the likelihood's parameters (B,out,H,W)."""
 
-    def __init__(self, code_dim: int, widths: tuple[int, ...], blocks: int, latent_channels: int, out: int, attention: bool) -> None:
+    def __init__(
+        self,
+        code_dim: int,
+        widths: tuple[int, ...],
+        blocks: int,
+        latent_channels: int,
+        out: int,
+        attention: bool,
+    ) -> None:
         super().__init__()
         last, inputs = len(widths) - 1, widths[-1]
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
@@ -128,8 +157,11 @@ class Decoder(nn.Module):
         stages: list[nn.Module] = []
         for i in range(last, -1, -1):
             resize = {"upsample": Upsample(widths[i])} if i else {}
-            # Numbered as the encoder's: 0 is the finest resolution. One block more than the encoder has.
-            stages.insert(0, Stage(inputs, widths[i], blocks + 1, attention and i == last, **resize))
+            # Numbered as the encoder's: 0 is the finest resolution. One block more than the encoder
+            # has.
+            stages.insert(
+                0, Stage(inputs, widths[i], blocks + 1, attention and i == last, **resize)
+            )
             inputs = widths[i]
         self.up = nn.ModuleList(stages)
         self.norm_out, self.conv_out = norm(inputs), nn.Conv2d(inputs, out, 3, padding=1)

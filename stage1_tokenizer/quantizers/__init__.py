@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from stage1_tokenizer.config import TokenizerConfig
-from stage1_tokenizer.quantizers.base import CodebookStatistics, Quantized, Quantizer, codebook_statistics, count_codes, counts_by_level
+from stage1_tokenizer.quantizers.base import (
+    CodebookStatistics,
+    Quantized,
+    Quantizer,
+    codebook_statistics,
+    count_codes,
+    counts_by_level,
+)
 from stage1_tokenizer.quantizers.binary import BinaryQuantizer
 from stage1_tokenizer.quantizers.fsq import FiniteScalarQuantizer
 from stage1_tokenizer.quantizers.gumbel import GumbelQuantizer
@@ -32,11 +39,25 @@ def build_quantizer(config: TokenizerConfig) -> Quantizer:
         case "residual":
             return ResidualQuantizer(config.num_codes, config.code_dim, config.residual, config.vq)
         case "hierarchical":
-            return HierarchicalQuantizer(config.num_codes, config.code_dim, config.hierarchical, config.vq)
+            return HierarchicalQuantizer(
+                config.num_codes, config.code_dim, config.hierarchical, config.vq
+            )
 
 
 __all__ = [
-    "BinaryQuantizer", "CodebookStatistics", "FiniteScalarQuantizer", "GumbelQuantizer", "HierarchicalQuantizer", "Quantized", "Quantizer",
-    "ResidualQuantizer", "ScoreFunctionQuantizer", "SignQuantizer", "VectorQuantizer", "build_quantizer", "codebook_statistics",
-    "count_codes", "counts_by_level",
-]  # fmt: skip
+    "BinaryQuantizer",
+    "CodebookStatistics",
+    "FiniteScalarQuantizer",
+    "GumbelQuantizer",
+    "HierarchicalQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "ScoreFunctionQuantizer",
+    "SignQuantizer",
+    "VectorQuantizer",
+    "build_quantizer",
+    "codebook_statistics",
+    "count_codes",
+    "counts_by_level",
+]

@@ -1,7 +1,9 @@
-"""What every quantizer is and returns, and how use of a codebook is counted. Knows codes; knows no particular quantizer.
+"""What every quantizer is and returns, and how use of a codebook is counted. Knows codes; knows no
+particular quantizer.
 
-Legend: B batch, D features of a code, h w code grid, K codes, L levels. Codes are (B,h,w) where there is one level and
-(B, sum of the levels' lengths) where there are several, level after level, coarse ones first.
+Legend: B batch, D features of a code, h w code grid, K codes, L levels. Codes are (B,h,w) where
+there is one level and (B, sum of the levels' lengths) where there are several, level after level,
+coarse ones first.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ class Quantized:
     codes: Tensor
     """(B,h,w) or flat, int64."""
     loss: Tensor
-    """Scalar: what the quantizer adds to the objective as it stands (squared distances, entropies)."""
+    """Scalar: what the quantizer adds to the objective as it stands (squared distances,
+    entropies)."""
     kl: Tensor | None = None
-    """Scalar: KL(q(codes given picture) || uniform) in nats a picture, a mean over the batch; None where q is one code."""
+    """Scalar: KL(q(codes given picture) || uniform) in nats a picture, a mean over the batch; None
+    where q is one code."""
     log_q: Tensor | None = None
-    """(B,h,w) log probability of each sampled code, for the score function; None where the latents carry the gradient."""
+    """(B,h,w) log probability of each sampled code, for the score function; None where the latents
+    carry the gradient."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -58,13 +63,20 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
 
 
 def count_codes(codes: Tensor, layout: Sequence[Level]) -> Tensor:
-    """Histogram (sum of K,) of codes in either form, counted over all levels: level i's codes come after those of the levels before."""
+    """Histogram (sum of K,) of codes in either form, counted over all levels: level i's codes come
+    after those of the levels before."""
     parts = codes.flatten(1).split([level.length for level in layout], dim=1)
-    return torch.cat([torch.bincount(part.flatten(), minlength=level.num_codes) for part, level in zip(parts, layout, strict=True)])
+    return torch.cat(
+        [
+            torch.bincount(part.flatten(), minlength=level.num_codes)
+            for part, level in zip(parts, layout, strict=True)
+        ]
+    )
 
 
 def counts_by_level(counts: Tensor, layout: Sequence[Level]) -> dict[str, Tensor]:
-    """A histogram over all levels, whole under "" and, where there are several levels, each one's part under "_level_1", ..."""
+    """A histogram over all levels, whole under "" and, where there are several levels, each one's
+    part under "_level_1", ..."""
     if len(layout) == 1:
         return {"": counts}
     parts = counts.split([level.num_codes for level in layout])
@@ -72,14 +84,16 @@ def counts_by_level(counts: Tensor, layout: Sequence[Level]) -> dict[str, Tensor
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes; itself where there is one. Called while training only, by all of them."""
+    """The sum of a tensor over all processes; itself where there is one. Called while training
+    only, by all of them."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean_over_processes(mean: Tensor) -> Tensor:
-    """The mean of all processes' means; the gradient goes to this process's own, which data-parallel training averages in turn."""
+    """The mean of all processes' means; the gradient goes to this process's own, which
+    data-parallel training averages in turn."""
     others = sum_over_processes(mean.detach().clone())
     count = sum_over_processes(torch.ones((), device=mean.device))
     return mean + (others / count - mean).detach()
@@ -98,12 +112,14 @@ class Quantizer(nn.Module):
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Features (B,input_dim,h,w) -> codes and what the decoder sees of them (B,output_dim,h,w).
 
-        With a `temperature` the codes may be relaxed or sampled, as in training; without one they are the most likely ones.
+        With a `temperature` the codes may be relaxed or sampled, as in training; without one they
+        are the most likely ones.
         """
         raise NotImplementedError
 
     def encode(self, features: Tensor) -> Tensor:
-        """The codes alone that `forward` has for features (B,input_dim,h,w) without a temperature."""
+        """The codes alone that `forward` has for features (B,input_dim,h,w) without a
+        temperature."""
         return self(features).codes
 
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
@@ -119,11 +135,13 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def usage(self) -> list[Tensor]:
-        """For each level, the moving average (K,) of how often each code is used in a training step."""
+        """For each level, the moving average (K,) of how often each code is used in a training
+        step."""
         raise NotImplementedError
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:
-        """Where results hold `log_q`: the scalar whose gradient the objective adds, given what each dimension (B,C,H,W) cost, in nats."""
+        """Where results hold `log_q`: the scalar whose gradient the objective adds, given what each
+        dimension (B,C,H,W) cost, in nats."""
         raise NotImplementedError
 
 
@@ -132,7 +150,9 @@ class SingleLevel(Quantizer):
 
     counts: Tensor
 
-    def __init__(self, num_codes: int, input_dim: int, output_dim: int, decay: float = 0.99) -> None:
+    def __init__(
+        self, num_codes: int, input_dim: int, output_dim: int, decay: float = 0.99
+    ) -> None:
         super().__init__(input_dim, output_dim)
         self.num_codes, self.decay = num_codes, decay
         # Moving average of the uses of each code in a step.
@@ -160,8 +180,11 @@ class SingleLevel(Quantizer):
 
     @torch.no_grad()
     def count(self, codes: Tensor) -> Tensor:
-        """Adds a step's codes, over all processes, to the counts; returns the weight () of this step in them."""
-        histogram = sum_over_processes(torch.bincount(codes.flatten(), minlength=self.num_codes).float())
+        """Adds a step's codes, over all processes, to the counts; returns the weight () of this
+        step in them."""
+        histogram = sum_over_processes(
+            torch.bincount(codes.flatten(), minlength=self.num_codes).float()
+        )
         # The first step counts whole, or every code would seem dead for the first hundred steps.
         weight = torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0)
         for average in self.usage_buffers():
@@ -183,7 +206,9 @@ class SingleLevel(Quantizer):
 
 def metrics_of_levels(levels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Each level's metrics under `NAME_level_1`, ..., and their mean over the levels under NAME."""
-    merged = {name: torch.stack([level[name].float() for level in levels]).mean() for name in levels[0]}
+    merged = {
+        name: torch.stack([level[name].float() for level in levels]).mean() for name in levels[0]
+    }
     for number, level in enumerate(levels, start=1):
         merged |= {f"{name}_level_{number}": value for name, value in level.items()}
     return merged

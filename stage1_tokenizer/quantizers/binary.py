@@ -1,9 +1,11 @@
-"""Bernoulli latents, smoothed while training: the discrete VAE with bits. Knows logits of bits; nothing of pictures.
+"""Bernoulli latents, smoothed while training: the discrete VAE with bits. Knows logits of bits;
+nothing of pictures.
 
 Legend: B batch, n bits of a code, h w code grid.
 
-DVAE, Rolfe 2016 (https://arxiv.org/abs/1609.02200); DVAE++, Vahdat et al. 2018a (https://arxiv.org/abs/1802.04920); DVAE#, Vahdat et al.
-2018b (https://arxiv.org/abs/1805.07445). The prior of this stage is uniform, as for all quantizers here; stage 2 learns the real one.
+DVAE, Rolfe 2016 (https://arxiv.org/abs/1609.02200); DVAE++, Vahdat et al. 2018a
+(https://arxiv.org/abs/1802.04920); DVAE#, Vahdat et al. 2018b (https://arxiv.org/abs/1805.07445).
+The prior of this stage is uniform, as for all quantizers here; stage 2 learns the real one.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ from stage1_tokenizer.quantizers.smoothing import smooth
 
 
 def kl_to_fair_bits(logits: Tensor) -> Tensor:
-    """KL(q(bits given picture) || fair coins) in nats a picture: logits (B,n,h,w) -> (B,). Smoothing changes nothing of it: both sides have
-    the same density of the smoothed bit given the bit (Rolfe 2016, section 2)."""
+    """KL(q(bits given picture) || fair coins) in nats a picture: logits (B,n,h,w) -> (B,).
+    Smoothing changes nothing of it: both sides have the same density of the smoothed bit given the
+    bit (Rolfe 2016, section 2)."""
     q = logits.sigmoid()
     entropy = F.softplus(-logits) + (1 - q) * logits
     return (math.log(2) - entropy).sum(dim=(1, 2, 3))
 
 
 class BinaryQuantizer(SingleLevel):
-    """A code is n bits, each with a probability of its own; the decoder sees -1 and 1, and what lies between while training."""
+    """A code is n bits, each with a probability of its own; the decoder sees -1 and 1, and what
+    lies between while training."""
 
     relaxed = True
 
@@ -40,7 +44,8 @@ class BinaryQuantizer(SingleLevel):
         self.options = options
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
-        """Logits (B,n,h,w) -> bits smoothed at inverse temperature 1 / `temperature`; the likelier bits where it is None."""
+        """Logits (B,n,h,w) -> bits smoothed at inverse temperature 1 / `temperature`; the likelier
+        bits where it is None."""
         with torch.autocast(features.device.type, enabled=False):
             logits = features.float()
             codes, kl = pack(logits > 0), kl_to_fair_bits(logits).mean()
@@ -50,15 +55,27 @@ class BinaryQuantizer(SingleLevel):
                 self.count(codes)
                 metrics |= self.usage_metrics()
                 if self.options.diversity:
-                    penalty = self.options.diversity * diversity_loss(self.of_codes(logits).log_softmax(dim=-1))
+                    penalty = self.options.diversity * diversity_loss(
+                        self.of_codes(logits).log_softmax(dim=-1)
+                    )
             if temperature is None:
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
-                latents = 2 * smooth(logits.sigmoid(), torch.rand_like(logits), 1 / temperature, self.options.smoothing) - 1
+                latents = (
+                    2
+                    * smooth(
+                        logits.sigmoid(),
+                        torch.rand_like(logits),
+                        1 / temperature,
+                        self.options.smoothing,
+                    )
+                    - 1
+                )
         return Quantized(latents, codes, penalty, kl=kl, metrics=metrics)
 
     def of_codes(self, logits: Tensor) -> Tensor:
-        """Logits of bits (B,n,h,w) -> logits of whole codes (B,h,w,K), whose softmax is the product over the bits."""
+        """Logits of bits (B,n,h,w) -> logits of whole codes (B,h,w,K), whose softmax is the product
+        over the bits."""
         return torch.einsum("bnhw,kn->bhwk", logits, self.vectors()) / 2
 
     def look_up(self, codes: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 def pack(positive: Tensor) -> Tensor:
     """Bits (B,n,h,w), true for 1 -> integers (B,h,w)."""
     places = 2 ** torch.arange(positive.shape[1] - 1, -1, -1, device=positive.device)
-    return (positive.long() * places[:, None, None]).sum(dim=1)  # CUDA has no product of integer matrices
+    # CUDA has no product of integer matrices
+    return (positive.long() * places[:, None, None]).sum(dim=1)
 
 
 def unpack(codes: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Finite scalar quantization: every feature rounded to one of a few values; the codebook is their product and cannot collapse.
+"""Finite scalar quantization: every feature rounded to one of a few values; the codebook is their
+product and cannot collapse.
 
 Legend: B batch, D features of a code (one for each entry of `levels`), h w code grid.
 
@@ -29,17 +30,23 @@ class FiniteScalarQuantizer(SingleLevel):
     def __init__(self, options: FsqOptions) -> None:
         levels = torch.tensor(options.levels)
         super().__init__(math.prod(options.levels), input_dim=len(levels), output_dim=len(levels))
-        # Persistent, so that loading (which builds the model without memory) fills them like any weight.
+        # Persistent, so that loading (which builds the model without memory) fills them like any
+        # weight.
         self.register_buffer("sizes", levels)
-        self.register_buffer("places", torch.cat([torch.ones_like(levels[:1]), levels[:-1].cumprod(0)]))
+        self.register_buffer(
+            "places", torch.cat([torch.ones_like(levels[:1]), levels[:-1].cumprod(0)])
+        )
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
-        """Features (B,D,h,w) -> rounded ones; there is nothing to relax, so `temperature` is not used."""
+        """Features (B,D,h,w) -> rounded ones; there is nothing to relax, so `temperature` is not
+        used."""
         with torch.autocast(features.device.type, enabled=False):
             bounded = self._bound(features.float().permute(0, 2, 3, 1))
             digits = bounded.detach().round() + self._half()
             codes = (digits.long() * self.places).sum(-1)
-            latents = straight_through(bounded / self._half(), bounded.detach().round() / self._half())
+            latents = straight_through(
+                bounded / self._half(), bounded.detach().round() / self._half()
+            )
             metrics: dict[str, Tensor] = {}
             if self.training:
                 self.count(codes)
@@ -54,7 +61,8 @@ class FiniteScalarQuantizer(SingleLevel):
         return self.sizes // 2
 
     def _bound(self, features: Tensor) -> Tensor:
-        """Into (-L/2, L/2), shifted by a half where L is even, so that there are L integers to round to."""
+        """Into (-L/2, L/2), shifted by a half where L is even, so that there are L integers to
+        round to."""
         half = (self.sizes - 1) * (1 + _MARGIN) / 2
         offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
         return (features + (offset / half).atanh()).tanh() * half - offset

@@ -1,9 +1,12 @@
-"""Gumbel-softmax: a relaxed categorical code, hardened by falling temperature. Knows logits; nothing of pictures.
+"""Gumbel-softmax: a relaxed categorical code, hardened by falling temperature. Knows logits;
+nothing of pictures.
 
-Legend: B batch, D features of a code, h w code grid, K codes. Functions here have codes in the last dimension.
+Legend: B batch, D features of a code, h w code grid, K codes. Functions here have codes in the last
+dimension.
 
-Jang et al. 2016 (https://arxiv.org/abs/1611.01144), Maddison et al. 2016 (https://arxiv.org/abs/1611.00712): Gumbel-max and its
-relaxation, eq. 1-2; the dVAE of DALL-E, Ramesh et al. 2021, section 2.1 and appendix A.2. ReinMax: Liu et al. 2023
+Jang et al. 2016 (https://arxiv.org/abs/1611.01144), Maddison et al. 2016
+(https://arxiv.org/abs/1611.00712): Gumbel-max and its relaxation, eq. 1-2; the dVAE of DALL-E,
+Ramesh et al. 2021, section 2.1 and appendix A.2. ReinMax: Liu et al. 2023
 (https://arxiv.org/abs/2304.08612), algorithm 2.
 """
 
@@ -30,15 +33,17 @@ def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tenso
 
 
 def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """One-hot samples (...,K) whose gradient is a second-order estimate (Heun's method) of that of the expected loss.
+    """One-hot samples (...,K) whose gradient is a second-order estimate (Heun's method) of that of
+    the expected loss.
 
-    With p = softmax(logits), D the sample and p1 = (D + softmax(logits / temperature)) / 2, the gradient is that of 2 s - p / 2, where s
-    is the softmax of logits moved so that it equals p1.
+    With p = softmax(logits), D the sample and p1 = (D + softmax(logits / temperature)) / 2, the
+    gradient is that of 2 s - p / 2, where s is the softmax of logits moved so that it equals p1.
     """
     sample = F.one_hot((logits + noise).argmax(dim=-1), logits.shape[-1]).float()
     p = logits.softmax(dim=-1)
     middle = (sample + (logits / temperature).softmax(dim=-1)) / 2
-    # The logarithm's shift is a constant to the gradient; the clamp only keeps probabilities of 0 from making it infinite.
+    # The logarithm's shift is a constant to the gradient; the clamp only keeps probabilities of 0
+    # from making it infinite.
     moved = (logits + (middle.clamp(min=1e-30).log() - logits).detach()).softmax(dim=-1)
     surrogate = 2 * moved - p / 2
     return sample + surrogate - surrogate.detach()
@@ -65,6 +70,12 @@ class GumbelQuantizer(Categorical):
             if temperature is None:
                 latents = self.look_up(codes)
             else:
-                latents = WEIGHTS[self.options.gradient](log_q, gumbel_noise_like(log_q), temperature) @ self.codebook
-            loss, metrics = self.against_disuse(log_q, self.options.diversity), self.use_of(codes, kl)
+                latents = (
+                    WEIGHTS[self.options.gradient](log_q, gumbel_noise_like(log_q), temperature)
+                    @ self.codebook
+                )
+            loss, metrics = (
+                self.against_disuse(log_q, self.options.diversity),
+                self.use_of(codes, kl),
+            )
         return Quantized(latents.permute(0, 3, 1, 2), codes, loss, kl=kl, metrics=metrics)

@@ -1,15 +1,20 @@
-"""Smoothing transformations: continuous stand-ins for bits, so that gradients pass through binary latents. Knows numbers alone.
+"""Smoothing transformations: continuous stand-ins for bits, so that gradients pass through binary
+latents. Knows numbers alone.
 
-A bit z ~ Bernoulli(q) gets a companion s in [0,1] with density r(s|z). The distribution function of s is the mixture
-F(s) = (1-q) F0(s) + q F1(s), so s = F^-1(u) with u uniform is a sample of it, differentiable in q. As the inverse temperature b
-grows, the densities shrink onto 0 and 1 and s becomes the bit.
+A bit z ~ Bernoulli(q) gets a companion s in [0,1] with density r(s|z). The distribution function of
+s is the mixture F(s) = (1-q) F0(s) + q F1(s), so s = F^-1(u) with u uniform is a sample of it,
+differentiable in q. As the inverse temperature b grows, the densities shrink onto 0 and 1 and s
+becomes the bit.
 
-    spike_exponential   r(s|0) = delta(s)                   r(s|1) = b e^(b s) / (e^b - 1)     DVAE, Rolfe 2016, section 2.1
-    exponential_pair    r(s|0) = b e^(-b s) / (1 - e^-b)    r(s|1) = r(1-s|0)                  DVAE++, Vahdat et al. 2018a, section 3
-    power_pair          r(s|0) = s^(1/b - 1) / b            r(s|1) = r(1-s|0)                  DVAE#, Vahdat et al. 2018b, section 4
+    spike_exponential   r(s|0) = delta(s)                   r(s|1) = b e^(b s) / (e^b - 1)     DVAE,
+    Rolfe 2016, section 2.1 exponential_pair    r(s|0) = b e^(-b s) / (1 - e^-b)    r(s|1) =
+    r(1-s|0)                  DVAE++, Vahdat et al. 2018a, section 3 power_pair          r(s|0) =
+    s^(1/b - 1) / b            r(s|1) = r(1-s|0)                  DVAE#, Vahdat et al. 2018b,
+    section 4
 
-In the pairs both ends are flat: s(u) stays near 0 for u well below 1-q and near 1 well above it, as a bit would. One gradient serves
-all three, by the implicit function theorem: ds/dq = -(dF/dq) / (dF/ds) = (F0(s) - F1(s)) / ((1-q) r(s|0) + q r(s|1)).
+In the pairs both ends are flat: s(u) stays near 0 for u well below 1-q and near 1 well above it, as
+a bit would. One gradient serves all three, by the implicit function theorem: ds/dq = -(dF/dq) /
+(dF/ds) = (F0(s) - F1(s)) / ((1-q) r(s|0) + q r(s|1)).
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ from torch import Tensor
 Smoothing = Literal["spike_exponential", "exponential_pair", "power_pair"]
 _HALVINGS = 30
 _SHARPEST = 80.0
-"""Inverse temperatures are cut here, where s differs from its bit nowhere that matters and e^-b is still a normal number."""
+"""Inverse temperatures are cut here, where s differs from its bit nowhere that matters and e^-b is
+still a normal number."""
 _EDGE = 1e-7
 """Power functions have an infinite density at 0 or 1; s keeps this far from both."""
 
@@ -56,7 +62,9 @@ def inverse(u: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
     match kind:
         case "spike_exponential":
             above = ((u - (1 - q)) / q).clamp(min=0)
-            return torch.where(above > 0, 1 + torch.log(above + (1 - above) * tail) / b, 0.0).clamp(0, 1)
+            return torch.where(above > 0, 1 + torch.log(above + (1 - above) * tail) / b, 0.0).clamp(
+                0, 1
+            )
         case "exponential_pair":
             # With w = e^(-b s): (1-q) w^2 - m w - q e^-b = 0, m = (1-q) - q e^-b - u (1 - e^-b).
             m = (1 - q) - q * tail + u * math.expm1(-b)
@@ -94,5 +102,6 @@ class _Smooth(torch.autograd.Function):
 
 
 def smooth(q: Tensor, u: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
-    """Samples s in [0,1] of bits with probabilities q, from uniform numbers u of the same shape; differentiable in q."""
+    """Samples s in [0,1] of bits with probabilities q, from uniform numbers u of the same shape;
+    differentiable in q."""
     return _Smooth.apply(q, u, min(sharpness, _SHARPEST), kind)

@@ -2,9 +2,11 @@
 
 Legend: B batch, D features of a code, h w code grid, K codes, N = B h w vectors.
 
-VQ-VAE, van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937): eq. 1 nearest code, eq. 3 the losses, appendix A.1 the moving
-averages. Normalised low-dimensional codes: ViT-VQGAN, Yu et al. 2022. Dead codes restart as in Jukebox, Dhariwal et al. 2020. SimVQ:
-Zhu et al. 2024 (https://arxiv.org/abs/2411.02038). Entropy term: Yu et al. 2023 (MAGVIT-v2), eq. 4-5, on soft assignments.
+VQ-VAE, van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937): eq. 1 nearest code, eq. 3 the
+losses, appendix A.1 the moving averages. Normalised low-dimensional codes: ViT-VQGAN, Yu et al.
+2022. Dead codes restart as in Jukebox, Dhariwal et al. 2020. SimVQ: Zhu et al. 2024
+(https://arxiv.org/abs/2411.02038). Entropy term: Yu et al. 2023 (MAGVIT-v2), eq. 4-5, on soft
+assignments.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.options import VectorOptions
-from stage1_tokenizer.quantizers.base import Quantized, SingleLevel, mean_over_processes, sum_over_processes
+from stage1_tokenizer.quantizers.base import (
+    Quantized,
+    SingleLevel,
+    mean_over_processes,
+    sum_over_processes,
+)
 from stage1_tokenizer.quantizers.gradients import pass_gradient
 
 _SMOOTHING = 1e-5
@@ -31,19 +38,21 @@ _CANDIDATES = 4096
 
 
 def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """(N,K), less |v|^2, which is the same for all codes; in one product, since what is written and read costs more than it."""
+    """(N,K), less |v|^2, which is the same for all codes; in one product, since what is written and
+    read costs more than it."""
     return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2)
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index (N,) of the codebook row (K,D) nearest to each vector (N,D), some vectors at a time: a table that stays in the processor's
-    cache costs half of one that does not."""
+    """Index (N,) of the codebook row (K,D) nearest to each vector (N,D), some vectors at a time: a
+    table that stays in the processor's cache costs half of one that does not."""
     rows = max((_TABLE if vectors.device.type == "cpu" else _TABLE_ON_GPU) // len(codebook), 1)
     return torch.cat([squared_distances(part, codebook).argmin(1) for part in vectors.split(rows)])
 
 
 def entropy_penalty(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Scalar, in nats: entropy of a vector's soft assignment softmax(-|v - c|^2), less that of the batch's mean assignment."""
+    """Scalar, in nats: entropy of a vector's soft assignment softmax(-|v - c|^2), less that of the
+    batch's mean assignment."""
     log_p = (-squared_distances(vectors, codebook)).log_softmax(1)
     mean = mean_over_processes(log_p.exp().mean(0))
     return -(log_p.exp() * log_p).sum(1).mean() + (mean * mean.clamp(min=1e-12).log()).sum()
@@ -88,12 +97,14 @@ class VectorQuantizer(SingleLevel):
     initialized: Tensor
     steps: Tensor
     sums: Tensor
-    hits: Tensor
+    usage_ema: Tensor
 
     def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
         super().__init__(num_codes, code_dim, code_dim, options.decay)
         self.options = options
-        codebook = self._normalize(torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0)))
+        codebook = self._normalize(
+            torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0))
+        )
         if options.codebook == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
@@ -101,13 +112,15 @@ class VectorQuantizer(SingleLevel):
         # From the identity: at the start the codes are the vectors that the first batch put there.
         self.map = nn.Parameter(torch.eye(code_dim)) if options.codebook == "linear" else None
         self.register_buffer("sums", torch.zeros(num_codes, code_dim))
-        # The counts that belong to the sums give a restarted code an average use, whether it comes to be used or not; these do not.
-        self.register_buffer("hits", torch.zeros(num_codes))
+        # The counts that belong to the sums give a restarted code an average use, whether it comes
+        # to be used or not; these do not.
+        self.register_buffer("usage_ema", torch.zeros(num_codes))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
-        """Features (B,D,h,w) -> the nearest codes; there is nothing to relax, so `temperature` is not used."""
+        """Features (B,D,h,w) -> the nearest codes; there is nothing to relax, so `temperature` is
+        not used."""
         b, d, h, w = features.shape
         with torch.autocast(features.device.type, enabled=False):
             vectors = self._flat(features)
@@ -138,17 +151,23 @@ class VectorQuantizer(SingleLevel):
         return F.embedding(codes, self.vectors())
 
     def usage(self) -> list[Tensor]:
-        return [self.hits]
+        return [self.usage_ema]
 
     def usage_buffers(self) -> list[Tensor]:
-        return [self.counts, self.hits]
+        return [self.counts, self.usage_ema]
 
     def ema_excluded_parameters(self) -> list[nn.Parameter]:
-        """What restarts move at once: an average over steps would leave such codes between where they were and where they are, unused."""
-        return [self.codebook] if isinstance(self.codebook, nn.Parameter) and self.options.dead_code_threshold else []
+        """What restarts move at once: an average over steps would leave such codes between where
+        they were and where they are, unused."""
+        return (
+            [self.codebook]
+            if isinstance(self.codebook, nn.Parameter) and self.options.dead_code_threshold
+            else []
+        )
 
     def assign(self, vectors: Tensor) -> Assigned:
-        """The nearest codes of vectors (N,D), with the losses; the first vectors in training start the codebook."""
+        """The nearest codes of vectors (N,D), with the losses; the first vectors in training start
+        the codebook."""
         if self.training and not self.initialized:
             self._init_codebook(vectors.detach())
         table, options = self.vectors(), self.options
@@ -166,28 +185,38 @@ class VectorQuantizer(SingleLevel):
         return Assigned(codes, chosen, loss, metrics)
 
     def _normalize(self, vectors: Tensor) -> Tensor:
-        """Where vectors and codes live: on the sphere with `normalize`, otherwise where they are."""
+        """Where vectors and codes live: on the sphere with `normalize`, otherwise where they
+        are."""
         return l2_normalize(vectors) if self.options.normalize else vectors
 
     @torch.no_grad()
     def update_codebook(self, vectors: Tensor, codes: Tensor) -> None:
-        """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes restart."""
+        """Moving averages of counts and sums (eq. 6-8), over all processes; then dead codes
+        restart."""
         weight = self.count(codes)
         self.steps += 1
         if self.options.codebook == "ema":
             total = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
-            # By the counts' own weight (the first step counts whole), or sums and counts would not belong together.
+            # By the counts' own weight (the first step counts whole), or sums and counts would not
+            # belong together.
             self.sums.lerp_(sum_over_processes(total), weight)
             n = self.counts.sum()
             smoothed = (self.counts + _SMOOTHING) / (n + self.num_codes * _SMOOTHING) * n
             means = self._normalize(self.sums / smoothed.clamp(min=1e-12)[:, None])
             # A code that was never used has no mean; it stays where it was put.
-            self.codebook.copy_(torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook))
-        if self.options.dead_code_threshold and int(self.steps) % self.options.dead_code_check_every == 0:
+            self.codebook.copy_(
+                torch.where((self.counts > _SMOOTHING)[:, None], means, self.codebook)
+            )
+        if (
+            self.options.dead_code_threshold
+            and int(self.steps) % self.options.dead_code_check_every == 0
+        ):
             dead = self.counts < self.options.dead_code_threshold * self.counts.mean()
             pool, weights = self._candidates(vectors, self._error(vectors, codes))
             generator = self._generator()
-            self._place(dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator)
+            self._place(
+                dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator
+            )
 
     @torch.no_grad()
     def _init_codebook(self, vectors: Tensor) -> None:
@@ -201,11 +230,16 @@ class VectorQuantizer(SingleLevel):
         rounds = self.options.kmeans_iterations
         if len(pool) < self.num_codes:
             problem = (
-                f"the first batch has {len(pool)} vectors (pictures times codes a picture) and the codebook {self.num_codes} codes; "
-                f"raise tokenizer.train.batch_size {-(-self.num_codes // len(pool))}-fold, or lower tokenizer.model.num_codes"
+                f"the first batch has {len(pool)} vectors (pictures times codes a picture) and the "
+                f"codebook {self.num_codes} codes; "
+                f"raise tokenizer.train.batch_size {-(-self.num_codes // len(pool))}-fold, or "
+                "lower tokenizer.model.num_codes"
             )
             if rounds:
-                raise ValueError(f"k-means needs a vector a code: {problem}, or set tokenizer.model.vq.kmeans_iterations to 0")
+                raise ValueError(
+                    f"k-means needs a vector a code: {problem}, or set "
+                    "tokenizer.model.vq.kmeans_iterations to 0"
+                )
             warnings.warn(f"codes start as copies: {problem}", stacklevel=2)
         generator = self._generator()
         centres = kmeans(pool, self._drawn(pool, weights, generator), rounds)
@@ -219,20 +253,28 @@ class VectorQuantizer(SingleLevel):
         return (vectors - F.embedding(codes, self.vectors())).square().sum(1)
 
     def _drawn(self, pool: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """A vector (K,D) of the pool (M,D) for each code, drawn by weight, the same on every process.
+        """A vector (K,D) of the pool (M,D) for each code, drawn by weight, the same on every
+        process.
 
-        Weighted by error, codes go where the codebook is poorest, as in k-means++: a batch is mostly plain background, which
-        needs no further code. Where there are fewer vectors than codes they repeat.
+        Weighted by error, codes go where the codebook is poorest, as in k-means++: a batch is
+        mostly plain background, which needs no further code. Where there are fewer vectors than
+        codes they repeat.
         """
         enough = len(pool) >= self.num_codes
-        # Weights that are not finite come of a loss that is not, which training will say: this is not the place to fail.
+        # Weights that are not finite come of a loss that is not, which training will say: this is
+        # not the place to fail.
         weights = weights.cpu().nan_to_num(0.0, 0.0, 0.0)
-        picks = torch.multinomial(weights + 1e-12, self.num_codes, replacement=not enough, generator=generator)
+        picks = torch.multinomial(
+            weights + 1e-12, self.num_codes, replacement=not enough, generator=generator
+        )
         return pool[picks.to(pool.device)]
 
     @torch.no_grad()
-    def _place(self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator) -> None:
-        """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average counts."""
+    def _place(
+        self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator
+    ) -> None:
+        """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average
+        counts."""
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
         placed = self._normalize(vectors + noise * drawn)
         mean = self.counts.mean()
@@ -244,10 +286,15 @@ class VectorQuantizer(SingleLevel):
         self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
 
     def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,), gathered from all."""
+        """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,),
+        gathered from all."""
         limit = max(4 * self.num_codes, _CANDIDATES)
         # In the order of the batch: then any number of processes gathers the same pool.
-        mine = torch.randperm(len(vectors), generator=self._generator())[:limit].sort().values.to(vectors.device)
+        mine = (
+            torch.randperm(len(vectors), generator=self._generator())[:limit]
+            .sort()
+            .values.to(vectors.device)
+        )
         share = torch.cat([vectors[mine], weights[mine, None]], dim=1).contiguous()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]

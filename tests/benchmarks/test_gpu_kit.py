@@ -1,4 +1,5 @@
-"""The GPU kit's runner: parts that fail, hang, lack memory or packages; what is written; what is said without a GPU."""
+"""The GPU kit's runner: parts that fail, hang, lack memory or packages; what is written; what is
+said without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +14,19 @@ import pytest
 import torch
 
 from benchmarks import gpu_kit, gpu_parts
-from benchmarks.gpu_kit import AIMS, CARRIED, PARTS, ROOT, TOTAL_SECONDS, Part, device_problem, missing_packages, remedy, run_parts, table
+from benchmarks.gpu_kit import (
+    AIMS,
+    CARRIED,
+    PARTS,
+    ROOT,
+    TOTAL_SECONDS,
+    Part,
+    device_problem,
+    missing_packages,
+    remedy,
+    run_parts,
+    table,
+)
 from stage2_prior import decoding
 
 FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"figures": %s})); '
@@ -24,16 +37,38 @@ def python(code: str):
     return lambda part, file: [sys.executable, "-c", code, str(file)]
 
 
-def run(tmp_path: Path, codes: dict[str, str], *, seconds: float = 30.0, gibibytes: float = 0.0, missing=(), total: float = 100.0):
-    parts = [Part(name, seconds, gibibytes if name != "environment" else 0.0, whole=name == "whole") for name in codes]
+def run(
+    tmp_path: Path,
+    codes: dict[str, str],
+    *,
+    seconds: float = 30.0,
+    gibibytes: float = 0.0,
+    missing=(),
+    total: float = 100.0,
+):
+    parts = [
+        Part(name, seconds, gibibytes if name != "environment" else 0.0, whole=name == "whole")
+        for name in codes
+    ]
     command = lambda part, file: python(codes[part.name])(part, file)  # noqa: E731
-    return run_parts(parts, "cuda", tmp_path, dict(os.environ), missing, total=total, command=command)
+    return run_parts(
+        parts, "cuda", tmp_path, dict(os.environ), missing, total=total, command=command
+    )
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, capsys):
-    results = run(tmp_path, {"broken": FIGURE % '{"a": 1}' + 'raise ValueError("no kernel")', "next": FIGURE % '{"b": 2.5}'})
+    results = run(
+        tmp_path,
+        {
+            "broken": FIGURE % '{"a": 1}' + 'raise ValueError("no kernel")',
+            "next": FIGURE % '{"b": 2.5}',
+        },
+    )
     assert [r["status"] for r in results] == ["failed", "passed"]
-    assert results[0]["problem"].splitlines()[0] == "ValueError: no kernel" and "Traceback" in results[0]["problem"]
+    assert (
+        results[0]["problem"].splitlines()[0] == "ValueError: no kernel"
+        and "Traceback" in results[0]["problem"]
+    )
     assert results[0]["figures"] == {"a": 1} and results[1]["figures"] == {"b": 2.5}
     assert json.loads((tmp_path / "broken.json").read_text()) == results[0]
     assert "== broken failed after" in capsys.readouterr().out
@@ -43,9 +78,17 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
     child = tmp_path / "child"
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     start = f"import subprocess, time; child = subprocess.Popen({sleep!r}); "
-    code = FIGURE % '{"a": 1}' + start + f'open({str(child)!r}, "w").write(str(child.pid)); time.sleep(600)'
+    code = (
+        FIGURE % '{"a": 1}'
+        + start
+        + f'open({str(child)!r}, "w").write(str(child.pid)); time.sleep(600)'
+    )
     (result,) = run(tmp_path, {"hangs": code}, seconds=3)
-    assert result["status"] == "timed out" and result["problem"].startswith("it took longer than 3 s") and result["figures"] == {"a": 1}
+    assert (
+        result["status"] == "timed out"
+        and result["problem"].startswith("it took longer than 3 s")
+        and result["figures"] == {"a": 1}
+    )
     state = Path(f"/proc/{child.read_text()}/stat")
     deadline = time.monotonic() + 30
     while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < deadline:
@@ -54,31 +97,53 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
 
 
 def test_parts_without_enough_gpu_memory_say_how_much_they_need(tmp_path):
-    codes = {"environment": FIGURE % '{"free GPU memory, GiB": 7.5}', "large": "raise SystemExit(1)"}
+    codes = {
+        "environment": FIGURE % '{"free GPU memory, GiB": 7.5}',
+        "large": "raise SystemExit(1)",
+    }
     large = run(tmp_path, codes, gibibytes=8.0)[1]
-    assert large["status"] == "skipped" and large["problem"] == "it needs 8 GiB of free GPU memory, and 7.5 GiB are free"
+    assert (
+        large["status"] == "skipped"
+        and large["problem"] == "it needs 8 GiB of free GPU memory, and 7.5 GiB are free"
+    )
     assert json.loads((tmp_path / "large.json").read_text())["status"] == "skipped"
 
 
 def test_missing_packages_skip_what_needs_them(tmp_path):
-    whole, other = run(tmp_path, {"whole": "raise SystemExit(1)", "other": "pass"}, missing=["datasets>=4.0", "peft"])
+    whole, other = run(
+        tmp_path,
+        {"whole": "raise SystemExit(1)", "other": "pass"},
+        missing=["datasets>=4.0", "peft"],
+    )
     assert (whole["status"], other["status"]) == ("skipped", "passed")
     assert whole["problem"] == (
-        "missing packages: datasets>=4.0: run 'make gpu-wheels' where there is a network, and take the folder .whl/ along; "
+        "missing packages: datasets>=4.0: run 'make gpu-wheels' where there is a network, and take "
+        "the folder .whl/ along; "
         "peft: install with pip"
     )
-    assert remedy(["torch>=2.11 (2.9.1 is installed)"]) == "missing packages: torch>=2.11 (2.9.1 is installed): install with pip"
+    assert (
+        remedy(["torch>=2.11 (2.9.1 is installed)"])
+        == "missing packages: torch>=2.11 (2.9.1 is installed): install with pip"
+    )
 
 
 def test_nothing_is_begun_where_no_time_is_left(tmp_path):
     (result,) = run(tmp_path, {"late": "raise SystemExit(1)"}, total=5)
-    assert result["status"] == "skipped" and re.fullmatch(r"\d s are left of the run's 5", result["problem"])
+    assert result["status"] == "skipped" and re.fullmatch(
+        r"\d s are left of the run's 5", result["problem"]
+    )
 
 
 def test_packages_that_are_absent_or_too_old_are_named(tmp_path):
     project = tmp_path / "pyproject.toml"
-    project.write_text('[project]\ndependencies = ["torch>=2.11", "numpy>=999.1,<1000", "no-such-package>=1", "fsspec[http]>=2020"]\n')
-    assert missing_packages(project, "") == [f"numpy>=999.1 ({__import__('numpy').__version__} is installed)", "no-such-package>=1"]
+    project.write_text(
+        '[project]\ndependencies = ["torch>=2.11", "numpy>=999.1,<1000", "no-such-package>=1", '
+        '"fsspec[http]>=2020"]\n'
+    )
+    assert missing_packages(project, "") == [
+        f"numpy>=999.1 ({__import__('numpy').__version__} is installed)",
+        "no-such-package>=1",
+    ]
     folder = tmp_path / "site" / "no_such_package-1.2.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: No_Such.Package\nVersion: 1.2\n")
@@ -92,7 +157,9 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     said = capsys.readouterr()
     assert (
         said.out == ""
-        and said.err == "there is no CUDA device here; run it where there is one, or rehearse it on the CPU: make gpu DEVICE=cpu\n"
+        and said.err
+        == "there is no CUDA device here; run it where there is one, or rehearse it on the CPU: "
+        "make gpu DEVICE=cpu\n"
     )
     assert device_problem("cpu", dict(os.environ)) is None
 
@@ -100,7 +167,10 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
 def test_a_part_that_does_not_exist_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as error:
         gpu_kit.main(["--device", "cpu", "--only", "tests,sampling,sleep"])
-    assert error.value.code == 2 and "there is no part sleep; the parts are environment, tests," in capsys.readouterr().err
+    assert (
+        error.value.code == 2
+        and "there is no part sleep; the parts are environment, tests," in capsys.readouterr().err
+    )
 
 
 def test_results_go_to_the_folder_that_is_named(tmp_path, monkeypatch):
@@ -112,8 +182,17 @@ def test_results_go_to_the_folder_that_is_named(tmp_path, monkeypatch):
 
 
 def test_the_table_holds_figures_against_their_aims():
-    result = {"part": "sampling", "status": "passed", "seconds": 12.3, "figures": {"images/s, batch 8, captured": 7.0}, "problem": None}
-    row = "| | images/s, batch 8, captured | 7 | beat 3.3 (LlamaGen-B under vLLM, A100); goal 6.6 (reached) |"
+    result = {
+        "part": "sampling",
+        "status": "passed",
+        "seconds": 12.3,
+        "figures": {"images/s, batch 8, captured": 7.0},
+        "problem": None,
+    }
+    row = (
+        "| | images/s, batch 8, captured | 7 | beat 3.3 (LlamaGen-B under vLLM, A100); "
+        "goal 6.6 (reached) |"
+    )
     assert row in table([result], compared=True)
     assert "| | images/s, batch 8, captured | 7 |  |" in table([result], compared=False)
     result["figures"]["images/s, batch 8, captured"] = 6.5
@@ -127,7 +206,9 @@ def test_every_part_is_there_and_together_they_end_in_time():
     sizes = gpu_parts.FULL
     prior = gpu_parts.random_prior(gpu_parts.TINY)
     assert (sizes.side, sizes.codes, sizes.batches[0]) == (24, 16384, 8)
-    assert gpu_parts.step_bytes(prior, 4, guided=True) > gpu_parts.step_bytes(prior, 4, guided=False)
+    assert gpu_parts.step_bytes(prior, 4, guided=True) > gpu_parts.step_bytes(
+        prior, 4, guided=False
+    )
 
 
 def test_the_wheels_are_those_that_are_asked_for():
@@ -142,21 +223,29 @@ def test_steps_are_compiled_without_a_graph_where_that_is_measured():
     capture = decoding.capture_cuda_graph
     with gpu_parts.uncaptured(decoding):
         assert decoding.capture_cuda_graph is not capture
-        replay = decoding.capture_cuda_graph(lambda *given: given, "prior", "tables", "cache", "fed", "numbers", "choice")
+        replay = decoding.capture_cuda_graph(
+            lambda *given: given, "prior", "tables", "cache", "fed", "numbers", "choice"
+        )
         assert replay("next") == ("prior", "tables", "cache", "next", "numbers", "choice")
     assert decoding.capture_cuda_graph is capture
 
 
 def test_operations_and_bytes_by_hand():
-    """One block of width 64 without anything but products; 6 per parameter and token, 12 per pair that is seen."""
+    """One block of width 64 without anything but products; 6 per parameter and token, 12 per pair
+    that is seen."""
     sizes = gpu_parts.TINY
     prior = gpu_parts.random_prior(sizes)
     length, batch = prior.stream.length - 1, sizes.train_batch
     inside = sum(p.numel() for p in prior.blocks.parameters())
-    heads = batch * (sizes.words * sizes.width * (sizes.text - 1) + sizes.codes * sizes.width * sizes.side**2)
+    heads = batch * (
+        sizes.words * sizes.width * (sizes.text - 1) + sizes.codes * sizes.width * sizes.side**2
+    )
     pairs = batch * length**2 / 2
     assert (
-        gpu_parts.operations(prior, batch * length, batch) == 6 * (inside * batch * length + heads) + 12 * pairs * sizes.width * sizes.depth
+        gpu_parts.operations(prior, batch * length, batch)
+        == 6 * (inside * batch * length + heads) + 12 * pairs * sizes.width * sizes.depth
     )
     cache = 2 * sizes.depth * sizes.width * length * 3
-    assert gpu_parts.step_bytes(prior, 3, guided=False) == 4 * (inside + sizes.codes * sizes.width + cache)
+    assert gpu_parts.step_bytes(prior, 3, guided=False) == 4 * (
+        inside + sizes.codes * sizes.width + cache
+    )

@@ -1,4 +1,5 @@
-"""What differs on a GPU. The tests run there by `pytest -m gpu`, and on the CPU, as far as they can, by `pytest -m gpu --device cpu`."""
+"""What differs on a GPU. The tests run there by `pytest -m gpu`, and on the CPU, as far as they
+can, by `pytest -m gpu --device cpu`."""
 
 from __future__ import annotations
 
@@ -20,15 +21,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _uncompiled_on_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a rehearsal, and compiling takes minutes."""
+    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a rehearsal,
+    and compiling takes minutes."""
     if device.type == "cpu":
         compile = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda *given, **options: compile(*given, **_eager(options)))
+        monkeypatch.setattr(
+            torch, "compile", lambda *given, **options: compile(*given, **_eager(options))
+        )
 
 
 def _eager(options: dict[str, Any]) -> dict[str, Any]:
     # The options are Inductor's own.
-    return {"backend": "eager", **{name: value for name, value in options.items() if name != "options"}}
+    return {
+        "backend": "eager",
+        **{name: value for name, value in options.items() if name != "options"},
+    }
 
 
 @pytest.fixture
@@ -42,7 +49,8 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Convolutions in fp32 and not in TF32, which cuDNN takes by default: what is compared here is compared in fp32."""
+    """Convolutions in fp32 and not in TF32, which cuDNN takes by default: what is compared here is
+    compared in fp32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -55,7 +63,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
-    """A fault of the card would fail every later test of this process: under xdist it ends, and another takes its place."""
-    fault = call.excinfo is not None and re.search("illegal memory access|device-side assert", str(call.excinfo.value))
+    """A fault of the card would fail every later test of this process: under xdist it ends, and
+    another takes its place."""
+    fault = call.excinfo is not None and re.search(
+        "illegal memory access|device-side assert", str(call.excinfo.value)
+    )
     if fault and "PYTEST_XDIST_WORKER" in os.environ:
         os._exit(1)

@@ -1,4 +1,5 @@
-"""`TextToImagePipeline` on a GPU: drawing, editing, the best of several, scores, bundles that move."""
+"""`TextToImagePipeline` on a GPU: drawing, editing, the best of several, scores, bundles that
+move."""
 
 from __future__ import annotations
 
@@ -9,21 +10,43 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
-from stage2_prior import ImagePrior, Level, PriorConfig, SamplingOptions, StreamConfig, TextTokenizer
+from stage2_prior import (
+    ImagePrior,
+    Level,
+    PriorConfig,
+    SamplingOptions,
+    StreamConfig,
+    TextTokenizer,
+)
 
 pytestmark = pytest.mark.gpu
 
 
 def random_pipe(device: torch.device) -> TextToImagePipeline:
-    """A tokenizer and a prior for any order with random weights, the same each time: 32x32 images of 4x4 codes."""
+    """A tokenizer and a prior for any order with random weights, the same each time: 32x32 images
+    of 4x4 codes."""
     torch.manual_seed(0)
-    sizes = {"image_size": 32, "factor": 8, "num_codes": 16, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4}
+    sizes = {
+        "image_size": 32,
+        "downsample_factor": 8,
+        "num_codes": 16,
+        "width": 32,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "code_dim": 4,
+    }
     tokenizer = ImageTokenizer(TokenizerConfig(**sizes)).eval()  # type: ignore[arg-type]
     text = TextTokenizer.train(["a red circle", "a blue square"], vocab_size=300, length=16)
     stream = StreamConfig(
-        text_vocab_size=text.vocab_size, text_length=16, levels=(Level(grid=(4, 4), num_codes=16),), code_dim=4, any_order=True,
-        pad_id=text.pad_id, start_id=text.start_id, end_id=text.end_id,
-    )  # fmt: skip
+        text_vocab_size=text.vocab_size,
+        text_length=16,
+        levels=(Level(grid=(4, 4), num_codes=16),),
+        code_dim=4,
+        any_order=True,
+        pad_id=text.pad_id,
+        start_id=text.start_id,
+        end_id=text.end_id,
+    )
     prior = ImagePrior(PriorConfig(width=32, depth=2, heads=2), stream)
     prior.set_codebook(tokenizer.code_vectors)
     with torch.no_grad():
@@ -49,7 +72,8 @@ def same_images(found: list[Image.Image], expected: list[Image.Image]) -> None:
 def test_images_equal_those_of_the_cpu(device):
     prompts = ["a red circle", "a blue square"]
     expected, found = (
-        random_pipe(where)(prompts, num_images_per_prompt=3, seed=2, guidance_scale=2) for where in (torch.device("cpu"), device)
+        random_pipe(where)(prompts, num_images_per_prompt=3, seed=2, guidance_scale=2)
+        for where in (torch.device("cpu"), device)
     )
     assert torch.equal(found.codes, expected.codes) and found.codes.device.type == "cpu"
     same_images(found.images, expected.images)
@@ -65,19 +89,28 @@ def test_an_edit_keeps_what_is_outside_the_mask(device, picture):
     before = pipe.tokenizer.to_codes([picture])[0].cpu()
     assert all(torch.equal(codes[kept], before[kept]) for codes in out.codes)
     outside = np.asarray(mask) == 0
-    assert all(np.array_equal(np.asarray(image)[outside], np.asarray(picture)[outside]) for image in out.images)
+    assert all(
+        np.array_equal(np.asarray(image)[outside], np.asarray(picture)[outside])
+        for image in out.images
+    )
 
 
 def test_the_best_of_several_is_the_one_the_cpu_chooses(device):
     expected, found = (
-        random_pipe(where)(["a red circle"] * 2, best_of=4, seed=1, guidance_scale=2) for where in (torch.device("cpu"), device)
+        random_pipe(where)(["a red circle"] * 2, best_of=4, seed=1, guidance_scale=2)
+        for where in (torch.device("cpu"), device)
     )
     assert found.seeds == expected.seeds and torch.equal(found.codes, expected.codes)
 
 
 def test_scores_equal_those_of_the_cpu(device, picture):
-    expected, found = (random_pipe(where).score([picture], ["a red circle"]) for where in (torch.device("cpu"), device))
-    torch.testing.assert_close(found.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-3, atol=1e-3)
+    expected, found = (
+        random_pipe(where).score([picture], ["a red circle"])
+        for where in (torch.device("cpu"), device)
+    )
+    torch.testing.assert_close(
+        found.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_compiled_pipe_draws_in_bf16(device):
@@ -91,4 +124,6 @@ def test_a_bundle_saved_on_the_device_loads_on_the_cpu(device, tmp_path):
     pipe.save_pretrained(tmp_path / "bundle")
     loaded = TextToImagePipeline.from_pretrained(tmp_path / "bundle")
     options = {"num_images_per_prompt": 2, "seed": 3}
-    assert torch.equal(loaded(["a red circle"], **options).codes, pipe(["a red circle"], **options).codes)
+    assert torch.equal(
+        loaded(["a red circle"], **options).codes, pipe(["a red circle"], **options).codes
+    )

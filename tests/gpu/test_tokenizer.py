@@ -31,14 +31,18 @@ def test_every_quantizer_has_gradients(kind, device):
     tokenizer = tiny_tokenizer(**KINDS[kind]).to(device).train()
     pixels = torch.rand(8, 3, 16, 16, device=device) * 2 - 1
     output = tokenizer(pixels, 0.9 if tokenizer.quantizer.relaxed else None)
-    value = tokenizer.likelihood.nll_map(pixels.clamp(0.01, 0.99), output.parameters).mean() + output.quantized.loss
+    value = (
+        tokenizer.likelihood.nll_map(pixels.clamp(0.01, 0.99), output.parameters).mean()
+        + output.quantized.loss
+    )
     value.backward()
     gradients = [p.grad for p in tokenizer.parameters() if p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 def learned(device: torch.device, **options: object) -> tuple[VectorQuantizer, list[Tensor]]:
-    """After five steps, and the codes of each. No vector lies between two codes: their distances differ by 6e-3 at least."""
+    """After five steps, and the codes of each. No vector lies between two codes: their distances
+    differ by 6e-3 at least."""
     quantizer = VectorQuantizer(24, 4, VectorOptions(**options)).to(device).train()  # type: ignore[arg-type]
     codes = []
     for step in range(5):
@@ -49,20 +53,35 @@ def learned(device: torch.device, **options: object) -> tuple[VectorQuantizer, l
 
 
 @pytest.mark.parametrize(
-    "options", [{"dead_code_threshold": 0.0}, {"dead_code_threshold": 0.5, "dead_code_check_every": 2}, {"kmeans_iterations": 3}]
+    "options",
+    [
+        {"dead_code_threshold": 0.0},
+        {"dead_code_threshold": 0.5, "dead_code_check_every": 2},
+        {"kmeans_iterations": 3},
+    ],
 )
 def test_codebook_statistics_and_restarts_equal_those_of_the_cpu(options, device):
     expected, codes = learned(torch.device("cpu"), **options)
     found, found_codes = learned(device, **options)
     assert all(torch.equal(a, b) for a, b in zip(codes, found_codes, strict=True))
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found.state_dict()[name].cpu(),
+            value,
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 @pytest.mark.parametrize("style", ["taming", "llamagen"])
 def test_published_vqgan_weights_draw_the_same(style, device):
-    weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=8, codes=50, style=style)
-    config, ours = convert(weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights")
+    weights = vqgan(
+        channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=8, codes=50, style=style
+    )
+    config, ours = convert(
+        weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights"
+    )
     tokenizer = ImageTokenizer(config)
     tokenizer.load_state_dict(align_state_dict(config, ours, tokenizer.state_dict(), "weights"))
     tokenizer.eval()

@@ -1,4 +1,5 @@
-"""Training on a GPU: the losses of the CPU, checkpoints that move between the two, memory, transfers, FSDP."""
+"""Training on a GPU: the losses of the CPU, checkpoints that move between the two, memory,
+transfers, FSDP."""
 
 from __future__ import annotations
 
@@ -23,15 +24,32 @@ from pipeline.training.optimizers import optimizers_for
 from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
 from pipeline.training.trainer import Built, fit
-from stage1_tokenizer import AdversaryOptions, ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
-from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+from stage1_tokenizer import (
+    DiscriminatorOptions,
+    ImageTokenizer,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerObjective,
+    VectorOptions,
+)
+from stage2_prior import (
+    ImagePrior,
+    Level,
+    PriorConfig,
+    PriorObjective,
+    PriorObjectiveConfig,
+    StreamConfig,
+)
 from tests.helpers.devices import accelerator_on
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 BF16_TOLERANCE = 0.02
-"""Relative difference of a loss in bf16 from that in fp32: bf16 keeps 8 bits, and a loss averages many rounded numbers."""
-STREAM = StreamConfig(text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),))
+"""Relative difference of a loss in bf16 from that in fp32: bf16 keeps 8 bits, and a loss averages
+many rounded numbers."""
+STREAM = StreamConfig(
+    text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),)
+)
 STAGES = ["tokenizer", "tokenizer with a discriminator", "prior"]
 
 
@@ -45,10 +63,22 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
                 if parameter.ndim == 2:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
         return PriorObjective(prior.train(), PriorObjectiveConfig(caption_dropout=0.0))
-    adversary = AdversaryOptions(weight=1.0, width=16, start=0) if "discriminator" in stage else AdversaryOptions()
-    sizes = {"image_size": 32, "factor": 8, "num_codes": 32, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4}
+    adversary = (
+        DiscriminatorOptions(weight=1.0, width=16, start=0)
+        if "discriminator" in stage
+        else DiscriminatorOptions()
+    )
+    sizes = {
+        "image_size": 32,
+        "downsample_factor": 8,
+        "num_codes": 32,
+        "width": 32,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "code_dim": 4,
+    }
     tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
-    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(adversary=adversary))
+    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=adversary))
 
 
 def batch_of(stage: str, step: int, rows: int = 16) -> Tensor | dict[str, Tensor]:
@@ -70,7 +100,9 @@ def losses_of(stage: str, device: torch.device, *, bf16: bool) -> list[float]:
         network.to(device)
     values = []
     for loss_of_part in _each_loss(
-        made, to_device(batch_of(stage, 0), device), partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        made,
+        to_device(batch_of(stage, 0), device),
+        partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
     ):
         values.append(float(loss_of_part.detach()))
     return values
@@ -99,9 +131,26 @@ def test_losses_equal_those_of_the_cpu(stage, device):
 def trained(folder: Path, stage: str, device: torch.device, **options: object) -> nn.Module:
     """The network after `fit`, on the CPU."""
     made = objective(stage)
-    task = Task(made, lambda step: batch_of(stage, step), lambda: [to_device(batch_of(stage, 10**6), device)], _BEST[stage], dict)
-    config = TrainConfig(**{"steps": 8, "batch_size": 16, "save_every": 2, "eval_every": 4, "warmup_steps": 2,
-                            "learning_rate": 1e-3, "ema_decay": 0.9, "compile": "off", **options})  # type: ignore[arg-type]  # fmt: skip
+    task = Task(
+        made,
+        lambda step: batch_of(stage, step),
+        lambda: [to_device(batch_of(stage, 10**6), device)],
+        _BEST[stage],
+        dict,
+    )
+    config = TrainConfig(
+        **{
+            "steps": 8,
+            "batch_size": 16,
+            "save_every": 2,
+            "eval_every": 4,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "ema_decay": 0.9,
+            "compile": "off",
+            **options,
+        }
+    )  # type: ignore[arg-type]
     given = {"seed": 1, "compile_networks": False, "bf16": False, "label": "gpu", "progress": False}
     fit(task, config, accelerator_on(device), folder, **given)
     return next(iter(made.networks.values())).cpu()
@@ -121,15 +170,24 @@ def vector(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
 def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_path):
-    """Weights, moments, EMA and codebook statistics of a checkpoint go to the other device and back. The ends differ by a tenth of what
-    the second half of the training moves at most: where a gradient is next to 0, AdamW steps by the learning rate whatever its sign."""
-    options = {"optimizer": optimizer, "save_total_limit": 9, "schedule": "wsd", "decay_ratio": 0.01}
+    """Weights, moments, EMA and codebook statistics of a checkpoint go to the other device and
+    back. The ends differ by a tenth of what the second half of the training moves at most: where a
+    gradient is next to 0, AdamW steps by the learning rate whatever its sign."""
+    options = {
+        "optimizer": optimizer,
+        "save_total_limit": 9,
+        "schedule": "wsd",
+        "decay_ratio": 0.01,
+    }
     trained(tmp_path / "cpu", stage, CPU, **options)
     for name, first, then in (("to", CPU, device), ("back", device, CPU)):
         trained(tmp_path / name, stage, first, **options, steps=4)
         trained(tmp_path / name, stage, then, **options)
         for file in ("weights", "ema", "optimizer"):
-            middle, expected, found = (weights(tmp_path / who, step, file) for who, step in (("cpu", 4), ("cpu", 8), (name, 8)))
+            middle, expected, found = (
+                weights(tmp_path / who, step, file)
+                for who, step in (("cpu", 4), ("cpu", 8), (name, 8))
+            )
             assert expected.keys() == found.keys()
             moved = (vector(expected) - vector(middle)).norm()
             assert (vector(found) - vector(expected)).norm() < 0.1 * moved, file
@@ -151,10 +209,16 @@ def test_a_checkpoint_resumed_at_once_is_the_same_to_the_bit(device, tmp_path):
 
 
 def test_the_ema_of_weights_equals_that_of_the_cpu(device):
-    networks = {name: objective("prior").networks["prior"].to(where) for name, where in (("cpu", CPU), ("device", device))}
+    networks = {
+        name: objective("prior").networks["prior"].to(where)
+        for name, where in (("cpu", CPU), ("device", device))
+    }
     averages = {name: EMA({"prior": network}) for name, network in networks.items()}
     for step in range(5):
-        change = [torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for p in networks["cpu"].parameters()]
+        change = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            for p in networks["cpu"].parameters()
+        ]
         for name, network in networks.items():
             with torch.no_grad():
                 for parameter, delta in zip(network.parameters(), change, strict=True):
@@ -166,7 +230,9 @@ def test_the_ema_of_weights_equals_that_of_the_cpu(device):
 
 def test_batches_are_page_locked_and_arrive_whole(cuda):
     """They are sent without waiting, and the next ones take the place of those that were sent."""
-    with BatchPrefetcher(lambda step: {"codes": torch.full((2**20,), step)}, 20, pin_memory=True) as batches:
+    with BatchPrefetcher(
+        lambda step: {"codes": torch.full((2**20,), step)}, 20, pin_memory=True
+    ) as batches:
         for step in range(20):
             batch = batches.get(step)
             assert batch["codes"].is_pinned()
@@ -176,7 +242,8 @@ def test_batches_are_page_locked_and_arrive_whole(cuda):
 
 
 def test_the_peak_of_training_is_as_estimated(cuda, tmp_path):
-    """Within a quarter, for a prior whose activations outweigh its weights and one the other way round."""
+    """Within a quarter, for a prior whose activations outweigh its weights and one the other way
+    round."""
     for rows, width in ((256, 64), (16, 512)):
         made, config = (
             objective("prior", width=width, depth=4, heads=width // 32),
@@ -187,13 +254,31 @@ def test_the_peak_of_training_is_as_estimated(cuda, tmp_path):
         autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=True)
         need = estimate_training_memory(made, config, cuda, autocast, batch, rows, compiled=False)
         del batch
-        task = Task(made, lambda step, rows=rows: batch_of("prior", step, rows), lambda: [], "nats_per_code", dict)
+        task = Task(
+            made,
+            lambda step, rows=rows: batch_of("prior", step, rows),
+            lambda: [],
+            "nats_per_code",
+            dict,
+        )
         made.evaluate = lambda batches: {}  # type: ignore[method-assign,assignment]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated() - sum(t.nbytes for t in network.state_dict().values())
+        before = torch.cuda.memory_allocated() - sum(
+            t.nbytes for t in network.state_dict().values()
+        )
         torch.cuda.reset_peak_memory_stats()
-        fit(task, config, accelerator, tmp_path / str(width), seed=1, compile_networks=False, bf16=True, label="gpu", progress=False)
+        fit(
+            task,
+            config,
+            accelerator,
+            tmp_path / str(width),
+            seed=1,
+            compile_networks=False,
+            bf16=True,
+            label="gpu",
+            progress=False,
+        )
         assert need.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.25)
         del made, network, task
 
@@ -203,21 +288,36 @@ def test_an_automatic_batch_fits(device, monkeypatch):
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
     config = PriorTrainConfig(batch_size="auto", steps=10)
     monkeypatch.setattr(fitting, "LARGEST", 64)
-    chosen = resolve_auto_batch(config, task, "bf16" if device.type == "cuda" else "fp32", accelerator_on(device), rows=1000, label="prior")
+    chosen = resolve_auto_batch(
+        config,
+        task,
+        "bf16" if device.type == "cuda" else "fp32",
+        accelerator_on(device),
+        rows=1000,
+        label="prior",
+    )
     assert chosen.resolved_batch() == (64, 1)
     assert all(p.grad is None for p in made.prior.parameters())
 
 
 def test_an_automatic_batch_is_smaller_where_the_card_runs_out(cuda, monkeypatch):
-    """The estimate says that all fits; trying it out runs out of memory, which is caught and costs nothing later."""
+    """The estimate says that all fits; trying it out runs out of memory, which is caught and costs
+    nothing later."""
     made = objective("prior", width=512, depth=4, heads=16)
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
     monkeypatch.setattr(fitting, "free_memory", lambda device: 2**50)
     monkeypatch.setattr(fitting, "LARGEST", 4096)
     try:
-        torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.get_device_properties(cuda).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            3 * 2**30 / torch.cuda.get_device_properties(cuda).total_memory
+        )
         chosen = resolve_auto_batch(
-            PriorTrainConfig(batch_size="auto", steps=10), task, "bf16", accelerator_on(cuda), rows=10**6, label="prior"
+            PriorTrainConfig(batch_size="auto", steps=10),
+            task,
+            "bf16",
+            accelerator_on(cuda),
+            rows=10**6,
+            label="prior",
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -253,7 +353,12 @@ def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
                     optimizer.zero_grad(set_to_none=True)
                 state.ema.update(0.9)
             saved = state.checkpoint_state()
-            ends.append(({k: v.cpu() for k, v in saved.networks["prior"].state_dict().items()}, [s.cpu() for s in saved.ema]))
+            ends.append(
+                (
+                    {k: v.cpu() for k, v in saved.networks["prior"].state_dict().items()},
+                    [s.cpu() for s in saved.ema],
+                )
+            )
         (expected, shadow), (found, found_shadow) = ends
         assert expected.keys() == found.keys()
         for key, value in expected.items():
@@ -296,7 +401,21 @@ def test_a_skipped_step_leaves_the_device_as_it_was(device, tmp_path):
         return batch_of("tokenizer", step)  # type: ignore[return-value]
 
     task = Task(made, batch, lambda: [], "nll", dict)
-    made.evaluate = lambda batches: states.append({k: v.cpu().clone() for k, v in made.tokenizer.state_dict().items()}) or {}  # type: ignore[method-assign,assignment,func-returns-value]
-    config = TrainConfig(steps=2, batch_size=16, eval_every=1, max_nonfinite_steps=1, ema_decay=0.0, compile="off")
-    fit(task, config, accelerator_on(device), tmp_path, seed=1, compile_networks=False, bf16=False, label="gpu", progress=False)
+    made.evaluate = lambda batches: (
+        states.append({k: v.cpu().clone() for k, v in made.tokenizer.state_dict().items()}) or {}
+    )  # type: ignore[method-assign,assignment,func-returns-value]
+    config = TrainConfig(
+        steps=2, batch_size=16, eval_every=1, max_nonfinite_steps=1, ema_decay=0.0, compile="off"
+    )
+    fit(
+        task,
+        config,
+        accelerator_on(device),
+        tmp_path,
+        seed=1,
+        compile_networks=False,
+        bf16=False,
+        label="gpu",
+        progress=False,
+    )
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

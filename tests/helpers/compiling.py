@@ -14,7 +14,9 @@ def traced(monkeypatch) -> list:
         return graph.forward
 
     def trace(function, *, options=None, **others):
-        return compile_(function, backend=lambda g, x, **_: backend(g, x), options=options, **others)
+        return compile_(
+            function, backend=lambda g, x, **_: backend(g, x), options=options, **others
+        )
 
     monkeypatch.setattr(torch, "compile", trace)
     return graphs

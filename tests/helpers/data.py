@@ -14,10 +14,15 @@ from pipeline.config.data import DataConfig
 
 
 def config(source: object, **options: object) -> DataConfig:
-    return DataConfig(**{"source": str(source), "image_size": 16, "held_out": 0.3, **options})  # type: ignore[arg-type]
+    return DataConfig(**{"source": str(source), "image_size": 16, "val_fraction": 0.3, **options})  # type: ignore[arg-type]
 
 
-def encoded(colour: object = (200, 30, 40), size: tuple[int, int] = (20, 20), form: str = "PNG", **options: object) -> bytes:
+def encoded(
+    colour: object = (200, 30, 40),
+    size: tuple[int, int] = (20, 20),
+    form: str = "PNG",
+    **options: object,
+) -> bytes:
     """A plain picture as a file's bytes."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, form, **options)  # type: ignore[arg-type]
@@ -42,13 +47,22 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
 
 def write_shards(folder: Path, counts: Iterable[int]) -> list[str]:
-    """Shards of so many samples each; picture and caption say the sample's number. Returns the captions in order."""
+    """Shards of so many samples each; picture and caption say the sample's number. Returns the
+    captions in order."""
     number, captions = 0, []
     for shard, count in enumerate(counts):
         samples = []
         for _ in range(count):
             captions.append(f"number {number}")
-            samples.append((f"{number:05d}", {"png": encoded((number // 256, number % 256, 7)), "txt": captions[-1].encode()}))
+            samples.append(
+                (
+                    f"{number:05d}",
+                    {
+                        "png": encoded((number // 256, number % 256, 7)),
+                        "txt": captions[-1].encode(),
+                    },
+                )
+            )
             number += 1
         write_shard(folder / f"{shard:03d}.tar", samples)
     return captions

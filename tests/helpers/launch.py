@@ -1,4 +1,5 @@
-"""Verbs under torchrun on CPUs, for tests: how many processes there were is insisted on, and a hang is a failure."""
+"""Verbs under torchrun on CPUs, for tests: how many processes there were is insisted on, and a hang
+is a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from pipeline.runtime import distributed
 from pipeline.cli import main
 distributed.destroy_process_group = lambda: None  # so that the state can still be asked
 status = main(sys.argv[2:])
-assert PartialState().num_processes == int(sys.argv[1]), f"there are {PartialState().num_processes} processes"
+found = PartialState().num_processes
+assert found == int(sys.argv[1]), f"there are {found} processes"
 sys.exit(status)
 """
 
@@ -52,11 +54,20 @@ PROCESSES = (1, 2, 4)
 
 def settings(folder: Path, **changes: object) -> list[str]:
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "precision": "fp32", **changes}))
+    path.write_text(
+        yaml.safe_dump({**TINY, "output_dir": str(folder / "runs"), "precision": "fp32", **changes})
+    )
     return ["--config", str(path)]
 
 
-def launch(folder: Path, processes: int, *arguments: str, script: str = CHECK, seconds: float = 300, **environment: str) -> str:
+def launch(
+    folder: Path,
+    processes: int,
+    *arguments: str,
+    script: str = CHECK,
+    seconds: float = 300,
+    **environment: str,
+) -> str:
     """Runs a verb, or a script that is told the number of processes; returns what it printed.
 
     Raises:
@@ -64,11 +75,26 @@ def launch(folder: Path, processes: int, *arguments: str, script: str = CHECK, s
     """
     path = folder / f"check-{processes}.py"
     path.write_text(script)
-    given = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    given = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     # After "--", or torchrun takes `--num-images` for one of its own options.
     command = [*torchrun, "--", str(path), str(processes), *arguments]
-    with subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as started:
+    with subprocess.Popen(
+        command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    ) as started:
         try:
             out, errors = started.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

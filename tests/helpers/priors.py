@@ -1,4 +1,5 @@
-"""Priors small enough to check exhaustively, with weights that are not at their (partly zero) start."""
+"""Priors small enough to check exhaustively, with weights that are not at their (partly zero)
+start."""
 
 from __future__ import annotations
 
@@ -8,11 +9,16 @@ from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
 
 def tiny_prior(
-    levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), code_dim: int = 5, any_order: bool = False, **model: object
+    levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),),
+    code_dim: int = 5,
+    any_order: bool = False,
+    **model: object,
 ) -> ImagePrior:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
-    stream = StreamConfig(text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order)
+    stream = StreamConfig(
+        text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order
+    )
     prior = ImagePrior(config, stream)
     if code_dim:
         prior.set_codebook(torch.randn(prior.stream.num_codes, code_dim))
@@ -24,7 +30,9 @@ def tiny_prior(
     return prior.eval()
 
 
-def any_order_prior(levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object) -> ImagePrior:
+def any_order_prior(
+    levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object
+) -> ImagePrior:
     """As if trained on random orders."""
     prior = tiny_prior(levels, any_order=True, **model)
     prior.config.trained_order = "random"

@@ -21,9 +21,18 @@ class Names:
             self.weights[name] = torch.empty(shape, device="meta")
         else:
             fan_in = max(torch.Size(shape[1:]).numel(), 1)
-            self.weights[name] = (scale or fan_in**-0.5) * torch.randn(shape, generator=self.generator)
+            self.weights[name] = (scale or fan_in**-0.5) * torch.randn(
+                shape, generator=self.generator
+            )
 
-    def conv(self, name: str, inputs: int, outputs: int, kernel: int, names: tuple[str, str] = ("weight", "bias")) -> None:
+    def conv(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        names: tuple[str, str] = ("weight", "bias"),
+    ) -> None:
         self.add(f"{name}.{names[0]}", outputs, inputs, kernel, kernel)
         self.add(f"{name}.{names[1]}", outputs, scale=0.1)
 
@@ -61,9 +70,18 @@ def dvae(*, base: int, codes: int, first: int, blocks: int = 2, meta: bool = Fal
 
 
 def vqgan(
-    *, channels: int, multipliers: tuple[int, ...], blocks: int, latent: int, dim: int, codes: int, attention: bool = True,
-    style: str = "taming", gumbel: bool = False, meta: bool = False,
-) -> Weights:  # fmt: skip
+    *,
+    channels: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    latent: int,
+    dim: int,
+    codes: int,
+    attention: bool = True,
+    style: str = "taming",
+    gumbel: bool = False,
+    meta: bool = False,
+) -> Weights:
     """taming-transformers' VQModel or GumbelVQ, or LlamaGen's VQModel."""
     names, last = Names(meta=meta), len(multipliers) - 1
     llama = style == "llamagen"
@@ -93,7 +111,10 @@ def vqgan(
     names.conv("encoder.conv_in", 3, channels, 3)
     inputs = channels
     for i, multiplier in enumerate(multipliers):
-        stage, width = f"encoder.conv_blocks.{i}" if llama else f"encoder.down.{i}", channels * multiplier
+        stage, width = (
+            f"encoder.conv_blocks.{i}" if llama else f"encoder.down.{i}",
+            channels * multiplier,
+        )
         for j in range(blocks):
             residual(f"{stage}.{'res' if llama else 'block'}.{j}", inputs, width)
             inputs = width
@@ -106,7 +127,10 @@ def vqgan(
     names.conv("decoder.conv_in", latent, inputs, 3)
     middle("decoder", inputs)
     for place, i in enumerate(range(last, -1, -1)):
-        stage, width = f"decoder.conv_blocks.{place}" if llama else f"decoder.up.{i}", channels * multipliers[i]
+        stage, width = (
+            f"decoder.conv_blocks.{place}" if llama else f"decoder.up.{i}",
+            channels * multipliers[i],
+        )
         for j in range(blocks + 1):
             residual(f"{stage}.{'res' if llama else 'block'}.{j}", inputs, width)
             inputs = width

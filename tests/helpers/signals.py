@@ -7,4 +7,5 @@ import signal
 
 def send(*numbers: signal.Signals) -> None:
     for number in numbers:
-        signal.raise_signal(number)  # os.kill may come to another thread, and be handled a little later
+        # Os.kill may come to another thread, and be handled a little later
+        signal.raise_signal(number)

@@ -1,4 +1,5 @@
-"""Tokenizers of every kind, small enough to check exhaustively: 16x16 images, 4x4 codes of a codebook of 12."""
+"""Tokenizers of every kind, small enough to check exhaustively: 16x16 images, 4x4 codes of a
+codebook of 12."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from stage1_tokenizer import (
     ResidualOptions,
     TokenizerConfig,
     VectorOptions,
-)  # fmt: skip
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "vq": {},
@@ -27,7 +28,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel"},
     "gumbel reinmax": {"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")},
     "binary": {"quantizer": "binary", "num_codes": 16},
-    "binary spike": {"quantizer": "binary", "num_codes": 16, "binary": BinaryOptions(smoothing="spike_exponential")},
+    "binary spike": {
+        "quantizer": "binary",
+        "num_codes": 16,
+        "binary": BinaryOptions(smoothing="spike_exponential"),
+    },
     "score_function": {"quantizer": "score_function"},
     "fsq": {"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 3))},
     "lfq": {"quantizer": "lfq", "num_codes": 16},
@@ -35,7 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "residual": {"quantizer": "residual", "residual": ResidualOptions(depth=3)},
     "residual shared": {"quantizer": "residual", "residual": ResidualOptions(shared=True)},
     "hierarchical": {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(width=8)},
-    "hierarchical of three": {"quantizer": "hierarchical", "num_codes": 4, "hierarchical": HierarchicalOptions(levels=3, width=8)},
+    "hierarchical of three": {
+        "quantizer": "hierarchical",
+        "num_codes": 4,
+        "hierarchical": HierarchicalOptions(levels=3, width=8),
+    },
 }
 """Changes to the tiny configuration for every quantizer and its main options."""
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -43,13 +52,21 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 def objective_of(kind: str) -> ObjectiveConfig:
     """One that the kind of quantizer takes."""
-    return ObjectiveConfig(**({"temperature_end": 1.0} if kind == "gumbel reinmax" else {"temperature_start": 0.5}))
+    return ObjectiveConfig(
+        **({"temperature_end": 1.0} if kind == "gumbel reinmax" else {"temperature_start": 0.5})
+    )
 
 
 def tiny_config(**changes: Any) -> TokenizerConfig:
     values = {
-        "image_size": 16, "factor": 4, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "num_codes": 12, "code_dim": 4,
-    } | changes  # fmt: skip
+        "image_size": 16,
+        "downsample_factor": 4,
+        "width": 32,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "num_codes": 12,
+        "code_dim": 4,
+    } | changes
     return TokenizerConfig(**values)
 
 

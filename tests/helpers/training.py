@@ -16,11 +16,14 @@ from pipeline.training.trainer import fit
 
 
 class Line:
-    """Fits y = w x with noise from torch's generator; `broken_at` yields a loss that is not finite."""
+    """Fits y = w x with noise from torch's generator; `broken_at` yields a loss that is not
+    finite."""
 
     def __init__(self, broken_at: int | None = None) -> None:
         torch.manual_seed(0)
-        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(1))
+        self.network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(1)
+        )
         self.network(torch.zeros(2, 3, 5, 5))
         self.network.to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"tokenizer": self.network}
@@ -30,10 +33,22 @@ class Line:
     def losses(self, batch, step, networks=None):
         self.on_step(step)
         noise = torch.randn(len(batch), 1)
-        value = ((networks or self.networks)["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None] + 0.1 * noise).square().mean()
+        value = (
+            (
+                (networks or self.networks)["tokenizer"](batch)
+                - batch.sum((1, 2, 3))[:, None]
+                + 0.1 * noise
+            )
+            .square()
+            .mean()
+        )
         if step == self.broken_at:
             value = value * math.nan
-        yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
+        yield type(
+            "Loss",
+            (),
+            {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}},
+        )()
 
     def evaluate(self, batches):
         self.network.eval()
@@ -43,17 +58,45 @@ class Line:
         return {"error": value}
 
 
-CONFIG = {"steps": 9, "batch_size": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "warmup_steps": 2, "ema_decay": 0.9}
+CONFIG = {
+    "steps": 9,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_every": 4,
+    "save_every": 2,
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+}
 
 
 def train(
-    folder: Path, objective: Line | None = None, on_step: Callable[[int], object] = lambda step: None, **options: object
+    folder: Path,
+    objective: Line | None = None,
+    on_step: Callable[[int], object] = lambda step: None,
+    **options: object,
 ) -> tuple[Line, dict[str, float]]:
     """Trains `Line`; `on_step` is called when a step's losses are asked for."""
     objective = objective or Line()
     objective.on_step = on_step
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, sample_names=lambda step: [f"row {step}{i}" for i in range(4)])
+    task = Task(
+        objective,
+        batch,
+        lambda: [batch(10**6)],
+        "error",
+        dict,
+        sample_names=lambda step: [f"row {step}{i}" for i in range(4)],
+    )
     config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
-    figures = fit(task, config, Accelerator(), folder, seed=1, compile_networks=False, bf16=False, label="line", progress=False)
+    figures = fit(
+        task,
+        config,
+        Accelerator(),
+        folder,
+        seed=1,
+        compile_networks=False,
+        bf16=False,
+        label="line",
+        progress=False,
+    )
     return objective, figures

@@ -1,4 +1,5 @@
-"""The worked examples of docs/reuse.md run as they stand there, on the tiny run's tokenizer and fewer pictures."""
+"""The worked examples of docs/reuse.md run as they stand there, on the tiny run's tokenizer and
+fewer pictures."""
 
 from __future__ import annotations
 
@@ -75,6 +76,10 @@ def test_a_tokenizer_is_pushed_as_configuration_and_safetensors(finished_run, mo
             pushed[repo_id] = sorted(operation.path_in_repo for operation in operations)
 
     monkeypatch.setattr(hub, "hf_api", Api)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: type("Card", (), {"save": lambda self, path: None})())
+    monkeypatch.setattr(
+        hub,
+        "create_and_tag_model_card",
+        lambda *_, **__: type("Card", (), {"save": lambda self, path: None})(),
+    )
     ImageTokenizer.load(finished_run[1] / "tokenizer").push_to_hub("me/shapes")
     assert pushed == {"me/shapes": ["config.json", "model.safetensors"]}

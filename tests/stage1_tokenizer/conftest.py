@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_tokenizer import (
-    ImageTokenizer,
-)  # fmt: skip
+from stage1_tokenizer import ImageTokenizer
 from tests.helpers.tokenizers import tiny_tokenizer
 
 
@@ -20,4 +18,6 @@ def tokenizer() -> ImageTokenizer:
 @pytest.fixture
 def pictures() -> Tensor:
     """uint8 (6,16,16,3)."""
-    return torch.randint(0, 256, (6, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (6, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )

@@ -51,12 +51,14 @@ def test_with_a_temperature_bits_are_smoothed_at_its_inverse(smoothing):
     expected = 2 * inverse(torch.rand_like(x), x.detach().sigmoid(), 5.0, smoothing) - 1  # type: ignore[arg-type]
     torch.testing.assert_close(result.latents.detach(), expected)
     (gradient,) = torch.autograd.grad(result.latents.sum(), x)
-    assert gradient.isfinite().all() and (gradient >= 0).all() and gradient.any()  # a likelier one is a greater s
+    # A likelier one is a greater s
+    assert gradient.isfinite().all() and (gradient >= 0).all() and gradient.any()
 
 
 def test_kl_by_hand_in_nats_a_picture():
     """Two positions of two bits: probabilities 3/4, 1/2, 1 and 1/2."""
-    x = torch.tensor([[math.log(3), 0.0], [200.0, 0.0]]).reshape(2, 1, 2).permute(2, 1, 0)[None]  # (1, bits, 1, positions)
+    # (1, bits, 1, positions)
+    x = torch.tensor([[math.log(3), 0.0], [200.0, 0.0]]).reshape(2, 1, 2).permute(2, 1, 0)[None]
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)
     torch.testing.assert_close(kl_to_fair_bits(x), torch.tensor([expected]))
     result = quantizer().eval()(torch.cat([logits(1, 4, 3, 3, scale=1e4), torch.zeros(1, 4, 3, 3)]))
@@ -68,7 +70,9 @@ def test_use_is_counted_while_training_only():
     binary.eval()(x, 0.5)
     assert not binary.counts.any()
     result = binary.train()(x, 0.5)
-    torch.testing.assert_close(binary.counts, torch.bincount(result.codes.flatten(), minlength=16).float())
+    torch.testing.assert_close(
+        binary.counts, torch.bincount(result.codes.flatten(), minlength=16).float()
+    )
     assert set(result.metrics) == {"kl", "codebook_usage", "codebook_perplexity", "dead_codes"}
 
 
@@ -78,7 +82,9 @@ def test_the_logits_of_codes_are_those_of_independent_bits():
     q = x.sigmoid()
     for code in (0, 5, 15):
         bits = [(code >> (3 - i)) & 1 for i in range(4)]
-        by_hand = torch.stack([q[0, i] if bit else 1 - q[0, i] for i, bit in enumerate(bits)]).prod(0)
+        by_hand = torch.stack([q[0, i] if bit else 1 - q[0, i] for i, bit in enumerate(bits)]).prod(
+            0
+        )
         torch.testing.assert_close(p[0, ..., code], by_hand)
 
 

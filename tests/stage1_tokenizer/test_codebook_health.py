@@ -1,4 +1,5 @@
-"""The alarm: when it is raised, for which level, and that its advice names an option of the quantizer in question."""
+"""The alarm: when it is raised, for which level, and that its advice names an option of the
+quantizer in question."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_token
 def test_it_is_raised_late_enough_and_for_little_use_only():
     config = TokenizerConfig()
     assert check(config, {"codebook_usage": 0.1}, ALARM_AFTER - 1) is None
-    assert check(config, {"codebook_usage": 0.5}, ALARM_AFTER) is None and check(config, {}, ALARM_AFTER) is None
+    assert (
+        check(config, {"codebook_usage": 0.5}, ALARM_AFTER) is None
+        and check(config, {}, ALARM_AFTER) is None
+    )
     message = check(config, {"codebook_usage": 0.1, "loss": 0.0}, ALARM_AFTER)
     assert message == (
-        "only 10% of the codes are in use at step 300; raise tokenizer.model.vq.dead_code_threshold (now 0.1, 0.4 is much), lower "
+        "only 10% of the codes are in use at step 300; raise "
+        "tokenizer.model.vq.dead_code_threshold (now 0.1, 0.4 is much), lower "
         "tokenizer.train.learning_rate, or have fewer codes (tokenizer.model.num_codes is 1024)"
     )
     off = TokenizerConfig(vq=VectorOptions(dead_code_threshold=0.0))
-    assert "set tokenizer.model.vq.dead_code_threshold to 0.1" in str(check(off, {"codebook_usage": 0.1}, ALARM_AFTER))
+    assert "set tokenizer.model.vq.dead_code_threshold to 0.1" in str(
+        check(off, {"codebook_usage": 0.1}, ALARM_AFTER)
+    )
 
 
 def test_the_worst_level_is_named():
@@ -47,7 +54,9 @@ def test_training_by_a_collapsed_codebook_raises_it(pictures):
         tokenizer.quantizer.codebook[1:] = -tokenizer.quantizer.codebook[:1]  # all but one the same
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     (loss,) = objective.losses(pictures, 400)
-    assert "of the codes are in use at step 400" in str(objective.check_health({k: float(v) for k, v in loss.metrics.items()}, 400))
+    assert "of the codes are in use at step 400" in str(
+        objective.check_health({k: float(v) for k, v in loss.metrics.items()}, 400)
+    )
 
 
 @EVERY_KIND

@@ -11,8 +11,8 @@ import pytest
 
 import stage1_tokenizer
 from stage1_tokenizer import (
-    AdversaryOptions,
     BinaryOptions,
+    DiscriminatorOptions,
     FsqOptions,
     GumbelOptions,
     HierarchicalOptions,
@@ -37,32 +37,57 @@ def test_the_defaults_are_valid():
 
 @pytest.mark.parametrize(
     ("factor", "widths"),
-    [(1, (128,)), (2, (128,)), (4, (128,)), (8, (64, 128)), (16, (32, 64, 128)), (32, (32, 32, 64, 128))],
+    [
+        (1, (128,)),
+        (2, (128,)),
+        (4, (128,)),
+        (8, (64, 128)),
+        (16, (32, 64, 128)),
+        (32, (32, 32, 64, 128)),
+    ],
 )
 def test_each_halving_beyond_the_patch_has_half_the_width_and_32_at_least(factor, widths):
-    assert TokenizerConfig(factor=factor, width=128).widths == widths
+    assert TokenizerConfig(downsample_factor=factor, width=128).widths == widths
 
 
 def test_all_problems_are_reported_at_once_by_the_flags_the_user_typed():
     with pytest.raises(ValueError) as error:
         TokenizerConfig(
-            image_size=0, factor=6, width=20, num_codes=1, code_dim=0, encoder_depth=0, likelihood_scale=0.0,
+            image_size=0,
+            downsample_factor=6,
+            width=20,
+            num_codes=1,
+            code_dim=0,
+            encoder_depth=0,
+            likelihood_scale=0.0,
             vq=VectorOptions(decay=1.0),
-        )  # fmt: skip
-    for name in ("image_size", "factor", "width", "num_codes", "code_dim", "encoder_depth", "likelihood_scale", "vq"):
+        )
+    for name in (
+        "image_size",
+        "downsample_factor",
+        "width",
+        "num_codes",
+        "code_dim",
+        "encoder_depth",
+        "likelihood_scale",
+        "vq",
+    ):
         assert f"tokenizer.model.{name}" in str(error.value)
 
 
 @pytest.mark.parametrize(("size", "near"), [(60, 64), (66, 64), (3, 8)])
 def test_a_size_that_does_not_fit_names_the_nearest_that_does(size, near):
-    with pytest.raises(ValueError, match=f"image_size {size} is not a multiple.*factor 8.*nearest size that fits is {near}"):
+    with pytest.raises(
+        ValueError,
+        match=f"image_size {size} is not a multiple.*factor 8.*nearest size that fits is {near}",
+    ):
         TokenizerConfig(image_size=size)
 
 
 @pytest.mark.parametrize("factor", [0, -4, 3, 12])
 def test_the_factor_must_be_a_power_of_two(factor):
     with pytest.raises(ValueError, match=f"factor is {factor}; it must be a power of two"):
-        TokenizerConfig(factor=factor)
+        TokenizerConfig(downsample_factor=factor)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +101,7 @@ def test_the_factor_must_be_a_power_of_two(factor):
         {"kmeans_iterations": -1},
     ],
     ids=lambda w: next(iter(w)),
-)  # fmt: skip
+)
 def test_vq_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"tokenizer\.model\.vq.*{next(iter(wrong))}"):
         TokenizerConfig(vq=VectorOptions(**wrong))
@@ -85,30 +110,93 @@ def test_vq_options_out_of_range_are_refused(wrong):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantizer": "gumbel", "gumbel": GumbelOptions(diversity=-1.0)}, r"gumbel\.diversity is -1\.0; it must be 0 or more"),
-        ({"quantizer": "score_function", "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0)},
-         r"score_function needs baseline_decay in \[0, 1\) and sharpness above 0; given were 1\.0 and 8\.0"),
-        ({"quantizer": "score_function", "score_function": ScoreFunctionOptions(sharpness=0.0)}, r"given were 0\.9 and 0\.0"),
-        ({"quantizer": "score_function", "score_function": ScoreFunctionOptions(diversity=-1.0)}, r"score_function\.diversity is -1\.0"),
-        ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 2))}, r"fsq\.levels is \[4, 2\]; each must be at least 3 .* at most 1000"),
+        (
+            {"quantizer": "gumbel", "gumbel": GumbelOptions(diversity=-1.0)},
+            r"gumbel\.diversity is -1\.0; it must be 0 or more",
+        ),
+        (
+            {
+                "quantizer": "score_function",
+                "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0),
+            },
+            r"score_function needs baseline_decay in \[0, 1\) and sharpness above 0; given were "
+            r"1\.0 and 8\.0",
+        ),
+        (
+            {
+                "quantizer": "score_function",
+                "score_function": ScoreFunctionOptions(inverse_temperature=0.0),
+            },
+            r"given were 0\.9 and 0\.0",
+        ),
+        (
+            {"quantizer": "score_function", "score_function": ScoreFunctionOptions(diversity=-1.0)},
+            r"score_function\.diversity is -1\.0",
+        ),
+        (
+            {"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 2))},
+            r"fsq\.levels is \[4, 2\]; each must be at least 3 .* at most 1000",
+        ),
         ({"quantizer": "fsq", "fsq": FsqOptions(levels=())}, r"fsq\.levels is \[\]"),
-        ({"quantizer": "fsq", "num_codes": 1000}, r"fsq\.levels \[4, 4, 4, 4, 4\] make 1024 codes and .*num_codes is 1000; make them"),
-        ({"quantizer": "lfq", "sign": SignOptions(sharpness=0.0)}, "sign needs .*sharpness above 0"),
-        ({"quantizer": "residual", "residual": ResidualOptions(depth=0)}, r"residual\.depth is 0; it must be at least 1"),
-        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=1)}, "hierarchical needs levels of at least 2"),
-        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(8, 8))},
-         r"coarse_codes is \[8, 8\]; with 2 levels it needs 1 numbers from 2 to 2147483647"),
-        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(1,))}, r"coarse_codes is \[1\]"),
-        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(2**31,))}, r"coarse_codes is \[2147483648\]"),
-        ({"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=4), "image_size": 96},
-         r"image_size 96 is not a multiple of 64, .*factor 8 needs with hierarchical\.levels 4; the nearest size that fits is 128"),
+        (
+            {"quantizer": "fsq", "num_codes": 1000},
+            r"fsq\.levels \[4, 4, 4, 4, 4\] make 1024 codes and .*num_codes is 1000; make them",
+        ),
+        (
+            {"quantizer": "lfq", "sign": SignOptions(inverse_temperature=0.0)},
+            "sign needs .*sharpness above 0",
+        ),
+        (
+            {"quantizer": "residual", "residual": ResidualOptions(depth=0)},
+            r"residual\.depth is 0; it must be at least 1",
+        ),
+        (
+            {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=1)},
+            "hierarchical needs levels of at least 2",
+        ),
+        (
+            {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(8, 8))},
+            r"coarse_codes is \[8, 8\]; with 2 levels it needs 1 numbers from 2 to 2147483647",
+        ),
+        (
+            {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(1,))},
+            r"coarse_codes is \[1\]",
+        ),
+        (
+            {
+                "quantizer": "hierarchical",
+                "hierarchical": HierarchicalOptions(coarse_codes=(2**31,)),
+            },
+            r"coarse_codes is \[2147483648\]",
+        ),
+        (
+            {
+                "quantizer": "hierarchical",
+                "hierarchical": HierarchicalOptions(levels=4),
+                "image_size": 96,
+            },
+            r"image_size 96 is not a multiple of 64, .*factor 8 needs with hierarchical\.levels 4; "
+            r"the nearest size that fits is 128",
+        ),
         ({"num_codes": 1}, "num_codes is 1; it must be at least 2"),
-        ({"likelihood_scale": 0.005}, r"likelihood_scale is 0\.005; it must be above 0\.0078, the step of 8-bit pictures"),
-        ({"likelihood": "l1", "likelihood_scale": 0.005}, r"likelihood_scale is 0\.005; it must be above 0\.0078"),
-        ({"likelihood": "logit_laplace", "likelihood_scale": 0.0}, r"likelihood_scale is 0\.0; it must be above 0$"),
-        ({"num_codes": 2**31}, r"num_codes is 2147483648; it must be at least 2, and at most 2147483647 \(32 bits\)"),
+        (
+            {"likelihood_scale": 0.005},
+            r"likelihood_scale is 0\.005; it must be above 0\.0078, the step of 8-bit pictures",
+        ),
+        (
+            {"likelihood": "l1", "likelihood_scale": 0.005},
+            r"likelihood_scale is 0\.005; it must be above 0\.0078",
+        ),
+        (
+            {"likelihood": "logit_laplace", "likelihood_scale": 0.0},
+            r"likelihood_scale is 0\.0; it must be above 0$",
+        ),
+        (
+            {"num_codes": 2**31},
+            r"num_codes is 2147483648; it must be at least 2, and at most 2147483647 \(32 bits\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_and_code_counts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TokenizerConfig(**changes)
@@ -117,14 +205,38 @@ def test_options_and_code_counts_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "dalle", "attention": True}, "attention and encoder_kernel belong to architecture patch, and .* is dalle"),
-        ({"architecture": "transformer", "encoder_kernel": 3}, "encoder_kernel belong to architecture patch, and .* is transformer"),
-        ({"vqgan": VqganOptions(blocks=3)}, "vqgan belongs to architecture vqgan, and .* is patch; remove the section"),
-        ({"architecture": "vqgan", "factor": 16}, "multipliers are 4, which makes a factor of 8, and .*factor is 16; make them agree"),
-        ({"architecture": "vqgan", "vqgan": VqganOptions(channels=48)}, "channels that are a multiple of 32"),
-        ({"architecture": "vqgan", "vqgan": VqganOptions(multipliers=())}, "multipliers, blocks and latent_channels of at least 1"),
-        ({"architecture": "transformer", "width": 48}, "width is 48; architecture transformer needs a multiple of 32"),
-        ({"architecture": "dalle", "width": 48}, "width is 48; architecture dalle needs 4 times factor 8 or a multiple of that"),
+        (
+            {"architecture": "dalle", "attention": True},
+            "attention and encoder_kernel belong to architecture patch, and .* is dalle",
+        ),
+        (
+            {"architecture": "transformer", "encoder_kernel": 3},
+            "encoder_kernel belong to architecture patch, and .* is transformer",
+        ),
+        (
+            {"vqgan": VqganOptions(blocks=3)},
+            "vqgan belongs to architecture vqgan, and .* is patch; remove the section",
+        ),
+        (
+            {"architecture": "vqgan", "downsample_factor": 16},
+            "multipliers are 4, which makes a factor of 8, and .*factor is 16; make them agree",
+        ),
+        (
+            {"architecture": "vqgan", "vqgan": VqganOptions(channels=48)},
+            "channels that are a multiple of 32",
+        ),
+        (
+            {"architecture": "vqgan", "vqgan": VqganOptions(multipliers=())},
+            "multipliers, blocks and latent_channels of at least 1",
+        ),
+        (
+            {"architecture": "transformer", "width": 48},
+            "width is 48; architecture transformer needs a multiple of 32",
+        ),
+        (
+            {"architecture": "dalle", "width": 48},
+            "width is 48; architecture dalle needs 4 times factor 8 or a multiple of that",
+        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(changes, message):
@@ -135,25 +247,37 @@ def test_networks_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize("quantizer", ["binary", "lfq", "bsq"])
 def test_codes_that_are_bits_need_a_power_of_two(quantizer):
     TokenizerConfig(quantizer=quantizer, num_codes=512)
-    with pytest.raises(ValueError, match=rf"num_codes is 600 and the codes of {quantizer} are bits.*power of two; the nearest is 512"):
+    with pytest.raises(
+        ValueError,
+        match=rf"num_codes is 600 and the codes of {quantizer} are bits.*power of two; the nearest "
+        r"is 512",
+    ):
         TokenizerConfig(quantizer=quantizer, num_codes=600)
 
 
 @pytest.mark.parametrize("section", OWNERS)
 def test_an_option_of_another_quantizer_is_refused_by_name(section):
-    """The first field of the section, changed; its owners take it, every other quantizer names it and them."""
+    """The first field of the section, changed; its owners take it, every other quantizer names it
+    and them."""
     other = {
-        "vq": VectorOptions(codebook="gradient"), "gumbel": GumbelOptions(gradient="reinmax"), "fsq": FsqOptions(levels=(32, 32)),
-        "binary": BinaryOptions(smoothing="exponential_pair"), "score_function": ScoreFunctionOptions(credit="picture"),
-        "sign": SignOptions(commitment=0.5), "residual": ResidualOptions(depth=3), "hierarchical": HierarchicalOptions(levels=3),
-    }[section]  # fmt: skip
+        "vq": VectorOptions(codebook="gradient"),
+        "gumbel": GumbelOptions(gradient="reinmax"),
+        "fsq": FsqOptions(levels=(32, 32)),
+        "binary": BinaryOptions(smoothing="exponential_pair"),
+        "score_function": ScoreFunctionOptions(credit_assignment="picture"),
+        "sign": SignOptions(commitment=0.5),
+        "residual": ResidualOptions(depth=3),
+        "hierarchical": HierarchicalOptions(levels=3),
+    }[section]
     first = dataclasses.fields(other)[0].name
     for quantizer in typing.get_args(QuantizerName):
         if quantizer in OWNERS[section]:
             TokenizerConfig(quantizer=quantizer, **{section: other})
         else:
             with pytest.raises(
-                ValueError, match=rf"model\.{section} is .*'{first}'.* belongs to quantizer {OWNERS[section][0]}.*{quantizer}"
+                ValueError,
+                match=rf"model\.{section} is .*'{first}'.* belongs to quantizer "
+                rf"{OWNERS[section][0]}.*{quantizer}",
             ):
                 TokenizerConfig(quantizer=quantizer, **{section: other})
 
@@ -161,35 +285,87 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
 @pytest.mark.parametrize(
     ("model", "objective", "message"),
     [
-        ({"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")}, {},
-         r"temperature_end is 0\.0625, and .*reinmax loses its gradient below 1; set temperature_start and temperature_end to 1"),
-        ({"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")}, {"temperature_end": 1.0}, None),
-        ({"quantizer": "binary"}, {"temperature_start": 0.2, "temperature_end": 1.0}, r"temperature_end is 1\.0, at which .*power_pair"),
-        ({"quantizer": "binary"}, {"temperature_start": 1.0, "temperature_end": 0.1}, r"temperature_start is 1\.0, at which .*power_pair"),
+        (
+            {"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")},
+            {},
+            r"temperature_end is 0\.0625, and .*reinmax loses its gradient below 1; set "
+            r"temperature_start and temperature_end to 1",
+        ),
+        (
+            {"quantizer": "gumbel", "gumbel": GumbelOptions(gradient="reinmax")},
+            {"temperature_end": 1.0},
+            None,
+        ),
+        (
+            {"quantizer": "binary"},
+            {"temperature_start": 0.2, "temperature_end": 1.0},
+            r"temperature_end is 1\.0, at which .*power_pair",
+        ),
+        (
+            {"quantizer": "binary"},
+            {"temperature_start": 1.0, "temperature_end": 0.1},
+            r"temperature_start is 1\.0, at which .*power_pair",
+        ),
         ({"quantizer": "binary"}, {"temperature_start": 0.2, "temperature_end": 0.1}, None),
-        ({}, {"adversary": AdversaryOptions(weight=1.0, layers=5)}, r"adversary\.layers is 5, which leaves no patch"),
+        (
+            {},
+            {"discriminator": DiscriminatorOptions(weight=1.0, layers=5)},
+            r"discriminator\.layers is 5, which leaves no patch",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_refused(model, objective, message):
-    problems = joint_problems(dataclasses.asdict(TokenizerConfig(**model)), dataclasses.asdict(ObjectiveConfig(**objective)))
-    assert not problems if message is None else len(problems) == 1 and re.search(message, problems[0])
+    problems = joint_problems(
+        dataclasses.asdict(TokenizerConfig(**model)),
+        dataclasses.asdict(ObjectiveConfig(**objective)),
+    )
+    assert (
+        not problems if message is None else len(problems) == 1 and re.search(message, problems[0])
+    )
 
 
 def test_objective_reports_all_problems_at_once():
     with pytest.raises(ValueError) as error:
-        ObjectiveConfig(kl_weight=-1, kl_ramp_steps=-1, temperature_start=0, temperature_end=0, temperature_steps=-1)
-    for name in ("kl_weight", "kl_ramp_steps", "temperature_start", "temperature_end", "temperature_steps"):
+        ObjectiveConfig(
+            kl_weight=-1,
+            kl_ramp_steps=-1,
+            temperature_start=0,
+            temperature_end=0,
+            temperature_steps=-1,
+        )
+    for name in (
+        "kl_weight",
+        "kl_ramp_steps",
+        "temperature_start",
+        "temperature_end",
+        "temperature_steps",
+    ):
         assert f"tokenizer.objective.{name}" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "kind", [TokenizerConfig, ObjectiveConfig, VqganOptions, *(typing.get_type_hints(TokenizerConfig)[name] for name in OWNERS)]
+    "kind",
+    [
+        TokenizerConfig,
+        ObjectiveConfig,
+        VqganOptions,
+        *(typing.get_type_hints(TokenizerConfig)[name] for name in OWNERS),
+    ],
 )
 def test_every_field_is_read_somewhere_outside_the_configuration(kind):
-    derived = {"factor", "width", "channels", "levels"}  # read by properties of the configuration that others read
-    code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.name not in ("config.py", "options.py"))
+    derived = {
+        "downsample_factor",
+        "width",
+        "channels",
+        "levels",
+    }  # read by properties of the configuration that others read
+    code = "\n".join(
+        p.read_text() for p in PACKAGE.rglob("*.py") if p.name not in ("config.py", "options.py")
+    )
     for field in dataclasses.fields(kind):
-        assert field.name in derived or re.search(rf"\.{field.name}\b", code), f"{kind.__name__}.{field.name} is never read"
+        assert field.name in derived or re.search(rf"\.{field.name}\b", code), (
+            f"{kind.__name__}.{field.name} is never read"
+        )
 
 
 def test_the_public_list_is_what_the_package_has():

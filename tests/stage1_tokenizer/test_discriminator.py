@@ -1,11 +1,17 @@
-"""The adversary: its losses by hand, the scaled weight, who learns from what, its turn in the objective."""
+"""The adversary: its losses by hand, the scaled weight, who learns from what, its turn in the
+objective."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from stage1_tokenizer import AdversaryOptions, ObjectiveConfig, PerceptualOptions, TokenizerObjective
+from stage1_tokenizer import (
+    DiscriminatorOptions,
+    ObjectiveConfig,
+    PerceptualOptions,
+    TokenizerObjective,
+)
 from stage1_tokenizer.discriminator import (
     Discriminator,
     adaptive_weight,
@@ -24,8 +30,8 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def objective(start: int = 10, **options) -> TokenizerObjective:
     torch.manual_seed(0)
-    adversary = AdversaryOptions(weight=1.0, start=start, width=16, layers=1, **options)
-    return TokenizerObjective(tiny_tokenizer().train(), ObjectiveConfig(adversary=adversary))
+    adversary = DiscriminatorOptions(weight=1.0, start=start, width=16, layers=1, **options)
+    return TokenizerObjective(tiny_tokenizer().train(), ObjectiveConfig(discriminator=adversary))
 
 
 def test_losses_by_hand():
@@ -54,7 +60,10 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
     output = pixels(2, 3, 4, 4).requires_grad_()
     reconstruction, adversarial = (output - 0.3).square().sum(), 1e-3 * output.sin().sum()
     weight = adaptive_weight(reconstruction, adversarial, output)
-    a, b = (torch.autograd.grad(loss, output, retain_graph=True)[0].norm() for loss in (reconstruction, weight * adversarial))
+    a, b = (
+        torch.autograd.grad(loss, output, retain_graph=True)[0].norm()
+        for loss in (reconstruction, weight * adversarial)
+    )
     torch.testing.assert_close(a, b)
     assert not weight.requires_grad
     nothing = adaptive_weight(reconstruction, 0.0 * output.sum(), output)
@@ -75,7 +84,9 @@ def test_before_its_start_there_is_one_loss_and_after_it_two(pictures):
     assert [loss.group for loss in both.losses(pictures, 9)] == ["tokenizer"]
     losses = list(both.losses(pictures, 10))
     assert [loss.group for loss in losses] == ["tokenizer", "discriminator"]
-    assert "adversarial" in losses[0].metrics and {"logits_real", "logits_fake"} == set(losses[1].metrics)
+    assert "adversarial" in losses[0].metrics and {"logits_real", "logits_fake"} == set(
+        losses[1].metrics
+    )
     assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
 
 
@@ -92,15 +103,25 @@ def test_each_loss_moves_its_own_network_alone(pictures):
 
 
 def test_under_autocast_the_losses_are_in_float32(pictures):
-    """Logits of bf16 near 1 lie 1/128 apart, which neither a hinge at 1 nor a running mean bears."""
+    """Logits of bf16 near 1 lie 1/128 apart, which neither a hinge at 1 nor a running mean
+    bears."""
     both = objective(start=0, lecam=0.1)
     logits = []
-    both.discriminator.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    both.discriminator.register_forward_hook(
+        lambda module, inputs, output: logits.append(output.detach())
+    )
     with torch.autocast("cpu", torch.bfloat16):
         first, second = both.losses(pictures, 0)
     assert logits[0].dtype == torch.bfloat16 and second.value.dtype == torch.float32
-    torch.testing.assert_close(first.metrics["adversarial"], -logits[0].float().mean(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(second.metrics["logits_real"], logits[1][: len(pictures)].float().mean(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        first.metrics["adversarial"], -logits[0].float().mean(), rtol=1e-6, atol=1e-7
+    )
+    torch.testing.assert_close(
+        second.metrics["logits_real"],
+        logits[1][: len(pictures)].float().mean(),
+        rtol=1e-6,
+        atol=1e-7,
+    )
 
 
 def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
@@ -127,7 +148,9 @@ def test_the_perceptual_distance_is_weighed_and_reported(pictures):
     tokenizer = tiny_tokenizer().train()
     values = []
     for weight in (0.0, 2.0):
-        (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig(perceptual=PerceptualOptions(weight=weight))).losses(pictures, 0)
+        (loss,) = TokenizerObjective(
+            tokenizer, ObjectiveConfig(perceptual=PerceptualOptions(weight=weight))
+        ).losses(pictures, 0)
         values.append(loss)
     assert "perceptual" not in values[0].metrics and 0 < float(values[1].metrics["perceptual"]) <= 1
 
@@ -135,11 +158,17 @@ def test_the_perceptual_distance_is_weighed_and_reported(pictures):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adversary": AdversaryOptions(weight=-1.0)}, "adversary needs weight"),
-        ({"adversary": AdversaryOptions(width=20)}, "width a multiple of 16"),
-        ({"adversary": AdversaryOptions(weight=1.0, layers=-1)}, "layers of at least 1"),
-        ({"perceptual": PerceptualOptions(weight=-1.0)}, r"perceptual\.weight is -1\.0; it must be 0 or more"),
-        ({"perceptual": PerceptualOptions(layers=(1,))}, r"perceptual\.layers are \[1\]; they are hidden states.*\(now ms_ssim\)"),
+        ({"discriminator": DiscriminatorOptions(weight=-1.0)}, "discriminator needs weight"),
+        ({"discriminator": DiscriminatorOptions(width=20)}, "width a multiple of 16"),
+        ({"discriminator": DiscriminatorOptions(weight=1.0, layers=-1)}, "layers of at least 1"),
+        (
+            {"perceptual": PerceptualOptions(weight=-1.0)},
+            r"perceptual\.weight is -1\.0; it must be 0 or more",
+        ),
+        (
+            {"perceptual": PerceptualOptions(layers=(1,))},
+            r"perceptual\.layers are \[1\]; they are hidden states.*\(now ms_ssim\)",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -161,7 +190,8 @@ def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentia
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
-    """The gradient goes through the compiled graphs once, whatever the weight needs to know of it."""
+    """The gradient goes through the compiled graphs once, whatever the weight needs to know of
+    it."""
     both = objective(start=0, adaptive=adaptive)
     for network in both.networks.values():
         network.compile_networks()
@@ -172,6 +202,10 @@ def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
 
 
 def test_a_discriminator_that_leaves_no_patch_is_refused_before_it_starts():
-    adversary = AdversaryOptions(weight=1.0, layers=3, width=16)
-    with pytest.raises(ValueError, match=r"adversary\.layers is 3, which leaves no patch of pictures of 16 pixels; set it lower"):
-        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(adversary=adversary))
+    adversary = DiscriminatorOptions(weight=1.0, layers=3, width=16)
+    with pytest.raises(
+        ValueError,
+        match=r"discriminator\.layers is 3, which leaves no patch of pictures of 16 pixels; set it "
+        r"lower",
+    ):
+        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=adversary))

@@ -1,4 +1,5 @@
-"""Two processes over gloo: codebook statistics are those of the whole batch, restarts are the same, evaluation is silent."""
+"""Two processes over gloo: codebook statistics are those of the whole batch, restarts are the same,
+evaluation is silent."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from stage1_tokenizer import (
     TokenizerObjective,
     VectorOptions,
 )
-from stage1_tokenizer.quantizers import GumbelQuantizer, ResidualQuantizer, ScoreFunctionQuantizer, SignQuantizer, VectorQuantizer
+from stage1_tokenizer.quantizers import (
+    GumbelQuantizer,
+    ResidualQuantizer,
+    ScoreFunctionQuantizer,
+    SignQuantizer,
+    VectorQuantizer,
+)
 from tests.helpers.tokenizers import KINDS, objective_of, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +36,10 @@ SHAPE = (4, 4, 4, 4)
 
 def batch(step: int, rank: int | None) -> Tensor:
     """Features of a step: one process's half, or the whole."""
-    halves = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 * step + r)) for r in range(PROCESSES)]
+    halves = [
+        torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 * step + r))
+        for r in range(PROCESSES)
+    ]
     return torch.cat(halves) if rank is None else halves[rank]
 
 
@@ -44,7 +54,9 @@ def averages() -> VectorQuantizer:
 
 
 def restarting(codebook: str) -> VectorQuantizer:
-    return VectorQuantizer(64, 4, VectorOptions(dead_code_threshold=0.9, dead_code_check_every=2, codebook=codebook))  # type: ignore[arg-type]
+    return VectorQuantizer(
+        64, 4, VectorOptions(dead_code_threshold=0.9, dead_code_check_every=2, codebook=codebook)
+    )  # type: ignore[arg-type]
 
 
 def shared_residual() -> ResidualQuantizer:
@@ -62,9 +74,10 @@ def baseline(rank: int | None) -> Tensor:
 
 
 def entropy_gradient(rank: int | None) -> Tensor:
-    """Of the penalty to a parameter that shifts all features; data-parallel training averages it over the processes."""
+    """Of the penalty to a parameter that shifts all features; data-parallel training averages it
+    over the processes."""
     shift = torch.zeros(4, requires_grad=True)
-    sign = SignQuantizer(16, SignOptions(sharpness=0.5), spherical=False).train()
+    sign = SignQuantizer(16, SignOptions(inverse_temperature=0.5), spherical=False).train()
     sign.entropy_penalty(batch(0, rank) + shift[:, None, None]).backward()
     return shift.grad
 
@@ -78,7 +91,9 @@ def run(quantizer: torch.nn.Module, rank: int | None, steps: int = 6) -> dict[st
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
     torch.manual_seed(rank)  # the processes' own generators differ, as in training
     vq = restarting("ema")
     states = {
@@ -91,7 +106,9 @@ def work(rank: int, folder: str) -> None:
     }
     if rank == 0:  # a collective in here would wait for the other process for ever
         for kind, changes in KINDS.items():
-            TokenizerObjective(tiny_tokenizer(**changes), objective_of(kind)).evaluate([torch.zeros(2, 16, 16, 3).byte()])
+            TokenizerObjective(tiny_tokenizer(**changes), objective_of(kind)).evaluate(
+                [torch.zeros(2, 16, 16, 3).byte()]
+            )
     dist.barrier()
     torch.save(states, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -108,7 +125,9 @@ def test_moving_averages_of_two_halves_are_those_of_the_whole_batch(states):
     whole = run(averages(), None)
     for state in states:
         for name, tensor in whole.items():
-            torch.testing.assert_close(state["averages"][name], tensor, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                state["averages"][name], tensor, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_use_of_gumbel_is_counted_over_both(states):

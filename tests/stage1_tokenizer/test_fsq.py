@@ -19,9 +19,12 @@ def quantizer(levels: tuple[int, ...]) -> FiniteScalarQuantizer:
 
 @LEVELS
 def test_every_code_is_reached_and_embeds_to_itself(levels):
-    """Features far apart reach the outermost values too; and what the decoder sees is the code's vector."""
+    """Features far apart reach the outermost values too; and what the decoder sees is the code's
+    vector."""
     fsq = quantizer(levels)
-    features = torch.cartesian_prod(*[torch.linspace(-0.9999, 0.9999, 24).atanh()] * len(levels)).reshape(-1, len(levels))
+    features = torch.cartesian_prod(
+        *[torch.linspace(-0.9999, 0.9999, 24).atanh()] * len(levels)
+    ).reshape(-1, len(levels))
     result = fsq(features.T.reshape(1, len(levels), 1, -1))
     assert result.codes.unique().numel() == fsq.num_codes and result.codes.min() == 0
     torch.testing.assert_close(result.latents, fsq.embed(result.codes, (1, len(features))))
@@ -53,5 +56,10 @@ def test_use_is_counted_while_training_only():
     fsq, x = quantizer((4, 3)), torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     assert not fsq(x).metrics and not fsq.counts.any()
     result = fsq.train()(x)
-    torch.testing.assert_close(fsq.counts, torch.bincount(result.codes.flatten(), minlength=12).float())
-    assert set(result.metrics) == {"codebook_usage", "codebook_perplexity", "dead_codes"} and float(result.loss) == 0
+    torch.testing.assert_close(
+        fsq.counts, torch.bincount(result.codes.flatten(), minlength=12).float()
+    )
+    assert (
+        set(result.metrics) == {"codebook_usage", "codebook_perplexity", "dead_codes"}
+        and float(result.loss) == 0
+    )

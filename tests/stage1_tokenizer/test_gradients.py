@@ -10,7 +10,9 @@ from stage1_tokenizer.quantizers.gradients import pass_gradient, rotated, straig
 
 def example(dim: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    vectors, chosen, upstream = (torch.randn(20, dim, generator=generator, dtype=torch.float64) for _ in range(3))
+    vectors, chosen, upstream = (
+        torch.randn(20, dim, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     return vectors.requires_grad_(), chosen, upstream
 
 

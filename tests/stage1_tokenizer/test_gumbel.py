@@ -24,8 +24,11 @@ def logits(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.fixture
 def torch_draws_our_noise(monkeypatch):
-    """`F.gumbel_softmax` takes exponential variables from their own method; here they are those our noise is the -log of."""
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda empty: empty.copy_((-gumbel_noise_like(empty)).exp()))
+    """`F.gumbel_softmax` takes exponential variables from their own method; here they are those our
+    noise is the -log of."""
+    monkeypatch.setattr(
+        torch.Tensor, "exponential_", lambda empty: empty.copy_((-gumbel_noise_like(empty)).exp())
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
@@ -48,13 +51,16 @@ def test_the_noise_makes_argmax_a_sample_of_the_softmax():
 
 
 def test_noise_is_standard_gumbel():
-    """Mean and deviation of a million, and the share above 3; each within four of its own deviations."""
+    """Mean and deviation of a million, and the share above 3; each within four of its own
+    deviations."""
     torch.manual_seed(0)
     noise = gumbel_noise_like(torch.empty(1_000_000)).double()
     assert float(noise.mean()) == pytest.approx(0.57722, abs=4 * 1.2825e-3)
     assert float(noise.std()) == pytest.approx(math.pi / math.sqrt(6), abs=0.006)
     share = 1 - math.exp(-math.exp(-3))
-    assert float((noise > 3).double().mean()) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 1e6))
+    assert float((noise > 3).double().mean()) == pytest.approx(
+        share, abs=4 * math.sqrt(share * (1 - share) / 1e6)
+    )
 
 
 @pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
@@ -87,7 +93,8 @@ def jacobian_of_softmax(p: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_reinmax_follows_its_definition(temperature):
-    """Forward: the sample. Backward, with p = softmax(l) and s = (sample + softmax(l / t)) / 2: 2 J(s) - J(p) / 2 (Liu et al., alg. 2)."""
+    """Forward: the sample. Backward, with p = softmax(l) and s = (sample + softmax(l / t)) / 2: 2
+    J(s) - J(p) / 2 (Liu et al., alg. 2)."""
     x = logits(6).requires_grad_()
     noise = gumbel_noise_like(x.detach())
     weights = reinmax(x, noise, temperature)
@@ -97,13 +104,15 @@ def test_reinmax_follows_its_definition(temperature):
     (gradient,) = torch.autograd.grad((weights * upstream).sum(), x)
     flat = x.detach()
     middle = (sample + (flat / temperature).softmax(0)) / 2
-    expected = upstream @ (2 * jacobian_of_softmax(middle) - jacobian_of_softmax(flat.softmax(0)) / 2)
+    expected = upstream @ (
+        2 * jacobian_of_softmax(middle) - jacobian_of_softmax(flat.softmax(0)) / 2
+    )
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_reinmax_is_exact_on_average_for_a_quadratic_cost_and_straight_through_is_not():
-    """Heun's method is of second order, so the mean gradient of a cost quadratic in the code is that of the expected cost. Two codes,
-    40,000 samples; a deviation of the mean is 0.0004."""
+    """Heun's method is of second order, so the mean gradient of a cost quadratic in the code is
+    that of the expected cost. Two codes, 40,000 samples; a deviation of the mean is 0.0004."""
     x = torch.tensor([0.4, -0.3]).expand(40_000, -1).clone().requires_grad_()
     target, p = 0.2, float(torch.tensor(0.7).sigmoid())
     torch.manual_seed(0)
@@ -153,10 +162,16 @@ def test_kl_by_hand_in_nats_a_picture():
 
 def test_kl_is_summed_over_positions_and_averaged_over_the_batch():
     one_hot = 100 * F.one_hot(torch.zeros(3, 2, 5, dtype=torch.long), 6).float()
-    torch.testing.assert_close(kl_to_uniform(one_hot.log_softmax(-1)), torch.full((3,), 10 * math.log(6)))
+    torch.testing.assert_close(
+        kl_to_uniform(one_hot.log_softmax(-1)), torch.full((3,), 10 * math.log(6))
+    )
     mixed = torch.cat([one_hot[:1], torch.zeros(3, 2, 5, 6)])
     result = quantizer().eval()(mixed.permute(0, 3, 1, 2))
-    assert float(result.kl) == pytest.approx(10 * math.log(6) / 4) == pytest.approx(float(result.metrics["kl"]))
+    assert (
+        float(result.kl)
+        == pytest.approx(10 * math.log(6) / 4)
+        == pytest.approx(float(result.metrics["kl"]))
+    )
 
 
 def test_kl_gradient_draws_logits_together():
@@ -174,7 +189,9 @@ def test_use_is_counted_while_training_only():
     gumbel.eval()(x, 0.5)
     assert not gumbel.counts.any()
     result = gumbel.train()(x, 0.5)
-    torch.testing.assert_close(gumbel.counts, torch.bincount(x.argmax(1).flatten(), minlength=6).float())
+    torch.testing.assert_close(
+        gumbel.counts, torch.bincount(x.argmax(1).flatten(), minlength=6).float()
+    )
     assert {"kl", "codebook_usage", "codebook_perplexity", "dead_codes"} == set(result.metrics)
 
 
@@ -193,7 +210,9 @@ def test_autocast_leaves_the_quantizer_in_float32():
 def test_disuse_is_the_divergence_of_the_mean_posterior_and_0_where_codes_are_used_alike():
     sure = 100 * F.one_hot(torch.tensor([0, 0, 1, 2]), 4).float()[None, None]  # four positions
     mean = torch.tensor([0.5, 0.25, 0.25])
-    torch.testing.assert_close(diversity_loss(sure.log_softmax(-1)), math.log(4) + (mean * mean.log()).sum())
+    torch.testing.assert_close(
+        diversity_loss(sure.log_softmax(-1)), math.log(4) + (mean * mean.log()).sum()
+    )
     alike = 100 * torch.eye(4)[None, None]
     assert float(diversity_loss(alike.log_softmax(-1))) == pytest.approx(0.0, abs=1e-6)
     result = quantizer(4, diversity=0.5).train()(sure.permute(0, 3, 1, 2))

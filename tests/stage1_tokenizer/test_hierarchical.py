@@ -1,4 +1,5 @@
-"""The hierarchy of VQ-VAE-2: order of the stream, who is conditioned on whom, round trips at any size."""
+"""The hierarchy of VQ-VAE-2: order of the stream, who is conditioned on whom, round trips at any
+size."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ LEVELS = pytest.mark.parametrize("levels", [2, 3])
 
 def quantizer(levels: int = 2, coarse_codes: tuple[int, ...] = ()) -> HierarchicalQuantizer:
     torch.manual_seed(0)
-    return HierarchicalQuantizer(8, 4, HierarchicalOptions(levels=levels, width=6, coarse_codes=coarse_codes), VectorOptions()).eval()
+    return HierarchicalQuantizer(
+        8,
+        4,
+        HierarchicalOptions(levels=levels, width=6, coarse_codes=coarse_codes),
+        VectorOptions(),
+    ).eval()
 
 
 def features(*shape: int) -> torch.Tensor:
@@ -28,7 +34,10 @@ def test_the_coarsest_level_comes_first_and_codes_embed_to_what_the_decoder_saw(
     assert layout[-1] == Level(grid=grid, num_codes=8) and len(layout) == levels
     assert layout[0].grid == (grid[0] >> (levels - 1), grid[1] >> (levels - 1))
     result = hierarchy(features(2, 6, *grid))
-    assert result.codes.shape == (2, sum(level.length for level in layout)) and result.latents.shape == (2, 4, *grid)
+    assert result.codes.shape == (
+        2,
+        sum(level.length for level in layout),
+    ) and result.latents.shape == (2, 4, *grid)
     torch.testing.assert_close(hierarchy.embed(result.codes, grid), result.latents)
     assert hierarchy.vectors().shape == (8 * levels, 4)
 
@@ -36,18 +45,27 @@ def test_the_coarsest_level_comes_first_and_codes_embed_to_what_the_decoder_saw(
 def test_levels_may_have_codebooks_of_different_sizes():
     hierarchy = quantizer(3, (2, 5))
     assert [level.num_codes for level in hierarchy.layout((8, 8))] == [2, 5, 8]
-    assert hierarchy.vectors().shape == (15, 4) and [len(use) for use in hierarchy.usage()] == [2, 5, 8]
+    assert hierarchy.vectors().shape == (15, 4) and [len(use) for use in hierarchy.usage()] == [
+        2,
+        5,
+        8,
+    ]
     result = hierarchy(features(16, 6, 8, 8))
     parts = result.codes.split([4, 16, 64], dim=1)
-    assert all(int(part.max()) < size for part, size in zip(parts, [2, 5, 8], strict=True)) and int(parts[2].max()) >= 5
+    assert (
+        all(int(part.max()) < size for part, size in zip(parts, [2, 5, 8], strict=True))
+        and int(parts[2].max()) >= 5
+    )
     torch.testing.assert_close(hierarchy.embed(result.codes, (8, 8)), result.latents)
 
 
 def test_the_bottom_is_conditioned_on_the_top_and_not_the_other_way_round():
-    """Features that change within one 2x2 cell change that cell's top code only; a changed top code changes what the bottom quantizes."""
+    """Features that change within one 2x2 cell change that cell's top code only; a changed top code
+    changes what the bottom quantizes."""
     hierarchy, x = quantizer(), features(1, 6, 4, 4)
     other = x.clone()
-    other[:, :, 0, 0] += 20 * features(1, 6)  # one place at the bottom, in the first cell of the top
+    # One place at the bottom, in the first cell of the top
+    other[:, :, 0, 0] += 20 * features(1, 6)
     one, two = hierarchy(x).codes, hierarchy(other).codes
     assert torch.equal(one[:, 1:4], two[:, 1:4]) and not torch.equal(one[:, :4], two[:, :4])
     seen = []
@@ -71,9 +89,14 @@ def test_gradients_reach_every_layer_and_all_features(levels):
 def test_losses_are_summed_and_metrics_told_apart():
     hierarchy = quantizer().train()
     result = hierarchy(features(8, 6, 4, 4))
-    torch.testing.assert_close(result.loss.detach(), 0.25 * (result.metrics["commitment_level_1"] + result.metrics["commitment_level_2"]))
+    torch.testing.assert_close(
+        result.loss.detach(),
+        0.25 * (result.metrics["commitment_level_1"] + result.metrics["commitment_level_2"]),
+    )
 
 
 def test_a_grid_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match="a grid of 4x6 codes cannot be halved 2 times; make both a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="a grid of 4x6 codes cannot be halved 2 times; make both a multiple of 4"
+    ):
         quantizer(3)(features(1, 6, 4, 6))

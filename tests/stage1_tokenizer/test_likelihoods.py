@@ -1,4 +1,5 @@
-"""True densities: they integrate to one, match hand-computed values, and their picture is where the density peaks."""
+"""True densities: they integrate to one, match hand-computed values, and their picture is where the
+density peaks."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import torch
 from torch.distributions import Laplace as TorchLaplace
 from torch.distributions import Normal
 
-from stage1_tokenizer.likelihoods import Bernoulli, CalibratedGaussian, Gaussian, Laplace, LogitLaplace, build_likelihood
+from stage1_tokenizer.likelihoods import (
+    Bernoulli,
+    CalibratedGaussian,
+    Gaussian,
+    Laplace,
+    LogitLaplace,
+    build_likelihood,
+)
 from stage1_tokenizer.pixels import LAPLACE_MARGIN, dequantized, to_laplace_logits, to_model_range
 
 
@@ -33,14 +41,17 @@ def parameters(likelihood, *values: float) -> torch.Tensor:
     ],
 )
 def test_the_density_integrates_to_one(likelihood, values):
-    # logit-Laplace lives on the whole unit interval, of which pixels are the part within the margin.
+    # logit-Laplace lives on the whole unit interval, of which pixels are the part within the
+    # margin.
     reach = 1 / (1 - 2 * LAPLACE_MARGIN) - 1e-9 if isinstance(likelihood, LogitLaplace) else 4.0
     x = grid(-reach, reach)
     density = (-likelihood.nll(x, parameters(likelihood, *values).expand(len(x), -1, -1, -1))).exp()
     assert torch.trapezoid(density, x.flatten()) == pytest.approx(1.0, abs=2e-4)
 
 
-@pytest.mark.parametrize(("likelihood", "reference"), [(Gaussian(0.2), Normal), (Laplace(0.2), TorchLaplace)])
+@pytest.mark.parametrize(
+    ("likelihood", "reference"), [(Gaussian(0.2), Normal), (Laplace(0.2), TorchLaplace)]
+)
 def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
     generator = torch.Generator().manual_seed(0)
     pixels, means = torch.randn(2, 4, 3, 5, 5, generator=generator).unbind(0)
@@ -49,15 +60,20 @@ def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
 
 
 def test_the_calibrated_deviation_is_the_best_of_all_for_each_picture():
-    """Pictures drawn at 0.2, 0.5 and 1 from their means: no fixed deviation gives any of them fewer nats."""
+    """Pictures drawn at 0.2, 0.5 and 1 from their means: no fixed deviation gives any of them fewer
+    nats."""
     generator = torch.Generator().manual_seed(0)
     means, noise = torch.randn(2, 3, 3, 16, 16, generator=generator).unbind(0)
     pixels = means + noise * torch.tensor([0.2, 0.5, 1.0])[:, None, None, None]
     calibrated = CalibratedGaussian().nll(pixels, means)
-    fixed = torch.stack([Gaussian(scale).nll(pixels, means) for scale in torch.logspace(-2, 1, 200).tolist()]).amin(0)
+    fixed = torch.stack(
+        [Gaussian(scale).nll(pixels, means) for scale in torch.logspace(-2, 1, 200).tolist()]
+    ).amin(0)
     assert (calibrated <= fixed + 0.1).all()
     torch.testing.assert_close(calibrated, fixed, atol=0.5, rtol=0)
-    alone = torch.cat([CalibratedGaussian().nll(pixels[i : i + 1], means[i : i + 1]) for i in range(3)])
+    alone = torch.cat(
+        [CalibratedGaussian().nll(pixels[i : i + 1], means[i : i + 1]) for i in range(3)]
+    )
     torch.testing.assert_close(alone, calibrated)
 
 
@@ -72,20 +88,23 @@ def test_the_calibrated_gradient_is_that_of_half_the_log_of_the_error():
 
 
 def test_an_exact_picture_costs_what_its_8_bit_steps_do():
-    """The Gaussian of the noise that spreads a pixel over its step: 0.25 bits more than the step's own uniform density."""
+    """The Gaussian of the noise that spreads a pixel over its step: 0.25 bits more than the step's
+    own uniform density."""
     pixels = torch.full((2, 3, 8, 8), -1.0)
     bits = CalibratedGaussian().bits_per_dimension(CalibratedGaussian().nll(pixels, pixels), 192)
     torch.testing.assert_close(bits, torch.full((2,), 0.5 * math.log2(2 * math.pi * math.e / 12)))
 
 
 def test_logit_laplace_by_hand():
-    """Eq. of DALL-E's appendix at x=0.5, location 0.2, log-scale -1 above a least scale of 0.1, and the slope of the map to the unit
-    range."""
+    """Eq. of DALL-E's appendix at x=0.5, location 0.2, log-scale -1 above a least scale of 0.1, and
+    the slope of the map to the unit range."""
     unit = 0.4 * 1.5 + 0.1
     logit = math.log(unit / (1 - unit))
     scale = 0.1 + math.exp(-1.0)
     density = math.exp(-abs(logit - 0.2) / scale) / (2 * scale * unit * (1 - unit)) * 0.4
-    nll = LogitLaplace(0.1).nll(torch.full((1, 1, 1, 1), 0.5), parameters(LogitLaplace(0.1), 0.2, -1.0))
+    nll = LogitLaplace(0.1).nll(
+        torch.full((1, 1, 1, 1), 0.5), parameters(LogitLaplace(0.1), 0.2, -1.0)
+    )
     assert float(nll) == pytest.approx(-math.log(density), rel=1e-5)
 
 
@@ -99,7 +118,10 @@ def test_logit_laplace_keeps_the_channels_of_location_and_scale_apart():
 def test_logit_laplace_does_not_run_away_on_flat_pictures():
     pixels = torch.full((1, 1, 1, 1), -1.0)
     exact = to_laplace_logits(pixels)
-    nlls = [LogitLaplace(least).nll(pixels, torch.cat([exact, torch.full_like(exact, -100.0)], 1)) for least in (0.05, 0.1)]
+    nlls = [
+        LogitLaplace(least).nll(pixels, torch.cat([exact, torch.full_like(exact, -100.0)], 1))
+        for least in (0.05, 0.1)
+    ]
     torch.testing.assert_close(nlls[1] - nlls[0], torch.tensor([math.log(2)]))
 
 
@@ -113,13 +135,21 @@ def test_a_scale_that_has_fallen_to_the_least_can_rise_again():
 def test_the_picture_is_where_the_density_peaks(likelihood):
     x = grid(-1, 1, 2001)
     nll = likelihood.nll(x, parameters(likelihood, 0.25).expand(len(x), -1, -1, -1))
-    assert float(x.flatten()[nll.argmin()]) == pytest.approx(float(likelihood.picture(parameters(likelihood, 0.25))), abs=1e-3)
+    assert float(x.flatten()[nll.argmin()]) == pytest.approx(
+        float(likelihood.picture(parameters(likelihood, 0.25))), abs=1e-3
+    )
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(0.1), CalibratedGaussian(), Laplace(0.1), LogitLaplace(0.1)])
+@pytest.mark.parametrize(
+    "likelihood", [Gaussian(0.1), CalibratedGaussian(), Laplace(0.1), LogitLaplace(0.1)]
+)
 def test_low_precision_outputs_are_scored_in_float32(likelihood):
     out = torch.zeros(2, likelihood.parameters_per_channel, 2, 2, dtype=torch.bfloat16)
-    assert likelihood.nll(torch.zeros(2, 1, 2, 2), out).dtype == likelihood.picture(out).dtype == torch.float32
+    assert (
+        likelihood.nll(torch.zeros(2, 1, 2, 2), out).dtype
+        == likelihood.picture(out).dtype
+        == torch.float32
+    )
 
 
 def test_bits_of_a_uniform_density_are_eight():
@@ -130,7 +160,12 @@ def test_bits_of_a_uniform_density_are_eight():
 
 
 def test_names():
-    kinds = {"l2": Gaussian, "calibrated_l2": CalibratedGaussian, "l1": Laplace, "logit_laplace": LogitLaplace}
+    kinds = {
+        "l2": Gaussian,
+        "calibrated_l2": CalibratedGaussian,
+        "l1": Laplace,
+        "logit_laplace": LogitLaplace,
+    }
     assert all(type(build_likelihood(name, 0.1)) is kind for name, kind in kinds.items())  # type: ignore[arg-type]
 
 
@@ -144,25 +179,38 @@ def test_bernoulli_by_hand_and_by_counting():
     total = (-Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).exp().sum()
     torch.testing.assert_close(total, torch.tensor(1.0))
     grey = Bernoulli().nll(torch.zeros(1, 3, 1, 1), logits)
-    torch.testing.assert_close(grey, (Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).mean()[None])
+    torch.testing.assert_close(
+        grey, (Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).mean()[None]
+    )
     assert Bernoulli().bits_per_dimension(6 * math.log(2), 3) == pytest.approx(2.0)
 
 
 def test_dequantized_pixels_fill_their_step_and_no_more():
-    pixels = to_model_range(torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3).contiguous())
+    pixels = to_model_range(
+        torch.arange(256, dtype=torch.uint8)
+        .reshape(1, 16, 16, 1)
+        .expand(-1, -1, -1, 3)
+        .contiguous()
+    )
     torch.manual_seed(0)
     spread = torch.cat([dequantized(pixels) for _ in range(200)])
     assert (spread - pixels).abs().max() <= 1 / 255 + 1e-6
-    assert (spread - pixels).mean().abs() < 1e-5 and (spread - pixels).std() == pytest.approx(2 / 255 / 12**0.5, rel=0.01)
+    assert (spread - pixels).mean().abs() < 1e-5 and (spread - pixels).std() == pytest.approx(
+        2 / 255 / 12**0.5, rel=0.01
+    )
     again = [dequantized(pixels, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*again)
 
 
 def test_with_dequantization_no_scale_is_better_than_uniform_on_a_step():
-    """Without, a scale that shrinks onto 8-bit values is rewarded without end: fewer than 0 bits a dimension."""
+    """Without, a scale that shrinks onto 8-bit values is rewarded without end: fewer than 0 bits a
+    dimension."""
     pixels = torch.full((64, 3, 8, 8), -1.0)
     exact = to_laplace_logits(pixels)
     sharp, likelihood = torch.cat([exact, torch.full_like(exact, -5.0)], 1), LogitLaplace(1e-6)
-    bits = [float(likelihood.bits_per_dimension(likelihood.nll(x, sharp).mean(), 192)) for x in (pixels, dequantized(pixels))]
+    bits = [
+        float(likelihood.bits_per_dimension(likelihood.nll(x, sharp).mean(), 192))
+        for x in (pixels, dequantized(pixels))
+    ]
     assert bits[0] < 0 < bits[1]
     assert LogitLaplace.learns_scale and not Gaussian.learns_scale

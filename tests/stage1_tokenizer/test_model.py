@@ -1,4 +1,5 @@
-"""`ImageTokenizer`: the contract of codes and pictures, whatever the quantizer, the factor and the likelihood."""
+"""`ImageTokenizer`: the contract of codes and pictures, whatever the quantizer, the factor and the
+likelihood."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from stage1_tokenizer import (
     TokenizerObjective,
     to_model_range,
     to_pictures,
-)  # fmt: skip
+)
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
@@ -28,12 +29,16 @@ def test_pictures_become_codes_and_codes_become_pictures(kind, likelihood, pictu
     codes = tokenizer.encode(to_model_range(pictures))
     assert codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < tokenizer.num_codes
     levels = tokenizer.layout
-    assert codes.shape == ((6, 4, 4) if len(levels) == 1 else (6, sum(level.length for level in levels)))
+    assert codes.shape == (
+        (6, 4, 4) if len(levels) == 1 else (6, sum(level.length for level in levels))
+    )
     pixels = tokenizer.decode(codes)
     assert pixels.shape == (6, 3, 16, 16) and -1 <= pixels.min() <= pixels.max() <= 1
     output = tokenizer(to_model_range(pictures))
     assert torch.equal(output.quantized.codes, codes)
-    torch.testing.assert_close(tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0
+    )
 
 
 @EVERY_KIND
@@ -42,12 +47,16 @@ def test_a_tokenizer_in_bf16_encodes_and_decodes(kind, pictures):
     pixels = to_model_range(pictures)
     codes = tokenizer.encode(pixels)
     assert torch.equal(tokenizer(pixels).quantized.codes, codes)
-    assert tokenizer.decode(codes).isfinite().all() and tokenizer.decode(codes).dtype == torch.float32
+    assert (
+        tokenizer.decode(codes).isfinite().all() and tokenizer.decode(codes).dtype == torch.float32
+    )
 
 
-@pytest.mark.parametrize(("factor", "size"), [(1, 5), (2, 14), (4, 12), (8, 24), (16, 32), (32, 64)])
+@pytest.mark.parametrize(
+    ("factor", "size"), [(1, 5), (2, 14), (4, 12), (8, 24), (16, 32), (32, 64)]
+)
 def test_any_factor_and_size(factor, size):
-    tokenizer = tiny_tokenizer(factor=factor, image_size=size)
+    tokenizer = tiny_tokenizer(downsample_factor=factor, image_size=size)
     assert tokenizer.grid == (size // factor, size // factor)
     assert tokenizer.layout == (Level(grid=tokenizer.grid, num_codes=12),)
     codes = tokenizer.encode(torch.zeros(2, 3, size, size))
@@ -59,17 +68,27 @@ def test_any_factor_and_size(factor, size):
 def test_code_vectors_are_what_the_decoder_sees(kind):
     tokenizer = tiny_tokenizer(**KINDS[kind])
     vectors, levels = tokenizer.code_vectors, tokenizer.layout
-    assert len(vectors) == sum(level.num_codes for level in levels) and vectors.ndim == 2 and not vectors.requires_grad
+    assert (
+        len(vectors) == sum(level.num_codes for level in levels)
+        and vectors.ndim == 2
+        and not vectors.requires_grad
+    )
     if len(levels) == 1:
-        codes = torch.randint(0, tokenizer.num_codes, (2, 4, 4), generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(vectors[codes].permute(0, 3, 1, 2), tokenizer.quantizer.embed(codes, (4, 4)))
+        codes = torch.randint(
+            0, tokenizer.num_codes, (2, 4, 4), generator=torch.Generator().manual_seed(0)
+        )
+        torch.testing.assert_close(
+            vectors[codes].permute(0, 3, 1, 2), tokenizer.quantizer.embed(codes, (4, 4))
+        )
 
 
 @EVERY_KIND
 def test_a_picture_has_the_same_codes_alone_as_in_a_batch(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind])
     pixels = to_model_range(pictures)
-    assert torch.equal(tokenizer.encode(pixels), torch.cat([tokenizer.encode(p[None]) for p in pixels]))
+    assert torch.equal(
+        tokenizer.encode(pixels), torch.cat([tokenizer.encode(p[None]) for p in pixels])
+    )
 
 
 @EVERY_KIND
@@ -99,7 +118,9 @@ def test_pil_pictures_of_any_mode(tokenizer):
     assert torch.equal(codes[4:], white)  # nothing but transparency is white paper
     drawn = tokenizer.to_images(codes)
     assert [image.size for image in drawn] == [(16, 16)] * 5 and drawn[0].mode == "RGB"
-    assert torch.equal(torch.from_numpy(np.asarray(drawn[2]).copy()), to_pictures(tokenizer.decode(codes))[2])
+    assert torch.equal(
+        torch.from_numpy(np.asarray(drawn[2]).copy()), to_pictures(tokenizer.decode(codes))[2]
+    )
 
 
 @EVERY_KIND
@@ -112,14 +133,23 @@ def test_pictures_of_other_sizes_go_through(kind, height, width):
     drawn = tokenizer.decode(codes, grid)
     output = tokenizer(pixels)
     assert drawn.shape == pixels.shape
-    torch.testing.assert_close(tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0
+    )
     if codes.ndim == 3:
         assert codes.shape == (2, *grid) and torch.equal(tokenizer.decode(codes), drawn)
 
 
-@pytest.mark.parametrize(("size", "near"), [((18, 16), "16x16"), ((16, 1), "16x4"), ((30, 33), "32x32")])
-def test_a_size_that_the_grid_does_not_divide_is_refused_with_the_nearest_that_fits(tokenizer, size, near):
-    with pytest.raises(ValueError, match=rf"pixels are {size[0]}x{size[1]} .* multiples of 4; the nearest that fits is {near}"):
+@pytest.mark.parametrize(
+    ("size", "near"), [((18, 16), "16x16"), ((16, 1), "16x4"), ((30, 33), "32x32")]
+)
+def test_a_size_that_the_grid_does_not_divide_is_refused_with_the_nearest_that_fits(
+    tokenizer, size, near
+):
+    with pytest.raises(
+        ValueError,
+        match=rf"pixels are {size[0]}x{size[1]} .* multiples of 4; the nearest that fits is {near}",
+    ):
         tokenizer.to_codes([Image.new("RGB", size)])
     hierarchical = tiny_tokenizer(**KINDS["hierarchical"])  # its coarse codes cover 8 pixels
     with pytest.raises(ValueError, match="multiples of 8; the nearest that fits is 16x16"):
@@ -128,23 +158,33 @@ def test_a_size_that_the_grid_does_not_divide_is_refused_with_the_nearest_that_f
 
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16), (3, 16, 16)])
 def test_pixels_of_another_shape_are_refused(tokenizer, shape):
-    with pytest.raises(ValueError, match=r"pixels have shape .* and must be \(batch, 3, height, width\)"):
+    with pytest.raises(
+        ValueError, match=r"pixels have shape .* and must be \(batch, 3, height, width\)"
+    ):
         tokenizer.encode(torch.zeros(shape))
 
 
 def test_codes_of_another_grid_or_book_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"codes have shape \(1, 16\) and must be \(batch, height, width\)"):
+    with pytest.raises(
+        ValueError, match=r"codes have shape \(1, 16\) and must be \(batch, height, width\)"
+    ):
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"codes have shape \(1, 4, 4\) and must be \(batch, 2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"codes have shape \(1, 4, 4\) and must be \(batch, 2, 2\)"
+    ):
         tokenizer.decode(torch.zeros(1, 4, 4, dtype=torch.long), (2, 2))
     with pytest.raises(ValueError, match=r"codes have shape \(1, 4, 4\) and must be \(batch, 20\)"):
         tiny_tokenizer(**KINDS["hierarchical"]).decode(torch.zeros(1, 4, 4, dtype=torch.long))
     for low, high in ((-1, 3), (0, 12)):
         codes = torch.full((1, 4, 4), low)
         codes[0, 0, 0] = high
-        with pytest.raises(ValueError, match=rf"codes lie in {low}\.\.{high} and must lie in 0\.\.11"):
+        with pytest.raises(
+            ValueError, match=rf"codes lie in {low}\.\.{high} and must lie in 0\.\.11"
+        ):
             tokenizer.decode(codes)
-    uneven = tiny_tokenizer(quantizer="hierarchical", hierarchical=HierarchicalOptions(width=16, coarse_codes=(5,)))
+    uneven = tiny_tokenizer(
+        quantizer="hierarchical", hierarchical=HierarchicalOptions(width=16, coarse_codes=(5,))
+    )
     codes = torch.full((1, 20), 11)
     codes[:, :4] = 4
     assert uneven.decode(codes).shape == (1, 3, 16, 16)
@@ -158,7 +198,9 @@ def test_gradients_of_the_objective_reach_every_parameter(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
     (loss,) = TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 500)
     loss.value.backward()
-    missing = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    missing = [
+        n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not missing
     assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
 
@@ -184,7 +226,9 @@ def test_the_fingerprint_changes_with_every_tensor_and_with_the_configuration(to
         tensor = other.state_dict()[name]
         tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
         assert other.fingerprint != fingerprint, name
-    scaled = ImageTokenizer(TokenizerConfig(**{**tokenizer.own_config.__dict__, "likelihood_scale": 0.2}))
+    scaled = ImageTokenizer(
+        TokenizerConfig(**{**tokenizer.own_config.__dict__, "likelihood_scale": 0.2})
+    )
     scaled.load_state_dict(tokenizer.state_dict())
     assert scaled.fingerprint != fingerprint
 

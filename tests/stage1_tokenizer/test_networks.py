@@ -1,4 +1,5 @@
-"""Shapes at any factor and size, the identity start of residual blocks, gradients to every weight, one compiled graph."""
+"""Shapes at any factor and size, the identity start of residual blocks, gradients to every weight,
+one compiled graph."""
 
 from __future__ import annotations
 
@@ -6,15 +7,24 @@ import pytest
 import torch
 from torch import nn
 
-from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VqganOptions, to_model_range
+from stage1_tokenizer import (
+    ImageTokenizer,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerObjective,
+    VqganOptions,
+    to_model_range,
+)
 from stage1_tokenizer.networks.attention import SpatialAttention
 from stage1_tokenizer.networks.patch import Decoder, Encoder, ResidualBlock
 from stage1_tokenizer.networks.transformer import positions
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
 
-def networks(factor: int, size: int = 32, width: int = 32, kernel: int = 3) -> tuple[Encoder, Decoder]:
-    config = TokenizerConfig(image_size=size, factor=factor, width=width)
+def networks(
+    factor: int, size: int = 32, width: int = 32, kernel: int = 3
+) -> tuple[Encoder, Decoder]:
+    config = TokenizerConfig(image_size=size, downsample_factor=factor, width=width)
     patch = min(factor, 4)
     return Encoder(3, config.widths, 1, kernel, patch, 5), Decoder(5, config.widths, 1, patch, 6)
 
@@ -45,10 +55,17 @@ def test_a_code_sees_its_own_place_or_its_neighbours_too(kernel, reach):
 def test_residual_blocks_start_as_the_identity():
     torch.manual_seed(0)
     encoder, decoder = networks(8)
-    blocks = [m for network in (encoder, decoder) for m in network.modules() if isinstance(m, ResidualBlock)]
+    blocks = [
+        m
+        for network in (encoder, decoder)
+        for m in network.modules()
+        if isinstance(m, ResidualBlock)
+    ]
     unchanged = []
     for block in blocks:
-        block.register_forward_hook(lambda _, given, result: unchanged.append(torch.equal(given[0], result)))
+        block.register_forward_hook(
+            lambda _, given, result: unchanged.append(torch.equal(given[0], result))
+        )
     decoder(encoder(torch.randn(2, 3, 32, 32)))
     assert len(unchanged) == len(blocks) > 0 and all(unchanged)
 
@@ -66,11 +83,15 @@ def test_every_weight_receives_a_gradient_once_blocks_have_left_the_identity(fac
 
 
 def test_patches_fold_in_place():
-    """A code sees all pixels of its own patch, at most those of the eight around it, and no others."""
+    """A code sees all pixels of its own patch, at most those of the eight around it, and no
+    others."""
     encoder, _ = networks(4)
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    pixels = torch.randn(
+        1, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     for norm in (m for m in encoder.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))):
-        norm.forward = lambda x: x  # one over the picture mixes all places; without it the reach is that of the convolutions
+        # One over the picture mixes all places; without it the reach is that of the convolutions
+        norm.forward = lambda x: x
     (gradient,) = torch.autograd.grad(encoder(pixels)[0, :, 2, 5].sum(), pixels)
     reached = gradient[0].abs().sum(0) > 0
     assert reached[8:12, 20:24].all()
@@ -84,7 +105,8 @@ def test_each_network_is_one_graph(factor):
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=False)(pixels)
     torch.testing.assert_close(features, encoder(pixels))
-    features = features.detach()  # the compiler reads .grad of its inputs and warns where they are no leaves
+    # The compiler reads .grad of its inputs and warns where they are no leaves
+    features = features.detach()
     decoded = torch.compile(decoder, backend="eager", fullgraph=True, dynamic=False)(features)
     torch.testing.assert_close(decoded, decoder(features))
 
@@ -93,10 +115,15 @@ ARCHITECTURES = {
     "attention": {"attention": True},
     "transformer": {"architecture": "transformer"},
     "dalle": {"architecture": "dalle"},
-    "vqgan": {"architecture": "vqgan", "vqgan": VqganOptions(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=8)},
+    "vqgan": {
+        "architecture": "vqgan",
+        "vqgan": VqganOptions(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=8),
+    },
     "vqgan without attention": {
         "architecture": "vqgan",
-        "vqgan": VqganOptions(channels=32, multipliers=(1, 2, 1), blocks=2, latent_channels=8, attention=False),
+        "vqgan": VqganOptions(
+            channels=32, multipliers=(1, 2, 1), blocks=2, latent_channels=8, attention=False
+        ),
     },
 }
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -121,7 +148,11 @@ def test_every_weight_of_every_architecture_gets_a_gradient(architecture, pictur
     (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
     loss.value.backward()
     # A bias to all keys alike changes no attention.
-    missing = [n for n, p in tokenizer.named_parameters() if not (p.grad is not None and p.grad.any()) and not n.endswith(".k.bias")]
+    missing = [
+        n
+        for n, p in tokenizer.named_parameters()
+        if not (p.grad is not None and p.grad.any()) and not n.endswith(".k.bias")
+    ]
     assert not missing
     matrices = {id(p) for p in tokenizer.hidden_matrices()}
     assert all((p.ndim == 4) <= (id(p) in matrices) for p in tokenizer.parameters())
@@ -134,7 +165,9 @@ def test_every_architecture_survives_saving(architecture, tmp_path, pictures):
     pixels = to_model_range(pictures)
     for loader in (ImageTokenizer.load, ImageTokenizer.from_pretrained):
         again = loader(tmp_path)
-        assert again.fingerprint == tokenizer.fingerprint and torch.equal(again.encode(pixels), tokenizer.encode(pixels))
+        assert again.fingerprint == tokenizer.fingerprint and torch.equal(
+            again.encode(pixels), tokenizer.encode(pixels)
+        )
 
 
 @pytest.mark.parametrize("architecture", ["attention", "transformer", "vqgan"])
@@ -156,7 +189,10 @@ def test_attention_by_hand(grid):
     block = SpatialAttention(6, nn.Identity())
     x = torch.randn(2, 6, *grid)
     tokens = x.flatten(2)
-    q, k, v = (torch.einsum("oc,bcn->bon", m.weight[:, :, 0, 0], tokens) + m.bias[:, None] for m in (block.q, block.k, block.v))
+    q, k, v = (
+        torch.einsum("oc,bcn->bon", m.weight[:, :, 0, 0], tokens) + m.bias[:, None]
+        for m in (block.q, block.k, block.v)
+    )
     weights = (torch.einsum("bcq,bck->bqk", q, k) / 6**0.5).softmax(-1)
     mixed = torch.einsum("bqk,bck->bcq", weights, v).reshape(2, 6, *grid)
     torch.testing.assert_close(block(x), x + block.proj_out(mixed))
@@ -165,4 +201,5 @@ def test_attention_by_hand(grid):
 def test_positions_tell_every_patch_from_every_other():
     table = positions(9, 7, 32, torch.device("cpu"))
     assert table.shape == (63, 32) and torch.cdist(table, table).add(torch.eye(63)).min() > 0.1
-    torch.testing.assert_close(positions(5, 7, 32, torch.device("cpu")), table[:35])  # rows come first
+    # Rows come first
+    torch.testing.assert_close(positions(5, 7, 32, torch.device("cpu")), table[:35])

@@ -22,13 +22,28 @@ from stage1_tokenizer.objective import falling_cosine, kl_weight, temperature
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 DIMENSIONS = 16 * 16 * 3
-COMMON = {"psnr", "nll", "bits_per_dimension", "codebook_usage", "codebook_perplexity", "dead_codes"}
+COMMON = {
+    "psnr",
+    "nll",
+    "bits_per_dimension",
+    "codebook_usage",
+    "codebook_perplexity",
+    "dead_codes",
+}
 
 
 def test_schedules_start_and_end_where_they_say_and_stay_there():
-    config = ObjectiveConfig(kl_weight=2.0, kl_ramp_steps=10, temperature_start=1.0, temperature_end=0.25, temperature_steps=20)
+    config = ObjectiveConfig(
+        kl_weight=2.0,
+        kl_ramp_steps=10,
+        temperature_start=1.0,
+        temperature_end=0.25,
+        temperature_steps=20,
+    )
     assert [kl_weight(s, config) for s in (0, 5, 10, 99)] == pytest.approx([0, 1, 2, 2])
-    assert [temperature(s, config) for s in (0, 10, 20, 99)] == pytest.approx([1, 0.625, 0.25, 0.25])
+    assert [temperature(s, config) for s in (0, 10, 20, 99)] == pytest.approx(
+        [1, 0.625, 0.25, 0.25]
+    )
     falling = [temperature(s, config) for s in range(25)]
     assert falling == sorted(falling, reverse=True)
 
@@ -46,10 +61,13 @@ def test_a_schedule_of_no_steps_is_at_its_end():
 
 
 def test_psnr_by_hand():
-    """An error of 0.2 in a range of 2: 20 dB; pictures outside the range are cut first; identical ones stay finite."""
+    """An error of 0.2 in a range of 2: 20 dB; pictures outside the range are cut first; identical
+    ones stay finite."""
     pixels = torch.zeros(2, 3, 4, 4)
     torch.testing.assert_close(peak_signal_to_noise(pixels, pixels + 0.2), torch.full((2,), 20.0))
-    torch.testing.assert_close(peak_signal_to_noise(pixels + 1, pixels + 7), torch.full((2,), 100 + 10 * math.log10(4)))
+    torch.testing.assert_close(
+        peak_signal_to_noise(pixels + 1, pixels + 7), torch.full((2,), 100 + 10 * math.log10(4))
+    )
     mixed = torch.cat([pixels[:1] + 0.2, pixels[:1] + 0.02])
     torch.testing.assert_close(peak_signal_to_noise(pixels, mixed), torch.tensor([20.0, 40.0]))
 
@@ -74,7 +92,9 @@ def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
 def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
     tokenizer = tiny_tokenizer(quantizer="gumbel", gumbel=GumbelOptions(diversity=0.0)).train()
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10))
+    objective = TokenizerObjective(
+        tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10)
+    )
     (loss,) = objective.losses(pictures, step)
     expected = (loss.metrics["nll"] + weight * loss.metrics["kl"]) / DIMENSIONS
     torch.testing.assert_close(loss.value.detach(), expected)
@@ -83,7 +103,10 @@ def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
 
 
 def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
-    tokenizer = tiny_tokenizer(quantizer="score_function", score_function=ScoreFunctionOptions(diversity=0.0, credit="picture")).train()
+    tokenizer = tiny_tokenizer(
+        quantizer="score_function",
+        score_function=ScoreFunctionOptions(diversity=0.0, credit_assignment="picture"),
+    ).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=0.0))
     (loss,) = objective.losses(pictures, 0)
     torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS)
@@ -98,8 +121,12 @@ def test_the_figures_of_several_levels_are_told_apart(pictures):
     figures = objective.evaluate([pictures])
     codes = tokenizer.encode(to_model_range(pictures))
     used = [codes[:, :4].unique().numel(), codes[:, 4:].unique().numel()]
-    assert [figures["codebook_usage_level_1"], figures["codebook_usage_level_2"]] == pytest.approx([used[0] / 12, used[1] / 12])
-    assert figures["codebook_usage"] == pytest.approx(sum(used) / 24) and figures["dead_codes"] == 24 - sum(used)
+    assert [figures["codebook_usage_level_1"], figures["codebook_usage_level_2"]] == pytest.approx(
+        [used[0] / 12, used[1] / 12]
+    )
+    assert figures["codebook_usage"] == pytest.approx(sum(used) / 24) and figures[
+        "dead_codes"
+    ] == 24 - sum(used)
     (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(pictures, 0)
     for name in ("commitment", "codebook_usage", "codebook_perplexity", "dead_codes"):
         levels = [float(loss.metrics[f"{name}_level_{i}"]) for i in (1, 2)]
@@ -132,9 +159,13 @@ def test_held_out_figures(pictures, quantizer):
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     before = tokenizer.fingerprint
     figures = objective.evaluate([pictures])
-    assert set(figures) == COMMON | ({"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set())
+    assert set(figures) == COMMON | (
+        {"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set()
+    )
     assert all(type(v) is float and math.isfinite(v) for v in figures.values())
-    assert figures["bits_per_dimension"] == pytest.approx(float(Gaussian(0.1).bits_per_dimension(figures["nll"], DIMENSIONS)))
+    assert figures["bits_per_dimension"] == pytest.approx(
+        float(Gaussian(0.1).bits_per_dimension(figures["nll"], DIMENSIONS))
+    )
     assert tokenizer.fingerprint == before
     parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
     assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)
@@ -143,13 +174,20 @@ def test_held_out_figures(pictures, quantizer):
 def test_held_out_codes_are_counted_exactly(tokenizer, pictures):
     figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     used = tokenizer.encode(to_model_range(pictures)).unique().numel()
-    assert figures["codebook_usage"] == pytest.approx(used / 12) and figures["dead_codes"] == 12 - used
+    assert (
+        figures["codebook_usage"] == pytest.approx(used / 12) and figures["dead_codes"] == 12 - used
+    )
 
 
 def test_the_gap_of_gumbel_is_relaxed_minus_hard(pictures):
     tokenizer = tiny_tokenizer(quantizer="gumbel")
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate([pictures])
-    assert figures["relaxed_gap"] == pytest.approx(figures["relaxed_psnr"] - figures["psnr"]) and figures["relaxed_gap"] != 0
+    figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
+        [pictures]
+    )
+    assert (
+        figures["relaxed_gap"] == pytest.approx(figures["relaxed_psnr"] - figures["psnr"])
+        and figures["relaxed_gap"] != 0
+    )
 
 
 def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
@@ -162,16 +200,22 @@ def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
 
 
 def test_nothing_held_out_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"no held-out pictures to evaluate on; raise data\.held_out"):
+    with pytest.raises(
+        ValueError, match=r"no held-out pictures to evaluate on; raise data\.val_fraction"
+    ):
         TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([])
 
 
 def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 (N,16,16,3): a flat square on a flat ground."""
-    pictures = torch.randint(0, 256, (count, 1, 1, 3), generator=generator).expand(-1, 16, 16, -1).clone()
+    pictures = (
+        torch.randint(0, 256, (count, 1, 1, 3), generator=generator).expand(-1, 16, 16, -1).clone()
+    )
     for picture in pictures:
         row, column = torch.randint(0, 9, (2,), generator=generator).tolist()
-        picture[row : row + 8, column : column + 8] = torch.randint(0, 256, (3,), generator=generator)
+        picture[row : row + 8, column : column + 8] = torch.randint(
+            0, 256, (3,), generator=generator
+        )
     return pictures.to(torch.uint8)
 
 
@@ -191,12 +235,29 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
         ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 4, 4))}, 4.0),
         ({"quantizer": "binary"}, 3.0),
     ],
-    ids=["vq l2", "vq calibrated l2", "vq l1", "vq logit_laplace", "gumbel", "residual", "hierarchical", "lfq", "bsq", "fsq", "binary"],
+    ids=[
+        "vq l2",
+        "vq calibrated l2",
+        "vq l1",
+        "vq logit_laplace",
+        "gumbel",
+        "residual",
+        "hierarchical",
+        "lfq",
+        "bsq",
+        "fsq",
+        "binary",
+    ],
 )
 def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(num_codes=64, **changes).train()
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_start=0.5, temperature_steps=60, kl_ramp_steps=60, kl_weight=0.1))
+    objective = TokenizerObjective(
+        tokenizer,
+        ObjectiveConfig(
+            temperature_start=0.5, temperature_steps=60, kl_ramp_steps=60, kl_weight=0.1
+        ),
+    )
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     held_out = [blobs(32, generator)]

@@ -1,4 +1,5 @@
-"""The same numbers from vector-quantize-pytorch, an independent implementation: forward, gradients and moving averages."""
+"""The same numbers from vector-quantize-pytorch, an independent implementation: forward, gradients
+and moving averages."""
 
 from __future__ import annotations
 
@@ -7,7 +8,12 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer import FsqOptions, ResidualOptions, SignOptions, VectorOptions
-from stage1_tokenizer.quantizers import FiniteScalarQuantizer, ResidualQuantizer, SignQuantizer, VectorQuantizer
+from stage1_tokenizer.quantizers import (
+    FiniteScalarQuantizer,
+    ResidualQuantizer,
+    SignQuantizer,
+    VectorQuantizer,
+)
 
 peer = pytest.importorskip("vector_quantize_pytorch")
 
@@ -41,9 +47,15 @@ def test_vq_with_moving_averages(rotation):
     book = features(16, 4, seed=1)
     gradient = "rotation" if rotation else "straight_through"
     ours = VectorQuantizer(
-        16, 4, VectorOptions(normalize=False, decay=0.8, dead_code_threshold=0.0, commitment=0.25, gradient=gradient)
+        16,
+        4,
+        VectorOptions(
+            normalize=False, decay=0.8, dead_code_threshold=0.0, commitment=0.25, gradient=gradient
+        ),
     ).train()
-    theirs = peer.VectorQuantize(dim=4, codebook_size=16, decay=0.8, commitment_weight=0.25, rotation_trick=rotation).train()
+    theirs = peer.VectorQuantize(
+        dim=4, codebook_size=16, decay=0.8, commitment_weight=0.25, rotation_trick=rotation
+    ).train()
     start(ours, book)
     tell(theirs, book)
     upstream = features(2, 4, 5, 5, seed=9)
@@ -63,9 +75,20 @@ def test_vq_with_moving_averages(rotation):
 
 def test_vq_with_a_gradient_codebook():
     book = features(16, 4, seed=1)
-    ours = VectorQuantizer(16, 4, VectorOptions(normalize=False, codebook="gradient", dead_code_threshold=0.0, commitment=0.25)).train()
+    ours = VectorQuantizer(
+        16,
+        4,
+        VectorOptions(
+            normalize=False, codebook="gradient", dead_code_threshold=0.0, commitment=0.25
+        ),
+    ).train()
     theirs = peer.VectorQuantize(
-        dim=4, codebook_size=16, learnable_codebook=True, ema_update=False, rotation_trick=False, commitment_weight=0.25
+        dim=4,
+        codebook_size=16,
+        learnable_codebook=True,
+        ema_update=False,
+        rotation_trick=False,
+        commitment_weight=0.25,
     ).train()
     start(ours, book)
     tell(theirs, book)
@@ -91,22 +114,32 @@ def test_fsq(levels):
     torch.testing.assert_close(ours.vectors(), theirs.implicit_codebook)
     upstream = features(*x.shape, seed=5)
     torch.testing.assert_close(
-        torch.autograd.grad((mine.latents * upstream).sum(), a)[0], torch.autograd.grad((quantized * upstream).sum(), b)[0]
+        torch.autograd.grad((mine.latents * upstream).sum(), a)[0],
+        torch.autograd.grad((quantized * upstream).sum(), b)[0],
     )
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 100.0])
 def test_lfq(sharpness):
-    options = SignOptions(commitment=0.25, entropy_weight=0.1, diversity=0.8, sharpness=sharpness)
+    options = SignOptions(
+        commitment=0.25, entropy_weight=0.1, diversity=0.8, inverse_temperature=sharpness
+    )
     ours = SignQuantizer(64, options, spherical=False).train()
-    theirs = peer.LFQ(codebook_size=64, dim=6, entropy_loss_weight=0.1, commitment_loss_weight=0.25, diversity_gamma=0.8).train()
+    theirs = peer.LFQ(
+        codebook_size=64,
+        dim=6,
+        entropy_loss_weight=0.1,
+        commitment_loss_weight=0.25,
+        diversity_gamma=0.8,
+    ).train()
     x = 0.5 * features(3, 6, 5, 5)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     mine, (quantized, codes, loss) = ours(a), theirs(b, inv_temperature=sharpness)
     assert torch.equal(mine.codes, codes.long())
     torch.testing.assert_close(mine.latents, quantized)
     torch.testing.assert_close(ours.vectors(), theirs.codebook)
-    torch.testing.assert_close(mine.loss, loss, atol=2e-4, rtol=1e-4)  # the peer cuts logarithms of whole codes at 1e-5
+    # The peer cuts logarithms of whole codes at 1e-5
+    torch.testing.assert_close(mine.loss, loss, atol=2e-4, rtol=1e-4)
     upstream = features(*x.shape, seed=5)
     own = torch.autograd.grad((mine.latents * upstream).sum() + mine.loss, a)[0]
     expected = torch.autograd.grad((quantized * upstream).sum() + loss, b)[0]
@@ -125,10 +158,19 @@ def test_bsq_codes_and_vectors():
 @pytest.mark.parametrize("shared", [False, True])
 def test_residual(shared):
     ours = ResidualQuantizer(
-        16, 4, ResidualOptions(depth=3, shared=shared), VectorOptions(normalize=False, dead_code_threshold=0.0, decay=0.8)
+        16,
+        4,
+        ResidualOptions(depth=3, shared=shared),
+        VectorOptions(normalize=False, dead_code_threshold=0.0, decay=0.8),
     ).train()
     theirs = peer.ResidualVQ(
-        dim=4, codebook_size=16, num_quantizers=3, shared_codebook=shared, decay=0.8, rotation_trick=False, commitment_weight=0.25
+        dim=4,
+        codebook_size=16,
+        num_quantizers=3,
+        shared_codebook=shared,
+        decay=0.8,
+        rotation_trick=False,
+        commitment_weight=0.25,
     ).train()
     for i, book in enumerate(ours.books):
         values = features(16, 4, seed=1 + i) / 2**i
@@ -142,4 +184,6 @@ def test_residual(shared):
     torch.testing.assert_close(mine.loss, losses.sum())
     if not shared:
         for book, layer in zip(ours.books, theirs.layers, strict=True):
-            torch.testing.assert_close(book.codebook, layer._codebook.embed[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                book.codebook, layer._codebook.embed[0], atol=1e-5, rtol=1e-4
+            )

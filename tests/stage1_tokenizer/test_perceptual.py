@@ -1,4 +1,5 @@
-"""Distances of how pictures look: zero for equal ones, against plain definitions, differentiable, offline."""
+"""Distances of how pictures look: zero for equal ones, against plain definitions, differentiable,
+offline."""
 
 from __future__ import annotations
 
@@ -6,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from stage1_tokenizer import PerceptualOptions
 from stage1_tokenizer.metrics import multi_scale_distance, structural_similarity
@@ -50,7 +60,9 @@ def test_multi_scale_similarity_is_the_weighted_product_over_scales():
     weights = torch.tensor([0.0448, 0.2856, 0.3001])
     weights = weights / weights.sum()
     scales = [(F.avg_pool2d(x, 2**s), F.avg_pool2d(y, 2**s)) for s in range(3)]  # 44, 22, 11
-    parts = [structural_similarity(a, b, 2.0)[0 if s == 2 else 1] for s, (a, b) in enumerate(scales)]
+    parts = [
+        structural_similarity(a, b, 2.0)[0 if s == 2 else 1] for s, (a, b) in enumerate(scales)
+    ]
     expected = 1 - torch.stack([p**w for p, w in zip(parts, weights, strict=True)]).prod(0).mean(1)
     torch.testing.assert_close(multi_scale_distance(x, y), expected)
 
@@ -78,12 +90,24 @@ def folders(tmp_path_factory) -> dict[str, str]:
     """Small backbones of both kinds as transformers saves them."""
     root = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
-    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
-    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8))
+    resnet = ResNetModel(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    )
+    vit = ViTModel(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=8,
+        )
+    )
     for name, model in {"resnet": resnet, "vit": vit}.items():
         model.save_pretrained(root / name)
     (root / "vit" / "preprocessor_config.json").write_text(
-        '{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        '{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5], "image_std": '
+        "[0.5, 0.5, 0.5]}"
     )
     return {name: str(root / name) for name in ("resnet", "vit")}
 
@@ -93,13 +117,19 @@ def test_a_backbones_distance_is_that_of_its_normalised_features(folders, kind):
     distance = BackboneDistance(folders[kind], (1, 2))
     x, y = pixels(2, 3, 32, 32), pixels(2, 3, 32, 32, seed=1)
     mean = torch.tensor([0.485, 0.456, 0.406] if kind == "resnet" else [0.5] * 3)[:, None, None]
-    deviation = torch.tensor([0.229, 0.224, 0.225] if kind == "resnet" else [0.5] * 3)[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225] if kind == "resnet" else [0.5] * 3)[
+        :, None, None
+    ]
     expected = torch.zeros(2)
     states = []
     for v in (x, y):
         if kind == "vit":
             v = F.interpolate(v, (16, 16), mode="bilinear", antialias=True)
-        states.append(distance.backbone((v / 2 + 0.5 - mean) / deviation, output_hidden_states=True).hidden_states)
+        states.append(
+            distance.backbone(
+                (v / 2 + 0.5 - mean) / deviation, output_hidden_states=True
+            ).hidden_states
+        )
     for layer in (1, 2):
         a, b = (F.normalize(s[layer], dim=1 if kind == "resnet" else 2) for s in states)
         channel = 1 if kind == "resnet" else 2
@@ -109,20 +139,45 @@ def test_a_backbones_distance_is_that_of_its_normalised_features(folders, kind):
 
 
 def test_of_a_model_of_pictures_and_text_the_pictures_part_is_taken(tmp_path):
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    clip = CLIPModel(CLIPConfig(vision_config={**small, "image_size": 16, "patch_size": 8}, text_config={**small, "vocab_size": 50}))
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    clip = CLIPModel(
+        CLIPConfig(
+            vision_config={**small, "image_size": 16, "patch_size": 8},
+            text_config={**small, "vocab_size": 50},
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     distance = BackboneDistance(str(tmp_path / "clip"), ())
     x = pixels(2, 3, 32, 32)
-    assert float(distance(x, x).sum()) == 0 and (distance(x, pixels(2, 3, 32, 32, seed=1)) > 0).all()
-    assert sum(p.numel() for p in distance.backbone.parameters()) < sum(p.numel() for p in clip.parameters()) / 1.5
+    assert (
+        float(distance(x, x).sum()) == 0 and (distance(x, pixels(2, 3, 32, 32, seed=1)) > 0).all()
+    )
+    assert (
+        sum(p.numel() for p in distance.backbone.parameters())
+        < sum(p.numel() for p in clip.parameters()) / 1.5
+    )
 
 
 def test_a_backbone_may_be_made_for_pictures_that_are_no_squares(tmp_path):
-    shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[16, 32], patch_size=8)
+    shape = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[16, 32],
+        patch_size=8,
+    )
     ViTModel(shape).save_pretrained(tmp_path)
     distance = BackboneDistance(str(tmp_path), ())
-    assert distance.size == (16, 32) and (distance(pixels(2, 3, 8, 8), pixels(2, 3, 8, 8, seed=1)) > 0).all()
+    assert (
+        distance.size == (16, 32)
+        and (distance(pixels(2, 3, 8, 8), pixels(2, 3, 8, 8, seed=1)) > 0).all()
+    )
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
@@ -130,17 +185,38 @@ def test_gradients_go_to_the_drawn_picture_and_not_to_the_backbone(folders, kind
     distance = build_distance(PerceptualOptions(weight=1.0, distance=folders[kind]))
     x = pixels(2, 3, 32, 32).requires_grad_()
     distance(pixels(2, 3, 32, 32, seed=1), x).sum().backward()
-    assert x.grad.any() and not any(p.requires_grad for p in distance.parameters()) and not distance.backbone.training
+    assert (
+        x.grad.any()
+        and not any(p.requires_grad for p in distance.parameters())
+        and not distance.backbone.training
+    )
 
 
 def test_what_can_be_wrong(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"perceptual\.distance is '.*none', which is not ms_ssim and cannot be loaded as a model"):
+    with pytest.raises(
+        ValueError,
+        match=r"perceptual\.distance is '.*none', which is not ms_ssim and cannot be loaded as a "
+        r"model",
+    ):
         BackboneDistance(str(tmp_path / "none"), ())
-    with pytest.raises(ValueError, match=r"perceptual\.layers are \[7\] and the backbone has hidden states 0\.\.2"):
+    with pytest.raises(
+        ValueError, match=r"perceptual\.layers are \[7\] and the backbone has hidden states 0\.\.2"
+    ):
         BackboneDistance(folders["vit"], (7,))
-    text = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    text = BertModel(
+        BertConfig(
+            vocab_size=8,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    )
     text.save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match=r"a BertModel, which does not take pictures of three colours and give hidden states"):
+    with pytest.raises(
+        ValueError,
+        match=r"a BertModel, which does not take pictures of three colours and give hidden states",
+    ):
         BackboneDistance(str(tmp_path / "text"), ())
     assert build_distance(PerceptualOptions()) is None
     assert build_distance(PerceptualOptions(weight=0.1)) is multi_scale_distance

@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 
 from stage1_tokenizer import resize_and_crop, to_model_range, to_pictures, to_rgb
-from stage1_tokenizer.pixels import LAPLACE_MARGIN, from_laplace_logits, from_pil, to_laplace_logits, to_pil
+from stage1_tokenizer.pixels import (
+    LAPLACE_MARGIN,
+    from_laplace_logits,
+    from_pil,
+    to_laplace_logits,
+    to_pil,
+)
 
 
 def test_every_byte_survives_the_round_trip():
@@ -17,7 +23,9 @@ def test_every_byte_survives_the_round_trip():
 
 
 def test_the_range_is_minus_one_to_one_and_memory_stays_channels_last():
-    pixels = to_model_range(torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 4, 5, 3).contiguous())
+    pixels = to_model_range(
+        torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 4, 5, 3).contiguous()
+    )
     assert pixels.shape == (2, 3, 4, 5) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
     assert pixels.is_contiguous(memory_format=torch.channels_last)
@@ -28,7 +36,9 @@ def test_out_of_range_is_cut_not_wrapped():
 
 
 def test_pil_round_trip():
-    pictures = torch.randint(0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = torch.randint(
+        0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     assert torch.equal(from_pil(to_pil(pictures)), pictures)
 
 
@@ -91,14 +101,17 @@ def test_a_picture_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):
 
 def test_crop_is_centred_and_resizing_antialiased():
     wide = np.zeros((32, 96, 3), dtype=np.uint8)
-    wide[:, 32:64] = np.indices((32, 32)).sum(0)[..., None] % 2 * 255  # a fine chessboard, between black sides
+    # A fine chessboard, between black sides
+    wide[:, 32:64] = np.indices((32, 32)).sum(0)[..., None] % 2 * 255
     image = np.asarray(resize_and_crop(Image.fromarray(wide), 8))
     assert image.shape == (8, 8, 3)
     assert abs(image[2:-2, 2:-2].astype(int) - 127).max() < 12  # without antialiasing: 0 or 255
 
 
 def test_pictures_of_several_sizes_or_none_are_refused_with_what_to_do():
-    with pytest.raises(ValueError, match=r"one size are needed and given were 8x8 and 20x10; use .*resize_and_crop"):
+    with pytest.raises(
+        ValueError, match=r"one size are needed and given were 8x8 and 20x10; use .*resize_and_crop"
+    ):
         from_pil([Image.new("RGB", (8, 8)), Image.new("RGB", (20, 10))])
     with pytest.raises(ValueError, match="given were none"):
         from_pil([])
@@ -108,5 +121,7 @@ def test_laplace_logits_are_inverse_and_finite_at_both_ends():
     pixels = torch.linspace(-1, 1, 101)
     logits = to_laplace_logits(pixels)
     assert logits.isfinite().all()
-    torch.testing.assert_close(logits[[0, -1]].sigmoid(), torch.tensor([LAPLACE_MARGIN, 1 - LAPLACE_MARGIN]))
+    torch.testing.assert_close(
+        logits[[0, -1]].sigmoid(), torch.tensor([LAPLACE_MARGIN, 1 - LAPLACE_MARGIN])
+    )
     torch.testing.assert_close(from_laplace_logits(logits), pixels, atol=1e-5, rtol=0)

@@ -13,9 +13,13 @@ from stage1_tokenizer.quantizers.vector import nearest
 
 def quantizer(depth: int = 3, shared: bool = False, **options) -> ResidualQuantizer:
     """Started on codebooks of eight codes that shrink with depth."""
-    made = ResidualQuantizer(8, 4, ResidualOptions(depth=depth, shared=shared), VectorOptions(normalize=False, **options))
+    made = ResidualQuantizer(
+        8, 4, ResidualOptions(depth=depth, shared=shared), VectorOptions(normalize=False, **options)
+    )
     for i, book in enumerate(made.books):
-        book.codebook.data.copy_(torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) / 2**i)
+        book.codebook.data.copy_(
+            torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) / 2**i
+        )
         book.sums.copy_(book.codebook.detach())
         book.counts.fill_(1.0)
         book.initialized.fill_(True)
@@ -58,16 +62,26 @@ def test_one_depth_is_plain_vector_quantization():
 
 
 def test_more_codes_come_nearer():
-    """K-means of ever smaller remainders: each depth lowers the error of the batch it was started on."""
+    """K-means of ever smaller remainders: each depth lowers the error of the batch it was started
+    on."""
     x, errors = features(8, 4, 8, 8), []
     for depth in (1, 2, 4):
-        residual = ResidualQuantizer(32, 4, ResidualOptions(depth=depth), VectorOptions(normalize=False, kmeans_iterations=10)).train()
+        residual = ResidualQuantizer(
+            32,
+            4,
+            ResidualOptions(depth=depth),
+            VectorOptions(normalize=False, kmeans_iterations=10),
+        ).train()
         errors.append(float((residual(x).latents - x).square().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 def test_the_decoders_gradient_passes_straight_to_the_whole():
-    residual, x, upstream = quantizer(), features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=3)
+    residual, x, upstream = (
+        quantizer(),
+        features(2, 4, 3, 3).requires_grad_(),
+        features(2, 4, 3, 3, seed=3),
+    )
     (gradient,) = torch.autograd.grad((residual(x).latents * upstream).sum(), x)
     torch.testing.assert_close(gradient, upstream)
 
@@ -90,28 +104,46 @@ def test_with_normalize_the_vectors_alone_are_on_the_sphere():
     residual(x)
     assert not any(book.options.normalize for book in residual.books)
     torch.testing.assert_close(residual.eval()(3 * x).codes, residual(x).codes)
-    assert float(residual.books[1].codebook.norm(dim=1).mean()) < 0.9 * float(residual.books[0].codebook.norm(dim=1).mean())
+    assert float(residual.books[1].codebook.norm(dim=1).mean()) < 0.9 * float(
+        residual.books[0].codebook.norm(dim=1).mean()
+    )
 
 
 def test_a_shared_book_learns_from_all_depths_at_once_and_own_ones_from_theirs():
     x = features(4, 4, 4, 4)
-    own, shared = quantizer(decay=0.5, dead_code_threshold=0.0).train(), quantizer(shared=True, decay=0.5, dead_code_threshold=0.0).train()
+    own, shared = (
+        quantizer(decay=0.5, dead_code_threshold=0.0).train(),
+        quantizer(shared=True, decay=0.5, dead_code_threshold=0.0).train(),
+    )
     own(x)
     for book in own.books:
-        assert float(book.counts.sum()) == pytest.approx(0.5 * 8 + 0.5 * 64) and int(book.steps) == 1
+        assert (
+            float(book.counts.sum()) == pytest.approx(0.5 * 8 + 0.5 * 64) and int(book.steps) == 1
+        )
     shared(x)
-    assert float(shared.books[0].counts.sum()) == pytest.approx(0.5 * 8 + 0.5 * 3 * 64) and int(shared.books[0].steps) == 1
+    assert (
+        float(shared.books[0].counts.sum()) == pytest.approx(0.5 * 8 + 0.5 * 3 * 64)
+        and int(shared.books[0].steps) == 1
+    )
 
 
 def test_the_gradient_codebook_learns_by_gradient_at_every_depth():
     residual = quantizer(codebook="gradient").train()
     residual(features(8, 4, 4, 4)).loss.backward()
-    assert all(book.codebook.grad is not None and book.codebook.grad.any() for book in residual.books)
+    assert all(
+        book.codebook.grad is not None and book.codebook.grad.any() for book in residual.books
+    )
 
 
 def test_rotation_turns_the_whole_vector_onto_its_sum():
-    residual, x, upstream = quantizer(gradient="rotation").eval(), features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=3)
+    residual, x, upstream = (
+        quantizer(gradient="rotation").eval(),
+        features(2, 4, 3, 3).requires_grad_(),
+        features(2, 4, 3, 3, seed=3),
+    )
     result = residual(x)
     (gradient,) = torch.autograd.grad((result.latents * upstream).sum(), x)
     angle = F.cosine_similarity(flat(gradient), flat(x.detach()), dim=1)
-    torch.testing.assert_close(angle, F.cosine_similarity(flat(upstream), flat(result.latents.detach()), dim=1))
+    torch.testing.assert_close(
+        angle, F.cosine_similarity(flat(upstream), flat(result.latents.detach()), dim=1)
+    )

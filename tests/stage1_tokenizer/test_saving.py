@@ -40,7 +40,9 @@ def rewrite_config(folder: Path, change) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("loader", [ImageTokenizer.load, ImageTokenizer.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize(
+    "loader", [ImageTokenizer.load, ImageTokenizer.from_pretrained, AutoModel.from_pretrained]
+)
 @EVERY_KIND
 def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, pictures, loader, kind):
     tokenizer = trained(**KINDS[kind], likelihood="logit_laplace")
@@ -90,7 +92,9 @@ def test_a_missing_file_is_named(folder, name):
 )
 def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
     rewrite_weights(folder, change)
-    with pytest.raises(ValueError, match=rf"model\.safetensors does not fit its config\.json.*{named}"):
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors does not fit its config\.json.*{named}"
+    ):
         ImageTokenizer.load(folder)
 
 
@@ -105,7 +109,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
     ],
     ids=["missing buffer", "missing", "unexpected", "shape"],
 )
-def test_transformers_way_of_loading_leaves_no_weight_to_chance_either(folder, loader, change, named):
+def test_transformers_way_of_loading_leaves_no_weight_to_chance_either(
+    folder, loader, change, named
+):
     rewrite_weights(folder, change)
     with pytest.raises(ValueError, match=rf"do not fit its config\.json.*{named}"):
         loader(folder)
@@ -156,6 +162,6 @@ def test_a_configuration_of_another_model_is_refused(folder):
 
 
 def test_a_broken_relation_in_a_configuration_is_refused(folder):
-    rewrite_config(folder, lambda c: c["model"].update(factor=3))
+    rewrite_config(folder, lambda c: c["model"].update(downsample_factor=3))
     with pytest.raises(ValueError, match="factor is 3; it must be a power of two"):
         ImageTokenizer.load(folder)

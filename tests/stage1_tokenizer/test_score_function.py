@@ -1,4 +1,5 @@
-"""The score function: unbiased on average, a baseline that only lowers the variance, and nothing by the decoder's gradient."""
+"""The score function: unbiased on average, a baseline that only lowers the variance, and nothing by
+the decoder's gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from stage1_tokenizer.quantizers.categorical import diversity_loss, gumbel_noise
 
 
 def quantizer(decay: float = 0.9, credit: str = "picture") -> ScoreFunctionQuantizer:
-    return ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(baseline_decay=decay, credit=credit)).train()  # type: ignore[arg-type]
+    return ScoreFunctionQuantizer(
+        3, 2, ScoreFunctionOptions(baseline_decay=decay, credit_assignment=credit)
+    ).train()  # type: ignore[arg-type]
 
 
 LOGITS = torch.tensor([0.5, -0.2, 0.1])
@@ -37,7 +40,9 @@ def test_the_baseline_lowers_the_variance():
     torch.manual_seed(0)
     without = quantizer()
     without.initialized.fill_(True)  # a baseline of 0
-    assert gradients(quantizer(), 20_000).var(0).sum() < 0.1 * gradients(without, 20_000).var(0).sum()
+    assert (
+        gradients(quantizer(), 20_000).var(0).sum() < 0.1 * gradients(without, 20_000).var(0).sum()
+    )
 
 
 def test_codes_are_sampled_from_the_softmax_and_log_q_is_theirs():
@@ -47,7 +52,9 @@ def test_codes_are_sampled_from_the_softmax_and_log_q_is_theirs():
     torch.manual_seed(1)
     result = score(x, 0.5)
     torch.manual_seed(1)
-    assert torch.equal(result.codes, (x + gumbel_noise_like(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).argmax(1))
+    assert torch.equal(
+        result.codes, (x + gumbel_noise_like(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).argmax(1)
+    )
     by_hand = [x[7].log_softmax(0)[result.codes[7, i, j], i, j] for i in range(4) for j in range(4)]
     torch.testing.assert_close(result.log_q[7].flatten(), torch.stack(by_hand))
     hard = score.eval()(x)
@@ -72,7 +79,8 @@ def test_the_baseline_is_a_running_mean_used_before_it_moves():
     first = score.surrogate(costs(4.0, 8.0), log_q)
     assert float(score.baseline) == 6.0 and float(first.detach()) == 0.0
     (gradient,) = torch.autograd.grad(score.surrogate(costs(9.0, 11.0), log_q), log_q)
-    torch.testing.assert_close(gradient.flatten(), torch.tensor([3.0, 5.0]) / 2)  # less the old baseline, 6
+    # Less the old baseline, 6
+    torch.testing.assert_close(gradient.flatten(), torch.tensor([3.0, 5.0]) / 2)
     assert float(score.baseline) == pytest.approx(0.75 * 6 + 0.25 * 10)
     score.eval().surrogate(costs(100.0, 100.0), log_q)
     assert float(score.baseline) == pytest.approx(7.0)
@@ -80,7 +88,8 @@ def test_the_baseline_is_a_running_mean_used_before_it_moves():
 
 def test_a_code_accounts_for_the_whole_picture_or_for_its_neighbourhood():
     cost = torch.zeros(1, 3, 8, 12)
-    cost[0, :, 0, 0], cost[0, 0, 7, 11], cost[0, 1, 5, 5] = 1.0, 10.0, 100.0  # at the codes (0,0), (3,5) and (2,2) of 4 x 6
+    # At the codes (0,0), (3,5) and (2,2) of 4 x 6
+    cost[0, :, 0, 0], cost[0, 0, 7, 11], cost[0, 1, 5, 5] = (1.0, 10.0, 100.0)
     whole, places = quantizer()._credited(cost, 4, 6)
     torch.testing.assert_close(whole, torch.full((1, 4, 6), 113.0))
     assert (places == 1).all()
@@ -98,17 +107,24 @@ def test_the_baseline_is_a_places_share_so_that_equal_costs_give_no_gradient():
     score = quantizer(credit="neighbourhood")
     log_q = torch.zeros(2, 4, 6, requires_grad=True)
     for _ in range(2):
-        (gradient,) = torch.autograd.grad(score.surrogate(torch.full((2, 3, 8, 12), 0.5), log_q), log_q)
+        (gradient,) = torch.autograd.grad(
+            score.surrogate(torch.full((2, 3, 8, 12), 0.5), log_q), log_q
+        )
         torch.testing.assert_close(gradient, torch.zeros(2, 4, 6), atol=1e-5, rtol=0)
     assert float(score.baseline) == pytest.approx(0.5 * 3 * 4)
 
 
 def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
-    """Soft posteriors whose likeliest code is always the same are even on average, and sharp ones are not."""
+    """Soft posteriors whose likeliest code is always the same are even on average, and sharp ones
+    are not."""
     x = torch.tensor([0.1, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
-    score = ScoreFunctionQuantizer(3, 2, ScoreFunctionOptions(diversity=0.5, sharpness=100.0)).train()
+    score = ScoreFunctionQuantizer(
+        3, 2, ScoreFunctionOptions(diversity=0.5, inverse_temperature=100.0)
+    ).train()
     rows = x.permute(0, 2, 3, 1)
-    torch.testing.assert_close(score(x, 1.0).loss, 0.5 * diversity_loss((100 * rows).log_softmax(-1)))
+    torch.testing.assert_close(
+        score(x, 1.0).loss, 0.5 * diversity_loss((100 * rows).log_softmax(-1))
+    )
     assert float(diversity_loss(rows.log_softmax(-1))) < 0.01 and float(score(x, 1.0).loss) > 0.5
     assert float(score.eval()(x).loss) == 0.0
 
@@ -118,4 +134,6 @@ def test_use_is_that_of_the_likeliest_codes_not_of_the_sampled_ones():
     score = quantizer()
     torch.manual_seed(0)
     assert not torch.equal(score(x, 1.0).codes, x.argmax(1))
-    torch.testing.assert_close(score.counts, torch.bincount(x.argmax(1).flatten(), minlength=3).float())
+    torch.testing.assert_close(
+        score.counts, torch.bincount(x.argmax(1).flatten(), minlength=3).float()
+    )

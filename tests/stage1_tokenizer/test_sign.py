@@ -33,9 +33,15 @@ def test_codes_are_the_signs_and_latents_their_vectors(spherical):
 
 @BOTH
 def test_the_gradient_is_straight_through_from_the_sphere_where_there_is_one(spherical):
-    quantize, x, upstream = quantizer(spherical).eval(), features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3) ** 2
+    quantize, x, upstream = (
+        quantizer(spherical).eval(),
+        features(2, 4, 3, 3).requires_grad_(),
+        features(2, 4, 3, 3) ** 2,
+    )
     (gradient,) = torch.autograd.grad((quantize(x).latents * upstream).sum(), x)
-    (expected,) = torch.autograd.grad(((F.normalize(x, dim=1) if spherical else x) * upstream).sum(), x)
+    (expected,) = torch.autograd.grad(
+        ((F.normalize(x, dim=1) if spherical else x) * upstream).sum(), x
+    )
     torch.testing.assert_close(gradient, expected)
 
 
@@ -50,7 +56,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 
 @BOTH
 def test_entropies_are_those_of_the_softmax_over_all_codes(spherical):
-    quantize = quantizer(spherical, diversity=0.7, sharpness=0.5)
+    quantize = quantizer(spherical, diversity=0.7, inverse_temperature=0.5)
     x = features(2, 4, 3, 3)
     v = x.permute(0, 2, 3, 1).flatten(0, 2)
     p = brute_force(v, quantize.vectors(), 0.5)
@@ -58,23 +64,32 @@ def test_entropies_are_those_of_the_softmax_over_all_codes(spherical):
     if spherical:  # a bit at a time
         ones = torch.stack([p[:, quantize.vectors()[:, i] > 0].sum(1).mean() for i in range(4)])
         batch = entropy(torch.stack([ones, 1 - ones], dim=1)).sum()
-    torch.testing.assert_close(quantize.entropy_penalty(x), entropy(p).mean() - 0.7 * batch, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        quantize.entropy_penalty(x), entropy(p).mean() - 0.7 * batch, atol=1e-4, rtol=1e-4
+    )
 
 
 @BOTH
 def test_the_loss_is_commitment_plus_entropy(spherical):
-    quantize, x = quantizer(spherical, commitment=0.5, entropy_weight=0.2).train(), features(4, 4, 3, 3)
+    quantize, x = (
+        quantizer(spherical, commitment=0.5, entropy_weight=0.2).train(),
+        features(4, 4, 3, 3),
+    )
     result = quantize(x)
     metrics = result.metrics
-    torch.testing.assert_close(result.loss, 0.5 * metrics["commitment"] + 0.2 * metrics["entropy_penalty"])
+    torch.testing.assert_close(
+        result.loss, 0.5 * metrics["commitment"] + 0.2 * metrics["entropy_penalty"]
+    )
     v = F.normalize(x, dim=1) if spherical else x
     torch.testing.assert_close(metrics["commitment"], (v - result.latents.detach()).square().mean())
-    torch.testing.assert_close(quantize.counts, torch.bincount(result.codes.flatten(), minlength=16).float())
+    torch.testing.assert_close(
+        quantize.counts, torch.bincount(result.codes.flatten(), minlength=16).float()
+    )
 
 
 def test_the_penalty_spreads_codes_and_makes_them_certain():
     """From features that all share their signs, its gradient alone brings all codes into use."""
-    quantize = quantizer(False, sharpness=1.0, commitment=0.0)
+    quantize = quantizer(False, inverse_temperature=1.0, commitment=0.0)
     x = (0.5 + 0.1 * features(8, 4, 4, 4)).requires_grad_()
     assert quantize.eval()(x).codes.unique().numel() == 1
     optimizer = torch.optim.Adam([x], lr=0.02)

@@ -1,4 +1,5 @@
-"""Smoothing transformations against hand-computed values, their definitions and finite differences."""
+"""Smoothing transformations against hand-computed values, their definitions and finite
+differences."""
 
 from __future__ import annotations
 
@@ -22,21 +23,28 @@ def grid(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_spike_and_exponential_by_hand():
-    """b = 2, q = 0.8: below u = 0.2 the spike; at u = 0.6 half of the mass of the one: s = log(1 + (e^2 - 1) / 2) / 2."""
-    s = inverse(torch.tensor([0.1, 0.6, 1.0]), torch.tensor([0.8, 0.8, 0.8]), 2.0, "spike_exponential")
+    """b = 2, q = 0.8: below u = 0.2 the spike; at u = 0.6 half of the mass of the one: s = log(1 +
+    (e^2 - 1) / 2) / 2."""
+    s = inverse(
+        torch.tensor([0.1, 0.6, 1.0]), torch.tensor([0.8, 0.8, 0.8]), 2.0, "spike_exponential"
+    )
     torch.testing.assert_close(s, torch.tensor([0.0, math.log(1 + (math.exp(2) - 1) / 2) / 2, 1.0]))
 
 
 def test_exponential_pair_by_hand():
     """An even bit is symmetric, so its middle is 1/2; certain bits are truncated exponentials."""
-    even, zero, one = (float(inverse(torch.tensor([0.5]), torch.tensor([q]), 3.0, "exponential_pair")) for q in (0.5, 0.0, 1.0))
+    even, zero, one = (
+        float(inverse(torch.tensor([0.5]), torch.tensor([q]), 3.0, "exponential_pair"))
+        for q in (0.5, 0.0, 1.0)
+    )
     median = -math.log(1 - 0.5 * (1 - math.exp(-3))) / 3
     assert even == pytest.approx(0.5, abs=1e-6)
     assert zero == pytest.approx(median, rel=1e-5) and one == pytest.approx(1 - median, rel=1e-5)
 
 
 def test_power_pair_by_hand():
-    """A certain 0 at b = 3 has F(s) = s^(1/3), so u = 1/2 gives 1/8; a certain 1 mirrors it; an even bit has its middle at 1/2."""
+    """A certain 0 at b = 3 has F(s) = s^(1/3), so u = 1/2 gives 1/8; a certain 1 mirrors it; an
+    even bit has its middle at 1/2."""
     s = inverse(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.5]), 3.0, "power_pair")
     torch.testing.assert_close(s, torch.tensor([0.125, 0.875, 0.5]), atol=1e-6, rtol=0)
 
@@ -58,8 +66,13 @@ def test_densities_are_the_slopes_of_the_distributions(kind, b):
     s, step = torch.linspace(0.05, 0.95, 30, dtype=torch.float64), 1e-6
     for q in (0.1, 0.5, 0.9):
         weight = torch.full_like(s, q)
-        f = [(1 - q) * f0 + q * f1 for f0, f1 in (distributions(s + d, b, kind) for d in (-step, step))]
-        torch.testing.assert_close(density(s, weight, b, kind), (f[1] - f[0]) / (2 * step), atol=1e-5, rtol=1e-5)
+        f = [
+            (1 - q) * f0 + q * f1
+            for f0, f1 in (distributions(s + d, b, kind) for d in (-step, step))
+        ]
+        torch.testing.assert_close(
+            density(s, weight, b, kind), (f[1] - f[0]) / (2 * step), atol=1e-5, rtol=1e-5
+        )
 
 
 @EVERY
@@ -71,7 +84,8 @@ def test_gradients_are_those_of_finite_differences(kind, b):
     q.requires_grad_()
     smooth(q, u, b, kind).sum().backward()
     s = inverse(u, q.detach(), b, kind)
-    away = (s > 1e-3) & (s < 1 - 1e-3)  # where the spike begins there is no derivative, and bisection is fine to 1e-9 only
+    # Where the spike begins there is no derivative, and bisection is fine to 1e-9 only
+    away = (s > 1e-3) & (s < 1 - 1e-3)
     torch.testing.assert_close(q.grad[away], moved[away], atol=2e-3, rtol=2e-3)
 
 
@@ -86,7 +100,9 @@ def test_on_the_spike_nothing_moves():
 def test_samples_become_bits_as_the_inverse_temperature_grows(kind):
     torch.manual_seed(0)
     q, u = torch.full((20_000,), 0.3), torch.rand(20_000)
-    between = [float(((s := inverse(u, q, b, kind)) * (1 - s)).mean()) for b in (2.0, 8.0, 32.0, 80.0)]
+    between = [
+        float(((s := inverse(u, q, b, kind)) * (1 - s)).mean()) for b in (2.0, 8.0, 32.0, 80.0)
+    ]
     assert between == sorted(between, reverse=True) and between[-1] < 0.02
     assert float(inverse(u, q, 80.0, kind).mean()) == pytest.approx(0.3, abs=0.03)
 
@@ -94,7 +110,9 @@ def test_samples_become_bits_as_the_inverse_temperature_grows(kind):
 @pytest.mark.parametrize("kind", ["exponential_pair", "power_pair"])
 def test_the_pairs_are_symmetric_and_flat_at_both_ends(kind):
     q, u = grid()
-    torch.testing.assert_close(inverse(u, q, 8.0, kind), 1 - inverse(1 - u, 1 - q, 8.0, kind), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        inverse(u, q, 8.0, kind), 1 - inverse(1 - u, 1 - q, 8.0, kind), atol=1e-6, rtol=0
+    )
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     s = inverse(u, torch.full_like(u, 0.5), 8.0, kind)
     slope = (s[1:] - s[:-1]) / 0.01

@@ -12,7 +12,12 @@ from tests.helpers.tokenizers import tiny_config
 
 @pytest.mark.parametrize(
     ("counts", "usage", "perplexity", "dead"),
-    [([5, 5, 5, 5], 1.0, 4.0, 0), ([7, 0, 0, 0], 0.25, 1.0, 3), ([1, 1, 0, 0], 0.5, 2.0, 2), ([2, 1, 1, 0], 0.75, 2**1.5, 1)],
+    [
+        ([5, 5, 5, 5], 1.0, 4.0, 0),
+        ([7, 0, 0, 0], 0.25, 1.0, 3),
+        ([1, 1, 0, 0], 0.5, 2.0, 2),
+        ([2, 1, 1, 0], 0.75, 2**1.5, 1),
+    ],
 )
 def test_by_hand(counts, usage, perplexity, dead):
     figures = codebook_statistics(torch.tensor(counts))

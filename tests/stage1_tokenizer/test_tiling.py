@@ -26,8 +26,14 @@ def test_local_work_is_exact_with_a_margin_as_wide_as_its_reach(shape, tile):
 
 def test_windows_are_multiples_of_the_stride():
     seen = []
-    by_tiles(pixels(1, 1, 48, 64), lambda v: seen.append(v.shape[2:]) or v, tile=20, margin=5, stride=8)
-    assert seen and all(side % 8 == 0 for shape in seen for side in shape) and max(max(shape) for shape in seen) <= 16 + 2 * 8
+    by_tiles(
+        pixels(1, 1, 48, 64), lambda v: seen.append(v.shape[2:]) or v, tile=20, margin=5, stride=8
+    )
+    assert (
+        seen
+        and all(side % 8 == 0 for shape in seen for side in shape)
+        and max(max(shape) for shape in seen) <= 16 + 2 * 8
+    )
 
 
 @pytest.mark.parametrize("kind", ["vq", "gumbel", "residual", "hierarchical", "fsq"])
@@ -41,7 +47,7 @@ def test_a_picture_in_pieces_is_the_whole_one(kind):
 
 
 def test_a_photo_of_512_by_768_goes_through():
-    tokenizer = tiny_tokenizer(factor=8, image_size=64)
+    tokenizer = tiny_tokenizer(downsample_factor=8, image_size=64)
     assert tokenizer.reconstruct(pixels(1, 3, 768, 512), tile=256).shape == (1, 3, 768, 512)
     with pytest.raises(ValueError, match=r"pixels are 500x768 .* nearest that fits is 496x768"):
         tokenizer.reconstruct(pixels(1, 3, 768, 500), tile=256)

@@ -1,4 +1,5 @@
-"""VQ-VAE's quantizer against its definitions: nearest code, losses and their gradients, moving averages, restart, resume."""
+"""VQ-VAE's quantizer against its definitions: nearest code, losses and their gradients, moving
+averages, restart, resume."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_codes_lie_on_the_grid_of_their_vectors_and_embed_is_their_look_up(norma
 
 def test_normalised_codes_have_root_mean_square_one():
     vq = started(5 * features(8, 4, seed=1), normalize=True).eval()
-    torch.testing.assert_close(flat(vq(features(2, 4, 3, 3)).latents).square().mean(1), torch.ones(18))
+    torch.testing.assert_close(
+        flat(vq(features(2, 4, 3, 3)).latents).square().mean(1), torch.ones(18)
+    )
 
 
 def test_the_straight_through_gradient_is_the_decoders_own():
@@ -82,7 +85,8 @@ def test_with_normalisation_the_gradient_passes_through_the_sphere():
     vq = started(features(8, 4, seed=1), normalize=True)
     x, upstream = features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=7)
     (gradient,) = torch.autograd.grad((vq(x).latents * upstream).sum(), x)
-    (expected,) = torch.autograd.grad((F.normalize(x, dim=1) * 2.0 * upstream).sum(), x)  # sqrt(4 dimensions)
+    # Sqrt(4 dimensions)
+    (expected,) = torch.autograd.grad((F.normalize(x, dim=1) * 2.0 * upstream).sum(), x)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -92,13 +96,22 @@ def test_the_commitment_loss_by_hand():
     result = vq(x)
     assert result.codes.flatten().tolist() == [0, 1]
     # Squared differences 1, 0, 1, 1: mean 3/4, times 0.5.
-    assert float(result.loss.detach()) == pytest.approx(0.375) and float(result.metrics["commitment"]) == pytest.approx(0.75)
+    assert float(result.loss.detach()) == pytest.approx(0.375) and float(
+        result.metrics["commitment"]
+    ) == pytest.approx(0.75)
     (gradient,) = torch.autograd.grad(result.loss, x)
-    torch.testing.assert_close(gradient.flatten(), 0.5 * 2 / 4 * torch.tensor([1.0, -1.0, 0.0, 1.0]))
+    torch.testing.assert_close(
+        gradient.flatten(), 0.5 * 2 / 4 * torch.tensor([1.0, -1.0, 0.0, 1.0])
+    )
 
 
 def test_the_codebook_loss_draws_codes_to_their_vectors_by_gradient():
-    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), normalize=False, codebook="gradient", commitment=0.25)
+    vq = started(
+        torch.tensor([[0.0, 0.0], [4.0, 4.0]]),
+        normalize=False,
+        codebook="gradient",
+        commitment=0.25,
+    )
     x = torch.tensor([[1.0, 0.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 2)
     result = vq(x)
     assert float(result.loss.detach()) == pytest.approx(1.25 * 0.75)
@@ -115,12 +128,19 @@ def test_the_ema_codebook_has_no_parameters_and_the_gradient_one_is_not_averaged
 
 
 def test_moving_averages_by_hand():
-    vq = started(torch.tensor([[0.0, 0.0], [4.0, 4.0], [90.0, 90.0]]), normalize=False, decay=0.9, dead_code_threshold=0.0)
+    vq = started(
+        torch.tensor([[0.0, 0.0], [4.0, 4.0], [90.0, 90.0]]),
+        normalize=False,
+        decay=0.9,
+        dead_code_threshold=0.0,
+    )
     vq.counts.copy_(torch.tensor([2.0, 3.0, 1.0]))
     vq.sums.copy_(torch.tensor([[0.0, 1.0], [12.0, 12.0], [90.0, 90.0]]))
     vq(torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 5.0]]).T.reshape(1, 2, 1, 3))
     counts = torch.tensor([0.9 * 2 + 0.1 * 2, 0.9 * 3 + 0.1 * 1, 0.9 * 1])
-    sums = torch.tensor([[0.1 * 2, 0.9 + 0.1 * 1], [0.9 * 12 + 0.1 * 3, 0.9 * 12 + 0.1 * 5], [81.0, 81.0]])
+    sums = torch.tensor(
+        [[0.1 * 2, 0.9 + 0.1 * 1], [0.9 * 12 + 0.1 * 3, 0.9 * 12 + 0.1 * 5], [81.0, 81.0]]
+    )
     torch.testing.assert_close(vq.counts, counts)
     torch.testing.assert_close(vq.sums, sums)
     total = counts.sum()
@@ -139,7 +159,9 @@ def test_the_decoder_sees_the_codebook_from_before_the_update():
 def test_a_static_batch_is_clustered_to_its_centres():
     centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
     x = (centres.repeat(16, 1) + 0.01 * features(64, 2)).T.reshape(1, 2, 8, 8)
-    vq = started(centres + features(4, 2, seed=3), normalize=False, decay=0.5, dead_code_threshold=0.0)
+    vq = started(
+        centres + features(4, 2, seed=3), normalize=False, decay=0.5, dead_code_threshold=0.0
+    )
     for _ in range(40):
         vq(x)
     torch.testing.assert_close(vq.codebook, centres, atol=0.02, rtol=0)
@@ -152,7 +174,9 @@ def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
     vq(towards + 0.1 * features(8, 4, 4, 4))
     assert bool(vq.initialized)
     book = F.normalize(vq.codebook.detach(), dim=1)
-    assert (book - F.normalize(towards.flatten(), dim=0)).norm(dim=1).max() < 0.2  # all codes are where the data is
+    assert (book - F.normalize(towards.flatten(), dim=0)).norm(
+        dim=1
+    ).max() < 0.2  # all codes are where the data is
     vq(-towards + 0.1 * features(8, 4, 4, 4, seed=5))
     assert (F.normalize(vq.codebook.detach(), dim=1) - book).norm(dim=1).max() < 0.2
 
@@ -162,7 +186,9 @@ def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(co
     vq = fresh(64, codebook=codebook, dead_code_threshold=0.0)
     x = features(1, 4, 2, 2)
     with pytest.warns(
-        UserWarning, match=r"codes start as copies: the first batch has 4 vectors .* and the codebook 64 codes; raise .*16-fold"
+        UserWarning,
+        match=r"codes start as copies: the first batch has 4 vectors .* and the codebook 64 codes; "
+        r"raise .*16-fold",
     ):
         result = vq(x)
     book = F.normalize(vq.codebook.detach(), dim=1)
@@ -173,24 +199,39 @@ def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(co
 
 def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
     centres = 5 * features(6, 4, seed=3)
-    x = (centres.repeat_interleave(20, 0) + 0.1 * features(120, 4)).reshape(1, 12, 10, 4).permute(0, 3, 1, 2)
-    plain, clustered = (fresh(6, normalize=False, dead_code_threshold=0.0, kmeans_iterations=n) for n in (0, 20))
+    x = (
+        (centres.repeat_interleave(20, 0) + 0.1 * features(120, 4))
+        .reshape(1, 12, 10, 4)
+        .permute(0, 3, 1, 2)
+    )
+    plain, clustered = (
+        fresh(6, normalize=False, dead_code_threshold=0.0, kmeans_iterations=n) for n in (0, 20)
+    )
     for vq in (plain, clustered):
         vq.update_codebook = lambda *_: None  # type: ignore[method-assign]
         vq.count(vq(x).codes)
     codes = clustered(x).codes.flatten()
     for code in codes.unique():
         torch.testing.assert_close(clustered.codebook[code], flat(x)[codes == code].mean(0))
-    assert clustered._error(flat(x), codes).mean() < 0.5 * plain._error(flat(x), plain(x).codes.flatten()).mean()
+    assert (
+        clustered._error(flat(x), codes).mean()
+        < 0.5 * plain._error(flat(x), plain(x).codes.flatten()).mean()
+    )
 
 
 def test_k_means_leaves_a_centre_without_vectors_where_it_is():
     pool = torch.tensor([[0.0], [0.2], [1.0]])
-    torch.testing.assert_close(kmeans(pool, torch.tensor([[0.0], [0.9], [50.0]]), 3), torch.tensor([[0.1], [1.0], [50.0]]))
+    torch.testing.assert_close(
+        kmeans(pool, torch.tensor([[0.0], [0.9], [50.0]]), 3), torch.tensor([[0.1], [1.0], [50.0]])
+    )
 
 
 def test_k_means_over_fewer_vectors_than_codes_is_refused():
-    with pytest.raises(ValueError, match=r"k-means needs .*: the first batch has 4 vectors .* 64 codes; raise .*16-fold.*or set"):
+    with pytest.raises(
+        ValueError,
+        match=r"k-means needs .*: the first batch has 4 vectors .* 64 codes; raise .*16-fold.*or "
+        r"set",
+    ):
         fresh(64, kmeans_iterations=3)(features(1, 4, 2, 2))
 
 
@@ -224,26 +265,39 @@ def test_one_step_of_a_linear_codebook_moves_codes_that_were_not_used():
 
 
 def test_the_entropy_term_by_hand():
-    """Two vectors on two codes at distance 1 each way: certain vectors and even use give entropies near 0 and log 2."""
+    """Two vectors on two codes at distance 1 each way: certain vectors and even use give entropies
+    near 0 and log 2."""
     book = torch.tensor([[0.0], [10.0]])
     assert float(entropy_penalty(book.clone(), book)) == pytest.approx(-math.log(2), abs=1e-4)
     halfway = torch.tensor([[5.0], [5.0]])
     assert float(entropy_penalty(halfway, book)) == pytest.approx(0.0, abs=1e-5)
-    p = torch.tensor([[1.0, 2.0]]).neg().square().softmax(1)  # at 1 and 2 from the codes: squared distances 1 and 4
+    # At 1 and 2 from the codes: squared distances 1 and 4
+    p = torch.tensor([[1.0, 2.0]]).neg().square().softmax(1)
     own = float(-(p * p.log()).sum())
-    assert float(entropy_penalty(torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]))) == pytest.approx(own - own, abs=1e-6)
+    assert float(
+        entropy_penalty(torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]))
+    ) == pytest.approx(own - own, abs=1e-6)
     vq = started(book, normalize=False, entropy_weight=0.5, dead_code_threshold=0.0).train()
     x = torch.tensor([1.0, 8.0, 3.0, 9.0]).reshape(1, 1, 2, 2)
     result = vq(x)
     expected = 0.25 * result.metrics["commitment"] + 0.5 * entropy_penalty(flat(x), book)
     torch.testing.assert_close(result.loss, expected)
-    assert float(vq.eval()(x).loss) == pytest.approx(0.25 * float(F.mse_loss(flat(x), vq.codebook[vq(x).codes.flatten()])))
+    assert float(vq.eval()(x).loss) == pytest.approx(
+        0.25 * float(F.mse_loss(flat(x), vq.codebook[vq(x).codes.flatten()]))
+    )
 
 
 def collapsed(dead_code_threshold: float, **options) -> VectorQuantizer:
     """Half of the codes are far from all data."""
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
-    return started(book, normalize=False, dead_code_threshold=dead_code_threshold, dead_code_check_every=2, decay=0.5, **options)
+    return started(
+        book,
+        normalize=False,
+        dead_code_threshold=dead_code_threshold,
+        dead_code_check_every=2,
+        decay=0.5,
+        **options,
+    )
 
 
 def test_dead_codes_restart_at_vectors_of_the_batch_and_are_used():
@@ -287,7 +341,14 @@ def test_living_codes_are_left_alone_by_a_restart():
 
 def test_a_restarted_gradient_code_keeps_its_parameter():
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
-    vq = started(book, normalize=False, codebook="gradient", dead_code_threshold=0.3, dead_code_check_every=2, decay=0.5)
+    vq = started(
+        book,
+        normalize=False,
+        codebook="gradient",
+        dead_code_threshold=0.3,
+        dead_code_check_every=2,
+        decay=0.5,
+    )
     parameter = vq.codebook
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     for _ in range(8):
@@ -302,7 +363,11 @@ def test_a_codebook_that_learns_by_gradient_and_restarts_is_not_to_be_averaged()
         return VectorQuantizer(4, 2, VectorOptions(**options)).ema_excluded_parameters()
 
     assert [p.shape for p in jumping(codebook="gradient")] == [(4, 2)]
-    assert not jumping() and not jumping(codebook="linear") and not jumping(codebook="gradient", dead_code_threshold=0.0)
+    assert (
+        not jumping()
+        and not jumping(codebook="linear")
+        and not jumping(codebook="gradient", dead_code_threshold=0.0)
+    )
 
 
 def test_evaluation_changes_no_state():
@@ -334,8 +399,12 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
 
 
 def test_use_of_the_codebook_is_reported():
-    vq = started(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), normalize=False, dead_code_threshold=0.0)
-    vq.hits.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
+    vq = started(
+        torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]),
+        normalize=False,
+        dead_code_threshold=0.0,
+    )
+    vq.usage_ema.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
     figures = vq.usage_metrics()
     assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
     assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
@@ -344,18 +413,20 @@ def test_use_of_the_codebook_is_reported():
 
 
 def test_a_restarted_code_counts_as_used_only_once_it_is():
-    """All vectors are one and the same, so that one code at a time serves them, however often the others restart there."""
+    """All vectors are one and the same, so that one code at a time serves them, however often the
+    others restart there."""
     vq = fresh(8, dead_code_check_every=1, dead_code_threshold=0.3)
     x = features(1, 4, 1, 1).expand(4, 4, 4, 4)
     for _ in range(30):
         metrics = vq(x).metrics
     assert (vq.counts > 0.1 * vq.counts.mean()).all()  # they do restart
-    assert float(metrics["codebook_usage"]) <= 0.5 and torch.equal(vq.usage()[0], vq.hits)
-    assert float(vq.hits.sum()) == pytest.approx(4 * 16, rel=1e-4)
+    assert float(metrics["codebook_usage"]) <= 0.5 and torch.equal(vq.usage()[0], vq.usage_ema)
+    assert float(vq.usage_ema.sum()) == pytest.approx(4 * 16, rel=1e-4)
 
 
 def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
-    """Two vectors a step, for which 32 of 64 codes take turns: twice the average use each, however the other 32 restart."""
+    """Two vectors a step, for which 32 of 64 codes take turns: twice the average use each, however
+    the other 32 restart."""
     book = torch.cat([features(32, 4, seed=1), 50 + features(32, 4, seed=2)])
     vq = started(book, normalize=False, dead_code_check_every=5, dead_code_threshold=0.1, decay=0.9)
     vq.counts.copy_(torch.tensor([2 / 32] * 32 + [0.0] * 32))
@@ -376,14 +447,18 @@ def test_features_that_are_not_finite_are_left_for_the_training_to_report():
 def test_the_first_counts_are_those_of_the_first_batch():
     vq = fresh(8, decay=0.99)
     result = vq(features(4, 4, 4, 4))
-    torch.testing.assert_close(vq.counts, torch.bincount(result.codes.flatten(), minlength=8).float())
+    torch.testing.assert_close(
+        vq.counts, torch.bincount(result.codes.flatten(), minlength=8).float()
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unused_ones(normalize):
     vq = fresh(8, normalize=normalize)
     x = 3 + features(4, 4, 4, 4)
-    x[:, :, :, 2:] = x[:1, :, :1, :1]  # half of the vectors are one and the same, so some codes stay without any
+    x[:, :, :, 2:] = x[
+        :1, :, :1, :1
+    ]  # half of the vectors are one and the same, so some codes stay without any
     placed = copy.deepcopy(vq)
     placed.update_codebook = lambda *_: None  # type: ignore[method-assign]
     placed(x)
@@ -391,7 +466,9 @@ def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unu
     vectors = vq._normalize(flat(x))
     for code in range(8):
         own = vectors[codes == code]
-        expected = vq._normalize(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
+        expected = (
+            vq._normalize(own.mean(0, keepdim=True))[0] if len(own) else placed.codebook[code]
+        )
         torch.testing.assert_close(vq.codebook[code], expected, rtol=1e-4, atol=1e-4)
     assert len(codes.unique()) < 8
 
@@ -399,12 +476,17 @@ def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unu
 @pytest.mark.parametrize("normalize", [False, True])
 def test_autocast_leaves_distances_and_state_in_float32(normalize):
     x = features(8, 16, 4, 4)
-    plain, cast = (started(features(256, 16, seed=1), normalize=normalize, dead_code_threshold=0.0) for _ in range(2))
+    plain, cast = (
+        started(features(256, 16, seed=1), normalize=normalize, dead_code_threshold=0.0)
+        for _ in range(2)
+    )
     expected = plain(x)
     with torch.autocast("cpu", torch.bfloat16):
         result = cast(x)
         low = cast(x.bfloat16())
-    assert torch.equal(result.codes, expected.codes) and torch.equal(result.latents, expected.latents)
+    assert torch.equal(result.codes, expected.codes) and torch.equal(
+        result.latents, expected.latents
+    )
     assert low.latents.dtype == low.loss.dtype == torch.float32
     assert torch.equal(result.loss, expected.loss)
     assert all(v.dtype != torch.bfloat16 for v in cast.state_dict().values())

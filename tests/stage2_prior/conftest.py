@@ -1,4 +1,5 @@
-"""A prior small enough to check exhaustively, with weights that are not at their (partly zero) start."""
+"""A prior small enough to check exhaustively, with weights that are not at their (partly zero)
+start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The loop of sampling: any order, several codes a step, known codes, what is computed and what is not."""
+"""The loop of sampling: any order, several codes a step, known codes, what is computed and what is
+not."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
 from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders
-from stage2_prior.sampling import guidance_at, guide, per_seed_uniforms, sample_from_uniform, warp_logits
+from stage2_prior.sampling import (
+    guidance_at,
+    guide,
+    per_seed_uniforms,
+    sample_from_uniform,
+    warp_logits,
+)
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -39,7 +46,9 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
     chosen = guide(conditional, null, scale).nan_to_num(float("-inf"))
     classes = prior.stream.image_targets(drawn.codes).gather(1, drawn.orders)
     for i, noise in enumerate(per_seed_uniforms(SEEDS, 9).unbind(1)):
-        assert torch.equal(sample_from_uniform(warp_logits(chosen[:, i], 0.7, None, None), noise), classes[:, i])
+        assert torch.equal(
+            sample_from_uniform(warp_logits(chosen[:, i], 0.7, None, None), noise), classes[:, i]
+        )
     log_p = conditional.log_softmax(-1).gather(2, classes[..., None]).sum((1, 2))
     torch.testing.assert_close(drawn.log_likelihood, log_p)
     if scale == 1:
@@ -50,19 +59,26 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
 
 
 def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
-    """Codes after each step: every one of them but the `first` known ones drawn anew from what a whole, uncached pass over the step
-    before gives."""
+    """Codes after each step: every one of them but the `first` known ones drawn anew from what a
+    whole, uncached pass over the step before gives."""
     noise, place, stream = per_seed_uniforms(SEEDS, 9), first, prior.stream
     steps = []
     for count in counts:
         new = codes.clone()
         for target in range(first, place + count):
-            # What has not been drawn yet, and siblings, are not known: the target changes places with the first of them.
+            # What has not been drawn yet, and siblings, are not known: the target changes places
+            # with the first of them.
             swapped, at = orders.clone(), min(target, place)
             swapped[:, [at, target]] = swapped[:, [target, at]]
-            branches = [logits_in_order(prior, ids, codes, swapped) for ids in (text_ids, stream.null_caption(3))]
+            branches = [
+                logits_in_order(prior, ids, codes, swapped)
+                for ids in (text_ids, stream.null_caption(3))
+            ]
             logits = guide(*branches, guidance_at(target / 9, options)).nan_to_num(float("-inf"))
-            classes = sample_from_uniform(warp_logits(logits[:, at], options.temperature, None, options.top_p), noise[:, target])
+            classes = sample_from_uniform(
+                warp_logits(logits[:, at], options.temperature, None, options.top_p),
+                noise[:, target],
+            )
             here = orders[:, target : target + 1]
             new.scatter_(1, here, stream.within_level(classes[:, None], here))
         codes = new
@@ -82,12 +98,19 @@ def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
         {"guidance_scale": 2.0, "guidance_power": 1.0},
     ],
 )
-def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_ids, levels, known, options):
-    prior, options = any_order_prior(levels) if levels else any_order_prior(), SamplingOptions(steps=4, **options)
+def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(
+    text_ids, levels, known, options
+):
+    prior, options = (
+        any_order_prior(levels) if levels else any_order_prior(),
+        SamplingOptions(num_inference_steps=4, **options),
+    )
     orders = known_first(seeded_orders(SEEDS, 9), torch.arange(9) < known)
     given = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(1))
     drawn = sample(prior, text_ids, SEEDS, options, known=torch.arange(9) < known, codes=given)
-    steps = drawn_by_hand(prior, text_ids, orders, cosine_step_sizes(9 - known, 4), options, given, known)
+    steps = drawn_by_hand(
+        prior, text_ids, orders, cosine_step_sizes(9 - known, 4), options, given, known
+    )
     assert torch.equal(drawn.orders, orders) and torch.equal(drawn.codes, steps[-1])
     # Some codes of the third step were changed by what they came to know.
     third = orders[:, : known + sum(cosine_step_sizes(9 - known, 4)[:3])]
@@ -98,22 +121,37 @@ def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(text_i
 def test_each_step_settles_a_code_on_what_sequential_sampling_draws(text_ids, steps):
     prior = any_order_prior()
     for seeds in ([1, 2, 3], [4, 5, 6], [7, 8, 9]):
-        plain, drawn = (sample(prior, text_ids, seeds, SamplingOptions(steps=n)) for n in (None, steps))
-        in_order = [samples.codes.gather(1, samples.orders)[:, :steps] for samples in (plain, drawn)]
+        plain, drawn = (
+            sample(prior, text_ids, seeds, SamplingOptions(num_inference_steps=n))
+            for n in (None, steps)
+        )
+        in_order = [
+            samples.codes.gather(1, samples.orders)[:, :steps] for samples in (plain, drawn)
+        ]
         assert torch.equal(*in_order)
 
 
 def test_pictures_in_steps_are_the_same_alone_and_in_a_batch(text_ids):
     prior = any_order_prior()
-    together = sample(prior, text_ids, SEEDS, SamplingOptions(steps=3, guidance_scale=2))
+    together = sample(
+        prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=3, guidance_scale=2)
+    )
     for row in range(3):
-        alone = sample(prior, text_ids[row : row + 1], SEEDS[row : row + 1], SamplingOptions(steps=3, guidance_scale=2))
+        alone = sample(
+            prior,
+            text_ids[row : row + 1],
+            SEEDS[row : row + 1],
+            SamplingOptions(num_inference_steps=3, guidance_scale=2),
+        )
         assert torch.equal(alone.codes[0], together.codes[row])
 
 
 def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
     prior = any_order_prior()
-    plain, stepped = (sample(prior, text_ids, SEEDS, SamplingOptions(steps=steps)) for steps in (None, 9))
+    plain, stepped = (
+        sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=steps))
+        for steps in (None, 9)
+    )
     assert torch.equal(plain.codes, stepped.codes)
     torch.testing.assert_close(plain.log_likelihood, stepped.log_likelihood)
 
@@ -123,19 +161,34 @@ def test_each_step_of_several_codes_is_one_pass(text_ids):
     for parameter in prior.image_head.parameters():
         torch.nn.init.zeros_(parameter)  # nothing changes what a code is drawn from
     prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
-    sample(prior, text_ids, SEEDS, SamplingOptions(steps=4))
-    assert lengths == [5, 1, 2, 4, 5]  # the codes of the step before, and the last of them once for each further code
+    sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=4))
+    assert lengths == [
+        5,
+        1,
+        2,
+        4,
+        5,
+    ]  # the codes of the step before, and the last of them once for each further code
 
 
 @pytest.mark.parametrize("steps", [None, 3])
 def test_known_codes_are_kept_and_come_first(text_ids, codes, steps):
     prior = any_order_prior()
     known = torch.tensor([True, False, True, False, False, True, False, False, False])
-    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps), known=known, codes=codes)
+    drawn = sample(
+        prior,
+        text_ids,
+        SEEDS,
+        SamplingOptions(guidance_scale=2, num_inference_steps=steps),
+        known=known,
+        codes=codes,
+    )
     assert torch.equal(drawn.codes[:, known], codes[:, known])
     assert torch.equal(drawn.orders[:, :3].sort(1).values, torch.tensor([[0, 2, 5]] * 3))
     assert torch.equal(drawn.orders, known_first(seeded_orders(SEEDS, 9), known))
-    free = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, steps=steps))
+    free = sample(
+        prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, num_inference_steps=steps)
+    )
     assert not torch.equal(free.codes[:, ~known], drawn.codes[:, ~known])
     if steps is None:
         given = code_log_likelihood(prior, text_ids, drawn.codes, drawn.orders)[:, ~known].sum(1)
@@ -150,13 +203,22 @@ def test_every_picture_may_keep_other_codes(text_ids, codes):
     assert torch.equal(together.codes[known], codes[known])
     for row in range(3):
         part = slice(row, row + 1)
-        alone = sample(prior, text_ids[part], SEEDS[part], SamplingOptions(), known=known[part], codes=codes[part])
+        alone = sample(
+            prior,
+            text_ids[part],
+            SEEDS[part],
+            SamplingOptions(),
+            known=known[part],
+            codes=codes[part],
+        )
         assert torch.equal(alone.codes[0], together.codes[row])
 
 
 def test_a_raster_prior_goes_on_from_the_first_codes(prior, text_ids, codes):
     known = torch.arange(9) < 3
-    drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2), known=known, codes=codes)
+    drawn = sample(
+        prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2), known=known, codes=codes
+    )
     assert torch.equal(drawn.codes[:, :3], codes[:, :3])
     given = code_log_likelihood(prior, text_ids, drawn.codes)[:, 3:].sum(1)
     torch.testing.assert_close(drawn.log_likelihood, given)
@@ -166,35 +228,58 @@ def test_a_raster_prior_goes_on_from_the_first_codes(prior, text_ids, codes):
 def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, order):
     prior.config.trained_order = order
     with pytest.raises(
-        ValueError, match=f"several codes a step need a prior that was trained on random orders, and this one knows {order}"
+        ValueError,
+        match="several codes a step need a prior that was trained on random orders, and this one "
+        f"knows {order}",
     ):
-        sample(prior, text_ids, SEEDS, SamplingOptions(steps=4))
-    with pytest.raises(ValueError, match=r"codes in any order .* prior\.train\.order=random"):
+        sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=4))
+    with pytest.raises(ValueError, match=r"codes in any order .* prior\.train\.code_order=random"):
         sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) > 4, codes=codes)
 
 
 def test_guidance_is_on_from_the_first_share_until_before_the_last():
     options = SamplingOptions(guidance_scale=3, guidance_interval=(0.25, 0.5))
-    assert [guidance_at(share, options) for share in (0, 0.24, 0.25, 0.49, 0.5, 0.9)] == [1, 1, 3, 3, 1, 1]
+    assert [guidance_at(share, options) for share in (0, 0.24, 0.25, 0.49, 0.5, 0.9)] == [
+        1,
+        1,
+        3,
+        3,
+        1,
+        1,
+    ]
     rising = SamplingOptions(guidance_scale=3, guidance_power=2.0)
     assert [guidance_at(share, rising) for share in (0, 0.5**0.5)] == pytest.approx([1, 2])
 
 
-@pytest.mark.parametrize("options", [{"guidance_interval": (0.3, 0.7)}, {"guidance_power": 1.0}, {"guidance_interval": (0.5, 1.0)}])
-def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(prior, text_ids, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"guidance_interval": (0.3, 0.7)}, {"guidance_power": 1.0}, {"guidance_interval": (0.5, 1.0)}],
+)
+def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(
+    prior, text_ids, options
+):
     rows = []
-    prior.blocks[0].register_forward_hook(lambda _, inputs, __: rows.append(tuple(inputs[0].shape[:2])))
+    prior.blocks[0].register_forward_hook(
+        lambda _, inputs, __: rows.append(tuple(inputs[0].shape[:2]))
+    )
     options = SamplingOptions(guidance_scale=3, **options)
     drawn = sample(prior, text_ids, SEEDS, options)
     scales = [1.0] * 9
     for i in range(9):
         first, last = options.guidance_interval
         if first <= i / 9 < last:
-            scales[i] = 3.0 if options.guidance_power is None else 1 + 2 * (1 - math.cos(math.pi * i / 9)) / 2
+            scales[i] = (
+                3.0
+                if options.guidance_power is None
+                else 1 + 2 * (1 - math.cos(math.pi * i / 9)) / 2
+            )
     guided = [scale != 1 for scale in scales]
     assert sum(shape == (6, 1) for shape in rows) == sum(guided)
     assert sum(shape[0] * shape[1] for shape in rows if shape[0] == 6) == 6 * sum(guided)
-    branches = [logits_in_raster(prior, ids, drawn.codes) for ids in (text_ids, prior.stream.null_caption(3))]
+    branches = [
+        logits_in_raster(prior, ids, drawn.codes)
+        for ids in (text_ids, prior.stream.null_caption(3))
+    ]
     for i, noise in enumerate(per_seed_uniforms(SEEDS, 9).unbind(1)):
         chosen = guide(branches[0][:, i], branches[1][:, i], scales[i])
         assert torch.equal(sample_from_uniform(chosen, noise), drawn.codes[:, i])
@@ -209,8 +294,12 @@ def logits_in_raster(prior, text_ids, codes):
 
 def test_a_caption_is_read_once_for_all_its_pictures(prior, text_ids):
     sizes = []
-    prior.blocks[0].register_forward_hook(lambda _, inputs, __: sizes.append(tuple(inputs[0].shape[:2])))
-    many = sample(prior, text_ids[[0, 1, 0, 1, 0]], [1, 2, 3, 4, 5], SamplingOptions(guidance_scale=2))
+    prior.blocks[0].register_forward_hook(
+        lambda _, inputs, __: sizes.append(tuple(inputs[0].shape[:2]))
+    )
+    many = sample(
+        prior, text_ids[[0, 1, 0, 1, 0]], [1, 2, 3, 4, 5], SamplingOptions(guidance_scale=2)
+    )
     assert sizes[0] == (3, 5)  # two captions and the null caption
     alone = sample(prior, text_ids[:1], [3], SamplingOptions(guidance_scale=2))
     assert torch.equal(many.codes[2], alone.codes[0])
@@ -226,7 +315,13 @@ def test_grouped_heads_draw_what_uncached_passes_do(text_ids):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"steps": 4}, {"guidance_scale": 2.0, "top_k": 3, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}]
+    "options",
+    [
+        {},
+        {"num_inference_steps": 4},
+        {"guidance_scale": 2.0, "top_k": 3, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 0.0},
+    ],
 )
 def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, options):
     prior, options = any_order_prior(), SamplingOptions(**options)
@@ -235,7 +330,8 @@ def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, 
     compiled = sample(prior, text_ids, SEEDS, options, compiled=True)
     assert torch.equal(compiled.codes, plain.codes)
     torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood)
-    assert len(graphs) == (0 if options.steps else 2)  # reading captions, and the step of one code
+    # Reading captions, and the step of one code
+    assert len(graphs) == (0 if options.num_inference_steps else 2)
 
 
 def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, monkeypatch):
@@ -243,12 +339,16 @@ def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, mon
     raster, other = tiny_prior(), any_order_prior()
     for prior in (raster, other, raster):
         plain = sample(prior, text_ids, SEEDS, SamplingOptions())
-        assert torch.equal(sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True).codes, plain.codes)
+        assert torch.equal(
+            sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True).codes, plain.codes
+        )
     assert len(graphs) == 4  # each reads captions and steps
     for temperature in (0.5, 0.7):
         options = SamplingOptions(temperature=temperature, top_p=0.9)
         plain = sample(raster, text_ids, SEEDS, options)
-        assert torch.equal(sample(raster, text_ids, SEEDS, options, compiled=True).codes, plain.codes)
+        assert torch.equal(
+            sample(raster, text_ids, SEEDS, options, compiled=True).codes, plain.codes
+        )
     assert len(graphs) == 5  # numbers are no other program
 
 
@@ -257,18 +357,30 @@ def test_orders_may_be_given(text_ids):
     raster = torch.arange(9).expand(3, 9)
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions(), orders=raster)
     assert torch.equal(drawn.orders, raster)
-    torch.testing.assert_close(drawn.log_likelihood, code_log_likelihood(prior, text_ids, drawn.codes).sum(1))
+    torch.testing.assert_close(
+        drawn.log_likelihood, code_log_likelihood(prior, text_ids, drawn.codes).sum(1)
+    )
 
 
 def test_samples_in_random_order_follow_the_joint_distribution_of_that_order():
-    """Chi-square over all 27 pictures of a prior with three codes of three kinds, in the order 2, 0, 1."""
+    """Chi-square over all 27 pictures of a prior with three codes of three kinds, in the order 2,
+    0, 1."""
     prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
     caption = torch.tensor([[1, 5, 6, 7, 2, 0]])
     every = torch.tensor(list(itertools.product(range(3), repeat=3)))
     order = torch.tensor([[2, 0, 1]])
-    expected = code_log_likelihood(prior, caption.repeat(27, 1), every, order.repeat(27, 1)).sum(1).exp() * 4000
+    expected = (
+        code_log_likelihood(prior, caption.repeat(27, 1), every, order.repeat(27, 1)).sum(1).exp()
+        * 4000
+    )
     assert float(expected.sum()) == pytest.approx(4000, rel=1e-4)
-    codes = sample(prior, caption.repeat(4000, 1), list(range(4000)), SamplingOptions(), orders=order.repeat(4000, 1)).codes
+    codes = sample(
+        prior,
+        caption.repeat(4000, 1),
+        list(range(4000)),
+        SamplingOptions(),
+        orders=order.repeat(4000, 1),
+    ).codes
     counts = torch.bincount(codes @ torch.tensor([9, 3, 1]), minlength=27)
     # 26 degrees of freedom: the 99.9% quantile is 54.1.
     assert float(((counts - expected) ** 2 / expected).sum()) < 54.1
@@ -283,7 +395,14 @@ def test_known_codes_must_be_as_many_in_each_picture_and_be_given(text_ids, code
     with pytest.raises(ValueError, match="2 codes are known and none is given"):
         sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) < 2)
     with pytest.raises(ValueError, match="all 9 codes are known"):
-        sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.ones(9, dtype=torch.bool), codes=codes)
+        sample(
+            prior,
+            text_ids,
+            SEEDS,
+            SamplingOptions(),
+            known=torch.ones(9, dtype=torch.bool),
+            codes=codes,
+        )
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
@@ -295,7 +414,9 @@ def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
         for rows in (slice(12), slice(3)):  # few rows are worked out as sums, many as products
             compiled = sample(prior, text_ids[rows], seeds[rows], options, compiled=True)
             assert torch.equal(compiled.codes, plain.codes[rows])
-            torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood[rows], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                compiled.log_likelihood, plain.log_likelihood[rows], rtol=1e-4, atol=1e-4
+            )
         assert len(prior.compiled_steps) == 3
 
 

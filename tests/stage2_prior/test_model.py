@@ -9,12 +9,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, SamplingOptions, StreamConfig, sample
+from stage2_prior import (
+    ImagePrior,
+    Level,
+    PriorConfig,
+    PriorObjective,
+    PriorObjectiveConfig,
+    SamplingOptions,
+    StreamConfig,
+    sample,
+)
 from stage2_prior.transformer import attend, fused_attention, rotary_table, rotate
 from tests.helpers.compiling import traced
 from tests.helpers.priors import tiny_prior
 
-LEVELS = [(Level(grid=(3, 3), num_codes=11),), (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))]
+LEVELS = [
+    (Level(grid=(3, 3), num_codes=11),),
+    (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11)),
+]
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=["one level", "two levels"])
@@ -40,13 +52,17 @@ def test_cached_logits_equal_uncached(levels, text_ids):
     with torch.no_grad():
         full = prior(ids, slots)
         cache = prior.new_cache(3)
-        pieces = [prior(ids[:, a:b], slots[a:b], cache) for a, b in ((0, 4), (4, 6), *((i, i + 1) for i in range(6, 14)))]
+        pieces = [
+            prior(ids[:, a:b], slots[a:b], cache)
+            for a, b in ((0, 4), (4, 6), *((i, i + 1) for i in range(6, 14)))
+        ]
     torch.testing.assert_close(torch.cat([p.text for p in pieces], 1), full.text)
     torch.testing.assert_close(torch.cat([p.image for p in pieces], 1), full.image)
 
 
 def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
-    """Rows are linear in the told vectors but for the own part; a code that moves in the codebook moves its logit."""
+    """Rows are linear in the told vectors but for the own part; a code that moves in the codebook
+    moves its logit."""
     prior = tiny_prior()
     with torch.no_grad():
         for rows in (prior.code_embedding, prior.image_head):
@@ -66,14 +82,20 @@ def test_told_vectors_are_centred_and_refused_in_another_shape(prior):
     prior.set_codebook(torch.randn(11, 5, generator=torch.Generator().manual_seed(4)) * 7 + 3)
     torch.testing.assert_close(prior.code_vectors.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert float(prior.code_vectors.std()) == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"code vectors have shape \(11, 4\); this prior's stream has \(11, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"code vectors have shape \(11, 4\); this prior's stream has \(11, 5\)"
+    ):
         prior.set_codebook(torch.randn(11, 4))
 
 
 def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
     prior = tiny_prior(code_dim=0)
     assert prior.image_head.shared is None
-    loss = next(PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).losses({"text_ids": text_ids, "codes": codes}, 0))
+    loss = next(
+        PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).losses(
+            {"text_ids": text_ids, "codes": codes}, 0
+        )
+    )
     loss.value.backward()
     assert all(p.grad is not None for p in prior.parameters())
     assert sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes.shape == (3, 9)
@@ -86,7 +108,9 @@ def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
         prior(text_ids[:, :1], torch.tensor([14]), cache)
 
 
-def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(prior, text_ids, codes):
+def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(
+    prior, text_ids, codes
+):
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
     logits = prior(ids, torch.arange(14))
     assert logits.text.shape == (3, 5, 20) and logits.image.shape == (3, 9, 11)
@@ -94,9 +118,14 @@ def test_text_logits_only_at_text_slots_and_image_logits_only_at_image_slots(pri
 
 def test_attention_equals_the_reference_kernel():
     q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(
+        attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
     seen = torch.tensor([[True] * 5 + [False] * 2])
-    torch.testing.assert_close(attend(q[:, :, 4:5], k, v, seen), F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 4:5])
+    torch.testing.assert_close(
+        attend(q[:, :, 4:5], k, v, seen),
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 4:5],
+    )
 
 
 def test_rotary_scores_depend_on_relative_rows_and_columns_only():
@@ -112,7 +141,9 @@ def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_i
     prior.save_pretrained(tmp_path)
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
     for again in (ImagePrior.load(tmp_path), ImagePrior.from_pretrained(tmp_path)):
-        torch.testing.assert_close(again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image)
+        torch.testing.assert_close(
+            again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image
+        )
         assert again.fingerprint == prior.fingerprint
         assert again.config.trained_with_caption_dropout
         assert sample(again, text_ids, [1, 2, 3], SamplingOptions()).codes.equal(
@@ -136,7 +167,9 @@ def test_loading_names_what_is_wrong(prior, tmp_path):
     values = json.loads(config.read_text())
     values["model"]["depth"] = 3
     config.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"does not fit its config\.json; first keys that differ: \['blocks\.2"):
+    with pytest.raises(
+        ValueError, match=r"does not fit its config\.json; first keys that differ: \['blocks\.2"
+    ):
         ImagePrior.load(tmp_path)
     values["model"]["dept"] = 2
     config.write_text(json.dumps(values))
@@ -153,11 +186,15 @@ def test_a_prior_without_a_stream_is_refused():
 
 
 def test_configuration_errors_are_all_named():
-    with pytest.raises(ValueError, match=r"(?s)prior\.model\.width.*prior\.model\.dropout is 1\.5.*mlp_ratio"):
+    with pytest.raises(
+        ValueError, match=r"(?s)prior\.model\.width.*prior\.model\.dropout is 1\.5.*mlp_ratio"
+    ):
         PriorConfig(width=30, heads=4, dropout=1.5, mlp_ratio=0)
     with pytest.raises(ValueError, match=r"prior\.model\.depth is 0"):
         PriorConfig(depth=0)
-    with pytest.raises(ValueError, match=r"(?s)text_weight is -1.*caption_dropout is 1.*label_smoothing is 2"):
+    with pytest.raises(
+        ValueError, match=r"(?s)text_weight is -1.*caption_dropout is 1.*label_smoothing is 2"
+    ):
         PriorObjectiveConfig(text_weight=-1, caption_dropout=1, label_smoothing=2)
 
 
@@ -171,7 +208,8 @@ def test_compiled_training_gives_the_same_loss(prior, text_ids, codes, monkeypat
     torch.testing.assert_close(compiled, eager)
     assert len(graphs) == 3  # the network, and the cross-entropies of text and codes
     assert objective.evaluate([batch]) == pytest.approx(held_out)
-    assert len(graphs) == 4  # the network without dropout; batches of any size have the plain cross-entropy
+    # The network without dropout; batches of any size have the plain cross-entropy
+    assert len(graphs) == 4
     assert not any("_orig_mod" in key for key in prior.state_dict())
 
 
@@ -183,7 +221,11 @@ def test_activations_worked_out_again_give_the_same_gradients(text_ids, codes):
         calls = []
         prior.blocks[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(5)
-        next(PriorObjective(prior, PriorObjectiveConfig()).losses({"text_ids": text_ids, "codes": codes}, 0)).value.backward()
+        next(
+            PriorObjective(prior, PriorObjectiveConfig()).losses(
+                {"text_ids": text_ids, "codes": codes}, 0
+            )
+        ).value.backward()
         assert len(calls) == 1 + again
         gradients.append([p.grad for p in prior.parameters()])
     torch.testing.assert_close(*gradients)
@@ -202,7 +244,8 @@ def test_grouped_heads_are_heads_whose_keys_and_values_are_repeated(kv_heads):
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_the_fused_kernel_compiles_for_any_shapes(kv_heads):
-    """Captions are read by one program whatever their number: a comparison of shapes must not reach the kernel as a symbol."""
+    """Captions are read by one program whatever their number: a comparison of shapes must not reach
+    the kernel as a symbol."""
     q = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     k, v = torch.randn(2, 3, kv_heads, 5, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
     compiled = torch.compile(fused_attention, backend="eager", dynamic=True, fullgraph=True)
@@ -210,7 +253,9 @@ def test_the_fused_kernel_compiles_for_any_shapes(kv_heads):
 
 
 def test_heads_of_keys_must_divide_those_of_queries():
-    with pytest.raises(ValueError, match=r"prior\.model\.kv_heads is 3; it must divide prior\.model\.heads 4"):
+    with pytest.raises(
+        ValueError, match=r"prior\.model\.kv_heads is 3; it must divide prior\.model\.heads 4"
+    ):
         PriorConfig(width=64, heads=4, kv_heads=3)
 
 
@@ -219,7 +264,9 @@ def test_weights_that_do_not_fit_are_refused_by_from_pretrained(prior, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     cut = {name: value for name, value in weights.items() if "blocks.1" not in name}
     save_file(cut, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.1"):
+    with pytest.raises(
+        ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.1"
+    ):
         ImagePrior.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -227,5 +274,7 @@ def test_weights_that_do_not_fit_are_refused_by_from_pretrained(prior, tmp_path)
 
 
 def test_stream_levels_survive_json():
-    stream = StreamConfig(text_vocab_size=9, text_length=4, levels=({"grid": [2, 2], "num_codes": 3},))  # type: ignore[arg-type]
+    stream = StreamConfig(
+        text_vocab_size=9, text_length=4, levels=({"grid": [2, 2], "num_codes": 3},)
+    )  # type: ignore[arg-type]
     assert stream.levels == (Level(grid=(2, 2), num_codes=3),)

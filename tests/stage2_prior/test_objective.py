@@ -16,15 +16,26 @@ def reference(prior, text_ids, codes):
     text, image = [], []
     targets = prior.stream.text_targets(text_ids)
     for row in range(len(ids)):
-        text += [-logits.text[row, i].log_softmax(-1)[t] for i, t in enumerate(targets[row].tolist()) if t != -100]
+        text += [
+            -logits.text[row, i].log_softmax(-1)[t]
+            for i, t in enumerate(targets[row].tolist())
+            if t != -100
+        ]
         for i, code in enumerate(codes[row].tolist()):
-            first = sum(level.num_codes for level in prior.stream.config.levels[: prior.stream.level_index()[6 + i] - 1])
-            past = first + prior.stream.config.levels[prior.stream.level_index()[6 + i] - 1].num_codes
+            first = sum(
+                level.num_codes
+                for level in prior.stream.config.levels[: prior.stream.level_index()[6 + i] - 1]
+            )
+            past = (
+                first + prior.stream.config.levels[prior.stream.level_index()[6 + i] - 1].num_codes
+            )
             image.append(-logits.image[row, i, first:past].log_softmax(-1)[code])
     return torch.stack(text).mean(), torch.stack(image).mean()
 
 
-@pytest.mark.parametrize("levels", [None, (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))])
+@pytest.mark.parametrize(
+    "levels", [None, (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))]
+)
 def test_losses_equal_the_token_by_token_reference(levels, text_ids):
     prior = tiny_prior(levels) if levels else tiny_prior()
     codes = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(2))
@@ -33,7 +44,12 @@ def test_losses_equal_the_token_by_token_reference(levels, text_ids):
     loss = next(objective.losses({"text_ids": text_ids, "codes": codes}, 0))
     torch.testing.assert_close(loss.value, image + 0.25 * text)
     torch.testing.assert_close(loss.metrics["nats_per_code"], image.detach())
-    figures = objective.evaluate([{"text_ids": text_ids[:1], "codes": codes[:1]}, {"text_ids": text_ids[1:], "codes": codes[1:]}])
+    figures = objective.evaluate(
+        [
+            {"text_ids": text_ids[:1], "codes": codes[:1]},
+            {"text_ids": text_ids[1:], "codes": codes[1:]},
+        ]
+    )
     assert figures["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
     assert figures["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
 
@@ -42,21 +58,29 @@ def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, cod
     batch = {"text_ids": text_ids, "codes": codes}
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
     logits = prior(ids, torch.arange(14)).image
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), label_smoothing=0.2)
-    objective = PriorObjective(prior, PriorObjectiveConfig(text_weight=0, caption_dropout=0, label_smoothing=0.2))
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), codes.flatten(), label_smoothing=0.2
+    )
+    objective = PriorObjective(
+        prior, PriorObjectiveConfig(text_weight=0, caption_dropout=0, label_smoothing=0.2)
+    )
     torch.testing.assert_close(next(objective.losses(batch, 0)).value, expected)
 
 
 def test_caption_dropout_trains_the_null_caption_at_its_rate(prior, codes):
     seen = []
-    prior.forward = lambda ids, positions, forward=prior.forward, **told: (seen.append(ids), forward(ids, positions, **told))[1]
+    prior.forward = lambda ids, positions, forward=prior.forward, **told: (
+        seen.append(ids),
+        forward(ids, positions, **told),
+    )[1]
     objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.3))
     text_ids = torch.tensor([[1, 5, 6, 7, 2, 0]]).repeat(1000, 1)
     torch.manual_seed(0)
     next(objective.losses({"text_ids": text_ids, "codes": codes[:1].repeat(1000, 1)}, 0))
     share = (seen[0][:, :6] == prior.stream.null_caption(1)).all(1).float().mean()
     assert 0.25 < share < 0.35
-    assert torch.equal(text_ids[:, 1], torch.full((1000,), 5))  # the caller's captions are not erased
+    # The caller's captions are not erased
+    assert torch.equal(text_ids[:, 1], torch.full((1000,), 5))
 
 
 def test_a_batch_of_null_captions_has_no_text_loss(prior, codes):
@@ -69,7 +93,9 @@ def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).record_training()
     assert not prior.config.trained_with_caption_dropout
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1))
-    assert not prior.config.trained_with_caption_dropout, "a loss must not change the model that it is made of"
+    assert not prior.config.trained_with_caption_dropout, (
+        "a loss must not change the model that it is made of"
+    )
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1)).record_training()
     assert prior.config.trained_with_caption_dropout
 

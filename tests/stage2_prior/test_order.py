@@ -16,14 +16,18 @@ TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
 def test_annealed_orders_are_random_then_fewer_then_none():
     schedule = OrderSchedule(order="annealed", first=10, last=20)
     assert [schedule.random_share(step) for step in (0, 10, 15, 20, 99)] == [1, 1, 0.5, 0, 0]
-    assert OrderSchedule().random_share(0) == 0 and OrderSchedule(order="random").random_share(99) == 1
+    assert (
+        OrderSchedule().random_share(0) == 0 and OrderSchedule(order="random").random_share(99) == 1
+    )
 
 
 def test_training_orders_are_permutations_of_which_a_share_is_random():
     orders = training_orders(4000, 9, 0.25, torch.device("cpu"))
     assert torch.equal(orders.sort(1).values, torch.arange(9).expand(4000, 9))
     assert 0.2 < (orders != torch.arange(9)).any(1).float().mean() < 0.3
-    assert torch.equal(training_orders(2, 9, 0.0, torch.device("cpu")), torch.arange(9).expand(2, 9))
+    assert torch.equal(
+        training_orders(2, 9, 0.0, torch.device("cpu")), torch.arange(9).expand(2, 9)
+    )
 
 
 def test_seeded_orders_depend_on_each_seed_alone():
@@ -39,7 +43,9 @@ def test_known_codes_come_first_and_all_stay_in_their_order():
     assert known_first(orders, rows).tolist() == [[4, 1, 2, 0, 3], [0, 2, 3, 1, 4]]
 
 
-@pytest.mark.parametrize(("count", "steps"), [(64, 16), (64, 1), (64, 63), (9, 4), (1, 1), (5, 5), (576, 64)])
+@pytest.mark.parametrize(
+    ("count", "steps"), [(64, 16), (64, 1), (64, 63), (9, 4), (1, 1), (5, 5), (576, 64)]
+)
 def test_a_cosine_decides_every_code_in_so_many_steps_and_few_at_first(count, steps):
     counts = cosine_step_sizes(count, steps)
     assert sum(counts) == count and len(counts) == steps and min(counts) >= 1
@@ -52,7 +58,9 @@ def test_the_counts_of_a_small_cosine_by_hand():
 
 
 def test_steps_beyond_the_codes_are_refused():
-    with pytest.raises(ValueError, match="steps is 10; it must be at least 1 and at most the 9 codes"):
+    with pytest.raises(
+        ValueError, match="steps is 10; it must be at least 1 and at most the 9 codes"
+    ):
         cosine_step_sizes(9, 10)
     assert cosine_step_sizes(9, None) == [1] * 9
 
@@ -92,7 +100,9 @@ def test_the_loss_of_an_order_is_that_of_its_codes_one_by_one(text_ids, codes, m
     prior = any_order_prior()
     orders = seeded_orders([1, 2, 3], 9)
     monkeypatch.setattr("stage2_prior.objective.training_orders", lambda *_: orders)
-    objective = PriorObjective(prior, PriorObjectiveConfig(text_weight=0, caption_dropout=0), OrderSchedule(order="random"))
+    objective = PriorObjective(
+        prior, PriorObjectiveConfig(text_weight=0, caption_dropout=0), OrderSchedule(order="random")
+    )
     value = next(objective.losses({"text_ids": text_ids, "codes": codes}, 0)).value
     fed = prior.stream.text_first(text_ids, codes, orders)
     nats = []
@@ -106,25 +116,36 @@ def test_the_loss_of_an_order_is_that_of_its_codes_one_by_one(text_ids, codes, m
 def test_annealing_hands_the_share_of_its_step_to_the_orders(text_ids, codes, monkeypatch):
     shares = []
     monkeypatch.setattr(
-        "stage2_prior.objective.training_orders", lambda b, n, share, d: (shares.append(share), seeded_orders(range(b), n))[1]
+        "stage2_prior.objective.training_orders",
+        lambda b, n, share, d: (shares.append(share), seeded_orders(range(b), n))[1],
     )
-    objective = PriorObjective(any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="annealed", first=2, last=4))
+    objective = PriorObjective(
+        any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="annealed", first=2, last=4)
+    )
     for step in range(5):
         next(objective.losses({"text_ids": text_ids, "codes": codes}, step))
     assert shares == [1, 1, 1, 0.5, 0]
 
 
 def test_random_orders_need_a_prior_that_is_told_the_next_code():
-    with pytest.raises(ValueError, match="order random needs a prior whose stream has any_order=True"):
+    with pytest.raises(
+        ValueError, match="order random needs a prior whose stream has any_order=True"
+    ):
         PriorObjective(tiny_prior(), PriorObjectiveConfig(), OrderSchedule(order="random"))
 
 
 def test_evaluation_takes_the_same_random_orders_each_time(text_ids, codes):
-    objective = PriorObjective(any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="random"))
+    objective = PriorObjective(
+        any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="random")
+    )
     batches = [{"text_ids": text_ids, "codes": codes}]
     first = objective.evaluate(batches)
     assert first == objective.evaluate(batches)
-    in_parts = objective.evaluate([{"text_ids": text_ids[i : i + 1], "codes": codes[i : i + 1]} for i in range(3)])
+    in_parts = objective.evaluate(
+        [{"text_ids": text_ids[i : i + 1], "codes": codes[i : i + 1]} for i in range(3)]
+    )
     assert in_parts["nats_per_code"] == pytest.approx(first["nats_per_code"], rel=1e-5)
-    raster = PriorObjective(any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="annealed", last=1)).evaluate(batches)
+    raster = PriorObjective(
+        any_order_prior(), PriorObjectiveConfig(), OrderSchedule(order="annealed", last=1)
+    ).evaluate(batches)
     assert raster["nats_per_code"] != pytest.approx(first["nats_per_code"], rel=1e-5)

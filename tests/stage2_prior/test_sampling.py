@@ -1,4 +1,5 @@
-"""Filters against references, guidance, seeds, likelihoods, and the distribution of what is drawn."""
+"""Filters against references, guidance, seeds, likelihoods, and the distribution of what is
+drawn."""
 
 from __future__ import annotations
 
@@ -41,12 +42,18 @@ def test_min_p_equals_the_reference(p):
 
 
 def test_temperature_zero_keeps_the_largest():
-    assert sample_from_uniform(warp_logits(LOGITS, 0, None, None), torch.full((5,), 0.99)).tolist() == LOGITS.argmax(1).tolist()
+    assert (
+        sample_from_uniform(warp_logits(LOGITS, 0, None, None), torch.full((5,), 0.99)).tolist()
+        == LOGITS.argmax(1).tolist()
+    )
 
 
 def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
-    drawn = [int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.999999)]
+    drawn = [
+        int(sample_from_uniform(logits, torch.tensor([u])))
+        for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.999999)
+    ]
     assert drawn == [0, 0, 2, 2, 3, 3]
 
 
@@ -54,29 +61,44 @@ def test_draw_inverts_the_cumulative_distribution():
 def test_sums_in_blocks_are_cumulative_sums(classes):
     values = torch.rand(2, 3, classes, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(cumulative_sum(values), values.cumsum(-1))
-    assert torch.equal(cumulative_sum(values[..., :128]), values[..., :128].cumsum(-1)), "one block is summed as it is"
+    assert torch.equal(cumulative_sum(values[..., :128]), values[..., :128].cumsum(-1)), (
+        "one block is summed as it is"
+    )
 
 
 def test_no_scan_of_a_draw_is_long_enough_to_be_split(monkeypatch):
-    """Compiled for a GPU, a scan of 16,384 numbers is split over processors, which torch 2.11 cannot do."""
+    """Compiled for a GPU, a scan of 16,384 numbers is split over processors, which torch 2.11
+    cannot do."""
     cumsum, lengths = torch.Tensor.cumsum, []
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: lengths.append(x.shape[dim]) or cumsum(x, dim))
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda x, dim: lengths.append(x.shape[dim]) or cumsum(x, dim)
+    )
     sample_from_uniform(warp_logits(torch.randn(2, 16384), 1.0, None, 0.9), torch.rand(2))
     assert lengths and max(lengths) <= 128
 
 
 def test_draw_never_returns_an_excluded_code():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
-    assert [int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)] == [1, 1, 1]
+    assert [
+        int(sample_from_uniform(logits, torch.tensor([u]))) for u in (0.0, 0.5, 1 - 2**-24)
+    ] == [1, 1, 1]
 
 
 def test_draw_never_returns_an_excluded_code_where_sums_are_parallel(monkeypatch):
-    """A scan in blocks, as on a GPU, is not flat where probabilities are 0: 16,384 codes, all but every 16th excluded."""
+    """A scan in blocks, as on a GPU, is not flat where probabilities are 0: 16,384 codes, all but
+    every 16th excluded."""
 
     def in_blocks(x: torch.Tensor) -> torch.Tensor:
         blocks = x.unflatten(-1, (-1, 64))
         within = blocks + 0.0
-        for distance in (1, 2, 4, 8, 16, 32):  # each block's sums by doubling, whose order of adding differs from place to place
+        for distance in (
+            1,
+            2,
+            4,
+            8,
+            16,
+            32,
+        ):  # each block's sums by doubling, whose order of adding differs from place to place
             within[..., distance:] = within[..., distance:] + within[..., :-distance]
         before = blocks.sum(-1, keepdim=True).cumsum(-2) - blocks.sum(-1, keepdim=True)
         return (within + before).flatten(-2)
@@ -108,9 +130,13 @@ def log_probabilities(prior, text_ids, codes):
 @pytest.mark.parametrize("scale", [1.0, 3.0, 0.0])
 def test_guided_codes_equal_two_uncached_passes_combined(prior, text_ids, scale):
     seeds = [7, 8, 9]
-    codes = sample(prior, text_ids, seeds, SamplingOptions(guidance_scale=scale, temperature=0.7, top_p=0.9)).codes
+    codes = sample(
+        prior, text_ids, seeds, SamplingOptions(guidance_scale=scale, temperature=0.7, top_p=0.9)
+    ).codes
     null = prior.stream.null_caption(3)
-    logits = guide(log_probabilities(prior, text_ids, codes), log_probabilities(prior, null, codes), scale)
+    logits = guide(
+        log_probabilities(prior, text_ids, codes), log_probabilities(prior, null, codes), scale
+    )
     noise = per_seed_uniforms(seeds, 9)
     for i in range(9):
         expected = sample_from_uniform(warp_logits(logits[:, i], 0.7, None, 0.9), noise[:, i])
@@ -161,9 +187,13 @@ def test_a_picture_does_not_depend_on_its_batch(prior, text_ids):
 
 
 def test_log_likelihood_is_the_sum_over_codes_without_guidance_or_filters(prior, text_ids):
-    drawn = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=3, temperature=0.5, top_k=4))
+    drawn = sample(
+        prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=3, temperature=0.5, top_k=4)
+    )
     log_p = log_probabilities(prior, text_ids, drawn.codes).log_softmax(-1)
-    torch.testing.assert_close(drawn.log_likelihood, log_p.gather(2, drawn.codes[..., None]).sum((1, 2)))
+    torch.testing.assert_close(
+        drawn.log_likelihood, log_p.gather(2, drawn.codes[..., None]).sum((1, 2))
+    )
 
 
 def test_levels_are_sampled_within_their_own_codes(text_ids):
@@ -205,21 +235,26 @@ def test_the_step_at_which_numbers_broke_is_named(text_ids, steps):
 
     def breaks(_, inputs, output):
         passes.append(0)
-        return output * float("nan") if len(passes) == 4 else output  # captions are read, then steps 0, 1, 2
+        # Captions are read, then steps 0, 1, 2
+        return output * float("nan") if len(passes) == 4 else output
 
     prior.norm.register_forward_hook(breaks)
     with pytest.raises(FloatingPointError, match="not finite at step 2"):
-        sample(prior, text_ids, [1, 2, 3], SamplingOptions(steps=steps))
+        sample(prior, text_ids, [1, 2, 3], SamplingOptions(num_inference_steps=steps))
 
 
 def test_bad_options_are_all_named():
-    with pytest.raises(ValueError, match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5.*min_p is 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5.*min_p is 2",
+    ):
         SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5, min_p=2)
 
 
 @pytest.mark.parametrize(("captions", "as_sums"), [(1, True), (5, False)])
 def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch, captions, as_sums):
-    """With a backend that runs the traced graph as it is; one graph serves every slot of a batch size. Products of few rows are sums."""
+    """With a backend that runs the traced graph as it is; one graph serves every slot of a batch
+    size. Products of few rows are sums."""
     options = SamplingOptions(guidance_scale=2)
     text_ids, seeds = text_ids[[0, 1, 2, 0, 1][:captions]], range(captions)
     plain = sample(prior, text_ids, seeds, options)

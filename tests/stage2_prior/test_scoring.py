@@ -1,4 +1,5 @@
-"""Likelihoods of codes and captions, and captions drawn from a prior that was trained with codes first."""
+"""Likelihoods of codes and captions, and captions drawn from a prior that was trained with codes
+first."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def captioner(request):
     return prior
 
 
-@pytest.mark.parametrize("make", [tiny_prior, any_order_prior, lambda: tiny_prior(TWO), lambda: any_order_prior(TWO)])
+@pytest.mark.parametrize(
+    "make", [tiny_prior, any_order_prior, lambda: tiny_prior(TWO), lambda: any_order_prior(TWO)]
+)
 def test_the_score_of_samples_is_the_sum_of_their_codes_log_probabilities(make, text_ids):
     prior = make()
     drawn = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2, temperature=0.7))
@@ -46,11 +49,18 @@ def test_scores_are_by_image_position_whatever_the_order(text_ids, codes):
     orders = seeded_orders([1, 2, 3], 9)
     scores = code_log_likelihood(prior, text_ids, codes, orders)
     first = orders[:, :1]
-    changed = codes.scatter(1, orders[:, 1:], 0)  # the first code of the order knows nothing of the others
-    torch.testing.assert_close(code_log_likelihood(prior, text_ids, changed, orders).gather(1, first), scores.gather(1, first))
+    # The first code of the order knows nothing of the others
+    changed = codes.scatter(1, orders[:, 1:], 0)
+    torch.testing.assert_close(
+        code_log_likelihood(prior, text_ids, changed, orders).gather(1, first),
+        scores.gather(1, first),
+    )
     assert not torch.allclose(scores, code_log_likelihood(prior, text_ids, codes))
     raster = torch.arange(9).expand(3, 9)
-    torch.testing.assert_close(code_log_likelihood(prior, text_ids, codes), code_log_likelihood(prior, text_ids, codes, raster))
+    torch.testing.assert_close(
+        code_log_likelihood(prior, text_ids, codes),
+        code_log_likelihood(prior, text_ids, codes, raster),
+    )
 
 
 def test_a_caption_of_no_words_has_the_likelihood_of_its_end(captioner, codes):
@@ -82,15 +92,20 @@ def test_drawn_captions_have_the_likelihood_of_their_words(captioner, codes):
         end = int((ids[row] == 2).nonzero()[0])
         assert (ids[row, end + 1 :] == 0).all() and (ids[row, 1:end] > 2).all()
         log_p = whole_pass(captioner, ids[row : row + 1], codes[row : row + 1])
-        torch.testing.assert_close(values[row], sum(log_p[0, i, ids[row, i + 1]] for i in range(end)))
-        torch.testing.assert_close(values[row], caption_log_likelihood(captioner, ids[row : row + 1], codes[row])[0])
+        torch.testing.assert_close(
+            values[row], sum(log_p[0, i, ids[row, i + 1]] for i in range(end))
+        )
+        torch.testing.assert_close(
+            values[row], caption_log_likelihood(captioner, ids[row : row + 1], codes[row])[0]
+        )
     alone, value = sample_captions(captioner, codes[1:2], [5])
     assert torch.equal(alone[0], ids[1])
     torch.testing.assert_close(value[0], values[1])
 
 
 def test_drawn_captions_follow_their_distribution(codes):
-    """Chi-square over captions of at most one word: the end token, or one of 17 words and then the end."""
+    """Chi-square over captions of at most one word: the end token, or one of 17 words and then the
+    end."""
     prior = tiny_prior()
     prior.config.trained_image_first = True
     log_p = whole_pass(prior, torch.tensor([[1, 2, 0, 0, 0, 0]]), codes[:1])[0, 0].clone()
@@ -103,27 +118,34 @@ def test_drawn_captions_follow_their_distribution(codes):
 
 
 def test_captions_need_a_prior_with_codes_first(prior, text_ids, codes):
-    with pytest.raises(ValueError, match=r"sequence\.image_first=0\.2"):
+    with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
         caption_log_likelihood(prior, text_ids, codes[0])
-    with pytest.raises(ValueError, match=r"sequence\.image_first=0\.2"):
+    with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
         sample_captions(prior, codes, [1, 2, 3])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.4])
 def test_a_share_of_the_batches_has_codes_first(prior, text_ids, codes, share):
     objective = PriorObjective(prior, PriorObjectiveConfig(), image_first=share)
-    kinds = [set(next(objective.losses({"text_ids": text_ids, "codes": codes}, step)).metrics) for step in range(20)]
+    kinds = [
+        set(next(objective.losses({"text_ids": text_ids, "codes": codes}, step)).metrics)
+        for step in range(20)
+    ]
     assert sum(kind == {"nats_per_caption_token"} for kind in kinds) == round(20 * share)
     objective.record_training()
     assert prior.config.trained_image_first == (share > 0)
 
 
-def test_the_caption_loss_is_the_mean_over_words_and_leaves_no_parameter_without_a_gradient(text_ids, codes):
+def test_the_caption_loss_is_the_mean_over_words_and_leaves_no_parameter_without_a_gradient(
+    text_ids, codes
+):
     prior = tiny_prior()
     objective = PriorObjective(prior, PriorObjectiveConfig(), image_first=0.99)
     loss = next(objective.losses({"text_ids": text_ids, "codes": codes}, 2))
     log_p = [whole_pass(prior, text_ids[i : i + 1], codes[i : i + 1])[0] for i in range(3)]
-    words = itertools.chain.from_iterable([log_p[i][j, text_ids[i, j + 1]] for j in range(n)] for i, n in enumerate((4, 2, 5)))
+    words = itertools.chain.from_iterable(
+        [log_p[i][j, text_ids[i, j + 1]] for j in range(n)] for i, n in enumerate((4, 2, 5))
+    )
     torch.testing.assert_close(loss.value.detach(), -torch.stack(list(words)).mean())
     loss.value.backward()
     assert all(p.grad is not None for p in prior.parameters())

@@ -7,7 +7,11 @@ import torch
 
 from stage2_prior import Level, Stream, StreamConfig
 
-TWO = StreamConfig(text_vocab_size=10, text_length=4, levels=(Level(grid=(1, 2), num_codes=5), Level(grid=(2, 2), num_codes=7)))
+TWO = StreamConfig(
+    text_vocab_size=10,
+    text_length=4,
+    levels=(Level(grid=(1, 2), num_codes=5), Level(grid=(2, 2), num_codes=7)),
+)
 
 
 def test_inputs_shift_codes_past_the_text_vocabulary_and_earlier_levels():
@@ -23,8 +27,12 @@ def test_code_ids_of_a_single_later_position_use_its_level():
 
 def test_image_targets_count_over_levels():
     stream = Stream(TWO)
-    assert stream.image_targets(torch.tensor([[0, 4, 0, 6, 1, 2]])).tolist() == [[0, 4, 5, 11, 6, 7]]
-    assert stream.within_level(torch.tensor([[0, 4, 5, 11]]), torch.tensor([[0, 1, 2, 5]])).tolist() == [[0, 4, 0, 6]]
+    assert stream.image_targets(torch.tensor([[0, 4, 0, 6, 1, 2]])).tolist() == [
+        [0, 4, 5, 11, 6, 7]
+    ]
+    assert stream.within_level(
+        torch.tensor([[0, 4, 5, 11]]), torch.tensor([[0, 1, 2, 5]])
+    ).tolist() == [[0, 4, 0, 6]]
 
 
 def test_each_position_has_the_classes_of_its_own_level_only():
@@ -32,7 +40,9 @@ def test_each_position_has_the_classes_of_its_own_level_only():
     assert outside is not None
     assert outside[0, 0].tolist() == [False] * 5 + [True] * 7
     assert outside[0, 1].tolist() == [True] * 5 + [False] * 7
-    one = Stream(StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(2, 2), num_codes=5),)))
+    one = Stream(
+        StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(2, 2), num_codes=5),))
+    )
     assert one.outside_level(torch.tensor([0])) is None
 
 
@@ -47,7 +57,11 @@ def test_null_caption_is_start_end_pads():
 
 
 def test_coordinates_of_a_coarse_level_lie_amid_the_fine_codes():
-    config = StreamConfig(text_vocab_size=9, text_length=3, levels=(Level(grid=(1, 1), num_codes=5), Level(grid=(2, 2), num_codes=5)))
+    config = StreamConfig(
+        text_vocab_size=9,
+        text_length=3,
+        levels=(Level(grid=(1, 1), num_codes=5), Level(grid=(2, 2), num_codes=5)),
+    )
     coordinates = Stream(config).coordinates()
     assert coordinates[:3].tolist() == [[0, 0], [1, 1], [2, 2]]
     assert coordinates[3].tolist() == [3.5, 3.5]
@@ -57,5 +71,5 @@ def test_coordinates_of_a_coarse_level_lie_amid_the_fine_codes():
 def test_a_stream_without_levels_or_text_is_refused():
     with pytest.raises(ValueError, match="at least one level"):
         StreamConfig(text_vocab_size=9, text_length=4)
-    with pytest.raises(ValueError, match=r"text\.length is 2"):
+    with pytest.raises(ValueError, match=r"text\.max_length is 2"):
         StreamConfig(text_vocab_size=9, text_length=2, levels=(Level(grid=(2, 2), num_codes=5),))

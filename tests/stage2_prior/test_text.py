@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from stage2_prior import TextConfig, TextTokenizer
 
-CAPTIONS = ["a small red circle", "two blue squares above a star", "a large green triangle left of a red circle"] * 4
+CAPTIONS = [
+    "a small red circle",
+    "two blue squares above a star",
+    "a large green triangle left of a red circle",
+] * 4
 TEXT = TextTokenizer.train(CAPTIONS, vocab_size=320, length=40)
 
 
@@ -19,7 +23,11 @@ def test_rows_hold_start_tokens_end_pads():
     assert ids.shape == (2, 40)
     assert ids[1].tolist() == [TEXT.start_id, TEXT.end_id] + [TEXT.pad_id] * 38
     row = ids[0].tolist()
-    assert row[0] == TEXT.start_id and row.count(TEXT.end_id) == 1 and set(row[row.index(TEXT.end_id) + 1 :]) == {TEXT.pad_id}
+    assert (
+        row[0] == TEXT.start_id
+        and row.count(TEXT.end_id) == 1
+        and set(row[row.index(TEXT.end_id) + 1 :]) == {TEXT.pad_id}
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,7 +58,9 @@ def test_the_name_of_a_special_token_is_plain_text():
     for name in ("<end>", "<pad>", "<start>"):
         ids = TEXT.encode([f"a {name} circle"])[0, 1:].tolist()
         assert ids.count(TEXT.end_id) == 1 and TEXT.start_id not in ids
-        assert ids.index(TEXT.end_id) > 3 and set(ids[ids.index(TEXT.end_id) + 1 :]) <= {TEXT.pad_id}
+        assert ids.index(TEXT.end_id) > 3 and set(ids[ids.index(TEXT.end_id) + 1 :]) <= {
+            TEXT.pad_id
+        }
         assert TEXT.decode(TEXT.encode([f"a {name} circle"])) == [f"a {name} circle"]
 
 
@@ -63,7 +73,11 @@ def test_saved_equals_trained(tmp_path):
 
 def test_a_folder_can_serve_as_pretrained_tokenizer(tmp_path):
     TEXT.fast.save_pretrained(tmp_path)
-    assert TextTokenizer.pretrained(str(tmp_path), length=40).encode(CAPTIONS).equal(TEXT.encode(CAPTIONS))
+    assert (
+        TextTokenizer.pretrained(str(tmp_path), length=40)
+        .encode(CAPTIONS)
+        .equal(TEXT.encode(CAPTIONS))
+    )
 
 
 def test_a_tokenizer_without_special_tokens_gets_distinct_ones():
@@ -72,7 +86,9 @@ def test_a_tokenizer_without_special_tokens_gets_distinct_ones():
 
     words = Tokenizer(models.WordLevel({"a": 0, "cat": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]", eos_token="[UNK]"), 5)
+    text = TextTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]", eos_token="[UNK]"), 5
+    )
     assert len({text.pad_id, text.start_id, text.end_id}) == 3
     assert text.encode(["a cat"]).tolist() == [[text.start_id, 0, 1, text.end_id, text.pad_id]]
 
@@ -85,13 +101,17 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_configuration_errors_are_all_named():
-    with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.length is 2"):
-        TextConfig(vocab_size=10, length=2)
+    with pytest.raises(ValueError, match=r"(?s)text\.vocab_size is 10.*text\.max_length is 2"):
+        TextConfig(vocab_size=10, max_length=2)
 
 
 @pytest.fixture
 def bpe():
-    captions = ["a red circle left of a blue square", "two large green stars on a white background", "Café über 漢字 🌞 <end>"]
+    captions = [
+        "a red circle left of a blue square",
+        "two large green stars on a white background",
+        "Café über 漢字 🌞 <end>",
+    ]
     return TextTokenizer.train(captions * 5, vocab_size=360, length=60), captions
 
 
@@ -109,14 +129,18 @@ def test_dropped_merges_spell_the_same_words_in_more_pieces_by_the_seed(bpe):
     assert text.decode(dropped) == text.decode(plain)
     assert ((dropped != text.pad_id).sum(1) > (plain != text.pad_id).sum(1)).all()
     assert torch.equal(dropped, text.encode_with_dropout(captions, 0.4, np.random.default_rng(1)))
-    assert not torch.equal(dropped, text.encode_with_dropout(captions, 0.4, np.random.default_rng(2)))
+    assert not torch.equal(
+        dropped, text.encode_with_dropout(captions, 0.4, np.random.default_rng(2))
+    )
 
 
 def test_a_caption_whose_pieces_are_too_many_stays_whole(bpe):
     text, captions = bpe
     text.length = 14
     whole = text.encode(captions[:1])
-    assert torch.equal(text.encode_with_dropout(captions[:1], 0.99, np.random.default_rng(1)), whole)
+    assert torch.equal(
+        text.encode_with_dropout(captions[:1], 0.99, np.random.default_rng(1)), whole
+    )
 
 
 def test_dropout_needs_merges(bpe):
@@ -126,7 +150,9 @@ def test_dropout_needs_merges(bpe):
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words), 9)
-    with pytest.raises(ValueError, match="needs a byte-level BPE tokenizer, and this one is WordLevel"):
+    with pytest.raises(
+        ValueError, match="needs a byte-level BPE tokenizer, and this one is WordLevel"
+    ):
         text.encode_with_dropout(["a"], 0.1, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"text\.bpe_dropout is 1"):
         TextConfig(bpe_dropout=1)

@@ -1,7 +1,8 @@
-"""Real pictures: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows no training.
+"""Real pictures: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows
+no training.
 
-Held out is a fixed set of names that are new combinations of seen words: one skin tone of a name whose four other tones are in
-training, for as many names as make 5% of all pictures.
+Held out is a fixed set of names that are new combinations of seen words: one skin tone of a name
+whose four other tones are in training, for as many names as make 5% of all pictures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pipeline.data.readers.images import random_square
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ANNOTATIONS = "/usr/share/unicode/cldr/common"
-TONES = tuple(f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark"))
+TONES = tuple(
+    f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark")
+)
 BITMAP_SIZE = 109
 """The one size at which the font holds its bitmaps."""
 _GLYPH = (136, 128)
@@ -39,7 +42,8 @@ class Emoji:
 
 
 def tone_of(name: str) -> tuple[str, str | None]:
-    """A name's family and its one skin tone: 'astronaut: dark skin tone' -> ('astronaut', 'dark skin tone').
+    """A name's family and its one skin tone: 'astronaut: dark skin tone' -> ('astronaut', 'dark
+    skin tone').
 
     Names without a tone, or with two, have none.
     """
@@ -53,7 +57,8 @@ def tone_of(name: str) -> tuple[str, str | None]:
 
 
 def held_out_names(names: Sequence[str], share: float) -> set[str]:
-    """One tone each of some families with all five tones, chosen by a hash of the family's name: `share` of all names."""
+    """One tone each of some families with all five tones, chosen by a hash of the family's name:
+    `share` of all names."""
     families: dict[str, dict[str, str]] = {}
     for name in names:
         family, tone = tone_of(name)
@@ -77,12 +82,15 @@ def read_names(folder: Path) -> dict[str, str]:
 
 
 def names_of_package() -> dict[str, str]:
-    """The same of the PyPI package `emoji`, where the CLDR is not installed; empty where that is missing too."""
+    """The same of the PyPI package `emoji`, where the CLDR is not installed; empty where that is
+    missing too."""
     if importlib.util.find_spec("emoji") is None:
         return {}
     import emoji
 
-    named = {text: data["en"].strip(":").replace("_", " ") for text, data in emoji.EMOJI_DATA.items()}
+    named = {
+        text: data["en"].strip(":").replace("_", " ") for text, data in emoji.EMOJI_DATA.items()
+    }
     # 'astronaut medium skin tone' -> 'astronaut: medium skin tone', as the CLDR writes it.
     for text, name in named.items():
         for tone in sorted(TONES, key=len, reverse=True):
@@ -102,20 +110,24 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
     font_path = Path(font or FONT)
     if not font_path.is_file():
         raise FileNotFoundError(
-            f"the emoji font {font_path} is not there; install it (Debian: apt-get install fonts-noto-color-emoji) "
+            f"the emoji font {font_path} is not there; install it (Debian: apt-get install "
+            "fonts-noto-color-emoji) "
             "or give its path as data.font"
         )
     names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
     if not names:
         raise FileNotFoundError(
-            f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them (Debian: apt-get install "
-            "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as data.annotations"
+            f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them "
+            "(Debian: apt-get install "
+            "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as "
+            "data.annotations"
         )
     try:
         face = ImageFont.truetype(str(font_path), BITMAP_SIZE)
     except OSError as error:
         raise ValueError(
-            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.font needs NotoColorEmoji.ttf"
+            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.font needs "
+            "NotoColorEmoji.ttf"
         ) from error
     found, seen = [], set()
     for text, name in names.items():
@@ -134,9 +146,13 @@ def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarra
     side = max(_GLYPH)
     canvas = Image.new("RGBA", (side, side), (255, 255, 255, 0))
     top = (side - _GLYPH[1]) // 2 - int(box[1])
-    ImageDraw.Draw(canvas).text(((side - _GLYPH[0]) // 2 - box[0], top), text, font=face, embedded_color=True)
+    ImageDraw.Draw(canvas).text(
+        ((side - _GLYPH[0]) // 2 - box[0], top), text, font=face, embedded_color=True
+    )
     flat = Image.alpha_composite(Image.new("RGBA", canvas.size, "white"), canvas).convert("RGB")
-    return np.asarray(flat.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None))
+    return np.asarray(
+        flat.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
+    )
 
 
 class EmojiSource:
@@ -146,7 +162,7 @@ class EmojiSource:
 
     def __init__(self, config: DataConfig, split: str) -> None:
         everything = load_emoji(config.image_size, config.font, config.annotations)
-        kept_back = held_out_names([e.name for e in everything], config.held_out)
+        kept_back = held_out_names([e.name for e in everything], config.val_fraction)
         self._emoji = [e for e in everything if (e.name in kept_back) == (split == "held_out")]
         self._families: dict[str, list[Emoji]] = {}
         for one in everything:
@@ -168,7 +184,10 @@ class EmojiSource:
         """Pictures (N,S,S,3) uint8; see `Source`."""
         pictures = [self._emoji[int(i)].picture for i in indices]
         if draws is not None and self._flip:
-            pictures = [random_square(p, len(p), crop=False, flip=True, draw=draw) for p, draw in zip(pictures, draws, strict=True)]
+            pictures = [
+                random_square(p, len(p), crop=False, flip=True, draw=draw)
+                for p, draw in zip(pictures, draws, strict=True)
+            ]
         return np.stack(pictures)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
@@ -181,7 +200,8 @@ class EmojiSource:
         return self.captions(indices)
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
-        """The pictures (n,S,S,3) of a picture's name in all its tones, and which of them is its own; n is 1 without tones."""
+        """The pictures (n,S,S,3) of a picture's name in all its tones, and which of them is its
+        own; n is 1 without tones."""
         own = self._emoji[index]
         family = self._families.get(tone_of(own.name)[0], [own])
         return np.stack([e.picture for e in family]), [e.name for e in family].index(own.name)

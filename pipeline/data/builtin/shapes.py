@@ -1,7 +1,8 @@
-"""The embedded world: scenes of shapes, drawn in-process. Knows scenes and pixels; knows no captions and reads no pictures.
+"""The embedded world: scenes of shapes, drawn in-process. Knows scenes and pixels; knows no
+captions and reads no pictures.
 
-Scene i of a split is a pure function of (seed, split, i). Sizes and positions scale with the picture; at 64 pixels objects are about
-16, 22 and 29 pixels wide and at least 4 pixels apart.
+Scene i of a split is a pure function of (seed, split, i). Sizes and positions scale with the
+picture; at 64 pixels objects are about 16, 22 and 29 pixels wide and at least 4 pixels apart.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ SIZES: dict[str, float] = {"small": 0.125, "medium": 0.17, "large": 0.225}
 """Half an object's extent as a share of the picture's width."""
 SPLITS = ("train", "held_out", "new_pairs")
 
-NEW_PAIRS = frozenset((shape, tuple(COLOURS)[(2 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES))
-"""(shape, colour) pairs that never occur in training; each shape and each of these colours occurs in other pairs."""
+NEW_PAIRS = frozenset(
+    (shape, tuple(COLOURS)[(2 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES)
+)
+"""(shape, colour) pairs that never occur in training; each shape and each of these colours occurs
+in other pairs."""
 
 _GAP = 4 / 64
 _TRIES = 60
@@ -73,14 +77,17 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         case "triangle":
             return (y <= 0.85) & (np.abs(x) <= (y + 0.95) / 1.8)
         case "star":
-            # Five spikes: the polar angle folded onto one half-spike, whose edge is a straight line.
+            # Five spikes: the polar angle folded onto one half-spike, whose edge is a straight
+            # line.
             angle = np.abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
             tip, notch = 1.08, 0.42
             across = tip * notch * math.sin(math.pi / 5)
             edge = tip * np.sin(angle) + notch * np.sin(math.pi / 5 - angle)
             return radius * edge <= across
         case "cross":
-            return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
+            return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (
+                np.maximum(np.abs(x), np.abs(y)) <= 1
+            )
         case "ring":
             return (radius <= 1) & (radius >= 0.55)
         case "heart":
@@ -124,7 +131,9 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
 def _patch(shape: str, size: str, colour: str, background: str, image_size: int) -> np.ndarray:
     """A sprite in its colour on its background: uint8 (n,n,3)."""
     coverage = sprite(shape, size, image_size)[..., None]
-    front, back = (np.array(c, dtype=np.float32) for c in (COLOURS[colour], BACKGROUNDS[background]))
+    front, back = (
+        np.array(c, dtype=np.float32) for c in (COLOURS[colour], BACKGROUNDS[background])
+    )
     return (back + coverage * (front - back)).round().astype(np.uint8)
 
 
@@ -133,22 +142,38 @@ class ShapesWorld:
 
     Args:
         image_size: height and width of a picture, at least 32.
-        lattice: centres a side on which objects may stand, evenly spaced; 0 lets them stand on any pixel.
-        split: `train` and `held_out` draw the same pairs from unlike seeds; each scene of `new_pairs` has a pair never in training.
+        lattice: centres a side on which objects may stand, evenly spaced; 0 lets them stand on any
+            pixel.
+        split: `train` and `held_out` draw the same pairs from unlike seeds; each scene of
+            `new_pairs` has a pair never in training.
 
     Raises:
-        ValueError: the size is too small, the counts are not 1 to 3, the lattice does not divide the size, or the split is unknown.
+        ValueError: the size is too small, the counts are not 1 to 3, the lattice does not divide
+            the size, or the split is unknown.
     """
 
     def __init__(
-        self, image_size: int = 64, *, min_objects: int = 1, max_objects: int = 3, lattice: int = 0, seed: int = 0, split: str = "train"
+        self,
+        image_size: int = 64,
+        *,
+        min_objects: int = 1,
+        max_objects: int = 3,
+        lattice: int = 0,
+        seed: int = 0,
+        split: str = "train",
     ) -> None:
         if image_size < 32:
             raise ValueError(f"image_size is {image_size}; the shapes need at least 32 pixels")
         if not 1 <= min_objects <= max_objects <= 3:
-            raise ValueError(f"min_objects {min_objects} and max_objects {max_objects} must satisfy 1 <= min <= max <= 3")
+            raise ValueError(
+                f"min_objects {min_objects} and max_objects {max_objects} must satisfy 1 <= min <= "
+                "max <= 3"
+            )
         if lattice and (lattice < 8 or image_size % lattice):
-            raise ValueError(f"lattice is {lattice}; it must be 0 (any pixel) or a divisor of image_size {image_size}, at least 8")
+            raise ValueError(
+                f"lattice is {lattice}; it must be 0 (any pixel) or a divisor of image_size "
+                f"{image_size}, at least 8"
+            )
         if split not in SPLITS:
             raise ValueError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}")
         self.image_size, self.seed, self.split = image_size, seed, split
@@ -175,12 +200,16 @@ class ShapesWorld:
             size = tuple(SIZES)[_choice(numbers, len(SIZES))]
             # Small objects always fit; a larger one that finds no place in time becomes smaller.
             for smaller in (size, "medium", "small", "small"):
-                if SIZES[smaller] <= SIZES[size] and (place := self._place(items, smaller, numbers)):
+                if SIZES[smaller] <= SIZES[size] and (
+                    place := self._place(items, smaller, numbers)
+                ):
                     items.append(Item(shape, colour, smaller, *place))
                     break
         return Scene(background, tuple(items))
 
-    def _place(self, items: Sequence[Item], size: str, numbers: Iterator[float]) -> tuple[int, int] | None:
+    def _place(
+        self, items: Sequence[Item], size: str, numbers: Iterator[float]
+    ) -> tuple[int, int] | None:
         half = SIZES[size] * self.image_size
         step, margin = self._step, math.ceil(half) + 1
         low = math.ceil(margin / step)
@@ -188,7 +217,8 @@ class ShapesWorld:
         for _ in range(_TRIES // 4):
             x, y = ((low + _choice(numbers, span)) * step for _ in range(2))
             if all(
-                max(abs(x - other.x), abs(y - other.y)) >= half + SIZES[other.size] * self.image_size + _GAP * self.image_size
+                max(abs(x - other.x), abs(y - other.y))
+                >= half + SIZES[other.size] * self.image_size + _GAP * self.image_size
                 for other in items
             ):
                 return x, y

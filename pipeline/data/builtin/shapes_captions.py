@@ -1,4 +1,5 @@
-"""Words for scenes: captions in varied wording, and what each one claims. Knows scenes; knows no pixels."""
+"""Words for scenes: captions in varied wording, and what each one claims. Knows scenes; knows no
+pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import Item, Scene, ShapesWorld
 
-SIZE_WORDS = {"small": ("small", "tiny", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "tiny", "little"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "big", "huge"),
+}
 SHAPE_WORDS = {
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
@@ -29,13 +34,19 @@ RELATION_WORDS = {
     "below": ("below", "under"),
 }
 PLAIN_FRAMES = ("{}", "a picture of {}", "an image of {}", "a drawing of {}")
-GROUND_FRAMES = ("{} on a {ground} background", "{} on {ground}", "a {ground} background with {}", "{ground} background, {}")
+GROUND_FRAMES = (
+    "{} on a {ground} background",
+    "{} on {ground}",
+    "a {ground} background with {}",
+    "{ground} background, {}",
+)
 
 MENTION_SIZE = 0.8
 MENTION_GROUND = 0.6
 MENTION_RELATION = 0.75
 CLEAR = 0.12
-"""How far apart, as a share of the picture, centres lie before a relation between them is stated."""
+"""How far apart, as a share of the picture, centres lie before a relation between them is
+stated."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,10 @@ def describe(scene: Scene, image_size: int, rng: np.random.Generator) -> Prompt:
         size = item.size if next(numbers) < MENTION_SIZE else None
         claims.append(ObjectClaim(item.shape, item.colour, size))
         words = [_pick(SIZE_WORDS[size], numbers)] if size else []
-        words += [_pick(COLOUR_WORDS.get(item.colour, (item.colour,)), numbers), _pick(SHAPE_WORDS[item.shape], numbers)]
+        words += [
+            _pick(COLOUR_WORDS.get(item.colour, (item.colour,)), numbers),
+            _pick(SHAPE_WORDS[item.shape], numbers),
+        ]
         phrases.append(("an " if words[0][0] in "aeiou" else "a ") + " ".join(words))
     relations: tuple[tuple[int, str, int], ...] = ()
     if len(items) == 1:
@@ -87,7 +101,11 @@ def describe(scene: Scene, image_size: int, rng: np.random.Generator) -> Prompt:
             body = f"{phrases[0]} {_pick(RELATION_WORDS[relation], numbers)} {phrases[1]}"
             body += f" and {phrases[2]}" if len(items) == 3 else ""
         else:
-            body = f"{phrases[0]} and {phrases[1]}" if len(items) == 2 else f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
+            body = (
+                f"{phrases[0]} and {phrases[1]}"
+                if len(items) == 2
+                else f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
+            )
     if next(numbers) < MENTION_GROUND:
         text = _pick(GROUND_FRAMES, numbers).format(body, ground=scene.background)
         return Prompt(text, Claims(tuple(claims), relations, scene.background))
@@ -95,7 +113,8 @@ def describe(scene: Scene, image_size: int, rng: np.random.Generator) -> Prompt:
 
 
 def clear_relation(a: Item, b: Item, image_size: int) -> str | None:
-    """How a lies to b along the axis on which they are farther apart; None where that is not clear."""
+    """How a lies to b along the axis on which they are farther apart; None where that is not
+    clear."""
     dx, dy = b.x - a.x, b.y - a.y
     if max(abs(dx), abs(dy)) < CLEAR * image_size or 0.75 < abs(dx) / max(abs(dy), 1) < 1.33:
         return None
@@ -111,11 +130,16 @@ class ShapesSource:
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.world = ShapesWorld(
-            config.image_size, min_objects=config.min_objects, max_objects=config.max_objects, lattice=config.lattice, split=split
+            config.image_size,
+            min_objects=config.min_objects,
+            max_objects=config.max_objects,
+            lattice=config.grid_cells,
+            split=split,
         )
         self.size = config.num_scenes
         self.problems: list[str] = []
-        self.fingerprint = f"shapes1-{config.image_size}-{config.min_objects}{config.max_objects}-{config.lattice}-{split}"
+        objects = f"{config.min_objects}{config.max_objects}"
+        self.fingerprint = f"shapes1-{config.image_size}-{objects}-{config.grid_cells}-{split}"
 
     def __len__(self) -> int:
         return self.size
@@ -136,7 +160,10 @@ class ShapesSource:
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """Captions with their claims."""
         world = self.world
-        return [describe(world.scene(int(i)), world.image_size, world.random(int(i), 1)) for i in indices]
+        return [
+            describe(world.scene(int(i)), world.image_size, world.random(int(i), 1))
+            for i in indices
+        ]
 
 
 def _pick(words: Sequence[str], numbers: Iterator[float]) -> str:

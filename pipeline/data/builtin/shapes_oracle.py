@@ -1,9 +1,11 @@
-"""Reads a picture of the embedded world back into objects, and checks claims against it. Knows sprites and pixels; no captions.
+"""Reads a picture of the embedded world back into objects, and checks claims against it. Knows
+sprites and pixels; no captions.
 
-A picture is read in four steps: the background is the palette colour nearest to the border's median; what differs from it falls into
-connected components; a component's colour is the palette colour nearest to its fullest pixels; its coverage (how far each pixel
-went from background to colour) is matched against every (shape, size) sprite at small offsets. A match must be good to count, so a
-smear is not read as whatever it resembles most.
+A picture is read in four steps: the background is the palette colour nearest to the border's
+median; what differs from it falls into connected components; a component's colour is the palette
+colour nearest to its fullest pixels; its coverage (how far each pixel went from background to
+colour) is matched against every (shape, size) sprite at small offsets. A match must be good to
+count, so a smear is not read as whatever it resembles most.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from pipeline.data.builtin.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, sp
 from pipeline.data.builtin.shapes_captions import Claims, ObjectClaim
 
 FOREGROUND = 45.0
-"""RGB distance from the background above which a pixel belongs to an object (objects' colours are 90 or more away)."""
+"""RGB distance from the background above which a pixel belongs to an object (objects' colours are
+90 or more away)."""
 MATCH = 0.88
-"""Least similarity (cosine of coverages) of a component to its best sprite; blur lowers it little, a wrong outline a lot."""
+"""Least similarity (cosine of coverages) of a component to its best sprite; blur lowers it little,
+a wrong outline a lot."""
 SPECK = 0.35
 """Components with less than this share of the smallest sprite's area are ignored."""
 APART = 0.06
@@ -32,7 +36,8 @@ _OFFSETS = 2
 
 @dataclass(frozen=True)
 class FoundItem:
-    """One object read from a picture; `match` is its similarity to the best sprite, 1 for a perfect one."""
+    """One object read from a picture; `match` is its similarity to the best sprite, 1 for a perfect
+    one."""
 
     shape: str
     colour: str
@@ -69,9 +74,12 @@ class Verdict:
 def _bank(image_size: int) -> tuple[np.ndarray, list[tuple[str, str, int, int]], int]:
     """Every sprite at every offset in a common window: (M, n*n), what each row is, and n.
 
-    Offset 0 has the middle of the sprite's bounding box in the middle of the window; a label holds where the centre then lies.
+    Offset 0 has the middle of the sprite's bounding box in the middle of the window; a label holds
+    where the centre then lies.
     """
-    reach = max(sprite(s, z, image_size).shape[0] for s in SHAPES for z in SIZES) // 2 + 2 * _OFFSETS
+    reach = (
+        max(sprite(s, z, image_size).shape[0] for s in SHAPES for z in SIZES) // 2 + 2 * _OFFSETS
+    )
     n, rows, labels = 2 * reach + 1, [], []
     for shape in SHAPES:
         for size in SIZES:
@@ -82,9 +90,11 @@ def _bank(image_size: int) -> tuple[np.ndarray, list[tuple[str, str, int, int]],
                 for dx in range(-_OFFSETS - middle_x, _OFFSETS - middle_x + 1):
                     window = np.zeros((n, n), dtype=np.float32)
                     top, left = reach + dy - half, reach + dx - half
-                    window[max(top, 0) : top + len(small), max(left, 0) : left + len(small)] = small[max(-top, 0) :, max(-left, 0) :][
-                        : n - max(top, 0), : n - max(left, 0)
-                    ]
+                    window[max(top, 0) : top + len(small), max(left, 0) : left + len(small)] = (
+                        small[max(-top, 0) :, max(-left, 0) :][
+                            : n - max(top, 0), : n - max(left, 0)
+                        ]
+                    )
                     rows.append(window.ravel())
                     labels.append((shape, size, dx, dy))
     return np.stack(rows), labels, n
@@ -95,7 +105,8 @@ def _middle(values: np.ndarray) -> int:
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected sets (4 neighbours) of a bool picture (H,W), each as (pixels, 2) rows and columns."""
+    """Connected sets (4 neighbours) of a bool picture (H,W), each as (pixels, 2) rows and
+    columns."""
     height, width = mask.shape
     left = set(map(int, np.flatnonzero(mask)))
     found = []
@@ -107,8 +118,11 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
             members.append(pixel)
             row, column = divmod(pixel, width)
             for near, inside in (
-                (pixel - width, row > 0), (pixel + width, row < height - 1), (pixel - 1, column > 0), (pixel + 1, column < width - 1)
-            ):  # fmt: skip
+                (pixel - width, row > 0),
+                (pixel + width, row < height - 1),
+                (pixel - 1, column > 0),
+                (pixel + 1, column < width - 1),
+            ):
                 if inside and near in left:
                     left.remove(near)
                     stack.append(near)
@@ -122,8 +136,15 @@ def read_scene(picture: np.ndarray) -> Reading:
     Raises:
         ValueError: the array is no square uint8 RGB picture of at least 32 pixels.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1] or picture.dtype != np.uint8:
-        raise ValueError(f"a picture must be uint8 (S,S,3); this one is {picture.dtype} {picture.shape}")
+    if (
+        picture.ndim != 3
+        or picture.shape[2] != 3
+        or picture.shape[0] != picture.shape[1]
+        or picture.dtype != np.uint8
+    ):
+        raise ValueError(
+            f"a picture must be uint8 (S,S,3); this one is {picture.dtype} {picture.shape}"
+        )
     if len(picture) < 32:
         raise ValueError(f"the picture has {len(picture)} pixels and must have at least 32")
     size = len(picture)
@@ -145,7 +166,9 @@ def read_scene(picture: np.ndarray) -> Reading:
     return Reading(ground, tuple(items), unreadable, size)
 
 
-def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: np.ndarray) -> FoundItem:
+def _match(
+    pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: np.ndarray
+) -> FoundItem:
     rows, columns = members.T
     far = distance[rows, columns]
     # The fullest pixels show the colour itself; edges are mixed with the background.
@@ -156,7 +179,8 @@ def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: 
     reach = n // 2
     y, x = _middle(rows), _middle(columns)
     window = np.zeros((n, n), dtype=np.float32)
-    # The component and the ring of pixels around it, where its antialiased edge lies below the threshold.
+    # The component and the ring of pixels around it, where its antialiased edge lies below the
+    # threshold.
     own = np.zeros(distance.shape, dtype=bool)
     own[rows, columns] = True
     own[1:] |= own[:-1].copy()
@@ -164,7 +188,9 @@ def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: 
     own[:, 1:] |= own[:, :-1].copy()
     own[:, :-1] |= own[:, 1:].copy()
     grown_rows, grown_columns = np.nonzero(own)
-    coverage = ((pixels[grown_rows, grown_columns] - back) @ direction / (direction @ direction)).clip(0, 1)
+    coverage = (
+        (pixels[grown_rows, grown_columns] - back) @ direction / (direction @ direction)
+    ).clip(0, 1)
     r, c = grown_rows - y + reach, grown_columns - x + reach
     inside = (r >= 0) & (r < n) & (c >= 0) & (c < n)
     window[r[inside], c[inside]] = coverage[inside]
@@ -174,7 +200,9 @@ def _match(pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: 
     best = int(squared.argmin())
     shape, size, dx, dy = labels[best]
     energy = float((flat**2).sum()) + lost
-    similarity = float(bank[best] @ flat / np.sqrt((bank[best] ** 2).sum() * energy)) if energy else 0.0
+    similarity = (
+        float(bank[best] @ flat / np.sqrt((bank[best] ** 2).sum() * energy)) if energy else 0.0
+    )
     return FoundItem(shape, colour, size, x + dx, y + dy, similarity)
 
 
@@ -183,7 +211,8 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
-    """Holds a picture (or its reading) against a caption's claims: all of them, and no object more."""
+    """Holds a picture (or its reading) against a caption's claims: all of them, and no object
+    more."""
     reading = seen if isinstance(seen, Reading) else read_scene(seen)
     count = len(reading.items) == len(claims.objects) and not reading.unreadable
     background = None if claims.background is None else reading.background == claims.background
@@ -194,8 +223,14 @@ def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
     if count:
         for order in permutations(reading.items):
             sizes = all(_fits(i, o) for i, o in zip(order, claims.objects, strict=True))
-            bound = all((i.shape, i.colour) == (o.shape, o.colour) for i, o in zip(order, claims.objects, strict=True))
-            related = all(_holds(order[a], relation, order[b], reading.image_size) for a, relation, b in claims.relations)
+            bound = all(
+                (i.shape, i.colour) == (o.shape, o.colour)
+                for i, o in zip(order, claims.objects, strict=True)
+            )
+            related = all(
+                _holds(order[a], relation, order[b], reading.image_size)
+                for a, relation, b in claims.relations
+            )
             if bound:
                 best = max(best, (sizes, related), key=sum)
     sizes, related = best
@@ -211,11 +246,16 @@ def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
 
 
 def _fits(item: FoundItem, claim: ObjectClaim) -> bool:
-    return (item.shape, item.colour) == (claim.shape, claim.colour) and claim.size in (None, item.size)
+    return (item.shape, item.colour) == (claim.shape, claim.colour) and claim.size in (
+        None,
+        item.size,
+    )
 
 
 def _holds(a: FoundItem, relation: str, b: FoundItem, image_size: int) -> bool:
-    apart = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[relation]
+    apart = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[
+        relation
+    ]
     return apart >= APART * image_size
 
 
@@ -224,10 +264,13 @@ def _same(found: Sequence[str], claimed: Sequence[str]) -> bool:
 
 
 def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of verdicts that hold, overall (`correct`) and of each kind among the captions that mention it."""
+    """Share of verdicts that hold, overall (`correct`) and of each kind among the captions that
+    mention it."""
     shares = {}
     for field in fields(Verdict):
-        values = [v for v in (getattr(verdict, field.name) for verdict in verdicts) if v is not None]
+        values = [
+            v for v in (getattr(verdict, field.name) for verdict in verdicts) if v is not None
+        ]
         if values:
             shares[field.name] = float(np.mean(values))
     return shares

@@ -1,8 +1,9 @@
-"""A codes dataset in other forms, for other programs: Parquet, or webdataset shards. Knows files; trains and encodes nothing.
+"""A codes dataset in other forms, for other programs: Parquet, or webdataset shards. Knows files;
+trains and encodes nothing.
 
-Parquet: a file a shard, columns `codes`, `text` (the first caption), `more_texts` (further ones), `row`. Webdataset: tar shards of
-NAME.codes.npy (int32) and NAME.txt (several captions a line each). Beside them lies `codes.json` with the tokenizer's fingerprint and the
-layout of the codes.
+Parquet: a file a shard, columns `codes`, `text` (the first caption), `more_texts` (further ones),
+`row`. Webdataset: tar shards of NAME.codes.npy (int32) and NAME.txt (several captions a line each).
+Beside them lies `codes.json` with the tokenizer's fingerprint and the layout of the codes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Format = Literal["arrow", "parquet", "webdataset"]
 
 
 def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
-    """Writes the codes dataset in folder `codes` to `out`, whole or not at all; returns the files' names.
+    """Writes the codes dataset in folder `codes` to `out`, whole or not at all; returns the files'
+    names.
 
     Raises:
         ValueError: `codes` holds no whole codes dataset.
@@ -50,9 +52,13 @@ def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
                     case "webdataset":
                         path = path.with_suffix(".tar")
                         _write_tar(codes / shard.name, path)
-                written[split].append(asdict(described(path, rows=shard.rows, captions=shard.captions)))
+                written[split].append(
+                    asdict(described(path, rows=shard.rows, captions=shard.captions))
+                )
                 names.append(path.name)
-        (beside / MANIFEST).write_text(json.dumps({**manifest, "files": written, "form": form}, indent=2) + "\n")
+        (beside / MANIFEST).write_text(
+            json.dumps({**manifest, "files": written, "form": form}, indent=2) + "\n"
+        )
 
     atomic_write_dir(out, write)
     return names

@@ -1,8 +1,9 @@
-"""One Arrow file of a codes dataset: written whole or not at all, checked, memory-mapped. Knows rows and bytes; knows no tokenizer and
-not which files belong together.
+"""One Arrow file of a codes dataset: written whole or not at all, checked, memory-mapped. Knows
+rows and bytes; knows no tokenizer and not which files belong together.
 
-A row a picture: `codes` (all views one after another), `text` (its first caption), `more_texts` (its further ones), `row` (its number in
-the source). Files are Arrow streams with the schema metadata of `datasets`, whose `Dataset.from_file` reads them too.
+A row a picture: `codes` (all views one after another), `text` (its first caption), `more_texts`
+(its further ones), `row` (its number in the source). Files are Arrow streams with the schema
+metadata of `datasets`, whose `Dataset.from_file` reads them too.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ def kind_of(levels: Iterable[dict[str, Any]]) -> str:
 
 
 def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: str) -> Shard:
-    """Writes rows of `codes` integers of type `kind` each; memory holds some thousand of them at a time.
+    """Writes rows of `codes` integers of type `kind` each; memory holds some thousand of them at a
+    time.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what `path` held before is still there.
+        OSError: the disk is full or the folder cannot be written; what `path` held before is still
+            there.
     """
     schema, rows, captions = _schema(codes, kind), 0, 0
     with atomic_write(path) as beside:
@@ -79,7 +82,8 @@ def described(path: Path, *, rows: int, captions: int) -> Shard:
 
 
 def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
-    """What is wrong with a file; None where it is whole: of the right size and, with `hashed`, of the right content."""
+    """What is wrong with a file; None where it is whole: of the right size and, with `hashed`, of
+    the right content."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != shard.bytes:
@@ -115,9 +119,14 @@ class OpenShard:
             batches = list(pa.ipc.open_stream(pa.py_buffer(self._map)))
             self._ends = list(accumulate(len(batch) for batch in batches))
             self._codes = [_values(batch.column("codes"), len(batch)) for batch in batches]
-            self._columns = [tuple(batch.column(name) for name in ("text", "more_texts", "row")) for batch in batches]
+            self._columns = [
+                tuple(batch.column(name) for name in ("text", "more_texts", "row"))
+                for batch in batches
+            ]
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it and run `minidalle encode` again") from error
+            raise ValueError(
+                f"{path} cannot be read ({error}); remove it and run `minidalle encode` again"
+            ) from error
 
     def codes(self, row: int) -> np.ndarray:
         """(N,) integers, a view of the file."""
@@ -139,7 +148,8 @@ class OpenShard:
         return self._columns[batch][2][within].as_py()
 
     def release(self) -> None:
-        """Gives mapped pages back to the system, which reads them again where they are asked for."""
+        """Gives mapped pages back to the system, which reads them again where they are asked
+        for."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -152,7 +162,9 @@ def _schema(codes: int, kind: str) -> pa.Schema:
     from datasets import Features, List, Value
 
     texts = {"text": Value("string"), "more_texts": List(Value("string"))}
-    return Features({"codes": List(Value(kind), length=codes), **texts, "row": Value("int64")}).arrow_schema
+    return Features(
+        {"codes": List(Value(kind), length=codes), **texts, "row": Value("int64")}
+    ).arrow_schema
 
 
 def _batches(blocks: Iterable[EncodedRows], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -168,7 +180,9 @@ def _batches(blocks: Iterable[EncodedRows], schema: pa.Schema) -> Iterator[pa.Re
 
 def _batch(blocks: list[EncodedRows], schema: pa.Schema) -> pa.RecordBatch:
     kind = schema.field("codes").type
-    codes = np.concatenate([block.codes for block in blocks]).astype(kind.value_type.to_pandas_dtype())
+    codes = np.concatenate([block.codes for block in blocks]).astype(
+        kind.value_type.to_pandas_dtype()
+    )
     captions = [texts for block in blocks for texts in block.captions]
     columns = [
         pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=kind),

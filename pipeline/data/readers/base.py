@@ -1,4 +1,5 @@
-"""`Rows`: a source as it lies, pictures undecoded and columns unread; and what all layouts share. Decodes nothing."""
+"""`Rows`: a source as it lies, pictures undecoded and columns unread; and what all layouts share.
+Decodes nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +17,28 @@ IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
 """Columns that hold pictures where `data.image_column` names none."""
 BAD_CAPTION = "captions that are not UTF-8 left out"
 _USUAL = {
-    "data.text_column": ("text", "texts", "caption", "captions", "txt", "description", "title", "alt", "prompt", "label", "name"),
-    "data.image_column": (*IMAGE_COLUMNS, "img", "picture", "filename", "file", "image_path", "url"),
+    "data.text_column": (
+        "text",
+        "texts",
+        "caption",
+        "captions",
+        "txt",
+        "description",
+        "title",
+        "alt",
+        "prompt",
+        "label",
+        "name",
+    ),
+    "data.image_column": (
+        *IMAGE_COLUMNS,
+        "img",
+        "picture",
+        "filename",
+        "file",
+        "image_path",
+        "url",
+    ),
     "it names the picture": ("file", "filename", "path", "image", "name"),
 }
 """What other data calls a column, to suggest."""
@@ -53,7 +74,9 @@ class SkipCounter:
 
     def lines(self) -> list[str]:
         """A line a reason."""
-        return [f"{count:,} {reason}: {self.first(reason)}" for reason, count in self._counts.items()]
+        return [
+            f"{count:,} {reason}: {self.first(reason)}" for reason, count in self._counts.items()
+        ]
 
 
 class Rows(Protocol):
@@ -78,13 +101,17 @@ class Rows(Protocol):
         ...
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
-        """What is written of each row, in order; several records where a picture is named several times."""
+        """What is written of each row, in order; several records where a picture is named several
+        times."""
         ...
 
 
 def is_held_out(name: str, share: float) -> bool:
     """By a hash of the name, so that pictures added later move no other one."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") < share * 2**64
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        < share * 2**64
+    )
 
 
 def content_fingerprint(parts: Iterable[object]) -> str:
@@ -96,7 +123,8 @@ def content_fingerprint(parts: Iterable[object]) -> str:
 
 
 def file_signature(path: Path) -> object:
-    """What tells that a file is another: its name, size and time; the name alone where it is not there."""
+    """What tells that a file is another: its name, size and time; the name alone where it is not
+    there."""
     try:
         state = path.stat()
     except (OSError, ValueError):
@@ -122,14 +150,21 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
     """A column that must be there.
 
     Raises:
-        ValueError: it is not; names those there are, the nearest, and the setting that says another.
+        ValueError: it is not; names those there are, the nearest, and the setting that says
+            another.
     """
     if wanted not in columns:
-        near = difflib.get_close_matches(wanted.lower(), [str(c).lower() for c in columns], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            wanted.lower(), [str(c).lower() for c in columns], n=1, cutoff=0.5
+        )
         usual = [c for known in _USUAL.get(setting, ()) for c in columns if str(c).lower() == known]
-        nearest = next((c for c in columns if near and str(c).lower() == near[0]), usual[0] if usual else None)
+        nearest = next(
+            (c for c in columns if near and str(c).lower() == near[0]), usual[0] if usual else None
+        )
         hint = f"; did you mean {nearest!r}?" if nearest else ""
-        raise ValueError(f"{name} has no column {wanted!r}; it has {listed(columns)}{hint} ({setting})")
+        raise ValueError(
+            f"{name} has no column {wanted!r}; it has {listed(columns)}{hint} ({setting})"
+        )
     return wanted
 
 
@@ -156,7 +191,9 @@ def text_of(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}: {error}); save it in that encoding") from error
+        raise ValueError(
+            f"{path} is not UTF-8 (line {line}: {error}); save it in that encoding"
+        ) from error
 
 
 def is_text(name: str) -> bool:

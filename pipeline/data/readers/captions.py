@@ -1,4 +1,5 @@
-"""What is written of a picture -> its captions. Knows columns, templates and lengths; knows no files and no pictures."""
+"""What is written of a picture -> its captions. Knows columns, templates and lengths; knows no
+files and no pictures."""
 
 from __future__ import annotations
 
@@ -46,16 +47,33 @@ class CaptionReader:
         """Texts so far that are not UTF-8."""
         if self.template is None:
             # Shards call it by its file's extension.
-            column = "txt" if config.text_column == "text" and "text" not in columns and "txt" in columns else config.text_column
+            column = (
+                "txt"
+                if config.text_column == "text" and "text" not in columns and "txt" in columns
+                else config.text_column
+            )
             self.columns = [existing_column(name, column, columns, "data.text_column")]
             return
         try:
-            fields = [part for _, part, _, _ in string.Formatter().parse(self.template) if part is not None]
+            fields = [
+                part
+                for _, part, _, _ in string.Formatter().parse(self.template)
+                if part is not None
+            ]
         except ValueError as error:
-            raise ValueError(f"data.caption_template {self.template!r} is no template ({error}); write 'a photo of a {{label}}'") from error
+            raise ValueError(
+                f"data.caption_template {self.template!r} is no template ({error}); write 'a photo "
+                f"of a {{label}}'"
+            ) from error
         if not fields:
-            raise ValueError(f"data.caption_template {self.template!r} names no column; write 'a photo of a {{label}}'")
-        self.columns = [existing_column(name, part, columns, "data.caption_template") for part in dict.fromkeys(fields)]
+            raise ValueError(
+                f"data.caption_template {self.template!r} names no column; write 'a photo of a "
+                f"{{label}}'"
+            )
+        self.columns = [
+            existing_column(name, part, columns, "data.caption_template")
+            for part in dict.fromkeys(fields)
+        ]
 
     def of(self, records: Sequence[Record]) -> list[str]:
         """The captions of one picture, each once, of the lengths that are wanted."""
@@ -75,11 +93,20 @@ class CaptionReader:
     def _texts(self, record: Record) -> list[str]:
         if self.template is None:
             value = record.get(self.columns[0])
-            return [_plain(item) for item in value] if isinstance(value, list | tuple) else [_plain(value)]
+            return (
+                [_plain(item) for item in value]
+                if isinstance(value, list | tuple)
+                else [_plain(value)]
+            )
         values = {column: _plain(record.get(column)) for column in self.columns}
         if not all(values.values()):
             return []
-        return ["".join(text + (values[part] if part else "") for text, part, _, _ in string.Formatter().parse(self.template))]
+        return [
+            "".join(
+                text + (values[part] if part else "")
+                for text, part, _, _ in string.Formatter().parse(self.template)
+            )
+        ]
 
 
 def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:

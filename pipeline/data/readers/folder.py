@@ -1,7 +1,9 @@
-"""Pictures that are files: a folder with captions in it, or a table of paths. Knows layouts; decodes nothing.
+"""Pictures that are files: a folder with captions in it, or a table of paths. Knows layouts;
+decodes nothing.
 
-A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt beside NAME.png, or from the names of its subfolders by
-`data.caption_template`. A table is a .csv or .jsonl file whose pictures are paths, or bytes in base64.
+A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt beside NAME.png, or from
+the names of its subfolders by `data.caption_template`. A table is a .csv or .jsonl file whose
+pictures are paths, or bytes in base64.
 """
 
 from __future__ import annotations
@@ -53,16 +55,27 @@ class FileRows:
     Args:
         name: of the source, for messages.
         root: what the paths are relative to.
-        named: picture -> what is written of it, in order; a picture is a path relative to `root`, or base64.
+        named: picture -> what is written of it, in order; a picture is a path relative to `root`,
+            or base64.
     """
 
-    def __init__(self, name: str, root: Path, named: dict[str, list[Record]], columns: list[str], tally: SkipCounter) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        named: dict[str, list[Record]],
+        columns: list[str],
+        tally: SkipCounter,
+    ) -> None:
         self.name, self.root, self.columns, self.tally = name, root, columns, tally
         # Arrow holds a million paths in a tenth of what Python strings take.
         self._pictures = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
         # Written as JSON, since a column may hold texts in one row and lists in the next.
-        self._records = pa.array([json.dumps(record) for records in named.values() for record in records], pa.large_string())
+        self._records = pa.array(
+            [json.dumps(record) for records in named.values() for record in records],
+            pa.large_string(),
+        )
         self.stamp = content_fingerprint([name, *(self._state(picture) for picture in named)])
 
     def __len__(self) -> int:
@@ -102,7 +115,11 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         rows = list(_rows_of(metadata))
-        columns = [c for c in dict.fromkeys(["folder", "name", *(column for row in rows for column in row)]) if c != "file_name"]
+        columns = [
+            c
+            for c in dict.fromkeys(["folder", "name", *(column for row in rows for column in row)])
+            if c != "file_name"
+        ]
         named = _named(metadata, rows, folder, set(pictures), tally)
         for picture in pictures:
             if picture not in named:
@@ -115,7 +132,10 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
             record: Record = {"folder": path.parent.name, "name": path.stem}
             if beside:
                 try:
-                    record["text"] = [line.strip() for line in text_of((folder / picture).with_suffix(".txt")).splitlines()]
+                    record["text"] = [
+                        line.strip()
+                        for line in text_of((folder / picture).with_suffix(".txt")).splitlines()
+                    ]
                 except FileNotFoundError:
                     tally.add(NO_CAPTION, picture)
                     continue
@@ -127,7 +147,10 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
             columns.append("text")
         if not named:
             unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
-            raise ValueError(f"{folder} holds {len(pictures)} pictures and no captions; {'; '.join(unread) or LAYOUTS}")
+            raise ValueError(
+                f"{folder} holds {len(pictures)} pictures and no captions; "
+                f"{'; '.join(unread) or LAYOUTS}"
+            )
     return FileRows(str(folder), folder, named, columns, tally)
 
 
@@ -148,7 +171,9 @@ def table_rows(file: Path, column: str | None) -> FileRows:
         elif not is_inline(picture) and not _is_file(file.parent / picture):
             tally.add(NO_PICTURE, picture)
         else:
-            named.setdefault(picture, []).append({key: value for key, value in row.items() if key != column})
+            named.setdefault(picture, []).append(
+                {key: value for key, value in row.items() if key != column}
+            )
     return FileRows(str(file), file.parent, named, [c for c in columns if c != column], tally)
 
 
@@ -170,7 +195,9 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
     def closed(error: OSError) -> None:
         tally.add(CLOSED, str(error.filename))
 
-    for where, folders, files in os.walk(folder, onerror=closed):  # links to folders are not followed: they may lead back here
+    for where, folders, files in os.walk(
+        folder, onerror=closed
+    ):  # links to folders are not followed: they may lead back here
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
         for name in files:
@@ -178,7 +205,10 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
             if name.startswith("."):  # as ._cat.jpg, which is no picture
                 continue
             if extension in UNREAD:
-                tally.add(f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out", picture)
+                tally.add(
+                    f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out",
+                    picture,
+                )
             elif extension not in EXTENSIONS:
                 continue
             elif not is_text(picture):
@@ -190,7 +220,9 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
     return sorted(found)
 
 
-def _named(metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: SkipCounter) -> dict[str, list[Record]]:
+def _named(
+    metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: SkipCounter
+) -> dict[str, list[Record]]:
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{metadata} row {number}"
@@ -204,7 +236,9 @@ def _named(metadata: Path, rows: list[Record], folder: Path, pictures: set[str],
         if path.as_posix() not in pictures:
             tally.add(NO_PICTURE, name)
             continue
-        record = {"folder": path.parent.name, "name": path.stem} | {key: value for key, value in row.items() if key != "file_name"}
+        record = {"folder": path.parent.name, "name": path.stem} | {
+            key: value for key, value in row.items() if key != "file_name"
+        }
         named.setdefault(path.as_posix(), []).append(record)
     return named
 
@@ -220,16 +254,21 @@ def _rows_of_csv(path: Path, text: str) -> list[Record]:
     csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
     head = text.partition("\n")[0].strip()
     if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
-        raise ValueError(f"{path} parts its columns by {other!r} ({printable(head)}); save it with commas")
+        raise ValueError(
+            f"{path} parts its columns by {other!r} ({printable(head)}); save it with commas"
+        )
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = [dict(row) for row in reader]
     except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes") from error
+        raise ValueError(
+            f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes"
+        ) from error
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(
-                f"{path} row {number} has more fields than its columns {listed(reader.fieldnames or [])}; "
+                f"{path} row {number} has more fields than its columns "
+                f"{listed(reader.fieldnames or [])}; "
                 "texts with commas belong in double quotes"
             )
     return rows
@@ -243,8 +282,13 @@ def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is no JSON ({error}); each line must be one row") from error
+                raise ValueError(
+                    f"{path} line {number} is no JSON ({error}); each line must be one row"
+                ) from error
             if not isinstance(row, dict):
-                raise ValueError(f'{path} line {number} is no row; write {{"file_name": "cat.png", "text": "a cat"}}')
+                raise ValueError(
+                    f"{path} line {number} is no row; write "
+                    f'{{"file_name": "cat.png", "text": "a cat"}}'
+                )
             rows.append(row)
     return rows

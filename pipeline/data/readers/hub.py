@@ -1,4 +1,5 @@
-"""A `datasets` name, a folder saved by `datasets`, or Parquet files. Knows columns and splits; decodes nothing."""
+"""A `datasets` name, a folder saved by `datasets`, or Parquet files. Knows columns and splits;
+decodes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Record, SkipCounter, content_fingerprint, file_signature, image_column
+from pipeline.data.readers.base import (
+    Record,
+    SkipCounter,
+    content_fingerprint,
+    file_signature,
+    image_column,
+)
 
 _BATCH = 1000
 _SHARDS = 64
@@ -24,7 +31,10 @@ class HubRows:
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
-        paths = not isinstance(rows.features[self._image], Image) and getattr(rows.features[self._image], "dtype", "") == "string"
+        paths = (
+            not isinstance(rows.features[self._image], Image)
+            and getattr(rows.features[self._image], "dtype", "") == "string"
+        )
         if isinstance(rows.features[self._image], Image):
             # Undecoded, so that a broken picture is ours to report.
             rows = rows.cast_column(self._image, Image(decode=False))
@@ -33,7 +43,14 @@ class HubRows:
         self._pictures = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
         # The library's fingerprint says nothing of files that the rows only name.
-        files = (file_signature(self._beside / str(self._pictures[row][self._image])) for row in range(len(rows))) if paths else ()
+        files = (
+            (
+                file_signature(self._beside / str(self._pictures[row][self._image]))
+                for row in range(len(rows))
+            )
+            if paths
+            else ()
+        )
         self.stamp = content_fingerprint([rows._fingerprint, self._image, *files])
 
     def __len__(self) -> int:
@@ -54,7 +71,8 @@ class HubRows:
 
 
 def content_of(cell: Any, beside: Path) -> bytes:
-    """A cell of pictures as a file's bytes: bytes, a path (relative to `beside`), or `datasets`' pair of both.
+    """A cell of pictures as a file's bytes: bytes, a path (relative to `beside`), or `datasets`'
+    pair of both.
 
     Raises:
         ValueError: it is none of them.
@@ -73,10 +91,16 @@ def label_names(features: Any) -> Any:
     """(column, value) -> the value, or its name where the column holds class labels."""
     from datasets import ClassLabel
 
-    labels = {column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    labels = {
+        column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)
+    }
 
     def named(column: str, value: Any) -> Any:
-        return labels[column].int2str(value) if column in labels and isinstance(value, int) and value >= 0 else value
+        return (
+            labels[column].int2str(value)
+            if column in labels and isinstance(value, int) and value >= 0
+            else value
+        )
 
     return named
 
@@ -100,8 +124,10 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
     except Exception as error:  # the library raises many kinds for a name that cannot be had
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
-            f"data.source {config.source!r} is no folder or file here and no data set that can be loaded ({reason}); "
-            "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a datasets name with network access"
+            f"data.source {config.source!r} is no folder or file here and no data set that can be "
+            f"loaded ({reason}); "
+            "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a "
+            "datasets name with network access"
         ) from error
     if isinstance(loaded, dict):
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))

@@ -12,15 +12,46 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.config.data import DataConfig
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".pdf")
+EXTENSIONS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".svg",
+    ".psd",
+    ".ico",
+    ".tga",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".eps",
+    ".pdf",
+)
 """Pictures of kinds that are not read."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
-"""Pillow's names of what is read, whatever a file's name says. Not of what other programs are started for, as for EPS."""
+"""Pillow's names of what is read, whatever a file's name says. Not of what other programs are
+started for, as for EPS."""
 LARGEST = 89_478_485
-"""Pixels of a picture above which it is refused: a small file can claim to be so large that it fills the memory."""
+"""Pixels of a picture above which it is refused: a small file can claim to be so large that it
+fills the memory."""
 
-# A picture of absurd size is refused below. Pillow's warnings cannot be caught where several threads read.
+# A picture of absurd size is refused below. Pillow's warnings cannot be caught where several
+# threads read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -28,7 +59,8 @@ def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
     """A decoded picture from a path, a file object or a file's bytes; of several frames the first.
 
     Args:
-        at_least: a shorter side that is enough: JPEGs are then decoded at a half, a quarter or an eighth where that leaves as much.
+        at_least: a shorter side that is enough: JPEGs are then decoded at a half, a quarter or an
+            eighth where that leaves as much.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,14 +70,16 @@ def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture's file decoded as small as it may be (see `open_picture`), and its full width and height when upright."""
+    """A picture's file decoded as small as it may be (see `open_picture`), and its full width and
+    height when upright."""
     image, (width, height) = _opened(content, at_least)
     sideways = _orientation(image) in (5, 6, 7, 8)
     return image, (height, width) if sideways else (width, height)
 
 
 def header(source: Any) -> Image.Image:
-    """A picture of which nothing is decoded yet, from a path or a file object. Raises whatever Pillow does."""
+    """A picture of which nothing is decoded yet, from a path or a file object. Raises whatever
+    Pillow does."""
     Image.init()  # does something once
     return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
 
@@ -56,7 +90,9 @@ def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, 
         image = header(io.BytesIO(source) if isinstance(source, bytes) else source)
         size = image.size
         if size[0] * size[1] > LARGEST:
-            raise ValueError(f"it says to be {size[0]}x{size[1]} pixels, and {LARGEST:,} in all are the most")
+            raise ValueError(
+                f"it says to be {size[0]}x{size[1]} pixels, and {LARGEST:,} in all are the most"
+            )
         if at_least is not None:
             reduced = at_least / min(size)
             image.draft("RGB", (math.ceil(size[0] * reduced), math.ceil(size[1] * reduced)))
@@ -66,7 +102,8 @@ def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, 
         raise FileNotFoundError(f"there is no picture {name}") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise many kinds for a damaged file, down to struct.error and IndexError
+    except Exception as error:
+        # Pillow's readers raise many kinds for a damaged file, down to struct.error and IndexError
         why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name} cannot be read as a picture ({why})") from error
 
@@ -87,8 +124,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
-    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted, or for random crops all of it, just so
-    large that the smallest one of them fills that size. See `open_picture` for what is raised."""
+    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted,
+    or for random crops all of it, just so large that the smallest one of them fills that size. See
+    `open_picture` for what is raised."""
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb
 
     size = config.image_size
@@ -106,10 +144,13 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
 
 
 def square_of(picture: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
-    """What is seen of a prepared picture: its centre, or with a `draw` what that chooses where the configuration has it vary."""
+    """What is seen of a prepared picture: its centre, or with a `draw` what that chooses where the
+    configuration has it vary."""
     if draw is None or not config.varies:
         return centre_square(picture, config.image_size)
-    return random_square(picture, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw)
+    return random_square(
+        picture, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw
+    )
 
 
 def centre_square(picture: np.ndarray, size: int) -> np.ndarray:
@@ -119,14 +160,19 @@ def centre_square(picture: np.ndarray, size: int) -> np.ndarray:
     return _resized(picture, (height - side) // 2, (width - side) // 2, side, size)
 
 
-def random_square(picture: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int) -> np.ndarray:
+def random_square(
+    picture: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int
+) -> np.ndarray:
     """Some square of (H,W,3) at `size` pixels, maybe mirrored; the same for the same `draw`."""
     random = np.random.default_rng(draw)
     height, width = picture.shape[:2]
     shorter = min(height, width)
     if crop:
         side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
-        top, left = int(random.integers(0, height - side + 1)), int(random.integers(0, width - side + 1))
+        top, left = (
+            int(random.integers(0, height - side + 1)),
+            int(random.integers(0, width - side + 1)),
+        )
         picture = _resized(picture, top, left, side, size)
     else:
         picture = centre_square(picture, size)
@@ -137,11 +183,16 @@ def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> 
     part = picture[top : top + side, left : left + side]
     if side == size:
         return part
-    return np.asarray(Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(
+        Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC)
+    )
 
 
-def random_shift(images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False) -> np.ndarray:
-    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into the gap, some mirrored."""
+def random_shift(
+    images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False
+) -> np.ndarray:
+    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into
+    the gap, some mirrored."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
     moved = np.empty_like(images)

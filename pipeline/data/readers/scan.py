@@ -1,4 +1,5 @@
-"""Opens every picture of a source once, in parallel: its size, a hash of its file, and what is wrong with it. Trains nothing.
+"""Opens every picture of a source once, in parallel: its size, a hash of its file, and what is
+wrong with it. Trains nothing.
 
 What was found is kept in a file, so that a source is read through once and not at every start.
 """
@@ -42,7 +43,8 @@ class ScanResult:
         width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
         digest: uint64 (N), a hash of the file.
         look: uint64 (N), a hash of what it looks like (`perceptual_hash`).
-        mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has several frames.
+        mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has
+            several frames.
         problem: (N), what is wrong with it, or ''.
     """
 
@@ -54,16 +56,24 @@ class ScanResult:
     problem: list[str]
 
 
-def scan_images(rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS) -> ScanResult:
-    """Reads every picture, or takes what an earlier call found in `folder` while the files are the same.
+def scan_images(
+    rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
+) -> ScanResult:
+    """Reads every picture, or takes what an earlier call found in `folder` while the files are the
+    same.
 
     Args:
         workers: threads.
         folder: keeps what was found.
         share: this process's part of the work; every process of it must call.
     """
-    source = content_fingerprint([rows.name, *rows.columns])  # one folder may be two parts of a mixture
-    kept = folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows)])}.arrow" if folder else None
+    # One folder may be two parts of a mixture
+    source = content_fingerprint([rows.name, *rows.columns])
+    kept = (
+        folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows)])}.arrow"
+        if folder
+        else None
+    )
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
         assert found is not None
@@ -72,7 +82,13 @@ def scan_images(rows: Rows, workers: int, folder: Path | None = None, share: Wor
     chunks = [mine[first : first + _CHUNK] for first in range(0, len(mine), _CHUNK)]
     lines: list[tuple] = []
     # The bar is for those who wait for it; a second's work needs none.
-    bar = tqdm(total=len(mine), desc="reading pictures", disable=len(mine) < _SLOW or share.index > 0, mininterval=1.0, leave=False)
+    bar = tqdm(
+        total=len(mine),
+        desc="reading pictures",
+        disable=len(mine) < _SLOW or share.index > 0,
+        mininterval=1.0,
+        leave=False,
+    )
     with bar, ThreadPoolExecutor(workers, thread_name_prefix="examine") as pool:
         for part in pool.map(lambda chunk: [_examined(rows, int(row)) for row in chunk], chunks):
             lines += part
@@ -81,20 +97,26 @@ def scan_images(rows: Rows, workers: int, folder: Path | None = None, share: Wor
     result = _from_lines(lines)
     if kept is not None and share.index == 0 and len(rows) >= _SLOW:
         _write(kept, result)
-        for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {kept}:  # of the source as it was
+        for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {
+            kept
+        }:  # of the source as it was
             with suppress(OSError):
                 old.unlink()
     return result
 
 
 def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter) -> np.ndarray:
-    """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted; the others are counted.
+    """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted;
+    the others are counted.
 
     Raises:
         ValueError: more pictures than `config.max_corrupt_fraction` allows cannot be read.
     """
     bad = np.array([bool(problem) for problem in found.problem], bool)
-    of_size = [(reason, ~bad & which) for reason, which in unwanted_sizes(found.width, found.height, config)]
+    of_size = [
+        (reason, ~bad & which)
+        for reason, which in unwanted_sizes(found.width, found.height, config)
+    ]
     reasons = [(UNREADABLE, bad), *of_size]
     for reason, rows_of in reasons:
         for row in np.flatnonzero(rows_of):
@@ -102,32 +124,53 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     if bad.sum() > config.max_corrupt_fraction * max(len(rows), 1):
         first = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read ({tally.first(UNREADABLE)}: {found.problem[first]}); "
-            f"repair or remove them, or raise data.max_corrupt_fraction (now {config.max_corrupt_fraction})"
+            f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read "
+            f"({tally.first(UNREADABLE)}: {found.problem[first]}); "
+            "repair or remove them, or raise data.max_corrupt_fraction (now "
+            f"{config.max_corrupt_fraction})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
 
 
 def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
-    """Reasons to leave pictures out, and whether each stands against a picture of this size, or against each of these sizes (N)."""
+    """Reasons to leave pictures out, and whether each stands against a picture of this size, or
+    against each of these sizes (N)."""
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
-    reasons = [(f"pictures smaller than {config.least_size} pixels left out{hint}", shorter < config.least_size)]
+    reasons = [
+        (
+            f"pictures smaller than {config.least_size} pixels left out{hint}",
+            shorter < config.least_size,
+        )
+    ]
     if config.max_size is not None:
-        reasons.append((f"pictures larger than {config.max_size} pixels left out", longer > config.max_size))
+        reasons.append(
+            (f"pictures larger than {config.max_size} pixels left out", longer > config.max_size)
+        )
     if config.max_aspect is not None:
-        reasons.append((f"pictures more than {config.max_aspect:g} times as long as wide left out", longer > config.max_aspect * shorter))
+        reasons.append(
+            (
+                f"pictures more than {config.max_aspect:g} times as long as wide left out",
+                longer > config.max_aspect * shorter,
+            )
+        )
     return reasons
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened; 0 is a plain surface.
+    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened; 0 is
+    a plain surface.
 
-    Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): 48 of
-    lightness against their median, and 8 of each of two colour differences, so that a red and a blue heart differ. Frequencies too weak to
-    outlast JPEG count as none.
+    Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of
+    perceptual image hash functions"): 48 of lightness against their median, and 8 of each of two
+    colour differences, so that a red and a blue heart differ. Frequencies too weak to outlast JPEG
+    count as none.
     """
-    small = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0).convert("YCbCr")
+    small = (
+        image.convert("RGB")
+        .resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        .convert("YCbCr")
+    )
     channels = np.asarray(small, np.float32).transpose(2, 0, 1)
     lightness, *colours = _COSINES @ channels @ _COSINES.T
     values = lightness[:7, :7].flatten()[1:]  # without the mean, which says how bright it is
@@ -143,7 +186,8 @@ def perceptual_hash(image: Image.Image) -> int:
 def _cosines() -> np.ndarray:
     waves, places = np.arange(8)[:, None], np.arange(32)[None]
     cosines = np.cos(np.pi * (2 * places + 1) * waves / 64)
-    return (cosines / (cosines**2).sum(1, keepdims=True)).astype(np.float32)  # amplitudes, in grey levels
+    # Amplitudes, in grey levels
+    return (cosines / (cosines**2).sum(1, keepdims=True)).astype(np.float32)
 
 
 _COSINES = _cosines()
@@ -166,9 +210,13 @@ def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
 def _from_lines(lines: Sequence[tuple]) -> ScanResult:
     width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
     return ScanResult(
-        np.array(width, np.int32), np.array(height, np.int32), np.array(digest, np.uint64), np.array(look, np.uint64),
-        list(mode), list(problem),
-    )  # fmt: skip
+        np.array(width, np.int32),
+        np.array(height, np.int32),
+        np.array(digest, np.uint64),
+        np.array(look, np.uint64),
+        list(mode),
+        list(problem),
+    )
 
 
 def _read(path: Path) -> ScanResult | None:
@@ -177,12 +225,20 @@ def _read(path: Path) -> ScanResult | None:
             table = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowInvalid):  # not there, or cut: pictures are read anew
         return None
-    width, height, digest, look = (table[name].to_numpy() for name in ("width", "height", "digest", "look"))
-    return ScanResult(width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist())
+    width, height, digest, look = (
+        table[name].to_numpy() for name in ("width", "height", "digest", "look")
+    )
+    return ScanResult(
+        width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist()
+    )
 
 
 def _write(path: Path, found: ScanResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(vars(found))
-    with atomic_write(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with (
+        atomic_write(path) as beside,
+        pa.OSFile(str(beside), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
         writer.write_table(table)

@@ -1,4 +1,5 @@
-"""Webdataset shards on this disk, read in any order: .tar files in which NAME.jpg, NAME.txt, NAME.json belong together. Decodes nothing.
+"""Webdataset shards on this disk, read in any order: .tar files in which NAME.jpg, NAME.txt,
+NAME.json belong together. Decodes nothing.
 
 Only an index of the shards is held: where each member lies. Nothing is ever unpacked to disk.
 """
@@ -17,7 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.readers.base import Record, SkipCounter, content_fingerprint, existing_column, file_signature, is_text, listed
+from pipeline.data.readers.base import (
+    Record,
+    SkipCounter,
+    content_fingerprint,
+    existing_column,
+    file_signature,
+    is_text,
+    listed,
+)
 from pipeline.data.readers.images import EXTENSIONS
 
 _TEXTS = ("txt", "caption", "cls")
@@ -30,11 +39,16 @@ def is_remote(source: str) -> bool:
 
 
 def shard_names(source: str) -> list[str] | None:
-    """The shards that a folder, a file, a glob or an address with {000..123} names; None where it names none."""
+    """The shards that a folder, a file, a glob or an address with {000..123} names; None where it
+    names none."""
     if match := _BRACES.search(source):
         first, last = match.group(1), match.group(2)
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [name for n in numbers for name in shard_names(source[: match.start()] + n + source[match.end() :]) or []]
+        return [
+            name
+            for n in numbers
+            for name in shard_names(source[: match.start()] + n + source[match.end() :]) or []
+        ]
     if is_remote(source):
         return [source] if ".tar" in source else None
     path = Path(source).expanduser()
@@ -43,7 +57,10 @@ def shard_names(source: str) -> list[str] | None:
     if path.suffix == ".tar":
         found = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
         if not found:
-            raise FileNotFoundError(f"there is no shard {source}; give a .tar file, a folder of them, or a glob in quotes ('shards/*.tar')")
+            raise FileNotFoundError(
+                f"there is no shard {source}; give a .tar file, a folder of them, or a glob in "
+                "quotes ('shards/*.tar')"
+            )
         return found
     return None
 
@@ -63,7 +80,9 @@ class ShardRows:
     def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
         self.name, self.tally = name, SkipCounter()
         self._shards = list(shards)
-        self.stamp = content_fingerprint([name, image, *(file_signature(Path(shard)) for shard in shards)])
+        self.stamp = content_fingerprint(
+            [name, image, *(file_signature(Path(shard)) for shard in shards)]
+        )
         keys: list[str] = []
         places: list[tuple[int, int, int]] = []  # shard, start and length of the picture
         texts: dict[str, list[tuple[int, int]]] = {}
@@ -71,7 +90,9 @@ class ShardRows:
         for number, shard in enumerate(shards):
             for key, members in _samples(shard, self.tally):
                 extensions |= set(members)
-                pictures = [e for e in members if (f".{e}" in EXTENSIONS if image is None else e == image)]
+                pictures = [
+                    e for e in members if (f".{e}" in EXTENSIONS if image is None else e == image)
+                ]
                 if not pictures:
                     self.tally.add("samples without a picture left out", key)
                     continue
@@ -87,11 +108,15 @@ class ShardRows:
                 existing_column(name, image, sorted(extensions), "data.image_column")
             why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(extensions))}"
             raise ValueError(
-                f"{name} has {len(shards)} shards and no picture ({why}); a sample is NAME.jpg with NAME.txt beside it in the .tar"
+                f"{name} has {len(shards)} shards and no picture ({why}); a sample is NAME.jpg "
+                "with NAME.txt beside it in the .tar"
             )
         self._keys = pa.array(keys, pa.large_string())
         self._places = np.array(places, np.int64)
-        self._texts = {extension: np.array(column + [(0, 0)] * (len(keys) - len(column)), np.int64) for extension, column in texts.items()}
+        self._texts = {
+            extension: np.array(column + [(0, 0)] * (len(keys) - len(column)), np.int64)
+            for extension, column in texts.items()
+        }
         self.columns = [extension for extension in self._texts if extension != "json"]
         if "json" in self._texts:
             columns: dict[str, None] = {}
@@ -127,11 +152,15 @@ class ShardRows:
 
     def _read(self, row: int, start: int, length: int) -> bytes:
         shard = int(self._places[row, 0])
-        # Opened anew each time, which takes some microseconds: a system allows a process no more than some thousand open files.
+        # Opened anew each time, which takes some microseconds: a system allows a process no more
+        # than some thousand open files.
         with open(self._shards[shard], "rb", buffering=0) as file:
             content = os.pread(file.fileno(), int(length), int(start))
         if len(content) < length:
-            raise ValueError(f"{self._shards[shard]} is cut: {length} bytes were to come at {start}, and {len(content)} are there")
+            raise ValueError(
+                f"{self._shards[shard]} is cut: {length} bytes were to come at {start}, and "
+                f"{len(content)} are there"
+            )
         return content
 
 
@@ -145,7 +174,10 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
                 if not member.isfile() or path.name.startswith("."):
                     continue
                 if path.is_absolute() or ".." in path.parts or not is_text(member.name):
-                    tally.add("members of shards whose names lead out of them left out", ascii(member.name))
+                    tally.add(
+                        "members of shards whose names lead out of them left out",
+                        ascii(member.name),
+                    )
                     continue
                 stem, _, extension = path.name.partition(".")
                 key = (path.parent / stem).as_posix()
@@ -157,7 +189,9 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
                 tar.members = []  # type: ignore[attr-defined]  # or it would remember every header it has read
     except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
         if held is None and _is_compressed(shard):
-            raise ValueError(f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true") from error
+            raise ValueError(
+                f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
+            ) from error
         tally.add("shards that are cut or damaged, read up to there", shard)
     if held is not None:
         yield held

@@ -1,9 +1,12 @@
-"""Training on streams: shards shuffled and dealt to processes, blocks of samples shuffled, several sources mixed. Knows no training.
+"""Training on streams: shards shuffled and dealt to processes, blocks of samples shuffled, several
+sources mixed. Knows no training.
 
-The shards of pass after pass, each pass in its own random order, are one endless list; of L lanes, `interleave` a process, lane l takes
-every L-th shard of it. So each shard is read once a pass whatever the number of processes, and no lane runs dry. A process goes round
-its lanes and shuffles what it gets in blocks of `shuffle_buffer`. All of it is a pure function of (seed, process, position): a resumed
-run needs no state, only to find its place again, and for that it skips the shards whose lengths it wrote down.
+The shards of pass after pass, each pass in its own random order, are one endless list; of L lanes,
+`shards_per_worker` a process, lane l takes every L-th shard of it. So each shard is read once a
+pass whatever the number of processes, and no lane runs dry. A process goes round its lanes and
+shuffles what it gets in blocks of `shuffle_buffer`. All of it is a pure function of (seed, process,
+position): a resumed run needs no state, only to find its place again, and for that it skips the
+shards whose lengths it wrote down.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pipeline.runtime.atomic_io import atomic_write_text
 
 
 class ShardLengthCache:
-    """How many training samples each part of a shard turned out to have; in a file, so that a resumed run can skip them.
+    """How many training samples each part of a shard turned out to have; in a file, so that a
+    resumed run can skip them.
 
     Args:
         path: of the file; None keeps nothing.
@@ -35,7 +39,9 @@ class ShardLengthCache:
         self._path, self._known, self._lock = path, dict[str, int](), Lock()
         if path is not None and path.is_file():
             try:
-                self._known = {str(key): int(value) for key, value in json.loads(path.read_text()).items()}
+                self._known = {
+                    str(key): int(value) for key, value in json.loads(path.read_text()).items()
+                }
             except (ValueError, AttributeError, TypeError):  # cut: the shards are counted anew
                 self._known = {}
 
@@ -44,7 +50,9 @@ class ShardLengthCache:
 
     def empty(self, parts: int) -> int:
         """How many parts of shards are known to have none, where each shard is dealt in so many."""
-        return sum(count == 0 and key.endswith(f"/{parts}") for key, count in list(self._known.items()))
+        return sum(
+            count == 0 and key.endswith(f"/{parts}") for key, count in list(self._known.items())
+        )
 
     def add(self, key: str, count: int) -> None:
         with self._lock:  # lanes are read side by side
@@ -59,9 +67,18 @@ class ShardLengthCache:
 class ShardReader:
     """Every `lanes`-th shard of the endless list, from number `lane` on, sample by sample."""
 
-    def __init__(self, stream: StreamSource, lane: int, lanes: int, seed: int, lengths: ShardLengthCache) -> None:
-        self._stream, self._lane, self._lanes, self._seed, self._lengths = stream, lane, lanes, seed, lengths
-        # With fewer shards than lanes each is dealt in parts, or several lanes would read the same one at once.
+    def __init__(
+        self, stream: StreamSource, lane: int, lanes: int, seed: int, lengths: ShardLengthCache
+    ) -> None:
+        self._stream, self._lane, self._lanes, self._seed, self._lengths = (
+            stream,
+            lane,
+            lanes,
+            seed,
+            lengths,
+        )
+        # With fewer shards than lanes each is dealt in parts, or several lanes would read the same
+        # one at once.
         self._parts = -(-lanes // stream.num_shards)
         self._order = ShuffledEpochs(stream.num_shards * self._parts, seed)
         self._number, self._position, self._samples = 0, 0, self._open(0)
@@ -89,7 +106,8 @@ class ShardReader:
             self._go_on()
 
     def _go_on(self) -> None:
-        """To the next shard that is not known to be empty. Passes are shuffled apart, so a lane may meet many before it.
+        """To the next shard that is not known to be empty. Passes are shuffled apart, so a lane may
+        meet many before it.
 
         Raises:
             ValueError: all are.
@@ -99,7 +117,10 @@ class ShardReader:
             # Asked anew each time: other lanes find out more meanwhile.
             if self._lengths.empty(self._parts) == self._order.length:
                 why = "; ".join(self._stream.problems)
-                raise ValueError(f"no shard of {self._stream.name} has a picture to train on; {why or 'all are held out or missing'}")
+                raise ValueError(
+                    f"no shard of {self._stream.name} has a picture to train on; "
+                    f"{why or 'all are held out or missing'}"
+                )
             self._number += 1
         self._samples = self._open(self._number)
 
@@ -120,14 +141,27 @@ class ShuffleBuffer:
         folder: where the lengths of shards are kept.
     """
 
-    def __init__(self, stream: StreamSource, seed: int, process: int, processes: int, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        stream: StreamSource,
+        seed: int,
+        process: int,
+        processes: int,
+        folder: Path | None = None,
+    ) -> None:
         self.stream, self._seed, self._process = stream, seed, process
         config = stream.config
-        self._block, self._width = config.shuffle_buffer, config.interleave
-        path = folder / f"lengths-{stream.fingerprint}-{process}-of-{processes}.json" if folder else None
+        self._block, self._width = config.shuffle_buffer, config.shards_per_worker
+        path = (
+            folder / f"lengths-{stream.fingerprint}-{process}-of-{processes}.json"
+            if folder
+            else None
+        )
         lengths = ShardLengthCache(path)
         lanes = range(process * self._width, (process + 1) * self._width)
-        self._lanes = [ShardReader(stream, lane, processes * self._width, seed, lengths) for lane in lanes]
+        self._lanes = [
+            ShardReader(stream, lane, processes * self._width, seed, lengths) for lane in lanes
+        ]
         self._readers = ThreadPoolExecutor(self._width, thread_name_prefix="shards")
         self._ahead_by = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self._blocks: dict[int, Future[list[Sample]]] = {}
@@ -171,7 +205,13 @@ class StreamBatchLoader:
     """Pictures of a stream, or of a mixture with streams in it."""
 
     def __init__(
-        self, source: Source | StreamSource, batch_size: int, seed: int, process: int, processes: int, folder: Path | None
+        self,
+        source: Source | StreamSource,
+        batch_size: int,
+        seed: int,
+        process: int,
+        processes: int,
+        folder: Path | None,
     ) -> None:
         parts: Sequence[Source | StreamSource] = parts_of(source)
         weights = source.weights if isinstance(source, MixedSource) else [1.0]
@@ -187,22 +227,33 @@ class StreamBatchLoader:
         self._pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="decode")
 
     def pictures(self, step: int) -> np.ndarray:
-        draws = step_draws(self._seed, step, self._each * self._place[1])[self._place[0] * self._each :][: self._each].tolist()
+        draws = step_draws(self._seed, step, self._each * self._place[1])[
+            self._place[0] * self._each :
+        ][: self._each].tolist()
         taken = self._taken(step)
-        result = np.empty((self._each, self._config.image_size, self._config.image_size, 3), np.uint8)
-        # Samples of streams wait for nothing but the processor; sources that are mapped have threads of their own.
+        result = np.empty(
+            (self._each, self._config.image_size, self._config.image_size, 3), np.uint8
+        )
+        # Samples of streams wait for nothing but the processor; sources that are mapped have
+        # threads of their own.
         from_streams = [i for i, (part, _) in enumerate(taken) if isinstance(part, ShuffleBuffer)]
-        decoded = self._pool.map(lambda i: self._decoded(taken[i][0], taken[i][1], draws[i]), from_streams)
+        decoded = self._pool.map(
+            lambda i: self._decoded(taken[i][0], taken[i][1], draws[i]), from_streams
+        )
         for part in {id(part): part for part, _ in taken if isinstance(part, tuple)}.values():
             places = [i for i, (other, _) in enumerate(taken) if other is part]
-            result[places] = part[0].images([self._row(part, taken[i][1]) for i in places], [draws[i] for i in places])
+            result[places] = part[0].images(
+                [self._row(part, taken[i][1]) for i in places], [draws[i] for i in places]
+            )
         for i, picture in zip(from_streams, decoded, strict=True):
             result[i] = picture
         return result
 
     def names(self, step: int) -> list[str]:
         return [
-            self._sample(part, number).name if isinstance(part, ShuffleBuffer) else part[0].names([self._row(part, number)])[0]
+            self._sample(part, number).name
+            if isinstance(part, ShuffleBuffer)
+            else part[0].names([self._row(part, number)])[0]
             for part, number in self._taken(step)
         ]
 
@@ -222,7 +273,8 @@ class StreamBatchLoader:
         return samples[(within + after) % len(samples)]
 
     def _decoded(self, part: ShuffleBuffer, number: int, draw: int) -> np.ndarray:
-        """A picture, or where it cannot be decoded the next one of its block, so that every process has as many as every other."""
+        """A picture, or where it cannot be decoded the next one of its block, so that every process
+        has as many as every other."""
         after = 0
         while (picture := part.stream.decode(self._sample(part, number, after))) is None:
             after += 1
@@ -230,7 +282,12 @@ class StreamBatchLoader:
 
 
 def batch_loader(
-    source: Source | StreamSource, batch_size: int, seed: int, process: int, processes: int, folder: Path | None = None
+    source: Source | StreamSource,
+    batch_size: int,
+    seed: int,
+    process: int,
+    processes: int,
+    folder: Path | None = None,
 ) -> MapBatchLoader | StreamBatchLoader:
     """One process's pictures of a source, step by step.
 

@@ -1,4 +1,5 @@
-"""Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples; knows no order and no training.
+"""Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples;
+knows no order and no training.
 
 What is read is kept in memory only; pictures held out are the first that are met.
 """
@@ -16,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
-from pipeline.data.readers.base import BAD_CAPTION, Record, SkipCounter, content_fingerprint, file_signature, image_column, is_held_out
+from pipeline.data.readers.base import (
+    BAD_CAPTION,
+    Record,
+    SkipCounter,
+    content_fingerprint,
+    file_signature,
+    image_column,
+    is_held_out,
+)
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
@@ -59,15 +68,24 @@ class StreamSource:
         self.num_shards = int(self._data.num_shards)
         features = self._data.features or {}
         if not features:
-            raise ValueError(f"{self.name} does not say which columns it has, so it cannot be streamed; set data.streaming=false")
+            raise ValueError(
+                f"{self.name} does not say which columns it has, so it cannot be streamed; set "
+                "data.streaming=false"
+            )
         # Members in JSON hold columns of their own.
-        inner = [column for value in features.values() if isinstance(value, dict) for column in value]
+        inner = [
+            column for value in features.values() if isinstance(value, dict) for column in value
+        ]
         columns = [*features, *(column for column in inner if column not in features)]
         self._image = image_column(self.name, config.image_column, list(features))
-        self._reader = CaptionReader(self.name, [column for column in columns if column != self._image], config)
+        self._reader = CaptionReader(
+            self.name, [column for column in columns if column != self._image], config
+        )
         self._named = label_names(features)
         settings = sorted(data_settings(dataclasses.asdict(config)).items())
-        self.fingerprint = content_fingerprint([*_states(config, self.shard_names), self.num_shards, settings])
+        self.fingerprint = content_fingerprint(
+            [*_states(config, self.shard_names), self.num_shards, settings]
+        )
 
     @property
     def problems(self) -> list[str]:
@@ -76,11 +94,16 @@ class StreamSource:
 
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
-        accepted = (sample for sample in self._readable(shard) if not is_held_out(sample.name, self.config.held_out))
+        accepted = (
+            sample
+            for sample in self._readable(shard)
+            if not is_held_out(sample.name, self.config.val_fraction)
+        )
         return itertools.islice(accepted, part, None, parts)
 
     def decode(self, sample: Sample) -> np.ndarray | None:
-        """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is counted.
+        """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is
+        counted.
 
         Raises:
             ValueError: more than `data.max_corrupt_fraction` of the pictures cannot be.
@@ -93,8 +116,10 @@ class StreamSource:
             self._leave_out(UNDECODED, sample.name)
             if self._bad > self.config.max_corrupt_fraction * max(self._decoded, _SURE):
                 raise ValueError(
-                    f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be decoded (the last: {sample.name}, "
-                    f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now {self.config.max_corrupt_fraction})"
+                    f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be "
+                    f"decoded (the last: {sample.name}, "
+                    f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now "
+                    f"{self.config.max_corrupt_fraction})"
                 ) from error
             return None
         with self._lock:
@@ -107,12 +132,19 @@ class StreamSource:
 
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""
-        found = (s for shard in range(self.num_shards) for s in self._readable(shard) if is_held_out(s.name, self.config.held_out))
+        found = (
+            s
+            for shard in range(self.num_shards)
+            for s in self._readable(shard)
+            if is_held_out(s.name, self.config.val_fraction)
+        )
         return list(itertools.islice(found, HELD_OUT))
 
     def first(self, most: int) -> Iterator[Sample]:
         """The first samples of either split."""
-        return itertools.islice((s for shard in range(self.num_shards) for s in self._readable(shard)), most)
+        return itertools.islice(
+            (s for shard in range(self.num_shards) for s in self._readable(shard)), most
+        )
 
     def _readable(self, shard: int) -> Iterator[Sample]:
         rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
@@ -122,7 +154,8 @@ class StreamSource:
             except Exception as error:  # networks and readers fail in many ways
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 raise OSError(
-                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} of {self.name} cannot be read on "
+                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} "
+                    f"of {self.name} cannot be read on "
                     f"({reason}); the same command goes on from the last checkpoint"
                 ) from error
             if row is None:
@@ -152,7 +185,9 @@ class StreamSource:
         config = self.config
         try:
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
-            width, height = header(io.BytesIO(content)).size  # the pixels are decoded when they are needed
+            width, height = header(
+                io.BytesIO(content)
+            ).size  # the pixels are decoded when they are needed
         except Exception:  # see `pictures.open_picture`
             self._leave_out(UNREADABLE, name)
             return None
@@ -163,7 +198,8 @@ class StreamSource:
         return Sample(name, content, captions)
 
     def _leave_out(self, reason: str, name: str) -> None:
-        """Counts a sample once, however often the stream is read; of very many, those after the first are counted each time."""
+        """Counts a sample once, however often the stream is read; of very many, those after the
+        first are counted each time."""
         if (reason, name) not in self._left_out:
             if len(self._left_out) < _REMEMBERED:
                 self._left_out.add((reason, name))
@@ -171,7 +207,8 @@ class StreamSource:
 
 
 def as_read(config: DataConfig) -> DataConfig:
-    """The configuration by which captions of samples are read once more: they are texts by then, whatever column they came from."""
+    """The configuration by which captions of samples are read once more: they are texts by then,
+    whatever column they came from."""
     return replace(config, text_column="text", caption_template=None)
 
 
@@ -182,7 +219,9 @@ class HeldRows:
         self.name, self.tally = stream.name, stream.tally
         self.columns = ["text"]
         self._samples = stream.held_out()
-        self.stamp = content_fingerprint([stream.fingerprint, *(sample.name for sample in self._samples)])
+        self.stamp = content_fingerprint(
+            [stream.fingerprint, *(sample.name for sample in self._samples)]
+        )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -205,7 +244,11 @@ def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
     path = Path(config.source).expanduser()
     if shards:
         return [shard if is_remote(shard) else file_signature(Path(shard)) for shard in shards]
-    return [file_signature(file) for file in sorted(path.rglob("*.arrow"))] if path.is_dir() else [file_signature(path)]
+    return (
+        [file_signature(file) for file in sorted(path.rglob("*.arrow"))]
+        if path.is_dir()
+        else [file_signature(path)]
+    )
 
 
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:
@@ -214,19 +257,26 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
     from pipeline.data.readers.hub import is_saved_dataset
     from pipeline.data.readers.webdataset import shard_names
 
-    shards = None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
+    shards = (
+        None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
+    )
     if shards is None:
         if not streams(config.source):
             raise ValueError(
-                f"data.streaming is on, and {config.source} is a folder or table of files, which are read one by one as it is; "
+                f"data.streaming is on, and {config.source} is a folder or table of files, which "
+                "are read one by one as it is; "
                 "set data.streaming=false"
             )
         return load(config, streaming=True), []
     try:
-        return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)["train"], shards
+        return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)[
+            "train"
+        ], shards
     except Exception as error:  # the library and what it reads through raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FileNotFoundError(f"the {len(shards)} shards of {config.source} cannot be read ({reason})") from error
+        raise FileNotFoundError(
+            f"the {len(shards)} shards of {config.source} cannot be read ({reason})"
+        ) from error
 
 
 def streams(source: str) -> bool:

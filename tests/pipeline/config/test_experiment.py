@@ -1,4 +1,5 @@
-"""Configurations: every shipped YAML loads, every mistake is named, every field is documented and read."""
+"""Configurations: every shipped YAML loads, every mistake is named, every field is documented and
+read."""
 
 from __future__ import annotations
 
@@ -34,18 +35,28 @@ def test_shipped_comparisons_load_and_say_what_to_expect(path):
     from pipeline.stages.compare_tokenizers import load_comparison
 
     comparison = load_comparison(["--config", str(path)])
-    assert comparison.folder.name == path.stem and len(comparison.rows) > 1
+    assert comparison.folder.name == path.stem and len(comparison.variants) > 1
     header = path.read_text().split("\nname:")[0]
     for word in (f"minidalle compare-tokenizers --config configs/{path.name}", "minutes", "Expect"):
         assert word in header
 
 
 def test_there_are_configurations():
-    assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {p.name for p in SHIPPED} and BAKEOFFS
+    assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {
+        p.name for p in SHIPPED
+    } and BAKEOFFS
 
 
 def test_overrides_and_exponents_are_read(tiny_yaml):
-    experiment = load_experiment(["--config", str(tiny_yaml), "--prior.train.steps", "500", "--prior.train.learning_rate=1e-4"])
+    experiment = load_experiment(
+        [
+            "--config",
+            str(tiny_yaml),
+            "--prior.train.steps",
+            "500",
+            "--prior.train.learning_rate=1e-4",
+        ]
+    )
     assert experiment.prior.train.steps == 500 and experiment.prior.train.learning_rate == 1e-4
     assert experiment.tokenizer.train.steps == 6 and experiment.tokenizer.model.image_size == 32
     tiny_yaml.write_text(tiny_yaml.read_text() + "sampling: {temperature: 5e-1}\n")
@@ -53,7 +64,14 @@ def test_overrides_and_exponents_are_read(tiny_yaml):
 
 
 def test_an_option_that_is_refused_by_itself_is_not_compared_with_others(tiny_yaml):
-    arguments = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.layers", "-1", "--prior.train.steps", "0"]
+    arguments = [
+        "--tokenizer.objective.discriminator.weight",
+        "1",
+        "--tokenizer.objective.discriminator.layers",
+        "-1",
+        "--prior.train.steps",
+        "0",
+    ]
     with pytest.raises(ValueError, match=r"(?s)layers of at least 1.*train.steps is 0"):
         load_experiment(["--config", str(tiny_yaml), *arguments])
 
@@ -66,7 +84,11 @@ def test_what_was_resolved_loads_again(tiny_yaml, tmp_path):
 
 
 def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
-    text = tiny_yaml.read_text().replace("depth: 1", "dept: 1").replace("num_codes: 16", "num_codes: many")
+    text = (
+        tiny_yaml.read_text()
+        .replace("depth: 1", "dept: 1")
+        .replace("num_codes: 16", "num_codes: many")
+    )
     tiny_yaml.write_text(text + "colour: red\n")
     with pytest.raises(ValueError) as caught:
         load_experiment(["--config", str(tiny_yaml)])
@@ -75,41 +97,101 @@ def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
 
 
 def test_every_broken_relation_is_named(tiny_yaml):
-    arguments = ["--tokenizer.model.factor", "6", "--prior.model.heads", "5", "--tokenizer.train.steps", "0", "--text.length", "1",
-                 "--encode.views", "2", "--prior.train.ema_decay", "2", "--sampling.guidance_scale", "2",
-                 "--prior.objective.caption_dropout", "0"]  # fmt: skip
+    arguments = [
+        "--tokenizer.model.downsample_factor",
+        "6",
+        "--prior.model.heads",
+        "5",
+        "--tokenizer.train.steps",
+        "0",
+        "--text.max_length",
+        "1",
+        "--encode.augmentations_per_image",
+        "2",
+        "--prior.train.ema_decay",
+        "2",
+        "--sampling.guidance_scale",
+        "2",
+        "--prior.objective.caption_dropout",
+        "0",
+    ]
     with pytest.raises(ValueError) as caught:
         load_experiment(["--config", str(tiny_yaml), *arguments])
-    for part in ("factor is 6", "prior.model.heads 5", "train.steps is 0", "text.length is 1", "encode.views is 2", "ema_decay is 2",
-                 "guidance needs caption dropout"):  # fmt: skip
+    for part in (
+        "factor is 6",
+        "prior.model.heads 5",
+        "train.steps is 0",
+        "text.max_length is 1",
+        "encode.augmentations_per_image is 2",
+        "ema_decay is 2",
+        "guidance needs caption dropout",
+    ):
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampling.guidance_scale", "2", "--prior.objective.caption_dropout", "0"], "guidance needs caption dropout"),
-        (["--tokenizer.model.image_size", "48"], "data.image_size is 32 and tokenizer.model.image_size is 48"),
-        (["--tokenizer.model.image_size", "64"], "data.image_size is 32 and tokenizer.model.image_size is 64"),  # its default
-        (["--encode.pictures", "null"], "the shapes are unlimited"),
+        (
+            ["--sampling.guidance_scale", "2", "--prior.objective.caption_dropout", "0"],
+            "guidance needs caption dropout",
+        ),
+        (
+            ["--tokenizer.model.image_size", "48"],
+            "data.image_size is 32 and tokenizer.model.image_size is 48",
+        ),
+        (
+            ["--tokenizer.model.image_size", "64"],
+            "data.image_size is 32 and tokenizer.model.image_size is 64",
+        ),  # its default
+        (["--encode.max_images", "null"], "the shapes are unlimited"),
         (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
         (["--seed", "-1"], "seed is -1"),
         (["--process_timeout", "0"], "process_timeout is 0; it must be at least 1 minute"),
-        (["--prior.train.max_nonfinite_steps", "-1"], "train.max_nonfinite_steps is -1; it must be 0 or more"),
-        (["--sampling.steps", "4"], "several codes a step need prior.train.order=random"),
-        (["--encode.views", "2", "--encode.flip", "true"], "captions of the shapes say what is left and right"),
-        (["--prior.train.anneal", "[0.7, 0.5]"], r"train\.anneal is 0\.7, 0\.5; it must be two shares"),
-        (["--sequence.image_first", "1"], r"sequence\.image_first is 1"),
-        (["--sampling.guidance_interval", "[0.7, 0.5]", "--sampling.guidance_power", "0"],
-         r"(?s)guidance_interval is \(0\.7, 0\.5\).*guidance_power is 0"),
-        (["--tokenizer.model.quantizer", "binary"], "temperature_start is 1.0, at which .* power_pair carries nothing of a bit"),
+        (
+            ["--prior.train.max_nonfinite_steps", "-1"],
+            "train.max_nonfinite_steps is -1; it must be 0 or more",
+        ),
+        (
+            ["--sampling.num_inference_steps", "4"],
+            "several codes a step need prior.train.code_order=random",
+        ),
+        (
+            ["--encode.augmentations_per_image", "2", "--encode.flip", "true"],
+            "captions of the shapes say what is left and right",
+        ),
+        (
+            ["--prior.train.anneal_fraction", "[0.7, 0.5]"],
+            r"train\.anneal_fraction is 0\.7, 0\.5; it must be two shares",
+        ),
+        (["--sequence.captioning_fraction", "1"], r"sequence\.captioning_fraction is 1"),
+        (
+            ["--sampling.guidance_interval", "[0.7, 0.5]", "--sampling.guidance_power", "0"],
+            r"(?s)guidance_interval is \(0\.7, 0\.5\).*guidance_power is 0",
+        ),
+        (
+            ["--tokenizer.model.quantizer", "binary"],
+            "temperature_start is 1.0, at which .* power_pair carries nothing of a bit",
+        ),
         (["--seed", "10000000000"], "seed is 10000000000"),
         (["--name", "a/b"], "must be a plain folder name"),
-        (["--encode.pictures", "0", "--encode.held_out", "0"], r"(?s)encode.held_out is 0.*encode.pictures is 0"),
-        (["--prior.train.learning_rate", "0", "--prior.train.min_lr_ratio", "2", "--prior.train.warmup_steps", "-1"],
-         r"(?s)learning_rate is 0.*warmup_steps is -1.*min_lr_ratio is 2"),
+        (
+            ["--encode.max_images", "0", "--encode.max_val_images", "0"],
+            r"(?s)encode.max_val_images is 0.*encode.max_images is 0",
+        ),
+        (
+            [
+                "--prior.train.learning_rate",
+                "0",
+                "--prior.train.min_lr_ratio",
+                "2",
+                "--prior.train.warmup_steps",
+                "-1",
+            ],
+            r"(?s)learning_rate is 0.*warmup_steps is -1.*min_lr_ratio is 2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_relations_between_sections(tiny_yaml, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_experiment(["--config", str(tiny_yaml), *arguments])
@@ -147,25 +229,54 @@ class WithoutChecks(ast.NodeTransformer):
 
 
 def test_every_field_is_documented_and_read_somewhere():
-    sources = {p: p.read_text() for d in ("stage1_tokenizer", "stage2_prior", "pipeline") for p in (ROOT / d).rglob("*.py")}
-    code = "\n".join(ast.unparse(WithoutChecks().visit(ast.parse(text))) for text in sources.values())
+    sources = {
+        p: p.read_text()
+        for d in ("stage1_tokenizer", "stage2_prior", "pipeline")
+        for p in (ROOT / d).rglob("*.py")
+    }
+    code = "\n".join(
+        ast.unparse(WithoutChecks().visit(ast.parse(text))) for text in sources.values()
+    )
     for kind in {c.__name__: c for c in configurations(Experiment)}.values():
         text = next(s for s in sources.values() if f"class {kind.__name__}" in s)
-        body = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
+        body = next(
+            n
+            for n in ast.walk(ast.parse(text))
+            if isinstance(n, ast.ClassDef) and n.name == kind.__name__
+        ).body
         for statement, following in zip(body, [*body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign):
                 name = statement.target.id  # type: ignore[union-attr]
-                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                documented = isinstance(following, ast.Expr) and isinstance(
+                    following.value, ast.Constant
+                )
                 assert documented, f"{kind.__name__}.{name} has no docstring"
                 assert re.search(rf"\.{name}\b", code), f"{kind.__name__}.{name} is read nowhere"
 
 
 def test_options_are_spelled_with_hyphens_or_underscores(tiny_yaml):
-    given = ["--config", str(tiny_yaml), "--prior.train.batch-size", "16", "--tokenizer.train.log-every=3", "--name", "two-words"]
+    given = [
+        "--config",
+        str(tiny_yaml),
+        "--prior.train.batch-size",
+        "16",
+        "--tokenizer.train.log-every=3",
+        "--name",
+        "two-words",
+    ]
     experiment = load_experiment(given)
-    assert (experiment.prior.train.batch_size, experiment.tokenizer.train.log_every, experiment.name) == (16, 3, "two-words")
+    assert (
+        experiment.prior.train.batch_size,
+        experiment.tokenizer.train.log_every,
+        experiment.name,
+    ) == (16, 3, "two-words")
     assert spelled(["--best_of", "a_b", "--top_k=1_0", "-x_y", "--guidance-scale"], "-") == [
-        "--best-of", "a_b", "--top-k=1_0", "-x_y", "--guidance-scale"]  # fmt: skip
+        "--best-of",
+        "a_b",
+        "--top-k=1_0",
+        "-x_y",
+        "--guidance-scale",
+    ]
 
 
 def test_help_shows_hyphens(capsys):

@@ -1,4 +1,5 @@
-"""The codes dataset as files: what is written is read, what is damaged is named, captions are drawn evenly."""
+"""The codes dataset as files: what is written is read, what is damaged is named, captions are drawn
+evenly."""
 
 from __future__ import annotations
 
@@ -12,14 +13,34 @@ from hypothesis import strategies as st
 
 from pipeline.data.codes import dataset
 from pipeline.data.codes import shards as code_shards
-from pipeline.data.codes.dataset import CodesDataset, mark_shard_done, planned_files, recorded_shard, write_manifest
+from pipeline.data.codes.dataset import (
+    CodesDataset,
+    mark_shard_done,
+    planned_files,
+    recorded_shard,
+    write_manifest,
+)
 from pipeline.data.codes.shards import EncodedRows, write_shard
 
 
-def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: int = 5, views: int = 1, num_codes: int = 16) -> Path:
+def write(
+    folder: Path,
+    codes: np.ndarray,
+    captions: list[list[str]],
+    *,
+    each: int = 5,
+    views: int = 1,
+    num_codes: int = 16,
+) -> Path:
     """A whole folder of training rows with codes (rows, N), in blocks of three."""
     levels = [{"grid": [1, codes.shape[1] // views], "num_codes": num_codes}]
-    plan: dict = {"format": 2, "levels": levels, "views": views, "images_per_shard": each, "weights": [1.0]}
+    plan: dict = {
+        "format": 1,
+        "levels": levels,
+        "augmentations_per_image": views,
+        "images_per_shard": each,
+        "weights": [1.0],
+    }
     plan["parts"] = {"train": [{"first": 0, "rows": len(codes)}]}
     folder.mkdir()
     kind, written = code_shards.kind_of(levels), []
@@ -27,7 +48,11 @@ def write(folder: Path, codes: np.ndarray, captions: list[list[str]], *, each: i
         part = unit.rows
         starts = range(part.start, part.stop, 3)
         blocks = (
-            EncodedRows(codes[i : min(i + 3, part.stop)], captions[i : min(i + 3, part.stop)], range(100 + i, 100 + min(i + 3, part.stop)))
+            EncodedRows(
+                codes[i : min(i + 3, part.stop)],
+                captions[i : min(i + 3, part.stop)],
+                range(100 + i, 100 + min(i + 3, part.stop)),
+            )
             for i in starts
         )
         mark_shard_done(folder, write_shard(folder / name, blocks, codes=codes.shape[1], kind=kind))
@@ -47,14 +72,22 @@ def folder(tmp_path) -> Path:
 @given(st.data())
 def test_what_is_written_is_read(tmp_path_factory, data):
     rows, each, views, width = (data.draw(st.integers(1, most)) for most in (20, 8, 3, 4))
-    captions = data.draw(st.lists(st.lists(st.text(max_size=9), min_size=1, max_size=3), min_size=rows, max_size=rows))
-    codes = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 2**16, (rows, views * width))
+    captions = data.draw(
+        st.lists(
+            st.lists(st.text(max_size=9), min_size=1, max_size=3), min_size=rows, max_size=rows
+        )
+    )
+    codes = np.random.default_rng(data.draw(st.integers(0, 9))).integers(
+        0, 2**16, (rows, views * width)
+    )
     folder = tmp_path_factory.mktemp("property") / "codes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(code_shards, "_BATCH", data.draw(st.integers(1, 6)))
         patch.setattr(dataset, "_OPEN", data.draw(st.integers(1, 3)))
         patch.setattr(dataset, "_READ", data.draw(st.integers(1, 5)))
-        read = CodesDataset(write(folder, codes, captions, each=each, views=views, num_codes=2**16), "train")
+        read = CodesDataset(
+            write(folder, codes, captions, each=each, views=views, num_codes=2**16), "train"
+        )
         order = data.draw(st.permutations(range(rows)))
         assert len(read) == rows and len(list(folder.iterdir())) == 1 + -(-rows // each)
         assert read.all_captions(order) == [captions[i] for i in order]
@@ -63,7 +96,9 @@ def test_what_is_written_is_read(tmp_path_factory, data):
         assert read.captions_in_all == sum(map(len, captions))
         for view in range(views):
             seen = read.codes(order, [view] * rows)
-            assert seen.dtype == np.int64 and np.array_equal(seen, codes[order, view * width : (view + 1) * width])
+            assert seen.dtype == np.int64 and np.array_equal(
+                seen, codes[order, view * width : (view + 1) * width]
+            )
         assert np.array_equal(read.codes(order), read.codes(order, [0] * rows))
         assert len(read._opened) <= dataset._OPEN
 
@@ -72,7 +107,16 @@ def test_datasets_reads_the_files_too(folder):
     from datasets import Dataset
 
     read = Dataset.from_file(str(folder / "train-00001-of-00003.arrow"))
-    assert read[0] == {"codes": [4, 5, 6, 7], "text": "first 5", "more_texts": ["second 5", "third 5"], "row": 105} and len(read) == 5
+    assert (
+        read[0]
+        == {
+            "codes": [4, 5, 6, 7],
+            "text": "first 5",
+            "more_texts": ["second 5", "third 5"],
+            "row": 105,
+        }
+        and len(read) == 5
+    )
     assert read.features["codes"].feature.dtype == "uint16"
 
 
@@ -80,15 +124,29 @@ def test_datasets_reads_the_files_too(folder):
 def test_codes_have_the_fewest_bits_that_hold_them(tmp_path, num_codes, kind):
     codes = np.array([[0, num_codes - 1]])
     folder = write(tmp_path / "codes", codes, [["a"]], num_codes=num_codes)
-    assert next(code_shards.read_batches(folder / "train-00000-of-00001.arrow")).schema.field("codes").type.value_type == kind
+    assert (
+        next(code_shards.read_batches(folder / "train-00000-of-00001.arrow"))
+        .schema.field("codes")
+        .type.value_type
+        == kind
+    )
     assert np.array_equal(CodesDataset(folder, "train").codes([0]), codes)
 
 
 def test_each_caption_of_a_picture_is_as_likely(folder):
     read = CodesDataset(folder, "train")
     drawn = read.captions([2] * 300, np.random.default_rng(0).random(300).tolist())
-    assert {text: round(drawn.count(text) / 100) for text in set(drawn)} == {"first 2": 1, "second 2": 1, "third 2": 1}
-    assert read.captions([2, 2, 2, 0], [0.0, 0.34, 0.999, 0.999]) == ["first 2", "second 2", "third 2", "first 0"]
+    assert {text: round(drawn.count(text) / 100) for text in set(drawn)} == {
+        "first 2": 1,
+        "second 2": 1,
+        "third 2": 1,
+    }
+    assert read.captions([2, 2, 2, 0], [0.0, 0.34, 0.999, 0.999]) == [
+        "first 2",
+        "second 2",
+        "third 2",
+        "first 0",
+    ]
 
 
 def changed(file: Path) -> None:
@@ -99,7 +157,9 @@ def changed(file: Path) -> None:
 
 DAMAGE = {
     "is missing": Path.unlink,
-    "is cut or damaged: it has 100 bytes and was written with": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "is cut or damaged: it has 100 bytes and was written with": lambda file: file.write_bytes(
+        file.read_bytes()[:100]
+    ),
     "is damaged: its content is not what was written": changed,
 }
 
@@ -108,7 +168,10 @@ DAMAGE = {
 def test_a_damaged_file_is_named_on_opening(folder, message):
     file = folder / "train-00001-of-00003.arrow"
     DAMAGE[message](file)
-    with pytest.raises(ValueError, match=f"{file} {message}.*run `minidalle encode` again, which makes just that file anew"):
+    with pytest.raises(
+        ValueError,
+        match=f"{file} {message}.*run `minidalle encode` again, which makes just that file anew",
+    ):
         CodesDataset(folder, "train")
 
 
@@ -117,7 +180,9 @@ def test_of_large_folders_sizes_alone_are_checked(folder, monkeypatch):
     changed(folder / "train-00001-of-00003.arrow")
     assert len(CodesDataset(folder, "train")) == 12
     (folder / "train-00002-of-00003.arrow").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train-00002-of-00003\.arrow is cut or damaged: it has 0 bytes"):
+    with pytest.raises(
+        ValueError, match=r"train-00002-of-00003\.arrow is cut or damaged: it has 0 bytes"
+    ):
         CodesDataset(folder, "train")
 
 
@@ -129,19 +194,31 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
         code_shards.OpenShard(file)
 
 
-@pytest.mark.parametrize(("made", "message"), [(1, "an earlier version .format 1; this one reads 2."), (3, "a later version .format 3"),
-                                              ("x", "an earlier version .format x")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (0, "an earlier version .format 0; this one reads 1."),
+        (3, "a later version .format 3"),
+        ("x", "an earlier version .format x"),
+    ],
+)
 def test_other_formats_are_refused(folder, made, message):
     manifest = json.loads((folder / "codes.json").read_text())
     (folder / "codes.json").write_text(json.dumps({**manifest, "format": made}))
-    with pytest.raises(ValueError, match=f"the codes in {folder} were written by {message}.*remove that folder and run"):
+    with pytest.raises(
+        ValueError,
+        match=f"the codes in {folder} were written by {message}.*remove that folder and run",
+    ):
         CodesDataset(folder, "train")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}"])
 def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
     (folder / "codes.json").write_text(content)
-    with pytest.raises(ValueError, match=r"codes\.json is cut or damaged .*remove .* and run `minidalle encode` again"):
+    with pytest.raises(
+        ValueError,
+        match=r"codes\.json is cut or damaged .*remove .* and run `minidalle encode` again",
+    ):
         CodesDataset(folder, "train")
 
 

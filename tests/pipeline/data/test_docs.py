@@ -18,13 +18,19 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_each_example_is_a_configuration(number, tmp_path):
-    values = {"name": "example", "encode": {"pictures": 10}, **yaml.safe_load(EXAMPLES[number])}
+    values = {"name": "example", "encode": {"max_images": 10}, **yaml.safe_load(EXAMPLES[number])}
     (tmp_path / "example.yaml").write_text(yaml.safe_dump(values))
     assert load_experiment(["--config", str(tmp_path / "example.yaml")]).data.sources
 
 
 def test_every_setting_of_data_is_named_there():
     for field in fields(DataConfig):
-        if field.name not in ("num_scenes", "lattice", "min_objects", "font", "annotations"):  # of the worlds that are drawn here
+        if field.name not in (
+            "num_scenes",
+            "grid_cells",
+            "min_objects",
+            "font",
+            "annotations",
+        ):  # of the worlds that are drawn here
             assert re.search(rf"\b{field.name}\b", TEXT), field.name
     assert len(EXAMPLES) >= 12

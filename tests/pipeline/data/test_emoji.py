@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 from pipeline.config.data import DataConfig
-from pipeline.data.builtin.emoji import ANNOTATIONS, FONT, TONES, EmojiSource, held_out_names, load_emoji, read_names, tone_of
+from pipeline.data.builtin.emoji import (
+    ANNOTATIONS,
+    FONT,
+    TONES,
+    EmojiSource,
+    held_out_names,
+    load_emoji,
+    read_names,
+    tone_of,
+)
 
 installed = pytest.mark.skipif(
-    not Path(FONT).is_file() or not Path(ANNOTATIONS).is_dir(), reason="the emoji font or names are not installed"
+    not Path(FONT).is_file() or not Path(ANNOTATIONS).is_dir(),
+    reason="the emoji font or names are not installed",
 )
 
 
@@ -21,7 +31,10 @@ installed = pytest.mark.skipif(
         ("red heart", ("red heart", None)),
         ("astronaut: dark skin tone", ("astronaut", "dark skin tone")),
         ("man: light skin tone, beard", ("man: beard", "light skin tone")),
-        ("kiss: person, person, light skin tone, dark skin tone", ("kiss: person, person, light skin tone, dark skin tone", None)),
+        (
+            "kiss: person, person, light skin tone, dark skin tone",
+            ("kiss: person, person, light skin tone, dark skin tone", None),
+        ),
         ("flag: France", ("flag: France", None)),
     ],
 )
@@ -30,7 +43,9 @@ def test_family_and_tone(name, expected):
 
 
 def test_one_tone_of_a_whole_family_is_held_out():
-    names = [f"{base}: {tone}" for base in ("cook", "judge", "pilot", "singer") for tone in TONES] + ["boat: dark skin tone", "tree"]
+    names = [
+        f"{base}: {tone}" for base in ("cook", "judge", "pilot", "singer") for tone in TONES
+    ] + ["boat: dark skin tone", "tree"]
     held = held_out_names(names, 0.1)
     assert len(held) == 2 and len({tone_of(n)[0] for n in held}) == 2
     assert held == held_out_names(names[::-1], 0.1)
@@ -38,10 +53,14 @@ def test_one_tone_of_a_whole_family_is_held_out():
 
 
 def test_names_are_read_from_both_files(tmp_path):
-    for folder, cp, name in (("annotations", "♥", "heart"), ("annotationsDerived", "🧑🏿‍🚀", "astronaut: dark skin tone")):
+    for folder, cp, name in (
+        ("annotations", "♥", "heart"),
+        ("annotationsDerived", "🧑🏿‍🚀", "astronaut: dark skin tone"),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "en.xml").write_text(
-            f'<ldml><annotations><annotation cp="{cp}">a | b</annotation><annotation cp="{cp}" type="tts">{name}</annotation>'
+            f'<ldml><annotations><annotation cp="{cp}">a | b</annotation><annotation cp="{cp}" '
+            f'type="tts">{name}</annotation>'
             "</annotations></ldml>",
             encoding="utf-8",
         )
@@ -49,7 +68,9 @@ def test_names_are_read_from_both_files(tmp_path):
 
 
 def test_a_missing_font_says_how_to_install_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"fonts-noto-color-emoji\) or give its path as data\.font"):
+    with pytest.raises(
+        FileNotFoundError, match=r"fonts-noto-color-emoji\) or give its path as data\.font"
+    ):
         load_emoji(64, str(tmp_path / "none.ttf"), None)
 
 
@@ -76,7 +97,10 @@ def names(source: EmojiSource) -> list[str]:
 
 @installed
 def test_the_splits_hold_thousands_of_distinct_pictures_and_new_combinations():
-    train, held_out = (EmojiSource(DataConfig(source="emoji", image_size=32), split) for split in ("train", "held_out"))
+    train, held_out = (
+        EmojiSource(DataConfig(source="emoji", image_size=32), split)
+        for split in ("train", "held_out")
+    )
     assert len(train) > 3000 and len(held_out) == round(0.05 * (len(train) + len(held_out)))
     assert not set(names(train)) & set(names(held_out))
     words = set(" ".join(names(train)).replace(":", "").replace(",", "").split())
@@ -87,7 +111,8 @@ def test_the_splits_hold_thousands_of_distinct_pictures_and_new_combinations():
         family = tone_of(name)[0]
         assert sum(tone_of(n)[0] == family and tone_of(n)[1] is not None for n in names(train)) == 4
     pictures = train.images(range(len(train)))
-    assert len({p.tobytes() for p in pictures}) > 0.98 * len(train)  # distinct at 64, and nearly all so at 32
+    # Distinct at 64, and nearly all so at 32
+    assert len({p.tobytes() for p in pictures}) > 0.98 * len(train)
     assert pictures.std(axis=(1, 2, 3)).min() > 0
     assert train.fingerprint != held_out.fingerprint and train.captions([0]) == train.names([0])
 

@@ -1,4 +1,5 @@
-"""Damaged and hostile data: loading ends with pictures or with one of our errors, in time, and writes nothing.
+"""Damaged and hostile data: loading ends with pictures or with one of our errors, in time, and
+writes nothing.
 
 MINIDALLE_FUZZ=400 gives so many cases a test in place of a few (six tests: 2,400 cases).
 """
@@ -30,7 +31,13 @@ pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("MINIDALLE_FUZZ", "25"))
 SECONDS = 60
-fuzzed = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+fuzzed = settings(
+    max_examples=CASES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    derandomize=True,
+)
 
 
 FORMS: list[tuple[str, str, dict[str, object]]] = [
@@ -58,7 +65,12 @@ def _files() -> list[bytes]:
             options = {**options, "append_images": [photo(2, (24, 20)).convert("P")]}
         exif = Image.Exif()
         exif[0x0112] = 6
-        image.save(buffer, form, **({"exif": exif.tobytes()} if form in ("JPEG", "WEBP") else {}), **options)
+        image.save(
+            buffer,
+            form,
+            **({"exif": exif.tobytes()} if form in ("JPEG", "WEBP") else {}),
+            **options,
+        )
         found.append(buffer.getvalue())
     return found
 
@@ -69,7 +81,8 @@ PICTURES = st.sampled_from(FILES)
 
 @st.composite
 def damaged(draw, contents=PICTURES) -> bytes:
-    """A file with bytes changed, cut out or put in, most often near its beginning where the headers are."""
+    """A file with bytes changed, cut out or put in, most often near its beginning where the headers
+    are."""
     content = bytearray(draw(contents))
     for _ in range(draw(st.integers(0, 5))):
         where = draw(st.one_of(st.integers(0, 64), st.integers(0, max(len(content) - 1, 0))))
@@ -87,21 +100,32 @@ def damaged(draw, contents=PICTURES) -> bytes:
 
 LETTERS = st.characters(blacklist_categories=["Cs"], blacklist_characters="/\0")
 OWN = st.one_of(
-    st.sampled_from(["a.png", "b.jpg", ".hidden.png", "-.png"]), st.text(LETTERS, min_size=1, max_size=12).map(lambda name: name + ".png")
+    st.sampled_from(["a.png", "b.jpg", ".hidden.png", "-.png"]),
+    st.text(LETTERS, min_size=1, max_size=12).map(lambda name: name + ".png"),
 )
-NAMES = st.one_of(OWN, st.sampled_from(["../out.png", "/etc/passwd", "..\\x.png", "x/../../y.png", "loop/a.png"]))
-TEXTS = st.one_of(st.text(max_size=30), st.sampled_from(["", " ", "{name}", "\ud800", "a\0b", "x" * 5000, "é\n\nß", '"', "=cmd()"]))
+NAMES = st.one_of(
+    OWN, st.sampled_from(["../out.png", "/etc/passwd", "..\\x.png", "x/../../y.png", "loop/a.png"])
+)
+TEXTS = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(["", " ", "{name}", "\ud800", "a\0b", "x" * 5000, "é\n\nß", '"', "=cmd()"]),
+)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 LINKS = st.sampled_from(["loop", "a.png", "b.png", "deep/loop", "self"])
-TARGETS = st.sampled_from([".", "..", "../..", "a.png", "self", "/dev/zero", "/nowhere", "../out.png"])
+TARGETS = st.sampled_from(
+    [".", "..", "../..", "a.png", "self", "/dev/zero", "/nowhere", "../out.png"]
+)
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, NAMES), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, NAMES),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
 )
 
 
 @contextmanager
 def sandbox() -> Iterator[Path]:
-    """A folder with a secret beside the data; fails where loading takes too long or writes anything at all."""
+    """A folder with a secret beside the data; fails where loading takes too long or writes anything
+    at all."""
     outer = Path(tempfile.mkdtemp(prefix="fuzz"))
 
     def too_long(*_: object) -> None:
@@ -124,10 +148,13 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
-    """Loading and reading everything raises nothing but what the command line shows as one line, and leaves the folder as it was."""
+    """Loading and reading everything raises nothing but what the command line shows as one line,
+    and leaves the folder as it was."""
     before = listing(folder.parent)
     try:
-        train, held_out = load_sources(config(source, max_corrupt_fraction=0.9, upscale=True, **options))
+        train, held_out = load_sources(
+            config(source, max_corrupt_fraction=0.9, upscale=True, **options)
+        )
         for split in (train, held_out):
             if options.get("streaming") and split is train:
                 assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
@@ -164,7 +191,12 @@ def test_damaged_pictures_and_captions(files):
 
 @fuzzed
 @given(
-    rows=st.lists(st.dictionaries(st.sampled_from(["file_name", "image", "text", "caption", ""]), VALUES, max_size=4), max_size=5),
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["file_name", "image", "text", "caption", ""]), VALUES, max_size=4
+        ),
+        max_size=5,
+    ),
     ending=st.binary(max_size=6),
     form=st.sampled_from(["metadata.csv", "metadata.jsonl", "table.csv", "table.jsonl"]),
     template=st.sampled_from([None, "{text}", "{caption} {name}", "{", "{0}", "{text!r:>{x}}"]),
@@ -175,7 +207,9 @@ def test_damaged_tables(rows, ending, form, template):
             put(folder / name, FILES[0])
         if form.endswith("csv"):
             buffer = io.StringIO()
-            writer = csv.DictWriter(buffer, ["file_name", "image", "text", "caption", ""], extrasaction="ignore")
+            writer = csv.DictWriter(
+                buffer, ["file_name", "image", "text", "caption", ""], extrasaction="ignore"
+            )
             writer.writeheader()
             for row in rows:
                 writer.writerow({key: str(value) for key, value in row.items()})
@@ -183,7 +217,11 @@ def test_damaged_tables(rows, ending, form, template):
         else:
             content = "\n".join(json.dumps(row) for row in rows).encode()
         put(folder / form, content + ending)
-        loads_or_says_why(folder if form.startswith("metadata") else folder / form, folder, caption_template=template)
+        loads_or_says_why(
+            folder if form.startswith("metadata") else folder / form,
+            folder,
+            caption_template=template,
+        )
 
 
 @st.composite
@@ -191,13 +229,28 @@ def tars(draw) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=draw(FORMATS)) as tar:
         for _ in range(draw(st.integers(0, 5))):
-            name = draw(st.one_of(NAMES, st.sampled_from(["a.txt", "a.json", "a.cls", "a.png", "b.jpg", "b.txt"])))
+            name = draw(
+                st.one_of(
+                    NAMES, st.sampled_from(["a.txt", "a.json", "a.cls", "a.png", "b.jpg", "b.txt"])
+                )
+            )
             try:
                 entry = tarfile.TarInfo(name)
-                kind = draw(st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE]))
+                kind = draw(
+                    st.sampled_from(
+                        [tarfile.REGTYPE] * 6
+                        + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE]
+                    )
+                )
                 entry.type = kind
                 entry.linkname = draw(st.sampled_from(["", "../../out.png", "/etc/passwd", name]))
-                content = draw(st.one_of(damaged(), st.binary(max_size=20), TEXTS.map(lambda t: json.dumps({"alt": t}).encode())))
+                content = draw(
+                    st.one_of(
+                        damaged(),
+                        st.binary(max_size=20),
+                        TEXTS.map(lambda t: json.dumps({"alt": t}).encode()),
+                    )
+                )
                 entry.size = len(content) if kind == tarfile.REGTYPE else 0
                 tar.addfile(entry, io.BytesIO(content))
             except (ValueError, UnicodeError):
@@ -220,7 +273,7 @@ def test_damaged_streams(first, second):
     with sandbox() as folder:
         put(folder / "0.tar", first)
         put(folder / "1.tar", second)
-        loads_or_says_why(folder, folder, streaming=True, shuffle_buffer=4, interleave=2)
+        loads_or_says_why(folder, folder, streaming=True, shuffle_buffer=4, shards_per_worker=2)
 
 
 @fuzzed

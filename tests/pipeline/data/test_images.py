@@ -1,4 +1,5 @@
-"""From a file to a square: formats, sizes, crops, what is refused; and what a mapped source makes of its settings."""
+"""From a file to a square: formats, sizes, crops, what is refused; and what a mapped source makes
+of its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from PIL import Image
 from pipeline.config.data import DataConfig
 from pipeline.data import map_source as mapped
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.images import centre_square, open_for_judging, open_picture, prepared, random_square
+from pipeline.data.readers.images import (
+    centre_square,
+    open_for_judging,
+    open_picture,
+    prepared,
+    random_square,
+)
 from stage1_tokenizer import resize_and_crop
 from tests.helpers.data import config, encoded, photo
 
@@ -36,7 +43,10 @@ def test_jpegs_decoded_small_look_as_if_decoded_whole():
         content = as_file(photo(seed, (300, 260)), "JPEG", quality=90)
         whole = np.asarray(resize_and_crop(open_picture(content), 32))
         assert open_picture(content, at_least=64).size < (300, 260)
-        assert psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32)) > 40
+        assert (
+            psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32))
+            > 40
+        )
 
 
 def test_no_other_program_is_started_for_a_picture(tmp_path):
@@ -52,7 +62,10 @@ def test_a_picture_is_judged_by_its_full_size_when_upright():
     assert size == (640, 320) and small.size < size
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    assert open_for_judging(as_file(photo(0, (640, 320)), "JPEG", exif=exif.tobytes()), 40)[1] == (320, 640)
+    assert open_for_judging(as_file(photo(0, (640, 320)), "JPEG", exif=exif.tobytes()), 40)[1] == (
+        320,
+        640,
+    )
 
 
 @given(
@@ -64,9 +77,14 @@ def test_a_picture_is_judged_by_its_full_size_when_upright():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_shape_gives_a_square(width, height, scale, draw, flip):
-    picture = prepared(as_file(photo(1, (width, height)), "PNG"), config("x", crop="random", crop_scale=scale))
+    picture = prepared(
+        as_file(photo(1, (width, height)), "PNG"), config("x", crop="random", crop_scale=scale)
+    )
     assert min(picture.shape[:2]) >= 16
-    for part in (centre_square(picture, 16), random_square(picture, 16, crop=True, flip=flip, draw=draw)):
+    for part in (
+        centre_square(picture, 16),
+        random_square(picture, 16, crop=True, flip=flip, draw=draw),
+    ):
         assert part.shape == (16, 16, 3)
     again = random_square(picture, 16, crop=True, flip=flip, draw=draw)
     assert np.array_equal(part, again)
@@ -74,12 +92,23 @@ def test_any_shape_gives_a_square(width, height, scale, draw, flip):
 
 def test_random_squares_reach_everywhere_and_are_mirrored_half_of_the_time():
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (16, 64, 3))
-    lefts = {int(random_square(ramp, 16, crop=True, flip=False, draw=d)[0, 0, 0]) for d in range(600)}
+    lefts = {
+        int(random_square(ramp, 16, crop=True, flip=False, draw=d)[0, 0, 0]) for d in range(600)
+    }
     assert lefts == set(range(49))
-    flipped = [bool(np.diff(random_square(ramp, 16, crop=False, flip=True, draw=d)[0, :2, 0].astype(int))[0] < 0) for d in range(400)]
+    flipped = [
+        bool(
+            np.diff(random_square(ramp, 16, crop=False, flip=True, draw=d)[0, :2, 0].astype(int))[0]
+            < 0
+        )
+        for d in range(400)
+    ]
     assert 160 < sum(flipped) < 240
     large = np.broadcast_to(np.arange(40, dtype=np.uint8)[None, :, None], (40, 40, 3))
-    spans = [np.ptp(random_square(large, 20, crop=True, flip=False, draw=d).astype(int)) for d in range(300)]
+    spans = [
+        np.ptp(random_square(large, 20, crop=True, flip=False, draw=d).astype(int))
+        for d in range(300)
+    ]
     assert min(spans) < 22 and max(spans) > 36  # squares of half the side and of all of it
 
 
@@ -88,15 +117,25 @@ def bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     return (
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT" + b"\0" * 4
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", len(header))
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + b"\0\0\0\0IDAT"
+        + b"\0" * 4
     )
 
 
 def test_bombs_animations_and_odd_modes(tmp_path):
-    """A bomb is refused by what it claims; of an animation the first frame is seen; every mode becomes RGB."""
+    """A bomb is refused by what it claims; of an animation the first frame is seen; every mode
+    becomes RGB."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as outside of tests, where Pillow's warning would not stop it
-        with pytest.raises(ValueError, match=r"it says to be 10000x10000 pixels, and 89,478,485 in all are the most"):
+        # As outside of tests, where Pillow's warning would not stop it
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            ValueError,
+            match=r"it says to be 10000x10000 pixels, and 89,478,485 in all are the most",
+        ):
             open_picture(bomb())
     (tmp_path / "bomb.png").write_bytes(bomb())
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
@@ -109,7 +148,13 @@ def test_bombs_animations_and_odd_modes(tmp_path):
     found = {}
     for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5)):
         if len(split):
-            found |= dict(zip(split.captions(range(len(split))), split.images(range(len(split)))[:, 5, 5].tolist(), strict=True))
+            found |= dict(
+                zip(
+                    split.captions(range(len(split))),
+                    split.images(range(len(split)))[:, 5, 5].tolist(),
+                    strict=True,
+                )
+            )
     white = [255, 255, 255]
     assert found == {"animated": [255, 0, 0], "deep": white, "print": white, "clear": white}
     assert split.problems == ["1 unreadable pictures left out: bomb.png"]
@@ -122,16 +167,33 @@ def pictures_of(folder, sizes: dict[str, tuple[int, int]]) -> None:
 
 
 def kept(folder, **options: object) -> set[str]:
-    return {c for split in load_sources(config(folder, **options)) for c in split.captions(range(len(split)))}
+    return {
+        c
+        for split in load_sources(config(folder, **options))
+        for c in split.captions(range(len(split)))
+    }
 
 
 def test_sizes_and_shapes_that_are_not_wanted_are_left_out_and_counted(tmp_path):
-    pictures_of(tmp_path, {"tiny": (12, 12), "small": (20, 20), "good": (40, 50), "wide": (120, 30), "large": (200, 190)})
+    pictures_of(
+        tmp_path,
+        {
+            "tiny": (12, 12),
+            "small": (20, 20),
+            "good": (40, 50),
+            "wide": (120, 30),
+            "large": (200, 190),
+        },
+    )
     assert kept(tmp_path) == {"small", "good", "wide", "large"}
-    assert kept(tmp_path, min_size=25) == {"good", "wide", "large"} and kept(tmp_path, min_size=35) == {"good", "large"}
+    assert kept(tmp_path, min_size=25) == {"good", "wide", "large"} and kept(
+        tmp_path, min_size=35
+    ) == {"good", "large"}
     assert kept(tmp_path, max_size=100, max_aspect=2) == {"small", "good"}
     assert kept(tmp_path, upscale=True, max_aspect=3) == {"tiny", "small", "good", "large"}
-    problems = load_source(config(tmp_path, min_size=25, max_size=150, max_aspect=2), "train").problems
+    problems = load_source(
+        config(tmp_path, min_size=25, max_size=150, max_aspect=2), "train"
+    ).problems
     assert problems == [
         "2 pictures smaller than 25 pixels left out: small.png, tiny.png",
         "1 pictures larger than 150 pixels left out: large.png",
@@ -146,17 +208,23 @@ def test_draws_vary_pictures_only_where_that_is_asked_for(tmp_path):
     assert np.array_equal(plain.images(rows), plain.images(rows, [1] * len(rows)))
     varied = load_source(config(tmp_path, crop="random", crop_scale=0.8, flip=True), "train")
     one, two = varied.images(rows, [1] * len(rows)), varied.images(rows, [2] * len(rows))
-    assert not np.array_equal(one, two) and np.array_equal(one, varied.images(rows, [1] * len(rows)))
+    assert not np.array_equal(one, two) and np.array_equal(
+        one, varied.images(rows, [1] * len(rows))
+    )
     assert psnr(varied.images(rows), plain.images(rows)) > 30
 
 
 def test_what_fits_is_decoded_once(tmp_path, monkeypatch):
     pictures_of(tmp_path, {f"p{i}": (20, 20) for i in range(12)})
     decoded: list[int] = []
-    monkeypatch.setattr(mapped, "prepared", lambda *given, **options: decoded.append(1) or prepared(*given, **options))
+    monkeypatch.setattr(
+        mapped,
+        "prepared",
+        lambda *given, **options: decoded.append(1) or prepared(*given, **options),
+    )
     for memory, times in ((1.0, 1), (0.0, 2), (2 * 16 * 16 * 3 / 2**30, None)):
         decoded.clear()
-        source = load_source(config(tmp_path, memory=memory), "train")
+        source = load_source(config(tmp_path, cache_gb=memory), "train")
         first, second = source.images(range(len(source))), source.images(range(len(source)))
         assert np.array_equal(first, second)
         assert len(decoded) == (times * len(source) if times else 2 * len(source) - 2)
@@ -164,23 +232,36 @@ def test_what_fits_is_decoded_once(tmp_path, monkeypatch):
 
 def test_a_picture_that_vanishes_while_training_is_named(tmp_path):
     pictures_of(tmp_path, {"a": (20, 20), "b": (20, 20), "c": (20, 20)})
-    source = load_source(config(tmp_path, memory=0.0), "train")
+    source = load_source(config(tmp_path, cache_gb=0.0), "train")
     for file in tmp_path.glob("*.png"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.png of .* could be read before and cannot now .*the data must not change"):
+    with pytest.raises(
+        ValueError,
+        match=r"\.png of .* could be read before and cannot now .*the data must not change",
+    ):
         source.images(range(len(source)))
 
 
 def test_wrong_settings_are_all_named():
     with pytest.raises(ValueError) as error:
-        DataConfig(source="x", min_size=8, max_size=4, max_aspect=0.5, min_caption=5, max_caption=2, crop_scale=0.5, memory=-1, workers=0)
+        DataConfig(
+            source="x",
+            min_size=8,
+            max_size=4,
+            max_aspect=0.5,
+            min_caption=5,
+            max_caption=2,
+            crop_scale=0.5,
+            cache_gb=-1,
+            workers=0,
+        )
     for part in (
         "min_size is 8, below",
         "max_size is 4",
         "max_aspect is 0.5",
         "max_caption is 2",
         "crop_scale is 0.5",
-        "memory is -1",
+        "cache_gb is -1",
         "workers is 0",
     ):
         assert f"data.{part}" in str(error.value)
@@ -188,7 +269,10 @@ def test_wrong_settings_are_all_named():
         ({"source": "shapes", "flip": True}, "captions of the shapes say what is left and right"),
         ({"source": "emoji", "crop": "random"}, "shapes and emoji fill their pictures"),
         ({"source": "emoji", "streaming": True}, "emoji are drawn here"),
-        ({"source": "a", "mix": [mapped_part()]}, "data.source is a and data.mix has 1 parts; give one of the two"),
+        (
+            {"source": "a", "mix": [mapped_part()]},
+            "data.source is a and data.mix has 1 parts; give one of the two",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig(**options)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Every layout gives the same pictures and captions; columns, templates, several captions; what each can have wrong."""
+"""Every layout gives the same pictures and captions; columns, templates, several captions; what
+each can have wrong."""
 
 from __future__ import annotations
 
@@ -28,8 +29,15 @@ def everything(source: object, **options: object) -> dict[str, int]:
         rows = range(len(split))
         if rows:
             captions, images = split.captions(rows), split.images(rows)
-            assert not set(captions) & set(found) and images.shape[1:] == (16, 16, 3) and images.dtype == np.uint8
-            found |= {caption: int(image[0, 0, 0]) for caption, image in zip(captions, images, strict=True)}
+            assert (
+                not set(captions) & set(found)
+                and images.shape[1:] == (16, 16, 3)
+                and images.dtype == np.uint8
+            )
+            found |= {
+                caption: int(image[0, 0, 0])
+                for caption, image in zip(captions, images, strict=True)
+            }
     return found
 
 
@@ -47,34 +55,72 @@ def write_layout(layout: str, folder) -> object:
         start = folder if layout == "absolute" else ""
         lines = [(f"{start}{'/' if start else ''}pictures/{name}.png", name) for name in pictures]
         if layout == "jsonl":
-            (folder / "t.jsonl").write_text("\n".join(json.dumps({"image": p, "text": t}) for p, t in lines))
+            (folder / "t.jsonl").write_text(
+                "\n".join(json.dumps({"image": p, "text": t}) for p, t in lines)
+            )
             return folder / "t.jsonl"
         (folder / "t.csv").write_text("path,text\n" + "".join(f"{p},{t}\n" for p, t in lines))
         return folder / "t.csv"
     if layout == "base64":
-        rows = [{"image": "data:image/png;base64," + base64.b64encode(c + b"\0" * 500).decode(), "text": n} for n, c in pictures.items()]
+        rows = [
+            {
+                "image": "data:image/png;base64," + base64.b64encode(c + b"\0" * 500).decode(),
+                "text": n,
+            }
+            for n, c in pictures.items()
+        ]
         (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return folder / "t.jsonl"
     if layout == "parquet":
-        pq.write_table(pa.table({"image": list(pictures.values()), "text": list(pictures)}), folder / "t.parquet")
+        pq.write_table(
+            pa.table({"image": list(pictures.values()), "text": list(pictures)}),
+            folder / "t.parquet",
+        )
         return folder / "t.parquet"
     if layout in ("shards", "glob", "braces"):
         for number, (name, content) in enumerate(pictures.items()):
-            write_shard(folder / f"{number:02d}.tar", [(f"a/{name}", {"png": content, "txt": name.encode()})])
-        return {"shards": folder, "glob": folder / "*.tar", "braces": folder / "{00..02}.tar"}[layout]
-    rows = {"image": [{"bytes": c, "path": None} for c in pictures.values()], "text": list(pictures)}
+            write_shard(
+                folder / f"{number:02d}.tar",
+                [(f"a/{name}", {"png": content, "txt": name.encode()})],
+            )
+        return {"shards": folder, "glob": folder / "*.tar", "braces": folder / "{00..02}.tar"}[
+            layout
+        ]
+    rows = {
+        "image": [{"bytes": c, "path": None} for c in pictures.values()],
+        "text": list(pictures),
+    }
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     data = datasets.Dataset.from_dict(rows, features=features)
-    (datasets.DatasetDict({"train": data}) if layout == "saved dict" else data).save_to_disk(str(folder / "saved"))
+    (datasets.DatasetDict({"train": data}) if layout == "saved dict" else data).save_to_disk(
+        str(folder / "saved")
+    )
     return folder / "saved"
 
 
-@pytest.mark.parametrize("layout", ["csv", "jsonl", "absolute", "base64", "parquet", "shards", "glob", "braces", "saved", "saved dict"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "csv",
+        "jsonl",
+        "absolute",
+        "base64",
+        "parquet",
+        "shards",
+        "glob",
+        "braces",
+        "saved",
+        "saved dict",
+    ],
+)
 def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = write_layout(layout, tmp_path)
     assert everything(source) == dict(ROWS)
-    assert load_source(config(source), "train").fingerprint == load_source(config(source), "train").fingerprint
+    assert (
+        load_source(config(source), "train").fingerprint
+        == load_source(config(source), "train").fingerprint
+    )
 
 
 def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
@@ -85,43 +131,78 @@ def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
         "a photo of a red_fox, 1": 7,
         "a photo of a owl, 1": 3,
     }
-    with pytest.raises(ValueError, match=r"holds 2 pictures and no captions; accepted are(?s:.*)a photo of a \{folder\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 2 pictures and no captions; accepted are(?s:.*)a photo of a \{folder\}",
+    ):
         load_source(config(tmp_path), "train")
 
 
 def test_class_labels_are_captions_by_their_names(tmp_path):
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = {"image": [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(4)], "label": [0, 1, 1, 0]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = {
+        "image": [{"bytes": encoded((i, 0, 0)), "path": None} for i in range(4)],
+        "label": [0, 1, 1, 0],
+    }
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    captions = [c for split in load_sources(config(tmp_path / "saved", text_column="label")) for c in split.captions(range(len(split)))]
+    captions = [
+        c
+        for split in load_sources(config(tmp_path / "saved", text_column="label"))
+        for c in split.captions(range(len(split)))
+    ]
     assert sorted(captions) == ["cat", "cat", "dog", "dog"]
     by_template = load_sources(config(tmp_path / "saved", caption_template="one {label}"))
-    assert sorted(c for split in by_template for c in split.captions(range(len(split)))) == ["one cat", "one cat", "one dog", "one dog"]
+    assert sorted(c for split in by_template for c in split.captions(range(len(split)))) == [
+        "one cat",
+        "one cat",
+        "one dog",
+        "one dog",
+    ]
 
 
 def test_a_picture_keeps_all_its_captions(tmp_path):
-    """Lines of a text file, rows that name it again, lists in a column; each once, within the lengths that are wanted."""
+    """Lines of a text file, rows that name it again, lists in a column; each once, within the
+    lengths that are wanted."""
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("first\n\nsecond  \nfirst\n")
     (tmp_path / "b.txt").write_text("x\nlonger than wanted\nfits\n")
     sources = load_sources(config(tmp_path, min_caption=2, max_caption=8))
-    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [["first", "second"], ["fits"]]
-    rows = [{"file_name": "a.png", "text": ["one", "two"]}, {"file_name": "b.png", "text": "x"}, {"file_name": "a.png", "text": "three"}]
+    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [
+        ["first", "second"],
+        ["fits"],
+    ]
+    rows = [
+        {"file_name": "a.png", "text": ["one", "two"]},
+        {"file_name": "b.png", "text": "x"},
+        {"file_name": "a.png", "text": "three"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = load_sources(config(tmp_path))
-    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [["one", "two", "three"], ["x"]]
+    assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [
+        ["one", "two", "three"],
+        ["x"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"caption_template": "a {colr} thing"}, "has no column 'colr'; it has folder, name, colour, text; did you mean 'colour'?"),
+        (
+            {"caption_template": "a {colr} thing"},
+            "has no column 'colr'; it has folder, name, colour, text; did you mean 'colour'?",
+        ),
         ({"caption_template": "a thing"}, "data.caption_template 'a thing' names no column"),
         ({"caption_template": "a {colour"}, "data.caption_template 'a {colour' is no template"),
-        ({"text_column": "Text"}, "has no column 'Text'; it has folder, name, colour, text; did you mean 'text'? (data.text_column)"),
+        (
+            {"text_column": "Text"},
+            "has no column 'Text'; it has folder, name, colour, text; did you mean 'text'? "
+            "(data.text_column)",
+        ),
     ],
 )
 def test_columns_that_are_not_there_are_named_with_the_nearest(tmp_path, options, message):
@@ -145,17 +226,42 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "photo,text\na.png,x\n", "has no column 'image'; it has photo, text (data.image_column)"),
-        ("t.csv", "filename,text\na.png,x\n", "has no column 'image'; it has filename, text; did you mean 'filename'?"),
-        ("t.csv", "image,text\na.png,a cat, and a dog\n", "row 1 has more fields than its columns image, text; texts with commas"),
-        ("t.csv", "image;text\na.png;x\n", "parts its columns by ';' (image;text); save it with commas"),
-        ("t.csv", '"image";"text"\n"a.png";"x"\n', """parts its columns by ';' ("image";"text"); save it with commas"""),
-        ("t.csv", "image\ttext\na.png\tx\n", "parts its columns by '\\t' (image\ttext); save it with commas"),
+        (
+            "t.csv",
+            "photo,text\na.png,x\n",
+            "has no column 'image'; it has photo, text (data.image_column)",
+        ),
+        (
+            "t.csv",
+            "filename,text\na.png,x\n",
+            "has no column 'image'; it has filename, text; did you mean 'filename'?",
+        ),
+        (
+            "t.csv",
+            "image,text\na.png,a cat, and a dog\n",
+            "row 1 has more fields than its columns image, text; texts with commas",
+        ),
+        (
+            "t.csv",
+            "image;text\na.png;x\n",
+            "parts its columns by ';' (image;text); save it with commas",
+        ),
+        (
+            "t.csv",
+            '"image";"text"\n"a.png";"x"\n',
+            """parts its columns by ';' ("image";"text"); save it with commas""",
+        ),
+        (
+            "t.csv",
+            "image\ttext\na.png\tx\n",
+            "parts its columns by '\\t' (image\ttext); save it with commas",
+        ),
         ("t.csv", 'image,text\na.png,"a cat\n', "is no CSV (unexpected end of data)"),
         (
             "t.csv",
             "image,text\ngone.png,x\n",
-            "no usable picture with a caption; 1 captions of pictures that are not there left out: gone.png",
+            "no usable picture with a caption; 1 captions of pictures that are not there left out: "
+            "gone.png",
         ),
         ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no picture left out: row 1"),
         ("t.jsonl", "{" * 5000, "line 1 is no JSON"),
@@ -192,7 +298,8 @@ def test_a_path_that_is_too_long_is_no_picture(tmp_path):
 
 
 def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
-    """They are relative to it, mapped and streamed, and other files are another source; texts that are bytes are decoded."""
+    """They are relative to it, mapped and streamed, and other files are another source; texts that
+    are bytes are decoded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -200,11 +307,16 @@ def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
     names = [f"{i}.png" for i in range(12)]
     for i, name in enumerate(names):
         (tmp_path / name).write_bytes(encoded((i, 0, 0)))
-    pq.write_table(pa.table({"path": names, "text": [f"caf\u00e9 {i}".encode() for i in range(12)]}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"path": names, "text": [f"caf\u00e9 {i}".encode() for i in range(12)]}),
+        tmp_path / "t.parquet",
+    )
     before = load_source(config(tmp_path / "t.parquet"), "train")
     assert everything(tmp_path / "t.parquet") == {f"caf\u00e9 {i}": i for i in range(12)}
     held_out = load_sources(config(tmp_path / "t.parquet", streaming=True))[1]
-    assert set(held_out.captions(range(len(held_out)))) <= {f"caf\u00e9 {i}" for i in range(12)} and len(held_out)
+    assert set(held_out.captions(range(len(held_out)))) <= {
+        f"caf\u00e9 {i}" for i in range(12)
+    } and len(held_out)
     os.utime(tmp_path / "3.png", ns=(1, 1))
     (tmp_path / "4.png").write_bytes(encoded((99, 0, 0)))
     assert load_source(config(tmp_path / "t.parquet"), "train").fingerprint != before.fingerprint
@@ -212,14 +324,20 @@ def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
 
 def test_names_with_half_surrogates_are_said(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "\\ud800.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}')
-    assert load_source(config(tmp_path), "train").problems == [r"1 captions of pictures that are not there left out: \ud800.png"]
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "\\ud800.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'
+    )
+    assert load_source(config(tmp_path), "train").problems == [
+        r"1 captions of pictures that are not there left out: \ud800.png"
+    ]
 
 
 def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(encoded((i, 0, 0)))
-    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,t{i}\n" for i in range(4, 12)))
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{i}.png,t{i}\n" for i in range(4, 12))
+    )
     assert load_source(config(tmp_path), "train").problems == [
         "6 captions of pictures that are not there left out: 6.png, 7.png, 8.png, ...",
         "4 pictures that no caption names left out: 0.png, 1.png, 2.png, ...",
@@ -229,7 +347,9 @@ def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_pa
 def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
     """Pictures of other kinds and links to nothing are; what is hidden was not meant."""
     for name in ("a.png", "b.JFIF", "c.avif"):
-        Image.new("RGB", (20, 20)).save(tmp_path / name, {"png": "PNG", "JFIF": "JPEG", "avif": "AVIF"}[name.split(".")[1]])
+        Image.new("RGB", (20, 20)).save(
+            tmp_path / name, {"png": "PNG", "JFIF": "JPEG", "avif": "AVIF"}[name.split(".")[1]]
+        )
     for name in ("d.heic", "e.svg", "._a.png", "._a.heic", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"holds 3 pictures and no captions; accepted are"):
@@ -239,21 +359,33 @@ def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
     (tmp_path / "f.jpg").symlink_to(tmp_path / "gone.jpg")
     found = folder_rows(tmp_path, "text", None)
     assert [found.label(row) for row in range(len(found))] == ["a.png", "b.JFIF", "c.avif"]
-    kinds = "pictures of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, .avif, .bmp, .gif, .tif, .tiff are) left out"
+    kinds = (
+        "pictures of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, "
+        ".avif, .bmp, .gif, .tif, .tiff are) left out"
+    )
     assert found.tally.counts() == {kinds: 2, "links to pictures that are not there left out": 1}
     assert sorted(everything(tmp_path)) == ["a", "b", "c"]
 
 
 def test_odd_letters_in_captions_and_names(tmp_path):
-    """A line separator inside a text ends no row, half a surrogate pair becomes a question mark, names that are no UTF-8 are counted."""
+    """A line separator inside a text ends no row, half a surrogate pair becomes a question mark,
+    names that are no UTF-8 are counted."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(encoded())
-    rows = ['{"file_name": "a.png", "text": "one\u2028two"}', '{"file_name": "b.png", "text": "half \\ud800"}']
+    rows = [
+        '{"file_name": "a.png", "text": "one\u2028two"}',
+        '{"file_name": "b.png", "text": "half \\ud800"}',
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     sources = load_sources(config(tmp_path))
-    assert sorted(c for split in sources for c in split.captions(range(len(split)))) == ["half ?", "one\u2028two"]
+    assert sorted(c for split in sources for c in split.captions(range(len(split)))) == [
+        "half ?",
+        "one\u2028two",
+    ]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(encoded())
-    assert load_source(config(tmp_path), "train").problems == ["1 pictures whose names are not UTF-8 left out: '\\udcff.png'"]
+    assert load_source(config(tmp_path), "train").problems == [
+        "1 pictures whose names are not UTF-8 left out: '\\udcff.png'"
+    ]
 
 
 def test_shards_hold_texts_json_and_labels(tmp_path):
@@ -264,10 +396,14 @@ def test_shards_hold_texts_json_and_labels(tmp_path):
     ]
     write_shard(tmp_path / "0.tar", samples)
     source, held_out = load_sources(config(tmp_path, caption_template="{cls}"))
-    assert sorted(source.captions(range(len(source))) + held_out.captions(range(len(held_out)))) == ["cat", "dog"]
+    assert sorted(
+        source.captions(range(len(source))) + held_out.captions(range(len(held_out)))
+    ) == ["cat", "dog"]
     assert source.problems == ["1 samples without a picture left out: notes"]
     source, held_out = load_sources(config(tmp_path, text_column="alt"))
-    assert source.captions(range(len(source))) + held_out.captions(range(len(held_out))) == ["from json"]
+    assert source.captions(range(len(source))) + held_out.captions(range(len(held_out))) == [
+        "from json"
+    ]
     with pytest.raises(ValueError, match=r"has no column 'png'; it has .*(data\.image_column)"):
         load_source(config(tmp_path, image_column="png"), "train")
 
@@ -278,18 +414,27 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     captions = write_shards(tmp_path, [5, 5])
     whole = (tmp_path / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(whole[: 512 * 9])
-    found = [split.captions(range(len(split))) for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5))]
+    found = [
+        split.captions(range(len(split)))
+        for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5))
+    ]
     assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
     assert any(
-        "shards that are cut or damaged" in line for line in load_source(config(tmp_path, max_corrupt_fraction=0.5), "train").problems
+        "shards that are cut or damaged" in line
+        for line in load_source(config(tmp_path, max_corrupt_fraction=0.5), "train").problems
     )
     # In the middle of a picture: its bytes are missed when it is read.
     start = whole.rindex(b"\x89PNG")
     (tmp_path / "001.tar").write_bytes(whole[: start + 30])
-    with pytest.raises(ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"):
+    with pytest.raises(
+        ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"
+    ):
         load_source(config(tmp_path, max_corrupt_fraction=0), "train")
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
-    with pytest.raises(ValueError, match=r"001\.tar is compressed; unpack it to a plain \.tar, or set data\.streaming=true"):
+    with pytest.raises(
+        ValueError,
+        match=r"001\.tar is compressed; unpack it to a plain \.tar, or set data\.streaming=true",
+    ):
         load_source(config(tmp_path), "train")
     (tmp_path / "000.tar").write_bytes(b"")
     (tmp_path / "001.tar").write_bytes(b"")
@@ -301,14 +446,23 @@ def test_names_that_lead_out_of_a_shard_are_left_out(tmp_path):
     picture = {"png": encoded(), "txt": b"x"}
     write_shard(tmp_path / "0.tar", [("../../evil", picture), ("/abs", picture), ("good", picture)])
     source, held_out = load_sources(config(tmp_path))
-    assert len(source) + len(held_out) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
-    assert source.problems[0].startswith("4 members of shards whose names lead out of them left out: '../../evil.png'")
+    assert len(source) + len(held_out) == 1 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "0.tar"
+    ]
+    assert source.problems[0].startswith(
+        "4 members of shards whose names lead out of them left out: '../../evil.png'"
+    )
 
 
 def test_shards_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no shard .*none.*\.tar; give a \.tar file, a folder of them, or a glob"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"there is no shard .*none.*\.tar; give a \.tar file, a folder of them, or a glob",
+    ):
         load_source(config(tmp_path / "none*.tar"), "train")
-    with pytest.raises(ValueError, match=r"https://host/0\.tar is not on this disk; set data\.streaming=true"):
+    with pytest.raises(
+        ValueError, match=r"https://host/0\.tar is not on this disk; set data\.streaming=true"
+    ):
         load_source(config("https://host/0.tar"), "train")
 
 
@@ -316,4 +470,8 @@ def test_a_tally_counts_all_and_names_the_first():
     tally = SkipCounter()
     for i in range(1500):
         tally.add("left out", str(i))
-    assert tally.lines() == ["1,500 left out: 0, 1, 2, ..."] and tally.count("left out") == 1500 and tally.count("other") == 0
+    assert (
+        tally.lines() == ["1,500 left out: 0, 1, 2, ..."]
+        and tally.count("left out") == 1500
+        and tally.count("other") == 0
+    )

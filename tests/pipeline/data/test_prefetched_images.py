@@ -1,4 +1,5 @@
-"""Pictures loaded ahead; which rows a step sees is tested with training, tests/pipeline/training/test_trainer.py."""
+"""Pictures loaded ahead; which rows a step sees is tested with training,
+tests/pipeline/training/test_trainer.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Opening every picture: what is kept and when it holds, work shared by processes, what is told of each."""
+"""Opening every picture: what is kept and when it holds, work shared by processes, what is told of
+each."""
 
 from __future__ import annotations
 
@@ -36,19 +37,24 @@ def opened(monkeypatch) -> list[int]:
     """Rows that were really read."""
     read: list[int] = []
     one = examining._examined
-    monkeypatch.setattr(examining, "_examined", lambda source, row: read.append(row) or one(source, row))
+    monkeypatch.setattr(
+        examining, "_examined", lambda source, row: read.append(row) or one(source, row)
+    )
     return read
 
 
 def test_each_picture_is_described(folder):
     found = scan_images(rows(folder), 2)
     assert found.width.tolist() == [*range(30, 39), 0] and found.height.tolist() == [24] * 9 + [0]
-    assert found.mode == ["RGB"] * 9 + [""] and [bool(problem) for problem in found.problem] == [False] * 9 + [True]
+    assert found.mode == ["RGB"] * 9 + [""] and [bool(problem) for problem in found.problem] == [
+        False
+    ] * 9 + [True]
     assert len(set(found.digest.tolist())) == 10
 
 
 def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, monkeypatch, opened):
-    """Of sources that take long; a file that is changed, added or cut in the record has them read anew."""
+    """Of sources that take long; a file that is changed, added or cut in the record has them read
+    anew."""
     kept = tmp_path / "kept"
     scan_images(rows(folder), 2, kept)
     assert not kept.exists()  # ten pictures are read again in no time
@@ -56,7 +62,9 @@ def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, m
     first = scan_images(rows(folder), 2, kept)
     opened.clear()
     again = scan_images(rows(folder), 2, kept)
-    assert not opened and all(np.array_equal(getattr(first, name), getattr(again, name)) for name in vars(first))
+    assert not opened and all(
+        np.array_equal(getattr(first, name), getattr(again, name)) for name in vars(first)
+    )
     photo(77, (50, 50)).save(folder / "3.png")
     os.utime(folder / "3.png", ns=(1, 1))
     assert scan_images(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
@@ -68,7 +76,9 @@ def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, m
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypatch, opened, processes):
+def test_processes_open_their_share_and_all_know_all(
+    folder, tmp_path, monkeypatch, opened, processes
+):
     monkeypatch.setattr(examining, "_SLOW", 5)
     alone = scan_images(rows(folder), 1)
     opened.clear()
@@ -85,16 +95,22 @@ def test_processes_open_their_share_and_all_know_all(folder, tmp_path, monkeypat
         return everybodys
 
     def one(index):
-        return scan_images(rows(folder), 1, tmp_path / f"of{index}", WorkerInfo(index, processes, gather(index)))
+        return scan_images(
+            rows(folder), 1, tmp_path / f"of{index}", WorkerInfo(index, processes, gather(index))
+        )
 
     with ThreadPoolExecutor(processes) as pool:
         found = list(pool.map(one, range(processes)))
     assert sorted(opened) == list(range(10))
     for each in found:
-        assert all(np.array_equal(getattr(each, name), getattr(alone, name)) for name in vars(alone))
+        assert all(
+            np.array_equal(getattr(each, name), getattr(alone, name)) for name in vars(alone)
+        )
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("of")] == ["of0"]
     opened.clear()
-    with ThreadPoolExecutor(processes) as pool:  # one has the record and the others have not: all read, and none waits for ever
+    with ThreadPoolExecutor(
+        processes
+    ) as pool:  # one has the record and the others have not: all read, and none waits for ever
         list(pool.map(one, range(processes)))
     assert len(opened) == 10
 
@@ -107,4 +123,8 @@ def test_an_animation_whose_later_frames_are_cut_is_its_first_frame(tmp_path):
     for end in range(len(content) // 2, len(content), 7):
         (tmp_path / "a.gif").write_bytes(content[:end])
         found = scan_images(rows(tmp_path), 1)
-        assert found.width.tolist() == [30] and found.problem == [""] and found.mode[0].startswith(("P", "RGB"))
+        assert (
+            found.width.tolist() == [30]
+            and found.problem == [""]
+            and found.mode[0].startswith(("P", "RGB"))
+        )

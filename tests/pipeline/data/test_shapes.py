@@ -1,4 +1,5 @@
-"""The embedded world: scenes are repeatable and true to their captions, and the oracle reads them and nothing else."""
+"""The embedded world: scenes are repeatable and true to their captions, and the oracle reads them
+and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.config.data import DataConfig
-from pipeline.data.builtin.shapes import BACKGROUNDS, COLOURS, NEW_PAIRS, SHAPES, SIZES, Item, Scene, ShapesWorld, draw, sprite
+from pipeline.data.builtin.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    NEW_PAIRS,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    ShapesWorld,
+    draw,
+    sprite,
+)
 from pipeline.data.builtin.shapes_captions import (
     GROUND_FRAMES,
     PLAIN_FRAMES,
@@ -32,31 +44,62 @@ def test_a_scene_depends_on_its_number_alone():
     one, two = ShapesWorld(seed=3), ShapesWorld(seed=3)
     assert [one.scene(i) for i in (5, 9)] == [two.scene(i) for i in (9, 5)][::-1]
     assert np.array_equal(one.images([5, 9])[1], two.images([9])[0])
-    assert one.scene(5) != ShapesWorld(seed=4).scene(5) != ShapesWorld(seed=3, split="held_out").scene(5)
+    assert (
+        one.scene(5)
+        != ShapesWorld(seed=4).scene(5)
+        != ShapesWorld(seed=3, split="held_out").scene(5)
+    )
     assert source().prompts([7])[0] == source().prompts([6, 7])[1]
 
 
 def test_the_world_is_as_varied_as_promised():
-    assert len(SHAPES) >= 8 and len(COLOURS) >= 9 and len(SIZES) >= 3 and len(BACKGROUNDS) >= 5 and len(RELATION_WORDS) == 4
+    assert (
+        len(SHAPES) >= 8
+        and len(COLOURS) >= 9
+        and len(SIZES) >= 3
+        and len(BACKGROUNDS) >= 5
+        and len(RELATION_WORDS) == 4
+    )
     assert len(PLAIN_FRAMES) + len(GROUND_FRAMES) >= 6
     scenes = [ShapesWorld().scene(i) for i in range(600)]
     items = [item for scene in scenes for item in scene.items]
-    assert {len(s.items) for s in scenes} == {1, 2, 3} and {s.background for s in scenes} == set(BACKGROUNDS)
-    assert {i.shape for i in items} == set(SHAPES) and {i.colour for i in items} == set(COLOURS) and {i.size for i in items} == set(SIZES)
+    assert {len(s.items) for s in scenes} == {1, 2, 3} and {s.background for s in scenes} == set(
+        BACKGROUNDS
+    )
+    assert (
+        {i.shape for i in items} == set(SHAPES)
+        and {i.colour for i in items} == set(COLOURS)
+        and {i.size for i in items} == set(SIZES)
+    )
 
 
 def test_every_word_is_used():
     text = " | ".join(source().captions(range(1500)))
-    words = [w for table in (SIZE_WORDS, SHAPE_WORDS, RELATION_WORDS) for group in table.values() for w in group]
-    assert [w for w in [*words, "violet", "turquoise", "background", "image of", "drawing of"] if w not in text] == []
+    words = [
+        w
+        for table in (SIZE_WORDS, SHAPE_WORDS, RELATION_WORDS)
+        for group in table.values()
+        for w in group
+    ]
+    assert [
+        w
+        for w in [*words, "violet", "turquoise", "background", "image of", "drawing of"]
+        if w not in text
+    ] == []
 
 
 def test_new_pairs_are_never_in_training_and_always_in_their_split():
     assert len({shape for shape, _ in NEW_PAIRS}) == len(SHAPES) == len(NEW_PAIRS)
     for split in ("train", "held_out"):
-        assert not any((i.shape, i.colour) in NEW_PAIRS for n in range(800) for i in ShapesWorld(split=split).scene(n).items)
+        assert not any(
+            (i.shape, i.colour) in NEW_PAIRS
+            for n in range(800)
+            for i in ShapesWorld(split=split).scene(n).items
+        )
     for n in range(200):
-        assert any((i.shape, i.colour) in NEW_PAIRS for i in ShapesWorld(split="new_pairs").scene(n).items)
+        assert any(
+            (i.shape, i.colour) in NEW_PAIRS for i in ShapesWorld(split="new_pairs").scene(n).items
+        )
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
@@ -68,7 +111,10 @@ def test_objects_lie_inside_and_apart(size):
             half = SIZES[item.size] * size
             assert half <= item.x <= size - half and half <= item.y <= size - half
             for other in items[:i]:
-                assert max(abs(item.x - other.x), abs(item.y - other.y)) >= half + SIZES[other.size] * size + 2
+                assert (
+                    max(abs(item.x - other.x), abs(item.y - other.y))
+                    >= half + SIZES[other.size] * size + 2
+                )
 
 
 def test_palettes_are_well_apart():
@@ -104,8 +150,21 @@ def test_relations_are_stated_where_they_are_clear():
 def test_the_oracle_finds_true_pictures_right(size, count):
     world = source(size=size)
     prompts = world.prompts(range(count))
-    shares = accuracy([check(image, p.claims) for image, p in zip(world.images(range(count)), prompts, strict=True)])
-    assert shares["correct"] >= 0.995 and set(shares) == {"correct", "count", "shapes", "colours", "sizes", "relations", "background"}
+    shares = accuracy(
+        [
+            check(image, p.claims)
+            for image, p in zip(world.images(range(count)), prompts, strict=True)
+        ]
+    )
+    assert shares["correct"] >= 0.995 and set(shares) == {
+        "correct",
+        "count",
+        "shapes",
+        "colours",
+        "sizes",
+        "relations",
+        "background",
+    }
 
 
 def test_the_oracle_reads_the_whole_scene():
@@ -125,16 +184,27 @@ def test_the_oracle_sees_through_blur_and_noise():
     prompts, verdicts = world.prompts(range(150)), []
     for image, prompt in zip(world.images(range(150)), prompts, strict=True):
         blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7)))
-        verdicts.append(check((blurred + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8), prompt.claims))
+        verdicts.append(
+            check(
+                (blurred + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8),
+                prompt.claims,
+            )
+        )
     assert accuracy(verdicts)["correct"] > 0.95
 
 
 def changed(scene: Scene, rng: np.random.Generator, what: str) -> Scene:
     """The scene with one object's attribute replaced, or an object gone."""
     first, *rest = scene.items
-    pools: dict[str, list[str]] = {"shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES)}
+    pools: dict[str, list[str]] = {
+        "shape": list(SHAPES),
+        "colour": list(COLOURS),
+        "size": list(SIZES),
+    }
     if what == "background":
-        return replace(scene, background=str(rng.choice([b for b in BACKGROUNDS if b != scene.background])))
+        return replace(
+            scene, background=str(rng.choice([b for b in BACKGROUNDS if b != scene.background]))
+        )
     if what == "count":
         return replace(scene, items=tuple(rest))
     other = str(rng.choice([v for v in pools[what] if v != getattr(first, what)]))
@@ -146,7 +216,9 @@ def test_the_oracle_rejects_a_picture_with_one_thing_changed(what):
     world, rng, wrong = ShapesWorld(split="held_out", min_objects=2), np.random.default_rng(1), []
     for n in range(120):
         scene = world.scene(n)
-        claims = Claims(tuple(ObjectClaim(i.shape, i.colour, i.size) for i in scene.items), (), scene.background)
+        claims = Claims(
+            tuple(ObjectClaim(i.shape, i.colour, i.size) for i in scene.items), (), scene.background
+        )
         other = changed(scene, rng, what)
         assert check(draw(scene, 64), claims).correct
         wrong.append(check(draw(other, 64), claims).correct)
@@ -154,7 +226,9 @@ def test_the_oracle_rejects_a_picture_with_one_thing_changed(what):
 
 
 def test_the_oracle_rejects_a_relation_turned_round():
-    scene = Scene("white", (Item("circle", "red", "small", 15, 30), Item("star", "blue", "small", 45, 30)))
+    scene = Scene(
+        "white", (Item("circle", "red", "small", 15, 30), Item("star", "blue", "small", 45, 30))
+    )
     objects = (ObjectClaim("circle", "red", None), ObjectClaim("star", "blue", None))
     picture = draw(scene, 64)
     assert check(picture, Claims(objects, ((0, "left of", 1),))).correct
@@ -165,7 +239,9 @@ def test_the_oracle_rejects_a_relation_turned_round():
 def test_swapped_captions_are_rejected():
     world = source()
     prompts, images = world.prompts(range(200)), world.images(range(1, 201))
-    assert np.mean([check(i, p.claims).correct for i, p in zip(images, prompts, strict=True)]) <= 0.01
+    assert (
+        np.mean([check(i, p.claims).correct for i, p in zip(images, prompts, strict=True)]) <= 0.01
+    )
 
 
 def test_a_smear_is_unreadable():
@@ -178,7 +254,11 @@ def test_a_smear_is_unreadable():
 
 def test_components_by_hand():
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1]], dtype=bool)
-    assert sorted(sorted(map(tuple, c.tolist())) for c in components(mask)) == [[(0, 0), (0, 1)], [(2, 0)], [(2, 2)]]
+    assert sorted(sorted(map(tuple, c.tolist())) for c in components(mask)) == [
+        [(0, 0), (0, 1)],
+        [(2, 0)],
+        [(2, 2)],
+    ]
 
 
 def test_bad_worlds_are_refused():
@@ -201,12 +281,14 @@ def test_bad_worlds_are_refused():
 def test_objects_stand_on_the_lattice():
     items = [item for i in range(200) for item in ShapesWorld(lattice=8).scene(i).items]
     assert {item.x % 8 for item in items} == {item.y % 8 for item in items} == {0}
-    assert len({item.x for item in items}) >= 5 and any(i.x % 8 for n in range(20) for i in ShapesWorld().scene(n).items)
+    assert len({item.x for item in items}) >= 5 and any(
+        i.x % 8 for n in range(20) for i in ShapesWorld().scene(n).items
+    )
 
 
 @pytest.mark.parametrize("lattice", [7, 4, 24])
 def test_a_lattice_that_does_not_fit_is_refused(lattice):
     with pytest.raises(ValueError, match=f"lattice is {lattice}.*divisor of image_size 64"):
         ShapesWorld(lattice=lattice)
-    with pytest.raises(ValueError, match=f"data.lattice is {lattice}"):
-        DataConfig(source="shapes", lattice=lattice)
+    with pytest.raises(ValueError, match=f"data.grid_cells is {lattice}"):
+        DataConfig(source="shapes", grid_cells=lattice)

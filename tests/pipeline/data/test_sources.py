@@ -14,13 +14,15 @@ from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source
 
 
-def picture(path: Path, colour: object = (200, 30, 40), size: tuple[int, int] = (20, 20), mode: str = "RGB") -> None:
+def picture(
+    path: Path, colour: object = (200, 30, 40), size: tuple[int, int] = (20, 20), mode: str = "RGB"
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
 
 
 def config(folder: Path | str, **options: object) -> DataConfig:
-    return DataConfig(**{"source": str(folder), "image_size": 16, "held_out": 0.3, **options})  # type: ignore[arg-type]
+    return DataConfig(**{"source": str(folder), "image_size": 16, "val_fraction": 0.3, **options})  # type: ignore[arg-type]
 
 
 def everything(folder: Path | str, **options: object) -> dict[str, np.ndarray]:
@@ -36,17 +38,28 @@ def everything(folder: Path | str, **options: object) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", ["csv", "jsonl", "txt"])
 def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout):
-    rows = [(f"{folder}/cat.png", f"{folder} cat", shade) for folder, shade in (("red", 200), ("dim", 50), ("mid", 120))]
+    rows = [
+        (f"{folder}/cat.png", f"{folder} cat", shade)
+        for folder, shade in (("red", 200), ("dim", 50), ("mid", 120))
+    ]
     for file, text, shade in rows:
         picture(tmp_path / file, (shade, 0, 0))
         if layout == "txt":
             (tmp_path / file).with_suffix(".txt").write_text(text + "\n")
     if layout == "csv":
-        (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f"{f},{t}\n" for f, t, _ in rows))
+        (tmp_path / "metadata.csv").write_text(
+            "file_name,text\n" + "".join(f"{f},{t}\n" for f, t, _ in rows)
+        )
     if layout == "jsonl":
-        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f, "text": t}) + "\n" for f, t, _ in rows))
+        (tmp_path / "metadata.jsonl").write_text(
+            "".join(json.dumps({"file_name": f, "text": t}) + "\n" for f, t, _ in rows)
+        )
     found = everything(tmp_path)
-    assert {text: int(image[0, 0, 0]) for text, image in found.items()} == {"red cat": 200, "dim cat": 50, "mid cat": 120}
+    assert {text: int(image[0, 0, 0]) for text, image in found.items()} == {
+        "red cat": 200,
+        "dim cat": 50,
+        "mid cat": 120,
+    }
     assert all(image.shape == (16, 16, 3) and image.dtype == np.uint8 for image in found.values())
 
 
@@ -60,7 +73,11 @@ def test_splits_do_not_move_when_pictures_are_added(tmp_path):
     (tmp_path / "new.txt").write_text("new")
     after = load_source(config(tmp_path), "held_out")
     assert kept <= set(after.captions(range(len(after)))) and 2 <= len(kept) <= 18
-    assert before.fingerprint != after.fingerprint == load_source(config(tmp_path), "held_out").fingerprint
+    assert (
+        before.fingerprint
+        != after.fingerprint
+        == load_source(config(tmp_path), "held_out").fingerprint
+    )
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):
@@ -88,36 +105,71 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
 def test_captions_of_missing_pictures_are_counted(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\ngone.png,b\n")
-    assert load_source(config(tmp_path), "train").problems == ["1 captions of pictures that are not there left out: gone.png"]
+    assert load_source(config(tmp_path), "train").problems == [
+        "1 captions of pictures that are not there left out: gone.png"
+    ]
 
 
 def test_any_mode_is_read_as_rgb(tmp_path):
-    for mode, colour in (("L", 128), ("RGBA", (1, 2, 3, 0)), ("CMYK", (0, 0, 0, 0)), ("P", 0), ("I;16", 65535), ("1", 1)):
+    for mode, colour in (
+        ("L", 128),
+        ("RGBA", (1, 2, 3, 0)),
+        ("CMYK", (0, 0, 0, 0)),
+        ("P", 0),
+        ("I;16", 65535),
+        ("1", 1),
+    ):
         file = tmp_path / f"{mode.replace(';', '')}.tif"
         picture(file, colour, mode=mode)
         file.with_suffix(".txt").write_text(mode)
     shades = {text: tuple(image[5, 5].tolist()) for text, image in everything(tmp_path).items()}
     white = (255, 255, 255)
-    assert shades["RGBA"] == shades["CMYK"] == shades["I;16"] == shades["1"] == white and shades["L"] == (128,) * 3
+    assert (
+        shades["RGBA"] == shades["CMYK"] == shades["I;16"] == shades["1"] == white
+        and shades["L"] == (128,) * 3
+    )
 
 
 def test_a_folder_without_captions_says_what_is_needed(tmp_path):
     picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"(?s)holds 1 pictures and no captions; accepted are.*metadata\.csv.*cat\.txt"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)holds 1 pictures and no captions; accepted are.*metadata\.csv.*cat\.txt",
+    ):
         load_source(config(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.csv", "file,text\na.png,a\n", "row 1 has no column 'file_name'; it has file, text; did you mean 'file'?"),
-        ("metadata.csv", "file_name,caption\na.png,a\n", "has no column 'text'; it has folder, name, caption; did you mean 'caption'?"),
-        ("metadata.csv", "file_name,text\n../b.png,a\n", "names '../b.png', which lies outside the folder"),
+        (
+            "metadata.csv",
+            "file,text\na.png,a\n",
+            "row 1 has no column 'file_name'; it has file, text; did you mean 'file'?",
+        ),
+        (
+            "metadata.csv",
+            "file_name,caption\na.png,a\n",
+            "has no column 'text'; it has folder, name, caption; did you mean 'caption'?",
+        ),
+        (
+            "metadata.csv",
+            "file_name,text\n../b.png,a\n",
+            "names '../b.png', which lies outside the folder",
+        ),
         ("metadata.jsonl", "{broken\n", "line 1 is no JSON"),
         ("metadata.jsonl", "[1]\n", "line 1 is no row"),
-        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "row 1 names no picture: file_name is None"),
+        (
+            "metadata.jsonl",
+            '{"file_name": null, "text": "x"}\n',
+            "row 1 names no picture: file_name is None",
+        ),
         ("metadata.csv", "text,file_name\na cat\n", "row 1 names no picture: file_name is None"),
-        ("metadata.csv", "file_name,text\na.png,\n", "no usable picture with a caption; 1 pictures without a caption"),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,\n",
+            "no usable picture with a caption; 1 pictures without a caption",
+        ),
     ],
 )
 def test_broken_captions_are_named(tmp_path, name, content, message):
@@ -160,12 +212,16 @@ def saved(folder: Path, column: str = "text") -> Path:
 
 def test_a_saved_data_set_is_read(tmp_path):
     found = everything(saved(tmp_path))
-    assert {text: int(image[3, 3, 0]) for text, image in found.items()} == {f"shade {i}": i * 20 for i in range(12)}
+    assert {text: int(image[3, 3, 0]) for text, image in found.items()} == {
+        f"shade {i}": i * 20 for i in range(12)
+    }
     assert load_source(config(tmp_path / "saved"), "train").fingerprint
 
 
 def test_a_missing_column_suggests_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match=r"has no column 'text'; it has texts; did you mean 'texts'\?"):
+    with pytest.raises(
+        ValueError, match=r"has no column 'text'; it has texts; did you mean 'texts'\?"
+    ):
         load_source(config(saved(tmp_path, "texts")), "train")
     assert len(everything(tmp_path / "saved", text_column="texts")) == 12
 
@@ -173,14 +229,26 @@ def test_a_missing_column_suggests_the_nearest(tmp_path):
 def test_a_source_that_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="is no folder or file here and no data set that can be loaded"):
+    with pytest.raises(
+        FileNotFoundError, match="is no folder or file here and no data set that can be loaded"
+    ):
         load_source(config(str(tmp_path / "nothing")), "train")
 
 
 def test_configuration_errors_are_all_named():
     with pytest.raises(
-        ValueError, match=r"(?s)data\.source is empty.*image_size is 4.*held_out is 0.*max_corrupt_fraction is 2.*min_objects 3.*num_scenes"
+        ValueError,
+        match=r"(?s)data\.source is empty.*image_size is 4.*val_fraction is "
+        r"0.*max_corrupt_fraction is 2.*min_objects 3.*num_scenes",
     ):
-        DataConfig(source="", image_size=4, held_out=0, max_corrupt_fraction=2, min_objects=3, max_objects=2, num_scenes=0)
+        DataConfig(
+            source="",
+            image_size=4,
+            val_fraction=0,
+            max_corrupt_fraction=2,
+            min_objects=3,
+            max_objects=2,
+            num_scenes=0,
+        )
     with pytest.raises(ValueError, match="the shapes need at least 32"):
         DataConfig(source="shapes", image_size=16)

@@ -1,4 +1,5 @@
-"""Streams: every sample once a pass whatever the lanes and processes, the same after a resume, mixed, and what goes wrong."""
+"""Streams: every sample once a pass whatever the lanes and processes, the same after a resume,
+mixed, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ import pytest
 from pipeline.config.data import MixPart
 from pipeline.data.load import load_sources
 from pipeline.data.readers.base import is_held_out
-from pipeline.data.streaming.feed import ShardLengthCache, ShardReader, ShuffleBuffer, StreamBatchLoader, batch_loader
+from pipeline.data.streaming.feed import (
+    ShardLengthCache,
+    ShardReader,
+    ShuffleBuffer,
+    StreamBatchLoader,
+    batch_loader,
+)
 from pipeline.data.streaming.source import StreamSource
 from tests.helpers.data import config, encoded, number_of, write_shard, write_shards
 
@@ -32,7 +39,13 @@ def shards(tmp_path_factory) -> str:
 
 
 def stream(source: object, **options: object) -> StreamSource:
-    return StreamSource(config(source, streaming=True, **{"held_out": 0.1, "shuffle_buffer": 8, "interleave": 2, **options}))
+    return StreamSource(
+        config(
+            source,
+            streaming=True,
+            **{"val_fraction": 0.1, "shuffle_buffer": 8, "shards_per_worker": 2, **options},
+        )
+    )
 
 
 def names(shuffled: ShuffleBuffer, count: int) -> list[str]:
@@ -48,31 +61,42 @@ def of_training(source: StreamSource) -> list[str]:
 
 
 def test_splits_and_captions_are_those_of_reading_row_by_row(shards):
-    mapped = load_sources(config(shards, held_out=0.1))
-    streamed, held_out = load_sources(config(shards, held_out=0.1, streaming=True))
+    mapped = load_sources(config(shards, val_fraction=0.1))
+    streamed, held_out = load_sources(config(shards, val_fraction=0.1, streaming=True))
     assert isinstance(streamed, StreamSource)
     assert held_out.names(range(len(held_out))) == mapped[1].names(range(len(mapped[1])))
     assert of_training(streamed) == mapped[0].names(range(len(mapped[0])))
     rows = range(len(held_out))
-    assert np.array_equal(held_out.images(rows), mapped[1].images(rows)) and held_out.captions(rows) == mapped[1].captions(rows)
+    assert np.array_equal(held_out.images(rows), mapped[1].images(rows)) and held_out.captions(
+        rows
+    ) == mapped[1].captions(rows)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes):
-    """Lanes roll on to the next pass on their own, so counts differ by what a shard's length makes the lanes differ by, and no more."""
+    """Lanes roll on to the next pass on their own, so counts differ by what a shard's length makes
+    the lanes differ by, and no more."""
     source = stream(shards)
     everything = of_training(source)
     passes = 6
     each = passes * len(everything) // processes
-    seen = Counter(name for r in range(processes) for name in names(ShuffleBuffer(source, 0, r, processes), each))
-    assert set(seen) == set(everything) and min(seen.values()) >= passes // 2 and max(seen.values()) <= 2 * passes
+    seen = Counter(
+        name
+        for r in range(processes)
+        for name in names(ShuffleBuffer(source, 0, r, processes), each)
+    )
+    assert (
+        set(seen) == set(everything)
+        and min(seen.values()) >= passes // 2
+        and max(seen.values()) <= 2 * passes
+    )
     if processes == 1:
         first = names(ShuffleBuffer(source, 0, 0, 1), len(everything))
         assert len(set(first)) > 0.8 * len(everything)
 
 
 def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
-    source = stream(shards, interleave=1, shuffle_buffer=1)
+    source = stream(shards, shards_per_worker=1, shuffle_buffer=1)
     everything = of_training(source)
     found = names(ShuffleBuffer(source, 0, 0, 1), 3 * len(everything))
     for number in range(3):
@@ -82,7 +106,7 @@ def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
 
 def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
     write_shards(tmp_path, [40])
-    source = stream(tmp_path, interleave=4)
+    source = stream(tmp_path, shards_per_worker=4)
     everything = of_training(source)
     seen = names(ShuffleBuffer(source, 0, 0, 1), len(everything))
     assert max(Counter(seen).values()) <= 2 and len(set(seen)) >= 0.9 * len(everything)
@@ -96,19 +120,26 @@ def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
     assert one != unshuffled and sorted(one) == sorted(unshuffled)
 
 
-def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(shards, tmp_path, monkeypatch):
+def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(
+    shards, tmp_path, monkeypatch
+):
     source = stream(shards)
     whole = StreamBatchLoader(source, 6, 0, 0, 1, tmp_path)
     expected = [(whole.pictures(step), whole.names(step)) for step in range(40)]
     assert list(tmp_path.glob("lengths-*.json"))
     opened: list[int] = []
     samples = StreamSource.samples
-    monkeypatch.setattr(StreamSource, "samples", lambda self, *given: counted(opened, samples(self, *given)))
+    monkeypatch.setattr(
+        StreamSource, "samples", lambda self, *given: counted(opened, samples(self, *given))
+    )
     for folder, most in ((tmp_path, 104), (None, 10**6)):
         opened.clear()
         resumed = StreamBatchLoader(stream(shards), 6, 0, 0, 1, folder)
         for step in (33, 34, 39, 35):  # and back again
-            assert np.array_equal(resumed.pictures(step), expected[step][0]) and resumed.names(step) == expected[step][1]
+            assert (
+                np.array_equal(resumed.pictures(step), expected[step][0])
+                and resumed.names(step) == expected[step][1]
+            )
             if step == 33:
                 read = len(opened)
                 assert read <= most
@@ -143,10 +174,14 @@ def test_streams_mix_with_what_is_mapped(shards, tmp_path):
     for step in range(100):
         for feed in feeds:
             pictures = feed.pictures(step)
-            assert [str(number_of(p)) in name for p, name in zip(pictures, feed.names(step), strict=True)] == [True] * 10
+            assert [
+                str(number_of(p)) in name
+                for p, name in zip(pictures, feed.names(step), strict=True)
+            ] == [True] * 10
             found.update(map(number_of, pictures))
     own = {number: count for number, count in found.items() if number >= 300}
-    assert sum(own.values()) == 1500 and max(own.values()) - min(own.values()) <= 1  # both processes deal the same passes
+    # Both processes deal the same passes
+    assert sum(own.values()) == 1500 and max(own.values()) - min(own.values()) <= 1
 
 
 def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
@@ -156,8 +191,14 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     pictures = [encoded((0, number, 7)) for number in range(40)]
-    pq.write_table(pa.table({"image": pictures, "text": [f"number {n}" for n in range(40)]}), tmp_path / "t.parquet")
-    rows = {"image": [{"bytes": c, "path": None} for c in pictures], "text": [f"number {n}" for n in range(40)]}
+    pq.write_table(
+        pa.table({"image": pictures, "text": [f"number {n}" for n in range(40)]}),
+        tmp_path / "t.parquet",
+    )
+    rows = {
+        "image": [{"bytes": c, "path": None} for c in pictures],
+        "text": [f"number {n}" for n in range(40)],
+    }
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     for source in ("t.parquet", "saved"):
@@ -165,29 +206,43 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
         feed = batch_loader(train, 10, 0, 0, 1)
         assert isinstance(feed, StreamBatchLoader)
         numbers = {number_of(p) for step in range(20) for p in feed.pictures(step)}
-        assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(range(40))
+        assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(
+            range(40)
+        )
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_shards_come_over_http(shards, tmp_path):
     served = Path(shutil.copytree(shards, tmp_path / "served"))
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(served)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(quiet, directory=str(served))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
         source = stream(f"{address}/{{000..004}}.tar")
         assert of_training(source) == of_training(stream(shards))
-        with pytest.raises(FileNotFoundError, match=r"the 6 shards of http://127.* cannot be read \(.*005\.tar"):
+        with pytest.raises(
+            FileNotFoundError, match=r"the 6 shards of http://127.* cannot be read \(.*005\.tar"
+        ):
             stream(f"{address}/{{000..005}}.tar")
         (served / "004.tar").unlink()
-        with pytest.raises(OSError, match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command goes on"):
+        with pytest.raises(
+            OSError,
+            match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command goes "
+            r"on",
+        ):
             of_training(source)
     finally:
         server.shutdown()
         server.server_close()
         del source
-        gc.collect()  # the library's connections end here, and not in a later test, where a warning of theirs would be an error
+        # the library's connections end here, and not in a later test, where a warning of theirs
+        # would be an error
+        gc.collect()
 
 
 def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path):
@@ -215,7 +270,9 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
         assert expected in problems
     strict = StreamBatchLoader(stream(tmp_path, max_corrupt_fraction=0.0), 10, 0, 0, 1, None)
     with pytest.raises(
-        ValueError, match=r"pictures of .* cannot be decoded \(the last: cut, .*raise data\.max_corrupt_fraction \(now 0\.0\)"
+        ValueError,
+        match=r"pictures of .* cannot be decoded \(the last: cut, .*raise "
+        r"data\.max_corrupt_fraction \(now 0\.0\)",
     ):
         for step in range(12):
             strict.pictures(step)
@@ -223,14 +280,17 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
 
 def test_nothing_to_train_on_ends(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
-    with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on; .*without a caption left out: a"):
+    with pytest.raises(
+        ValueError,
+        match=r"no shard of .* has a picture to train on; .*without a caption left out: a",
+    ):
         StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
 
 
 def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
     """The next block is read ahead at once, by the same lanes."""
     write_shards(tmp_path, [6, 6, 6])
-    source = stream(tmp_path, interleave=3)
+    source = stream(tmp_path, shards_per_worker=3)
     shuffled, busy, met = ShuffleBuffer(source, 0, 0, 1), [0, 0, 0], []
 
     def slow(number):
@@ -272,7 +332,9 @@ def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
 def test_what_cannot_be_streamed_is_said(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"data\.streaming is on, and .* is a folder or table of files"):
+    with pytest.raises(
+        ValueError, match=r"data\.streaming is on, and .* is a folder or table of files"
+    ):
         load_sources(config(tmp_path, streaming=True))
     write_shard(tmp_path / "s" / "0.tar", [("a", {"png": encoded(), "txt": b"x"})])
     with pytest.raises(ValueError, match=r"has no column 'label'; it has .*txt"):
@@ -280,18 +342,34 @@ def test_what_cannot_be_streamed_is_said(tmp_path):
 
 
 def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
-    """A lane may meet more empty shards in a row than there are shards, as each pass is shuffled apart."""
+    """A lane may meet more empty shards in a row than there are shards, as each pass is shuffled
+    apart."""
     small = encoded(size=(8, 8))
     for number in range(40):
         picture = encoded((0, number, 7)) if number in (3, 17) else small
-        write_shard(tmp_path / f"{number:02d}.tar", [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)])
+        write_shard(
+            tmp_path / f"{number:02d}.tar",
+            [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)],
+        )
     for seed in range(4):
-        feed = StreamBatchLoader(stream(tmp_path, interleave=4), 6, seed, 0, 1, None)
-        assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {3, 17}
+        feed = StreamBatchLoader(stream(tmp_path, shards_per_worker=4), 6, seed, 0, 1, None)
+        assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {
+            3,
+            17,
+        }
 
 
 def test_json_beside_a_picture_may_have_any_keys(tmp_path):
-    samples = [(f"{i}", {"png": encoded((0, i, 7)), "json": b'{"file_name": "x.jpg", "image": 3, "text": "words"}'}) for i in range(12)]
+    samples = [
+        (
+            f"{i}",
+            {
+                "png": encoded((0, i, 7)),
+                "json": b'{"file_name": "x.jpg", "image": 3, "text": "words"}',
+            },
+        )
+        for i in range(12)
+    ]
     write_shard(tmp_path / "0.tar", samples)
     for streaming in (False, True):
         train, held_out = load_sources(config(tmp_path, streaming=streaming))
@@ -301,8 +379,16 @@ def test_json_beside_a_picture_may_have_any_keys(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
-    write_shard(tmp_path / "0.tar", [(f"{i}", {"png": encoded((0, i, 7)), "caption": b"caf\xe9" if i == 5 else b"tea"}) for i in range(12)])
-    train, _ = load_sources(config(tmp_path, streaming=streaming, text_column="caption", held_out=0.2))
+    write_shard(
+        tmp_path / "0.tar",
+        [
+            (f"{i}", {"png": encoded((0, i, 7)), "caption": b"caf\xe9" if i == 5 else b"tea"})
+            for i in range(12)
+        ],
+    )
+    train, _ = load_sources(
+        config(tmp_path, streaming=streaming, text_column="caption", val_fraction=0.2)
+    )
     assert set(batch_loader(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
     assert "1 captions that are not UTF-8 left out: 5" in train.problems
 

@@ -1,4 +1,5 @@
-"""`minidalle doctor`: each thing it finds, in a folder that has it; what it says is what training would say."""
+"""`minidalle doctor`: each thing it finds, in a folder that has it; what it says is what training
+would say."""
 
 from __future__ import annotations
 
@@ -62,22 +63,37 @@ def training_says(config: DataConfig) -> str:
 
 
 def config(source: Path, **options) -> DataConfig:
-    return DataConfig(source=str(source), image_size=options.pop("image_size", 32), held_out=0.2, **options)
+    return DataConfig(
+        source=str(source), image_size=options.pop("image_size", 32), val_fraction=0.2, **options
+    )
 
 
 def test_good_pictures_pass(folder, tmp_path, capsys):
     out = tmp_path / "report"
-    status = main(["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs")])
+    status = main(
+        ["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs")]
+    )
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "40, 40 readable, 40 usable" in printed and f"next: minidalle run --config {out / 'suggested.yaml'}" in printed
+    assert (
+        "40, 40 readable, 40 usable" in printed
+        and f"next: minidalle run --config {out / 'suggested.yaml'}" in printed
+    )
     assert f"wrote {out / 'index.html'} and {out / 'doctor.json'}" in printed
     assert (out / "suggested.yaml").read_text() in printed
     told = json.loads((out / "doctor.json").read_text())
-    assert told["sources"][0]["shorter_side"] == {"smallest": 64, "median": 64, "most": 64, "largest": 64}
+    assert told["sources"][0]["shorter_side"] == {
+        "smallest": 64,
+        "median": 64,
+        "most": 64,
+        "largest": 64,
+    }
     assert not [f for f in told["findings"] if f["level"] == "fails"]
     train, held_out = load_sources(DataConfig(source=str(folder)))
-    assert (told["sources"][0]["train"], told["sources"][0]["held_out"]) == (len(train), len(held_out))
+    assert (told["sources"][0]["train"], told["sources"][0]["held_out"]) == (
+        len(train),
+        len(held_out),
+    )
 
 
 def test_pictures_are_counted_by_size_mode_and_format(folder):
@@ -93,13 +109,34 @@ def test_pictures_are_counted_by_size_mode_and_format(folder):
     found = diagnose(config(folder))
     (source,) = found.sources
     assert (source.rows, source.usable) == (43, 42)
-    assert {one.label: one.count for one in source.sides} == {"24 to 31": 1, "64 to 95": 41, "96 to 127": 1}
-    assert {one.label: one.count for one in source.aspects} == {"square": 41, "up to 2:1": 1, "up to 3:1": 1}
-    assert {one.label: one.count for one in source.modes} == {"RGB": 40, "L": 1, "RGBA": 1, "P, animated": 1}
-    assert {one.label: one.count for one in source.formats} == {".png": 40, ".jpg": 1, ".webp": 1, ".gif": 1}
+    assert {one.label: one.count for one in source.sides} == {
+        "24 to 31": 1,
+        "64 to 95": 41,
+        "96 to 127": 1,
+    }
+    assert {one.label: one.count for one in source.aspects} == {
+        "square": 41,
+        "up to 2:1": 1,
+        "up to 3:1": 1,
+    }
+    assert {one.label: one.count for one in source.modes} == {
+        "RGB": 40,
+        "L": 1,
+        "RGBA": 1,
+        "P, animated": 1,
+    }
+    assert {one.label: one.count for one in source.formats} == {
+        ".png": 40,
+        ".jpg": 1,
+        ".webp": 1,
+        ".gif": 1,
+    }
     assert (source.longer_side.largest, source.shorter_side.smallest) == (200, 30)
     assert "of 1 pictures with several frames the first is used" in said(found, "notes")
-    assert "1 pictures smaller than 32 pixels left out (data.upscale=true keeps them): 50.jpg" in said(found, "notes")
+    assert (
+        "1 pictures smaller than 32 pixels left out (data.upscale=true keeps them): 50.jpg"
+        in said(found, "notes")
+    )
 
 
 def test_unreadable_pictures_are_named_and_too_many_fail(folder):
@@ -107,21 +144,32 @@ def test_unreadable_pictures_are_named_and_too_many_fail(folder):
         (folder / f"{name}.png").write_bytes(b"no picture")
         (folder / f"{name}.txt").write_text("broken")
     found = diagnose(config(folder, max_corrupt_fraction=0.1))
-    assert [(one.name, "of no known format" in one.problem) for one in found.sources[0].unreadable] == [
-        ("aa.png", True), ("bb.png", True), ("cc.png", True)
-    ]  # fmt: skip
-    assert not found.fails and "3 unreadable pictures left out: aa.png, bb.png, cc.png" in said(found, "notes")
+    assert [
+        (one.name, "of no known format" in one.problem) for one in found.sources[0].unreadable
+    ] == [("aa.png", True), ("bb.png", True), ("cc.png", True)]
+    assert not found.fails and "3 unreadable pictures left out: aa.png, bb.png, cc.png" in said(
+        found, "notes"
+    )
     found = diagnose(config(folder))
     assert found.fails and training_says(config(folder)) in said(found, "fails").splitlines()
-    assert found.sources[0].usable == 40 and found.captions is not None and found.suggestion is not None  # and it went on
+    # And it went on
+    assert (
+        found.sources[0].usable == 40
+        and found.captions is not None
+        and found.suggestion is not None
+    )
 
 
 def test_a_missing_column_fails_and_the_pictures_are_looked_at_all_the_same(folder):
     for text in folder.glob("*.txt"):
         text.unlink()
-    (folder / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{n:02}.png,{caption(n)}\n" for n in range(40)))
+    (folder / "metadata.csv").write_text(
+        "file_name,caption\n" + "".join(f"{n:02}.png,{caption(n)}\n" for n in range(40))
+    )
     found = diagnose(config(folder))
-    assert said(found, "fails") == training_says(config(folder)) and "did you mean 'caption'" in said(found, "fails")
+    assert said(found, "fails") == training_says(
+        config(folder)
+    ) and "did you mean 'caption'" in said(found, "fails")
     assert found.sources[0].readable == 40 and found.sources[0].shorter_side.median == 64
     assert found.captions is None and found.suggestion is None
     assert not diagnose(config(folder, text_column="caption")).fails
@@ -131,7 +179,9 @@ def test_no_captions_at_all(folder):
     for text in folder.glob("*.txt"):
         text.unlink()
     found = diagnose(config(folder))
-    assert said(found, "fails") == training_says(config(folder)) and "40 pictures and no captions" in said(found, "fails")
+    assert said(found, "fails") == training_says(
+        config(folder)
+    ) and "40 pictures and no captions" in said(found, "fails")
     assert found.sources[0].rows == 40 and found.suggestion is None
 
 
@@ -148,7 +198,14 @@ def test_nothing_held_out_fails(tmp_path):
     for seed in range(2):
         add(folder, f"{seed}.png", picture(seed), caption(seed))
     path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump({"name": "two", "data": {"source": str(folder), "image_size": 32, "held_out": 0.001}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "two",
+                "data": {"source": str(folder), "image_size": 32, "val_fraction": 0.001},
+            }
+        )
+    )
     experiment = load_experiment(["--config", str(path)])
     with pytest.raises(ValueError, match="2 pictures to train on and 0 held out") as raised:
         sources_of(experiment)
@@ -157,14 +214,21 @@ def test_nothing_held_out_fails(tmp_path):
 
 def test_captions_that_do_not_fit_fail_unless_they_are_cut(folder):
     (folder / "03.txt").write_text("many words " * 30)
-    found = diagnose(config(folder), text=TextConfig(length=16, vocab_size=320))
-    assert "1 of 40 captions need more than text.length=16 slots (the longest " in said(found, "fails")
-    assert f"set text.length={found.captions.tokens.largest:.0f}" in said(found, "fails") and found.captions.too_long == 1
+    found = diagnose(config(folder), text=TextConfig(max_length=16, vocab_size=320))
+    assert "1 of 40 captions need more than text.max_length=16 slots (the longest " in said(
+        found, "fails"
+    )
+    assert (
+        f"set text.max_length={found.captions.tokens.largest:.0f}" in said(found, "fails")
+        and found.captions.too_long == 1
+    )
     assert found.captions.longest.startswith("many words")
-    cut = diagnose(config(folder), text=TextConfig(length=16, vocab_size=320, truncate=True))
-    assert not cut.fails and "1 of 40 captions are cut to text.length=16 slots" in said(cut, "warns")
-    long = diagnose(config(folder), text=TextConfig(length=500))
-    assert "of text.length=500 slots; fewer train and draw faster" in said(long, "notes")
+    cut = diagnose(config(folder), text=TextConfig(max_length=16, vocab_size=320, truncate=True))
+    assert not cut.fails and "1 of 40 captions are cut to text.max_length=16 slots" in said(
+        cut, "warns"
+    )
+    long = diagnose(config(folder), text=TextConfig(max_length=500))
+    assert "of text.max_length=500 slots; fewer train and draw faster" in said(long, "notes")
 
 
 def test_captions_are_measured(folder):
@@ -179,9 +243,14 @@ def test_captions_are_measured(folder):
     assert (captions.captions, captions.distinct, captions.shared) == (38, 37, 2)
     assert [asdict(one) for one in captions.repeated] == [{"label": "twice", "count": 2}]
     numbers = {str(n) for n in range(40)} - {"3", "4", "5", "6"}
-    assert captions.words == len(set(WORDS) | {"twice"} | numbers) and captions.words_once == len(numbers)
+    assert captions.words == len(set(WORDS) | {"twice"} | numbers) and captions.words_once == len(
+        numbers
+    )
     assert 0 < captions.vocabulary_used < captions.vocabulary <= 1024
-    assert sum(one.count for one in captions.token_bins) == 38 and captions.characters.largest == len("green green 9") + 1
+    assert (
+        sum(one.count for one in captions.token_bins) == 38
+        and captions.characters.largest == len("green green 9") + 1
+    )
     assert "entries of text.vocab_size=1024; no more occur twice" in said(found, "notes")
 
 
@@ -189,7 +258,11 @@ def test_many_pictures_with_one_caption_are_warned_of(folder):
     for number in range(30):
         (folder / f"{number:02}.txt").write_text("a picture")
     found = diagnose(config(folder))
-    assert "30 of 40 pictures share their caption with another one (11 are distinct)" in said(found, "warns") and not found.fails
+    assert (
+        "30 of 40 pictures share their caption with another one (11 are distinct)"
+        in said(found, "warns")
+        and not found.fails
+    )
 
 
 def test_captions_that_lost_characters_are_warned_of(tmp_path, folder):
@@ -199,7 +272,10 @@ def test_captions_that_lost_characters_are_warned_of(tmp_path, folder):
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
     found = diagnose(config(tmp_path / "shard.tar"))
-    assert "1 captions hold characters that are not UTF-8" in said(found, "warns") and found.captions.damaged == 1
+    assert (
+        "1 captions hold characters that are not UTF-8" in said(found, "warns")
+        and found.captions.damaged == 1
+    )
     assert "1 captions that are not UTF-8 left out: 06" in said(found, "notes")
 
 
@@ -213,16 +289,27 @@ def test_copies_are_found_within_and_across_the_splits(folder):
     shutil.copy(folder / seen[0], folder / "copy.png")
     (folder / "copy.txt").write_text("copied")
     before = diagnose(config(folder)).sources[0].duplicates
-    assert before.copies == 1 and before.alike == 0 and before.held_out_copies == int("copy.png" in split(folder)[1])
+    assert (
+        before.copies == 1
+        and before.alike == 0
+        and before.held_out_copies == int("copy.png" in split(folder)[1])
+    )
     assert [set(group.names) for group in before.groups] == [{"copy.png", seen[0]}]
-    shutil.copy(folder / kept[0], folder / seen[1])  # a training picture is now one that is held out
+    # A training picture is now one that is held out
+    shutil.copy(folder / kept[0], folder / seen[1])
     picture(3, (64, 64)).resize((128, 128), Image.Resampling.BICUBIC).save(folder / "03.png")
     Image.open(folder / kept[1]).resize((48, 48)).save(folder / seen[2])
     found = diagnose(config(folder))
     after = found.sources[0].duplicates
     assert (after.copies, after.held_out_copies) == (2, before.held_out_copies + 1)
-    assert (after.alike, after.held_out_alike) == (1, 1) and set(after.alike_groups[0].names) == {kept[1], seen[2]}
-    assert dict(zip(after.alike_groups[0].names, after.alike_groups[0].held_out, strict=True)) == {kept[1]: True, seen[2]: False}
+    assert (after.alike, after.held_out_alike) == (1, 1) and set(after.alike_groups[0].names) == {
+        kept[1],
+        seen[2],
+    }
+    assert dict(zip(after.alike_groups[0].names, after.alike_groups[0].held_out, strict=True)) == {
+        kept[1]: True,
+        seen[2]: False,
+    }
     assert "look like one (at most 4 of 64 bits apart)" in said(found, "warns")
 
 
@@ -242,13 +329,28 @@ def test_a_mixture_is_looked_at_part_by_part(folder, tmp_path):
     other.mkdir()
     for seed in range(20):
         add(other, f"{seed}.png", picture(100 + seed), caption(seed))
-    mixed = DataConfig(mix=[MixPart(source=str(folder)), MixPart(source=str(other))], image_size=32, held_out=0.2)
+    mixed = DataConfig(
+        mix=[MixPart(source=str(folder)), MixPart(source=str(other))],
+        image_size=32,
+        val_fraction=0.2,
+    )
     found = diagnose(mixed)
-    assert [source.rows for source in found.sources] == [40, 20] and found.captions.captions == 60 and not found.fails
-    assert [part["source"] for part in found.suggestion.values["data"]["mix"]] == [str(folder), str(other)]
+    assert (
+        [source.rows for source in found.sources] == [40, 20]
+        and found.captions.captions == 60
+        and not found.fails
+    )
+    assert [part["source"] for part in found.suggestion.values["data"]["mix"]] == [
+        str(folder),
+        str(other),
+    ]
     mixed.mix[1].source = str(tmp_path / "nowhere")
     found = diagnose(mixed)
-    assert found.fails and "nowhere' is no folder or file here" in said(found, "fails") and found.sources[0].rows == 40
+    assert (
+        found.fails
+        and "nowhere' is no folder or file here" in said(found, "fails")
+        and found.sources[0].rows == 40
+    )
     assert found.suggestion is None
 
 
@@ -261,23 +363,38 @@ def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
     first = diagnose(streamed, pictures=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
-    assert "the first 25 pictures were looked at, of a source that goes on (--max-images)" in said(first, "notes")
+    assert "the first 25 pictures were looked at, of a source that goes on (--max-images)" in said(
+        first, "notes"
+    )
     assert whole.suggestion.values["data"]["streaming"] is True
     train, held_out = load_sources(streamed)
     assert train.name == held_out.name and len(held_out) == whole.sources[0].held_out
     mapped = diagnose(config(tmp_path / "all.tar", text_column="caption"))
-    assert mapped.sources[0].train == whole.sources[0].train and mapped.captions.tokens == whole.captions.tokens
+    assert (
+        mapped.sources[0].train == whole.sources[0].train
+        and mapped.captions.tokens == whole.captions.tokens
+    )
 
 
 def test_worlds_that_are_drawn(tmp_path):
     found = diagnose(DataConfig(source="shapes", image_size=32), pictures=60)
-    assert (found.sources[0].rows, found.sources[0].first_only, found.sources[0].held_out) == (63, True, 3)
-    assert found.suggestion.values["encode"]["pictures"] > 0 and found.suggestion.values["data"]["image_size"] == 32
+    assert (found.sources[0].rows, found.sources[0].first_only, found.sources[0].held_out) == (
+        63,
+        True,
+        3,
+    )
+    assert (
+        found.suggestion.values["encode"]["max_images"] > 0
+        and found.suggestion.values["data"]["image_size"] == 32
+    )
 
 
 def test_a_tokenizer_that_cannot_be_loaded_fails(folder, tmp_path):
     found = diagnose(config(folder), text=TextConfig(pretrained=str(tmp_path / "none")))
-    assert "cannot be loaded as a transformers tokenizer" in said(found, "fails") and found.captions.tokens is None
+    assert (
+        "cannot be loaded as a transformers tokenizer" in said(found, "fails")
+        and found.captions.tokens is None
+    )
     assert found.captions.captions == 40 and found.suggestion is None
 
 
@@ -291,13 +408,31 @@ def test_the_page_stands_alone_and_escapes_what_is_not_ours(folder, tmp_path):
     (folder / "<i>broken.txt").write_text("x")
     out = tmp_path / "page"
     assert (
-        main(["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs"), "--data.max_corrupt_fraction", "0.5"]) == 0
+        main(
+            [
+                "doctor",
+                str(folder),
+                "--out",
+                str(out),
+                "--output_dir",
+                str(tmp_path / "runs"),
+                "--data.max_corrupt_fraction",
+                "0.5",
+            ]
+        )
+        == 0
     )
     page = (out / "index.html").read_text()
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
-    assert "&lt;script&gt;" in page and "&lt;b&gt;copy.png" in page and "&lt;i&gt;broken.png" in page
+    assert (
+        "&lt;script&gt;" in page and "&lt;b&gt;copy.png" in page and "&lt;i&gt;broken.png" in page
+    )
     assert page.count("data:image/jpeg;base64,") >= 24 and 'src="http' not in page
-    assert sorted(path.name for path in out.iterdir()) == ["doctor.json", "index.html", "suggested.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "doctor.json",
+        "index.html",
+        "suggested.yaml",
+    ]
 
 
 def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
@@ -306,13 +441,18 @@ def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fails" in printed and "no usable picture with a caption" in printed
     assert (tmp_path / "runs" / "pictures" / "doctor" / "index.html").is_file()
-    assert main([str(a) for a in ("doctor", folder, "--data.image_size", "64", *runs)]) == 0  # its own report is replaced
+    # Its own report is replaced
+    assert main([str(a) for a in ("doctor", folder, "--data.image_size", "64", *runs)]) == 0
     fails(capsys, ["doctor"], "no source was given", status=2)
     fails(capsys, ["doctor", folder, "--data.image_sise", "32"], "image_sise", status=2)
     fails(capsys, ["doctor", folder, "--data.image_size", "3"], "data.image_size is 3", status=2)
     fails(capsys, ["doctor", folder, "--max-images", "0"], "--max-images is 0", status=2)
     fails(capsys, ["doctor", folder, "--max-image-size", "8"], "--max-image-size is 8", status=2)
-    fails(capsys, ["doctor", folder, "--config", tmp_path / "none.yaml"], "there is no configuration file")
+    fails(
+        capsys,
+        ["doctor", folder, "--config", tmp_path / "none.yaml"],
+        "there is no configuration file",
+    )
     fails(capsys, ["doctor", tmp_path / "nowhere", *runs], "is no folder or file here")
     assert not (tmp_path / "runs" / "nowhere").exists()
     taken = tmp_path / "taken"
@@ -324,12 +464,26 @@ def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
 def test_the_source_of_a_configuration(folder, tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        yaml.safe_dump({"name": "mine", "output_dir": str(tmp_path / "runs"), "data": {"source": str(folder)}, "text": {"length": 5}})
+        yaml.safe_dump(
+            {
+                "name": "mine",
+                "output_dir": str(tmp_path / "runs"),
+                "data": {"source": str(folder)},
+                "text": {"max_length": 5},
+            }
+        )
     )
     assert main(["doctor", "--config", str(path)]) == 1
-    assert "text.length=5" in capsys.readouterr().out and (tmp_path / "runs" / "mine" / "doctor" / "doctor.json").is_file()
-    assert main(["doctor", "--config", str(path), "--text.length", "40"]) == 0
-    fails(capsys, ["doctor", tmp_path / "elsewhere", "--config", path], "elsewhere' is no folder or file here")
+    assert (
+        "text.max_length=5" in capsys.readouterr().out
+        and (tmp_path / "runs" / "mine" / "doctor" / "doctor.json").is_file()
+    )
+    assert main(["doctor", "--config", str(path), "--text.max_length", "40"]) == 0
+    fails(
+        capsys,
+        ["doctor", tmp_path / "elsewhere", "--config", path],
+        "elsewhere' is no folder or file here",
+    )
 
 
 def test_several_processes_are_refused(folder, monkeypatch, capsys):
@@ -337,8 +491,17 @@ def test_several_processes_are_refused(folder, monkeypatch, capsys):
     fails(capsys, ["doctor", folder], "doctor is the work of one process")
 
 
-def test_a_report_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, monkeypatch, capsys):
-    arguments = ["doctor", str(folder), "--out", str(tmp_path / "report"), "--output_dir", str(tmp_path / "runs")]
+def test_a_report_that_cannot_be_written_leaves_the_one_before(
+    folder, tmp_path, monkeypatch, capsys
+):
+    arguments = [
+        "doctor",
+        str(folder),
+        "--out",
+        str(tmp_path / "report"),
+        "--output_dir",
+        str(tmp_path / "runs"),
+    ]
     assert main(arguments) == 0
     before = (tmp_path / "report" / "doctor.json").read_bytes()
 
@@ -354,7 +517,20 @@ def test_what_is_suggested_trains(folder, tmp_path):
     """As it is, but smaller and for two steps."""
     out = tmp_path / "report"
     assert (
-        main(["doctor", str(folder), "--out", str(out), "--data.image_size", "32", "--max-image-size", "32", "--output_dir", str(tmp_path)])
+        main(
+            [
+                "doctor",
+                str(folder),
+                "--out",
+                str(out),
+                "--data.image_size",
+                "32",
+                "--max-image-size",
+                "32",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
         == 0
     )
     small = {
@@ -365,7 +541,14 @@ def test_what_is_suggested_trains(folder, tmp_path):
         "prior.model.depth": 1,
         "trackers": "[]",
     }
-    steps = {f"{stage}.train.{name}": 2 for stage in ("tokenizer", "prior") for name in ("steps", "batch_size")}
-    given = [f"--{key}={value}" for key, value in (small | steps | {"output_dir": tmp_path / "runs"}).items()]
+    steps = {
+        f"{stage}.train.{name}": 2
+        for stage in ("tokenizer", "prior")
+        for name in ("steps", "batch_size")
+    }
+    given = [
+        f"--{key}={value}"
+        for key, value in (small | steps | {"output_dir": tmp_path / "runs"}).items()
+    ]
     bundle = run(load_experiment(["--config", str(out / "suggested.yaml"), *given]))
     assert (bundle / "pipeline.json").is_file()

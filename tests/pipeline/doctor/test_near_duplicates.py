@@ -1,4 +1,5 @@
-"""Hashes of looks: copies lie near, other pictures far; the search for near ones finds what comparing all with all finds."""
+"""Hashes of looks: copies lie near, other pictures far; the search for near ones finds what
+comparing all with all finds."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def pictures(count: int) -> list[Image.Image]:
     strength = 1 / np.maximum(np.hypot(frequencies[:, None], frequencies[None]), 1 / 128) ** 1.2
     made = []
     for _ in range(count):
-        waves = [np.real(np.fft.ifft2(strength * np.exp(2j * np.pi * random.random((128, 128))))) for _ in range(3)]
+        waves = [
+            np.real(np.fft.ifft2(strength * np.exp(2j * np.pi * random.random((128, 128)))))
+            for _ in range(3)
+        ]
         values = np.stack(waves, -1) + 2 * waves[0][..., None]
         values = (values - values.mean()) / values.std() * 40 + 110
         made.append(Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)))
@@ -50,7 +54,9 @@ def distance(a: int, b: int) -> int:
     ids=["half", "twice", "jpeg", "brighter", "darker"],
 )
 def test_a_changed_copy_looks_nearly_the_same(change):
-    distances = [distance(perceptual_hash(image), perceptual_hash(change(image))) for image in pictures(40)]
+    distances = [
+        distance(perceptual_hash(image), perceptual_hash(change(image))) for image in pictures(40)
+    ]
     assert np.mean([d <= NEAR for d in distances]) >= 0.95 and max(distances) <= 2 * NEAR
 
 
@@ -67,7 +73,8 @@ def test_colours_count_and_plain_surfaces_have_no_look():
 
     red = disc("#c00000")
     grey = Image.merge("RGB", [red.convert("L")] * 3)
-    assert distance(perceptual_hash(red), perceptual_hash(grey)) > NEAR  # as light as each other everywhere
+    # As light as each other everywhere
+    assert distance(perceptual_hash(red), perceptual_hash(grey)) > NEAR
     for colour in ("white", "black", "#808080", "#c81e46", "blue"):
         assert (
             perceptual_hash(Image.new("RGB", (64, 48), colour)) == 0
@@ -107,8 +114,12 @@ def test_the_search_finds_what_comparing_all_with_all_finds(start, changes, most
     found = {frozenset(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)}
     assert found == by_comparing_all(values, most)
     groups = groups_of(labels)
-    assert {frozenset(group.tolist()) for group in groups} == {group for group in found if len(group) > 1}
-    assert [len(group) for group in groups] == sorted((len(group) for group in groups), reverse=True)
+    assert {frozenset(group.tolist()) for group in groups} == {
+        group for group in found if len(group) > 1
+    }
+    assert [len(group) for group in groups] == sorted(
+        (len(group) for group in groups), reverse=True
+    )
 
 
 def test_links_are_the_same_when_told_in_parts(monkeypatch):

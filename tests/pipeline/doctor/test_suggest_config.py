@@ -20,7 +20,9 @@ def make(folder, sizes, texts=None):
     folder.mkdir()
     for number, size in enumerate(sizes):
         coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize(size if isinstance(size, tuple) else (size, size)).save(folder / f"{number:03}.png")
+        Image.fromarray(coarse).resize(size if isinstance(size, tuple) else (size, size)).save(
+            folder / f"{number:03}.png"
+        )
         (folder / f"{number:03}.txt").write_text(texts[number] if texts else f"number {number}")
     return folder
 
@@ -53,25 +55,46 @@ def suggested(tmp_path, sizes, texts=None, *, text=None, largest=256, **options)
 )
 def test_the_size_leaves_out_a_tenth_at_most(tmp_path, sizes, expected, upscale, factor):
     experiment = suggested(tmp_path, sizes)
-    assert (experiment.data.image_size, experiment.data.upscale, experiment.tokenizer.model.factor) == (expected, upscale, factor)
+    assert (
+        experiment.data.image_size,
+        experiment.data.upscale,
+        experiment.tokenizer.model.downsample_factor,
+    ) == (expected, upscale, factor)
 
 
 def test_a_larger_size_must_be_asked_for_and_filters_are_kept(tmp_path):
-    experiment = suggested(tmp_path, [600] * 20 + [(900, 300)] * 20, largest=512, max_aspect=1.5, flip=True)
-    assert experiment.data.image_size == 512 and experiment.data.max_aspect == 1.5 and experiment.data.flip
+    experiment = suggested(
+        tmp_path, [600] * 20 + [(900, 300)] * 20, largest=512, max_aspect=1.5, flip=True
+    )
+    assert (
+        experiment.data.image_size == 512
+        and experiment.data.max_aspect == 1.5
+        and experiment.data.flip
+    )
     source = experiment.data.source
-    for options, expected in ({"max_size": 700}, 384), ({"min_size": 100}, 96), ({"min_size": 100, "upscale": True}, 384):
+    for options, expected in (
+        ({"max_size": 700}, 384),
+        ({"min_size": 100}, 96),
+        ({"min_size": 100, "upscale": True}, 384),
+    ):
         data = DataConfig(source=source, image_size=64, **options)
         found = loaded(diagnose(data, largest=384).suggestion, tmp_path)
-        # Of the long ones 300 pixels are the shorter side, so that half are left out where nothing else leaves them out.
-        assert found.data.image_size == (expected if "max_size" in options or expected == 96 else 256), options
+        # Of the long ones 300 pixels are the shorter side, so that half are left out where nothing
+        # else leaves them out.
+        assert found.data.image_size == (
+            expected if "max_size" in options or expected == 96 else 256
+        ), options
         assert {name: getattr(found.data, name) for name in options} == options
 
 
 def test_the_text_length_is_that_of_the_longest_caption_unless_few_are_far_longer(tmp_path):
     texts = ["a b c d e"] * 40
     experiment = suggested(tmp_path, [64] * 40, texts, text=TextConfig(vocab_size=300))
-    assert (experiment.text.length % 8, experiment.text.truncate, experiment.text.vocab_size) == (0, False, 300)
+    assert (
+        experiment.text.max_length % 8,
+        experiment.text.truncate,
+        experiment.text.vocab_size,
+    ) == (0, False, 300)
     lengths = np.full(1000, 10)
     assert _length(lengths)[:2] == (16, False)
     lengths[0] = 30
@@ -92,8 +115,8 @@ def test_steps_are_those_of_the_shipped_experiment_and_bounded():
 
 
 def test_few_pictures_are_split_so_that_neither_part_is_empty(tmp_path):
-    experiment = suggested(tmp_path, [64] * 4, held_out=0.0001)
-    assert experiment.data.held_out > 0.0001
+    experiment = suggested(tmp_path, [64] * 4, val_fraction=0.0001)
+    assert experiment.data.val_fraction > 0.0001
     one = make(tmp_path / "one", [64])
     assert diagnose(DataConfig(source=str(one))).suggestion is None
 
@@ -101,20 +124,34 @@ def test_few_pictures_are_split_so_that_neither_part_is_empty(tmp_path):
 def test_mixtures_and_drawn_worlds_are_suggested_as_they_were_given(tmp_path):
     folder = make(tmp_path / "pictures", [100] * 40)
     mix = [MixPart(source="shapes", weight=2.0), MixPart(source=str(folder))]
-    experiment = loaded(diagnose(DataConfig(mix=mix, lattice=8), pictures=40).suggestion, tmp_path)
-    assert experiment.data.mix == mix and experiment.data.image_size == 96 and experiment.data.lattice == 8
-    shapes = loaded(diagnose(DataConfig(source="shapes", max_objects=2), pictures=40).suggestion, tmp_path)
-    assert (shapes.data.image_size, shapes.data.max_objects, shapes.tokenizer.model.num_codes, shapes.encode.pictures) == (
-        64,
-        2,
-        512,
-        60_000,
+    experiment = loaded(
+        diagnose(DataConfig(mix=mix, grid_cells=8), pictures=40).suggestion, tmp_path
     )
+    assert (
+        experiment.data.mix == mix
+        and experiment.data.image_size == 96
+        and experiment.data.grid_cells == 8
+    )
+    shapes = loaded(
+        diagnose(DataConfig(source="shapes", max_objects=2), pictures=40).suggestion, tmp_path
+    )
+    assert (
+        shapes.data.image_size,
+        shapes.data.max_objects,
+        shapes.tokenizer.model.num_codes,
+        shapes.encode.max_images,
+    ) == (64, 2, 512, 60_000)
 
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("path/to/my cats", "my-cats"), ("table.csv", "table"), ("shards/*.tar", "shards"), ("user/data-set", "data-set"), ("..", "mine")],
+    [
+        ("path/to/my cats", "my-cats"),
+        ("table.csv", "table"),
+        ("shards/*.tar", "shards"),
+        ("user/data-set", "data-set"),
+        ("..", "mine"),
+    ],
 )
 def test_the_run_is_named_after_the_source(source, name):
     assert name_of(DataConfig(source=source)) == name

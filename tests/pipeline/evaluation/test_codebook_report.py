@@ -30,9 +30,13 @@ def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
     (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
     codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
     counts = torch.bincount(codes.flatten(), minlength=12)
-    assert sorted(view.codes) == list(range(12)) and view.counts == sorted(counts.tolist(), reverse=True)
+    assert sorted(view.codes) == list(range(12)) and view.counts == sorted(
+        counts.tolist(), reverse=True
+    )
     assert [int(counts[code]) for code in view.codes] == view.counts
-    first = to_pictures(tokenizer.decode(torch.full((1, 4, 4), view.codes[0])))[0, 8:12, 8:12].numpy()
+    first = to_pictures(tokenizer.decode(torch.full((1, 4, 4), view.codes[0])))[
+        0, 8:12, 8:12
+    ].numpy()
     assert np.array_equal(view.pictures["alone"][1:5, 1:5], first)
     assert view.statistics.dead == int((counts == 0).sum())
 
@@ -57,9 +61,14 @@ def test_each_level_has_its_own_pictures(tmp_path, kind):
     levels = len(ImageTokenizer.load(tmp_path / "tokenizer").layout)
     assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
     page = (tmp_path / "page" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 * levels and "http" not in page.replace("<!doctype html>", "")
+    assert page.count("data:image/png;base64,") == 4 * levels and "http" not in page.replace(
+        "<!doctype html>", ""
+    )
     for view in views:
-        assert f"{view.statistics.usage:.1%} of the codes used, perplexity {view.statistics.perplexity:,.1f}" in page
+        assert (
+            f"{view.statistics.usage:.1%} of the codes used, perplexity "
+            f"{view.statistics.perplexity:,.1f}" in page
+        )
         assert len(re.findall("<tr><td>", page)) == sum(len(v.codes) for v in views)
 
 
@@ -69,23 +78,50 @@ def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_pat
     assert "of the codes used, perplexity" in capsys.readouterr().out
     with Image.open(folder / "codebook" / "map.png") as image:
         assert len(np.unique(np.asarray(image))) > 2
-    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0  # its own page is replaced
+    # Its own page is replaced
+    assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
     numbers = json.loads((folder / "codebook" / "codebook.json").read_text())
     assert numbers["pictures"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
-    again = ["codebook", "--tokenizer", folder / "tokenizer", "--config", finished_run[0], "--out", tmp_path / "elsewhere"]
+    again = [
+        "codebook",
+        "--tokenizer",
+        folder / "tokenizer",
+        "--config",
+        finished_run[0],
+        "--out",
+        tmp_path / "elsewhere",
+    ]
     assert main([str(a) for a in again]) == 0 and (tmp_path / "elsewhere" / "index.html").is_file()
 
 
 def test_what_can_be_missing(finished_run, tmp_path, capsys):
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "none"], "there is no tokenizer in")
     shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
-    fails(capsys, ["codebook", "--tokenizer", tmp_path / "tokenizer"], "it is not known which pictures to encode; add --config FILE")
     fails(
-        capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "p", "--max-images", 0], "--max-images is 0"
+        capsys,
+        ["codebook", "--tokenizer", tmp_path / "tokenizer"],
+        "it is not known which pictures to encode; add --config FILE",
+    )
+    fails(
+        capsys,
+        [
+            "codebook",
+            "--tokenizer",
+            finished_run[1] / "tokenizer",
+            "--out",
+            tmp_path / "p",
+            "--max-images",
+            0,
+        ],
+        "--max-images is 0",
     )
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
-    fails(capsys, ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"], "holds no codebook page")
+    fails(
+        capsys,
+        ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--out", tmp_path / "thesis"],
+        "holds no codebook page",
+    )
     with pytest.raises(FileExistsError, match="holds no codebook page"):
         codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"

@@ -13,7 +13,10 @@ from pipeline.evaluation.emoji import captions_found, emoji_figures, squared_err
 
 
 def test_squared_errors_by_hand():
-    a, b = np.zeros((1, 2, 2, 3), dtype=np.uint8), np.stack([np.full((2, 2, 3), v, dtype=np.uint8) for v in (0, 10, 255)])
+    a, b = (
+        np.zeros((1, 2, 2, 3), dtype=np.uint8),
+        np.stack([np.full((2, 2, 3), v, dtype=np.uint8) for v in (0, 10, 255)]),
+    )
     assert squared_errors(a, b).tolist() == [[0, 100, 255**2]]
 
 
@@ -47,7 +50,11 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
     figures: dict[str, float] = {}
     emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
-    assert set(figures) == {"retrieval_at_1_of_100_seen", "retrieval_at_1_of_100_held_out", "skin_tone_accuracy_val"}
+    assert set(figures) == {
+        "retrieval_at_1_of_100_seen",
+        "retrieval_at_1_of_100_held_out",
+        "skin_tone_accuracy_val",
+    }
     # The lightest picture of all, or of its family, has no lighter one to be mistaken for.
     assert figures["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
     assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
@@ -62,4 +69,7 @@ def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():
         return [(best, -1.0), *((c, -2.0) for c in candidates if c != best)]
 
     pictures = Tones().images(range(10))
-    assert captions_found(SimpleNamespace(caption=caption), pictures, [str(i) for i in range(10)]) == 0.5  # type: ignore[arg-type]
+    assert (
+        captions_found(SimpleNamespace(caption=caption), pictures, [str(i) for i in range(10)])
+        == 0.5
+    )  # type: ignore[arg-type]

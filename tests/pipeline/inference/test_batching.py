@@ -12,7 +12,15 @@ from pipeline.inference.batching import bytes_per_image, even_batches, sample_co
 from stage2_prior import SamplingOptions, sample
 from tests.helpers.priors import any_order_prior, tiny_prior
 
-CAPTIONS = torch.tensor([[1, 5, 6, 7, 2, 0], [1, 9, 2, 0, 0, 0], [1, 5, 11, 12, 13, 2], [1, 4, 2, 0, 0, 0], [1, 8, 8, 2, 0, 0]])
+CAPTIONS = torch.tensor(
+    [
+        [1, 5, 6, 7, 2, 0],
+        [1, 9, 2, 0, 0, 0],
+        [1, 5, 11, 12, 13, 2],
+        [1, 4, 2, 0, 0, 0],
+        [1, 8, 8, 2, 0, 0],
+    ]
+)
 SEEDS = [1, 2, 3, 4, 5]
 
 
@@ -30,7 +38,9 @@ def test_batches_are_few_and_of_even_sizes():
 def test_a_picture_is_the_same_in_any_batch(prior):
     whole = sample(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2))
     for size in (1, 2, 4, 64):
-        parts = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2), batch_size=size)
+        parts = sample_codes_batched(
+            prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2), batch_size=size
+        )
         assert torch.equal(parts.codes, whole.codes) and torch.equal(parts.orders, whole.orders)
         torch.testing.assert_close(parts.log_likelihood, whole.log_likelihood)
         torch.testing.assert_close(parts.null_log_likelihood, whole.null_log_likelihood)
@@ -42,18 +52,26 @@ def test_known_codes_go_with_their_rows():
     known = torch.zeros(5, 9, dtype=torch.bool)
     for row in range(5):
         known[row, row : row + 3] = True
-    drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known, codes=codes)
+    drawn = sample_codes_batched(
+        prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known, codes=codes
+    )
     assert torch.equal(drawn.codes[known], codes[known])
-    shared = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known[0], codes=codes)
+    shared = sample_codes_batched(
+        prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, known=known[0], codes=codes
+    )
     assert torch.equal(shared.codes[:, :3], codes[:, :3])
 
 
 def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypatch):
     need = bytes_per_image(prior, SamplingOptions())
     monkeypatch.setattr(drawing, "free_memory", lambda device: int(2.9 * need))
-    with pytest.warns(UserWarning, match="5 pictures at a time do not fit the free memory; going on with 2") as said:
+    with pytest.warns(
+        UserWarning, match="5 pictures at a time do not fit the free memory; going on with 2"
+    ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
-    assert len(said) == 1 and torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
+    assert len(said) == 1 and torch.equal(
+        drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes
+    )
 
 
 def test_not_even_one_picture_fits(prior, monkeypatch):
@@ -76,7 +94,10 @@ def test_the_estimate_grows_with_what_takes_memory():
     plain = bytes_per_image(tiny_prior(heads=4), SamplingOptions())
     assert bytes_per_image(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
     # A step of several codes may feed all of them: logits of 8 more, 11 classes each.
-    assert bytes_per_image(tiny_prior(heads=4), SamplingOptions(steps=4)) >= plain + 8 * 11 * 4
+    assert (
+        bytes_per_image(tiny_prior(heads=4), SamplingOptions(num_inference_steps=4))
+        >= plain + 8 * 11 * 4
+    )
     assert (
         bytes_per_image(tiny_prior(heads=4, kv_heads=1), SamplingOptions())
         < plain
@@ -85,7 +106,11 @@ def test_the_estimate_grows_with_what_takes_memory():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_out_of_memory_halves_the_batch_and_goes_on(prior, monkeypatch, error):
     sizes = []
@@ -97,7 +122,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(prior, monkeypatch, error):
         return sample(prior, ids, *arguments, **options)
 
     monkeypatch.setattr(drawing, "sample", full)
-    with pytest.warns(UserWarning, match="out of memory with 5 pictures at a time; going on with 2") as said:
+    with pytest.warns(
+        UserWarning, match="out of memory with 5 pictures at a time; going on with 2"
+    ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert sizes == [5, 2, 2, 1] and len(said) == 1
     assert torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
@@ -108,7 +135,10 @@ def test_one_picture_that_does_not_fit_is_an_error(prior, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(drawing, "sample", full)
-    with pytest.raises(MemoryError, match="one picture of 9 codes does not fit the memory of cpu; close other programs"):
+    with pytest.raises(
+        MemoryError,
+        match="one picture of 9 codes does not fit the memory of cpu; close other programs",
+    ):
         sample_codes_batched(prior, CAPTIONS[:1], [1], SamplingOptions(), batch_size=64)
 
 
@@ -121,7 +151,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(prior, monkeypatch):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.01, [False] * 5), (30.0, [False, True, True, True, True])])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.01, [False] * 5), (30.0, [False, True, True, True, True])]
+)
 def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds, expected):
     asked, clock = [], iter(range(10**6))
 
@@ -136,7 +168,9 @@ def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds
         warnings.simplefilter("always")
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
     assert asked == expected
-    assert ["seconds of drawing are left, so the steps are compiled" in str(w.message) for w in said] == [True] * any(expected)
+    assert [
+        "seconds of drawing are left, so the steps are compiled" in str(w.message) for w in said
+    ] == [True] * any(expected)
 
 
 @pytest.mark.parametrize(("compile", "expected"), [("on", True), ("off", False)])

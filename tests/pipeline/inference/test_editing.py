@@ -1,4 +1,5 @@
-"""Pictures in part, scores and choices: what is kept, what is refused, and the command line of it."""
+"""Pictures in part, scores and choices: what is kept, what is refused, and the command line of
+it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from tests.helpers.cli import fails
 
 
 def untrained_pipe(run: Path, **trained: object) -> TextToImagePipeline:
-    """A run's tokenizers with a prior for any order whose weights are random; what is kept does not depend on what it learned."""
+    """A run's tokenizers with a prior for any order whose weights are random; what is kept does not
+    depend on what it learned."""
     pipe = TextToImagePipeline.from_pretrained(run / "bundle")
     config = StreamConfig(**{**vars(pipe.prior.stream.config), "any_order": True})
     torch.manual_seed(0)
@@ -29,7 +31,12 @@ def untrained_pipe(run: Path, **trained: object) -> TextToImagePipeline:
         for parameter in prior.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-    for name, value in {"trained_order": "random", "trained_with_caption_dropout": True, "trained_image_first": True, **trained}.items():
+    for name, value in {
+        "trained_order": "random",
+        "trained_with_caption_dropout": True,
+        "trained_image_first": True,
+        **trained,
+    }.items():
         setattr(prior.config, name, value)
     return TextToImagePipeline(pipe.tokenizer, prior.eval(), pipe.text, pipe.defaults)
 
@@ -73,30 +80,44 @@ def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, picture):
 def test_an_empty_mask_changes_nothing_and_is_said(pipe, picture):
     with pytest.warns(UserWarning, match="the mask is empty"):
         out = pipe.edit(picture, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
-    assert [np.array_equal(np.asarray(image), np.asarray(picture)) for image in out.images] == [True, True]
+    assert [np.array_equal(np.asarray(image), np.asarray(picture)) for image in out.images] == [
+        True,
+        True,
+    ]
     assert out.log_likelihood.tolist() == [0, 0] and out.codes.shape == (2, 4, 4)
 
 
 def test_a_full_mask_is_plain_sampling_and_is_said(pipe, picture):
     with pytest.warns(UserWarning, match="plain sampling"):
-        out = pipe.edit(picture, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3)
+        out = pipe.edit(
+            picture, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3
+        )
     plain = pipe("a red circle", num_images_per_prompt=2, seed=3)
     assert torch.equal(out.codes, plain.codes)
-    assert [np.asarray(a).tobytes() for a in out.images] == [np.asarray(b).tobytes() for b in plain.images]
+    assert [np.asarray(a).tobytes() for a in out.images] == [
+        np.asarray(b).tobytes() for b in plain.images
+    ]
 
 
 def test_masks_and_pictures_that_do_not_fit_are_named(pipe, picture):
     with pytest.raises(ValueError, match="the mask is 16x32 and the picture 32x32"):
         pipe.edit(picture, Image.new("L", (16, 32)), "x")
-    with pytest.raises(ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"):
+    with pytest.raises(
+        ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"
+    ):
         pipe.edit(picture, Image.new("RGB", (32, 32)), "x")
-    with pytest.raises(ValueError, match="the picture is 40x32 and this prior draws 32x32; resize it first"):
+    with pytest.raises(
+        ValueError, match="the picture is 40x32 and this prior draws 32x32; resize it first"
+    ):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
 
 def test_editing_with_a_raster_prior_says_what_to_train(finished_run, picture):
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
-    with pytest.raises(ValueError, match=r"need a prior that was trained on random orders.*prior\.train\.order=random"):
+    with pytest.raises(
+        ValueError,
+        match=r"need a prior that was trained on random orders.*prior\.train\.code_order=random",
+    ):
         raster.edit(picture, box(0, 0, 9, 9), "x")
 
 
@@ -108,7 +129,10 @@ def test_a_raster_prior_completes_from_the_top_rows(finished_run, picture):
     for given in (picture, codes):
         out = raster.complete(given, known, "a red circle", num_images=2)
         assert torch.equal(out.codes[:, :2], codes[:2].expand(2, 2, 4))
-    with pytest.raises(ValueError, match=r"known is torch\.int64 \(4, 4\); it must be bool and say for each of the 16 codes"):
+    with pytest.raises(
+        ValueError,
+        match=r"known is torch\.int64 \(4, 4\); it must be bool and say for each of the 16 codes",
+    ):
         raster.complete(picture, known.long(), "x")
     with pytest.raises(ValueError, match="num_images is 0"):
         raster.complete(picture, known, "x", num_images=0)
@@ -184,10 +208,22 @@ def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guida
     from stage2_prior import code_log_likelihood
     from stage2_prior.order import seeded_orders
 
-    every = pipe(["a red circle"], num_images_per_prompt=6, steps=3, guidance_scale=guidance_scale)
-    ids, flat, orders = pipe.text.encode(["a red circle"]).expand(6, -1), every.codes.flatten(1), seeded_orders(every.seeds, 16)
-    given, null = (code_log_likelihood(pipe.prior, t, flat, orders).sum(1) for t in (ids, pipe.prior.stream.null_caption(6)))
-    best = pipe(["a red circle"], best_of=6, steps=3, guidance_scale=guidance_scale)
+    every = pipe(
+        ["a red circle"],
+        num_images_per_prompt=6,
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+    )
+    ids, flat, orders = (
+        pipe.text.encode(["a red circle"]).expand(6, -1),
+        every.codes.flatten(1),
+        seeded_orders(every.seeds, 16),
+    )
+    given, null = (
+        code_log_likelihood(pipe.prior, t, flat, orders).sum(1)
+        for t in (ids, pipe.prior.stream.null_caption(6))
+    )
+    best = pipe(["a red circle"], best_of=6, num_inference_steps=3, guidance_scale=guidance_scale)
     assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
 
 
@@ -199,14 +235,21 @@ def test_a_judge_without_a_choice_or_with_too_few_scores_is_refused(pipe):
 
 
 def test_a_bundle_s_own_steps_are_for_whole_pictures(pipe, picture):
-    stepped = TextToImagePipeline(pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(steps=16))
+    stepped = TextToImagePipeline(
+        pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(num_inference_steps=16)
+    )
     assert stepped.edit(picture, box(0, 0, 8, 8), "x").codes.shape == (1, 4, 4)
-    with pytest.raises(ValueError, match="steps is 2; it must be at least 1 and at most the 1 codes"):
-        stepped.edit(picture, box(0, 0, 8, 8), "x", steps=2)
+    with pytest.raises(
+        ValueError, match="num_inference_steps is 2; it must be at least 1 and at most the 1 codes"
+    ):
+        stepped.edit(picture, box(0, 0, 8, 8), "x", num_inference_steps=2)
 
 
 def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
-    for call in (lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0), lambda: pipe.vary(picture, 0.5, "x", num_images=0)):
+    for call in (
+        lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0),
+        lambda: pipe.vary(picture, 0.5, "x", num_images=0),
+    ):
         with pytest.raises(ValueError, match="num_images is 0; it must be at least 1"):
             call()
     with pytest.raises(ValueError, match="num is 0"):
@@ -229,12 +272,16 @@ def test_best_of_may_choose_by_a_judge(pipe):
         return [float(np.asarray(image).mean()) for image in images]
 
     best = pipe(["a red circle"], best_of=4, judge=brightest)
-    assert torch.equal(best.codes[0], every.codes[int(np.argmax(brightest(every.images, ["a red circle"] * 4)))])
+    assert torch.equal(
+        best.codes[0], every.codes[int(np.argmax(brightest(every.images, ["a red circle"] * 4)))]
+    )
 
 
 def test_best_of_needs_something_to_choose_by(finished_run):
     pipe = untrained_pipe(finished_run[1], trained_with_caption_dropout=False)
-    with pytest.raises(ValueError, match="best_of needs a prior trained with caption dropout, or a judge"):
+    with pytest.raises(
+        ValueError, match="best_of needs a prior trained with caption dropout, or a judge"
+    ):
         pipe(["a red circle"], best_of=2, guidance_scale=1.0)
     with pytest.raises(ValueError, match="best_of is 0; it must be at least 1"):
         pipe(["a red circle"], best_of=0)
@@ -245,9 +292,11 @@ def test_captions_are_scored_and_drawn(pipe, picture, finished_run):
     ranked = pipe.caption(picture, ["a red circle", "a tiny blue star", "x"])
     assert sorted(text for text, _ in ranked) == ["a red circle", "a tiny blue star", "x"]
     assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
-    assert len(pipe.caption(picture, num=3, seed=1)) == 3 and pipe.caption(picture, num=2, seed=1) == pipe.caption(picture, num=2, seed=1)
+    assert len(pipe.caption(picture, num=3, seed=1)) == 3 and pipe.caption(
+        picture, num=2, seed=1
+    ) == pipe.caption(picture, num=2, seed=1)
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
-    with pytest.raises(ValueError, match=r"sequence\.image_first=0\.2"):
+    with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
         raster.caption(picture)
 
 
@@ -256,7 +305,9 @@ def test_pictures_become_codes_in_the_precision_that_the_prior_knows(finished_ru
     pipe = untrained_pipe(finished_run[1])
     pipe.trained_on = {"codes_in_bf16": bf16}
     seen = []
-    pipe.tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    pipe.tokenizer.encoder.register_forward_hook(
+        lambda _, inputs, output: seen.append(output.dtype)
+    )
     pipe.vary(picture, 0.5, "x")
     pipe.score([picture], ["x"])
     pipe.caption(picture, num=1)
@@ -271,10 +322,15 @@ def test_a_bundle_knows_the_precision_of_its_codes(finished_run):
 
 
 def test_unknown_sampling_options_are_named(pipe):
-    with pytest.raises(ValueError, match=r"\['top_P'\] are no sampling options; known are \['guidance_scale'"):
+    with pytest.raises(
+        ValueError, match=r"\['top_P'\] are no sampling options; known are \['guidance_scale'"
+    ):
         pipe("x", top_P=0.5)
-    with pytest.raises(ValueError, match="steps is 17; it must be at least 1 and at most the 16 codes"):
-        pipe("x", steps=17)
+    with pytest.raises(
+        ValueError,
+        match="num_inference_steps is 17; it must be at least 1 and at most the 16 codes",
+    ):
+        pipe("x", num_inference_steps=17)
 
 
 def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
@@ -282,11 +338,38 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
     picture.save(tmp_path / "p.png")
     box(0, 0, 16, 16).save(tmp_path / "m.png")
     picture.crop((0, 0, 16, 16)).save(tmp_path / "small.png")
-    command = ["edit", "--bundle", tmp_path / "bundle", "--image", tmp_path / "p.png", "--prompt", "a red circle"]
-    run = [str(a) for a in [*command, "--mask", tmp_path / "m.png", "--num-images", 2, "--steps", 2, "--out", tmp_path / "out"]]
+    command = [
+        "edit",
+        "--bundle",
+        tmp_path / "bundle",
+        "--image",
+        tmp_path / "p.png",
+        "--prompt",
+        "a red circle",
+    ]
+    run = [
+        str(a)
+        for a in [
+            *command,
+            "--mask",
+            tmp_path / "m.png",
+            "--num-images",
+            2,
+            "--num-inference-steps",
+            2,
+            "--out",
+            tmp_path / "out",
+        ]
+    ]
     assert main(run) == 0 and "wrote 2 pictures" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and rows[0]["prompt"] == "a red circle" and (tmp_path / "out" / "grid.png").is_file()
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(rows) == 2
+        and rows[0]["prompt"] == "a red circle"
+        and (tmp_path / "out" / "grid.png").is_file()
+    )
     with Image.open(tmp_path / "out" / rows[0]["file"]) as image:
         assert np.array_equal(np.asarray(image)[16:], np.asarray(picture)[16:])
     small = [
@@ -304,33 +387,93 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
         tmp_path / "o",
     ]
     assert main([str(a) for a in small]) == 0 and "note: an empty prompt" in capsys.readouterr().out
-    assert main([str(a) for a in [*command, "--strength", 0.5, "--num-images", 1, "--out", tmp_path / "v"]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [*command, "--strength", 0.5, "--num-images", 1, "--out", tmp_path / "v"]
+            ]
+        )
+        == 0
+    )
     Image.new("L", (32, 32), 0).save(tmp_path / "empty.png")
-    assert main([str(a) for a in [*command, "--mask", tmp_path / "empty.png", "--num-images", 1, "--out", tmp_path / "e"]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *command,
+                    "--mask",
+                    tmp_path / "empty.png",
+                    "--num-images",
+                    1,
+                    "--out",
+                    tmp_path / "e",
+                ]
+            ]
+        )
+        == 0
+    )
     assert "note: the mask is empty" in capsys.readouterr().out
     Image.new("RGB", (32, 32), 0).save(tmp_path / "rgb.png")
-    fails(capsys, [*command, "--mask", tmp_path / "rgb.png", "--out", tmp_path / "no"], "the mask has mode RGB")
-    fails(capsys, [*command, "--mask", tmp_path / "none.png", "--out", tmp_path / "no"], "there is no picture")
+    fails(
+        capsys,
+        [*command, "--mask", tmp_path / "rgb.png", "--out", tmp_path / "no"],
+        "the mask has mode RGB",
+    )
+    fails(
+        capsys,
+        [*command, "--mask", tmp_path / "none.png", "--out", tmp_path / "no"],
+        "there is no picture",
+    )
     assert main([str(a) for a in command]) == 2 and not (tmp_path / "no").exists()
 
 
 def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monkeypatch, capsys):
     untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
-    given = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.5), "guidance_power": 1.5, "temperature": 0.9, "top_k": 9, "top_p": 0.8,
-             "min_p": 0.001, "steps": 4}  # fmt: skip
-    flags = [a for name, value in given.items() for a in (f"--{name}", *(value if isinstance(value, tuple) else [value]))]
+    given = {
+        "guidance_scale": 2.0,
+        "guidance_interval": (0.0, 0.5),
+        "guidance_power": 1.5,
+        "temperature": 0.9,
+        "top_k": 9,
+        "top_p": 0.8,
+        "min_p": 0.001,
+        "num_inference_steps": 4,
+    }
+    flags = [
+        a
+        for name, value in given.items()
+        for a in (f"--{name}", *(value if isinstance(value, tuple) else [value]))
+    ]
     seen = []
     drawing = "pipeline.inference.batching.sample"
     monkeypatch.setattr(
         drawing,
-        lambda prior, ids, seeds, options, **how: (seen.append((options, how)), sample(prior, ids, seeds, options, **how))[1],
+        lambda prior, ids, seeds, options, **how: (
+            seen.append((options, how)),
+            sample(prior, ids, seeds, options, **how),
+        )[1],
     )
-    bundle = ["generate", "--bundle", tmp_path / "bundle", "a red circle", "--num-images", 1, "--out", tmp_path / "out"]
+    bundle = [
+        "generate",
+        "--bundle",
+        tmp_path / "bundle",
+        "a red circle",
+        "--num-images",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
     assert main([str(a) for a in [*bundle, *flags, "--best-of", 3, "--compile", "off"]]) == 0
     options, how = seen[0]
     assert options == SamplingOptions(**given) and not how["compiled"] and len(seen) == 1
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 1
-    fails(capsys, [*bundle, "--clip-scorer", tmp_path / "none", "--best-of", 2], "cannot be loaded as a CLIP model")
+    fails(
+        capsys,
+        [*bundle, "--clip-scorer", tmp_path / "none", "--best-of", 2],
+        "cannot be loaded as a CLIP model",
+    )
 
 
 def test_the_command_line_has_every_sampling_option():

@@ -16,17 +16,38 @@ WORDS = ["<pad>", "<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "blue<
 
 @pytest.fixture
 def folder(tmp_path):
-    """A CLIP model of random weights with tokenizer and image processor, as transformers saves them."""
+    """A CLIP model of random weights with tokenizer and image processor, as transformers saves
+    them."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CLIPTextConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = CLIPTextConfig(
+        **sizes,
+        vocab_size=len(WORDS),
+        max_position_embeddings=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8
+    )
     CLIPModel(config).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "<pad>"}))
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "<pad>"})
+    )
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 16},
+        "crop_size": {"height": 16, "width": 16},
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     return tmp_path
 
@@ -46,5 +67,7 @@ def test_a_judge_that_is_none_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"the judge '.*nothing' cannot be loaded as a CLIP model"):
         CLIPScorer(str(tmp_path / "nothing"))
     CLIPModel.from_pretrained(folder).vision_model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"cannot be loaded as a CLIP model|does not compare pictures with text"):
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded as a CLIP model|does not compare pictures with text"
+    ):
         CLIPScorer(str(folder))

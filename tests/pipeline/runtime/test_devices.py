@@ -18,18 +18,30 @@ CPU = torch.device("cpu")
 
 def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypatch):
     assert uses_bf16("bf16", CPU) and not uses_bf16("fp32", CPU)
-    for capabilities, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx2": True}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
         assert uses_bf16("auto", CPU) is expected
 
 
 def test_compiling_is_asked_for_or_worth_it(monkeypatch):
     monkeypatch.setattr(devices, "has_cpp_compiler", lambda: True)
-    assert should_compile(TrainConfig(compile="on", steps=1), CPU) and not should_compile(TrainConfig(compile="off", steps=10**6), CPU)
-    assert should_compile(TrainConfig(steps=10_000), CPU) and not should_compile(TrainConfig(steps=10), CPU)
+    assert should_compile(TrainConfig(compile="on", steps=1), CPU) and not should_compile(
+        TrainConfig(compile="off", steps=10**6), CPU
+    )
+    assert should_compile(TrainConfig(steps=10_000), CPU) and not should_compile(
+        TrainConfig(steps=10), CPU
+    )
     monkeypatch.setattr(devices, "has_cpp_compiler", lambda: False)
     assert not should_compile(TrainConfig(steps=10_000), CPU)
-    with pytest.raises(ValueError, match=r"train.compile is on, and there is no C\+\+ compiler with Python's headers here; install them"):
+    with pytest.raises(
+        ValueError,
+        match=r"train.compile is on, and there is no C\+\+ compiler with Python's headers here; "
+        r"install them",
+    ):
         should_compile(TrainConfig(compile="on"), CPU)
 
 
@@ -57,10 +69,16 @@ print(after - before)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
 def test_freed_memory_is_used_again_without_asking_the_system():
-    """48 MB five times over are 60,000 pages: asked for each time by default, and here once more at most."""
+    """48 MB five times over are 60,000 pages: asked for each time by default, and here once more at
+    most."""
     counts = []
     for keeps in (False, True):
-        done = subprocess.run([sys.executable, "-c", FAULTS.format(keeps=keeps)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS.format(keeps=keeps)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         counts.append(int(done.stdout))
     assert counts[0] > 50_000 and counts[1] < 15_000
 

@@ -26,7 +26,8 @@ SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heeded():
-    """Shells have what they start in the background ignore Ctrl-C, and Python then leaves it at that."""
+    """Shells have what they start in the background ignore Ctrl-C, and Python then leaves it at
+    that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -44,14 +45,18 @@ def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number
     whole, figures = train(tmp_path / "whole", **options)
     before = handlers()
     with pytest.raises(
-        TrainingInterrupted, match=rf"stopped by {SIGNALS[number][0]} after step {step + 1} of 9 \(line\), which is saved"
+        TrainingInterrupted,
+        match=rf"stopped by {SIGNALS[number][0]} after step {step + 1} of 9 \(line\), which is "
+        r"saved",
     ) as caught:
         train(tmp_path / "cut", on_step=lambda now: now == step and send(number), **options)
     assert caught.value.status == SIGNALS[number][1] and handlers() == before
     assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == f"step-{step + 1}"
     again, figures_again = train(tmp_path / "cut", **options)
-    assert all(torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items())
+    assert all(
+        torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items()
+    )
     assert figures == figures_again
 
 
@@ -71,7 +76,10 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
 
 def test_further_signals_than_ctrl_c_change_nothing(tmp_path):
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 6"):
-        train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
+        train(
+            tmp_path,
+            on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGINT),
+        )
 
 
 def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
@@ -88,7 +96,11 @@ def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
 
 def test_another_thread_trains_without_handlers(tmp_path):
     before, seen = handlers(), []
-    thread = threading.Thread(target=lambda: seen.append(train(tmp_path, on_step=lambda step: seen.append(handlers() == before))))
+    thread = threading.Thread(
+        target=lambda: seen.append(
+            train(tmp_path, on_step=lambda step: seen.append(handlers() == before))
+        )
+    )
     thread.start()
     thread.join()
     assert seen[:-1] == [True] * 9 and seen[-1][1]["error"] > 0
@@ -108,18 +120,30 @@ def test_handlers_are_put_back_whatever_happens():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch, capsys, number):
     seed = training.step_seed
-    monkeypatch.setattr(training, "step_seed", lambda base, step, process: (step == 3 and send(number), seed(base, step, process))[1])
+    monkeypatch.setattr(
+        training,
+        "step_seed",
+        lambda base, step, process: (step == 3 and send(number), seed(base, step, process))[1],
+    )
     arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", "my run"]
     assert main(arguments) == SIGNALS[number][1]
-    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("minidalle"))
-    text = f"minidalle train-tokenizer: stopped by {SIGNALS[number][0]} after step 4 of 6 (tokenizer), which is saved; to go on: "
+    line = next(
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("minidalle")
+    )
+    text = (
+        f"minidalle train-tokenizer: stopped by {SIGNALS[number][0]} after step 4 of 6 "
+        "(tokenizer), which is saved; to go on: "
+    )
     assert line.startswith(text) and "--name 'my run'" in line
     monkeypatch.setattr(training, "step_seed", seed)
     command = shlex.split(line.removeprefix(text))
     assert command == ["minidalle", *arguments] and main(command[1:]) == 0
     assert "going on from" in capsys.readouterr().out
     assert main([*arguments, "--name", "whole"]) == 0
-    one, two = (ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint for name in ("my run", "whole"))
+    one, two = (
+        ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint
+        for name in ("my run", "whole")
+    )
     assert one == two and not list((tmp_path / "runs").glob("*/.lock"))
 
 
@@ -128,11 +152,29 @@ def test_signals_outside_of_training_end_with_one_line(finished_run, tmp_path, m
     before = handlers()
     for number, (name, status) in SIGNALS.items():
         monkeypatch.setattr(encoding, "_encoded", lambda *_, number=number: send(number))
-        arguments = ["encode", "--config", str(path), "--tokenizer", str(folder / "tokenizer"), "--out", str(tmp_path / "codes")]
+        arguments = [
+            "encode",
+            "--config",
+            str(path),
+            "--tokenizer",
+            str(folder / "tokenizer"),
+            "--out",
+            str(tmp_path / "codes"),
+        ]
         assert main(arguments) == status
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line == f"minidalle encode: stopped by {name}; to go on: {shlex.join(['minidalle', *arguments])}"
-        monkeypatch.setattr("pipeline.inference.generate.generate", lambda *_, number=number, **__: send(number))
-        assert main(["generate", "--bundle", str(folder / "bundle"), "x", "--out", str(tmp_path / "y")]) == status
+        assert (
+            line == f"minidalle encode: stopped by {name}; to go on: "
+            f"{shlex.join(['minidalle', *arguments])}"
+        )
+        monkeypatch.setattr(
+            "pipeline.inference.generate.generate", lambda *_, number=number, **__: send(number)
+        )
+        assert (
+            main(
+                ["generate", "--bundle", str(folder / "bundle"), "x", "--out", str(tmp_path / "y")]
+            )
+            == status
+        )
         assert capsys.readouterr().err == f"minidalle generate: stopped by {name}\n"
     assert handlers() == before and not Path(tmp_path / "codes").exists()

@@ -1,4 +1,5 @@
-"""`compare-tokenizers`: every row trained and judged, gone on with, at equal time too; and what can be wrong in its file."""
+"""`compare-tokenizers`: every row trained and judged, gone on with, at equal time too; and what can
+be wrong in its file."""
 
 from __future__ import annotations
 
@@ -24,14 +25,21 @@ pytestmark = pytest.mark.slow
 
 ROWS = {
     "plain": None,
-    "two levels": {"tokenizer": {"model": {"quantizer": "hierarchical", "hierarchical": {"width": 8}}, "train": {"steps": 4}}},
+    "two levels": {
+        "tokenizer": {
+            "model": {"quantizer": "hierarchical", "hierarchical": {"width": 8}},
+            "train": {"steps": 4},
+        }
+    },
 }
 
 
 @pytest.fixture
 def bakeoff(tmp_path: Path) -> Path:
     path = tmp_path / "bakeoff.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "rows": ROWS}))
+    path.write_text(
+        yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "variants": ROWS})
+    )
     return path
 
 
@@ -43,11 +51,16 @@ def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
     for row in figures.values():
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["usage"] <= 1 and row["encoding_rate"] > 0 and row["minutes"] > 0
-    assert figures["plain"]["bits_per_image"] == 16 * 4 and figures["two levels"]["bits_per_image"] == 20 * 4
+    assert (
+        figures["plain"]["bits_per_image"] == 16 * 4
+        and figures["two levels"]["bits_per_image"] == 20 * 4
+    )
     assert [row["steps"] for row in figures.values()] == [6, 4]
     prior = json.loads((folder / "plain" / "prior" / "settings.json").read_text())["held_out"]
     assert figures["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
-    tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())["held_out"]
+    tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())[
+        "held_out"
+    ]
     assert figures["plain"]["psnr"] == tokenizer["psnr"]
     assert (folder / "comparison.md").read_text() in out
     for name in ("comparison.png", "reconstructions.png"):
@@ -60,7 +73,11 @@ def test_one_comparison_at_a_time(bakeoff, tmp_path, capsys):
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fails(capsys, ["compare-tokenizers", "--config", bakeoff], f"{folder} is in use by another process")
+        fails(
+            capsys,
+            ["compare-tokenizers", "--config", bakeoff],
+            f"{folder} is in use by another process",
+        )
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
@@ -68,46 +85,77 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     folder = tmp_path / "runs" / "tiny"
     capsys.readouterr()
-    fails(capsys, ["compare-tokenizers", "--config", bakeoff, "--prior.train.steps", "7"], "made with other settings (prior)")
-    fails(capsys, ["compare-tokenizers", "--config", bakeoff, "--minutes", "1"], "made with other settings (minutes)")
+    fails(
+        capsys,
+        ["compare-tokenizers", "--config", bakeoff, "--prior.train.steps", "7"],
+        "made with other settings (prior)",
+    )
+    fails(
+        capsys,
+        ["compare-tokenizers", "--config", bakeoff, "--minutes", "1"],
+        "made with other settings (minutes)",
+    )
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/figures.json")}
     stranger = folder / "a peer"
     stranger.mkdir()
     made = json.loads((folder / "plain" / "figures.json").read_text())["made_with"]
     (stranger / "figures.json").write_text(
-        json.dumps({"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "tokenizer": 0}})
+        json.dumps(
+            {"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "tokenizer": 0}}
+        )
     )
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
-    (stranger / "figures.json").write_text(json.dumps({"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}))
+    (stranger / "figures.json").write_text(
+        json.dumps(
+            {"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}
+        )
+    )
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     written = (folder / "comparison.md").read_text()
-    assert "| a peer |" not in written and "a peer is left out: it was made with other settings (prior)" in written
+    assert (
+        "| a peer |" not in written
+        and "a peer is left out: it was made with other settings (prior)" in written
+    )
 
 
-def test_a_row_that_was_made_with_other_settings_is_named_before_any_work(bakeoff, monkeypatch, capsys):
+def test_a_row_that_was_made_with_other_settings_is_named_before_any_work(
+    bakeoff, monkeypatch, capsys
+):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
-    (bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json").unlink()  # due again, and before the one that is refused
-    monkeypatch.setattr(comparison, "run_variant", lambda experiment, minutes: pytest.fail("work was begun"))
+    (
+        bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json"
+    ).unlink()  # due again, and before the one that is refused
+    monkeypatch.setattr(
+        comparison, "run_variant", lambda experiment, minutes: pytest.fail("work was begun")
+    )
     values = yaml.safe_load(bakeoff.read_text())
-    values["rows"]["two levels"]["tokenizer"]["train"]["steps"] = 5
+    values["variants"]["two levels"]["tokenizer"]["train"]["steps"] = 5
     bakeoff.write_text(yaml.safe_dump(values))
-    fails(capsys, ["compare-tokenizers", "--config", bakeoff], "two levels was made with other settings (tokenizer)")
+    fails(
+        capsys,
+        ["compare-tokenizers", "--config", bakeoff],
+        "two levels was made with other settings (tokenizer)",
+    )
 
 
 def test_another_precision_is_another_comparison(bakeoff, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--precision", "fp32"]) == 0
-    fails(capsys, ["compare-tokenizers", "--config", bakeoff], "made with other settings (precision)")
+    fails(
+        capsys, ["compare-tokenizers", "--config", bakeoff], "made with other settings (precision)"
+    )
 
 
 def test_a_row_that_cannot_be_trained_is_named_and_the_others_figures_are_kept(bakeoff, capsys):
     values = yaml.safe_load(bakeoff.read_text())
-    values["rows"]["unfit"] = {"tokenizer": {"model": {"num_codes": 512, "vq": {"kmeans_iterations": 3}}}}
+    values["variants"]["unfit"] = {
+        "tokenizer": {"model": {"num_codes": 512, "vq": {"kmeans_iterations": 3}}}
+    }
     bakeoff.write_text(yaml.safe_dump(values))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 1
-    assert "row unfit: k-means needs a vector a code" in capsys.readouterr().err
+    assert "variant unfit: k-means needs a vector a code" in capsys.readouterr().err
     written = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
     assert "| plain |" in written and "| two levels |" in written
 
@@ -133,7 +181,10 @@ def test_without_a_compiler_nothing_is_begun(bakeoff, monkeypatch, capsys):
 
 
 def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.stages.compare_tokenizers.steps_in_budget", lambda experiment, seconds: int(seconds / 2))
+    monkeypatch.setattr(
+        "pipeline.stages.compare_tokenizers.steps_in_budget",
+        lambda experiment, seconds: int(seconds / 2),
+    )
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=0.3"]) == 0
     figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
     assert [row["steps"] for row in figures.values()] == [9, 9]
@@ -155,52 +206,91 @@ def test_few_steps_in_the_minutes_are_compiled_if_the_pace_was(compiled, bakeoff
 
 
 def test_steps_are_found_by_their_pace(bakeoff, monkeypatch):
-    """By a clock that goes on by 2 s whenever it is read, once before the steps and once in each: 2 s before the first, then 2 s each."""
-    experiment = load_comparison(["--config", str(bakeoff)]).rows["plain"]
-    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__))
+    """By a clock that goes on by 2 s whenever it is read, once before the steps and once in each: 2
+    s before the first, then 2 s each."""
+    experiment = load_comparison(["--config", str(bakeoff)]).variants["plain"]
+    monkeypatch.setattr(
+        comparison, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
+    )
     assert [steps_in_budget(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99]
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(25.0, 20), (29.0, 24), (36.0, 27), (15.0, 10)])
 def test_an_adversary_that_joins_later_slows_what_is_left(seconds, steps, bakeoff, monkeypatch):
-    """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step 25."""
+    """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step
+    25."""
     monkeypatch.setattr(
-        "pipeline.stages.compare_tokenizers._seconds_per_step", lambda experiment, adversary: (7.0, 2.0) if adversary else (5.0, 1.0)
+        "pipeline.stages.compare_tokenizers._seconds_per_step",
+        lambda experiment, discriminator: (7.0, 2.0) if discriminator else (5.0, 1.0),
     )
-    arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
-    assert steps_in_budget(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], seconds) == steps
+    arguments = [
+        "--tokenizer.objective.discriminator.weight=0.1",
+        "--tokenizer.objective.discriminator.start=25",
+    ]
+    assert (
+        steps_in_budget(
+            load_comparison(["--config", str(bakeoff), *arguments]).variants["plain"], seconds
+        )
+        == steps
+    )
 
 
 def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
     seen = []
 
     def task(experiment, *rest):
-        seen.append((experiment.tokenizer.objective.adversary.weight, experiment.tokenizer.objective.adversary.start))
+        seen.append(
+            (
+                experiment.tokenizer.objective.discriminator.weight,
+                experiment.tokenizer.objective.discriminator.start,
+            )
+        )
         return build(experiment, *rest)
 
     build = comparison.tokenizer_task
     monkeypatch.setattr(comparison, "tokenizer_task", task)
-    arguments = ["--tokenizer.objective.adversary.weight=0.1", "--tokenizer.objective.adversary.start=25"]
-    steps_in_budget(load_comparison(["--config", str(bakeoff), *arguments]).rows["plain"], 600.0)
+    arguments = [
+        "--tokenizer.objective.discriminator.weight=0.1",
+        "--tokenizer.objective.discriminator.start=25",
+    ]
+    steps_in_budget(
+        load_comparison(["--config", str(bakeoff), *arguments]).variants["plain"], 600.0
+    )
     assert seen == [(0.0, 25), (0.1, 0)]
 
 
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({"rows": None}, [], "has no 'rows' to compare"),
-        ({"rows": {"a": 3}}, [], "has no 'rows' to compare"),
-        ({"rows": {"a": {"tokenizer": {"model": {"factor": 7}}}, "b": {"prior": {"model": {"heads": 3}}}}}, [],
-         r"(?s)row a: .*factor is 7.*row b: .*heads 3"),
-        ({"rows": {"a": {"colour": "red"}}}, [], "row a: .*colour"),
-        ({"rows": {"a/b": None}}, [], "name is 'a/b'"),
+        ({"variants": None}, [], "has no 'variants' to compare"),
+        ({"variants": {"a": 3}}, [], "has no 'variants' to compare"),
+        (
+            {
+                "variants": {
+                    "a": {"tokenizer": {"model": {"downsample_factor": 7}}},
+                    "b": {"prior": {"model": {"heads": 3}}},
+                }
+            },
+            [],
+            r"(?s)variant a: .*factor is 7.*variant b: .*heads 3",
+        ),
+        ({"variants": {"a": {"colour": "red"}}}, [], "variant a: .*colour"),
+        ({"variants": {"a/b": None}}, [], "name is 'a/b'"),
         ({"minutes": "many"}, [], "minutes is 'many'; it must be a number"),
-        ({"rows": {"a": {"output_dir": "b"}}}, [], "row a: output_dir cannot differ between rows"),
-        ({"rows": {"a": {"tokenizer": {"frozen": True, "init_from": "b"}}}}, [], "row a: tokenizer.frozen is on"),
+        (
+            {"variants": {"a": {"output_dir": "b"}}},
+            [],
+            "variant a: output_dir cannot differ between variants",
+        ),
+        (
+            {"variants": {"a": {"tokenizer": {"frozen": True, "init_from": "b"}}}},
+            [],
+            "variant a: tokenizer.frozen is on",
+        ),
         ({}, ["--minutes", "0"], "minutes is 0.0; it must be above 0"),
         ({}, ["--minutes", "inf"], "minutes is inf; it must be above 0 and finite"),
     ],
-)  # fmt: skip
+)
 def test_what_can_be_wrong_in_the_file(bakeoff, change, arguments, message, capsys):
     import re
 
@@ -215,13 +305,15 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
     assert "there is no configuration file" in capsys.readouterr().err
     assert main(["compare-tokenizers"]) == 2
     assert "no configuration was given" in capsys.readouterr().err
-    (tmp_path / "broken.yaml").write_text("rows: [")
+    (tmp_path / "broken.yaml").write_text("variants: [")
     assert main(["compare-tokenizers", "--config", str(tmp_path / "broken.yaml")]) == 2
     assert "is not readable YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", [[], ["--minutes=1"]])
-def test_a_row_that_diverges_is_told_and_the_others_are_judged(minutes, bakeoff, monkeypatch, capsys):
+def test_a_row_that_diverges_is_told_and_the_others_are_judged(
+    minutes, bakeoff, monkeypatch, capsys
+):
     judge = comparison.run_variant
 
     def diverges(experiment, minutes):
@@ -233,7 +325,11 @@ def test_a_row_that_diverges_is_told_and_the_others_are_judged(minutes, bakeoff,
     monkeypatch.setattr(comparison, "steps_in_budget", lambda experiment, seconds: 4)
     assert main(["compare-tokenizers", "--config", str(bakeoff), *minutes]) == 0
     table = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
-    assert "| two levels |" in table and "plain failed: tokenizer: loss is not finite at step 3" in table and "| plain |" not in table
+    assert (
+        "| two levels |" in table
+        and "plain failed: tokenizer: loss is not finite at step 3" in table
+        and "| plain |" not in table
+    )
 
 
 @pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook", "reconstruct"])
@@ -248,5 +344,7 @@ def test_verbs_of_one_process_refuse_several(verb, bakeoff, monkeypatch, capsys)
 
 
 def test_the_table_leaves_unknown_figures_empty():
-    lines = table({"one": {"psnr": 25.26, "usage": 0.951, "ssim": 0.8765, "steps": 2000}}).splitlines()
+    lines = table(
+        {"one": {"psnr": 25.26, "usage": 0.951, "ssim": 0.8765, "steps": 2000}}
+    ).splitlines()
     assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  |  |  |  | 2,000 |")

@@ -37,15 +37,22 @@ def written(folder: Path, name: str, data: dict[str, object], **encode: object) 
         **TINY,
         "name": name,
         "output_dir": str(folder / "runs"),
-        "data": {"image_size": 32, "held_out": 0.25, "upscale": True, "shuffle_buffer": 8, **data},
-        "encode": {"held_out": 20, "batch_size": 4, **encode},
+        "data": {
+            "image_size": 32,
+            "val_fraction": 0.25,
+            "upscale": True,
+            "shuffle_buffer": 8,
+            **data,
+        },
+        "encode": {"max_val_images": 20, "batch_size": 4, **encode},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return ["--config", str(folder / f"{name}.yaml")]
 
 
 def test_a_run_on_a_stream(sources, tmp_path, capsys):
-    """Its codes are those of the same shards read row by row, whatever their order; run again, nothing is done anew."""
+    """Its codes are those of the same shards read row by row, whatever their order; run again,
+    nothing is done anew."""
     run = written(tmp_path, "stream", {"source": sources["shards"], "streaming": True})
     assert main(["run", *run]) == 0
     assert "read as it comes" in capsys.readouterr().out
@@ -56,7 +63,9 @@ def test_a_run_on_a_stream(sources, tmp_path, capsys):
     assert main(["encode", *mapped]) == 0
     other = CodesDataset(tmp_path / "runs" / "mapped" / "codes", "train")
     rows = range(len(codes))
-    assert codes.captions(rows) == other.captions(rows) and np.array_equal(codes.codes(rows), other.codes(rows))
+    assert codes.captions(rows) == other.captions(rows) and np.array_equal(
+        codes.codes(rows), other.codes(rows)
+    )
     assert len(set(codes.source_rows(rows))) == len(codes) and codes.source_rows([0]) == [0]
     assert list((folder / "data").glob("lengths-*.json"))
     before = {path: path.stat().st_mtime_ns for path in (folder / "codes").iterdir()}
@@ -66,35 +75,50 @@ def test_a_run_on_a_stream(sources, tmp_path, capsys):
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-5])
     assert main(["encode", *run]) == 0 and damaged.read_bytes() == content
-    few = written(tmp_path, "few", {"source": sources["shards"], "streaming": True}, pictures=7)
+    few = written(tmp_path, "few", {"source": sources["shards"], "streaming": True}, max_images=7)
     shutil.copytree(folder / "tokenizer", tmp_path / "runs" / "few" / "tokenizer")
     assert main(["encode", *few]) == 0
-    assert len(CodesDataset(tmp_path / "runs" / "few" / "codes", "train")) == 9  # three of each shard
+    # Three of each shard
+    assert len(CodesDataset(tmp_path / "runs" / "few" / "codes", "train")) == 9
 
 
 def test_a_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
     parts = [{"source": sources["shards"], "weight": 1}, {"source": sources["own"], "weight": 3}]
-    run = written(tmp_path, "mix", {"mix": parts, "streaming": True, "crop": "random", "crop_scale": 0.9, "flip": True}, views=3)
+    run = written(
+        tmp_path,
+        "mix",
+        {"mix": parts, "streaming": True, "crop": "random", "crop_scale": 0.9, "flip": True},
+        augmentations_per_image=3,
+    )
     assert main(["run", *run]) == 0
     folder = tmp_path / "runs" / "mix"
     codes = CodesDataset(folder / "codes", "train")
-    assert len(codes.lengths) == 2 and sum(codes.lengths) == len(codes) and codes.weights == [1, 3] and codes.views == 3
+    assert (
+        len(codes.lengths) == 2
+        and sum(codes.lengths) == len(codes)
+        and codes.weights == [1, 3]
+        and codes.views == 3
+    )
     first, own = codes.captions([0])[0], codes.all_captions([len(codes) - 1])[0]
-    assert first.startswith("number") and own[0].startswith("own") and own[1].startswith("the other")
+    assert (
+        first.startswith("number") and own[0].startswith("own") and own[1].startswith("the other")
+    )
     views = [codes.codes(range(len(codes)), [view] * len(codes)) for view in range(3)]
     tokenizer = ImageTokenizer.load(folder / "tokenizer")
     from pipeline.config.load import load_experiment
     from pipeline.data.load import load_source
 
     source = load_source(load_experiment(run).data, "train").parts[1]
-    plain = tokenizer.encode(to_model_range(torch.from_numpy(source.images([0])))).flatten(1).numpy()
+    plain = (
+        tokenizer.encode(to_model_range(torch.from_numpy(source.images([0])))).flatten(1).numpy()
+    )
     assert np.array_equal(plain[0], views[0][codes.lengths[0]])
     assert not np.array_equal(views[0], views[1]) or not np.array_equal(views[1], views[2])
 
 
 def test_limits_are_shared_by_weight(sources, tmp_path):
     parts = [{"source": sources["shards"], "weight": 1}, {"source": sources["own"], "weight": 3}]
-    run = written(tmp_path, "some", {"mix": parts}, pictures=8)
+    run = written(tmp_path, "some", {"mix": parts}, max_images=8)
     assert main(["train-tokenizer", *run]) == 0 and main(["encode", *run]) == 0
     codes = CodesDataset(tmp_path / "runs" / "some" / "codes", "train")
     assert codes.lengths == [2, 6]
@@ -105,7 +129,12 @@ def test_a_source_of_one_picture_is_refused_before_anything_is_written(tmp_path,
     (tmp_path / "one" / "a.png").write_bytes(encoded(size=(40, 40)))
     (tmp_path / "one" / "a.txt").write_text("alone")
     run = written(tmp_path, "one", {"source": str(tmp_path / "one")})
-    fails(capsys, ["run", *run], "pictures to train on and", "held out to judge on, and each needs at least one")
+    fails(
+        capsys,
+        ["run", *run],
+        "pictures to train on and",
+        "held out to judge on, and each needs at least one",
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -113,16 +142,21 @@ def test_other_speeds_are_no_other_data(sources, tmp_path, capsys):
     run = written(tmp_path, "speed", {"source": sources["own"]})
     assert main(["train-tokenizer", *run]) == 0
     capsys.readouterr()
-    assert main(["train-tokenizer", *run, "--data.workers", "1", "--data.memory", "0"]) == 0
-    fails(capsys, ["train-tokenizer", *run, "--data.flip", "true"], "made with other settings (data")
+    assert main(["train-tokenizer", *run, "--data.workers", "1", "--data.cache_gb", "0"]) == 0
+    fails(
+        capsys, ["train-tokenizer", *run, "--data.flip", "true"], "made with other settings (data"
+    )
 
 
 def test_shapes_in_a_mixture_are_still_shapes(sources, tmp_path, capsys):
     parts = [{"source": sources["own"]}, {"source": "shapes"}]
-    run = written(tmp_path, "mix", {"mix": parts}, views=2, flip=True)
+    run = written(tmp_path, "mix", {"mix": parts}, augmentations_per_image=2, flip=True)
     assert main(["run", *run]) == 2
     said = capsys.readouterr().err
-    assert "encode.pictures is absent; the shapes are unlimited" in said and "captions of the shapes say what is left and right" in said
+    assert (
+        "encode.max_images is absent; the shapes are unlimited" in said
+        and "captions of the shapes say what is left and right" in said
+    )
 
 
 def test_a_shard_without_pictures_is_exported_too(sources, tmp_path):

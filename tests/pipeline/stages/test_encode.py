@@ -1,4 +1,5 @@
-"""Encoding that is killed, damaged or asked for something else: it ends with the same files, or says in one line what changed."""
+"""Encoding that is killed, damaged or asked for something else: it ends with the same files, or
+says in one line what changed."""
 
 from __future__ import annotations
 
@@ -27,8 +28,21 @@ from tests.helpers.launch import ROOT, launch
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = ["--encode.images_per_shard", "6", "--encode.batch_size", "4", "--encode.views", "2", "--encode.shift", "1"]
-SHARDS = [f"{split}-{k:05d}-of-{count:05d}.arrow" for split, count in (("train", 7), ("held_out", 2)) for k in range(count)]
+OPTIONS = [
+    "--encode.images_per_shard",
+    "6",
+    "--encode.batch_size",
+    "4",
+    "--encode.augmentations_per_image",
+    "2",
+    "--encode.shift",
+    "1",
+]
+SHARDS = [
+    f"{split}-{k:05d}-of-{count:05d}.arrow"
+    for split, count in (("train", 7), ("held_out", 2))
+    for k in range(count)
+]
 """Of 40 and 10 pictures."""
 
 
@@ -41,7 +55,10 @@ def uninterrupted(finished_run, tmp_path_factory) -> Path:
     """The codes folder of an undisturbed encoding. Tests must not change it."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     shutil.copytree(finished_run[1] / "tokenizer", folder / "tiny" / "tokenizer")
-    assert main(["encode", "--config", str(finished_run[0]), "--output_dir", str(folder), *OPTIONS]) == 0
+    assert (
+        main(["encode", "--config", str(finished_run[0]), "--output_dir", str(folder), *OPTIONS])
+        == 0
+    )
     return folder / "tiny" / "codes"
 
 
@@ -80,15 +97,25 @@ def failing_at(name: str, write: Callable) -> Callable:
 def test_the_folder(uninterrupted):
     assert sorted(contents(uninterrupted)) == sorted(["codes.json", *SHARDS])
     manifest = read_manifest(uninterrupted)
-    assert manifest["rows"] == {"train": 40, "held_out": 10} and manifest["images_per_shard"] == 6 and manifest["format"] == 2
+    assert (
+        manifest["rows"] == {"train": 40, "held_out": 10}
+        and manifest["images_per_shard"] == 6
+        and manifest["format"] == 1
+    )
     assert [file["rows"] for file in manifest["files"]["train"]] == [6] * 6 + [4]
     assert "images_per_shard" not in manifest["settings"]["encode"]
     codes = CodesDataset(uninterrupted, "train")
-    assert codes.source_rows(range(40)) == list(range(40)) and codes.codes([39], [1]).shape == (1, 16)
+    assert codes.source_rows(range(40)) == list(range(40)) and codes.codes([39], [1]).shape == (
+        1,
+        16,
+    )
 
 
 def test_what_a_failure_left_is_gone_on_from(unfinished, uninterrupted, command, capsys):
-    assert not (unfinished / "codes.json").exists() and sorted(p.name for p in unfinished.glob("*.arrow")) == SHARDS[:3]
+    assert (
+        not (unfinished / "codes.json").exists()
+        and sorted(p.name for p in unfinished.glob("*.arrow")) == SHARDS[:3]
+    )
     before = {name: (unfinished / name).stat().st_mtime_ns for name in SHARDS[:3]}
     capsys.readouterr()
     assert main(command) == 0
@@ -112,13 +139,36 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_kills_and_another_number_of_processes_change_nothing(unfinished, uninterrupted, command, tmp_path):
-    """One process did three files; of two that go on, one is killed in its second file, and the other does not wait for it; two end it."""
+def test_kills_and_another_number_of_processes_change_nothing(
+    unfinished, uninterrupted, command, tmp_path
+):
+    """One process did three files; of two that go on, one is killed in its second file, and the
+    other does not wait for it; two end it."""
     (tmp_path / "dies.py").write_text(DIES)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "dies.py")]
-    killed = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, timeout=120)
-    assert killed.returncode != 0 and "Signal 9" in killed.stderr and "3 of 9 shards are there" in killed.stdout
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+        str(tmp_path / "dies.py"),
+    ]
+    killed = subprocess.run(
+        [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        killed.returncode != 0
+        and "Signal 9" in killed.stderr
+        and "3 of 9 shards are there" in killed.stdout
+    )
     assert not (unfinished / "codes.json").exists()
     assert (unfinished / SHARDS[4]).exists() and (unfinished / f".{SHARDS[6]}.writing").exists()
     assert " of 9 shards are there" in launch(tmp_path, 2, *command)
@@ -139,19 +189,31 @@ DAMAGE = {"is missing": Path.unlink, "is cut or damaged": cut, "is damaged": cha
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_of_an_unfinished_folder_is_made_anew(unfinished, uninterrupted, command, capsys, message):
+def test_a_damaged_file_of_an_unfinished_folder_is_made_anew(
+    unfinished, uninterrupted, command, capsys, message
+):
     DAMAGE[message](unfinished / SHARDS[1])
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert f"{unfinished / SHARDS[1]} {message}" in said and "going on, 2 of 9 shards are there" in said
+    assert (
+        f"{unfinished / SHARDS[1]} {message}" in said
+        and "going on, 2 of 9 shards are there" in said
+    )
     assert contents(unfinished) == contents(uninterrupted)
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(whole, uninterrupted, command, capsys, message):
+def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(
+    whole, uninterrupted, command, capsys, message
+):
     DAMAGE[message](whole / SHARDS[4])
     before = {name: (whole / name).stat().st_mtime_ns for name in SHARDS if name != SHARDS[4]}
-    fails(capsys, ["train-prior", *command[1:]], f"{whole / SHARDS[4]} {message}", "run `minidalle encode` again")
+    fails(
+        capsys,
+        ["train-prior", *command[1:]],
+        f"{whole / SHARDS[4]} {message}",
+        "run `minidalle encode` again",
+    )
     assert main(command) == 0
     assert f"{whole / SHARDS[4]} {message}" in capsys.readouterr().out
     assert contents(whole) == contents(uninterrupted)
@@ -167,7 +229,7 @@ def test_a_record_that_is_cut_counts_as_none(unfinished, uninterrupted, command,
 
 
 CHANGES = {
-    "encode.views 2 -> 3": ["--encode.views", "3"],
+    "encode.augmentations_per_image 2 -> 3": ["--encode.augmentations_per_image", "3"],
     "encode.batch_size 4 -> 5": ["--encode.batch_size", "5"],
     "seed of the views 0 -> 1": ["--seed", "1"],
     "train pictures or captions of the source": ["--data.max_objects", "2"],
@@ -175,7 +237,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_codes_of_another_making_are_refused_and_say_what_changed(unfinished, whole_elsewhere, command, capsys, change):
+def test_codes_of_another_making_are_refused_and_say_what_changed(
+    unfinished, whole_elsewhere, command, capsys, change
+):
     before = contents(unfinished)
     fails(
         capsys,
@@ -185,7 +249,13 @@ def test_codes_of_another_making_are_refused_and_say_what_changed(unfinished, wh
         "remove that folder",
     )
     assert contents(unfinished) == before
-    fails(capsys, [*whole_elsewhere, *CHANGES[change]], "holds codes made with something else (", change, "remove that folder")
+    fails(
+        capsys,
+        [*whole_elsewhere, *CHANGES[change]],
+        "holds codes made with something else (",
+        change,
+        "remove that folder",
+    )
 
 
 @pytest.fixture
@@ -207,7 +277,9 @@ def test_another_tokenizer_is_refused(unfinished, whole_elsewhere, command, tmp_
         fails(capsys, again, f"made with something else (tokenizer {before} -> {now})")
 
 
-def test_the_size_of_files_is_that_of_the_folder(unfinished, whole_elsewhere, command, tmp_path, capsys):
+def test_the_size_of_files_is_that_of_the_folder(
+    unfinished, whole_elsewhere, command, tmp_path, capsys
+):
     """A whole one stays as it is and is mended in its own size; an unfinished one is not mixed."""
     other = ["--encode.images_per_shard", "9"]
     fails(capsys, [*command, *other], "holds unfinished codes", "encode.images_per_shard 6 -> 9")
@@ -217,7 +289,9 @@ def test_the_size_of_files_is_that_of_the_folder(unfinished, whole_elsewhere, co
     assert main([*whole_elsewhere, *other]) == 0 and contents(codes) == before
 
 
-def test_other_arithmetic_is_refused_where_codes_are_unfinished(unfinished, whole_elsewhere, command, capsys, monkeypatch):
+def test_other_arithmetic_is_refused_where_codes_are_unfinished(
+    unfinished, whole_elsewhere, command, capsys, monkeypatch
+):
     bf16 = json.loads((unfinished / "plan.json").read_text())["bf16"]
     monkeypatch.setattr(encoding, "uses_bf16", lambda *_: not bf16)
     fails(capsys, command, "computed in bf16 -> fp32" if bf16 else "computed in fp32 -> bf16")
@@ -225,7 +299,7 @@ def test_other_arithmetic_is_refused_where_codes_are_unfinished(unfinished, whol
 
 
 def test_the_seed_changes_no_codes_of_pictures_as_they_are(command, tmp_path):
-    once = [*command, "--encode.views", "1", "--encode.shift", "0"]
+    once = [*command, "--encode.augmentations_per_image", "1", "--encode.shift", "0"]
     assert main(once) == 0
     before = contents(tmp_path / "tiny" / "codes")
     assert main([*once, "--seed", "1"]) == 0 and contents(tmp_path / "tiny" / "codes") == before
@@ -238,16 +312,24 @@ def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, 
     (unfinished / "plan.json").write_text("{")
     fails(capsys, command, f"{unfinished / 'plan.json'} is damaged", f"remove {unfinished} and run")
     codes = tmp_path / "whole" / "tiny" / "codes"
-    (codes / "codes.json").write_text(json.dumps({"format": 1, "files": {"train": ["train-00000-of-00001.arrow"]}}))
+    (codes / "codes.json").write_text(
+        json.dumps({"format": 0, "files": {"train": ["train-00000-of-00001.arrow"]}})
+    )
     for verb in ("encode", "train-prior"):
         fails(
-            capsys, [verb, *whole_elsewhere[1:]], "written by an earlier version (format 1; this one reads 2); remove that folder and run"
+            capsys,
+            [verb, *whole_elsewhere[1:]],
+            "written by an earlier version (format 0; this one reads 1); remove that folder and "
+            "run",
         )
 
 
 def several(source, part: list[int]) -> list[list[str]]:
     """Two captions for every second picture."""
-    return [[text, f"again\n{text}"][: 1 + row % 2] for row, text in zip(part, source.captions(part), strict=True)]
+    return [
+        [text, f"again\n{text}"][: 1 + row % 2]
+        for row, text in zip(part, source.captions(part), strict=True)
+    ]
 
 
 def test_several_captions_a_picture(command, tmp_path, monkeypatch, capsys):
@@ -258,16 +340,30 @@ def test_several_captions_a_picture(command, tmp_path, monkeypatch, capsys):
     assert codes.captions_in_all == 60
     asked: list[list[str]] = []
     encode = TextTokenizer.encode
-    monkeypatch.setattr(TextTokenizer, "encode", lambda self, texts, **how: asked.append(list(texts)) or encode(self, texts, **how))
-    too_short = ["train-prior", *command[1:], "--text.length", "5"]
-    fails(capsys, too_short, "74 of 75 captions need more than text.length=5 slots (the longest", "'again\\n")
-    assert main(["train-prior", *command[1:], "--text.length", "64"]) == 0
+    monkeypatch.setattr(
+        TextTokenizer,
+        "encode",
+        lambda self, texts, **how: asked.append(list(texts)) or encode(self, texts, **how),
+    )
+    too_short = ["train-prior", *command[1:], "--text.max_length", "5"]
+    fails(
+        capsys,
+        too_short,
+        "74 of 75 captions need more than text.max_length=5 slots (the longest",
+        "'again\\n",
+    )
+    assert main(["train-prior", *command[1:], "--text.max_length", "64"]) == 0
     drawn = [text for batch in asked for text in batch]
-    assert any(text.startswith("again") for text in drawn) and not all(text.startswith("again") for text in drawn)
+    assert any(text.startswith("again") for text in drawn) and not all(
+        text.startswith("again") for text in drawn
+    )
     for form in ("parquet", "webdataset"):
         assert main([*command, "--format", form, "--out", str(tmp_path / form)]) == 0
     table = pq.read_table(tmp_path / "parquet" / SHARDS[0].replace("arrow", "parquet")).to_pydict()
-    assert table["text"][1] == codes.captions([1])[0] and table["more_texts"][:2] == [[], [f"again\n{table['text'][1]}"]]
+    assert table["text"][1] == codes.captions([1])[0] and table["more_texts"][:2] == [
+        [],
+        [f"again\n{table['text'][1]}"],
+    ]
     with tarfile.open(tmp_path / "webdataset" / SHARDS[0].replace("arrow", "tar")) as tar:
         lines = tar.extractfile("000000001.txt").read().decode().split("\n")  # type: ignore[union-attr]
     assert lines == [table["text"][1], f"again {table['text'][1]}"]
@@ -277,7 +373,11 @@ def test_what_the_text_tokenizer_learns_from_is_spread_evenly(uninterrupted, mon
     codes = CodesDataset(uninterrupted, "train")
     monkeypatch.setattr(stages, "_ROWS_AT_A_TIME", 3)
     batches = list(stages._caption_batches(codes))
-    assert max(map(len, batches)) == 3 and [text for batch in batches for text in batch] == codes.captions(range(40))
+    assert max(map(len, batches)) == 3 and [
+        text for batch in batches for text in batch
+    ] == codes.captions(range(40))
     spread = [text for batch in stages._caption_batches(codes, 10) for text in batch]
     assert spread == codes.captions(range(0, 40, 4))
-    assert np.array_equal([len(b) for b in stages._caption_batches(codes, 99)], [len(b) for b in batches])
+    assert np.array_equal(
+        [len(b) for b in stages._caption_batches(codes, 99)], [len(b) for b in batches]
+    )

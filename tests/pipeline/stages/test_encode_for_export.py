@@ -1,4 +1,5 @@
-"""`minidalle encode` for other programs: any source, any tokenizer, each form read back by what reads such files."""
+"""`minidalle encode` for other programs: any source, any tokenizer, each form read back by what
+reads such files."""
 
 from __future__ import annotations
 
@@ -28,7 +29,16 @@ def encoded(finished_run, tmp_path):
 
     def run(form: str, *more: str) -> Path:
         out = tmp_path / form
-        command = ["encode", "--config", str(finished_run[0]), "--out", str(out), "--format", form, *more]
+        command = [
+            "encode",
+            "--config",
+            str(finished_run[0]),
+            "--out",
+            str(out),
+            "--format",
+            form,
+            *more,
+        ]
         assert main(command) == 0
         return out
 
@@ -44,9 +54,15 @@ def test_parquet(finished_run, encoded):
     folder = encoded("parquet")
     table = pq.read_table(folder / "train-00000-of-00001.parquet").to_pydict()
     codes, captions = expected(finished_run)
-    assert np.array_equal(np.array(table["codes"]), codes) and table["text"] == captions and table["row"] == list(range(40))
+    assert (
+        np.array_equal(np.array(table["codes"]), codes)
+        and table["text"] == captions
+        and table["row"] == list(range(40))
+    )
     manifest = json.loads((folder / "codes.json").read_text())
-    assert manifest["form"] == "parquet" and manifest["levels"] == [{"grid": [4, 4], "num_codes": 16}]
+    assert manifest["form"] == "parquet" and manifest["levels"] == [
+        {"grid": [4, 4], "num_codes": 16}
+    ]
     assert manifest["tokenizer"] == ImageTokenizer.load(finished_run[1] / "tokenizer").fingerprint
     named = [file["name"] for files in manifest["files"].values() for file in files]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *named])
@@ -54,7 +70,9 @@ def test_parquet(finished_run, encoded):
 
 def test_webdataset_in_several_shards(finished_run, encoded):
     folder = encoded("webdataset", "--encode.images_per_shard", "15")
-    names = [file["name"] for file in json.loads((folder / "codes.json").read_text())["files"]["train"]]
+    names = [
+        file["name"] for file in json.loads((folder / "codes.json").read_text())["files"]["train"]
+    ]
     assert len(names) == 3
     rows: dict[str, dict[str, bytes]] = {}
     for name in names:
@@ -65,7 +83,8 @@ def test_webdataset_in_several_shards(finished_run, encoded):
     codes, captions = expected(finished_run)
     assert list(rows) == [f"{i:09d}" for i in range(40)]
     assert all(
-        np.array_equal(np.load(io.BytesIO(row["codes.npy"]), allow_pickle=False), c) for row, c in zip(rows.values(), codes, strict=True)
+        np.array_equal(np.load(io.BytesIO(row["codes.npy"]), allow_pickle=False), c)
+        for row, c in zip(rows.values(), codes, strict=True)
     )
     assert [row["txt"].decode() for row in rows.values()] == captions
 
@@ -91,13 +110,30 @@ def test_any_tokenizer_on_any_source(finished_run, tmp_path):
         "64",
         "--tokenizer.model.image_size",
         "64",
-        "--data.held_out",
+        "--data.val_fraction",
         "0.3",
     ]
     out = tmp_path / "codes"
-    assert main(["encode", "--tokenizer", str(run / "tokenizer"), "--out", str(out), "--format", "parquet", *arguments]) == 0
+    assert (
+        main(
+            [
+                "encode",
+                "--tokenizer",
+                str(run / "tokenizer"),
+                "--out",
+                str(out),
+                "--format",
+                "parquet",
+                *arguments,
+            ]
+        )
+        == 0
+    )
     manifest = json.loads((out / "codes.json").read_text())
-    assert manifest["levels"] == [{"grid": [8, 8], "num_codes": 16}] and sum(manifest["rows"].values()) == 12
+    assert (
+        manifest["levels"] == [{"grid": [8, 8], "num_codes": 16}]
+        and sum(manifest["rows"].values()) == 12
+    )
     table = pq.read_table(out / manifest["files"]["train"][0]["name"]).to_pydict()
     tokenizer = ImageTokenizer.load(run / "tokenizer")
     images = [Image.open(tmp_path / "own" / f"{text.split()[1]}.png") for text in table["text"]]
@@ -108,16 +144,47 @@ def test_any_tokenizer_on_any_source(finished_run, tmp_path):
 def test_what_can_be_wrong(finished_run, tmp_path, capsys):
     config = ["--config", finished_run[0]]
     fails(capsys, ["encode", *config, "--format", "parquet"], "add --out DIR", status=2)
-    fails(capsys, ["encode", "--tokenizer", tmp_path / "none", "--out", tmp_path / "c"], "there is no tokenizer in")
+    fails(
+        capsys,
+        ["encode", "--tokenizer", tmp_path / "none", "--out", tmp_path / "c"],
+        "there is no tokenizer in",
+    )
     shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
-    fails(capsys, ["encode", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "c"], "which pictures to encode; add --config FILE")
+    fails(
+        capsys,
+        ["encode", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "c"],
+        "which pictures to encode; add --config FILE",
+    )
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
-    fails(capsys, ["encode", *config, "--out", tmp_path / "taken"], "is there already and holds no codes; choose another folder")
+    fails(
+        capsys,
+        ["encode", *config, "--out", tmp_path / "taken"],
+        "is there already and holds no codes; choose another folder",
+    )
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
-    size = ["--data.image_size", "44", "--tokenizer.model.factor", "4", "--tokenizer.model.image_size", "44"]
-    fails(capsys, ["encode", *config, *size, "--out", tmp_path / "c", "--tokenizer", finished_run[1] / "tokenizer"],
-          "data.image_size is 44 and the tokenizer's code grid needs a multiple of 8; set data.image_size=32")  # fmt: skip
+    size = [
+        "--data.image_size",
+        "44",
+        "--tokenizer.model.downsample_factor",
+        "4",
+        "--tokenizer.model.image_size",
+        "44",
+    ]
+    fails(
+        capsys,
+        [
+            "encode",
+            *config,
+            *size,
+            "--out",
+            tmp_path / "c",
+            "--tokenizer",
+            finished_run[1] / "tokenizer",
+        ],
+        "data.image_size is 44 and the tokenizer's code grid needs a multiple of 8; set "
+        "data.image_size=32",
+    )
     assert main(["encode", "--help"]) == 0 and "--format" in capsys.readouterr().out
 
 
@@ -132,20 +199,58 @@ def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, caps
         Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"shade {i}")
     settings = yaml.safe_load((run / "experiment.yaml").read_text())
-    settings["encode"] = {"pictures": 5, "held_out": 2, "views": 3, "shift": 1, "batch_size": 4}
+    settings["encode"] = {
+        "max_images": 5,
+        "max_val_images": 2,
+        "augmentations_per_image": 3,
+        "shift": 1,
+        "batch_size": 4,
+    }
     (run / "experiment.yaml").write_text(yaml.safe_dump(settings))
-    command = ["encode", "--tokenizer", str(run / "tokenizer"), "--data.source", str(folder), "--data.held_out", "0.3"]
+    command = [
+        "encode",
+        "--tokenizer",
+        str(run / "tokenizer"),
+        "--data.source",
+        str(folder),
+        "--data.val_fraction",
+        "0.3",
+    ]
     assert main([*command, "--out", str(tmp_path / "all")]) == 0
     manifest = json.loads((tmp_path / "all" / "codes.json").read_text())
-    assert sum(manifest["rows"].values()) == 40 and manifest["views"] == 1
-    assert f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out pictures" in capsys.readouterr().out
-    assert main([*command, "--out", str(tmp_path / "some"), "--encode.pictures", "7", "--encode.batch_size=3"]) == 0
+    assert sum(manifest["rows"].values()) == 40 and manifest["augmentations_per_image"] == 1
+    assert (
+        f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out pictures"
+        in capsys.readouterr().out
+    )
+    assert (
+        main(
+            [
+                *command,
+                "--out",
+                str(tmp_path / "some"),
+                "--encode.max_images",
+                "7",
+                "--encode.batch_size=3",
+            ]
+        )
+        == 0
+    )
     some = json.loads((tmp_path / "some" / "codes.json").read_text())
-    assert some["rows"] == {"train": 7, "held_out": manifest["rows"]["held_out"]} and some["views"] == 1
+    assert (
+        some["rows"] == {"train": 7, "held_out": manifest["rows"]["held_out"]}
+        and some["augmentations_per_image"] == 1
+    )
 
 
 def test_of_an_unlimited_source_as_many_are_encoded_as_its_run_says(finished_run, tmp_path):
-    command = ["encode", "--tokenizer", str(finished_run[1] / "tokenizer"), "--out", str(tmp_path / "codes")]
+    command = [
+        "encode",
+        "--tokenizer",
+        str(finished_run[1] / "tokenizer"),
+        "--out",
+        str(tmp_path / "codes"),
+    ]
     assert main(command) == 0
     rows = json.loads((tmp_path / "codes" / "codes.json").read_text())["rows"]
     assert rows == json.loads((finished_run[1] / "codes" / "codes.json").read_text())["rows"]
@@ -154,14 +259,24 @@ def test_of_an_unlimited_source_as_many_are_encoded_as_its_run_says(finished_run
 def test_codes_for_other_programs_are_none_for_a_prior(finished_run, tmp_path, capsys):
     run = Path(shutil.copytree(finished_run[1], tmp_path / "tiny"))
     command = ["--config", finished_run[0], "--output_dir", tmp_path]
-    assert main(["encode", *map(str, command), "--format", "parquet", "--out", str(run / "codes")]) == 0
+    assert (
+        main(["encode", *map(str, command), "--format", "parquet", "--out", str(run / "codes")])
+        == 0
+    )
     for verb in ("encode", "train-prior"):
-        fails(capsys, [verb, *command], "are parquet, for other programs; remove that folder and run `minidalle encode` again")
+        fails(
+            capsys,
+            [verb, *command],
+            "are parquet, for other programs; remove that folder and run `minidalle encode` again",
+        )
 
 
 @pytest.mark.parametrize("content", ["", "tokenizer: [", "tokenizer: {model: 3}"])
 def test_damaged_settings_of_the_tokenizers_run_are_named(finished_run, tmp_path, capsys, content):
     run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     (run / "experiment.yaml").write_text(content)
-    fails(capsys, ["encode", "--tokenizer", run / "tokenizer", "--out", tmp_path / "c"],
-          "experiment.yaml is cut or damaged; add --config FILE")  # fmt: skip
+    fails(
+        capsys,
+        ["encode", "--tokenizer", run / "tokenizer", "--out", tmp_path / "c"],
+        "experiment.yaml is cut or damaged; add --config FILE",
+    )

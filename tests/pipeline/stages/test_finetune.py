@@ -1,4 +1,5 @@
-"""Runs that start from a bundle: what they take over, what they refuse, adapters, new words, and what was forgotten."""
+"""Runs that start from a bundle: what they take over, what they refuse, adapters, new words, and
+what was forgotten."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
 from pipeline.stages.finetune import LoRAAdapter
-from pipeline.stages.manifest import read_settings, upgrade_settings
+from pipeline.stages.manifest import read_settings
 from pipeline.training import trainer as training
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
@@ -38,13 +39,18 @@ LORA = ["--prior.lora_rank", "2", "--prior.train.learning_rate", "1e-2"]
 
 
 def settings(tmp_path: Path, bundle: Path, **data: object) -> list[str]:
-    """Arguments of a run `tuned` that says nothing of the models and starts from a bundle with a frozen tokenizer."""
+    """Arguments of a run `tuned` that says nothing of the models and starts from a bundle with a
+    frozen tokenizer."""
     values = {key: value for key, value in TINY.items() if key not in ("text", "name")}
     values |= {
         "name": "tuned",
         "output_dir": str(tmp_path / "runs"),
         "data": {"source": "shapes", **data},
-        "tokenizer": {"train": TINY["tokenizer"]["train"], "init_from": str(bundle), "frozen": True},
+        "tokenizer": {
+            "train": TINY["tokenizer"]["train"],
+            "init_from": str(bundle),
+            "frozen": True,
+        },
         "prior": {"train": TINY["prior"]["train"], "init_from": str(bundle)},
     }
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(values))
@@ -74,13 +80,20 @@ def test_models_and_text_follow_what_is_started_from(same, bundle):
     experiment = load_experiment(same)
     tokenizer, prior = ImageTokenizer.load(bundle / "tokenizer"), ImagePrior.load(bundle / "prior")
     assert experiment.tokenizer.model == tokenizer.own_config and experiment.data.image_size == 32
-    assert experiment.prior.model == prior.model_config and experiment.text.length == prior.stream.text_length == 48
+    assert (
+        experiment.prior.model == prior.model_config
+        and experiment.text.max_length == prior.stream.text_length == 48
+    )
 
 
 def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
-    """The tokenizer is the same to the bit, and so are the codes' figures of the prior before anything is learned."""
+    """The tokenizer is the same to the bit, and so are the codes' figures of the prior before
+    anything is learned."""
     arguments, folder = encoded
-    assert ImageTokenizer.load(folder / "tokenizer").fingerprint == ImageTokenizer.load(bundle / "tokenizer").fingerprint
+    assert (
+        ImageTokenizer.load(folder / "tokenizer").fingerprint
+        == ImageTokenizer.load(bundle / "tokenizer").fingerprint
+    )
     assert main(["train-prior", *arguments, *STILL]) == 0
     old, new = (read_settings(run / "prior")["held_out"] for run in (finished_run[1], folder))
     for name, value in old.items():
@@ -88,12 +101,26 @@ def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
     before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
-    assert TextTokenizer.load(folder / "text_tokenizer").fast.get_vocab() == TextTokenizer.load(bundle / "text_tokenizer").fast.get_vocab()
-    said = json.loads((folder / "bundle" / "pipeline.json").read_text())["trained_on"]["started_from"]
-    assert said["prior"]["prior"] == before.fingerprint and said["tokenizer"] == tokenizer_of(bundle)
+    assert (
+        TextTokenizer.load(folder / "text_tokenizer").fast.get_vocab()
+        == TextTokenizer.load(bundle / "text_tokenizer").fast.get_vocab()
+    )
+    said = json.loads((folder / "bundle" / "pipeline.json").read_text())["trained_on"][
+        "started_from"
+    ]
+    assert said["prior"]["prior"] == before.fingerprint and said["tokenizer"] == tokenizer_of(
+        bundle
+    )
     shutil.rmtree(folder / "prior" / "checkpoints")
     moved = shutil.copytree(bundle, folder.parent / "moved")
-    again = [*arguments, *STILL, "--prior.init_from", str(moved), "--tokenizer.init_from", str(moved / "tokenizer")]
+    again = [
+        *arguments,
+        *STILL,
+        "--prior.init_from",
+        str(moved),
+        "--tokenizer.init_from",
+        str(moved / "tokenizer"),
+    ]
     for verb in ("train-tokenizer", "train-prior"):
         assert main([verb, *again]) == 0  # the same weights lie elsewhere
     assert not (folder / "prior" / "checkpoints").exists()
@@ -105,48 +132,125 @@ def tokenizer_of(bundle: Path) -> str:
 
 def test_a_tokenizer_that_is_trained_further_starts_from_the_weights(same, tmp_path, bundle):
     free = ["--prior.init_from", "null", "--tokenizer.frozen", "false"]
-    still = ["--tokenizer.train.learning_rate", "1e-12", "--tokenizer.train.steps", "1", "--tokenizer.train.warmup_steps", "0"]
+    still = [
+        "--tokenizer.train.learning_rate",
+        "1e-12",
+        "--tokenizer.train.steps",
+        "1",
+        "--tokenizer.train.warmup_steps",
+        "0",
+    ]
     assert main(["train-tokenizer", *same, *free, *still]) == 0
-    old, new = ImageTokenizer.load(bundle / "tokenizer"), ImageTokenizer.load(tmp_path / "runs" / "tuned" / "tokenizer")
+    old, new = (
+        ImageTokenizer.load(bundle / "tokenizer"),
+        ImageTokenizer.load(tmp_path / "runs" / "tuned" / "tokenizer"),
+    )
     for name, parameter in old.named_parameters():
         torch.testing.assert_close(new.get_parameter(name), parameter)
     assert main(["train-tokenizer", *same, *free, "--name", "further"]) == 0
-    assert ImageTokenizer.load(tmp_path / "runs" / "further" / "tokenizer").fingerprint != old.fingerprint
+    assert (
+        ImageTokenizer.load(tmp_path / "runs" / "further" / "tokenizer").fingerprint
+        != old.fingerprint
+    )
 
 
-def test_what_does_not_fit_is_refused_by_what_differs(encoded, tmp_path, bundle, finished_run, capsys):
+def test_what_does_not_fit_is_refused_by_what_differs(
+    encoded, tmp_path, bundle, finished_run, capsys
+):
     arguments, _ = encoded
-    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.model.width", "48"], "tokenizer.model.width is 48 and 32 there")
-    fails(capsys, ["train-tokenizer", *arguments, "--prior.init_from", str(tmp_path)], "no finished prior is there; give a bundle")
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments, "--tokenizer.model.width", "48"],
+        "tokenizer.model.width is 48 and 32 there",
+    )
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments, "--prior.init_from", str(tmp_path)],
+        "no finished prior is there; give a bundle",
+    )
     other_stage = ["--prior.init_from", str(bundle / "tokenizer")]
-    fails(capsys, ["train-tokenizer", *arguments, *other_stage], "is a mini_dalle_tokenizer and no prior", status=2)
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments, *other_stage],
+        "is a mini_dalle_tokenizer and no prior",
+        status=2,
+    )
     wrong = ["train-prior", *arguments]
     fails(
         capsys,
         [*wrong, "--prior.model.depth", "2", "--prior.model.width", "64"],
         "prior.model.depth is 2 and 1 there, prior.model.width is 64",
     )
-    fails(capsys, [*wrong, "--text.length", "40"], "text.length is 40, and the prior in", "has 48 text slots")
-    fails(capsys, [*wrong, "--prior.train.order", "random"], "prior.train.order is random, and the prior in", "knows raster order alone")
+    fails(
+        capsys,
+        [*wrong, "--text.max_length", "40"],
+        "text.max_length is 40, and the prior in",
+        "has 48 text slots",
+    )
+    fails(
+        capsys,
+        [*wrong, "--prior.train.code_order", "random"],
+        "prior.train.code_order is random, and the prior in",
+        "knows raster order alone",
+    )
     own, other = tokenizer_of(bundle), "0123456789abcdef"
     copy = shutil.copytree(bundle, tmp_path / "copy")
     described = json.loads((copy / "pipeline.json").read_text()) | {"tokenizer_fingerprint": other}
     (copy / "pipeline.json").write_text(json.dumps(described))
-    said = (f"knows the codes of tokenizer {other}", f"this run's tokenizer is {own}", f"set tokenizer.init_from={copy} and tokenizer.froz")
+    said = (
+        f"knows the codes of tokenizer {other}",
+        f"this run's tokenizer is {own}",
+        f"set tokenizer.init_from={copy} and tokenizer.froz",
+    )
     for verb in ("train-tokenizer", "train-prior"):
         fails(capsys, [verb, *arguments, "--prior.init_from", str(copy)], *said)
     (copy / "pipeline.json").unlink()
-    fails(capsys, [*wrong, "--prior.init_from", str(copy / "prior")], "does not say which tokenizer's codes it knows")
-    assert main([*wrong, *STILL, "--prior.init_from", str(finished_run[1])]) == 0  # a run's folder will do
-    fails(capsys, [*wrong, *STILL, "--prior.init_from", "null"], "made with other settings", "init_from")
+    fails(
+        capsys,
+        [*wrong, "--prior.init_from", str(copy / "prior")],
+        "does not say which tokenizer's codes it knows",
+    )
+    # A run's folder will do
+    assert main([*wrong, *STILL, "--prior.init_from", str(finished_run[1])]) == 0
+    fails(
+        capsys,
+        [*wrong, *STILL, "--prior.init_from", "null"],
+        "made with other settings",
+        "init_from",
+    )
 
 
 def test_settings_that_make_no_sense_together_are_named(same, capsys):
-    loose = ["--prior.lora_rank", "4", "--prior.init_from", "null", "--tokenizer.init_from", "null", "--text.num_new_tokens", "3"]
-    fails(capsys, ["run", *same, *loose], "LoRA adapts a prior that is there", "tokenizer.frozen is on and tokenizer.init_from is absent",
-          "text.num_new_tokens is 3, which needs prior.init_from", status=2)  # fmt: skip
-    fails(capsys, ["run", *same, "--tokenizer.frozen", "false"], "a prior knows the codes of one tokenizer", status=2)
-    fails(capsys, ["run", *same, *LORA, "--prior.train.optimizer", "muon"], "Muon is for whole matrices", status=2)
+    loose = [
+        "--prior.lora_rank",
+        "4",
+        "--prior.init_from",
+        "null",
+        "--tokenizer.init_from",
+        "null",
+        "--text.num_new_tokens",
+        "3",
+    ]
+    fails(
+        capsys,
+        ["run", *same, *loose],
+        "LoRA adapts a prior that is there",
+        "tokenizer.frozen is on and tokenizer.init_from is absent",
+        "text.num_new_tokens is 3, which needs prior.init_from",
+        status=2,
+    )
+    fails(
+        capsys,
+        ["run", *same, "--tokenizer.frozen", "false"],
+        "a prior knows the codes of one tokenizer",
+        status=2,
+    )
+    fails(
+        capsys,
+        ["run", *same, *LORA, "--prior.train.optimizer", "muon"],
+        "Muon is for whole matrices",
+        status=2,
+    )
     fails(capsys, ["run", *same, "--text.pretrained", "gpt2"], "keeps its own vocabulary", status=2)
 
 
@@ -154,9 +258,13 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     from accelerate import Accelerator
 
     prior, plain = ImagePrior.load(bundle / "prior"), ImagePrior.load(bundle / "prior")
-    adapter = LoRAAdapter(prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint})
+    adapter = LoRAAdapter(
+        prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint}
+    )
     trained = {name for name, p in prior.named_parameters() if p.requires_grad}
-    assert len(trained) == 8 and all(".lora_" in name and name.startswith("blocks.") for name in trained)
+    assert len(trained) == 8 and all(
+        ".lora_" in name and name.startswith("blocks.") for name in trained
+    )
     with torch.no_grad():
         for name in trained:
             prior.get_parameter(name).normal_()
@@ -165,7 +273,9 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     adapter.merge_and_save(tmp_path, Accelerator(cpu=True))
     torch.testing.assert_close(prior(fed.ids, fed.slots, targets=fed.targets).image, beside)
     assert not torch.allclose(plain(fed.ids, fed.slots, targets=fed.targets).image, beside)
-    assert prior.state_dict().keys() == plain.state_dict().keys() and all(p.requires_grad for p in prior.parameters())
+    assert prior.state_dict().keys() == plain.state_dict().keys() and all(
+        p.requires_grad for p in prior.parameters()
+    )
     from peft import PeftModel  # what anybody has
 
     torch.testing.assert_close(adapted(PeftModel, plain, tmp_path / "adapter", fed), beside)
@@ -173,8 +283,14 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
 
 def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"):
-        LoRAAdapter(ImagePrior.load(bundle / "prior"), PriorSection(init_from="x", lora_rank=2), {"prior": "x"})
+    with pytest.raises(
+        ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"
+    ):
+        LoRAAdapter(
+            ImagePrior.load(bundle / "prior"),
+            PriorSection(init_from="x", lora_rank=2),
+            {"prior": "x"},
+        )
 
 
 def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
@@ -185,7 +301,8 @@ def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
 
 
 def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):
-    """And what was not to be trained is what it was; checkpoints hold averages and moments of adapters alone."""
+    """And what was not to be trained is what it was; checkpoints hold averages and moments of
+    adapters alone."""
     arguments, folder = encoded
     other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tuned"))
     assert main(["train-prior", *arguments, *LORA]) == 0
@@ -199,21 +316,45 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     again = ["train-prior", *arguments, "--output_dir", str(other.parent), *LORA]
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
     assert main(again) == 130
-    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
+    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (
+        other / "prior" / "model.safetensors"
+    ).exists()
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
-    before, whole, cut = (ImagePrior.load(f) for f in (bundle / "prior", folder / "prior", other / "prior"))
+    before, whole, cut = (
+        ImagePrior.load(f) for f in (bundle / "prior", folder / "prior", other / "prior")
+    )
     assert whole.fingerprint == cut.fingerprint
-    changed = {name for name, value in whole.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
-    assert changed == {f"blocks.0.{part}.weight" for part in
-                       ("attention.query_key_value", "attention.output", "feed_forward.gate_up", "feed_forward.down")}  # fmt: skip
+    changed = {
+        name
+        for name, value in whole.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed == {
+        f"blocks.0.{part}.weight"
+        for part in (
+            "attention.query_key_value",
+            "attention.output",
+            "feed_forward.gate_up",
+            "feed_forward.down",
+        )
+    }
     adapter = load_file(folder / "prior" / "adapter" / "adapter_model.safetensors")
-    assert sorted(p.name for p in (folder / "prior" / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert len(adapter) == 8 and json.loads((folder / "prior" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    assert sorted(p.name for p in (folder / "prior" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert (
+        len(adapter) == 8
+        and json.loads((folder / "prior" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    )
     held = load_file(folder / "prior" / "checkpoints" / "step-6" / "ema.safetensors")
     moments = load_file(folder / "prior" / "checkpoints" / "step-6" / "optimizer.safetensors")
     assert len(held) == 8 and len({name.rsplit(".", 1)[0] for name in moments}) == 8
-    assert TextToImagePipeline.from_pretrained(folder / "bundle").prior.fingerprint == whole.fingerprint
+    assert (
+        TextToImagePipeline.from_pretrained(folder / "bundle").prior.fingerprint
+        == whole.fingerprint
+    )
 
 
 def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
@@ -247,9 +388,24 @@ def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
             assert main([verb, *given, "--name", name]) == 0
     assert main(["train-prior", *given, "--name", "alone"]) == 0
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert launch(tmp_path, 2, "train-prior", *given, "--name", "cut", script=CUT_ADAPTER + CHECK, **environment).count("[cut]") == 2
+    assert (
+        launch(
+            tmp_path,
+            2,
+            "train-prior",
+            *given,
+            "--name",
+            "cut",
+            script=CUT_ADAPTER + CHECK,
+            **environment,
+        ).count("[cut]")
+        == 2
+    )
     for file in ("model", "adapter/adapter_model"):
-        one, two = (load_file(tmp_path / "runs" / name / "prior" / f"{file}.safetensors") for name in ("alone", "cut"))
+        one, two = (
+            load_file(tmp_path / "runs" / name / "prior" / f"{file}.safetensors")
+            for name in ("alone", "cut")
+        )
         assert one.keys() == two.keys()
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
@@ -261,24 +417,50 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
     text = TextTokenizer.load(bundle / "text_tokenizer")
     old = ["a red circle", "a big blue star on white"]
     grown, spelled = text.extend_vocab(["a xylophone", "two xylophones"] * 2, 20)
-    assert torch.equal(grown.encode(old), text.encode(old)) and len(spelled) == grown.vocab_size - text.vocab_size > 0
+    assert (
+        torch.equal(grown.encode(old), text.encode(old))
+        and len(spelled) == grown.vocab_size - text.vocab_size > 0
+    )
     assert grown.lengths(["a xylophone"])[0] < text.lengths(["a xylophone"])[0]
     assert grown.decode(grown.encode(["a xylophone on white"])) == ["a xylophone on white"]
     for ids, number in zip(spelled, range(text.vocab_size, grown.vocab_size), strict=True):
         assert text.fast.decode(ids) == grown.fast.decode([number])
     capsys.readouterr()
-    assert main(["train-prior", *arguments, *STILL, "--text.num_new_tokens", "5", "--text.length", "50"]) == 0
+    assert (
+        main(
+            [
+                "train-prior",
+                *arguments,
+                *STILL,
+                "--text.num_new_tokens",
+                "5",
+                "--text.max_length",
+                "50",
+            ]
+        )
+        == 0
+    )
     assert "5 entries more, into" in capsys.readouterr().out
     before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
-    assert after.stream.text_vocab_size == before.stream.text_vocab_size + 5 and after.stream.text_length == 50
-    _, spelled = text.extend_vocab(CodesDataset(folder / "codes", "train").captions(list(range(40))), 5)
-    for own, theirs in ((after.text_embedding, before.text_embedding), (after.text_head, before.text_head)):
+    assert (
+        after.stream.text_vocab_size == before.stream.text_vocab_size + 5
+        and after.stream.text_length == 50
+    )
+    _, spelled = text.extend_vocab(
+        CodesDataset(folder / "codes", "train").captions(list(range(40))), 5
+    )
+    for own, theirs in (
+        (after.text_embedding, before.text_embedding),
+        (after.text_head, before.text_head),
+    ):
         torch.testing.assert_close(own.weight[:-5], theirs.weight)
         for row, ids in zip(own.weight[-5:], spelled, strict=True):
             torch.testing.assert_close(row, theirs.weight[ids].mean(0))
 
 
-def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(tmp_path, bundle, finished_run, capsys):
+def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
+    tmp_path, bundle, finished_run, capsys
+):
     arguments = settings(tmp_path, bundle, min_objects=2, max_objects=2)
     arguments += ["--text.truncate", "true"]
     assert main(["run", *arguments, *LORA]) == 0
@@ -295,12 +477,22 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(tmp_path,
             batches = []
             with torch.no_grad(), bf16:
                 for rows in (range(64), range(64, 70)):
-                    codes = pipe.tokenizer.encode(to_model_range(torch.from_numpy(source.images(rows)))).flatten(1)
-                    batches.append({"text_ids": pipe.text.encode(source.captions(rows), truncate=True), "codes": codes})
+                    codes = pipe.tokenizer.encode(
+                        to_model_range(torch.from_numpy(source.images(rows)))
+                    ).flatten(1)
+                    batches.append(
+                        {
+                            "text_ids": pipe.text.encode(source.captions(rows), truncate=True),
+                            "codes": codes,
+                        }
+                    )
                 expected = PriorObjective(pipe.prior, PriorObjectiveConfig()).evaluate(batches)
             for figure, values in found.figures[name].items():
                 assert values[when] == pytest.approx(expected[figure], abs=1e-6)
-    assert found.figures[OLD]["nats_per_code"]["before"] != found.figures[NEW]["nats_per_code"]["before"]
+    assert (
+        found.figures[OLD]["nats_per_code"]["before"]
+        != found.figures[NEW]["nats_per_code"]["before"]
+    )
     capsys.readouterr()
     assert main(["evaluate", *arguments, *LORA, "--max-images", "70"]) == 0
     out, written = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
@@ -308,7 +500,9 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(tmp_path,
     assert written["forgetting"]["figures"] == found.figures
 
 
-def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(tmp_path, bundle, finished_run, capsys):
+def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(
+    tmp_path, bundle, finished_run, capsys
+):
     """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
@@ -317,9 +511,19 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
         next(tokenizer.decoder.parameters()).mul_(0.5)
     shutil.rmtree(other / "bundle" / "tokenizer")
     tokenizer.save_pretrained(other / "bundle" / "tokenizer")
-    described = json.loads((other / "bundle" / "pipeline.json").read_text()) | {"tokenizer_fingerprint": tokenizer.fingerprint}
+    described = json.loads((other / "bundle" / "pipeline.json").read_text()) | {
+        "tokenizer_fingerprint": tokenizer.fingerprint
+    }
     (other / "bundle" / "pipeline.json").write_text(json.dumps(described))
-    arguments = ["evaluate", "--config", str(path), "--output_dir", str(tmp_path / "runs"), "--max-images", "20"]
+    arguments = [
+        "evaluate",
+        "--config",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "runs"),
+        "--max-images",
+        "20",
+    ]
     assert main([*arguments, "--baseline-bundle", str(bundle)]) == 0
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
     found = written["forgetting"]["figures"]
@@ -334,22 +538,12 @@ def test_old_data_that_are_gone_are_said_and_the_new_ones_reported(tmp_path, bun
     described = json.loads((copy / "pipeline.json").read_text())
     described["trained_on"]["data"]["source"] = str(tmp_path / "gone")
     (copy / "pipeline.json").write_text(json.dumps(described))
-    found = forgetting(copy, bundle, load_experiment(["--config", str(finished_run[0])]), pictures=10)
-    assert set(found.figures) == {NEW} and len(found.notes) == 1 and "the old data cannot be read" in found.notes[0]
+    found = forgetting(
+        copy, bundle, load_experiment(["--config", str(finished_run[0])]), pictures=10
+    )
+    assert (
+        set(found.figures) == {NEW}
+        and len(found.notes) == 1
+        and "the old data cannot be read" in found.notes[0]
+    )
     assert str(tmp_path / "gone") in found.notes[0] and found.notes[0] in found.table()
-
-
-def test_a_run_made_before_there_was_anything_to_start_from_is_the_same(finished_run, tmp_path):
-    folder = Path(shutil.copytree(finished_run[1], tmp_path / "runs" / "tiny"))
-    for stage in ("tokenizer", "prior"):
-        written = json.loads((folder / stage / "settings.json").read_text())
-        for later in ("init_from", "frozen", "lora_rank", "lora_alpha"):
-            written["settings"].pop(later, None)
-        written["settings"].get("text", {}).pop("num_new_tokens", None)
-        (folder / stage / "settings.json").write_text(json.dumps(written))
-        assert upgrade_settings(written["settings"])["init_from"] is None
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    for verb in ("train-tokenizer", "train-prior"):
-        assert main([verb, "--config", str(finished_run[0]), "--output_dir", str(tmp_path / "runs")]) == 0
-    bundled = folder / "bundle"
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if bundled not in path.parents)

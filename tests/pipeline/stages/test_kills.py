@@ -1,4 +1,5 @@
-"""Trainings that are killed at random places end as uninterrupted ones: every kept file, bit for bit."""
+"""Trainings that are killed at random places end as uninterrupted ones: every kept file, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -15,13 +16,25 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_kills_cost_nothing():
-    """Before random steps and file operations, by SIGKILL; more of them by `python -m benchmarks.kills`."""
+    """Before random steps and file operations, by SIGKILL; more of them by `python -m
+    benchmarks.kills`."""
     options = ["--kills", "4", "--kills_a_run", "2", "--kinds", "step", "file", "--steps", "10"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kills", *options], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "benchmarks.kills", *options],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for stage, line in zip(("tokenizer", "prior"), done.stdout.splitlines()[2:], strict=False):
-        name, kills, runs, identical, beyond, damaged = (cell.strip() for cell in line.strip("|").split("|"))
-        assert (name, kills, beyond, damaged) == (stage, "4", "0", "0") and runs == identical and int(runs) >= 2
+        name, kills, runs, identical, beyond, damaged = (
+            cell.strip() for cell in line.strip("|").split("|")
+        )
+        assert (
+            (name, kills, beyond, damaged) == (stage, "4", "0", "0")
+            and runs == identical
+            and int(runs) >= 2
+        )

@@ -1,4 +1,5 @@
-"""Two real processes over gloo: the work is split, one writes, and the result is that of one process."""
+"""Two real processes over gloo: the work is split, one writes, and the result is that of one
+process."""
 
 from __future__ import annotations
 
@@ -25,31 +26,69 @@ def two_runs(by_processes):
 
 
 def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):
-    """Equal after all steps but for the order of sums: shares of a batch are averaged right, text tokens and codebook included."""
+    """Equal after all steps but for the order of sums: shares of a batch are averaged right, text
+    tokens and codebook included."""
     for stage in ("tokenizer", "prior"):
         one, two = (load_file(run / stage / "model.safetensors") for run in two_runs)
         for key, value in one.items():
-            torch.testing.assert_close(two[key], value, atol=1e-3, rtol=1e-3, msg=lambda m, k=f"{stage}.{key}": f"{k}: {m}")
+            torch.testing.assert_close(
+                two[key], value, atol=1e-3, rtol=1e-3, msg=lambda m, k=f"{stage}.{key}": f"{k}: {m}"
+            )
 
 
 def test_an_adversary_trains_on_two_processes_as_on_one(tmp_path):
-    """Its own pass, its anchors and the weight it is given: the same to what the order of sums and the weight of each half allow."""
+    """Its own pass, its anchors and the weight it is given: the same to what the order of sums and
+    the weight of each half allow."""
     import yaml
 
     from tests.helpers.experiments import TINY
 
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "precision": "fp32"}))
-    options = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.width", "16", "--tokenizer.train.steps", "4",
-               "--tokenizer.objective.adversary.start", "1", "--tokenizer.objective.adversary.lecam", "0.1",
-               "--tokenizer.objective.adversary.adaptive", "false"]  # fmt: skip
+    path.write_text(
+        yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "runs"), "precision": "fp32"})
+    )
+    options = [
+        "--tokenizer.objective.discriminator.weight",
+        "1",
+        "--tokenizer.objective.discriminator.width",
+        "16",
+        "--tokenizer.train.steps",
+        "4",
+        "--tokenizer.objective.discriminator.start",
+        "1",
+        "--tokenizer.objective.discriminator.lecam",
+        "0.1",
+        "--tokenizer.objective.discriminator.adaptive",
+        "false",
+    ]
     weights = []
     for processes in (1, 2):
-        launch(tmp_path, processes, "train-tokenizer", "--config", str(path), "--name", f"by{processes}", *options)
-        weights.append(load_file(tmp_path / "runs" / f"by{processes}" / "tokenizer" / "checkpoints" / "step-4" / "weights.safetensors"))
+        launch(
+            tmp_path,
+            processes,
+            "train-tokenizer",
+            "--config",
+            str(path),
+            "--name",
+            f"by{processes}",
+            *options,
+        )
+        weights.append(
+            load_file(
+                tmp_path
+                / "runs"
+                / f"by{processes}"
+                / "tokenizer"
+                / "checkpoints"
+                / "step-4"
+                / "weights.safetensors"
+            )
+        )
     assert "discriminator.anchors" in weights[0]
     for key, value in weights[0].items():
-        torch.testing.assert_close(weights[1][key], value, atol=2e-3, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            weights[1][key], value, atol=2e-3, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def test_encoding_is_split_and_whole(two_runs):
@@ -61,16 +100,32 @@ def test_encoding_is_split_and_whole(two_runs):
 
 
 def test_one_process_writes(two_runs):
-    assert sorted(p.name for p in (two_runs[1] / "prior" / "checkpoints").iterdir()) == ["step-4", "step-6"]
-    held_out = [json.loads((run / "prior" / "settings.json").read_text())["held_out"]["nats_per_code"] for run in two_runs]
+    assert sorted(p.name for p in (two_runs[1] / "prior" / "checkpoints").iterdir()) == [
+        "step-4",
+        "step-6",
+    ]
+    held_out = [
+        json.loads((run / "prior" / "settings.json").read_text())["held_out"]["nats_per_code"]
+        for run in two_runs
+    ]
     assert held_out[0] == pytest.approx(held_out[1], rel=0.2)
 
 
 def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
     prompts = ["a red circle", "a blue star", "a green heart"]
     for processes in (1, 2):
-        launch(tmp_path, processes, "generate", "--bundle", str(two_runs[0] / "bundle"), *prompts, "--num-images", "2",
-               "--out", str(tmp_path / f"by{processes}"))  # fmt: skip
+        launch(
+            tmp_path,
+            processes,
+            "generate",
+            "--bundle",
+            str(two_runs[0] / "bundle"),
+            *prompts,
+            "--num-images",
+            "2",
+            "--out",
+            str(tmp_path / f"by{processes}"),
+        )
     for file in sorted((tmp_path / "by1").iterdir()):
         assert file.read_bytes() == (tmp_path / "by2" / file.name).read_bytes(), file.name
     assert len(list((tmp_path / "by2").glob("0*.png"))) == 6
@@ -95,10 +150,29 @@ sys.exit(status)
 def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 120) -> str:
     """What two processes of a script say that fail; one that hangs fails the test."""
     (tmp_path / "script.py").write_text(script)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command = [*torchrun, "--", str(tmp_path / "script.py"), *arguments]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -114,7 +188,8 @@ def test_a_process_that_dies_ends_the_others_with_a_line(tiny_yaml, tmp_path, vi
     said = ended(tmp_path, DIES, str(victim), *arguments)
     checkpoint = tmp_path / "runs" / "tiny" / "tokenizer" / "checkpoints" / "step-4"
     line = (
-        "minidalle train-tokenizer: tokenizer: another process of this job is gone or no longer answers; the last good checkpoint is "
+        "minidalle train-tokenizer: tokenizer: another process of this job is gone or no longer "
+        "answers; the last good checkpoint is "
         f"{checkpoint}; to go on: minidalle {' '.join(arguments)}, under the same launcher"
     )
     assert said.splitlines().count(line) == 1, said
@@ -131,7 +206,8 @@ from pipeline.training.prefetch import BatchPrefetcher
 from stage1_tokenizer import objective
 
 run, arguments = Path(sys.argv[1]), sys.argv[2:]
-rank, take, to_range, now = int(os.environ["RANK"]), BatchPrefetcher.get, objective.to_model_range, [0]
+rank, take = int(os.environ["RANK"]), BatchPrefetcher.get
+to_range, now = objective.to_model_range, [0]
 
 def seen(batches, step):
     now[0] = step
@@ -140,7 +216,9 @@ def seen(batches, step):
     return take(batches, step)
 
 BatchPrefetcher.get = seen
-objective.to_model_range = lambda batch: to_range(batch) * (math.nan if now[0] == 2 and rank == 1 else 1)
+def broken(batch):
+    return to_range(batch) * (math.nan if now[0] == 2 and rank == 1 else 1)
+objective.to_model_range = broken
 if rank == 0:
     run.mkdir(parents=True)
     lock = (run / ".lock").open("w")
@@ -156,7 +234,8 @@ if rank == 0:
 PartialState().wait_for_everyone()
 status = cli.main(arguments)
 timeout = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-print(f"process {rank} of {PartialState().num_processes}: {refused}, {status}, {timeout}", flush=True)
+count = PartialState().num_processes
+print(f"process {rank} of {count}: {refused}, {status}, {timeout}", flush=True)
 sys.exit(status)
 """
 
@@ -164,12 +243,25 @@ sys.exit(status)
 def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
     """The second's batch is not finite and the second alone gets the signal."""
     run = tmp_path / "runs" / "tiny"
-    arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.max_nonfinite_steps", "1",
-                 "--tokenizer.train.steps", "100", "--process_timeout", "7"]  # fmt: skip
+    arguments = [
+        "train-tokenizer",
+        "--config",
+        str(tiny_yaml),
+        "--tokenizer.train.max_nonfinite_steps",
+        "1",
+        "--tokenizer.train.steps",
+        "100",
+        "--process_timeout",
+        "7",
+    ]
     said = ended(tmp_path, AGREES, str(run), *arguments)
-    assert "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said, said
+    assert (
+        "process 0 of 2: 1, 143, 0:07:00" in said and "process 1 of 2: 1, 143, 0:07:00" in said
+    ), said
     assert said.count(f"{run} is in use by process 1 on h since s") == 2
-    lines = [line[line.index("tokenizer: ") :] for line in said.splitlines() if "skipped, 1 of 1" in line]
+    lines = [
+        line[line.index("tokenizer: ") :] for line in said.splitlines() if "skipped, 1 of 1" in line
+    ]
     assert len(lines) == 1 and "is not finite at step 2 (scene " in lines[0], said
     assert said.count("stopped by SIGTERM after step 5 of 100 (tokenizer), which is saved") == 1
     state = json.loads((run / "tokenizer" / "checkpoints" / "step-5" / "state.json").read_text())

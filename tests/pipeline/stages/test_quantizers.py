@@ -1,4 +1,5 @@
-"""Tokenizers of several levels, or with other codes than vq's, through both stages: the prior and the pipeline take them as they are."""
+"""Tokenizers of several levels, or with other codes than vq's, through both stages: the prior and
+the pipeline take them as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from pipeline.data.codes.dataset import CodesDataset, read_manifest
 pytestmark = pytest.mark.slow
 
 CHANGES = {
-    "hierarchical": ["--tokenizer.model.quantizer", "hierarchical", "--tokenizer.model.hierarchical.width", "16"],
+    "hierarchical": [
+        "--tokenizer.model.quantizer",
+        "hierarchical",
+        "--tokenizer.model.hierarchical.width",
+        "16",
+    ],
     "uneven": [
         "--tokenizer.model.quantizer",
         "hierarchical",
@@ -21,11 +27,27 @@ CHANGES = {
         "--tokenizer.model.hierarchical.coarse_codes",
         "[6]",
     ],
-    "residual": ["--tokenizer.model.quantizer", "residual", "--tokenizer.model.residual.depth", "3"],
-    "binary": ["--tokenizer.model.quantizer", "binary", "--tokenizer.objective.temperature_start", "0.5"],
+    "residual": [
+        "--tokenizer.model.quantizer",
+        "residual",
+        "--tokenizer.model.residual.depth",
+        "3",
+    ],
+    "binary": [
+        "--tokenizer.model.quantizer",
+        "binary",
+        "--tokenizer.objective.temperature_start",
+        "0.5",
+    ],
     "fsq": ["--tokenizer.model.quantizer", "fsq", "--tokenizer.model.fsq.levels", "[4, 4]"],
 }
-CODES = {"hierarchical": [4, 16], "uneven": [4, 16], "residual": [16, 16, 16], "binary": [16], "fsq": [16]}
+CODES = {
+    "hierarchical": [4, 16],
+    "uneven": [4, 16],
+    "residual": [16, 16, 16],
+    "binary": [16],
+    "fsq": [16],
+}
 
 
 @pytest.mark.parametrize("quantizer", CHANGES)

@@ -32,14 +32,17 @@ def run(finished_run, tmp_path) -> tuple[list[str], Path]:
 
 def unfinished(stage: Path) -> None:
     settings = json.loads((stage / "settings.json").read_text())
-    (stage / "settings.json").write_text(json.dumps({"settings": settings["settings"]}))
+    (stage / "settings.json").write_text(
+        json.dumps({"format": 1, "settings": settings["settings"]})
+    )
 
 
 def test_other_settings_after_a_kill(run, capsys):
-    """With a checkpoint they are refused; without one there is nothing to lose, and the text tokenizer is made anew too."""
+    """With a checkpoint they are refused; without one there is nothing to lose, and the text
+    tokenizer is made anew too."""
     arguments, folder = run
     unfinished(folder / "prior")
-    longer = ["train-prior", *arguments, "--text.length", "40"]
+    longer = ["train-prior", *arguments, "--text.max_length", "40"]
     fails(capsys, longer, "made with other settings (text)")
     shutil.rmtree(folder / "prior" / "checkpoints")
     assert main(longer) == 0
@@ -51,10 +54,30 @@ def test_other_settings_after_a_kill(run, capsys):
 
 def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
     arguments, folder = run
-    fails(capsys, ["train-prior", *arguments, "--prior.train.learning_rate", "1e-4"], "made with other settings (train.learning_rate)")
-    fails(capsys, ["train-prior", *arguments, "--prior.train.steps", "4"], "made with other settings (train.steps)")
+    fails(
+        capsys,
+        ["train-prior", *arguments, "--prior.train.learning_rate", "1e-4"],
+        "made with other settings (train.learning_rate)",
+    )
+    fails(
+        capsys,
+        ["train-prior", *arguments, "--prior.train.steps", "4"],
+        "made with other settings (train.steps)",
+    )
     before = ImagePrior.load(folder / "prior").fingerprint
-    assert main(["train-prior", *arguments, "--prior.train.log_every", "1", "--prior.train.eval_every", "2"]) == 0
+    assert (
+        main(
+            [
+                "train-prior",
+                *arguments,
+                "--prior.train.log_every",
+                "1",
+                "--prior.train.eval_every",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert ImagePrior.load(folder / "prior").fingerprint == before
     assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
     assert ImagePrior.load(folder / "prior").fingerprint != before
@@ -62,14 +85,26 @@ def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
 
 
 def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
-    """With Muon, the best weights kept and dropout: everything that has a state or draws random numbers."""
+    """With Muon, the best weights kept and dropout: everything that has a state or draws random
+    numbers."""
     arguments, folder = run
     shutil.rmtree(folder / "prior")
     other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tiny"))
-    options = ["--prior.train.optimizer", "muon", "--prior.train.save_best", "true", "--prior.model.dropout", "0.2"]
+    options = [
+        "--prior.train.optimizer",
+        "muon",
+        "--prior.train.save_best",
+        "true",
+        "--prior.model.dropout",
+        "0.2",
+    ]
     assert main(["train-prior", *arguments, *options]) == 0
     capsys.readouterr()
-    fails(capsys, ["train-prior", *arguments, *options, "--prior.train.eval_every", "2"], "other settings (train.eval_every)")
+    fails(
+        capsys,
+        ["train-prior", *arguments, *options, "--prior.train.eval_every", "2"],
+        "other settings (train.eval_every)",
+    )
     step = training.Trainer.train_step
 
     def killed(trainer: training.Trainer, number: int, batch: object):
@@ -80,26 +115,50 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
     assert main(again) == 130
-    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (other / "prior" / "model.safetensors").exists()
+    assert (other / "prior" / "checkpoints" / "step-4").is_dir() and not (
+        other / "prior" / "model.safetensors"
+    ).exists()
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
-    assert ImagePrior.load(other / "prior").fingerprint == ImagePrior.load(folder / "prior").fingerprint
+    assert (
+        ImagePrior.load(other / "prior").fingerprint
+        == ImagePrior.load(folder / "prior").fingerprint
+    )
 
 
-ADVERSARY = ["--tokenizer.objective.adversary.weight", "1", "--tokenizer.objective.adversary.width", "16",
-             "--tokenizer.objective.adversary.lecam", "0.1", "--tokenizer.train.optimizer", "muon"]  # fmt: skip
+ADVERSARY = [
+    "--tokenizer.objective.discriminator.weight",
+    "1",
+    "--tokenizer.objective.discriminator.width",
+    "16",
+    "--tokenizer.objective.discriminator.lecam",
+    "0.1",
+    "--tokenizer.train.optimizer",
+    "muon",
+]
 VARIANTS = {
-    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.adversary.start", "3"],
-    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.adversary.start", "5"],
+    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "3"],
+    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "5"],
     "score function": ["--tokenizer.model.quantizer", "score_function"],
-    "residual": ["--tokenizer.model.quantizer", "residual", "--tokenizer.model.residual.shared", "true"],
-    "perceptual": ["--tokenizer.objective.perceptual.weight", "1", "--tokenizer.model.likelihood", "logit_laplace"],
+    "residual": [
+        "--tokenizer.model.quantizer",
+        "residual",
+        "--tokenizer.model.residual.shared",
+        "true",
+    ],
+    "perceptual": [
+        "--tokenizer.objective.perceptual.weight",
+        "1",
+        "--tokenizer.model.likelihood",
+        "logit_laplace",
+    ],
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
-    """With every part that has a state of its own: the adversary, its optimizer and anchors, baselines, shared books."""
+    """With every part that has a state of its own: the adversary, its optimizer and anchors,
+    baselines, shared books."""
     step, fingerprints = training.Trainer.train_step, []
 
     def killed(trainer: training.Trainer, number: int, batch: object):
@@ -108,7 +167,14 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
         return step(trainer, number, batch)
 
     for name in ("whole", "cut"):
-        arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--name", name, *VARIANTS[variant]]
+        arguments = [
+            "train-tokenizer",
+            "--config",
+            str(tiny_yaml),
+            "--name",
+            name,
+            *VARIANTS[variant],
+        ]
         if name == "cut":
             monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
             assert main(arguments) == 130
@@ -116,10 +182,26 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
             monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
         assert main(arguments) == 0
         fingerprints.append(ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint)
-        weights = load_file(tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-6" / "weights.safetensors")
-        assert any(key.startswith("discriminator.") for key in weights) == variant.startswith("adversary")
+        weights = load_file(
+            tmp_path
+            / "runs"
+            / name
+            / "tokenizer"
+            / "checkpoints"
+            / "step-6"
+            / "weights.safetensors"
+        )
+        assert any(key.startswith("discriminator.") for key in weights) == variant.startswith(
+            "adversary"
+        )
         if variant.startswith("adversary"):
-            fingerprints.append({key: value.tolist() for key, value in weights.items() if key.startswith("discriminator.")})
+            fingerprints.append(
+                {
+                    key: value.tolist()
+                    for key, value in weights.items()
+                    if key.startswith("discriminator.")
+                }
+            )
     half = len(fingerprints) // 2
     assert fingerprints[:half] == fingerprints[half:]
 
@@ -138,8 +220,8 @@ def own_folder(tmp_path) -> list[str]:
     values = {
         **TINY,
         "output_dir": str(tmp_path / "runs"),
-        "data": {"source": str(tmp_path / "pictures"), "image_size": 32, "held_out": 0.3},
-        "encode": {"held_out": 10},
+        "data": {"source": str(tmp_path / "pictures"), "image_size": 32, "val_fraction": 0.3},
+        "encode": {"max_val_images": 10},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     return ["--config", str(tmp_path / "own.yaml")]
@@ -151,7 +233,12 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
     capsys.readouterr()
     folder_of_pictures(tmp_path / "pictures", 13)
     fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
-    fails(capsys, ["encode", *own_folder], "holds codes made with something else (", "train pictures or captions of the source ")
+    fails(
+        capsys,
+        ["encode", *own_folder],
+        "holds codes made with something else (",
+        "train pictures or captions of the source ",
+    )
     shutil.rmtree(tmp_path / "runs" / "tiny" / "codes")
     assert main(["encode", *own_folder]) == 0
     capsys.readouterr()
@@ -159,7 +246,12 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
 
 
 def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_path, capsys):
-    fails(capsys, ["run", *own_folder, "--data.held_out", "0.0001"], "12 pictures to train on and 0 held out", "data.held_out=0.0001")
+    fails(
+        capsys,
+        ["run", *own_folder, "--data.val_fraction", "0.0001"],
+        "12 pictures to train on and 0 held out",
+        "data.val_fraction=0.0001",
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -172,17 +264,33 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
     for verb in ("train-tokenizer", "encode"):
         assert main([verb, *own_folder]) == 0
     capsys.readouterr()
-    fails(capsys, ["train-prior", *own_folder], "1 of 12 captions need more than text.length=48 slots")
+    fails(
+        capsys,
+        ["train-prior", *own_folder],
+        "1 of 12 captions need more than text.max_length=48 slots",
+    )
 
 
 def test_another_optimizer_after_a_kill_is_refused(run, capsys):
     arguments, folder = run
     path = folder / "tokenizer" / "settings.json"
-    path.write_text(path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {'))
-    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"], "made with the optimizers ['tokenizer/adamw']")
+    path.write_text(
+        path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {')
+    )
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"],
+        "made with the optimizers ['tokenizer/adamw']",
+    )
 
 
-@pytest.mark.parametrize("where", ["pipeline.training.checkpoint.save_file", "stage1_tokenizer.model.ImageTokenizer.save_pretrained"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "pipeline.training.checkpoint.save_file",
+        "stage1_tokenizer.model.ImageTokenizer.save_pretrained",
+    ],
+)
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypatch, where):
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -192,7 +300,11 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypa
     monkeypatch.setattr(where, full)
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 1
     error = capsys.readouterr().err
-    assert "No space left on device" in error and "free some space" in error and "Traceback" not in error
+    assert (
+        "No space left on device" in error
+        and "free some space" in error
+        and "Traceback" not in error
+    )
     assert (checkpoints / "step-6" / "state.json").is_file() and not list(checkpoints.glob(".*"))
     monkeypatch.undo()
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
@@ -208,16 +320,29 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
         settings.write_text(content)
         fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")
     settings.unlink()
-    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"], "has the checkpoint step-6 and no settings.json")
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"],
+        "has the checkpoint step-6 and no settings.json",
+    )
     settings.write_text(whole)
     manifest = folder / "codes" / "codes.json"
     manifest.write_text(manifest.read_text()[:100])
-    fails(capsys, ["encode", *arguments], "codes.json is cut or damaged", f"remove {folder / 'codes'} and run `minidalle encode` again")
+    fails(
+        capsys,
+        ["encode", *arguments],
+        "codes.json is cut or damaged",
+        f"remove {folder / 'codes'} and run `minidalle encode` again",
+    )
     manifest.unlink()
-    (folder / "codes" / "plan.json").write_text('{"format": 2}')
+    (folder / "codes" / "plan.json").write_text('{"format": 1}')
     fails(capsys, ["encode", *arguments], "plan.json is damaged ('tokenizer')")
     shutil.rmtree(folder / "codes")
-    fails(capsys, ["train-prior", *arguments], "holds no whole codes dataset; run `minidalle encode` first")
+    fails(
+        capsys,
+        ["train-prior", *arguments],
+        "holds no whole codes dataset; run `minidalle encode` first",
+    )
 
 
 def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
@@ -226,7 +351,12 @@ def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
     for verb in ("encode", "train-prior"):
-        fails(capsys, [verb, *arguments], "cannot be read", "or run `minidalle train-tokenizer`, which delivers it again from its last")
+        fails(
+            capsys,
+            [verb, *arguments],
+            "cannot be read",
+            "or run `minidalle train-tokenizer`, which delivers it again from its last",
+        )
     assert main(["train-tokenizer", *arguments]) == main(["encode", *arguments]) == 0
     assert "going on from" in capsys.readouterr().out and weights.read_bytes() == whole
     weights.unlink()

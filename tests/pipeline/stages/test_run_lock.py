@@ -1,4 +1,5 @@
-"""Two runs on one run folder: the second is refused and writes nothing; what a kill left behind locks nothing."""
+"""Two runs on one run folder: the second is refused and writes nothing; what a kill left behind
+locks nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +44,10 @@ def test_the_second_run_is_refused_and_writes_nothing(tiny_yaml, tmp_path, capsy
     folder = tmp_path / "runs" / "tiny"
     with held(folder):
         before = listing(tmp_path)
-        message = f"{folder} is in use by process 4321 on elsewhere since 2026-01-02 03:04:05 +0000; wait for it or stop it, or choose"
+        message = (
+            f"{folder} is in use by process 4321 on elsewhere since 2026-01-02 03:04:05 "
+            "+0000; wait for it or stop it, or choose"
+        )
         fails(capsys, [verb, "--config", tiny_yaml], message)
         assert listing(tmp_path) == before and json.loads((folder / ".lock").read_text()) == HOLDER
 
@@ -71,7 +75,9 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         time.sleep(0.01)
     with (
-        pytest.raises(ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"),
+        pytest.raises(
+            ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"
+        ),
         run_lock(experiment.folder, 30),
     ):
         pytest.fail("it was not refused")
@@ -109,14 +115,19 @@ def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypat
     monkeypatch.setattr(fcntl, "flock", none)
     with run_lock(experiment.folder, 30):
         pass
-    assert "cannot be locked ([Errno 37] No locks available); see that no other run writes to it" in capsys.readouterr().out
+    assert (
+        "cannot be locked ([Errno 37] No locks available); see that no other run writes to it"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_finished_run_is_read_from_a_disk_that_cannot_be_written(finished_run, tmp_path):
     path, folder = finished_run
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "--bind", str(folder.parent), str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "--bind", str(folder.parent), str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
@@ -126,9 +137,18 @@ def test_a_finished_run_is_read_from_a_disk_that_cannot_be_written(finished_run,
 
 
 def test_codes_elsewhere_are_written_by_one(finished_run, tmp_path, capsys):
-    """The folder beside the target, where they are until all of them are there, is held, and not the tokenizer's run."""
+    """The folder beside the target, where they are until all of them are there, is held, and not
+    the tokenizer's run."""
     path, folder = finished_run
-    command = ["encode", "--config", str(path), "--tokenizer", str(folder / "tokenizer"), "--out", str(tmp_path / "codes")]
+    command = [
+        "encode",
+        "--config",
+        str(path),
+        "--tokenizer",
+        str(folder / "tokenizer"),
+        "--out",
+        str(tmp_path / "codes"),
+    ]
     with held(tmp_path / ".codes.arrow"), held(folder):
         fails(capsys, command, f"{tmp_path / '.codes.arrow'} is in use by process 4321")
     (folder / ".lock").unlink()

@@ -1,4 +1,5 @@
-"""Checkpoints that were damaged, could not be written, or are of another format: what they cost, and what is said."""
+"""Checkpoints that were damaged, could not be written, or are of another format: what they cost,
+and what is said."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from pipeline.runtime.atomic_io import atomic_write_dir as write_whole
 from pipeline.runtime.atomic_io import clean_partial_writes
 from pipeline.runtime.signals import RecoverableError
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checkpoint import FORMAT, CorruptedCheckpoint, State, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from pipeline.training.checkpoint import (
+    FORMAT,
+    CorruptedCheckpoint,
+    State,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from tests.helpers.cli import fails
 from tests.helpers.training import train
 
@@ -28,7 +38,15 @@ NETWORK = nn.Linear(2, 2)
 
 def save(folder: Path, *steps: int, keep: int = 9, verified: set[Path] = frozenset()) -> set[Path]:  # type: ignore[assignment]
     for step in steps:
-        verified = save_checkpoint(folder, State(step, {"error": 0.5}, 3), {"a": NETWORK}, {}, [], keep=keep, verified=verified)
+        verified = save_checkpoint(
+            folder,
+            State(step, {"error": 0.5}, 3),
+            {"a": NETWORK},
+            {},
+            [],
+            keep=keep,
+            verified=verified,
+        )
     return verified
 
 
@@ -56,15 +74,27 @@ def of_step_7(path: Path) -> None:
 
 DAMAGE = {
     "cut weights": ("weights.safetensors", cut, r"weights\.safetensors has 157 of 160 bytes"),
-    "changed weights": ("weights.safetensors", flip_a_bit, r"weights\.safetensors is not what was written \(its hash differs\)"),
-    "changed state": ("state.json", lambda p: p.write_text(p.read_text().replace("0.5", "0.6")), r"state\.json is not what was written"),
+    "changed weights": (
+        "weights.safetensors",
+        flip_a_bit,
+        r"weights\.safetensors is not what was written \(its hash differs\)",
+    ),
+    "changed state": (
+        "state.json",
+        lambda p: p.write_text(p.read_text().replace("0.5", "0.6")),
+        r"state\.json is not what was written",
+    ),
     "no average": ("ema.safetensors", Path.unlink, r"ema\.safetensors is missing"),
     "no manifest": ("manifest.json", Path.unlink, r"manifest\.json is missing"),
     "cut manifest": ("manifest.json", cut, r"manifest\.json cannot be read"),
-    "empty manifest": ("manifest.json", lambda p: p.write_text("[]"), r"manifest\.json cannot be read"),
+    "empty manifest": (
+        "manifest.json",
+        lambda p: p.write_text("[]"),
+        r"manifest\.json cannot be read",
+    ),
     "manifest of another": ("manifest.json", of_step_7, r"manifest\.json is of step 7"),
     "folder instead of a file": ("state.json", lambda p: (p.unlink(), p.mkdir()), r"state\.json"),
-    "nothing in it": ("", lambda p: (shutil.rmtree(p), p.mkdir()), r"state\.json is missing"),
+    "nothing in it": ("", lambda p: (shutil.rmtree(p), p.mkdir()), r"manifest\.json is missing"),
 }
 
 
@@ -86,7 +116,11 @@ def test_damage_is_found_and_named(tmp_path, how):
     said: list[str] = []
     path, state = load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], said.append)
     assert path.name == "step-2" and state.step == 2
-    assert len(said) == 1 and "step-4 is damaged (" in said[0] and "going on from step-2, the one before" in said[0]
+    assert (
+        len(said) == 1
+        and "step-4 is damaged (" in said[0]
+        and "going on from step-2, the one before" in said[0]
+    )
 
 
 @pytest.mark.parametrize("how", ["cut weights", "changed weights", "no manifest"])
@@ -101,7 +135,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys
     assert len(lines) == 1 and lines[0].startswith("line: ")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
-    assert figures == figures_again and names(tmp_path / "run" / "checkpoints") == ["step-8", "step-9"]
+    assert figures == figures_again and names(tmp_path / "run" / "checkpoints") == [
+        "step-8",
+        "step-9",
+    ]
     assert load_newest(tmp_path / "run" / "checkpoints", {}, {}, [], pytest.fail)
 
 
@@ -109,7 +146,11 @@ def test_where_all_are_damaged_one_error_names_them(tmp_path):
     save(tmp_path, 2, 4)
     (tmp_path / "step-2" / "state.json").unlink()
     cut(tmp_path / "step-4" / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: step-4 \(.*157 of 160.*\), step-2 \(state.json is missing\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"every checkpoint in .* is damaged: step-4 \(.*157 of 160.*\), step-2 \(state.json "
+        r"is missing\)",
+    ):
         load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
 
 
@@ -133,7 +174,9 @@ def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start
 def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
     verified = save(tmp_path, 2, 4, keep=3)
     monkeypatch.setattr(checkpoints, "verify_checkpoint", pytest.fail)
-    assert save(tmp_path, 6, 8, keep=3, verified=verified) == {tmp_path / f"step-{step}" for step in (4, 6, 8)}
+    assert save(tmp_path, 6, 8, keep=3, verified=verified) == {
+        tmp_path / f"step-{step}" for step in (4, 6, 8)
+    }
     assert names(tmp_path) == ["step-4", "step-6", "step-8"]
 
 
@@ -145,10 +188,16 @@ def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
     capsys.readouterr()
     again, _ = train(tmp_path, steps=8, eval_every=2, save_best=True)
     out = capsys.readouterr().out
-    assert f"{best} is damaged (ema.safetensors is not what was written" in out and "chosen anew" in out
+    assert (
+        f"{best} is damaged (ema.safetensors is not what was written" in out
+        and "chosen anew" in out
+    )
     assert names(tmp_path / "best") == ["step-8"]
     last, _ = train(tmp_path / "last", steps=8, eval_every=2)
-    assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in last.network.state_dict().items())
+    assert all(
+        torch.equal(value, again.network.state_dict()[key])
+        for key, value in last.network.state_dict().items()
+    )
 
 
 def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, capsys):
@@ -156,7 +205,10 @@ def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp
     spoilt, _ = train(tmp_path, steps=8, eval_every=2, save_best=True, on_step=spoil)
     assert "step-2 is damaged (ema.safetensors is not" in capsys.readouterr().out
     last, _ = train(tmp_path / "last", steps=8, eval_every=2)
-    assert all(torch.equal(value, spoilt.network.state_dict()[key]) for key, value in last.network.state_dict().items())
+    assert all(
+        torch.equal(value, spoilt.network.state_dict()[key])
+        for key, value in last.network.state_dict().items()
+    )
 
 
 def test_what_kills_left_is_cleared_and_put_back(tmp_path):
@@ -195,11 +247,25 @@ def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_try(tmp_p
 def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     order: list[str] = []
     sync, rename = atomic_io._sync, Path.rename
-    monkeypatch.setattr(atomic_io, "_sync", lambda path: (order.append(f"sync {path.name}"), sync(path)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (order.append("rename"), rename(path, to))[1])
+    monkeypatch.setattr(
+        atomic_io, "_sync", lambda path: (order.append(f"sync {path.name}"), sync(path))
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (order.append("rename"), rename(path, to))[1]
+    )
     save(tmp_path / "checkpoints", 2)
-    files = ["weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".step-2.writing"]
-    assert sorted(order[:6]) == sorted(f"sync {name}" for name in files) and order[6:] == ["rename", "sync checkpoints"]
+    files = [
+        "weights.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+        ".step-2.writing",
+    ]
+    assert sorted(order[:6]) == sorted(f"sync {name}" for name in files) and order[6:] == [
+        "rename",
+        "sync checkpoints",
+    ]
 
 
 # What cannot be written
@@ -210,14 +276,17 @@ def small_disk(tmp_path):
     """A file system of its own of 256 KiB, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a file system")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
 def stopped_and_gone_on(folder: Path, errors: tuple[int, ...], spoil, mend) -> None:
-    """A training whose disk is spoilt after step 4 stops, loses nothing, and goes on when it is mended."""
+    """A training whose disk is spoilt after step 4 stops, loses nothing, and goes on when it is
+    mended."""
     whole, _ = train(folder.parent / "whole")
     seen: list[int] = []
 
@@ -227,14 +296,19 @@ def stopped_and_gone_on(folder: Path, errors: tuple[int, ...], spoil, mend) -> N
             spoil()
 
     with pytest.raises(
-        RecoverableError, match=r"line: the checkpoint of step 6 could not be written .*last good checkpoint is .*step-4"
+        RecoverableError,
+        match=r"line: the checkpoint of step 6 could not be written .*last good checkpoint is "
+        r".*step-4",
     ) as caught:
         train(folder, on_step=spoilt)
     assert any(os.strerror(number) in str(caught.value) for number in errors), caught.value
     mend()
     assert load_newest(folder / "checkpoints", {}, {}, [], pytest.fail)[1].step == 4
     again, _ = train(folder)
-    assert all(torch.equal(value, again.network.state_dict()[key]) for key, value in whole.network.state_dict().items())
+    assert all(
+        torch.equal(value, again.network.state_dict()[key])
+        for key, value in whole.network.state_dict().items()
+    )
     assert names(folder / "checkpoints") == ["step-8", "step-9"]
 
 
@@ -253,50 +327,58 @@ def test_a_disk_that_turns_read_only_costs_no_checkpoint(small_disk):
     def remount(how: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
 
-    stopped_and_gone_on(small_disk / "run", (errno.EROFS,), lambda: remount("ro"), lambda: remount("rw"))
+    stopped_and_gone_on(
+        small_disk / "run", (errno.EROFS,), lambda: remount("ro"), lambda: remount("rw")
+    )
 
 
 def test_a_file_that_may_not_grow_costs_no_checkpoint(tmp_path):
     """As a quota does, for any user."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     stopped_and_gone_on(
-        tmp_path / "run", (errno.EFBIG,), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard)),
+        tmp_path / "run",
+        (errno.EFBIG,),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard)),
         lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
-    )  # fmt: skip
+    )
 
 
 def test_a_file_in_the_way_of_the_checkpoints_is_said(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(RecoverableError, match=r"the checkpoint of step 2 could not be written .*there is no checkpoint yet"):
+    with pytest.raises(
+        RecoverableError,
+        match=r"the checkpoint of step 2 could not be written .*there is no checkpoint yet",
+    ):
         train(tmp_path)
 
 
 # Formats
 
 
-def test_checkpoints_without_a_manifest_are_read_with_a_note(tmp_path, capsys):
+def test_a_checkpoint_without_its_manifest_is_corrupted(tmp_path):
     train(tmp_path, steps=4)
-    newest = tmp_path / "checkpoints" / "step-4"
-    (newest / "manifest.json").unlink()
-    state = json.loads((newest / "state.json").read_text())
-    (newest / "state.json").write_text(json.dumps({key: state[key] for key in ("step", "best", "optimizers")}))
-    capsys.readouterr()
-    train(tmp_path, steps=6)
-    assert "step-4 is of format 1, which has no hashes: it is read unverified" in capsys.readouterr().out
+    (tmp_path / "checkpoints" / "step-4" / "manifest.json").unlink()
+    assert verify_checkpoint(tmp_path / "checkpoints" / "step-4") == "manifest.json is missing"
 
 
-@pytest.mark.parametrize(("number", "age"), [(FORMAT + 1, "a newer"), (0, "an older"), ("x", "an older")])
+@pytest.mark.parametrize(
+    ("number", "age"), [(FORMAT + 1, "a newer"), (0, "an older"), ("x", "an older")]
+)
 def test_another_format_is_refused_and_passed_over_by_nothing(tmp_path, number, age):
     save(tmp_path, 2, 4)
     manifest = tmp_path / "step-4" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": number}))
     with pytest.raises(
-        ValueError, match=rf"step-4 is of format {number}, which {age} version of this program wrote, and this one reads 1 to 2"
+        ValueError,
+        match=rf"step-4 is of format {number}, which {age} version of this program wrote, and this "
+        r"one reads 1",
     ):
         load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
 
 
-def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(finished_run, tmp_path, capsys):
+def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
+    finished_run, tmp_path, capsys
+):
     path, folder = finished_run
     copy = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
     arguments = ["--config", path, "--output_dir", tmp_path / "runs"]
@@ -307,10 +389,11 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(fi
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
     for verb in ("train-tokenizer", "encode", "train-prior", "run"):
         fails(
-            capsys, [verb, *arguments], "tokenizer is of format 9, which a newer version of this program wrote, and this one reads 1 to 2"
+            capsys,
+            [verb, *arguments],
+            "tokenizer is of format 9, which a newer version of this program wrote, and this one "
+            "reads 1",
         )
     assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
-    settings.write_text(json.dumps({key: value for key, value in written.items() if key != "format"}))  # as the first format was
-    fails(capsys, ["train-tokenizer", *arguments, "--tokenizer.train.learning_rate", "1e-4"], "made with other settings")
     settings.write_text('{"settings":')
     fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")

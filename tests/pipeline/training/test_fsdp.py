@@ -1,4 +1,5 @@
-"""FSDP on CPUs: cut over 2 processes, then whole on 1, then cut over 4, a prior ends as one process alone makes it."""
+"""FSDP on CPUs: cut over 2 processes, then whole on 1, then cut over 4, a prior ends as one process
+alone makes it."""
 
 from __future__ import annotations
 
@@ -23,16 +24,28 @@ def counted(self, *given):
     init(self, *given)
     cut = [p for p in self.networks["prior"].parameters() if isinstance(p, DTensor)]
     here = sum(p.to_local().numel() for p in cut)
-    assert len(cut) == len(list(self.networks["prior"].parameters())) and here < 0.6 * sum(p.numel() for p in cut)
+    assert len(cut) == len(list(self.networks["prior"].parameters()))
+    assert here < 0.6 * sum(p.numel() for p in cut)
     print("[cut]")
 sharding.FSDPModelState.__init__ = counted
 """
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-OPTIONS = ["--prior.objective.caption_dropout", "0", "--prior.train.schedule", "wsd", "--prior.train.decay_ratio", "0.01",
-           "--prior.train.save_total_limit", "9", "--prior.train.save_best", "true",
-           "--prior.train.activation_checkpointing", "true"]  # fmt: skip
+OPTIONS = [
+    "--prior.objective.caption_dropout",
+    "0",
+    "--prior.train.schedule",
+    "wsd",
+    "--prior.train.decay_ratio",
+    "0.01",
+    "--prior.train.save_total_limit",
+    "9",
+    "--prior.train.save_best",
+    "true",
+    "--prior.train.activation_checkpointing",
+    "true",
+]
 
 
 @pytest.fixture
@@ -44,10 +57,15 @@ def command(by_processes, tmp_path) -> list[str]:
 
 
 def same(folder, file: str, atol: float) -> None:
-    alone, cut = (load_file(folder / "runs" / name / "prior" / f"{file}.safetensors") for name in ("alone", "cut"))
+    alone, cut = (
+        load_file(folder / "runs" / name / "prior" / f"{file}.safetensors")
+        for name in ("alone", "cut")
+    )
     assert alone.keys() == cut.keys()
     for key, value in alone.items():
-        torch.testing.assert_close(cut[key], value, atol=atol, rtol=1e-4, msg=lambda m, k=f"{file} {key}": f"{k}: {m}")
+        torch.testing.assert_close(
+            cut[key], value, atol=atol, rtol=1e-4, msg=lambda m, k=f"{file} {key}": f"{k}: {m}"
+        )
 
 
 def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
@@ -75,8 +93,19 @@ def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
 
 def test_a_tokenizer_is_trained_whole_beside_it(by_processes, tmp_path):
     """Under FSDP, which is for priors, as without it."""
-    options = ["--tokenizer.model.num_codes", "64", "--tokenizer.model.vq.dead_code_threshold", "0.9",
-               "--tokenizer.model.vq.dead_code_check_every", "2", "--tokenizer.train.log_every", "1"]  # fmt: skip
+    options = [
+        "--tokenizer.model.num_codes",
+        "64",
+        "--tokenizer.model.vq.dead_code_threshold",
+        "0.9",
+        "--tokenizer.model.vq.dead_code_check_every",
+        "2",
+        "--tokenizer.train.log_every",
+        "1",
+    ]
     launch(tmp_path, 2, "train-tokenizer", *settings(tmp_path), *options, script=CHECK, **FSDP)
-    cut, given = (load_file(f / "tokenizer" / "model.safetensors") for f in (tmp_path / "runs" / "tiny", by_processes / "runs" / "by2"))
+    cut, given = (
+        load_file(f / "tokenizer" / "model.safetensors")
+        for f in (tmp_path / "runs" / "tiny", by_processes / "runs" / "by2")
+    )
     assert all(torch.equal(value, given[key]) for key, value in cut.items())

@@ -29,27 +29,55 @@ from pipeline.training.memory_estimate import (
 )
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.snapshot import preserve_state
-from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective, VectorOptions
-from stage2_prior import ImagePrior, Level, PriorConfig, PriorObjective, PriorObjectiveConfig, StreamConfig
+from stage1_tokenizer import (
+    ImageTokenizer,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerObjective,
+    VectorOptions,
+)
+from stage2_prior import (
+    ImagePrior,
+    Level,
+    PriorConfig,
+    PriorObjective,
+    PriorObjectiveConfig,
+    StreamConfig,
+)
 from tests.helpers.cli import fails
 
 CPU = torch.device("cpu")
-STREAM = StreamConfig(text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),), code_dim=4)
+STREAM = StreamConfig(
+    text_vocab_size=300, text_length=12, levels=(Level(grid=(8, 8), num_codes=64),), code_dim=4
+)
 eager = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 
 
 def prior(**how: object) -> PriorObjective:
     torch.manual_seed(0)
-    return PriorObjective(ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM).train(), PriorObjectiveConfig(**how))
+    return PriorObjective(
+        ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM).train(),
+        PriorObjectiveConfig(**how),
+    )
 
 
 def pairs(count: int) -> dict[str, torch.Tensor]:
-    return {"text_ids": torch.randint(3, 300, (count, 12)), "codes": torch.randint(0, 64, (count, 64))}
+    return {
+        "text_ids": torch.randint(3, 300, (count, 12)),
+        "codes": torch.randint(0, 64, (count, 64)),
+    }
 
 
 def tokenizer(num_codes: int = 16, **vq: object) -> TokenizerObjective:
     torch.manual_seed(0)
-    sizes = {"image_size": 32, "factor": 8, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "code_dim": 4}
+    sizes = {
+        "image_size": 32,
+        "downsample_factor": 8,
+        "width": 32,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "code_dim": 4,
+    }
     model = TokenizerConfig(num_codes=num_codes, vq=VectorOptions(**vq), **sizes)
     return TokenizerObjective(ImageTokenizer(model).train(), ObjectiveConfig())
 
@@ -68,9 +96,16 @@ def test_state_is_counted_as_training_holds_it(objective, optimizer):
         parameter.grad = torch.zeros_like(parameter)
     for one in optimizers.values():
         one.step()
-    held = [v for one in optimizers.values() for state in one.state.values() for v in state.values() if v.numel() > 1]
+    held = [
+        v
+        for one in optimizers.values()
+        for state in one.state.values()
+        for v in state.values()
+        if v.numel() > 1
+    ]
     counted = state_bytes(made.networks, config)
-    assert counted.optimizer == pytest.approx(sum(v.nbytes for v in held), rel=0.01)  # but for moments of single numbers
+    # But for moments of single numbers
+    assert counted.optimizer == pytest.approx(sum(v.nbytes for v in held), rel=0.01)
     assert counted.parameters == sum(t.nbytes for t in network.state_dict().values())
     assert counted.gradients == counted.average == sum(p.nbytes for p in network.parameters())
     assert counted.entries == sum(p.numel() for p in network.parameters())
@@ -104,7 +139,9 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
     addresses = [p.data_ptr() for p in network.parameters()]
     grown = fit_memory_model(made, batch, 9, eager, CPU, most=64)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert [p.data_ptr() for p in network.parameters()] == addresses and all(p.grad is None for p in network.parameters())
+    assert [p.data_ptr() for p in network.parameters()] == addresses and all(
+        p.grad is None for p in network.parameters()
+    )
     with preserve_state([network]), LiveTensorTracker(CPU) as live:
         for loss in made.losses(batch(32), 9):
             loss.value.backward()
@@ -114,7 +151,10 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
 def test_a_codebook_that_is_a_parameter_comes_back():
     made = tokenizer(codebook="gradient", dead_code_threshold=0.9, dead_code_check_every=1)
     before = made.tokenizer.quantizer.codebook.detach().clone()
-    optimizer_has, address = made.tokenizer.quantizer.codebook, made.tokenizer.quantizer.codebook.data_ptr()
+    optimizer_has, address = (
+        made.tokenizer.quantizer.codebook,
+        made.tokenizer.quantizer.codebook.data_ptr(),
+    )
     fit_memory_model(made, pictures, 9, eager, CPU, most=8)
     assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
     assert optimizer_has.data_ptr() == address
@@ -150,10 +190,14 @@ def test_what_may_be_chosen(given, rows, processes, first, last):
 
 
 def test_the_first_that_fits_is_chosen():
-    options = batch_candidates(TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2)
+    options = batch_candidates(
+        TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2
+    )
     assert choose(options, 2, lambda rows: rows <= 5) == (24, 3)
     assert choose(options, 2, lambda rows: False) is None
-    with pytest.raises(ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"):
+    with pytest.raises(
+        ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"
+    ):
         batch_candidates(TrainConfig(batch_size=7, gradient_accumulation_steps="auto"), 100, 2)
 
 
@@ -163,12 +207,24 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
     grown = fit_memory_model(made, pairs, 9, eager, CPU, most=8)
     config = PriorTrainConfig(batch_size="auto", steps=10)
     task = SimpleNamespace(objective=made, batch=lambda step: pairs(4))
-    chosen = partial(resolve_auto_batch, task=task, precision="fp32", accelerator=Accelerator(cpu=True), rows=1000, label="prior")
+    chosen = partial(
+        resolve_auto_batch,
+        task=task,
+        precision="fp32",
+        accelerator=Accelerator(cpu=True),
+        rows=1000,
+        label="prior",
+    )
     for rows, expected in ((20, 16), (100, 64)):
         room = state.optimizer + state.average + grown.at(rows)
         monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
         assert chosen(config).batch_size == expected
-        assert chosen(replace(config, batch_size=128, gradient_accumulation_steps="auto")).gradient_accumulation_steps == 128 // expected
+        assert (
+            chosen(
+                replace(config, batch_size=128, gradient_accumulation_steps="auto")
+            ).gradient_accumulation_steps
+            == 128 // expected
+        )
     assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in capsys.readouterr().out
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="prior: not one picture at a time fits"):
@@ -176,30 +232,60 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
 
 
 def test_a_card_that_runs_out_is_asked_for_less(monkeypatch):
-    """As on CUDA, where a step is tried: what cannot be had is caught, and everything is as it was."""
+    """As on CUDA, where a step is tried: what cannot be had is caught, and everything is as it
+    was."""
     made, network = prior(), next(iter(prior().networks.values()))
-    monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(
+        fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
     assert not fitting._fits(made, pairs(1), 0, eager, CPU)
-    monkeypatch.setattr(fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(RuntimeError("another")))
+    monkeypatch.setattr(
+        fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(RuntimeError("another"))
+    )
     with pytest.raises(RuntimeError, match="another"):
         fitting._fits(made, pairs(1), 0, eager, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.prior.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(network.parameters(), made.prior.parameters(), strict=True)
+    )
 
 
 def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys, monkeypatch):
-    command = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.batch_size", "auto"]
+    command = [
+        "train-tokenizer",
+        "--config",
+        str(tiny_yaml),
+        "--tokenizer.train.batch_size",
+        "auto",
+    ]
     monkeypatch.setattr(fitting, "LARGEST", 16)
     assert main([*command, "--tokenizer.train.steps", "4"]) == 0
     out = capsys.readouterr().out
     assert "tokenizer: batch_size 16, gradient_accumulation_steps 1" in out
     written = tmp_path / "runs" / "tiny" / "tokenizer" / "settings.json"
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 0)  # on a smaller machine it goes on with the same
+    # On a smaller machine it goes on with the same
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 0)
     assert main([*command, "--tokenizer.train.steps", "6"]) == 0
     assert "tokenizer: batch_size" not in capsys.readouterr().out
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
-    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.batch_size", "16", "--tokenizer.train.steps", "6"]) == 0
-    assert main(["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "6"]) == 1
+    assert (
+        main(
+            [
+                "train-tokenizer",
+                "--config",
+                str(tiny_yaml),
+                "--tokenizer.train.batch_size",
+                "16",
+                "--tokenizer.train.steps",
+                "6",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "6"]) == 1
+    )
     assert "made with other settings (train.batch_size)" in capsys.readouterr().err
 
 
@@ -209,7 +295,13 @@ def test_auto_is_for_the_stages_alone():
 
 
 def test_sizes_in_words():
-    assert [format_bytes(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == ["12 B", "5 KiB", "3.2 MiB", "40 GiB", "3.0 TiB"]
+    assert [format_bytes(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == [
+        "12 B",
+        "5 KiB",
+        "3.2 MiB",
+        "40 GiB",
+        "3.0 TiB",
+    ]
 
 
 def test_a_process_holds_what_it_held_before_and_what_compiling_takes():
@@ -219,16 +311,26 @@ def test_a_process_holds_what_it_held_before_and_what_compiling_takes():
     assert need(CPU, compiled=False, program=1000).other == 1000
     assert need(CPU, compiled=True, program=1000).other > 1000
     assert need(torch.device("cuda"), compiled=True, program=1000).other == 0
-    assert need(CPU, compiled=False, program=1000).peak == 1000 + state.kept + max(state.gradients, state.gradients + state.muon_workspace)
+    assert need(CPU, compiled=False, program=1000).peak == 1000 + state.kept + max(
+        state.gradients, state.gradients + state.muon_workspace
+    )
 
 
 def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
     assert main(["estimate", "--config", str(tiny_yaml)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"tokenizer: 0\.\dM parameters, about [\d.]+ [MG]iB of memory \(parameters .*, optimizer .*\)", out)
+    assert re.search(
+        r"tokenizer: 0\.\dM parameters, about [\d.]+ [MG]iB of memory \(parameters .*, optimizer "
+        r".*\)",
+        out,
+    )
     assert re.search(r"prior: 0\.\dM parameters, about", out)
     assert not (tmp_path / "runs").exists()
-    assert list(estimate(replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml)))) == ["prior"]
+    assert list(
+        estimate(
+            replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml))
+        )
+    ) == ["prior"]
     fails(
         capsys,
         ["estimate", "--config", tiny_yaml, "--prior.train.batch_size", "auto"],
@@ -237,4 +339,6 @@ def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
 
 
 def _frozen(path):
-    return replace(load_experiment(["--config", str(path)]).tokenizer, init_from="anywhere", frozen=True)
+    return replace(
+        load_experiment(["--config", str(path)]).tokenizer, init_from="anywhere", frozen=True
+    )

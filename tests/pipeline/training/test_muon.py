@@ -28,7 +28,9 @@ def test_matrices_take_the_steps_of_torchs_muon():
     start = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     own = Muon([ours], lr=0.1, weight_decay=0.01)
-    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        [theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
     for step in range(4):
         gradient = torch.randn(24, 40, generator=torch.Generator().manual_seed(10 + step))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -43,7 +45,10 @@ def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs():
     kernel = nn.Parameter(start.clone().to(memory_format=torch.channels_last))
     matrix = nn.Parameter(start.reshape(8, 36).clone())
     gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(4))
-    kernel.grad, matrix.grad = gradient.clone().to(memory_format=torch.channels_last), gradient.reshape(8, 36).clone()
+    kernel.grad, matrix.grad = (
+        gradient.clone().to(memory_format=torch.channels_last),
+        gradient.reshape(8, 36).clone(),
+    )
     for parameter in (kernel, matrix):
         Muon([parameter], lr=0.1).step()
     torch.testing.assert_close(kernel.detach().reshape(8, 36), matrix.detach())

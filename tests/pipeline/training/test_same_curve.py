@@ -1,4 +1,5 @@
-"""1, 2 and 4 processes over gloo: one loss curve, one codebook; and data that divides by nothing."""
+"""1, 2 and 4 processes over gloo: one loss curve, one codebook; and data that divides by
+nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
 
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize(
-    ("stage", "figure"), [("tokenizer", "loss"), ("tokenizer", "psnr"), ("prior", "loss"), ("prior", "nats_per_text_token")]
+    ("stage", "figure"),
+    [
+        ("tokenizer", "loss"),
+        ("tokenizer", "psnr"),
+        ("prior", "loss"),
+        ("prior", "nats_per_text_token"),
+    ],
 )
 def test_the_same_batch_gives_the_same_curve(by_processes, stage, figure, processes):
     """Each step's figures are of the whole batch, whoever had which part of it."""
@@ -34,30 +41,47 @@ def test_the_same_batch_gives_the_same_curve(by_processes, stage, figure, proces
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
 def test_all_processes_end_with_the_same_bits(by_processes, stage, processes):
-    """Averages are the first process's alone to use, so it is the buffers and, before they are averaged, the weights that count."""
-    states = [torch.load(by_processes / f"{stage}-{rank}-of-{processes}.pt", weights_only=True) for rank in range(processes)]
+    """Averages are the first process's alone to use, so it is the buffers and, before they are
+    averaged, the weights that count."""
+    states = [
+        torch.load(by_processes / f"{stage}-{rank}-of-{processes}.pt", weights_only=True)
+        for rank in range(processes)
+    ]
     for other in states[1:]:
         assert all(torch.equal(value, other[name]) for name, value in states[0].items())
 
 
 def test_codes_died_and_came_back(by_processes):
     for processes in PROCESSES:
-        restarts = json.loads((by_processes / f"tokenizer-of-{processes}.json").read_text())["restarts"]
+        restarts = json.loads((by_processes / f"tokenizer-of-{processes}.json").read_text())[
+            "restarts"
+        ]
         # The first batch puts all of them somewhere.
         assert restarts[:-3] == [64] and all(0 < count < 64 for count in restarts[-3:])
 
 
 def test_data_that_divides_by_nothing_does_not_hang(tmp_path):
-    """Five pictures for batches of eight, fewer held out and fewer codes than the four processes; within a time, or this fails."""
+    """Five pictures for batches of eight, fewer held out and fewer codes than the four processes;
+    within a time, or this fails."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     random = np.random.default_rng(0)
     for i in range(8):
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+            pictures / f"{i}.png"
+        )
         (pictures / f"{i}.txt").write_text(f"picture {i} of few")
-    data = {"source": str(pictures), "image_size": 32, "held_out": 0.2}
-    encode = {"batch_size": 16, "held_out": 10, "images_per_shard": 2}
-    out = launch(tmp_path, 4, "run", *settings(tmp_path, data=data, encode=encode), "--tokenizer.model.num_codes", "3", seconds=150)
+    data = {"source": str(pictures), "image_size": 32, "val_fraction": 0.2}
+    encode = {"batch_size": 16, "max_val_images": 10, "images_per_shard": 2}
+    out = launch(
+        tmp_path,
+        4,
+        "run",
+        *settings(tmp_path, data=data, encode=encode),
+        "--tokenizer.model.num_codes",
+        "3",
+        seconds=150,
+    )
     assert "done in" in out
     codes = json.loads((tmp_path / "runs" / "tiny" / "codes" / "codes.json").read_text())
     assert codes["rows"] == {"train": 5, "held_out": 3} and len(codes["files"]["held_out"]) == 2

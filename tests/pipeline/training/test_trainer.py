@@ -1,4 +1,5 @@
-"""The loop: schedules, averages, checkpoints, resume, and what stops it. On an objective of one weight."""
+"""The loop: schedules, averages, checkpoints, resume, and what stops it. On an objective of one
+weight."""
 
 from __future__ import annotations
 
@@ -39,12 +40,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
 def test_a_finished_run_is_not_trained_again(tmp_path):
     first, figures = train(tmp_path)
     second, again = train(tmp_path)
-    assert all(torch.equal(v, second.network.state_dict()[k]) for k, v in first.network.state_dict().items())
+    assert all(
+        torch.equal(v, second.network.state_dict()[k])
+        for k, v in first.network.state_dict().items()
+    )
     assert again == pytest.approx(figures)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
-    message = r"line: loss, grad_norm is not finite at step 5 \(row 50, row 51, row 52, row 53\); the last good checkpoint is .*step-4"
+    message = (
+        r"line: loss, grad_norm is not finite at step 5 \(row 50, row 51, row 52, row "
+        r"53\); the last good checkpoint is .*step-4"
+    )
     with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, Line(broken_at=5))
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
@@ -55,11 +62,32 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
     said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
     objective = Line()
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict, lambda scalars, step: said.get(step))
-    fit(task, TrainConfig(**CONFIG), Accelerator(), tmp_path, seed=1, compile_networks=False, bf16=False, label="line")  # type: ignore[arg-type]
+    task = Task(
+        objective,
+        batch,
+        lambda: [batch(10**6)],
+        "error",
+        dict,
+        lambda scalars, step: said.get(step),
+    )
+    fit(
+        task,
+        TrainConfig(**CONFIG),
+        Accelerator(),
+        tmp_path,
+        seed=1,
+        compile_networks=False,
+        bf16=False,
+        label="line",
+    )  # type: ignore[arg-type]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
-    assert [line for line in lines if "codes" in line] == ["line: codes are wasted", "line: codes are wasted again"]
-    assert re.fullmatch(r"line: 0\.0 minutes, [\d,]+ pictures/s, \d+\.\d% of it waiting for data", lines[-1])
+    assert [line for line in lines if "codes" in line] == [
+        "line: codes are wasted",
+        "line: codes are wasted again",
+    ]
+    assert re.fullmatch(
+        r"line: 0\.0 minutes, [\d,]+ pictures/s, \d+\.\d% of it waiting for data", lines[-1]
+    )
 
 
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
@@ -96,8 +124,12 @@ def test_an_evaluation_that_fails_leaves_the_trained_weights_in_the_networks(tmp
     with pytest.raises(RuntimeError, match="no"):
         train(tmp_path / "fails", objective)  # at step 4
     train(tmp_path / "whole", save_every=4, save_total_limit=9)
-    trained = load_file(tmp_path / "whole" / "checkpoints" / "step-4" / "weights.safetensors")["tokenizer.0.weight"]
-    assert torch.equal(objective.network[0].weight, trained) and not torch.equal(evaluated[0], trained)
+    trained = load_file(tmp_path / "whole" / "checkpoints" / "step-4" / "weights.safetensors")[
+        "tokenizer.0.weight"
+    ]
+    assert torch.equal(objective.network[0].weight, trained) and not torch.equal(
+        evaluated[0], trained
+    )
     assert objective.networks == {"tokenizer": objective.network}
 
 
@@ -132,15 +164,23 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "bundle"
     atomic_write_dir(target, lambda f: (f / "a").write_text("1"))
     with pytest.raises(RuntimeError):
-        atomic_write_dir(target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0])
-    assert [p.name for p in target.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+        atomic_write_dir(
+            target, lambda f: ((f / "b").write_text("2"), (_ for _ in ()).throw(RuntimeError))[0]
+        )
+    assert [p.name for p in target.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == [
+        "bundle"
+    ]
     atomic_write_dir(target, lambda f: (f / "b").write_text("2"))
-    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == [
+        "bundle"
+    ]
 
 
 def test_broken_checkpoints_are_named(tmp_path):
     save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
-    with pytest.raises(ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"
+    ):
         load_checkpoint(tmp_path / "step-1", {"a": nn.Linear(3, 2)}, {}, [])
     cut = tmp_path / "step-1" / "weights.safetensors"
     cut.write_bytes(cut.read_bytes()[:-4])
@@ -157,7 +197,9 @@ def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
     fresh = optimizers_for("a", network, TrainConfig())["a/adamw"]
     load_checkpoint(tmp_path / "step-1", {"a": network}, {"a": fresh}, [])
     moment = fresh.state[network.weight]["exp_avg"]
-    assert moment.stride() == network.weight.stride() and torch.equal(moment, optimizer.state[network.weight]["exp_avg"])
+    assert moment.stride() == network.weight.stride() and torch.equal(
+        moment, optimizer.state[network.weight]["exp_avg"]
+    )
 
 
 def test_the_average_is_an_exponential_moving_average_and_swaps():
@@ -169,7 +211,9 @@ def test_the_average_is_an_exponential_moving_average_and_swaps():
     average.update(0.75)
     assert float(average.shadow[0]) == pytest.approx(0.75 * start + 0.25 * (start + 1))
     average.swap()
-    assert float(network.weight.detach()) == pytest.approx(start + 0.25) and float(average.shadow[0]) == pytest.approx(start + 1)
+    assert float(network.weight.detach()) == pytest.approx(start + 0.25) and float(
+        average.shadow[0]
+    ) == pytest.approx(start + 1)
 
 
 def test_what_jumps_is_taken_as_it_is_and_not_averaged():
@@ -184,23 +228,38 @@ def test_what_jumps_is_taken_as_it_is_and_not_averaged():
         for p in network.parameters():
             p += 1
     average.update(0.75)
-    assert [float(p) for p in average.shadow] == pytest.approx([s + d for s, d in zip(start, [0.25, 0.25, 1, 0.25], strict=True)])
+    assert [float(p) for p in average.shadow] == pytest.approx(
+        [s + d for s, d in zip(start, [0.25, 0.25, 1, 0.25], strict=True)]
+    )
 
 
 def test_schedules_by_hand():
-    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1, ema_decay=0.99)
-    assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx([0.1, 1, 1, 0.55, 0.1, 0.1])
+    config = TrainConfig(
+        steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1, ema_decay=0.99
+    )
+    assert [learning_rate(s, config) for s in (0, 9, 10, 60, 110, 999)] == pytest.approx(
+        [0.1, 1, 1, 0.55, 0.1, 0.1]
+    )
     assert [ema_decay(s, config) for s in (0, 10, 10**6)] == pytest.approx([0.1, 0.55, 0.99])
     seeds = {step_seed(s, step, p) for s in range(3) for step in range(50) for p in range(4)}
     assert len(seeds) == 600
 
 
 def test_a_stable_rate_falls_over_the_last_share_of_the_steps():
-    config = TrainConfig(steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.1, schedule="wsd", decay_ratio=0.2)
+    config = TrainConfig(
+        steps=110,
+        learning_rate=1.0,
+        warmup_steps=10,
+        min_lr_ratio=0.1,
+        schedule="wsd",
+        decay_ratio=0.2,
+    )
     rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 88, 99, 110)]
     assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1])
     longer = replace(config, steps=220)
-    assert [learning_rate(step, longer) for step in range(88)] == [learning_rate(step, config) for step in range(88)]
+    assert [learning_rate(step, longer) for step in range(88)] == [
+        learning_rate(step, config) for step in range(88)
+    ]
 
 
 class Plain(Line):
@@ -214,14 +273,24 @@ class Plain(Line):
 
     def losses(self, batch, step, networks=None):
         self.sizes.append(len(batch))
-        value = ((networks or self.networks)["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
-        yield type("Loss", (), {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}})()
+        value = (
+            ((networks or self.networks)["tokenizer"](batch) - batch.sum((1, 2, 3))[:, None])
+            .square()
+            .mean()
+        )
+        yield type(
+            "Loss",
+            (),
+            {"group": "tokenizer", "value": value, "metrics": {"square": value.detach()}},
+        )()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
     clip, norms = Accelerator.clip_grad_norm_, []
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *given: (norms.append(clip(*given)), norms[-1])[1])
+    monkeypatch.setattr(
+        Accelerator, "clip_grad_norm_", lambda *given: (norms.append(clip(*given)), norms[-1])[1]
+    )
     torch.manual_seed(3)
     whole, _ = train(tmp_path / "whole", Plain())
     torch.manual_seed(3)
@@ -233,15 +302,24 @@ def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
 
 
 def test_parts_must_divide_the_batch(tmp_path):
-    with pytest.raises(ValueError, match=r"train\.batch_size is 4; it must be a multiple of train\.gradient_accumulation_steps 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"train\.batch_size is 4; it must be a multiple of "
+        r"train\.gradient_accumulation_steps 3",
+    ):
         train(tmp_path, gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=r"train\.decay_ratio is 0"):
         train(tmp_path, decay_ratio=0)
 
 
 def test_weight_decay_spares_gains_and_biases():
-    groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))["a/adamw"].param_groups
-    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
+    groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))[
+        "a/adamw"
+    ].param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [
+        (0.5, [2]),
+        (0.0, [1]),
+    ]
 
 
 def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
@@ -265,24 +343,35 @@ def test_views_are_shifts_that_repeat():
 
     images = np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
     moved = random_shift(images, [4, 5], 1, 2, seed=0)
-    assert np.array_equal(moved, random_shift(images, [4, 5], 1, 2, seed=0)) and moved.shape == images.shape
+    assert (
+        np.array_equal(moved, random_shift(images, [4, 5], 1, 2, seed=0))
+        and moved.shape == images.shape
+    )
     assert np.array_equal(moved[1], random_shift(images[1:], [5], 1, 2, seed=0)[0])
     flipped = random_shift(np.repeat(images[:1], 40, 0), list(range(40)), 1, 0, seed=0, flip=True)
     mirrored = [np.array_equal(one, images[0, :, ::-1]) for one in flipped]
-    assert 10 < sum(mirrored) < 30 and all(m or np.array_equal(one, images[0]) for m, one in zip(mirrored, flipped, strict=True))
+    assert 10 < sum(mirrored) < 30 and all(
+        m or np.array_equal(one, images[0]) for m, one in zip(mirrored, flipped, strict=True)
+    )
     padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)), mode="edge")
-    assert any(np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5))
+    assert any(
+        np.array_equal(moved[0], padded[y : y + 6, x : x + 6]) for y in range(5) for x in range(5)
+    )
 
 
 def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
     from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
-    stream = StreamConfig(text_vocab_size=9, text_length=4, levels=(Level(grid=(2, 2), num_codes=5),))
+    stream = StreamConfig(
+        text_vocab_size=9, text_length=4, levels=(Level(grid=(2, 2), num_codes=5),)
+    )
     prior = ImagePrior(PriorConfig(width=16, depth=2, heads=2), stream)
     optimizers = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
     inside = {id(p) for o in optimizers["prior/muon"].param_groups for p in o["params"]}
     rest = {id(p) for o in optimizers["prior/adamw"].param_groups for p in o["params"]}
-    assert inside == {id(p) for n, p in prior.named_parameters() if n.startswith("blocks") and p.ndim == 2}
+    assert inside == {
+        id(p) for n, p in prior.named_parameters() if n.startswith("blocks") and p.ndim == 2
+    }
     assert not inside & rest and inside | rest == {id(p) for p in prior.parameters()}
     for parameter in prior.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -299,7 +388,9 @@ def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
 def test_muon_steps_kernels_but_no_codebook():
     from stage1_tokenizer import ImageTokenizer, TokenizerConfig, VectorOptions
 
-    tokenizer = ImageTokenizer(TokenizerConfig(image_size=32, width=32, num_codes=8, vq=VectorOptions(codebook="gradient")))
+    tokenizer = ImageTokenizer(
+        TokenizerConfig(image_size=32, width=32, num_codes=8, vq=VectorOptions(codebook="gradient"))
+    )
     optimizers = optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon"))
     stepped = {id(p) for o in optimizers["tokenizer/muon"].param_groups for p in o["params"]}
     kernels = {id(m.weight) for m in tokenizer.modules() if isinstance(m, torch.nn.Conv2d)}

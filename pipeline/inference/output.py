@@ -1,0 +1,41 @@
+"""What `TextToImagePipeline` returns. Knows tensors and images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass
+class Scores:
+    """What `TextToImagePipeline.score` returns."""
+
+    log_likelihood: Tensor
+    """(N,) log p(codes | prompt) in nats."""
+    pmi: Tensor | None
+    """(N,) log p(codes | prompt) - log p(codes | null caption) in nats; None where the prior was
+    trained without caption dropout."""
+
+
+@dataclass
+class TextToImageOutput:
+    """Pictures in prompt-major order: all of the first prompt, then all of the second."""
+
+    images: list[Image.Image]
+    codes: Tensor
+    """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
+    log_likelihood: Tensor
+    """(N,) log p(codes | prompt) in nats; near that only with `num_inference_steps`, see
+    `Samples`."""
+    seeds: list[int]
+    """(N,) what each picture's random numbers were drawn from."""
+
+    def rows(self, chosen: Sequence[int]) -> TextToImageOutput:
+        """Some of the pictures."""
+        images, seeds = [self.images[i] for i in chosen], [self.seeds[i] for i in chosen]
+        return TextToImageOutput(
+            images, self.codes[list(chosen)], self.log_likelihood[list(chosen)], seeds
+        )
