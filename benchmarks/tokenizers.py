@@ -185,7 +185,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
 
     comparison.train_tokenizer = train
     comparison.steps_in_budget = lambda given, seconds: 1
-    ImageTokenizer.load = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
+    ImageTokenizer.from_pretrained = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
     figures = comparison.run_variant(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"][
         "train"

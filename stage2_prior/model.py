@@ -152,9 +152,6 @@ class ImagePrior(PreTrainedModel):
         self.register_buffer(
             "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
         )
-        self.compiled_steps: dict[Any, Any] = {}
-        """Compiled steps of sampling, by what they were compiled for; see
-        `step.compiled_decode_step`."""
         self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
         """What training takes for it: torch's, compiled with the network."""
         self.activation_checkpointing = False
@@ -356,39 +353,33 @@ class ImagePrior(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
-        """As transformers', but weights that are missing are refused, which would be left to
-        chance, and so are unknown ones.
+        """A prior from a folder, or by a name of the Hub.
+
+        Weights that are missing or unknown are refused, where transformers' own would draw them at
+        random or leave them out. A name of the Hub, or further options, go through transformers.
 
         Raises:
-            ValueError: the weights do not fit the configuration, or the file is cut.
+            ValueError: a file is missing, truncated or another model's, or the weights do not fit
+                the configuration; names the first keys that differ.
         """
+        folder = Path(name)
+        if not arguments and not options and (folder.is_dir() or isinstance(name, Path)):
+            return cls._read(folder)
         with_info = options.pop("output_loading_info", False)
+        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name, *arguments, **(options | told))
+            model, info = super().from_pretrained(name, *arguments, **(options | checked))
         except SafetensorError as error:
             raise ValueError(
-                f"the weights of {name} cannot be read: {error}; the file is cut or damaged, copy "
-                "it again"
+                f"the weights of {name} cannot be read: {error}; the file is truncated or "
+                "corrupted, copy it again"
             ) from error
-        if differ := sorted(
-            [
-                *info["missing_keys"],
-                *info["unexpected_keys"],
-                *(entry[0] for entry in info["mismatched_keys"]),
-            ]
-        ):
-            raise ValueError(
-                f"the weights of {name} do not fit its config.json; first keys that differ: "
-                f"{differ[:3]}"
-            )
+        mismatched = [entry[0] for entry in info["mismatched_keys"]]
+        _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
         return (model, info) if with_info else model
 
     @classmethod
-    def load(cls, folder: str | Path) -> ImagePrior:
-        """`from_pretrained` for a local folder, with one clear ValueError for anything missing, cut
-        or foreign."""
-        folder = Path(folder)
+    def _read(cls, folder: Path) -> ImagePrior:
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -397,22 +388,29 @@ class ImagePrior(PreTrainedModel):
         try:
             prior = cls(ImagePriorConfig(**_hub_fields(folder / "config.json")))
             with safe_open(folder / "model.safetensors", framework="pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                names = list(file.keys())
+                weights = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, json.JSONDecodeError, TypeError) as error:
             raise ValueError(
-                f"{folder} cannot be read: {error}; the file is cut or not a prior's, copy it again"
+                f"{folder} cannot be read: {error}; the file is truncated or not a prior's, "
+                "copy it again"
             ) from error
         own = prior.state_dict()
-        differ = sorted(set(own) ^ set(weights)) or [
-            k for k in own if own[k].shape != weights[k].shape
-        ]
-        if differ:
-            raise ValueError(
-                f"{folder}/model.safetensors does not fit its config.json; first keys that differ: "
-                f"{differ[:3]}"
-            )
+        shared = set(own) & set(weights)
+        _refuse_misfit(
+            folder,
+            (set(own) ^ set(weights)) or {k for k in shared if own[k].shape != weights[k].shape},
+        )
         prior.load_state_dict(weights)
         return prior.eval()
+
+
+def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
+    if differ:
+        raise ValueError(
+            f"the weights of {name} do not fit its config.json; first keys that differ: "
+            f"{sorted(differ)[:3]}"
+        )
 
 
 def _hub_fields(path: Path) -> dict[str, Any]:

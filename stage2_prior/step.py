@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from stage2_prior.model import CodebookTables, ImagePrior
 from stage2_prior.sampling import guide, keep_min_p, sample_from_uniform, warp_logits
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
+
+_compiled: WeakKeyDictionary[ImagePrior, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()
+"""Compiled programs of each prior, by all that makes one another program; they end with the prior."""
 
 
 class SamplingSpec(NamedTuple):
@@ -116,14 +120,20 @@ def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids
 def compiled_prefill(prior: ImagePrior) -> Callable[..., None]:
     """`prefill` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
-    if key not in prior.compiled_steps:
+    programs = compiled_programs(prior)
+    if key not in programs:
         options: dict[str, Any] = {
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
         }
-        prior.compiled_steps[key] = torch.compile(
+        programs[key] = torch.compile(
             _copied(prefill), dynamic=True, fullgraph=True, options=options
         )
-    return prior.compiled_steps[key]
+    return programs[key]
+
+
+def compiled_programs(prior: ImagePrior) -> dict[Any, Callable[..., Any]]:
+    """The programs that were compiled for a prior so far."""
+    return _compiled.setdefault(prior, {})
 
 
 def _computed(prior: ImagePrior) -> tuple[Any, ...]:
@@ -144,7 +154,8 @@ def compiled_decode_step(
     seconds at its first step, then far less a code. Steps of several codes are not compiled: each
     has another number of them, and so much work that it would save little."""
     key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
-    found = prior.compiled_steps.get(key)
+    programs = compiled_programs(prior)
+    found = programs.get(key)
     if found is None:
         cpu = prior.device.type == "cpu"
         # What guards would look at before every code - shapes, types, choices - is all in the key.
@@ -155,7 +166,7 @@ def compiled_decode_step(
             "cpp_wrapper": cpu,
         }
         found = torch.compile(_copied(decode_step), dynamic=False, fullgraph=True, options=options)
-        prior.compiled_steps[key] = found
+        programs[key] = found
     return found
 
 

@@ -64,7 +64,7 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
         ValueError: the folder holds no tokenizer, or there are no pictures.
         FileExistsError: there is something else in `out` already.
     """
-    model = ImageTokenizer.load(tokenizer)
+    model = ImageTokenizer.from_pretrained(tokenizer)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(pictures):
         raise ValueError(

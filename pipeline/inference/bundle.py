@@ -93,8 +93,8 @@ def read_bundle(folder: Path) -> Bundle:
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
-    tokenizer = ImageTokenizer.load(folder / "tokenizer").eval()
-    prior = ImagePrior.load(folder / "prior")
+    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
+    prior = ImagePrior.from_pretrained(folder / "prior")
     found = {
         "tokenizer": tokenizer.fingerprint,
         "prior": prior.fingerprint,

@@ -204,7 +204,7 @@ def reconstruct(
         to_rgb,
     )
 
-    model = ImageTokenizer.load(existing_tokenizer(tokenizer)).eval()
+    model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()
     true = []
     for file in files:
         image = to_rgb(open_picture(file))

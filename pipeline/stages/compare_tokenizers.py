@@ -264,7 +264,7 @@ def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, floa
         )
     encode_dataset(experiment)
     train_prior(experiment)
-    tokenizer = ImageTokenizer.load(folder)
+    tokenizer = ImageTokenizer.from_pretrained(folder)
     held_out = (read_settings(folder) or {})["held_out"]
     prior = (read_settings(experiment.folder / "prior") or {})["held_out"]
     layout = tokenizer.layout

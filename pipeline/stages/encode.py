@@ -65,10 +65,10 @@ def encode_dataset(
     """
     folder = folder or experiment.folder / "codes"
     if tokenizer_folder is not None:
-        tokenizer = ImageTokenizer.load(tokenizer_folder)
+        tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
     else:
         tokenizer = load_complete(
-            ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer"
+            ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
         )
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(

@@ -72,7 +72,7 @@ class PretrainedPrior:
     def __init__(self, given: str, fingerprint: str) -> None:
         folder = check_tokenizer_match(given, fingerprint)
         words = folder.parent / "text_tokenizer"
-        self.prior = ImagePrior.load(require_complete(folder, "train-prior"))
+        self.prior = ImagePrior.from_pretrained(require_complete(folder, "train-prior"))
         self.text = TextTokenizer.load(words)
         self.identity = {
             "prior": self.prior.fingerprint,
@@ -155,7 +155,7 @@ class LoRAAdapter:
 
 
 def _load_tokenizer(given: str) -> ImageTokenizer:
-    return ImageTokenizer.load(
+    return ImageTokenizer.from_pretrained(
         require_complete(stage_folder(given, "tokenizer"), "train-tokenizer")
     )
 

@@ -49,7 +49,7 @@ def train_prior(experiment: Experiment) -> Path:
     folder = experiment.folder / "prior"
     train = with_resolved_batch(experiment.prior.train, folder)
     tokenizer = load_complete(
-        ImageTokenizer.load, experiment.folder / "tokenizer", "train-tokenizer"
+        ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
     codes = {
         split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")

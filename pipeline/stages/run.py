@@ -34,8 +34,8 @@ def assemble_bundle(experiment: Experiment) -> Path:
     folder = experiment.folder
     manifest = read_manifest(folder / "codes")
     pipe = TextToImagePipeline(
-        load_complete(ImageTokenizer.load, folder / "tokenizer", "train-tokenizer"),
-        load_complete(ImagePrior.load, folder / "prior", "train-prior"),
+        load_complete(ImageTokenizer.from_pretrained, folder / "tokenizer", "train-tokenizer"),
+        load_complete(ImagePrior.from_pretrained, folder / "prior", "train-prior"),
         TextTokenizer.load(require_complete(folder / "text_tokenizer", "train-prior")),
         experiment.sampling,
         trained_on={

@@ -81,5 +81,5 @@ def test_a_tokenizer_is_pushed_as_configuration_and_safetensors(finished_run, mo
         "create_and_tag_model_card",
         lambda *_, **__: type("Card", (), {"save": lambda self, path: None})(),
     )
-    ImageTokenizer.load(finished_run[1] / "tokenizer").push_to_hub("me/shapes")
+    ImageTokenizer.from_pretrained(finished_run[1] / "tokenizer").push_to_hub("me/shapes")
     assert pushed == {"me/shapes": ["config.json", "model.safetensors"]}

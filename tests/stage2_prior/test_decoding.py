@@ -20,6 +20,7 @@ from stage2_prior.sampling import (
     sample_from_uniform,
     warp_logits,
 )
+from stage2_prior.step import compiled_programs
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -417,7 +418,7 @@ def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
             torch.testing.assert_close(
                 compiled.log_likelihood, plain.log_likelihood[rows], rtol=1e-4, atol=1e-4
             )
-        assert len(prior.compiled_steps) == 3
+        assert len(compiled_programs(prior)) == 3
 
 
 def test_a_program_is_made_anew_where_the_prior_computes_otherwise(text_ids, monkeypatch):

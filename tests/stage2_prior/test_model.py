@@ -140,7 +140,7 @@ def test_rotary_scores_depend_on_relative_rows_and_columns_only():
 def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_ids, codes):
     prior.save_pretrained(tmp_path)
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
-    for again in (ImagePrior.load(tmp_path), ImagePrior.from_pretrained(tmp_path)):
+    for again in (ImagePrior.from_pretrained(tmp_path), ImagePrior.from_pretrained(tmp_path)):
         torch.testing.assert_close(
             again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image
         )
@@ -156,28 +156,28 @@ def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_i
 
 def test_loading_names_what_is_wrong(prior, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        ImagePrior.load(tmp_path)
+        ImagePrior.from_pretrained(tmp_path)
     prior.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
-        ImagePrior.load(tmp_path)
+        ImagePrior.from_pretrained(tmp_path)
     weights.write_bytes(whole)
     values = json.loads(config.read_text())
     values["model"]["depth"] = 3
     config.write_text(json.dumps(values))
     with pytest.raises(
-        ValueError, match=r"does not fit its config\.json; first keys that differ: \['blocks\.2"
+        ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.2"
     ):
-        ImagePrior.load(tmp_path)
+        ImagePrior.from_pretrained(tmp_path)
     values["model"]["dept"] = 2
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"unknown keys \['dept'\]"):
-        ImagePrior.load(tmp_path)
+        ImagePrior.from_pretrained(tmp_path)
     config.write_text("{}")
     with pytest.raises(ValueError, match="no 'model' section"):
-        ImagePrior.load(tmp_path)
+        ImagePrior.from_pretrained(tmp_path)
 
 
 def test_a_prior_without_a_stream_is_refused():

@@ -97,8 +97,8 @@ def test_running_again_changes_nothing(finished_run, capsys):
 
 def test_the_prior_knows_the_vectors_of_its_codes(finished_run):
     bundle = finished_run[1] / "bundle"
-    told = ImagePrior.load(bundle / "prior").code_vectors
-    vectors = ImageTokenizer.load(bundle / "tokenizer").code_vectors
+    told = ImagePrior.from_pretrained(bundle / "prior").code_vectors
+    vectors = ImageTokenizer.from_pretrained(bundle / "tokenizer").code_vectors
     torch.testing.assert_close(told * (vectors - vectors.mean(0)).std() + vectors.mean(0), vectors)
 
 
@@ -112,7 +112,7 @@ def test_codes_are_those_of_the_pictures(finished_run):
         CodesDataset(folder / "codes", "train"),
         load_source(load_experiment(["--config", str(path)]).data, "train"),
     )
-    tokenizer = ImageTokenizer.load(folder / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
     assert len(codes) == 40 and len(CodesDataset(folder / "codes", "held_out")) == 10
     expected = tokenizer.encode(to_model_range(torch.from_numpy(source.images([3, 7])))).flatten(1)
     assert (
@@ -273,7 +273,7 @@ def test_bad_sampling_options_are_named(finished_run, tmp_path, capsys):
 
 
 def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
-    prior = ImagePrior.load(bundle / "prior")
+    prior = ImagePrior.from_pretrained(bundle / "prior")
     prior.config.trained_with_caption_dropout = False
     pipe = TextToImagePipeline.from_pretrained(bundle)
     TextToImagePipeline(pipe.tokenizer, prior, pipe.text, pipe.defaults).save_pretrained(
@@ -344,7 +344,7 @@ def test_a_damaged_bundle_is_named(bundle, capsys, tmp_path, damage, message):
 
 
 def test_a_swapped_part_is_named(bundle, capsys, tmp_path):
-    tokenizer = ImageTokenizer.load(bundle / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(bundle / "tokenizer")
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
     tokenizer.save_pretrained(bundle / "tokenizer")
@@ -501,7 +501,7 @@ def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
 def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
-    tokenizer = ImageTokenizer.load(copy / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(copy / "tokenizer")
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
     tokenizer.save_pretrained(copy / "tokenizer")
@@ -617,7 +617,7 @@ def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
     whole = [*command, "--output_dir", str(tiny_yaml.parent / "whole")]
     subprocess.run(whole, env=environment, check=True, capture_output=True)
     one, two = (
-        ImageTokenizer.load(tiny_yaml.parent / where / "tiny" / "tokenizer")
+        ImageTokenizer.from_pretrained(tiny_yaml.parent / where / "tiny" / "tokenizer")
         for where in ("runs", "whole")
     )
     assert one.fingerprint == two.fingerprint

@@ -58,7 +58,7 @@ def test_context_shows_places_where_the_code_was_chosen(tmp_path):
 def test_each_level_has_its_own_pictures(tmp_path, kind):
     tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
     views = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
-    levels = len(ImageTokenizer.load(tmp_path / "tokenizer").layout)
+    levels = len(ImageTokenizer.from_pretrained(tmp_path / "tokenizer").layout)
     assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 4 * levels and "http" not in page.replace(

@@ -141,7 +141,7 @@ def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch
     assert "going on from" in capsys.readouterr().out
     assert main([*arguments, "--name", "whole"]) == 0
     one, two = (
-        ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint
+        ImageTokenizer.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
         for name in ("my run", "whole")
     )
     assert one == two and not list((tmp_path / "runs").glob("*/.lock"))

@@ -104,7 +104,7 @@ def test_a_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
         first.startswith("number") and own[0].startswith("own") and own[1].startswith("the other")
     )
     views = [codes.codes(range(len(codes)), [view] * len(codes)) for view in range(3)]
-    tokenizer = ImageTokenizer.load(folder / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
     from pipeline.config.load import load_experiment
     from pipeline.data.load import load_source
 

@@ -267,12 +267,12 @@ def whole_elsewhere(command, uninterrupted, tmp_path) -> list[str]:
 
 
 def test_another_tokenizer_is_refused(unfinished, whole_elsewhere, command, tmp_path, capsys):
-    made = ImageTokenizer.load(tmp_path / "tiny" / "tokenizer")
+    made = ImageTokenizer.from_pretrained(tmp_path / "tiny" / "tokenizer")
     before = made.fingerprint
     next(made.parameters()).data.add_(1)
     for folder in (tmp_path, tmp_path / "whole"):
         made.save_pretrained(folder / "tiny" / "tokenizer")
-    now = ImageTokenizer.load(tmp_path / "tiny" / "tokenizer").fingerprint
+    now = ImageTokenizer.from_pretrained(tmp_path / "tiny" / "tokenizer").fingerprint
     for again in (command, whole_elsewhere):
         fails(capsys, again, f"made with something else (tokenizer {before} -> {now})")
 

@@ -63,7 +63,10 @@ def test_parquet(finished_run, encoded):
     assert manifest["form"] == "parquet" and manifest["levels"] == [
         {"grid": [4, 4], "num_codes": 16}
     ]
-    assert manifest["tokenizer"] == ImageTokenizer.load(finished_run[1] / "tokenizer").fingerprint
+    assert (
+        manifest["tokenizer"]
+        == ImageTokenizer.from_pretrained(finished_run[1] / "tokenizer").fingerprint
+    )
     named = [file["name"] for files in manifest["files"].values() for file in files]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *named])
 
@@ -135,7 +138,7 @@ def test_any_tokenizer_on_any_source(finished_run, tmp_path):
         and sum(manifest["rows"].values()) == 12
     )
     table = pq.read_table(out / manifest["files"]["train"][0]["name"]).to_pydict()
-    tokenizer = ImageTokenizer.load(run / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer")
     images = [Image.open(tmp_path / "own" / f"{text.split()[1]}.png") for text in table["text"]]
     same = (tokenizer.to_codes(images).flatten(1) == torch.tensor(table["codes"])).float().mean()
     assert same > 0.8  # bf16 may turn a near tie

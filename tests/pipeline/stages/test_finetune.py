@@ -78,7 +78,10 @@ def encoded(same, tmp_path) -> tuple[list[str], Path]:
 
 def test_models_and_text_follow_what_is_started_from(same, bundle):
     experiment = load_experiment(same)
-    tokenizer, prior = ImageTokenizer.load(bundle / "tokenizer"), ImagePrior.load(bundle / "prior")
+    tokenizer, prior = (
+        ImageTokenizer.from_pretrained(bundle / "tokenizer"),
+        ImagePrior.from_pretrained(bundle / "prior"),
+    )
     assert experiment.tokenizer.model == tokenizer.own_config and experiment.data.image_size == 32
     assert (
         experiment.prior.model == prior.model_config
@@ -91,14 +94,17 @@ def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
     anything is learned."""
     arguments, folder = encoded
     assert (
-        ImageTokenizer.load(folder / "tokenizer").fingerprint
-        == ImageTokenizer.load(bundle / "tokenizer").fingerprint
+        ImageTokenizer.from_pretrained(folder / "tokenizer").fingerprint
+        == ImageTokenizer.from_pretrained(bundle / "tokenizer").fingerprint
     )
     assert main(["train-prior", *arguments, *STILL]) == 0
     old, new = (read_settings(run / "prior")["held_out"] for run in (finished_run[1], folder))
     for name, value in old.items():
         assert new[name] == pytest.approx(value, abs=1e-5)
-    before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
+    before, after = (
+        ImagePrior.from_pretrained(bundle / "prior"),
+        ImagePrior.from_pretrained(folder / "prior"),
+    )
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
     assert (
@@ -142,14 +148,14 @@ def test_a_tokenizer_that_is_trained_further_starts_from_the_weights(same, tmp_p
     ]
     assert main(["train-tokenizer", *same, *free, *still]) == 0
     old, new = (
-        ImageTokenizer.load(bundle / "tokenizer"),
-        ImageTokenizer.load(tmp_path / "runs" / "tuned" / "tokenizer"),
+        ImageTokenizer.from_pretrained(bundle / "tokenizer"),
+        ImageTokenizer.from_pretrained(tmp_path / "runs" / "tuned" / "tokenizer"),
     )
     for name, parameter in old.named_parameters():
         torch.testing.assert_close(new.get_parameter(name), parameter)
     assert main(["train-tokenizer", *same, *free, "--name", "further"]) == 0
     assert (
-        ImageTokenizer.load(tmp_path / "runs" / "further" / "tokenizer").fingerprint
+        ImageTokenizer.from_pretrained(tmp_path / "runs" / "further" / "tokenizer").fingerprint
         != old.fingerprint
     )
 
@@ -257,7 +263,10 @@ def test_settings_that_make_no_sense_together_are_named(same, capsys):
 def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, tmp_path):
     from accelerate import Accelerator
 
-    prior, plain = ImagePrior.load(bundle / "prior"), ImagePrior.load(bundle / "prior")
+    prior, plain = (
+        ImagePrior.from_pretrained(bundle / "prior"),
+        ImagePrior.from_pretrained(bundle / "prior"),
+    )
     adapter = LoRAAdapter(
         prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint}
     )
@@ -287,7 +296,7 @@ def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
         ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"
     ):
         LoRAAdapter(
-            ImagePrior.load(bundle / "prior"),
+            ImagePrior.from_pretrained(bundle / "prior"),
             PriorSection(init_from="x", lora_rank=2),
             {"prior": "x"},
         )
@@ -322,7 +331,7 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     before, whole, cut = (
-        ImagePrior.load(f) for f in (bundle / "prior", folder / "prior", other / "prior")
+        ImagePrior.from_pretrained(f) for f in (bundle / "prior", folder / "prior", other / "prior")
     )
     assert whole.fingerprint == cut.fingerprint
     changed = {
@@ -441,7 +450,10 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
         == 0
     )
     assert "5 entries more, into" in capsys.readouterr().out
-    before, after = ImagePrior.load(bundle / "prior"), ImagePrior.load(folder / "prior")
+    before, after = (
+        ImagePrior.from_pretrained(bundle / "prior"),
+        ImagePrior.from_pretrained(folder / "prior"),
+    )
     assert (
         after.stream.text_vocab_size == before.stream.text_vocab_size + 5
         and after.stream.text_length == 50
@@ -506,7 +518,7 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
     """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
-    tokenizer = ImageTokenizer.load(bundle / "tokenizer")
+    tokenizer = ImageTokenizer.from_pretrained(bundle / "tokenizer")
     with torch.no_grad():
         next(tokenizer.decoder.parameters()).mul_(0.5)
     shutil.rmtree(other / "bundle" / "tokenizer")

@@ -64,7 +64,7 @@ def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
         ["train-prior", *arguments, "--prior.train.steps", "4"],
         "made with other settings (train.steps)",
     )
-    before = ImagePrior.load(folder / "prior").fingerprint
+    before = ImagePrior.from_pretrained(folder / "prior").fingerprint
     assert (
         main(
             [
@@ -78,9 +78,9 @@ def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
         )
         == 0
     )
-    assert ImagePrior.load(folder / "prior").fingerprint == before
+    assert ImagePrior.from_pretrained(folder / "prior").fingerprint == before
     assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
-    assert ImagePrior.load(folder / "prior").fingerprint != before
+    assert ImagePrior.from_pretrained(folder / "prior").fingerprint != before
     assert "going on from" in capsys.readouterr().out
 
 
@@ -121,8 +121,8 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     assert (
-        ImagePrior.load(other / "prior").fingerprint
-        == ImagePrior.load(folder / "prior").fingerprint
+        ImagePrior.from_pretrained(other / "prior").fingerprint
+        == ImagePrior.from_pretrained(folder / "prior").fingerprint
     )
 
 
@@ -181,7 +181,9 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
             assert (tmp_path / "runs" / name / "tokenizer" / "checkpoints" / "step-4").is_dir()
             monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
         assert main(arguments) == 0
-        fingerprints.append(ImageTokenizer.load(tmp_path / "runs" / name / "tokenizer").fingerprint)
+        fingerprints.append(
+            ImageTokenizer.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
+        )
         weights = load_file(
             tmp_path
             / "runs"
@@ -308,7 +310,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypa
     assert (checkpoints / "step-6" / "state.json").is_file() and not list(checkpoints.glob(".*"))
     monkeypatch.undo()
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
-    assert ImageTokenizer.load(folder / "tokenizer")
+    assert ImageTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):

@@ -80,7 +80,7 @@ def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
     for file in ("step-4/weights", "step-4/ema", "step-8/weights", "step-8/optimizer"):
         same(tmp_path, f"checkpoints/{file}", 1e-5)
     same(tmp_path, "model", 1e-5)
-    ImagePrior.load(tmp_path / "runs" / "cut" / "prior")
+    ImagePrior.from_pretrained(tmp_path / "runs" / "cut" / "prior")
 
 
 def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
