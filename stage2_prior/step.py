@@ -19,7 +19,7 @@ from stage2_prior.sampling import guide, keep_min_p, sample_from_uniform, warp_l
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
 
 _compiled: WeakKeyDictionary[ImagePrior, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()
-"""Compiled programs of each prior, by all that makes one another program; they end with the prior."""
+"""Compiled programs of each prior, by what makes one another program; they end with the prior."""
 
 
 class SamplingSpec(NamedTuple):
