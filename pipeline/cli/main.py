@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.cli.common import UsageError, parse_experiment, print_rank0, require_single_process
 from pipeline.cli.generate import edit_verb, generate_verb, reconstruct_verb
+from pipeline.cli.log import log_level, logging_to_terminal
 from pipeline.config.option_names import spelled
 from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
 
@@ -44,7 +45,8 @@ using what was trained:
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code draws and how often, as a page
 
-`minidalle VERB --help` lists a verb's options. Several processes: accelerate launch (GPUs) or torchrun (CPU) before
+`minidalle VERB --help` lists a verb's options. Every verb takes --log-level LEVEL, the least that is said: debug, info
+(as it is without), warning or error. Several processes: accelerate launch (GPUs) or torchrun (CPU) before
 `-m pipeline.cli VERB ...`. Start with: minidalle run --config configs/shapes.yaml
 """
 
@@ -65,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # and parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with sigterm_raises():
+        level, rest = log_level(rest)
+        with logging_to_terminal(level), sigterm_raises():
             status = VERBS[verb](rest)
         if "RANK" in os.environ:  # one of several processes
             from pipeline.runtime.distributed import destroy_process_group

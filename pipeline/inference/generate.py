@@ -4,6 +4,7 @@ come from the stages."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,12 @@ from PIL import Image
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.distributed import distributed_state
 from pipeline.runtime.image_grid import grid_image, picture_grid
+from pipeline.runtime.log import on_main_process
 from pipeline.runtime.run_paths import existing_tokenizer
 from stage1_tokenizer.metrics import psnr
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 
 def generate(
@@ -143,7 +148,7 @@ def _notes() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for message in sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}):
-        print(f"note: {message}")
+        _log.info(f"note: {message}")
 
 
 def _write(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import tempfile
 import time
@@ -28,6 +29,7 @@ from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, picture_grid
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import encode_dataset, sources_of
 from pipeline.stages.manifest import encode_settings, read_settings
 from pipeline.stages.prior import train_prior
@@ -37,6 +39,9 @@ from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 from stage1_tokenizer.metrics import ssim
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 _FIGURES, _PLAN, _TIME = "figures.json", "plan.json", "training.json"
 SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
@@ -175,7 +180,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
     with run_lock(comparison.folder, next(iter(comparison.variants.values())).process_timeout):
         try:
             for name, experiment in due.items():
-                print(f"== {name}", flush=True)
+                _log.info(f"== {name}")
                 # What was compiled for other rows counts against how many shapes a network may be
                 # compiled for.
                 torch.compiler.reset()
@@ -183,7 +188,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
                     run_variant(experiment, comparison.minutes)
                 except FloatingPointError as error:
                     write_figures(experiment, comparison.minutes, {"failed": str(error)})
-                    print(f"{name} failed: {error}", flush=True)
+                    _log.error(f"{name} failed: {error}")
                 except ValueError as error:
                     raise ValueError(f"variant {name}: {error}") from error
         finally:
@@ -450,7 +455,9 @@ def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("comparison.png is not drawn: that needs matplotlib, pip install 'mini-dalle[plots]'")
+        _log.warning(
+            "comparison.png is not drawn: that needs matplotlib, pip install 'mini-dalle[plots]'"
+        )
         return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()

@@ -8,6 +8,7 @@ pipeline/data/codes/dataset.py and shards.py to know.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +38,13 @@ from pipeline.data.worker_info import WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 _ALL = 10**9
 """More pictures than any source holds out."""
@@ -139,7 +144,8 @@ def encode_dataset(
         )
         for part in parts_of(by_split["train"]):
             if isinstance(part, StreamSource):
-                accelerator.print("\n".join(f"{part.name}: {problem}" for problem in part.problems))
+                for problem in part.problems:
+                    _log.info(f"{part.name}: {problem}")
     accelerator.wait_for_everyone()
     return folder
 
@@ -353,11 +359,9 @@ def _pending_shards(
             wrong[name] = f"{folder / name} {found}; it is made anew"
     wrong = dict(gather_object(list(wrong.items())))
     for line in filter(None, wrong.values()):
-        accelerator.print(line)
+        _log.info(line)
     if known and len(wrong) < len(names) and not (folder / codes.MANIFEST).is_file():
-        accelerator.print(
-            f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there"
-        )
+        _log.info(f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there")
     return [name for name in names if name in wrong]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import picture_grid
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
 from pipeline.stages.manifest import (
     begin_stage,
@@ -38,6 +40,9 @@ from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 from stage2_prior.text import CAPTIONS_TO_LEARN, LengthReport
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 _ROWS_AT_A_TIME = 1000
 
@@ -268,9 +273,7 @@ def text_tokenizer(
         origin is not None
     ):  # also where it goes on: the new entries and what spells them follow from the captions
         text = origin.extend_vocab(learned, config)
-        accelerator.print(
-            origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME)))
-        )
+        _log.info(origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME))))
     else:
         text = TextTokenizer.load(folder) if goes_on else TextTokenizer.from_config(config, learned)
     lengths = LengthReport(text.length)
@@ -278,7 +281,7 @@ def text_tokenizer(
         lengths.add(captions, text.lengths(captions))
     lengths.check(truncate=config.truncate)
     if lengths.too_long:
-        accelerator.print(
+        _log.info(
             f"{lengths.too_long} of {lengths.count} captions are cut to "
             f"text.max_length={text.length} slots"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from pipeline.config.experiment import Experiment
+from pipeline.runtime.log import on_main_process
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -143,7 +148,7 @@ def _named(holder: bytes) -> str:
 
 
 def _say_unlocked(folder: Path, why: str) -> None:
-    print(f"note: {folder} cannot be locked ({why}); see that no other run writes to it")
+    _log.info(f"note: {folder} cannot be locked ({why}); see that no other run writes to it")
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.data.streaming.source import StreamSource
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import (
     check_init_from,
@@ -38,6 +40,9 @@ from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 EVALUATION_BATCH = 64
 
@@ -63,7 +68,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     if is_complete(folder, settings):
         return folder
     accelerator = begin_stage(experiment, folder, settings)
-    _report(accelerator, source)
+    _report(source)
     if has_auto_batch(train):  # by a tokenizer that is thrown away again
         few = replace(
             experiment.tokenizer,
@@ -146,14 +151,14 @@ def _most_rows(source: Source) -> int:
     return sum(2**31 if isinstance(part, StreamSource) else len(part) for part in parts_of(source))
 
 
-def _report(accelerator: Accelerator, source: Source) -> None:
+def _report(source: Source) -> None:
     streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
-    accelerator.print(
+    _log.info(
         f"{source.name}: "
         + ("read as it comes" if streamed else f"{len(source):,} pictures to train on")
     )
     for problem in source.problems:
-        accelerator.print(f"  {problem}")
+        _log.info(f"  {problem}")
 
 
 def save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:

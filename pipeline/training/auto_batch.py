@@ -8,6 +8,7 @@ another training on another machine, and is for filling one.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from pipeline.runtime.devices import (
     should_compile,
     uses_bf16,
 )
+from pipeline.runtime.log import on_main_process
 from pipeline.training.memory_estimate import (
     Losses,
     estimate_memory,
@@ -37,6 +39,9 @@ from pipeline.training.memory_estimate import (
     to_device,
 )
 from pipeline.training.snapshot import preserve_state
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 LARGEST = 1024
 """Pictures a step that `batch_size: auto` does not go beyond, since more of them teach little
@@ -153,7 +158,7 @@ def resolve_auto_batch(
             "prior.train.activation_checkpointing=true"
         )
     size, parts = chosen
-    accelerator.print(
+    _log.info(
         f"{label}: batch_size {size}, gradient_accumulation_steps {parts}: what "
         f"{format_bytes(usable)} of memory allow"
     )

@@ -7,6 +7,7 @@ state and no position in the data: the batch of a step and its noise follow from
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import clean_partial_writes
 from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
+from pipeline.runtime.log import on_main_process
 from pipeline.runtime.signals import (
     RecoverableError,
     SignalState,
@@ -58,6 +60,9 @@ from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.snapshot import BufferSnapshot
 from pipeline.training.task import Task
 from pipeline.training.train_step import StepContext, backward_all, step_optimizers, step_seed
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 
 def fit(
@@ -179,7 +184,7 @@ class Trainer:
             clean_partial_writes(self.best)
         self.accelerator.wait_for_everyone()
         found = load_newest(
-            self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.say
+            self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.warn
         )
         if found is None:
             return State(0)
@@ -192,7 +197,7 @@ class Trainer:
         if self.config.save_best and state.best:
             kept = newest_checkpoint(self.best)
             if problem := verify_checkpoint(kept) if kept else "it is gone":
-                self.say(
+                self.warn(
                     f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew "
                     "from here on"
                 )
@@ -301,11 +306,7 @@ class Trainer:
             )
         self.buffers.restore()
         self.state.skipped += 1
-        if self.accelerator.is_main_process:
-            tqdm.write(
-                f"{self.label}: {problem}; skipped, {self.state.skipped} of "
-                f"{self.config.max_nonfinite_steps}"
-            )
+        self.warn(f"{problem}; skipped, {self.state.skipped} of {self.config.max_nonfinite_steps}")
 
     def nonfinite_sources(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
         """What was not finite in a step and in which images: of the processes whose own loss was
@@ -417,7 +418,7 @@ class Trainer:
                 ema.swap()
                 return best
             except CorruptedCheckpoint as error:
-                self.say(
+                self.warn(
                     f"{chosen} is damaged ({error}); the last weights take the place of the best"
                 )
         self.model.load_ema()
@@ -428,7 +429,10 @@ class Trainer:
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def say(self, line: str) -> None:
-        self.accelerator.print(f"{self.label}: {line}")
+        _log.info(f"{self.label}: {line}")
+
+    def warn(self, line: str) -> None:
+        _log.warning(f"{self.label}: {line}")
 
 
 class _Log:
@@ -463,10 +467,8 @@ class _Log:
         self.recent.restart()
         for i, check in enumerate(self.checks):
             warning = check(scalars, done)
-            if (
-                warning and not self.warned[i] and accelerator.is_main_process
-            ):  # told once, and again where it comes back
-                self.bar.write(f"{trainer.label}: {warning}")
+            if warning and not self.warned[i]:  # told once, and again where it comes back
+                trainer.warn(warning)
             self.warned[i] = warning is not None
         self.bar.set_postfix_str(format_metrics(scalars, metrics), refresh=False)
         accelerator.log(

@@ -240,7 +240,7 @@ class VectorQuantizer(SingleLevel):
                     f"k-means needs a vector a code: {problem}, or set "
                     "tokenizer.model.vq.kmeans_iterations to 0"
                 )
-            warnings.warn(f"codes start as copies: {problem}", stacklevel=2)
+            warnings.warn(f"codes start as copies: {problem}", stacklevel=3)
         generator = self._generator()
         centres = kmeans(pool, self._drawn(pool, weights, generator), rounds)
         # Noise tells copies apart; means are distinct.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -106,7 +107,8 @@ def test_codes_for_elsewhere_need_no_lock(finished_run, tmp_path):
     (folder / ".lock").unlink()
 
 
-def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypatch, capsys):
+def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
     experiment = load_experiment(["--config", str(tiny_yaml)])
 
     def none(*_: object) -> None:
@@ -117,7 +119,7 @@ def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypat
         pass
     assert (
         "cannot be locked ([Errno 37] No locks available); see that no other run writes to it"
-        in capsys.readouterr().out
+        in caplog.text
     )
 
 

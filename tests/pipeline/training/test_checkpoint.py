@@ -124,14 +124,14 @@ def test_damage_is_found_and_named(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["cut weights", "changed weights", "no manifest"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys, how):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog, how):
     whole, figures = train(tmp_path / "whole")
     train(tmp_path / "run", steps=9)
     file, break_it, _ = DAMAGE[how]
     break_it(tmp_path / "run" / "checkpoints" / "step-9" / file)
-    capsys.readouterr()
+    caplog.clear()
     again, figures_again = train(tmp_path / "run")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "step-9 is damaged" in line]
+    lines = [line for line in caplog.messages if "step-9 is damaged" in line]
     assert len(lines) == 1 and lines[0].startswith("line: ")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
@@ -180,14 +180,14 @@ def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-4", "step-6", "step-8"]
 
 
-def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
+def test_a_damaged_best_is_chosen_anew(tmp_path, caplog):
     train(tmp_path, steps=8, eval_every=2, save_best=True)
     best = list_checkpoints(tmp_path / "best")[0]
     assert best.name == "step-2"
     flip_a_bit(best / "ema.safetensors")
-    capsys.readouterr()
+    caplog.clear()
     again, _ = train(tmp_path, steps=8, eval_every=2, save_best=True)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert (
         f"{best} is damaged (ema.safetensors is not what was written" in out
         and "chosen anew" in out
@@ -200,10 +200,10 @@ def test_a_damaged_best_is_chosen_anew(tmp_path, capsys):
     )
 
 
-def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, capsys):
+def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, caplog):
     spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "ema.safetensors")  # noqa: E731
     spoilt, _ = train(tmp_path, steps=8, eval_every=2, save_best=True, on_step=spoil)
-    assert "step-2 is damaged (ema.safetensors is not" in capsys.readouterr().out
+    assert "step-2 is damaged (ema.safetensors is not" in caplog.text
     last, _ = train(tmp_path / "last", steps=8, eval_every=2)
     assert all(
         torch.equal(value, spoilt.network.state_dict()[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import replace
 from functools import partial
@@ -201,7 +202,8 @@ def test_the_first_that_fits_is_chosen():
         batch_candidates(TrainConfig(batch_size=7, gradient_accumulation_steps="auto"), 100, 2)
 
 
-def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, capsys):
+def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
     made = prior()
     state = state_bytes(made.networks, TrainConfig())
     grown = fit_memory_model(made, pairs, 9, eager, CPU, most=8)
@@ -225,7 +227,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
             ).gradient_accumulation_steps
             == 128 // expected
         )
-    assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in capsys.readouterr().out
+    assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in caplog.text
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="prior: not one picture at a time fits"):
         chosen(config)

@@ -4,6 +4,7 @@ grow. Time spent waiting."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_a_step_that_is_not_finite_stops_before_the_weights_move(tmp_path, broke
     )
 
 
-def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, capsys):
+def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, caplog):
     objective = Line(broken_at=5)
     states: dict[int, dict[str, torch.Tensor]] = {}
     train(
@@ -94,7 +95,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, capsys):
         "line: loss, grad_norm is not finite at step 5 (row 50, row 51, row 52, row 53); "
         "skipped, 1 of 1"
     )
-    assert said in capsys.readouterr().out.splitlines()
+    assert said in caplog.messages
 
 
 def test_the_count_goes_on_after_a_kill(tmp_path):
@@ -107,8 +108,9 @@ def test_the_count_goes_on_after_a_kill(tmp_path):
 
 
 def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(
-    tmp_path, capsys, monkeypatch
+    tmp_path, caplog, monkeypatch
 ):
+    caplog.set_level(logging.INFO, "pipeline")
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
     objective = Line(broken_at=0)
@@ -130,11 +132,7 @@ def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(
         0 < v["line/data_wait_fraction"] <= 1 for v in scalars
     )
     assert "line/loss" not in scalars[0] and math.isfinite(scalars[1]["line/loss"])
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .endswith("of it waiting for data; steps skipped as not finite: 1")
-    )
+    assert caplog.messages[-1].endswith("of it waiting for data; steps skipped as not finite: 1")
 
 
 QUANTIZERS: dict[str, dict] = {
@@ -276,7 +274,7 @@ def test_a_gradient_far_above_its_median_is_said():
     assert not any([alarm({"grad_norm": 1.05**step}, step) for step in range(200)])
 
 
-def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, capsys):
+def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, caplog):
     objective, factor = Line(), [1.0]
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * factor[0])
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
@@ -295,7 +293,7 @@ def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, capsys):
         bf16=False,
         label="line",
     )
-    lines = [line for line in capsys.readouterr().out.splitlines() if "gradient norm" in line]
+    lines = [line for line in caplog.messages if "gradient norm" in line]
     assert (
         len(lines) == 1
         and lines[0].startswith("line: gradient norm is ")

@@ -3,6 +3,7 @@ weight."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import replace
@@ -58,7 +59,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path)
         train(tmp_path / "other", Line(broken_at=0))
 
 
-def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
+def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
     said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
     objective = Line()
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
@@ -80,7 +82,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, capsys):
         bf16=False,
         label="line",
     )  # type: ignore[arg-type]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line:")]
+    lines = [line for line in caplog.messages if line.startswith("line:")]
     assert [line for line in lines if "codes" in line] == [
         "line: codes are wasted",
         "line: codes are wasted again",

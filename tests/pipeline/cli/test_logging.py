@@ -1,0 +1,204 @@
+"""What is said on the terminal: by loggers, so that it can be silenced; nothing is printed by
+modules that Python users call."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from pipeline.cli.log import LEVELS, PACKAGES, log_level, logging_to_terminal
+from pipeline.cli.main import VERBS, main
+from pipeline.training import trainer
+from tests.helpers.cli import fails
+
+ROOT = Path(__file__).parents[3]
+LIBRARY = [
+    path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if not path.is_relative_to(ROOT / "pipeline" / "cli")
+]
+OURS = logging.getLogger("pipeline.of.this.test")
+LOGGERS = [logging.getLogger(name) for name in PACKAGES]
+PROGRESS = "pictures to train on"
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """`minidalle encode` does what it is given here."""
+
+    def does(work):
+        monkeypatch.setitem(VERBS, "encode", lambda rest: work() or 0)
+        return lambda *options: main(["encode", *options])
+
+    return does
+
+
+def printing(tree: ast.AST) -> list[int]:
+    """Lines that print, by themselves or by accelerate or tqdm."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (
+            ast.unparse(node.func) in ("print", "print_rank0")
+            or (
+                isinstance(node.func, ast.Attribute)
+                and (
+                    node.func.attr == "print"
+                    or ast.unparse(node.func).endswith(("tqdm.write", "bar.write", "stdout.write"))
+                )
+            )
+        )
+    ]
+
+
+def test_calls_that_print_are_found():
+    code = "print(1)\naccelerator.print(1)\ntqdm.write('')\nself.bar.write('')\nfile.write('')\n"
+    assert printing(ast.parse(code)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_library_module_prints(path):
+    assert printing(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.slow
+def test_the_level_silences_the_lines_of_a_training(tiny_yaml, capsys):
+    command = ["train-tokenizer", "--config", str(tiny_yaml)]
+    assert main([*command, "--name", "loud"]) == 0
+    assert PROGRESS in capsys.readouterr().out
+    assert main([*command, "--log-level", "warning", "--name", "quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("wrote ") and PROGRESS not in said.err
+
+
+@pytest.mark.slow
+def test_python_users_hear_nothing_but_what_they_ask_for(tiny_yaml, capsys, caplog):
+    from pipeline.config.load import load_experiment
+    from pipeline.stages.tokenizer import train_tokenizer
+
+    trained = lambda name: train_tokenizer(  # noqa: E731
+        load_experiment(["--config", str(tiny_yaml), "--name", name])
+    )
+    with caplog.at_level(logging.INFO):
+        trained("loud")
+        assert PROGRESS in caplog.text
+        caplog.clear()
+        caplog.set_level(logging.WARNING, "pipeline")
+        trained("quiet")
+        assert caplog.text == ""
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_each_level_shows_itself_and_those_above(verb, capsys, level):
+    def work():
+        for name in LEVELS:
+            OURS.log(getattr(logging, name.upper()), f"100% of {name}")
+
+    assert verb(work)("--log_level", level) == 0
+    said, shown = capsys.readouterr(), LEVELS[LEVELS.index(level) :]
+    assert said.out.splitlines() == [f"100% of {n}" for n in LEVELS[:2] if n in shown]
+    assert said.err.splitlines() == [f"{n}: 100% of {n}" for n in LEVELS[2:] if n in shown]
+
+
+def test_a_warning_of_ours_is_one_line_and_others_are_as_they_were(verb, capsys):
+    def work():
+        warnings.warn_explicit("too few", UserWarning, trainer.__file__, 92)
+        warnings.warn_explicit("too old", UserWarning, "elsewhere.py", 7)
+
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, filename, line, *_: sys.stderr.write(
+            f"{filename}:{line}: {category.__name__}: {message}\n"
+        )
+        assert verb(work)() == 0
+        err = capsys.readouterr().err
+        assert err == "warning: too few\nelsewhere.py:7: UserWarning: too old\n"
+        assert verb(work)("--log-level=error") == 0
+        assert capsys.readouterr().err == "elsewhere.py:7: UserWarning: too old\n"
+        work()
+        assert f"{trainer.__file__}:92: UserWarning: too few" in capsys.readouterr().err
+    assert warnings.showwarning is shown
+
+
+@pytest.mark.slow
+def test_the_first_batch_warns_on_one_line(tiny_yaml, capsys):
+    options = ["--tokenizer.model.num_codes", "512", "--tokenizer.train.steps", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["train-tokenizer", "--config", str(tiny_yaml), *options]) == 0
+    err = capsys.readouterr().err
+    assert "warning: codes start as copies: the first batch has" in err
+    assert "UserWarning" not in err and ".py" not in err
+
+
+@pytest.mark.parametrize(
+    "given", [["--log-level", "loud"], ["--log-level=loud"], ["--log_level"], ["--log-level", ""]]
+)
+def test_an_unknown_level_is_one_error_that_names_the_four(capsys, given):
+    value = "loud" if "loud" in given[0] + given[-1] else ""
+    message = f"--log-level is '{value}'; choose one of: debug, info, warning, error\n"
+    fails(capsys, ["estimate", "--config", "no.yaml", *given], message, status=2)
+
+
+def test_the_level_may_stand_anywhere_but_behind_two_hyphens():
+    assert log_level(["a", "--log-level", "debug", "b"]) == ("debug", ["a", "b"])
+    assert log_level(["--log_level=error", "--x_y", "1"]) == ("error", ["--x_y", "1"])
+    assert log_level(["--", "--log-level", "x"]) == ("info", ["--", "--log-level", "x"])
+    assert log_level(["--log-level", "debug", "--log-level", "error"]) == ("error", [])
+
+
+def test_help_names_the_option(capsys):
+    assert main(["--help"]) == 0 and "--log-level" in capsys.readouterr().out
+
+
+def test_lines_come_once_and_everything_is_as_before_afterwards(verb, capsys):
+    state = lambda: [(one.handlers, one.level, one.propagate) for one in LOGGERS]  # noqa: E731
+    before = state()
+
+    def again():
+        OURS.info("inside")
+        with logging_to_terminal("info"):
+            OURS.info("deep inside")
+
+    command = verb(again)
+    for _ in range(2):
+        assert command() == 0
+        assert capsys.readouterr().out == "inside\ndeep inside\n"
+    assert state() == before
+    OURS.info("outside")
+    assert capsys.readouterr().out == ""
+
+
+def test_of_several_processes_the_first_logs_alone(verb, capsys, monkeypatch, caplog):
+    def work():
+        trainer._log.info("going on")
+        trainer._log.warning("a jump")
+        trainer._log.error("broken")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pipeline.runtime.distributed.destroy_process_group", lambda: None)
+    assert verb(work)() == 0
+    assert capsys.readouterr() == ("", "error: broken\n")
+    caplog.set_level(logging.INFO, "pipeline")
+    work()
+    assert caplog.messages == ["broken"]
+
+
+def test_a_line_stands_above_the_bar(verb, capsys):
+    def work():
+        with tqdm(total=2, desc="steps", file=sys.stderr, ncols=40) as bar:
+            OURS.warning("a jump")
+            bar.update(2)
+
+    assert verb(work)() == 0
+    assert "warning: a jump" in capsys.readouterr().err.replace("\r", "\n").splitlines()
