@@ -1,7 +1,7 @@
-"""`minidalle doctor` on pictures of 256x256: pictures a second, and the search for pictures that
+"""`minidalle doctor` on images of 256x256: images per second, and the search for images that
 look alike among a million.
 
-python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Pictures are JPEGs of
+python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Images are JPEGs of
 smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb
 does is timed, the page included; the interpreter's start is not.
 """
@@ -44,7 +44,7 @@ _WORDS = (
 
 
 def make_pictures(folder: Path, count: int) -> float:
-    """Writes NAME.jpg and NAME.txt; returns the mean size of a picture in KB."""
+    """Writes NAME.jpg and NAME.txt; returns the mean size of an image in KB."""
     random = np.random.default_rng(0)
     written = 0
     for number in range(count):
@@ -93,13 +93,13 @@ def run(pictures: int, looks: int) -> dict[str, float]:
                 ]
             )
         seconds = time.perf_counter() - start
-    assert status == 0, "the benchmark's own pictures must be fit to train on"
+    assert status == 0, "the benchmark's own images must be fit to train on"
     search_seconds, found = search(looks)
     return {
         "pictures": pictures,
-        "KB a picture": round(size, 1),
+        "KB an image": round(size, 1),
         "seconds": round(seconds, 2),
-        "pictures a second": round(pictures / seconds),
+        "images per second": round(pictures / seconds),
         "looks": looks,
         "seconds of the search": round(search_seconds, 1),
         "of 1,000 changed copies found": found,

@@ -1,9 +1,9 @@
-"""Encoding pictures to codes at 64x64, factor 8, 1,024 codes: pictures a second of ours and of
+"""Encoding images to codes at 64x64, factor 8, 1,024 codes: images per second of ours and of
 dalle-pytorch's DiscreteVAE.
 
 benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE] Equal
-network cost: our encoder's width is chosen so that a picture takes at least as many operations as
-in the peer's encoder, both counted by torch's own counter. Both encode the same pictures under the
+network cost: our encoder's width is chosen so that an image takes at least as many operations as
+in the peer's encoder, both counted by torch's own counter. Both encode the same images under the
 same bf16 autocast, or the peer in the fp32 that it comes with (`--peers-fp32`); ours is compiled by
 `compile_networks`.
 """
@@ -25,7 +25,7 @@ NUM_CODES = 1024
 
 
 def operations(work: Any, pixels: Tensor) -> int:
-    """Floating-point operations of encoding these pictures."""
+    """Floating-point operations of encoding these images."""
     with FlopCounterMode(display=False) as counter:
         work(pixels)
     return counter.get_total_flops()
@@ -34,7 +34,7 @@ def operations(work: Any, pixels: Tensor) -> int:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--peers-fp32", action="store_true", help="the peer as it comes")
     options, _ = parser.parse_known_args()
     batch = options.batch
@@ -51,8 +51,8 @@ def main() -> None:
         ours = ImageTokenizer(config).eval()
 
     cost = {
-        "ours, million operations a picture": operations(ours.encode, pixels) / batch / 1e6,
-        "dalle-pytorch, million operations a picture": goal / batch / 1e6,
+        "ours, million operations per image": operations(ours.encode, pixels) / batch / 1e6,
+        "dalle-pytorch, million operations per image": goal / batch / 1e6,
         "ours, width": float(width),
     }
     ours.compile_networks()

@@ -7,7 +7,7 @@ The kill is SIGKILL: when a random step is reached, before a random one of the t
 operations (checkpoints are written, synced, renamed and removed by them), or after a random time,
 which also falls into the midst of a write. Both stages have everything with a state of its own:
 Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With
-`--streaming` the pictures come from shards that are read from beginning to end, so that a run that
+`--streaming` the images come from shards that are read from beginning to end, so that a run that
 goes on must find its place in them again. Each attempt is a fork of this process, which has
 imported the libraries and trained nothing.
 """
@@ -165,7 +165,7 @@ def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file that a run keeps, by its path; pictures and logs aside, what was found out
+    """Hash of every file that a run keeps, by its path; images and logs aside, what was found out
     about the data, and what says where the run lies."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -176,7 +176,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def write_shards(folder: Path) -> dict[str, Any]:
-    """Writes pictures of shapes as shards; the `data` section that streams them, with more passes
+    """Writes images of shapes as shards; the `data` section that streams them, with more passes
     over them than one."""
     source = load_source(DataConfig(**EXPERIMENT["data"]), "train")
     folder.mkdir()
@@ -212,7 +212,7 @@ class Outcome:
     beyond: int = 0
     """Most steps that a kill cost beyond the checkpoint interval."""
     damaged: int = 0
-    """Times that a checkpoint was found damaged."""
+    """Times that a checkpoint was found corrupted."""
 
 
 def trials(
@@ -262,7 +262,7 @@ def trials(
         outcome.runs += 1
         outcome.identical += contents(folder) == expected
         shutil.rmtree(work / f"killed-{outcome.runs - 1}")
-    outcome.damaged = log.read_text().count(" is damaged (")
+    outcome.damaged = log.read_text().count(" is corrupted (")
     return outcome
 
 
@@ -292,7 +292,7 @@ def main() -> int:
     reader.add_argument(
         "--streaming",
         action="store_true",
-        help="pictures from shards that are read from beginning to end",
+        help="images from shards that are read from beginning to end",
     )
     options = reader.parse_args()
     start, failed = time.perf_counter(), False
@@ -310,7 +310,7 @@ def main() -> int:
         base.mkdir(parents=True)
         print(
             "| stage | kills | runs | identical ends | most steps lost beyond the checkpoint "
-            "interval | damaged checkpoints |\n|" + "---|" * 6
+            "interval | corrupted checkpoints |\n|" + "---|" * 6
         )
         for stage in STAGES:
             if stage in options.stages:

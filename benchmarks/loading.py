@@ -1,4 +1,4 @@
-"""Pictures loaded, shrunk and cropped for training, by `data.workers` threads; and which share of
+"""Images loaded, shrunk and cropped for training, by `data.workers` threads; and which share of
 its time a training waits for them.
 
 python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300] JPEGs of 256x256 (about
@@ -32,7 +32,7 @@ SHARD = 500
 
 
 def jpeg(number: int, side: int = 256) -> bytes:
-    """A smooth picture with noise, as a file."""
+    """A smooth image with noise, as a file."""
     random = np.random.default_rng(number)
     smooth = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
@@ -51,7 +51,7 @@ def write(folder: Path, count: int) -> None:
     for first in range(0, count, SHARD):
         with tarfile.open(folder / "shards" / f"{first // SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + SHARD, count)):
-                content, text = jpeg(number), f"picture number {number}".encode()
+                content, text = jpeg(number), f"image number {number}".encode()
                 (folder / "pictures" / f"{number:06d}.jpg").write_bytes(content)
                 (folder / "pictures" / f"{number:06d}.txt").write_bytes(text)
                 for suffix, data in (("jpg", content), ("txt", text)):
@@ -61,7 +61,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
-    """Pictures a second while every picture is opened once, and while batches are loaded; the first
+    """Images a second while every image is opened once, and while batches are loaded; the first
     is 0 for a stream."""
     start = time.perf_counter()
     train, _ = load_sources(

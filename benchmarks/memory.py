@@ -2,7 +2,7 @@
 how much it grows with the rows.
 
 python -m benchmarks.memory [--rows 1000000] [--folder DIR] Rows of 64 codes and captions of eight
-words, one picture in four with a second caption, go through the functions that encoding and
+words, one image in four with a second caption, go through the functions that encoding and
 training use, with numbers in place of a tokenizer's codes. Growth is the most that was seen above
 the start of the part: of the process's own (anonymous) memory, and of its resident memory, which
 counts the pages of mapped files, too, that the system may drop at any time. Each part runs on

@@ -1,9 +1,9 @@
-"""Sampling 64 codes: pictures a second of ours, dalle-pytorch's generate_images and transformers'
+"""Sampling 64 codes: images per second of ours, dalle-pytorch's generate_images and transformers'
 generate() with its static cache.
 
 benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone]
 [--out FILE] No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by
-default), fp32 weights. With --compile ours is made ready for many pictures as by
+default), fp32 weights. With --compile ours is made ready for many images as by
 `TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too, or
 with --peers-fp32 those that they come with. Then what guidance costs, and how long a step takes
 against the time in which its bytes can be read or its products worked out; --alone leaves the peers

@@ -1,4 +1,4 @@
-"""Priors of 100M to 10B parameters on 1 to 1,000 GPUs, and codes of a billion pictures, on paper.
+"""Priors of 100M to 10B parameters on 1 to 1,000 GPUs, and codes of a billion images, on paper.
 Prints the tables of docs/scaling.md.
 
 python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4] [--memory 80]
@@ -6,9 +6,9 @@ python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4]
 numbers, and a step's activations are counted as it goes through them, in bf16 autocast with fused
 attention, not compiled. Operations are those of `benchmarks.gpu_parts`: 6 for each parameter that a
 token is multiplied by, 12 for each pair of places that attention sees, feature and block; 8 and 16
-where activations are worked out again. What a card computes (bf16 operations a second), the share
-of it that training reaches, its memory (GB), and bytes a second between two cards of a machine and
-between two machines (for each card) are assumptions, which the options change.
+where activations are worked out again. What a card computes (bf16 operations per second), the share
+of it that training reaches, its memory (GB), and bytes per second between two cards of a machine
+and between two machines (for each card) are assumptions, which the options change.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def weightless(config: PriorConfig) -> ImagePrior:
 
 
 def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bool) -> int:
-    """The most that a step of so many pictures holds beyond weights, moments and averages:
+    """The most that a step of so many images holds beyond weights, moments and averages:
     activations, and bf16 copies of the weights, which autocast makes; with `gradients` those too,
     otherwise each is gone as soon as it is there, as where FSDP scatters it."""
     fused = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -86,7 +86,7 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
 
 
 def operations(prior: ImagePrior, *, again: bool) -> float:
-    """Of a training step, for each picture."""
+    """Of a training step, for each image."""
     stream, config = prior.stream, prior.model_config
     tokens = stream.length - 1
     blocks = sum(p.numel() for p in prior.blocks.parameters()) * tokens
@@ -132,7 +132,7 @@ def main() -> None:
         )
 
     print(
-        f"\nGiB a GPU with {options.pictures} pictures on each; activations kept, and worked out "
+        f"\nGiB a GPU with {options.pictures} images on each; activations kept, and worked out "
         "again"
     )
     print(
@@ -166,7 +166,7 @@ def main() -> None:
     speed = options.rate * options.utilisation
     rates = f"{options.link / 1e9:.0f} and {options.between / 1e9:.0f} GB/s"
     print(
-        f"\nseconds a step of {options.pictures} pictures on each card: computing, and sending at "
+        f"\nseconds a step of {options.pictures} images on each card: computing, and sending at "
         f"{rates}"
     )
     titles = (
@@ -174,7 +174,7 @@ def main() -> None:
         "worked out again",
         "DDP on 8, on more",
         "FSDP on 8, on more",
-        "GPU hours for 100M pictures",
+        "GPU hours for 100M images",
     )
     print(f"| prior | {' | '.join(titles)} | days on 8 | on 64 | on 1,000 |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -197,10 +197,10 @@ def main() -> None:
         )
 
     print(
-        "\n1,000,000,000 pictures: codes of 4 bytes, as they are written; captions of 60 letters "
+        "\n1,000,000,000 images: codes of 4 bytes, as they are written; captions of 60 letters "
         "and their ends; the row's number"
     )
-    print("| codes a picture | codes | the same in 2 bytes | captions | numbers | files of 1 GB |")
+    print("| codes per image | codes | the same in 2 bytes | captions | numbers | files of 1 GB |")
     print("|---|---|---|---|---|---|")
     for codes in (256, 1024):
         print(

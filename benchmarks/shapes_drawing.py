@@ -1,4 +1,4 @@
-"""Drawing the embedded world: pictures a second at 64x64 with their captions, on one thread.
+"""Drawing the embedded world: images per second at 64x64 with their captions, on one thread.
 
 python -m benchmarks.shapes_drawing
 """

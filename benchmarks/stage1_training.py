@@ -1,9 +1,9 @@
-"""Training a tokenizer at 32x32, factor 4, batch 64: pictures a second and PSNR after the same wall
+"""Training a tokenizer at 32x32, factor 4, batch 64: images per second and PSNR after the same wall
 time, against DiscreteVAE.
 
 benchmarks/.venv/bin/python -m benchmarks.stage1_training [--seconds 60] [--out FILE] Both see the
-same pictures of the embedded world under the same bf16 autocast; PSNR is of hard codes on 500
-held-out pictures.
+same images of the embedded world under the same bf16 autocast; PSNR is of hard codes on 500
+held-out images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training a prior: tokens a second of ours, dalle-pytorch's DALLE and transformers'
+"""Training a prior: tokens per second of ours, dalle-pytorch's DALLE and transformers'
 LlamaForCausalLM. 96 tokens, batch 64, AdamW.
 
 benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--peers-fp32] [--out FILE]

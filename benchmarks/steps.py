@@ -1,4 +1,4 @@
-"""Steps of several codes: pictures a second against a code a step, of a bundle that was trained on
+"""Steps of several codes: images per second against a code a step, of a bundle that was trained on
 random orders.
 
 benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N] How

@@ -1,4 +1,4 @@
-"""Stage 1: pictures <-> grids of codes. Knows nothing of text, data sets or training loops."""
+"""Stage 1: images <-> grids of codes. Knows nothing of text, data sets or training loops."""
 
 from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig, joint_problems
 from stage1_tokenizer.metrics import structural_similarity

@@ -36,7 +36,7 @@ def nearest_multiple(size: int, step: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One code book's share of a picture's codes: a grid, read row by row."""
+    """One code book's share of an image's codes: a grid, read row by row."""
 
     grid: tuple[int, int]
     """Height and width, in codes."""
@@ -45,7 +45,7 @@ class Level:
 
     @property
     def length(self) -> int:
-        """Codes of a picture at this level."""
+        """Codes of an image at this level."""
         return math.prod(self.grid)
 
 
@@ -54,7 +54,7 @@ class TokenizerConfig:
     """Architecture, quantizer and likelihood (`tokenizer.model` in a YAML)."""
 
     image_size: int = 64
-    """Height and width of a picture, in pixels."""
+    """Height and width of an image, in pixels."""
     channels: int = 3
     """Colours of a pixel."""
     downsample_factor: int = 8
@@ -66,7 +66,7 @@ class TokenizerConfig:
     """Residual blocks at each resolution of the encoder; in a transformer, its blocks."""
     encoder_kernel: Literal[1, 3] = 1
     """1: a code sees the pixels it covers alone, which makes it easiest for a prior to explain; 3:
-    its surroundings too, which makes pictures a little sharper."""
+    its surroundings too, which makes images a little sharper."""
     decoder_depth: int = 3
     """The same of the decoder, which has the harder task."""
     architecture: Architecture = "patch"
@@ -101,7 +101,7 @@ class TokenizerConfig:
     hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
     """Options of `quantizer: hierarchical`."""
     likelihood: LikelihoodName = "l2"
-    """p(picture given codes): Gaussian, Gaussian of each picture's own best deviation (highest
+    """p(image given codes): Gaussian, Gaussian of each image's own best deviation (highest
     PSNR), Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
     likelihood_scale: float = 0.1
     """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the
@@ -140,14 +140,14 @@ class TokenizerConfig:
             )
         if self.width % 16:
             problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
-        # Below a step of 8-bit pictures a density of fixed scale gives more than they hold: fewer
-        # than 0 bits a dimension.
+        # Below a step of 8-bit images a density of fixed scale gives more than they hold: fewer
+        # than 0 bits per dimension.
         least = STEP if self.likelihood in ("l2", "l1") else 0.0
         if self.likelihood_scale <= least:
             problems.append(
                 f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above "
                 + (
-                    f"{least:.4f}, the step of 8-bit pictures (or choose likelihood calibrated_l2)"
+                    f"{least:.4f}, the step of 8-bit images (or choose likelihood calibrated_l2)"
                     if least
                     else "0"
                 )
@@ -240,7 +240,7 @@ class TokenizerConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a code of the coarsest level covers along each axis; a picture's sides are
+        """Pixels a code of the coarsest level covers along each axis; an image's sides are
         multiples of it."""
         return (
             self.downsample_factor * 2 ** (max(self.hierarchical.levels, 1) - 1)
@@ -273,7 +273,7 @@ class ObjectiveConfig:
     temperature_steps: int = 2000
     """Steps over which the temperature falls (cosine)."""
     perceptual: PerceptualOptions = field(default_factory=PerceptualOptions)
-    """A distance of how pictures look."""
+    """A distance of how images look."""
     discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
     """A discriminator (VQ-GAN)."""
 
@@ -309,7 +309,7 @@ def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> li
     ):
         problems.append(
             f"tokenizer.objective.discriminator.layers is {discriminator['layers']}, which leaves "
-            "no patch of pictures of "
+            "no patch of images of "
             f"{model['image_size']} pixels; set it lower"
         )
     if (

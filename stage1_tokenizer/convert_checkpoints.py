@@ -23,7 +23,7 @@ Kind = Literal["openai-dvae", "taming-vqgan", "taming-gumbel", "llamagen"]
 Weights = dict[str, Tensor]
 
 _IMAGE_SIZE = 256
-"""All of them were trained on pictures of 256 pixels."""
+"""All of them were trained on images of 256 pixels."""
 _SUFFIXES = {"w": "weight", "b": "bias"}
 _BOOKKEEPING = (
     "quantizer.counts",
@@ -44,7 +44,7 @@ def load_external(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weight
     decoder.safetensors; or .pt).
 
     Raises:
-        ValueError: the file is unsafe or damaged, or holds another architecture's weights; names
+        ValueError: the file is unsafe or corrupted, or holds another architecture's weights; names
             the first keys that differ.
         FileNotFoundError: there is no such file.
     """
@@ -108,13 +108,13 @@ def read_weights(path: Path) -> Weights:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} cannot be read: {error}; the file is cut or damaged, copy it again"
+            f"{path} cannot be read: {error}; the file is truncated or corrupted, copy it again"
         ) from error
     except Exception as error:
-        # torch's loader raises many kinds for files that are damaged, and its own for those that
+        # torch's loader raises many kinds for files that are corrupted, and its own for those that
         # are unsafe
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors "
+            f"{path} is corrupted, or holds more than tensors "
             f"({' '.join(str(error).split())[:120]}); loading such a file can run any "
             "program in it, so it is refused. Where it can be trusted, save its tensors alone, in "
             "the environment that it came from: "

@@ -25,9 +25,9 @@ _ANCHOR_DECAY = 0.99
 
 class Discriminator(nn.Module):
     """Pixels (B,C,H,W) -> logits (B,1,h,w), one for each patch of overlapping ones; above 0 says a
-    true picture.
+    true image.
 
-    GroupNorm in place of the original's batch normalisation: a picture's logits then depend on no
+    GroupNorm in place of the original's batch normalisation: an image's logits then depend on no
     other, nor on the process it is on.
     """
 
@@ -51,7 +51,7 @@ class Discriminator(nn.Module):
             inputs = outputs
         parts.append(nn.Conv2d(inputs, 1, 4, padding=1))
         self.layers = nn.Sequential(*parts)
-        # Running means of the logits of true and of drawn pictures.
+        # Running means of the logits of true and of drawn images.
         self.register_buffer("anchors", torch.zeros(2))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -82,13 +82,13 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(true: Tensor, drawn: Tensor) -> Tensor:
-    """The discriminator's: it wants logits above 1 for true pictures and below -1 for drawn
+    """The discriminator's: it wants logits above 1 for true images and below -1 for drawn
     ones."""
     return (F.relu(1 - true).mean() + F.relu(1 + drawn).mean()) / 2
 
 
 def generator_loss(drawn: Tensor) -> Tensor:
-    """The decoder's: it wants logits of true pictures."""
+    """The decoder's: it wants logits of true images."""
     return -drawn.mean()
 
 
@@ -113,7 +113,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor)
 
 
 def loss_at_image(loss: Tensor, picture: Tensor) -> Tensor:
-    """A loss of the same value and gradient that remembers its gradient at the picture alone, so
+    """A loss of the same value and gradient that remembers its gradient at the image alone, so
     that it may be differentiated more than once: what lies between the two is passed back through
     once, more than which a compiled graph need not allow."""
     gradient = torch.autograd.grad(loss, picture)[0].detach()

@@ -1,4 +1,4 @@
-"""p(picture given codes): negative log-likelihoods in nats, and the picture to show. Knows no
+"""p(image given codes): negative log-likelihoods in nats, and the image to show. Knows no
 networks.
 
 Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]; densities are over
@@ -22,17 +22,17 @@ class Likelihood:
 
     parameters_per_channel = 1
     learns_scale = False
-    """Whether the density may grow without bound on the 256 values of 8-bit pictures; they are then
+    """Whether the density may grow without bound on the 256 values of 8-bit images; they are then
     spread over their steps by uniform noise (dequantization, Theis et al. 2016), which makes the
     density's mean a bound of the discrete probability."""
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats a dimension; a
-        picture's is their sum."""
+        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats per dimension; a
+        image's is their sum."""
         raise NotImplementedError
 
     def nll(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        """Negative log-likelihood of pixels (B,C,H,W) -> (B,), in nats a picture."""
+        """Negative log-likelihood of pixels (B,C,H,W) -> (B,), in nats per image."""
         return self.nll_map(pixels, parameters).flatten(1).sum(1)
 
     def picture(self, parameters: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ class Likelihood:
         return parameters.float()
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
-        """Nats a picture, a density over the model's range of width 2 -> bits a dimension of 8-bit
-        pictures (a step is 2/255 wide)."""
+        """Nats per image, a density over the model's range of width 2 -> bits per dimension of
+        8-bit images (a step is 2/255 wide)."""
         return (nats / dimensions - math.log(STEP)) / math.log(2)
 
 
@@ -57,14 +57,14 @@ class Gaussian(Likelihood):
 
 
 class CalibratedGaussian(Likelihood):
-    """L2 with the deviation of each picture that fits it best (sigma-VAE, Rybkin et al. 2021,
-    https://arxiv.org/abs/2006.13202), so that no scale need be chosen: half the log of a picture's
+    """L2 with the deviation of each image that fits it best (sigma-VAE, Rybkin et al. 2021,
+    https://arxiv.org/abs/2006.13202), so that no scale need be chosen: half the log of an image's
     mean squared error, in place of the error.
 
-    Pictures then count alike in decibels, where with one deviation for all the hardest ones
+    Images then count alike in decibels, where with one deviation for all the hardest ones
     outweigh the rest. The variance is that of pixels spread over their 8-bit steps (uniform noise
     adds a twelfth of a step's square), and so has a least value. What the deviation itself would
-    cost to code, some bits a picture, is not counted.
+    cost to code, some bits per image, is not counted.
     """
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class LogitLaplace(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Pixels are coins of the decoder's probability. The likelihood of pictures of black and white
+    """Pixels are coins of the decoder's probability. The likelihood of images of black and white
     dimensions; of others the mean over their random binarizations (a dimension is white with its
     own brightness), as is common for VAEs."""
 
@@ -132,7 +132,7 @@ class Bernoulli(Likelihood):
         return 2 * parameters.float().sigmoid() - 1
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
-        """Nats a picture -> bits a dimension: a probability already, no density."""
+        """Nats per image -> bits per dimension: a probability already, no density."""
         return nats / dimensions / math.log(2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _WINDOW, _DEVIATION = 11, 1.5
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Weights of the scales, finest first; small pictures have fewer, and those share the weight."""
+"""Weights of the scales, finest first; small images have fewer, and those share the weight."""
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -24,14 +24,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean structural similarity of pictures (N,H,W,3) uint8, in double precision; settings as in
+    """Mean structural similarity of images (N,H,W,3) uint8, in double precision; settings as in
     `structural_similarity`, peak 255."""
     x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).double() for v in (a, b))
     return float(structural_similarity(x, y, peak=255.0)[0].mean())
 
 
 def peak_signal_to_noise(pixels: Tensor, pictures: Tensor) -> Tensor:
-    """PSNR in dB of each picture (B,), both in [-1,1] (peak 2)."""
+    """PSNR in dB of each image (B,), both in [-1,1] (peak 2)."""
     error = (pixels - pictures.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 

@@ -1,4 +1,4 @@
-"""`ImageTokenizer`: pictures <-> codes, and how it is saved and loaded. Knows its parts; knows no
+"""`ImageTokenizer`: images <-> codes, and how it is saved and loaded. Knows its parts; knows no
 training loop and no text.
 
 Legend: B batch, C channels, H W pixels, h w code grid.
@@ -84,7 +84,7 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the (finest) code grid of a picture of `image_size`."""
+        """Height and width of the (finest) code grid of an image of `image_size`."""
         return self.own_config.grid
 
     @property
@@ -93,7 +93,7 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def layout(self) -> tuple[Level, ...]:
-        """How the codes of a picture of `image_size` lie in one stream: level after level, coarse
+        """How the codes of an image of `image_size` lie in one stream: level after level, coarse
         ones first."""
         return self.quantizer.layout(self.grid)
 
@@ -160,7 +160,7 @@ class ImageTokenizer(PreTrainedModel):
         """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1].
 
         `grid` is the finest grid's height and width; it need be said only for flat codes of
-        pictures of another size than `image_size`.
+        images of another size than `image_size`.
 
         Raises:
             ValueError: the codes have another form than the tokenizer's, or one is not in its
@@ -200,7 +200,7 @@ class ImageTokenizer(PreTrainedModel):
         """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid
         divides.
 
-        With `tile`, pictures that are larger go through in pieces of that many pixels a side, each
+        With `tile`, images that are larger go through in pieces of that many pixels a side, each
         seen with `margin` pixels around it (16 codes if not said, which is more than a pixel of the
         default networks depends on).
 
@@ -229,11 +229,11 @@ class ImageTokenizer(PreTrainedModel):
         )
 
     def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of one size -> codes, as `encode`."""
+        """Images of one size -> codes, as `encode`."""
         return self.encode(to_model_range(from_pil(images)).to(self.device))
 
     def to_images(self, codes: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Codes -> pictures, as `decode`."""
+        """Codes -> images, as `decode`."""
         return to_pil(to_pictures(self.decode(codes.to(self.device), grid)))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -313,7 +313,7 @@ class ImageTokenizer(PreTrainedModel):
         `originals.original` for the kinds of files.
 
         Raises:
-            ValueError: the file is unsafe or damaged, or holds another architecture's weights;
+            ValueError: the file is unsafe or corrupted, or holds another architecture's weights;
                 names the first keys that differ.
             FileNotFoundError: there is no such file.
         """

@@ -1,7 +1,7 @@
 """What stage 1 minimises. Knows likelihoods and schedules; no optimizer, no data set.
 
 The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes
-given x) || p(codes)), here with the uniform prior; its negative, in nats a picture, is divided by
+given x) || p(codes)), here with the uniform prior; its negative, in nats per image, is divided by
 the number of dimensions so that losses compare across sizes. Where the posterior is one code (`vq`
 and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's
 own losses take its place.
@@ -62,7 +62,7 @@ def temperature(step: int, config: ObjectiveConfig) -> float:
 
 
 class TokenizerObjective:
-    """Batches are uint8 pictures (B,H,W,C). With an adversary there are two networks and two losses
+    """Batches are uint8 images (B,H,W,C). With an adversary there are two networks and two losses
     a step."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
@@ -106,7 +106,7 @@ class TokenizerObjective:
             perceptual = self.distance(pixels, drawn).mean()
             reconstruction = reconstruction + self.config.perceptual.weight * perceptual
             metrics["perceptual"] = perceptual.detach()
-        # Divergences are in nats a picture as the likelihood is; distances and entropies of the
+        # Divergences are in nats per image as the likelihood is; distances and entropies of the
         # quantizer stand as they are.
         value = reconstruction + quantized.loss
         if quantized.kl is not None:
@@ -154,7 +154,7 @@ class TokenizerObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures with hard codes: psnr (dB), nll (nats a picture), bits_per_dimension,
+        """Held-out figures with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
         codebook use (over all levels and, where there are several, of each); for relaxed quantizers
         also `relaxed_psnr` at the last temperature and the gap. No collectives."""
         tokenizer = self.tokenizer
@@ -181,7 +181,7 @@ class TokenizerObjective:
         tokenizer.train()
         if not psnr:
             raise ValueError(
-                "there are no held-out pictures to evaluate on; raise data.val_fraction or add "
+                "there are no held-out images to evaluate on; raise data.val_fraction or add "
                 "pictures"
             )
         nats = float(torch.cat(nll).mean())

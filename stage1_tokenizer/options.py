@@ -10,7 +10,7 @@ QuantizerName = Literal[
     "vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"
 ]
 STEP = 2 / 255
-"""Between neighbours among the 256 values of 8-bit pictures, in the model's range [-1, 1]."""
+"""Between neighbours among the 256 values of 8-bit images, in the model's range [-1, 1]."""
 LARGEST_CODE = 2**31 - 1
 """Codes are stored as 32-bit integers."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
@@ -32,7 +32,7 @@ class VqganOptions:
     """Sizes of `architecture: vqgan`, which has its own in place of width and depths."""
 
     channels: int = 128
-    """Channels at the picture's own resolution, before the multipliers."""
+    """Channels at the image's own resolution, before the multipliers."""
     multipliers: tuple[int, ...] = (1, 1, 2, 4)
     """Multiples of `channels` at each resolution, finest first; `downsample_factor` is 2 to the
     power of their number less one."""
@@ -63,11 +63,11 @@ class VqganOptions:
 
 @dataclass(kw_only=True)
 class PerceptualOptions:
-    """How different true and drawn pictures look, beside their likelihood
+    """How different true and drawn images look, beside their likelihood
     (`tokenizer.objective.perceptual`)."""
 
     weight: float = 0.0
-    """Weight of the distance against nats a dimension; 0 leaves it out."""
+    """Weight of the distance against nats per dimension; 0 leaves it out."""
     distance: str = "ms_ssim"
     """`ms_ssim` (1 - MS-SSIM, nothing to load), or a vision model of transformers by its folder or
     its name on the Hub."""
@@ -101,7 +101,7 @@ class DiscriminatorOptions:
     start: int = 1000
     """First step that has it: before, there is too little to tell true from drawn by."""
     adaptive: bool = True
-    """Scale the weight so that at 1 the discriminator moves the picture as much as its likelihood
+    """Scale the weight so that at 1 the discriminator moves the image as much as its likelihood
     does."""
     lecam: float = 0.0
     """Weight of the LeCam penalty on the discriminator, which keeps it from memorising little
@@ -197,8 +197,8 @@ class GumbelOptions:
     second-order estimate (ReinMax, for which a temperature of 1 or more is meant)."""
 
     diversity: float = 2.0
-    """Weight of the KL of the batch's mean posterior to the uniform one (nats a code), which keeps
-    codes from falling out of use."""
+    """Weight of the KL of the batch's mean posterior to the uniform one (nats per code), which
+    keeps codes from falling out of use."""
 
     def problems(self) -> list[str]:
         return _not_negative("gumbel", diversity=self.diversity)
@@ -214,7 +214,7 @@ class BinaryOptions:
     exponentials (DVAE++) or power functions (DVAE#), which are flat at 0 and 1. `power_pair` needs
     temperatures below 1: at 1 it carries nothing of the bit."""
     diversity: float = 1.0
-    """As in `gumbel`, over whole codes: a table of vectors times codes a step, so 0 for
+    """As in `gumbel`, over whole codes: a table of vectors times codes per step, so 0 for
     vocabularies beyond some 16,000."""
 
     def problems(self) -> list[str]:
@@ -226,7 +226,7 @@ class ScoreFunctionOptions:
     """Options of `quantizer: score_function` (REINFORCE)."""
 
     credit_assignment: Literal["picture", "neighbourhood"] = "neighbourhood"
-    """What a code's cost is: that of the whole picture, which is unbiased; or of the pixels at its
+    """What a code's cost is: that of the whole image, which is unbiased; or of the pixels at its
     place and the eight around it, which leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9
     """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean

@@ -1,4 +1,4 @@
-"""How different two pictures look: multi-scale structural similarity, or a vision backbone's
+"""How different two images look: multi-scale structural similarity, or a vision backbone's
 features. Knows pixels, no tokenizer.
 
 Legend: B batch, C channels, H W pixels, in the model's range [-1,1].
@@ -38,10 +38,10 @@ class BackboneDistance(nn.Module):
         name: a folder with a model of transformers, or a name of the Hub.
         layers: which hidden states to compare (0 is the embedding); all but that where empty.
 
-    Of a model of pictures and text (CLIP) the part for pictures is taken.
+    Of a model of images and text (CLIP) the part for images is taken.
 
     Raises:
-        ValueError: nothing can be loaded from there, it takes no pictures, or a layer is not there.
+        ValueError: nothing can be loaded from there, it takes no images, or a layer is not there.
     """
 
     mean: Tensor
@@ -81,7 +81,7 @@ class BackboneDistance(nn.Module):
             first = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"tokenizer.objective.perceptual.distance is {name!r}, a "
-                f"{type(self.backbone).__name__}, which does not take pictures of "
+                f"{type(self.backbone).__name__}, which does not take images of "
                 f"three colours and give hidden states: {first}"
             ) from error
         if max(layers, default=0) >= states:

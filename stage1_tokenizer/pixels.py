@@ -1,6 +1,6 @@
-"""Pictures <-> the model's range. The only file that knows pixel units; knows nothing of networks.
+"""Images <-> the model's range. The only file that knows pixel units; knows nothing of networks.
 
-Legend: B batch, C channels, H W pixels. Pictures are uint8 (B,H,W,C) in 0..255; the model's range
+Legend: B batch, C channels, H W pixels. Images are uint8 (B,H,W,C) in 0..255; the model's range
 is float (B,C,H,W) in [-1,1].
 """
 
@@ -23,13 +23,13 @@ finite."""
 
 
 def to_model_range(pictures: Tensor) -> Tensor:
-    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the pictures
+    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the images
     already are)."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels of 8-bit pictures in the model's range, spread evenly over the step of 2/255 around
+    """Pixels of 8-bit images in the model's range, spread evenly over the step of 2/255 around
     each value."""
     noise = torch.rand(
         pixels.shape, generator=generator, device="cpu" if generator else pixels.device
@@ -43,10 +43,10 @@ def to_pictures(pixels: Tensor) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on
+    """Any PIL image as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on
     white."""
-    # Pillow fails in many ways on a damaged EXIF block, which says nothing of the pixels: such a
-    # picture stays as it is.
+    # Pillow fails in many ways on a corrupted EXIF block, which says nothing of the pixels: such a
+    # image stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """The largest centred part of a picture that has the shape of `size` (a square's side, or width
+    """The largest centred part of an image that has the shape of `size` (a square's side, or width
     and height), at that size, with antialiasing; upright and in RGB."""
     return ImageOps.fit(
         to_rgb(image), (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC
@@ -69,24 +69,24 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of any mode and one size -> uint8 (B,H,W,3).
+    """Images of any mode and one size -> uint8 (B,H,W,3).
 
     Raises:
-        ValueError: there is no picture, or they differ in size; none is resized unasked.
+        ValueError: there is no image, or they differ in size; none is resized unasked.
     """
     images = [to_rgb(image) for image in images]  # which turns some upright: sizes count after it
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"
         raise ValueError(
-            f"pictures of one size are needed and given were {given}; use "
+            f"images of one size are needed and given were {given}; use "
             "stage1_tokenizer.resize_and_crop(image, size) first"
         )
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """uint8 (B,H,W,3) -> PIL pictures."""
+    """uint8 (B,H,W,3) -> PIL images."""
     return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
 
 

@@ -1,4 +1,4 @@
-"""Large pictures piece by piece, so that memory does not grow with their size. Knows windows of
+"""Large images piece by piece, so that memory does not grow with their size. Knows windows of
 pixels; nothing of networks.
 
 A piece is taken with a margin on every side that is thrown away again: where the margin is as wide

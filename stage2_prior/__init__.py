@@ -1,4 +1,4 @@
-"""Stage 2: caption and codes as one stream. Sees integers only; knows nothing of pictures, data
+"""Stage 2: caption and codes as one stream. Sees integers only; knows nothing of images, data
 sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig

@@ -1,5 +1,5 @@
 """What a prior is made of. Knows sizes and their relations; knows nothing of tensors, text or
-pictures."""
+images."""
 
 from __future__ import annotations
 

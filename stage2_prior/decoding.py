@@ -1,10 +1,10 @@
 """Draws codes from a prior: the loop over steps and its cache. Knows ids, places and slots; no
-text, no pictures.
+text, no images.
 
-Legend: B pictures, T text slots, N codes of a picture, k codes first drawn in one step.
+Legend: B images, T text slots, N codes of an image, k codes first drawn in one step.
 
 Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text,
-place T+i the i-th code in the order of the picture. A step feeds the codes of the step before and
+place T+i the i-th code in the order of the image. A step feeds the codes of the step before and
 reads off the next k. To draw k > 1 codes at once, the last token is fed k times, each time told
 another target, at places that the next step overwrites: every one of them sees all codes drawn so
 far and none of its siblings, just as in training. With k = 1 this is plain sequential sampling.
@@ -63,7 +63,7 @@ class Samples:
     """(B,N) image positions in the order in which the codes came."""
 
     def rows(self, chosen: Tensor) -> Samples:
-        """Some of the pictures, by number (n,)."""
+        """Some of the images, by number (n,)."""
         chosen = chosen.to(self.codes.device)
         null = None if self.null_log_likelihood is None else self.null_log_likelihood[chosen]
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
@@ -81,14 +81,14 @@ def sample(
     orders: Tensor | None = None,
     compiled: bool = False,
 ) -> Samples:
-    """Draws one picture's codes for each row of `text_ids` (B,T), row i with seeds[i].
+    """Draws one image's codes for each row of `text_ids` (B,T), row i with seeds[i].
 
     Args:
         known: (N,) or (B,N) bool, the image positions whose codes are given and kept, as many in
             every row; none by default.
         codes: (B,N) the given codes; the others in it are not looked at.
         orders: (B,N) in which order the unknown codes come. By default raster order where the prior
-            knows no other, and an order from each picture's seed where it was trained on random
+            knows no other, and an order from each image's seed where it was trained on random
             ones.
         compiled: whether steps of a single code are compiled.
 
@@ -145,7 +145,7 @@ class _Sampling:
         shared = (self.orders == self.orders[0]).all()
         place = self.orders[0] if shared else self.orders
         text = torch.arange(self.text_length).expand(*place.shape[:-1], -1)
-        # What stands at each place: shared by all rows where all pictures have one order, which
+        # What stands at each place: shared by all rows where all images have one order, which
         # costs a step less.
         self.slots = torch.cat([text, place + self.text_length], -1).to(device)
         self.noise = per_seed_uniforms(seeds, self.image_length).to(device)
@@ -179,8 +179,8 @@ class _Sampling:
         """Places that hold their token already, in either branch."""
 
     def _read_captions(self, captions: Tensor) -> None:
-        """Fills the cache with all text but the last slot, which is told the picture's own first
-        code: each caption is read once, however many pictures it has."""
+        """Fills the cache with all text but the last slot, which is told the image's own first
+        code: each caption is read once, however many images it has."""
         unique, row = torch.unique(captions, dim=0, return_inverse=True)
         cache = self.prior.new_cache(len(unique), captions.shape[1])
         read = compiled_prefill(self.prior) if self.compiled else prefill
@@ -288,7 +288,7 @@ class _Sampling:
         if not finite.all():
             step = int((~finite).nonzero()[0])
             raise FloatingPointError(
-                f"the prior's logits are not finite at step {step}; its weights are damaged, go "
+                f"the prior's logits are not finite at step {step}; its weights are corrupted, go "
                 "back to an earlier checkpoint"
             )
         stream = self.prior.stream
@@ -301,7 +301,7 @@ class _Sampling:
 
 
 def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int:
-    """How many codes of each picture are known.
+    """How many codes of each image are known.
 
     Raises:
         ValueError: not as many in each, all of them, or no codes are given.
@@ -311,7 +311,7 @@ def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int
     numbers = set(known.reshape(-1, count).sum(1).tolist())
     if len(numbers) > 1:
         raise ValueError(
-            f"the pictures of a batch keep {sorted(numbers)} codes; they must all keep as many"
+            f"the images of a batch keep {sorted(numbers)} codes; they must all keep as many"
         )
     number = int(numbers.pop())
     if number and codes is None:
@@ -341,7 +341,7 @@ def _orders(
     orders = orders.cpu() if known is None else known_first(orders.cpu(), known.cpu())
     if not random and (steps not in (None, count) or not torch.equal(orders, raster)):
         what = (
-            "several codes a step"
+            "several codes per step"
             if torch.equal(orders, raster)
             else "codes in any order (editing, known codes but the first rows)"
         )

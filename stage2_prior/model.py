@@ -1,5 +1,5 @@
 """`ImagePrior`: ids and positions of the stream -> logits; and how it is saved and loaded. Never
-sees text or a picture."""
+sees text or an image."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PriorLogits:
 
 class CodebookTables(NamedTuple):
     """What turns ids into features and features into codes' logits, worked out once a pass or once
-    a picture."""
+    an image."""
 
     embeddings: Tensor
     """(V + K, C): one row for each id of the joint vocabulary."""

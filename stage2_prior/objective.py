@@ -4,7 +4,7 @@ optimizer and no data set.
 -log p(text, codes) = -sum log p(text_t | text_<t) - sum log p(code_i | text, code_<i)   (DALL-E,
 2021, section 2.2)
 
-The two sums are averaged apart (nats a text token, nats a code) and weighted, since they are of
+The two sums are averaged apart (nats per text token, nats per code) and weighted, since they are of
 unlike difficulty.
 """
 
@@ -157,7 +157,7 @@ class PriorObjective:
         self.prior.train()
         if not sums[3]:
             raise ValueError(
-                "there are no held-out pictures to evaluate on; raise data.val_fraction or add "
+                "there are no held-out images to evaluate on; raise data.val_fraction or add "
                 "pictures"
             )
         figures = {
@@ -171,7 +171,7 @@ class PriorObjective:
         )
 
     def _words(self, text_ids: Tensor) -> Tensor:
-        """How many text tokens a batch predicts, float32."""
+        """How many text tokens per batch predicts, float32."""
         return (self.stream.text_targets(text_ids) != -100).sum().float()
 
     def _cross_entropies(
@@ -182,7 +182,7 @@ class PriorObjective:
         words: Tensor,
         orders: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats a text token, of which there are `words`; nats a code; the latter with label
+        """Nats per text token, of which there are `words`; nats per code; the latter with label
         smoothing."""
         fed = self.stream.text_first(text_ids, codes, orders)
         logits = prior(fed.ids, fed.slots, targets=fed.targets)
@@ -203,7 +203,7 @@ class PriorObjective:
     def _caption_cross_entropy(
         self, prior: nn.Module, text_ids: Tensor, codes: Tensor, words: Tensor
     ) -> tuple[Tensor, PriorLogits]:
-        """Nats a text token given the codes, and all logits."""
+        """Nats per text token given the codes, and all logits."""
         fed = self.stream.image_first(text_ids, codes)
         logits = prior(fed.ids, fed.slots, targets=fed.targets, image_first=True)
         return self._text_cross_entropy(logits.text, text_ids, words), logits

@@ -1,13 +1,13 @@
-"""In which order the codes of a picture are told: schedules and permutations as pure functions.
+"""In which order the codes of an image are told: schedules and permutations as pure functions.
 Knows counts; no networks, no text.
 
-Legend: B pictures, N codes of a picture, k codes decided in one step.
+Legend: B images, N codes of an image, k codes decided in one step.
 
 Raster order reads row by row. A prior trained on random orders, and told the position of the code
 that comes next, can begin anywhere (sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024);
 random orders that give way to raster order during training help the latter (RAR, Yu et al. 2024,
-section 3.2). Deciding few codes a step at first and more later, by a cosine, is MaskGIT's (Chang et
-al. 2022, section 3.3).
+section 3.2). Deciding few codes per step at first and more later, by a cosine, is MaskGIT's (Chang
+et al. 2022, section 3.3).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OrderSchedule:
     last: int = 0
 
     def random_share(self, step: int) -> float:
-        """Share of the pictures of a step whose codes come in random order."""
+        """Share of the images of a step whose codes come in random order."""
         if self.order != "annealed":
             return float(self.order == "random")
         if step >= self.last:

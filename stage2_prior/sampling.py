@@ -1,9 +1,9 @@
 """How codes are chosen: options, filters and guidance as small functions. Knows logits and seeds;
 no networks, no ids.
 
-Legend: B pictures, N codes of a picture, k codes decided in one step, K codes to choose from.
+Legend: B images, N codes of an image, k codes decided in one step, K codes to choose from.
 
-Each picture draws one uniform number a code from a generator of its own and inverts the cumulative
+Each image draws one uniform number per code from a generator of its own and inverts the cumulative
 distribution, so that its codes depend on its seed alone and not on the batch it is in. Guidance:
 logits = null + scale * (conditional - null) (Ho & Salimans 2022), at one scale, in an interval
 alone (Kynkaanniemi et al. 2024, arXiv:2404.07724), or rising by a power of a cosine (MDT, Gao et

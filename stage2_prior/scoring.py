@@ -1,8 +1,8 @@
 """What a prior thinks of given codes and captions, in nats; and captions drawn from it. Knows ids;
-no pictures, no words.
+no images, no words.
 
-Legend: B pictures, T text slots, N codes of a picture, P captions that are compared for one
-picture.
+Legend: B images, T text slots, N codes of an image, P captions that are compared for one
+image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def code_log_likelihood(
     Args:
         text_ids: (B,T) captions; those of `Stream.null_caption` score without one.
         codes: (B,N) each counted within its level.
-        orders: (B,N) in which order the codes come; raster by default. One picture has another
+        orders: (B,N) in which order the codes come; raster by default. One image has another
             likelihood in each order.
     """
     stream, device = prior.stream, prior.device
@@ -44,7 +44,7 @@ def code_log_likelihood(
 
 @torch.inference_mode()
 def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """log p(caption | codes) of each of the captions (P,T) for one picture's codes (N,): (P,) in
+    """log p(caption | codes) of each of the captions (P,T) for one image's codes (N,): (P,) in
     nats. The codes are read once.
 
     Raises:

@@ -1,7 +1,7 @@
 """The one stream of caption and codes. The only file that adds offsets; knows slots and ids,
 nothing of networks.
 
-Legend: B batch, T text slots, N codes of a picture, S = T + N slots.
+Legend: B batch, T text slots, N codes of an image, S = T + N slots.
 
     slot      0        1 ... n    n+1    ... T-1 | T          ...  T+N-1
     holds     <start>  caption    <end>  <pad>   | code 0     ...  code N-1
@@ -27,7 +27,7 @@ from stage2_prior.config import StreamConfig
 
 
 class TokenSequence(NamedTuple):
-    """What a whole pass over a caption and a picture is fed, S = T + N - 1 tokens."""
+    """What a whole pass over a caption and an image is fed, S = T + N - 1 tokens."""
 
     ids: Tensor
     """(B,S) of the joint vocabulary."""
@@ -148,7 +148,7 @@ class Stream:
         """(S,2) row and column of each slot: a text slot t is (t, t); a code lies past the text, on
         a unit grid.
 
-        Levels of unlike size share the picture: a code of a 4x4 level stands in the middle of the
+        Levels of unlike size share the image: a code of a 4x4 level stands in the middle of the
         four codes of an 8x8 level that cover the same pixels.
         """
         finest = max(max(level.grid) for level in self.config.levels)

@@ -1,7 +1,7 @@
 """One step of drawing codes: tokens in, codes out; plain, compiled, or captured as a CUDA graph.
 Knows places and slots, no order of steps.
 
-Legend: B pictures, R tokens fed in one step, P captions, S text slots that are read, K classes.
+Legend: B images, R tokens fed in one step, P captions, S text slots that are read, K classes.
 """
 
 from __future__ import annotations

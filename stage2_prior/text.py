@@ -2,7 +2,7 @@
 
 Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`,
 kept as a transformers fast tokenizer; or any tokenizer of the Hub by name. BPE dropout (Provilkov
-et al. 2020) is applied here, since the library's takes no seed, and training that goes on from a
+et al. 2020) is applied here, since the library's takes no seed, and training that resumes from a
 checkpoint would not see the ids that it would have seen.
 """
 

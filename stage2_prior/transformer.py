@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 _FEW_ROWS = 8
-"""Rows up to which a product is compiled as sums (`project`): four pictures with their null
+"""Rows up to which a product is compiled as sums (`project`): four images with their null
 branches."""
 
 
@@ -150,7 +150,7 @@ class KeyValueCache:
 
 
 class CacheView(NamedTuple):
-    """What a block needs to go on from a cache."""
+    """What a block needs to resume from a cache."""
 
     cache: KeyValueCache
     places: Tensor

@@ -28,7 +28,7 @@ SUGGESTED = "suggested.yaml"
 
 @dataclass
 class Asked:
-    """What the command line asks for: whose data, how many pictures of them at most, the largest
+    """What the command line asks for: whose data, how many images of them at most, the largest
     size to suggest, and where to write."""
 
     experiment: Experiment
@@ -47,7 +47,7 @@ def asked(rest: Sequence[str]) -> Asked:
     """
     reader = argparse.ArgumentParser(
         prog="minidalle doctor",
-        description="What is in a source of pictures and captions, and whether a training on it "
+        description="What is in a source of images and captions, and whether a training on it "
         "would stop.",
         usage="minidalle doctor SOURCE [options] [--key.path VALUE ...], or minidalle doctor "
         "--config FILE [options]",
@@ -63,14 +63,14 @@ def asked(rest: Sequence[str]) -> Asked:
         dest="pictures",
         type=int,
         default=PICTURES,
-        help=f"pictures to look at of a stream, or of shapes ({PICTURES})",
+        help=f"images to look at of a stream, or of shapes ({PICTURES})",
     )
     reader.add_argument(
         "--max-image-size",
         dest="largest",
         type=int,
         default=LARGEST,
-        help=f"largest picture size to suggest ({LARGEST})",
+        help=f"largest image size to suggest ({LARGEST})",
     )
     reader.add_argument(
         "--out", type=Path, help="folder for the page, the numbers and the suggestion (RUN/doctor)"

@@ -45,7 +45,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def generate_verb(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(
-        prog="minidalle generate", description="Draws pictures for prompts."
+        prog="minidalle generate", description="Draws images for prompts."
     )
     reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
     reader.add_argument(
@@ -55,21 +55,19 @@ def generate_verb(rest: Sequence[str]) -> int:
         help="folder that `minidalle run` made: runs/NAME/bundle",
     )
     reader.add_argument("--prompts", dest="file", type=Path, help="text file with a prompt a line")
+    reader.add_argument("--num-images", dest="num", type=int, default=4, help="images a prompt (4)")
     reader.add_argument(
-        "--num-images", dest="num", type=int, default=4, help="pictures a prompt (4)"
+        "--out", type=Path, default=Path("pictures"), help="folder for the images (images)"
     )
     reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)"
-    )
-    reader.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same pictures (0)"
+        "--seed", type=int, default=0, help="the same seed gives the same images (0)"
     )
     _add_sampling(reader)
     reader.add_argument(
         "--best-of",
         type=int,
         default=1,
-        help="draw so many for each picture and keep the one that shows the prompt best (1)",
+        help="draw so many for each image and keep the one that shows the prompt best (1)",
     )
     reader.add_argument(
         "--clip-scorer",
@@ -83,7 +81,7 @@ def generate_verb(rest: Sequence[str]) -> int:
         default="auto",
         help="compile the steps; auto where it pays",
     )
-    reader.add_argument("--batch-size", type=int, default=64, help="pictures at a time (64)")
+    reader.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
     reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
     options = reader.parse_args(spelled(rest, "-"))
     prompts = list(options.prompts)
@@ -106,13 +104,13 @@ def generate_verb(rest: Sequence[str]) -> int:
         compile=options.compile,
         **_sampling(options),
     )
-    print_rank0(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {options.out}")
     return 0
 
 
 def edit_verb(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(
-        prog="minidalle edit", description="Draws a part of a picture anew.", allow_abbrev=False
+        prog="minidalle edit", description="Draws a part of an image anew.", allow_abbrev=False
     )
     reader.add_argument(
         "--bundle",
@@ -124,11 +122,11 @@ def edit_verb(rest: Sequence[str]) -> int:
         "--image",
         type=Path,
         required=True,
-        help="picture of the size that the prior draws; smaller with --outpaint-at",
+        help="image of the size that the prior draws; smaller with --outpaint-at",
     )
     what = reader.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--mask", type=Path, help="black and white picture of the same size: white is replaced"
+        "--mask", type=Path, help="black and white image of the same size: white is replaced"
     )
     what.add_argument(
         "--outpaint-at",
@@ -136,20 +134,20 @@ def edit_verb(rest: Sequence[str]) -> int:
         type=int,
         nargs=2,
         metavar=("X", "Y"),
-        help="extend a smaller picture; its top left corner comes here",
+        help="extend a smaller image; its top left corner comes here",
     )
     what.add_argument(
         "--strength",
         type=float,
-        help="vary the picture: this share of its codes, scattered, is drawn anew",
+        help="vary the image: this share of its codes, scattered, is resampled",
     )
-    reader.add_argument("--prompt", default="", help="what the whole picture is to show")
-    reader.add_argument("--num-images", dest="num", type=int, default=4, help="pictures (4)")
+    reader.add_argument("--prompt", default="", help="what the whole image is to show")
+    reader.add_argument("--num-images", dest="num", type=int, default=4, help="images (4)")
     reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the pictures (pictures)"
+        "--out", type=Path, default=Path("pictures"), help="folder for the images (images)"
     )
     reader.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same pictures (0)"
+        "--seed", type=int, default=0, help="the same seed gives the same images (0)"
     )
     reader.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
     _add_sampling(reader)
@@ -170,33 +168,33 @@ def edit_verb(rest: Sequence[str]) -> int:
         truncate=options.truncate,
         **_sampling(options),
     )
-    print_rank0(f"wrote {written} pictures, grid.png and samples.jsonl to {options.out}")
+    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {options.out}")
     return 0
 
 
 def reconstruct_verb(rest: Sequence[str]) -> int:
     reader = argparse.ArgumentParser(
-        prog="minidalle reconstruct", description="Pictures through the tokenizer and back."
+        prog="minidalle reconstruct", description="Images through the tokenizer and back."
     )
     reader.add_argument(
         "files",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="pictures of any size that the code grid divides",
+        help="images of any size that the code grid divides",
     )
     reader.add_argument(
         "--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer"
     )
     reader.add_argument(
-        "--out", type=Path, default=Path("reconstructions"), help="folder for the pictures"
+        "--out", type=Path, default=Path("reconstructions"), help="folder for the images"
     )
     reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
     reader.add_argument(
         "--tile",
         type=int,
         default=512,
-        help="larger pictures go through in pieces of this many pixels (512)",
+        help="larger images go through in pieces of this many pixels (512)",
     )
     options = reader.parse_args(spelled(rest, "-"))
     require_single_process("reconstruct")

@@ -3,7 +3,7 @@ nothing heavy until a verb runs.
 
 Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped
 by SIGTERM. A training that is stopped saves a checkpoint first, and the line says which command
-goes on from it.
+resumes from it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigt
 
 HELP = """usage: minidalle VERB [options]
 
-Trains an image tokenizer and a prior over caption and codes, and draws pictures from prompts.
+Trains an image tokenizer and a prior over caption and codes, and draws images from prompts.
 
 before training:
   doctor            SOURCE                                 what is in it, what would stop a training, which settings suit it
   estimate          --config FILE                          the memory that each training stage takes
 
-training, each with --config FILE [--key.path VALUE ...]; run again, it goes on from what is there:
-  run               all of the below, in order, then a grid of pictures
-  train-tokenizer   stage 1: pictures <-> codes
-  encode            the codes of every picture, once
+training, each with --config FILE [--key.path VALUE ...]; run again, it resumes from what is there:
+  run               all of the below, in order, then a grid of images
+  train-tokenizer   stage 1: images <-> codes
+  encode            the codes of every image, once
   train-prior       stage 2: caption and codes as one stream
   compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
 
 using what was trained:
-  generate          --bundle DIR "prompt" ["prompt" ...]   pictures from prompts
-  edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of a picture, drawn anew
-  reconstruct       --tokenizer DIR FILES...               pictures through the tokenizer and back
+  generate          --bundle DIR "prompt" ["prompt" ...]   images from prompts
+  edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
+  reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code draws and how often, as a page
 
@@ -129,7 +129,7 @@ def _run(rest: Sequence[str]) -> int:
         f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
         f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      "
         f"{experiment.folder / 'logs'}\n"
-        f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures'
+        f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out images'
     )
     return 0
 
@@ -182,7 +182,7 @@ def _encode(rest: Sequence[str]) -> int:
             values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
         except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{written} is cut or damaged; add --config FILE, which takes its place"
+                f"{written} is truncated or corrupted; add --config FILE, which takes its place"
             ) from error
         try:
             experiment = load_values(values, settings)
@@ -203,7 +203,7 @@ def _encode(rest: Sequence[str]) -> int:
     )
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     print_rank0(
-        f"wrote {options.out}: {counts} pictures in "
+        f"wrote {options.out}: {counts} images in "
         f"{', '.join(files[:3])}{' ...' if len(files) > 3 else ''}, and codes.json"
     )
     return 0
@@ -219,7 +219,7 @@ def _train_prior(rest: Sequence[str]) -> int:
         bundle = assemble_bundle(experiment)
         print(
             f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your '
-            'prompt" --num-images 4 --out pictures'
+            'prompt" --num-images 4 --out images'
         )
     return 0
 
@@ -242,7 +242,7 @@ def _compare_tokenizers(rest: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     folder = compare_tokenizers(comparison)
     print_rank0(
-        f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its pictures to "
+        f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its images to "
         f"{folder}"
     )
     return 0
@@ -263,7 +263,7 @@ def _evaluate(rest: Sequence[str]) -> int:
         dest="pictures",
         type=int,
         default=500,
-        help="held-out pictures and prompts to judge on (500)",
+        help="held-out images and prompts to judge on (500)",
     )
     reader.add_argument(
         "--baseline-bundle",
@@ -275,7 +275,7 @@ def _evaluate(rest: Sequence[str]) -> int:
     from pipeline.evaluation.evaluate import evaluate
 
     experiment = parse_experiment(settings)
-    if os.environ.get("RANK", "0") != "0":  # judged by one process: the pictures are few
+    if os.environ.get("RANK", "0") != "0":  # judged by one process: the images are few
         return 0
     bundle = options.bundle or experiment.folder / "bundle"
     out = options.out or experiment.folder / "evaluation.json"
@@ -305,16 +305,14 @@ def _codebook(rest: Sequence[str]) -> int:
         "--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer"
     )
     reader.add_argument(
-        "--config",
-        type=Path,
-        help="whose held-out pictures to encode (that of the tokenizer's run)",
+        "--config", type=Path, help="whose held-out images to encode (that of the tokenizer's run)"
     )
     reader.add_argument(
         "--max-images",
         dest="pictures",
         type=int,
         default=500,
-        help="held-out pictures to encode (500)",
+        help="held-out images to encode (500)",
     )
     reader.add_argument("--out", type=Path, help="folder for the page (RUN/codebook)")
     options = reader.parse_args(spelled(rest, "-"))
@@ -343,7 +341,7 @@ def _codebook(rest: Sequence[str]) -> int:
             f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity "
             f"{s.perplexity:,.1f}, {s.dead} never used"
         )
-    print_rank0(f"wrote {out / 'index.html'} and its pictures")
+    print_rank0(f"wrote {out / 'index.html'} and its images")
     return 0
 
 
@@ -376,4 +374,4 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
-"""Verbs that go on from what is there."""
+"""Verbs that resume from what is there."""

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from. Knows settings only; opens nothing."""
+"""Where images and captions come from. Knows settings only; opens nothing."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ class MixPart:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The source of pictures (`data` in a YAML)."""
+    """The source of images (`data` in a YAML)."""
 
     source: str = ""
-    """`shapes`; `emoji`; a folder of pictures; a .csv, .jsonl or .parquet file; a folder, glob or
+    """`shapes`; `emoji`; a folder of images; a .csv, .jsonl or .parquet file; a folder, glob or
     URL of webdataset .tar shards; a saved `datasets` folder, or a `datasets` name. docs/data.md has
     an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64
-    """Height and width of a picture, in pixels; larger ones are cropped and shrunk."""
+    """Height and width of an image, in pixels; larger ones are cropped and shrunk."""
     val_fraction: float = 0.05
-    """Share of the pictures kept from training, chosen by a hash of each picture's name."""
+    """Share of the images kept from training, chosen by a hash of each image's name."""
     upscale: bool = False
-    """Enlarge pictures that are smaller than `image_size` instead of leaving them out."""
+    """Enlarge images that are smaller than `image_size` instead of leaving them out."""
     streaming: bool = False
     """Read shards or a `datasets` name from beginning to end instead of row by row, for data that
     is not on this disk."""
     shuffle_buffer: int = 1000
-    """Pictures that are shuffled among each other while streaming, after the shards; they are held
+    """Images that are shuffled among each other while streaming, after the shards; they are held
     undecoded."""
     shards_per_worker: int = 4
     """Shards that each process reads side by side while streaming."""
     image_column: str | None = None
-    """Column of the pictures: paths, bytes or `datasets` images. Absent, it is whichever there is
+    """Column of the images: paths, bytes or `datasets` images. Absent, it is whichever there is
     of image, file_name, path, jpg, png."""
     text_column: str = "text"
     """Column of the captions: a text, a list of texts, or a class label, whose name is the caption
@@ -67,40 +67,40 @@ class DataConfig:
     """Captions put together from columns, in place of `text_column`: "a photo of a {colour}
     {label}". Folders have the columns `folder` and `name`."""
     min_size: int | None = None
-    """Shorter side, in pixels, below which pictures are left out (`image_size`, unless
+    """Shorter side, in pixels, below which images are left out (`image_size`, unless
     `upscale`)."""
     max_size: int | None = None
-    """Longer side, in pixels, above which pictures are left out."""
+    """Longer side, in pixels, above which images are left out."""
     max_aspect: float | None = None
-    """Longer over shorter side above which pictures are left out."""
+    """Longer over shorter side above which images are left out."""
     min_caption: int = 1
-    """Length in characters below which captions are left out, and pictures that have no other."""
+    """Length in characters below which captions are left out, and images that have no other."""
     max_caption: int | None = None
-    """Length in characters above which captions are left out, and pictures that have no other."""
+    """Length in characters above which captions are left out, and images that have no other."""
     crop: Literal["centre", "random"] = "centre"
-    """Which square of a picture is seen in training: the largest one in its middle, or one anywhere
+    """Which square of an image is seen in training: the largest one in its middle, or one anywhere
     in it."""
     crop_scale: float = 1.0
-    """Smallest side of a random square, as a share of the picture's shorter side."""
+    """Smallest side of a random square, as a share of the image's shorter side."""
     flip: bool = False
-    """Mirror half of the pictures in training; for captions that say nothing of left and right, and
-    pictures without writing."""
+    """Mirror half of the images in training; for captions that say nothing of left and right, and
+    images without writing."""
     workers: int = 2
-    """Threads of each process that read, decode and shrink pictures."""
+    """Threads of each process that read, decode and shrink images."""
     cache_gb: float = 1.0
-    """GiB for pictures that have been decoded and may be needed again; 0 decodes them every
+    """GiB for images that have been decoded and may be needed again; 0 decodes them every
     time."""
     max_corrupt_fraction: float = 0.01
-    """Largest share of unreadable pictures; above it loading stops."""
+    """Largest share of unreadable images; above it loading stops."""
     min_objects: int = 1
-    """Fewest objects of a picture (`shapes`)."""
+    """Fewest objects of an image (`shapes`)."""
     max_objects: int = 3
-    """Most objects of a picture (`shapes`)."""
+    """Most objects of an image (`shapes`)."""
     grid_cells: int = 0
     """Places a side, evenly spaced, on which objects stand (`shapes`): fewer make the world easier
     to learn; 0 is any pixel."""
     num_scenes: int = 1_000_000
-    """Pictures after which the `shapes` repeat."""
+    """Images after which the `shapes` repeat."""
     font: str | None = None
     """Path of NotoColorEmoji.ttf (`emoji`), where it is not in its usual place."""
     annotations: str | None = None
@@ -149,7 +149,7 @@ class DataConfig:
             )
         if self.max_size is not None and self.max_size < self.least_size:
             problems.append(
-                f"data.max_size is {self.max_size}; pictures of at least {self.least_size} are "
+                f"data.max_size is {self.max_size}; images of at least {self.least_size} are "
                 "wanted (data.min_size)"
             )
         if len(self.mix) > 100:
@@ -171,7 +171,7 @@ class DataConfig:
             )
         if self.crop == "random" and any(source in SYNTHETIC_SOURCES for source in self.sources):
             problems.append(
-                "data.crop is random, and shapes and emoji fill their pictures; set it to centre"
+                "data.crop is random, and shapes and emoji fill their images; set it to centre"
             )
         if self.flip and "shapes" in self.sources:
             problems.append(
@@ -194,12 +194,12 @@ class DataConfig:
 
     @property
     def least_size(self) -> int:
-        """Shorter side, in pixels, below which pictures are left out."""
+        """Shorter side, in pixels, below which images are left out."""
         return self.min_size or (1 if self.upscale else self.image_size)
 
     @property
     def varies(self) -> bool:
-        """Whether a picture is not seen the same every time."""
+        """Whether an image is not seen the same every time."""
         return self.crop == "random" or self.flip
 
     def of_part(self, part: MixPart, *, streaming: bool) -> DataConfig:
@@ -213,7 +213,7 @@ class DataConfig:
 
 
 CHANGES_NO_PICTURE = ("workers", "cache_gb")
-"""Fields of `DataConfig` that say how fast pictures come, and not which."""
+"""Fields of `DataConfig` that say how fast images come, and not which."""
 
 
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:

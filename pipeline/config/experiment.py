@@ -21,7 +21,7 @@ class SequenceConfig:
 
     captioning_fraction: float = 0.0
     """Share of the prior's batches whose codes come before the caption: it learns to caption
-    pictures, too."""
+    images, too."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.captioning_fraction < 1:
@@ -53,21 +53,21 @@ class EncodeConfig:
     """The codes dataset (`encode`)."""
 
     max_images: int | None = None
-    """Training pictures to encode; all of the source when absent (an unlimited source needs a
+    """Training images to encode; all of the source when absent (an unlimited source needs a
     number)."""
     max_val_images: int = 500
-    """Held-out pictures to encode, at most as many as there are."""
+    """Held-out images to encode, at most as many as there are."""
     augmentations_per_image: int = 1
-    """Encodings a training picture: the first is its centre, further ones are cropped and mirrored
+    """Encodings a training image: the first is its centre, further ones are cropped and mirrored
     as `data` says, and shifted."""
     shift: int = 0
     """Largest shift of a further view, in pixels along either axis."""
     flip: bool = False
     """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
-    """Pictures encoded at a time in a process."""
+    """Images encoded at a time in a process."""
     images_per_shard: int = 10_000
-    """Pictures a file of codes; a kill costs the file that is being written. It changes no code."""
+    """Images a file of codes; a kill costs the file that is being written. It changes no code."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -148,7 +148,7 @@ class Experiment:
     """Minutes that processes wait for one another before they give up: longer than the longest
     evaluation, which one of them does."""
     data: DataConfig
-    """Pictures and captions."""
+    """Images and captions."""
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
     """Stage 1."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -160,7 +160,7 @@ class Experiment:
     prior: PriorSection = field(default_factory=PriorSection)
     """Stage 2."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How pictures are sampled by default."""
+    """How images are sampled by default."""
 
     def __post_init__(self) -> None:
         if problems := _relations(dataclasses.asdict(self)):
@@ -206,7 +206,7 @@ def _relations(values: dict[str, Any]) -> list[str]:
     if steps is not None and order != "random":
         problems.append(
             f"sampling.num_inference_steps is {steps} but prior.train.code_order is {order}; "
-            "several codes a step "
+            "several codes per step "
             "need prior.train.code_order=random"
         )
     tokenizer, prior, text = values["tokenizer"], values["prior"], values["text"]

@@ -76,4 +76,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is cut or damaged ({error}); copy it again") from error
+        raise ValueError(f"{path} is truncated or corrupted ({error}); copy it again") from error

@@ -126,7 +126,7 @@ class PriorTrainConfig(TrainConfig):
     code_order: CodeOrder = "raster"
     """In which order codes come: `raster`, row by row; `random`, from which editing, completing and
     decoding several codes at once follow; `annealed`, random orders that give way to raster order,
-    for better pictures in raster order alone."""
+    for better images in raster order alone."""
     anneal_fraction: tuple[float, float] = (0.5, 0.75)
     """With `annealed`: the shares of the steps at which raster order begins to come in and is
     alone."""

@@ -1,1 +1,1 @@
-"""Pictures and captions from anywhere, through one interface."""
+"""Images and captions from anywhere, through one interface."""

@@ -14,12 +14,12 @@ from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 def load_sources(
     config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
 ) -> tuple[Any, Source]:
-    """Training and held-out pictures of the source that `config` names; they are the same in every
+    """Training and held-out images of the source that `config` names; they are the same in every
     run.
 
     Args:
-        folder: where to keep what was found out about the pictures, so that a later call is quick.
-        share: this process's part of opening every picture.
+        folder: where to keep what was found out about the images, so that a later call is quick.
+        share: this process's part of opening every image.
 
     Returns:
         A `Source` each; with `data.streaming` the first is a `StreamSource`, or a mixture with one
@@ -28,7 +28,7 @@ def load_sources(
     Raises:
         FileNotFoundError: the folder, the font or the names are not there; says what to install or
             give.
-        ValueError: the source has no captions, lacks a column, or too many of its pictures are
+        ValueError: the source has no captions, lacks a column, or too many of its images are
             unreadable.
     """
     if config.mix:

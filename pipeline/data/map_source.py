@@ -20,15 +20,15 @@ from pipeline.data.source import check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 _TOGETHER = 8
-"""Pictures that are left to one thread at a time; fewer cost more to hand over than they take."""
+"""Images that are left to one thread at a time; fewer cost more to hand over than they take."""
 
 
 class SourceIndex:
-    """What both splits share: rows, their captions, which are fit to train on, and pictures that
+    """What both splits share: rows, their captions, which are fit to train on, and images that
     were decoded before.
 
     Raises:
-        ValueError: a column is missing, too many pictures cannot be read, or none can be used.
+        ValueError: a column is missing, too many images cannot be read, or none can be used.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SourceIndex:
                 f"({error}); "
                 "the data must not change while it is used"
             ) from error
-        # What fits stays: in shuffled passes, any picture is as likely to be wanted next as any
+        # What fits stays: in shuffled passes, any image is as likely to be wanted next as any
         # other.
         with self._lock:
             if row not in self._decoded and picture.nbytes <= self._free:
@@ -112,7 +112,7 @@ class MappedSource:
         return len(self._rows)
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8; see `Source`."""
+        """Images (N,S,S,3) uint8; see `Source`."""
         return self._all.pictures([int(self._rows[int(i)]) for i in indices], draws)
 
     def captions(self, indices: Sequence[int]) -> list[str]:

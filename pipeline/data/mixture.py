@@ -32,19 +32,19 @@ class MixedSource:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Pictures of each part; of a stream, how many numbers are left for them."""
+        """Images of each part; of a stream, how many numbers are left for them."""
         return [len(part) if hasattr(part, "__len__") else STREAM_NUMBERS for part in self.parts]
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The number of each part's first picture, and of the one after the last."""
+        """The number of each part's first image, and of the one after the last."""
         return np.cumsum([0, *self.lengths])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8; see `Source`."""
+        """Images (N,S,S,3) uint8; see `Source`."""
         result: list[np.ndarray] = [np.empty(0)] * len(indices)
         for part, places, rows in self._by_part(indices):
             pictures = part.images(rows, None if draws is None else [draws[i] for i in places])
@@ -107,7 +107,7 @@ class MixtureSchedule:
         self._held = (-1, counts, counts)
 
     def at(self, position: int) -> tuple[int, int]:
-        """(part, number of the part's pictures before it)."""
+        """(part, number of the part's images before it)."""
         block, within = divmod(position, _BLOCK)
         held = self._held  # read and put once each, as several threads ask
         if held[0] != block:

@@ -1,4 +1,4 @@
-"""Which pictures a step sees, a pure function of (seed, step), so that no position in the data
+"""Which images per step sees, a pure function of (seed, step), so that no position in the data
 needs to be saved; and loading ahead."""
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ Loaded = TypeVar("Loaded")
 Part = TypeVar("Part")
 
 MAX_EXPLICIT_PERMUTATION = 2**24
-"""Rows up to which a pass is a list of 8 bytes a row; the order of more is worked out row by row,
+"""Rows up to which a pass is a list of 8 bytes per row; the order of more is worked out row by row,
 in no memory."""
 _ROUNDS = 4
 
 
 class Feed(Protocol):
-    """One process's pictures, step by step."""
+    """One process's images, step by step."""
 
     def pictures(self, step: int) -> np.ndarray:
         """(B,S,S,3) uint8."""
         ...
 
     def names(self, step: int) -> list[str]:
-        """What to call the pictures of a step in messages."""
+        """What to call the images of a step in messages."""
         ...
 
 
@@ -39,7 +39,7 @@ class ShuffledEpochs:
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
             raise ValueError(
-                "there are no pictures to train on; check data.source and data.val_fraction"
+                "there are no images to train on; check data.source and data.val_fraction"
             )
         self.length, self.seed = length, seed
         self._held = (-1, np.empty(0, dtype=np.int64))
@@ -73,7 +73,7 @@ class BatchSampler:
 
     Args:
         lengths: rows there are, or those of each part of a mixture, which lie one after another.
-        batch_size: rows a step, over all processes.
+        batch_size: rows per step, over all processes.
         seed: start of the shuffles.
         weights: of the parts.
     """
@@ -127,7 +127,7 @@ def order_of(source: Source, batch_size: int, seed: int) -> BatchSampler:
 
 
 class MapBatchLoader:
-    """Pictures of a source that is read in any order: each process has its part of what one process
+    """Images of a source that is read in any order: each process has its part of what one process
     would have."""
 
     def __init__(

@@ -14,11 +14,11 @@ Split = Literal["train", "held_out"]
 
 
 class Source(Protocol):
-    """Pictures with captions, numbered. Everything is asked for in batches."""
+    """Images with captions, numbered. Everything is asked for in batches."""
 
     name: str
     fingerprint: str
-    """Changes when a picture or a caption would."""
+    """Changes when an image or a caption would."""
 
     @property
     def problems(self) -> list[str]:
@@ -28,41 +28,41 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8. A number a picture in `draws` chooses its crop and whether it
+        """Images (N,S,S,3) uint8. A number per image in `draws` chooses its crop and whether it
         is mirrored, where the configuration has it vary; without them, each is its largest centred
         square."""
         ...
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """The first caption of each picture."""
+        """The first caption of each image."""
         ...
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each picture; each has at least one."""
+        """Every caption of each image; each has at least one."""
         ...
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """What to call each picture in messages."""
+        """What to call each image in messages."""
         ...
 
 
 def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
-    """Raises ValueError where no picture of a source is left, with what was left out."""
+    """Raises ValueError where no image of a source is left, with what was left out."""
     if not usable:
         raise ValueError(
-            f"{name} has no usable picture with a caption; {'; '.join(problems) or 'it is empty'}"
+            f"{name} has no usable image with a caption; {'; '.join(problems) or 'it is empty'}"
         )
 
 
 def check_splits(
     config: DataConfig, name: str, train: int, held_out: int, held_out_in_all: int
 ) -> None:
-    """Raises ValueError where a source has no picture to train on, or there is none at all to judge
+    """Raises ValueError where a source has no image to train on, or there is none at all to judge
     on."""
     if not train or not held_out_in_all:
         raise ValueError(
-            f"{name} has {train} pictures to train on and {held_out} held out to judge on, and "
+            f"{name} has {train} images to train on and {held_out} held out to judge on, and "
             "each needs at least "
-            f"one; with few pictures another share than data.val_fraction={config.val_fraction} is "
+            f"one; with few images another share than data.val_fraction={config.val_fraction} is "
             "needed (0.2)"
         )

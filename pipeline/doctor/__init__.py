@@ -1,2 +1,2 @@
-"""What is in a source of pictures and captions, what would stop a training on it, and which
+"""What is in a source of images and captions, what would stop a training on it, and which
 configuration suits it."""

@@ -1,7 +1,7 @@
-"""The captions of pictures that training would use: repeated ones, their lengths in characters and
+"""The captions of images that training would use: repeated ones, their lengths in characters and
 tokens, the vocabulary they use.
 
-Knows texts and the text tokenizer; knows no pictures.
+Knows texts and the text tokenizer; knows no images.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def _doubts(report: CaptionReport, pictures: int, config: TextConfig) -> list[Fi
         found.append(
             Finding(
                 "warns",
-                f"{report.shared:,} of {pictures:,} pictures share their caption with another one "
+                f"{report.shared:,} of {pictures:,} images share their caption with another one "
                 f"({report.distinct:,} are distinct), "
-                "so a prompt says little of a picture",
+                "so a prompt says little of an image",
             )
         )
     elif report.shared:
         found.append(
-            Finding("notes", f"{report.shared:,} pictures share their caption with another one")
+            Finding("notes", f"{report.shared:,} images share their caption with another one")
         )
     if report.too_long and config.truncate:
         found.append(

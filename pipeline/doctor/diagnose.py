@@ -16,7 +16,7 @@ from pipeline.doctor.suggest_config import LARGEST, suggest
 from stage2_prior.text import TextConfig
 
 PICTURES = 10_000
-"""Pictures to look at of a source without an end."""
+"""Images to look at of a source without an end."""
 
 
 def diagnose(
@@ -33,9 +33,9 @@ def diagnose(
     Args:
         config: the data.
         text: how captions become ids; the default where absent.
-        pictures: how many to look at of a source that is streamed, or has no end.
-        largest: picture size that is suggested at most.
-        folder: keeps what was found of each picture, for a training to come (RUN/data).
+        images: how many to look at of a source that is streamed, or has no end.
+        largest: image size that is suggested at most.
+        folder: keeps what was found of each image, for a training to come (RUN/data).
 
     Raises:
         ValueError, OSError: nothing of the source can be opened; with a mixture, nothing of any
@@ -52,7 +52,7 @@ def diagnose_parts(
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> tuple[Diagnosis, list[Part]]:
-    """As `diagnose`, with what it was told by: the parts, whose pictures can be looked at."""
+    """As `diagnose`, with what it was told by: the parts, whose images can be looked at."""
     text = text or TextConfig()
     configs = [
         config.of_part(part, streaming=config.streaming and streams(part.source))

@@ -1,4 +1,4 @@
-"""A diagnosis as one HTML page that stands alone: what the table says, with pictures. Knows HTML
+"""A diagnosis as one HTML page that stands alone: what the table says, with images. Knows HTML
 and thumbnails; finds nothing out.
 
 Whatever comes from the data (names, captions, messages) is escaped.
@@ -21,9 +21,9 @@ from stage1_tokenizer.pixels import to_rgb
 
 _THUMBNAIL = 96
 _GROUPS = 20
-"""Groups of copies, and of pictures that look alike, that are shown."""
+"""Groups of copies, and of images that look alike, that are shown."""
 _EXAMPLES = 24
-"""Usable pictures that are shown with their captions, evenly spread."""
+"""Usable images that are shown with their captions, evenly spread."""
 _LISTED = 20
 _TITLES = {
     "fails": "Training would stop",
@@ -64,9 +64,9 @@ def _source(source: SourceReport, part: Part, *, title: bool) -> str:
         "shorter side": pixels(source.shorter_side),
         "longer side": pixels(source.longer_side),
         "copies of other files": f"{several.copies:,} ({several.held_out_copies:,} held-out "
-        "pictures have one in training)",
+        "images have one in training)",
         "alike without being copies": f"{several.alike:,} ({several.held_out_alike:,} held-out "
-        "pictures look like one in training)",
+        "images look like one in training)",
         "plain surfaces": f"{several.plain:,}",
     }
     parts = [f"<h2>{_text(source.name) if title else 'Pictures'}</h2>", _facts(facts)]
@@ -89,7 +89,7 @@ def _source(source: SourceReport, part: Part, *, title: bool) -> str:
             + (f"<p>and {more:,} more (doctor.json)</p>" if more else "")
         )
     parts.append(_groups("Copies of one file", several.groups, part))
-    parts.append(_groups("Pictures that look alike", several.alike_groups, part))
+    parts.append(_groups("Images that look alike", several.alike_groups, part))
     parts.append(_examples(part))
     return "".join(parts)
 
@@ -124,7 +124,7 @@ def _examples(part: Part) -> str:
         _figure(part, int(row), " / ".join(part.captions[int(row)]) if part.captions else "")
         for row in some
     ]
-    return f"<h3>Some of the usable pictures</h3><div class=group>{''.join(figures)}</div>"
+    return f"<h3>Some of the usable images</h3><div class=group>{''.join(figures)}</div>"
 
 
 def _figure(part: Part, row: int, caption: str) -> str:
@@ -144,7 +144,7 @@ def _figure(part: Part, row: int, caption: str) -> str:
 def _captions(captions: CaptionReport) -> str:
     facts = {
         "captions": f"{captions.captions:,}, {captions.distinct:,} of them distinct",
-        "pictures that share a caption": f"{captions.shared:,}",
+        "images that share a caption": f"{captions.shared:,}",
         "characters": numbers(captions.characters),
         "different words": f"{captions.words:,}, {captions.words_once:,} of them once",
     }
@@ -158,7 +158,7 @@ def _captions(captions: CaptionReport) -> str:
         }
     repeated = [[_text(one.label[:200]), f"{one.count:,}"] for one in captions.repeated[:_LISTED]]
     again = (
-        "<h3>Captions of several pictures</h3>" + _table(["caption", "pictures"], repeated)
+        "<h3>Captions of several images</h3>" + _table(["caption", "pictures"], repeated)
         if repeated
         else ""
     )

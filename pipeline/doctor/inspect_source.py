@@ -1,4 +1,4 @@
-"""One source, looked at: which pictures training would use, their sizes, what is wrong with the
+"""One source, looked at: which images training would use, their sizes, what is wrong with the
 others, and which are copies.
 
 Knows rows and hashes; knows no tokens and writes nothing. What would stop a training is noted, and
@@ -37,9 +37,9 @@ from pipeline.doctor.report import (
 
 _T = TypeVar("_T")
 _NAMED = 1000
-"""Unreadable pictures that are named."""
+"""Unreadable images that are named."""
 _GROUPS, _MEMBERS = 50, 8
-"""Groups of copies that are listed, and pictures that each names."""
+"""Groups of copies that are listed, and images that each names."""
 _SIDES = (1, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 _ASPECTS = (
     (1.05, "square"),
@@ -87,11 +87,11 @@ class Part:
 
 
 def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
-    """Opens a source and every picture of it.
+    """Opens a source and every image of it.
 
     Args:
-        most: pictures to look at of a source that has no end, or that is streamed.
-        folder: keeps what was found of each picture for a training to come.
+        most: images to look at of a source that has no end, or that is streamed.
+        folder: keeps what was found of each image for a training to come.
     """
     findings: list[Finding] = []
     opened = _tried(lambda: open_source(config, most), findings)
@@ -188,7 +188,7 @@ def _tried(work: Callable[[], _T], findings: list[Finding]) -> _T | None:
 
 
 def _captioned(captions: Captions | None, count: int) -> np.ndarray:
-    """Whether each row has a caption; all of them where none can be read, so that pictures can be
+    """Whether each row has a caption; all of them where none can be read, so that images can be
     judged on their own."""
     if captions is None:
         return np.ones(count, bool)
@@ -232,7 +232,7 @@ def _duplicates(
         )
 
     def across(groups: list[np.ndarray]) -> int:
-        """Held-out pictures with another one of their group in training."""
+        """Held-out images with another one of their group in training."""
         used = (group[fit[group]] for group in groups)
         return sum(int(held_out[group].sum()) for group in used if not held_out[group].all())
 
@@ -267,7 +267,7 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
     say(
         "notes" if drawn else "warns",
         found.held_out_copies + found.held_out_alike,
-        f"{found.held_out_copies:,} held-out pictures are copies of training pictures and "
+        f"{found.held_out_copies:,} held-out images are copies of training images and "
         f"{found.held_out_alike:,} look like one "
         f"(at most {NEAR} of 64 bits apart), so held-out figures flatter"
         + ("" if drawn else "; remove all but one of each"),
@@ -275,30 +275,27 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
     say(
         "warns",
         found.copies > 0.05 * report.rows,
-        f"{found.copies:,} pictures are copies of others; remove them",
+        f"{found.copies:,} images are copies of others; remove them",
     )
     say(
         "notes",
         found.copies and found.copies <= 0.05 * report.rows,
-        f"{found.copies:,} pictures are copies of others",
+        f"{found.copies:,} images are copies of others",
     )
     say(
-        "notes",
-        found.alike,
-        f"{found.alike:,} pictures look like others without being the same file",
+        "notes", found.alike, f"{found.alike:,} images look like others without being the same file"
     )
-    say("notes", found.plain, f"{found.plain:,} pictures are one plain surface")
+    say("notes", found.plain, f"{found.plain:,} images are one plain surface")
     several = sum(mode.count for mode in report.modes if "animated" in mode.label)
-    say("notes", several, f"of {several:,} pictures with several frames the first is used")
+    say("notes", several, f"of {several:,} images with several frames the first is used")
     say(
         "notes",
         0 < report.usable < 1000,
-        f"{report.usable:,} usable pictures are few: a prior remembers rather than learns",
+        f"{report.usable:,} usable images are few: a prior remembers rather than learns",
     )
     say(
         "notes",
         report.first_only,
-        f"the first {report.rows:,} pictures were looked at, of a source that goes on "
-        "(--max-images)",
+        f"the first {report.rows:,} images were looked at, of a source that goes on (--max-images)",
     )
     return doubts

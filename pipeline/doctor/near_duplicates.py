@@ -1,5 +1,5 @@
-"""Which pictures are copies of each other, and which look alike, from hashes alone. Knows numbers;
-opens no pictures.
+"""Which images are copies of each other, and which look alike, from hashes alone. Knows numbers;
+opens no images.
 
 Two looks are alike where at most `NEAR` of their 64 bits differ. Cut into `NEAR` + 2 parts, two
 such looks agree in two parts at least, so it is enough to compare those that agree in some two
@@ -21,7 +21,7 @@ parts are cut; different noise differs in 15 or more, and drawings of one kind, 
 alike to it."""
 CROWD = 128
 """Looks that agree in two parts are compared with so many neighbours in their order, so that a
-source of pictures that are all nearly the same takes no longer than others; beyond it, pairs may be
+source of images that are all nearly the same takes no longer than others; beyond it, pairs may be
 missed."""
 _PENDING = 100_000
 

@@ -1,4 +1,4 @@
-"""The rows of any source, to be looked at: files as they lie, pictures that are drawn here, the
+"""The rows of any source, to be looked at: files as they lie, images that are drawn here, the
 first samples of a stream.
 
 Knows how each kind is opened; judges nothing.
@@ -44,7 +44,7 @@ def open_source(config: DataConfig, most: int) -> Opened:
     """Opens the source that `config` names.
 
     Args:
-        most: pictures to look at of a source that has no end, or that is streamed.
+        most: images to look at of a source that has no end, or that is streamed.
 
     Raises:
         ValueError, FileNotFoundError: see `pipeline.data.load.load_sources`.
@@ -59,13 +59,13 @@ def open_source(config: DataConfig, most: int) -> Opened:
 
 
 def open_without_captions(config: DataConfig) -> Opened:
-    """A source whose captions cannot be read, as pictures alone; see `open_source` for what is
+    """A source whose captions cannot be read, as images alone; see `open_source` for what is
     raised."""
     return Opened(find_rows(replace(config, text_column="name", caption_template="{name}")), config)
 
 
 class DrawnRows:
-    """Pictures that are drawn here: `train` of training and then those held out."""
+    """Images that are drawn here: `train` of training and then those held out."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
         self.name, self.columns, self.tally = config.source, ["text"], SkipCounter()
@@ -100,7 +100,7 @@ class DrawnRows:
 
 
 class StreamedRows:
-    """The first samples of a stream, their pictures in a file that is gone when these rows are."""
+    """The first samples of a stream, their images in a file that is gone when these rows are."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
         # Sizes are judged later: nothing but what has no caption or no known format is left out

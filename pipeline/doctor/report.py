@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Pictures or captions that training leaves out for one reason.
+    """Images or captions that training leaves out for one reason.
 
     Attributes:
         reason: why.
@@ -43,7 +43,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that cannot be read: its name and why."""
+    """An image that cannot be read: its name and why."""
 
     name: str
     problem: str
@@ -70,10 +70,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that are the same, or look it.
+    """Images that are the same, or look it.
 
     Attributes:
-        count: of its pictures.
+        count: of its images.
         rows: numbers of the first of them in their source.
         names: of these.
         held_out: whether these are kept from training.
@@ -87,17 +87,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures that occur several times.
+    """Images that occur several times.
 
     Attributes:
-        copies: pictures whose file is that of an earlier one.
-        alike: further pictures that look like an earlier one without being the same file, after
+        copies: images whose file is that of an earlier one.
+        alike: further images that look like an earlier one without being the same file, after
             scaling or compression.
-        held_out_copies, held_out_alike: held-out pictures of which training sees a copy, or one
+        held_out_copies, held_out_alike: held-out images of which training sees a copy, or one
             that looks the same.
-        plain: pictures that are one plain surface; they all look alike and are in no group for it.
+        plain: images that are one plain surface; they all look alike and are in no group for it.
         groups: of copies, the largest first; not all.
-        alike_groups: of pictures that look alike, the largest first; not all.
+        alike_groups: of images that look alike, the largest first; not all.
     """
 
     copies: int = 0
@@ -115,7 +115,7 @@ class SourceReport:
 
     Attributes:
         name: as given.
-        rows: pictures that were looked at.
+        rows: images that were looked at.
         readable: of these, those that can be decoded.
         usable: of these, those of the wanted sizes with a caption of the wanted length.
         train, held_out: the two splits of the usable ones.
@@ -127,7 +127,7 @@ class SourceReport:
         aspects: histogram of the longer over the shorter side.
         modes: Pillow's modes, the most frequent first.
         formats: by the names' endings, where they have one.
-        duplicates: copies and pictures that look alike.
+        duplicates: copies and images that look alike.
     """
 
     name: str
@@ -150,16 +150,16 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """The captions of all usable pictures.
+    """The captions of all usable images.
 
     Attributes:
-        captions: how many, over all pictures.
+        captions: how many, over all images.
         distinct: how many different ones.
-        shared: pictures that have a caption in common with another one.
-        repeated: captions of several pictures, with their numbers of pictures, the most frequent
+        shared: images that have a caption in common with another one.
+        repeated: captions of several images, with their numbers of images, the most frequent
             first; not all.
         characters: length of a caption in characters.
-        damaged: captions with characters that could not be read in UTF-8.
+        corrupted: captions with characters that could not be read in UTF-8.
         words, words_once: different words, and those that occur once.
         length: text slots of the stream, `text.max_length`.
         tokens: slots that a caption needs, its start and end included; None where there is no

@@ -1,8 +1,8 @@
-"""Which configuration suits a source, from its sizes, its number of pictures and its captions.
+"""Which configuration suits a source, from its sizes, its number of images and its captions.
 Knows settings; reads no files.
 
 The networks, the optimizer and the passes over the data are those of configs/emoji.yaml, the
-shipped experiment on real pictures.
+shipped experiment on real images.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stage2_prior.text import TextConfig
 SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Powers of two, and three times one: what the factors divide."""
 LARGEST = 256
-"""Picture size above which none is suggested unasked: codes, and so the prior's time, grow with its
+"""Image size above which none is suggested unasked: codes, and so the prior's time, grow with its
 square."""
 _LEFT_OUT = 0.1
 _CODES = ((1_000, 256), (3_000, 512), (30_000, 1024), (100_000, 2048), (1_000_000, 4096))
-"""(pictures below which, codes): of 1,024 codes 95% were in use on 3,400 pictures and of 512 on a
-simple world nearly all (docs/tokenizers.md); codebooks of more entries need more pictures to fill
+"""(images below which, codes): of 1,024 codes 95% were in use on 3,400 images and of 512 on a
+simple world nearly all (docs/tokenizers.md); codebooks of more entries need more images to fill
 them."""
 _MOST_CODES = 8192
 _BATCH = 32
@@ -38,10 +38,10 @@ _PASSES, _LEAST, _MOST = (
     {"tokenizer": 1000, "prior": 2000},
     {"tokenizer": 20_000, "prior": 40_000},
 )
-"""Passes over the pictures, as in configs/emoji.yaml; fewest steps; and steps beyond which one pass
+"""Passes over the images, as in configs/emoji.yaml; fewest steps; and steps beyond which one pass
 is enough."""
 _SHAPES = 60_000
-"""Pictures of the shapes to encode, as in configs/shapes.yaml."""
+"""Images of the shapes to encode, as in configs/shapes.yaml."""
 _MODEL = {
     "quantizer": "vq",
     "width": 128,
@@ -57,11 +57,11 @@ def suggest(
     data: DataConfig, text: TextConfig, parts: Sequence[Part], largest: int = LARGEST
 ) -> Suggestion | None:
     """A configuration that trains on what `parts` found; None where there are not two usable
-    pictures, or no captions.
+    images, or no captions.
 
     Args:
         data, text: the settings that were given; those that say how to read the source are kept.
-        largest: picture size that is suggested at most.
+        largest: image size that is suggested at most.
 
     Raises:
         ValueError: `text.pretrained` cannot be loaded.
@@ -82,19 +82,19 @@ def suggest(
     if share != data.val_fraction:
         reasons.append(
             f"data.val_fraction {share:g}: with {data.val_fraction:g} one split of these few "
-            "pictures is empty"
+            "images is empty"
         )
         own["val_fraction"] = share
     factor = 4 if size < 48 else 8 if size < 256 else 16
     side = size // factor
-    reasons.append(f"tokenizer.model.downsample_factor {factor}: {side}x{side} codes a picture")
+    reasons.append(f"tokenizer.model.downsample_factor {factor}: {side}x{side} codes per image")
     world = data.source == "shapes"
     first_only = any(part.opened is not None and part.opened.first_only for part in parts)
     codes = (
         512 if world else next((codes for below, codes in _CODES if pictures < below), _MOST_CODES)
     )
     reasons.append(
-        f"tokenizer.model.num_codes {codes}: for {pictures:,} pictures"
+        f"tokenizer.model.num_codes {codes}: for {pictures:,} images"
         + (" that were looked at" if first_only else "")
     )
     train = [
@@ -107,7 +107,7 @@ def suggest(
     for stage, count in steps.items():
         passes = count * _BATCH / (_SHAPES if world else pictures)
         reasons.append(
-            f"{stage}.train.steps {count}: {passes:,.1f} passes over the pictures in batches of "
+            f"{stage}.train.steps {count}: {passes:,.1f} passes over the images in batches of "
             f"{_BATCH}"
         )
     texts = {
@@ -185,7 +185,7 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
     for size in reversed(sizes):
         small = float((shorter < size).mean()) if len(shorter) else 1.0
         if small <= _LEFT_OUT:
-            left = f"{small:.1%} of the pictures are smaller"
+            left = f"{small:.1%} of the images are smaller"
             return (
                 size,
                 data.upscale,
@@ -196,7 +196,7 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
                     else ""
                 ),
             )
-    return sizes[0], True, "most pictures are smaller, and are enlarged"
+    return sizes[0], True, "most images are smaller, and are enlarged"
 
 
 def _given(data: DataConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ _LABEL = 22
 
 
 def as_table(diagnosis: Diagnosis) -> str:
-    """Everything but names and pictures, which are on the page."""
+    """Everything but names and images, which are on the page."""
     lines: list[str] = []
     for source in diagnosis.sources:
         lines += [*source_lines(source), ""]
@@ -38,12 +38,12 @@ def source_lines(source: SourceReport) -> list[str]:
         ("formats", ranking(source.formats)),
         (
             "copies",
-            f"{several.copies:,}; of held-out pictures, {several.held_out_copies:,} have one in "
+            f"{several.copies:,}; of held-out images, {several.held_out_copies:,} have one in "
             "training",
         ),
         (
             "alike",
-            f"{several.alike:,}; of held-out pictures, {several.held_out_alike:,} look like one in "
+            f"{several.alike:,}; of held-out images, {several.held_out_alike:,} look like one in "
             "training",
         ),
         ("plain surfaces", f"{several.plain:,}"),
@@ -64,7 +64,7 @@ def caption_lines(captions: CaptionReport) -> list[str]:
     facts = [
         (
             "captions",
-            f"{captions.captions:,}, {captions.distinct:,} distinct; {captions.shared:,} pictures "
+            f"{captions.captions:,}, {captions.distinct:,} distinct; {captions.shared:,} images "
             "share theirs with another",
         ),
         ("characters", numbers(captions.characters)),

@@ -1,7 +1,7 @@
-"""`minidalle codebook`: what each code of a tokenizer draws and how often it is used, as pictures
+"""`minidalle codebook`: what each code of a tokenizer draws and how often it is used, as images
 and as one HTML page.
 
-Knows tokenizers and pictures; trains nothing. Codes are sorted by use, the most used first.
+Knows tokenizers and images; trains nothing. Codes are sorted by use, the most used first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LevelView:
     name: str
     statistics: CodebookStatistics
     codes: list[int]
-    """Codes shown, in the order of the pictures."""
+    """Codes shown, in the order of the images."""
     counts: list[int]
     pictures: dict[str, np.ndarray]
     """By title: grids of the codes alone and in context, map, usage curve."""
@@ -61,14 +61,14 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
     `out`; returns what is on the page.
 
     Raises:
-        ValueError: the folder holds no tokenizer, or there are no pictures.
+        ValueError: the folder holds no tokenizer, or there are no images.
         FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.from_pretrained(tokenizer)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(pictures):
         raise ValueError(
-            "there are no pictures to see the codes in; give a configuration with held-out pictures"
+            "there are no images to see the codes in; give a configuration with held-out images"
         )
     codes = torch.cat(
         [
@@ -161,7 +161,7 @@ def _in_context(
         shown: list[np.ndarray] = []
         seen: set[int] = set()
         for number, i, j in (codes == code).nonzero().tolist():
-            if number not in seen and len(shown) < _EXAMPLES:  # of different pictures
+            if number not in seen and len(shown) < _EXAMPLES:  # of different images
                 seen.add(number)
                 shown.append(
                     padded[number, i * height : (i + 3) * height, j * width : (j + 3) * width]
@@ -172,7 +172,7 @@ def _in_context(
 
 
 def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
-    """Each code's picture at the two principal components of its vector, the most used on top."""
+    """Each code's image at the two principal components of its vector, the most used on top."""
     centred = vectors.float() - vectors.float().mean(0)
     if centred.shape[1] < 2:
         centred = torch.cat([centred, torch.zeros_like(centred)], dim=1)
@@ -227,7 +227,7 @@ def _write(
             f"code</summary><table><tr><th>code</th><th>uses</th><th>share</th></tr>{rows}</table></details>"
         )
     head = (
-        f"{total.usage:.1%} of all codes used on {pictures} pictures, perplexity "
+        f"{total.usage:.1%} of all codes used on {pictures} images, perplexity "
         f"{total.perplexity:,.1f}, {total.dead} never used"
     )
     page = (
@@ -245,7 +245,7 @@ def _write(
 
 _TITLES = {
     "alone": "What each code draws, standing everywhere",
-    "in context": "Where it is used: the place and what lies around it, three pictures a code",
+    "in context": "Where it is used: the place and what lies around it, three images per code",
     "map": "The codebook in two dimensions (principal components of the codes' vectors)",
     "use": "How often each code is used, sorted",
 }

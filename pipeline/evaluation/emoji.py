@@ -1,4 +1,4 @@
-"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows pictures,
+"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows images,
 not how they are drawn.
 
 Distance is the mean squared error over all pixels and channels, at the experiment's size.
@@ -37,7 +37,7 @@ def emoji_figures(
             figures[name.replace("nearest", "caption")] = captions_found(
                 pipe, true, source.captions(rows)
             )
-    # `source` is now the held-out one: every held-out name that has tones, against the pictures of
+    # `source` is now the held-out one: every held-out name that has tones, against the images of
     # all its tones.
     hits = []
     everyone = list(range(len(source)))
@@ -51,7 +51,7 @@ def emoji_figures(
 
 
 def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
-    """Share of pictures whose own caption has the highest log p(caption | codes) among all of the
+    """Share of images whose own caption has the highest log p(caption | codes) among all of the
     captions."""
     best = [
         pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0]
@@ -61,7 +61,7 @@ def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: li
 
 
 def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared errors (len(a), len(b)) between two sets of pictures."""
+    """Mean squared errors (len(a), len(b)) between two sets of images."""
     x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (a, b))
     return ((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1]
 

@@ -57,21 +57,21 @@ def evaluate(
     pictures: int = 500,
     before: Path | None = None,
 ) -> Report:
-    """Judges a bundle on up to `pictures` held-out pictures and prompts of the experiment's source.
+    """Judges a bundle on up to `pictures` held-out images and prompts of the experiment's source.
 
     Sampling uses the bundle's own defaults and seed 0. On several processes only the first one
     works. Where the experiment starts from a bundle (`init_from`), or one is given as `before`,
     what was forgotten since is reported too.
 
     Raises:
-        ValueError: the bundle's pictures are of another size than the experiment's, or nothing is
+        ValueError: the bundle's images are of another size than the experiment's, or nothing is
             held out.
     """
     start = time.perf_counter()
     pipe = TextToImagePipeline.from_pretrained(bundle)
     if pipe.tokenizer.image_size != experiment.data.image_size:
         raise ValueError(
-            f"the bundle {bundle} makes pictures of {pipe.tokenizer.image_size} pixels and "
+            f"the bundle {bundle} makes images of {pipe.tokenizer.image_size} pixels and "
             "data.image_size is "
             f"{experiment.data.image_size}; evaluate with the configuration it was trained with"
         )
@@ -80,7 +80,7 @@ def evaluate(
     count = min(pictures, len(held_out))
     if not count:
         raise ValueError(
-            "no picture is held out, so there is nothing to judge on; raise data.val_fraction"
+            "no image is held out, so there is nothing to judge on; raise data.val_fraction"
         )
     bf16 = uses_bf16(experiment.precision, pipe.tokenizer.device)
     report = Report()

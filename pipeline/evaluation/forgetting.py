@@ -55,7 +55,7 @@ def forgetting(
     before: Path, after: Path, experiment: Experiment, *, pictures: int = 500
 ) -> Forgetting:
     """Compares a bundle with the one that it was started from, on up to `pictures` held-out
-    pictures of each one's data. PSNR only where the tokenizers differ. Where the old data are not
+    images of each one's data. PSNR only where the tokenizers differ. Where the old data are not
     there any more, a note says so in place of their figures.
 
     Args:
@@ -65,7 +65,7 @@ def forgetting(
 
     Raises:
         FileNotFoundError: one of the folders is no bundle.
-        ValueError: the bundles' pictures are of unlike size, or nothing is held out.
+        ValueError: the bundles' images are of unlike size, or nothing is held out.
     """
     pipes = {
         "before": TextToImagePipeline.from_pretrained(before),
@@ -74,7 +74,7 @@ def forgetting(
     old, new = pipes["before"], pipes["after"]
     if old.tokenizer.image_size != new.tokenizer.image_size:
         raise ValueError(
-            f"{before} makes pictures of {old.tokenizer.image_size} pixels and {after} of "
+            f"{before} makes images of {old.tokenizer.image_size} pixels and {after} of "
             f"{new.tokenizer.image_size}; a bundle is "
             "compared with the one that it was started from"
         )
@@ -99,7 +99,7 @@ def forgetting(
     other_codes = old.tokenizer.fingerprint != new.tokenizer.fingerprint
     if other_codes:
         result.notes.append(
-            "the tokenizers differ: nats a code are of other codes before and after"
+            "the tokenizers differ: nats per code are of other codes before and after"
         )
     if old.text.fast.get_vocab() != new.text.fast.get_vocab():
         result.notes.append(
@@ -110,7 +110,7 @@ def forgetting(
         count = min(pictures, len(source))
         if not count:
             raise ValueError(
-                f"no picture of the {data} is held out, so there is nothing to judge on; raise "
+                f"no image of the {data} is held out, so there is nothing to judge on; raise "
                 "data.val_fraction"
             )
         for when, pipe in pipes.items():

@@ -1,7 +1,7 @@
-"""How often a drawn picture of the embedded world is what its caption says, by the oracle. Knows
+"""How often a drawn image of the embedded world is what its caption says, by the oracle. Knows
 prompts and verdicts.
 
-Accuracies are shares of pictures fully right; `new_pairs` are captions with a (shape, colour) pair
+Accuracies are shares of images fully right; `new_pairs` are captions with a (shape, colour) pair
 that training never saw.
 """
 
@@ -34,7 +34,7 @@ def shapes_figures(
     reconstructed: np.ndarray,
     count: int,
 ) -> None:
-    """Adds the oracle's figures: on true pictures, on reconstructions, and on one drawn picture a
+    """Adds the oracle's figures: on true images, on reconstructions, and on one drawn image a
     prompt, seed 0."""
     held_out = ShapesSource(experiment.data, "held_out")
     prompts = held_out.prompts(range(count))
@@ -65,7 +65,7 @@ def shapes_figures(
 
 def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int) -> float:
     """Share of edits after which the oracle finds all that the new caption says, and no object
-    more: in held-out pictures of two objects one is masked, by a box of whole cells, and the prompt
+    more: in held-out images of two objects one is masked, by a box of whole cells, and the prompt
     puts another shape in another colour of the same size in its place."""
     held_out = ShapesSource(experiment.data, "held_out")
     size, met, done = experiment.data.image_size, 0, 0

@@ -1,5 +1,5 @@
-"""Many pictures' codes in batches: how large they may be, and whether compiling pays. Knows memory
-and time; no pictures, no prompts."""
+"""Many images' codes in batches: how large they may be, and whether compiling pays. Knows memory
+and time; no images, no prompts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from the second time on."""
 COMPILED_TIME_FRACTION = 0.5
 """Time of a compiled step as a share of a plain one's."""
 _TOO_LARGE = (
-    "one picture of {} codes does not fit the memory of {}; close other programs, use a "
+    "one image of {} codes does not fit the memory of {}; close other programs, use a "
     "smaller prior, or sample without guidance"
 )
 
 
 def bytes_per_image(prior: ImagePrior, options: SamplingOptions) -> int:
-    """Memory that sampling one picture takes, weights aside: its cache, and what reading its
+    """Memory that sampling one image takes, weights aside: its cache, and what reading its
     caption holds at a time."""
     config, stream = prior.model_config, prior.stream
     itemsize = prior.text_head.weight.element_size()
@@ -79,13 +79,13 @@ def sample_codes_batched(
     **given: Tensor | None,
 ) -> Samples:
     """`sample` in batches that fit the memory, with `given` (`known`, `codes`, `orders`) a row a
-    picture.
+    image.
 
     Says once, as a warning, where batches are smaller than was asked for, and where steps are
     compiled unasked.
 
     Raises:
-        MemoryError: not even one picture fits.
+        MemoryError: not even one image fits.
     """
     if compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is {compile!r}; choose auto, on or off")
@@ -105,7 +105,7 @@ def sample_codes_batched(
     if fitting < largest:
         largest = fitting
         warnings.warn(
-            f"{min(batch_size, len(text_ids))} pictures at a time do not fit the free memory; "
+            f"{min(batch_size, len(text_ids))} images at a time do not fit the free memory; "
             f"going on with {largest}",
             stacklevel=3,
         )
@@ -140,7 +140,7 @@ def sample_codes_batched(
                 ) from error
             largest = (part.stop - part.start) // 2
             warnings.warn(
-                f"out of memory with {part.stop - part.start} pictures at a time; going on with "
+                f"out of memory with {part.stop - part.start} images at a time; going on with "
                 f"{largest}",
                 stacklevel=3,
             )

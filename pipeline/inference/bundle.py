@@ -69,7 +69,7 @@ def read_bundle(folder: Path) -> Bundle:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{folder}/pipeline.json is cut or damaged ({error}); copy the bundle again"
+            f"{folder}/pipeline.json is truncated or corrupted ({error}); copy the bundle again"
         ) from error
     if not isinstance(description, dict):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pictures in part: masks to codes that are kept, canvases, what is put back. Knows pictures and
+"""Images in part: masks to codes that are kept, canvases, what is put back. Knows images and
 grids of codes; samples nothing.
 
 White in a mask is what is replaced. A code is kept where no pixel of its cell is white.
@@ -23,12 +23,12 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A mask as bool (H,W), true where it is white.
 
     Raises:
-        ValueError: the mask has another size than the picture (width, height), or is no black and
+        ValueError: the mask has another size than the image (width, height), or is no black and
             white one.
     """
     if mask.size != size:
         raise ValueError(
-            f"the mask is {mask.width}x{mask.height} and the picture {size[0]}x{size[1]}; they "
+            f"the mask is {mask.width}x{mask.height} and the image {size[0]}x{size[1]}; they "
             "must agree"
         )
     if mask.mode not in ("1", "L"):
@@ -40,7 +40,7 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def checked_picture(image: Image.Image, side: int) -> Image.Image:
-    """The picture in RGB.
+    """The image in RGB.
 
     Raises:
         ValueError: it is not of the size that the prior draws.
@@ -48,7 +48,7 @@ def checked_picture(image: Image.Image, side: int) -> Image.Image:
     image = to_rgb(image)
     if image.size != (side, side):
         raise ValueError(
-            f"the picture is {image.width}x{image.height} and this prior draws {side}x{side}; "
+            f"the image is {image.width}x{image.height} and this prior draws {side}x{side}; "
             "resize it first "
             "(stage1_tokenizer.resize_and_crop)"
         )
@@ -71,7 +71,7 @@ def keep_mask(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
 def composite(
     original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray
 ) -> list[Image.Image]:
-    """The drawn pictures inside the mask, the original's own pixels everywhere else."""
+    """The drawn images inside the mask, the original's own pixels everywhere else."""
     before = np.asarray(original)
     return [
         Image.fromarray(np.where(replaced[..., None], np.asarray(picture), before))
@@ -82,24 +82,24 @@ def composite(
 def place_on_canvas(
     image: Image.Image, side: int, at: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
-    """A smaller picture put on a canvas of side x side pixels, its top left corner `at` (x, y), and
+    """A smaller image put on a canvas of side x side pixels, its top left corner `at` (x, y), and
     the mask of what is new.
 
     The gap is filled with the border's pixels, so that codes at the seam know what it continues.
 
     Raises:
-        ValueError: the picture does not lie on the canvas, or fills it.
+        ValueError: the image does not lie on the canvas, or fills it.
     """
     image, (x, y) = to_rgb(image), at
     right, below = side - x - image.width, side - y - image.height
     if min(x, y, right, below) < 0:
         raise ValueError(
-            f"a picture of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
+            f"an image of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
             f"{side}x{side}"
         )
     if not any((x, y, right, below)):
         raise ValueError(
-            f"the picture fills the canvas of {side}x{side}, so there is nothing to extend; give a "
+            f"the image fills the canvas of {side}x{side}, so there is nothing to extend; give a "
             "smaller one"
         )
     canvas = np.pad(np.asarray(image), ((y, below), (x, right), (0, 0)), mode="edge")
@@ -112,13 +112,12 @@ def warn_if_trivial(known: Tensor) -> bool:
     """Whether there is nothing to draw; says where a mask is empty or full."""
     if known.all():
         warnings.warn(
-            "the mask is empty: nothing is replaced, and the picture comes back as it is",
+            "the mask is empty: nothing is replaced, and the image comes back as it is",
             stacklevel=3,
         )
     elif not known.any():
         warnings.warn(
-            "the mask touches every code: nothing of the picture is kept, so this is plain "
-            "sampling",
+            "the mask touches every code: nothing of the image is kept, so this is plain sampling",
             stacklevel=3,
         )
     return bool(known.all())
@@ -126,14 +125,14 @@ def warn_if_trivial(known: Tensor) -> bool:
 
 def random_keep_mask(seeds: Sequence[int], count: int, strength: float) -> Tensor:
     """(B,N) bool: which codes a variation keeps, all but a share `strength` of them, by each
-    picture's seed alone.
+    image's seed alone.
 
     Raises:
         ValueError: the strength is not above 0 and at most 1.
     """
     if not 0 < strength <= 1:
         raise ValueError(
-            f"strength is {strength}; it is the share of the codes that are drawn anew, above 0 "
+            f"strength is {strength}; it is the share of the codes that are resampled, above 0 "
             "and at most 1"
         )
     replaced = max(round(strength * count), 1)

@@ -1,4 +1,4 @@
-"""What `minidalle generate`, `edit` and `reconstruct` do: pictures to files. Knows folders; models
+"""What `minidalle generate`, `edit` and `reconstruct` do: images to files. Knows folders; models
 come from the stages."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def generate(
     """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the
     processes. Returns the count.
 
-    The pictures do not depend on how many processes there are.
+    The images do not depend on how many processes there are.
 
     Args:
         judge: name or folder of a CLIP model that `best_of` chooses by.
@@ -94,12 +94,12 @@ def edit(
     seed: int = 0,
     **options: Any,
 ) -> int:
-    """Writes edited pictures as `generate` does; returns the count. One of `mask`, `at` and
-    `strength` says what is drawn anew.
+    """Writes edited images as `generate` does; returns the count. One of `mask`, `at` and
+    `strength` says what is resampled.
 
     Args:
-        mask: picture whose white is replaced (`TextToImagePipeline.edit`).
-        at: where on the canvas the picture comes to (`outpaint`).
+        mask: image whose white is replaced (`TextToImagePipeline.edit`).
+        at: where on the canvas the image comes to (`outpaint`).
         strength: share of the codes (`vary`).
 
     Raises:
@@ -133,7 +133,7 @@ def edit(
 
 
 class _Drawn(NamedTuple):
-    """One picture on its way to a file."""
+    """One image on its way to a file."""
 
     prompt: int
     number: int
@@ -188,15 +188,15 @@ def reconstruct(
     size: tuple[int, int] | None = None,
     tile: int = 512,
 ) -> list[str]:
-    """Writes each picture's reconstruction, and a grid of pairs where all have one size; returns a
-    line a picture with its PSNR.
+    """Writes each image's reconstruction, and a grid of pairs where all have one size; returns a
+    line an image with its PSNR.
 
     Args:
-        size: width and height to crop and resize to; without it pictures stay as they are.
-        tile: pictures with a longer side go through in pieces of this many pixels.
+        size: width and height to crop and resize to; without it images stay as they are.
+        tile: images with a longer side go through in pieces of this many pixels.
 
     Raises:
-        ValueError: a file cannot be read as a picture, or has a size that the tokenizer's grid does
+        ValueError: a file cannot be read as an image, or has a size that the tokenizer's grid does
             not divide.
         FileNotFoundError: a file or the tokenizer is not there.
     """

@@ -22,7 +22,7 @@ class Scores:
 
 @dataclass
 class TextToImageOutput:
-    """Pictures in prompt-major order: all of the first prompt, then all of the second."""
+    """Images in prompt-major order: all of the first prompt, then all of the second."""
 
     images: list[Image.Image]
     codes: Tensor
@@ -31,10 +31,10 @@ class TextToImageOutput:
     """(N,) log p(codes | prompt) in nats; near that only with `num_inference_steps`, see
     `Samples`."""
     seeds: list[int]
-    """(N,) what each picture's random numbers were drawn from."""
+    """(N,) what each image's random numbers were drawn from."""
 
     def rows(self, chosen: Sequence[int]) -> TextToImageOutput:
-        """Some of the pictures."""
+        """Some of the images."""
         images, seeds = [self.images[i] for i in chosen], [self.seeds[i] for i in chosen]
         return TextToImageOutput(
             images, self.codes[list(chosen)], self.log_likelihood[list(chosen)], seeds

@@ -1,4 +1,4 @@
-"""`TextToImagePipeline`: prompts -> pictures, pictures in part, scores. Knows both stages'
+"""`TextToImagePipeline`: prompts -> images, images in part, scores. Knows both stages'
 interfaces, not their insides."""
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from stage2_prior import (
 
 
 def picture_seed(seed: int, number: int) -> int:
-    """Seed of a prompt's picture `number`; it depends on nothing else, so a batch or a split
-    changes no picture."""
+    """Seed of a prompt's image `number`; it depends on nothing else, so a batch or a split
+    changes no image."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
 
 
@@ -54,7 +54,7 @@ class TextToImagePipeline:
     """Both stages chained.
 
     Args:
-        tokenizer: codes -> pictures.
+        tokenizer: codes -> images.
         prior: caption -> codes.
         text: caption -> text ids.
         defaults: sampling options where a call gives none.
@@ -98,7 +98,7 @@ class TextToImagePipeline:
         return self
 
     def compile(self) -> TextToImagePipeline:
-        """Makes ready for many pictures; returns itself. The prior computes in bf16 where the
+        """Makes ready for many images; returns itself. The prior computes in bf16 where the
         device does so natively, and its steps are compiled: some ten seconds once for each batch
         size. Likelihoods and codes may differ a little from those of fp32.
         """
@@ -123,15 +123,15 @@ class TextToImagePipeline:
         compile: Compile | None = None,
         **sampling: Any,
     ) -> TextToImageOutput:
-        """Samples pictures. The same seed gives the same pictures for a prompt, whatever else is
+        """Samples images. The same seed gives the same images for a prompt, whatever else is
         asked for in the call. An empty prompt samples without a caption and warns that it does.
 
         Args:
-            best_of: pictures drawn for each one returned; the one with the highest guidance gain is
+            best_of: images drawn for each one returned; the one with the highest guidance gain is
                 kept.
-            judge: (pictures, prompts) -> a score each, which `best_of` chooses by instead, such as
+            judge: (images, prompts) -> a score each, which `best_of` chooses by instead, such as
                 `pipeline.CLIPScorer`.
-            batch_size: pictures at a time; fewer where memory is short.
+            batch_size: images at a time; fewer where memory is short.
             compile: whether the steps are compiled; `auto` does so where so much is drawn that it
                 pays.
             sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's
@@ -152,12 +152,12 @@ class TextToImagePipeline:
             )
         if best_of < 1:
             raise ValueError(
-                f"best_of is {best_of}; it must be at least 1, the number of pictures drawn for "
+                f"best_of is {best_of}; it must be at least 1, the number of images drawn for "
                 "each one that is kept"
             )
         if judge is not None and best_of == 1:
             raise ValueError(
-                "a judge chooses among several pictures, and best_of is 1; ask for more (best_of=4)"
+                "a judge chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
         options = self._options(sampling)
         ids = self._text_ids(prompts, truncate)
@@ -183,7 +183,7 @@ class TextToImagePipeline:
         )
         if len(scores) != len(seeds):
             raise ValueError(
-                f"the judge gave {len(scores)} scores for {len(seeds)} pictures; it must give one "
+                f"the judge gave {len(scores)} scores for {len(seeds)} images; it must give one "
                 "for each"
             )
         return output.rows((scores.view(-1, best_of).argmax(1) + firsts).tolist())
@@ -199,17 +199,17 @@ class TextToImagePipeline:
         truncate: bool = False,
         **sampling: Any,
     ) -> TextToImageOutput:
-        """Draws the masked part of a picture anew. Codes of cells without a white pixel are kept
+        """Draws the masked part of an image anew. Codes of cells without a white pixel are kept
         exactly, and so is every pixel outside the mask. The log-likelihood is that of the codes
         drawn.
 
         Args:
-            image: a picture of the size that the prior draws.
+            image: an image of the size that the prior draws.
             mask: of the same size, mode L or 1; white is replaced.
-            prompt: what the whole picture is to show.
+            prompt: what the whole image is to show.
 
         Raises:
-            ValueError: the mask's size or mode, or the picture's size, is another; or the prior was
+            ValueError: the mask's size or mode, or the image's size, is another; or the prior was
                 not trained on random orders.
         """
         _at_least_one("num_images", num_images)
@@ -231,11 +231,11 @@ class TextToImagePipeline:
     def outpaint(
         self, image: Image.Image, prompt: str, *, at: tuple[int, int] = (0, 0), **options: Any
     ) -> TextToImageOutput:
-        """Extends a picture that is smaller than those the prior draws; its top left corner comes
+        """Extends an image that is smaller than those the prior draws; its top left corner comes
         to `at` (x, y). Options as `edit`.
 
         Raises:
-            ValueError: the picture does not lie on the canvas, or fills it; and what `edit` raises.
+            ValueError: the image does not lie on the canvas, or fills it; and what `edit` raises.
         """
         canvas, mask = place_on_canvas(image, self.tokenizer.image_size, at)
         return self.edit(canvas, mask, prompt, **options)
@@ -250,8 +250,8 @@ class TextToImagePipeline:
         seed: int = 0,
         **sampling: Any,
     ) -> TextToImageOutput:
-        """Pictures like the given one: a share `strength` of its codes, scattered by the seed, is
-        drawn anew.
+        """Images like the given one: a share `strength` of its codes, scattered by the seed, is
+        resampled.
 
         Raises:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
@@ -275,12 +275,12 @@ class TextToImagePipeline:
         """Draws the codes that are not known.
 
         Args:
-            image: a picture of the size that the prior draws, or its codes as the tokenizer gives
+            image: an image of the size that the prior draws, or its codes as the tokenizer gives
                 them, without a batch.
-            known: bool, the codes' shape (or flat, or a row for each picture, with as many in
-                each): which are kept, but not all. A prior in raster order can go on from the top
+            known: bool, the codes' shape (or flat, or a row for each image, with as many in
+                each): which are kept, but not all. A prior in raster order can resume from the top
                 rows alone.
-            prompt: what the whole picture is to show; '' says nothing of it.
+            prompt: what the whole image is to show; '' says nothing of it.
 
         Raises:
             ValueError: `known` or the codes have another shape, or `known` is not what the prior's
@@ -300,13 +300,13 @@ class TextToImagePipeline:
         )
         if codes.numel() != length:
             raise ValueError(
-                f"the codes are {tuple(codes.shape)}; this prior's pictures have {length}"
+                f"the codes are {tuple(codes.shape)}; this prior's images have {length}"
             )
         options = self._options(sampling)
         unknown = length - int(known.reshape(-1, length)[0].sum())
         if (
             sampling.get("num_inference_steps") is None and options.num_inference_steps is not None
-        ):  # the bundle's default is for whole pictures
+        ):  # the bundle's default is for whole images
             options = replace(
                 options, num_inference_steps=max(min(options.num_inference_steps, unknown), 1)
             )
@@ -332,16 +332,16 @@ class TextToImagePipeline:
         batch_size: int = 64,
         truncate: bool = False,
     ) -> Scores:
-        """How likely each picture is given its prompt, in raster order, and how much likelier than
+        """How likely each image is given its prompt, in raster order, and how much likelier than
         without one.
 
         Raises:
-            ValueError: there are not as many prompts as pictures, or a picture has another size
+            ValueError: there are not as many prompts as images, or an image has another size
                 than the prior draws.
         """
         if len(images) != len(prompts) or not images:
             raise ValueError(
-                f"there are {len(images)} pictures and {len(prompts)} prompts; give one prompt a "
+                f"there are {len(images)} images and {len(prompts)} prompts; give one prompt a "
                 "picture"
             )
         pictures = [checked_picture(image, self.tokenizer.image_size) for image in images]
@@ -379,7 +379,7 @@ class TextToImagePipeline:
 
         Raises:
             ValueError: the prior was not trained with codes first (`sequence.captioning_fraction`),
-                or the picture has another size.
+                or the image has another size.
         """
         codes = self._codes_of([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
         if candidates is not None:
@@ -400,7 +400,7 @@ class TextToImagePipeline:
 
     def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
         """Codes worked out as those were that the prior was trained on: in another precision near
-        ties fall the other way, on plain grounds for most of a picture, and the prior would be told
+        ties fall the other way, on plain grounds for most of an image, and the prior would be told
         of codes that it has never seen together."""
         with (
             torch.no_grad(),

@@ -1,5 +1,5 @@
-"""Judges for `best_of`: how well a picture shows its prompt, by another model than the prior. Knows
-pictures and prompts only."""
+"""Judges for `best_of`: how well an image shows its prompt, by another model than the prior. Knows
+images and prompts only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BATCH = 32
 
 
 class ImageTextScorer(Protocol):
-    """Says how well pictures show their prompts; more is better."""
+    """Says how well images show their prompts; more is better."""
 
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
@@ -22,13 +22,13 @@ class ImageTextScorer(Protocol):
 
 
 class CLIPScorer:
-    """Cosine similarity of picture and prompt in a CLIP model's space (Radford et al. 2021).
+    """Cosine similarity of image and prompt in a CLIP model's space (Radford et al. 2021).
 
     Args:
         name: a folder, or a name of the Hub, of a transformers CLIP model with its processor.
 
     Raises:
-        ValueError: there is no such model, or it is none of pictures and text.
+        ValueError: there is no such model, or it is none of images and text.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -48,14 +48,14 @@ class CLIPScorer:
             ) from error
         if not hasattr(model, "get_image_features"):
             raise ValueError(
-                f"the judge {name!r} is {type(model).__name__}, which does not compare pictures "
+                f"the judge {name!r} is {type(model).__name__}, which does not compare images "
                 "with text; give a CLIP model"
             )
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """A score in [-1,1] for each picture with its prompt: (N,)."""
+        """A score in [-1,1] for each image with its prompt: (N,)."""
         scores = []
         for first in range(0, len(images), _BATCH):
             part = slice(first, first + _BATCH)

@@ -1,4 +1,4 @@
-"""Many pictures in one, and numbers as bars. Knows arrays; draws no text and reads no files."""
+"""Many images in one, and numbers as bars. Knows arrays; draws no text and reads no files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
+    """Images (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
     columns*(W+gap)+gap, 3)."""
     height, width = pictures[0].shape[:2]
     rows = math.ceil(len(pictures) / columns)
@@ -25,7 +25,7 @@ def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) 
 
 def bars(values: np.ndarray, *, height: int = 120, width: int = 1024) -> np.ndarray:
     """Values (K,) of 0 or more as a bar chart from left to right, the largest as high as the
-    picture: uint8 (height,width,3)."""
+    image: uint8 (height,width,3)."""
     heights = np.asarray(values, dtype=np.float64)[np.arange(width) * len(values) // width]
     tall = np.ceil(heights / max(heights.max(), 1e-12) * height)
     filled = np.arange(height, 0, -1)[:, None] <= tall[None, :]
@@ -33,7 +33,7 @@ def bars(values: np.ndarray, *, height: int = 120, width: int = 1024) -> np.ndar
 
 
 def grid_image(grid: np.ndarray) -> Image.Image:
-    """A grid as a PIL picture, enlarged to be seen where it is small."""
+    """A grid as a PIL image, enlarged to be seen where it is small."""
     image = Image.fromarray(grid)
     scale = max(1, 800 // max(image.size))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

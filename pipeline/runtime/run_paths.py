@@ -24,6 +24,6 @@ def settings_of_run(tokenizer: Path) -> Path:
     written = existing_tokenizer(tokenizer).parent / "experiment.yaml"
     if not written.is_file():
         raise FileNotFoundError(
-            f"there is no {written}, so it is not known which pictures to encode; add --config FILE"
+            f"there is no {written}, so it is not known which images to encode; add --config FILE"
         )
     return written

@@ -27,7 +27,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class RecoverableError(OSError):
-    """Something outside the training ended it; the same command goes on from the last
+    """Something outside the training ended it; the same command resumes from the last
     checkpoint."""
 
 

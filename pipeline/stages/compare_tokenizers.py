@@ -1,5 +1,5 @@
 """`compare-tokenizers`: several tokenizers on one data set at equal steps or equal wall time, each
-judged by its pictures and by a prior.
+judged by its images and by a prior.
 
 Knows the stages and their figures. A comparison's YAML is an experiment's with two keys more:
 `variants`, a name and the settings that differ from the rest for each tokenizer, and optionally
@@ -49,16 +49,16 @@ SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "preci
 _PROBE_STEPS = 60
 """Steps run and thrown away to find how many fit into the minutes."""
 _ENCODED = 64
-"""Pictures encoded at a time when the rate is taken."""
+"""Images encoded at a time when the rate is taken."""
 _SHOWN = 12
-"""Held-out pictures whose reconstructions are shown."""
+"""Held-out images whose reconstructions are shown."""
 COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "usage": "codebook used",
     "perplexity": "perplexity",
-    "bits_per_image": "bits a picture",
-    "nats_per_image": "nats a picture by the prior",
+    "bits_per_image": "bits per image",
+    "nats_per_image": "nats per image by the prior",
     "minutes": "minutes",
     "steps": "steps",
     "training_rate": "pictures/s in training",
@@ -161,7 +161,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def compare_tokenizers(comparison: Comparison) -> Path:
-    """Trains and judges every row that is not done yet, then writes the table and the pictures;
+    """Trains and judges every row that is not done yet, then writes the table and the images;
     returns their folder.
 
     Raises:
@@ -224,7 +224,8 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is cut or damaged ({error}); remove it, and what it says is found out anew"
+            f"{path} is truncated or corrupted ({error}); remove it, and what it says is found out "
+            "anew"
         ) from error
 
 
@@ -309,7 +310,7 @@ def steps_in_budget(experiment: Experiment, seconds: float) -> int:
 
 
 def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[float, float]:
-    """Seconds before the first step and seconds a step, with the adversary from the start or
+    """Seconds before the first step and seconds per step, with the adversary from the start or
     without one."""
     objective = experiment.tokenizer.objective
     changed = (
@@ -356,7 +357,7 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
 def _reconstructed(
     experiment: Experiment, tokenizer: ImageTokenizer
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Held-out pictures, what the tokenizer makes of them, and pictures/s of encoding (by the
+    """Held-out images, what the tokenizer makes of them, and pictures/s of encoding (by the
     quickest of some batches)."""
     accelerator = make_accelerator(experiment, trackers=False)
     _, held_out = sources_of(experiment)
@@ -379,7 +380,7 @@ def _reconstructed(
 
 def write_report(comparison: Comparison) -> None:
     """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in
-    the folder; and two pictures. Others that were judged on other data or by another prior are
+    the folder; and two images. Others that were judged on other data or by another prior are
     named below the table, not in it."""
     found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
     if not found:

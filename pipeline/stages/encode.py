@@ -1,4 +1,4 @@
-"""Pictures to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and
+"""Images to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and
 `encode_for_export` for other programs.
 
 Knows what codes are made with and in which order; how files lie is for
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 _ALL = 10**9
-"""More pictures than any source holds out."""
+"""More images than any source holds out."""
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
@@ -55,9 +55,9 @@ _SPLITS: tuple[Split, Split] = ("train", "held_out")
 def encode_dataset(
     experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None
 ) -> Path:
-    """Writes the codes of training and held-out pictures, split over the processes; returns their
-    folder. What an interrupted try of the same left there is gone on from, and files of a whole
-    folder that were damaged since are made anew.
+    """Writes the codes of training and held-out images, split over the processes; returns their
+    folder. What an interrupted try of the same left there is resumed from, and files of a whole
+    folder that were corrupted since are rebuilt.
 
     Args:
         tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
@@ -154,7 +154,7 @@ def encode_for_export(
     experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
 ) -> tuple[dict[str, int], list[str]]:
     """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in
-    folder `out`; returns the number of pictures of each split and the files' names.
+    folder `out`; returns the number of images of each split and the files' names.
 
     Raises:
         FileExistsError: there is something else in `out` already.
@@ -191,7 +191,7 @@ def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> E
 
 
 def sources_of(experiment: Experiment) -> tuple[Any, Source]:
-    """Training and held-out pictures, before anything else is written; every process must call."""
+    """Training and held-out images, before anything else is written; every process must call."""
     state = distributed_state(experiment.process_timeout)
     share = WorkerInfo(
         state.process_index,
@@ -227,7 +227,7 @@ def _plan(
         "augmentations_per_image": options.augmentations_per_image,
         "seed": experiment.seed
         if options.augmentations_per_image > 1
-        else None,  # of how views differ; the first is the picture itself
+        else None,  # of how views differ; the first is the image itself
         "bf16": bf16,
         "parts": {
             split: _part_plans(source, weights, limits[split]) for split, source in sources.items()
@@ -245,7 +245,7 @@ def _plan(
 def _part_plans(
     source: Source, weights: Sequence[float], limit: int | None
 ) -> list[dict[str, int | None]]:
-    """What is encoded of each part: all of it, or by its weight where no more than `limit` pictures
+    """What is encoded of each part: all of it, or by its weight where no more than `limit` images
     are."""
     plans: list[dict[str, int | None]] = []
     for part, weight, first in zip(parts_of(source), weights, _starts(source), strict=True):
@@ -260,7 +260,7 @@ def _part_plans(
 
 
 def _starts(source: Source) -> list[int]:
-    """The number of each part's first picture."""
+    """The number of each part's first image."""
     return source.starts[:-1].tolist() if isinstance(source, MixedSource) else [0]
 
 
@@ -273,7 +273,7 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
     if (folder / codes.MANIFEST).is_file():
         made = codes.read_manifest(folder)
         codes.check_form(made, folder)
-        # A file that is made anew has as many rows as before, and the same arithmetic, whatever
+        # A file that is rebuilt has as many rows as before, and the same arithmetic, whatever
         # this machine computes in.
         plan = {**plan, "images_per_shard": made["images_per_shard"], "bf16": made["bf16"]}
         _refuse_other(made, plan, f"{folder} holds codes")
@@ -287,7 +287,7 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
             _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{folder / codes.PLAN} is damaged ({error}); remove {folder} and run `minidalle "
+                f"{folder / codes.PLAN} is corrupted ({error}); remove {folder} and run `minidalle "
                 "encode` again"
             ) from error
         names = (name for units in codes.planned_files(plan).values() for name in units)
@@ -324,7 +324,7 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     for split, fingerprint in plan["sources"].items():
         if made["sources"].get(split) != fingerprint:
             changes.append(
-                f"{split} pictures or captions of the source {made['sources'].get(split)} -> "
+                f"{split} images or captions of the source {made['sources'].get(split)} -> "
                 f"{fingerprint}"
             )
     if changes:
@@ -356,7 +356,7 @@ def _pending_shards(
         if name not in known:
             wrong[name] = ""
         elif found := verify_shard(folder / name, known[name], hashed=hashed):
-            wrong[name] = f"{folder / name} {found}; it is made anew"
+            wrong[name] = f"{folder / name} {found}; it is rebuilt"
     wrong = dict(gather_object(list(wrong.items())))
     for line in filter(None, wrong.values()):
         _log.info(line)
@@ -368,7 +368,7 @@ def _pending_shards(
 def _require_shard(folder: Path, name: str, shard: Shard | None) -> Shard:
     if shard is None or not (folder / name).is_file():
         raise ValueError(
-            f"{folder / name} was not written; run `minidalle encode` again, which goes on from "
+            f"{folder / name} was not written; run `minidalle encode` again, which resumes from "
             "what is there"
         )
     return shard
@@ -384,7 +384,7 @@ def _encoded(
     bf16: bool,
     bar: tqdm,
 ) -> Iterator[EncodedRows]:
-    """The codes of what a file holds, a batch at a time; the next batch's pictures are loaded,
+    """The codes of what a file holds, a batch at a time; the next batch's images are loaded,
     cropped and mirrored meanwhile."""
     size = experiment.encode.batch_size
     part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
@@ -415,7 +415,7 @@ def _encoded(
 
 @dataclass
 class _Batch:
-    """Pictures to encode: (B,S,S,3) a view, all captions and the number of each."""
+    """Images to encode: (B,S,S,3) a view, all captions and the number of each."""
 
     views: list[np.ndarray]
     captions: list[list[str]]

@@ -73,7 +73,7 @@ def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made
 
     Raises:
         FileNotFoundError: it is not done.
-        ValueError: it is cut or damaged.
+        ValueError: it is truncated or corrupted.
     """
     folder = require_complete(folder, verb)
     try:
@@ -97,7 +97,7 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the stage was completed with these settings; refuses a folder with weights made with
     others.
 
-    More `steps` are no refusal: the stage goes on from its last checkpoint. Nor is what changes no
+    More `steps` are no refusal: the stage resumes from its last checkpoint. Nor is what changes no
     weight, such as `log_every`.
     """
     written = read_settings(folder)
@@ -106,7 +106,7 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
             raise ValueError(
                 f"{folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that says what "
                 "it was made with; put that file back, or "
-                f"remove {folder} to begin anew"
+                f"remove {folder} to start over"
             )
         return False
     made, done = written["settings"], "held_out" in written
@@ -198,8 +198,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         content["settings"]["train"]["steps"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is cut or damaged ({error}); put it back from a copy, or remove {folder} to "
-            "begin anew"
+            f"{path} is truncated or corrupted ({error}); put it back from a copy, or remove "
+            f"{folder} to "
+            "start over"
         ) from error
     check_format(content.get("format"), folder)
     return content

@@ -170,7 +170,7 @@ def _build_prior(
     )
     if steps is not None and steps > codes_per_image:
         raise ValueError(
-            f"sampling.num_inference_steps is {steps}; a picture has {codes_per_image} codes, so "
+            f"sampling.num_inference_steps is {steps}; an image has {codes_per_image} codes, so "
             "it can be at most that"
         )
     torch.manual_seed(experiment.seed + 1)
@@ -263,7 +263,7 @@ def text_tokenizer(
     origin: PretrainedPrior | None = None,
 ) -> TextTokenizer:
     """Trains the text tokenizer, takes it over with the prior to start from, or loads that of the
-    checkpoint that the prior goes on from; keeps it once every caption fits."""
+    checkpoint that the prior resumes from; keeps it once every caption fits."""
     folder, config = experiment.folder / "text_tokenizer", experiment.text
     # Training it is quick and has one outcome: every process does, so that all see the same error
     # if there is one.

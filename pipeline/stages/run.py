@@ -56,7 +56,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
 
 @with_run_lock
 def run(experiment: Experiment) -> Path:
-    """All stages, then a grid of pictures for held-out captions; returns the bundle's folder."""
+    """All stages, then a grid of images for held-out captions; returns the bundle's folder."""
     train_tokenizer(experiment)
     encode_dataset(experiment)
     train_prior(experiment)

@@ -147,7 +147,7 @@ def tokenizer_task(
 
 
 def _most_rows(source: Source) -> int:
-    """Pictures that a batch may have: as many as there are, where that is known."""
+    """Images that a batch may have: as many as there are, where that is known."""
     return sum(2**31 if isinstance(part, StreamSource) else len(part) for part in parts_of(source))
 
 
@@ -155,7 +155,7 @@ def _report(source: Source) -> None:
     streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
     _log.info(
         f"{source.name}: "
-        + ("read as it comes" if streamed else f"{len(source):,} pictures to train on")
+        + ("read as it comes" if streamed else f"{len(source):,} images to train on")
     )
     for problem in source.problems:
         _log.info(f"  {problem}")

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 LARGEST = 1024
-"""Pictures a step that `batch_size: auto` does not go beyond, since more of them teach little
+"""Images a step that `batch_size: auto` does not go beyond, since more of them teach little
 more."""
 
 
@@ -58,7 +58,7 @@ def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tup
     are wanted.
 
     Args:
-        rows: training pictures there are.
+        rows: training images there are.
 
     Raises:
         ValueError: the batch does not split over the processes.
@@ -102,10 +102,10 @@ def resolve_auto_batch(
         task: what is to be trained; its networks, neither compiled nor wrapped, are taken to the
             device.
         precision: that of the experiment.
-        rows: training pictures there are.
+        rows: training images there are.
 
     Raises:
-        MemoryError: not even one picture fits.
+        MemoryError: not even one image fits.
     """
     objective = task.objective
     for network in objective.networks.values():
@@ -152,7 +152,7 @@ def resolve_auto_batch(
     chosen = choose(options, processes, fits)
     if chosen is None:
         raise MemoryError(
-            f"{label}: not one picture at a time fits: it takes {format_bytes(to_come(1))} beside "
+            f"{label}: not one image at a time fits: it takes {format_bytes(to_come(1))} beside "
             f"the weights, and {format_bytes(usable)} "
             f"of {device} may be used; close other programs, use a smaller model, or "
             "prior.train.activation_checkpointing=true"

@@ -68,7 +68,7 @@ def check_format(found: Any, where: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Every `step-N` in a folder, damaged or not, the newest first."""
+    """Every `step-N` in a folder, corrupted or not, the newest first."""
     found = [
         p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()
     ]
@@ -138,7 +138,7 @@ def save_checkpoint(
     for later in list_checkpoints(folder):
         if (
             _step(later) > state.step
-        ):  # passed over as damaged, or training would have gone on from it
+        ):  # skipped as corrupted, or training would have resumed from it
             shutil.rmtree(later)
     return prune_checkpoints(folder, target, keep, verified)
 
@@ -199,11 +199,11 @@ def load_newest(
     average: Sequence[Tensor],
     say: Callable[[str], None],
 ) -> tuple[Path, State] | None:
-    """`load_checkpoint` of the newest one that is whole; each damaged one that is passed over is
+    """`load_checkpoint` of the newest one that is whole; each corrupted one that is skipped is
     said in a line. None if there is none.
 
     Raises:
-        ValueError: there are checkpoints and all are damaged; or as `load_checkpoint` does.
+        ValueError: there are checkpoints and all are corrupted; or as `load_checkpoint` does.
     """
     damaged: dict[Path, str] = {}
     for path in list_checkpoints(folder):
@@ -213,13 +213,13 @@ def load_newest(
             damaged[path] = str(error)
             continue
         for bad, why in damaged.items():
-            say(f"{bad} is damaged ({why}); going on from {path.name}, the one before")
+            say(f"{bad} is corrupted ({why}); resuming from {path.name}, the one before")
         return path, state
     if damaged:
         every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
         raise ValueError(
-            f"every checkpoint in {folder} is damaged: {every}; put one back from a copy, or "
-            f"remove {folder} to begin anew"
+            f"every checkpoint in {folder} is corrupted: {every}; put one back from a copy, or "
+            f"remove {folder} to start over"
         )
     return None
 

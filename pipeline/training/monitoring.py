@@ -89,7 +89,7 @@ class GradNormMonitor:
 
 
 class ThroughputMeter:
-    """Pictures a second, and the share of the time that was spent waiting for them, since the start
+    """Images a second, and the share of the time that was spent waiting for them, since the start
     or the last `restart`."""
 
     def __init__(self, batch_size: int) -> None:

@@ -50,11 +50,11 @@ class Task:
             of the step.
         held_out: () -> batches to evaluate on.
         best: name of the held-out figure that says which weights are best (smaller is better).
-        pictures: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the
+        images: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the
             averaged weights.
         alarm: (scalars, step) -> a line that warns of something wrong with training and says what
             to do, or None.
-        rows: (step) -> names of the pictures in this process's part of the batch of that step, for
+        rows: (step) -> names of the images in this process's part of the batch of that step, for
             errors.
     """
 

@@ -193,12 +193,13 @@ class Trainer:
             self.verified = prune_checkpoints(
                 self.checkpoints, newest, self.config.save_total_limit, {newest}
             )
-        self.say(f"going on from {newest} (step {state.step})")
+        self.say(f"resuming from {newest} (step {state.step})")
         if self.config.save_best and state.best:
             kept = newest_checkpoint(self.best)
             if problem := verify_checkpoint(kept) if kept else "it is gone":
                 self.warn(
-                    f"{kept or self.best} is damaged ({problem}); the best weights are chosen anew "
+                    f"{kept or self.best} is corrupted ({problem}); the best weights are chosen "
+                    "anew "
                     "from here on"
                 )
                 state.best.clear()
@@ -277,7 +278,7 @@ class Trainer:
         if nonfinite:
             return {}
         self.model.ema.update(ema_decay(step, self.config))
-        return gradients.scalars | {"learning_rate": torch.tensor(rate)}
+        return gradients.scalars | {"lr": torch.tensor(rate)}
 
     def sync_flags(self, scalars: Mapping[str, Tensor]) -> bool:
         """Whether a loss or gradient norm is not finite on any process; also has all processes know
@@ -419,7 +420,7 @@ class Trainer:
                 return best
             except CorruptedCheckpoint as error:
                 self.warn(
-                    f"{chosen} is damaged ({error}); the last weights take the place of the best"
+                    f"{chosen} is corrupted ({error}); the last weights take the place of the best"
                 )
         self.model.load_ema()
         return metrics

@@ -1,5 +1,5 @@
 """Transformers over patches as encoder and decoder (ViT-VQGAN, Yu et al. 2021,
-https://arxiv.org/abs/2110.04627). Know no picture size.
+https://arxiv.org/abs/2110.04627). Know no image size.
 
 Legend: B batch, C channels, W width, h w patches, N = h w.
 """

@@ -34,7 +34,7 @@ class Quantized:
     """Scalar: what the quantizer adds to the objective as it stands (squared distances,
     entropies)."""
     kl: Tensor | None = None
-    """Scalar: KL(q(codes given picture) || uniform) in nats a picture, a mean over the batch; None
+    """Scalar: KL(q(codes given image) || uniform) in nats per image, a mean over the batch; None
     where q is one code."""
     log_q: Tensor | None = None
     """(B,h,w) log probability of each sampled code, for the score function; None where the latents

@@ -1,5 +1,5 @@
 """Bernoulli latents, smoothed while training: the discrete VAE with bits. Knows logits of bits;
-nothing of pictures.
+nothing of images.
 
 Legend: B batch, n bits of a code, h w code grid.
 
@@ -24,7 +24,7 @@ from stage1_tokenizer.quantizers.smoothing import smooth
 
 
 def kl_to_fair_bits(logits: Tensor) -> Tensor:
-    """KL(q(bits given picture) || fair coins) in nats a picture: logits (B,n,h,w) -> (B,).
+    """KL(q(bits given image) || fair coins) in nats per image: logits (B,n,h,w) -> (B,).
     Smoothing changes nothing of it: both sides have the same density of the smoothed bit given the
     bit (Rolfe 2016, section 2)."""
     q = logits.sigmoid()

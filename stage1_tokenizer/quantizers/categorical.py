@@ -2,7 +2,7 @@
 the KL. Knows logits alone.
 
 Legend: B batch, D features of a code, h w code grid, K codes. Inside, codes lie in the last
-dimension, where channels-last pictures have them anyway: softmaxes over another one copy first.
+dimension, where channels-last images have them anyway: softmaxes over another one copy first.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ def gumbel_noise_like(logits: Tensor) -> Tensor:
 
 
 def kl_to_uniform(log_q: Tensor) -> Tensor:
-    """KL(q(codes given picture) || uniform) in nats a picture: log-probabilities (B,h,w,K) -> (B,),
+    """KL(q(codes given image) || uniform) in nats per image: log-probabilities (B,h,w,K) -> (B,),
     summed over positions."""
     return (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(dim=(1, 2, 3))
 
 
 def diversity_loss(log_q: Tensor) -> Tensor:
-    """Scalar: KL(mean of q over the batch and all positions || uniform) in nats a code, of
+    """Scalar: KL(mean of q over the batch and all positions || uniform) in nats per code, of
     log-probabilities (B,h,w,K): 0 where all codes are used alike. It is the part of the KL that
-    says nothing against codes that tell pictures apart (ELBO surgery, Hoffman & Johnson 2016)."""
+    says nothing against codes that tell images apart (ELBO surgery, Hoffman & Johnson 2016)."""
     mean = mean_over_processes(log_q.exp().mean(dim=(0, 1, 2)))
     return math.log(len(mean)) + (mean * mean.clamp(min=1e-12).log()).sum()
 
 
 class Categorical(SingleLevel):
-    """q(code given picture) = softmax of the encoder's K logits; a code's vector is a row of a
+    """q(code given image) = softmax of the encoder's K logits; a code's vector is a row of a
     learned table."""
 
     def __init__(self, num_codes: int, code_dim: int) -> None:

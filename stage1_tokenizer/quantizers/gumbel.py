@@ -1,5 +1,5 @@
 """Gumbel-softmax: a relaxed categorical code, hardened by falling temperature. Knows logits;
-nothing of pictures.
+nothing of images.
 
 Legend: B batch, D features of a code, h w code grid, K codes. Functions here have codes in the last
 dimension.

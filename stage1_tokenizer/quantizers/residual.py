@@ -1,10 +1,10 @@
-"""Residual quantization: several codes a position, each for what the ones before it left over.
-Knows vectors; nothing of pictures.
+"""Residual quantization: several codes per position, each for what the ones before it left over.
+Knows vectors; nothing of images.
 
 Legend: B batch, D features of a code, h w code grid, N = B h w vectors.
 
 RQ-VAE, Lee et al. 2022 (https://arxiv.org/abs/2203.01941), section 3.1. The stream holds all first
-codes, then all second ones: a picture that is cut after any depth is whole, only coarser.
+codes, then all second ones: an image that is cut after any depth is whole, only coarser.
 """
 
 from __future__ import annotations

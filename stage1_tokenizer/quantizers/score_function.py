@@ -76,7 +76,7 @@ class ScoreFunctionQuantizer(Categorical):
         """What each code is held to account for (B,h,w), and how many times the baseline's share
         that is (h,w).
 
-        That is the whole picture, or the pixels of its place and of those around it, of which there
+        That is the whole image, or the pixels of its place and of those around it, of which there
         are fewer at the edges.
         """
         if self.options.credit_assignment == "picture":

@@ -1,5 +1,5 @@
 """Codes that are the signs of the features: lookup-free and binary spherical quantization. Knows
-features; nothing of pictures.
+features; nothing of images.
 
 Legend: B batch, n features and bits of a code, h w code grid, K = 2^n codes, N = B h w vectors.
 

@@ -1,4 +1,4 @@
-"""Vector quantization: the nearest code of a learned codebook. Knows vectors; nothing of pictures.
+"""Vector quantization: the nearest code of a learned codebook. Knows vectors; nothing of images.
 
 Legend: B batch, D features of a code, h w code grid, K codes, N = B h w vectors.
 
@@ -230,7 +230,7 @@ class VectorQuantizer(SingleLevel):
         rounds = self.options.kmeans_iterations
         if len(pool) < self.num_codes:
             problem = (
-                f"the first batch has {len(pool)} vectors (pictures times codes a picture) and the "
+                f"the first batch has {len(pool)} vectors (images times codes per image) and the "
                 f"codebook {self.num_codes} codes; "
                 f"raise tokenizer.train.batch_size {-(-self.num_codes // len(pool))}-fold, or "
                 "lower tokenizer.model.num_codes"

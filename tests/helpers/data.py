@@ -23,14 +23,14 @@ def encoded(
     form: str = "PNG",
     **options: object,
 ) -> bytes:
-    """A plain picture as a file's bytes."""
+    """A plain image as a file's bytes."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, form, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
 def photo(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """A smooth random picture."""
+    """A smooth random image."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -47,7 +47,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
 
 def write_shards(folder: Path, counts: Iterable[int]) -> list[str]:
-    """Shards of so many samples each; picture and caption say the sample's number. Returns the
+    """Shards of so many samples each; image and caption say the sample's number. Returns the
     captions in order."""
     number, captions = 0, []
     for shard, count in enumerate(counts):

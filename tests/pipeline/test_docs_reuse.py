@@ -1,5 +1,5 @@
 """The worked examples of docs/reuse.md run as they stand there, on the tiny run's tokenizer and
-fewer pictures."""
+fewer images."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ({"num_codes": 1}, "num_codes is 1; it must be at least 2"),
         (
             {"likelihood_scale": 0.005},
-            r"likelihood_scale is 0\.005; it must be above 0\.0078, the step of 8-bit pictures",
+            r"likelihood_scale is 0\.005; it must be above 0\.0078, the step of 8-bit images",
         ),
         (
             {"likelihood": "l1", "likelihood_scale": 0.005},

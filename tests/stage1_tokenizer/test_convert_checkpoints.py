@@ -283,7 +283,7 @@ def test_what_was_loaded_is_saved_and_trained_like_any_tokenizer(tmp_path, pixel
     tokenizer.train()
     for _ in range(
         25
-    ):  # its codebook does not start anew, nor do codes restart that these pictures do not show
+    ):  # its codebook does not start anew, nor do codes restart that these images do not show
         tokenizer(pixels[:1, :, :8, :8])
     assert torch.equal(tokenizer.quantizer.codebook, before)
 
@@ -362,11 +362,11 @@ def test_cut_missing_and_empty_files_are_refused(tmp_path):
     save_file(small(), tmp_path / "weights.safetensors")
     data = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "weights.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="cut or damaged, copy it again"):
+    with pytest.raises(ValueError, match="truncated or corrupted, copy it again"):
         read_weights(tmp_path / "weights.safetensors")
     torch.save(small(), tmp_path / "weights.pt")
     (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is damaged, or holds more"):
+    with pytest.raises(ValueError, match="is corrupted, or holds more"):
         read_weights(tmp_path / "weights.pt")
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no named tensors"):

@@ -38,7 +38,7 @@ def test_losses_by_hand():
     true, drawn = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
     assert float(hinge_loss(true, drawn)) == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 1) / 2) / 2)
     assert float(generator_loss(drawn)) == pytest.approx(1.0)
-    anchors = torch.tensor([1.0, -0.5])  # of true and of drawn pictures
+    anchors = torch.tensor([1.0, -0.5])  # of true and of drawn images
     expected = (2.5**2 + 1.0**2 + 0) / 3 + (3.0**2 + 1.0**2) / 2
     assert float(lecam(true, drawn, anchors)) == pytest.approx(expected)
 
@@ -205,7 +205,7 @@ def test_a_discriminator_that_leaves_no_patch_is_refused_before_it_starts():
     adversary = DiscriminatorOptions(weight=1.0, layers=3, width=16)
     with pytest.raises(
         ValueError,
-        match=r"discriminator\.layers is 3, which leaves no patch of pictures of 16 pixels; set it "
+        match=r"discriminator\.layers is 3, which leaves no patch of images of 16 pixels; set it "
         r"lower",
     ):
         TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=adversary))

@@ -1,4 +1,4 @@
-"""True densities: they integrate to one, match hand-computed values, and their picture is where the
+"""True densities: they integrate to one, match hand-computed values, and their image is where the
 density peaks."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stage1_tokenizer.pixels import LAPLACE_MARGIN, dequantized, to_laplace_logi
 
 
 def grid(low: float, high: float, count: int = 200_001) -> torch.Tensor:
-    """Pixel values as a batch of one-dimensional pictures (N,1,1,1)."""
+    """Pixel values as a batch of one-dimensional images (N,1,1,1)."""
     return torch.linspace(low, high, count, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
@@ -60,7 +60,7 @@ def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
 
 
 def test_the_calibrated_deviation_is_the_best_of_all_for_each_picture():
-    """Pictures drawn at 0.2, 0.5 and 1 from their means: no fixed deviation gives any of them fewer
+    """Images drawn at 0.2, 0.5 and 1 from their means: no fixed deviation gives any of them fewer
     nats."""
     generator = torch.Generator().manual_seed(0)
     means, noise = torch.randn(2, 3, 3, 16, 16, generator=generator).unbind(0)
@@ -153,7 +153,7 @@ def test_low_precision_outputs_are_scored_in_float32(likelihood):
 
 
 def test_bits_of_a_uniform_density_are_eight():
-    """Density 1/(256 steps of 2/255) over 8-bit values: exactly eight bits a dimension."""
+    """Density 1/(256 steps of 2/255) over 8-bit values: exactly eight bits per dimension."""
     nats = 12 * math.log(256 * 2 / 255)
     assert Gaussian(0.1).bits_per_dimension(nats, 12) == pytest.approx(8.0)
     assert float(Gaussian(0.1).bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
@@ -170,7 +170,7 @@ def test_names():
 
 
 def test_bernoulli_by_hand_and_by_counting():
-    """Three coins; the probabilities of all eight pictures of black and white add up to one."""
+    """Three coins; the probabilities of all eight images of black and white add up to one."""
     logits = torch.tensor([0.0, math.log(3), -1.0]).reshape(1, 3, 1, 1)
     white = torch.tensor([1.0, 1.0, -1.0]).reshape(1, 3, 1, 1)
     by_hand = -(math.log(0.5) + math.log(0.75) + math.log(1 - 1 / (1 + math.e)))

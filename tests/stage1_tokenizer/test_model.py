@@ -1,4 +1,4 @@
-"""`ImageTokenizer`: the contract of codes and pictures, whatever the quantizer, the factor and the
+"""`ImageTokenizer`: the contract of codes and images, whatever the quantizer, the factor and the
 likelihood."""
 
 from __future__ import annotations

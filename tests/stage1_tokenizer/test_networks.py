@@ -90,7 +90,7 @@ def test_patches_fold_in_place():
         1, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True
     )
     for norm in (m for m in encoder.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))):
-        # One over the picture mixes all places; without it the reach is that of the convolutions
+        # One over the image mixes all places; without it the reach is that of the convolutions
         norm.forward = lambda x: x
     (gradient,) = torch.autograd.grad(encoder(pixels)[0, :, 2, 5].sum(), pixels)
     reached = gradient[0].abs().sum(0) > 0

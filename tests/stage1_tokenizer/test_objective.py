@@ -61,7 +61,7 @@ def test_a_schedule_of_no_steps_is_at_its_end():
 
 
 def test_psnr_by_hand():
-    """An error of 0.2 in a range of 2: 20 dB; pictures outside the range are cut first; identical
+    """An error of 0.2 in a range of 2: 20 dB; images outside the range are cut first; identical
     ones stay finite."""
     pixels = torch.zeros(2, 3, 4, 4)
     torch.testing.assert_close(peak_signal_to_noise(pixels, pixels + 0.2), torch.full((2,), 20.0))
@@ -201,7 +201,7 @@ def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
 
 def test_nothing_held_out_is_refused(tokenizer):
     with pytest.raises(
-        ValueError, match=r"no held-out pictures to evaluate on; raise data\.val_fraction"
+        ValueError, match=r"no held-out images to evaluate on; raise data\.val_fraction"
     ):
         TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([])
 

@@ -1,4 +1,4 @@
-"""Distances of how pictures look: zero for equal ones, against plain definitions, differentiable,
+"""Distances of how images look: zero for equal ones, against plain definitions, differentiable,
 offline."""
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def test_what_can_be_wrong(folders, tmp_path):
     text.save_pretrained(tmp_path / "text")
     with pytest.raises(
         ValueError,
-        match=r"a BertModel, which does not take pictures of three colours and give hidden states",
+        match=r"a BertModel, which does not take images of three colours and give hidden states",
     ):
         BackboneDistance(str(tmp_path / "text"), ())
     assert build_distance(PerceptualOptions()) is None

@@ -1,4 +1,4 @@
-"""Round trips between PIL, uint8 and the model's range; pictures of any mode."""
+"""Round trips between PIL, uint8 and the model's range; images of any mode."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ COSTS = torch.tensor([10.0, 12.0, 15.0])
 
 
 def gradients(score: ScoreFunctionQuantizer, samples: int) -> torch.Tensor:
-    """(samples, 3): each picture's own gradient, of one position whose code costs COSTS[code]."""
+    """(samples, 3): each image's own gradient, of one position whose code costs COSTS[code]."""
     x = LOGITS.reshape(1, 3, 1, 1).expand(samples, -1, -1, -1).clone().requires_grad_()
     result = score(x, 1.0)
     score.surrogate(COSTS[result.codes][:, None], result.log_q).backward()
@@ -69,7 +69,7 @@ def test_the_decoders_gradient_does_not_reach_the_logits():
 
 
 def costs(*values: float) -> torch.Tensor:
-    """One dimension a picture."""
+    """One dimension an image."""
     return torch.tensor(values)[:, None, None, None]
 
 

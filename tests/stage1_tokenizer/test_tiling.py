@@ -1,4 +1,4 @@
-"""Pieces of large pictures fit together, and whole ones stay whole."""
+"""Pieces of large images fit together, and whole ones stay whole."""
 
 from __future__ import annotations
 

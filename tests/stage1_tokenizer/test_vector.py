@@ -425,8 +425,8 @@ def test_a_restarted_code_counts_as_used_only_once_it_is():
 
 
 def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
-    """Two vectors a step, for which 32 of 64 codes take turns: twice the average use each, however
-    the other 32 restart."""
+    """Two vectors per step, for which 32 of 64 codes take turns: twice the average use each,
+    however the other 32 restart."""
     book = torch.cat([features(32, 4, seed=1), 50 + features(32, 4, seed=2)])
     vq = started(book, normalize=False, dead_code_check_every=5, dead_code_threshold=0.1, decay=0.9)
     vq.counts.copy_(torch.tensor([2 / 32] * 32 + [0.0] * 32))

@@ -1,5 +1,5 @@
-"""The loop of sampling: any order, several codes a step, known codes, what is computed and what is
-not."""
+"""The loop of sampling: any order, several codes per step, known codes, what is computed and what
+is not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, lev
 
 
 def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
-    """Codes after each step: every one of them but the `first` known ones drawn anew from what a
+    """Codes after each step: every one of them but the `first` known ones resampled from what a
     whole, uncached pass over the step before gives."""
     noise, place, stream = per_seed_uniforms(SEEDS, 9), first, prior.stream
     steps = []
@@ -230,7 +230,7 @@ def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, orde
     prior.config.trained_order = order
     with pytest.raises(
         ValueError,
-        match="several codes a step need a prior that was trained on random orders, and this one "
+        match="several codes per step need a prior that was trained on random orders, and this one "
         f"knows {order}",
     ):
         sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=4))
@@ -364,7 +364,7 @@ def test_orders_may_be_given(text_ids):
 
 
 def test_samples_in_random_order_follow_the_joint_distribution_of_that_order():
-    """Chi-square over all 27 pictures of a prior with three codes of three kinds, in the order 2,
+    """Chi-square over all 27 images of a prior with three codes of three kinds, in the order 2,
     0, 1."""
     prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
     caption = torch.tensor([[1, 5, 6, 7, 2, 0]])

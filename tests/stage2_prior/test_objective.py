@@ -10,7 +10,7 @@ from tests.helpers.priors import tiny_prior
 
 
 def reference(prior, text_ids, codes):
-    """Nats a text token and a code, token by token."""
+    """Nats per text token and a code, token by token."""
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
     logits = prior(ids, torch.arange(ids.shape[1]))
     text, image = [], []
@@ -101,5 +101,5 @@ def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
 
 
 def test_evaluating_nothing_is_refused(prior):
-    with pytest.raises(ValueError, match="no held-out pictures"):
+    with pytest.raises(ValueError, match="no held-out images"):
         PriorObjective(prior, PriorObjectiveConfig()).evaluate([])

@@ -203,7 +203,7 @@ def test_levels_are_sampled_within_their_own_codes(text_ids):
 
 
 def test_samples_follow_the_joint_distribution():
-    """Chi-square over all 27 pictures of a prior with three codes of three kinds."""
+    """Chi-square over all 27 images of a prior with three codes of three kinds."""
     prior = tiny_prior((Level(grid=(1, 3), num_codes=3),))
     caption = torch.tensor([[1, 5, 6, 7, 2, 0]])
     every = torch.tensor(list(itertools.product(range(3), repeat=3)))

@@ -70,7 +70,7 @@ def test_a_caption_of_no_words_has_the_likelihood_of_its_end(captioner, codes):
 
 
 def whole_pass(prior, text_ids, codes):
-    """log p of each next text id (P,T-1,V) given one picture's codes, uncached."""
+    """log p of each next text id (P,T-1,V) given one image's codes, uncached."""
     fed = prior.stream.image_first(text_ids, codes.expand(len(text_ids), -1))
     with torch.no_grad():
         return prior(fed.ids, fed.slots, targets=fed.targets, image_first=True).text.log_softmax(-1)

@@ -1,8 +1,8 @@
-"""Real pictures: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows
+"""Real images: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows
 no training.
 
 Held out is a fixed set of names that are new combinations of seen words: one skin tone of a name
-whose four other tones are in training, for as many names as make 5% of all pictures.
+whose four other tones are in training, for as many names as make 5% of all images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _GLYPH = (136, 128)
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture of the font."""
+    """One image of the font."""
 
     text: str
     name: str
@@ -102,7 +102,7 @@ def names_of_package() -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tuple[Emoji, ...]:
-    """Every distinct picture of the font that has a name, in the order of the names' list.
+    """Every distinct image of the font that has a name, in the order of the names' list.
 
     Raises:
         FileNotFoundError: the font or the names are missing; says how to install them.
@@ -139,7 +139,7 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
 
 
 def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarray | None:
-    """One glyph on white, or None where the font has no single picture for the text."""
+    """One glyph on white, or None where the font has no single image for the text."""
     box = face.getbbox(text)
     if (box[2] - box[0], box[3] - box[1]) != _GLYPH:
         return None  # an unknown letter is empty, an unknown sequence several glyphs wide
@@ -181,7 +181,7 @@ class EmojiSource:
         return len(self._emoji)
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8; see `Source`."""
+        """Images (N,S,S,3) uint8; see `Source`."""
         pictures = [self._emoji[int(i)].picture for i in indices]
         if draws is not None and self._flip:
             pictures = [
@@ -200,7 +200,7 @@ class EmojiSource:
         return self.captions(indices)
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
-        """The pictures (n,S,S,3) of a picture's name in all its tones, and which of them is its
+        """The images (n,S,S,3) of an image's name in all its tones, and which of them is its
         own; n is 1 without tones."""
         own = self._emoji[index]
         family = self._families.get(tone_of(own.name)[0], [own])

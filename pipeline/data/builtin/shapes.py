@@ -1,8 +1,8 @@
 """The embedded world: scenes of shapes, drawn in-process. Knows scenes and pixels; knows no
-captions and reads no pictures.
+captions and reads no images.
 
 Scene i of a split is a pure function of (seed, split, i). Sizes and positions scale with the
-picture; at 64 pixels objects are about 16, 22 and 29 pixels wide and at least 4 pixels apart.
+image; at 64 pixels objects are about 16, 22 and 29 pixels wide and at least 4 pixels apart.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
 SIZES: dict[str, float] = {"small": 0.125, "medium": 0.17, "large": 0.225}
-"""Half an object's extent as a share of the picture's width."""
+"""Half an object's extent as a share of the image's width."""
 SPLITS = ("train", "held_out", "new_pairs")
 
 NEW_PAIRS = frozenset(
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """What an image shows."""
 
     background: str
     items: tuple[Item, ...]
@@ -118,7 +118,7 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
         patch = _patch(item.shape, item.size, item.colour, scene.background, image_size)
         reach = len(patch) // 2
         top, left = item.y - reach, item.x - reach
-        # A sprite's margin may lie outside the picture; what is cut there is empty.
+        # A sprite's margin may lie outside the image; what is cut there is empty.
         rows = slice(max(top, 0), min(top + len(patch), image_size))
         columns = slice(max(left, 0), min(left + len(patch), image_size))
         cut = patch[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
@@ -141,7 +141,7 @@ class ShapesWorld:
     """Endless scenes of one split.
 
     Args:
-        image_size: height and width of a picture, at least 32.
+        image_size: height and width of an image, at least 32.
         lattice: centres a side on which objects may stand, evenly spaced; 0 lets them stand on any
             pixel.
         split: `train` and `held_out` draw the same pairs from unlike seeds; each scene of
@@ -225,7 +225,7 @@ class ShapesWorld:
         return None
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures (N, image_size, image_size, 3) uint8."""
+        """Images (N, image_size, image_size, 3) uint8."""
         return np.stack([draw(self.scene(int(i)), self.image_size) for i in indices])
 
 

@@ -33,7 +33,7 @@ RELATION_WORDS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-PLAIN_FRAMES = ("{}", "a picture of {}", "an image of {}", "a drawing of {}")
+PLAIN_FRAMES = ("{}", "an image of {}", "an image of {}", "a drawing of {}")
 GROUND_FRAMES = (
     "{} on a {ground} background",
     "{} on {ground}",
@@ -45,7 +45,7 @@ MENTION_SIZE = 0.8
 MENTION_GROUND = 0.6
 MENTION_RELATION = 0.75
 CLEAR = 0.12
-"""How far apart, as a share of the picture, centres lie before a relation between them is
+"""How far apart, as a share of the image, centres lie before a relation between them is
 stated."""
 
 
@@ -124,7 +124,7 @@ def clear_relation(a: Item, b: Item, image_size: int) -> str | None:
 
 
 class ShapesSource:
-    """The embedded world as a source of pictures and captions."""
+    """The embedded world as a source of images and captions."""
 
     name = "shapes"
 
@@ -145,7 +145,7 @@ class ShapesSource:
         return self.size
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures (N,S,S,3) uint8; each is seen as it is, whatever the draws."""
+        """Images (N,S,S,3) uint8; each is seen as it is, whatever the draws."""
         return self.world.images(indices)
 
     def captions(self, indices: Sequence[int]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Reads a picture of the embedded world back into objects, and checks claims against it. Knows
+"""Reads an image of the embedded world back into objects, and checks claims against it. Knows
 sprites and pixels; no captions.
 
-A picture is read in four steps: the background is the palette colour nearest to the border's
+An image is read in four steps: the background is the palette colour nearest to the border's
 median; what differs from it falls into connected components; a component's colour is the palette
 colour nearest to its fullest pixels; its coverage (how far each pixel went from background to
 colour) is matched against every (shape, size) sprite at small offsets. A match must be good to
@@ -30,13 +30,13 @@ a wrong outline a lot."""
 SPECK = 0.35
 """Components with less than this share of the smallest sprite's area are ignored."""
 APART = 0.06
-"""How far apart, as a share of the picture, centres lie for a stated relation to hold."""
+"""How far apart, as a share of the image, centres lie for a stated relation to hold."""
 _OFFSETS = 2
 
 
 @dataclass(frozen=True)
 class FoundItem:
-    """One object read from a picture; `match` is its similarity to the best sprite, 1 for a perfect
+    """One object read from an image; `match` is its similarity to the best sprite, 1 for a perfect
     one."""
 
     shape: str
@@ -49,7 +49,7 @@ class FoundItem:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; `unreadable` counts components that match no sprite well."""
+    """What an image shows; `unreadable` counts components that match no sprite well."""
 
     background: str
     items: tuple[FoundItem, ...]
@@ -105,7 +105,7 @@ def _middle(values: np.ndarray) -> int:
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected sets (4 neighbours) of a bool picture (H,W), each as (pixels, 2) rows and
+    """Connected sets (4 neighbours) of a bool image (H,W), each as (pixels, 2) rows and
     columns."""
     height, width = mask.shape
     left = set(map(int, np.flatnonzero(mask)))
@@ -131,10 +131,10 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def read_scene(picture: np.ndarray) -> Reading:
-    """Reads a uint8 picture (S,S,3).
+    """Reads a uint8 image (S,S,3).
 
     Raises:
-        ValueError: the array is no square uint8 RGB picture of at least 32 pixels.
+        ValueError: the array is no square uint8 RGB image of at least 32 pixels.
     """
     if (
         picture.ndim != 3
@@ -143,10 +143,10 @@ def read_scene(picture: np.ndarray) -> Reading:
         or picture.dtype != np.uint8
     ):
         raise ValueError(
-            f"a picture must be uint8 (S,S,3); this one is {picture.dtype} {picture.shape}"
+            f"an image must be uint8 (S,S,3); this one is {picture.dtype} {picture.shape}"
         )
     if len(picture) < 32:
-        raise ValueError(f"the picture has {len(picture)} pixels and must have at least 32")
+        raise ValueError(f"the image has {len(picture)} pixels and must have at least 32")
     size = len(picture)
     pixels = picture.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -211,7 +211,7 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
-    """Holds a picture (or its reading) against a caption's claims: all of them, and no object
+    """Holds an image (or its reading) against a caption's claims: all of them, and no object
     more."""
     reading = seen if isinstance(seen, Reading) else read_scene(seen)
     count = len(reading.items) == len(claims.objects) and not reading.unreadable

@@ -1,4 +1,4 @@
-"""The codes dataset: every picture as codes, once, in Arrow files. Knows files and fingerprints;
+"""The codes dataset: every image as codes, once, in Arrow files. Knows files and fingerprints;
 trains and draws nothing.
 
 A split is one row after another in shards (code_shards.py): of equally many rows, the last one
@@ -80,7 +80,7 @@ class CodesDataset:
         return self._ends[-1]
 
     def captions(self, indices: Sequence[int], draws: Sequence[float] | None = None) -> list[str]:
-        """A caption a picture: its first one, or with `draws`, a number in [0, 1) a picture, any of
+        """A caption an image: its first one, or with `draws`, a number in [0, 1) an image, any of
         its own, all equally likely."""
         if draws is None:
             return [shard.text(row) for shard, row in map(self._find, indices)]
@@ -88,15 +88,15 @@ class CodesDataset:
         return [texts[int(draw * len(texts))] for texts, draw in zip(every, draws, strict=True)]
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """All captions of each picture, the first one first."""
+        """All captions of each image, the first one first."""
         return [shard.texts(row) for shard, row in map(self._find, indices)]
 
     def source_rows(self, indices: Sequence[int]) -> list[int]:
-        """The pictures' numbers in the source they came from."""
+        """The images' numbers in the source they came from."""
         return [shard.number(row) for shard, row in map(self._find, indices)]
 
     def codes(self, indices: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
-        """(B,N) int64; `views` chooses an encoding a picture, the first one by default."""
+        """(B,N) int64; `views` chooses an encoding an image, the first one by default."""
         chosen = [0] * len(indices) if views is None else views
         rows = [
             shard.codes(row).reshape(self.views, -1)[view]
@@ -130,7 +130,7 @@ class ShardPlan:
         part: of a mixture.
         rows: numbers in the source, or in the mixture.
         shard: of the stream.
-        most: pictures of the shard that are encoded, if not all.
+        most: images of the shard that are encoded, if not all.
     """
 
     part: int
@@ -142,7 +142,7 @@ class ShardPlan:
 def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, ShardPlan]]:
     """The files of each split in their order and what each holds. `plan["parts"]` names of each
     part of the source the `first` row and how many `rows`, or how many `shards` a stream has and
-    the `most` pictures of each."""
+    the `most` images of each."""
     each, files = plan["images_per_shard"], {}
     for split, parts in plan["parts"].items():
         units: list[ShardPlan] = []
@@ -193,7 +193,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is cut or damaged ({error}); remove {folder} and run `minidalle encode` again"
+            f"{path} is truncated or corrupted ({error}); remove {folder} and run `minidalle "
+            "encode` again"
         ) from error
     check_format(made, folder)
     return manifest

@@ -1,7 +1,7 @@
 """One Arrow file of a codes dataset: written whole or not at all, checked, memory-mapped. Knows
 rows and bytes; knows no tokenizer and not which files belong together.
 
-A row a picture: `codes` (all views one after another), `text` (its first caption), `more_texts`
+A row an image: `codes` (all views one after another), `text` (its first caption), `more_texts`
 (its further ones), `row` (its number in the source). Files are Arrow streams with the schema
 metadata of `datasets`, whose `Dataset.from_file` reads them too.
 """
@@ -35,9 +35,9 @@ class EncodedRows:
     codes: np.ndarray
     """(B,N) integers, all views one after another."""
     captions: Sequence[Sequence[str]]
-    """One or more of each picture."""
+    """One or more of each image."""
     numbers: Sequence[int]
-    """The pictures' numbers in the source."""
+    """The images' numbers in the source."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != shard.bytes:
-        return f"is cut or damaged: it has {size:,} bytes and was written with {shard.bytes:,}"
+        return (
+            f"is truncated or corrupted: it has {size:,} bytes and was written with {shard.bytes:,}"
+        )
     if hashed and _sha256(path) != shard.sha256:
-        return "is damaged: its content is not what was written"
+        return "is corrupted: its content is not what was written"
     return None
 
 

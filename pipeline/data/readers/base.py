@@ -1,4 +1,4 @@
-"""`Rows`: a source as it lies, pictures undecoded and columns unread; and what all layouts share.
+"""`Rows`: a source as it lies, images undecoded and columns unread; and what all layouts share.
 Decodes nothing."""
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from threading import Lock
 from typing import Any, Protocol
 
 Record = dict[str, Any]
-"""What is written of a picture, by column."""
+"""What is written of an image, by column."""
 IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
-"""Columns that hold pictures where `data.image_column` names none."""
+"""Columns that hold images where `data.image_column` names none."""
 BAD_CAPTION = "captions that are not UTF-8 left out"
 _USUAL = {
     "data.text_column": (
@@ -39,7 +39,7 @@ _USUAL = {
         "image_path",
         "url",
     ),
-    "it names the picture": ("file", "filename", "path", "image", "name"),
+    "it names the image": ("file", "filename", "path", "image", "name"),
 }
 """What other data calls a column, to suggest."""
 _NAMED = 3
@@ -80,7 +80,7 @@ class SkipCounter:
 
 
 class Rows(Protocol):
-    """Pictures and what is written of them, numbered."""
+    """Images and what is written of them, numbered."""
 
     name: str
     columns: list[str]
@@ -97,17 +97,17 @@ class Rows(Protocol):
         ...
 
     def picture(self, row: int) -> bytes:
-        """The picture's file. Raises OSError or ValueError where it cannot be read."""
+        """The image's file. Raises OSError or ValueError where it cannot be read."""
         ...
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
-        """What is written of each row, in order; several records where a picture is named several
+        """What is written of each row, in order; several records where an image is named several
         times."""
         ...
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """By a hash of the name, so that pictures added later move no other one."""
+    """By a hash of the name, so that images added later move no other one."""
     return (
         int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
         < share * 2**64
@@ -133,7 +133,7 @@ def file_signature(path: Path) -> object:
 
 
 def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
-    """The column of the pictures.
+    """The column of the images.
 
     Raises:
         ValueError: there is none; names what there is and the nearest.

@@ -1,5 +1,5 @@
-"""What is written of a picture -> its captions. Knows columns, templates and lengths; knows no
-files and no pictures."""
+"""What is written of an image -> its captions. Knows columns, templates and lengths; knows no
+files and no images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pyarrow as pa
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
 
-NO_TEXT = "pictures without a caption left out"
+NO_TEXT = "images without a caption left out"
 
 
 class Captions:
-    """The captions of many pictures, in little memory."""
+    """The captions of many images, in little memory."""
 
     def __init__(self, captions: Iterable[list[str]]) -> None:
         self._lists = pa.array(captions, pa.large_list(pa.large_string()))
@@ -76,7 +76,7 @@ class CaptionReader:
         ]
 
     def of(self, records: Sequence[Record]) -> list[str]:
-        """The captions of one picture, each once, of the lengths that are wanted."""
+        """The captions of one image, each once, of the lengths that are wanted."""
         found: dict[str, None] = {}
         for record in records:
             try:

@@ -1,9 +1,9 @@
-"""Pictures that are files: a folder with captions in it, or a table of paths. Knows layouts;
+"""Images that are files: a folder with captions in it, or a table of paths. Knows layouts;
 decodes nothing.
 
 A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt beside NAME.png, or from
 the names of its subfolders by `data.caption_template`. A table is a .csv or .jsonl file whose
-pictures are paths, or bytes in base64.
+images are paths, or bytes in base64.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ LAYOUTS = """accepted are
   pictures/metadata.jsonl, a row a line                      ({"file_name": "cat.png", "text": "a cat on a mat"})
   pictures/cat.png with pictures/cat.txt beside it           (a cat on a mat)
   pictures/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
-NO_CAPTION = "pictures that no caption names left out"
+NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
-NO_PICTURE = "captions of pictures that are not there left out"
+NO_PICTURE = "captions of images that are not there left out"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _LONGEST_PATH = 1024
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
@@ -50,12 +50,12 @@ _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 
 
 class FileRows:
-    """Pictures of a folder, or of a table of paths.
+    """Images of a folder, or of a table of paths.
 
     Args:
         name: of the source, for messages.
         root: what the paths are relative to.
-        named: picture -> what is written of it, in order; a picture is a path relative to `root`,
+        named: image -> what is written of it, in order; an image is a path relative to `root`,
             or base64.
     """
 
@@ -148,7 +148,7 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
         if not named:
             unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
             raise ValueError(
-                f"{folder} holds {len(pictures)} pictures and no captions; "
+                f"{folder} holds {len(pictures)} images and no captions; "
                 f"{'; '.join(unread) or LAYOUTS}"
             )
     return FileRows(str(folder), folder, named, columns, tally)
@@ -158,7 +158,7 @@ def table_rows(file: Path, column: str | None) -> FileRows:
     """A .csv or .jsonl file of paths; they are relative to its own folder.
 
     Raises:
-        ValueError: the column of the pictures is missing, or a row is damaged.
+        ValueError: the column of the images is missing, or a row is corrupted.
     """
     rows, tally = list(_rows_of(file)), SkipCounter()
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -167,7 +167,7 @@ def table_rows(file: Path, column: str | None) -> FileRows:
     for number, row in enumerate(rows, start=1):
         picture = row.get(column)
         if not isinstance(picture, str) or not picture or "\0" in picture or not is_text(picture):
-            tally.add("rows that name no picture left out", f"row {number}")
+            tally.add("rows that name no image left out", f"row {number}")
         elif not is_inline(picture) and not _is_file(file.parent / picture):
             tally.add(NO_PICTURE, picture)
         else:
@@ -178,7 +178,7 @@ def table_rows(file: Path, column: str | None) -> FileRows:
 
 
 def is_inline(cell: str) -> bool:
-    """Whether a cell of pictures holds one in base64 rather than a path."""
+    """Whether a cell of images holds one in base64 rather than a path."""
     return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
 
 
@@ -202,19 +202,19 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
         below = Path(where).relative_to(folder)
         for name in files:
             extension, picture = Path(name).suffix.lower(), (below / name).as_posix()
-            if name.startswith("."):  # as ._cat.jpg, which is no picture
+            if name.startswith("."):  # as ._cat.jpg, which is no image
                 continue
             if extension in UNREAD:
                 tally.add(
-                    f"pictures of kinds that are not read ({', '.join(EXTENSIONS)} are) left out",
+                    f"images of kinds that are not read ({', '.join(EXTENSIONS)} are) left out",
                     picture,
                 )
             elif extension not in EXTENSIONS:
                 continue
             elif not is_text(picture):
-                tally.add("pictures whose names are not UTF-8 left out", ascii(picture))
+                tally.add("images whose names are not UTF-8 left out", ascii(picture))
             elif not _is_file(Path(where) / name):
-                tally.add("links to pictures that are not there left out", picture)
+                tally.add("links to images that are not there left out", picture)
             else:
                 found.append(picture)
     return sorted(found)
@@ -226,10 +226,10 @@ def _named(
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{metadata} row {number}"
-        existing_column(where, "file_name", list(row), "it names the picture")
+        existing_column(where, "file_name", list(row), "it names the image")
         name = row["file_name"]
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{where} names no picture: file_name is {name!r}")
+            raise ValueError(f"{where} names no image: file_name is {name!r}")
         path = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
         if path.is_absolute() or path.parts[:1] == ("..",):
             raise ValueError(f"{where} names {name!r}, which lies outside the folder")
@@ -251,7 +251,7 @@ def _rows_of(path: Path) -> Iterable[Record]:
 
 
 def _rows_of_csv(path: Path, text: str) -> list[Record]:
-    csv.field_size_limit(2**31 - 1)  # pictures in base64 are long
+    csv.field_size_limit(2**31 - 1)  # images in base64 are long
     head = text.partition("\n")[0].strip()
     if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
         raise ValueError(

@@ -36,10 +36,10 @@ class HubRows:
             and getattr(rows.features[self._image], "dtype", "") == "string"
         )
         if isinstance(rows.features[self._image], Image):
-            # Undecoded, so that a broken picture is ours to report.
+            # Undecoded, so that a broken image is ours to report.
             rows = rows.cast_column(self._image, Image(decode=False))
         self._rows = rows
-        # A column alone: reading captions must not read the pictures beside them.
+        # A column alone: reading captions must not read the images beside them.
         self._pictures = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
         # The library's fingerprint says nothing of files that the rows only name.
@@ -71,7 +71,7 @@ class HubRows:
 
 
 def content_of(cell: Any, beside: Path) -> bytes:
-    """A cell of pictures as a file's bytes: bytes, a path (relative to `beside`), or `datasets`'
+    """A cell of images as a file's bytes: bytes, a path (relative to `beside`), or `datasets`'
     pair of both.
 
     Raises:
@@ -84,7 +84,7 @@ def content_of(cell: Any, beside: Path) -> bytes:
         return cell
     if isinstance(cell, str) and cell and "\0" not in cell:
         return (beside / cell).read_bytes()
-    raise ValueError(f"it holds {type(cell).__name__} and no picture")
+    raise ValueError(f"it holds {type(cell).__name__} and no image")
 
 
 def label_names(features: Any) -> Any:
@@ -126,7 +126,7 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
         raise FileNotFoundError(
             f"data.source {config.source!r} is no folder or file here and no data set that can be "
             f"loaded ({reason}); "
-            "give shapes, emoji, a folder of pictures, a file or shards (docs/data.md), or a "
+            "give shapes, emoji, a folder of images, a file or shards (docs/data.md), or a "
             "datasets name with network access"
         ) from error
     if isinstance(loaded, dict):

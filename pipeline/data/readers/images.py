@@ -1,4 +1,4 @@
-"""One picture file -> a square RGB picture. Knows formats, sizes and crops; knows no captions."""
+"""One image file -> a square RGB image. Knows formats, sizes and crops; knows no captions."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ UNREAD = (
     ".eps",
     ".pdf",
 )
-"""Pictures of kinds that are not read."""
+"""Images of kinds that are not read."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
 """Pillow's names of what is read, whatever a file's name says. Not of what other programs are
 started for, as for EPS."""
 LARGEST = 89_478_485
-"""Pixels of a picture above which it is refused: a small file can claim to be so large that it
+"""Pixels of an image above which it is refused: a small file can claim to be so large that it
 fills the memory."""
 
-# A picture of absurd size is refused below. Pillow's warnings cannot be caught where several
+# An image of absurd size is refused below. Pillow's warnings cannot be caught where several
 # threads read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
-    """A decoded picture from a path, a file object or a file's bytes; of several frames the first.
+    """A decoded image from a path, a file object or a file's bytes; of several frames the first.
 
     Args:
         at_least: a shorter side that is enough: JPEGs are then decoded at a half, a quarter or an
@@ -70,7 +70,7 @@ def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture's file decoded as small as it may be (see `open_picture`), and its full width and
+    """An image's file decoded as small as it may be (see `open_picture`), and its full width and
     height when upright."""
     image, (width, height) = _opened(content, at_least)
     sideways = _orientation(image) in (5, 6, 7, 8)
@@ -78,7 +78,7 @@ def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[
 
 
 def header(source: Any) -> Image.Image:
-    """A picture of which nothing is decoded yet, from a path or a file object. Raises whatever
+    """An image of which nothing is decoded yet, from a path or a file object. Raises whatever
     Pillow does."""
     Image.init()  # does something once
     return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
@@ -99,17 +99,18 @@ def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, 
         image.load()
         return image, size
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {name}") from None
+        raise FileNotFoundError(f"there is no image {name}") from None
     except MemoryError:
         raise
     except Exception as error:
-        # Pillow's readers raise many kinds for a damaged file, down to struct.error and IndexError
+        # Pillow's readers raise many kinds for a corrupted file, down to struct.error and
+        # IndexError
         why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be read as a picture ({why})") from error
+        raise ValueError(f"{name} cannot be read as an image ({why})") from error
 
 
 def frames(image: Image.Image) -> int:
-    """How many frames a picture has; those after the first may be damaged, and are not used."""
+    """How many frames an image has; those after the first may be corrupted, and are not used."""
     try:
         return int(getattr(image, "n_frames", 1))
     except Exception:
@@ -119,12 +120,12 @@ def frames(image: Image.Image) -> int:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # a damaged EXIF block, which says nothing of the pixels
+    except Exception:  # a corrupted EXIF block, which says nothing of the pixels
         return 1
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
-    """A picture's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted,
+    """An image's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted,
     or for random crops all of it, just so large that the smallest one of them fills that size. See
     `open_picture` for what is raised."""
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb
@@ -144,7 +145,7 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
 
 
 def square_of(picture: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
-    """What is seen of a prepared picture: its centre, or with a `draw` what that chooses where the
+    """What is seen of a prepared image: its centre, or with a `draw` what that chooses where the
     configuration has it vary."""
     if draw is None or not config.varies:
         return centre_square(picture, config.image_size)
@@ -191,7 +192,7 @@ def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> 
 def random_shift(
     images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False
 ) -> np.ndarray:
-    """Pictures (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into
+    """Images (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into
     the gap, some mirrored."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]

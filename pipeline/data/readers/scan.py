@@ -1,4 +1,4 @@
-"""Opens every picture of a source once, in parallel: its size, a hash of its file, and what is
+"""Opens every image of a source once, in parallel: its size, a hash of its file, and what is
 wrong with it. Trains nothing.
 
 What was found is kept in a file, so that a source is read through once and not at every start.
@@ -26,18 +26,18 @@ from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
 from stage1_tokenizer.pixels import to_rgb
 
-UNREADABLE = "unreadable pictures left out"
+UNREADABLE = "unreadable images left out"
 _CHUNK = 32
 _SLOW = 2000
-"""Pictures from which the user is shown how far it is, and what was found is kept."""
+"""Images from which the user is shown how far it is, and what was found is kept."""
 _DECODED = 64
-"""Shorter side, in pixels, that pictures are decoded at to be judged."""
+"""Shorter side, in pixels, that images are decoded at to be judged."""
 _FORM = 2
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What was found of each picture, an entry a row.
+    """What was found of each image, an entry a row.
 
     Attributes:
         width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
@@ -59,7 +59,7 @@ class ScanResult:
 def scan_images(
     rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
 ) -> ScanResult:
-    """Reads every picture, or takes what an earlier call found in `folder` while the files are the
+    """Reads every image, or takes what an earlier call found in `folder` while the files are the
     same.
 
     Args:
@@ -84,7 +84,7 @@ def scan_images(
     # The bar is for those who wait for it; a second's work needs none.
     bar = tqdm(
         total=len(mine),
-        desc="reading pictures",
+        desc="reading images",
         disable=len(mine) < _SLOW or share.index > 0,
         mininterval=1.0,
         leave=False,
@@ -110,7 +110,7 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     the others are counted.
 
     Raises:
-        ValueError: more pictures than `config.max_corrupt_fraction` allows cannot be read.
+        ValueError: more images than `config.max_corrupt_fraction` allows cannot be read.
     """
     bad = np.array([bool(problem) for problem in found.problem], bool)
     of_size = [
@@ -124,7 +124,7 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     if bad.sum() > config.max_corrupt_fraction * max(len(rows), 1):
         first = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"{int(bad.sum())} of {len(rows)} pictures in {rows.name} cannot be read "
+            f"{int(bad.sum())} of {len(rows)} images in {rows.name} cannot be read "
             f"({tally.first(UNREADABLE)}: {found.problem[first]}); "
             "repair or remove them, or raise data.max_corrupt_fraction (now "
             f"{config.max_corrupt_fraction})"
@@ -133,24 +133,24 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
 
 
 def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
-    """Reasons to leave pictures out, and whether each stands against a picture of this size, or
+    """Reasons to leave images out, and whether each stands against an image of this size, or
     against each of these sizes (N)."""
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
     reasons = [
         (
-            f"pictures smaller than {config.least_size} pixels left out{hint}",
+            f"images smaller than {config.least_size} pixels left out{hint}",
             shorter < config.least_size,
         )
     ]
     if config.max_size is not None:
         reasons.append(
-            (f"pictures larger than {config.max_size} pixels left out", longer > config.max_size)
+            (f"images larger than {config.max_size} pixels left out", longer > config.max_size)
         )
     if config.max_aspect is not None:
         reasons.append(
             (
-                f"pictures more than {config.max_aspect:g} times as long as wide left out",
+                f"images more than {config.max_aspect:g} times as long as wide left out",
                 longer > config.max_aspect * shorter,
             )
         )
@@ -158,7 +158,7 @@ def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[st
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened; 0 is
+    """64 bits that stay nearly the same when an image is scaled, recompressed or brightened; 0 is
     a plain surface.
 
     Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of
@@ -176,7 +176,7 @@ def perceptual_hash(image: Image.Image) -> int:
     values = lightness[:7, :7].flatten()[1:]  # without the mean, which says how bright it is
     values[np.abs(values) < _FAINT] = 0
     of_colour = np.stack(colours)[:, *_LOWEST]
-    of_colour[:, 0] -= 128  # the mean of a grey picture
+    of_colour[:, 0] -= 128  # the mean of a grey image
     if not values.any() and (np.abs(of_colour[:, 1:]) < 2 * _FAINT).all():
         return 0
     bits = np.concatenate([values > np.median(values), of_colour.flatten() > 2 * _FAINT])
@@ -223,7 +223,7 @@ def _read(path: Path) -> ScanResult | None:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowInvalid):  # not there, or cut: pictures are read anew
+    except (OSError, pa.ArrowInvalid):  # not there, or cut: images are read anew
         return None
     width, height, digest, look = (
         table[name].to_numpy() for name in ("width", "height", "digest", "look")

@@ -71,10 +71,10 @@ class ShardRows:
     Args:
         name: of the source, for messages.
         shards: paths of .tar files.
-        image: extension of the pictures (`data.image_column`); any by default.
+        image: extension of the images (`data.image_column`); any by default.
 
     Raises:
-        ValueError: the shards hold no pictures, or none of that extension; or they are compressed.
+        ValueError: the shards hold no images, or none of that extension; or they are compressed.
     """
 
     def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
@@ -84,7 +84,7 @@ class ShardRows:
             [name, image, *(file_signature(Path(shard)) for shard in shards)]
         )
         keys: list[str] = []
-        places: list[tuple[int, int, int]] = []  # shard, start and length of the picture
+        places: list[tuple[int, int, int]] = []  # shard, start and length of the image
         texts: dict[str, list[tuple[int, int]]] = {}
         extensions: set[str] = set()
         for number, shard in enumerate(shards):
@@ -94,7 +94,7 @@ class ShardRows:
                     e for e in members if (f".{e}" in EXTENSIONS if image is None else e == image)
                 ]
                 if not pictures:
-                    self.tally.add("samples without a picture left out", key)
+                    self.tally.add("samples without an image left out", key)
                     continue
                 for extension, place in members.items():
                     if extension in (*_TEXTS, "json"):
@@ -108,7 +108,7 @@ class ShardRows:
                 existing_column(name, image, sorted(extensions), "data.image_column")
             why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(extensions))}"
             raise ValueError(
-                f"{name} has {len(shards)} shards and no picture ({why}); a sample is NAME.jpg "
+                f"{name} has {len(shards)} shards and no image ({why}); a sample is NAME.jpg "
                 "with NAME.txt beside it in the .tar"
             )
         self._keys = pa.array(keys, pa.large_string())
@@ -192,7 +192,7 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
             raise ValueError(
                 f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
             ) from error
-        tally.add("shards that are cut or damaged, read up to there", shard)
+        tally.add("shards that are truncated or corrupted, read up to there", shard)
     if held is not None:
         yield held
 

@@ -118,7 +118,7 @@ class ShardReader:
             if self._lengths.empty(self._parts) == self._order.length:
                 why = "; ".join(self._stream.problems)
                 raise ValueError(
-                    f"no shard of {self._stream.name} has a picture to train on; "
+                    f"no shard of {self._stream.name} has an image to train on; "
                     f"{why or 'all are held out or missing'}"
                 )
             self._number += 1
@@ -202,7 +202,7 @@ class ShuffleBuffer:
 
 
 class StreamBatchLoader:
-    """Pictures of a stream, or of a mixture with streams in it."""
+    """Images of a stream, or of a mixture with streams in it."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class StreamBatchLoader:
         ]
 
     def _taken(self, step: int) -> list[tuple[Any, int]]:
-        """(part, number of its pictures that this process had before) of each picture of a step."""
+        """(part, number of its images that this process had before) of each image of a step."""
         taken = [self._mixture.at(step * self._each + i) for i in range(self._each)]
         return [(self._parts[part], number) for part, number in taken]
 
@@ -273,7 +273,7 @@ class StreamBatchLoader:
         return samples[(within + after) % len(samples)]
 
     def _decoded(self, part: ShuffleBuffer, number: int, draw: int) -> np.ndarray:
-        """A picture, or where it cannot be decoded the next one of its block, so that every process
+        """An image, or where it cannot be decoded the next one of its block, so that every process
         has as many as every other."""
         after = 0
         while (picture := part.stream.decode(self._sample(part, number, after))) is None:
@@ -289,10 +289,10 @@ def batch_loader(
     processes: int,
     folder: Path | None = None,
 ) -> MapBatchLoader | StreamBatchLoader:
-    """One process's pictures of a source, step by step.
+    """One process's images of a source, step by step.
 
     Args:
-        batch_size: pictures a step, over all processes.
+        batch_size: images per step, over all processes.
         folder: where what was learned of a stream is kept.
     """
     if any(isinstance(part, StreamSource) for part in parts_of(source)):

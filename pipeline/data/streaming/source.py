@@ -1,7 +1,7 @@
 """Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples;
 knows no order and no training.
 
-What is read is kept in memory only; pictures held out are the first that are met.
+What is read is kept in memory only; images held out are the first that are met.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names,
 from pipeline.data.readers.images import header, prepared, square_of
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
 
-UNDECODED = "pictures that cannot be decoded left out"
+UNDECODED = "images that cannot be decoded left out"
 _REMEMBERED = 100_000
 _SURE = 1000
-"""Pictures after which the share of those that cannot be decoded says something."""
+"""Images after which the share of those that cannot be decoded says something."""
 HELD_OUT = 500
-"""Held-out pictures of a stream, at most: to find them, it is read from its beginning."""
+"""Held-out images of a stream, at most: to find them, it is read from its beginning."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a stream, undecoded."""
+    """One image of a stream, undecoded."""
 
     name: str
     content: bytes
@@ -50,7 +50,7 @@ class Sample:
 
 
 class StreamSource:
-    """The training pictures of a stream: shards of samples, without a number of their own.
+    """The training images of a stream: shards of samples, without a number of their own.
 
     Raises:
         FileNotFoundError: there is no such shard or data set.
@@ -102,11 +102,11 @@ class StreamSource:
         return itertools.islice(accepted, part, None, parts)
 
     def decode(self, sample: Sample) -> np.ndarray | None:
-        """A sample's picture, prepared (see `square`), or None where it cannot be decoded, which is
+        """A sample's image, prepared (see `square`), or None where it cannot be decoded, which is
         counted.
 
         Raises:
-            ValueError: more than `data.max_corrupt_fraction` of the pictures cannot be.
+            ValueError: more than `data.max_corrupt_fraction` of the images cannot be.
         """
         try:
             picture = prepared(sample.content, self.config)
@@ -116,7 +116,7 @@ class StreamSource:
             self._leave_out(UNDECODED, sample.name)
             if self._bad > self.config.max_corrupt_fraction * max(self._decoded, _SURE):
                 raise ValueError(
-                    f"{self._bad} of {self._decoded + self._bad} pictures of {self.name} cannot be "
+                    f"{self._bad} of {self._decoded + self._bad} images of {self.name} cannot be "
                     f"decoded (the last: {sample.name}, "
                     f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now "
                     f"{self.config.max_corrupt_fraction})"
@@ -127,7 +127,7 @@ class StreamSource:
         return picture
 
     def square(self, picture: np.ndarray, draw: int | None) -> np.ndarray:
-        """What is seen of a decoded picture, (S,S,3) uint8; see `Source.images` for `draw`."""
+        """What is seen of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
         return square_of(picture, self.config, draw)
 
     def held_out(self) -> list[Sample]:
@@ -156,7 +156,7 @@ class StreamSource:
                 raise OSError(
                     f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} "
                     f"of {self.name} cannot be read on "
-                    f"({reason}); the same command goes on from the last checkpoint"
+                    f"({reason}); the same command resumes from the last checkpoint"
                 ) from error
             if row is None:
                 return
@@ -177,10 +177,10 @@ class StreamSource:
         if self._reader.undecodable > before:
             self._leave_out(BAD_CAPTION, name)
         if not captions:
-            self._leave_out("pictures without a caption left out", name)
+            self._leave_out("images without a caption left out", name)
             return None
         if row[self._image] is None:
-            self._leave_out(f"samples without a picture in the column {self._image} left out", name)
+            self._leave_out(f"samples without an image in the column {self._image} left out", name)
             return None
         config = self.config
         try:

@@ -26,7 +26,7 @@ LIBRARY = [
 ]
 OURS = logging.getLogger("pipeline.of.this.test")
 LOGGERS = [logging.getLogger(name) for name in PACKAGES]
-PROGRESS = "pictures to train on"
+PROGRESS = "images to train on"
 
 
 @pytest.fixture

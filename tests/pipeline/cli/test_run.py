@@ -1,4 +1,4 @@
-"""One tiny run from YAML to pictures, each verb of the command line, and what a user can do wrong
+"""One tiny run from YAML to images, each verb of the command line, and what a user can do wrong
 on the way."""
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_pat
         all(size_of(tmp_path / "a" / r["file"]) == (32, 32) for r in rows)
         and (tmp_path / "a" / "grid.png").is_file()
     )
-    assert "wrote 4 pictures" in capsys.readouterr().out
+    assert "wrote 4 images" in capsys.readouterr().out
     (tmp_path / "prompts.txt").write_text("a blue star\n")
     assert (
         main(
@@ -306,7 +306,7 @@ def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
         (lambda b: (b / "pipeline.json").unlink(), "holds no pipeline.json, so it is no bundle"),
         (
             lambda b: (b / "pipeline.json").write_text('{"format": 1'),
-            "pipeline.json is cut or damaged",
+            "pipeline.json is truncated or corrupted",
         ),
         (
             lambda b: (b / "pipeline.json").write_text('{"format": 9}'),
@@ -388,8 +388,8 @@ def test_reconstruct(finished_run, tmp_path, capsys):
     assert main([*both, "--size", "32"]) == 0 and size_of(out / "00001-grey.png") == (32, 32)
     assert main([*both, "--size", "48x40"]) == 0 and size_of(out / "00001-grey.png") == (48, 40)
     for file, message in (
-        ("broken.png", "cannot be read as a picture"),
-        ("none.png", "there is no picture"),
+        ("broken.png", "cannot be read as an image"),
+        ("none.png", "there is no image"),
     ):
         fails(
             capsys,
@@ -475,7 +475,7 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
             "--data.image_size",
             48,
         ],
-        "pictures of 32 pixels and data.image_size is 48",
+        "images of 32 pixels and data.image_size is 48",
     )
 
 
@@ -613,7 +613,7 @@ def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
         (runs / "settings.json").read_text()
     )
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     whole = [*command, "--output_dir", str(tiny_yaml.parent / "whole")]
     subprocess.run(whole, env=environment, check=True, capture_output=True)
     one, two = (

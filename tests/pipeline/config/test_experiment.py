@@ -154,7 +154,7 @@ def test_every_broken_relation_is_named(tiny_yaml):
         ),
         (
             ["--sampling.num_inference_steps", "4"],
-            "several codes a step need prior.train.code_order=random",
+            "several codes per step need prior.train.code_order=random",
         ),
         (
             ["--encode.augmentations_per_image", "2", "--encode.flip", "true"],

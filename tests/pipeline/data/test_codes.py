@@ -1,5 +1,5 @@
-"""The codes dataset as files: what is written is read, what is damaged is named, captions are drawn
-evenly."""
+"""The codes dataset as files: what is written is read, what is corrupted is named, captions are
+drawn evenly."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ def changed(file: Path) -> None:
 
 DAMAGE = {
     "is missing": Path.unlink,
-    "is cut or damaged: it has 100 bytes and was written with": lambda file: file.write_bytes(
-        file.read_bytes()[:100]
+    "is truncated or corrupted: it has 100 bytes and was written with": lambda file: (
+        file.write_bytes(file.read_bytes()[:100])
     ),
-    "is damaged: its content is not what was written": changed,
+    "is corrupted: its content is not what was written": changed,
 }
 
 
@@ -181,7 +181,7 @@ def test_of_large_folders_sizes_alone_are_checked(folder, monkeypatch):
     assert len(CodesDataset(folder, "train")) == 12
     (folder / "train-00002-of-00003.arrow").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"train-00002-of-00003\.arrow is cut or damaged: it has 0 bytes"
+        ValueError, match=r"train-00002-of-00003\.arrow is truncated or corrupted: it has 0 bytes"
     ):
         CodesDataset(folder, "train")
 
@@ -217,7 +217,7 @@ def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
     (folder / "codes.json").write_text(content)
     with pytest.raises(
         ValueError,
-        match=r"codes\.json is cut or damaged .*remove .* and run `minidalle encode` again",
+        match=r"codes\.json is truncated or corrupted .*remove .* and run `minidalle encode` again",
     ):
         CodesDataset(folder, "train")
 

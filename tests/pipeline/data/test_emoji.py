@@ -1,4 +1,4 @@
-"""Names, families and held-out tones; pictures where the font is installed."""
+"""Names, families and held-out tones; images where the font is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile data: loading ends with pictures or with one of our errors, in time, and
+"""Corrupted and hostile data: loading ends with images or with one of our errors, in time, and
 writes nothing.
 
 MINIDALLE_FUZZ=400 gives so many cases a test in place of a few (six tests: 2,400 cases).
@@ -294,7 +294,7 @@ def test_links_and_loops(links):
 @fuzzed
 @given(content=damaged(), limit=st.sampled_from([1, 64, 4096]))
 def test_damaged_pictures_alone(content, limit):
-    """Each of the functions that take a picture's file."""
+    """Each of the functions that take an image's file."""
     from pipeline.data.readers.images import open_for_judging, open_picture, prepared
     from pipeline.data.readers.scan import _examined
 
@@ -314,4 +314,4 @@ def test_damaged_pictures_alone(content, limit):
         try:
             read()
         except ValueError as error:
-            assert "cannot be read as a picture" in str(error)
+            assert "cannot be read as an image" in str(error)

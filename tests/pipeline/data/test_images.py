@@ -157,7 +157,7 @@ def test_bombs_animations_and_odd_modes(tmp_path):
             )
     white = [255, 255, 255]
     assert found == {"animated": [255, 0, 0], "deep": white, "print": white, "clear": white}
-    assert split.problems == ["1 unreadable pictures left out: bomb.png"]
+    assert split.problems == ["1 unreadable images left out: bomb.png"]
 
 
 def pictures_of(folder, sizes: dict[str, tuple[int, int]]) -> None:
@@ -195,9 +195,9 @@ def test_sizes_and_shapes_that_are_not_wanted_are_left_out_and_counted(tmp_path)
         config(tmp_path, min_size=25, max_size=150, max_aspect=2), "train"
     ).problems
     assert problems == [
-        "2 pictures smaller than 25 pixels left out: small.png, tiny.png",
-        "1 pictures larger than 150 pixels left out: large.png",
-        "1 pictures more than 2 times as long as wide left out: wide.png",
+        "2 images smaller than 25 pixels left out: small.png, tiny.png",
+        "1 images larger than 150 pixels left out: large.png",
+        "1 images more than 2 times as long as wide left out: wide.png",
     ]
 
 
@@ -267,7 +267,7 @@ def test_wrong_settings_are_all_named():
         assert f"data.{part}" in str(error.value)
     for options, message in (
         ({"source": "shapes", "flip": True}, "captions of the shapes say what is left and right"),
-        ({"source": "emoji", "crop": "random"}, "shapes and emoji fill their pictures"),
+        ({"source": "emoji", "crop": "random"}, "shapes and emoji fill their images"),
         ({"source": "emoji", "streaming": True}, "emoji are drawn here"),
         (
             {"source": "a", "mix": [mapped_part()]},

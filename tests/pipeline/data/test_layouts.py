@@ -1,4 +1,4 @@
-"""Every layout gives the same pictures and captions; columns, templates, several captions; what
+"""Every layout gives the same images and captions; columns, templates, several captions; what
 each can have wrong."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS = [("red", 200), ("dim", 50), ("mid", 120)]
 
 
 def everything(source: object, **options: object) -> dict[str, int]:
-    """First caption -> red of the picture, over both splits, which must not overlap."""
+    """First caption -> red of the image, over both splits, which must not overlap."""
     found: dict[str, int] = {}
     for split in load_sources(config(source, **options)):
         rows = range(len(split))
@@ -42,7 +42,7 @@ def everything(source: object, **options: object) -> dict[str, int]:
 
 
 def write_layout(layout: str, folder) -> object:
-    """The three pictures in one layout; returns its source."""
+    """The three images in one layout; returns its source."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -133,7 +133,7 @@ def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
     }
     with pytest.raises(
         ValueError,
-        match=r"holds 2 pictures and no captions; accepted are(?s:.*)a photo of a \{folder\}",
+        match=r"holds 2 images and no captions; accepted are(?s:.*)a photo of a \{folder\}",
     ):
         load_source(config(tmp_path), "train")
 
@@ -219,7 +219,7 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
     with pytest.raises(ValueError, match=r"has no column 'colour\.__class__'"):
         load_source(config(tmp_path, caption_template="{colour.__class__}"), "train")
     source = load_source(config(tmp_path, caption_template="{{a}} {colour} one"), "train")
-    assert source.problems == ["1 pictures without a caption left out: b.png"]
+    assert source.problems == ["1 images without a caption left out: b.png"]
     assert set(source.captions(range(len(source)))) <= {"{a} red one", "{a} blue one"}
 
 
@@ -260,12 +260,12 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         (
             "t.csv",
             "image,text\ngone.png,x\n",
-            "no usable picture with a caption; 1 captions of pictures that are not there left out: "
+            "no usable image with a caption; 1 captions of images that are not there left out: "
             "gone.png",
         ),
-        ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no picture left out: row 1"),
+        ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no image left out: row 1"),
         ("t.jsonl", "{" * 5000, "line 1 is no JSON"),
-        ("t.jsonl", '{"image": "' + "@" * 2000 + '", "text": "x"}\n', "1 of 1 pictures in"),
+        ("t.jsonl", '{"image": "' + "@" * 2000 + '", "text": "x"}\n', "1 of 1 images in"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
@@ -328,7 +328,7 @@ def test_names_with_half_surrogates_are_said(tmp_path):
         '{"file_name": "\\ud800.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'
     )
     assert load_source(config(tmp_path), "train").problems == [
-        r"1 captions of pictures that are not there left out: \ud800.png"
+        r"1 captions of images that are not there left out: \ud800.png"
     ]
 
 
@@ -339,20 +339,20 @@ def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_pa
         "file_name,text\n" + "".join(f"{i}.png,t{i}\n" for i in range(4, 12))
     )
     assert load_source(config(tmp_path), "train").problems == [
-        "6 captions of pictures that are not there left out: 6.png, 7.png, 8.png, ...",
-        "4 pictures that no caption names left out: 0.png, 1.png, 2.png, ...",
+        "6 captions of images that are not there left out: 6.png, 7.png, 8.png, ...",
+        "4 images that no caption names left out: 0.png, 1.png, 2.png, ...",
     ]
 
 
 def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
-    """Pictures of other kinds and links to nothing are; what is hidden was not meant."""
+    """Images of other kinds and links to nothing are; what is hidden was not meant."""
     for name in ("a.png", "b.JFIF", "c.avif"):
         Image.new("RGB", (20, 20)).save(
             tmp_path / name, {"png": "PNG", "JFIF": "JPEG", "avif": "AVIF"}[name.split(".")[1]]
         )
     for name in ("d.heic", "e.svg", "._a.png", "._a.heic", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds 3 pictures and no captions; accepted are"):
+    with pytest.raises(ValueError, match=r"holds 3 images and no captions; accepted are"):
         folder_rows(tmp_path, "text", None)
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
@@ -360,10 +360,10 @@ def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
     found = folder_rows(tmp_path, "text", None)
     assert [found.label(row) for row in range(len(found))] == ["a.png", "b.JFIF", "c.avif"]
     kinds = (
-        "pictures of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, "
+        "images of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, "
         ".avif, .bmp, .gif, .tif, .tiff are) left out"
     )
-    assert found.tally.counts() == {kinds: 2, "links to pictures that are not there left out": 1}
+    assert found.tally.counts() == {kinds: 2, "links to images that are not there left out": 1}
     assert sorted(everything(tmp_path)) == ["a", "b", "c"]
 
 
@@ -384,7 +384,7 @@ def test_odd_letters_in_captions_and_names(tmp_path):
     ]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(encoded())
     assert load_source(config(tmp_path), "train").problems == [
-        "1 pictures whose names are not UTF-8 left out: '\\udcff.png'"
+        "1 images whose names are not UTF-8 left out: '\\udcff.png'"
     ]
 
 
@@ -399,7 +399,7 @@ def test_shards_hold_texts_json_and_labels(tmp_path):
     assert sorted(
         source.captions(range(len(source))) + held_out.captions(range(len(held_out)))
     ) == ["cat", "dog"]
-    assert source.problems == ["1 samples without a picture left out: notes"]
+    assert source.problems == ["1 samples without an image left out: notes"]
     source, held_out = load_sources(config(tmp_path, text_column="alt"))
     assert source.captions(range(len(source))) + held_out.captions(range(len(held_out))) == [
         "from json"
@@ -420,10 +420,10 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     ]
     assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
     assert any(
-        "shards that are cut or damaged" in line
+        "shards that are truncated or corrupted" in line
         for line in load_source(config(tmp_path, max_corrupt_fraction=0.5), "train").problems
     )
-    # In the middle of a picture: its bytes are missed when it is read.
+    # In the middle of an image: its bytes are missed when it is read.
     start = whole.rindex(b"\x89PNG")
     (tmp_path / "001.tar").write_bytes(whole[: start + 30])
     with pytest.raises(
@@ -438,7 +438,7 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
         load_source(config(tmp_path), "train")
     (tmp_path / "000.tar").write_bytes(b"")
     (tmp_path / "001.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="has 2 shards and no picture"):
+    with pytest.raises(ValueError, match="has 2 shards and no image"):
         load_source(config(tmp_path), "train")
 
 

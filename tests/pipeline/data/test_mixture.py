@@ -1,4 +1,4 @@
-"""Several sources by weight: exact shares, each part's own passes, one set of pictures whatever the
+"""Several sources by weight: exact shares, each part's own passes, one set of images whatever the
 processes."""
 
 from __future__ import annotations

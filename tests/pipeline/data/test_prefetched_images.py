@@ -1,4 +1,4 @@
-"""Pictures loaded ahead; which rows a step sees is tested with training,
+"""Images loaded ahead; which rows per step sees is tested with training,
 tests/pipeline/training/test_trainer.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which rows a step sees, where there are too many rows for a list of them."""
+"""Which rows per step sees, where there are too many rows for a list of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening every picture: what is kept and when it holds, work shared by processes, what is told of
+"""Opening every image: what is kept and when it holds, work shared by processes, what is told of
 each."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, m
     anew."""
     kept = tmp_path / "kept"
     scan_images(rows(folder), 2, kept)
-    assert not kept.exists()  # ten pictures are read again in no time
+    assert not kept.exists()  # ten images are read again in no time
     monkeypatch.setattr(examining, "_SLOW", 5)
     first = scan_images(rows(folder), 2, kept)
     opened.clear()

@@ -26,7 +26,7 @@ def config(folder: Path | str, **options: object) -> DataConfig:
 
 
 def everything(folder: Path | str, **options: object) -> dict[str, np.ndarray]:
-    """Caption -> picture over both splits, which must not overlap."""
+    """Caption -> image over both splits, which must not overlap."""
     found: dict[str, np.ndarray] = {}
     for split in ("train", "held_out"):
         source = load_source(config(folder, **options), split)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout):
 def test_splits_do_not_move_when_pictures_are_added(tmp_path):
     for i in range(30):
         picture(tmp_path / f"{i}.png", (i, 0, 0))
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+        (tmp_path / f"{i}.txt").write_text(f"image {i}")
     before = load_source(config(tmp_path), "held_out")
     kept = set(before.captions(range(len(before))))
     picture(tmp_path / "new.png")
@@ -90,15 +90,15 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     source = load_source(config(tmp_path, max_corrupt_fraction=0.5), "train")
     problems = "\n".join(source.problems)
     for expected in (
-        "1 unreadable pictures left out: broken.png",
-        "1 pictures smaller than 16 pixels left out (data.upscale=true keeps them): small.png",
-        "1 pictures that no caption names left out: uncaptioned.png",
-        "1 pictures without a caption left out: empty.png",
+        "1 unreadable images left out: broken.png",
+        "1 images smaller than 16 pixels left out (data.upscale=true keeps them): small.png",
+        "1 images that no caption names left out: uncaptioned.png",
+        "1 images without a caption left out: empty.png",
     ):
         assert expected in problems
     assert set(everything(tmp_path, max_corrupt_fraction=0.5)) == {"good"}
     assert set(everything(tmp_path, max_corrupt_fraction=0.5, upscale=True)) == {"good", "small"}
-    with pytest.raises(ValueError, match=r"1 of 4 pictures in .* cannot be read \(broken\.png: "):
+    with pytest.raises(ValueError, match=r"1 of 4 images in .* cannot be read \(broken\.png: "):
         load_source(config(tmp_path), "train")
 
 
@@ -106,7 +106,7 @@ def test_captions_of_missing_pictures_are_counted(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\ngone.png,b\n")
     assert load_source(config(tmp_path), "train").problems == [
-        "1 captions of pictures that are not there left out: gone.png"
+        "1 captions of images that are not there left out: gone.png"
     ]
 
 
@@ -134,7 +134,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
     picture(tmp_path / "a.png")
     with pytest.raises(
         ValueError,
-        match=r"(?s)holds 1 pictures and no captions; accepted are.*metadata\.csv.*cat\.txt",
+        match=r"(?s)holds 1 images and no captions; accepted are.*metadata\.csv.*cat\.txt",
     ):
         load_source(config(tmp_path), "train")
 
@@ -162,13 +162,13 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         (
             "metadata.jsonl",
             '{"file_name": null, "text": "x"}\n',
-            "row 1 names no picture: file_name is None",
+            "row 1 names no image: file_name is None",
         ),
-        ("metadata.csv", "text,file_name\na cat\n", "row 1 names no picture: file_name is None"),
+        ("metadata.csv", "text,file_name\na cat\n", "row 1 names no image: file_name is None"),
         (
             "metadata.csv",
             "file_name,text\na.png,\n",
-            "no usable picture with a caption; 1 pictures without a caption",
+            "no usable image with a caption; 1 images without a caption",
         ),
     ],
 )

@@ -263,15 +263,15 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
     problems = "\n".join(source.problems)
     for expected in (
         "without a caption left out: mute",
-        "1 pictures smaller than 16 pixels left out (data.upscale=true keeps them): small",
-        "unreadable pictures left out: none",
-        "pictures that cannot be decoded left out: cut",
+        "1 images smaller than 16 pixels left out (data.upscale=true keeps them): small",
+        "unreadable images left out: none",
+        "images that cannot be decoded left out: cut",
     ):
         assert expected in problems
     strict = StreamBatchLoader(stream(tmp_path, max_corrupt_fraction=0.0), 10, 0, 0, 1, None)
     with pytest.raises(
         ValueError,
-        match=r"pictures of .* cannot be decoded \(the last: cut, .*raise "
+        match=r"images of .* cannot be decoded \(the last: cut, .*raise "
         r"data\.max_corrupt_fraction \(now 0\.0\)",
     ):
         for step in range(12):
@@ -282,7 +282,7 @@ def test_nothing_to_train_on_ends(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(
         ValueError,
-        match=r"no shard of .* has a picture to train on; .*without a caption left out: a",
+        match=r"no shard of .* has an image to train on; .*without a caption left out: a",
     ):
         StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
 
@@ -325,7 +325,7 @@ def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lane, "_open", counted)
     for _ in range(2):  # the second time their lengths are known
-        with pytest.raises(ValueError, match=r"no shard of .* has a picture to train on"):
+        with pytest.raises(ValueError, match=r"no shard of .* has an image to train on"):
             lane.skip_to(1)
 
 

@@ -39,7 +39,7 @@ def caption(seed: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Forty good pictures of 64x64."""
+    """Forty good images of 64x64."""
     made = tmp_path / "pictures"
     made.mkdir()
     for seed in range(40):
@@ -132,9 +132,9 @@ def test_pictures_are_counted_by_size_mode_and_format(folder):
         ".gif": 1,
     }
     assert (source.longer_side.largest, source.shorter_side.smallest) == (200, 30)
-    assert "of 1 pictures with several frames the first is used" in said(found, "notes")
+    assert "of 1 images with several frames the first is used" in said(found, "notes")
     assert (
-        "1 pictures smaller than 32 pixels left out (data.upscale=true keeps them): 50.jpg"
+        "1 images smaller than 32 pixels left out (data.upscale=true keeps them): 50.jpg"
         in said(found, "notes")
     )
 
@@ -147,7 +147,7 @@ def test_unreadable_pictures_are_named_and_too_many_fail(folder):
     assert [
         (one.name, "of no known format" in one.problem) for one in found.sources[0].unreadable
     ] == [("aa.png", True), ("bb.png", True), ("cc.png", True)]
-    assert not found.fails and "3 unreadable pictures left out: aa.png, bb.png, cc.png" in said(
+    assert not found.fails and "3 unreadable images left out: aa.png, bb.png, cc.png" in said(
         found, "notes"
     )
     found = diagnose(config(folder))
@@ -181,14 +181,14 @@ def test_no_captions_at_all(folder):
     found = diagnose(config(folder))
     assert said(found, "fails") == training_says(
         config(folder)
-    ) and "40 pictures and no captions" in said(found, "fails")
+    ) and "40 images and no captions" in said(found, "fails")
     assert found.sources[0].rows == 40 and found.suggestion is None
 
 
 def test_pictures_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
     found = diagnose(config(folder, image_size=128))
     assert said(found, "fails") == training_says(config(folder, image_size=128))
-    assert "no usable picture with a caption" in said(found, "fails")
+    assert "no usable image with a caption" in said(found, "fails")
     assert found.suggestion.values["data"]["image_size"] == 64
 
 
@@ -207,7 +207,7 @@ def test_nothing_held_out_fails(tmp_path):
         )
     )
     experiment = load_experiment(["--config", str(path)])
-    with pytest.raises(ValueError, match="2 pictures to train on and 0 held out") as raised:
+    with pytest.raises(ValueError, match="2 images to train on and 0 held out") as raised:
         sources_of(experiment)
     assert said(diagnose(experiment.data), "fails") == str(raised.value)
 
@@ -237,7 +237,7 @@ def test_captions_are_measured(folder):
     (folder / "05.txt").write_text("twice")
     (folder / "06.txt").write_bytes(b"caf\xe9")
     found = diagnose(config(folder))
-    assert "1 pictures without a caption left out: 03.png" in said(found, "notes")
+    assert "1 images without a caption left out: 03.png" in said(found, "notes")
     assert "1 captions that are not UTF-8 left out: 06.txt" in said(found, "notes")
     captions = found.captions
     assert (captions.captions, captions.distinct, captions.shared) == (38, 37, 2)
@@ -256,10 +256,10 @@ def test_captions_are_measured(folder):
 
 def test_many_pictures_with_one_caption_are_warned_of(folder):
     for number in range(30):
-        (folder / f"{number:02}.txt").write_text("a picture")
+        (folder / f"{number:02}.txt").write_text("an image")
     found = diagnose(config(folder))
     assert (
-        "30 of 40 pictures share their caption with another one (11 are distinct)"
+        "30 of 40 images share their caption with another one (11 are distinct)"
         in said(found, "warns")
         and not found.fails
     )
@@ -295,7 +295,7 @@ def test_copies_are_found_within_and_across_the_splits(folder):
         and before.held_out_copies == int("copy.png" in split(folder)[1])
     )
     assert [set(group.names) for group in before.groups] == [{"copy.png", seen[0]}]
-    # A training picture is now one that is held out
+    # A training image is now one that is held out
     shutil.copy(folder / kept[0], folder / seen[1])
     picture(3, (64, 64)).resize((128, 128), Image.Resampling.BICUBIC).save(folder / "03.png")
     Image.open(folder / kept[1]).resize((48, 48)).save(folder / seen[2])
@@ -319,9 +319,9 @@ def test_many_copies_are_warned_of_and_plain_pictures_are_no_copies(folder):
         (folder / f"c{number}.txt").write_text("copied")
         add(folder, f"p{number}.png", Image.new("RGB", (64, 64), (40 * number, 90, 200)), "plain")
     found = diagnose(config(folder))
-    assert "5 pictures are copies of others; remove them" in said(found, "warns")
+    assert "5 images are copies of others; remove them" in said(found, "warns")
     assert found.sources[0].duplicates.plain == 5 and found.sources[0].duplicates.alike == 0
-    assert "5 pictures are one plain surface" in said(found, "notes")
+    assert "5 images are one plain surface" in said(found, "notes")
 
 
 def test_a_mixture_is_looked_at_part_by_part(folder, tmp_path):
@@ -363,7 +363,7 @@ def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
     first = diagnose(streamed, pictures=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
-    assert "the first 25 pictures were looked at, of a source that goes on (--max-images)" in said(
+    assert "the first 25 images were looked at, of a source that goes on (--max-images)" in said(
         first, "notes"
     )
     assert whole.suggestion.values["data"]["streaming"] is True
@@ -439,7 +439,7 @@ def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
     runs = ["--output_dir", tmp_path / "runs"]
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "128", *runs)]) == 1
     printed = capsys.readouterr().out
-    assert "fails" in printed and "no usable picture with a caption" in printed
+    assert "fails" in printed and "no usable image with a caption" in printed
     assert (tmp_path / "runs" / "pictures" / "doctor" / "index.html").is_file()
     # Its own report is replaced
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "64", *runs)]) == 0

@@ -1,4 +1,4 @@
-"""Hashes of looks: copies lie near, other pictures far; the search for near ones finds what
+"""Hashes of looks: copies lie near, other images far; the search for near ones finds what
 comparing all with all finds."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`minidalle codebook`: pictures of every code, sorted by use, and a page that stands alone."""
+"""`minidalle codebook`: images of every code, sorted by use, and a page that stands alone."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     fails(
         capsys,
         ["codebook", "--tokenizer", tmp_path / "tokenizer"],
-        "it is not known which pictures to encode; add --config FILE",
+        "it is not known which images to encode; add --config FILE",
     )
     fails(
         capsys,
@@ -125,7 +125,7 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     with pytest.raises(FileExistsError, match="holds no codebook page"):
         codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="there are no pictures to see the codes in"):
+    with pytest.raises(ValueError, match="there are no images to see the codes in"):
         codebook_page(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
     assert not (tmp_path / "page").exists()
 

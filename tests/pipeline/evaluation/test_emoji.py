@@ -1,4 +1,4 @@
-"""Nearest-picture figures on a pipeline that draws what it is told to."""
+"""Nearest-image figures on a pipeline that draws what it is told to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_squared_errors_by_hand():
 
 
 class Tones:
-    """Ten one-coloured pictures in two families of five tones."""
+    """Ten one-coloured images in two families of five tones."""
 
     shades = np.arange(10) * 25
 
@@ -55,13 +55,13 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
         "retrieval_at_1_of_100_held_out",
         "skin_tone_accuracy_val",
     }
-    # The lightest picture of all, or of its family, has no lighter one to be mistaken for.
+    # The lightest image of all, or of its family, has no lighter one to be mistaken for.
     assert figures["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
     assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
 
 
 def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():
-    """A captioner that is right about the five darkest pictures alone."""
+    """A captioner that is right about the five darkest images alone."""
 
     def caption(image, candidates, truncate):
         own = np.asarray(image)[0, 0, 0] // 25

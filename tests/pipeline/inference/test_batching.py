@@ -66,7 +66,7 @@ def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypa
     need = bytes_per_image(prior, SamplingOptions())
     monkeypatch.setattr(drawing, "free_memory", lambda device: int(2.9 * need))
     with pytest.warns(
-        UserWarning, match="5 pictures at a time do not fit the free memory; going on with 2"
+        UserWarning, match="5 images at a time do not fit the free memory; going on with 2"
     ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert len(said) == 1 and torch.equal(
@@ -76,7 +76,7 @@ def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypa
 
 def test_not_even_one_picture_fits(prior, monkeypatch):
     monkeypatch.setattr(drawing, "free_memory", lambda device: 100)
-    with pytest.raises(MemoryError, match="one picture of 9 codes does not fit the memory of cpu"):
+    with pytest.raises(MemoryError, match="one image of 9 codes does not fit the memory of cpu"):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
@@ -123,7 +123,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(prior, monkeypatch, error):
 
     monkeypatch.setattr(drawing, "sample", full)
     with pytest.warns(
-        UserWarning, match="out of memory with 5 pictures at a time; going on with 2"
+        UserWarning, match="out of memory with 5 images at a time; going on with 2"
     ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert sizes == [5, 2, 2, 1] and len(said) == 1
@@ -137,7 +137,7 @@ def test_one_picture_that_does_not_fit_is_an_error(prior, monkeypatch):
     monkeypatch.setattr(drawing, "sample", full)
     with pytest.raises(
         MemoryError,
-        match="one picture of 9 codes does not fit the memory of cpu; close other programs",
+        match="one image of 9 codes does not fit the memory of cpu; close other programs",
     ):
         sample_codes_batched(prior, CAPTIONS[:1], [1], SamplingOptions(), batch_size=64)
 

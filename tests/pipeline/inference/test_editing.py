@@ -1,4 +1,4 @@
-"""Pictures in part, scores and choices: what is kept, what is refused, and the command line of
+"""Images in part, scores and choices: what is kept, what is refused, and the command line of
 it."""
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ def test_a_full_mask_is_plain_sampling_and_is_said(pipe, picture):
 
 
 def test_masks_and_pictures_that_do_not_fit_are_named(pipe, picture):
-    with pytest.raises(ValueError, match="the mask is 16x32 and the picture 32x32"):
+    with pytest.raises(ValueError, match="the mask is 16x32 and the image 32x32"):
         pipe.edit(picture, Image.new("L", (16, 32)), "x")
     with pytest.raises(
         ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"
     ):
         pipe.edit(picture, Image.new("RGB", (32, 32)), "x")
     with pytest.raises(
-        ValueError, match="the picture is 40x32 and this prior draws 32x32; resize it first"
+        ValueError, match="the image is 40x32 and this prior draws 32x32; resize it first"
     ):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
@@ -158,7 +158,7 @@ def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
     assert len({tuple(row.nonzero()[:, 0].tolist()) for row in out.codes.flatten(1) != before}) > 4
     with pytest.raises(ValueError, match=r"strength is 1\.5"):
         pipe.vary(picture, 1.5, "x")
-    assert random_keep_mask([1, 2], 16, 0.01).sum().item() == 30  # at least one is drawn anew
+    assert random_keep_mask([1, 2], 16, 0.01).sum().item() == 30  # at least one is resampled
 
 
 def test_cells_of_every_level_are_kept_by_their_own_pixels():
@@ -182,7 +182,7 @@ def test_scores_are_those_of_the_samples_codes(pipe):
     null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(2), again, raster).sum(1)
     torch.testing.assert_close(scores.log_likelihood, given)
     torch.testing.assert_close(scores.pmi, given - null)
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
         pipe.score(images, ["x"])
 
 
@@ -230,7 +230,7 @@ def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guida
 def test_a_judge_without_a_choice_or_with_too_few_scores_is_refused(pipe):
     with pytest.raises(ValueError, match="best_of is 1; ask for more"):
         pipe("x", judge=lambda images, prompts: [0.0] * len(images))
-    with pytest.raises(ValueError, match="the judge gave 1 scores for 2 pictures"):
+    with pytest.raises(ValueError, match="the judge gave 1 scores for 2 images"):
         pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
 
 
@@ -258,7 +258,7 @@ def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
         pipe.caption(picture, [])
     with pytest.raises(ValueError, match="temperature is -1"):
         pipe.caption(picture, temperature=-1)
-    with pytest.raises(ValueError, match=r"the codes are \(3, 3\); this prior's pictures have 16"):
+    with pytest.raises(ValueError, match=r"the codes are \(3, 3\); this prior's images have 16"):
         pipe.complete(torch.zeros(3, 3, dtype=torch.long), torch.zeros(16, dtype=torch.bool), "x")
     with pytest.raises(ValueError, match="all 16 codes are known"):
         pipe.complete(picture, torch.ones(16, dtype=torch.bool), "x")
@@ -361,7 +361,7 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
             tmp_path / "out",
         ]
     ]
-    assert main(run) == 0 and "wrote 2 pictures" in capsys.readouterr().out
+    assert main(run) == 0 and "wrote 2 images" in capsys.readouterr().out
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     ]
@@ -424,7 +424,7 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
     fails(
         capsys,
         [*command, "--mask", tmp_path / "none.png", "--out", tmp_path / "no"],
-        "there is no picture",
+        "there is no image",
     )
     assert main([str(a) for a in command]) == 2 and not (tmp_path / "no").exists()
 

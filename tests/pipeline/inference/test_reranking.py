@@ -68,6 +68,6 @@ def test_a_judge_that_is_none_is_named(folder, tmp_path):
         CLIPScorer(str(tmp_path / "nothing"))
     CLIPModel.from_pretrained(folder).vision_model.save_pretrained(folder)
     with pytest.raises(
-        ValueError, match=r"cannot be loaded as a CLIP model|does not compare pictures with text"
+        ValueError, match=r"cannot be loaded as a CLIP model|does not compare images with text"
     ):
         CLIPScorer(str(folder))

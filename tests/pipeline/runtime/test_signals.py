@@ -138,7 +138,7 @@ def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch
     monkeypatch.setattr(training, "step_seed", seed)
     command = shlex.split(line.removeprefix(text))
     assert command == ["minidalle", *arguments] and main(command[1:]) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert main([*arguments, "--name", "whole"]) == 0
     one, two = (
         ImageTokenizer.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint

@@ -87,7 +87,7 @@ def test_an_interrupted_run_in_any_order_ends_as_an_uninterrupted_one(tiny_yaml,
     written = json.loads((prior / "settings.json").read_text())
     (prior / "settings.json").write_text(json.dumps({"format": 1, "settings": written["settings"]}))
     assert main(["train-prior", *arguments]) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     again = ImagePrior.from_pretrained(prior).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
@@ -107,6 +107,6 @@ def test_codes_of_another_order_are_another_prior(tiny_yaml, tmp_path, capsys):
     fails(
         capsys,
         ["evaluate", "--config", tiny_yaml, "--sampling.num_inference_steps", "4"],
-        "several codes a step need",
+        "several codes per step need",
         status=2,
     )

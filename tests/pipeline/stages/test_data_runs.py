@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sources(tmp_path) -> dict[str, str]:
-    """12 + 9 + 15 samples in shards, and 20 pictures of two captions in a folder."""
+    """12 + 9 + 15 samples in shards, and 20 images of two captions in a folder."""
     write_shards(tmp_path / "shards", [12, 9, 15])
     (tmp_path / "own").mkdir()
     for number in range(300, 320):
@@ -132,7 +132,7 @@ def test_a_source_of_one_picture_is_refused_before_anything_is_written(tmp_path,
     fails(
         capsys,
         ["run", *run],
-        "pictures to train on and",
+        "images to train on and",
         "held out to judge on, and each needs at least one",
     )
     assert not (tmp_path / "runs").exists()

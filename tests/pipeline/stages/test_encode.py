@@ -1,4 +1,4 @@
-"""Encoding that is killed, damaged or asked for something else: it ends with the same files, or
+"""Encoding that is killed, corrupted or asked for something else: it ends with the same files, or
 says in one line what changed."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHARDS = [
     for split, count in (("train", 7), ("held_out", 2))
     for k in range(count)
 ]
-"""Of 40 and 10 pictures."""
+"""Of 40 and 10 images."""
 
 
 def contents(codes: Path) -> dict[str, bytes]:
@@ -185,7 +185,7 @@ def changed(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGE = {"is missing": Path.unlink, "is cut or damaged": cut, "is damaged": changed}
+DAMAGE = {"is missing": Path.unlink, "is truncated or corrupted": cut, "is corrupted": changed}
 
 
 @pytest.mark.parametrize("message", DAMAGE)
@@ -218,7 +218,7 @@ def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(
     assert f"{whole / SHARDS[4]} {message}" in capsys.readouterr().out
     assert contents(whole) == contents(uninterrupted)
     assert before == {name: (whole / name).stat().st_mtime_ns for name in before}
-    assert main(command) == 0 and "made anew" not in capsys.readouterr().out
+    assert main(command) == 0 and "rebuilt" not in capsys.readouterr().out
 
 
 def test_a_record_that_is_cut_counts_as_none(unfinished, uninterrupted, command, capsys):
@@ -232,7 +232,7 @@ CHANGES = {
     "encode.augmentations_per_image 2 -> 3": ["--encode.augmentations_per_image", "3"],
     "encode.batch_size 4 -> 5": ["--encode.batch_size", "5"],
     "seed of the views 0 -> 1": ["--seed", "1"],
-    "train pictures or captions of the source": ["--data.max_objects", "2"],
+    "train images or captions of the source": ["--data.max_objects", "2"],
 }
 
 
@@ -310,7 +310,9 @@ def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, 
     (unfinished / "plan.json").write_text(json.dumps({**plan, "format": 3}))
     fails(capsys, command, f"the codes in {unfinished} were written by a later version (format 3")
     (unfinished / "plan.json").write_text("{")
-    fails(capsys, command, f"{unfinished / 'plan.json'} is damaged", f"remove {unfinished} and run")
+    fails(
+        capsys, command, f"{unfinished / 'plan.json'} is corrupted", f"remove {unfinished} and run"
+    )
     codes = tmp_path / "whole" / "tiny" / "codes"
     (codes / "codes.json").write_text(
         json.dumps({"format": 0, "files": {"train": ["train-00000-of-00001.arrow"]}})
@@ -325,7 +327,7 @@ def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, 
 
 
 def several(source, part: list[int]) -> list[list[str]]:
-    """Two captions for every second picture."""
+    """Two captions for every second image."""
     return [
         [text, f"again\n{text}"][: 1 + row % 2]
         for row, text in zip(part, source.captions(part), strict=True)

@@ -100,7 +100,7 @@ def test_arrow_is_a_codes_dataset(finished_run, encoded):
 
 
 def test_any_tokenizer_on_any_source(finished_run, tmp_path):
-    """A copied tokenizer, its run's settings, and pictures of another folder at another size."""
+    """A copied tokenizer, its run's settings, and images of another folder at another size."""
     run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     (tmp_path / "own").mkdir()
     for i in range(12):
@@ -156,7 +156,7 @@ def test_what_can_be_wrong(finished_run, tmp_path, capsys):
     fails(
         capsys,
         ["encode", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "c"],
-        "which pictures to encode; add --config FILE",
+        "which images to encode; add --config FILE",
     )
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
@@ -223,7 +223,7 @@ def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, caps
     manifest = json.loads((tmp_path / "all" / "codes.json").read_text())
     assert sum(manifest["rows"].values()) == 40 and manifest["augmentations_per_image"] == 1
     assert (
-        f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out pictures"
+        f"{manifest['rows']['train']:,} train, {manifest['rows']['held_out']:,} held_out images"
         in capsys.readouterr().out
     )
     assert (
@@ -281,5 +281,5 @@ def test_damaged_settings_of_the_tokenizers_run_are_named(finished_run, tmp_path
     fails(
         capsys,
         ["encode", "--tokenizer", run / "tokenizer", "--out", tmp_path / "c"],
-        "experiment.yaml is cut or damaged; add --config FILE",
+        "experiment.yaml is truncated or corrupted; add --config FILE",
     )

@@ -371,7 +371,7 @@ def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
     arguments, folder = encoded
     assert main(["train-prior", *arguments, *LORA, "--prior.train.batch_size", "auto"]) == 0
     out = capsys.readouterr().out
-    assert "prior: batch_size 32, gradient_accumulation_steps 1" in out  # of 40 pictures
+    assert "prior: batch_size 32, gradient_accumulation_steps 1" in out  # of 40 images
     assert read_settings(folder / "prior")["settings"]["train"]["batch_size"] == 32
     assert main(["estimate", *arguments, *LORA]) == 0
     optimizer = re.search(r"prior: .*optimizer ([\d.]+) KiB", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""The same command again: after a kill, with other settings, other pictures, a full disk."""
+"""The same command again: after a kill, with other settings, other images, a full disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unfinished(stage: Path) -> None:
 
 def test_other_settings_after_a_kill(run, capsys):
     """With a checkpoint they are refused; without one there is nothing to lose, and the text
-    tokenizer is made anew too."""
+    tokenizer is rebuilt too."""
     arguments, folder = run
     unfinished(folder / "prior")
     longer = ["train-prior", *arguments, "--text.max_length", "40"]
@@ -81,7 +81,7 @@ def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
     assert ImagePrior.from_pretrained(folder / "prior").fingerprint == before
     assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
     assert ImagePrior.from_pretrained(folder / "prior").fingerprint != before
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
 
 
 def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
@@ -217,7 +217,7 @@ def folder_of_pictures(folder: Path, count: int) -> None:
 
 @pytest.fixture
 def own_folder(tmp_path) -> list[str]:
-    """Arguments of a run on a folder of 12 pictures."""
+    """Arguments of a run on a folder of 12 images."""
     folder_of_pictures(tmp_path / "pictures", 12)
     values = {
         **TINY,
@@ -234,12 +234,12 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
         assert main([verb, *own_folder]) == 0
     capsys.readouterr()
     folder_of_pictures(tmp_path / "pictures", 13)
-    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
+    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (images)")
     fails(
         capsys,
         ["encode", *own_folder],
         "holds codes made with something else (",
-        "train pictures or captions of the source ",
+        "train images or captions of the source ",
     )
     shutil.rmtree(tmp_path / "runs" / "tiny" / "codes")
     assert main(["encode", *own_folder]) == 0
@@ -251,7 +251,7 @@ def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_pat
     fails(
         capsys,
         ["run", *own_folder, "--data.val_fraction", "0.0001"],
-        "12 pictures to train on and 0 held out",
+        "12 images to train on and 0 held out",
         "data.val_fraction=0.0001",
     )
     assert not (tmp_path / "runs").exists()
@@ -320,7 +320,7 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
     whole = settings.read_text()
     for content in ("{}", '{"settings": {}}', whole[:40]):
         settings.write_text(content)
-        fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")
+        fails(capsys, ["train-tokenizer", *arguments], "settings.json is truncated or corrupted")
     settings.unlink()
     fails(
         capsys,
@@ -333,12 +333,12 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
     fails(
         capsys,
         ["encode", *arguments],
-        "codes.json is cut or damaged",
+        "codes.json is truncated or corrupted",
         f"remove {folder / 'codes'} and run `minidalle encode` again",
     )
     manifest.unlink()
     (folder / "codes" / "plan.json").write_text('{"format": 1}')
-    fails(capsys, ["encode", *arguments], "plan.json is damaged ('tokenizer')")
+    fails(capsys, ["encode", *arguments], "plan.json is corrupted ('tokenizer')")
     shutil.rmtree(folder / "codes")
     fails(
         capsys,
@@ -360,6 +360,6 @@ def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
             "or run `minidalle train-tokenizer`, which delivers it again from its last",
         )
     assert main(["train-tokenizer", *arguments]) == main(["encode", *arguments]) == 0
-    assert "going on from" in capsys.readouterr().out and weights.read_bytes() == whole
+    assert "resuming from" in capsys.readouterr().out and weights.read_bytes() == whole
     weights.unlink()
     assert main(["train-tokenizer", *arguments]) == 0 and weights.read_bytes() == whole

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, could not be written, or are of another format: what they cost,
+"""Checkpoints that were corrupted, could not be written, or are of another format: what they cost,
 and what is said."""
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def test_damage_is_found_and_named(tmp_path, how):
     assert path.name == "step-2" and state.step == 2
     assert (
         len(said) == 1
-        and "step-4 is damaged (" in said[0]
-        and "going on from step-2, the one before" in said[0]
+        and "step-4 is corrupted (" in said[0]
+        and "resuming from step-2, the one before" in said[0]
     )
 
 
@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
     break_it(tmp_path / "run" / "checkpoints" / "step-9" / file)
     caplog.clear()
     again, figures_again = train(tmp_path / "run")
-    lines = [line for line in caplog.messages if "step-9 is damaged" in line]
+    lines = [line for line in caplog.messages if "step-9 is corrupted" in line]
     assert len(lines) == 1 and lines[0].startswith("line: ")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
@@ -148,7 +148,8 @@ def test_where_all_are_damaged_one_error_names_them(tmp_path):
     cut(tmp_path / "step-4" / "weights.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"every checkpoint in .* is damaged: step-4 \(.*157 of 160.*\), step-2 \(state.json "
+        match=r"every checkpoint in .* is corrupted: step-4 \(.*157 of 160.*\), step-2 "
+        r"\(state.json "
         r"is missing\)",
     ):
         load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
@@ -189,7 +190,7 @@ def test_a_damaged_best_is_chosen_anew(tmp_path, caplog):
     again, _ = train(tmp_path, steps=8, eval_every=2, save_best=True)
     out = caplog.text
     assert (
-        f"{best} is damaged (ema.safetensors is not what was written" in out
+        f"{best} is corrupted (ema.safetensors is not what was written" in out
         and "chosen anew" in out
     )
     assert names(tmp_path / "best") == ["step-8"]
@@ -203,7 +204,7 @@ def test_a_damaged_best_is_chosen_anew(tmp_path, caplog):
 def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, caplog):
     spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "ema.safetensors")  # noqa: E731
     spoilt, _ = train(tmp_path, steps=8, eval_every=2, save_best=True, on_step=spoil)
-    assert "step-2 is damaged (ema.safetensors is not" in caplog.text
+    assert "step-2 is corrupted (ema.safetensors is not" in caplog.text
     last, _ = train(tmp_path / "last", steps=8, eval_every=2)
     assert all(
         torch.equal(value, spoilt.network.state_dict()[key])
@@ -396,4 +397,4 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
         )
     assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
     settings.write_text('{"settings":')
-    fails(capsys, ["train-tokenizer", *arguments], "settings.json is cut or damaged")
+    fails(capsys, ["train-tokenizer", *arguments], "settings.json is truncated or corrupted")

@@ -162,7 +162,7 @@ def test_a_codebook_that_is_a_parameter_comes_back():
 
 
 def test_where_few_rows_are_refused_more_are_tried():
-    """k-means needs a vector a code: 16 of each picture for 80 codes."""
+    """k-means needs a vector a code: 16 of each image for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
     assert fit_memory_model(made, pictures, 0, eager, CPU, most=8).row > 0
     with pytest.raises(ValueError, match="k-means needs a vector a code"):
@@ -229,7 +229,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
         )
     assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in caplog.text
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
-    with pytest.raises(MemoryError, match="prior: not one picture at a time fits"):
+    with pytest.raises(MemoryError, match="prior: not one image at a time fits"):
         chosen(config)
 
 

@@ -183,7 +183,7 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
         def spoil_real_and_fake(module, given, out):
             return out * math.nan if step_now[0] in (0, 4) and len(given[0]) == 8 else out
 
-        # Its own pass sees true and drawn pictures, twice as many
+        # Its own pass sees true and drawn images, twice as many
         objective.discriminator.register_forward_hook(spoil_real_and_fake)
 
     class Counted:

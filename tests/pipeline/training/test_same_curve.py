@@ -61,7 +61,7 @@ def test_codes_died_and_came_back(by_processes):
 
 
 def test_data_that_divides_by_nothing_does_not_hang(tmp_path):
-    """Five pictures for batches of eight, fewer held out and fewer codes than the four processes;
+    """Five images for batches of eight, fewer held out and fewer codes than the four processes;
     within a time, or this fails."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -70,7 +70,7 @@ def test_data_that_divides_by_nothing_does_not_hang(tmp_path):
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
             pictures / f"{i}.png"
         )
-        (pictures / f"{i}.txt").write_text(f"picture {i} of few")
+        (pictures / f"{i}.txt").write_text(f"image {i} of few")
     data = {"source": str(pictures), "image_size": 32, "val_fraction": 0.2}
     encode = {"batch_size": 16, "max_val_images": 10, "images_per_shard": 2}
     out = launch(

@@ -330,7 +330,7 @@ def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     assert BatchSampler(10, 4, seed=3).rows(3).tolist() == order.rows(3).tolist()
     assert [r for p in range(2) for r in order.share(2, p, 2)] == order.rows(2).tolist()
-    with pytest.raises(ValueError, match="no pictures to train on"):
+    with pytest.raises(ValueError, match="no images to train on"):
         BatchSampler(0, 4, seed=3)
 
 
