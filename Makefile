@@ -11,13 +11,14 @@ DEVICE ?= cuda
 WHEELS_PYTHON ?= 3.12
 WHEELS := datasets dill multiprocess jsonargparse
 
-.PHONY: help setup demo test test-fast fmt check fonts bench gpu gpu-wheels clean
+.PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo    set up, train both stages on shapes and draw pictures (about 15 minutes on two cores)"
 	@echo "make test    set up, check the code and run the tests"
 	@echo "make test-fast   the same without whole runs and several processes"
 	@echo "make check   lint, format and types alone; make fmt mends the first two"
+	@echo "make docs    build the documentation site into site/"
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
 	@echo "make gpu     prove and measure everything on a GPU in nine minutes; DEVICE=cpu rehearses it (see benchmarks/README.md)"
@@ -28,6 +29,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 setup: $(VENV)/ready
@@ -55,6 +60,10 @@ fmt:
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Warnings are errors. mkdocs-material's notice of its end of life is none.
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
 fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"
 	@echo "elsewhere: give data.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
@@ -79,4 +88,4 @@ gpu-wheels:
 	@ls -l .whl
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
