@@ -33,7 +33,7 @@ RELATION_WORDS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-PLAIN_FRAMES = ("{}", "an image of {}", "an image of {}", "a drawing of {}")
+PLAIN_FRAMES = ("{}", "a picture of {}", "an image of {}", "a drawing of {}")
 GROUND_FRAMES = (
     "{} on a {ground} background",
     "{} on {ground}",

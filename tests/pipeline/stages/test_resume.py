@@ -234,7 +234,7 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
         assert main([verb, *own_folder]) == 0
     capsys.readouterr()
     folder_of_pictures(tmp_path / "pictures", 13)
-    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (images)")
+    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
     fails(
         capsys,
         ["encode", *own_folder],
