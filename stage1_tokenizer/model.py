@@ -310,7 +310,7 @@ class ImageTokenizer(PreTrainedModel):
     @classmethod
     def from_external(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
         """A tokenizer with published weights of another project, from a local file; see
-        `originals.original` for the kinds of files.
+        `convert_checkpoints.load_external` for the kinds of files.
 
         Raises:
             ValueError: the file is unsafe or corrupted, or holds another architecture's weights;

@@ -55,9 +55,11 @@ def generate_verb(rest: Sequence[str]) -> int:
         help="folder that `minidalle run` made: runs/NAME/bundle",
     )
     reader.add_argument("--prompts", dest="file", type=Path, help="text file with a prompt a line")
-    reader.add_argument("--num-images", dest="num", type=int, default=4, help="images a prompt (4)")
     reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the images (images)"
+        "--num-images", dest="num", type=int, default=4, help="images per prompt (4)"
+    )
+    reader.add_argument(
+        "--out", type=Path, default=Path("pictures"), help="folder for the images (pictures)"
     )
     reader.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same images (0)"
@@ -144,7 +146,7 @@ def edit_verb(rest: Sequence[str]) -> int:
     reader.add_argument("--prompt", default="", help="what the whole image is to show")
     reader.add_argument("--num-images", dest="num", type=int, default=4, help="images (4)")
     reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the images (images)"
+        "--out", type=Path, default=Path("pictures"), help="folder for the images (pictures)"
     )
     reader.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same images (0)"

@@ -27,18 +27,18 @@ def log_level(rest: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         UsageError: there is no such level.
     """
-    level, given = "info", list(rest)
+    level, left = "info", list(rest)
     others: list[str] = []
-    while given:
-        argument = given.pop(0)
+    while left:
+        argument = left.pop(0)
         if argument == "--":  # what follows is no option
-            return level, [*others, argument, *given]
+            return level, [*others, argument, *left]
         name, equals, value = argument.partition("=")
         if spelled([name], "-") != ["--log-level"]:
             others.append(argument)
             continue
         if not equals:
-            value = given.pop(0) if given else ""
+            value = left.pop(0) if left else ""
         if value not in LEVELS:
             raise UsageError(f"--log-level is {value!r}; choose one of: {', '.join(LEVELS)}")
         level = value

@@ -129,7 +129,7 @@ def _run(rest: Sequence[str]) -> int:
         f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
         f"  bundle    {bundle}\n  samples   {experiment.folder / 'samples'}\n  logs      "
         f"{experiment.folder / 'logs'}\n"
-        f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out images'
+        f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out pictures'
     )
     return 0
 
@@ -219,7 +219,7 @@ def _train_prior(rest: Sequence[str]) -> int:
         bundle = assemble_bundle(experiment)
         print(
             f'wrote {folder} and {bundle}\nnext: minidalle generate --bundle {bundle} "your '
-            'prompt" --num-images 4 --out images'
+            'prompt" --num-images 4 --out pictures'
         )
     return 0
 

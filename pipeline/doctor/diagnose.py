@@ -33,7 +33,7 @@ def diagnose(
     Args:
         config: the data.
         text: how captions become ids; the default where absent.
-        images: how many to look at of a source that is streamed, or has no end.
+        pictures: how many to look at of a source that is streamed, or has no end.
         largest: image size that is suggested at most.
         folder: keeps what was found of each image, for a training to come (RUN/data).
 

@@ -159,7 +159,7 @@ class CaptionReport:
         repeated: captions of several images, with their numbers of images, the most frequent
             first; not all.
         characters: length of a caption in characters.
-        corrupted: captions with characters that could not be read in UTF-8.
+        damaged: captions with characters that could not be read in UTF-8.
         words, words_once: different words, and those that occur once.
         length: text slots of the stream, `text.max_length`.
         tokens: slots that a caption needs, its start and end included; None where there is no

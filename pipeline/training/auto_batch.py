@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 LARGEST = 1024
-"""Images a step that `batch_size: auto` does not go beyond, since more of them teach little
+"""Images per step that `batch_size: auto` does not go beyond, since more of them teach little
 more."""
 
 

@@ -89,7 +89,7 @@ class GradNormMonitor:
 
 
 class ThroughputMeter:
-    """Images a second, and the share of the time that was spent waiting for them, since the start
+    """Images per second, and the share of the time that was spent waiting for them, since the start
     or the last `restart`."""
 
     def __init__(self, batch_size: int) -> None:
@@ -137,8 +137,6 @@ def mean_over_ranks(scalars: Mapping[str, Tensor], processes: int) -> dict[str, 
 
 def format_metrics(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
     """Figures of a step and of the last evaluation in one line."""
-    parts = [
-        f"{k} {v:.4g}" for k, v in scalars.items() if "grad_norm" not in k and k != "learning_rate"
-    ]
+    parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "grad_norm" not in k and k != "lr"]
     parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
     return ", ".join(parts)

@@ -60,6 +60,19 @@ def settings(folder: Path, **changes: object) -> list[str]:
     return ["--config", str(path)]
 
 
+def worker_environment() -> dict[str, str]:
+    """Environment of processes that run this checkout, one thread each, on the CPU."""
+    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **own}
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command that starts so many processes on this machine; a script and its arguments follow
+    "--"."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(processes)]
+
+
 def launch(
     folder: Path,
     processes: int,
@@ -75,23 +88,9 @@ def launch(
     """
     path = folder / f"check-{processes}.py"
     path.write_text(script)
-    given = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
+    given = {**worker_environment(), **environment}
     # After "--", or torchrun takes `--num-images` for one of its own options.
-    command = [*torchrun, "--", str(path), str(processes), *arguments]
+    command = [*torchrun(processes), "--", str(path), str(processes), *arguments]
     with subprocess.Popen(
         command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
     ) as started:

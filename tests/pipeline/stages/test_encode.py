@@ -4,10 +4,8 @@ says in one line what changed."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from pipeline.stages import prior as stages
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.launch import launch, torchrun, worker_environment
 
 pytestmark = pytest.mark.slow
 
@@ -145,24 +143,12 @@ def test_kills_and_another_number_of_processes_change_nothing(
     """One process did three files; of two that go on, one is killed in its second file, and the
     other does not wait for it; two end it."""
     (tmp_path / "dies.py").write_text(DIES)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--",
-        str(tmp_path / "dies.py"),
-    ]
     killed = subprocess.run(
-        [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=120
+        [*torchrun(2), "--", str(tmp_path / "dies.py"), *command],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (
         killed.returncode != 0

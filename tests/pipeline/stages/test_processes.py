@@ -4,9 +4,7 @@ process."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.launch import launch, torchrun, worker_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -150,24 +148,10 @@ sys.exit(status)
 def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 120) -> str:
     """What two processes of a script say that fail; one that hangs fails the test."""
     (tmp_path / "script.py").write_text(script)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command = [*torchrun, "--", str(tmp_path / "script.py"), *arguments]
+    command = [*torchrun(2), "--", str(tmp_path / "script.py"), *arguments]
     with subprocess.Popen(
         command,
-        env=environment,
+        env=worker_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
