@@ -232,8 +232,8 @@ def test_shards_come_over_http(shards, tmp_path):
         (served / "004.tar").unlink()
         with pytest.raises(
             OSError,
-            match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command resumes "
-            r"from",
+            match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command "
+            r"resumes from",
         ):
             of_training(source)
     finally:
