@@ -1,0 +1,63 @@
+"""A progress bar that shows the time left of its own work and of the whole run. Knows counts and
+seconds; knows no stage."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+_FORMAT = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {time_left}, "
+    "{rate_fmt}{postfix}]"
+)
+_WARM_UP = 3
+"""Updates whose time is left out of the pace: the first ones compile, load and fill caches."""
+
+
+class ProgressBar(tqdm):
+    """tqdm with an estimate that leaves the first updates out and includes what comes between
+    updates, such as evaluations.
+
+    Args:
+        seconds_after: estimated seconds that the rest of the run takes after this work.
+        options: those of tqdm.
+    """
+
+    def __init__(self, *, seconds_after: float = 0.0, **options: Any) -> None:
+        self.seconds_after = seconds_after
+        self.updates = 0
+        self.warm_at = (0.0, 0)
+        """When the warm-up ended: the time, and the items done by then."""
+        known = options.get("total") is not None
+        super().__init__(mininterval=1.0, bar_format=_FORMAT if known else None, **options)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        self.updates += 1
+        if self.updates == _WARM_UP:
+            self.warm_at = (time.perf_counter(), self.n)
+        return shown
+
+    def seconds_left(self) -> float | None:
+        """Seconds until this work is done; None before there is a pace or where its size is
+        unknown."""
+        start, done = self.warm_at
+        if self.total is None or self.updates <= _WARM_UP or self.n <= done:
+            return None
+        pace = (time.perf_counter() - start) / (self.n - done)
+        return pace * (self.total - self.n)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "time_left": self._time_left()}
+
+    def _time_left(self) -> str:
+        seconds = self.seconds_left()
+        if seconds is None:
+            return "? left"
+        left = f"{tqdm.format_interval(seconds)} left"
+        if not self.seconds_after:
+            return left
+        return f"{left}, run {tqdm.format_interval(seconds + self.seconds_after)}"
