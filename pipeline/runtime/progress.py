@@ -28,7 +28,7 @@ class ProgressBar(tqdm):
     def __init__(self, *, seconds_after: float = 0.0, **options: Any) -> None:
         self.seconds_after = seconds_after
         self.updates = 0
-        self.warm_at = (0.0, 0)
+        self.warm_at: tuple[float, float] = (0.0, 0)
         """When the warm-up ended: the time, and the items done by then."""
         known = options.get("total") is not None
         super().__init__(mininterval=1.0, bar_format=_FORMAT if known else None, **options)
