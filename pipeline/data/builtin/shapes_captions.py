@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import Item, Scene, ShapesWorld
+from pipeline.data.source import Source
 
 SIZE_WORDS = {
     "small": ("small", "tiny", "little"),
@@ -123,7 +124,7 @@ def clear_relation(a: Item, b: Item, image_size: int) -> str | None:
     return "above" if dy > 0 else "below"
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """The embedded world as a source of images and captions."""
 
     name = "shapes"
@@ -136,13 +137,9 @@ class ShapesSource:
             lattice=config.grid_cells,
             split=split,
         )
-        self.size = config.num_scenes
-        self.problems: list[str] = []
+        self.num_images = config.num_scenes
         objects = f"{config.min_objects}{config.max_objects}"
         self.fingerprint = f"shapes1-{config.image_size}-{objects}-{config.grid_cells}-{split}"
-
-    def __len__(self) -> int:
-        return self.size
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; each is seen as it is, whatever the draws."""

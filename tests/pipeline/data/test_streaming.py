@@ -168,7 +168,7 @@ def test_streams_mix_with_what_is_mapped(shards, tmp_path):
         (folder / f"{number}.txt").write_text(f"own {number}")
     parts = [MixPart(source=shards, weight=1), MixPart(source=str(folder), weight=3)]
     source, held_out = load_sources(config("", mix=parts, streaming=True, shuffle_buffer=8))
-    assert len(held_out.lengths) == 2
+    assert len(held_out.parts) == 2
     feeds = [batch_loader(source, 20, 0, r, 2) for r in range(2)]
     found: Counter[int] = Counter()
     for step in range(100):
