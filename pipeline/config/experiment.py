@@ -74,7 +74,7 @@ class EncodeConfig:
         for name in ("augmentations_per_image", "batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_images", "max_val_images"):
+        for name in ("max_val_images", "max_images"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 problems.append(f"encode.{name} is {limit}; it must be at least 1, or null for all")
         if self.shift < 0 or (self.augmentations_per_image == 1 and (self.shift > 0 or self.flip)):

@@ -113,7 +113,7 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
         raise FileNotFoundError(
             f"the emoji font {font_path} is not there; install it (Debian: apt-get install "
             "fonts-noto-color-emoji) "
-            "or give its path as data.font"
+            "or give its path as data.emoji.font"
         )
     names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
     if not names:
@@ -121,14 +121,14 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
             f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them "
             "(Debian: apt-get install "
             "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as "
-            "data.annotations"
+            "data.emoji.annotations"
         )
     try:
         face = ImageFont.truetype(str(font_path), BITMAP_SIZE)
     except OSError as error:
         raise ValueError(
-            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.font needs "
-            "NotoColorEmoji.ttf"
+            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.emoji.font "
+            "needs NotoColorEmoji.ttf"
         ) from error
     found, seen = [], set()
     for text, name in names.items():
@@ -162,7 +162,7 @@ class EmojiSource(Source):
     name = "emoji"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        everything = load_emoji(config.image_size, config.font, config.annotations)
+        everything = load_emoji(config.image_size, config.emoji.font, config.emoji.annotations)
         kept_back = held_out_names([e.name for e in everything], config.val_fraction)
         self._emoji = [e for e in everything if (e.name in kept_back) == (split == "held_out")]
         self.num_images = len(self._emoji)

@@ -130,16 +130,16 @@ class ShapesSource(Source):
     name = "shapes"
 
     def __init__(self, config: DataConfig, split: str) -> None:
+        size = config.image_size
+        options = config.shapes
+        fewest = options.min_objects
+        most = options.max_objects
+        cells = options.grid_cells
         self.world = ShapesWorld(
-            config.image_size,
-            min_objects=config.min_objects,
-            max_objects=config.max_objects,
-            lattice=config.grid_cells,
-            split=split,
+            size, min_objects=fewest, max_objects=most, lattice=cells, split=split
         )
-        self.num_images = config.num_scenes
-        objects = f"{config.min_objects}{config.max_objects}"
-        self.fingerprint = f"shapes1-{config.image_size}-{objects}-{config.grid_cells}-{split}"
+        self.num_images = options.num_scenes
+        self.fingerprint = f"shapes1-{size}-{fewest}{most}-{cells}-{split}"
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; each is seen as it is, whatever the draws."""

@@ -186,8 +186,8 @@ class ShuffleBuffer:
         self._stream = stream
         self._seed = seed
         self._process = process
-        self._block = stream.config.shuffle_buffer
-        self._width = stream.config.shards_per_worker
+        self._block = stream.config.stream.shuffle_buffer
+        self._width = stream.config.stream.shards_per_worker
         file = f"lengths-{stream.fingerprint}-{process}-of-{processes}.json"
         lengths = ShardLengthCache(folder / file if folder else None)
         lanes = range(process * self._width, (process + 1) * self._width)

@@ -155,7 +155,7 @@ class StreamSource(Source):
         counted.
 
         Raises:
-            ValueError: more than `data.max_corrupt_fraction` of the images cannot be.
+            ValueError: more than `data.filter.max_corrupt_fraction` of the images cannot be.
         """
         try:
             picture = prepared(sample.content, self.config)
@@ -163,12 +163,12 @@ class StreamSource(Source):
             with self._lock:
                 self._bad += 1
             self._leave_out(UNDECODED, sample.name)
-            if self._bad > self.config.max_corrupt_fraction * max(self._decoded, _SURE):
+            if self._bad > self.config.filter.max_corrupt_fraction * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} images of {self.name} cannot be "
                     f"decoded (the last: {sample.name}, "
-                    f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now "
-                    f"{self.config.max_corrupt_fraction})"
+                    f"{error}); repair or remove them, or raise data.filter.max_corrupt_fraction "
+                    f"(now {self.config.filter.max_corrupt_fraction})"
                 ) from error
             return None
         with self._lock:
@@ -221,9 +221,8 @@ class StreamSource(Source):
         for column in self._reader.columns:
             if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
-        before = self._reader.undecodable
-        captions = self._reader.of([record])
-        if self._reader.undecodable > before:
+        captions, undecodable = self._reader.of([record])
+        if undecodable:
             self._leave_out(BAD_CAPTION, name)
         if not captions:
             self._leave_out("images without a caption left out", name)
@@ -247,11 +246,13 @@ class StreamSource(Source):
         return Sample(name, content, captions)
 
     def _leave_out(self, reason: str, name: str) -> None:
-        """Counts a sample once, however often the stream is read; of very many, those after the
-        first are counted each time."""
-        if (reason, name) not in self._left_out:
-            if len(self._left_out) < _REMEMBERED:
+        """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,
+        each is counted every time."""
+        with self._lock:  # several threads read the same shard in parts
+            known = (reason, name) in self._left_out
+            if not known and len(self._left_out) < _REMEMBERED:
                 self._left_out.add((reason, name))
+        if not known:
             self.tally.add(reason, name)
 
 
