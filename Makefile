@@ -66,7 +66,7 @@ docs: $(VENV)/docs-ready
 
 fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"
-	@echo "elsewhere: give data.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
+	@echo "elsewhere: give data.emoji.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
 
 bench:
 	benchmarks/setup_peers.sh

@@ -37,6 +37,7 @@ from PIL import Image
 
 from pipeline import cli
 from pipeline.config.data import DataConfig
+from pipeline.config.load import from_dict
 from pipeline.data.load import load_source
 from pipeline.stages import run as stages  # imported once, for all forks
 from pipeline.training.prefetch import BatchPrefetcher
@@ -52,7 +53,7 @@ _TRAIN = {
 EXPERIMENT: dict[str, Any] = {
     "name": "run",
     "trackers": [],
-    "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
+    "data": {"source": "shapes", "image_size": 32, "shapes": {"max_objects": 1}},
     "tokenizer": {
         "model": {
             "num_codes": 16,
@@ -178,7 +179,7 @@ def contents(folder: Path) -> dict[str, str]:
 def write_shards(folder: Path) -> dict[str, Any]:
     """Writes images of shapes as shards; the `data` section that streams them, with more passes
     over them than one."""
-    source = load_source(DataConfig(**EXPERIMENT["data"]), "train")
+    source = load_source(from_dict(DataConfig, EXPERIMENT["data"]), "train")
     folder.mkdir()
     for shard in range(_SHARDS):
         rows = range(shard * _SAMPLES, (shard + 1) * _SAMPLES)
@@ -196,8 +197,7 @@ def write_shards(folder: Path) -> dict[str, Any]:
         "source": str(folder / "*.tar"),
         "image_size": 32,
         "streaming": True,
-        "shuffle_buffer": 16,
-        "shards_per_worker": 2,
+        "stream": {"shuffle_buffer": 16, "shards_per_worker": 2},
         "val_fraction": 0.1,
     }
 

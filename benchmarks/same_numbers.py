@@ -40,6 +40,8 @@ RENAMED = {
     "discriminator": "adversary",
 }
 """Settings that commits before 0.1.0 know by another name: name now -> name then."""
+SECTIONS = ("shapes",)
+"""Sections whose settings lie one level higher in commits before 0.1.0."""
 
 # Run in a checkout, with its own code: hashes of what a run folder holds.
 HASHES = """
@@ -181,7 +183,7 @@ def _experiment(source: str, images: Path) -> dict[str, Any]:
         "warmup_steps": 2,
     }
     data = (
-        {"source": "shapes", "max_objects": 1}
+        {"source": "shapes", "shapes": {"max_objects": 1}}
         if source == "shapes"
         else {"source": str(images), "val_fraction": 0.2, "flip": True}
     )
@@ -226,15 +228,18 @@ def _settings_of(code: Path) -> str:
 
 def _as_known(values: Any, sources: str) -> Any:
     """The settings in the words of a checkout: a name of today that is no field there has its
-    former one."""
+    former one, and what is in a section that is none there is one level higher."""
     if not isinstance(values, dict):
         return values
-    former = {
-        name: then
-        for name, then in RENAMED.items()
-        if not re.search(rf"^    {name}: ", sources, re.MULTILINE)
-    }
-    return {former.get(key, key): _as_known(value, sources) for key, value in values.items()}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        known = re.search(rf"^    {name}: ", sources, re.MULTILINE)
+        inner = _as_known(value, sources)
+        if name in SECTIONS and not known:
+            found |= inner
+        else:
+            found[name if known else RENAMED.get(name, name)] = inner
+    return found
 
 
 if __name__ == "__main__":

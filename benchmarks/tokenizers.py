@@ -155,9 +155,7 @@ def train_discrete_vae(
     tokenizer.eval()
     print(f"DiscreteVAE: {step} steps in {time.perf_counter() - start:.0f} s", flush=True)
     true = to_model_range(
-        torch.from_numpy(
-            held_out.images(range(min(len(held_out), experiment.encode.max_val_images)))
-        )
+        torch.from_numpy(held_out.images(range(len(held_out))[: experiment.encode.max_val_images]))
     )
     codes = tokenizer.encode(true)
     statistics = codebook_statistics(torch.bincount(codes.flatten(), minlength=tokenizer.num_codes))

@@ -55,8 +55,8 @@ class EncodeConfig:
     max_images: int | None = None
     """Training images to encode; all of the source when absent (an unlimited source needs a
     number)."""
-    max_val_images: int = 500
-    """Held-out images to encode, at most as many as there are."""
+    max_val_images: int | None = 500
+    """Held-out images to encode, at most as many as there are; all when absent."""
     augmentations_per_image: int = 1
     """Encodings a training image: the first is its centre, further ones are cropped and mirrored
     as `data` says, and shifted."""
@@ -71,13 +71,12 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("max_val_images", "augmentations_per_image", "batch_size", "images_per_shard"):
+        for name in ("augmentations_per_image", "batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_images is not None and self.max_images < 1:
-            problems.append(
-                f"encode.max_images is {self.max_images}; it must be at least 1, or absent for all"
-            )
+        for name in ("max_val_images", "max_images"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                problems.append(f"encode.{name} is {limit}; it must be at least 1, or null for all")
         if self.shift < 0 or (self.augmentations_per_image == 1 and (self.shift > 0 or self.flip)):
             problems.append(
                 f"encode.shift is {self.shift} and encode.flip {self.flip} with "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows
@@ -13,7 +12,7 @@ from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 def load_sources(
     config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
-) -> tuple[Any, Source]:
+) -> tuple[Source, Source]:
     """Training and held-out images of the source that `config` names; they are the same in every
     run.
 
@@ -22,8 +21,7 @@ def load_sources(
         share: this process's part of opening every image.
 
     Returns:
-        A `Source` each; with `data.streaming` the first is a `StreamSource`, or a mixture with one
-        in it.
+        A source each; with `data.streaming` the first is a stream, or a mixture that has one.
 
     Raises:
         FileNotFoundError: the folder, the font or the names are not there; says what to install or

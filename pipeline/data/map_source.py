@@ -16,7 +16,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
-from pipeline.data.source import check_usable
+from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 _TOGETHER = 8
@@ -96,27 +96,23 @@ class SourceIndex:
         return picture
 
 
-class MappedSource:
+class MappedSource(Source):
     """One split."""
 
     def __init__(self, everything: SourceIndex, split: str) -> None:
         self._all = everything
         self._rows = everything.kept[split == "held_out"]
-        self.name, self.problems, self.fingerprint = (
-            everything.rows.name,
-            everything.problems,
-            everything.fingerprint,
-        )
+        self.num_images = len(self._rows)
+        self.name = everything.rows.name
+        self.fingerprint = everything.fingerprint
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    @property
+    def problems(self) -> list[str]:
+        return self._all.problems
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
         return self._all.pictures([int(self._rows[int(i)]) for i in indices], draws)
-
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return [captions[0] for captions in self.all_captions(indices)]
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         return [self._all.captions[int(self._rows[int(i)])] for i in indices]

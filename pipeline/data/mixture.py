@@ -4,44 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 
 from pipeline.data.source import Source
 
-STREAM_NUMBERS = 1 << 48
 _BLOCK = 1000
 """Positions within which each part has exactly its share."""
 
 
-class MixedSource:
+class MixedSource(Source):
     """Parts one after another, and `weights` by which a training shuffles them together."""
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
-        self.parts, self.weights = list(parts), list(weights)
+        self._parts = parts
+        self.weights = weights
         self.name = " + ".join(part.name for part in parts)
         self.fingerprint = hashlib.sha256(
             " ".join(part.fingerprint for part in parts).encode()
         ).hexdigest()[:16]
+        counts = [part.num_images for part in parts]
+        self.num_images = None if None in counts else sum(filter(None, counts))
+        self.starts = list(accumulate((part.number_limit for part in parts[:-1]), initial=0))
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        return self._parts
 
     @property
     def problems(self) -> list[str]:
         return [f"{part.name}: {problem}" for part in self.parts for problem in part.problems]
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Images of each part; of a stream, how many numbers are left for them."""
-        return [len(part) if hasattr(part, "__len__") else STREAM_NUMBERS for part in self.parts]
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """The number of each part's first image, and of the one after the last."""
-        return np.cumsum([0, *self.lengths])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
@@ -51,9 +44,6 @@ class MixedSource:
             for place, picture in zip(places, pictures, strict=True):
                 result[place] = picture
         return np.stack(result)
-
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return [captions[0] for captions in self.all_captions(indices)]
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         result: list[list[str]] = [[]] * len(indices)
@@ -80,11 +70,6 @@ class MixedSource:
         return found
 
 
-def parts_of(source: Any) -> list[Any]:
-    """The parts of a mixture; of anything else itself."""
-    return source.parts if isinstance(source, MixedSource) else [source]
-
-
 class MixtureSchedule:
     """Which part each position of an endless stream comes from, and how many of that part came
     before: a pure function of the position.
@@ -103,7 +88,8 @@ class MixtureSchedule:
         while (counts == 0).any():
             counts[counts.argmax()] -= 1
             counts[counts.argmin()] += 1
-        self._counts, self._seed = counts, seed
+        self._counts = counts
+        self._seed = seed
         self._held = (-1, counts, counts)
 
     def at(self, position: int) -> tuple[int, int]:

@@ -1,24 +1,25 @@
-"""Which images per step sees, a pure function of (seed, step), so that no position in the data
-needs to be saved; and loading ahead."""
+"""Which images each step sees, as a pure function of (seed, step): no position in the data needs to
+be saved. And prefetching."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.data.mixture import MixedSource, MixtureSchedule
+from pipeline.data.mixture import MixtureSchedule
 from pipeline.data.source import Source
 
-Loaded = TypeVar("Loaded")
-Part = TypeVar("Part")
+Item = TypeVar("Item")
 
 MAX_EXPLICIT_PERMUTATION = 2**24
-"""Rows up to which a pass is a list of 8 bytes per row; the order of more is worked out row by row,
-in no memory."""
+"""Rows up to which the order of an epoch is a list of 8 bytes per row. The order of more rows is
+computed row by row, in no memory."""
 _ROUNDS = 4
+"""Of the Feistel network."""
 
 
 class Feed(Protocol):
@@ -41,7 +42,8 @@ class ShuffledEpochs:
             raise ValueError(
                 "there are no images to train on; check data.source and data.val_fraction"
             )
-        self.length, self.seed = length, seed
+        self.length = length
+        self.seed = seed
         self._held = (-1, np.empty(0, dtype=np.int64))
 
     def row(self, position: int) -> int:
@@ -57,8 +59,8 @@ class ShuffledEpochs:
     def _of_pass(self, number: int, places: np.ndarray) -> np.ndarray:
         if self.length > MAX_EXPLICIT_PERMUTATION:
             return feistel_permutation(places, self.length, [self.seed, number])
-        # read and put once each: a thread that loads ahead asks for other passes than one that
-        # names rows
+        # Read once and written once: the thread that prefetches and the one that names rows may ask
+        # for different epochs.
         held = self._held
         if held[0] != number:
             held = self._held = (
@@ -86,7 +88,8 @@ class BatchSampler:
         weights: Sequence[float] = (1.0,),
     ) -> None:
         parts = [lengths] if isinstance(lengths, int) else list(lengths)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size = batch_size
+        self.seed = seed
         self._starts = np.cumsum([0, *parts])
         self._passes = [ShuffledEpochs(length, seed) for length in parts]
         self._mixture = MixtureSchedule(weights, seed) if len(parts) > 1 else None
@@ -105,13 +108,12 @@ class BatchSampler:
 
     def share(self, step: int, process: int, processes: int) -> np.ndarray:
         """One process's equal part of the rows of a step."""
-        return self.rows(step)[_part(self.batch_size, process, processes)]
+        return process_share(self.rows(step), process, processes)
 
     def draws(self, step: int, process: int, processes: int) -> list[int]:
-        """A number for each of those rows, for what is random about how it is seen."""
-        return step_draws(self.seed, step, self.batch_size)[
-            _part(self.batch_size, process, processes)
-        ].tolist()
+        """One number for each of those rows; it chooses the crop and whether it is mirrored."""
+        draws = step_draws(self.seed, step, self.batch_size)
+        return process_share(draws, process, processes).tolist()
 
 
 def step_draws(seed: int, step: int, count: int) -> np.ndarray:
@@ -119,25 +121,27 @@ def step_draws(seed: int, step: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 2]).integers(0, 2**62, count)
 
 
+def process_share(values: np.ndarray, process: int, processes: int) -> np.ndarray:
+    """One process's equal part of what all have."""
+    each = len(values) // processes
+    return values[process * each : (process + 1) * each]
+
+
 def order_of(source: Source, batch_size: int, seed: int) -> BatchSampler:
     """The order in which training sees a source, or codes that were made of it."""
-    if isinstance(source, MixedSource):
-        return BatchSampler(source.lengths, batch_size, seed, source.weights)
-    return BatchSampler(len(source), batch_size, seed)
+    return BatchSampler([len(part) for part in source.parts], batch_size, seed, source.weights)
 
 
 class MapBatchLoader:
-    """Images of a source that is read in any order: each process has its part of what one process
-    would have."""
+    """Images of a source that is read in any order. Each process has its part of the batch that one
+    process would have."""
 
     def __init__(
         self, source: Source, batch_size: int, seed: int, process: int, processes: int
     ) -> None:
-        self._source, self._order, self._place = (
-            source,
-            order_of(source, batch_size, seed),
-            (process, processes),
-        )
+        self._source = source
+        self._order = order_of(source, batch_size, seed)
+        self._place = (process, processes)
 
     def pictures(self, step: int) -> np.ndarray:
         return self._source.images(
@@ -148,22 +152,20 @@ class MapBatchLoader:
         return self._source.names(self._order.share(step, *self._place).tolist())
 
 
-def _part(batch_size: int, process: int, processes: int) -> slice:
-    each = batch_size // processes
-    return slice(process * each, (process + 1) * each)
-
-
 def feistel_permutation(places: np.ndarray, length: int, seed: Sequence[int]) -> np.ndarray:
-    """Where a pseudo-random permutation of 0..length-1 puts places (N,) int64, without a list of
-    it: a Feistel network of four rounds (Luby & Rackoff 1988) over the next even power of two,
-    walked on from what lies outside (Black & Rogaway 2002)."""
+    """A pseudo-random permutation of 0..length-1 at places (N,) int64, without a list of it.
+
+    A Feistel network of four rounds (Luby & Rackoff 1988) permutes 0 to the next even power of two.
+    It is applied again to what lands outside (cycle walking, Black & Rogaway 2002).
+    """
     half = max((length - 1).bit_length() + 1, 2) // 2
     mask = np.uint64(2**half - 1)
     keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
     found = places.astype(np.uint64)
     outside = np.ones(len(found), dtype=bool)
     while outside.any():
-        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        left = found[outside] >> np.uint64(half)
+        right = found[outside] & mask
         for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & mask)
         found[outside] = left << np.uint64(half) | right
@@ -179,17 +181,16 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def prefetch(
-    load: Callable[[Part], Loaded], parts: Iterable[Part]
-) -> Iterator[tuple[Part, Loaded]]:
-    """Each part with what `load` gives for it, the next one's being loaded meanwhile: by one
-    thread, as not every source takes several."""
-    with ThreadPoolExecutor(1, thread_name_prefix="pictures") as pool:
-        waiting: tuple[Part, Future[Loaded]] | None = None
-        for part in parts:
-            ahead = (part, pool.submit(load, part))
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = ahead
-        if waiting:
-            yield waiting[0], waiting[1].result()
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """The items; one thread computes the next item while the caller uses the last one. One, because
+    not every source can be read by several."""
+    rest = iter(items)
+
+    def take() -> list[Item]:
+        return list(islice(rest, 1))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead = pool.submit(take)
+        while item := ahead.result():
+            ahead = pool.submit(take)
+            yield from item

@@ -3,51 +3,112 @@ source."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from pipeline.config.data import DataConfig
+from pipeline.data.codes.dataset import ShardPlan
 
 Split = Literal["train", "held_out"]
 
 
-class Source(Protocol):
-    """Images with captions, numbered. Everything is asked for in batches."""
+@dataclass(frozen=True)
+class ImageBatch:
+    """Some images of a source, which can be viewed several times."""
+
+    numbers: list[int]
+    """Of the images, in the source or in the mixture that it is part of."""
+    captions: list[list[str]]
+    """Every caption of each image."""
+    view: Callable[[Sequence[int] | None], np.ndarray]
+    """Draws -> images (B,S,S,3) uint8; see `Source.images`."""
+
+
+class Source(ABC):
+    """Images with captions. Everything is read in batches.
+
+    A source on this disk numbers its images and reads them in any order. A stream does not know how
+    many images it has: `num_images` is None, and `images`, `all_captions`, `names` and `len` raise
+    TypeError.
+    """
 
     name: str
     fingerprint: str
     """Changes when an image or a caption would."""
+    num_images: int | None
+    """None until a stream has been read through."""
+    weights: Sequence[float] = (1.0,)
+    """Of the parts of a mixture."""
+    starts: Sequence[int] = (0,)
+    """The number of each part's first image."""
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The parts of a mixture; of any other source itself."""
+        return [self]
 
     @property
     def problems(self) -> list[str]:
-        """What was left out or changed while reading, a line each, for the user."""
-        ...
+        """What was skipped or changed while reading, one line each, for the user."""
+        return []
 
-    def __len__(self) -> int: ...
+    @property
+    def number_limit(self) -> int:
+        """The numbers of the images are below this."""
+        return len(self)
 
+    def __len__(self) -> int:
+        if self.num_images is None:
+            raise TypeError(f"{self.name} is streamed and does not know how many images it has")
+        return self.num_images
+
+    @abstractmethod
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,S,S,3) uint8. A number per image in `draws` chooses its crop and whether it
-        is mirrored, where the configuration has it vary; without them, each is its largest centred
-        square."""
-        ...
+        """Images (N,S,S,3) uint8. One number per image in `draws` chooses its crop and whether it
+        is mirrored, where the configuration varies them. Without `draws`, each is its largest
+        centred square."""
+
+    @abstractmethod
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """Every caption of each image; each has at least one."""
+
+    @abstractmethod
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """What to call each image in messages."""
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The first caption of each image."""
-        ...
+        return [captions[0] for captions in self.all_captions(indices)]
 
-    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each image; each has at least one."""
-        ...
+    def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
+        """What a codes dataset holds of this source; see `planned_files`.
 
-    def names(self, indices: Sequence[int]) -> list[str]:
-        """What to call each image in messages."""
-        ...
+        Args:
+            first: number of its first image.
+            limit: images that are encoded at most; None encodes all.
+        """
+        return {"first": first, "rows": min(len(self), limit or len(self))}
+
+    def batches(self, unit: ShardPlan, first: int, size: int) -> Iterator[ImageBatch]:
+        """The images of one file of a codes dataset, up to `size` at a time.
+
+        Args:
+            first: number of the source's first image.
+        """
+        assert unit.rows is not None, "the plan is one of a stream"
+        for start in range(0, len(unit.rows), size):
+            numbers = list(unit.rows[start : start + size])
+            rows = [number - first for number in numbers]
+            yield ImageBatch(numbers, self.all_captions(rows), partial(self.images, rows))
 
 
 def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
-    """Raises ValueError where no image of a source is left, with what was left out."""
+    """Raises ValueError where no image of a source is left, with what was skipped."""
     if not usable:
         raise ValueError(
             f"{name} has no usable image with a caption; {'; '.join(problems) or 'it is empty'}"
@@ -55,14 +116,18 @@ def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
 
 
 def check_splits(
-    config: DataConfig, name: str, train: int, held_out: int, held_out_in_all: int
+    config: DataConfig, name: str, train: int | None, held_out: int, held_out_in_all: int
 ) -> None:
-    """Raises ValueError where a source has no image to train on, or there is none at all to judge
-    on."""
-    if not train or not held_out_in_all:
+    """Raises ValueError where a source has no image to train on, or where no source has an image to
+    validate on.
+
+    Args:
+        train: images to train on; None where a stream does not know yet.
+    """
+    if train == 0 or not held_out_in_all:
+        count = "an unknown number of" if train is None else train
         raise ValueError(
-            f"{name} has {train} images to train on and {held_out} held out to judge on, and "
-            "each needs at least "
-            f"one; with few images another share than data.val_fraction={config.val_fraction} is "
-            "needed (0.2)"
+            f"{name} has {count} images to train on and {held_out} held out to judge on, and each "
+            f"needs at least one; with few images another share than "
+            f"data.val_fraction={config.val_fraction} is needed (0.2)"
         )

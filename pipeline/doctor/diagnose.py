@@ -81,7 +81,7 @@ def diagnose_parts(
 def _splits(config: DataConfig, parts: Sequence[Part]) -> list[Finding]:
     held_out = sum(part.report.held_out for part in parts)
     for part in parts:
-        seen = max(part.report.train, 1) if part.config.streaming else part.report.train
+        seen = None if part.config.streaming else part.report.train
         try:
             check_splits(config, part.report.name, seen, part.report.held_out, held_out)
         except ValueError as error:

@@ -80,10 +80,13 @@ class Part:
         assert self.opened is not None and self.found is not None
         if config.source in SYNTHETIC_SOURCES:  # drawn as large as is wanted
             return self.fit
-        fit = usable(
-            self.opened.rows, self.found, replace(config, max_corrupt_fraction=1.0), SkipCounter()
-        )
+        fit = usable(self.opened.rows, self.found, _tolerant(config), SkipCounter())
         return fit & _captioned(self.captions, len(fit))
+
+
+def _tolerant(config: DataConfig) -> DataConfig:
+    """Settings with which unreadable images stop nothing."""
+    return replace(config, filter=replace(config.filter, max_corrupt_fraction=1.0))
 
 
 def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
@@ -110,7 +113,7 @@ def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
     found = scan_images(rows, config.workers, folder)
     fit = _tried(lambda: usable(rows, found, config, tally), findings)
     if fit is None:
-        fit = usable(rows, found, replace(config, max_corrupt_fraction=1.0), SkipCounter())
+        fit = usable(rows, found, _tolerant(config), SkipCounter())
     fit = fit & _captioned(captions, len(fit))
     tallies = (rows.tally, tally)
     if captions is not None and len(findings) == 0:

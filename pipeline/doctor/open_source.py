@@ -106,7 +106,11 @@ class StreamedRows:
         # Sizes are judged later: nothing but what has no caption or no known format is left out
         # here.
         stream = StreamSource(
-            replace(config, upscale=True, min_size=None, max_size=None, max_aspect=None)
+            replace(
+                config,
+                upscale=True,
+                filter=replace(config.filter, min_size=None, max_size=None, max_aspect=None),
+            )
         )
         self.name, self.columns, self.tally = stream.name, ["text"], stream.tally
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows are

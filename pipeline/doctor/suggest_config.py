@@ -167,19 +167,19 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
     sides = []
     for part in (part for part in parts if part.config.source not in SYNTHETIC_SOURCES):
         assert part.found is not None
-        fit = part.fit_for(replace(part.config, image_size=16, upscale=True, min_size=None))
+        any_size = replace(part.config.filter, min_size=None)
+        fit = part.fit_for(replace(part.config, image_size=16, upscale=True, filter=any_size))
         sides.append(np.minimum(part.found.width, part.found.height)[fit])
     shorter = np.concatenate(sides)
     bounds = [
         largest,
-        *([data.max_size] if data.max_size else []),
-        *([data.min_size] if data.min_size and not data.upscale else []),
+        *([data.filter.max_size] if data.filter.max_size else []),
+        *([data.filter.min_size] if data.filter.min_size and not data.upscale else []),
     ]
     least = 32 if "shapes" in data.sources else 16
+    cells = data.shapes.grid_cells
     sizes = [
-        size
-        for size in SIZES
-        if least <= size <= min(bounds) and not (data.grid_cells and size % data.grid_cells)
+        size for size in SIZES if least <= size <= min(bounds) and not (cells and size % cells)
     ]
     sizes = sizes or [data.image_size]
     for size in reversed(sizes):
@@ -202,11 +202,7 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
 def _given(data: DataConfig) -> dict[str, Any]:
     """The settings of data that were given, as plain values."""
     default = DataConfig(source=data.sources[0])
-    given = {
-        name: value
-        for name, value in asdict(data).items()
-        if name == "source" or value != getattr(default, name)
-    }
+    given = {"source": data.source} | _changed(asdict(data), asdict(default))
     if data.mix:
         given["mix"] = [
             {name: value for name, value in part.items() if value is not None}
@@ -214,6 +210,15 @@ def _given(data: DataConfig) -> dict[str, Any]:
         ]
         del given["source"]
     return given
+
+
+def _changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults, of sections too."""
+    return {
+        name: _changed(value, defaults[name]) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
 
 
 def _held_out(data: DataConfig, parts: Sequence[Part], masks: Sequence[np.ndarray]) -> float | None:

@@ -59,7 +59,7 @@ def shapes_figures(
         figures[f"prompt_accuracy_{STEPS}_steps"] = accuracy(
             _judge(_draw(pipe, prompts, num_inference_steps=steps), prompts)
         )["correct"]
-        if experiment.data.max_objects > 1:
+        if experiment.data.shapes.max_objects > 1:
             figures["edit_accuracy"] = edit_accuracy(pipe, experiment, min(count, EDITS))
 
 

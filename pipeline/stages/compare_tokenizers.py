@@ -361,7 +361,7 @@ def _reconstructed(
     quickest of some batches)."""
     accelerator = make_accelerator(experiment, trackers=False)
     _, held_out = sources_of(experiment)
-    true = held_out.images(range(min(len(held_out), experiment.encode.max_val_images)))
+    true = held_out.images(range(len(held_out))[: experiment.encode.max_val_images])
     tokenizer.to(accelerator.device)
     drawn, seconds = [], []
     bf16 = uses_bf16(experiment.precision, accelerator.device)

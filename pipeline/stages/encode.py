@@ -11,8 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,9 @@ from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
 from pipeline.data.load import load_sources
-from pipeline.data.mixture import MixedSource, parts_of
 from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import prefetch
-from pipeline.data.source import Source, Split, check_splits
-from pipeline.data.streaming.source import Sample, StreamSource
+from pipeline.data.source import ImageBatch, Source, Split, check_splits
 from pipeline.data.worker_info import WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
@@ -46,8 +43,6 @@ from stage1_tokenizer import ImageTokenizer, to_model_range
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
-_ALL = 10**9
-"""More images than any source holds out."""
 _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
@@ -142,8 +137,8 @@ def encode_dataset(
                 for split, units in files.items()
             },
         )
-        for part in parts_of(by_split["train"]):
-            if isinstance(part, StreamSource):
+        for part in by_split["train"].parts:
+            if part.num_images is None:  # others were reported before
                 for problem in part.problems:
                     _log.info(f"{part.name}: {problem}")
     accelerator.wait_for_everyone()
@@ -180,7 +175,7 @@ def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> E
     as they are."""
     unlimited = "shapes" in experiment.data.sources
     whole: dict[str, Any] = {"augmentations_per_image": 1, "shift": 0, "flip": False} | (
-        {} if unlimited else {"max_images": None, "max_val_images": _ALL}
+        {} if unlimited else {"max_images": None, "max_val_images": None}
     )
     return replace(
         experiment,
@@ -190,7 +185,7 @@ def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> E
     )
 
 
-def sources_of(experiment: Experiment) -> tuple[Any, Source]:
+def sources_of(experiment: Experiment) -> tuple[Source, Source]:
     """Training and held-out images, before anything else is written; every process must call."""
     state = distributed_state(experiment.process_timeout)
     share = WorkerInfo(
@@ -199,9 +194,8 @@ def sources_of(experiment: Experiment) -> tuple[Any, Source]:
         lambda own: gather_object([own]) if state.num_processes > 1 else [own],
     )
     source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
-    for part, back in zip(parts_of(source), parts_of(held_out), strict=True):
-        seen = 1 if isinstance(part, StreamSource) else len(part)
-        check_splits(experiment.data, part.name, seen, len(back), len(held_out))
+    for part, back in zip(source.parts, held_out.parts, strict=True):
+        check_splits(experiment.data, part.name, part.num_images, len(back), len(held_out))
     return source, held_out
 
 
@@ -214,8 +208,7 @@ def _plan(
         experiment.data.image_size // tokenizer.own_config.downsample_factor,
     )
     limits = {"train": options.max_images, "held_out": options.max_val_images}
-    mixed = sources["train"]
-    weights = list(mixed.weights) if isinstance(mixed, MixedSource) else [1.0]
+    weights = list(sources["train"].weights)
     return {
         "format": codes.FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -247,21 +240,11 @@ def _part_plans(
 ) -> list[dict[str, int | None]]:
     """What is encoded of each part: all of it, or by its weight where no more than `limit` images
     are."""
-    plans: list[dict[str, int | None]] = []
-    for part, weight, first in zip(parts_of(source), weights, _starts(source), strict=True):
-        share = None if limit is None else ceil(limit * weight / sum(weights))
-        if isinstance(part, StreamSource):
-            plans.append(
-                {"shards": part.num_shards, "most": share and ceil(share / part.num_shards)}
-            )
-        else:
-            plans.append({"first": first, "rows": min(len(part), share or len(part))})
-    return plans
-
-
-def _starts(source: Source) -> list[int]:
-    """The number of each part's first image."""
-    return source.starts[:-1].tolist() if isinstance(source, MixedSource) else [0]
+    shares = [None if limit is None else ceil(limit * w / sum(weights)) for w in weights]
+    return [
+        part.encoding_plan(first, share)
+        for part, first, share in zip(source.parts, source.starts, shares, strict=True)
+    ]
 
 
 def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
@@ -386,88 +369,27 @@ def _encoded(
 ) -> Iterator[EncodedRows]:
     """The codes of what a file holds, a batch at a time; the next batch's images are loaded,
     cropped and mirrored meanwhile."""
-    size = experiment.encode.batch_size
-    part, first = parts_of(source)[unit.part], _starts(source)[unit.part]
-    batches: Iterator[_Batch]
-    if unit.rows is None:
-        batches = (
-            b
-            for _, b in prefetch(
-                lambda few: _load_stream(part, few, views, experiment),
-                _batched_samples(part, first, unit, size),
-            )
-        )
-    else:
-        rows = [list(unit.rows[start : start + size]) for start in range(0, len(unit.rows), size)]
-        batches = (
-            b for _, b in prefetch(lambda few: _load_rows(source, few, views, experiment), rows)
-        )
-    for batch in batches:
+    part = source.parts[unit.part]
+    batches = part.batches(unit, source.starts[unit.part], experiment.encode.batch_size)
+    for batch, seen in prefetch((batch, _views(batch, views, experiment)) for batch in batches):
         found = []
-        for images in batch.views:
+        for images in seen:
             pixels = to_model_range(torch.from_numpy(images)).to(tokenizer.device)
             with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
                 found.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
         bar.update(len(batch.numbers))
-        if batch.numbers:
-            yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers)
+        yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers)
 
 
-@dataclass
-class _Batch:
-    """Images to encode: (B,S,S,3) a view, all captions and the number of each."""
-
-    views: list[np.ndarray]
-    captions: list[list[str]]
-    numbers: list[int]
-
-
-def _load_rows(source: Source, rows: list[int], views: int, experiment: Experiment) -> _Batch:
-    seen = [source.images(rows)]
+def _views(batch: ImageBatch, views: int, experiment: Experiment) -> list[np.ndarray]:
+    """Images (B,S,S,3) of each view."""
+    seen = [batch.view(None)]
     for view in range(1, views):
-        images = (
-            source.images(rows, [_draw(experiment.seed, row, view) for row in rows])
-            if experiment.data.varies
-            else seen[0]
-        )
-        seen.append(_shifted(images, rows, view, experiment))
-    return _Batch(seen, source.all_captions(rows), rows)
-
-
-def _load_stream(
-    stream: StreamSource, samples: list[tuple[int, Sample]], views: int, experiment: Experiment
-) -> _Batch:
-    kept, numbers, pictures = [], [], []
-    for number, sample in samples:
-        if (picture := stream.decode(sample)) is not None:
-            kept.append(sample)
-            numbers.append(number)
-            pictures.append(picture)
-    size = experiment.data.image_size
-    seen = [
-        np.stack([stream.square(p, None) for p in pictures])
-        if pictures
-        else np.empty((0, size, size, 3), np.uint8)
-    ]
-    for view in range(1, views):
-        drawn = [
-            stream.square(p, _draw(experiment.seed, n, view))
-            for p, n in zip(pictures, numbers, strict=True)
-        ]
-        seen.append(_shifted(np.stack(drawn) if drawn else seen[0], numbers, view, experiment))
-    return _Batch(seen, [sample.captions for sample in kept], numbers)
-
-
-def _batched_samples(
-    stream: StreamSource, first: int, unit: codes.ShardPlan, size: int
-) -> Iterator[list[tuple[int, Sample]]]:
-    """The samples of a shard with a number each that no other of the source has, some at a time."""
-    samples = islice(stream.samples(unit.shard), unit.most)
-    numbered = (
-        (first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples)
-    )
-    while few := list(islice(numbered, size)):
-        yield few
+        images = seen[0]
+        if experiment.data.varies:
+            images = batch.view([_draw(experiment.seed, row, view) for row in batch.numbers])
+        seen.append(_shifted(images, batch.numbers, view, experiment))
+    return seen
 
 
 def _draw(seed: int, row: int, view: int) -> int:

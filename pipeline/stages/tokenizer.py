@@ -13,10 +13,8 @@ from accelerate import Accelerator
 
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
-from pipeline.data.mixture import parts_of
 from pipeline.data.source import Source
 from pipeline.data.streaming.feed import batch_loader
-from pipeline.data.streaming.source import StreamSource
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
@@ -82,7 +80,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
             tokenizer_task(few_at_a_time, accelerator, source, held_out)[0],
             experiment.precision,
             accelerator,
-            rows=_most_rows(source),
+            rows=source.num_images,
             label="tokenizer",
         )
         write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
@@ -121,10 +119,10 @@ def tokenizer_task(
         return torch.from_numpy(feed.pictures(step))
 
     def held_out_batches() -> Iterator[torch.Tensor]:
-        count = min(len(held_out), experiment.encode.max_val_images)
-        for first in range(0, count, EVALUATION_BATCH):
-            rows = range(first, min(first + EVALUATION_BATCH, count))
-            yield torch.from_numpy(held_out.images(rows)).to(accelerator.device)
+        rows = range(len(held_out))[: experiment.encode.max_val_images]
+        for first in range(0, len(rows), EVALUATION_BATCH):
+            few = rows[first : first + EVALUATION_BATCH]
+            yield torch.from_numpy(held_out.images(few)).to(accelerator.device)
 
     @torch.no_grad()
     def pictures() -> dict[str, np.ndarray]:
@@ -146,16 +144,11 @@ def tokenizer_task(
     ), tokenizer
 
 
-def _most_rows(source: Source) -> int:
-    """Images that a batch may have: as many as there are, where that is known."""
-    return sum(2**31 if isinstance(part, StreamSource) else len(part) for part in parts_of(source))
-
-
 def _report(source: Source) -> None:
-    streamed = any(isinstance(part, StreamSource) for part in parts_of(source))
+    count = source.num_images
     _log.info(
         f"{source.name}: "
-        + ("read as it comes" if streamed else f"{len(source):,} images to train on")
+        + ("read as it comes" if count is None else f"{count:,} images to train on")
     )
     for problem in source.problems:
         _log.info(f"  {problem}")

@@ -53,12 +53,14 @@ def has_auto_batch(config: TrainConfig) -> bool:
     return "auto" in (config.batch_size, config.gradient_accumulation_steps)
 
 
-def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tuple[int, int]]:
+def batch_candidates(
+    config: TrainConfig, rows: int | None, processes: int
+) -> list[tuple[int, int]]:
     """The (batch_size, gradient_accumulation_steps) that may be chosen, in the order in which they
     are wanted.
 
     Args:
-        rows: training images there are.
+        rows: training images there are; None where a stream does not know.
 
     Raises:
         ValueError: the batch does not split over the processes.
@@ -71,7 +73,9 @@ def batch_candidates(config: TrainConfig, rows: int, processes: int) -> list[tup
         )
         unit = processes * gradient_accumulation_steps
         powers = [
-            unit * 2**i for i in range(LARGEST.bit_length()) if unit * 2**i <= min(LARGEST, rows)
+            unit * 2**i
+            for i in range(LARGEST.bit_length())
+            if unit * 2**i <= min(LARGEST, rows or LARGEST)
         ]
         return [(size, gradient_accumulation_steps) for size in reversed(powers or [unit])]
     if config.batch_size % processes:
@@ -94,7 +98,13 @@ def choose(
 
 
 def resolve_auto_batch(
-    config: Any, task: Any, precision: str, accelerator: Accelerator, *, rows: int, label: str
+    config: Any,
+    task: Any,
+    precision: str,
+    accelerator: Accelerator,
+    *,
+    rows: int | None,
+    label: str,
 ) -> Any:
     """The configuration with numbers in place of `auto`, the same on every process; says which.
 
@@ -102,7 +112,7 @@ def resolve_auto_batch(
         task: what is to be trained; its networks, neither compiled nor wrapped, are taken to the
             device.
         precision: that of the experiment.
-        rows: training images there are.
+        rows: training images there are; None where a stream does not know.
 
     Raises:
         MemoryError: not even one image fits.

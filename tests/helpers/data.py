@@ -6,15 +6,20 @@ import io
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, FilterOptions, StreamOptions
 
 
-def config(source: object, **options: object) -> DataConfig:
-    return DataConfig(**{"source": str(source), "image_size": 16, "val_fraction": 0.3, **options})  # type: ignore[arg-type]
+def config(source: object, **options: Any) -> DataConfig:
+    """Small images; `filter` and `stream` are given as dictionaries."""
+    for section, kind in (("filter", FilterOptions), ("stream", StreamOptions)):
+        if section in options:
+            options[section] = kind(**options[section])
+    return DataConfig(**{"source": str(source), "image_size": 16, "val_fraction": 0.3, **options})
 
 
 def encoded(

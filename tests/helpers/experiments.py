@@ -5,7 +5,7 @@ from __future__ import annotations
 TINY = {
     "name": "tiny",
     "trackers": [],
-    "data": {"source": "shapes", "image_size": 32, "max_objects": 1},
+    "data": {"source": "shapes", "image_size": 32, "shapes": {"max_objects": 1}},
     "tokenizer": {
         "model": {
             "num_codes": 16,

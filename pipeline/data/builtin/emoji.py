@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.images import random_square
+from pipeline.data.source import Source
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ANNOTATIONS = "/usr/share/unicode/cldr/common"
@@ -112,7 +113,7 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
         raise FileNotFoundError(
             f"the emoji font {font_path} is not there; install it (Debian: apt-get install "
             "fonts-noto-color-emoji) "
-            "or give its path as data.font"
+            "or give its path as data.emoji.font"
         )
     names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
     if not names:
@@ -120,14 +121,14 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
             f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them "
             "(Debian: apt-get install "
             "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as "
-            "data.annotations"
+            "data.emoji.annotations"
         )
     try:
         face = ImageFont.truetype(str(font_path), BITMAP_SIZE)
     except OSError as error:
         raise ValueError(
-            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.font needs "
-            "NotoColorEmoji.ttf"
+            f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.emoji.font "
+            "needs NotoColorEmoji.ttf"
         ) from error
     found, seen = [], set()
     for text, name in names.items():
@@ -155,15 +156,16 @@ def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarra
     )
 
 
-class EmojiSource:
+class EmojiSource(Source):
     """One split of the emoji."""
 
     name = "emoji"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        everything = load_emoji(config.image_size, config.font, config.annotations)
+        everything = load_emoji(config.image_size, config.emoji.font, config.emoji.annotations)
         kept_back = held_out_names([e.name for e in everything], config.val_fraction)
         self._emoji = [e for e in everything if (e.name in kept_back) == (split == "held_out")]
+        self.num_images = len(self._emoji)
         self._families: dict[str, list[Emoji]] = {}
         for one in everything:
             family, tone = tone_of(one.name)
@@ -171,14 +173,10 @@ class EmojiSource:
                 self._families.setdefault(family, []).append(one)
         self._flip = config.flip
         own = [e.name for e in self._emoji]
-        self.problems: list[str] = []
         digest = hashlib.sha256("\n".join(own).encode())
         for one in self._emoji:
             digest.update(one.picture.tobytes())
         self.fingerprint = digest.hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self._emoji)
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
@@ -190,14 +188,11 @@ class EmojiSource:
             ]
         return np.stack(pictures)
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return [self._emoji[int(i)].name for i in indices]
-
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        return [[text] for text in self.captions(indices)]
+        return [[name] for name in self.names(indices)]
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        return self.captions(indices)
+        return [self._emoji[int(i)].name for i in indices]
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
         """The images (n,S,S,3) of an image's name in all its tones, and which of them is its

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import Item, Scene, ShapesWorld
+from pipeline.data.source import Source
 
 SIZE_WORDS = {
     "small": ("small", "tiny", "little"),
@@ -123,26 +124,22 @@ def clear_relation(a: Item, b: Item, image_size: int) -> str | None:
     return "above" if dy > 0 else "below"
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """The embedded world as a source of images and captions."""
 
     name = "shapes"
 
     def __init__(self, config: DataConfig, split: str) -> None:
+        size = config.image_size
+        options = config.shapes
+        fewest = options.min_objects
+        most = options.max_objects
+        cells = options.grid_cells
         self.world = ShapesWorld(
-            config.image_size,
-            min_objects=config.min_objects,
-            max_objects=config.max_objects,
-            lattice=config.grid_cells,
-            split=split,
+            size, min_objects=fewest, max_objects=most, lattice=cells, split=split
         )
-        self.size = config.num_scenes
-        self.problems: list[str] = []
-        objects = f"{config.min_objects}{config.max_objects}"
-        self.fingerprint = f"shapes1-{config.image_size}-{objects}-{config.grid_cells}-{split}"
-
-    def __len__(self) -> int:
-        return self.size
+        self.num_images = options.num_scenes
+        self.fingerprint = f"shapes1-{size}-{fewest}{most}-{cells}-{split}"
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; each is seen as it is, whatever the draws."""

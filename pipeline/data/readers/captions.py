@@ -42,9 +42,8 @@ class CaptionReader:
 
     def __init__(self, name: str, columns: Sequence[str], config: DataConfig) -> None:
         self.template = config.caption_template
-        self._least, self._most = config.min_caption, config.max_caption
-        self.undecodable = 0
-        """Texts so far that are not UTF-8."""
+        self._least = config.filter.min_caption
+        self._most = config.filter.max_caption
         if self.template is None:
             # Shards call it by its file's extension.
             column = (
@@ -75,20 +74,22 @@ class CaptionReader:
             for part in dict.fromkeys(fields)
         ]
 
-    def of(self, records: Sequence[Record]) -> list[str]:
-        """The captions of one image, each once, of the lengths that are wanted."""
+    def of(self, records: Sequence[Record]) -> tuple[list[str], bool]:
+        """The captions of one image, each once, of the lengths that are wanted; and whether a text
+        was skipped because it is not UTF-8."""
         found: dict[str, None] = {}
+        undecodable = False
         for record in records:
             try:
                 texts = self._texts(record)
             except UnicodeDecodeError:
-                self.undecodable += 1
+                undecodable = True
                 continue
             for text in texts:
                 text = text.strip().encode("utf-8", "replace").decode()
                 if len(text) >= self._least and (self._most is None or len(text) <= self._most):
                     found[text] = None
-        return list(found)
+        return list(found), undecodable
 
     def _texts(self, record: Record) -> list[str]:
         if self.template is None:
@@ -115,9 +116,8 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
 
     def each() -> Iterable[list[str]]:
         for row, records in enumerate(rows.records(reader.columns)):
-            before = reader.undecodable
-            texts = reader.of(records)
-            if reader.undecodable > before:
+            texts, undecodable = reader.of(records)
+            if undecodable:
                 tally.add(BAD_CAPTION, rows.label(row))
             if not texts:
                 tally.add(NO_TEXT, rows.label(row))

@@ -110,7 +110,7 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     the others are counted.
 
     Raises:
-        ValueError: more images than `config.max_corrupt_fraction` allows cannot be read.
+        ValueError: more images than `config.filter.max_corrupt_fraction` allows cannot be read.
     """
     bad = np.array([bool(problem) for problem in found.problem], bool)
     of_size = [
@@ -121,13 +121,13 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     for reason, rows_of in reasons:
         for row in np.flatnonzero(rows_of):
             tally.add(reason, rows.label(int(row)))
-    if bad.sum() > config.max_corrupt_fraction * max(len(rows), 1):
+    if bad.sum() > config.filter.max_corrupt_fraction * max(len(rows), 1):
         first = int(np.flatnonzero(bad)[0])
         raise ValueError(
             f"{int(bad.sum())} of {len(rows)} images in {rows.name} cannot be read "
             f"({tally.first(UNREADABLE)}: {found.problem[first]}); "
-            "repair or remove them, or raise data.max_corrupt_fraction (now "
-            f"{config.max_corrupt_fraction})"
+            "repair or remove them, or raise data.filter.max_corrupt_fraction (now "
+            f"{config.filter.max_corrupt_fraction})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
 
@@ -135,23 +135,21 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
 def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
     """Reasons to leave images out, and whether each stands against an image of this size, or
     against each of these sizes (N)."""
-    shorter, longer = np.minimum(width, height), np.maximum(width, height)
-    hint = " (data.upscale=true keeps them)" if config.min_size is None else ""
-    reasons = [
-        (
-            f"images smaller than {config.least_size} pixels left out{hint}",
-            shorter < config.least_size,
-        )
-    ]
-    if config.max_size is not None:
+    shorter = np.minimum(width, height)
+    longer = np.maximum(width, height)
+    wanted = config.filter
+    least = config.least_size
+    hint = " (data.upscale=true keeps them)" if wanted.min_size is None else ""
+    reasons = [(f"images smaller than {least} pixels left out{hint}", shorter < least)]
+    if wanted.max_size is not None:
         reasons.append(
-            (f"images larger than {config.max_size} pixels left out", longer > config.max_size)
+            (f"images larger than {wanted.max_size} pixels left out", longer > wanted.max_size)
         )
-    if config.max_aspect is not None:
+    if wanted.max_aspect is not None:
         reasons.append(
             (
-                f"images more than {config.max_aspect:g} times as long as wide left out",
-                longer > config.max_aspect * shorter,
+                f"images more than {wanted.max_aspect:g} times as long as wide left out",
+                longer > wanted.max_aspect * shorter,
             )
         )
     return reasons

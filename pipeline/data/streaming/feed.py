@@ -1,61 +1,63 @@
-"""Training on streams: shards shuffled and dealt to processes, blocks of samples shuffled, several
-sources mixed. Knows no training.
+"""Batches for training from streams: shards are shuffled and dealt to processes, samples are
+shuffled in blocks, and several sources are mixed. Knows no training.
 
-The shards of pass after pass, each pass in its own random order, are one endless list; of L lanes,
-`shards_per_worker` a process, lane l takes every L-th shard of it. So each shard is read once a
-pass whatever the number of processes, and no lane runs dry. A process goes round its lanes and
-shuffles what it gets in blocks of `shuffle_buffer`. All of it is a pure function of (seed, process,
-position): a resumed run needs no state, only to find its place again, and for that it skips the
-shards whose lengths it wrote down.
+Epoch after epoch, each in its own random order, the shards form one endless list. Of L readers,
+`shards_per_worker` per process, reader l takes every L-th shard of the list. So each shard is read
+once per epoch for any number of processes, and no reader runs out of shards. A process takes
+samples from its readers in turn and shuffles them in blocks of `shuffle_buffer`. All of this is a
+pure function of (seed, process, position). A resumed run needs no state: it finds its position
+again, and skips shards whose lengths are recorded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from pipeline.data.mixture import MixedSource, MixtureSchedule, parts_of
-from pipeline.data.sampler import MapBatchLoader, ShuffledEpochs, step_draws
+from pipeline.data.mixture import MixtureSchedule
+from pipeline.data.sampler import Feed, MapBatchLoader, ShuffledEpochs, process_share, step_draws
 from pipeline.data.source import Source
 from pipeline.data.streaming.source import Sample, StreamSource
 from pipeline.runtime.atomic_io import atomic_write_text
 
 
 class ShardLengthCache:
-    """How many training samples each part of a shard turned out to have; in a file, so that a
-    resumed run can skip them.
+    """How many training samples each part of a shard has, as far as it has been read. Kept in a
+    file, so that a resumed run can skip shards.
 
     Args:
         path: of the file; None keeps nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self._known, self._lock = path, dict[str, int](), Lock()
+        self._path = path
+        self._known: dict[str, int] = {}
+        self._lock = Lock()
         if path is not None and path.is_file():
-            try:
+            # A truncated file is ignored: the shards are counted again.
+            with suppress(ValueError, AttributeError, TypeError):
                 self._known = {
                     str(key): int(value) for key, value in json.loads(path.read_text()).items()
                 }
-            except (ValueError, AttributeError, TypeError):  # cut: the shards are counted anew
-                self._known = {}
 
     def get(self, key: str) -> int | None:
         return self._known.get(key)
 
     def empty(self, parts: int) -> int:
-        """How many parts of shards are known to have none, where each shard is dealt in so many."""
+        """How many parts are known to have no samples, where each shard has so many parts."""
         return sum(
             count == 0 and key.endswith(f"/{parts}") for key, count in list(self._known.items())
         )
 
     def add(self, key: str, count: int) -> None:
-        with self._lock:  # lanes are read side by side
+        with self._lock:  # several threads read
             if self._known.get(key) == count:
                 return
             self._known[key] = count
@@ -70,23 +72,25 @@ class ShardReader:
     def __init__(
         self, stream: StreamSource, lane: int, lanes: int, seed: int, lengths: ShardLengthCache
     ) -> None:
-        self._stream, self._lane, self._lanes, self._seed, self._lengths = (
-            stream,
-            lane,
-            lanes,
-            seed,
-            lengths,
-        )
-        # With fewer shards than lanes each is dealt in parts, or several lanes would read the same
-        # one at once.
+        self._stream = stream
+        self._lane = lane
+        self._lanes = lanes
+        self._lengths = lengths
+        # With fewer shards than lanes, each shard is dealt in parts. Otherwise several lanes would
+        # read the same shard at once.
         self._parts = -(-lanes // stream.num_shards)
         self._order = ShuffledEpochs(stream.num_shards * self._parts, seed)
-        self._number, self._position, self._samples = 0, 0, self._open(0)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._number = 0
+        self._position = 0
+        self._samples = self._open(0)
 
     def skip_to(self, position: int) -> None:
-        """Goes on until `position` samples of the lane are behind it."""
+        """Moves to just after the first `position` samples of the lane."""
         if position < self._position:
-            self._number, self._position, self._samples = 0, 0, self._open(0)
+            self._rewind()
         while self._position < position:
             known = self._lengths.get(self._key(self._number))
             if known and self._count == 0 and self._position + known <= position:
@@ -106,15 +110,15 @@ class ShardReader:
             self._go_on()
 
     def _go_on(self) -> None:
-        """To the next shard that is not known to be empty. Passes are shuffled apart, so a lane may
-        meet many before it.
+        """Opens the next shard that is not known to be empty. Each epoch has its own order, so a
+        lane may meet many empty shards in a row.
 
         Raises:
-            ValueError: all are.
+            ValueError: all shards are empty.
         """
         self._number += 1
         while self._lengths.get(self._key(self._number)) == 0:
-            # Asked anew each time: other lanes find out more meanwhile.
+            # Asked every time: other lanes count shards meanwhile.
             if self._lengths.empty(self._parts) == self._order.length:
                 why = "; ".join(self._stream.problems)
                 raise ValueError(
@@ -134,11 +138,41 @@ class ShardReader:
         return f"{shard}/{part}/{self._parts}"
 
 
+class _Part(Protocol):
+    """One process's images of one part of a mixture, by position."""
+
+    def images(self, positions: Sequence[int], draws: Sequence[int]) -> Iterable[np.ndarray]:
+        """An image (S,S,3) uint8 at each position; `draws` as in `Source.images`."""
+        ...
+
+    def names(self, positions: Sequence[int]) -> Sequence[str]: ...
+
+
+class _MappedPart:
+    """Of a source that is read in any order. The processes share its epochs."""
+
+    def __init__(self, source: Source, seed: int, process: int, processes: int) -> None:
+        self._source = source
+        self._epochs = ShuffledEpochs(len(source), seed)
+        self._process = process
+        self._processes = processes
+
+    def images(self, positions: Sequence[int], draws: Sequence[int]) -> Iterator[np.ndarray]:
+        # A generator: while it is read, streams decode images that were asked for before.
+        yield from self._source.images(self._rows(positions), draws)
+
+    def names(self, positions: Sequence[int]) -> Sequence[str]:
+        return self._source.names(self._rows(positions))
+
+    def _rows(self, positions: Sequence[int]) -> list[int]:
+        return [self._epochs.row(p * self._processes + self._process) for p in positions]
+
+
 class ShuffleBuffer:
     """One process's samples of one stream, by position.
 
     Args:
-        folder: where the lengths of shards are kept.
+        folder: keeps the lengths of shards.
     """
 
     def __init__(
@@ -149,31 +183,36 @@ class ShuffleBuffer:
         processes: int,
         folder: Path | None = None,
     ) -> None:
-        self.stream, self._seed, self._process = stream, seed, process
-        config = stream.config
-        self._block, self._width = config.shuffle_buffer, config.shards_per_worker
-        path = (
-            folder / f"lengths-{stream.fingerprint}-{process}-of-{processes}.json"
-            if folder
-            else None
-        )
-        lengths = ShardLengthCache(path)
+        self._stream = stream
+        self._seed = seed
+        self._process = process
+        self._block = stream.config.stream.shuffle_buffer
+        self._width = stream.config.stream.shards_per_worker
+        file = f"lengths-{stream.fingerprint}-{process}-of-{processes}.json"
+        lengths = ShardLengthCache(folder / file if folder else None)
         lanes = range(process * self._width, (process + 1) * self._width)
         self._lanes = [
             ShardReader(stream, lane, processes * self._width, seed, lengths) for lane in lanes
         ]
         self._readers = ThreadPoolExecutor(self._width, thread_name_prefix="shards")
-        self._ahead_by = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+        self._decoders = ThreadPoolExecutor(stream.config.workers, thread_name_prefix="decode")
         self._blocks: dict[int, Future[list[Sample]]] = {}
         self._lock = Lock()
 
+    def images(self, positions: Sequence[int], draws: Sequence[int]) -> Iterator[np.ndarray]:
+        return self._decoders.map(self._decoded, positions, draws)
+
+    def names(self, positions: Sequence[int]) -> Sequence[str]:
+        return [self._sample(position).name for position in positions]
+
     def block(self, number: int) -> list[Sample]:
-        """A block's samples in their shuffled order; the next one is read meanwhile."""
+        """A block's samples in their shuffled order; the next block is read meanwhile."""
         with self._lock:
             for wanted in (number, number + 1):
                 if wanted not in self._blocks:
-                    self._blocks[wanted] = self._ahead_by.submit(self._read, wanted)
-            # A batch may reach into the next block; the one before the last is not asked for again.
+                    self._blocks[wanted] = self._prefetcher.submit(self._read, wanted)
+            # A batch may reach into the next block; no batch asks for the one before the last.
             for old in [n for n in self._blocks if not number - 1 <= n <= number + 1]:
                 del self._blocks[old]
             wanted_block = self._blocks[number]
@@ -184,117 +223,105 @@ class ShuffleBuffer:
         return divmod(position, self._block)
 
     def _read(self, number: int) -> list[Sample]:
-        first, count = number * self._block, self._block
+        first = number * self._block
+        end = first + self._block
 
         def of_lane(k: int) -> list[Sample]:
+            # Lane k has the positions that are k modulo the number of lanes.
             lane = self._lanes[k]
-            # Position p is the lane's whose number is p modulo the lanes.
-            before, until = (len(range(k, end, self._width)) for end in (first, first + count))
+            before = len(range(k, first, self._width))
             lane.skip_to(before)
-            return [next(lane) for _ in range(before, until)]
+            return [next(lane) for _ in range(before, len(range(k, end, self._width)))]
 
         read = [self._readers.submit(of_lane, k) for k in range(self._width)]
         wait(read)  # also where one fails: the next block must not find a lane still reading
         by_lane = [iter(samples.result()) for samples in read]
-        samples = [next(by_lane[(first + i) % self._width]) for i in range(count)]
-        order = np.random.default_rng([self._seed, self._process, number, 3]).permutation(count)
-        return [samples[i] for i in order]
+        samples = [next(by_lane[position % self._width]) for position in range(first, end)]
+        random = np.random.default_rng([self._seed, self._process, number, 3])
+        return [samples[i] for i in random.permutation(self._block)]
+
+    def _sample(self, position: int, after: int = 0) -> Sample:
+        number, within = self.place(position)
+        samples = self.block(number)
+        return samples[(within + after) % len(samples)]
+
+    def _decoded(self, position: int, draw: int) -> np.ndarray:
+        """An image. Where it cannot be decoded, the next one of its block, so that every process
+        has equally many."""
+        after = 0
+        while (picture := self._stream.decode(self._sample(position, after))) is None:
+            after += 1
+        return self._stream.square(picture, draw)
 
 
 class StreamBatchLoader:
-    """Images of a stream, or of a mixture with streams in it."""
+    """Images of a stream, or of a mixture that has streams."""
 
     def __init__(
         self,
-        source: Source | StreamSource,
+        source: Source,
         batch_size: int,
         seed: int,
         process: int,
         processes: int,
         folder: Path | None,
     ) -> None:
-        parts: Sequence[Source | StreamSource] = parts_of(source)
-        weights = source.weights if isinstance(source, MixedSource) else [1.0]
-        self._each, self._seed, self._place = batch_size // processes, seed, (process, processes)
-        self._mixture = MixtureSchedule(weights, seed)
-        self._parts: list[ShuffleBuffer | tuple[Source, ShuffledEpochs]] = [
+        self._each = batch_size // processes
+        self._seed = seed
+        self._place = (process, processes)
+        self._mixture = MixtureSchedule(source.weights, seed)
+        self._parts: list[_Part] = [
             ShuffleBuffer(part, seed, process, processes, folder)
             if isinstance(part, StreamSource)
-            else (part, ShuffledEpochs(len(part), seed))
-            for part in parts
+            else _MappedPart(part, seed, process, processes)
+            for part in source.parts
         ]
-        self._config = next(part.config for part in parts if isinstance(part, StreamSource))
-        self._pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="decode")
 
     def pictures(self, step: int) -> np.ndarray:
-        draws = step_draws(self._seed, step, self._each * self._place[1])[
-            self._place[0] * self._each :
-        ][: self._each].tolist()
-        taken = self._taken(step)
-        result = np.empty(
-            (self._each, self._config.image_size, self._config.image_size, 3), np.uint8
-        )
-        # Samples of streams wait for nothing but the processor; sources that are mapped have
-        # threads of their own.
-        from_streams = [i for i, (part, _) in enumerate(taken) if isinstance(part, ShuffleBuffer)]
-        decoded = self._pool.map(
-            lambda i: self._decoded(taken[i][0], taken[i][1], draws[i]), from_streams
-        )
-        for part in {id(part): part for part, _ in taken if isinstance(part, tuple)}.values():
-            places = [i for i, (other, _) in enumerate(taken) if other is part]
-            result[places] = part[0].images(
-                [self._row(part, taken[i][1]) for i in places], [draws[i] for i in places]
-            )
-        for i, picture in zip(from_streams, decoded, strict=True):
-            result[i] = picture
-        return result
+        process, processes = self._place
+        draws = process_share(
+            step_draws(self._seed, step, self._each * processes), process, processes
+        ).tolist()
+        # All parts are asked before the first is waited for.
+        asked = [
+            (places, self._parts[part].images(positions, [draws[i] for i in places]))
+            for part, places, positions in self._by_part(step)
+        ]
+        result: list[np.ndarray] = [np.empty(0)] * self._each
+        for places, pictures in asked:
+            for place, picture in zip(places, pictures, strict=True):
+                result[place] = picture
+        return np.stack(result)
 
     def names(self, step: int) -> list[str]:
-        return [
-            self._sample(part, number).name
-            if isinstance(part, ShuffleBuffer)
-            else part[0].names([self._row(part, number)])[0]
-            for part, number in self._taken(step)
-        ]
+        result = [""] * self._each
+        for part, places, positions in self._by_part(step):
+            for place, name in zip(places, self._parts[part].names(positions), strict=True):
+                result[place] = name
+        return result
 
-    def _taken(self, step: int) -> list[tuple[Any, int]]:
-        """(part, number of its images that this process had before) of each image of a step."""
+    def _by_part(self, step: int) -> Iterator[tuple[int, list[int], list[int]]]:
+        """(part, places in the batch, positions in the part's own order) of a step's images."""
         taken = [self._mixture.at(step * self._each + i) for i in range(self._each)]
-        return [(self._parts[part], number) for part, number in taken]
-
-    def _row(self, part: tuple[Source, ShuffledEpochs], number: int) -> int:
-        process, processes = self._place
-        return part[1].row(number * processes + process)
-
-    @staticmethod
-    def _sample(part: ShuffleBuffer, number: int, after: int = 0) -> Sample:
-        block, within = part.place(number)
-        samples = part.block(block)
-        return samples[(within + after) % len(samples)]
-
-    def _decoded(self, part: ShuffleBuffer, number: int, draw: int) -> np.ndarray:
-        """An image, or where it cannot be decoded the next one of its block, so that every process
-        has as many as every other."""
-        after = 0
-        while (picture := part.stream.decode(self._sample(part, number, after))) is None:
-            after += 1
-        return part.stream.square(picture, draw)
+        for part in range(len(self._parts)):
+            if places := [i for i in range(self._each) if taken[i][0] == part]:
+                yield part, places, [taken[i][1] for i in places]
 
 
 def batch_loader(
-    source: Source | StreamSource,
+    source: Source,
     batch_size: int,
     seed: int,
     process: int,
     processes: int,
     folder: Path | None = None,
-) -> MapBatchLoader | StreamBatchLoader:
+) -> Feed:
     """One process's images of a source, step by step.
 
     Args:
         batch_size: images per step, over all processes.
-        folder: where what was learned of a stream is kept.
+        folder: keeps the lengths of a stream's shards.
     """
-    if any(isinstance(part, StreamSource) for part in parts_of(source)):
+    if source.num_images is None:
         return StreamBatchLoader(source, batch_size, seed, process, processes, folder)
-    return MapBatchLoader(source, batch_size, seed, process, processes)  # type: ignore[arg-type]
+    return MapBatchLoader(source, batch_size, seed, process, processes)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
+from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     Record,
@@ -31,6 +34,7 @@ from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
 from pipeline.data.readers.images import header, prepared, square_of
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.source import ImageBatch, Source
 
 UNDECODED = "images that cannot be decoded left out"
 _REMEMBERED = 100_000
@@ -38,6 +42,10 @@ _SURE = 1000
 """Images after which the share of those that cannot be decoded says something."""
 HELD_OUT = 500
 """Held-out images of a stream, at most: to find them, it is read from its beginning."""
+_NUMBERS_PER_SHARD = 2**32
+"""Image k of shard s has the number s * _NUMBERS_PER_SHARD + k."""
+_SHARDS = 2**16
+"""Shards of a stream whose numbers stay below those of the next part of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +57,24 @@ class Sample:
     captions: list[str]
 
 
-class StreamSource:
-    """The training images of a stream: shards of samples, without a number of their own.
+class StreamSource(Source):
+    """The training images of a stream: shards of samples that are read from beginning to end.
 
     Raises:
         FileNotFoundError: there is no such shard or data set.
         ValueError: a column is missing.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        import dataclasses
+    num_images = None
+    number_limit = _SHARDS * _NUMBERS_PER_SHARD
 
-        self.name, self.config, self.tally = config.source, config, SkipCounter()
-        self._decoded, self._bad, self._lock = 0, 0, Lock()
+    def __init__(self, config: DataConfig) -> None:
+        self.name = config.source
+        self.config = config
+        self.tally = SkipCounter()
+        self._decoded = 0
+        self._bad = 0
+        self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         data, self.shard_names = _opened(config)
         self._data = data.decode(False)
@@ -82,7 +95,7 @@ class StreamSource:
             self.name, [column for column in columns if column != self._image], config
         )
         self._named = label_names(features)
-        settings = sorted(data_settings(dataclasses.asdict(config)).items())
+        settings = sorted(data_settings(asdict(config)).items())
         self.fingerprint = content_fingerprint(
             [*_states(config, self.shard_names), self.num_shards, settings]
         )
@@ -91,6 +104,42 @@ class StreamSource:
     def problems(self) -> list[str]:
         """What has been left out so far."""
         return self.tally.lines()
+
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        raise self._unordered()
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        raise self._unordered()
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        raise self._unordered()
+
+    def _unordered(self) -> TypeError:
+        return TypeError(
+            f"{self.name} is streamed, so its images cannot be read in any order; use "
+            "`batch_loader`, or set data.streaming=false"
+        )
+
+    def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
+        each = None if limit is None else ceil(limit / self.num_shards)
+        return {"shards": self.num_shards, "most": each}
+
+    def batches(self, unit: ShardPlan, first: int, size: int) -> Iterator[ImageBatch]:
+        start = first + unit.shard * _NUMBERS_PER_SHARD
+        samples = enumerate(itertools.islice(self.samples(unit.shard), unit.most), start)
+        while few := list(itertools.islice(samples, size)):
+            decoded = [
+                (number, sample.captions, picture)
+                for number, sample in few
+                if (picture := self.decode(sample)) is not None
+            ]
+            if decoded:
+                numbers, captions, pictures = map(list, zip(*decoded, strict=True))
+                yield ImageBatch(numbers, captions, partial(self._squares, pictures))
+
+    def _squares(self, pictures: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
+        chosen = [None] * len(pictures) if draws is None else draws
+        return np.stack([self.square(p, d) for p, d in zip(pictures, chosen, strict=True)])
 
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
@@ -102,11 +151,11 @@ class StreamSource:
         return itertools.islice(accepted, part, None, parts)
 
     def decode(self, sample: Sample) -> np.ndarray | None:
-        """A sample's image, prepared (see `square`), or None where it cannot be decoded, which is
+        """A sample's image, prepared (see `square`). None where it cannot be decoded; those are
         counted.
 
         Raises:
-            ValueError: more than `data.max_corrupt_fraction` of the images cannot be.
+            ValueError: more than `data.filter.max_corrupt_fraction` of the images cannot be.
         """
         try:
             picture = prepared(sample.content, self.config)
@@ -114,12 +163,12 @@ class StreamSource:
             with self._lock:
                 self._bad += 1
             self._leave_out(UNDECODED, sample.name)
-            if self._bad > self.config.max_corrupt_fraction * max(self._decoded, _SURE):
+            if self._bad > self.config.filter.max_corrupt_fraction * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} images of {self.name} cannot be "
                     f"decoded (the last: {sample.name}, "
-                    f"{error}); repair or remove them, or raise data.max_corrupt_fraction (now "
-                    f"{self.config.max_corrupt_fraction})"
+                    f"{error}); repair or remove them, or raise data.filter.max_corrupt_fraction "
+                    f"(now {self.config.filter.max_corrupt_fraction})"
                 ) from error
             return None
         with self._lock:
@@ -172,9 +221,8 @@ class StreamSource:
         for column in self._reader.columns:
             if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
-        before = self._reader.undecodable
-        captions = self._reader.of([record])
-        if self._reader.undecodable > before:
+        captions, undecodable = self._reader.of([record])
+        if undecodable:
             self._leave_out(BAD_CAPTION, name)
         if not captions:
             self._leave_out("images without a caption left out", name)
@@ -198,11 +246,13 @@ class StreamSource:
         return Sample(name, content, captions)
 
     def _leave_out(self, reason: str, name: str) -> None:
-        """Counts a sample once, however often the stream is read; of very many, those after the
-        first are counted each time."""
-        if (reason, name) not in self._left_out:
-            if len(self._left_out) < _REMEMBERED:
+        """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,
+        each is counted every time."""
+        with self._lock:  # several threads read the same shard in parts
+            known = (reason, name) in self._left_out
+            if not known and len(self._left_out) < _REMEMBERED:
                 self._left_out.add((reason, name))
+        if not known:
             self.tally.add(reason, name)
 
 
@@ -216,7 +266,8 @@ class HeldRows:
     """Samples that were read before, as rows."""
 
     def __init__(self, stream: StreamSource) -> None:
-        self.name, self.tally = stream.name, stream.tally
+        self.name = stream.name
+        self.tally = stream.tally
         self.columns = ["text"]
         self._samples = stream.held_out()
         self.stamp = content_fingerprint(

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import (
+    DataConfig,
+    EmojiOptions,
+    FilterOptions,
+    ShapesOptions,
+    StreamOptions,
+)
 from pipeline.config.load import load_experiment
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
@@ -24,13 +30,7 @@ def test_each_example_is_a_configuration(number, tmp_path):
 
 
 def test_every_setting_of_data_is_named_there():
-    for field in fields(DataConfig):
-        if field.name not in (
-            "num_scenes",
-            "grid_cells",
-            "min_objects",
-            "font",
-            "annotations",
-        ):  # of the worlds that are drawn here
+    for section in (DataConfig, FilterOptions, StreamOptions, ShapesOptions, EmojiOptions):
+        for field in fields(section):
             assert re.search(rf"\b{field.name}\b", TEXT), field.name
     assert len(EXAMPLES) >= 12

@@ -69,7 +69,7 @@ def test_names_are_read_from_both_files(tmp_path):
 
 def test_a_missing_font_says_how_to_install_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"fonts-noto-color-emoji\) or give its path as data\.font"
+        FileNotFoundError, match=r"fonts-noto-color-emoji\) or give its path as data\.emoji\.font"
     ):
         load_emoji(64, str(tmp_path / "none.ttf"), None)
 
@@ -87,7 +87,7 @@ def test_missing_names_say_how_to_install_them(tmp_path):
 @installed
 def test_a_file_that_is_no_such_font_is_named(tmp_path):
     (tmp_path / "x.ttf").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"data\.font needs NotoColorEmoji\.ttf"):
+    with pytest.raises(ValueError, match=r"data\.emoji\.font needs NotoColorEmoji\.ttf"):
         load_emoji(64, str(tmp_path / "x.ttf"), None)
 
 

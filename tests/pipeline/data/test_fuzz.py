@@ -153,7 +153,7 @@ def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
     before = listing(folder.parent)
     try:
         train, held_out = load_sources(
-            config(source, max_corrupt_fraction=0.9, upscale=True, **options)
+            config(source, filter={"max_corrupt_fraction": 0.9}, upscale=True, **options)
         )
         for split in (train, held_out):
             if options.get("streaming") and split is train:
@@ -273,7 +273,9 @@ def test_damaged_streams(first, second):
     with sandbox() as folder:
         put(folder / "0.tar", first)
         put(folder / "1.tar", second)
-        loads_or_says_why(folder, folder, streaming=True, shuffle_buffer=4, shards_per_worker=2)
+        loads_or_says_why(
+            folder, folder, streaming=True, stream={"shuffle_buffer": 4, "shards_per_worker": 2}
+        )
 
 
 @fuzzed

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, FilterOptions
 from pipeline.data import map_source as mapped
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.images import (
@@ -146,7 +146,7 @@ def test_bombs_animations_and_odd_modes(tmp_path):
     for file in list(tmp_path.iterdir()):
         file.with_suffix(".txt").write_text(file.stem)
     found = {}
-    for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5)):
+    for split in load_sources(config(tmp_path, filter={"max_corrupt_fraction": 0.5})):
         if len(split):
             found |= dict(
                 zip(
@@ -186,13 +186,18 @@ def test_sizes_and_shapes_that_are_not_wanted_are_left_out_and_counted(tmp_path)
         },
     )
     assert kept(tmp_path) == {"small", "good", "wide", "large"}
-    assert kept(tmp_path, min_size=25) == {"good", "wide", "large"} and kept(
-        tmp_path, min_size=35
+    assert kept(tmp_path, filter={"min_size": 25}) == {"good", "wide", "large"} and kept(
+        tmp_path, filter={"min_size": 35}
     ) == {"good", "large"}
-    assert kept(tmp_path, max_size=100, max_aspect=2) == {"small", "good"}
-    assert kept(tmp_path, upscale=True, max_aspect=3) == {"tiny", "small", "good", "large"}
+    assert kept(tmp_path, filter={"max_size": 100, "max_aspect": 2}) == {"small", "good"}
+    assert kept(tmp_path, upscale=True, filter={"max_aspect": 3}) == {
+        "tiny",
+        "small",
+        "good",
+        "large",
+    }
     problems = load_source(
-        config(tmp_path, min_size=25, max_size=150, max_aspect=2), "train"
+        config(tmp_path, filter={"min_size": 25, "max_size": 150, "max_aspect": 2}), "train"
     ).problems
     assert problems == [
         "2 images smaller than 25 pixels left out: small.png, tiny.png",
@@ -246,20 +251,18 @@ def test_wrong_settings_are_all_named():
     with pytest.raises(ValueError) as error:
         DataConfig(
             source="x",
-            min_size=8,
-            max_size=4,
-            max_aspect=0.5,
-            min_caption=5,
-            max_caption=2,
+            filter=FilterOptions(
+                min_size=8, max_size=4, max_aspect=0.5, min_caption=5, max_caption=2
+            ),
             crop_scale=0.5,
             cache_gb=-1,
             workers=0,
         )
     for part in (
-        "min_size is 8, below",
-        "max_size is 4",
-        "max_aspect is 0.5",
-        "max_caption is 2",
+        "filter.min_size is 8, below",
+        "filter.max_size is 4",
+        "filter.max_aspect is 0.5",
+        "filter.max_caption is 2",
         "crop_scale is 0.5",
         "cache_gb is -1",
         "workers is 0",

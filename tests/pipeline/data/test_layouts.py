@@ -171,7 +171,7 @@ def test_a_picture_keeps_all_its_captions(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("first\n\nsecond  \nfirst\n")
     (tmp_path / "b.txt").write_text("x\nlonger than wanted\nfits\n")
-    sources = load_sources(config(tmp_path, min_caption=2, max_caption=8))
+    sources = load_sources(config(tmp_path, filter={"min_caption": 2, "max_caption": 8}))
     assert sorted(c for split in sources for c in split.all_captions(range(len(split)))) == [
         ["first", "second"],
         ["fits"],
@@ -416,12 +416,14 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     (tmp_path / "001.tar").write_bytes(whole[: 512 * 9])
     found = [
         split.captions(range(len(split)))
-        for split in load_sources(config(tmp_path, max_corrupt_fraction=0.5))
+        for split in load_sources(config(tmp_path, filter={"max_corrupt_fraction": 0.5}))
     ]
     assert {*found[0], *found[1]} < set(captions) and len(found[0]) + len(found[1]) >= 6
     assert any(
         "shards that are truncated or corrupted" in line
-        for line in load_source(config(tmp_path, max_corrupt_fraction=0.5), "train").problems
+        for line in load_source(
+            config(tmp_path, filter={"max_corrupt_fraction": 0.5}), "train"
+        ).problems
     )
     # In the middle of an image: its bytes are missed when it is read.
     start = whole.rindex(b"\x89PNG")
@@ -429,7 +431,7 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"
     ):
-        load_source(config(tmp_path, max_corrupt_fraction=0), "train")
+        load_source(config(tmp_path, filter={"max_corrupt_fraction": 0}), "train")
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(
         ValueError,

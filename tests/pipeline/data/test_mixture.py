@@ -85,7 +85,7 @@ def test_a_mixture_reads_each_part_by_its_own_settings(mixed):
     )
     order = order_of(train, 8, 0)
     seen = np.concatenate([order.rows(step) for step in range(125)])
-    assert (seen < train.lengths[0]).sum() == 750
+    assert (seen < len(train.parts[0])).sum() == 750
 
 
 def test_wrong_parts_are_named():

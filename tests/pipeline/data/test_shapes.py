@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, ShapesOptions
 from pipeline.data.builtin.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -290,5 +290,5 @@ def test_objects_stand_on_the_lattice():
 def test_a_lattice_that_does_not_fit_is_refused(lattice):
     with pytest.raises(ValueError, match=f"lattice is {lattice}.*divisor of image_size 64"):
         ShapesWorld(lattice=lattice)
-    with pytest.raises(ValueError, match=f"data.grid_cells is {lattice}"):
-        DataConfig(source="shapes", grid_cells=lattice)
+    with pytest.raises(ValueError, match=f"data.shapes.grid_cells is {lattice}"):
+        DataConfig(source="shapes", shapes=ShapesOptions(grid_cells=lattice))

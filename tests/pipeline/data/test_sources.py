@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions
 from pipeline.data.load import load_source
+from tests.helpers.data import config
 
 
 def picture(
@@ -19,10 +20,6 @@ def picture(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
-
-
-def config(folder: Path | str, **options: object) -> DataConfig:
-    return DataConfig(**{"source": str(folder), "image_size": 16, "val_fraction": 0.3, **options})  # type: ignore[arg-type]
 
 
 def everything(folder: Path | str, **options: object) -> dict[str, np.ndarray]:
@@ -87,7 +84,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
             (tmp_path / f"{name}.txt").write_text("" if name == "empty" else name)
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     (tmp_path / "broken.txt").write_text("broken")
-    source = load_source(config(tmp_path, max_corrupt_fraction=0.5), "train")
+    source = load_source(config(tmp_path, filter={"max_corrupt_fraction": 0.5}), "train")
     problems = "\n".join(source.problems)
     for expected in (
         "1 unreadable images left out: broken.png",
@@ -96,8 +93,11 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         "1 images without a caption left out: empty.png",
     ):
         assert expected in problems
-    assert set(everything(tmp_path, max_corrupt_fraction=0.5)) == {"good"}
-    assert set(everything(tmp_path, max_corrupt_fraction=0.5, upscale=True)) == {"good", "small"}
+    assert set(everything(tmp_path, filter={"max_corrupt_fraction": 0.5})) == {"good"}
+    assert set(everything(tmp_path, filter={"max_corrupt_fraction": 0.5}, upscale=True)) == {
+        "good",
+        "small",
+    }
     with pytest.raises(ValueError, match=r"1 of 4 images in .* cannot be read \(broken\.png: "):
         load_source(config(tmp_path), "train")
 
@@ -245,10 +245,8 @@ def test_configuration_errors_are_all_named():
             source="",
             image_size=4,
             val_fraction=0,
-            max_corrupt_fraction=2,
-            min_objects=3,
-            max_objects=2,
-            num_scenes=0,
+            filter=FilterOptions(max_corrupt_fraction=2),
+            shapes=ShapesOptions(min_objects=3, max_objects=2, num_scenes=0),
         )
     with pytest.raises(ValueError, match="the shapes need at least 32"):
         DataConfig(source="shapes", image_size=16)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,14 +39,10 @@ def shards(tmp_path_factory) -> str:
     return str(folder)
 
 
-def stream(source: object, **options: object) -> StreamSource:
-    return StreamSource(
-        config(
-            source,
-            streaming=True,
-            **{"val_fraction": 0.1, "shuffle_buffer": 8, "shards_per_worker": 2, **options},
-        )
-    )
+def stream(source: object, **options: Any) -> StreamSource:
+    reading = {"shuffle_buffer": 8, "shards_per_worker": 2, **options.pop("stream", {})}
+    options = {"val_fraction": 0.1, **options}
+    return StreamSource(config(source, streaming=True, stream=reading, **options))
 
 
 def names(shuffled: ShuffleBuffer, count: int) -> list[str]:
@@ -96,7 +93,7 @@ def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes)
 
 
 def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
-    source = stream(shards, shards_per_worker=1, shuffle_buffer=1)
+    source = stream(shards, stream={"shards_per_worker": 1, "shuffle_buffer": 1})
     everything = of_training(source)
     found = names(ShuffleBuffer(source, 0, 0, 1), 3 * len(everything))
     for number in range(3):
@@ -106,7 +103,7 @@ def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
 
 def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
     write_shards(tmp_path, [40])
-    source = stream(tmp_path, shards_per_worker=4)
+    source = stream(tmp_path, stream={"shards_per_worker": 4})
     everything = of_training(source)
     seen = names(ShuffleBuffer(source, 0, 0, 1), len(everything))
     assert max(Counter(seen).values()) <= 2 and len(set(seen)) >= 0.9 * len(everything)
@@ -116,7 +113,7 @@ def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
     source = stream(shards)
     one, two = names(ShuffleBuffer(source, 0, 0, 1), 40), names(ShuffleBuffer(source, 1, 0, 1), 40)
     assert one != two and one == names(ShuffleBuffer(source, 0, 0, 1), 40)
-    unshuffled = names(ShuffleBuffer(stream(shards, shuffle_buffer=1), 0, 0, 1), 40)
+    unshuffled = names(ShuffleBuffer(stream(shards, stream={"shuffle_buffer": 1}), 0, 0, 1), 40)
     assert one != unshuffled and sorted(one) == sorted(unshuffled)
 
 
@@ -167,8 +164,10 @@ def test_streams_mix_with_what_is_mapped(shards, tmp_path):
         (folder / f"{number}.png").write_bytes(encoded((number // 256, number % 256, 7)))
         (folder / f"{number}.txt").write_text(f"own {number}")
     parts = [MixPart(source=shards, weight=1), MixPart(source=str(folder), weight=3)]
-    source, held_out = load_sources(config("", mix=parts, streaming=True, shuffle_buffer=8))
-    assert len(held_out.lengths) == 2
+    source, held_out = load_sources(
+        config("", mix=parts, streaming=True, stream={"shuffle_buffer": 8})
+    )
+    assert len(held_out.parts) == 2
     feeds = [batch_loader(source, 20, 0, r, 2) for r in range(2)]
     found: Counter[int] = Counter()
     for step in range(100):
@@ -202,7 +201,9 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     for source in ("t.parquet", "saved"):
-        train, held_out = load_sources(config(tmp_path / source, streaming=True, shuffle_buffer=4))
+        train, held_out = load_sources(
+            config(tmp_path / source, streaming=True, stream={"shuffle_buffer": 4})
+        )
         feed = batch_loader(train, 10, 0, 0, 1)
         assert isinstance(feed, StreamBatchLoader)
         numbers = {number_of(p) for step in range(20) for p in feed.pictures(step)}
@@ -268,11 +269,13 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
         "images that cannot be decoded left out: cut",
     ):
         assert expected in problems
-    strict = StreamBatchLoader(stream(tmp_path, max_corrupt_fraction=0.0), 10, 0, 0, 1, None)
+    strict = StreamBatchLoader(
+        stream(tmp_path, filter={"max_corrupt_fraction": 0.0}), 10, 0, 0, 1, None
+    )
     with pytest.raises(
         ValueError,
         match=r"images of .* cannot be decoded \(the last: cut, .*raise "
-        r"data\.max_corrupt_fraction \(now 0\.0\)",
+        r"data\.filter\.max_corrupt_fraction \(now 0\.0\)",
     ):
         for step in range(12):
             strict.pictures(step)
@@ -290,7 +293,7 @@ def test_nothing_to_train_on_ends(tmp_path):
 def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
     """The next block is read ahead at once, by the same lanes."""
     write_shards(tmp_path, [6, 6, 6])
-    source = stream(tmp_path, shards_per_worker=3)
+    source = stream(tmp_path, stream={"shards_per_worker": 3})
     shuffled, busy, met = ShuffleBuffer(source, 0, 0, 1), [0, 0, 0], []
 
     def slow(number):
@@ -352,7 +355,9 @@ def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
             [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)],
         )
     for seed in range(4):
-        feed = StreamBatchLoader(stream(tmp_path, shards_per_worker=4), 6, seed, 0, 1, None)
+        feed = StreamBatchLoader(
+            stream(tmp_path, stream={"shards_per_worker": 4}), 6, seed, 0, 1, None
+        )
         assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {
             3,
             17,

@@ -24,6 +24,7 @@ from pipeline.stages.encode import sources_of
 from pipeline.stages.run import run
 from stage2_prior import TextConfig
 from tests.helpers.cli import fails
+from tests.helpers.data import config as small
 
 WORDS = ("red", "green", "blue", "small", "large", "cat", "dog", "tree")
 
@@ -63,9 +64,7 @@ def training_says(config: DataConfig) -> str:
 
 
 def config(source: Path, **options) -> DataConfig:
-    return DataConfig(
-        source=str(source), image_size=options.pop("image_size", 32), val_fraction=0.2, **options
-    )
+    return small(source, **{"image_size": 32, "val_fraction": 0.2, **options})
 
 
 def test_good_pictures_pass(folder, tmp_path, capsys):
@@ -143,7 +142,7 @@ def test_unreadable_pictures_are_named_and_too_many_fail(folder):
     for name in ("aa", "bb", "cc"):
         (folder / f"{name}.png").write_bytes(b"no picture")
         (folder / f"{name}.txt").write_text("broken")
-    found = diagnose(config(folder, max_corrupt_fraction=0.1))
+    found = diagnose(config(folder, filter={"max_corrupt_fraction": 0.1}))
     assert [
         (one.name, "of no known format" in one.problem) for one in found.sources[0].unreadable
     ] == [("aa.png", True), ("bb.png", True), ("cc.png", True)]
@@ -416,7 +415,7 @@ def test_the_page_stands_alone_and_escapes_what_is_not_ours(folder, tmp_path):
                 str(out),
                 "--output_dir",
                 str(tmp_path / "runs"),
-                "--data.max_corrupt_fraction",
+                "--data.filter.max_corrupt_fraction",
                 "0.5",
             ]
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig, MixPart
+from pipeline.config.data import DataConfig, FilterOptions, MixPart, ShapesOptions
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_experiment
 from pipeline.data.load import load_sources
@@ -64,25 +64,29 @@ def test_the_size_leaves_out_a_tenth_at_most(tmp_path, sizes, expected, upscale,
 
 def test_a_larger_size_must_be_asked_for_and_filters_are_kept(tmp_path):
     experiment = suggested(
-        tmp_path, [600] * 20 + [(900, 300)] * 20, largest=512, max_aspect=1.5, flip=True
+        tmp_path,
+        [600] * 20 + [(900, 300)] * 20,
+        largest=512,
+        filter=FilterOptions(max_aspect=1.5),
+        flip=True,
     )
     assert (
         experiment.data.image_size == 512
-        and experiment.data.max_aspect == 1.5
+        and experiment.data.filter.max_aspect == 1.5
         and experiment.data.flip
     )
     source = experiment.data.source
     for options, expected in (
-        ({"max_size": 700}, 384),
-        ({"min_size": 100}, 96),
-        ({"min_size": 100, "upscale": True}, 384),
+        ({"filter": FilterOptions(max_size=700)}, 384),
+        ({"filter": FilterOptions(min_size=100)}, 96),
+        ({"filter": FilterOptions(min_size=100), "upscale": True}, 384),
     ):
         data = DataConfig(source=source, image_size=64, **options)
         found = loaded(diagnose(data, largest=384).suggestion, tmp_path)
         # Of the long ones 300 pixels are the shorter side, so that half are left out where nothing
         # else leaves them out.
         assert found.data.image_size == (
-            expected if "max_size" in options or expected == 96 else 256
+            expected if options["filter"].max_size or expected == 96 else 256
         ), options
         assert {name: getattr(found.data, name) for name in options} == options
 
@@ -125,19 +129,23 @@ def test_mixtures_and_drawn_worlds_are_suggested_as_they_were_given(tmp_path):
     folder = make(tmp_path / "pictures", [100] * 40)
     mix = [MixPart(source="shapes", weight=2.0), MixPart(source=str(folder))]
     experiment = loaded(
-        diagnose(DataConfig(mix=mix, grid_cells=8), pictures=40).suggestion, tmp_path
+        diagnose(DataConfig(mix=mix, shapes=ShapesOptions(grid_cells=8)), pictures=40).suggestion,
+        tmp_path,
     )
     assert (
         experiment.data.mix == mix
         and experiment.data.image_size == 96
-        and experiment.data.grid_cells == 8
+        and experiment.data.shapes.grid_cells == 8
     )
     shapes = loaded(
-        diagnose(DataConfig(source="shapes", max_objects=2), pictures=40).suggestion, tmp_path
+        diagnose(
+            DataConfig(source="shapes", shapes=ShapesOptions(max_objects=2)), pictures=40
+        ).suggestion,
+        tmp_path,
     )
     assert (
         shapes.data.image_size,
-        shapes.data.max_objects,
+        shapes.data.shapes.max_objects,
         shapes.tokenizer.model.num_codes,
         shapes.encode.max_images,
     ) == (64, 2, 512, 60_000)

@@ -19,7 +19,7 @@ from tests.helpers.cli import fails
 pytestmark = pytest.mark.slow
 
 ANY_ORDER = [
-    "--data.max_objects",
+    "--data.shapes.max_objects",
     "2",
     "--prior.train.code_order",
     "random",

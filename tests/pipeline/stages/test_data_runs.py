@@ -41,7 +41,7 @@ def written(folder: Path, name: str, data: dict[str, object], **encode: object) 
             "image_size": 32,
             "val_fraction": 0.25,
             "upscale": True,
-            "shuffle_buffer": 8,
+            "stream": {"shuffle_buffer": 8},
             **data,
         },
         "encode": {"max_val_images": 20, "batch_size": 4, **encode},

@@ -218,7 +218,7 @@ CHANGES = {
     "encode.augmentations_per_image 2 -> 3": ["--encode.augmentations_per_image", "3"],
     "encode.batch_size 4 -> 5": ["--encode.batch_size", "5"],
     "seed of the views 0 -> 1": ["--seed", "1"],
-    "train images or captions of the source": ["--data.max_objects", "2"],
+    "train images or captions of the source": ["--data.shapes.max_objects", "2"],
 }
 
 

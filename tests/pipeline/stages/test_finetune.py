@@ -65,7 +65,7 @@ def bundle(finished_run) -> Path:
 @pytest.fixture
 def same(tmp_path, bundle) -> list[str]:
     """Starting from the finished run on its own data."""
-    return settings(tmp_path, bundle, max_objects=1)
+    return settings(tmp_path, bundle, shapes={"max_objects": 1})
 
 
 @pytest.fixture
@@ -473,7 +473,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
 def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
     tmp_path, bundle, finished_run, capsys
 ):
-    arguments = settings(tmp_path, bundle, min_objects=2, max_objects=2)
+    arguments = settings(tmp_path, bundle, shapes={"min_objects": 2, "max_objects": 2})
     arguments += ["--text.truncate", "true"]
     assert main(["run", *arguments, *LORA]) == 0
     folder = tmp_path / "runs" / "tuned"
