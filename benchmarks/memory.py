@@ -155,7 +155,7 @@ def main() -> None:
             "trackers": [],
         }
         experiment = load_values(settings, [])
-        accelerator = make_accelerator(experiment, trackers=False)
+        accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
         opened: dict[int, dict[str, CodesDataset]] = {}
 
         def open_all(rows: int) -> None:

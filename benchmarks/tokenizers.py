@@ -135,7 +135,7 @@ def train_discrete_vae(
     seconds; writes its held-out figures."""
     train = experiment.tokenizer.train
     torch.manual_seed(experiment.seed)
-    source, held_out = sources_of(experiment)
+    source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     order = BatchSampler(len(source), train.resolved_batch()[0], experiment.seed)

@@ -45,8 +45,8 @@ class TextConfig:
     """Chance with which each merge of a training caption is left out, so that words are met in
     other pieces, too."""
     num_new_tokens: int = 0
-    """Entries added at most to the vocabulary of the prior that is started from, for words of the
-    new captions that it cuts into pieces."""
+    """Maximum number of entries added to the vocabulary of the prior that is started from, for
+    words of the new captions that it splits."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -231,11 +231,11 @@ class TextTokenizer:
     def extend_vocab(
         self, captions: Iterable[str], entries: int
     ) -> tuple[TextTokenizer, list[list[int]]]:
-        """Goes on merging where this BPE's training ended, on the words of other captions: old
-        entries and merges stay, and come first.
+        """Continues this BPE's merges on the words of other captions: old entries and merges stay,
+        and come first.
 
         Args:
-            entries: how many to add at most; fewer where no two pieces stand side by side twice.
+            entries: how many to add at most; fewer where no pair of pieces occurs twice.
 
         Returns:
             The larger tokenizer, and the old ids that spell each new entry.
@@ -243,23 +243,28 @@ class TextTokenizer:
         Raises:
             ValueError: this is no BPE whose vocabulary holds every token.
         """
-        vocabulary, ranks = dict(self._merges[0]), self._merges[1]
-        if len(vocabulary) != len(self.fast):
+        # Not `add_tokens`: transformers matches such tokens before it splits captions into words.
+        # The space before one becomes a token of its own. Inside a longer word one adds a space to
+        # what is decoded ("xylophone s"). BPE dropout never splits it, and it keeps this method
+        # from extending the vocabulary a second time.
+        old, ranks = self._merges
+        if len(old) != len(self.fast):
             raise ValueError(
                 "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and "
                 "this one has tokens beside it"
             )
         counts = Counter(word for caption in captions for word in self.words(caption))
-        names = {i: piece for piece, i in vocabulary.items()}
-        cut = {
+        names = {i: piece for piece, i in old.items()}
+        split = {
             word: [names[i] for i in self._pieces(word, 0.0, np.random.default_rng(0))]
             for word in sorted(counts)
         }
-        cut = {word: pieces for word, pieces in cut.items() if len(pieces) > 1}
-        spelled, merges = {piece: [i] for piece, i in vocabulary.items()}, list(ranks)
-        while len(vocabulary) - len(names) < entries:
+        vocabulary = dict(old)
+        merges = list(ranks)
+        spelled = {piece: [i] for piece, i in old.items()}
+        while len(vocabulary) - len(old) < entries:
             pairs: Counter[tuple[str, str]] = Counter()
-            for word, pieces in cut.items():
+            for word, pieces in split.items():
                 for pair in pairwise(pieces):
                     pairs[pair] += counts[word]
             best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
@@ -269,12 +274,8 @@ class TextTokenizer:
             joined = best[0] + best[1]
             vocabulary.setdefault(joined, len(vocabulary))
             spelled.setdefault(joined, spelled[best[0]] + spelled[best[1]])
-            for pieces in cut.values():
-                i = 0
-                while i < len(pieces) - 1:
-                    if (pieces[i], pieces[i + 1]) == best:
-                        pieces[i : i + 2] = [joined]
-                    i += 1
+            for pieces in split.values():
+                _merge(pieces, best)
         inside = json.loads(self.fast.backend_tokenizer.to_str())
         inside["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
         roles = {
@@ -284,7 +285,7 @@ class TextTokenizer:
             tokenizer_object=Tokenizer.from_str(json.dumps(inside)), **roles
         )
         return TextTokenizer(fast, self.length), [
-            spelled[piece] for piece in list(vocabulary)[len(names) :]
+            spelled[piece] for piece in list(vocabulary)[len(old) :]
         ]
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -320,6 +321,15 @@ class TextTokenizer:
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
             ) from error
         return cls(fast, length)
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> None:
+    """Joins each occurrence of a pair, from left to right, in place."""
+    i = 0
+    while i < len(pieces) - 1:
+        if (pieces[i], pieces[i + 1]) == pair:
+            pieces[i : i + 2] = [pair[0] + pair[1]]
+        i += 1
 
 
 class LengthReport:

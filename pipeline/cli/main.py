@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         level, rest = log_level(rest)
         with logging_to_terminal(level), sigterm_raises():
+            if verb in RESUMABLE:
+                _keep_freed_memory()
             status = VERBS[verb](rest)
         if "RANK" in os.environ:  # one of several processes
             from pipeline.runtime.distributed import destroy_process_group
@@ -110,6 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"minidalle {verb}: {error}", file=sys.stderr)
         return 1
+
+
+def _keep_freed_memory() -> None:
+    """Tunes the allocator of this process where the CPU trains."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    from pipeline.runtime.devices import tune_malloc
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        tune_malloc()
 
 
 def _resume(arguments: Sequence[str]) -> str:

@@ -9,15 +9,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.utils import logging as transformers_logging
-
 from pipeline.runtime.atomic_io import atomic_write_dir
+from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer
 
 FORMAT = 1
-# Bars of a split second for files of a few megabytes would only break the messages that matter.
-transformers_logging.disable_progress_bar()
 
 
 class Bundle(NamedTuple):
@@ -34,8 +31,9 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
     """Writes the bundle, whole or not at all."""
 
     def write(beside: Path) -> None:
-        bundle.tokenizer.save_pretrained(beside / "tokenizer")
-        bundle.prior.save_pretrained(beside / "prior")
+        with hidden_progress_bars():
+            bundle.tokenizer.save_pretrained(beside / "tokenizer")
+            bundle.prior.save_pretrained(beside / "prior")
         bundle.text.save(beside / "text_tokenizer")
         description = {
             "format": FORMAT,
@@ -57,39 +55,10 @@ def read_bundle(folder: Path) -> Bundle:
 
     Raises:
         FileNotFoundError: the folder is no bundle.
-        ValueError: a part is missing, cut, of another format, or swapped for another bundle's; says
+        ValueError: a part is missing, truncated, of another format, or another bundle's; says
             which.
     """
-    try:
-        description = json.loads((folder / "pipeline.json").read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
-            "runs/NAME/bundle"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{folder}/pipeline.json is truncated or corrupted ({error}); copy the bundle again"
-        ) from error
-    if not isinstance(description, dict):
-        raise ValueError(
-            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
-        )
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} has bundle format {description.get('format')!r}, and this version reads "
-            f"{FORMAT}"
-        )
-    if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
-        raise ValueError(
-            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
-        )
-    known = {f.name for f in fields(SamplingOptions)}
-    if unknown := set(description["sampling"]) - known:
-        raise ValueError(
-            f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are "
-            f"{sorted(known)}"
-        )
+    description = _read_description(folder)
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
@@ -107,14 +76,44 @@ def read_bundle(folder: Path) -> Bundle:
                 f"{description.get(f'{part}_fingerprint')}; that part comes from another bundle, "
                 "copy the bundle again"
             )
-    text = TextTokenizer.load(folder / "text_tokenizer")
     return Bundle(
         tokenizer,
         prior,
-        text,
+        TextTokenizer.load(folder / "text_tokenizer"),
         SamplingOptions(**description["sampling"]),
         description["trained_on"],
     )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """A bundle's pipeline.json."""
+    try:
+        description = json.loads((folder / "pipeline.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
+            "runs/NAME/bundle"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder}/pipeline.json is truncated or corrupted ({error}); copy the bundle again"
+        ) from error
+    version = description.get("format") if isinstance(description, dict) else FORMAT
+    if version != FORMAT:
+        raise ValueError(f"{folder} has bundle format {version!r}, and this version reads {FORMAT}")
+    if not isinstance(description, dict) or not all(
+        isinstance(description.get(part), dict) for part in ("sampling", "trained_on")
+    ):
+        raise ValueError(
+            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
+        )
+    known = {f.name for f in fields(SamplingOptions)}
+    if unknown := set(description["sampling"]) - known:
+        raise ValueError(
+            f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are "
+            f"{sorted(known)}"
+        )
+    return description
 
 
 def _file_fingerprint(path: Path) -> str:

@@ -56,9 +56,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def tune_malloc() -> bool:
-    """Has the C library keep what tensors give back for the next ones; returns whether it could
-    (glibc can). By default it hands large pieces back to the system, and every training step then
-    waits while the same pages are zeroed and mapped again, a seventh of its time."""
+    """Has the C library keep freed memory for the next tensors, in this whole process; returns
+    whether it could (glibc can).
+
+    By default glibc returns large blocks to the system. Each training step on a CPU then waits
+    while the same pages are zeroed and mapped again, a seventh of its time. The command line calls
+    this before it trains; a program that trains by the stages' functions may do so once at start.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked

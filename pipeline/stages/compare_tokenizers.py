@@ -1,9 +1,9 @@
 """`compare-tokenizers`: several tokenizers on one data set at equal steps or equal wall time, each
 judged by its images and by a prior.
 
-Knows the stages and their figures. A comparison's YAML is an experiment's with two keys more:
-`variants`, a name and the settings that differ from the rest for each tokenizer, and optionally
-`minutes` of training a tokenizer, in place of its steps.
+Knows the stages and their metrics. A comparison's YAML is an experiment's with two more keys:
+`variants` maps the name of each tokenizer to the settings in which it differs. `minutes`, if given,
+is the training time of a tokenizer, in place of its steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.stages.encode import encode_dataset, sources_of
 from pipeline.stages.manifest import encode_settings, read_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
-from pipeline.stages.tokenizer import tokenizer_task, train_tokenizer
+from pipeline.stages.tokenizer import TokenizerTraining, train_tokenizer
 from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
@@ -43,15 +43,17 @@ from stage1_tokenizer.metrics import ssim
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
-_FIGURES, _PLAN, _TIME = "figures.json", "plan.json", "training.json"
+_FIGURES = "figures.json"
+_PLAN = "plan.json"
+_TIME = "training.json"
 SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
-"""Settings that must be the same for figures to stand in one table."""
+"""Settings that must be the same for rows of one table."""
 _PROBE_STEPS = 60
-"""Steps run and thrown away to find how many fit into the minutes."""
+"""Trial steps, to find how many fit into the minutes."""
 _ENCODED = 64
-"""Images encoded at a time when the rate is taken."""
+"""Images per batch when the encoding rate is measured."""
 _SHOWN = 12
-"""Held-out images whose reconstructions are shown."""
+"""Validation images whose reconstructions are shown."""
 COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -61,14 +63,15 @@ COLUMNS = {
     "nats_per_image": "nats per image by the prior",
     "minutes": "minutes",
     "steps": "steps",
-    "training_rate": "pictures/s in training",
-    "encoding_rate": "pictures/s encoding",
+    "training_rate": "images/s in training",
+    "encoding_rate": "images/s encoding",
 }
+_FORMATS = {"usage": ".1%", "ssim": ".3f", "psnr": ".1f", "minutes": ".1f"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: an experiment a row, in order."""
+    """What is compared: one experiment per row, in order."""
 
     folder: Path
     variants: dict[str, Experiment]
@@ -83,18 +86,35 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         ValueError: the file has no variants, or one is no valid experiment; names it.
         FileNotFoundError: there is no such file.
     """
-    import yaml
-
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--config")
     reader.add_argument("--minutes")
-    options, arguments = reader.parse_known_args(arguments)
+    options, settings = reader.parse_known_args(arguments)
     if options.config is None:
         raise ValueError(
             "no configuration was given; add --config configs/bakeoff-emoji.yaml (or your own copy "
             "of it)"
         )
-    file = Path(options.config)
+    shared = _read_yaml(Path(options.config))
+    changes = shared.pop("variants")
+    in_file = shared.pop("minutes", None)
+    minutes = _checked_minutes(in_file if options.minutes is None else options.minutes)
+    variants = {}
+    problems = []
+    for name, changed in changes.items():
+        try:
+            variants[str(name)] = _variant(str(name), shared, changed or {}, settings)
+        except ValueError as error:
+            problems.append(f"variant {name}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Comparison(Path(next(iter(variants.values())).output_dir), variants, minutes)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """A comparison's file, with a mapping of `variants` in it."""
+    import yaml
+
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no configuration file {file}; the shipped ones are in configs/"
@@ -105,46 +125,46 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         raise ValueError(
             f"{file} is not readable YAML: {' '.join(str(error).split())[:300]}"
         ) from error
-    given = values.pop("variants", None) if isinstance(values, dict) else None
+    variants = values.get("variants") if isinstance(values, dict) else None
     if (
-        not isinstance(given, dict)
-        or not given
-        or not all(isinstance(row, dict | None) for row in given.values())
+        not isinstance(variants, dict)
+        or not variants
+        or not all(isinstance(row, dict | None) for row in variants.values())
     ):
         raise ValueError(
             f"{file} has no 'variants' to compare; it needs a mapping of names to settings, see "
             "configs/bakeoff-emoji.yaml"
         )
-    minutes = options.minutes if options.minutes is not None else values.get("minutes")
-    values.pop("minutes", None)
+    return values
+
+
+def _checked_minutes(given: str | float | None) -> float | None:
+    if given is None:
+        return None
     try:
-        minutes = None if minutes is None else float(minutes)
+        minutes = float(given)
     except (TypeError, ValueError):
-        raise ValueError(f"minutes is {minutes!r}; it must be a number") from None
-    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"minutes is {given!r}; it must be a number") from None
+    if not (minutes > 0 and math.isfinite(minutes)):
         raise ValueError(f"minutes is {minutes}; it must be above 0 and finite")
-    rows, problems, folder = {}, [], Path()
-    for name, row in given.items():
-        if moved := {"name", "output_dir"} & set(row or {}):
-            problems.append(
-                f"variant {name}: {', '.join(sorted(moved))} cannot differ between variants; a "
-                "variant's name is its own"
-            )
-            continue
-        try:
-            experiment = load_values(_merged(values, row or {}), arguments)
-            folder = experiment.folder
-            if experiment.tokenizer.frozen:
-                raise ValueError(
-                    "tokenizer.frozen is on, and a comparison trains every tokenizer; set it to "
-                    "false"
-                )
-            rows[str(name)] = replace(experiment, name=str(name), output_dir=str(folder))
-        except ValueError as error:
-            problems.append(f"variant {name}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return Comparison(folder, rows, minutes)
+    return minutes
+
+
+def _variant(
+    name: str, shared: Mapping[str, Any], changes: Mapping[str, Any], settings: Sequence[str]
+) -> Experiment:
+    """The experiment of a row; its run folder is OUTPUT_DIR/COMPARISON/ROW."""
+    if fixed := {"name", "output_dir"} & set(changes):
+        raise ValueError(
+            f"{', '.join(sorted(fixed))} cannot differ between variants; a variant's name is its "
+            "own"
+        )
+    experiment = load_values(_merged(shared, changes), settings)
+    if experiment.tokenizer.frozen:
+        raise ValueError(
+            "tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false"
+        )
+    return replace(experiment, name=name, output_dir=str(experiment.folder))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +185,8 @@ def compare_tokenizers(comparison: Comparison) -> Path:
     returns their folder.
 
     Raises:
-        ValueError: a row was made with other settings before, or cannot be trained; named before
-            any work where it can be known then.
+        ValueError: a row was made with other settings, or cannot be trained; raised before any work
+            where that can be known.
     """
     due = {
         name: experiment
@@ -174,15 +194,14 @@ def compare_tokenizers(comparison: Comparison) -> Path:
         if not is_complete(experiment, comparison.minutes)
     }
     for experiment in due.values():
-        device = make_accelerator(experiment, trackers=False).device
+        device = make_accelerator(experiment.folder, [], experiment.process_timeout).device
         for train in (experiment.tokenizer.train, experiment.prior.train):
             should_compile(train, device)
     with run_lock(comparison.folder, next(iter(comparison.variants.values())).process_timeout):
         try:
             for name, experiment in due.items():
                 _log.info(f"== {name}")
-                # What was compiled for other rows counts against how many shapes a network may be
-                # compiled for.
+                # Graphs of other rows count against torch.compile's limit of shapes per network.
                 torch.compiler.reset()
                 try:
                     run_variant(experiment, comparison.minutes)
@@ -206,15 +225,19 @@ def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
 
 
 def is_complete(experiment: Experiment, minutes: float | None) -> bool:
-    """Whether a row has its figures; refuses those that were made with other settings."""
-    path, now = experiment.folder / _FIGURES, _made_with(experiment, minutes)
-    plan = _plan(experiment.folder)
-    made = _read(path)["made_with"] if path.is_file() else plan["made_with"] if plan else now
-    if differ := sorted(key for key in now if made.get(key) != now[key]):
+    """Whether a row has its metrics.
+
+    Raises:
+        ValueError: the row was made with other settings.
+    """
+    path = experiment.folder / _FIGURES
+    now = _made_with(experiment, minutes)
+    written = _read(path) if path.is_file() else _plan(experiment.folder)
+    made = written["made_with"] if written else now
+    if differing := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
-            f"{experiment.folder} was made with other settings ({', '.join(differ)}); choose "
-            "another name for this comparison, or remove "
-            "that folder"
+            f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
+            "another name for this comparison, or remove that folder"
         )
     return path.is_file()
 
@@ -224,57 +247,70 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is truncated or corrupted ({error}); remove it, and what it says is found out "
-            "anew"
+            f"{path} is truncated or corrupted ({error}); remove it, and it is made again"
         ) from error
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:
-    """What an earlier try of a row settled on."""
+    """What an earlier attempt chose for a row."""
     return _read(folder / _PLAN) if (folder / _PLAN).is_file() else None
 
 
 def write_figures(
     experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]
 ) -> None:
-    """Writes a row's figures, with what they were made with, into its folder."""
+    """Writes a row's metrics and settings into its folder."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
     content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
     atomic_write_text(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
 
 
 def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, float]:
-    """Trains one tokenizer and a prior on its codes; the figures, which are also written to the
+    """Trains one tokenizer and a prior on its codes; the metrics, which are also written to the
     row's folder."""
-    given, folder = experiment, experiment.folder / "tokenizer"
-    if minutes is not None:
-        plan = _plan(experiment.folder)
-        steps = plan["steps"] if plan else steps_in_budget(experiment, 60 * minutes)
-        experiment.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(
-            experiment.folder / _PLAN,
-            json.dumps({"steps": steps, "made_with": _made_with(given, minutes)}),
-        )
-        # Judged at the end alone: what evaluations cost differs between tokenizers. Compiled if it
-        # was when the pace was taken.
-        train = experiment.tokenizer.train
-        compiled = should_compile(train, make_accelerator(experiment, trackers=False).device)
-        train = replace(train, steps=steps, eval_every=steps, compile="on" if compiled else "off")
-        experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+    planned = experiment if minutes is None else _for_minutes(experiment, minutes)
+    row = experiment.folder
+    resumed = newest_checkpoint(row / "tokenizer" / "checkpoints") is not None
+    start = time.perf_counter()
+    train_tokenizer(planned)
+    if not resumed:  # a training in two parts has no time of its own
+        seconds = time.perf_counter() - start
+        atomic_write_text(row / _TIME, json.dumps({"seconds": seconds}) + "\n")
+    encode_dataset(planned)
+    train_prior(planned)
+    figures = _judge(planned)
+    write_figures(experiment, minutes, figures)
+    return figures
+
+
+def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
+    """The experiment with as many steps as fit into the minutes, which its plan records.
+
+    It is evaluated only at the end: what evaluations cost differs between tokenizers. It is
+    compiled if it was when the pace was measured.
+    """
+    plan = _plan(experiment.folder)
+    steps = plan["steps"] if plan else steps_in_budget(experiment, 60 * minutes)
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    written = {"steps": steps, "made_with": _made_with(experiment, minutes)}
+    atomic_write_text(experiment.folder / _PLAN, json.dumps(written))
+    accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+    train = experiment.tokenizer.train
+    compiles = should_compile(train, accelerator.device)
+    train = replace(train, steps=steps, eval_every=steps, compile="on" if compiles else "off")
+    return replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
+
+
+def _judge(experiment: Experiment) -> dict[str, float]:
+    """Metrics of a row whose stages are done; its first reconstructions are saved."""
+    row = experiment.folder
+    tokenizer = ImageTokenizer.from_pretrained(row / "tokenizer")
+    held_out = (read_settings(row / "tokenizer") or {})["held_out"]
+    prior = (read_settings(row / "prior") or {})["held_out"]
     steps = experiment.tokenizer.train.steps
-    resumed, start = newest_checkpoint(folder / "checkpoints") is not None, time.perf_counter()
-    train_tokenizer(experiment)
-    if not resumed:  # of a training in two parts neither time is that of the whole
-        atomic_write_text(
-            experiment.folder / _TIME, json.dumps({"seconds": time.perf_counter() - start}) + "\n"
-        )
-    encode_dataset(experiment)
-    train_prior(experiment)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    held_out = (read_settings(folder) or {})["held_out"]
-    prior = (read_settings(experiment.folder / "prior") or {})["held_out"]
-    layout = tokenizer.layout
     true, drawn, rate = _reconstructed(experiment, tokenizer)
+    np.save(row / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
+    layout = tokenizer.layout
     figures = {
         "psnr": held_out["psnr"],
         "ssim": ssim(true, drawn),
@@ -285,20 +321,18 @@ def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, floa
         "steps": steps,
         "encoding_rate": rate,
     }
-    if (experiment.folder / _TIME).is_file():
-        seconds = _read(experiment.folder / _TIME)["seconds"]
+    if (row / _TIME).is_file():
+        seconds = _read(row / _TIME)["seconds"]
         figures |= {
             "minutes": seconds / 60,
             "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / seconds,
         }
-    np.save(experiment.folder / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
-    write_figures(given, minutes, figures)
     return figures
 
 
 def steps_in_budget(experiment: Experiment, seconds: float) -> int:
-    """How many steps fit into this time, starting and compiling included: by the pace of a few that
-    are run and thrown away, and of a few with the adversary where one joins later."""
+    """How many steps fit into this time, with start and compilation, by the pace of a few trial
+    steps (and of a few with the adversary, where one joins later)."""
     discriminator = experiment.tokenizer.objective.discriminator
     joins = discriminator.start if discriminator.weight else 0
     before, pace = _seconds_per_step(experiment, discriminator=not joins)
@@ -321,22 +355,20 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
     objective = replace(objective, discriminator=changed)
     experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, objective=objective))
     train = experiment.tokenizer.train
-    accelerator = make_accelerator(experiment, trackers=False)
-    task, _ = tokenizer_task(experiment, accelerator, *sources_of(experiment))
+    accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+    sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+    training = TokenizerTraining(experiment, accelerator, *sources)
+    task = training.task(train.resolved_batch()[0])
     times: list[float] = []
 
-    def timed(step: int) -> Any:
+    def timed(step: int) -> torch.Tensor:
         times.append(time.perf_counter())
         return task.batch(step)
 
+    probe = replace(
+        train, steps=_PROBE_STEPS, eval_every=_PROBE_STEPS, save_every=_PROBE_STEPS, save_best=False
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        probe = replace(
-            train,
-            steps=_PROBE_STEPS,
-            eval_every=_PROBE_STEPS,
-            save_every=_PROBE_STEPS,
-            save_best=False,
-        )
         start = time.perf_counter()
         fit(
             replace(task, batch=timed, sample_images=dict),
@@ -357,48 +389,44 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
 def _reconstructed(
     experiment: Experiment, tokenizer: ImageTokenizer
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Held-out images, what the tokenizer makes of them, and pictures/s of encoding (by the
-    quickest of some batches)."""
-    accelerator = make_accelerator(experiment, trackers=False)
-    _, held_out = sources_of(experiment)
+    """Validation images, their reconstructions, and images/s of encoding (by the quickest of some
+    batches)."""
+    device = make_accelerator(experiment.folder, [], experiment.process_timeout).device
+    _, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     true = held_out.images(range(len(held_out))[: experiment.encode.max_val_images])
-    tokenizer.to(accelerator.device)
-    drawn, seconds = [], []
-    bf16 = uses_bf16(experiment.precision, accelerator.device)
+    tokenizer.to(device)
+    drawn = []
+    seconds = []
+    bf16 = uses_bf16(experiment.precision, device)
     for first in range(0, len(true), _ENCODED):
-        pixels = to_model_range(torch.from_numpy(true[first : first + _ENCODED])).to(
-            accelerator.device
-        )
+        pixels = to_model_range(torch.from_numpy(true[first : first + _ENCODED])).to(device)
         drawn.append(to_pictures(tokenizer.decode(tokenizer.encode(pixels))).cpu().numpy())
         for _ in range(5 if len(pixels) == _ENCODED or len(true) < _ENCODED else 0):
             start = time.perf_counter()
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 tokenizer.encode(pixels).cpu()
             seconds.append((time.perf_counter() - start) / len(pixels))
     return true, np.concatenate(drawn), 1 / min(seconds)
 
 
 def write_report(comparison: Comparison) -> None:
-    """`comparison.md` and `comparison.json`, the rows in their order and then others that lie in
-    the folder; and two images. Others that were judged on other data or by another prior are
-    named below the table, not in it."""
+    """Writes `comparison.md`, `comparison.json` and two images: the variants in their order, then
+    other rows in the folder. Rows that were judged on other data or by another prior, and rows that
+    failed, are named below the table."""
     found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
     if not found:
         return
-    base = _made_with(next(iter(comparison.variants.values())), comparison.minutes)
-    every, notes = {}, ""
-    for name in [
-        *comparison.variants,
-        *(name for name in found if name not in comparison.variants),
-    ]:
-        if name not in found:
-            continue
+    first = next(iter(comparison.variants.values()))
+    base = _made_with(first, comparison.minutes)
+    every = {}
+    notes = ""
+    names = dict.fromkeys([*comparison.variants, *found])
+    for name in filter(found.__contains__, names):
         made = found[name].get("made_with", {})
-        if name not in comparison.variants and (
-            differ := [key for key in SHARED_SETTINGS if made.get(key) != base[key]]
-        ):
+        differing = [key for key in SHARED_SETTINGS if made.get(key) != base[key]]
+        if differing and name not in comparison.variants:
             notes += (
-                f"\n{name} is left out: it was made with other settings ({', '.join(differ)})\n"
+                f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"
             )
         else:
             every[name] = found[name]["figures"]
@@ -417,7 +445,8 @@ def write_report(comparison: Comparison) -> None:
         np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False)
         for name in figures
     ]
-    true = sources_of(next(iter(comparison.variants.values())))[1].images(range(len(shown[0])))
+    _, held_out = sources_of(first.data, first.folder, first.process_timeout)
+    true = held_out.images(range(len(shown[0])))
     alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
     grid = picture_grid([picture for row in [true, *alike] for picture in row], columns=len(true))
     grid_image(grid).save(comparison.folder / "reconstructions.png")
@@ -425,7 +454,7 @@ def write_report(comparison: Comparison) -> None:
 
 
 def table(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown, a tokenizer a row."""
+    """Markdown, one tokenizer per row."""
     lines = [
         "| tokenizer | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -438,17 +467,7 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    match key:
-        case "usage":
-            return f"{value:.1%}"
-        case "ssim":
-            return f"{value:.3f}"
-        case "psnr" | "minutes":
-            return f"{value:.1f}"
-        case _:
-            return f"{value:,.0f}"
+    return "" if value is None else format(value, _FORMATS.get(key, ",.0f"))
 
 
 def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -463,16 +482,10 @@ def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for number, (name, row) in enumerate(figures.items()):
-        # Ten colours; marks tell apart what has the same one. Names stand beside: on the points
-        # they would cover each other.
-        axes.plot(
-            row["nats_per_image"],
-            row["psnr"],
-            "os^Dv"[number // 10 % 5],
-            color=f"C{number % 10}",
-            label=name,
-            markersize=9,
-        )
+        # There are ten colours: marks distinguish rows of one colour. Names on the points would
+        # overlap.
+        mark = "os^Dv"[number // 10 % 5] + f"C{number % 10}"
+        axes.plot(row["nats_per_image"], row["psnr"], mark, label=name, markersize=9)
     figure.legend(loc="outside right center", frameon=False)
     axes.set(
         xlabel=COLUMNS["nats_per_image"] + " (held-out)",

@@ -1,8 +1,8 @@
-"""Images to the codes dataset, split over processes, going on after a kill: `encode_dataset`, and
+"""Images to the codes dataset, split over processes and resumable: `encode_dataset`, and
 `encode_for_export` for other programs.
 
-Knows what codes are made with and in which order; how files lie is for
-pipeline/data/codes/dataset.py and shards.py to know.
+Knows what codes are made with and in which order. Knows no file format: see
+pipeline/data/codes/dataset.py and shards.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from pipeline.config.data import data_settings
+from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
@@ -36,7 +36,7 @@ from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process
-from pipeline.stages.manifest import encode_settings, load_complete
+from pipeline.stages.manifest import encode_settings, flat, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
@@ -50,22 +50,63 @@ _SPLITS: tuple[Split, Split] = ("train", "held_out")
 def encode_dataset(
     experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None
 ) -> Path:
-    """Writes the codes of training and held-out images, split over the processes; returns their
-    folder. What an interrupted try of the same left there is resumed from, and files of a whole
-    folder that were corrupted since are rebuilt.
+    """Writes the codes of training and validation images, split over the processes; returns their
+    folder. An interrupted attempt is resumed, and corrupted files of a finished folder are rebuilt.
 
     Args:
         tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
         folder: where to write to in place of RUN/codes.
 
     Raises:
-        ValueError: the folder holds codes, whole or not, that were made with something else; says
-            what changed.
+        ValueError: the folder holds codes, complete or not, that were made with something else;
+            says what changed.
         FileNotFoundError: there is no tokenizer yet.
     """
     folder = folder or experiment.folder / "codes"
-    if tokenizer_folder is not None:
-        tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = _load_tokenizer(experiment, tokenizer_folder)
+    loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+    sources = dict(zip(_SPLITS, loaded, strict=True))
+    accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+    bf16 = uses_bf16(experiment.precision, accelerator.device)
+    plan, known = _load_progress(folder, _plan(experiment, tokenizer, sources, bf16))
+    files = codes.planned_files(plan)
+    names = [name for units in files.values() for name in units]
+    pending = _pending_shards(folder, names, known, accelerator)
+    has_manifest = (folder / codes.MANIFEST).is_file()
+    if has_manifest and not pending:
+        return folder
+    if accelerator.is_main_process and not has_manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    tokenizer.to(accelerator.device).eval()
+    # Dealt out at each start: every process has an equal share of what is left, however many
+    # processes there were before.
+    mine = pending[accelerator.process_index :: accelerator.num_processes]
+    for split in _SPLITS:
+        own = {name: files[split][name] for name in mine if name in files[split]}
+        _write_shards(folder, own, split, sources[split], tokenizer, plan, experiment)
+    # A process that fails does not come this far, and its launcher ends the others.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        recorded = {name: codes.recorded_shard(folder, name) for name in pending}
+        shards = {
+            split: [_require_shard(folder, name, (known | recorded)[name]) for name in units]
+            for split, units in files.items()
+        }
+        codes.write_manifest(folder, plan, shards)
+        for part in sources["train"].parts:
+            if part.num_images is None:  # others were reported before
+                for problem in part.problems:
+                    _log.info(f"{part.name}: {problem}")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _load_tokenizer(experiment: Experiment, folder: Path | None) -> ImageTokenizer:
+    """The tokenizer in `folder`, or the run's own."""
+    if folder is not None:
+        tokenizer = ImageTokenizer.from_pretrained(folder)
     else:
         tokenizer = load_complete(
             ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
@@ -73,76 +114,36 @@ def encode_dataset(
     if experiment.data.image_size % tokenizer.own_config.stride:
         raise ValueError(
             f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs "
-            "a multiple of "
-            f"{tokenizer.own_config.stride}; set data.image_size={tokenizer.image_size}"
+            f"a multiple of {tokenizer.own_config.stride}; set "
+            f"data.image_size={tokenizer.image_size}"
         )
-    by_split = dict(zip(_SPLITS, sources_of(experiment), strict=True))
-    accelerator = make_accelerator(experiment, trackers=False)
-    plan, known = _load_progress(
-        folder,
-        _plan(experiment, tokenizer, by_split, uses_bf16(experiment.precision, accelerator.device)),
-    )
-    files, whole = codes.planned_files(plan), (folder / codes.MANIFEST).is_file()
-    todo = _pending_shards(
-        folder, [name for units in files.values() for name in units], known, accelerator
-    )
-    if whole and not todo:
-        return folder
-    if accelerator.is_main_process and not whole:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    tokenizer.to(accelerator.device).eval()
-    # Dealt out anew, and not once for all: each process has an equal share of what is left, however
-    # many there were before the kill.
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    codes_a_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
-    for split in _SPLITS:
-        own = {name: files[split][name] for name in mine if name in files[split]}
-        views = plan["augmentations_per_image"] if split == "train" else 1
-        known_rows = [len(unit.rows) for unit in own.values() if unit.rows is not None]
-        total = sum(known_rows) if len(known_rows) == len(own) else None
-        with tqdm(
-            total=total,
-            desc=f"encode {split}",
-            disable=not (own and accelerator.is_main_process),
-            mininterval=1.0,
-        ) as bar:
-            for name, unit in own.items():
-                blocks = _encoded(
-                    tokenizer, by_split[split], unit, views, experiment, plan["bf16"], bar
-                )
-                codes.mark_shard_done(
-                    folder,
-                    write_shard(
-                        folder / name,
-                        blocks,
-                        codes=views * codes_a_view,
-                        kind=kind_of(plan["levels"]),
-                    ),
-                )
-    # A process that fails does not come this far, and its launcher ends the others.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        made = {
-            name: codes.recorded_shard(folder, name) if name in todo else known[name]
-            for units in files.values()
-            for name in units
-        }
-        codes.write_manifest(
-            folder,
-            plan,
-            {
-                split: [_require_shard(folder, name, made[name]) for name in units]
-                for split, units in files.items()
-            },
-        )
-        for part in by_split["train"].parts:
-            if part.num_images is None:  # others were reported before
-                for problem in part.problems:
-                    _log.info(f"{part.name}: {problem}")
-    accelerator.wait_for_everyone()
-    return folder
+    return tokenizer
+
+
+def _write_shards(
+    folder: Path,
+    shards: Mapping[str, codes.ShardPlan],
+    split: Split,
+    source: Source,
+    tokenizer: ImageTokenizer,
+    plan: Mapping[str, Any],
+    experiment: Experiment,
+) -> None:
+    """Encodes and writes a process's shards of a split, by name; the main one shows a bar."""
+    views = plan["augmentations_per_image"] if split == "train" else 1
+    codes_per_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
+    known_rows = [len(unit.rows) for unit in shards.values() if unit.rows is not None]
+    with tqdm(
+        total=sum(known_rows) if len(known_rows) == len(shards) else None,
+        desc=f"encode {split}",
+        disable=not (shards and distributed_state().is_main_process),
+        mininterval=1.0,
+    ) as bar:
+        for name, unit in shards.items():
+            blocks = _encoded(tokenizer, source, unit, views, experiment, plan["bf16"], bar)
+            kind = kind_of(plan["levels"])
+            shard = write_shard(folder / name, blocks, codes=views * codes_per_view, kind=kind)
+            codes.mark_shard_done(folder, shard)
 
 
 def encode_for_export(
@@ -160,7 +161,7 @@ def encode_for_export(
     made = out.parent / f".{out.name}.arrow"
     with run_lock(made, experiment.process_timeout):
         encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
-        # or the first could remove what the others have yet to find whole
+        # Otherwise the first could remove the folder before the others find it complete.
         distributed_state().wait_for_everyone()
         if not distributed_state().is_main_process:
             return {}, []
@@ -185,17 +186,22 @@ def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> E
     )
 
 
-def sources_of(experiment: Experiment) -> tuple[Source, Source]:
-    """Training and held-out images, before anything else is written; every process must call."""
-    state = distributed_state(experiment.process_timeout)
+def sources_of(data: DataConfig, run_dir: Path, timeout: int) -> tuple[Source, Source]:
+    """Training and validation images, before anything else is written; every process must call.
+
+    Args:
+        run_dir: folder of the run; what is found out about the images is kept in its data/.
+        timeout: minutes that processes wait for one another.
+    """
+    state = distributed_state(timeout)
     share = WorkerInfo(
         state.process_index,
         state.num_processes,
         lambda own: gather_object([own]) if state.num_processes > 1 else [own],
     )
-    source, held_out = load_sources(experiment.data, experiment.folder / "data", share)
+    source, held_out = load_sources(data, run_dir / "data", share)
     for part, back in zip(source.parts, held_out.parts, strict=True):
-        check_splits(experiment.data, part.name, part.num_images, len(back), len(held_out))
+        check_splits(data, part.name, part.num_images, len(back), len(held_out))
     return source, held_out
 
 
@@ -203,10 +209,8 @@ def _plan(
     experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool
 ) -> dict[str, Any]:
     """All that decides the content of the files."""
-    options, side = (
-        experiment.encode,
-        experiment.data.image_size // tokenizer.own_config.downsample_factor,
-    )
+    options = experiment.encode
+    side = experiment.data.image_size // tokenizer.own_config.downsample_factor
     limits = {"train": options.max_images, "held_out": options.max_val_images}
     weights = list(sources["train"].weights)
     return {
@@ -218,9 +222,8 @@ def _plan(
         ],
         "sources": {split: source.fingerprint for split, source in sources.items()},
         "augmentations_per_image": options.augmentations_per_image,
-        "seed": experiment.seed
-        if options.augmentations_per_image > 1
-        else None,  # of how views differ; the first is the image itself
+        # Of how views differ; the first is the image itself.
+        "seed": experiment.seed if options.augmentations_per_image > 1 else None,
         "bf16": bf16,
         "parts": {
             split: _part_plans(source, weights, limits[split]) for split, source in sources.items()
@@ -286,7 +289,8 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
         if made["tokenizer"] == plan["tokenizer"]
         else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
     )
-    before, now = _flat(made["settings"]), _flat(plan["settings"])
+    before = flat(made["settings"])
+    now = flat(plan["settings"])
     changes += [
         f"{key} {before.get(key)} -> {now.get(key)}"
         for key in sorted(before | now)
@@ -315,18 +319,6 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
             f"{what} made with something else ({'; '.join(changes)}); remove that folder and run "
             "`minidalle encode` again"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _pending_shards(

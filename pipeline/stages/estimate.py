@@ -12,10 +12,11 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.stages.finetune import LoRAAdapter
-from pipeline.training.memory_estimate import MemoryEstimate, estimate_training_memory
+from pipeline.stages.prior import stream_config
+from pipeline.training.memory_estimate import MemoryEstimate, estimate_training_memory, to_device
 from pipeline.training.task import Objective
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective
-from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig
+from stage2_prior import ImagePrior, PriorObjective
 
 _RUNNING = 150 * 2**20
 """Bytes that a training on a CPU holds beside its networks and what is loaded already: data,
@@ -39,8 +40,9 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
     estimates = {}
     if not experiment.tokenizer.frozen:
-        size, channels = experiment.tokenizer.model.image_size, experiment.tokenizer.model.channels
-        images = torch.randint(256, (8, size, size, channels), dtype=torch.uint8)
+        model = experiment.tokenizer.model
+        shape = (8, model.image_size, model.image_size, model.channels)
+        images = torch.randint(256, shape, dtype=torch.uint8)
         objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
         train = experiment.tokenizer.train
         estimates["tokenizer"] = _estimate(
@@ -68,12 +70,10 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
 
 def _prior(experiment: Experiment, tokenizer: ImageTokenizer) -> ImagePrior:
     """A prior of the experiment's sizes, with a vocabulary as large as the configuration allows."""
-    levels = tuple(Level(grid=level.grid, num_codes=level.num_codes) for level in tokenizer.layout)
-    stream = StreamConfig(
-        text_vocab_size=experiment.text.vocab_size,
-        text_length=experiment.text.max_length,
-        levels=levels,
-        code_dim=tokenizer.code_vectors.shape[1],
+    stream = stream_config(
+        tokenizer,
+        experiment.text.vocab_size,
+        experiment.text.max_length,
         any_order=experiment.prior.train.code_order != "raster",
     )
     prior = ImagePrior(experiment.prior.model, stream)
@@ -94,11 +94,6 @@ def _estimate(
     batch_size, micro_batches = train.resolved_batch()
     for network in objective.networks.values():
         network.to(device)
-    on_device = (
-        {key: value.to(device) for key, value in batch.items()}
-        if isinstance(batch, dict)
-        else batch.to(device)
-    )
     autocast = partial(
         torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device)
     )
@@ -109,7 +104,7 @@ def _estimate(
         train,
         device,
         autocast,
-        on_device,
+        to_device(batch, device),
         rows,
         compiled=compiled,
         several=processes > 1,

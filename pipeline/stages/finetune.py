@@ -9,10 +9,8 @@ what is delivered is a prior like any other; the adapter lies beside it.
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ from pipeline.config.experiment import Experiment, PriorSection, TokenizerSectio
 from pipeline.config.inheritance import Stage, _read, stage_folder
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
-from pipeline.stages.manifest import begin_stage, finalize_stage, is_complete, require_complete
-from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, TextConfig, TextTokenizer
+from pipeline.stages.manifest import StageRun, flat, require_complete
+from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
 
 _ADAPTED = ("query_key_value", "output", "gate_up", "down")
 """The matrices of a block."""
@@ -45,8 +43,9 @@ def tokenizer_identity(section: TokenizerSection) -> str | None:
     return None if section.init_from is None else _load_tokenizer(section.init_from).fingerprint
 
 
-def copy_frozen_tokenizer(experiment: Experiment, folder: Path) -> None:
-    """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run.
+def copy_frozen_tokenizer(experiment: Experiment) -> Path:
+    """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run; returns
+    `RUN/tokenizer`.
 
     Raises:
         ValueError: the folder holds another tokenizer; or the prior to start from knows another
@@ -54,11 +53,14 @@ def copy_frozen_tokenizer(experiment: Experiment, folder: Path) -> None:
     """
     assert experiment.tokenizer.init_from is not None
     tokenizer = _load_tokenizer(experiment.tokenizer.init_from)
-    if experiment.prior.init_from is not None:  # said now, not after an hour of encoding
+    if experiment.prior.init_from is not None:  # checked now, not after an hour of encoding
         check_tokenizer_match(experiment.prior.init_from, tokenizer.fingerprint)
-    settings = {"init_from": tokenizer.fingerprint, "frozen": True, "train": to_dict(TrainConfig())}
-    if not is_complete(folder, settings):
-        finalize_stage(begin_stage(experiment, folder, settings), tokenizer, folder, settings, {})
+    inputs = {"init_from": tokenizer.fingerprint, "frozen": True}
+    run = StageRun(experiment, "tokenizer", TrainConfig(), inputs)
+    if not run.is_complete():
+        run.begin()
+        run.finalize(tokenizer, {})
+    return run.folder
 
 
 class PretrainedPrior:
@@ -216,67 +218,48 @@ def check_tokenizer_match(given: str, fingerprint: str) -> Path:
     return prior
 
 
-def check_init_from(experiment: Experiment) -> None:
+def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_length: int) -> None:
     """Refuses, before any work, weights that do not fit the configuration.
+
+    Args:
+        text_length: `text.max_length`.
 
     Raises:
         ValueError: settings differ; names the first of them and both values.
         FileNotFoundError: there is nothing where `init_from` points to.
     """
-    from stage1_tokenizer import TokenizerConfig
-    from stage2_prior import PriorConfig
-
-    if given := experiment.tokenizer.init_from:
-        _same(
-            "tokenizer",
-            experiment.tokenizer.model,
-            stage_folder(given, "tokenizer"),
-            asdict(TokenizerConfig()),
-        )
-    if given := experiment.prior.init_from:
-        folder = stage_folder(given, "prior")
-        _same("prior", experiment.prior.model, folder, asdict(PriorConfig()))
-        stream, order = (
-            _read(folder / "config.json").get("stream") or {},
-            experiment.prior.train.code_order,
-        )
-        if order != "raster" and not stream.get("any_order"):
-            raise ValueError(
-                f"prior.train.code_order is {order}, and the prior in {folder} knows raster order "
-                "alone; leave it out"
-            )
-        if (length := experiment.text.max_length) < stream.get("text_length", 0):
-            raise ValueError(
-                f"text.max_length is {length}, and the prior in {folder} has "
-                f"{stream['text_length']} text slots; leave it out, or set it higher"
-            )
-
-
-def _same(stage: Stage, model: Any, folder: Path, defaults: dict[str, Any]) -> None:
-    own, filled = (
-        _flat(json.loads(json.dumps(asdict(model)))),
-        _flat(json.loads(json.dumps(defaults))),
-    )
-    # A field that there was none of has its default
-    theirs = filled | _flat(_read(folder / "config.json")["model"])
-    if differ := [name for name in sorted(own) if own[name] != theirs[name]]:
-        said = [
-            f"{stage}.model.{name} is {own[name]} and {theirs[name]} there" for name in differ[:3]
-        ]
-        more = f", and {len(differ) - 3} more differ" if len(differ) > 3 else ""
+    if tokenizer.init_from:
+        folder = stage_folder(tokenizer.init_from, "tokenizer")
+        _check_architecture("tokenizer", tokenizer.model, folder)
+    if not prior.init_from:
+        return
+    folder = stage_folder(prior.init_from, "prior")
+    _check_architecture("prior", prior.model, folder)
+    stream = _read(folder / "config.json").get("stream") or {}
+    order = prior.train.code_order
+    if order != "raster" and not stream.get("any_order"):
         raise ValueError(
-            f"the {stage} in {folder} is of another architecture: {', '.join(said)}{more}; leave "
-            "these settings out and they follow "
-            "what is started from"
+            f"prior.train.code_order is {order}, and the prior in {folder} knows raster order "
+            "alone; leave it out"
+        )
+    if text_length < stream.get("text_length", 0):
+        raise ValueError(
+            f"text.max_length is {text_length}, and the prior in {folder} has "
+            f"{stream['text_length']} text slots; leave it out, or set it higher"
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
+def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
+    own = flat(to_dict(model))
+    # A field that was not there yet has its default.
+    theirs = flat(to_dict(type(model)())) | flat(_read(folder / "config.json")["model"])
+    if differing := [name for name in sorted(own) if own[name] != theirs[name]]:
+        named = [
+            f"{stage}.model.{name} is {own[name]} and {theirs[name]} there"
+            for name in differing[:3]
+        ]
+        more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        raise ValueError(
+            f"the {stage} in {folder} is of another architecture: {', '.join(named)}{more}; leave "
+            "these settings out and they follow what is started from"
         )
-    return flat

@@ -1,12 +1,12 @@
-"""What a stage was made with: written before it starts, compared when it is run again, completed
-when it is done. Knows folders."""
+"""A stage in its folder: what it is made with is written before it starts, compared when it is run
+again, and completed when it is done. Knows folders and the training loop; no model's inside."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,18 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.inheritance import Stage
+from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
+from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
+from pipeline.runtime.log import hidden_progress_bars
+from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
+from pipeline.training.task import Task
+from pipeline.training.trainer import fit
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior
 
 Made = TypeVar("Made")
 RESUME_SAFE_FIELDS = (
@@ -27,35 +36,181 @@ RESUME_SAFE_FIELDS = (
     "compile",
     "activation_checkpointing",
 )
+"""Fields of `train` that change no weight."""
 _CHANGES_NO_CODE = ("images_per_shard",)
 _SETTINGS = "settings.json"
-"""In a stage's folder: the settings it is made with; once it is done, its held-out figures too."""
+"""In a stage's folder: the settings it is made with and, once it is done, its metrics."""
 
 
-def begin_stage(experiment: Experiment, folder: Path, settings: dict[str, Any]) -> Accelerator:
-    """Writes down what the run and its stage are made with, before there is anything that a later
-    try could take for its own."""
-    accelerator = make_accelerator(experiment, trackers=True)
-    if accelerator.is_main_process:
-        import yaml
+@dataclass
+class StageRun:
+    """One training stage of a run.
 
-        experiment.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(
-            experiment.folder / "experiment.yaml",
-            yaml.safe_dump(to_dict(experiment), sort_keys=False),
+    Attributes:
+        experiment: the settings of the run.
+        stage: the name of its folder.
+        train: how it is trained. Numbers that an earlier attempt chose replace `auto`.
+        inputs: what else its weights depend on.
+        accelerator: set by `begin`.
+    """
+
+    experiment: Experiment
+    stage: Stage
+    train: TrainConfig
+    inputs: dict[str, Any]
+    accelerator: Accelerator = field(init=False)
+
+    def __post_init__(self) -> None:
+        written = (read_settings(self.folder) or {}).get("settings", {}).get("train", {})
+        chosen = {
+            name: written.get(name, "auto")
+            for name in ("batch_size", "gradient_accumulation_steps")
+            if getattr(self.train, name) == "auto"
+        }
+        self.train = replace(self.train, **chosen)
+
+    @property
+    def folder(self) -> Path:
+        return self.experiment.folder / self.stage
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the weights depend on, and how they are trained."""
+        return self.inputs | {"train": to_dict(self.train)}
+
+    def is_complete(self) -> bool:
+        """Whether the stage was completed with these settings.
+
+        More `steps` than before are allowed: the stage resumes from its last checkpoint. So are
+        changes that affect no weight, such as `log_every`.
+
+        Raises:
+            ValueError: the folder has weights that were made with other settings.
+        """
+        written = read_settings(self.folder)
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        if written is None:
+            if checkpoint:
+                raise ValueError(
+                    f"{self.folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that "
+                    "says what it was made with; put that file back, or "
+                    f"remove {self.folder} to start over"
+                )
+            return False
+        done = "held_out" in written
+        longer = self.train.steps > written["settings"]["train"]["steps"]
+        differing = self._differing(written["settings"])
+        if differing and (done or checkpoint):
+            raise ValueError(
+                f"{self.folder} was made with other settings ({', '.join(differing)}); choose "
+                f"another name for this run, or remove {self.folder} and what was built on it"
+            )
+        return done and not longer and _has_readable_weights(self.folder)
+
+    def _differing(self, made: dict[str, Any]) -> list[str]:
+        """Names of the settings that must be as they were `made`, and are not."""
+        train = to_dict(self.train)
+        free = set(RESUME_SAFE_FIELDS)
+        if not self.train.save_best:  # evaluations choose among weights only with it
+            free.add("eval_every")
+        if self.train.steps > made["train"]["steps"]:
+            free.add("steps")
+        return [
+            key for key in self.inputs if key != "train" and made.get(key) != self.inputs[key]
+        ] + [
+            f"train.{key}"
+            for key, value in train.items()
+            if key not in free and made["train"].get(key) != value
+        ]
+
+    def begin(self) -> Accelerator:
+        """Records what the run and the stage are made with, before any weight is written."""
+        experiment = self.experiment
+        self.accelerator = make_accelerator(
+            experiment.folder, experiment.trackers, experiment.process_timeout
         )
-    write_stage_settings(accelerator, folder, settings)
-    return accelerator
+        if self.accelerator.is_main_process:
+            import yaml
+
+            experiment.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(
+                experiment.folder / "experiment.yaml",
+                yaml.safe_dump(to_dict(experiment), sort_keys=False),
+            )
+        self._record()
+        return self.accelerator
+
+    def update(self, train: TrainConfig) -> None:
+        """Records how the stage is trained, with numbers in place of `auto`."""
+        self.train = train
+        self._record()
+
+    def fit(self, task: Callable[[int], Task], *, images: int | None) -> dict[str, float]:
+        """Trains; returns the validation metrics (see `trainer.fit` for what is raised).
+
+        Args:
+            task: (batch size) -> what to train. Each call has the same objective.
+            images: number of training images, which `batch_size: auto` does not exceed;
+                None where it is unknown.
+        """
+        accelerator = self.accelerator
+        precision = self.experiment.precision
+        if has_auto_batch(self.train):
+            probe = task(accelerator.num_processes)
+            self.update(
+                resolve_auto_batch(
+                    self.train, probe, precision, accelerator, rows=images, label=self.stage
+                )
+            )
+        return fit(
+            task(self.train.resolved_batch()[0]),
+            self.train,
+            accelerator,
+            self.folder,
+            seed=self.experiment.seed,
+            bf16=uses_bf16(precision, accelerator.device),
+            compile_networks=should_compile(self.train, accelerator.device),
+            label=self.stage,
+        )
+
+    def finalize(self, model: ImageTokenizer | ImagePrior, metrics: dict[str, float]) -> None:
+        """Writes the final weights next to the checkpoints. The metrics come last: they mark the
+        stage as done."""
+        if self.accelerator.is_main_process:
+            with disk_errors(), hidden_progress_bars():
+                model.to("cpu").save_pretrained(self.folder)
+        self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
+        # `end_training` would also end the process group, which the next stage needs.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
+
+    def _record(self, **metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = {"format": FORMAT, "settings": self.settings, **metrics}
+            atomic_write_text(self.folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
 
 
-def write_stage_settings(accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes down what a stage that is not done is made with."""
-    if accelerator.is_main_process:
-        write_settings(folder, {"settings": settings})
-    accelerator.wait_for_everyone()
+def _has_readable_weights(folder: Path) -> bool:
+    """Whether there are weights, none of them truncated."""
+    weights = list(folder.glob("*.safetensors"))
+    try:
+        for path in weights:
+            with safe_open(path, "pt"):
+                pass
+    except (SafetensorError, OSError):
+        return False
+    return bool(weights)
 
 
 def require_complete(folder: Path, verb: str) -> Path:
+    """The folder of a stage that is done.
+
+    Raises:
+        FileNotFoundError: it is not; names the command that does it.
+    """
     written = read_settings(folder)
     if not folder.is_dir() or (written is not None and "held_out" not in written):
         state = "not finished" if folder.is_dir() else "not there"
@@ -66,10 +221,10 @@ def require_complete(folder: Path, verb: str) -> Path:
 
 
 def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
-    """What a stage of the same run made.
+    """Loads what a stage of the same run made.
 
     Args:
-        verb: the one that makes it.
+        verb: the command that makes it.
 
     Raises:
         FileNotFoundError: it is not done.
@@ -85,7 +240,7 @@ def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made
 
 
 def encode_settings(experiment: Experiment) -> dict[str, Any]:
-    """The section `encode` without what changes no code."""
+    """The section `encode` without the fields that change no code."""
     return {
         key: value
         for key, value in to_dict(experiment.encode).items()
@@ -93,102 +248,11 @@ def encode_settings(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the stage was completed with these settings; refuses a folder with weights made with
-    others.
-
-    More `steps` are no refusal: the stage resumes from its last checkpoint. Nor is what changes no
-    weight, such as `log_every`.
-    """
-    written = read_settings(folder)
-    if written is None:
-        if checkpoint := newest_checkpoint(folder / "checkpoints"):
-            raise ValueError(
-                f"{folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that says what "
-                "it was made with; put that file back, or "
-                f"remove {folder} to start over"
-            )
-        return False
-    made, done = written["settings"], "held_out" in written
-    differ = [key for key in settings if key != "train" and made.get(key) != settings[key]]
-    longer = settings["train"]["steps"] > made["train"]["steps"]
-    # Evaluations choose among weights where the best are kept, and change none elsewhere.
-    free = (
-        RESUME_SAFE_FIELDS
-        if settings["train"]["save_best"]
-        else (*RESUME_SAFE_FIELDS, "eval_every")
-    )
-    differ += [
-        f"train.{key}"
-        for key, value in settings["train"].items()
-        if key not in free and made["train"].get(key) != value and not (key == "steps" and longer)
-    ]
-    if differ and (done or newest_checkpoint(folder / "checkpoints")):
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differ)}); choose another name for "
-            "this run, "
-            f"or remove {folder} and what was built on it"
-        )
-    return done and not longer and _is_whole(folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the weights are there and not cut."""
-    weights = list(folder.glob("*.safetensors"))
-    try:
-        for path in weights:
-            with safe_open(path, "pt"):
-                pass
-    except (SafetensorError, OSError):
-        return False
-    return bool(weights)
-
-
-def with_resolved_batch(train: Any, folder: Path) -> Any:
-    """A stage's configuration with the numbers that an earlier try chose in place of `auto`."""
-    written = (read_settings(folder) or {}).get("settings", {}).get("train", {})
-    return replace(
-        train,
-        **{
-            name: written.get(name, "auto")
-            for name in ("batch_size", "gradient_accumulation_steps")
-            if getattr(train, name) == "auto"
-        },
-    )
-
-
-def finalize_stage(
-    accelerator: Accelerator,
-    model: Any,
-    folder: Path,
-    settings: dict[str, Any],
-    figures: dict[str, float],
-) -> None:
-    """Writes the final weights beside the checkpoints; the figures beside the settings come last
-    and mark the stage as done."""
-    if accelerator.is_main_process:
-        with disk_errors():
-            model.to("cpu").save_pretrained(folder)
-        write_settings(
-            folder,
-            {
-                "settings": settings,
-                "held_out": {k: v for k, v in figures.items() if math.isfinite(v)},
-            },
-        )
-    for tracker in (
-        accelerator.trackers
-    ):  # `end_training` would end the process group too, which the next stage needs
-        tracker.finish()
-    accelerator.wait_for_everyone()
-
-
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What `write_settings` wrote last; None where a stage was never started, or is none.
+    """The settings file of a stage; None where there is none.
 
     Raises:
-        ValueError: the file is cut, or a version of this program wrote it whose format this one
-            does not read.
+        ValueError: the file is truncated, or has a format that this version does not read.
     """
     path = folder / _SETTINGS
     if not path.is_file():
@@ -199,20 +263,24 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is truncated or corrupted ({error}); put it back from a copy, or remove "
-            f"{folder} to "
-            "start over"
+            f"{folder} to start over"
         ) from error
     check_format(content.get("format"), folder)
     return content
 
 
-def init_from_fingerprint(folder: Path) -> Any:
-    """Fingerprints of what a stage was started from; None for one that began at random."""
+def init_from_fingerprint(folder: Path) -> str | dict[str, str] | None:
+    """Fingerprints of the weights that a stage started from; None for random ones."""
     return (read_settings(folder) or {}).get("settings", {}).get("init_from")
 
 
-def write_settings(folder: Path, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(
-        folder / _SETTINGS, json.dumps({"format": FORMAT, **content}, indent=2) + "\n"
-    )
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    by_name: dict[str, Any] = {}
+    for key, value in values.items():
+        by_name |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return by_name

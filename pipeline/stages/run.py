@@ -60,7 +60,7 @@ def run(experiment: Experiment) -> Path:
     train_tokenizer(experiment)
     encode_dataset(experiment)
     train_prior(experiment)
-    accelerator = make_accelerator(experiment, trackers=False)
+    accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     if accelerator.is_main_process:
         bundle = assemble_bundle(experiment)
         codes = CodesDataset(experiment.folder / "codes", "held_out")
@@ -70,7 +70,7 @@ def run(experiment: Experiment) -> Path:
             np.asarray(image)
             for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images
         ]
-        save_sample(experiment, "held-out-prompts", picture_grid(images, columns=8))
+        save_sample(experiment.folder, "held-out-prompts", picture_grid(images, columns=8))
         atomic_write_text(
             experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n"
         )

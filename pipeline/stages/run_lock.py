@@ -1,8 +1,8 @@
 """One run at a time in a run folder. Knows files and processes; knows no stage.
 
-The lock is the kernel's (`flock`) on `RUN/.lock`, so it ends with the process that holds it,
-however that ends; the file only says who it is. It is removed when the work is done, and one that a
-kill left behind locks nothing.
+The lock is the kernel's (`flock` by filelock) on `RUN/.lock`. It ends with the process that holds
+it, however that ends. The file's content only names the holder. It is removed when the work is
+done; a file that a kill left behind locks nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from pipeline.config.experiment import Experiment
 from pipeline.runtime.log import on_main_process
 
@@ -29,17 +31,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOCK = ".lock"
+_PATIENCE = 0.1
+"""Seconds in which to try again: a holder that removes its file meanwhile looks like one that
+stays."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _held: set[Path] = set()
-"""Run folders that this process holds: a verb's stages come in after the verb."""
+"""Run folders that this process holds: the stages of a command come after the command."""
 
 
 def with_run_lock(
     stage: Callable[Concatenate[Experiment, P], T],
 ) -> Callable[Concatenate[Experiment, P], T]:
-    """Has a stage - a function of the experiment - hold the run folder while it works; one told to
-    write to another `folder` needs none."""
+    """Makes a stage - a function of the experiment - hold the run folder while it works. With
+    another `folder` to write to it needs none."""
 
     @wraps(stage)
     def locked(experiment: Experiment, *given: P.args, **options: P.kwargs) -> T:
@@ -67,13 +72,16 @@ def run_lock(folder: Path, process_timeout: int) -> Iterator[None]:
     if folder in _held:
         yield
         return
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    main = os.environ.get("RANK", "0") == "0"
-    file, refusal = _acquire(folder) if main else (None, None)
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    lock = FileLock(
+        folder / _LOCK, timeout=_PATIENCE, fallback_to_soft=False, on_acquired=_write_holder
+    )
+    is_main = os.environ.get("RANK", "0") == "0"
+    refusal = _acquire(lock) if is_main else None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pipeline.runtime.distributed import broadcast_from_main, distributed_state
 
-        distributed_state(process_timeout)  # the first to ask decides for how long they wait
+        distributed_state(process_timeout)  # the first call decides how long all later ones wait
         refusal = broadcast_from_main(refusal)
     if refusal:
         raise ValueError(refusal)
@@ -82,73 +90,52 @@ def run_lock(folder: Path, process_timeout: int) -> Iterator[None]:
         yield
     finally:
         _held.discard(folder)
-        if file is not None:
-            (folder / _LOCK).unlink(missing_ok=True)
-            os.close(file)
-        if main:
-            _remove_empty(made)
+        if lock.is_locked:
+            # Before the release: a later removal could hit the file of the next holder.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        if is_main:
+            _remove_empty(created)
 
 
-def _acquire(folder: Path) -> tuple[int | None, str | None]:
-    """The open lock file, None where there are no locks; or why the folder is not to be had."""
+def _acquire(lock: BaseFileLock) -> str | None:
+    """Why the folder cannot be had; None where it is held, or cannot be locked at all."""
+    folder = Path(lock.lock_file).parent
     try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        _say_unlocked(folder, "this system has no such locks")
-        return None, None
-    path = folder / _LOCK
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            if (
-                error.errno in _NOT_WRITABLE
-            ):  # a finished run is read there; what is to be written says more than a lock could
-                return None, None
-            raise
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(file, 1000, 0)
-            os.close(file)
-            if error.errno in _NO_LOCKS:
-                _say_unlocked(folder, str(error))
-                return None, None
-            return (
-                None,
-                f"{folder} is in use by {_named(holder)}; wait for it or stop it, or choose "
-                "another name for this run (--name)",
+        lock.acquire()
+    except Timeout:
+        return (
+            f"{folder} is in use by {_read_holder(folder)}; wait for it or stop it, or choose "
+            "another name for this run (--name)"
+        )
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            _log.info(
+                f"note: {folder} cannot be locked ({error}); see that no other run writes to it"
             )
-        # The holder from before may have removed the file between our opening and locking it: that
-        # lock would keep out nobody.
-        try:
-            current = os.stat(path).st_ino == os.fstat(file).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:
-            break
-        os.close(file)
-    said = {
+            Path(lock.lock_file).unlink(missing_ok=True)
+        # A finished run can be read where nothing can be written; an error of a write says more.
+        elif error.errno not in _NOT_WRITABLE:
+            raise
+    return None
+
+
+def _write_holder(file: int) -> None:
+    holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(said).encode() + b"\n", 0)
-    return file, None
+    os.pwrite(file, json.dumps(holder).encode() + b"\n", 0)
 
 
-def _named(holder: bytes) -> str:
+def _read_holder(folder: Path) -> str:
     try:
-        said = json.loads(holder)
-        return f"process {said['pid']} on {said['host']} since {said['since']}"
-    except (ValueError, TypeError, KeyError):
+        holder = json.loads((folder / _LOCK).read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
         return "another process"
-
-
-def _say_unlocked(folder: Path, why: str) -> None:
-    _log.info(f"note: {folder} cannot be locked ({why}); see that no other run writes to it")
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ from accelerate import Accelerator
 
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.sampler import Feed
 from pipeline.data.source import Source
 from pipeline.data.streaming.feed import batch_loader
 from pipeline.runtime.atomic_io import atomic_write
-from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import sources_of
@@ -26,18 +26,10 @@ from pipeline.stages.finetune import (
     new_tokenizer,
     tokenizer_identity,
 )
-from pipeline.stages.manifest import (
-    begin_stage,
-    finalize_stage,
-    is_complete,
-    with_resolved_batch,
-    write_stage_settings,
-)
+from pipeline.stages.manifest import StageRun
 from pipeline.stages.run_lock import with_run_lock
-from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.task import Task
-from pipeline.training.trainer import fit
-from stage1_tokenizer import ImageTokenizer, TokenizerObjective, to_model_range
+from stage1_tokenizer import TokenizerObjective, to_model_range
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -48,100 +40,89 @@ EVALUATION_BATCH = 64
 @with_run_lock
 def train_tokenizer(experiment: Experiment) -> Path:
     """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
-    folder = experiment.folder / "tokenizer"
-    check_init_from(experiment)
-    if experiment.tokenizer.frozen:
-        copy_frozen_tokenizer(experiment, folder)
-        return folder
-    train = with_resolved_batch(experiment.tokenizer.train, folder)
-    source, held_out = sources_of(experiment)
-    settings = {
+    section = experiment.tokenizer
+    check_init_from(section, experiment.prior, experiment.text.max_length)
+    if section.frozen:
+        return copy_frozen_tokenizer(experiment)
+    source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+    inputs = {
         "seed": experiment.seed,
         "precision": experiment.precision,
         "data": data_settings(to_dict(experiment.data)),
         "pictures": [source.fingerprint, held_out.fingerprint],
-        **to_dict(replace(experiment.tokenizer, train=train)),
-        "init_from": tokenizer_identity(experiment.tokenizer),
+        **to_dict(section),
+        "init_from": tokenizer_identity(section),
     }
-    if is_complete(folder, settings):
-        return folder
-    accelerator = begin_stage(experiment, folder, settings)
+    run = StageRun(experiment, "tokenizer", section.train, inputs)
+    if run.is_complete():
+        return run.folder
+    accelerator = run.begin()
     _report(source)
-    if has_auto_batch(train):  # by a tokenizer that is thrown away again
-        few = replace(
-            experiment.tokenizer,
-            train=replace(
-                train, batch_size=accelerator.num_processes, gradient_accumulation_steps=1
-            ),
+    training = TokenizerTraining(experiment, accelerator, source, held_out)
+    metrics = run.fit(training.task, images=source.num_images)
+    run.finalize(training.tokenizer, metrics)
+    return run.folder
+
+
+class TokenizerTraining:
+    """A new tokenizer, its objective and its images: what stage 1 hands to the training loop."""
+
+    def __init__(
+        self, experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source
+    ) -> None:
+        torch.manual_seed(experiment.seed)
+        self.tokenizer = new_tokenizer(experiment.tokenizer)
+        self.objective = TokenizerObjective(self.tokenizer, experiment.tokenizer.objective)
+        self.experiment = experiment
+        self.accelerator = accelerator
+        self.source = source
+        self.held_out = held_out
+
+    def task(self, batch_size: int) -> Task:
+        """What `fit` trains, with this many images per step over all processes."""
+        loader = batch_loader(
+            self.source,
+            batch_size,
+            self.experiment.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            folder=self.experiment.folder / "data",
         )
-        few_at_a_time = replace(experiment, tokenizer=few)
-        train = resolve_auto_batch(
-            train,
-            tokenizer_task(few_at_a_time, accelerator, source, held_out)[0],
-            experiment.precision,
-            accelerator,
-            rows=source.num_images,
-            label="tokenizer",
+        return Task(
+            self.objective,
+            partial(_batch, loader),
+            self._eval_batches,
+            "nll",
+            self._sample_images,
+            self.objective.check_health,
+            loader.names,
         )
-        write_stage_settings(accelerator, folder, settings := settings | {"train": to_dict(train)})
-    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, train=train))
-    task, tokenizer = tokenizer_task(experiment, accelerator, source, held_out)
-    figures = fit(
-        task,
-        train,
-        accelerator,
-        folder,
-        seed=experiment.seed,
-        bf16=uses_bf16(experiment.precision, accelerator.device),
-        compile_networks=should_compile(train, accelerator.device),
-        label="tokenizer",
-    )
-    finalize_stage(accelerator, tokenizer, folder, settings, figures)
-    return folder
 
-
-def tokenizer_task(
-    experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source
-) -> tuple[Task, ImageTokenizer]:
-    """What stage 1 hands to `fit`, and the new tokenizer in it."""
-    torch.manual_seed(experiment.seed)
-    tokenizer = new_tokenizer(experiment.tokenizer)
-    place = (accelerator.process_index, accelerator.num_processes)
-    feed = batch_loader(
-        source,
-        experiment.tokenizer.train.resolved_batch()[0],
-        experiment.seed,
-        *place,
-        folder=experiment.folder / "data",
-    )
-
-    def batch(step: int) -> torch.Tensor:
-        return torch.from_numpy(feed.pictures(step))
-
-    def held_out_batches() -> Iterator[torch.Tensor]:
-        rows = range(len(held_out))[: experiment.encode.max_val_images]
+    def _eval_batches(self) -> Iterator[torch.Tensor]:
+        rows = range(len(self.held_out))[: self.experiment.encode.max_val_images]
         for first in range(0, len(rows), EVALUATION_BATCH):
             few = rows[first : first + EVALUATION_BATCH]
-            yield torch.from_numpy(held_out.images(few)).to(accelerator.device)
+            yield torch.from_numpy(self.held_out.images(few)).to(self.accelerator.device)
 
     @torch.no_grad()
-    def pictures() -> dict[str, np.ndarray]:
-        true = held_out.images(range(min(len(held_out), 8)))
-        pixels = to_model_range(torch.from_numpy(true)).to(accelerator.device)
-        drawn = tokenizer.to_images(tokenizer.encode(pixels))
+    def _sample_images(self) -> dict[str, np.ndarray]:
+        """The first validation images above their reconstructions, and how often each code is
+        used."""
+        true = self.held_out.images(range(min(len(self.held_out), 8)))
+        pixels = to_model_range(torch.from_numpy(true)).to(self.accelerator.device)
+        drawn = self.tokenizer.to_images(self.tokenizer.encode(pixels))
         grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
-        save_sample(experiment, "reconstructions", grid)
-        # The most used code on the left: flat is good, and what falls off early is wasted.
+        save_sample(self.experiment.folder, "reconstructions", grid)
+        # The most used code is on the left. A flat curve is good; codes behind its end are wasted.
         uses = {
             f"code_use_{i}": bars(use.sort(descending=True).values.cpu().numpy())
-            for i, use in enumerate(tokenizer.quantizer.usage())
+            for i, use in enumerate(self.tokenizer.quantizer.usage())
         }
         return {"reconstructions": grid} | uses
 
-    objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-    return Task(
-        objective, batch, held_out_batches, "nll", pictures, objective.check_health, feed.names
-    ), tokenizer
+
+def _batch(loader: Feed, step: int) -> torch.Tensor:
+    return torch.from_numpy(loader.pictures(step))
 
 
 def _report(source: Source) -> None:
@@ -154,8 +135,9 @@ def _report(source: Source) -> None:
         _log.info(f"  {problem}")
 
 
-def save_sample(experiment: Experiment, name: str, grid: np.ndarray) -> None:
-    folder = experiment.folder / "samples"
+def save_sample(run_dir: Path, name: str, grid: np.ndarray) -> None:
+    """Writes a grid of images (H,W,3) to `RUN/samples/NAME.png`."""
+    folder = run_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{name}.png") as beside:
         grid_image(grid).save(beside, "PNG")

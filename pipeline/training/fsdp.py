@@ -10,6 +10,7 @@ the same with one process as with many.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,15 +39,20 @@ def fsdp_requested() -> bool:
 
 def wrap_ddp(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A whole network whose gradients are averaged over the processes."""
-    if not fsdp_requested():
-        return accelerator.prepare(network)
-    if accelerator.num_processes == 1:
-        return network
-    # Under FSDP accelerate would cut it.
-    device = accelerator.device
-    return DistributedDataParallel(
-        network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # accelerate 1.15 passes torch 2.13 the option under its older name.
+        warnings.filterwarnings(
+            "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+        )
+        if not fsdp_requested():
+            return accelerator.prepare(network)
+        if accelerator.num_processes == 1:
+            return network
+        # Under FSDP accelerate would cut it.
+        device = accelerator.device
+        return DistributedDataParallel(
+            network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
+        )
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def test_nothing_held_out_fails(tmp_path):
     )
     experiment = load_experiment(["--config", str(path)])
     with pytest.raises(ValueError, match="2 images to train on and 0 held out") as raised:
-        sources_of(experiment)
+        sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     assert said(diagnose(experiment.data), "fails") == str(raised.value)
 
 

@@ -247,8 +247,8 @@ def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
         )
         return build(experiment, *rest)
 
-    build = comparison.tokenizer_task
-    monkeypatch.setattr(comparison, "tokenizer_task", task)
+    build = comparison.TokenizerTraining
+    monkeypatch.setattr(comparison, "TokenizerTraining", task)
     arguments = [
         "--tokenizer.objective.discriminator.weight=0.1",
         "--tokenizer.objective.discriminator.start=25",
