@@ -175,6 +175,26 @@ def test_the_packages_are_listed():
     assert sorted(listed) == sorted({".".join(p.parent.relative_to(ROOT).parts) for p in FILES})
 
 
+def test_files_beside_the_code_are_installed():
+    """Templates and type markers are package data, so that an installed wheel has them."""
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    installed = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    beside = {
+        path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+    assert installed == beside
+
+
 def test_the_architecture_page_names_every_file_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text()
     folders: list[str] = []

@@ -1,5 +1,5 @@
-"""`diagnose`: everything that can be said of the data before a training. Knows what is looked at in
-which order; each look has its file."""
+"""`diagnose`: everything that can be found out about the data before a training. Knows the order of
+the checks; each has its file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.config.data import DataConfig
 from pipeline.data.source import check_splits
 from pipeline.data.streaming.source import streams
 from pipeline.doctor.caption_stats import captions_report
-from pipeline.doctor.inspect_source import Part, look_at
+from pipeline.doctor.inspect_source import Part, inspect_source
 from pipeline.doctor.report import Diagnosis, Finding
 from pipeline.doctor.suggest_config import LARGEST, suggest
 from stage2_prior.text import TextConfig
 
 PICTURES = 10_000
-"""Images to look at of a source without an end."""
+"""Images to read of a source that is unlimited, or that is streamed."""
 
 
 def diagnose(
@@ -27,14 +27,14 @@ def diagnose(
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> Diagnosis:
-    """Reads the whole source and says what is in it, what would stop a training on it, and what
+    """Reads the whole source and reports what is in it, what would stop a training on it, and which
     configuration suits it.
 
     Args:
         config: the data.
         text: how captions become ids; the default where absent.
-        pictures: how many to look at of a source that is streamed, or has no end.
-        largest: image size that is suggested at most.
+        pictures: images to read of a source that is unlimited, or that is streamed.
+        largest: largest image size to suggest.
         folder: keeps what was found of each image, for a training to come (RUN/data).
 
     Raises:
@@ -52,13 +52,13 @@ def diagnose_parts(
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> tuple[Diagnosis, list[Part]]:
-    """As `diagnose`, with what it was told by: the parts, whose images can be looked at."""
+    """As `diagnose`, with the parts that it was made from, whose images can be shown."""
     text = text or TextConfig()
     configs = [
         config.of_part(part, streaming=config.streaming and streams(part.source))
         for part in config.mix
     ] or [config]
-    parts = [look_at(own, pictures, folder) for own in configs]
+    parts = [inspect_source(own, pictures, folder) for own in configs]
     findings = [finding for part in parts for finding in part.findings]
     if all(part.opened is None for part in parts):
         raise ValueError("; ".join(finding.text for finding in findings))
@@ -71,9 +71,7 @@ def diagnose_parts(
     )
     try:
         suggestion = suggest(config, text, parts, largest)
-    except (
-        ValueError
-    ):  # a tokenizer that cannot be loaded, which is among the findings where there is a caption
+    except ValueError:  # text.pretrained cannot be loaded, which is among the findings
         suggestion = None
     return Diagnosis([part.report for part in parts], about, findings, suggestion), parts
 

@@ -1,23 +1,23 @@
-"""One source, looked at: which images training would use, their sizes, what is wrong with the
-others, and which are copies.
+"""One source: which images training would use, their sizes, what is wrong with the others, and
+which are copies.
 
 Knows rows and hashes; knows no tokens and writes nothing. What would stop a training is noted, and
-the rest is looked at all the same.
+the rest is inspected all the same.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
-from pipeline.data.readers.base import SkipCounter
+from pipeline.data.readers.base import Rows, SkipCounter
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
@@ -33,22 +33,27 @@ from pipeline.doctor.report import (
     SourceReport,
     Spread,
     Unreadable,
+    findings_that_apply,
 )
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _NAMED = 1000
 """Unreadable images that are named."""
-_GROUPS, _MEMBERS = 50, 8
-"""Groups of copies that are listed, and images that each names."""
+_GROUPS = 50
+"""Groups of copies that are listed."""
+_MEMBERS = 8
+"""Images that each group names."""
 _SIDES = (1, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-_ASPECTS = (
-    (1.05, "square"),
-    (1.34, "up to 4:3"),
-    (1.51, "up to 3:2"),
-    (1.79, "up to 16:9"),
-    (2.01, "up to 2:1"),
-    (3.01, "up to 3:1"),
-)
+_ASPECTS = {
+    "square": 1.05,
+    "up to 4:3": 1.34,
+    "up to 3:2": 1.51,
+    "up to 16:9": 1.79,
+    "up to 2:1": 2.01,
+    "up to 3:1": 3.01,
+}
+"""The largest ratio of each."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Part:
         found: sizes and hashes of the rows.
         captions: of each row; None where they cannot be read.
         fit: whether training would use each row (N).
-        held_out: whether it is kept from training (N).
+        held_out: whether it is held out (N).
         report: of it, for the user.
         findings: about it.
     """
@@ -77,56 +82,93 @@ class Part:
 
     def fit_for(self, config: DataConfig) -> np.ndarray:
         """Whether training with other settings would use each row (N)."""
-        assert self.opened is not None and self.found is not None
-        if config.source in SYNTHETIC_SOURCES:  # drawn as large as is wanted
+        if config.source in SYNTHETIC_SOURCES:  # rendered at any size
             return self.fit
-        fit = usable(self.opened.rows, self.found, _tolerant(config), SkipCounter())
-        return fit & _captioned(self.captions, len(fit))
+        assert self.opened is not None and self.found is not None
+        return _fit(self.opened.rows, self.found, self.captions, _tolerant(config), SkipCounter())
 
 
-def _tolerant(config: DataConfig) -> DataConfig:
-    """Settings with which unreadable images stop nothing."""
-    return replace(config, filter=replace(config.filter, max_corrupt_fraction=1.0))
-
-
-def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
+def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     """Opens a source and every image of it.
 
     Args:
-        most: images to look at of a source that has no end, or that is streamed.
+        most: images to read of a source that is unlimited, or that is streamed.
         folder: keeps what was found of each image for a training to come.
     """
     findings: list[Finding] = []
-    opened = _tried(lambda: open_source(config, most), findings)
+    tally = SkipCounter()
     captions: Captions | None = None
-    if opened is None and not config.streaming:
+    opened = _tried(findings, open_source, config, most)
+    if opened is not None:
+        captions = _tried(findings, captions_of, opened.rows, opened.config, tally)
+    elif not config.streaming:
         # What is wrong may be the captions alone.
-        opened = _tried(lambda: open_without_captions(config), [])
-        tally = SkipCounter()
-    elif opened is not None:
-        rows, reader, tally = opened.rows, opened.config, SkipCounter()
-        captions = _tried(lambda: captions_of(rows, reader, tally), findings)
+        opened = _tried([], open_without_captions, config)
     if opened is None:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)
     rows = opened.rows
     found = scan_images(rows, config.workers, folder)
-    fit = _tried(lambda: usable(rows, found, config, tally), findings)
+    fit = _tried(findings, _fit, rows, found, captions, config, tally)
     if fit is None:
-        fit = usable(rows, found, _tolerant(config), SkipCounter())
-    fit = fit & _captioned(captions, len(fit))
+        fit = _fit(rows, found, captions, _tolerant(config), SkipCounter())
     tallies = (rows.tally, tally)
-    if captions is not None and len(findings) == 0:
-        lines = [line for one in tallies for line in one.lines()]
-        _tried(lambda: check_usable(rows.name, int(fit.sum()), lines), findings)
+    if captions is not None and not findings:
+        problems = [line for one in tallies for line in one.lines()]
+        _tried(findings, check_usable, rows.name, int(fit.sum()), problems)
     held_out = np.array(
         [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
     )
+    report = _report(opened, found, fit, held_out, tallies)
+    findings += _doubts(report, config)
+    return Part(config, opened, found, captions, fit, held_out, report, findings)
+
+
+def _tried(
+    findings: list[Finding], work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+) -> _T | None:
+    """What `work` gives. Where it raises what would stop a training, None, and a finding has the
+    same words."""
+    try:
+        return work(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        findings.append(Finding("fails", str(error)))
+        return None
+
+
+def _fit(
+    rows: Rows, found: ScanResult, captions: Captions | None, config: DataConfig, tally: SkipCounter
+) -> np.ndarray:
+    """Whether training would use each row (N): see `usable`. Where captions cannot be read, images
+    are judged on their own."""
+    fit = usable(rows, found, config, tally)
+    if captions is None:
+        return fit
+    return fit & np.array([bool(captions[row]) for row in range(len(rows))], bool)
+
+
+def _tolerant(config: DataConfig) -> DataConfig:
+    """The same, however many images cannot be read."""
+    return replace(config, filter=replace(config.filter, max_corrupt_fraction=1.0))
+
+
+def _report(
+    opened: Opened,
+    found: ScanResult,
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    tallies: Sequence[SkipCounter],
+) -> SourceReport:
+    rows = opened.rows
     readable = np.array([not problem for problem in found.problem], bool)
-    shorter, longer = (
-        side(found.width, found.height)[readable] for side in (np.minimum, np.maximum)
-    )
-    report = SourceReport(
+    shorter = np.minimum(found.width, found.height)[readable]
+    longer = np.maximum(found.width, found.height)[readable]
+    side_labels = [f"{first} to {after - 1}" for first, after in itertools.pairwise(_SIDES)]
+    sides = binned(shorter, _SIDES[1:], [*side_labels, f"{_SIDES[-1]} or more"])
+    ratios = longer / np.maximum(shorter, 1)
+    aspects = binned(ratios, list(_ASPECTS.values()), [*_ASPECTS, "longer"], side="left")
+    endings = [PurePosixPath(rows.label(row)).suffix.lower() for row in range(len(rows))]
+    return SourceReport(
         name=rows.name,
         rows=len(rows),
         readable=int(readable.sum()),
@@ -145,18 +187,11 @@ def look_at(config: DataConfig, most: int, folder: Path | None) -> Part:
         ],
         shorter_side=spread(shorter),
         longer_side=spread(longer),
-        sides=_sides(shorter),
-        aspects=_aspects(longer / np.maximum(shorter, 1)),
-        modes=ranked(mode for mode in found.mode if mode),
-        formats=ranked(
-            s
-            for row in range(len(rows))
-            if (s := PurePosixPath(rows.label(row)).suffix.lower()) in EXTENSIONS
-        ),
+        sides=[one for one in sides if one.count],
+        aspects=[one for one in aspects if one.count],
+        modes=_ranked(mode for mode in found.mode if mode),
+        formats=_ranked(ending for ending in endings if ending in EXTENSIONS),
         duplicates=_duplicates(opened, found, readable, fit, held_out),
-    )
-    return Part(
-        config, opened, found, captions, fit, held_out, report, findings + _doubts(report, config)
     )
 
 
@@ -164,66 +199,38 @@ def spread(values: np.ndarray) -> Spread | None:
     """None of no numbers."""
     if not len(values):
         return None
-    return Spread(
-        float(values.min()),
-        float(np.median(values)),
-        float(np.percentile(values, 99)),
-        float(values.max()),
-    )
+    percentile = float(np.percentile(values, 99))
+    return Spread(float(values.min()), float(np.median(values)), percentile, float(values.max()))
 
 
-def ranked(values: Iterable[str]) -> list[Bin]:
+def binned(
+    values: np.ndarray,
+    edges: Sequence[float],
+    labels: Sequence[str],
+    side: Literal["left", "right"] = "right",
+) -> list[Bin]:
+    """How many values lie below the first edge, between each two, and above the last one. A value
+    on an edge lies to this side of it."""
+    counts = np.bincount(np.searchsorted(edges, values, side=side), minlength=len(labels))
+    return [Bin(label, int(count)) for label, count in zip(labels, counts, strict=True)]
+
+
+def _ranked(values: Iterable[str]) -> list[Bin]:
     """How often each occurs, the most frequent first."""
-    return [
-        Bin(value, count)
-        for value, count in sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
-    ]
-
-
-def _tried(work: Callable[[], _T], findings: list[Finding]) -> _T | None:
-    """What `work` gives; where it raises what would stop a training, None, and the finding says the
-    same words."""
-    try:
-        return work()
-    except (ValueError, OSError) as error:
-        findings.append(Finding("fails", str(error)))
-        return None
-
-
-def _captioned(captions: Captions | None, count: int) -> np.ndarray:
-    """Whether each row has a caption; all of them where none can be read, so that images can be
-    judged on their own."""
-    if captions is None:
-        return np.ones(count, bool)
-    return np.array([bool(captions[row]) for row in range(count)], bool)
-
-
-def _sides(shorter: np.ndarray) -> list[Bin]:
-    counts = np.bincount(np.searchsorted(_SIDES, shorter, side="right") - 1, minlength=len(_SIDES))
-    labels = [f"{first} to {after - 1}" for first, after in itertools.pairwise(_SIDES)] + [
-        f"{_SIDES[-1]} or more"
-    ]
-    return [Bin(label, int(count)) for label, count in zip(labels, counts, strict=True) if count]
-
-
-def _aspects(ratios: np.ndarray) -> list[Bin]:
-    counts = np.bincount(
-        np.searchsorted([edge for edge, _ in _ASPECTS], ratios), minlength=len(_ASPECTS) + 1
-    )
-    labels = [label for _, label in _ASPECTS] + ["longer"]
-    return [Bin(label, int(count)) for label, count in zip(labels, counts, strict=True) if count]
+    ranking = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+    return [Bin(value, count) for value, count in ranking]
 
 
 def _duplicates(
     opened: Opened, found: ScanResult, readable: np.ndarray, fit: np.ndarray, held_out: np.ndarray
 ) -> Duplicates:
     rows = np.flatnonzero(readable)
-    copies = groups_of(found.digest[rows])
+    copies = [rows[group] for group in groups_of(found.digest[rows])]
     # One of each file: copies are counted, and need not be found to look alike.
     _, firsts = np.unique(found.digest[rows], return_index=True)
     seen = rows[np.sort(firsts)]
     seen = seen[found.look[seen] != 0]
-    groups = groups_of(alike(found.look[seen]))
+    look_alikes = [seen[group] for group in groups_of(alike(found.look[seen]))]
 
     def listed(members: np.ndarray) -> Group:
         some = [int(row) for row in members[:_MEMBERS]]
@@ -239,66 +246,61 @@ def _duplicates(
         used = (group[fit[group]] for group in groups)
         return sum(int(held_out[group].sum()) for group in used if not held_out[group].all())
 
-    of_files, of_looks = [rows[group] for group in copies], [seen[group] for group in groups]
     return Duplicates(
-        copies=sum(len(group) - 1 for group in of_files),
-        alike=sum(len(group) - 1 for group in of_looks),
-        held_out_copies=across(of_files),
-        held_out_alike=across(of_looks),
+        copies=sum(len(group) - 1 for group in copies),
+        alike=sum(len(group) - 1 for group in look_alikes),
+        held_out_copies=across(copies),
+        held_out_alike=across(look_alikes),
         plain=int((found.look[rows] == 0).sum()),
-        groups=[listed(group) for group in of_files[:_GROUPS]],
-        alike_groups=[listed(group) for group in of_looks[:_GROUPS]],
+        groups=[listed(group) for group in copies[:_GROUPS]],
+        alike_groups=[listed(group) for group in look_alikes[:_GROUPS]],
     )
 
 
 def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
     """What would not stop a training, and harm it or surprise its user."""
-    name, found = report.name, report.duplicates
-    doubts = []
-
-    def say(level: str, condition: object, text: str) -> None:
-        if condition:
-            doubts.append(Finding("warns" if level == "warns" else "notes", f"{name}: {text}"))
-
-    for left in report.left_out:
-        say(
-            "warns" if left.count > 0.1 * report.rows else "notes",
-            True,
-            f"{left.count:,} {left.reason}: {left.names}",
-        )
-    drawn = config.source in SYNTHETIC_SOURCES
-    say(
-        "notes" if drawn else "warns",
-        found.held_out_copies + found.held_out_alike,
-        f"{found.held_out_copies:,} held-out images are copies of training images and "
-        f"{found.held_out_alike:,} look like one "
-        f"(at most {NEAR} of 64 bits apart), so held-out figures flatter"
-        + ("" if drawn else "; remove all but one of each"),
+    found = report.duplicates
+    synthetic = config.source in SYNTHETIC_SOURCES
+    many_copies = found.copies > 0.05 * report.rows
+    animated = sum(mode.count for mode in report.modes if "animated" in mode.label)
+    doubts = findings_that_apply(
+        *(
+            (
+                True,
+                "warns" if left.count > 0.1 * report.rows else "notes",
+                f"{left.count:,} {left.reason}: {left.names}",
+            )
+            for left in report.left_out
+        ),
+        (
+            found.held_out_copies or found.held_out_alike,
+            "notes" if synthetic else "warns",
+            f"{found.held_out_copies:,} held-out images are copies of training images and "
+            f"{found.held_out_alike:,} look like one (at most {NEAR} of 64 bits apart), so "
+            "held-out metrics flatter" + ("" if synthetic else "; remove all but one of each"),
+        ),
+        (
+            found.copies,
+            "warns" if many_copies else "notes",
+            f"{found.copies:,} images are copies of others" + ("; remove them" * many_copies),
+        ),
+        (
+            found.alike,
+            "notes",
+            f"{found.alike:,} images look like others without being the same file",
+        ),
+        (found.plain, "notes", f"{found.plain:,} images are one plain surface"),
+        (animated, "notes", f"of {animated:,} images with several frames the first is used"),
+        (
+            0 < report.usable < 1000,
+            "notes",
+            f"{report.usable:,} usable images are few: a prior remembers rather than learns",
+        ),
+        (
+            report.first_only,
+            "notes",
+            f"the first {report.rows:,} images were looked at, of a source that goes on "
+            "(--max-images)",
+        ),
     )
-    say(
-        "warns",
-        found.copies > 0.05 * report.rows,
-        f"{found.copies:,} images are copies of others; remove them",
-    )
-    say(
-        "notes",
-        found.copies and found.copies <= 0.05 * report.rows,
-        f"{found.copies:,} images are copies of others",
-    )
-    say(
-        "notes", found.alike, f"{found.alike:,} images look like others without being the same file"
-    )
-    say("notes", found.plain, f"{found.plain:,} images are one plain surface")
-    several = sum(mode.count for mode in report.modes if "animated" in mode.label)
-    say("notes", several, f"of {several:,} images with several frames the first is used")
-    say(
-        "notes",
-        0 < report.usable < 1000,
-        f"{report.usable:,} usable images are few: a prior remembers rather than learns",
-    )
-    say(
-        "notes",
-        report.first_only,
-        f"the first {report.rows:,} images were looked at, of a source that goes on (--max-images)",
-    )
-    return doubts
+    return [replace(one, text=f"{report.name}: {one.text}") for one in doubts]

@@ -1,10 +1,10 @@
 """Which images are copies of each other, and which look alike, from hashes alone. Knows numbers;
 opens no images.
 
-Two looks are alike where at most `NEAR` of their 64 bits differ. Cut into `NEAR` + 2 parts, two
-such looks agree in two parts at least, so it is enough to compare those that agree in some two
-parts (Manku et al. 2007, "Detecting near-duplicates for web crawling"): they are sorted 15 times,
-and never compared all with all.
+Two hashes are alike where at most `NEAR` of their 64 bits differ. Split into `NEAR` + 2 parts, two
+such hashes agree in at least two parts. So only those that agree in some two parts are compared
+(Manku et al. 2007, "Detecting near-duplicates for web crawling"): the hashes are sorted 15 times,
+and not every pair is compared.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from itertools import combinations, pairwise
 import numpy as np
 
 NEAR = 4
-"""Bits in which looks that are alike may differ. Of emoji, shapes and coloured noise with the
-spectrum of photographs, all copies of half or three times the size stay within it, 99% of those of
-JPEG quality 50, 90% of those a third darker and 68 to 89% of those a third brighter, whose bright
-parts are cut; different noise differs in 15 or more, and drawings of one kind, such as faces, look
-alike to it."""
+"""Most bits in which hashes that are alike may differ. Measured on emoji, shapes and coloured noise
+with the spectrum of photographs, these copies stay within it: all of half or three times the size,
+99% of those of JPEG quality 50, 90% of those a third darker, and 68 to 89% of those a third
+brighter, whose bright parts are clipped. Different noise differs in 15 or more. Drawings of one
+kind, such as faces, look alike to it."""
 CROWD = 128
-"""Looks that agree in two parts are compared with so many neighbours in their order, so that a
-source of images that are all nearly the same takes no longer than others; beyond it, pairs may be
-missed."""
+"""Neighbours in the order that each hash is compared with. It bounds the time on a source of images
+that are nearly the same; beyond it, pairs may be missed."""
 _PENDING = 100_000
 
 
 def alike(looks: np.ndarray, most: int = NEAR, crowd: int = CROWD) -> np.ndarray:
-    """Looks uint64 (N) -> a number for each (N), the same for those that are linked by pairs that
+    """Hashes uint64 (N) -> a number for each (N), the same for those that are linked by pairs that
     differ in at most `most` bits."""
     distinct, inverse = np.unique(looks, return_inverse=True)
     links = _Links(len(distinct))
@@ -37,7 +36,8 @@ def alike(looks: np.ndarray, most: int = NEAR, crowd: int = CROWD) -> np.ndarray
     for one, other in combinations(masks, 2):
         keys = distinct & np.uint64(one | other)
         order = np.argsort(keys, kind="stable")
-        keys, sorted_looks = keys[order], distinct[order]
+        keys = keys[order]
+        sorted_looks = distinct[order]
         places = np.arange(len(order))
         for distance in range(1, crowd + 1):
             places = places[places < len(order) - distance]
@@ -53,35 +53,38 @@ def alike(looks: np.ndarray, most: int = NEAR, crowd: int = CROWD) -> np.ndarray
 
 
 class _Links:
-    """Connected components, told pair by pair; pairs that say nothing new are forgotten at once."""
+    """Connected components from pairs; pairs that are linked already are dropped at once."""
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count)
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending: list[np.ndarray] = []
         self._count = 0
 
     def add(self, ones: np.ndarray, others: np.ndarray) -> None:
-        new = self.labels[ones] != self.labels[others]
-        if new.any():
-            self._pending.append((ones[new], others[new]))
-            self._count += int(new.sum())
+        pairs = np.stack([ones, others])
+        pairs = pairs[:, self.labels[ones] != self.labels[others]]
+        if pairs.size:
+            self._pending.append(pairs)
+            self._count += pairs.shape[1]
             if self._count > _PENDING:
                 self.settle()
 
     def settle(self) -> None:
         if not self._pending:
             return
-        ones, others = (np.concatenate(side) for side in zip(*self._pending, strict=True))
-        self._pending, self._count = [], 0
+        pairs = np.concatenate(self._pending, axis=1)
+        self._pending = []
+        self._count = 0
         while True:
-            first, second = self.labels[ones], self.labels[others]
-            apart = first != second
+            labels = self.labels[pairs]
+            apart = labels[0] != labels[1]
             if not apart.any():
                 return
-            ones, others, first, second = ones[apart], others[apart], first[apart], second[apart]
-            # The larger label, which is a member itself, now points to the smaller one; chains of
-            # pointers are then followed to their end.
-            np.minimum.at(self.labels, np.maximum(first, second), np.minimum(first, second))
+            pairs = pairs[:, apart]
+            labels = labels[:, apart]
+            # The larger label, which is a member itself, now points to the smaller one. Then
+            # chains of pointers are followed to their end.
+            np.minimum.at(self.labels, labels.max(0), labels.min(0))
             while not np.array_equal(further := self.labels[self.labels], self.labels):
                 self.labels = further
 

@@ -1,5 +1,4 @@
-"""The rows of any source, to be looked at: files as they lie, images that are drawn here, the
-first samples of a stream.
+"""The rows of any source: files as they lie, synthetic images, the first samples of a stream.
 
 Knows how each kind is opened; judges nothing.
 """
@@ -10,7 +9,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -18,9 +17,11 @@ from PIL import Image
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.data.load import find_rows, load_sources
 from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint, is_held_out
+from pipeline.data.source import Source
 from pipeline.data.streaming.source import StreamSource, as_read
 
 
+@dataclass(frozen=True)
 class Opened:
     """A source's rows.
 
@@ -30,48 +31,51 @@ class Opened:
         first_only: whether there may be more.
     """
 
-    def __init__(self, rows: Rows, config: DataConfig, *, first_only: bool = False) -> None:
-        self.rows, self.config, self.first_only = rows, config, first_only
+    rows: Rows
+    config: DataConfig
+    first_only: bool = False
 
-    def held_out(self, row: int, share: float) -> bool:
-        """Whether a row is kept from training."""
-        if isinstance(self.rows, DrawnRows):
+    def held_out(self, row: int, fraction: float) -> bool:
+        """Whether a row is held out."""
+        if isinstance(self.rows, SyntheticRows):
             return row >= self.rows.train
-        return is_held_out(self.rows.label(row), share)
+        return is_held_out(self.rows.label(row), fraction)
 
 
 def open_source(config: DataConfig, most: int) -> Opened:
     """Opens the source that `config` names.
 
     Args:
-        most: images to look at of a source that has no end, or that is streamed.
+        most: images to read of a source that is unlimited, or that is streamed.
 
     Raises:
         ValueError, FileNotFoundError: see `pipeline.data.load.load_sources`.
     """
     if config.source in SYNTHETIC_SOURCES:
-        drawn = DrawnRows(config, most)
-        return Opened(drawn, config, first_only=drawn.first_only)
+        synthetic = SyntheticRows(config, most)
+        return Opened(synthetic, config, synthetic.first_only)
     if config.streaming:
         streamed = StreamedRows(config, most)
-        return Opened(streamed, as_read(config), first_only=len(streamed) == most)
+        return Opened(streamed, as_read(config), len(streamed) == most)
     return Opened(find_rows(config), config)
 
 
 def open_without_captions(config: DataConfig) -> Opened:
-    """A source whose captions cannot be read, as images alone; see `open_source` for what is
-    raised."""
+    """A source whose captions cannot be read, as images alone. Raises as `open_source`."""
     return Opened(find_rows(replace(config, text_column="name", caption_template="{name}")), config)
 
 
-class DrawnRows:
-    """Images that are drawn here: `train` of training and then those held out."""
+class SyntheticRows:
+    """Images of `shapes` or `emoji`: `train` of training and then those held out."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
-        self.name, self.columns, self.tally = config.source, ["text"], SkipCounter()
+        self.name = config.source
+        self.columns = ["text"]
+        self.tally = SkipCounter()
         self._splits = load_sources(config)
         train, held_out = self._splits
-        self.train, self._held_out = min(len(train), most), min(len(held_out), most)
+        self.train = min(len(train), most)
+        self._held_out = min(len(held_out), most)
         self.first_only = self.train < len(train)
         if self.first_only:
             self._held_out = min(self._held_out, max(round(most * config.val_fraction), 1))
@@ -95,16 +99,18 @@ class DrawnRows:
             source, index = self._of(row)
             yield [{"text": source.all_captions([index])[0]}]
 
-    def _of(self, row: int) -> tuple:
-        return (self._splits[0], row) if row < self.train else (self._splits[1], row - self.train)
+    def _of(self, row: int) -> tuple[Source, int]:
+        """The split of a row, and the row's index in it."""
+        train, held_out = self._splits
+        return (train, row) if row < self.train else (held_out, row - self.train)
 
 
 class StreamedRows:
-    """The first samples of a stream, their images in a file that is gone when these rows are."""
+    """The first samples of a stream. A temporary file holds their images as long as these rows
+    live."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
-        # Sizes are judged later: nothing but what has no caption or no known format is left out
-        # here.
+        # Sizes are judged later: here only samples of no caption or no known format are left out.
         stream = StreamSource(
             replace(
                 config,
@@ -112,8 +118,10 @@ class StreamedRows:
                 filter=replace(config.filter, min_size=None, max_size=None, max_aspect=None),
             )
         )
-        self.name, self.columns, self.tally = stream.name, ["text"], stream.tally
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows are
+        self.name = stream.name
+        self.columns = ["text"]
+        self.tally = stream.tally
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows live
         self._names: list[str] = []
         self._captions: list[list[str]] = []
         ends = [0]
@@ -133,8 +141,8 @@ class StreamedRows:
         return self._names[row]
 
     def picture(self, row: int) -> bytes:
-        first, end = self._ends[row], self._ends[row + 1]
-        return os.pread(self._file.fileno(), int(end - first), int(first))
+        start = int(self._ends[row])
+        return os.pread(self._file.fileno(), int(self._ends[row + 1]) - start, start)
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         for captions in self._captions:

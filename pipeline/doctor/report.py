@@ -7,7 +7,7 @@ Everything here can be written as JSON as it is (`dataclasses.asdict`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Level = Literal["fails", "warns", "notes"]
 
@@ -24,6 +24,11 @@ class Finding:
 
     level: Level
     text: str
+
+
+def findings_that_apply(*findings: tuple[object, Level, str]) -> list[Finding]:
+    """Findings from rows of (whether it applies, level, text)."""
+    return [Finding(level, text) for applies, level, text in findings if applies]
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ class Suggestion:
         reasons: why, a line a setting.
     """
 
-    values: dict[str, Any]
+    values: dict[str, object]
     reasons: list[str]
 
 

@@ -434,6 +434,20 @@ def test_the_page_stands_alone_and_escapes_what_is_not_ours(folder, tmp_path):
     ]
 
 
+def test_title_headings_and_suggestion_of_the_page_are_escaped(folder, tmp_path):
+    named = folder.rename(tmp_path / "a & <script>b")
+    (named / "10.txt").write_text("salt & pepper")
+    (named / "11.txt").write_text("salt & pepper")
+    out = tmp_path / "page"
+    assert main(["doctor", str(named), "--out", str(out), "--output_dir", str(tmp_path)]) == 0
+    page = (out / "index.html").read_text()
+    assert "<script" not in page and "& " not in page.replace("&amp; ", "")
+    escaped = "a &amp; &lt;script&gt;b"
+    assert f"{escaped}</title>" in page and f"{escaped}</h1>" in page
+    assert escaped in page[page.index("<pre>") : page.index("</pre>")]
+    assert "<td>salt &amp; pepper</td>" in page
+
+
 def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
     runs = ["--output_dir", tmp_path / "runs"]
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "128", *runs)]) == 1

@@ -72,6 +72,16 @@ def test_each_level_has_its_own_pictures(tmp_path, kind):
         assert len(re.findall("<tr><td>", page)) == sum(len(v.codes) for v in views)
 
 
+def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
+    folder = tmp_path / "<script>a & b"
+    tiny_tokenizer().save_pretrained(folder)
+    codebook_page(folder, pictures(2), tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text()
+    escaped = "&lt;script&gt;a &amp; b"
+    assert "<script" not in page
+    assert f"{escaped}</title>" in page and f"{escaped}</h1>" in page
+
+
 def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
