@@ -11,14 +11,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("stage1_tokenizer", "stage2_prior", "pipeline")
+from tests.helpers.architecture import (
+    DIAGRAM,
+    FILES,
+    PACKAGES,
+    ROOT,
+    direct_imports,
+    imported_modules,
+    module_of,
+    package_imports,
+    svg,
+)
+
 FORBIDDEN = {
     "stage1_tokenizer": {"stage2_prior", "pipeline"},
     "stage2_prior": {"stage1_tokenizer", "pipeline"},
     "pipeline": set(),
 }
-FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -31,24 +40,6 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path} imports relatively"
             found.add((node.module or "").split(".")[0])
     return found
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Our own modules that a file imports, anywhere in it: also within functions and for the type
-    checker alone."""
-    names = {module_of(file) for file in FILES}
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in names:
-            found |= {
-                full if (full := f"{node.module}.{alias.name}") in names else node.module
-                for alias in node.names
-            }
-    return found
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 LAYERS = (
@@ -188,6 +179,17 @@ def test_the_architecture_page_names_every_file_and_no_other():
         else:
             listed.add("/".join([*folders, name]))
     assert listed == {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
+
+
+def test_the_architecture_diagram_shows_the_imports():
+    assert DIAGRAM.read_text() == svg(direct_imports(package_imports())), (
+        "the imports of packages changed; run: python -m tests.helpers.architecture"
+    )
+
+
+def test_diagram_leaves_out_imports_that_others_imply():
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert direct_imports(graph) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
 def test_what_the_theory_names_is_there():
