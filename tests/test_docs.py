@@ -52,7 +52,7 @@ def settings(kind: Any, path: str = "") -> set[str]:
 
 
 @EVERY_PAGE
-def test_settings_that_are_given_exist(page):
+def test_named_settings_exist(page):
     """Options with a dot, as in --prior.train.steps."""
     known = settings(Experiment)
     for option in re.findall(r"--([a-z_]+\.[a-z_.]+)", page.read_text()):

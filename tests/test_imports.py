@@ -100,7 +100,7 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return sorted(module for module, uses in reached.items() if module in uses)
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_are_no_import_circles():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
     assert circles({module_of(path): imported_modules(path) for path in FILES}) == []
 
@@ -111,7 +111,7 @@ def test_stages_do_not_know_each_other_or_the_pipeline(path):
     assert not imported(path) & (FORBIDDEN[package] | {"tests", "benchmarks", "pickle"})
 
 
-def test_shapes_and_sequence_alone_know_their_units():
+def test_pixel_units_and_text_offsets_are_in_one_file_each():
     """Text offsets are added in sequence.py only; pixel units are converted in pixels.py only."""
     for path in (ROOT / "stage1_tokenizer").rglob("*.py"):
         assert path.name == "pixels.py" or "127.5" not in path.read_text(), path
@@ -192,7 +192,7 @@ def test_diagram_leaves_out_imports_that_others_imply():
     assert direct_imports(graph) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
-def test_what_the_theory_names_is_there():
+def test_names_in_the_theory_page_exist():
     code = "\n".join(path.read_text() for path in FILES)
     for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
         for name in re.findall(r"\w+", named.removesuffix(".py").rpartition("/")[2]):

@@ -56,7 +56,7 @@ def run(
     )
 
 
-def test_a_part_that_fails_stops_no_other(tmp_path, capsys):
+def test_failing_part_does_not_stop_the_others(tmp_path, capsys):
     results = run(
         tmp_path,
         {
@@ -74,7 +74,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path, capsys):
     assert "== broken failed after" in capsys.readouterr().out
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(tmp_path):
+def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path):
     child = tmp_path / "child"
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     start = f"import subprocess, time; child = subprocess.Popen({sleep!r}); "
@@ -96,7 +96,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_parts_without_enough_gpu_memory_say_how_much_they_need(tmp_path):
+def test_part_that_lacks_gpu_memory_reports_what_it_needs(tmp_path):
     codes = {
         "environment": FIGURE % '{"free GPU memory, GiB": 7.5}',
         "large": "raise SystemExit(1)",
@@ -109,7 +109,7 @@ def test_parts_without_enough_gpu_memory_say_how_much_they_need(tmp_path):
     assert json.loads((tmp_path / "large.json").read_text())["status"] == "skipped"
 
 
-def test_missing_packages_skip_what_needs_them(tmp_path):
+def test_parts_with_missing_packages_are_skipped(tmp_path):
     whole, other = run(
         tmp_path,
         {"whole": "raise SystemExit(1)", "other": "pass"},
@@ -127,14 +127,14 @@ def test_missing_packages_skip_what_needs_them(tmp_path):
     )
 
 
-def test_nothing_is_begun_where_no_time_is_left(tmp_path):
+def test_no_part_starts_when_time_is_up(tmp_path):
     (result,) = run(tmp_path, {"late": "raise SystemExit(1)"}, total=5)
     assert result["status"] == "skipped" and re.fullmatch(
         r"\d s are left of the run's 5", result["problem"]
     )
 
 
-def test_packages_that_are_absent_or_too_old_are_named(tmp_path):
+def test_missing_or_old_packages_are_named(tmp_path):
     project = tmp_path / "pyproject.toml"
     project.write_text(
         '[project]\ndependencies = ["torch>=2.11", "numpy>=999.1,<1000", "no-such-package>=1", '
@@ -152,7 +152,7 @@ def test_packages_that_are_absent_or_too_old_are_named(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
+def test_without_a_gpu_the_error_is_one_line(tmp_path, capsys):
     assert gpu_kit.main(["--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert (
@@ -164,7 +164,7 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     assert device_problem("cpu", dict(os.environ)) is None
 
 
-def test_a_part_that_does_not_exist_is_wrong_usage(capsys):
+def test_unknown_part_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as error:
         gpu_kit.main(["--device", "cpu", "--only", "tests,sampling,sleep"])
     assert (
@@ -173,7 +173,7 @@ def test_a_part_that_does_not_exist_is_wrong_usage(capsys):
     )
 
 
-def test_results_go_to_the_folder_that_is_named(tmp_path, monkeypatch):
+def test_results_go_to_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert gpu_kit.main(["--device", "cpu", "--only", "environment"]) == 0
     found = json.loads((tmp_path / "named" / "environment.json").read_text())
@@ -181,7 +181,7 @@ def test_results_go_to_the_folder_that_is_named(tmp_path, monkeypatch):
     assert "| | missing requirements | none |" in (tmp_path / "named" / "table.md").read_text()
 
 
-def test_the_table_holds_figures_against_their_aims():
+def test_table_compares_metrics_with_targets():
     result = {
         "part": "sampling",
         "status": "passed",
@@ -199,7 +199,7 @@ def test_the_table_holds_figures_against_their_aims():
     assert "(not reached)" in table([result], compared=True)
 
 
-def test_every_part_is_there_and_together_they_end_in_time():
+def test_parts_of_the_kit_add_up_to_its_total_time():
     assert [part.name for part in PARTS] == list(gpu_parts.PARTS)
     assert {part for part, _ in AIMS} <= set(gpu_parts.PARTS)
     assert sum(part.seconds for part in PARTS) == TOTAL_SECONDS == 540
@@ -211,14 +211,14 @@ def test_every_part_is_there_and_together_they_end_in_time():
     )
 
 
-def test_the_wheels_are_those_that_are_asked_for():
+def test_makefile_wheels_match_the_kit():
     wheels = re.search(r"^WHEELS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert wheels is not None and tuple(wheels[1].split()) == CARRIED
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     assert all(any(line.startswith(f"{name}==") for line in pinned) for name in CARRIED)
 
 
-def test_steps_are_compiled_without_a_graph_where_that_is_measured():
+def test_compiled_steps_can_skip_cuda_graphs():
     """What takes the place of capturing gives the step itself, and capturing comes back."""
     capture = decoding.capture_cuda_graph
     with gpu_parts.uncaptured(decoding):
@@ -230,7 +230,7 @@ def test_steps_are_compiled_without_a_graph_where_that_is_measured():
     assert decoding.capture_cuda_graph is capture
 
 
-def test_operations_and_bytes_by_hand():
+def test_flops_and_bytes_match_hand_computation():
     """One block of width 64 without anything but products; 6 per parameter and token, 12 per pair
     that is seen."""
     sizes = gpu_parts.TINY

@@ -72,7 +72,7 @@ def test_psnr_by_hand():
     torch.testing.assert_close(peak_signal_to_noise(pixels, mixed), torch.tensor([20.0, 40.0]))
 
 
-def test_the_loss_of_vq_is_nats_a_dimension_plus_the_quantizers(pictures):
+def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(pictures):
     tokenizer = tiny_tokenizer().train()
     (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
     commitment = 0.25 * loss.metrics["commitment"]
@@ -90,7 +90,7 @@ def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
-def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
+def test_gumbel_kl_weight_is_ramped(pictures, step, weight):
     tokenizer = tiny_tokenizer(quantizer="gumbel", gumbel=GumbelOptions(diversity=0.0)).train()
     objective = TokenizerObjective(
         tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10)
@@ -102,7 +102,7 @@ def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
     assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
 
 
-def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
+def test_score_function_adds_gradient_but_no_loss(pictures):
     tokenizer = tiny_tokenizer(
         quantizer="score_function",
         score_function=ScoreFunctionOptions(diversity=0.0, credit_assignment="picture"),
@@ -115,7 +115,7 @@ def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
     assert all(p.grad.any() for p in tokenizer.encoder.parameters())
 
 
-def test_the_figures_of_several_levels_are_told_apart(pictures):
+def test_metrics_are_named_per_level(pictures):
     tokenizer = tiny_tokenizer(**KINDS["hierarchical"])
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     figures = objective.evaluate([pictures])
@@ -134,7 +134,7 @@ def test_the_figures_of_several_levels_are_told_apart(pictures):
 
 
 @EVERY_KIND
-def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
+def test_losses_call_the_wrapped_networks(pictures, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
     class Wrapper(torch.nn.Module):
@@ -154,7 +154,7 @@ def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
-def test_held_out_figures(pictures, quantizer):
+def test_validation_metrics_are_complete_and_independent_of_batches(pictures, quantizer):
     tokenizer = tiny_tokenizer(quantizer=quantizer)
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     before = tokenizer.fingerprint
@@ -171,7 +171,7 @@ def test_held_out_figures(pictures, quantizer):
     assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)
 
 
-def test_held_out_codes_are_counted_exactly(tokenizer, pictures):
+def test_validation_code_usage_is_exact(tokenizer, pictures):
     figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     used = tokenizer.encode(to_model_range(pictures)).unique().numel()
     assert (
@@ -179,7 +179,7 @@ def test_held_out_codes_are_counted_exactly(tokenizer, pictures):
     )
 
 
-def test_the_gap_of_gumbel_is_relaxed_minus_hard(pictures):
+def test_gumbel_gap_is_relaxed_minus_hard(pictures):
     tokenizer = tiny_tokenizer(quantizer="gumbel")
     figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
         [pictures]
@@ -190,7 +190,7 @@ def test_the_gap_of_gumbel_is_relaxed_minus_hard(pictures):
     )
 
 
-def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
+def test_evaluation_keeps_no_graph_and_training_continues(pictures):
     tokenizer = tiny_tokenizer().train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     counts = tokenizer.quantizer.counts.clone()
@@ -199,7 +199,7 @@ def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
     assert all(p.grad is None for p in tokenizer.parameters())
 
 
-def test_nothing_held_out_is_refused(tokenizer):
+def test_empty_validation_is_refused(tokenizer):
     with pytest.raises(
         ValueError, match=r"no held-out images to evaluate on; raise data\.val_fraction"
     ):

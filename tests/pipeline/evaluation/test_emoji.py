@@ -12,7 +12,7 @@ from pipeline.evaluation import emoji
 from pipeline.evaluation.emoji import captions_found, emoji_figures, squared_errors
 
 
-def test_squared_errors_by_hand():
+def test_squared_errors_match_hand_computation():
     a, b = (
         np.zeros((1, 2, 2, 3), dtype=np.uint8),
         np.stack([np.full((2, 2, 3), v, dtype=np.uint8) for v in (0, 10, 255)]),
@@ -40,7 +40,7 @@ class Tones:
 
 
 @pytest.mark.parametrize(("off", "expected"), [(0, 1.0), (5, 1.0), (25, 0.0)])
-def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected):
+def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected):
     monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
 
     def pipe(prompts, truncate):
@@ -60,7 +60,7 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
     assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
 
 
-def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():
+def test_caption_retrieval_counts_images_whose_caption_is_likeliest():
     """A captioner that is right about the five darkest images alone."""
 
     def caption(image, candidates, truncate):

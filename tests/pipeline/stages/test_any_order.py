@@ -42,7 +42,7 @@ ANY_ORDER = [
 ]
 
 
-def test_a_run_in_any_order(tiny_yaml, tmp_path, capsys):
+def test_whole_run_in_any_order(tiny_yaml, tmp_path, capsys):
     arguments = ["--config", str(tiny_yaml), *ANY_ORDER]
     assert main(["run", *arguments]) == 0, capsys.readouterr().err
     folder = tmp_path / "runs" / "tiny"
@@ -92,7 +92,7 @@ def test_an_interrupted_run_in_any_order_ends_as_an_uninterrupted_one(tiny_yaml,
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
-def test_codes_of_another_order_are_another_prior(tiny_yaml, tmp_path, capsys):
+def test_another_code_order_is_another_prior(tiny_yaml, tmp_path, capsys):
     assert main(["run", "--config", str(tiny_yaml)]) == 0
     fails(
         capsys,

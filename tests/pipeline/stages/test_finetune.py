@@ -76,7 +76,7 @@ def encoded(same, tmp_path) -> tuple[list[str], Path]:
     return same, tmp_path / "runs" / "tuned"
 
 
-def test_models_and_text_follow_what_is_started_from(same, bundle):
+def test_model_and_text_settings_are_inherited(same, bundle):
     experiment = load_experiment(same)
     tokenizer, prior = (
         ImageTokenizer.from_pretrained(bundle / "tokenizer"),
@@ -89,7 +89,7 @@ def test_models_and_text_follow_what_is_started_from(same, bundle):
     )
 
 
-def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
+def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run):
     """The tokenizer is the same to the bit, and so are the codes' figures of the prior before
     anything is learned."""
     arguments, folder = encoded
@@ -160,7 +160,7 @@ def test_a_tokenizer_that_is_trained_further_starts_from_the_weights(same, tmp_p
     )
 
 
-def test_what_does_not_fit_is_refused_by_what_differs(
+def test_mismatched_parents_are_refused_with_the_difference(
     encoded, tmp_path, bundle, finished_run, capsys
 ):
     arguments, _ = encoded
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused_by_what_differs(
     )
 
 
-def test_settings_that_make_no_sense_together_are_named(same, capsys):
+def test_contradictory_finetuning_settings_are_named(same, capsys):
     loose = [
         "--prior.lora_rank",
         "4",
@@ -260,7 +260,7 @@ def test_settings_that_make_no_sense_together_are_named(same, capsys):
     fails(capsys, ["run", *same, "--text.pretrained", "gpt2"], "keeps its own vocabulary", status=2)
 
 
-def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, tmp_path):
+def test_lora_trains_only_the_adapter_and_merges_exactly(bundle, tmp_path):
     from accelerate import Accelerator
 
     prior, plain = (
@@ -290,7 +290,7 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     torch.testing.assert_close(adapted(PeftModel, plain, tmp_path / "adapter", fed), beside)
 
 
-def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
+def test_missing_peft_is_reported(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"
@@ -309,7 +309,7 @@ def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
     return model(fed.ids, fed.slots, targets=fed.targets).image
 
 
-def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):
+def test_killed_lora_run_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):
     """And what was not to be trained is what it was; checkpoints hold averages and moments of
     adapters alone."""
     arguments, folder = encoded
@@ -366,7 +366,7 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     )
 
 
-def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
+def test_auto_batch_size_works_with_lora(encoded, capsys):
     """Only what is trained has moments and gradients to count."""
     arguments, folder = encoded
     assert main(["train-prior", *arguments, *LORA, "--prior.train.batch_size", "auto"]) == 0
@@ -389,7 +389,7 @@ sharding.FSDPModelState.load_ema = told
 """
 
 
-def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
+def test_lora_on_two_processes_equals_one(same, tmp_path):
     """Cut over them (FSDP), where the averages of adapters alone are put together."""
     given = [*same, *LORA, "--prior.objective.caption_dropout", "0", "--precision", "fp32"]
     for name in ("alone", "cut"):
@@ -420,7 +420,7 @@ def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
             torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
 
 
-def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
+def test_new_tokens_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
     """Old ids stay, and old captions are cut as they were; longer captions have slots."""
     arguments, folder = encoded
     text = TextTokenizer.load(bundle / "text_tokenizer")
@@ -470,9 +470,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
             torch.testing.assert_close(row, theirs.weight[ids].mean(0))
 
 
-def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
-    tmp_path, bundle, finished_run, capsys
-):
+def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finished_run, capsys):
     arguments = settings(tmp_path, bundle, min_objects=2, max_objects=2)
     arguments += ["--text.truncate", "true"]
     assert main(["run", *arguments, *LORA]) == 0
@@ -512,9 +510,7 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
     assert written["forgetting"]["figures"] == found.figures
 
 
-def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(
-    tmp_path, bundle, finished_run, capsys
-):
+def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, finished_run, capsys):
     """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
@@ -545,7 +541,7 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
     assert found[NEW]["psnr"]["after"] == pytest.approx(written["psnr"], abs=1e-6)
 
 
-def test_old_data_that_are_gone_are_said_and_the_new_ones_reported(tmp_path, bundle, finished_run):
+def test_missing_old_data_is_reported_and_new_data_evaluated(tmp_path, bundle, finished_run):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     described = json.loads((copy / "pipeline.json").read_text())
     described["trained_on"]["data"]["source"] = str(tmp_path / "gone")

@@ -37,7 +37,7 @@ def unfinished(stage: Path) -> None:
     )
 
 
-def test_other_settings_after_a_kill(run, capsys):
+def test_changed_settings_after_a_kill_are_refused(run, capsys):
     """With a checkpoint they are refused; without one there is nothing to lose, and the text
     tokenizer is rebuilt too."""
     arguments, folder = run
@@ -52,7 +52,7 @@ def test_other_settings_after_a_kill(run, capsys):
     fails(capsys, longer, "tokenizer is not finished yet; run `minidalle train-tokenizer`")
 
 
-def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
+def test_finished_stage_accepts_more_steps_only(run, capsys):
     arguments, folder = run
     fails(
         capsys,
@@ -229,7 +229,7 @@ def own_folder(tmp_path) -> list[str]:
     return ["--config", str(tmp_path / "own.yaml")]
 
 
-def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
+def test_changed_images_are_another_run(own_folder, tmp_path, capsys):
     for verb in ("train-tokenizer", "encode", "train-prior"):
         assert main([verb, *own_folder]) == 0
     capsys.readouterr()
@@ -247,7 +247,7 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
     fails(capsys, ["train-prior", *own_folder], "made with other settings (codes)")
 
 
-def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_path, capsys):
+def test_empty_validation_split_is_reported_before_writing(own_folder, tmp_path, capsys):
     fails(
         capsys,
         ["run", *own_folder, "--data.val_fraction", "0.0001"],
@@ -293,7 +293,7 @@ def test_another_optimizer_after_a_kill_is_refused(run, capsys):
         "stage1_tokenizer.model.ImageTokenizer.save_pretrained",
     ],
 )
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypatch, where):
+def test_full_disk_is_reported_and_the_last_checkpoint_kept(run, capsys, monkeypatch, where):
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -313,7 +313,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypa
     assert ImageTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
+def test_missing_or_truncated_manifests_are_named(run, capsys):
     """Cut, emptied or gone: one line each, and nothing is mixed."""
     arguments, folder = run
     settings = folder / "tokenizer" / "settings.json"
@@ -347,7 +347,7 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
     )
 
 
-def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
+def test_corrupted_weights_of_a_finished_stage_are_rebuilt(run, capsys):
     arguments, folder = run
     weights = folder / "tokenizer" / "model.safetensors"
     whole = weights.read_bytes()

@@ -46,7 +46,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_stops_before_the_weights_move(tmp_path, broken):
+def test_nonfinite_step_stops_before_weights_change(tmp_path, broken):
     objective, before = Line(broken_at=5 if broken == "loss" else None), []
 
     def on_step(step: int) -> None:
@@ -98,7 +98,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, caplog):
     assert said in caplog.messages
 
 
-def test_the_count_goes_on_after_a_kill(tmp_path):
+def test_skip_counter_survives_resume(tmp_path):
     train(tmp_path, Line(broken_at=3), max_nonfinite_steps=2, steps=5)
     train(tmp_path, Line(broken_at=5), max_nonfinite_steps=2, steps=7)
     with pytest.raises(
@@ -107,9 +107,7 @@ def test_the_count_goes_on_after_a_kill(tmp_path):
         train(tmp_path, Line(broken_at=8), max_nonfinite_steps=2)
 
 
-def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(
-    tmp_path, caplog, monkeypatch
-):
+def test_skipped_steps_and_data_wait_are_logged_and_summarised(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "pipeline")
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
@@ -151,7 +149,7 @@ QUANTIZERS: dict[str, dict] = {
 
 @pytest.mark.parametrize("where", ["features", "discriminator"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, where):
+def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
     """Of codebooks, baselines and the adversary, at the first step and later; and where the
     adversary's loss alone is not finite, the tokenizer keeps still as well."""
     from pipeline.config.load import from_dict
@@ -233,14 +231,14 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
     assert all(value.isfinite().all() for value in steps[6].values() if value.is_floating_point())
 
 
-def test_what_is_not_finite_is_put_in_words():
+def test_nonfinite_message_names_its_sources():
     assert nonfinite_message(["loss"], [], 3) == "loss is not finite at step 3"
     assert nonfinite_message(["loss"], [f"row {i}" for i in range(10)], 3).endswith(
         "(row 0, row 1, row 2, row 3, row 4, row 5, row 6, row 7 and 2 more)"
     )
 
 
-def test_losses_and_norms_alone_decide():
+def test_only_losses_and_gradient_norms_decide_finiteness():
     device = torch.device("cpu")
     fine = {
         "loss": torch.tensor(1.0),
@@ -257,7 +255,7 @@ def test_losses_and_norms_alone_decide():
         )
 
 
-def test_a_gradient_far_above_its_median_is_said():
+def test_gradient_norm_far_above_its_median_is_reported():
     alarm = GradNormMonitor().check
     norms = [1.0, 30.0, 2.0, 1.0, 3.0, 21.0, 19.0, 2.0, 100.0]
     said = [
@@ -274,7 +272,7 @@ def test_a_gradient_far_above_its_median_is_said():
     assert not any([alarm({"grad_norm": 1.05**step}, step) for step in range(200)])
 
 
-def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, caplog):
+def test_training_warns_of_a_gradient_jump(tmp_path, caplog):
     objective, factor = Line(), [1.0]
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * factor[0])
     batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
@@ -301,7 +299,7 @@ def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, caplog):
     )
 
 
-def test_pictures_a_second_and_the_share_of_waiting(monkeypatch):
+def test_throughput_and_data_wait_fraction(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
     pace = ThroughputMeter(batch_size=32)
