@@ -21,7 +21,7 @@ help:
 	@echo "make docs    build the documentation site into site/"
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
-	@echo "make gpu     prove and measure everything on a GPU in nine minutes; DEVICE=cpu rehearses it (see benchmarks/README.md)"
+	@echo "make gpu     test and measure everything on a GPU in nine minutes; DEVICE=cpu runs it at a tiny size (see benchmarks/README.md)"
 
 # torch first: at its constrained version the CPU build is enough, and an open range would fetch CUDA packages too.
 $(VENV)/ready: pyproject.toml constraints.txt

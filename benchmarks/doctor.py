@@ -97,7 +97,7 @@ def run(pictures: int, looks: int) -> dict[str, float]:
     search_seconds, found = search(looks)
     return {
         "pictures": pictures,
-        "KB an image": round(size, 1),
+        "KB per image": round(size, 1),
         "seconds": round(seconds, 2),
         "images per second": round(pictures / seconds),
         "looks": looks,
@@ -110,9 +110,9 @@ if __name__ == "__main__":
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     reader.add_argument("--pictures", type=int, default=10_000)
     reader.add_argument("--looks", type=int, default=1_000_000)
-    reader.add_argument("--out", type=Path, help="JSON file for the figures")
+    reader.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = reader.parse_args()
-    figures = run(options.pictures, options.looks)
-    print(json.dumps(figures, indent=1))
+    metrics = run(options.pictures, options.looks)
+    print(json.dumps(metrics, indent=1))
     if options.out is not None:
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        options.out.write_text(json.dumps(metrics, indent=1) + "\n")

@@ -61,7 +61,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
-    """Images a second while every image is opened once, and while batches are loaded; the first
+    """Images per second while every image is opened once, and while batches are loaded; the first
     is 0 for a stream."""
     start = time.perf_counter()
     train, _ = load_sources(

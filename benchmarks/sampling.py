@@ -108,7 +108,7 @@ def _fastest(call) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of copying 256 MB."""
+    """Bytes per second, read and written, of copying 256 MB."""
     source = torch.ones(2**26)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source))

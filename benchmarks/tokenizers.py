@@ -132,7 +132,7 @@ def train_discrete_vae(
     experiment: Experiment, seconds: float | None, *, fp32: bool
 ) -> PeerTokenizer:
     """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many
-    seconds; writes its held-out figures."""
+    seconds; writes its held-out metrics."""
     train = experiment.tokenizer.train
     torch.manual_seed(experiment.seed)
     source, held_out = sources_of(experiment)
@@ -161,7 +161,7 @@ def train_discrete_vae(
     )
     codes = tokenizer.encode(true)
     statistics = codebook_statistics(torch.bincount(codes.flatten(), minlength=tokenizer.num_codes))
-    figures = {
+    metrics = {
         "psnr": float(peak_signal_to_noise(true, tokenizer.decode(codes)).mean()),
         "codebook_usage": statistics.usage,
         "codebook_perplexity": statistics.perplexity,
@@ -169,12 +169,12 @@ def train_discrete_vae(
     folder = experiment.folder / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     settled = {"train": {"steps": step}}
-    (folder / "settings.json").write_text(json.dumps({"settings": settled, "held_out": figures}))
+    (folder / "settings.json").write_text(json.dumps({"settings": settled, "held_out": metrics}))
     return tokenizer
 
 
 def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: bool = False) -> None:
-    """The row's figures by the code that judges ours, with the peer in our tokenizer's place."""
+    """The row's metrics by the code that judges ours, with the peer in our tokenizer's place."""
     trained: list[PeerTokenizer] = []
 
     def train(given: Experiment) -> Path:
@@ -186,17 +186,17 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     comparison.train_tokenizer = train
     comparison.steps_in_budget = lambda given, seconds: 1
     ImageTokenizer.from_pretrained = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
-    figures = comparison.run_variant(experiment, minutes)
+    metrics = comparison.run_variant(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"][
         "train"
     ]["steps"]
-    figures |= {
+    metrics |= {
         "steps": steps,
         "training_rate": steps
         * experiment.tokenizer.train.resolved_batch()[0]
-        / (60 * figures["minutes"]),
+        / (60 * metrics["minutes"]),
     }
-    comparison.write_figures(experiment, minutes, figures)
+    comparison.write_figures(experiment, minutes, metrics)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:

@@ -29,11 +29,11 @@ from benchmarks.gpu_kit import (
 )
 from stage2_prior import decoding
 
-FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"figures": %s})); '
+FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"metrics": %s})); '
 
 
 def python(code: str):
-    """A command that runs this code; its one argument is the file of the figures."""
+    """A command that runs this code; its one argument is the file of the metrics."""
     return lambda part, file: [sys.executable, "-c", code, str(file)]
 
 
@@ -69,7 +69,7 @@ def test_failing_part_does_not_stop_the_others(tmp_path, capsys):
         results[0]["problem"].splitlines()[0] == "ValueError: no kernel"
         and "Traceback" in results[0]["problem"]
     )
-    assert results[0]["figures"] == {"a": 1} and results[1]["figures"] == {"b": 2.5}
+    assert results[0]["metrics"] == {"a": 1} and results[1]["metrics"] == {"b": 2.5}
     assert json.loads((tmp_path / "broken.json").read_text()) == results[0]
     assert "== broken failed after" in capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path
     assert (
         result["status"] == "timed out"
         and result["problem"].startswith("it took longer than 3 s")
-        and result["figures"] == {"a": 1}
+        and result["metrics"] == {"a": 1}
     )
     state = Path(f"/proc/{child.read_text()}/stat")
     deadline = time.monotonic() + 30
@@ -158,7 +158,7 @@ def test_without_a_gpu_the_error_is_one_line(tmp_path, capsys):
     assert (
         said.out == ""
         and said.err
-        == "there is no CUDA device here; run it where there is one, or rehearse it on the CPU: "
+        == "there is no CUDA device here; run it where there is one, or try it on the CPU: "
         "make gpu DEVICE=cpu\n"
     )
     assert device_problem("cpu", dict(os.environ)) is None
@@ -177,7 +177,7 @@ def test_results_go_to_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert gpu_kit.main(["--device", "cpu", "--only", "environment"]) == 0
     found = json.loads((tmp_path / "named" / "environment.json").read_text())
-    assert found["status"] == "passed" and found["figures"]["torch"] == torch.__version__
+    assert found["status"] == "passed" and found["metrics"]["torch"] == torch.__version__
     assert "| | missing requirements | none |" in (tmp_path / "named" / "table.md").read_text()
 
 
@@ -186,7 +186,7 @@ def test_table_compares_metrics_with_targets():
         "part": "sampling",
         "status": "passed",
         "seconds": 12.3,
-        "figures": {"images/s, batch 8, captured": 7.0},
+        "metrics": {"images/s, batch 8, captured": 7.0},
         "problem": None,
     }
     row = (
@@ -195,7 +195,7 @@ def test_table_compares_metrics_with_targets():
     )
     assert row in table([result], compared=True)
     assert "| | images/s, batch 8, captured | 7 |  |" in table([result], compared=False)
-    result["figures"]["images/s, batch 8, captured"] = 6.5
+    result["metrics"]["images/s, batch 8, captured"] = 6.5
     assert "(not reached)" in table([result], compared=True)
 
 

@@ -21,7 +21,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _uncompiled_on_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a rehearsal,
+    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a dry run,
     and compiling takes minutes."""
     if device.type == "cpu":
         compile = torch.compile
