@@ -1,9 +1,10 @@
 """`minidalle doctor` on images of 256x256: images per second, and the search for images that
 look alike among a million.
 
-python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Images are JPEGs of
-smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb
-does is timed, the page included; the interpreter's start is not.
+    python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE]
+
+Images are JPEGs of smooth colours with noise, of about 25 KB, in a temporary folder. Everything
+that the command does is timed, the HTML report included; the interpreter's start is not.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def copy_rate() -> float:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two 2048 x 2048 matrices."""
+    """Operations per second of a product of two 2048 x 2048 matrices."""
     matrix: Tensor = torch.randn(2048, 2048).to(dtype)
     return 2 * 2048**3 / _fastest(lambda: matrix @ matrix)
 

@@ -29,7 +29,7 @@ from benchmarks.gpu_kit import (
 )
 from stage2_prior import decoding
 
-FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"metrics": %s})); '
+METRICS = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"metrics": %s})); '
 
 
 def python(code: str):
@@ -60,8 +60,8 @@ def test_failing_part_does_not_stop_the_others(tmp_path, capsys):
     results = run(
         tmp_path,
         {
-            "broken": FIGURE % '{"a": 1}' + 'raise ValueError("no kernel")',
-            "next": FIGURE % '{"b": 2.5}',
+            "broken": METRICS % '{"a": 1}' + 'raise ValueError("no kernel")',
+            "next": METRICS % '{"b": 2.5}',
         },
     )
     assert [r["status"] for r in results] == ["failed", "passed"]
@@ -79,7 +79,7 @@ def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     start = f"import subprocess, time; child = subprocess.Popen({sleep!r}); "
     code = (
-        FIGURE % '{"a": 1}'
+        METRICS % '{"a": 1}'
         + start
         + f'open({str(child)!r}, "w").write(str(child.pid)); time.sleep(600)'
     )
@@ -98,7 +98,7 @@ def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path
 
 def test_part_that_lacks_gpu_memory_reports_what_it_needs(tmp_path):
     codes = {
-        "environment": FIGURE % '{"free GPU memory, GiB": 7.5}',
+        "environment": METRICS % '{"free GPU memory, GiB": 7.5}',
         "large": "raise SystemExit(1)",
     }
     large = run(tmp_path, codes, gibibytes=8.0)[1]

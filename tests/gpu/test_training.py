@@ -63,7 +63,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
                 if parameter.ndim == 2:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
         return PriorObjective(prior.train(), PriorObjectiveConfig(caption_dropout=0.0))
-    adversary = (
+    options = (
         DiscriminatorOptions(weight=1.0, width=16, start=0)
         if "discriminator" in stage
         else DiscriminatorOptions()
@@ -78,7 +78,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
         "code_dim": 4,
     }
     tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
-    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=adversary))
+    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=options))
 
 
 def batch_of(stage: str, step: int, rows: int = 16) -> Tensor | dict[str, Tensor]:

@@ -88,7 +88,7 @@ def train(
         sample_names=lambda step: [f"row {step}{i}" for i in range(4)],
     )
     config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
-    figures = fit(
+    metrics = fit(
         task,
         config,
         Accelerator(),
@@ -99,4 +99,4 @@ def train(
         label="line",
         progress=False,
     )
-    return objective, figures
+    return objective, metrics

@@ -35,9 +35,9 @@ def test_warning_needs_enough_steps_and_low_usage():
 
 
 def test_the_worst_level_is_named():
-    figures = {"codebook_usage": 0.6, "codebook_usage_level_1": 0.2, "codebook_usage_level_2": 1.0}
+    metrics = {"codebook_usage": 0.6, "codebook_usage_level_1": 0.2, "codebook_usage_level_2": 1.0}
     config = TokenizerConfig(quantizer="hierarchical")
-    assert "only 20% of the codes of level 1 are in use" in str(check(config, figures, 1000))
+    assert "only 20% of the codes of level 1 are in use" in str(check(config, metrics, 1000))
 
 
 @pytest.mark.parametrize("quantizer", typing.get_args(QuantizerName))

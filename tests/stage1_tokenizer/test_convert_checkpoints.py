@@ -281,9 +281,8 @@ def test_loaded_tokenizer_can_be_saved_and_trained(tmp_path, pixels):
     assert ImageTokenizer.from_pretrained(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     before = tokenizer.quantizer.codebook.clone()
     tokenizer.train()
-    for _ in range(
-        25
-    ):  # its codebook does not start anew, nor do codes restart that these images do not show
+    # Neither is its codebook initialised again, nor do codes restart that these images lack.
+    for _ in range(25):
         tokenizer(pixels[:1, :, :8, :8])
     assert torch.equal(tokenizer.quantizer.codebook, before)
 

@@ -1,4 +1,4 @@
-"""The adversary: its losses by hand, the scaled weight, who learns from what, its turn in the
+"""The discriminator: its losses by hand, the scaled weight, who learns from what, its turn in the
 objective."""
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def objective(start: int = 10, **options) -> TokenizerObjective:
     torch.manual_seed(0)
-    adversary = DiscriminatorOptions(weight=1.0, start=start, width=16, layers=1, **options)
-    return TokenizerObjective(tiny_tokenizer().train(), ObjectiveConfig(discriminator=adversary))
+    discriminator = DiscriminatorOptions(weight=1.0, start=start, width=16, layers=1, **options)
+    return TokenizerObjective(
+        tiny_tokenizer().train(), ObjectiveConfig(discriminator=discriminator)
+    )
 
 
 def test_losses_match_hand_computation():
@@ -202,10 +204,10 @@ def test_compiled_networks_train_with_a_discriminator(pictures, adaptive):
 
 
 def test_a_discriminator_that_leaves_no_patch_is_refused_before_it_starts():
-    adversary = DiscriminatorOptions(weight=1.0, layers=3, width=16)
+    options = DiscriminatorOptions(weight=1.0, layers=3, width=16)
     with pytest.raises(
         ValueError,
         match=r"discriminator\.layers is 3, which leaves no patch of images of 16 pixels; set it "
         r"lower",
     ):
-        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=adversary))
+        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=options))

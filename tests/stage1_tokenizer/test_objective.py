@@ -1,4 +1,4 @@
-"""What stage 1 minimises: parts and their units, schedules, held-out figures."""
+"""What stage 1 minimises: parts and their units, schedules, held-out metrics."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(pictures):
 
 
 def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     pixels = to_model_range(pictures)
     nll = tokenizer.likelihood.nll(pixels, tokenizer.eval()(pixels).parameters).mean()
-    assert figures["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
+    assert metrics["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
@@ -118,13 +118,13 @@ def test_score_function_adds_gradient_but_no_loss(pictures):
 def test_metrics_are_named_per_level(pictures):
     tokenizer = tiny_tokenizer(**KINDS["hierarchical"])
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    figures = objective.evaluate([pictures])
+    metrics = objective.evaluate([pictures])
     codes = tokenizer.encode(to_model_range(pictures))
     used = [codes[:, :4].unique().numel(), codes[:, 4:].unique().numel()]
-    assert [figures["codebook_usage_level_1"], figures["codebook_usage_level_2"]] == pytest.approx(
+    assert [metrics["codebook_usage_level_1"], metrics["codebook_usage_level_2"]] == pytest.approx(
         [used[0] / 12, used[1] / 12]
     )
-    assert figures["codebook_usage"] == pytest.approx(sum(used) / 24) and figures[
+    assert metrics["codebook_usage"] == pytest.approx(sum(used) / 24) and metrics[
         "dead_codes"
     ] == 24 - sum(used)
     (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(pictures, 0)
@@ -158,35 +158,35 @@ def test_validation_metrics_are_complete_and_independent_of_batches(pictures, qu
     tokenizer = tiny_tokenizer(quantizer=quantizer)
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     before = tokenizer.fingerprint
-    figures = objective.evaluate([pictures])
-    assert set(figures) == COMMON | (
+    metrics = objective.evaluate([pictures])
+    assert set(metrics) == COMMON | (
         {"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set()
     )
-    assert all(type(v) is float and math.isfinite(v) for v in figures.values())
-    assert figures["bits_per_dimension"] == pytest.approx(
-        float(Gaussian(0.1).bits_per_dimension(figures["nll"], DIMENSIONS))
+    assert all(type(v) is float and math.isfinite(v) for v in metrics.values())
+    assert metrics["bits_per_dimension"] == pytest.approx(
+        float(Gaussian(0.1).bits_per_dimension(metrics["nll"], DIMENSIONS))
     )
     assert tokenizer.fingerprint == before
     parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
-    assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)
+    assert {k: parts[k] for k in COMMON} == pytest.approx({k: metrics[k] for k in COMMON}, rel=1e-5)
 
 
 def test_validation_code_usage_is_exact(tokenizer, pictures):
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     used = tokenizer.encode(to_model_range(pictures)).unique().numel()
     assert (
-        figures["codebook_usage"] == pytest.approx(used / 12) and figures["dead_codes"] == 12 - used
+        metrics["codebook_usage"] == pytest.approx(used / 12) and metrics["dead_codes"] == 12 - used
     )
 
 
 def test_gumbel_gap_is_relaxed_minus_hard(pictures):
     tokenizer = tiny_tokenizer(quantizer="gumbel")
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
         [pictures]
     )
     assert (
-        figures["relaxed_gap"] == pytest.approx(figures["relaxed_psnr"] - figures["psnr"])
-        and figures["relaxed_gap"] != 0
+        metrics["relaxed_gap"] == pytest.approx(metrics["relaxed_psnr"] - metrics["psnr"])
+        and metrics["relaxed_gap"] != 0
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of a histogram of codes, and which quantizer a configuration names."""
+"""Metrics of a histogram of codes, and which quantizer a configuration names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.helpers.tokenizers import tiny_config
     ],
 )
 def test_usage_statistics_match_hand_computation(counts, usage, perplexity, dead):
-    figures = codebook_statistics(torch.tensor(counts))
-    assert figures.usage == usage and figures.dead == dead
-    assert figures.perplexity == pytest.approx(perplexity)
+    metrics = codebook_statistics(torch.tensor(counts))
+    assert metrics.usage == usage and metrics.dead == dead
+    assert metrics.perplexity == pytest.approx(perplexity)
 
 
 def test_without_codes_all_are_dead():
-    figures = codebook_statistics(torch.zeros(4, dtype=torch.long))
-    assert (figures.usage, figures.perplexity, figures.dead) == (0.0, 1.0, 4)
+    metrics = codebook_statistics(torch.zeros(4, dtype=torch.long))
+    assert (metrics.usage, metrics.perplexity, metrics.dead) == (0.0, 1.0, 4)
 
 
 def test_large_counts_stay_exact():

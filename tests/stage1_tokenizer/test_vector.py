@@ -405,9 +405,9 @@ def test_codebook_usage_is_reported():
         dead_code_threshold=0.0,
     )
     vq.usage_ema.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
-    figures = vq.usage_metrics()
-    assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
-    assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
+    metrics = vq.usage_metrics()
+    assert float(metrics["codebook_usage"]) == 0.5 and int(metrics["dead_codes"]) == 2
+    assert float(metrics["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
     metrics = vq(features(2, 2, 4, 4)).metrics
     assert set(metrics) == {"commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
 

@@ -44,14 +44,14 @@ def test_losses_equal_the_token_by_token_reference(levels, text_ids):
     loss = next(objective.losses({"text_ids": text_ids, "codes": codes}, 0))
     torch.testing.assert_close(loss.value, image + 0.25 * text)
     torch.testing.assert_close(loss.metrics["nats_per_code"], image.detach())
-    figures = objective.evaluate(
+    metrics = objective.evaluate(
         [
             {"text_ids": text_ids[:1], "codes": codes[:1]},
             {"text_ids": text_ids[1:], "codes": codes[1:]},
         ]
     )
-    assert figures["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
-    assert figures["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
+    assert metrics["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
+    assert metrics["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
 
 
 def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, codes):

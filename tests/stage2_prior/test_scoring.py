@@ -149,8 +149,8 @@ def test_the_caption_loss_is_the_mean_over_words_and_leaves_no_parameter_without
     torch.testing.assert_close(loss.value.detach(), -torch.stack(list(words)).mean())
     loss.value.backward()
     assert all(p.grad is not None for p in prior.parameters())
-    figures = objective.evaluate([{"text_ids": text_ids, "codes": codes}])
-    assert figures["nats_per_caption_token"] == pytest.approx(float(loss.value.detach()), rel=1e-5)
+    metrics = objective.evaluate([{"text_ids": text_ids, "codes": codes}])
+    assert metrics["nats_per_caption_token"] == pytest.approx(float(loss.value.detach()), rel=1e-5)
 
 
 def test_a_caption_never_sees_what_comes_after_it(captioner, text_ids, codes):

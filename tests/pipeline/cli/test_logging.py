@@ -1,4 +1,4 @@
-"""What is said on the terminal: by loggers, so that it can be silenced; nothing is printed by
+"""What is shown on the terminal: by loggers, so that it can be silenced; nothing is printed by
 modules that Python users call."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROGRESS = "images to train on"
 
 
 @pytest.fixture
-def verb(monkeypatch):
+def encode_command(monkeypatch):
     """`minidalle encode` does what it is given here."""
 
     def does(work):
@@ -98,18 +98,18 @@ def test_library_is_silent_without_logging_setup(tiny_yaml, capsys, caplog):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_each_log_level_shows_itself_and_higher_levels(verb, capsys, level):
+def test_each_log_level_shows_itself_and_higher_levels(encode_command, capsys, level):
     def work():
         for name in LEVELS:
             OURS.log(getattr(logging, name.upper()), f"100% of {name}")
 
-    assert verb(work)("--log_level", level) == 0
+    assert encode_command(work)("--log_level", level) == 0
     said, shown = capsys.readouterr(), LEVELS[LEVELS.index(level) :]
     assert said.out.splitlines() == [f"100% of {n}" for n in LEVELS[:2] if n in shown]
     assert said.err.splitlines() == [f"{n}: 100% of {n}" for n in LEVELS[2:] if n in shown]
 
 
-def test_own_warnings_are_one_line_and_others_unchanged(verb, capsys):
+def test_own_warnings_are_one_line_and_others_unchanged(encode_command, capsys):
     def work():
         warnings.warn_explicit("too few", UserWarning, trainer.__file__, 92)
         warnings.warn_explicit("too old", UserWarning, "elsewhere.py", 7)
@@ -120,10 +120,10 @@ def test_own_warnings_are_one_line_and_others_unchanged(verb, capsys):
         warnings.showwarning = lambda message, category, filename, line, *_: sys.stderr.write(
             f"{filename}:{line}: {category.__name__}: {message}\n"
         )
-        assert verb(work)() == 0
+        assert encode_command(work)() == 0
         err = capsys.readouterr().err
         assert err == "warning: too few\nelsewhere.py:7: UserWarning: too old\n"
-        assert verb(work)("--log-level=error") == 0
+        assert encode_command(work)("--log-level=error") == 0
         assert capsys.readouterr().err == "elsewhere.py:7: UserWarning: too old\n"
         work()
         assert f"{trainer.__file__}:92: UserWarning: too few" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_help_names_the_option(capsys):
     assert main(["--help"]) == 0 and "--log-level" in capsys.readouterr().out
 
 
-def test_lines_are_logged_once_and_logging_is_restored(verb, capsys):
+def test_lines_are_logged_once_and_logging_is_restored(encode_command, capsys):
     state = lambda: [(one.handlers, one.level, one.propagate) for one in LOGGERS]  # noqa: E731
     before = state()
 
@@ -170,7 +170,7 @@ def test_lines_are_logged_once_and_logging_is_restored(verb, capsys):
         with logging_to_terminal("info"):
             OURS.info("deep inside")
 
-    command = verb(again)
+    command = encode_command(again)
     for _ in range(2):
         assert command() == 0
         assert capsys.readouterr().out == "inside\ndeep inside\n"
@@ -179,7 +179,7 @@ def test_lines_are_logged_once_and_logging_is_restored(verb, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_only_the_first_process_logs(verb, capsys, monkeypatch, caplog):
+def test_only_the_first_process_logs(encode_command, capsys, monkeypatch, caplog):
     def work():
         trainer._log.info("going on")
         trainer._log.warning("a jump")
@@ -187,18 +187,18 @@ def test_only_the_first_process_logs(verb, capsys, monkeypatch, caplog):
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("pipeline.runtime.distributed.destroy_process_group", lambda: None)
-    assert verb(work)() == 0
+    assert encode_command(work)() == 0
     assert capsys.readouterr() == ("", "error: broken\n")
     caplog.set_level(logging.INFO, "pipeline")
     work()
     assert caplog.messages == ["broken"]
 
 
-def test_log_line_is_above_the_progress_bar(verb, capsys):
+def test_log_line_is_above_the_progress_bar(encode_command, capsys):
     def work():
         with tqdm(total=2, desc="steps", file=sys.stderr, ncols=40) as bar:
             OURS.warning("a jump")
             bar.update(2)
 
-    assert verb(work)() == 0
+    assert encode_command(work)() == 0
     assert "warning: a jump" in capsys.readouterr().err.replace("\r", "\n").splitlines()

@@ -1,4 +1,4 @@
-"""One tiny run from YAML to images, each verb of the command line, and what a user can do wrong
+"""One tiny run from YAML to images, each command, and what a user can do wrong
 on the way."""
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def test_repeated_run_changes_nothing(finished_run, capsys):
         for part in ("tokenizer", "codes", "prior")
         for p in (folder / part).rglob("*.*")
     }
-    for verb in ("train-tokenizer", "encode", "train-prior"):
-        assert main([verb, "--config", str(path)]) == 0
+    for stage in ("train-tokenizer", "encode", "train-prior"):
+        assert main([stage, "--config", str(path)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "next: minidalle generate" in capsys.readouterr().out
 
@@ -448,7 +448,7 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
         )
         == 0
     )
-    figures = json.loads(out.read_text())
+    metrics = json.loads(out.read_text())
     for key in (
         "psnr",
         "ssim",
@@ -461,8 +461,8 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
         "prompt_accuracy",
         "prompt_accuracy_new_pairs",
     ):
-        assert isinstance(figures[key], float), key
-    assert figures["oracle_accuracy_real"] == 1 and figures["settings"]["pictures"] == 12
+        assert isinstance(metrics[key], float), key
+    assert metrics["oracle_accuracy_real"] == 1 and metrics["settings"]["pictures"] == 12
     assert "prompt_accuracy" in capsys.readouterr().out
     fails(
         capsys,
@@ -576,8 +576,8 @@ def test_usage_errors_exit_with_status_2(capsys, tmp_path):
         status=1,
     )
     assert main([]) == 2 and main(["--help"]) == 0
-    for verb in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
-        assert main([verb, "--help"]) == 0
+    for name in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
+        assert main([name, "--help"]) == 0
     assert main(["generate", "--nonsense"]) == 2
 
 

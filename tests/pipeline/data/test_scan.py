@@ -1,5 +1,5 @@
-"""Opening every image: what is kept and when it holds, work shared by processes, what is told of
-each."""
+"""Opening every image: what is cached and how long it is valid, work shared by processes, and what
+is reported of each image."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def test_each_picture_is_described(folder):
 
 
 def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch, opened):
-    """Of sources that take long; a file that is changed, added or cut in the record has them read
-    anew."""
+    """Of slow sources. A file that changed, was added or has a truncated record is read again."""
     kept = tmp_path / "kept"
     scan_images(rows(folder), 2, kept)
     assert not kept.exists()  # ten images are read again in no time

@@ -1,4 +1,4 @@
-"""Nearest-image figures on a pipeline that draws what it is told to."""
+"""Nearest-image metrics of a pipeline whose images are given."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected
         return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
 
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
-    figures: dict[str, float] = {}
-    emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
-    assert set(figures) == {
+    metrics: dict[str, float] = {}
+    emoji_figures(metrics, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    assert set(metrics) == {
         "retrieval_at_1_of_100_seen",
         "retrieval_at_1_of_100_held_out",
         "skin_tone_accuracy_val",
     }
     # The lightest image of all, or of its family, has no lighter one to be mistaken for.
-    assert figures["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
-    assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
+    assert metrics["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
+    assert metrics["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
 
 
 def test_caption_retrieval_counts_images_whose_caption_is_likeliest():

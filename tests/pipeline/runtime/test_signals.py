@@ -42,7 +42,7 @@ def handlers() -> list[object]:
 def test_signal_saves_after_the_step_and_resumes_bit_identically(tmp_path, capfd, number, step):
     """Also where an evaluation is due, which may choose the best weights, and in the last step."""
     options = {"save_best": True, "eval_every": 3, "learning_rate": 0.1}
-    whole, figures = train(tmp_path / "whole", **options)
+    whole, metrics = train(tmp_path / "whole", **options)
     before = handlers()
     with pytest.raises(
         TrainingInterrupted,
@@ -53,11 +53,11 @@ def test_signal_saves_after_the_step_and_resumes_bit_identically(tmp_path, capfd
     assert caught.value.status == SIGNALS[number][1] and handlers() == before
     assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == f"step-{step + 1}"
-    again, figures_again = train(tmp_path / "cut", **options)
+    again, metrics_again = train(tmp_path / "cut", **options)
     assert all(
         torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items()
     )
-    assert figures == figures_again
+    assert metrics == metrics_again
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):

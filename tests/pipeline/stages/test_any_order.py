@@ -55,8 +55,8 @@ def test_whole_run_in_any_order(tiny_yaml, tmp_path, capsys):
     held_out = json.loads((folder / "prior" / "settings.json").read_text())["held_out"]
     assert set(held_out) == {"nats_per_code", "nats_per_text_token", "nats_per_caption_token"}
     assert main(["evaluate", *arguments, "--max-images", "4"]) == 0
-    figures = json.loads((folder / "evaluation.json").read_text())
-    assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(figures)
+    metrics = json.loads((folder / "evaluation.json").read_text())
+    assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(metrics)
     pipe = TextToImagePipeline.from_pretrained(folder / "bundle")
     assert pipe.defaults.num_inference_steps == 4
     picture = Image.new("RGB", (32, 32), "red")

@@ -46,22 +46,22 @@ def bakeoff(tmp_path: Path) -> Path:
 def test_every_variant_is_trained_and_evaluated(bakeoff, tmp_path, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     out, folder = capsys.readouterr().out, tmp_path / "runs" / "tiny"
-    figures = json.loads((folder / "comparison.json").read_text())
-    assert list(figures) == ["plain", "two levels"]
-    for row in figures.values():
+    metrics = json.loads((folder / "comparison.json").read_text())
+    assert list(metrics) == ["plain", "two levels"]
+    for row in metrics.values():
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["usage"] <= 1 and row["encoding_rate"] > 0 and row["minutes"] > 0
     assert (
-        figures["plain"]["bits_per_image"] == 16 * 4
-        and figures["two levels"]["bits_per_image"] == 20 * 4
+        metrics["plain"]["bits_per_image"] == 16 * 4
+        and metrics["two levels"]["bits_per_image"] == 20 * 4
     )
-    assert [row["steps"] for row in figures.values()] == [6, 4]
+    assert [row["steps"] for row in metrics.values()] == [6, 4]
     prior = json.loads((folder / "plain" / "prior" / "settings.json").read_text())["held_out"]
-    assert figures["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
+    assert metrics["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
     tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())[
         "held_out"
     ]
-    assert figures["plain"]["psnr"] == tokenizer["psnr"]
+    assert metrics["plain"]["psnr"] == tokenizer["psnr"]
     assert (folder / "comparison.md").read_text() in out
     for name in ("comparison.png", "reconstructions.png"):
         with Image.open(folder / name) as image:
@@ -167,8 +167,8 @@ def test_training_time_survives_a_kill_of_the_prior(bakeoff, monkeypatch):
         comparison.compare_tokenizers(load_comparison(["--config", str(bakeoff)]))
     monkeypatch.undo()
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
-    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
-    assert all(row["minutes"] > 0 and row["training_rate"] > 0 for row in figures.values())
+    metrics = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert all(row["minutes"] > 0 and row["training_rate"] > 0 for row in metrics.values())
 
 
 def test_missing_compiler_is_reported_before_training(bakeoff, monkeypatch, capsys):
@@ -184,8 +184,8 @@ def test_minutes_replace_steps(bakeoff, monkeypatch, capsys):
         lambda experiment, seconds: int(seconds / 2),
     )
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=0.3"]) == 0
-    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
-    assert [row["steps"] for row in figures.values()] == [9, 9]
+    metrics = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert [row["steps"] for row in metrics.values()] == [9, 9]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -215,8 +215,8 @@ def test_number_of_steps_follows_from_step_time(bakeoff, monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "steps"), [(25.0, 20), (29.0, 24), (36.0, 27), (15.0, 10)])
 def test_late_discriminator_start_slows_the_remaining_steps(seconds, steps, bakeoff, monkeypatch):
-    """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step
-    25."""
+    """5 s before the first step and 1 s per step; 7 s and 2 s with the discriminator, which starts
+    at step 25."""
     monkeypatch.setattr(
         "pipeline.stages.compare_tokenizers._seconds_per_step",
         lambda experiment, discriminator: (7.0, 2.0) if discriminator else (5.0, 1.0),
@@ -330,15 +330,15 @@ def test_diverging_variant_is_reported_and_others_are_evaluated(
     )
 
 
-@pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook", "reconstruct"])
-def test_single_process_commands_refuse_several_processes(verb, bakeoff, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["compare-tokenizers", "codebook", "reconstruct"])
+def test_single_process_commands_refuse_several_processes(name, bakeoff, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = {
         "compare-tokenizers": ["--config", bakeoff],
         "codebook": ["--tokenizer", bakeoff.parent, "--config", bakeoff],
         "reconstruct": ["--tokenizer", bakeoff.parent, "picture.png"],
     }
-    fails(capsys, [verb, *arguments[verb]], "is the work of one process; start it without torchrun")
+    fails(capsys, [name, *arguments[name]], "is the work of one process; start it without torchrun")
 
 
 def test_table_leaves_unknown_metrics_empty():

@@ -51,8 +51,8 @@ def written(folder: Path, name: str, data: dict[str, object], **encode: object) 
 
 
 def test_whole_run_on_a_stream(sources, tmp_path, capsys):
-    """Its codes are those of the same shards read row by row, whatever their order; run again,
-    nothing is done anew."""
+    """Its codes are those of the same shards read row by row, whatever their order. A second run
+    does nothing."""
     run = written(tmp_path, "stream", {"source": sources["shards"], "streaming": True})
     assert main(["run", *run]) == 0
     assert "read as it comes" in capsys.readouterr().out

@@ -305,10 +305,10 @@ def test_other_formats_and_a_corrupted_plan_are_refused(
     (codes / "codes.json").write_text(
         json.dumps({"format": 0, "files": {"train": ["train-00000-of-00001.arrow"]}})
     )
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *whole_elsewhere[1:]],
+            [stage, *whole_elsewhere[1:]],
             "written by an earlier version (format 0; this one reads 1); remove that folder and "
             "run",
         )

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def encoded(finished_run, tmp_path):
-    """Runs the verb on the finished run; returns the folder."""
+    """Runs the command on the finished run; returns the folder."""
 
     def run(form: str, *more: str) -> Path:
         out = tmp_path / form
@@ -192,7 +192,7 @@ def test_invalid_export_requests_are_named(finished_run, tmp_path, capsys):
 
 
 def test_export_has_every_image_once(finished_run, tmp_path, capsys):
-    """Whatever the tokenizer's run encoded for its prior, unless it is said."""
+    """Whatever the tokenizer's run encoded for its prior, unless settings are given."""
     import yaml
 
     run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
@@ -266,10 +266,10 @@ def test_exported_codes_are_refused_by_the_prior(finished_run, tmp_path, capsys)
         main(["encode", *map(str, command), "--format", "parquet", "--out", str(run / "codes")])
         == 0
     )
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *command],
+            [stage, *command],
             "are parquet, for other programs; remove that folder and run `minidalle encode` again",
         )
 

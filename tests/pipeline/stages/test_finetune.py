@@ -71,8 +71,8 @@ def same(tmp_path, bundle) -> list[str]:
 @pytest.fixture
 def encoded(same, tmp_path) -> tuple[list[str], Path]:
     """The same, with a tokenizer taken over and codes."""
-    for verb in ("train-tokenizer", "encode"):
-        assert main([verb, *same]) == 0
+    for stage in ("train-tokenizer", "encode"):
+        assert main([stage, *same]) == 0
     return same, tmp_path / "runs" / "tuned"
 
 
@@ -90,7 +90,7 @@ def test_model_and_text_settings_are_inherited(same, bundle):
 
 
 def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run):
-    """The tokenizer is the same to the bit, and so are the codes' figures of the prior before
+    """The tokenizer is the same to the bit, and so are the prior's metrics on codes before
     anything is learned."""
     arguments, folder = encoded
     assert (
@@ -127,8 +127,8 @@ def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run)
         "--tokenizer.init_from",
         str(moved / "tokenizer"),
     ]
-    for verb in ("train-tokenizer", "train-prior"):
-        assert main([verb, *again]) == 0  # the same weights lie elsewhere
+    for stage in ("train-tokenizer", "train-prior"):
+        assert main([stage, *again]) == 0  # the same weights lie elsewhere
     assert not (folder / "prior" / "checkpoints").exists()
 
 
@@ -208,8 +208,8 @@ def test_mismatched_parents_are_refused_with_the_difference(
         f"this run's tokenizer is {own}",
         f"set tokenizer.init_from={copy} and tokenizer.froz",
     )
-    for verb in ("train-tokenizer", "train-prior"):
-        fails(capsys, [verb, *arguments, "--prior.init_from", str(copy)], *said)
+    for stage in ("train-tokenizer", "train-prior"):
+        fails(capsys, [stage, *arguments, "--prior.init_from", str(copy)], *said)
     (copy / "pipeline.json").unlink()
     fails(
         capsys,
@@ -390,11 +390,11 @@ sharding.FSDPModelState.load_ema = told
 
 
 def test_lora_on_two_processes_equals_one(same, tmp_path):
-    """Cut over them (FSDP), where the averages of adapters alone are put together."""
+    """Sharded (FSDP): only the EMA of adapters is gathered."""
     given = [*same, *LORA, "--prior.objective.caption_dropout", "0", "--precision", "fp32"]
     for name in ("alone", "cut"):
-        for verb in ("train-tokenizer", "encode"):
-            assert main([verb, *given, "--name", name]) == 0
+        for stage in ("train-tokenizer", "encode"):
+            assert main([stage, *given, "--name", name]) == 0
     assert main(["train-prior", *given, "--name", "alone"]) == 0
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     assert (
@@ -497,8 +497,8 @@ def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finish
                         }
                     )
                 expected = PriorObjective(pipe.prior, PriorObjectiveConfig()).evaluate(batches)
-            for figure, values in found.figures[name].items():
-                assert values[when] == pytest.approx(expected[figure], abs=1e-6)
+            for metric, values in found.figures[name].items():
+                assert values[when] == pytest.approx(expected[metric], abs=1e-6)
     assert (
         found.figures[OLD]["nats_per_code"]["before"]
         != found.figures[NEW]["nats_per_code"]["before"]
@@ -536,8 +536,8 @@ def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, fin
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
     found = written["forgetting"]["figures"]
     assert "the tokenizers differ" in out and set(found) == {OLD, NEW}
-    for figures in found.values():
-        assert figures["psnr"]["before"] != figures["psnr"]["after"]
+    for metrics in found.values():
+        assert metrics["psnr"]["before"] != metrics["psnr"]["after"]
     assert found[NEW]["psnr"]["after"] == pytest.approx(written["psnr"], abs=1e-6)
 
 

@@ -126,7 +126,7 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     )
 
 
-ADVERSARY = [
+DISCRIMINATOR = [
     "--tokenizer.objective.discriminator.weight",
     "1",
     "--tokenizer.objective.discriminator.width",
@@ -137,8 +137,16 @@ ADVERSARY = [
     "muon",
 ]
 VARIANTS = {
-    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "3"],
-    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "5"],
+    "discriminator since step 3": [
+        *DISCRIMINATOR,
+        "--tokenizer.objective.discriminator.start",
+        "3",
+    ],
+    "discriminator after the kill": [
+        *DISCRIMINATOR,
+        "--tokenizer.objective.discriminator.start",
+        "5",
+    ],
     "score function": ["--tokenizer.model.quantizer", "score_function"],
     "residual": [
         "--tokenizer.model.quantizer",
@@ -157,7 +165,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
-    """With every part that has a state of its own: the adversary, its optimizer and anchors,
+    """With every part that has a state of its own: the discriminator, its optimizer and anchors,
     baselines, shared books."""
     step, fingerprints = training.Trainer.train_step, []
 
@@ -194,9 +202,9 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
             / "weights.safetensors"
         )
         assert any(key.startswith("discriminator.") for key in weights) == variant.startswith(
-            "adversary"
+            "discriminator"
         )
-        if variant.startswith("adversary"):
+        if variant.startswith("discriminator"):
             fingerprints.append(
                 {
                     key: value.tolist()
@@ -230,8 +238,8 @@ def own_folder(tmp_path) -> list[str]:
 
 
 def test_changed_images_are_another_run(own_folder, tmp_path, capsys):
-    for verb in ("train-tokenizer", "encode", "train-prior"):
-        assert main([verb, *own_folder]) == 0
+    for stage in ("train-tokenizer", "encode", "train-prior"):
+        assert main([stage, *own_folder]) == 0
     capsys.readouterr()
     folder_of_pictures(tmp_path / "pictures", 13)
     fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
@@ -263,8 +271,8 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
 
     held_out = load_source(load_experiment(own_folder).data, "held_out").captions([0])[0]
     (tmp_path / "pictures" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
-    for verb in ("train-tokenizer", "encode"):
-        assert main([verb, *own_folder]) == 0
+    for stage in ("train-tokenizer", "encode"):
+        assert main([stage, *own_folder]) == 0
     capsys.readouterr()
     fails(
         capsys,
@@ -314,7 +322,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_kept(run, capsys, monkeyp
 
 
 def test_missing_or_truncated_manifests_are_named(run, capsys):
-    """Cut, emptied or gone: one line each, and nothing is mixed."""
+    """Truncated, empty or absent: one line each, and nothing is mixed."""
     arguments, folder = run
     settings = folder / "tokenizer" / "settings.json"
     whole = settings.read_text()
@@ -352,10 +360,10 @@ def test_corrupted_weights_of_a_finished_stage_are_rebuilt(run, capsys):
     weights = folder / "tokenizer" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *arguments],
+            [stage, *arguments],
             "cannot be read",
             "or run `minidalle train-tokenizer`, which delivers it again from its last",
         )

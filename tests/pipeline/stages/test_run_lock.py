@@ -40,8 +40,8 @@ def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("verb", ["run", "train-tokenizer", "encode", "train-prior"])
-def test_second_run_in_a_folder_is_refused(tiny_yaml, tmp_path, capsys, verb):
+@pytest.mark.parametrize("stage", ["run", "train-tokenizer", "encode", "train-prior"])
+def test_second_run_in_a_folder_is_refused(tiny_yaml, tmp_path, capsys, stage):
     folder = tmp_path / "runs" / "tiny"
     with held(folder):
         before = listing(tmp_path)
@@ -49,7 +49,7 @@ def test_second_run_in_a_folder_is_refused(tiny_yaml, tmp_path, capsys, verb):
             f"{folder} is in use by process 4321 on elsewhere since 2026-01-02 03:04:05 "
             "+0000; wait for it or stop it, or choose"
         )
-        fails(capsys, [verb, "--config", tiny_yaml], message)
+        fails(capsys, [stage, "--config", tiny_yaml], message)
         assert listing(tmp_path) == before and json.loads((folder / ".lock").read_text()) == HOLDER
 
 
@@ -86,7 +86,7 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
     os.waitpid(pid, 0)
     with run_lock(experiment.folder, 30):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with run_lock(experiment.folder, 30):  # a verb's stages come in after the verb
+        with run_lock(experiment.folder, 30):  # the stages of a command come in after the command
             pass
         assert lock.exists()
     assert not lock.exists()

@@ -1,5 +1,5 @@
 """Checkpoints that were corrupted, could not be written, or are of another format: what they cost,
-and what is said."""
+and what is reported."""
 
 from __future__ import annotations
 
@@ -125,17 +125,17 @@ def test_corruption_is_detected_and_named(tmp_path, how):
 
 @pytest.mark.parametrize("how", ["cut weights", "changed weights", "no manifest"])
 def test_training_resumes_from_the_checkpoint_before_a_corrupted_one(tmp_path, caplog, how):
-    whole, figures = train(tmp_path / "whole")
+    whole, metrics = train(tmp_path / "whole")
     train(tmp_path / "run", steps=9)
     file, break_it, _ = DAMAGE[how]
     break_it(tmp_path / "run" / "checkpoints" / "step-9" / file)
     caplog.clear()
-    again, figures_again = train(tmp_path / "run")
+    again, metrics_again = train(tmp_path / "run")
     lines = [line for line in caplog.messages if "step-9 is corrupted" in line]
     assert len(lines) == 1 and lines[0].startswith("line: ")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
-    assert figures == figures_again and names(tmp_path / "run" / "checkpoints") == [
+    assert metrics == metrics_again and names(tmp_path / "run" / "checkpoints") == [
         "step-8",
         "step-9",
     ]
@@ -160,7 +160,7 @@ def test_corrupted_checkpoints_do_not_count_as_kept(tmp_path):
     flip_a_bit(tmp_path / "step-4" / "weights.safetensors")
     save(tmp_path, 8, keep=3)
     assert names(tmp_path) == ["step-2", "step-6", "step-8"]
-    cut(tmp_path / "step-8" / "weights.safetensors")  # and training went on from 6
+    cut(tmp_path / "step-8" / "weights.safetensors")  # and training resumed from 6
     save(tmp_path, 7, keep=2)
     assert names(tmp_path) == ["step-6", "step-7"]
 
@@ -388,10 +388,10 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
     assert written["format"] == FORMAT
     settings.write_text(json.dumps(written | {"format": 9}))
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
-    for verb in ("train-tokenizer", "encode", "train-prior", "run"):
+    for stage in ("train-tokenizer", "encode", "train-prior", "run"):
         fails(
             capsys,
-            [verb, *arguments],
+            [stage, *arguments],
             "tokenizer is of format 9, which a newer version of this program wrote, and this one "
             "reads 1",
         )

@@ -150,8 +150,8 @@ QUANTIZERS: dict[str, dict] = {
 @pytest.mark.parametrize("where", ["features", "discriminator"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
-    """Of codebooks, baselines and the adversary, at the first step and later; and where the
-    adversary's loss alone is not finite, the tokenizer keeps still as well."""
+    """Of codebooks, baselines and the discriminator, at the first step and later; and where the
+    discriminator's loss alone is not finite, the tokenizer keeps still as well."""
     from pipeline.config.load import from_dict
 
     torch.manual_seed(0)
@@ -165,9 +165,9 @@ def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
         "decoder_depth": 1,
     }
     tokenizer = ImageTokenizer(from_dict(TokenizerConfig, {**small, **QUANTIZERS[quantizer]}))
-    adversary = {"weight": 1.0, "width": 16, "layers": 1, "lecam": 0.1, "start": 0}
+    discriminator = {"weight": 1.0, "width": 16, "layers": 1, "lecam": 0.1, "start": 0}
     objective = TokenizerObjective(
-        tokenizer, from_dict(ObjectiveConfig, {"discriminator": adversary})
+        tokenizer, from_dict(ObjectiveConfig, {"discriminator": discriminator})
     )
     step_now = [0]
     if where == "features":

@@ -16,14 +16,14 @@ from tests.helpers.launch import PROCESSES, launch, settings
 pytestmark = pytest.mark.distributed
 
 
-def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
+def curve(folder: Path, stage: str, processes: int, metric: str) -> list[float]:
     rows = json.loads((folder / f"{stage}-of-{processes}.json").read_text())["logged"]
-    return [values[f"{stage}/{figure}"] for _, values in rows if f"{stage}/{figure}" in values]
+    return [values[f"{stage}/{metric}"] for _, values in rows if f"{stage}/{metric}" in values]
 
 
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize(
-    ("stage", "figure"),
+    ("stage", "metric"),
     [
         ("tokenizer", "loss"),
         ("tokenizer", "psnr"),
@@ -31,9 +31,9 @@ def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
         ("prior", "nats_per_text_token"),
     ],
 )
-def test_same_global_batch_gives_the_same_loss_curve(by_processes, stage, figure, processes):
-    """Each step's figures are of the whole batch, whoever had which part of it."""
-    alone, together = (curve(by_processes, stage, n, figure) for n in (1, processes))
+def test_same_global_batch_gives_the_same_loss_curve(by_processes, stage, metric, processes):
+    """Each step's metrics are of the whole batch, whoever had which part of it."""
+    alone, together = (curve(by_processes, stage, n, metric) for n in (1, processes))
     assert len(alone) == 6 and len(set(alone)) == 6
     assert together == pytest.approx(alone, rel=1e-4)
 

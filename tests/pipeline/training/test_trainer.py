@@ -28,24 +28,24 @@ from tests.helpers.training import CONFIG, Line, train
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
-    whole, figures = train(tmp_path / "whole")
+    whole, metrics = train(tmp_path / "whole")
     with pytest.raises(FloatingPointError):
         train(tmp_path / "cut", Line(broken_at=5))
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == "step-4"
-    again, figures_again = train(tmp_path / "cut")
+    again, metrics_again = train(tmp_path / "cut")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
-    assert figures == figures_again
+    assert metrics == metrics_again
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    first, figures = train(tmp_path)
+    first, metrics = train(tmp_path)
     second, again = train(tmp_path)
     assert all(
         torch.equal(v, second.network.state_dict()[k])
         for k, v in first.network.state_dict().items()
     )
-    assert again == pytest.approx(figures)
+    assert again == pytest.approx(metrics)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
