@@ -192,6 +192,23 @@ def test_diagram_leaves_out_imports_that_others_imply():
     assert direct_imports(graph) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
+def test_the_architecture_page_names_what_its_files_have():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.search(r"\| question \| file \|\n(.*?)\n\n", page, re.DOTALL)[1].splitlines()[1:]  # type: ignore[index]
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row.split("|")[2])
+        files = [ROOT / name for name in named if "/" in name]
+        code = "\n".join(
+            inner.read_text()
+            for file in files
+            for inner in (file.rglob("*.py") if file.is_dir() else [file])
+        )
+        for name in re.findall(
+            r"\w+", " ".join(name for name in named if re.fullmatch(r"[\w.]+", name))
+        ):
+            assert re.search(rf"\b{name}\b", code), f"{name} is not in the files of: {row}"
+
+
 def test_names_in_the_theory_page_exist():
     code = "\n".join(path.read_text() for path in FILES)
     for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
