@@ -23,7 +23,7 @@ from pipeline.training.memory_estimate import estimate_training_memory, to_devic
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
-from pipeline.training.trainer import Built, fit
+from pipeline.training.trainer import Built
 from stage1_tokenizer import (
     DiscriminatorOptions,
     ImageTokenizer,
@@ -41,6 +41,7 @@ from stage2_prior import (
     StreamConfig,
 )
 from tests.helpers.devices import accelerator_on
+from tests.helpers.training import fit_task
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -151,8 +152,7 @@ def trained(folder: Path, stage: str, device: torch.device, **options: object) -
             **options,
         }
     )  # type: ignore[arg-type]
-    given = {"seed": 1, "compile_networks": False, "bf16": False, "label": "gpu", "progress": False}
-    fit(task, config, accelerator_on(device), folder, **given)
+    fit_task(task, config, folder, accelerator_on(device), label="gpu")
     return next(iter(made.networks.values())).cpu()
 
 
@@ -268,17 +268,7 @@ def test_peak_memory_of_training_matches_the_estimate(cuda, tmp_path):
             t.nbytes for t in network.state_dict().values()
         )
         torch.cuda.reset_peak_memory_stats()
-        fit(
-            task,
-            config,
-            accelerator,
-            tmp_path / str(width),
-            seed=1,
-            compile_networks=False,
-            bf16=True,
-            label="gpu",
-            progress=False,
-        )
+        fit_task(task, config, tmp_path / str(width), accelerator, bf16=True, label="gpu")
         assert need.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.25)
         del made, network, task
 
@@ -407,15 +397,5 @@ def test_skipped_step_restores_device_state(device, tmp_path):
     config = TrainConfig(
         steps=2, batch_size=16, eval_every=1, max_nonfinite_steps=1, ema_decay=0.0, compile="off"
     )
-    fit(
-        task,
-        config,
-        accelerator_on(device),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="gpu",
-        progress=False,
-    )
+    fit_task(task, config, tmp_path, accelerator_on(device), label="gpu")
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

@@ -22,9 +22,8 @@ from pipeline.training.monitoring import (
     nonfinite_message,
 )
 from pipeline.training.task import Task
-from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective
-from tests.helpers.training import Line, train
+from tests.helpers.training import Line, fit_task, line_task, train
 
 
 def state(objective: Line) -> dict[str, torch.Tensor]:
@@ -111,20 +110,8 @@ def test_skipped_steps_and_data_wait_are_logged_and_summarised(tmp_path, caplog,
     caplog.set_level(logging.INFO, "pipeline")
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
-    objective = Line(broken_at=0)
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict)
     config = TrainConfig(steps=4, batch_size=4, log_every=1, max_nonfinite_steps=1)
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )
+    fit_task(line_task(Line(broken_at=0)), config, tmp_path, progress=True)
     scalars = [values for values in logged if "line/data_wait_fraction" in values]
     assert [values["line/skipped_steps"] for values in scalars] == [1] * 4 and all(
         0 < v["line/data_wait_fraction"] <= 1 for v in scalars
@@ -206,17 +193,7 @@ def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
         max_nonfinite_steps=2,
     )
     start = {key: value.clone() for key, value in tokenizer.state_dict().items()}
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="t",
-        progress=False,
-    )
+    fit_task(task, config, tmp_path, label="t")
     steps = {n: tensors(tmp_path / "checkpoints" / f"step-{n}") for n in range(1, 7)}
     first = {
         key.removeprefix("weights/tokenizer."): value
@@ -275,22 +252,9 @@ def test_gradient_norm_far_above_its_median_is_reported():
 def test_training_warns_of_a_gradient_jump(tmp_path, caplog):
     objective, factor = Line(), [1.0]
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * factor[0])
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
     objective.on_step = lambda step: factor.__setitem__(0, 1e4 if step in (7, 8) else 1.0)
-    task, config = (
-        Task(objective, batch, lambda: [batch(10**6)], "error", dict),
-        TrainConfig(steps=10, batch_size=4, log_every=1),
-    )
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )
+    config = TrainConfig(steps=10, batch_size=4, log_every=1)
+    fit_task(line_task(objective), config, tmp_path)
     lines = [line for line in caplog.messages if "gradient norm" in line]
     assert (
         len(lines) == 1

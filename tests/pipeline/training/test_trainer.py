@@ -21,10 +21,8 @@ from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.training.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.training.ema import EMA, ema_decay
 from pipeline.training.optimizers import learning_rate, optimizers_for
-from pipeline.training.task import Task
 from pipeline.training.train_step import step_seed
-from pipeline.training.trainer import fit
-from tests.helpers.training import CONFIG, Line, train
+from tests.helpers.training import CONFIG, Line, fit_task, line_task, train
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
@@ -62,26 +60,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path)
 def test_health_warning_is_repeated_only_when_it_returns(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
-    objective = Line()
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(
-        objective,
-        batch,
-        lambda: [batch(10**6)],
-        "error",
-        dict,
-        lambda scalars, step: said.get(step),
-    )
-    fit(
-        task,
-        TrainConfig(**CONFIG),
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )  # type: ignore[arg-type]
+    task = line_task(Line(), check_health=lambda scalars, step: said.get(step))
+    fit_task(task, TrainConfig(**CONFIG), tmp_path, progress=True)  # type: ignore[arg-type]
     lines = [line for line in caplog.messages if line.startswith("line:")]
     assert [line for line in lines if "codes" in line] == [
         "line: codes are wasted",
