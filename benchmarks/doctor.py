@@ -1,5 +1,4 @@
-"""`minidalle doctor` on images of 256x256: images per second, and the search for images that
-look alike among a million.
+"""Speed of `minidalle doctor` on images of 256x256, and of its search for near duplicates.
 
     python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE]
 

@@ -1,5 +1,4 @@
-"""Kills trainings at random places, resumes them, and compares each end with that of an
-uninterrupted training, file by file.
+"""Kills trainings at random places, resumes them, and compares the files that they end with.
 
     python -m benchmarks.kills --kills 20
 

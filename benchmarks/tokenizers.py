@@ -1,11 +1,12 @@
 """Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and
 vector-quantize-pytorch's VectorQuantize in our network.
 
-benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes
-8] [--row NAME] Each peer has its default settings, the comparison's first row's data, steps (or
-minutes) and prior, and bf16 autocast as ours has; DiscreteVAE also trains in fp32, as it comes. The
-rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows them below
-its own.
+    benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml
+        [--minutes 8] [--row NAME]
+
+Each peer has its default settings, and the data, steps (or minutes), prior and bf16 autocast of the
+comparison's first variant. DiscreteVAE also trains in its default fp32. The results are written to
+the comparison's folder, and `minidalle compare-tokenizers` shows them below its own.
 """
 
 from __future__ import annotations
