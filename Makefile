@@ -14,14 +14,14 @@ WHEELS := datasets dill multiprocess jsonargparse
 .PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels clean
 
 help:
-	@echo "make demo    set up, train both stages on shapes and draw pictures (about 15 minutes on two cores)"
+	@echo "make demo    set up, train both stages on shapes and generate images (about 15 minutes on two cores)"
 	@echo "make test    set up, check the code and run the tests"
 	@echo "make test-fast   the same without whole runs and several processes"
 	@echo "make check   lint, format and types alone; make fmt mends the first two"
 	@echo "make docs    build the documentation site into site/"
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
-	@echo "make gpu     prove and measure everything on a GPU in nine minutes; DEVICE=cpu rehearses it (see benchmarks/README.md)"
+	@echo "make gpu     test and measure everything on a GPU in nine minutes; DEVICE=cpu runs it at a tiny size (see benchmarks/README.md)"
 
 # torch first: at its constrained version the CPU build is enough, and an open range would fetch CUDA packages too.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -39,9 +39,9 @@ setup: $(VENV)/ready
 
 demo: setup
 	$(BIN)/minidalle run --config configs/shapes.yaml
-	$(BIN)/minidalle generate --bundle $(DEMO_RUN)/bundle --num-images 4 --out $(DEMO_RUN)/pictures \
+	$(BIN)/minidalle generate --bundle $(DEMO_RUN)/bundle --num-images 4 --out $(DEMO_RUN)/images \
 		"a large red circle left of a small blue square on white" "a green star above a yellow heart" "a huge purple ring on black"
-	@echo "look at $(DEMO_RUN)/samples/held-out-prompts.png and $(DEMO_RUN)/pictures/grid.png"
+	@echo "look at $(DEMO_RUN)/samples/held-out-prompts.png and $(DEMO_RUN)/images/grid.png"
 
 check: setup
 	$(BIN)/ruff check .

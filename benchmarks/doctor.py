@@ -1,9 +1,9 @@
-"""`minidalle doctor` on images of 256x256: images per second, and the search for images that
-look alike among a million.
+"""Speed of `minidalle doctor` on images of 256x256, and of its search for near duplicates.
 
-python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Images are JPEGs of
-smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb
-does is timed, the page included; the interpreter's start is not.
+    python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE]
+
+Images are JPEGs of smooth colours with noise, of about 25 KB, in a temporary folder. Everything
+that the command does is timed, the HTML report included; the interpreter's start is not.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(pictures: int, looks: int) -> dict[str, float]:
     search_seconds, found = search(looks)
     return {
         "pictures": pictures,
-        "KB an image": round(size, 1),
+        "KB per image": round(size, 1),
         "seconds": round(seconds, 2),
         "images per second": round(pictures / seconds),
         "looks": looks,
@@ -110,9 +110,9 @@ if __name__ == "__main__":
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     reader.add_argument("--pictures", type=int, default=10_000)
     reader.add_argument("--looks", type=int, default=1_000_000)
-    reader.add_argument("--out", type=Path, help="JSON file for the figures")
+    reader.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = reader.parse_args()
-    figures = run(options.pictures, options.looks)
-    print(json.dumps(figures, indent=1))
+    metrics = run(options.pictures, options.looks)
+    print(json.dumps(metrics, indent=1))
     if options.out is not None:
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        options.out.write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Encoding images to codes at 64x64, factor 8, 1,024 codes: images per second of ours and of
-dalle-pytorch's DiscreteVAE.
+"""Images per second of encoding at 64x64, factor 8, 1,024 codes: ours and dalle-pytorch's
+DiscreteVAE.
 
-benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE] Equal
-network cost: our encoder's width is chosen so that an image takes at least as many operations as
-in the peer's encoder, both counted by torch's own counter. Both encode the same images under the
-same bf16 autocast, or the peer in the fp32 that it comes with (`--peers-fp32`); ours is compiled by
-`compile_networks`.
+    benchmarks/.venv/bin/python -m benchmarks.encoding [--batch 64] [--peers-fp32] [--out FILE]
+
+Both networks cost the same. Our encoder's width is chosen so that an image takes at least as many
+operations as in the peer's encoder, by torch's own counter. Both encode the same images in bf16
+autocast; `--peers-fp32` gives the peer its default fp32. Ours is compiled by `compile_networks`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def operations(work: Any, pixels: Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    parser.add_argument("--peers-fp32", action="store_true", help="the peer as it comes")
+    parser.add_argument("--peers-fp32", action="store_true", help="the peer in fp32, its default")
     options, _ = parser.parse_known_args()
     batch = options.batch
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ without make
 This file runs the parts: each is a process with a time limit, so a part that fails, hangs or loses
 its CUDA context stops no other. `benchmarks/gpu_parts.py` has the parts themselves. What a part
 finds is printed and written to OUT/PART.json the moment it is known, and a table ends the run
-(OUT/table.md). `--device cpu` rehearses every part at a tiny size.
+(OUT/table.md). `--device cpu` runs every part at a tiny size.
 
 It needs the standard library alone, so that it can say which packages are missing. Wheels in
 `.whl/` (`make gpu-wheels`) are installed into a temporary folder where a package is missing.
@@ -69,13 +69,13 @@ PARTS = (
 CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse")
 """Packages that `make gpu-wheels` gathers: pure Python, and absent where only a framework is
 installed."""
-REHEARSED_SECONDS = 60
+CPU_SECONDS = 60
 """Limit of each part on the CPU."""
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a figure is held against."""
+    """What a metric is compared with."""
 
     text: str
     least: float | None = None
@@ -92,7 +92,7 @@ AIMS = {
 }
 
 Result = dict[str, Any]
-"""A part's name, status (passed, failed, timed out, skipped), seconds, figures by name, and what
+"""A part's name, status (passed, failed, timed out, skipped), seconds, metrics by name, and what
 went wrong."""
 
 
@@ -122,7 +122,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu rehearses every part at a tiny size",
+        help="cpu runs every part at a tiny size",
     )
     parser.add_argument(
         "--out",
@@ -200,7 +200,7 @@ def device_problem(device: str, environment: dict[str, str]) -> str | None:
     )
     if found.returncode == 7:
         return (
-            "there is no CUDA device here; run it where there is one, or rehearse it on "
+            "there is no CUDA device here; run it where there is one, or try it on "
             "the CPU: make gpu DEVICE=cpu"
         )
     if found.returncode:
@@ -281,12 +281,12 @@ def run_parts(
     total: float = TOTAL_SECONDS,
     command: Callable[[Part, Path], list[str]] | None = None,
 ) -> list[Result]:
-    """Runs the parts one after another; whatever becomes of one, the next is begun.
+    """Runs the parts one after another; a failing part does not stop the next.
 
     Args:
-        missing: packages that are not there; parts that need all of them are skipped.
+        missing: absent packages; parts that need them are skipped.
         total: seconds that all parts take together at most.
-        command: (part, file of its figures) -> what to start; by default the part of
+        command: (part, file of its metrics) -> what to start; by default the part of
             `benchmarks.gpu_parts`.
     """
     end, free = time.monotonic() + total, None
@@ -298,7 +298,7 @@ def run_parts(
             "part": part.name,
             "status": "skipped",
             "seconds": 0.0,
-            "figures": {},
+            "metrics": {},
             "problem": None,
         }
         if part.whole and missing:
@@ -311,18 +311,18 @@ def run_parts(
             result["problem"] = f"{max(left, 0):.0f} s are left of the run's {total:.0f}"
         else:
             own = left if part is PARTS[-1] else part.seconds
-            limit = min(REHEARSED_SECONDS if device == "cpu" else own, left)
+            limit = min(CPU_SECONDS if device == "cpu" else own, left)
             print(f"== {part.name} (at most {limit:.0f} s)", flush=True)
             given = command(part, file) if command else _command(part, device, file)
             result |= _run(given, limit, file, environment)
-        _write(file, result)
+        write_json(file, result)
         problem = f": {result['problem'].splitlines()[0]}" if result["problem"] else ""
         print(
             f"== {part.name} {result['status']} after {result['seconds']:.0f} s{problem}",
             flush=True,
         )
         if part.name == "environment":
-            free = result["figures"].get("free GPU memory, GiB")
+            free = result["metrics"].get("free GPU memory, GiB")
         results.append(result)
     return results
 
@@ -364,25 +364,25 @@ def _run(command: list[str], limit: float, file: Path, environment: dict[str, st
             print(f"  {lines[-1]}", flush=True)
         process.wait()
         expired = late()
-    figures = _figures(file)
+    metrics = _metrics(file)
     seconds = round(time.monotonic() - start, 1)
     told = [line for line in lines if line.strip()]
     if expired:
         problem = "\n".join([f"it took longer than {limit:.0f} s", *told[-400:]])
-        return {"status": "timed out", "seconds": seconds, "figures": figures, "problem": problem}
+        return {"status": "timed out", "seconds": seconds, "metrics": metrics, "problem": problem}
     if process.returncode:
         last = told[-1] if told else f"it ended with status {process.returncode} and no word"
         return {
             "status": "failed",
             "seconds": seconds,
-            "figures": figures,
+            "metrics": metrics,
             "problem": "\n".join([last, *told[-400:-1]]),
         }
-    return {"status": "passed", "seconds": seconds, "figures": figures, "problem": None}
+    return {"status": "passed", "seconds": seconds, "metrics": metrics, "problem": None}
 
 
 def _ends_at(process: subprocess.Popen[str], limit: float) -> Callable[[], bool]:
-    """Ends a process and what it started after `limit` seconds; returns a call that stops the clock
+    """Ends a process and its children after `limit` seconds; returns a call that stops the clock
     and tells whether it had to."""
     late = threading.Event()
 
@@ -401,31 +401,32 @@ def _ends_at(process: subprocess.Popen[str], limit: float) -> Callable[[], bool]
     return stop
 
 
-def _figures(file: Path) -> dict[str, Any]:
+def _metrics(file: Path) -> dict[str, Any]:
     """What a part has written down so far."""
     try:
-        return json.loads(file.read_text())["figures"]
+        return json.loads(file.read_text())["metrics"]
     except (OSError, ValueError, KeyError):
         return {}
 
 
-def _write(file: Path, result: Result) -> None:
-    beside = file.with_suffix(".writing")
-    beside.write_text(json.dumps(result, indent=2) + "\n")
-    beside.replace(file)
+def write_json(file: Path, value: Any) -> None:
+    """Writes by way of a temporary file, so that a part that is killed leaves the file complete."""
+    temporary = file.with_suffix(".writing")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(file)
 
 
 def table(results: Sequence[Result], *, compared: bool) -> str:
-    """Every figure of every part, as Markdown; compared with what it is held against, which a
-    rehearsal is not."""
-    lines = ["| part | figure | value | to compare |", "|---|---|---|---|"]
+    """Every metric of every part as Markdown, with its target where `compared`: sizes on the CPU
+    have none."""
+    lines = ["| part | metric | value | to compare |", "|---|---|---|---|"]
     for result in results:
         problem = f": {result['problem'].splitlines()[0]}" if result["problem"] else ""
         lines.append(
             f"| **{result['part']}** | {result['status']}{problem} | {result['seconds']:.0f} s | "
             "|".replace("\n", " ")
         )
-        for name, value in result["figures"].items():
+        for name, value in result["metrics"].items():
             aim = AIMS.get((result["part"], name)) if compared else None
             reached = (
                 ""
@@ -441,7 +442,7 @@ def table(results: Sequence[Result], *, compared: bool) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """A figure for people: shares as percentages, large numbers with commas."""
+    """A metric for people: fractions as percentages, large numbers with commas."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return str(value)
     if "accuracy" in name or name.startswith("share"):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_parts sampling --device cuda --out sampling.json
 
-A figure is printed and written to the JSON file the moment it is known. On the CPU every part runs
+A metric is printed and written to the JSON file the moment it is known. On the CPU every part runs
 at a tiny size.
 
 Operations of a training step are 6 for each parameter that a token is multiplied by and 12 for each
@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.gpu_kit import ROOT, missing_packages, remedy, write_json
+from benchmarks.timing import interleave
+
 _PACKAGES = (
     "torch",
     "transformers",
@@ -78,42 +79,39 @@ FULL = Sizes(768, 12, 12, 24, 16384, 120, 512, (8, 1, 64), 32, 8192, 2**31, 256,
 TINY = Sizes(64, 2, 2, 4, 64, 8, 64, (2, 1, 4), 4, 256, 2**22, 32, 4, 1)
 
 
-class Figures:
-    """What a part has found, in a file that is whole at any time."""
+class Metrics:
+    """What a part has found, in a file that is complete at any time."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._values = path, dict[str, Any]()
+        self._path = path
+        self._values: dict[str, Any] = {}
 
     def put(self, name: str, value: Any) -> None:
         self._values[name] = value
         print(f"{name}: {value}", flush=True)
-        beside = self._path.with_suffix(".writing")
-        beside.write_text(json.dumps({"figures": self._values}) + "\n")
-        beside.replace(self._path)
+        write_json(self._path, {"metrics": self._values})
 
 
-def environment(figures: Figures, device: torch.device, sizes: Sizes) -> None:
+def environment(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """Card, driver, versions, and what of the project's requirements is missing."""
-    from benchmarks.gpu_kit import missing_packages, remedy
-
-    figures.put("python", platform.python_version())
+    metrics.put("python", platform.python_version())
     for name in _PACKAGES:
         try:
-            figures.put(name, importlib.metadata.version(name))
+            metrics.put(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            figures.put(name, "not installed")
+            metrics.put(name, "not installed")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        figures.put("card", card.name)
-        figures.put("cards", torch.cuda.device_count())
-        figures.put("multiprocessors", card.multi_processor_count)
-        figures.put("driver", _driver())
-        figures.put("CUDA of torch", torch.version.cuda)
-        figures.put("cuDNN", torch.backends.cudnn.version())
-        figures.put("GPU memory, GiB", round(card.total_memory / 2**30, 1))
-        figures.put("free GPU memory, GiB", round(torch.cuda.mem_get_info(device)[0] / 2**30, 1))
+        metrics.put("card", card.name)
+        metrics.put("cards", torch.cuda.device_count())
+        metrics.put("multiprocessors", card.multi_processor_count)
+        metrics.put("driver", _driver())
+        metrics.put("CUDA of torch", torch.version.cuda)
+        metrics.put("cuDNN", torch.backends.cudnn.version())
+        metrics.put("GPU memory, GiB", round(card.total_memory / 2**30, 1))
+        metrics.put("free GPU memory, GiB", round(torch.cuda.mem_get_info(device)[0] / 2**30, 1))
     missing = missing_packages(ROOT / "pyproject.toml", os.environ.get("PYTHONPATH", ""))
-    figures.put("missing requirements", ", ".join(missing) or "none")
+    metrics.put("missing requirements", ", ".join(missing) or "none")
     if missing:
         sys.exit(remedy(missing))
 
@@ -130,7 +128,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def tests(figures: Figures, device: torch.device, sizes: Sizes) -> None:
+def tests(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """`pytest -m gpu`: each result as it comes."""
     command = [
         sys.executable,
@@ -175,22 +173,22 @@ def tests(figures: Figures, device: torch.device, sizes: Sizes) -> None:
                 counts[kind] += 1
                 if kind == "failed":
                     failures.append(re.search(r"\S+::\S+", line)[0].removeprefix("tests/gpu/"))  # type: ignore[index]
-                    figures.put("which failed", ", ".join(failures))
-                figures.put(kind, counts[kind])
+                    metrics.put("which failed", ", ".join(failures))
+                metrics.put(kind, counts[kind])
     if process.returncode:
         sys.exit(f"pytest ended with status {process.returncode}")
 
 
-def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
+def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """Guided images per second, plain, compiled and captured, and a step against the time in which
     its bytes are read once."""
     from stage2_prior import SamplingOptions, decoding, sample
 
     prior = random_prior(sizes).to(device, torch.bfloat16).eval()
-    figures.put("parameters, millions", sum(p.numel() for p in prior.parameters()) / 1e6)
-    figures.put("codes per image", prior.stream.image_length)
+    metrics.put("parameters, millions", sum(p.numel() for p in prior.parameters()) / 1e6)
+    metrics.put("codes per image", prior.stream.image_length)
     rate = copy_rate(sizes, device)
-    figures.put("copy rate, GB/s", rate / 1e9)
+    metrics.put("copy rate, GB/s", rate / 1e9)
     how = SamplingOptions(guidance_scale=2.0)
     text = torch.randint(
         3, sizes.words, (max(sizes.batches), sizes.text), generator=torch.Generator().manual_seed(0)
@@ -203,16 +201,16 @@ def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
         start = time.perf_counter()
         drawn(batch, compiled=compiled)
         if compiled:
-            figures.put(f"first call, batch {batch}, {name}, s", time.perf_counter() - start)
+            metrics.put(f"first call, batch {batch}, {name}, s", time.perf_counter() - start)
         taken = seconds(lambda: drawn(batch, compiled=compiled), device, rounds=rounds, warm_up=0)
-        figures.put(f"images/s, batch {batch}, {name}", batch / taken)
+        metrics.put(f"images/s, batch {batch}, {name}", batch / taken)
         return taken
 
     first = sizes.batches[0]
     start = time.perf_counter()
     plain_codes = drawn(first, compiled=False)
     finish(device)
-    figures.put(
+    metrics.put(
         f"images/s, batch {first}, plain, its first call", first / (time.perf_counter() - start)
     )
     if device.type == "cuda":
@@ -225,20 +223,20 @@ def sampling(figures: Figures, device: torch.device, sizes: Sizes) -> None:
             taken / prior.stream.image_length,
             step_bytes(prior, batch, guided=True) / rate,
         )
-        figures.put(f"ms per step, batch {batch}, {way}", 1000 * step)
-        figures.put(f"times the floor of {1000 * floor:.3f} ms, batch {batch}", step / floor)
+        metrics.put(f"ms per step, batch {batch}, {way}", 1000 * step)
+        metrics.put(f"times the floor of {1000 * floor:.3f} ms, batch {batch}", step / floor)
     codes = drawn(first, compiled=True)
-    figures.put(
+    metrics.put(
         f"share of codes equal, {way} and plain (bf16)",
         float((codes == plain_codes).float().mean()),
     )
     alone = sample(prior, text[:1], range(1), how, compiled=True).codes
-    figures.put(
+    metrics.put(
         "share of codes equal, alone and in a batch (bf16)",
         float((alone[0] == codes[0]).float().mean()),
     )
     if device.type == "cuda":
-        figures.put("peak GPU memory, GiB", torch.cuda.max_memory_allocated(device) / 2**30)
+        metrics.put("peak GPU memory, GiB", torch.cuda.max_memory_allocated(device) / 2**30)
 
 
 @contextmanager
@@ -256,24 +254,24 @@ def uncaptured(decoding: Any):
         decoding.capture_cuda_graph = held
 
 
-def training(figures: Figures, device: torch.device, sizes: Sizes) -> None:
+def training(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """Tokens per second of the prior as a share of the card's bf16 rate; images per second of a
     tokenizer with 16 pixels per code."""
     rate = product_rate(sizes, device)
-    figures.put("bf16 rate of a product, TFLOP/s", rate / 1e12)
+    metrics.put("bf16 rate of a product, TFLOP/s", rate / 1e12)
     prior = random_prior(sizes).to(device).train()
     step, tokens = prior_step(prior, sizes, device)
     start = time.perf_counter()
     step()
     finish(device)
-    figures.put("first step of the prior, s", time.perf_counter() - start)
+    metrics.put("first step of the prior, s", time.perf_counter() - start)
     taken = seconds(step, device, rounds=5 * sizes.rounds, warm_up=2)
-    figures.put("tokens/s", tokens / taken)
-    figures.put(
+    metrics.put("tokens/s", tokens / taken)
+    metrics.put(
         "share of the bf16 rate", operations(prior, tokens, sizes.train_batch) / taken / rate
     )
     if device.type == "cuda":
-        figures.put(
+        metrics.put(
             "peak GPU memory of the prior, GiB", torch.cuda.max_memory_allocated(device) / 2**30
         )
         torch.cuda.reset_peak_memory_stats(device)
@@ -282,19 +280,19 @@ def training(figures: Figures, device: torch.device, sizes: Sizes) -> None:
         step = tokenizer_step(name, sizes, device)
         step()
         taken = seconds(step, device, rounds=3 * sizes.rounds, warm_up=2)
-        figures.put(
+        metrics.put(
             f"tokenizer images/s, {name}, {sizes.image}x{sizes.image}, f16",
             sizes.tokenizer_batch / taken,
         )
         del step
     if device.type == "cuda":
-        figures.put(
+        metrics.put(
             "peak GPU memory of the tokenizers, GiB",
             torch.cuda.max_memory_allocated(device) / 2**30,
         )
 
 
-def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
+def main_job(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """`minidalle run` and `evaluate` of configs/shapes.yaml, as a user starts them."""
     with tempfile.TemporaryDirectory() as folder:
         given = ["--config", "configs/shapes.yaml", "--output_dir", folder]
@@ -303,29 +301,29 @@ def main_job(figures: Figures, device: torch.device, sizes: Sizes) -> None:
             given += [
                 f"--{stage}.train.{name}={value}"
                 for stage in ("tokenizer", "prior")
-                for name, value in _REHEARSED.items()
+                for name, value in _TINY_TRAINING.items()
             ]
             given += ["--encode.max_images=200", "--encode.max_val_images=20"]
             judged = ["--max-images", "10"]
         start = time.perf_counter()
         minidalle("run", *given)
-        figures.put("run, s", time.perf_counter() - start)
+        metrics.put("run, s", time.perf_counter() - start)
         run = Path(folder) / "shapes"
         start = time.perf_counter()
         minidalle("evaluate", "--bundle", str(run / "bundle"), *given, *judged)
-        figures.put("evaluate, s", time.perf_counter() - start)
+        metrics.put("evaluate, s", time.perf_counter() - start)
         found = json.loads((run / "evaluation.json").read_text())
-        figures.put("captions judged", found["settings"]["pictures"])
+        metrics.put("captions judged", found["settings"]["pictures"])
         for name, ours in (
             ("prompt accuracy", "prompt_accuracy"),
             ("prompt accuracy, new pairs", "prompt_accuracy_new_pairs"),
             ("PSNR, dB", "psnr"),
             ("nats per code", "nats_per_code"),
         ):
-            figures.put(name, found[ours])
+            metrics.put(name, found[ours])
 
 
-_REHEARSED = {"steps": 4, "batch_size": 4, "eval_every": 4, "save_every": 4, "warmup_steps": 1}
+_TINY_TRAINING = {"steps": 4, "batch_size": 4, "eval_every": 4, "save_every": 4, "warmup_steps": 1}
 
 
 def minidalle(*arguments: str) -> None:
@@ -340,9 +338,9 @@ def minidalle(*arguments: str) -> None:
         sys.exit(f"minidalle {arguments[0]} ended with status {status}")
 
 
-def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
-    """The 20 kernels that take longest in sampling and in a training step, to profile.txt beside
-    the figures."""
+def profile(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
+    """The 20 kernels that take longest in sampling and in a training step, to profile.txt next to
+    the metrics."""
     from torch.autograd import DeviceType
     from torch.autograd.profiler_util import EventList
     from torch.profiler import ProfilerActivity
@@ -361,7 +359,7 @@ def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
     def drawn() -> None:
         sample(prior, text, range(len(text)), how, compiled=device.type == "cuda")
 
-    report = figures._path.with_name("profile.txt")
+    report = metrics._path.with_name("profile.txt")
     report.write_text("")
     for name, call in (("sampling", drawn), ("training", None)):
         if call is None:
@@ -391,7 +389,7 @@ def profile(figures: Figures, device: torch.device, sizes: Sizes) -> None:
             rows = averages.table(sort_by=order, row_limit=20, max_name_column_width=80)
             file.write(f"{name}\n{rows}\n")
         share = getattr(events[0], order.replace("cuda", "device")) / max(total, 1)
-        figures.put(
+        metrics.put(
             f"first kernel of {name}",
             f"{events[0].key[:60]} ({share:.0%} of {total / 1000:.1f} ms)",
         )
@@ -533,16 +531,13 @@ def seconds(
     call: Callable[[], object], device: torch.device, *, rounds: int, warm_up: int
 ) -> float:
     """Median seconds of a call, until the device is done with it."""
-    for _ in range(warm_up):
-        call()
-    finish(device)
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+
+    def finished() -> None:
         call()
         finish(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+
+    finish(device)
+    return interleave({"call": finished}, rounds=rounds, warm_up=warm_up)["call"]
 
 
 def finish(device: torch.device) -> None:
@@ -559,13 +554,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One part of benchmarks.gpu_kit.")
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the metrics")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
-        # Compiling takes a minute, and a rehearsal measures nothing
+        # Compiling takes a minute, and nothing is measured at this size
         torch.compiler.set_stance("force_eager")
-    PARTS[options.part](Figures(options.out), device, FULL if device.type == "cuda" else TINY)
+    PARTS[options.part](Metrics(options.out), device, FULL if device.type == "cuda" else TINY)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How good a gradient each quantizer gives its encoder: variance and bias against the exact one,
-which one position of 32 codes allows.
+"""Variance and bias of the gradient that each quantizer gives its encoder. The exact gradient is
+known for one position of 32 codes.
 
-python -m benchmarks.gradient_variance [--samples 2000] [--out docs/images/gradient-variance.png] A
-batch of logits, a codebook and a decoder (two layers) are drawn once; the cost is a squared error.
-Every estimator gives the gradient to the same logits from its own samples; the exact gradient sums
-over all codes. Categorical estimators see 32 logits, those of bits 5.
+    python -m benchmarks.gradient_variance [--samples 2000]
+        [--out docs/images/gradient-variance.png]
+
+A batch of logits, a codebook and a decoder of two layers are sampled once. The cost is a squared
+error. Every estimator computes the gradient of the same logits from its own samples; the exact
+gradient sums over all codes. Categorical estimators have 32 logits, those of bits 5.
 """
 
 from __future__ import annotations

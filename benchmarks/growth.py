@@ -1,10 +1,12 @@
-"""Memory of a training over time: how much a process grows, and what that makes in three hours.
+"""Growth of a training's memory over time, extrapolated to three hours.
 
-python -m benchmarks.growth [--minutes 20] [--stage tokenizer] [--config configs/emoji.yaml] [--name
-growth] The stage of that name is trained in a process of its own (a prior needs the tokenizer and
-the codes of its run), with evaluations and checkpoints as often as its configuration says. The
-process's own (anonymous) memory is read every two seconds; growth is the slope of a line through
-what was read after the first quarter, in which compilers and caches fill.
+    python -m benchmarks.growth [--minutes 20] [--stage tokenizer] [--config configs/emoji.yaml]
+        [--name growth]
+
+The stage is trained in a process of its own, with the evaluations and checkpoints of its
+configuration. A prior needs the tokenizer and the codes of the run. The process's anonymous memory
+is read every two seconds. Growth is the slope of a line through the readings after the first
+quarter, in which compilers and caches fill.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Kills trainings at random places, goes on, and compares each end with that of an uninterrupted
-training, file by file.
+"""Kills trainings at random places, resumes them, and compares the files that they end with.
 
     python -m benchmarks.kills --kills 20
 
 The kill is SIGKILL: when a random step is reached, before a random one of the training's file
 operations (checkpoints are written, synced, renamed and removed by them), or after a random time,
-which also falls into the midst of a write. Both stages have everything with a state of its own:
-Muon, weight averages, the best weights kept; the tokenizer an adversary, the prior dropout. With
-`--streaming` the images come from shards that are read from beginning to end, so that a run that
-goes on must find its place in them again. Each attempt is a fork of this process, which has
-imported the libraries and trained nothing.
+which may be in the middle of a write. Both stages have everything with a state of its own: Muon,
+weight EMA and `save_best`; the tokenizer a discriminator, the prior dropout. With `--streaming` the
+images come from shards that are read from beginning to end, so that a resumed run must find its
+position in them. Each attempt is a fork of this process, which has imported the libraries and
+trained nothing.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class Attempt:
 
 
 def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None) -> Attempt:
-    """Runs a verb in a fork, killed on the way or not."""
+    """Runs a command in a fork, which `kill` may end."""
     progress, start = Progress(), time.perf_counter()
     pid = os.fork()
     if pid == 0:
@@ -330,10 +329,10 @@ def main() -> int:
                 )
                 failed |= o.identical != o.runs or o.beyond > 0
             if stage == "tokenizer" and "prior" in options.stages:
-                for verb in ("train-tokenizer", "encode"):
+                for command in ("train-tokenizer", "encode"):
                     made = attempt(
                         [
-                            verb,
+                            command,
                             "--config",
                             str(folder / "experiment.yaml"),
                             "--output_dir",

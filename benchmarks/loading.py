@@ -1,11 +1,12 @@
-"""Images loaded, shrunk and cropped for training, by `data.workers` threads; and which share of
-its time a training waits for them.
+"""Images per second that `data.workers` threads load, shrink and crop for training; and the
+fraction of its time that a training waits for them.
 
-python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300] JPEGs of 256x256 (about
-28 KB, smooth with some noise) are made in a temporary folder and read as 64x64, none kept in memory
-(`data.cache_gb` 0): as files of a folder, from webdataset shards row by row, and as a stream of
-them. Then the tokenizer of configs/emoji.yaml is trained on the folder; what it waited is what
-`fit` measured.
+    python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300]
+
+JPEGs of 256x256 (about 28 KB, smooth with some noise) are written to a temporary folder and read at
+64x64, without a cache (`data.cache_gb` 0): as files of a folder, from webdataset shards row by row,
+and as a stream of the shards. Then the tokenizer of configs/emoji.yaml is trained on the folder,
+and `fit` measures its wait.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
-    """Images a second while every image is opened once, and while batches are loaded; the first
+    """Images per second while every image is opened once, and while batches are loaded; the first
     is 0 for a stream."""
     start = time.perf_counter()
     train, _ = load_sources(

@@ -1,12 +1,13 @@
-"""Memory while codes are written, opened, read as training reads them, and their captions learned:
-how much it grows with the rows.
+"""Growth of memory with the number of rows, while codes are written, opened and read, and while
+captions are learned.
 
-python -m benchmarks.memory [--rows 1000000] [--folder DIR] Rows of 64 codes and captions of eight
-words, one image in four with a second caption, go through the functions that encoding and
-training use, with numbers in place of a tokenizer's codes. Growth is the most that was seen above
-the start of the part: of the process's own (anonymous) memory, and of its resident memory, which
-counts the pages of mapped files, too, that the system may drop at any time. Each part runs on
-10,000 rows first, in a row of its own: what it imports and what it needs once is counted there.
+    python -m benchmarks.memory [--rows 1000000] [--folder DIR]
+
+Rows of 64 codes and captions of eight words pass through the functions that encoding and training
+use. One row in four has a second caption. Random numbers stand in for codes. Growth is the peak
+above the start of the part, of two sizes: anonymous memory, and resident memory. The second also
+counts pages of mapped files, which the system may drop at any time. Each part runs on 10,000 rows
+first, so that imports and other one-time costs are counted there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Builds the peers at the sizes that are compared. dalle-pytorch's pretrained encoders need
-packages with no CPU build, so the module that holds them is replaced by an empty stand-in; nothing
-that is measured uses it."""
+packages without a CPU build, so an empty stand-in replaces their module. No measurement uses it.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Whether two commits compute the same: trains both stages with each, and compares weights,
-moments, averages, codes and sampled codes.
+"""Compares what two commits compute: weights, moments, EMA, codes and sampled codes.
 
     python -m benchmarks.same_numbers OLD NEW
 
-Each commit is checked out into a folder of its own and run by this Python: shapes and a folder of
-images, on one process and on two, 20 steps a stage, Muon and AdamW, with a discriminator. Tensors
-are compared bit for bit by their contents, so that files and keys may be called otherwise. Exit
-status 1 where anything differs.
+Each commit is checked out into a folder of its own and trains both stages with this Python. The
+cases are shapes and a folder of images, one process and two, 20 steps per stage, Muon and AdamW,
+with a discriminator. Tensors are compared bit for bit by their contents, so files and keys may have
+other names. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations

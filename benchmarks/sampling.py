@@ -1,13 +1,15 @@
-"""Sampling 64 codes: images per second of ours, dalle-pytorch's generate_images and transformers'
+"""Images per second of sampling 64 codes: ours, dalle-pytorch's generate_images and transformers'
 generate() with its static cache.
 
-benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32] [--alone]
-[--out FILE] No guidance; every side at its defaults otherwise (dalle-pytorch's cache is off by
-default), fp32 weights. With --compile ours is made ready for many images as by
-`TextToImagePipeline.compile`: bf16 weights, the step compiled; the peers have bf16 weights too, or
-with --peers-fp32 those that they come with. Then what guidance costs, and how long a step takes
-against the time in which its bytes can be read or its products worked out; --alone leaves the peers
-out.
+    benchmarks/.venv/bin/python -m benchmarks.sampling [--batch N] [--compile] [--peers-fp32]
+        [--alone] [--out FILE]
+
+There is no guidance, weights are fp32, and every side has its defaults (dalle-pytorch's cache is
+off by default). With `--compile`, ours is prepared as by `TextToImagePipeline.compile`: bf16
+weights and a compiled step. The peers then have bf16 weights too, or their own with `--peers-fp32`.
+
+Then ours is measured with guidance, and a step is compared with the time to read its bytes once or
+to compute its products. `--alone` leaves the peers out.
 """
 
 from __future__ import annotations
@@ -108,14 +110,14 @@ def _fastest(call) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of copying 256 MB."""
+    """Bytes per second, read and written, of copying 256 MB."""
     source = torch.ones(2**26)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source))
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two 2048 x 2048 matrices."""
+    """Operations per second of a product of two 2048 x 2048 matrices."""
     matrix: Tensor = torch.randn(2048, 2048).to(dtype)
     return 2 * 2048**3 / _fastest(lambda: matrix @ matrix)
 

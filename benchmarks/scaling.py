@@ -1,14 +1,18 @@
 """Priors of 100M to 10B parameters on 1 to 1,000 GPUs, and codes of a billion images, on paper.
 Prints the tables of docs/scaling.md.
 
-python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4] [--memory 80]
-[--link 400e9] [--between 50e9] Nothing large is allocated: networks are made of tensors without
-numbers, and a step's activations are counted as it goes through them, in bf16 autocast with fused
-attention, not compiled. Operations are those of `benchmarks.gpu_parts`: 6 for each parameter that a
-token is multiplied by, 12 for each pair of places that attention sees, feature and block; 8 and 16
-where activations are worked out again. What a card computes (bf16 operations per second), the share
-of it that training reaches, its memory (GB), and bytes per second between two cards of a machine
-and between two machines (for each card) are assumptions, which the options change.
+    python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4]
+        [--link 400e9] [--between 50e9]
+
+Nothing large is allocated: networks are made of fake tensors. A step's activations are counted as
+it goes through them, in bf16 autocast with fused attention, not compiled.
+
+Operations are those of `benchmarks.gpu_parts`: 6 for each parameter that a token is multiplied by,
+and 12 for each pair of positions that attention sees, feature and block. With activation
+checkpointing they are 8 and 16.
+
+The options are assumptions: bf16 operations per second of a GPU, the fraction of them that training
+reaches, and bytes per second between two GPUs of a machine and, for each GPU, between two machines.
 """
 
 from __future__ import annotations
@@ -55,9 +59,9 @@ def weightless(config: PriorConfig) -> ImagePrior:
 
 
 def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bool) -> int:
-    """The most that a step of so many images holds beyond weights, moments and averages:
-    activations, and bf16 copies of the weights, which autocast makes; with `gradients` those too,
-    otherwise each is gone as soon as it is there, as where FSDP scatters it."""
+    """Peak bytes of a step beyond weights, moments and EMA: activations, and the bf16 copies of the
+    weights that autocast makes. With `gradients` those too; otherwise each is freed at once, as
+    under FSDP, which scatters it."""
     fused = partial(F.scaled_dot_product_attention, is_causal=True)
     held, transformer.attend = (
         transformer.attend,
@@ -86,7 +90,7 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
 
 
 def operations(prior: ImagePrior, *, again: bool) -> float:
-    """Of a training step, for each image."""
+    """Of a training step, per image."""
     stream, config = prior.stream, prior.model_config
     tokens = stream.length - 1
     blocks = sum(p.numel() for p in prior.blocks.parameters()) * tokens
@@ -100,14 +104,7 @@ def operations(prior: ImagePrior, *, again: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    given = {
-        "pictures": 16,
-        "rate": 989e12,
-        "utilisation": 0.4,
-        "cache_gb": 80.0,
-        "link": 400e9,
-        "between": 50e9,
-    }
+    given = {"pictures": 16, "rate": 989e12, "utilisation": 0.4, "link": 400e9, "between": 50e9}
     for name, value in given.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = parser.parse_args()
@@ -132,7 +129,7 @@ def main() -> None:
         )
 
     print(
-        f"\nGiB a GPU with {options.pictures} images on each; activations kept, and worked out "
+        f"\nGiB per GPU with {options.pictures} images on each; activations kept, and worked out "
         "again"
     )
     print(
@@ -166,7 +163,7 @@ def main() -> None:
     speed = options.rate * options.utilisation
     rates = f"{options.link / 1e9:.0f} and {options.between / 1e9:.0f} GB/s"
     print(
-        f"\nseconds a step of {options.pictures} images on each card: computing, and sending at "
+        f"\nseconds per step of {options.pictures} images on each GPU: computing, and sending at "
         f"{rates}"
     )
     titles = (

@@ -1,4 +1,4 @@
-"""Drawing the embedded world: images per second at 64x64 with their captions, on one thread.
+"""Images per second of rendering the shapes world at 64x64 with captions, on one thread.
 
 python -m benchmarks.shapes_drawing
 """

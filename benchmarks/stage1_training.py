@@ -1,8 +1,9 @@
-"""Training a tokenizer at 32x32, factor 4, batch 64: images per second and PSNR after the same wall
-time, against DiscreteVAE.
+"""Images per second of training a tokenizer at 32x32, factor 4, batch 64, and its PSNR after the
+same wall time: ours and dalle-pytorch's DiscreteVAE.
 
-benchmarks/.venv/bin/python -m benchmarks.stage1_training [--seconds 60] [--out FILE] Both see the
-same images of the embedded world under the same bf16 autocast; PSNR is of hard codes on 500
+    benchmarks/.venv/bin/python -m benchmarks.stage1_training [--seconds 60] [--out FILE]
+
+Both train on the same images of the shapes world in bf16 autocast. PSNR is of hard codes on 500
 held-out images.
 """
 

@@ -1,9 +1,11 @@
-"""Training a prior: tokens per second of ours, dalle-pytorch's DALLE and transformers'
+"""Tokens per second of training a prior: ours, dalle-pytorch's DALLE and transformers'
 LlamaForCausalLM. 96 tokens, batch 64, AdamW.
 
-benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--peers-fp32] [--out FILE]
-Ours computes in bf16 autocast as `precision: auto` does. Peers are given the same autocast, or with
---peers-fp32 none, as they come.
+    benchmarks/.venv/bin/python -m benchmarks.stage2_training [--compile] [--peers-fp32]
+        [--out FILE]
+
+Ours computes in bf16 autocast, as `precision: auto` does. The peers have the same autocast, or
+their default fp32 with `--peers-fp32`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Steps of several codes: images per second against a code a step, of a bundle that was trained on
-random orders.
+"""Images per second with several codes per step, relative to one code per step, of a bundle that
+was trained on random orders.
 
-benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N] How
-many codes are drawn again depends on what the prior has learned, so this takes a trained one:
-`minidalle run --config ...` comes first. Captions are held-out ones, options the bundle's, weights
-bf16, nothing compiled on either side. How many captions are drawn right in 16 steps is said by
-`minidalle evaluate`.
+    benchmarks/.venv/bin/python -m benchmarks.steps --config configs/shapes-edit.yaml [--batch N]
+
+The number of resampled codes depends on what the prior has learned, so run
+`minidalle run --config ...` first. Captions are held out, options are the bundle's, weights are
+bf16, and nothing is compiled on either side. `minidalle evaluate` gives the prompt accuracy in 16
+steps.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 def interleave(
     sides: dict[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds a call of each side; a round calls every side once, so that slow spells hit
+    """Median seconds per call of each side; a round calls every side once, so that slow spells hit
     all alike."""
     for call in sides.values():
         for _ in range(warm_up):

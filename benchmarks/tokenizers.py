@@ -1,11 +1,12 @@
 """Adds peers to a comparison of tokenizers: dalle-pytorch's DiscreteVAE, and
 vector-quantize-pytorch's VectorQuantize in our network.
 
-benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml [--minutes
-8] [--row NAME] Each peer has its default settings, the comparison's first row's data, steps (or
-minutes) and prior, and bf16 autocast as ours has; DiscreteVAE also trains in fp32, as it comes. The
-rows are written into the comparison's folder, and `minidalle compare-tokenizers` shows them below
-its own.
+    benchmarks/.venv/bin/python -m benchmarks.tokenizers --config configs/bakeoff-emoji.yaml
+        [--minutes 8] [--row NAME]
+
+Each peer has its default settings, and the data, steps (or minutes), prior and bf16 autocast of the
+comparison's first variant. DiscreteVAE also trains in its default fp32. The results are written to
+the comparison's folder, and `minidalle compare-tokenizers` shows them below its own.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def train_discrete_vae(
     experiment: Experiment, seconds: float | None, *, fp32: bool
 ) -> PeerTokenizer:
     """By Adam at 1e-3, as its training script does, for the experiment's steps or for so many
-    seconds; writes its held-out figures."""
+    seconds; writes its held-out metrics."""
     train = experiment.tokenizer.train
     torch.manual_seed(experiment.seed)
     source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
@@ -159,7 +160,7 @@ def train_discrete_vae(
     )
     codes = tokenizer.encode(true)
     statistics = codebook_statistics(torch.bincount(codes.flatten(), minlength=tokenizer.num_codes))
-    figures = {
+    metrics = {
         "psnr": float(peak_signal_to_noise(true, tokenizer.decode(codes)).mean()),
         "codebook_usage": statistics.usage,
         "codebook_perplexity": statistics.perplexity,
@@ -167,12 +168,12 @@ def train_discrete_vae(
     folder = experiment.folder / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     settled = {"train": {"steps": step}}
-    (folder / "settings.json").write_text(json.dumps({"settings": settled, "held_out": figures}))
+    (folder / "settings.json").write_text(json.dumps({"settings": settled, "held_out": metrics}))
     return tokenizer
 
 
 def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: bool = False) -> None:
-    """The row's figures by the code that judges ours, with the peer in our tokenizer's place."""
+    """The row's metrics by the code that judges ours, with the peer in our tokenizer's place."""
     trained: list[PeerTokenizer] = []
 
     def train(given: Experiment) -> Path:
@@ -184,17 +185,17 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     comparison.train_tokenizer = train
     comparison.steps_in_budget = lambda given, seconds: 1
     ImageTokenizer.from_pretrained = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
-    figures = comparison.run_variant(experiment, minutes)
+    metrics = comparison.run_variant(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"][
         "train"
     ]["steps"]
-    figures |= {
+    metrics |= {
         "steps": steps,
         "training_rate": steps
         * experiment.tokenizer.train.resolved_batch()[0]
-        / (60 * figures["minutes"]),
+        / (60 * metrics["minutes"]),
     }
-    comparison.write_figures(experiment, minutes, figures)
+    comparison.write_figures(experiment, minutes, metrics)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:

@@ -22,7 +22,7 @@ def launched(file: Path):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_key_is_one_that_accelerate_knows(file):
+def test_every_key_is_known_to_accelerate(file):
     config = load_config_from_file(str(file))  # raises for a key that it does not know
     known = vars(launched(file))
     assert all(key in known for key in config.fsdp_config or {}), (
@@ -39,14 +39,14 @@ def test_every_key_is_one_that_accelerate_knows(file):
     assert file.name in file.read_text().split("compute_environment")[0]
 
 
-def test_a_key_that_is_gone_is_refused(tmp_path):
+def test_removed_key_is_refused(tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text((FOLDER / "ddp-8.yaml").read_text() + "no_such_key: 1\n")
     with pytest.raises(ValueError, match="no_such_key"):
         load_config_from_file(str(path))
 
 
-def test_none_is_for_several_cpu_processes():
+def test_no_configuration_is_for_several_cpu_processes():
     """Accelerate would start a single one, without a word; torchrun starts them."""
     assert not any(
         yaml.safe_load(file.read_text())["distributed_type"] == "MULTI_CPU" for file in FILES
@@ -54,7 +54,7 @@ def test_none_is_for_several_cpu_processes():
 
 
 @pytest.mark.parametrize("name", ["fsdp-8", "fsdp-4x8"])
-def test_what_asks_for_sharding_is_what_training_looks_for(name, monkeypatch):
+def test_fsdp_configurations_are_recognised_by_training(name, monkeypatch):
     from pipeline.training import fsdp as sharding
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -32,12 +32,12 @@ def test_links_lead_to_files(page):
 
 @EVERY_PAGE
 def test_commands_exist(page):
-    for verb in re.findall(r"minidalle ([a-z][a-z-]*)\b", page.read_text()):
-        assert verb in VERBS, f"{page.name} names the command {verb}"
+    for command in re.findall(r"minidalle ([a-z][a-z-]*)\b", page.read_text()):
+        assert command in VERBS, f"{page.name} names the command {command}"
 
 
 def test_help_lists_every_command():
-    assert all(re.search(rf"^  {verb} ", HELP, re.MULTILINE) for verb in VERBS)
+    assert all(re.search(rf"^  {command} ", HELP, re.MULTILINE) for command in VERBS)
 
 
 def settings(kind: Any, path: str = "") -> set[str]:
@@ -52,7 +52,7 @@ def settings(kind: Any, path: str = "") -> set[str]:
 
 
 @EVERY_PAGE
-def test_settings_that_are_given_exist(page):
+def test_named_settings_exist(page):
     """Options with a dot, as in --prior.train.steps."""
     known = settings(Experiment)
     for option in re.findall(r"--([a-z_]+\.[a-z_.]+)", page.read_text()):

@@ -11,14 +11,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("stage1_tokenizer", "stage2_prior", "pipeline")
+from tests.helpers.architecture import (
+    DIAGRAM,
+    FILES,
+    PACKAGES,
+    ROOT,
+    direct_imports,
+    imported_modules,
+    module_of,
+    package_imports,
+    svg,
+)
+
 FORBIDDEN = {
     "stage1_tokenizer": {"stage2_prior", "pipeline"},
     "stage2_prior": {"stage1_tokenizer", "pipeline"},
     "pipeline": set(),
 }
-FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -31,24 +40,6 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path} imports relatively"
             found.add((node.module or "").split(".")[0])
     return found
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Our own modules that a file imports, anywhere in it: also within functions and for the type
-    checker alone."""
-    names = {module_of(file) for file in FILES}
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in names:
-            found |= {
-                full if (full := f"{node.module}.{alias.name}") in names else node.module
-                for alias in node.names
-            }
-    return found
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 LAYERS = (
@@ -109,7 +100,7 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return sorted(module for module, uses in reached.items() if module in uses)
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_are_no_import_circles():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
     assert circles({module_of(path): imported_modules(path) for path in FILES}) == []
 
@@ -120,7 +111,7 @@ def test_stages_do_not_know_each_other_or_the_pipeline(path):
     assert not imported(path) & (FORBIDDEN[package] | {"tests", "benchmarks", "pickle"})
 
 
-def test_shapes_and_sequence_alone_know_their_units():
+def test_pixel_units_and_text_offsets_are_in_one_file_each():
     """Text offsets are added in sequence.py only; pixel units are converted in pixels.py only."""
     for path in (ROOT / "stage1_tokenizer").rglob("*.py"):
         assert path.name == "pixels.py" or "127.5" not in path.read_text(), path
@@ -210,7 +201,35 @@ def test_the_architecture_page_names_every_file_and_no_other():
     assert listed == {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
 
 
-def test_what_the_theory_names_is_there():
+def test_the_architecture_diagram_shows_the_imports():
+    assert DIAGRAM.read_text() == svg(direct_imports(package_imports())), (
+        "the imports of packages changed; run: python -m tests.helpers.architecture"
+    )
+
+
+def test_diagram_leaves_out_imports_that_others_imply():
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert direct_imports(graph) == {"a": {"b"}, "b": {"c"}, "c": set()}
+
+
+def test_the_architecture_page_names_what_its_files_have():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.search(r"\| question \| file \|\n(.*?)\n\n", page, re.DOTALL)[1].splitlines()[1:]  # type: ignore[index]
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row.split("|")[2])
+        files = [ROOT / name for name in named if "/" in name]
+        code = "\n".join(
+            inner.read_text()
+            for file in files
+            for inner in (file.rglob("*.py") if file.is_dir() else [file])
+        )
+        for name in re.findall(
+            r"\w+", " ".join(name for name in named if re.fullmatch(r"[\w.]+", name))
+        ):
+            assert re.search(rf"\b{name}\b", code), f"{name} is not in the files of: {row}"
+
+
+def test_names_in_the_theory_page_exist():
     code = "\n".join(path.read_text() for path in FILES)
     for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
         for name in re.findall(r"\w+", named.removesuffix(".py").rpartition("/")[2]):

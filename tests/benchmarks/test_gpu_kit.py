@@ -29,11 +29,11 @@ from benchmarks.gpu_kit import (
 )
 from stage2_prior import decoding
 
-FIGURE = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"figures": %s})); '
+METRICS = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"metrics": %s})); '
 
 
 def python(code: str):
-    """A command that runs this code; its one argument is the file of the figures."""
+    """A command that runs this code; its one argument is the file of the metrics."""
     return lambda part, file: [sys.executable, "-c", code, str(file)]
 
 
@@ -56,12 +56,12 @@ def run(
     )
 
 
-def test_a_part_that_fails_stops_no_other(tmp_path, capsys):
+def test_failing_part_does_not_stop_the_others(tmp_path, capsys):
     results = run(
         tmp_path,
         {
-            "broken": FIGURE % '{"a": 1}' + 'raise ValueError("no kernel")',
-            "next": FIGURE % '{"b": 2.5}',
+            "broken": METRICS % '{"a": 1}' + 'raise ValueError("no kernel")',
+            "next": METRICS % '{"b": 2.5}',
         },
     )
     assert [r["status"] for r in results] == ["failed", "passed"]
@@ -69,17 +69,17 @@ def test_a_part_that_fails_stops_no_other(tmp_path, capsys):
         results[0]["problem"].splitlines()[0] == "ValueError: no kernel"
         and "Traceback" in results[0]["problem"]
     )
-    assert results[0]["figures"] == {"a": 1} and results[1]["figures"] == {"b": 2.5}
+    assert results[0]["metrics"] == {"a": 1} and results[1]["metrics"] == {"b": 2.5}
     assert json.loads((tmp_path / "broken.json").read_text()) == results[0]
     assert "== broken failed after" in capsys.readouterr().out
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(tmp_path):
+def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path):
     child = tmp_path / "child"
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     start = f"import subprocess, time; child = subprocess.Popen({sleep!r}); "
     code = (
-        FIGURE % '{"a": 1}'
+        METRICS % '{"a": 1}'
         + start
         + f'open({str(child)!r}, "w").write(str(child.pid)); time.sleep(600)'
     )
@@ -87,7 +87,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
     assert (
         result["status"] == "timed out"
         and result["problem"].startswith("it took longer than 3 s")
-        and result["figures"] == {"a": 1}
+        and result["metrics"] == {"a": 1}
     )
     state = Path(f"/proc/{child.read_text()}/stat")
     deadline = time.monotonic() + 30
@@ -96,9 +96,9 @@ def test_a_part_that_hangs_is_ended_with_what_it_started_and_keeps_its_figures(t
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_parts_without_enough_gpu_memory_say_how_much_they_need(tmp_path):
+def test_part_that_lacks_gpu_memory_reports_what_it_needs(tmp_path):
     codes = {
-        "environment": FIGURE % '{"free GPU memory, GiB": 7.5}',
+        "environment": METRICS % '{"free GPU memory, GiB": 7.5}',
         "large": "raise SystemExit(1)",
     }
     large = run(tmp_path, codes, gibibytes=8.0)[1]
@@ -109,7 +109,7 @@ def test_parts_without_enough_gpu_memory_say_how_much_they_need(tmp_path):
     assert json.loads((tmp_path / "large.json").read_text())["status"] == "skipped"
 
 
-def test_missing_packages_skip_what_needs_them(tmp_path):
+def test_parts_with_missing_packages_are_skipped(tmp_path):
     whole, other = run(
         tmp_path,
         {"whole": "raise SystemExit(1)", "other": "pass"},
@@ -127,14 +127,14 @@ def test_missing_packages_skip_what_needs_them(tmp_path):
     )
 
 
-def test_nothing_is_begun_where_no_time_is_left(tmp_path):
+def test_no_part_starts_when_time_is_up(tmp_path):
     (result,) = run(tmp_path, {"late": "raise SystemExit(1)"}, total=5)
     assert result["status"] == "skipped" and re.fullmatch(
         r"\d s are left of the run's 5", result["problem"]
     )
 
 
-def test_packages_that_are_absent_or_too_old_are_named(tmp_path):
+def test_missing_or_old_packages_are_named(tmp_path):
     project = tmp_path / "pyproject.toml"
     project.write_text(
         '[project]\ndependencies = ["torch>=2.11", "numpy>=999.1,<1000", "no-such-package>=1", '
@@ -152,19 +152,19 @@ def test_packages_that_are_absent_or_too_old_are_named(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
+def test_without_a_gpu_the_error_is_one_line(tmp_path, capsys):
     assert gpu_kit.main(["--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert (
         said.out == ""
         and said.err
-        == "there is no CUDA device here; run it where there is one, or rehearse it on the CPU: "
+        == "there is no CUDA device here; run it where there is one, or try it on the CPU: "
         "make gpu DEVICE=cpu\n"
     )
     assert device_problem("cpu", dict(os.environ)) is None
 
 
-def test_a_part_that_does_not_exist_is_wrong_usage(capsys):
+def test_unknown_part_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as error:
         gpu_kit.main(["--device", "cpu", "--only", "tests,sampling,sleep"])
     assert (
@@ -173,20 +173,20 @@ def test_a_part_that_does_not_exist_is_wrong_usage(capsys):
     )
 
 
-def test_results_go_to_the_folder_that_is_named(tmp_path, monkeypatch):
+def test_results_go_to_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert gpu_kit.main(["--device", "cpu", "--only", "environment"]) == 0
     found = json.loads((tmp_path / "named" / "environment.json").read_text())
-    assert found["status"] == "passed" and found["figures"]["torch"] == torch.__version__
+    assert found["status"] == "passed" and found["metrics"]["torch"] == torch.__version__
     assert "| | missing requirements | none |" in (tmp_path / "named" / "table.md").read_text()
 
 
-def test_the_table_holds_figures_against_their_aims():
+def test_table_compares_metrics_with_targets():
     result = {
         "part": "sampling",
         "status": "passed",
         "seconds": 12.3,
-        "figures": {"images/s, batch 8, captured": 7.0},
+        "metrics": {"images/s, batch 8, captured": 7.0},
         "problem": None,
     }
     row = (
@@ -195,11 +195,11 @@ def test_the_table_holds_figures_against_their_aims():
     )
     assert row in table([result], compared=True)
     assert "| | images/s, batch 8, captured | 7 |  |" in table([result], compared=False)
-    result["figures"]["images/s, batch 8, captured"] = 6.5
+    result["metrics"]["images/s, batch 8, captured"] = 6.5
     assert "(not reached)" in table([result], compared=True)
 
 
-def test_every_part_is_there_and_together_they_end_in_time():
+def test_parts_of_the_kit_add_up_to_its_total_time():
     assert [part.name for part in PARTS] == list(gpu_parts.PARTS)
     assert {part for part, _ in AIMS} <= set(gpu_parts.PARTS)
     assert sum(part.seconds for part in PARTS) == TOTAL_SECONDS == 540
@@ -211,14 +211,14 @@ def test_every_part_is_there_and_together_they_end_in_time():
     )
 
 
-def test_the_wheels_are_those_that_are_asked_for():
+def test_makefile_wheels_match_the_kit():
     wheels = re.search(r"^WHEELS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert wheels is not None and tuple(wheels[1].split()) == CARRIED
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     assert all(any(line.startswith(f"{name}==") for line in pinned) for name in CARRIED)
 
 
-def test_steps_are_compiled_without_a_graph_where_that_is_measured():
+def test_compiled_steps_can_skip_cuda_graphs():
     """What takes the place of capturing gives the step itself, and capturing comes back."""
     capture = decoding.capture_cuda_graph
     with gpu_parts.uncaptured(decoding):
@@ -230,7 +230,7 @@ def test_steps_are_compiled_without_a_graph_where_that_is_measured():
     assert decoding.capture_cuda_graph is capture
 
 
-def test_operations_and_bytes_by_hand():
+def test_flops_and_bytes_match_hand_computation():
     """One block of width 64 without anything but products; 6 per parameter and token, 12 per pair
     that is seen."""
     sizes = gpu_parts.TINY

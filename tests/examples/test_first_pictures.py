@@ -12,7 +12,7 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_pictures.ipynb"
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_its_images_are_images(tmp_path, monkeypatch):
+def test_notebook_runs_and_shows_images(tmp_path, monkeypatch):
     monkeypatch.chdir(NOTEBOOK.parent)
     names: dict = {}
     tiny = (

@@ -21,7 +21,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _uncompiled_on_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a rehearsal,
+    """On the CPU `torch.compile` runs what it traces as it is: there these tests are a dry run,
     and compiling takes minutes."""
     if device.type == "cpu":
         compile = torch.compile
@@ -57,7 +57,7 @@ def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A failure is told at once: a run that is ended before its time would otherwise tell none."""
+    """A failure is printed at once: a run that is killed would otherwise print none."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\n{report.nodeid} {report.when}\n{report.longreprtext[-3000:]}", flush=True)
 

@@ -95,7 +95,7 @@ def test_an_edit_keeps_what_is_outside_the_mask(device, picture):
     )
 
 
-def test_the_best_of_several_is_the_one_the_cpu_chooses(device):
+def test_best_of_chooses_the_same_image_as_on_the_cpu(device):
     expected, found = (
         random_pipe(where)(["a red circle"] * 2, best_of=4, seed=1, guidance_scale=2)
         for where in (torch.device("cpu"), device)
@@ -113,7 +113,7 @@ def test_scores_equal_those_of_the_cpu(device, picture):
     )
 
 
-def test_a_compiled_pipe_draws_in_bf16(device):
+def test_compiled_pipeline_samples_in_bf16(device):
     pipe = random_pipe(device).compile()
     out = pipe(["a red circle"], num_images_per_prompt=4, seed=0, guidance_scale=2)
     assert len(out.images) == 4 and out.log_likelihood.isfinite().all()

@@ -117,7 +117,7 @@ def test_kept_codes_are_kept_in_any_order(text_ids, device):
     assert torch.equal(drawn.codes[:, known], codes[:, known])
 
 
-def test_the_score_of_drawn_codes_is_that_of_drawing_them(text_ids, device):
+def test_score_equals_log_likelihood_of_sampling(text_ids, device):
     prior = tiny_prior().to(device)
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions())
     scored = code_log_likelihood(prior, text_ids, drawn.codes).sum(1)
@@ -125,7 +125,7 @@ def test_the_score_of_drawn_codes_is_that_of_drawing_them(text_ids, device):
 
 
 @pytest.mark.parametrize("allowed", ["every 16th", "top_k", "top_p"])
-def test_no_filtered_code_is_drawn_of_16384(allowed, device):
+def test_filtered_codes_of_16384_are_never_sampled(allowed, device):
     """A parallel cumulative sum is not flat where probabilities are 0."""
     draws = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 16384, generator=draws).to(device)
@@ -147,7 +147,7 @@ def test_no_filtered_code_is_drawn_of_16384(allowed, device):
                 assert row[choose(row.expand(len(part), -1), part)].isfinite().all()
 
 
-def test_a_batch_that_does_not_fit_the_card_is_halved(cuda):
+def test_batch_is_halved_when_gpu_memory_runs_out(cuda):
     """Memory as it was measured is enough; what the process may take is less."""
     stream = StreamConfig(
         text_vocab_size=300, text_length=8, levels=(Level(grid=(16, 16), num_codes=64),)
@@ -176,7 +176,7 @@ def stream_length(prior: ImagePrior) -> int:
     return prior.stream.length
 
 
-def test_small_batches_need_no_warning(text_ids, device):
+def test_small_batches_do_not_warn(text_ids, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample_codes_batched(

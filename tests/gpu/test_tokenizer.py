@@ -75,7 +75,7 @@ def test_codebook_statistics_and_restarts_equal_those_of_the_cpu(options, device
 
 
 @pytest.mark.parametrize("style", ["taming", "llamagen"])
-def test_published_vqgan_weights_draw_the_same(style, device):
+def test_published_vqgan_weights_compute_as_on_the_cpu(style, device):
     weights = vqgan(
         channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=8, codes=50, style=style
     )

@@ -23,7 +23,7 @@ from pipeline.training.memory_estimate import estimate_training_memory, to_devic
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
-from pipeline.training.trainer import Built, fit
+from pipeline.training.trainer import Built
 from stage1_tokenizer import (
     DiscriminatorOptions,
     ImageTokenizer,
@@ -41,6 +41,7 @@ from stage2_prior import (
     StreamConfig,
 )
 from tests.helpers.devices import accelerator_on
+from tests.helpers.training import fit_task
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
                 if parameter.ndim == 2:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
         return PriorObjective(prior.train(), PriorObjectiveConfig(caption_dropout=0.0))
-    adversary = (
+    options = (
         DiscriminatorOptions(weight=1.0, width=16, start=0)
         if "discriminator" in stage
         else DiscriminatorOptions()
@@ -78,7 +79,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
         "code_dim": 4,
     }
     tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
-    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=adversary))
+    return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=options))
 
 
 def batch_of(stage: str, step: int, rows: int = 16) -> Tensor | dict[str, Tensor]:
@@ -151,8 +152,7 @@ def trained(folder: Path, stage: str, device: torch.device, **options: object) -
             **options,
         }
     )  # type: ignore[arg-type]
-    given = {"seed": 1, "compile_networks": False, "bf16": False, "label": "gpu", "progress": False}
-    fit(task, config, accelerator_on(device), folder, **given)
+    fit_task(task, config, folder, accelerator_on(device), label="gpu")
     return next(iter(made.networks.values())).cpu()
 
 
@@ -169,7 +169,7 @@ def vector(tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_path):
+def test_training_resumes_on_another_device(stage, optimizer, device, tmp_path):
     """Weights, moments, EMA and codebook statistics of a checkpoint go to the other device and
     back. The ends differ by a tenth of what the second half of the training moves at most: where a
     gradient is next to 0, AdamW steps by the learning rate whatever its sign."""
@@ -193,7 +193,7 @@ def test_a_training_resumes_on_the_other_device(stage, optimizer, device, tmp_pa
             assert (vector(found) - vector(expected)).norm() < 0.1 * moved, file
 
 
-def test_a_checkpoint_resumed_at_once_is_the_same_to_the_bit(device, tmp_path):
+def test_resumed_checkpoint_is_bit_identical(device, tmp_path):
     trained(tmp_path, "tokenizer", device, steps=4, save_total_limit=9)
     before = weights(tmp_path, 4, "weights")
     network = trained(tmp_path, "tokenizer", device, steps=4, save_total_limit=9)
@@ -228,7 +228,7 @@ def test_the_ema_of_weights_equals_that_of_the_cpu(device):
         torch.testing.assert_close(found.cpu(), expected)
 
 
-def test_batches_are_page_locked_and_arrive_whole(cuda):
+def test_batches_are_pinned_and_arrive_intact(cuda):
     """They are sent without waiting, and the next ones take the place of those that were sent."""
     with BatchPrefetcher(
         lambda step: {"codes": torch.full((2**20,), step)}, 20, pin_memory=True
@@ -241,7 +241,7 @@ def test_batches_are_page_locked_and_arrive_whole(cuda):
             assert int(sent.min()) == int(sent.max()) == step
 
 
-def test_the_peak_of_training_is_as_estimated(cuda, tmp_path):
+def test_peak_memory_of_training_matches_the_estimate(cuda, tmp_path):
     """Within a quarter, for a prior whose activations outweigh its weights and one the other way
     round."""
     for rows, width in ((256, 64), (16, 512)):
@@ -268,22 +268,12 @@ def test_the_peak_of_training_is_as_estimated(cuda, tmp_path):
             t.nbytes for t in network.state_dict().values()
         )
         torch.cuda.reset_peak_memory_stats()
-        fit(
-            task,
-            config,
-            accelerator,
-            tmp_path / str(width),
-            seed=1,
-            compile_networks=False,
-            bf16=True,
-            label="gpu",
-            progress=False,
-        )
+        fit_task(task, config, tmp_path / str(width), accelerator, bf16=True, label="gpu")
         assert need.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.25)
         del made, network, task
 
 
-def test_an_automatic_batch_fits(device, monkeypatch):
+def test_automatic_batch_size_fits(device, monkeypatch):
     made = objective("prior")
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
     config = PriorTrainConfig(batch_size="auto", steps=10)
@@ -300,7 +290,7 @@ def test_an_automatic_batch_fits(device, monkeypatch):
     assert all(p.grad is None for p in made.prior.parameters())
 
 
-def test_an_automatic_batch_is_smaller_where_the_card_runs_out(cuda, monkeypatch):
+def test_automatic_batch_size_shrinks_when_memory_runs_out(cuda, monkeypatch):
     """The estimate says that all fits; trying it out runs out of memory, which is caught and costs
     nothing later."""
     made = objective("prior", width=512, depth=4, heads=16)
@@ -324,7 +314,7 @@ def test_an_automatic_batch_is_smaller_where_the_card_runs_out(cuda, monkeypatch
     assert 1 < chosen.resolved_batch()[0] < 4096
 
 
-def test_fsdp_on_one_process_trains_as_without(device, tmp_path):
+def test_fsdp_on_one_process_equals_training_without(device, tmp_path):
     """Weights, moments and EMA of sharded networks, gathered, are those of whole ones."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -385,7 +375,7 @@ def test_a_compiled_step_has_the_loss_of_a_plain_one(device):
         assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
-def test_a_skipped_step_leaves_the_device_as_it_was(device, tmp_path):
+def test_skipped_step_restores_device_state(device, tmp_path):
     """A step whose loss is not finite is undone: statistics of the codebook too."""
     made = objective("tokenizer")
     losses = made.losses
@@ -407,15 +397,5 @@ def test_a_skipped_step_leaves_the_device_as_it_was(device, tmp_path):
     config = TrainConfig(
         steps=2, batch_size=16, eval_every=1, max_nonfinite_steps=1, ema_decay=0.0, compile="off"
     )
-    fit(
-        task,
-        config,
-        accelerator_on(device),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="gpu",
-        progress=False,
-    )
+    fit_task(task, config, tmp_path, accelerator_on(device), label="gpu")
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

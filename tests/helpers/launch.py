@@ -1,5 +1,5 @@
-"""Verbs under torchrun on CPUs, for tests: how many processes there were is insisted on, and a hang
-is a failure."""
+"""Commands under torchrun on CPUs, for tests: the number of processes is checked, and a hang is a
+failure."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def placed(self, which, *more):
     return place(self, which, *more)
 def fitted(task, train, accelerator, folder, **more):
     logged.clear(); restarts.clear()
-    figures = fit(task, train, accelerator, folder, **more)
+    metrics = fit(task, train, accelerator, folder, **more)
     network, rank = next(iter(task.objective.networks.values())), accelerator.process_index
     torch.save(network.state_dict(), f"{more['label']}-{rank}-of-{accelerator.num_processes}.pt")
     if rank == 0:
         with open(f"{more['label']}-of-{accelerator.num_processes}.json", "w") as file:
             json.dump({"logged": logged, "restarts": restarts}, file)
-    return figures
+    return metrics
 Accelerator.log, VectorQuantizer._place, stage1.fit, stage2.fit = log, placed, fitted, fitted
 """
 
@@ -81,7 +81,7 @@ def launch(
     seconds: float = 300,
     **environment: str,
 ) -> str:
-    """Runs a verb, or a script that is told the number of processes; returns what it printed.
+    """Runs a command, or a script that is given the number of processes; returns what it printed.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `seconds`; every process of it is ended.

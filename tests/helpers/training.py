@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.train import TrainConfig
 from pipeline.training.task import Task
@@ -69,6 +70,39 @@ CONFIG = {
 }
 
 
+def line_batch(step: int) -> Tensor:
+    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+
+
+def line_task(objective: Line, **more: Any) -> Task:
+    """Batches and evaluation for `Line`; `more` are further fields of the task."""
+    return Task(objective, line_batch, lambda: [line_batch(10**6)], "error", dict, **more)
+
+
+def fit_task(
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    accelerator: Accelerator | None = None,
+    *,
+    bf16: bool = False,
+    label: str = "line",
+    progress: bool = False,
+) -> dict[str, float]:
+    """`fit` with seed 1, nothing compiled."""
+    return fit(
+        task,
+        config,
+        accelerator or Accelerator(),
+        folder,
+        seed=1,
+        compile_networks=False,
+        bf16=bf16,
+        label=label,
+        progress=progress,
+    )
+
+
 def train(
     folder: Path,
     objective: Line | None = None,
@@ -78,25 +112,6 @@ def train(
     """Trains `Line`; `on_step` is called when a step's losses are asked for."""
     objective = objective or Line()
     objective.on_step = on_step
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(
-        objective,
-        batch,
-        lambda: [batch(10**6)],
-        "error",
-        dict,
-        sample_names=lambda step: [f"row {step}{i}" for i in range(4)],
-    )
+    task = line_task(objective, sample_names=lambda step: [f"row {step}{i}" for i in range(4)])
     config = TrainConfig(**{**CONFIG, **options})  # type: ignore[arg-type]
-    figures = fit(
-        task,
-        config,
-        Accelerator(),
-        folder,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-        progress=False,
-    )
-    return objective, figures
+    return objective, fit_task(task, config, folder)

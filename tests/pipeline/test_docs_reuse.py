@@ -39,7 +39,7 @@ def examples(finished_run, tmp_path_factory) -> dict:
     return space
 
 
-def test_the_tokenizer_is_found_by_auto_model_too(finished_run):
+def test_auto_model_loads_the_tokenizer(finished_run):
     from transformers import AutoModel
 
     assert isinstance(AutoModel.from_pretrained(finished_run[1] / "tokenizer"), ImageTokenizer)
@@ -53,7 +53,7 @@ def test_the_classifier_learns_from_codes(examples):
     assert (fitted == truth).float().mean() > most + 0.15  # than the commoner answer always
 
 
-def test_the_language_model_draws_codes_of_its_own(examples):
+def test_language_model_samples_codes(examples):
     out, prompt = examples["out"], examples["prompt"]
     drawn = out[:, prompt.shape[1] :]
     first = examples["first_code"]
@@ -62,7 +62,7 @@ def test_the_language_model_draws_codes_of_its_own(examples):
     assert examples["language_model"].get_input_embeddings().num_embeddings == first + 16
 
 
-def test_a_tokenizer_is_pushed_as_configuration_and_safetensors(finished_run, monkeypatch):
+def test_pushed_tokenizer_is_configuration_and_safetensors(finished_run, monkeypatch):
     """Offline: what would be uploaded is looked at instead."""
     from transformers.utils import hub
 

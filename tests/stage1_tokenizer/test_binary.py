@@ -35,7 +35,7 @@ def test_the_highest_bit_comes_first():
     assert unpack(torch.tensor(6), 4).tolist() == [-1, 1, 1, -1]
 
 
-def test_without_a_temperature_the_likelier_bits_are_taken():
+def test_without_temperature_bits_are_the_most_likely():
     x = logits(2, 4, 3, 3)
     result = quantizer().eval()(x)
     torch.testing.assert_close(result.latents, x.sign())
@@ -76,7 +76,7 @@ def test_use_is_counted_while_training_only():
     assert set(result.metrics) == {"kl", "codebook_usage", "codebook_perplexity", "dead_codes"}
 
 
-def test_the_logits_of_codes_are_those_of_independent_bits():
+def test_code_logits_are_sums_of_bit_logits():
     binary, x = quantizer(), logits(1, 4, 1, 2)
     p = binary.of_codes(x).softmax(-1)
     q = x.sigmoid()
@@ -88,7 +88,7 @@ def test_the_logits_of_codes_are_those_of_independent_bits():
         torch.testing.assert_close(p[0, ..., code], by_hand)
 
 
-def test_disuse_is_the_divergence_of_the_mean_posterior():
+def test_usage_penalty_is_the_divergence_of_the_mean_posterior():
     certain = torch.tensor([[[[50.0]], [[50.0]], [[50.0]], [[50.0]]]])
     binary = BinaryQuantizer(16, BinaryOptions(diversity=0.5)).train()
     assert float(binary(certain).loss) == pytest.approx(0.5 * math.log(16))

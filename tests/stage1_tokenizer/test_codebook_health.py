@@ -15,7 +15,7 @@ from stage1_tokenizer.options import OWNERS, QuantizerName
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
-def test_it_is_raised_late_enough_and_for_little_use_only():
+def test_warning_needs_enough_steps_and_low_usage():
     config = TokenizerConfig()
     assert check(config, {"codebook_usage": 0.1}, ALARM_AFTER - 1) is None
     assert (
@@ -35,19 +35,19 @@ def test_it_is_raised_late_enough_and_for_little_use_only():
 
 
 def test_the_worst_level_is_named():
-    figures = {"codebook_usage": 0.6, "codebook_usage_level_1": 0.2, "codebook_usage_level_2": 1.0}
+    metrics = {"codebook_usage": 0.6, "codebook_usage_level_1": 0.2, "codebook_usage_level_2": 1.0}
     config = TokenizerConfig(quantizer="hierarchical")
-    assert "only 20% of the codes of level 1 are in use" in str(check(config, figures, 1000))
+    assert "only 20% of the codes of level 1 are in use" in str(check(config, metrics, 1000))
 
 
 @pytest.mark.parametrize("quantizer", typing.get_args(QuantizerName))
-def test_the_advice_names_options_that_there_are(quantizer):
+def test_advice_names_existing_options(quantizer):
     message = str(check(TokenizerConfig(quantizer=quantizer), {"codebook_usage": 0.1}, 1000))
     for section, name in re.findall(r"tokenizer\.model\.(\w+)\.(\w+)", message):
         assert quantizer in OWNERS[section] and hasattr(getattr(TokenizerConfig(), section), name)
 
 
-def test_training_by_a_collapsed_codebook_raises_it(pictures):
+def test_training_with_a_collapsed_codebook_warns(pictures):
     tokenizer = tiny_tokenizer(num_codes=64, vq=VectorOptions(dead_code_threshold=0.0)).train()
     tokenizer.quantizer.initialized.fill_(True)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_training_by_a_collapsed_codebook_raises_it(pictures):
 
 
 @EVERY_KIND
-def test_uses_are_told_by_level(kind, pictures):
+def test_usage_is_reported_per_level(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
     list(TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 0))
     uses = tokenizer.quantizer.usage()

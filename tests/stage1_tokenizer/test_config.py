@@ -314,7 +314,7 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(model, objective, message):
+def test_incompatible_options_are_refused(model, objective, message):
     problems = joint_problems(
         dataclasses.asdict(TokenizerConfig(**model)),
         dataclasses.asdict(ObjectiveConfig(**objective)),
@@ -368,6 +368,6 @@ def test_every_field_is_read_somewhere_outside_the_configuration(kind):
         )
 
 
-def test_the_public_list_is_what_the_package_has():
+def test_public_names_exist_in_the_package():
     assert sorted(stage1_tokenizer.__all__) == stage1_tokenizer.__all__
     assert all(hasattr(stage1_tokenizer, name) for name in stage1_tokenizer.__all__)

@@ -131,7 +131,7 @@ def pixels() -> Tensor:
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_the_dvae_computes_what_its_weights_say(tmp_path, pixels, blocks):
+def test_dvae_equals_a_plain_forward_pass_of_its_weights(tmp_path, pixels, blocks):
     weights = dvae(base=16, codes=40, first=12, blocks=blocks)
     for part in ("encoder", "decoder"):
         own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(part)}
@@ -227,7 +227,7 @@ def vqgan_walk(
 
 @pytest.mark.parametrize("kind", ["taming-vqgan", "taming-gumbel", "llamagen"])
 @pytest.mark.parametrize("attention", [True, False])
-def test_vqgans_compute_what_their_weights_say(tmp_path, pixels, kind, attention):
+def test_vqgans_equal_a_plain_forward_pass_of_their_weights(tmp_path, pixels, kind, attention):
     llama, gumbel = kind == "llamagen", kind == "taming-gumbel"
     weights = vqgan(
         channels=32,
@@ -273,7 +273,7 @@ def test_vqgans_compute_what_their_weights_say(tmp_path, pixels, kind, attention
     torch.testing.assert_close(tokenizer.decode(codes), drawn, atol=2e-4, rtol=0)
 
 
-def test_what_was_loaded_is_saved_and_trained_like_any_tokenizer(tmp_path, pixels):
+def test_loaded_tokenizer_can_be_saved_and_trained(tmp_path, pixels):
     weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=4, codes=16)
     save_file(weights, tmp_path / "weights.safetensors")
     tokenizer = ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
@@ -281,9 +281,8 @@ def test_what_was_loaded_is_saved_and_trained_like_any_tokenizer(tmp_path, pixel
     assert ImageTokenizer.from_pretrained(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     before = tokenizer.quantizer.codebook.clone()
     tokenizer.train()
-    for _ in range(
-        25
-    ):  # its codebook does not start anew, nor do codes restart that these images do not show
+    # Neither is its codebook initialised again, nor do codes restart that these images lack.
+    for _ in range(25):
         tokenizer(pixels[:1, :, :8, :8])
     assert torch.equal(tokenizer.quantizer.codebook, before)
 
@@ -314,9 +313,7 @@ def small() -> Weights:
     ],
     ids=["missing", "unexpected", "shape", "foreign"],
 )
-def test_weights_of_another_architecture_are_refused_by_the_first_keys_that_differ(
-    tmp_path, change, message
-):
+def test_weights_of_another_architecture_are_refused_naming_keys(tmp_path, change, message):
     weights = small()
     change(weights)
     save_file(weights, tmp_path / "weights.safetensors")
@@ -325,7 +322,7 @@ def test_weights_of_another_architecture_are_refused_by_the_first_keys_that_diff
 
 
 @pytest.mark.parametrize("kind", ["openai-dvae", "taming-gumbel", "llamagen"])
-def test_another_kind_than_the_files_is_refused_and_the_kinds_named(tmp_path, kind):
+def test_wrong_kind_is_refused_and_kinds_are_listed(tmp_path, kind):
     save_file(small(), tmp_path / "weights.safetensors")
     with pytest.raises(
         ValueError,
@@ -341,9 +338,7 @@ class Program:
         return (Path.touch, (Path("touched-by-unpickling"),))
 
 
-def test_a_file_that_holds_more_than_tensors_is_refused_unopened_and_the_reason_said(
-    tmp_path, monkeypatch
-):
+def test_pickled_objects_are_refused_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": small(), "callbacks": Program()}, tmp_path / "last.ckpt")
     with pytest.raises(
@@ -358,7 +353,7 @@ def test_a_file_that_holds_more_than_tensors_is_refused_unopened_and_the_reason_
     assert not Path("touched-by-unpickling").exists()
 
 
-def test_cut_missing_and_empty_files_are_refused(tmp_path):
+def test_truncated_missing_and_empty_files_are_refused(tmp_path):
     save_file(small(), tmp_path / "weights.safetensors")
     data = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "weights.safetensors").write_bytes(data[: len(data) // 2])

@@ -1,4 +1,4 @@
-"""The adversary: its losses by hand, the scaled weight, who learns from what, its turn in the
+"""The discriminator: its losses by hand, the scaled weight, who learns from what, its turn in the
 objective."""
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def objective(start: int = 10, **options) -> TokenizerObjective:
     torch.manual_seed(0)
-    adversary = DiscriminatorOptions(weight=1.0, start=start, width=16, layers=1, **options)
-    return TokenizerObjective(tiny_tokenizer().train(), ObjectiveConfig(discriminator=adversary))
+    discriminator = DiscriminatorOptions(weight=1.0, start=start, width=16, layers=1, **options)
+    return TokenizerObjective(
+        tiny_tokenizer().train(), ObjectiveConfig(discriminator=discriminator)
+    )
 
 
-def test_losses_by_hand():
+def test_losses_match_hand_computation():
     true, drawn = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
     assert float(hinge_loss(true, drawn)) == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 1) / 2) / 2)
     assert float(generator_loss(drawn)) == pytest.approx(1.0)
@@ -43,7 +45,7 @@ def test_losses_by_hand():
     assert float(lecam(true, drawn, anchors)) == pytest.approx(expected)
 
 
-def test_patches_of_any_size_are_judged_alone():
+def test_logits_per_patch_do_not_depend_on_the_batch():
     torch.manual_seed(0)
     judge = Discriminator(3, 16, 2)
     x = pixels(3, 3, 64, 48)
@@ -56,7 +58,7 @@ def test_patches_of_any_size_are_judged_alone():
     assert {p.ndim for p in judge.hidden_matrices()} == {4}
 
 
-def test_the_adaptive_weight_makes_both_gradients_equally_long():
+def test_adaptive_weight_equalises_gradient_norms():
     output = pixels(2, 3, 4, 4).requires_grad_()
     reconstruction, adversarial = (output - 0.3).square().sum(), 1e-3 * output.sin().sum()
     weight = adaptive_weight(reconstruction, adversarial, output)
@@ -70,7 +72,7 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
     assert float(nothing) == 1e4
 
 
-def test_frozen_gives_gradients_to_inputs_alone_and_thaws():
+def test_frozen_discriminator_passes_gradients_to_inputs_only():
     judge, x = Discriminator(3, 16, 1), pixels(2, 3, 16, 16).requires_grad_()
     with requires_grad_off(judge):
         loss = generator_loss(judge(x))
@@ -78,7 +80,7 @@ def test_frozen_gives_gradients_to_inputs_alone_and_thaws():
     assert x.grad.any() and all(p.grad is None and p.requires_grad for p in judge.parameters())
 
 
-def test_before_its_start_there_is_one_loss_and_after_it_two(pictures):
+def test_discriminator_loss_begins_at_its_start_step(pictures):
     both = objective(start=10)
     assert set(both.networks) == {"tokenizer", "discriminator"}
     assert [loss.group for loss in both.losses(pictures, 9)] == ["tokenizer"]
@@ -90,7 +92,7 @@ def test_before_its_start_there_is_one_loss_and_after_it_two(pictures):
     assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
 
 
-def test_each_loss_moves_its_own_network_alone(pictures):
+def test_each_loss_updates_only_its_own_network(pictures):
     both = objective(start=0)
     first, second = both.losses(pictures, 0)
     first.value.backward()
@@ -124,7 +126,7 @@ def test_under_autocast_the_losses_are_in_float32(pictures):
     )
 
 
-def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
+def test_discriminator_learns_real_from_fake(pictures):
     both = objective(start=0)
     optimizer = torch.optim.Adam(both.discriminator.parameters(), lr=3e-3)
     for _ in range(60):
@@ -135,7 +137,7 @@ def test_the_discriminator_learns_to_tell_true_from_drawn(pictures):
     assert float(loss.metrics["logits_real"]) > 0.5 and float(loss.metrics["logits_fake"]) < -0.5
 
 
-def test_lecam_moves_its_anchors_and_they_are_saved(pictures):
+def test_lecam_anchors_move_and_are_saved(pictures):
     both = objective(start=0, lecam=0.1)
     assert not both.discriminator.anchors.any()
     _, loss = both.losses(pictures, 0)
@@ -144,7 +146,7 @@ def test_lecam_moves_its_anchors_and_they_are_saved(pictures):
     assert "anchors" in both.discriminator.state_dict()
 
 
-def test_the_perceptual_distance_is_weighed_and_reported(pictures):
+def test_perceptual_loss_is_weighted_and_reported(pictures):
     tokenizer = tiny_tokenizer().train()
     values = []
     for weight in (0.0, 2.0):
@@ -176,7 +178,7 @@ def test_options_out_of_range_are_refused(options, message):
         ObjectiveConfig(**options)
 
 
-def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentiated_again():
+def test_loss_at_the_image_keeps_value_and_gradient():
     x = pixels(2, 3, 4, 4).requires_grad_()
     picture = 2 * x
     loss = picture.sin().sum()
@@ -189,7 +191,7 @@ def test_a_loss_at_the_picture_has_its_value_and_gradient_and_may_be_differentia
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
+def test_compiled_networks_train_with_a_discriminator(pictures, adaptive):
     """The gradient goes through the compiled graphs once, whatever the weight needs to know of
     it."""
     both = objective(start=0, adaptive=adaptive)
@@ -202,10 +204,10 @@ def test_compiled_networks_train_with_an_adversary(pictures, adaptive):
 
 
 def test_a_discriminator_that_leaves_no_patch_is_refused_before_it_starts():
-    adversary = DiscriminatorOptions(weight=1.0, layers=3, width=16)
+    options = DiscriminatorOptions(weight=1.0, layers=3, width=16)
     with pytest.raises(
         ValueError,
         match=r"discriminator\.layers is 3, which leaves no patch of images of 16 pixels; set it "
         r"lower",
     ):
-        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=adversary))
+        TokenizerObjective(tiny_tokenizer(), ObjectiveConfig(discriminator=options))

@@ -121,7 +121,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
-def test_moving_averages_of_two_halves_are_those_of_the_whole_batch(states):
+def test_codebook_ema_equals_that_of_the_global_batch(states):
     whole = run(averages(), None)
     for state in states:
         for name, tensor in whole.items():
@@ -130,38 +130,38 @@ def test_moving_averages_of_two_halves_are_those_of_the_whole_batch(states):
             )
 
 
-def test_use_of_gumbel_is_counted_over_both(states):
+def test_gumbel_usage_is_summed_over_processes(states):
     whole = run(GumbelQuantizer(4, 4, GumbelOptions()), None)
     for state in states:
         torch.testing.assert_close(state["gumbel"]["counts"], whole["counts"])
 
 
-def test_the_baseline_is_the_mean_over_both(states):
+def test_baseline_is_averaged_over_processes(states):
     torch.testing.assert_close(states[0]["other"]["baseline"], baseline(None))
     assert torch.equal(states[0]["other"]["baseline"], states[1]["other"]["baseline"])
 
 
-def test_the_averaged_gradient_of_the_entropy_penalty_is_that_of_the_whole_batch(states):
+def test_entropy_penalty_gradient_equals_that_of_the_global_batch(states):
     averaged = sum(state["other"]["entropy gradient"] for state in states) / PROCESSES
     torch.testing.assert_close(averaged, entropy_gradient(None))
     assert not torch.allclose(states[0]["other"]["entropy gradient"], averaged)
 
 
-def test_residual_books_are_identical_on_both(states):
+def test_residual_codebooks_are_identical_on_all_processes(states):
     first, second = (state["residual"] for state in states)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(run(shared_residual(), 0)["books.0.codebook"], first["books.0.codebook"])
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
-def test_start_and_restarts_are_identical_on_both(states, kind):
+def test_initialisation_and_restarts_are_identical_on_all_processes(states, kind):
     first, second = (state[kind] for state in states)
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = run(restarting(kind), 0)
     assert not torch.equal(alone["codebook"], first["codebook"])  # there was more than one process
 
 
-def test_restarts_take_vectors_of_both_halves(states):
+def test_restarts_use_vectors_of_all_processes(states):
     """With a restart at the last step, codes sit at vectors of either process's batch."""
     import torch.nn.functional as F
 

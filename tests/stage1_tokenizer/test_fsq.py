@@ -30,7 +30,7 @@ def test_every_code_is_reached_and_embeds_to_itself(levels):
     torch.testing.assert_close(result.latents, fsq.embed(result.codes, (1, len(features))))
 
 
-def test_codes_count_digits_the_first_fastest():
+def test_first_digit_of_a_code_varies_fastest():
     fsq = quantizer((4, 3))
     by_hand = [((a - 2) / 2, (b - 1) / 1) for b, a in itertools.product(range(3), range(4))]
     torch.testing.assert_close(fsq.vectors(), torch.tensor(by_hand))
@@ -45,14 +45,14 @@ def test_the_values_of_a_feature_are_evenly_spaced_in_minus_one_to_one(levels):
         torch.testing.assert_close(values.diff(), torch.full((size - 1,), 1 / (size // 2)))
 
 
-def test_the_gradient_is_that_of_the_squashing():
+def test_gradient_is_straight_through_the_bounding_function():
     fsq = quantizer((5,))
     x = torch.linspace(-2, 2, 9).reshape(1, 1, 1, 9).requires_grad_()
     (gradient,) = torch.autograd.grad(fsq(x).latents.sum(), x)
     torch.testing.assert_close(gradient, (1 - x.detach().tanh() ** 2) * 4 * (1 + 1e-3) / 2 / 2)
 
 
-def test_use_is_counted_while_training_only():
+def test_usage_is_counted_in_training_only():
     fsq, x = quantizer((4, 3)), torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     assert not fsq(x).metrics and not fsq.counts.any()
     result = fsq.train()(x)

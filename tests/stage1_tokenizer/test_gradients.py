@@ -47,7 +47,7 @@ def test_rotation_keeps_the_angle_between_gradient_and_vector():
     torch.testing.assert_close(F.cosine_similarity(vectors.grad, vectors.detach(), dim=1), before)
 
 
-def test_a_vector_on_its_code_gets_the_gradient_unchanged_and_zeros_stay_finite():
+def test_rotation_of_an_exact_code_is_the_identity_and_zeros_stay_finite():
     vectors, _, upstream = example()
     rotated(vectors, vectors.detach()).backward(upstream)
     torch.testing.assert_close(vectors.grad, upstream)
@@ -56,7 +56,7 @@ def test_a_vector_on_its_code_gets_the_gradient_unchanged_and_zeros_stay_finite(
     assert zero.grad.isfinite().all()
 
 
-def test_names():
+def test_pass_gradient_selects_the_estimator_by_name():
     vectors, chosen, upstream = example()
     for how, function in {"straight_through": straight_through, "rotation": rotated}.items():
         (own,) = torch.autograd.grad(pass_gradient(vectors, chosen, how), vectors, upstream)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def torch_draws_our_noise(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 @pytest.mark.usefixtures("torch_draws_our_noise")
-def test_relaxed_codes_are_torchs_for_the_same_noise(temperature):
+def test_relaxed_codes_equal_torchs_gumbel_softmax(temperature):
     x = logits(2, 3, 3, 6)
     torch.manual_seed(5)
     expected = F.gumbel_softmax(x, tau=temperature)
@@ -137,7 +137,7 @@ def test_the_codebook_learns_by_gradient():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_without_a_temperature_codes_are_hard_and_free_of_chance(training):
+def test_without_temperature_codes_are_hard_and_deterministic(training):
     gumbel = quantizer().train(training)
     x = logits(2, 6, 3, 3)
     first, second = gumbel(x), gumbel(x)
@@ -174,7 +174,7 @@ def test_kl_is_summed_over_positions_and_averaged_over_the_batch():
     )
 
 
-def test_kl_gradient_draws_logits_together():
+def test_kl_gradient_pulls_logits_together():
     x = logits(1, 2, 2, 6, scale=3.0).requires_grad_()
     kl_to_uniform(x.log_softmax(-1)).sum().backward()
     # d KL / d logit_k = p_k (log p_k - sum_j p_j log p_j)
@@ -183,7 +183,7 @@ def test_kl_gradient_draws_logits_together():
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_use_is_counted_while_training_only():
+def test_usage_is_counted_in_training_only():
     gumbel = quantizer()
     x = logits(4, 6, 3, 3)
     gumbel.eval()(x, 0.5)
@@ -207,7 +207,7 @@ def test_autocast_leaves_the_quantizer_in_float32():
     assert low.latents.dtype == low.kl.dtype == torch.float32
 
 
-def test_disuse_is_the_divergence_of_the_mean_posterior_and_0_where_codes_are_used_alike():
+def test_usage_penalty_is_zero_for_uniform_usage():
     sure = 100 * F.one_hot(torch.tensor([0, 0, 1, 2]), 4).float()[None, None]  # four positions
     mean = torch.tensor([0.5, 0.25, 0.25])
     torch.testing.assert_close(

@@ -59,7 +59,7 @@ def test_levels_may_have_codebooks_of_different_sizes():
     torch.testing.assert_close(hierarchy.embed(result.codes, (8, 8)), result.latents)
 
 
-def test_the_bottom_is_conditioned_on_the_top_and_not_the_other_way_round():
+def test_fine_levels_are_conditioned_on_coarse_ones_only():
     """Features that change within one 2x2 cell change that cell's top code only; a changed top code
     changes what the bottom quantizes."""
     hierarchy, x = quantizer(), features(1, 6, 4, 4)
@@ -86,7 +86,7 @@ def test_gradients_reach_every_layer_and_all_features(levels):
     assert x.grad.any(dim=1).all()
 
 
-def test_losses_are_summed_and_metrics_told_apart():
+def test_losses_are_summed_and_metrics_named_per_level():
     hierarchy = quantizer().train()
     result = hierarchy(features(8, 6, 4, 4))
     torch.testing.assert_close(

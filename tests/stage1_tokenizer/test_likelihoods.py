@@ -52,14 +52,14 @@ def test_the_density_integrates_to_one(likelihood, values):
 @pytest.mark.parametrize(
     ("likelihood", "reference"), [(Gaussian(0.2), Normal), (Laplace(0.2), TorchLaplace)]
 )
-def test_nats_a_picture_are_summed_over_its_dimensions(likelihood, reference):
+def test_nll_is_summed_over_the_dimensions_of_an_image(likelihood, reference):
     generator = torch.Generator().manual_seed(0)
     pixels, means = torch.randn(2, 4, 3, 5, 5, generator=generator).unbind(0)
     expected = -reference(means, 0.2).log_prob(pixels).sum(dim=(1, 2, 3))
     torch.testing.assert_close(likelihood.nll(pixels, means), expected)
 
 
-def test_the_calibrated_deviation_is_the_best_of_all_for_each_picture():
+def test_calibrated_standard_deviation_is_optimal_per_image():
     """Images drawn at 0.2, 0.5 and 1 from their means: no fixed deviation gives any of them fewer
     nats."""
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +77,7 @@ def test_the_calibrated_deviation_is_the_best_of_all_for_each_picture():
     torch.testing.assert_close(alone, calibrated)
 
 
-def test_the_calibrated_gradient_is_that_of_half_the_log_of_the_error():
+def test_calibrated_gradient_equals_that_of_half_the_log_error():
     generator = torch.Generator().manual_seed(0)
     pixels, means = torch.rand(2, 4, 3, 8, 8, generator=generator).unbind(0)
     means.requires_grad_()
@@ -87,7 +87,7 @@ def test_the_calibrated_gradient_is_that_of_half_the_log_of_the_error():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_an_exact_picture_costs_what_its_8_bit_steps_do():
+def test_exact_reconstruction_costs_the_8_bit_quantization():
     """The Gaussian of the noise that spreads a pixel over its step: 0.25 bits more than the step's
     own uniform density."""
     pixels = torch.full((2, 3, 8, 8), -1.0)
@@ -115,7 +115,7 @@ def test_logit_laplace_keeps_the_channels_of_location_and_scale_apart():
     assert LogitLaplace(0.1).nll(pixels, sharp) < LogitLaplace(0.1).nll(pixels.flip(1), sharp)
 
 
-def test_logit_laplace_does_not_run_away_on_flat_pictures():
+def test_logit_laplace_stays_bounded_on_flat_images():
     pixels = torch.full((1, 1, 1, 1), -1.0)
     exact = to_laplace_logits(pixels)
     nlls = [
@@ -125,14 +125,14 @@ def test_logit_laplace_does_not_run_away_on_flat_pictures():
     torch.testing.assert_close(nlls[1] - nlls[0], torch.tensor([math.log(2)]))
 
 
-def test_a_scale_that_has_fallen_to_the_least_can_rise_again():
+def test_minimal_scale_can_grow_again():
     said = parameters(LogitLaplace(0.1), 0.0, -4.0).requires_grad_()
     LogitLaplace(0.1).nll(torch.full((1, 1, 1, 1), 0.9), said).sum().backward()
     assert float(said.grad[0, 1]) < 0
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(0.1), Laplace(0.1)])
-def test_the_picture_is_where_the_density_peaks(likelihood):
+def test_shown_image_is_the_mode_of_the_density(likelihood):
     x = grid(-1, 1, 2001)
     nll = likelihood.nll(x, parameters(likelihood, 0.25).expand(len(x), -1, -1, -1))
     assert float(x.flatten()[nll.argmin()]) == pytest.approx(
@@ -159,7 +159,7 @@ def test_bits_of_a_uniform_density_are_eight():
     assert float(Gaussian(0.1).bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
 
 
-def test_names():
+def test_likelihood_is_built_from_its_name():
     kinds = {
         "l2": Gaussian,
         "calibrated_l2": CalibratedGaussian,
@@ -185,7 +185,7 @@ def test_bernoulli_by_hand_and_by_counting():
     assert Bernoulli().bits_per_dimension(6 * math.log(2), 3) == pytest.approx(2.0)
 
 
-def test_dequantized_pixels_fill_their_step_and_no_more():
+def test_dequantization_stays_within_one_8_bit_step():
     pixels = to_model_range(
         torch.arange(256, dtype=torch.uint8)
         .reshape(1, 16, 16, 1)

@@ -55,7 +55,7 @@ def test_a_tokenizer_in_bf16_encodes_and_decodes(kind, pictures):
 @pytest.mark.parametrize(
     ("factor", "size"), [(1, 5), (2, 14), (4, 12), (8, 24), (16, 32), (32, 64)]
 )
-def test_any_factor_and_size(factor, size):
+def test_any_downsample_factor_and_size(factor, size):
     tokenizer = tiny_tokenizer(downsample_factor=factor, image_size=size)
     assert tokenizer.grid == (size // factor, size // factor)
     assert tokenizer.layout == (Level(grid=tokenizer.grid, num_codes=12),)
@@ -92,7 +92,7 @@ def test_a_picture_has_the_same_codes_alone_as_in_a_batch(kind, pictures):
 
 
 @EVERY_KIND
-def test_encoding_is_that_of_evaluation_even_while_training_and_changes_nothing(kind, pictures):
+def test_encode_runs_in_eval_mode_and_restores_training_mode(kind, pictures):
     tokenizer = tiny_tokenizer(**KINDS[kind])
     expected, before = tokenizer.encode(to_model_range(pictures)), tokenizer.fingerprint
     tokenizer.train()
@@ -100,7 +100,7 @@ def test_encoding_is_that_of_evaluation_even_while_training_and_changes_nothing(
     assert tokenizer.fingerprint == before and tokenizer.quantizer.training
 
 
-def test_an_encoder_that_fails_leaves_the_quantizer_as_it_was(tokenizer):
+def test_failing_encoder_restores_the_quantizer(tokenizer):
     def fail(*_):
         raise RuntimeError("out of memory")
 
@@ -125,7 +125,7 @@ def test_pil_pictures_of_any_mode(tokenizer):
 
 @EVERY_KIND
 @pytest.mark.parametrize(("height", "width"), [(32, 16), (16, 48)])
-def test_pictures_of_other_sizes_go_through(kind, height, width):
+def test_images_of_other_sizes_round_trip(kind, height, width):
     tokenizer = tiny_tokenizer(**KINDS[kind])
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid = (height // 4, width // 4)
@@ -164,7 +164,7 @@ def test_pixels_of_another_shape_are_refused(tokenizer, shape):
         tokenizer.encode(torch.zeros(shape))
 
 
-def test_codes_of_another_grid_or_book_are_refused(tokenizer):
+def test_codes_outside_the_grid_or_codebook_are_refused(tokenizer):
     with pytest.raises(
         ValueError, match=r"codes have shape \(1, 16\) and must be \(batch, height, width\)"
     ):

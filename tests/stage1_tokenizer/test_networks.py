@@ -31,7 +31,7 @@ def networks(
 
 @pytest.mark.parametrize("size", [32, 64, 96])
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16, 32])
-def test_any_factor_and_size(factor, size):
+def test_any_downsample_factor_and_size(factor, size):
     encoder, decoder = networks(factor, size)
     features = encoder(torch.zeros(1, 3, size, size))
     assert features.shape == (1, 5, size // factor, size // factor)
@@ -39,7 +39,7 @@ def test_any_factor_and_size(factor, size):
 
 
 @pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 1)])
-def test_a_code_sees_its_own_place_or_its_neighbours_too(kernel, reach):
+def test_receptive_field_of_a_code(kernel, reach):
     torch.manual_seed(0)
     encoder, _ = networks(8, 64, kernel=kernel)
     for parameter in encoder.parameters():
@@ -82,7 +82,7 @@ def test_every_weight_receives_a_gradient_once_blocks_have_left_the_identity(fac
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
-def test_patches_fold_in_place():
+def test_patches_fold_to_channels_and_back():
     """A code sees all pixels of its own patch, at most those of the eight around it, and no
     others."""
     encoder, _ = networks(4)
@@ -100,7 +100,7 @@ def test_patches_fold_in_place():
 
 
 @pytest.mark.parametrize("factor", [2, 8])
-def test_each_network_is_one_graph(factor):
+def test_each_network_compiles_to_one_graph(factor):
     encoder, decoder = networks(factor)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=False)(pixels)
@@ -198,7 +198,7 @@ def test_attention_by_hand(grid):
     torch.testing.assert_close(block(x), x + block.proj_out(mixed))
 
 
-def test_positions_tell_every_patch_from_every_other():
+def test_position_embeddings_are_distinct():
     table = positions(9, 7, 32, torch.device("cpu"))
     assert table.shape == (63, 32) and torch.cdist(table, table).add(torch.eye(63)).min() > 0.1
     # Rows come first

@@ -1,4 +1,4 @@
-"""What stage 1 minimises: parts and their units, schedules, held-out figures."""
+"""What stage 1 minimises: parts and their units, schedules, held-out metrics."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_psnr_by_hand():
     torch.testing.assert_close(peak_signal_to_noise(pixels, mixed), torch.tensor([20.0, 40.0]))
 
 
-def test_the_loss_of_vq_is_nats_a_dimension_plus_the_quantizers(pictures):
+def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(pictures):
     tokenizer = tiny_tokenizer().train()
     (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
     commitment = 0.25 * loss.metrics["commitment"]
@@ -83,14 +83,14 @@ def test_the_loss_of_vq_is_nats_a_dimension_plus_the_quantizers(pictures):
 
 
 def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     pixels = to_model_range(pictures)
     nll = tokenizer.likelihood.nll(pixels, tokenizer.eval()(pixels).parameters).mean()
-    assert figures["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
+    assert metrics["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
-def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
+def test_gumbel_kl_weight_is_ramped(pictures, step, weight):
     tokenizer = tiny_tokenizer(quantizer="gumbel", gumbel=GumbelOptions(diversity=0.0)).train()
     objective = TokenizerObjective(
         tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10)
@@ -102,7 +102,7 @@ def test_the_kl_of_gumbel_is_ramped_in_nats_a_picture(pictures, step, weight):
     assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
 
 
-def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
+def test_score_function_adds_gradient_but_no_loss(pictures):
     tokenizer = tiny_tokenizer(
         quantizer="score_function",
         score_function=ScoreFunctionOptions(diversity=0.0, credit_assignment="picture"),
@@ -115,16 +115,16 @@ def test_the_score_function_adds_a_gradient_and_no_cost(pictures):
     assert all(p.grad.any() for p in tokenizer.encoder.parameters())
 
 
-def test_the_figures_of_several_levels_are_told_apart(pictures):
+def test_metrics_are_named_per_level(pictures):
     tokenizer = tiny_tokenizer(**KINDS["hierarchical"])
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    figures = objective.evaluate([pictures])
+    metrics = objective.evaluate([pictures])
     codes = tokenizer.encode(to_model_range(pictures))
     used = [codes[:, :4].unique().numel(), codes[:, 4:].unique().numel()]
-    assert [figures["codebook_usage_level_1"], figures["codebook_usage_level_2"]] == pytest.approx(
+    assert [metrics["codebook_usage_level_1"], metrics["codebook_usage_level_2"]] == pytest.approx(
         [used[0] / 12, used[1] / 12]
     )
-    assert figures["codebook_usage"] == pytest.approx(sum(used) / 24) and figures[
+    assert metrics["codebook_usage"] == pytest.approx(sum(used) / 24) and metrics[
         "dead_codes"
     ] == 24 - sum(used)
     (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(pictures, 0)
@@ -134,7 +134,7 @@ def test_the_figures_of_several_levels_are_told_apart(pictures):
 
 
 @EVERY_KIND
-def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
+def test_losses_call_the_wrapped_networks(pictures, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
     class Wrapper(torch.nn.Module):
@@ -154,43 +154,43 @@ def test_losses_go_through_the_wrapped_networks_forward(pictures, kind):
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
-def test_held_out_figures(pictures, quantizer):
+def test_validation_metrics_are_complete_and_independent_of_batches(pictures, quantizer):
     tokenizer = tiny_tokenizer(quantizer=quantizer)
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     before = tokenizer.fingerprint
-    figures = objective.evaluate([pictures])
-    assert set(figures) == COMMON | (
+    metrics = objective.evaluate([pictures])
+    assert set(metrics) == COMMON | (
         {"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set()
     )
-    assert all(type(v) is float and math.isfinite(v) for v in figures.values())
-    assert figures["bits_per_dimension"] == pytest.approx(
-        float(Gaussian(0.1).bits_per_dimension(figures["nll"], DIMENSIONS))
+    assert all(type(v) is float and math.isfinite(v) for v in metrics.values())
+    assert metrics["bits_per_dimension"] == pytest.approx(
+        float(Gaussian(0.1).bits_per_dimension(metrics["nll"], DIMENSIONS))
     )
     assert tokenizer.fingerprint == before
     parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
-    assert {k: parts[k] for k in COMMON} == pytest.approx({k: figures[k] for k in COMMON}, rel=1e-5)
+    assert {k: parts[k] for k in COMMON} == pytest.approx({k: metrics[k] for k in COMMON}, rel=1e-5)
 
 
-def test_held_out_codes_are_counted_exactly(tokenizer, pictures):
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
+def test_validation_code_usage_is_exact(tokenizer, pictures):
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
     used = tokenizer.encode(to_model_range(pictures)).unique().numel()
     assert (
-        figures["codebook_usage"] == pytest.approx(used / 12) and figures["dead_codes"] == 12 - used
+        metrics["codebook_usage"] == pytest.approx(used / 12) and metrics["dead_codes"] == 12 - used
     )
 
 
-def test_the_gap_of_gumbel_is_relaxed_minus_hard(pictures):
+def test_gumbel_gap_is_relaxed_minus_hard(pictures):
     tokenizer = tiny_tokenizer(quantizer="gumbel")
-    figures = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
         [pictures]
     )
     assert (
-        figures["relaxed_gap"] == pytest.approx(figures["relaxed_psnr"] - figures["psnr"])
-        and figures["relaxed_gap"] != 0
+        metrics["relaxed_gap"] == pytest.approx(metrics["relaxed_psnr"] - metrics["psnr"])
+        and metrics["relaxed_gap"] != 0
     )
 
 
-def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
+def test_evaluation_keeps_no_graph_and_training_continues(pictures):
     tokenizer = tiny_tokenizer().train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     counts = tokenizer.quantizer.counts.clone()
@@ -199,7 +199,7 @@ def test_evaluation_keeps_no_graph_and_training_goes_on_after_it(pictures):
     assert all(p.grad is None for p in tokenizer.parameters())
 
 
-def test_nothing_held_out_is_refused(tokenizer):
+def test_empty_validation_is_refused(tokenizer):
     with pytest.raises(
         ValueError, match=r"no held-out images to evaluate on; raise data\.val_fraction"
     ):

@@ -43,7 +43,7 @@ def start(ours: VectorQuantizer, book: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rotation", [False, True])
-def test_vq_with_moving_averages(rotation):
+def test_vq_with_ema_codebook_equals_the_reference(rotation):
     book = features(16, 4, seed=1)
     gradient = "rotation" if rotation else "straight_through"
     ours = VectorQuantizer(
@@ -73,7 +73,7 @@ def test_vq_with_moving_averages(rotation):
         torch.testing.assert_close(ours.codebook, theirs._codebook.embed[0], atol=1e-5, rtol=1e-4)
 
 
-def test_vq_with_a_gradient_codebook():
+def test_vq_with_gradient_codebook_equals_the_reference():
     book = features(16, 4, seed=1)
     ours = VectorQuantizer(
         16,
@@ -104,7 +104,7 @@ def test_vq_with_a_gradient_codebook():
 
 
 @pytest.mark.parametrize("levels", [(4, 3), (8, 5, 5, 5), (7, 5)])
-def test_fsq(levels):
+def test_fsq_equals_the_reference(levels):
     ours, theirs = FiniteScalarQuantizer(FsqOptions(levels=levels)), peer.FSQ(list(levels))
     x = 2 * features(3, len(levels), 6, 6)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -120,7 +120,7 @@ def test_fsq(levels):
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 100.0])
-def test_lfq(sharpness):
+def test_lfq_equals_the_reference(sharpness):
     options = SignOptions(
         commitment=0.25, entropy_weight=0.1, diversity=0.8, inverse_temperature=sharpness
     )
@@ -146,7 +146,7 @@ def test_lfq(sharpness):
     torch.testing.assert_close(own, expected, atol=2e-3, rtol=1e-3)
 
 
-def test_bsq_codes_and_vectors():
+def test_bsq_equals_the_reference():
     ours = SignQuantizer(64, SignOptions(), spherical=True).eval()
     theirs = peer.LFQ(codebook_size=64, dim=6, spherical=True).eval()
     x = features(3, 6, 5, 5)
@@ -156,7 +156,7 @@ def test_bsq_codes_and_vectors():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_residual(shared):
+def test_residual_vq_equals_the_reference(shared):
     ours = ResidualQuantizer(
         16,
         4,

@@ -138,7 +138,7 @@ def test_a_backbones_distance_is_that_of_its_normalised_features(folders, kind):
     torch.testing.assert_close(distance(x, x), torch.zeros(2))
 
 
-def test_of_a_model_of_pictures_and_text_the_pictures_part_is_taken(tmp_path):
+def test_image_tower_of_a_clip_model_is_used(tmp_path):
     small = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -181,7 +181,7 @@ def test_a_backbone_may_be_made_for_pictures_that_are_no_squares(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_gradients_go_to_the_drawn_picture_and_not_to_the_backbone(folders, kind):
+def test_gradients_reach_the_reconstruction_and_not_the_backbone(folders, kind):
     distance = build_distance(PerceptualOptions(weight=1.0, distance=folders[kind]))
     x = pixels(2, 3, 32, 32).requires_grad_()
     distance(pixels(2, 3, 32, 32, seed=1), x).sum().backward()
@@ -192,7 +192,7 @@ def test_gradients_go_to_the_drawn_picture_and_not_to_the_backbone(folders, kind
     )
 
 
-def test_what_can_be_wrong(folders, tmp_path):
+def test_invalid_backbones_are_named(folders, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"perceptual\.distance is '.*none', which is not ms_ssim and cannot be loaded as a "

@@ -31,7 +31,7 @@ def test_the_range_is_minus_one_to_one_and_memory_stays_channels_last():
     assert pixels.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_out_of_range_is_cut_not_wrapped():
+def test_out_of_range_values_are_clipped_not_wrapped():
     assert to_pictures(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 

@@ -35,7 +35,7 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_each_depth_quantizes_what_the_ones_before_left_over(shared):
+def test_each_depth_quantizes_the_residual(shared):
     residual, x = quantizer(shared=shared).eval(), features(2, 4, 3, 5)
     result = residual(x)
     left, total, codes = flat(x), torch.zeros(30, 4), []
@@ -61,7 +61,7 @@ def test_one_depth_is_plain_vector_quantization():
     torch.testing.assert_close(one.loss, other.loss)
 
 
-def test_more_codes_come_nearer():
+def test_more_depths_reduce_the_error():
     """K-means of ever smaller remainders: each depth lowers the error of the batch it was started
     on."""
     x, errors = features(8, 4, 8, 8), []
@@ -76,7 +76,7 @@ def test_more_codes_come_nearer():
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
-def test_the_decoders_gradient_passes_straight_to_the_whole():
+def test_decoder_gradient_is_straight_through_the_sum():
     residual, x, upstream = (
         quantizer(),
         features(2, 4, 3, 3).requires_grad_(),
@@ -109,7 +109,7 @@ def test_with_normalize_the_vectors_alone_are_on_the_sphere():
     )
 
 
-def test_a_shared_book_learns_from_all_depths_at_once_and_own_ones_from_theirs():
+def test_shared_codebook_learns_from_all_depths_and_own_ones_from_one():
     x = features(4, 4, 4, 4)
     own, shared = (
         quantizer(decay=0.5, dead_code_threshold=0.0).train(),

@@ -108,21 +108,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
     ],
     ids=["missing buffer", "missing", "unexpected", "shape"],
 )
-def test_transformers_way_of_loading_leaves_no_weight_to_chance_either(
-    folder, loader, change, named
-):
+def test_from_pretrained_initialises_no_weight_randomly(folder, loader, change, named):
     rewrite_weights(folder, change)
     with pytest.raises(ValueError, match=rf"do not fit its config\.json.*{named}"):
         loader(folder)
 
 
-def test_what_transformers_tells_of_loading_is_still_told(folder):
+def test_transformers_loading_report_is_kept(folder):
     model, info = ImageTokenizer.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, ImageTokenizer) and not info["missing_keys"]
 
 
 @pytest.mark.parametrize("keep", [0, 7, 500, -1])
-def test_a_cut_file_is_refused_by_transformers_way_of_loading(folder, keep):
+def test_from_pretrained_refuses_a_truncated_file(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cannot be read.*copy it again"):
@@ -130,14 +128,14 @@ def test_a_cut_file_is_refused_by_transformers_way_of_loading(folder, keep):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 500, -1])
-def test_a_cut_file_is_refused(folder, keep):
+def test_truncated_file_is_refused(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cannot be read.*copy it again"):
         ImageTokenizer.from_pretrained(folder)
 
 
-def test_a_cut_configuration_is_refused(folder):
+def test_truncated_configuration_is_refused(folder):
     path = folder / "config.json"
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -160,7 +158,7 @@ def test_a_configuration_of_another_model_is_refused(folder):
         ImageTokenizer.from_pretrained(folder)
 
 
-def test_a_broken_relation_in_a_configuration_is_refused(folder):
+def test_violated_relation_in_a_configuration_is_refused(folder):
     rewrite_config(folder, lambda c: c["model"].update(downsample_factor=3))
     with pytest.raises(ValueError, match="factor is 3; it must be a power of two"):
         ImageTokenizer.from_pretrained(folder)

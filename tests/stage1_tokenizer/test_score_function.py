@@ -29,7 +29,7 @@ def gradients(score: ScoreFunctionQuantizer, samples: int) -> torch.Tensor:
     return x.grad.flatten(1) * samples  # undo the batch's mean
 
 
-def test_on_average_the_gradient_is_that_of_the_expected_cost():
+def test_gradient_is_unbiased():
     torch.manual_seed(0)
     x = LOGITS.clone().requires_grad_()
     (x.softmax(0) * COSTS).sum().backward()
@@ -86,7 +86,7 @@ def test_the_baseline_is_a_running_mean_used_before_it_moves():
     assert float(score.baseline) == pytest.approx(7.0)
 
 
-def test_a_code_accounts_for_the_whole_picture_or_for_its_neighbourhood():
+def test_credit_covers_the_image_or_the_neighbourhood():
     cost = torch.zeros(1, 3, 8, 12)
     # At the codes (0,0), (3,5) and (2,2) of 4 x 6
     cost[0, :, 0, 0], cost[0, 0, 7, 11], cost[0, 1, 5, 5] = (1.0, 10.0, 100.0)
@@ -103,7 +103,7 @@ def test_a_code_accounts_for_the_whole_picture_or_for_its_neighbourhood():
     torch.testing.assert_close(near, expected)
 
 
-def test_the_baseline_is_a_places_share_so_that_equal_costs_give_no_gradient():
+def test_equal_costs_give_no_gradient():
     score = quantizer(credit="neighbourhood")
     log_q = torch.zeros(2, 4, 6, requires_grad=True)
     for _ in range(2):
@@ -114,7 +114,7 @@ def test_the_baseline_is_a_places_share_so_that_equal_costs_give_no_gradient():
     assert float(score.baseline) == pytest.approx(0.5 * 3 * 4)
 
 
-def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
+def test_usage_penalty_uses_sharpened_posteriors():
     """Soft posteriors whose likeliest code is always the same are even on average, and sharp ones
     are not."""
     x = torch.tensor([0.1, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
@@ -129,7 +129,7 @@ def test_what_keeps_codes_in_use_looks_at_sharpened_posteriors():
     assert float(score.eval()(x).loss) == 0.0
 
 
-def test_use_is_that_of_the_likeliest_codes_not_of_the_sampled_ones():
+def test_usage_counts_most_likely_not_sampled_codes():
     x = torch.randn(50, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     score = quantizer()
     torch.manual_seed(0)

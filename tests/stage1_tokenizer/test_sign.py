@@ -32,7 +32,7 @@ def test_codes_are_the_signs_and_latents_their_vectors(spherical):
 
 
 @BOTH
-def test_the_gradient_is_straight_through_from_the_sphere_where_there_is_one(spherical):
+def test_gradient_is_straight_through_including_the_sphere(spherical):
     quantize, x, upstream = (
         quantizer(spherical).eval(),
         features(2, 4, 3, 3).requires_grad_(),
@@ -87,7 +87,7 @@ def test_the_loss_is_commitment_plus_entropy(spherical):
     )
 
 
-def test_the_penalty_spreads_codes_and_makes_them_certain():
+def test_entropy_penalty_spreads_codes_and_sharpens_them():
     """From features that all share their signs, its gradient alone brings all codes into use."""
     quantize = quantizer(False, inverse_temperature=1.0, commitment=0.0)
     x = (0.5 + 0.1 * features(8, 4, 4, 4)).requires_grad_()

@@ -62,7 +62,7 @@ def test_the_inverse_inverts_the_mixtures_distribution(kind, b):
 
 @EVERY
 @SHARPNESS
-def test_densities_are_the_slopes_of_the_distributions(kind, b):
+def test_densities_are_derivatives_of_the_distributions(kind, b):
     s, step = torch.linspace(0.05, 0.95, 30, dtype=torch.float64), 1e-6
     for q in (0.1, 0.5, 0.9):
         weight = torch.full_like(s, q)
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_finite_differences(kind, b):
     torch.testing.assert_close(q.grad[away], moved[away], atol=2e-3, rtol=2e-3)
 
 
-def test_on_the_spike_nothing_moves():
+def test_spike_has_no_gradient():
     q = torch.tensor([0.3], requires_grad=True)
     s = smooth(q, torch.tensor([0.5]), 4.0, "spike_exponential")
     s.backward()

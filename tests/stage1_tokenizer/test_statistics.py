@@ -1,4 +1,4 @@
-"""Figures of a histogram of codes, and which quantizer a configuration names."""
+"""Metrics of a histogram of codes, and which quantizer a configuration names."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tests.helpers.tokenizers import tiny_config
         ([2, 1, 1, 0], 0.75, 2**1.5, 1),
     ],
 )
-def test_by_hand(counts, usage, perplexity, dead):
-    figures = codebook_statistics(torch.tensor(counts))
-    assert figures.usage == usage and figures.dead == dead
-    assert figures.perplexity == pytest.approx(perplexity)
+def test_usage_statistics_match_hand_computation(counts, usage, perplexity, dead):
+    metrics = codebook_statistics(torch.tensor(counts))
+    assert metrics.usage == usage and metrics.dead == dead
+    assert metrics.perplexity == pytest.approx(perplexity)
 
 
-def test_no_codes_at_all_are_all_dead():
-    figures = codebook_statistics(torch.zeros(4, dtype=torch.long))
-    assert (figures.usage, figures.perplexity, figures.dead) == (0.0, 1.0, 4)
+def test_without_codes_all_are_dead():
+    metrics = codebook_statistics(torch.zeros(4, dtype=torch.long))
+    assert (metrics.usage, metrics.perplexity, metrics.dead) == (0.0, 1.0, 4)
 
 
-def test_large_counts_lose_nothing():
+def test_large_counts_stay_exact():
     counts = torch.full((1000,), 2**40)
     assert codebook_statistics(counts).perplexity == pytest.approx(1000)
 
 
-def test_a_configuration_names_its_quantizer():
+def test_quantizer_is_built_from_its_name():
     assert isinstance(build_quantizer(tiny_config(quantizer="vq")), VectorQuantizer)
     assert isinstance(build_quantizer(tiny_config(quantizer="gumbel")), GumbelQuantizer)

@@ -16,7 +16,7 @@ def pixels(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 3, 48, 80), (2, 1, 40, 40), (1, 1, 8, 72)])
 @pytest.mark.parametrize("tile", [8, 17, 64, 500])
-def test_local_work_is_exact_with_a_margin_as_wide_as_its_reach(shape, tile):
+def test_tiling_is_exact_if_margin_covers_the_receptive_field(shape, tile):
     x, kernel = pixels(*shape), torch.full((shape[1], 1, 5, 5), 0.04)
     blur = lambda v: F.conv2d(v, kernel, padding=2, groups=v.shape[1])  # noqa: E731
     torch.testing.assert_close(by_tiles(x, blur, tile=tile, margin=2, stride=8), blur(x))
@@ -37,7 +37,7 @@ def test_windows_are_multiples_of_the_stride():
 
 
 @pytest.mark.parametrize("kind", ["vq", "gumbel", "residual", "hierarchical", "fsq"])
-def test_a_picture_in_pieces_is_the_whole_one(kind):
+def test_tiled_image_equals_the_untiled_one(kind):
     """The tiny networks reach less than 64 pixels."""
     tokenizer, x = tiny_tokenizer(**KINDS[kind]), pixels(1, 3, 96, 200)
     whole = tokenizer.reconstruct(x)
@@ -46,7 +46,7 @@ def test_a_picture_in_pieces_is_the_whole_one(kind):
     assert not torch.allclose(tokenizer.reconstruct(x, tile=48, margin=0), whole, atol=1e-3)
 
 
-def test_a_photo_of_512_by_768_goes_through():
+def test_photo_of_512_by_768_round_trips():
     tokenizer = tiny_tokenizer(downsample_factor=8, image_size=64)
     assert tokenizer.reconstruct(pixels(1, 3, 768, 512), tile=256).shape == (1, 3, 768, 512)
     with pytest.raises(ValueError, match=r"pixels are 500x768 .* nearest that fits is 496x768"):

@@ -47,7 +47,7 @@ def test_the_nearest_code_equals_brute_force(seed):
     assert nearest(vectors, codebook).tolist() == brute
 
 
-def test_the_nearest_codes_of_many_vectors_are_found_in_parts(monkeypatch):
+def test_nearest_codes_are_found_in_chunks(monkeypatch):
     vectors, codebook = features(1000, 3), features(17, 3, seed=1)
     whole = nearest(vectors, codebook)
     for table in (1, 17 * 7, 17 * 999):
@@ -56,7 +56,7 @@ def test_the_nearest_codes_of_many_vectors_are_found_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_codes_lie_on_the_grid_of_their_vectors_and_embed_is_their_look_up(normalize):
+def test_codes_keep_the_grid_and_embed_looks_them_up(normalize):
     vq = started(features(8, 4, seed=1), normalize=normalize).eval()
     x = features(2, 4, 3, 5)
     result = vq(x)
@@ -74,7 +74,7 @@ def test_normalised_codes_have_root_mean_square_one():
     )
 
 
-def test_the_straight_through_gradient_is_the_decoders_own():
+def test_straight_through_gradient_equals_the_decoders():
     vq = started(features(8, 4, seed=1), normalize=False)
     x, upstream = features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=7)
     (gradient,) = torch.autograd.grad((vq(x).latents * upstream).sum(), x)
@@ -105,7 +105,7 @@ def test_the_commitment_loss_by_hand():
     )
 
 
-def test_the_codebook_loss_draws_codes_to_their_vectors_by_gradient():
+def test_codebook_loss_pulls_codes_to_their_vectors():
     vq = started(
         torch.tensor([[0.0, 0.0], [4.0, 4.0]]),
         normalize=False,
@@ -119,7 +119,7 @@ def test_the_codebook_loss_draws_codes_to_their_vectors_by_gradient():
     torch.testing.assert_close(gradient, 2 / 4 * torch.tensor([[-1.0, 0.0], [1.0, -1.0]]))
 
 
-def test_the_ema_codebook_has_no_parameters_and_the_gradient_one_is_not_averaged():
+def test_ema_codebook_has_no_parameters_and_gradient_codebook_no_ema():
     assert not list(fresh(8).parameters())
     vq = started(features(8, 4, seed=1), codebook="gradient", dead_code_threshold=0.0)
     before = vq.codebook.detach().clone()
@@ -156,7 +156,7 @@ def test_the_decoder_sees_the_codebook_from_before_the_update():
     torch.testing.assert_close(flat(result.latents), before[result.codes.flatten()])
 
 
-def test_a_static_batch_is_clustered_to_its_centres():
+def test_fixed_batch_converges_to_cluster_centres():
     centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
     x = (centres.repeat(16, 1) + 0.01 * features(64, 2)).T.reshape(1, 2, 8, 8)
     vq = started(
@@ -168,7 +168,7 @@ def test_a_static_batch_is_clustered_to_its_centres():
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
+def test_only_the_first_batch_initialises_the_codebook(codebook):
     vq = fresh(16, codebook=codebook, dead_code_threshold=0.0)
     towards = torch.tensor([1.0, -2.0, 3.0, 1.0]).reshape(1, 4, 1, 1)
     vq(towards + 0.1 * features(8, 4, 4, 4))
@@ -182,7 +182,7 @@ def test_the_first_batch_starts_the_codebook_and_the_second_does_not(codebook):
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_a_first_batch_smaller_than_the_codebook_fills_it_with_distinct_codes(codebook):
+def test_small_first_batch_gives_distinct_codes(codebook):
     vq = fresh(64, codebook=codebook, dead_code_threshold=0.0)
     x = features(1, 4, 2, 2)
     with pytest.warns(
@@ -219,7 +219,7 @@ def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
     )
 
 
-def test_k_means_leaves_a_centre_without_vectors_where_it_is():
+def test_k_means_keeps_centres_without_vectors():
     pool = torch.tensor([[0.0], [0.2], [1.0]])
     torch.testing.assert_close(
         kmeans(pool, torch.tensor([[0.0], [0.9], [50.0]]), 3), torch.tensor([[0.1], [1.0], [50.0]])
@@ -251,7 +251,7 @@ def test_a_linear_codebook_is_frozen_under_a_learned_map():
     torch.testing.assert_close(result.latents, vq.embed(result.codes, (4, 4)))
 
 
-def test_one_step_of_a_linear_codebook_moves_codes_that_were_not_used():
+def test_linear_codebook_step_moves_unused_codes():
     vq = fresh(16, codebook="linear", normalize=False).train()
     x = features(1, 4, 4, 4).expand(8, -1, -1, -1)
     vq(x)
@@ -320,7 +320,7 @@ def test_dead_codes_of_a_linear_codebook_restart_where_the_map_puts_them_at_vect
     assert (torch.cdist(vq.vectors().detach(), flat(x)).min(1).values < 0.1).sum() >= 8
 
 
-def test_without_restart_they_stay_dead():
+def test_without_restart_dead_codes_stay_dead():
     vq, x = collapsed(0.0), features(16, 4, 4, 4)
     for _ in range(8):
         vq(x)
@@ -328,7 +328,7 @@ def test_without_restart_they_stay_dead():
     assert int(vq.usage_metrics()["dead_codes"]) == 8
 
 
-def test_living_codes_are_left_alone_by_a_restart():
+def test_restart_keeps_used_codes():
     """Two runs that differ only in the restart have the same living codes after it."""
     x = features(16, 4, 4, 4)
     vq, other = collapsed(0.3), collapsed(0.0)
@@ -339,7 +339,7 @@ def test_living_codes_are_left_alone_by_a_restart():
     assert torch.equal(vq.codebook[living], other.codebook[living])
 
 
-def test_a_restarted_gradient_code_keeps_its_parameter():
+def test_restart_keeps_the_codebook_parameter_object():
     book = torch.cat([features(8, 4, seed=1), 50 + features(8, 4, seed=2)])
     vq = started(
         book,
@@ -358,7 +358,7 @@ def test_a_restarted_gradient_code_keeps_its_parameter():
     assert vq.codebook is parameter and (vq.codebook[8:].norm(dim=1) < 10).all()
 
 
-def test_a_codebook_that_learns_by_gradient_and_restarts_is_not_to_be_averaged():
+def test_restarting_gradient_codebook_is_excluded_from_ema():
     def jumping(**options):
         return VectorQuantizer(4, 2, VectorOptions(**options)).ema_excluded_parameters()
 
@@ -381,7 +381,7 @@ def test_evaluation_changes_no_state():
     assert not unstarted.initialized
 
 
-def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
+def test_state_dict_resumes_bit_identically():
     def run(vq: VectorQuantizer, steps: range) -> None:
         for step in steps:
             vq(features(4, 4, 4, 4, seed=step))
@@ -398,21 +398,21 @@ def test_all_state_is_saved_so_that_a_resumed_run_equals_an_uninterrupted_one():
     assert all(torch.equal(whole.state_dict()[k], v) for k, v in second.state_dict().items())
 
 
-def test_use_of_the_codebook_is_reported():
+def test_codebook_usage_is_reported():
     vq = started(
         torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]),
         normalize=False,
         dead_code_threshold=0.0,
     )
     vq.usage_ema.copy_(torch.tensor([0.0, 50.0, 50.0, 0.001]))
-    figures = vq.usage_metrics()
-    assert float(figures["codebook_usage"]) == 0.5 and int(figures["dead_codes"]) == 2
-    assert float(figures["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
+    metrics = vq.usage_metrics()
+    assert float(metrics["codebook_usage"]) == 0.5 and int(metrics["dead_codes"]) == 2
+    assert float(metrics["codebook_perplexity"]) == pytest.approx(2.0, rel=1e-3)
     metrics = vq(features(2, 2, 4, 4)).metrics
     assert set(metrics) == {"commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
 
 
-def test_a_restarted_code_counts_as_used_only_once_it_is():
+def test_restarted_code_counts_as_used_after_first_use():
     """All vectors are one and the same, so that one code at a time serves them, however often the
     others restart there."""
     vq = fresh(8, dead_code_check_every=1, dead_code_threshold=0.3)
@@ -424,7 +424,7 @@ def test_a_restarted_code_counts_as_used_only_once_it_is():
     assert float(vq.usage_ema.sum()) == pytest.approx(4 * 16, rel=1e-4)
 
 
-def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
+def test_restart_with_few_vectors_keeps_codes_of_average_use():
     """Two vectors per step, for which 32 of 64 codes take turns: twice the average use each,
     however the other 32 restart."""
     book = torch.cat([features(32, 4, seed=1), 50 + features(32, 4, seed=2)])
@@ -438,13 +438,13 @@ def test_with_fewer_vectors_than_codes_a_restart_leaves_codes_of_average_use():
     assert (vq.codebook[32:].norm(dim=1) < 20).all()  # which they did
 
 
-def test_features_that_are_not_finite_are_left_for_the_training_to_report():
+def test_nonfinite_features_are_left_to_training():
     vq = started(features(8, 4, seed=1), dead_code_check_every=1)
     vq(torch.full((2, 4, 4, 4), float("nan")))
     assert vq.codebook.isnan().any()
 
 
-def test_the_first_counts_are_those_of_the_first_batch():
+def test_initial_counts_come_from_the_first_batch():
     vq = fresh(8, decay=0.99)
     result = vq(features(4, 4, 4, 4))
     torch.testing.assert_close(
@@ -453,7 +453,7 @@ def test_the_first_counts_are_those_of_the_first_batch():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_first_step_puts_each_code_at_the_mean_of_its_vectors_and_leaves_unused_ones(normalize):
+def test_first_step_moves_used_codes_to_their_means(normalize):
     vq = fresh(8, normalize=normalize)
     x = 3 + features(4, 4, 4, 4)
     x[:, :, :, 2:] = x[

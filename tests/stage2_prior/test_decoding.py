@@ -38,7 +38,7 @@ def logits_in_order(prior, text_ids, codes, orders):
 
 @pytest.mark.parametrize("levels", [None, TWO])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_codes_in_random_order_are_those_of_uncached_passes(text_ids, scale, levels):
+def test_cached_random_order_sampling_equals_uncached(text_ids, scale, levels):
     prior = any_order_prior(levels) if levels else any_order_prior()
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions(guidance_scale=scale, temperature=0.7))
     assert torch.equal(drawn.orders, seeded_orders(SEEDS, 9))
@@ -99,9 +99,7 @@ def drawn_by_hand(prior, text_ids, orders, counts, options, codes, first):
         {"guidance_scale": 2.0, "guidance_power": 1.0},
     ],
 )
-def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(
-    text_ids, levels, known, options
-):
+def test_drafted_codes_are_verified_with_full_context(text_ids, levels, known, options):
     prior, options = (
         any_order_prior(levels) if levels else any_order_prior(),
         SamplingOptions(num_inference_steps=4, **options),
@@ -119,7 +117,7 @@ def test_several_codes_a_step_are_drawn_apart_and_then_knowing_each_other(
 
 
 @pytest.mark.parametrize("steps", [2, 5, 7, 8])
-def test_each_step_settles_a_code_on_what_sequential_sampling_draws(text_ids, steps):
+def test_each_step_accepts_at_least_one_sequential_code(text_ids, steps):
     prior = any_order_prior()
     for seeds in ([1, 2, 3], [4, 5, 6], [7, 8, 9]):
         plain, drawn = (
@@ -132,7 +130,7 @@ def test_each_step_settles_a_code_on_what_sequential_sampling_draws(text_ids, st
         assert torch.equal(*in_order)
 
 
-def test_pictures_in_steps_are_the_same_alone_and_in_a_batch(text_ids):
+def test_multi_code_steps_do_not_depend_on_the_batch(text_ids):
     prior = any_order_prior()
     together = sample(
         prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=3, guidance_scale=2)
@@ -147,7 +145,7 @@ def test_pictures_in_steps_are_the_same_alone_and_in_a_batch(text_ids):
         assert torch.equal(alone.codes[0], together.codes[row])
 
 
-def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
+def test_one_code_per_step_is_sequential_sampling(text_ids):
     prior = any_order_prior()
     plain, stepped = (
         sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=steps))
@@ -157,7 +155,7 @@ def test_as_many_steps_as_codes_is_sequential_sampling(text_ids):
     torch.testing.assert_close(plain.log_likelihood, stepped.log_likelihood)
 
 
-def test_each_step_of_several_codes_is_one_pass(text_ids):
+def test_multi_code_step_is_one_forward_pass(text_ids):
     prior, lengths = any_order_prior(), []
     for parameter in prior.image_head.parameters():
         torch.nn.init.zeros_(parameter)  # nothing changes what a code is drawn from
@@ -173,7 +171,7 @@ def test_each_step_of_several_codes_is_one_pass(text_ids):
 
 
 @pytest.mark.parametrize("steps", [None, 3])
-def test_known_codes_are_kept_and_come_first(text_ids, codes, steps):
+def test_known_codes_are_kept_and_ordered_first(text_ids, codes, steps):
     prior = any_order_prior()
     known = torch.tensor([True, False, True, False, False, True, False, False, False])
     drawn = sample(
@@ -196,7 +194,7 @@ def test_known_codes_are_kept_and_come_first(text_ids, codes, steps):
         torch.testing.assert_close(drawn.log_likelihood, given)
 
 
-def test_every_picture_may_keep_other_codes(text_ids, codes):
+def test_images_can_keep_different_codes(text_ids, codes):
     prior = any_order_prior()
     known = torch.zeros(3, 9, dtype=torch.bool)
     known[0, :2] = known[1, 4:6] = known[2, 7:] = True
@@ -215,7 +213,7 @@ def test_every_picture_may_keep_other_codes(text_ids, codes):
         assert torch.equal(alone.codes[0], together.codes[row])
 
 
-def test_a_raster_prior_goes_on_from_the_first_codes(prior, text_ids, codes):
+def test_raster_prior_continues_known_codes(prior, text_ids, codes):
     known = torch.arange(9) < 3
     drawn = sample(
         prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2), known=known, codes=codes
@@ -226,7 +224,7 @@ def test_a_raster_prior_goes_on_from_the_first_codes(prior, text_ids, codes):
 
 
 @pytest.mark.parametrize("order", ["raster", "annealed"])
-def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, order):
+def test_raster_prior_refuses_other_orders(prior, text_ids, codes, order):
     prior.config.trained_order = order
     with pytest.raises(
         ValueError,
@@ -238,7 +236,7 @@ def test_a_raster_prior_is_asked_for_no_other_order(prior, text_ids, codes, orde
         sample(prior, text_ids, SEEDS, SamplingOptions(), known=torch.arange(9) > 4, codes=codes)
 
 
-def test_guidance_is_on_from_the_first_share_until_before_the_last():
+def test_guidance_interval_includes_start_and_excludes_end():
     options = SamplingOptions(guidance_scale=3, guidance_interval=(0.25, 0.5))
     assert [guidance_at(share, options) for share in (0, 0.24, 0.25, 0.49, 0.5, 0.9)] == [
         1,
@@ -256,9 +254,7 @@ def test_guidance_is_on_from_the_first_share_until_before_the_last():
     "options",
     [{"guidance_interval": (0.3, 0.7)}, {"guidance_power": 1.0}, {"guidance_interval": (0.5, 1.0)}],
 )
-def test_the_null_branch_is_computed_for_guided_steps_alone_and_knows_all_codes(
-    prior, text_ids, options
-):
+def test_unconditional_branch_runs_in_guided_steps_only_with_full_context(prior, text_ids, options):
     rows = []
     prior.blocks[0].register_forward_hook(
         lambda _, inputs, __: rows.append(tuple(inputs[0].shape[:2]))
@@ -293,7 +289,7 @@ def logits_in_raster(prior, text_ids, codes):
         return prior(ids, torch.arange(ids.shape[1])).image
 
 
-def test_a_caption_is_read_once_for_all_its_pictures(prior, text_ids):
+def test_caption_prefill_is_shared_by_its_images(prior, text_ids):
     sizes = []
     prior.blocks[0].register_forward_hook(
         lambda _, inputs, __: sizes.append(tuple(inputs[0].shape[:2]))
@@ -306,7 +302,7 @@ def test_a_caption_is_read_once_for_all_its_pictures(prior, text_ids):
     assert torch.equal(many.codes[2], alone.codes[0])
 
 
-def test_grouped_heads_draw_what_uncached_passes_do(text_ids):
+def test_grouped_query_sampling_equals_uncached(text_ids):
     prior = tiny_prior(heads=4, kv_heads=2)
     assert prior.new_cache(3).keys[0].shape == (3, 2, 14, 8)
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions())
@@ -335,7 +331,7 @@ def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, 
     assert len(graphs) == (0 if options.num_inference_steps else 2)
 
 
-def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, monkeypatch):
+def test_compiled_steps_are_cached_per_prior_and_option(text_ids, monkeypatch):
     graphs = traced(monkeypatch)
     raster, other = tiny_prior(), any_order_prior()
     for prior in (raster, other, raster):
@@ -353,7 +349,7 @@ def test_each_prior_and_each_choice_has_a_compiled_step_of_its_own(text_ids, mon
     assert len(graphs) == 5  # numbers are no other program
 
 
-def test_orders_may_be_given(text_ids):
+def test_given_orders_are_used(text_ids):
     prior = any_order_prior()
     raster = torch.arange(9).expand(3, 9)
     drawn = sample(prior, text_ids, SEEDS, SamplingOptions(), orders=raster)
@@ -387,7 +383,7 @@ def test_samples_in_random_order_follow_the_joint_distribution_of_that_order():
     assert float(((counts - expected) ** 2 / expected).sum()) < 54.1
 
 
-def test_known_codes_must_be_as_many_in_each_picture_and_be_given(text_ids, codes):
+def test_known_codes_must_be_given_and_equally_many(text_ids, codes):
     prior = any_order_prior()
     uneven = torch.zeros(3, 9, dtype=torch.bool)
     uneven[0, :2] = uneven[1, :5] = uneven[2, :2] = True
@@ -421,7 +417,7 @@ def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
         assert len(compiled_programs(prior)) == 3
 
 
-def test_a_program_is_made_anew_where_the_prior_computes_otherwise(text_ids, monkeypatch):
+def test_compiled_step_is_rebuilt_when_the_prior_changes(text_ids, monkeypatch):
     graphs = traced(monkeypatch)
     prior = any_order_prior()
     sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)

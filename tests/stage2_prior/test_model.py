@@ -60,7 +60,7 @@ def test_cached_logits_equal_uncached(levels, text_ids):
     torch.testing.assert_close(torch.cat([p.image for p in pieces], 1), full.image)
 
 
-def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
+def test_similar_code_vectors_have_similar_embeddings(text_ids, codes):
     """Rows are linear in the told vectors but for the own part; a code that moves in the codebook
     moves its logit."""
     prior = tiny_prior()
@@ -78,7 +78,7 @@ def test_codes_of_like_vectors_have_like_rows(text_ids, codes):
         torch.testing.assert_close(table[4] - (table[2] + table[3]) / 2, torch.full((32,), 0.1))
 
 
-def test_told_vectors_are_centred_and_refused_in_another_shape(prior):
+def test_code_vectors_are_centred_and_checked_for_shape(prior):
     prior.set_codebook(torch.randn(11, 5, generator=torch.Generator().manual_seed(4)) * 7 + 3)
     torch.testing.assert_close(prior.code_vectors.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert float(prior.code_vectors.std()) == pytest.approx(1)
@@ -88,7 +88,7 @@ def test_told_vectors_are_centred_and_refused_in_another_shape(prior):
         prior.set_codebook(torch.randn(11, 4))
 
 
-def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
+def test_without_code_vectors_embeddings_are_free(text_ids, codes):
     prior = tiny_prior(code_dim=0)
     assert prior.image_head.shared is None
     loss = next(
@@ -101,7 +101,7 @@ def test_a_prior_of_bare_codes_learns_each_row_apart(text_ids, codes):
     assert sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes.shape == (3, 9)
 
 
-def test_the_cache_refuses_more_than_it_holds(prior, text_ids):
+def test_full_cache_refuses_more_positions(prior, text_ids):
     cache = prior.new_cache(3)
     cache.filled = 14
     with pytest.raises(ValueError, match="the cache holds 14 tokens; 14 and 1 more do not fit"):
@@ -180,7 +180,7 @@ def test_loading_names_what_is_wrong(prior, tmp_path):
         ImagePrior.from_pretrained(tmp_path)
 
 
-def test_a_prior_without_a_stream_is_refused():
+def test_prior_without_sequence_layout_is_refused():
     with pytest.raises(ValueError, match="needs the stream's shape"):
         ImagePrior(PriorConfig())
 
@@ -213,7 +213,7 @@ def test_compiled_training_gives_the_same_loss(prior, text_ids, codes, monkeypat
     assert not any("_orig_mod" in key for key in prior.state_dict())
 
 
-def test_activations_worked_out_again_give_the_same_gradients(text_ids, codes):
+def test_activation_checkpointing_gives_the_same_gradients(text_ids, codes):
     gradients = []
     for again in (False, True):
         prior = tiny_prior(dropout=0.5).train()
@@ -232,7 +232,7 @@ def test_activations_worked_out_again_give_the_same_gradients(text_ids, codes):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_grouped_heads_are_heads_whose_keys_and_values_are_repeated(kv_heads):
+def test_grouped_query_attention_equals_repeated_heads(kv_heads):
     q = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     k, v = torch.randn(2, 2, kv_heads, 5, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -252,7 +252,7 @@ def test_the_fused_kernel_compiles_for_any_shapes(kv_heads):
     torch.testing.assert_close(compiled(q, k, v, None), attend(q, k, v))
 
 
-def test_heads_of_keys_must_divide_those_of_queries():
+def test_key_heads_must_divide_query_heads():
     with pytest.raises(
         ValueError, match=r"prior\.model\.kv_heads is 3; it must divide prior\.model\.heads 4"
     ):

@@ -44,14 +44,14 @@ def test_losses_equal_the_token_by_token_reference(levels, text_ids):
     loss = next(objective.losses({"text_ids": text_ids, "codes": codes}, 0))
     torch.testing.assert_close(loss.value, image + 0.25 * text)
     torch.testing.assert_close(loss.metrics["nats_per_code"], image.detach())
-    figures = objective.evaluate(
+    metrics = objective.evaluate(
         [
             {"text_ids": text_ids[:1], "codes": codes[:1]},
             {"text_ids": text_ids[1:], "codes": codes[1:]},
         ]
     )
-    assert figures["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
-    assert figures["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
+    assert metrics["nats_per_code"] == pytest.approx(float(image.detach()), rel=1e-5)
+    assert metrics["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
 
 
 def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, codes):
@@ -89,7 +89,7 @@ def test_a_batch_of_null_captions_has_no_text_loss(prior, codes):
     assert loss.metrics["nats_per_text_token"] == 0 and loss.value.isfinite()
 
 
-def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
+def test_saved_prior_records_caption_dropout(prior):
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0)).record_training()
     assert not prior.config.trained_with_caption_dropout
     PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.1))
@@ -100,6 +100,6 @@ def test_the_saved_prior_knows_whether_captions_were_dropped(prior):
     assert prior.config.trained_with_caption_dropout
 
 
-def test_evaluating_nothing_is_refused(prior):
+def test_empty_evaluation_is_refused(prior):
     with pytest.raises(ValueError, match="no held-out images"):
         PriorObjective(prior, PriorObjectiveConfig()).evaluate([])

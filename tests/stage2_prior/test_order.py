@@ -21,7 +21,7 @@ def test_annealed_orders_are_random_then_fewer_then_none():
     )
 
 
-def test_training_orders_are_permutations_of_which_a_share_is_random():
+def test_given_fraction_of_training_orders_is_random():
     orders = training_orders(4000, 9, 0.25, torch.device("cpu"))
     assert torch.equal(orders.sort(1).values, torch.arange(9).expand(4000, 9))
     assert 0.2 < (orders != torch.arange(9)).any(1).float().mean() < 0.3
@@ -35,7 +35,7 @@ def test_seeded_orders_depend_on_each_seed_alone():
     assert torch.equal(both[1], seeded_orders([4], 9)[0]) and not torch.equal(both[0], both[1])
 
 
-def test_known_codes_come_first_and_all_stay_in_their_order():
+def test_known_codes_come_first_in_their_own_order():
     orders = torch.tensor([[4, 2, 0, 3, 1], [0, 1, 2, 3, 4]])
     known = torch.tensor([False, True, False, False, True])
     assert known_first(orders, known).tolist() == [[4, 1, 2, 0, 3], [1, 4, 0, 2, 3]]
@@ -46,7 +46,7 @@ def test_known_codes_come_first_and_all_stay_in_their_order():
 @pytest.mark.parametrize(
     ("count", "steps"), [(64, 16), (64, 1), (64, 63), (9, 4), (1, 1), (5, 5), (576, 64)]
 )
-def test_a_cosine_decides_every_code_in_so_many_steps_and_few_at_first(count, steps):
+def test_cosine_schedule_covers_all_codes_with_few_at_first(count, steps):
     counts = cosine_step_sizes(count, steps)
     assert sum(counts) == count and len(counts) == steps and min(counts) >= 1
     assert counts[0] <= counts[-1]
@@ -80,13 +80,13 @@ def test_logits_depend_on_no_token_that_comes_later_in_a_random_order(levels, te
         assert reach[:, : place + 1].all() and not reach[:, place + 1 :].any()
 
 
-def test_a_prior_for_any_order_must_be_told_the_targets(text_ids, codes):
+def test_any_order_prior_requires_target_positions(text_ids, codes):
     prior = any_order_prior()
     with pytest.raises(ValueError, match="give targets"):
         prior(prior.stream.inputs(text_ids, codes[:, :-1]), torch.arange(14))
 
 
-def test_the_target_decides_the_logits(text_ids, codes):
+def test_logits_depend_on_the_target_position(text_ids, codes):
     prior = any_order_prior()
     fed = prior.stream.text_first(text_ids, codes, seeded_orders([1, 2, 3], 9))
     other = fed.targets.clone()
@@ -96,7 +96,7 @@ def test_the_target_decides_the_logits(text_ids, codes):
     assert not torch.allclose(a[:, -1], b[:, -1])
 
 
-def test_the_loss_of_an_order_is_that_of_its_codes_one_by_one(text_ids, codes, monkeypatch):
+def test_loss_in_any_order_equals_token_by_token(text_ids, codes, monkeypatch):
     prior = any_order_prior()
     orders = seeded_orders([1, 2, 3], 9)
     monkeypatch.setattr("stage2_prior.objective.training_orders", lambda *_: orders)
@@ -113,7 +113,7 @@ def test_the_loss_of_an_order_is_that_of_its_codes_one_by_one(text_ids, codes, m
     torch.testing.assert_close(value, torch.stack(nats).mean())
 
 
-def test_annealing_hands_the_share_of_its_step_to_the_orders(text_ids, codes, monkeypatch):
+def test_annealing_sets_the_fraction_of_random_orders(text_ids, codes, monkeypatch):
     shares = []
     monkeypatch.setattr(
         "stage2_prior.objective.training_orders",
@@ -127,7 +127,7 @@ def test_annealing_hands_the_share_of_its_step_to_the_orders(text_ids, codes, mo
     assert shares == [1, 1, 1, 0.5, 0]
 
 
-def test_random_orders_need_a_prior_that_is_told_the_next_code():
+def test_random_orders_require_target_positions():
     with pytest.raises(
         ValueError, match="order random needs a prior whose stream has any_order=True"
     ):

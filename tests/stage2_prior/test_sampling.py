@@ -66,7 +66,7 @@ def test_sums_in_blocks_are_cumulative_sums(classes):
     )
 
 
-def test_no_scan_of_a_draw_is_long_enough_to_be_split(monkeypatch):
+def test_cumulative_sums_are_short_enough_to_be_sequential(monkeypatch):
     """Compiled for a GPU, a scan of 16,384 numbers is split over processors, which torch 2.11
     cannot do."""
     cumsum, lengths = torch.Tensor.cumsum, []
@@ -143,7 +143,7 @@ def test_guided_codes_equal_two_uncached_passes_combined(prior, text_ids, scale)
         assert torch.equal(expected, codes[:, i])
 
 
-def test_min_p_judges_by_the_caption_before_guidance(prior, text_ids):
+def test_min_p_uses_probabilities_before_guidance(prior, text_ids):
     options = SamplingOptions(guidance_scale=30, min_p=0.6)
     codes = sample(prior, text_ids, [7, 8, 9], options).codes
     shares = log_probabilities(prior, text_ids, codes).softmax(-1)
@@ -154,13 +154,13 @@ def test_min_p_judges_by_the_caption_before_guidance(prior, text_ids):
     assert (shares.gather(2, free[..., None])[..., 0] / shares.amax(-1)).min() < 0.6
 
 
-def test_guidance_moves_the_samples(prior, text_ids):
+def test_guidance_changes_the_samples(prior, text_ids):
     plain = sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes
     guided = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=4)).codes
     assert not torch.equal(plain, guided)
 
 
-def test_the_null_branch_is_not_computed_without_guidance(prior, text_ids):
+def test_unconditional_branch_is_skipped_without_guidance(prior, text_ids):
     sizes = []
     prior.blocks[0].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     sample(prior, text_ids, [1, 2, 3], SamplingOptions())
@@ -170,7 +170,7 @@ def test_the_null_branch_is_not_computed_without_guidance(prior, text_ids):
     assert sizes == [4] + [6] * 9  # the null caption is read once for all
 
 
-def test_each_code_costs_one_position(prior, text_ids):
+def test_cache_feeds_one_position_per_code(prior, text_ids):
     lengths = []
     prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     sample(prior, text_ids, [1, 2, 3], SamplingOptions())
@@ -222,7 +222,7 @@ def test_guidance_is_refused_without_caption_dropout(prior, text_ids):
     assert len(sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes) == 3
 
 
-def test_broken_weights_stop_the_sampling(prior, text_ids):
+def test_nonfinite_weights_stop_sampling(prior, text_ids):
     with torch.no_grad():
         prior.image_head.own.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
@@ -230,7 +230,7 @@ def test_broken_weights_stop_the_sampling(prior, text_ids):
 
 
 @pytest.mark.parametrize("steps", [None, 4])
-def test_the_step_at_which_numbers_broke_is_named(text_ids, steps):
+def test_step_of_the_first_nonfinite_logits_is_named(text_ids, steps):
     prior, passes = any_order_prior(), []
 
     def breaks(_, inputs, output):

@@ -44,7 +44,7 @@ def test_the_score_of_samples_is_the_sum_of_their_codes_log_probabilities(make, 
     torch.testing.assert_close(null.sum(1), drawn.null_log_likelihood)
 
 
-def test_scores_are_by_image_position_whatever_the_order(text_ids, codes):
+def test_scores_are_ordered_by_image_position(text_ids, codes):
     prior = any_order_prior()
     orders = seeded_orders([1, 2, 3], 9)
     scores = code_log_likelihood(prior, text_ids, codes, orders)
@@ -85,7 +85,7 @@ def test_caption_scores_are_sums_over_their_words(captioner, text_ids, codes):
         torch.testing.assert_close(scores[row], expected)
 
 
-def test_drawn_captions_have_the_likelihood_of_their_words(captioner, codes):
+def test_sampled_captions_report_their_likelihood(captioner, codes):
     ids, values = sample_captions(captioner, codes, [4, 5, 6])
     assert torch.equal(ids[:, 0], torch.full((3,), 1)) and (ids[:, 1:] != 1).all()
     for row in range(3):
@@ -103,7 +103,7 @@ def test_drawn_captions_have_the_likelihood_of_their_words(captioner, codes):
     torch.testing.assert_close(value[0], values[1])
 
 
-def test_drawn_captions_follow_their_distribution(codes):
+def test_sampled_captions_follow_the_distribution(codes):
     """Chi-square over captions of at most one word: the end token, or one of 17 words and then the
     end."""
     prior = tiny_prior()
@@ -117,7 +117,7 @@ def test_drawn_captions_follow_their_distribution(codes):
     assert float(((counts - expected) ** 2 / expected).sum()) < 40.8
 
 
-def test_captions_need_a_prior_with_codes_first(prior, text_ids, codes):
+def test_captioning_requires_a_captioning_prior(prior, text_ids, codes):
     with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
         caption_log_likelihood(prior, text_ids, codes[0])
     with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
@@ -125,7 +125,7 @@ def test_captions_need_a_prior_with_codes_first(prior, text_ids, codes):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.4])
-def test_a_share_of_the_batches_has_codes_first(prior, text_ids, codes, share):
+def test_captioning_fraction_of_batches_has_codes_first(prior, text_ids, codes, share):
     objective = PriorObjective(prior, PriorObjectiveConfig(), image_first=share)
     kinds = [
         set(next(objective.losses({"text_ids": text_ids, "codes": codes}, step)).metrics)
@@ -149,8 +149,8 @@ def test_the_caption_loss_is_the_mean_over_words_and_leaves_no_parameter_without
     torch.testing.assert_close(loss.value.detach(), -torch.stack(list(words)).mean())
     loss.value.backward()
     assert all(p.grad is not None for p in prior.parameters())
-    figures = objective.evaluate([{"text_ids": text_ids, "codes": codes}])
-    assert figures["nats_per_caption_token"] == pytest.approx(float(loss.value.detach()), rel=1e-5)
+    metrics = objective.evaluate([{"text_ids": text_ids, "codes": codes}])
+    assert metrics["nats_per_caption_token"] == pytest.approx(float(loss.value.detach()), rel=1e-5)
 
 
 def test_a_caption_never_sees_what_comes_after_it(captioner, text_ids, codes):

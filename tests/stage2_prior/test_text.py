@@ -46,7 +46,7 @@ def test_case_does_not_matter():
     assert TEXT.encode(["A Red CIRCLE"]).equal(TEXT.encode(["a red circle"]))
 
 
-def test_a_caption_that_is_too_long_is_refused_or_cut():
+def test_long_caption_is_refused_or_truncated():
     long = "q" * 60
     with pytest.raises(ValueError, match=r"needs 6\d tokens and there are 40 text slots"):
         TEXT.encode([long])
@@ -115,14 +115,14 @@ def bpe():
     return TextTokenizer.train(captions * 5, vocab_size=360, length=60), captions
 
 
-def test_no_dropout_gives_the_library_s_ids(bpe):
+def test_zero_dropout_gives_the_librarys_ids(bpe):
     text, captions = bpe
     random = np.random.default_rng(0)
     more = [*captions, "", "zxqv  red\tcircles!", "squared starlight"]
     assert torch.equal(text.encode_with_dropout(more, 0.0, random), text.encode(more))
 
 
-def test_dropped_merges_spell_the_same_words_in_more_pieces_by_the_seed(bpe):
+def test_bpe_dropout_is_seeded_and_keeps_the_words(bpe):
     text, captions = bpe
     plain = text.encode(captions)
     dropped = text.encode_with_dropout(captions, 0.4, np.random.default_rng(1))
@@ -134,7 +134,7 @@ def test_dropped_merges_spell_the_same_words_in_more_pieces_by_the_seed(bpe):
     )
 
 
-def test_a_caption_whose_pieces_are_too_many_stays_whole(bpe):
+def test_caption_that_dropout_makes_too_long_is_not_dropped(bpe):
     text, captions = bpe
     text.length = 14
     whole = text.encode(captions[:1])
@@ -143,7 +143,7 @@ def test_a_caption_whose_pieces_are_too_many_stays_whole(bpe):
     )
 
 
-def test_dropout_needs_merges(bpe):
+def test_bpe_dropout_requires_merges(bpe):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What is said on the terminal: by loggers, so that it can be silenced; nothing is printed by
+"""What is shown on the terminal: by loggers, so that it can be silenced; nothing is printed by
 modules that Python users call."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROGRESS = "images to train on"
 
 
 @pytest.fixture
-def verb(monkeypatch):
+def encode_command(monkeypatch):
     """`minidalle encode` does what it is given here."""
 
     def does(work):
@@ -59,18 +59,18 @@ def printing(tree: ast.AST) -> list[int]:
     ]
 
 
-def test_calls_that_print_are_found():
+def test_print_call_detector_finds_calls():
     code = "print(1)\naccelerator.print(1)\ntqdm.write('')\nself.bar.write('')\nfile.write('')\n"
     assert printing(ast.parse(code)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_library_module_prints(path):
+def test_library_modules_do_not_print(path):
     assert printing(ast.parse(path.read_text())) == []
 
 
 @pytest.mark.slow
-def test_the_level_silences_the_lines_of_a_training(tiny_yaml, capsys):
+def test_log_level_silences_training(tiny_yaml, capsys):
     command = ["train-tokenizer", "--config", str(tiny_yaml)]
     assert main([*command, "--name", "loud"]) == 0
     assert PROGRESS in capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_the_level_silences_the_lines_of_a_training(tiny_yaml, capsys):
 
 
 @pytest.mark.slow
-def test_python_users_hear_nothing_but_what_they_ask_for(tiny_yaml, capsys, caplog):
+def test_library_is_silent_without_logging_setup(tiny_yaml, capsys, caplog):
     from pipeline.config.load import load_experiment
     from pipeline.stages.tokenizer import train_tokenizer
 
@@ -98,18 +98,18 @@ def test_python_users_hear_nothing_but_what_they_ask_for(tiny_yaml, capsys, capl
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_each_level_shows_itself_and_those_above(verb, capsys, level):
+def test_each_log_level_shows_itself_and_higher_levels(encode_command, capsys, level):
     def work():
         for name in LEVELS:
             OURS.log(getattr(logging, name.upper()), f"100% of {name}")
 
-    assert verb(work)("--log_level", level) == 0
+    assert encode_command(work)("--log_level", level) == 0
     said, shown = capsys.readouterr(), LEVELS[LEVELS.index(level) :]
     assert said.out.splitlines() == [f"100% of {n}" for n in LEVELS[:2] if n in shown]
     assert said.err.splitlines() == [f"{n}: 100% of {n}" for n in LEVELS[2:] if n in shown]
 
 
-def test_a_warning_of_ours_is_one_line_and_others_are_as_they_were(verb, capsys):
+def test_own_warnings_are_one_line_and_others_unchanged(encode_command, capsys):
     def work():
         warnings.warn_explicit("too few", UserWarning, trainer.__file__, 92)
         warnings.warn_explicit("too old", UserWarning, "elsewhere.py", 7)
@@ -120,10 +120,10 @@ def test_a_warning_of_ours_is_one_line_and_others_are_as_they_were(verb, capsys)
         warnings.showwarning = lambda message, category, filename, line, *_: sys.stderr.write(
             f"{filename}:{line}: {category.__name__}: {message}\n"
         )
-        assert verb(work)() == 0
+        assert encode_command(work)() == 0
         err = capsys.readouterr().err
         assert err == "warning: too few\nelsewhere.py:7: UserWarning: too old\n"
-        assert verb(work)("--log-level=error") == 0
+        assert encode_command(work)("--log-level=error") == 0
         assert capsys.readouterr().err == "elsewhere.py:7: UserWarning: too old\n"
         work()
         assert f"{trainer.__file__}:92: UserWarning: too few" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_a_warning_of_ours_is_one_line_and_others_are_as_they_were(verb, capsys)
 
 
 @pytest.mark.slow
-def test_the_first_batch_warns_on_one_line(tiny_yaml, capsys):
+def test_first_batch_warning_is_one_line(tiny_yaml, capsys):
     options = ["--tokenizer.model.num_codes", "512", "--tokenizer.train.steps", "1"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -150,7 +150,7 @@ def test_an_unknown_level_is_one_error_that_names_the_four(capsys, given):
     fails(capsys, ["estimate", "--config", "no.yaml", *given], message, status=2)
 
 
-def test_the_level_may_stand_anywhere_but_behind_two_hyphens():
+def test_log_level_is_accepted_anywhere_before_double_hyphen():
     assert log_level(["a", "--log-level", "debug", "b"]) == ("debug", ["a", "b"])
     assert log_level(["--log_level=error", "--x_y", "1"]) == ("error", ["--x_y", "1"])
     assert log_level(["--", "--log-level", "x"]) == ("info", ["--", "--log-level", "x"])
@@ -161,7 +161,7 @@ def test_help_names_the_option(capsys):
     assert main(["--help"]) == 0 and "--log-level" in capsys.readouterr().out
 
 
-def test_lines_come_once_and_everything_is_as_before_afterwards(verb, capsys):
+def test_lines_are_logged_once_and_logging_is_restored(encode_command, capsys):
     state = lambda: [(one.handlers, one.level, one.propagate) for one in LOGGERS]  # noqa: E731
     before = state()
 
@@ -170,7 +170,7 @@ def test_lines_come_once_and_everything_is_as_before_afterwards(verb, capsys):
         with logging_to_terminal("info"):
             OURS.info("deep inside")
 
-    command = verb(again)
+    command = encode_command(again)
     for _ in range(2):
         assert command() == 0
         assert capsys.readouterr().out == "inside\ndeep inside\n"
@@ -179,7 +179,7 @@ def test_lines_come_once_and_everything_is_as_before_afterwards(verb, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_of_several_processes_the_first_logs_alone(verb, capsys, monkeypatch, caplog):
+def test_only_the_first_process_logs(encode_command, capsys, monkeypatch, caplog):
     def work():
         trainer._log.info("going on")
         trainer._log.warning("a jump")
@@ -187,18 +187,18 @@ def test_of_several_processes_the_first_logs_alone(verb, capsys, monkeypatch, ca
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("pipeline.runtime.distributed.destroy_process_group", lambda: None)
-    assert verb(work)() == 0
+    assert encode_command(work)() == 0
     assert capsys.readouterr() == ("", "error: broken\n")
     caplog.set_level(logging.INFO, "pipeline")
     work()
     assert caplog.messages == ["broken"]
 
 
-def test_a_line_stands_above_the_bar(verb, capsys):
+def test_log_line_is_above_the_progress_bar(encode_command, capsys):
     def work():
         with tqdm(total=2, desc="steps", file=sys.stderr, ncols=40) as bar:
             OURS.warning("a jump")
             bar.update(2)
 
-    assert verb(work)() == 0
+    assert encode_command(work)() == 0
     assert "warning: a jump" in capsys.readouterr().err.replace("\r", "\n").splitlines()

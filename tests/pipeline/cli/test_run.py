@@ -1,4 +1,4 @@
-"""One tiny run from YAML to images, each verb of the command line, and what a user can do wrong
+"""One tiny run from YAML to images, each command, and what a user can do wrong
 on the way."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 
-def test_what_stops_a_training_is_said_on_a_line_of_its_own(tiny_yaml, capsys):
+def test_training_errors_are_one_line(tiny_yaml, capsys):
     """Not behind the bar, which the error finds half drawn."""
     arguments = [
         "--tokenizer.model.num_codes",
@@ -56,7 +56,7 @@ def bundle(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run[1] / "bundle", tmp_path / "bundle"))
 
 
-def test_a_run_leaves_the_promised_folder(finished_run):
+def test_run_writes_the_documented_folder(finished_run):
     folder = finished_run[1]
     for name in (
         "experiment.yaml",
@@ -82,20 +82,20 @@ def test_a_run_leaves_the_promised_folder(finished_run):
     assert not [p for p in folder.rglob("*") if "writing" in p.name]
 
 
-def test_running_again_changes_nothing(finished_run, capsys):
+def test_repeated_run_changes_nothing(finished_run, capsys):
     path, folder = finished_run
     before = {
         p: p.stat().st_mtime_ns
         for part in ("tokenizer", "codes", "prior")
         for p in (folder / part).rglob("*.*")
     }
-    for verb in ("train-tokenizer", "encode", "train-prior"):
-        assert main([verb, "--config", str(path)]) == 0
+    for stage in ("train-tokenizer", "encode", "train-prior"):
+        assert main([stage, "--config", str(path)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "next: minidalle generate" in capsys.readouterr().out
 
 
-def test_the_prior_knows_the_vectors_of_its_codes(finished_run):
+def test_prior_has_the_code_vectors_of_its_tokenizer(finished_run):
     bundle = finished_run[1] / "bundle"
     told = ImagePrior.from_pretrained(bundle / "prior").code_vectors
     vectors = ImageTokenizer.from_pretrained(bundle / "tokenizer").code_vectors
@@ -186,7 +186,7 @@ def test_pictures_do_not_depend_on_the_batch(finished_run):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_compiled_pipeline_draws_in_bf16_where_the_device_does(finished_run, monkeypatch, bf16):
+def test_compiled_pipeline_samples_in_bf16_where_supported(finished_run, monkeypatch, bf16):
     monkeypatch.setattr("pipeline.runtime.devices.uses_bf16", lambda precision, device: bf16)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     plain = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
@@ -202,7 +202,7 @@ def test_a_compiled_pipeline_draws_in_bf16_where_the_device_does(finished_run, m
     assert torch.equal(pipe("a tiny cross", seed=5, guidance_scale=2.0).codes[0], out.codes[1])
 
 
-def test_odd_prompts(finished_run, tmp_path, capsys):
+def test_odd_prompts_are_generated(finished_run, tmp_path, capsys):
     pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     assert len(pipe(["zxqv", "un élan 赤 🌞"]).images) == 2
     with pytest.warns(UserWarning, match="an empty prompt is sampled without a caption"):
@@ -337,13 +337,13 @@ def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
         ),
     ],
 )
-def test_a_damaged_bundle_is_named(bundle, capsys, tmp_path, damage, message):
+def test_corrupted_bundle_is_named(bundle, capsys, tmp_path, damage, message):
     damage(bundle)
     fails(capsys, ["generate", "--bundle", bundle, "x", "--out", tmp_path / "y"], message)
     assert not (tmp_path / "y").exists()
 
 
-def test_a_swapped_part_is_named(bundle, capsys, tmp_path):
+def test_exchanged_bundle_part_is_named(bundle, capsys, tmp_path):
     tokenizer = ImageTokenizer.from_pretrained(bundle / "tokenizer")
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
@@ -356,7 +356,7 @@ def test_a_swapped_part_is_named(bundle, capsys, tmp_path):
     )
 
 
-def test_parts_that_do_not_belong_together_are_refused(bundle):
+def test_mismatched_bundle_parts_are_refused(bundle):
     from stage1_tokenizer import TokenizerConfig
 
     pipe = TextToImagePipeline.from_pretrained(bundle)
@@ -368,7 +368,7 @@ def test_parts_that_do_not_belong_together_are_refused(bundle):
         TextToImagePipeline(pipe.tokenizer, pipe.prior, pipe.text)
 
 
-def test_reconstruct(finished_run, tmp_path, capsys):
+def test_reconstruct_writes_originals_and_reconstructions(finished_run, tmp_path, capsys):
     Image.new("L", (50, 40), 90).save(tmp_path / "grey.png")
     Image.effect_noise((96, 64), 50).save(tmp_path / "noise.png")
     (tmp_path / "broken.png").write_bytes(b"x")
@@ -448,7 +448,7 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
         )
         == 0
     )
-    figures = json.loads(out.read_text())
+    metrics = json.loads(out.read_text())
     for key in (
         "psnr",
         "ssim",
@@ -461,8 +461,8 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
         "prompt_accuracy",
         "prompt_accuracy_new_pairs",
     ):
-        assert isinstance(figures[key], float), key
-    assert figures["oracle_accuracy_real"] == 1 and figures["settings"]["pictures"] == 12
+        assert isinstance(metrics[key], float), key
+    assert metrics["oracle_accuracy_real"] == 1 and metrics["settings"]["pictures"] == 12
     assert "prompt_accuracy" in capsys.readouterr().out
     fails(
         capsys,
@@ -515,12 +515,12 @@ def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     fails(capsys, ["train-prior", *again], f"were made by tokenizer {made}")
 
 
-def test_stages_need_the_ones_before(tiny_yaml, capsys):
+def test_stages_require_earlier_stages(tiny_yaml, capsys):
     fails(capsys, ["encode", "--config", tiny_yaml], "run `minidalle train-tokenizer`")
     fails(capsys, ["train-prior", "--config", tiny_yaml], "run `minidalle train-tokenizer`")
 
 
-def test_captions_that_are_too_long_are_counted_or_cut(finished_run, tmp_path, capsys):
+def test_long_captions_are_counted_or_truncated(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
     for part in ("prior", "text_tokenizer"):
@@ -547,7 +547,7 @@ def test_captions_that_are_too_long_are_counted_or_cut(finished_run, tmp_path, c
     assert "captions are cut to text.max_length=9" in capsys.readouterr().out
 
 
-def test_an_unfinished_codes_folder_is_named(finished_run, tmp_path, capsys):
+def test_incomplete_codes_folder_is_named(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
     (copy / "codes" / "codes.json").unlink()
@@ -566,7 +566,7 @@ def test_an_unfinished_codes_folder_is_named(finished_run, tmp_path, capsys):
     )
 
 
-def test_wrong_usage_has_status_2(capsys, tmp_path):
+def test_usage_errors_exit_with_status_2(capsys, tmp_path):
     fails(capsys, ["draw"], "'draw' is not a verb; choose one of: run, train-tokenizer", status=2)
     fails(capsys, ["run"], "no configuration was given", status=2)
     fails(
@@ -576,8 +576,8 @@ def test_wrong_usage_has_status_2(capsys, tmp_path):
         status=1,
     )
     assert main([]) == 2 and main(["--help"]) == 0
-    for verb in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
-        assert main([verb, "--help"]) == 0
+    for name in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
+        assert main([name, "--help"]) == 0
     assert main(["generate", "--nonsense"]) == 2
 
 
@@ -595,7 +595,7 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
+def test_killed_run_resumes_without_loss(tiny_yaml):
     """kill -9 in the midst of a step; the same command goes on and ends with the uninterrupted
     run's weights."""
     arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "60"]
@@ -623,7 +623,7 @@ def test_a_kill_in_the_middle_costs_nothing(tiny_yaml):
     assert one.fingerprint == two.fingerprint
 
 
-def test_psnr_and_ssim_by_hand():
+def test_psnr_and_ssim_match_hand_computation():
     a = np.zeros((1, 16, 16, 3), dtype=np.uint8)
     b = a + 10
     assert psnr(a, a) == float("inf") and psnr(a, b) == pytest.approx(20 * np.log10(25.5))

@@ -41,7 +41,7 @@ def test_shipped_comparisons_load_and_say_what_to_expect(path):
         assert word in header
 
 
-def test_there_are_configurations():
+def test_shipped_configurations_exist():
     assert {"shapes.yaml", "shapes-long.yaml", "emoji.yaml"} <= {
         p.name for p in SHIPPED
     } and BAKEOFFS
@@ -63,7 +63,7 @@ def test_overrides_and_exponents_are_read(tiny_yaml):
     assert load_experiment(["--config", str(tiny_yaml)]).sampling.temperature == 0.5
 
 
-def test_an_option_that_is_refused_by_itself_is_not_compared_with_others(tiny_yaml):
+def test_invalid_option_is_reported_once_without_relations(tiny_yaml):
     arguments = [
         "--tokenizer.objective.discriminator.weight",
         "1",
@@ -76,7 +76,7 @@ def test_an_option_that_is_refused_by_itself_is_not_compared_with_others(tiny_ya
         load_experiment(["--config", str(tiny_yaml), *arguments])
 
 
-def test_what_was_resolved_loads_again(tiny_yaml, tmp_path):
+def test_resolved_configuration_loads_again(tiny_yaml, tmp_path):
     experiment = load_experiment(["--config", str(tiny_yaml)])
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(to_dict(experiment)))
@@ -96,7 +96,7 @@ def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
         assert key in str(caught.value)
 
 
-def test_every_broken_relation_is_named(tiny_yaml):
+def test_every_violated_relation_is_named(tiny_yaml):
     arguments = [
         "--tokenizer.model.downsample_factor",
         "6",
@@ -192,7 +192,7 @@ def test_every_broken_relation_is_named(tiny_yaml):
         ),
     ],
 )
-def test_relations_between_sections(tiny_yaml, arguments, message):
+def test_relations_between_sections_are_checked(tiny_yaml, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_experiment(["--config", str(tiny_yaml), *arguments])
 

@@ -70,7 +70,7 @@ def folder(tmp_path) -> Path:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_what_is_written_is_read(tmp_path_factory, data):
+def test_written_codes_are_read_back(tmp_path_factory, data):
     rows, each, views, width = (data.draw(st.integers(1, most)) for most in (20, 8, 3, 4))
     captions = data.draw(
         st.lists(
@@ -103,7 +103,7 @@ def test_what_is_written_is_read(tmp_path_factory, data):
         assert len(read._opened) <= dataset._OPEN
 
 
-def test_datasets_reads_the_files_too(folder):
+def test_datasets_library_reads_the_files(folder):
     from datasets import Dataset
 
     read = Dataset.from_file(str(folder / "train-00001-of-00003.arrow"))
@@ -133,7 +133,7 @@ def test_codes_have_the_fewest_bits_that_hold_them(tmp_path, num_codes, kind):
     assert np.array_equal(CodesDataset(folder, "train").codes([0]), codes)
 
 
-def test_each_caption_of_a_picture_is_as_likely(folder):
+def test_captions_of_one_image_are_equally_likely(folder):
     read = CodesDataset(folder, "train")
     drawn = read.captions([2] * 300, np.random.default_rng(0).random(300).tolist())
     assert {text: round(drawn.count(text) / 100) for text in set(drawn)} == {
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named_on_opening(folder, message):
         CodesDataset(folder, "train")
 
 
-def test_of_large_folders_sizes_alone_are_checked(folder, monkeypatch):
+def test_large_folders_are_checked_by_file_size_only(folder, monkeypatch):
     monkeypatch.setattr(dataset, "HASHED_BYTES", 100)
     changed(folder / "train-00001-of-00003.arrow")
     assert len(CodesDataset(folder, "train")) == 12
@@ -213,7 +213,7 @@ def test_other_formats_are_refused(folder, made, message):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}"])
-def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
+def test_corrupted_manifest_is_no_complete_dataset(folder, content):
     (folder / "codes.json").write_text(content)
     with pytest.raises(
         ValueError,
@@ -222,7 +222,7 @@ def test_a_damaged_manifest_is_no_whole_dataset(folder, content):
         CodesDataset(folder, "train")
 
 
-def test_what_fails_in_writing_leaves_the_file_of_before(folder):
+def test_failed_write_keeps_the_previous_file(folder):
     file = folder / "train-00000-of-00003.arrow"
     before = file.read_bytes()
 
@@ -235,7 +235,7 @@ def test_what_fails_in_writing_leaves_the_file_of_before(folder):
     assert file.read_bytes() == before and not list(folder.glob(".*"))
 
 
-def test_rows_that_are_not_there_are_an_error(folder):
+def test_missing_rows_are_an_error(folder):
     read = CodesDataset(folder, "train")
     for index in (-1, 12):
         with pytest.raises(IndexError, match=f"row {index} of 12"):

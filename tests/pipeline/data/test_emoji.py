@@ -38,11 +38,11 @@ installed = pytest.mark.skipif(
         ("flag: France", ("flag: France", None)),
     ],
 )
-def test_family_and_tone(name, expected):
+def test_family_and_skin_tone_are_parsed(name, expected):
     assert tone_of(name) == expected
 
 
-def test_one_tone_of_a_whole_family_is_held_out():
+def test_held_out_skin_tones_are_of_complete_families():
     names = [
         f"{base}: {tone}" for base in ("cook", "judge", "pilot", "singer") for tone in TONES
     ] + ["boat: dark skin tone", "tree"]

@@ -280,7 +280,7 @@ def test_damaged_streams(first, second):
 
 @fuzzed
 @given(links=st.lists(st.tuples(LINKS, TARGETS), max_size=5))
-def test_links_and_loops(links):
+def test_symbolic_links_and_loops_are_handled(links):
     with sandbox() as folder:
         put(folder / "deep" / "c.png", FILES[0])
         put(folder / "deep" / "c.txt", b"good")

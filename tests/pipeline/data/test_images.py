@@ -76,7 +76,7 @@ def test_a_picture_is_judged_by_its_full_size_when_upright():
     flip=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_shape_gives_a_square(width, height, scale, draw, flip):
+def test_any_aspect_ratio_gives_a_square(width, height, scale, draw, flip):
     picture = prepared(
         as_file(photo(1, (width, height)), "PNG"), config("x", crop="random", crop_scale=scale)
     )
@@ -90,7 +90,7 @@ def test_any_shape_gives_a_square(width, height, scale, draw, flip):
     assert np.array_equal(part, again)
 
 
-def test_random_squares_reach_everywhere_and_are_mirrored_half_of_the_time():
+def test_random_crops_cover_the_image_and_half_are_flipped():
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (16, 64, 3))
     lefts = {
         int(random_square(ramp, 16, crop=True, flip=False, draw=d)[0, 0, 0]) for d in range(600)
@@ -126,7 +126,7 @@ def bomb() -> bytes:
     )
 
 
-def test_bombs_animations_and_odd_modes(tmp_path):
+def test_decompression_bombs_animations_and_odd_modes_are_handled(tmp_path):
     """A bomb is refused by what it claims; of an animation the first frame is seen; every mode
     becomes RGB."""
     with warnings.catch_warnings():
@@ -174,7 +174,7 @@ def kept(folder, **options: object) -> set[str]:
     }
 
 
-def test_sizes_and_shapes_that_are_not_wanted_are_left_out_and_counted(tmp_path):
+def test_size_and_shape_filters_skip_and_count(tmp_path):
     pictures_of(
         tmp_path,
         {
@@ -206,7 +206,7 @@ def test_sizes_and_shapes_that_are_not_wanted_are_left_out_and_counted(tmp_path)
     ]
 
 
-def test_draws_vary_pictures_only_where_that_is_asked_for(tmp_path):
+def test_augmentation_seeds_vary_images_only_if_configured(tmp_path):
     pictures_of(tmp_path, {f"p{i}": (60, 24) for i in range(4)})
     plain = load_source(config(tmp_path), "train")
     rows = list(range(len(plain)))
@@ -219,7 +219,7 @@ def test_draws_vary_pictures_only_where_that_is_asked_for(tmp_path):
     assert psnr(varied.images(rows), plain.images(rows)) > 30
 
 
-def test_what_fits_is_decoded_once(tmp_path, monkeypatch):
+def test_images_that_fit_the_cache_are_decoded_once(tmp_path, monkeypatch):
     pictures_of(tmp_path, {f"p{i}": (20, 20) for i in range(12)})
     decoded: list[int] = []
     monkeypatch.setattr(
@@ -247,7 +247,7 @@ def test_a_picture_that_vanishes_while_training_is_named(tmp_path):
         source.images(range(len(source)))
 
 
-def test_wrong_settings_are_all_named():
+def test_all_invalid_settings_are_named():
     with pytest.raises(ValueError) as error:
         DataConfig(
             source="x",
@@ -287,5 +287,5 @@ def mapped_part():
     return MixPart(source="b")
 
 
-def test_emoji_sized_bytes_are_pictures_too():
+def test_images_of_few_bytes_are_read():
     assert resize_and_crop(open_picture(encoded(size=(16, 16))), 16).size == (16, 16)

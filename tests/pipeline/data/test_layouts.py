@@ -123,7 +123,7 @@ def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout, monk
     )
 
 
-def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
+def test_class_folders_get_templated_captions(tmp_path):
     for folder in ("red_fox", "owl"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.png").write_bytes(encoded((len(folder), 0, 0)))
@@ -138,7 +138,7 @@ def test_folders_of_classes_get_their_captions_by_a_template(tmp_path):
         load_source(config(tmp_path), "train")
 
 
-def test_class_labels_are_captions_by_their_names(tmp_path):
+def test_class_labels_become_captions(tmp_path):
     import datasets
 
     features = datasets.Features(
@@ -268,7 +268,7 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         ("t.jsonl", '{"image": "' + "@" * 2000 + '", "text": "x"}\n', "1 of 1 images in"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
+def test_table_errors_are_named(tmp_path, name, content, message):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -277,7 +277,7 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("size", [(4, 4), (20, 20), (500, 500)])
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_pictures_in_base64_of_any_length(tmp_path, size, form):
+def test_base64_images_of_any_length_are_read(tmp_path, size, form):
     """Shorter than many paths, and longer than what Python's csv takes by itself."""
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -297,7 +297,7 @@ def test_a_path_that_is_too_long_is_no_picture(tmp_path):
     assert list(everything(tmp_path / "t.csv")) == ["found"]
 
 
-def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
+def test_image_paths_in_parquet_are_part_of_the_fingerprint(tmp_path, monkeypatch):
     """They are relative to it, mapped and streamed, and other files are another source; texts that
     are bytes are decoded."""
     import pyarrow as pa
@@ -322,7 +322,7 @@ def test_pictures_that_parquet_names_are_watched(tmp_path, monkeypatch):
     assert load_source(config(tmp_path / "t.parquet"), "train").fingerprint != before.fingerprint
 
 
-def test_names_with_half_surrogates_are_said(tmp_path):
+def test_file_names_with_lone_surrogates_are_reported(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "\\ud800.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'
@@ -332,7 +332,7 @@ def test_names_with_half_surrogates_are_said(tmp_path):
     ]
 
 
-def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_path):
+def test_unmatched_captions_and_images_are_counted(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(encoded((i, 0, 0)))
     (tmp_path / "metadata.csv").write_text(
@@ -344,7 +344,7 @@ def test_captions_and_pictures_that_miss_each_other_are_counted_both_ways(tmp_pa
     ]
 
 
-def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
+def test_other_files_in_a_folder_are_counted_or_skipped(tmp_path):
     """Images of other kinds and links to nothing are; what is hidden was not meant."""
     for name in ("a.png", "b.JFIF", "c.avif"):
         Image.new("RGB", (20, 20)).save(
@@ -367,7 +367,7 @@ def test_what_a_folder_holds_beside_pictures_is_counted_or_skipped(tmp_path):
     assert sorted(everything(tmp_path)) == ["a", "b", "c"]
 
 
-def test_odd_letters_in_captions_and_names(tmp_path):
+def test_unusual_characters_in_captions_and_names_are_kept(tmp_path):
     """A line separator inside a text ends no row, half a surrogate pair becomes a question mark,
     names that are no UTF-8 are counted."""
     for name in ("a", "b"):
@@ -388,7 +388,7 @@ def test_odd_letters_in_captions_and_names(tmp_path):
     ]
 
 
-def test_shards_hold_texts_json_and_labels(tmp_path):
+def test_shards_with_text_json_and_labels_are_read(tmp_path):
     samples = [
         ("x/one", {"jpg": encoded(form="JPEG"), "json": b'{"alt": "from json"}', "cls": b"cat"}),
         ("two", {"jpg": encoded(form="JPEG"), "json": b"broken", "cls": b"dog"}),
@@ -408,7 +408,7 @@ def test_shards_hold_texts_json_and_labels(tmp_path):
         load_source(config(tmp_path, image_column="png"), "train")
 
 
-def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
+def test_truncated_shard_is_read_until_its_end_and_compressed_one_refused(tmp_path):
     import gzip
 
     captions = write_shards(tmp_path, [5, 5])
@@ -444,7 +444,7 @@ def test_a_cut_shard_is_read_up_to_there_and_a_compressed_one_refused(tmp_path):
         load_source(config(tmp_path), "train")
 
 
-def test_names_that_lead_out_of_a_shard_are_left_out(tmp_path):
+def test_member_names_outside_the_shard_are_skipped(tmp_path):
     picture = {"png": encoded(), "txt": b"x"}
     write_shard(tmp_path / "0.tar", [("../../evil", picture), ("/abs", picture), ("good", picture)])
     source, held_out = load_sources(config(tmp_path))
@@ -456,7 +456,7 @@ def test_names_that_lead_out_of_a_shard_are_left_out(tmp_path):
     )
 
 
-def test_shards_that_are_not_there_are_named(tmp_path):
+def test_missing_shards_are_named(tmp_path):
     with pytest.raises(
         FileNotFoundError,
         match=r"there is no shard .*none.*\.tar; give a \.tar file, a folder of them, or a glob",
@@ -468,7 +468,7 @@ def test_shards_that_are_not_there_are_named(tmp_path):
         load_source(config("https://host/0.tar"), "train")
 
 
-def test_a_tally_counts_all_and_names_the_first():
+def test_skip_counter_counts_all_and_names_the_first():
     tally = SkipCounter()
     for i in range(1500):
         tally.add("left out", str(i))

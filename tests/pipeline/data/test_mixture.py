@@ -21,7 +21,7 @@ from tests.helpers.data import number_of, write_shards
     seed=st.integers(0, 9),
 )
 @settings(max_examples=50, deadline=None)
-def test_each_block_holds_its_shares_and_counts_run_on(weights, block, seed):
+def test_every_block_has_the_weights_and_counts_continue(weights, block, seed):
     mixture = MixtureSchedule(weights, seed)
     found = [mixture.at(block * 1000 + i) for i in range(1000)]
     shares = np.bincount([part for part, _ in found], minlength=len(weights))
@@ -34,7 +34,7 @@ def test_each_block_holds_its_shares_and_counts_run_on(weights, block, seed):
     assert MixtureSchedule(weights, seed).at(block * 1000 + 500) == found[500]
 
 
-def test_parts_go_through_their_own_passes():
+def test_each_source_of_a_mixture_has_its_own_epochs():
     order = BatchSampler([4, 100], 10, 0, [3.0, 1.0])
     rows = np.concatenate([order.rows(step) for step in range(100)])
     small, large = rows[rows < 4], rows[rows >= 4]
@@ -88,7 +88,7 @@ def test_a_mixture_reads_each_part_by_its_own_settings(mixed):
     assert (seen < len(train.parts[0])).sum() == 750
 
 
-def test_wrong_parts_are_named():
+def test_invalid_mixture_sources_are_named():
     with pytest.raises(ValueError, match="the weight of x is 0; it must be above 0"):
         MixPart(source="x", weight=0)
 

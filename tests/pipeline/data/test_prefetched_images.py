@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.sampler import prefetch
 
 
-def test_every_part_comes_with_its_pictures_and_the_next_is_loaded_meanwhile():
+def test_next_chunk_is_loaded_while_one_is_used():
     loaded = {row: Event() for row in range(3)}
 
     def load(part):
@@ -26,7 +26,7 @@ def test_every_part_comes_with_its_pictures_and_the_next_is_loaded_meanwhile():
     assert seen == [[0, 5], [1], [2, 7, 9]]
 
 
-def test_no_more_than_the_next_is_held():
+def test_only_one_chunk_is_prefetched():
     asked = []
 
     def load(part):
@@ -39,7 +39,7 @@ def test_no_more_than_the_next_is_held():
     given.close()
 
 
-def test_what_goes_wrong_in_loading_is_raised_and_nothing_to_load_gives_nothing():
+def test_loading_errors_are_raised_and_empty_input_yields_nothing():
     def load(part):
         raise ValueError("cannot be read")
 

@@ -12,21 +12,21 @@ from pipeline.data.sampler import BatchSampler, feistel_permutation
 @pytest.mark.parametrize(
     "length", [1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 1000, 4096, 4097, 100_003, 262_145]
 )
-def test_each_row_comes_once(length):
+def test_every_epoch_has_each_row_once(length):
     for seed in ([0, 0], [0, 1], [7, 123456]):
         assert np.array_equal(
             np.sort(feistel_permutation(np.arange(length), length, seed)), np.arange(length)
         )
 
 
-def test_a_place_does_not_depend_on_the_others():
+def test_permutation_of_a_position_does_not_depend_on_others():
     together = feistel_permutation(np.arange(1000), 1000, [3, 4])
     assert [
         int(feistel_permutation(np.array([i]), 1000, [3, 4])[0]) for i in range(0, 1000, 97)
     ] == together[::97].tolist()
 
 
-def test_orders_look_random():
+def test_epoch_orders_look_random():
     """Neighbours are no nearer than chance has it, passes differ, and each part of the data comes
     as often in each part of a pass."""
     length = 100_000
@@ -43,7 +43,7 @@ def test_orders_look_random():
     ) ** 0.5  # chi-squared of 9 x 9 degrees of freedom, four deviations above
 
 
-def test_a_billion_rows_take_no_memory_and_small_data_keeps_its_order(monkeypatch):
+def test_permutation_of_a_billion_rows_needs_no_memory(monkeypatch):
     rows = BatchSampler(10**9, 64, 0).rows(10**6)
     assert len(set(rows.tolist())) == 64 and rows.min() >= 0 and rows.max() < 10**9
     assert (

@@ -1,5 +1,5 @@
-"""Opening every image: what is kept and when it holds, work shared by processes, what is told of
-each."""
+"""Opening every image: what is cached and how long it is valid, work shared by processes, and what
+is reported of each image."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ def test_each_picture_is_described(folder):
     assert len(set(found.digest.tolist())) == 10
 
 
-def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, monkeypatch, opened):
-    """Of sources that take long; a file that is changed, added or cut in the record has them read
-    anew."""
+def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch, opened):
+    """Of slow sources. A file that changed, was added or has a truncated record is read again."""
     kept = tmp_path / "kept"
     scan_images(rows(folder), 2, kept)
     assert not kept.exists()  # ten images are read again in no time
@@ -76,7 +75,7 @@ def test_what_was_found_is_kept_while_the_files_are_the_same(folder, tmp_path, m
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_open_their_share_and_all_know_all(
+def test_processes_scan_disjoint_images_and_share_results(
     folder, tmp_path, monkeypatch, opened, processes
 ):
     monkeypatch.setattr(examining, "_SLOW", 5)
@@ -115,7 +114,7 @@ def test_processes_open_their_share_and_all_know_all(
     assert len(opened) == 10
 
 
-def test_an_animation_whose_later_frames_are_cut_is_its_first_frame(tmp_path):
+def test_truncated_animation_is_read_as_its_first_frame(tmp_path):
     frames = [photo(i, (30, 24)) for i in range(3)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     content = (tmp_path / "a.gif").read_bytes()

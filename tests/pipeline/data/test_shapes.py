@@ -52,7 +52,7 @@ def test_a_scene_depends_on_its_number_alone():
     assert source().prompts([7])[0] == source().prompts([6, 7])[1]
 
 
-def test_the_world_is_as_varied_as_promised():
+def test_scenes_are_as_varied_as_documented():
     assert (
         len(SHAPES) >= 8
         and len(COLOURS) >= 9
@@ -73,7 +73,7 @@ def test_the_world_is_as_varied_as_promised():
     )
 
 
-def test_every_word_is_used():
+def test_every_caption_word_is_used():
     text = " | ".join(source().captions(range(1500)))
     words = [
         w
@@ -103,7 +103,7 @@ def test_new_pairs_are_never_in_training_and_always_in_their_split():
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
-def test_objects_lie_inside_and_apart(size):
+def test_objects_are_inside_the_image_and_do_not_overlap(size):
     world = ShapesWorld(size)
     for n in range(300):
         items = world.scene(n).items
@@ -117,7 +117,7 @@ def test_objects_lie_inside_and_apart(size):
                 )
 
 
-def test_palettes_are_well_apart():
+def test_palette_colours_are_distinct():
     every = [*COLOURS.values(), *BACKGROUNDS.values()]
     for i, a in enumerate(every):
         for b in every[:i]:
@@ -127,14 +127,14 @@ def test_palettes_are_well_apart():
             assert np.linalg.norm(np.subtract(colour, ground)) > 80
 
 
-def test_a_drawn_object_has_its_colour_and_its_area():
+def test_rendered_object_has_its_colour_and_area():
     picture = draw(Scene("white", (Item("square", "red", "large", 32, 32),)), 64)
     assert tuple(picture[32, 32]) == COLOURS["red"] and tuple(picture[0, 0]) == (255, 255, 255)
     redness = (255 - picture[..., 1].astype(float)) / (255 - COLOURS["red"][1])
     assert redness.sum() == pytest.approx(sprite("square", "large", 64).sum(), rel=0.01)
 
 
-def test_relations_are_stated_where_they_are_clear():
+def test_spatial_relations_are_stated_only_when_clear():
     def at(x, y):
         return Item("circle", "red", "small", x, y)
 
@@ -147,7 +147,7 @@ def test_relations_are_stated_where_they_are_clear():
 
 
 @pytest.mark.parametrize(("size", "count"), [(64, 500), (32, 200), (96, 60)])
-def test_the_oracle_finds_true_pictures_right(size, count):
+def test_oracle_accepts_real_images(size, count):
     world = source(size=size)
     prompts = world.prompts(range(count))
     shares = accuracy(
@@ -225,7 +225,7 @@ def test_the_oracle_rejects_a_picture_with_one_thing_changed(what):
     assert np.mean(wrong) <= 0.01
 
 
-def test_the_oracle_rejects_a_relation_turned_round():
+def test_oracle_rejects_a_reversed_relation():
     scene = Scene(
         "white", (Item("circle", "red", "small", 15, 30), Item("star", "blue", "small", 45, 30))
     )
@@ -252,7 +252,7 @@ def test_a_smear_is_unreadable():
     assert not check(reading, Claims((ObjectClaim("square", "red", None),))).correct
 
 
-def test_components_by_hand():
+def test_connected_components_match_hand_computation():
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1]], dtype=bool)
     assert sorted(sorted(map(tuple, c.tolist())) for c in components(mask)) == [
         [(0, 0), (0, 1)],
@@ -261,7 +261,7 @@ def test_components_by_hand():
     ]
 
 
-def test_bad_worlds_are_refused():
+def test_invalid_shapes_settings_are_refused():
     with pytest.raises(ValueError, match="need at least 32 pixels"):
         ShapesWorld(16)
     with pytest.raises(ValueError, match="1 <= min <= max <= 3"):
@@ -278,7 +278,7 @@ def test_bad_worlds_are_refused():
         read_scene(np.zeros((16, 16, 3), dtype=np.uint8))
 
 
-def test_objects_stand_on_the_lattice():
+def test_objects_are_on_grid_cells():
     items = [item for i in range(200) for item in ShapesWorld(lattice=8).scene(i).items]
     assert {item.x % 8 for item in items} == {item.y % 8 for item in items} == {0}
     assert len({item.x for item in items}) >= 5 and any(
@@ -287,7 +287,7 @@ def test_objects_stand_on_the_lattice():
 
 
 @pytest.mark.parametrize("lattice", [7, 4, 24])
-def test_a_lattice_that_does_not_fit_is_refused(lattice):
+def test_grid_that_does_not_fit_is_refused(lattice):
     with pytest.raises(ValueError, match=f"lattice is {lattice}.*divisor of image_size 64"):
         ShapesWorld(lattice=lattice)
     with pytest.raises(ValueError, match=f"data.shapes.grid_cells is {lattice}"):

@@ -77,7 +77,7 @@ def test_splits_do_not_move_when_pictures_are_added(tmp_path):
     )
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path):
+def test_skipped_images_are_counted_and_named(tmp_path):
     for name in ("good", "small", "uncaptioned", "empty"):
         picture(tmp_path / f"{name}.png", size=(8, 8) if name == "small" else (20, 20))
         if name != "uncaptioned":
@@ -172,7 +172,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         ),
     ],
 )
-def test_broken_captions_are_named(tmp_path, name, content, message):
+def test_unreadable_captions_are_named(tmp_path, name, content, message):
     picture(tmp_path / "a.png")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -210,7 +210,7 @@ def saved(folder: Path, column: str = "text") -> Path:
     return folder / "saved"
 
 
-def test_a_saved_data_set_is_read(tmp_path):
+def test_saved_dataset_is_read(tmp_path):
     found = everything(saved(tmp_path))
     assert {text: int(image[3, 3, 0]) for text, image in found.items()} == {
         f"shade {i}": i * 20 for i in range(12)

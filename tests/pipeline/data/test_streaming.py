@@ -57,7 +57,7 @@ def of_training(source: StreamSource) -> list[str]:
     return [sample.name for shard in range(source.num_shards) for sample in source.samples(shard)]
 
 
-def test_splits_and_captions_are_those_of_reading_row_by_row(shards):
+def test_streaming_gives_the_splits_and_captions_of_random_access(shards):
     mapped = load_sources(config(shards, val_fraction=0.1))
     streamed, held_out = load_sources(config(shards, val_fraction=0.1, streaming=True))
     assert isinstance(streamed, StreamSource)
@@ -70,7 +70,7 @@ def test_splits_and_captions_are_those_of_reading_row_by_row(shards):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes):
+def test_every_epoch_has_each_sample_once_for_any_number_of_processes(shards, processes):
     """Lanes roll on to the next pass on their own, so counts differ by what a shard's length makes
     the lanes differ by, and no more."""
     source = stream(shards)
@@ -92,7 +92,7 @@ def test_each_sample_comes_once_a_pass_whatever_the_processes(shards, processes)
         assert len(set(first)) > 0.8 * len(everything)
 
 
-def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
+def test_one_shard_reader_yields_each_sample_once_per_epoch(shards):
     source = stream(shards, stream={"shards_per_worker": 1, "shuffle_buffer": 1})
     everything = of_training(source)
     found = names(ShuffleBuffer(source, 0, 0, 1), 3 * len(everything))
@@ -101,7 +101,7 @@ def test_one_lane_has_every_sample_exactly_once_a_pass(shards):
     assert found[: len(everything)] != everything  # shards in random order
 
 
-def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
+def test_fewer_shards_than_readers_repeat_no_sample(tmp_path):
     write_shards(tmp_path, [40])
     source = stream(tmp_path, stream={"shards_per_worker": 4})
     everything = of_training(source)
@@ -109,7 +109,7 @@ def test_with_fewer_shards_than_lanes_none_repeats(tmp_path):
     assert max(Counter(seen).values()) <= 2 and len(set(seen)) >= 0.9 * len(everything)
 
 
-def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
+def test_shuffle_buffer_depends_on_the_seed(shards):
     source = stream(shards)
     one, two = names(ShuffleBuffer(source, 0, 0, 1), 40), names(ShuffleBuffer(source, 1, 0, 1), 40)
     assert one != two and one == names(ShuffleBuffer(source, 0, 0, 1), 40)
@@ -117,9 +117,7 @@ def test_blocks_are_shuffled_and_another_seed_is_another_order(shards):
     assert one != unshuffled and sorted(one) == sorted(unshuffled)
 
 
-def test_a_resumed_feed_goes_on_and_skips_shards_whose_length_is_known(
-    shards, tmp_path, monkeypatch
-):
+def test_resumed_loader_skips_shards_of_known_length(shards, tmp_path, monkeypatch):
     source = stream(shards)
     whole = StreamBatchLoader(source, 6, 0, 0, 1, tmp_path)
     expected = [(whole.pictures(step), whole.names(step)) for step in range(40)]
@@ -149,7 +147,7 @@ def counted(opened: list[int], samples):
         yield sample
 
 
-def test_lengths_that_are_cut_are_counted_anew(tmp_path):
+def test_truncated_length_cache_is_rebuilt(tmp_path):
     (tmp_path / "l.json").write_text('{"0/0/1": 3')
     lengths = ShardLengthCache(tmp_path / "l.json")
     assert lengths.get("0/0/1") is None
@@ -157,7 +155,7 @@ def test_lengths_that_are_cut_are_counted_anew(tmp_path):
     assert ShardLengthCache(tmp_path / "l.json").get("0/0/1") == 4
 
 
-def test_streams_mix_with_what_is_mapped(shards, tmp_path):
+def test_streams_mix_with_map_sources(shards, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
     for number in range(300, 320):
@@ -215,7 +213,7 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-def test_shards_come_over_http(shards, tmp_path):
+def test_shards_are_read_over_http(shards, tmp_path):
     served = Path(shutil.copytree(shards, tmp_path / "served"))
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = http.server.ThreadingHTTPServer(
@@ -246,7 +244,7 @@ def test_shards_come_over_http(shards, tmp_path):
         gc.collect()
 
 
-def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path):
+def test_unusable_samples_are_counted_and_skipped(tmp_path):
     whole = encoded((0, 1, 7), size=(40, 40))
     samples = [(f"good{i}", {"png": encoded((0, i, 7)), "txt": b"x"}) for i in range(30)]
     samples += [
@@ -281,7 +279,7 @@ def test_what_cannot_be_used_is_counted_and_replaced_by_its_neighbours(tmp_path)
             strict.pictures(step)
 
 
-def test_nothing_to_train_on_ends(tmp_path):
+def test_stream_without_usable_samples_raises(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(
         ValueError,
@@ -290,7 +288,7 @@ def test_nothing_to_train_on_ends(tmp_path):
         StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
 
 
-def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
+def test_failing_reader_stops_the_others(tmp_path, monkeypatch):
     """The next block is read ahead at once, by the same lanes."""
     write_shards(tmp_path, [6, 6, 6])
     source = stream(tmp_path, stream={"shards_per_worker": 3})
@@ -316,7 +314,7 @@ def test_a_lane_that_fails_leaves_no_other_reading(tmp_path, monkeypatch):
     assert len(met) >= 12 and set(met) == {0}
 
 
-def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
+def test_known_empty_shards_raise(tmp_path, monkeypatch):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     lane, opened = ShardReader(stream(tmp_path), 0, 1, 0, ShardLengthCache(None)), []
     open_shard = lane._open
@@ -332,7 +330,7 @@ def test_shards_that_are_known_to_be_empty_end_too(tmp_path, monkeypatch):
             lane.skip_to(1)
 
 
-def test_what_cannot_be_streamed_is_said(tmp_path):
+def test_unsupported_streams_are_reported(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(
@@ -398,7 +396,7 @@ def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
     assert "1 captions that are not UTF-8 left out: 5" in train.problems
 
 
-def test_rewritten_shards_are_another_stream(tmp_path):
+def test_rewritten_shards_change_the_fingerprint(tmp_path):
     import os
 
     write_shards(tmp_path, [5, 5])

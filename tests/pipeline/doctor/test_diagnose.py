@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-import pipeline.cli.doctor as verb
+import pipeline.cli.doctor as doctor_command
 from pipeline import diagnose, load_experiment
 from pipeline.cli.main import main
 from pipeline.config.data import DataConfig, MixPart
@@ -159,7 +159,7 @@ def test_unreadable_pictures_are_named_and_too_many_fail(folder):
     )
 
 
-def test_a_missing_column_fails_and_the_pictures_are_looked_at_all_the_same(folder):
+def test_missing_column_fails_and_images_are_still_inspected(folder):
     for text in folder.glob("*.txt"):
         text.unlink()
     (folder / "metadata.csv").write_text(
@@ -174,7 +174,7 @@ def test_a_missing_column_fails_and_the_pictures_are_looked_at_all_the_same(fold
     assert not diagnose(config(folder, text_column="caption")).fails
 
 
-def test_no_captions_at_all(folder):
+def test_no_captions_is_a_failure(folder):
     for text in folder.glob("*.txt"):
         text.unlink()
     found = diagnose(config(folder))
@@ -191,7 +191,7 @@ def test_pictures_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
     assert found.suggestion.values["data"]["image_size"] == 64
 
 
-def test_nothing_held_out_fails(tmp_path):
+def test_empty_validation_split_fails(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
     for seed in range(2):
@@ -211,7 +211,7 @@ def test_nothing_held_out_fails(tmp_path):
     assert said(diagnose(experiment.data), "fails") == str(raised.value)
 
 
-def test_captions_that_do_not_fit_fail_unless_they_are_cut(folder):
+def test_captions_that_are_too_long_fail_unless_truncated(folder):
     (folder / "03.txt").write_text("many words " * 30)
     found = diagnose(config(folder), text=TextConfig(max_length=16, vocab_size=320))
     assert "1 of 40 captions need more than text.max_length=16 slots (the longest " in said(
@@ -230,7 +230,7 @@ def test_captions_that_do_not_fit_fail_unless_they_are_cut(folder):
     assert "of text.max_length=500 slots; fewer train and draw faster" in said(long, "notes")
 
 
-def test_captions_are_measured(folder):
+def test_caption_lengths_and_vocabulary_are_reported(folder):
     (folder / "03.txt").write_text("")
     (folder / "04.txt").write_text("twice")
     (folder / "05.txt").write_text("twice")
@@ -312,7 +312,7 @@ def test_copies_are_found_within_and_across_the_splits(folder):
     assert "look like one (at most 4 of 64 bits apart)" in said(found, "warns")
 
 
-def test_many_copies_are_warned_of_and_plain_pictures_are_no_copies(folder):
+def test_many_copies_warn_and_plain_images_are_no_copies(folder):
     for number in range(5):
         shutil.copy(folder / "00.png", folder / f"c{number}.png")
         (folder / f"c{number}.txt").write_text("copied")
@@ -323,7 +323,7 @@ def test_many_copies_are_warned_of_and_plain_pictures_are_no_copies(folder):
     assert "5 images are one plain surface" in said(found, "notes")
 
 
-def test_a_mixture_is_looked_at_part_by_part(folder, tmp_path):
+def test_each_source_of_a_mixture_is_inspected(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for seed in range(20):
@@ -353,7 +353,7 @@ def test_a_mixture_is_looked_at_part_by_part(folder, tmp_path):
     assert found.suggestion is None
 
 
-def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
+def test_stream_is_inspected_from_its_start(folder, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name.replace(".txt", ".caption"))
@@ -375,7 +375,7 @@ def test_a_stream_is_looked_at_from_its_beginning(folder, tmp_path):
     )
 
 
-def test_worlds_that_are_drawn(tmp_path):
+def test_synthetic_sources_are_inspected(tmp_path):
     found = diagnose(DataConfig(source="shapes", image_size=32), pictures=60)
     assert (found.sources[0].rows, found.sources[0].first_only, found.sources[0].held_out) == (
         63,
@@ -397,7 +397,7 @@ def test_a_tokenizer_that_cannot_be_loaded_fails(folder, tmp_path):
     assert found.captions.captions == 40 and found.suggestion is None
 
 
-def test_the_page_stands_alone_and_escapes_what_is_not_ours(folder, tmp_path):
+def test_html_report_is_self_contained_and_escapes_input(folder, tmp_path):
     nasty = "<script>alert('caption')</script>"
     for name in ("10", "11"):
         (folder / f"{name}.txt").write_text(nasty)
@@ -448,7 +448,7 @@ def test_title_headings_and_suggestion_of_the_page_are_escaped(folder, tmp_path)
     assert "<td>salt &amp; pepper</td>" in page
 
 
-def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
+def test_exit_statuses_of_doctor(folder, tmp_path, capsys):
     runs = ["--output_dir", tmp_path / "runs"]
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "128", *runs)]) == 1
     printed = capsys.readouterr().out
@@ -474,7 +474,7 @@ def test_exit_statuses_and_what_can_be_wrong(folder, tmp_path, capsys):
     fails(capsys, ["doctor", folder, "--out", taken, *runs], "holds no report of the doctor")
 
 
-def test_the_source_of_a_configuration(folder, tmp_path, capsys):
+def test_doctor_reads_the_source_of_a_configuration(folder, tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -521,12 +521,12 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verb.json, "dumps", full)
+    monkeypatch.setattr(doctor_command.json, "dumps", full)
     fails(capsys, arguments, "No space left on device")
     assert (tmp_path / "report" / "doctor.json").read_bytes() == before
 
 
-def test_what_is_suggested_trains(folder, tmp_path):
+def test_suggested_configuration_trains(folder, tmp_path):
     """As it is, but smaller and for two steps."""
     out = tmp_path / "report"
     assert (

@@ -53,19 +53,19 @@ def distance(a: int, b: int) -> int:
     ],
     ids=["half", "twice", "jpeg", "brighter", "darker"],
 )
-def test_a_changed_copy_looks_nearly_the_same(change):
+def test_slightly_changed_copy_is_a_near_duplicate(change):
     distances = [
         distance(perceptual_hash(image), perceptual_hash(change(image))) for image in pictures(40)
     ]
     assert np.mean([d <= NEAR for d in distances]) >= 0.95 and max(distances) <= 2 * NEAR
 
 
-def test_other_pictures_look_different():
+def test_different_images_are_no_near_duplicates():
     looks = [perceptual_hash(image) for image in pictures(40)]
     assert min(distance(a, b) for i, a in enumerate(looks) for b in looks[:i]) > 2 * NEAR
 
 
-def test_colours_count_and_plain_surfaces_have_no_look():
+def test_hash_depends_on_colour_and_plain_images_have_none():
     def disc(colour: str) -> Image.Image:
         image = Image.new("RGB", (64, 64), "white")
         image.paste(colour, (10, 10, 40, 40))
@@ -101,7 +101,7 @@ def by_comparing_all(looks: np.ndarray, most: int) -> set[frozenset[int]]:
     st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 63), max_size=6)), max_size=25),
     st.integers(0, 6),
 )
-def test_the_search_finds_what_comparing_all_with_all_finds(start, changes, most):
+def test_search_equals_brute_force(start, changes, most):
     looks = list(start)
     for of, bits in changes:
         if looks:
@@ -122,7 +122,7 @@ def test_the_search_finds_what_comparing_all_with_all_finds(start, changes, most
     )
 
 
-def test_links_are_the_same_when_told_in_parts(monkeypatch):
+def test_search_in_chunks_gives_the_same_links(monkeypatch):
     random = np.random.default_rng(0)
     looks = random.integers(0, 2**12, 400, dtype=np.uint64)
     whole = alike(looks, 1, crowd=400)
@@ -130,7 +130,7 @@ def test_links_are_the_same_when_told_in_parts(monkeypatch):
     assert np.array_equal(alike(looks, 1, crowd=400), whole) and len(np.unique(whole)) < 400
 
 
-def test_a_crowd_of_looks_is_compared_with_its_neighbours_alone():
+def test_large_hash_buckets_compare_neighbours_only():
     looks = np.arange(300, dtype=np.uint64) << np.uint64(40)
     near = alike(looks, 1, crowd=2)
     assert len(np.unique(near)) <= 300 and near[0] == near[1]

@@ -53,7 +53,7 @@ def suggested(tmp_path, sizes, texts=None, *, text=None, largest=256, **options)
         ([10] * 30, 16, True, 4),
     ],
 )
-def test_the_size_leaves_out_a_tenth_at_most(tmp_path, sizes, expected, upscale, factor):
+def test_suggested_size_skips_at_most_a_tenth(tmp_path, sizes, expected, upscale, factor):
     experiment = suggested(tmp_path, sizes)
     assert (
         experiment.data.image_size,
@@ -62,7 +62,7 @@ def test_the_size_leaves_out_a_tenth_at_most(tmp_path, sizes, expected, upscale,
     ) == (expected, upscale, factor)
 
 
-def test_a_larger_size_must_be_asked_for_and_filters_are_kept(tmp_path):
+def test_larger_size_is_opt_in_and_filters_are_kept(tmp_path):
     experiment = suggested(
         tmp_path,
         [600] * 20 + [(900, 300)] * 20,
@@ -91,7 +91,7 @@ def test_a_larger_size_must_be_asked_for_and_filters_are_kept(tmp_path):
         assert {name: getattr(found.data, name) for name in options} == options
 
 
-def test_the_text_length_is_that_of_the_longest_caption_unless_few_are_far_longer(tmp_path):
+def test_text_length_covers_the_longest_caption_but_for_outliers(tmp_path):
     texts = ["a b c d e"] * 40
     experiment = suggested(tmp_path, [64] * 40, texts, text=TextConfig(vocab_size=300))
     assert (
@@ -118,14 +118,14 @@ def test_steps_are_those_of_the_shipped_experiment_and_bounded():
     assert counts == sorted(counts) and dict(_CODES)[30_000] == 1024
 
 
-def test_few_pictures_are_split_so_that_neither_part_is_empty(tmp_path):
+def test_few_images_give_two_nonempty_splits(tmp_path):
     experiment = suggested(tmp_path, [64] * 4, val_fraction=0.0001)
     assert experiment.data.val_fraction > 0.0001
     one = make(tmp_path / "one", [64])
     assert diagnose(DataConfig(source=str(one))).suggestion is None
 
 
-def test_mixtures_and_drawn_worlds_are_suggested_as_they_were_given(tmp_path):
+def test_mixtures_and_synthetic_sources_are_suggested_unchanged(tmp_path):
     folder = make(tmp_path / "pictures", [100] * 40)
     mix = [MixPart(source="shapes", weight=2.0), MixPart(source=str(folder))]
     experiment = loaded(

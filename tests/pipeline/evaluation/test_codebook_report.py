@@ -24,7 +24,7 @@ def pictures(count: int = 20) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
-def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
+def test_codes_are_sorted_by_use_and_shown_decoded(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
@@ -41,7 +41,7 @@ def test_codes_are_sorted_by_use_and_drawn_as_they_decode(tmp_path):
     assert view.statistics.dead == int((counts == 0).sum())
 
 
-def test_context_shows_places_where_the_code_was_chosen(tmp_path):
+def test_context_shows_where_the_code_occurs(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
@@ -82,7 +82,7 @@ def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
     assert f"{escaped}</title>" in page and f"{escaped}</h1>" in page
 
 
-def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_path, capsys):
+def test_codebook_command_uses_the_data_of_the_tokenizers_run(finished_run, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
     assert "of the codes used, perplexity" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_the_verb_finds_the_pictures_of_the_tokenizers_run(finished_run, tmp_pat
     assert main([str(a) for a in again]) == 0 and (tmp_path / "elsewhere" / "index.html").is_file()
 
 
-def test_what_can_be_missing(finished_run, tmp_path, capsys):
+def test_missing_inputs_of_the_codebook_report_are_named(finished_run, tmp_path, capsys):
     fails(capsys, ["codebook", "--tokenizer", tmp_path / "none"], "there is no tokenizer in")
     shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
     fails(
@@ -140,7 +140,7 @@ def test_what_can_be_missing(finished_run, tmp_path, capsys):
     assert not (tmp_path / "page").exists()
 
 
-def test_bars_are_as_high_as_their_values():
+def test_bar_heights_match_values():
     chart = bars(np.array([4.0, 2.0, 0.0, 1.0]), height=8, width=8)
     filled = (chart == (40, 90, 160)).all(2).sum(0)
     assert filled.tolist() == [8, 8, 4, 4, 0, 0, 2, 2]

@@ -1,4 +1,4 @@
-"""Nearest-image figures on a pipeline that draws what it is told to."""
+"""Nearest-image metrics of a pipeline whose images are given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.evaluation import emoji
 from pipeline.evaluation.emoji import captions_found, emoji_figures, squared_errors
 
 
-def test_squared_errors_by_hand():
+def test_squared_errors_match_hand_computation():
     a, b = (
         np.zeros((1, 2, 2, 3), dtype=np.uint8),
         np.stack([np.full((2, 2, 3), v, dtype=np.uint8) for v in (0, 10, 255)]),
@@ -40,7 +40,7 @@ class Tones:
 
 
 @pytest.mark.parametrize(("off", "expected"), [(0, 1.0), (5, 1.0), (25, 0.0)])
-def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected):
+def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected):
     monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
 
     def pipe(prompts, truncate):
@@ -48,19 +48,19 @@ def test_figures_count_pictures_nearest_to_their_own(monkeypatch, off, expected)
         return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
 
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
-    figures: dict[str, float] = {}
-    emoji_figures(figures, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
-    assert set(figures) == {
+    metrics: dict[str, float] = {}
+    emoji_figures(metrics, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    assert set(metrics) == {
         "retrieval_at_1_of_100_seen",
         "retrieval_at_1_of_100_held_out",
         "skin_tone_accuracy_val",
     }
     # The lightest image of all, or of its family, has no lighter one to be mistaken for.
-    assert figures["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
-    assert figures["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
+    assert metrics["retrieval_at_1_of_100_seen"] == pytest.approx(expected, abs=0.1)
+    assert metrics["skin_tone_accuracy_val"] == pytest.approx(expected, abs=0.2)
 
 
-def test_captions_found_counts_pictures_whose_own_caption_is_the_likeliest():
+def test_caption_retrieval_counts_images_whose_caption_is_likeliest():
     """A captioner that is right about the five darkest images alone."""
 
     def caption(image, candidates, truncate):

@@ -29,7 +29,7 @@ def prior():
     return tiny_prior()
 
 
-def test_batches_are_few_and_of_even_sizes():
+def test_batches_are_few_and_even():
     assert [(p.start, p.stop) for p in even_batches(100, 64)] == [(0, 50), (50, 100)]
     assert [p.stop - p.start for p in even_batches(10, 4)] == [4, 4, 2]
     assert [p.stop - p.start for p in even_batches(3, 64)] == [3]
@@ -46,7 +46,7 @@ def test_a_picture_is_the_same_in_any_batch(prior):
         torch.testing.assert_close(parts.null_log_likelihood, whole.null_log_likelihood)
 
 
-def test_known_codes_go_with_their_rows():
+def test_known_codes_stay_with_their_rows():
     prior = any_order_prior()
     codes = torch.randint(0, 11, (5, 9), generator=torch.Generator().manual_seed(1))
     known = torch.zeros(5, 9, dtype=torch.bool)
@@ -62,7 +62,7 @@ def test_known_codes_go_with_their_rows():
     assert torch.equal(shared.codes[:, :3], codes[:, :3])
 
 
-def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypatch):
+def test_oversized_batches_shrink_with_one_warning(prior, monkeypatch):
     need = bytes_per_image(prior, SamplingOptions())
     monkeypatch.setattr(drawing, "free_memory", lambda device: int(2.9 * need))
     with pytest.warns(
@@ -74,13 +74,13 @@ def test_batches_that_do_not_fit_are_smaller_and_it_is_said_once(prior, monkeypa
     )
 
 
-def test_not_even_one_picture_fits(prior, monkeypatch):
+def test_error_when_one_image_does_not_fit(prior, monkeypatch):
     monkeypatch.setattr(drawing, "free_memory", lambda device: 100)
     with pytest.raises(MemoryError, match="one image of 9 codes does not fit the memory of cpu"):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
-def test_without_a_compiler_nothing_is_compiled_unless_it_is_asked_for(prior, monkeypatch):
+def test_no_compiler_means_no_compiling_unless_requested(prior, monkeypatch):
     monkeypatch.setattr(drawing, "can_compile", lambda device: False)
     monkeypatch.setattr(drawing, "COMPILE_SECONDS", -1.0)
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def test_without_a_compiler_nothing_is_compiled_unless_it_is_asked_for(prior, mo
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1, compile="on")
 
 
-def test_the_estimate_grows_with_what_takes_memory():
+def test_memory_estimate_grows_with_the_inputs():
     plain = bytes_per_image(tiny_prior(heads=4), SamplingOptions())
     assert bytes_per_image(tiny_prior(heads=4), SamplingOptions(guidance_scale=2)) == 2 * plain
     # A step of several codes may feed all of them: logits of 8 more, 11 classes each.
@@ -112,7 +112,7 @@ def test_the_estimate_grows_with_what_takes_memory():
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(prior, monkeypatch, error):
+def test_out_of_memory_halves_the_batch(prior, monkeypatch, error):
     sizes = []
 
     def full(prior, ids, *arguments, **options):
@@ -142,7 +142,7 @@ def test_one_picture_that_does_not_fit_is_an_error(prior, monkeypatch):
         sample_codes_batched(prior, CAPTIONS[:1], [1], SamplingOptions(), batch_size=64)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(prior, monkeypatch):
+def test_other_errors_are_raised_unchanged(prior, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("something else")
 
@@ -154,7 +154,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(prior, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.01, [False] * 5), (30.0, [False, True, True, True, True])]
 )
-def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds, expected):
+def test_auto_compiles_when_remaining_work_is_long(prior, monkeypatch, seconds, expected):
     asked, clock = [], iter(range(10**6))
 
     def noted(*arguments, compiled: bool, **options):
@@ -174,7 +174,7 @@ def test_auto_compiles_where_what_is_left_takes_long(prior, monkeypatch, seconds
 
 
 @pytest.mark.parametrize(("compile", "expected"), [("on", True), ("off", False)])
-def test_compiling_may_be_asked_for_or_not(prior, monkeypatch, compile, expected):
+def test_compiling_can_be_requested_or_refused(prior, monkeypatch, compile, expected):
     asked = []
 
     def noted(*arguments, compiled: bool, **options):

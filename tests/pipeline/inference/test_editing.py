@@ -77,7 +77,7 @@ def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, picture):
     torch.testing.assert_close(out.log_likelihood[0], again.log_likelihood[0])
 
 
-def test_an_empty_mask_changes_nothing_and_is_said(pipe, picture):
+def test_empty_mask_changes_nothing_and_warns(pipe, picture):
     with pytest.warns(UserWarning, match="the mask is empty"):
         out = pipe.edit(picture, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
     assert [np.array_equal(np.asarray(image), np.asarray(picture)) for image in out.images] == [
@@ -87,7 +87,7 @@ def test_an_empty_mask_changes_nothing_and_is_said(pipe, picture):
     assert out.log_likelihood.tolist() == [0, 0] and out.codes.shape == (2, 4, 4)
 
 
-def test_a_full_mask_is_plain_sampling_and_is_said(pipe, picture):
+def test_full_mask_is_plain_sampling_and_warns(pipe, picture):
     with pytest.warns(UserWarning, match="plain sampling"):
         out = pipe.edit(
             picture, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3
@@ -112,7 +112,7 @@ def test_masks_and_pictures_that_do_not_fit_are_named(pipe, picture):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
 
-def test_editing_with_a_raster_prior_says_what_to_train(finished_run, picture):
+def test_editing_with_a_raster_prior_names_the_setting_to_train(finished_run, picture):
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     with pytest.raises(
         ValueError,
@@ -149,7 +149,7 @@ def test_a_picture_is_extended_on_a_larger_canvas(pipe):
         place_on_canvas(Image.new("RGB", (32, 32)), 32, (0, 0))
 
 
-def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
+def test_variation_resamples_the_given_fraction_of_codes(pipe, picture):
     before = pipe.tokenizer.to_codes([picture])[0].flatten()
     with pytest.warns(UserWarning, match="without a caption"):
         out = pipe.vary(picture, 0.25, num_images=8, seed=4)
@@ -161,7 +161,7 @@ def test_a_variation_draws_its_share_of_the_codes_anew(pipe, picture):
     assert random_keep_mask([1, 2], 16, 0.01).sum().item() == 30  # at least one is resampled
 
 
-def test_cells_of_every_level_are_kept_by_their_own_pixels():
+def test_mask_applies_to_every_level_of_codes():
     replaced = np.zeros((8, 8), bool)
     replaced[0, 0] = True
     kept = keep_mask(replaced, [Level(grid=(2, 2), num_codes=3), Level(grid=(4, 4), num_codes=3)])
@@ -169,7 +169,7 @@ def test_cells_of_every_level_are_kept_by_their_own_pixels():
     assert kept[4:].tolist() == [False] + [True] * 15
 
 
-def test_scores_are_those_of_the_samples_codes(pipe):
+def test_scores_equal_log_likelihoods_of_samples(pipe):
     raster = torch.arange(16).expand(2, 16)
     codes = pipe("a red circle", num_images_per_prompt=2).codes
     images = pipe.tokenizer.to_images(codes)
@@ -204,7 +204,7 @@ def test_best_of_keeps_the_picture_with_the_highest_gain(pipe, guidance_scale):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guidance_scale):
+def test_best_of_scores_full_sequences_when_steps_draw_several_codes(pipe, guidance_scale):
     from stage2_prior import code_log_likelihood
     from stage2_prior.order import seeded_orders
 
@@ -227,14 +227,14 @@ def test_best_of_goes_by_whole_passes_where_steps_draw_several_codes(pipe, guida
     assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
 
 
-def test_a_judge_without_a_choice_or_with_too_few_scores_is_refused(pipe):
+def test_scorer_without_candidates_or_with_too_few_scores_is_refused(pipe):
     with pytest.raises(ValueError, match="best_of is 1; ask for more"):
         pipe("x", judge=lambda images, prompts: [0.0] * len(images))
     with pytest.raises(ValueError, match="the judge gave 1 scores for 2 images"):
         pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
 
 
-def test_a_bundle_s_own_steps_are_for_whole_pictures(pipe, picture):
+def test_default_steps_of_a_bundle_apply_to_whole_images_only(pipe, picture):
     stepped = TextToImagePipeline(
         pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(num_inference_steps=16)
     )
@@ -245,7 +245,7 @@ def test_a_bundle_s_own_steps_are_for_whole_pictures(pipe, picture):
         stepped.edit(picture, box(0, 0, 8, 8), "x", num_inference_steps=2)
 
 
-def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
+def test_mismatched_counts_and_codes_are_named(pipe, picture):
     for call in (
         lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0),
         lambda: pipe.vary(picture, 0.5, "x", num_images=0),
@@ -264,7 +264,7 @@ def test_counts_and_codes_that_do_not_fit_are_named(pipe, picture):
         pipe.complete(picture, torch.ones(16, dtype=torch.bool), "x")
 
 
-def test_best_of_may_choose_by_a_judge(pipe):
+def test_best_of_can_use_a_scorer(pipe):
     every = pipe(["a red circle"], num_images_per_prompt=4)
 
     def brightest(images, prompts):
@@ -277,7 +277,7 @@ def test_best_of_may_choose_by_a_judge(pipe):
     )
 
 
-def test_best_of_needs_something_to_choose_by(finished_run):
+def test_best_of_requires_a_score(finished_run):
     pipe = untrained_pipe(finished_run[1], trained_with_caption_dropout=False)
     with pytest.raises(
         ValueError, match="best_of needs a prior trained with caption dropout, or a judge"
@@ -288,7 +288,7 @@ def test_best_of_needs_something_to_choose_by(finished_run):
     assert pipe.score(pipe("x", guidance_scale=1.0).images, ["x"]).pmi is None
 
 
-def test_captions_are_scored_and_drawn(pipe, picture, finished_run):
+def test_captions_are_scored_and_sampled(pipe, picture, finished_run):
     ranked = pipe.caption(picture, ["a red circle", "a tiny blue star", "x"])
     assert sorted(text for text, _ in ranked) == ["a red circle", "a tiny blue star", "x"]
     assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
@@ -301,7 +301,7 @@ def test_captions_are_scored_and_drawn(pipe, picture, finished_run):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_pictures_become_codes_in_the_precision_that_the_prior_knows(finished_run, picture, bf16):
+def test_images_are_encoded_in_the_precision_of_the_prior(finished_run, picture, bf16):
     pipe = untrained_pipe(finished_run[1])
     pipe.trained_on = {"codes_in_bf16": bf16}
     seen = []
@@ -333,7 +333,7 @@ def test_unknown_sampling_options_are_named(pipe):
         pipe("x", num_inference_steps=17)
 
 
-def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
+def test_edit_command_writes_images(finished_run, tmp_path, picture, capsys):
     untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
     picture.save(tmp_path / "p.png")
     box(0, 0, 16, 16).save(tmp_path / "m.png")
@@ -429,7 +429,7 @@ def test_edit_by_the_command_line(finished_run, tmp_path, picture, capsys):
     assert main([str(a) for a in command]) == 2 and not (tmp_path / "no").exists()
 
 
-def test_generate_hands_over_every_sampling_option(finished_run, tmp_path, monkeypatch, capsys):
+def test_generate_passes_every_sampling_option(finished_run, tmp_path, monkeypatch, capsys):
     untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
     given = {
         "guidance_scale": 2.0,

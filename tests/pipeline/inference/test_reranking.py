@@ -63,7 +63,7 @@ def test_scores_are_cosines_of_each_picture_with_its_prompt(folder):
     torch.testing.assert_close(many, scores.repeat(20))
 
 
-def test_a_judge_that_is_none_is_named(folder, tmp_path):
+def test_invalid_scorer_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"the judge '.*nothing' cannot be loaded as a CLIP model"):
         CLIPScorer(str(tmp_path / "nothing"))
     CLIPModel.from_pretrained(folder).vision_model.save_pretrained(folder)

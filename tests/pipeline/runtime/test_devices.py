@@ -16,7 +16,7 @@ from pipeline.runtime.devices import should_compile, tune_malloc, uses_bf16
 CPU = torch.device("cpu")
 
 
-def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypatch):
+def test_auto_precision_is_bf16_where_native(monkeypatch):
     assert uses_bf16("bf16", CPU) and not uses_bf16("fp32", CPU)
     for capabilities, expected in (
         ({"avx512_bf16": True}, True),
@@ -27,7 +27,7 @@ def test_precision_is_asked_for_or_what_the_processor_computes_natively(monkeypa
         assert uses_bf16("auto", CPU) is expected
 
 
-def test_compiling_is_asked_for_or_worth_it(monkeypatch):
+def test_compiling_is_requested_or_worth_its_time(monkeypatch):
     monkeypatch.setattr(devices, "has_cpp_compiler", lambda: True)
     assert should_compile(TrainConfig(compile="on", steps=1), CPU) and not should_compile(
         TrainConfig(compile="off", steps=10**6), CPU
@@ -68,7 +68,7 @@ print(after - before)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
-def test_freed_memory_is_used_again_without_asking_the_system():
+def test_freed_memory_is_reused_by_the_process():
     """48 MB five times over are 60,000 pages: asked for each time by default, and here once more at
     most."""
     counts = []
@@ -83,6 +83,6 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     assert counts[0] > 50_000 and counts[1] < 15_000
 
 
-def test_without_such_a_c_library_nothing_happens(monkeypatch):
+def test_malloc_tuning_without_glibc_does_nothing(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert tune_malloc() is False

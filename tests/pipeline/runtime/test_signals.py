@@ -39,10 +39,10 @@ def handlers() -> list[object]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [4, 5, 8])
-def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number, step):
+def test_signal_saves_after_the_step_and_resumes_bit_identically(tmp_path, capfd, number, step):
     """Also where an evaluation is due, which may choose the best weights, and in the last step."""
     options = {"save_best": True, "eval_every": 3, "learning_rate": 0.1}
-    whole, figures = train(tmp_path / "whole", **options)
+    whole, metrics = train(tmp_path / "whole", **options)
     before = handlers()
     with pytest.raises(
         TrainingInterrupted,
@@ -53,11 +53,11 @@ def test_a_signal_saves_after_the_step_and_costs_nothing(tmp_path, capfd, number
     assert caught.value.status == SIGNALS[number][1] and handlers() == before
     assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == f"step-{step + 1}"
-    again, figures_again = train(tmp_path / "cut", **options)
+    again, metrics_again = train(tmp_path / "cut", **options)
     assert all(
         torch.equal(v, again.network.state_dict()[k]) for k, v in whole.network.state_dict().items()
     )
-    assert figures == figures_again
+    assert metrics == metrics_again
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
     assert "Ctrl-C twice: nothing more is saved" in capfd.readouterr().err
 
 
-def test_further_signals_than_ctrl_c_change_nothing(tmp_path):
+def test_repeated_other_signals_are_ignored(tmp_path):
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 6"):
         train(
             tmp_path,
@@ -82,7 +82,7 @@ def test_further_signals_than_ctrl_c_change_nothing(tmp_path):
         )
 
 
-def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
+def test_signal_during_the_last_evaluation_is_handled(tmp_path):
     from tests.helpers.training import Line
 
     class Signalled(Line):
@@ -94,7 +94,7 @@ def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
         train(tmp_path, Signalled(), eval_every=100)
 
 
-def test_another_thread_trains_without_handlers(tmp_path):
+def test_training_in_another_thread_installs_no_handlers(tmp_path):
     before, seen = handlers(), []
     thread = threading.Thread(
         target=lambda: seen.append(
@@ -106,7 +106,7 @@ def test_another_thread_trains_without_handlers(tmp_path):
     assert seen[:-1] == [True] * 9 and seen[-1][1]["error"] > 0
 
 
-def test_handlers_are_put_back_whatever_happens():
+def test_signal_handlers_are_always_restored():
     before = handlers()
     with pytest.raises(RuntimeError), catch_signals() as caught:
         send(signal.SIGTERM)
@@ -118,7 +118,9 @@ def test_handlers_are_put_back_whatever_happens():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch, capsys, number):
+def test_interruption_message_names_the_command_to_resume(
+    tiny_yaml, tmp_path, monkeypatch, capsys, number
+):
     seed = training.step_seed
     monkeypatch.setattr(
         training,
@@ -147,7 +149,7 @@ def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch
     assert one == two and not list((tmp_path / "runs").glob("*/.lock"))
 
 
-def test_signals_outside_of_training_end_with_one_line(finished_run, tmp_path, monkeypatch, capsys):
+def test_signals_outside_training_exit_with_one_line(finished_run, tmp_path, monkeypatch, capsys):
     path, folder = finished_run
     before = handlers()
     for number, (name, status) in SIGNALS.items():

@@ -42,7 +42,7 @@ ANY_ORDER = [
 ]
 
 
-def test_a_run_in_any_order(tiny_yaml, tmp_path, capsys):
+def test_whole_run_in_any_order(tiny_yaml, tmp_path, capsys):
     arguments = ["--config", str(tiny_yaml), *ANY_ORDER]
     assert main(["run", *arguments]) == 0, capsys.readouterr().err
     folder = tmp_path / "runs" / "tiny"
@@ -55,8 +55,8 @@ def test_a_run_in_any_order(tiny_yaml, tmp_path, capsys):
     held_out = json.loads((folder / "prior" / "settings.json").read_text())["held_out"]
     assert set(held_out) == {"nats_per_code", "nats_per_text_token", "nats_per_caption_token"}
     assert main(["evaluate", *arguments, "--max-images", "4"]) == 0
-    figures = json.loads((folder / "evaluation.json").read_text())
-    assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(figures)
+    metrics = json.loads((folder / "evaluation.json").read_text())
+    assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(metrics)
     pipe = TextToImagePipeline.from_pretrained(folder / "bundle")
     assert pipe.defaults.num_inference_steps == 4
     picture = Image.new("RGB", (32, 32), "red")
@@ -92,7 +92,7 @@ def test_an_interrupted_run_in_any_order_ends_as_an_uninterrupted_one(tiny_yaml,
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
-def test_codes_of_another_order_are_another_prior(tiny_yaml, tmp_path, capsys):
+def test_another_code_order_is_another_prior(tiny_yaml, tmp_path, capsys):
     assert main(["run", "--config", str(tiny_yaml)]) == 0
     fails(
         capsys,

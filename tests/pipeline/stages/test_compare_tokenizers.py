@@ -43,32 +43,32 @@ def bakeoff(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_row_is_trained_and_judged(bakeoff, tmp_path, capsys):
+def test_every_variant_is_trained_and_evaluated(bakeoff, tmp_path, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     out, folder = capsys.readouterr().out, tmp_path / "runs" / "tiny"
-    figures = json.loads((folder / "comparison.json").read_text())
-    assert list(figures) == ["plain", "two levels"]
-    for row in figures.values():
+    metrics = json.loads((folder / "comparison.json").read_text())
+    assert list(metrics) == ["plain", "two levels"]
+    for row in metrics.values():
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["usage"] <= 1 and row["encoding_rate"] > 0 and row["minutes"] > 0
     assert (
-        figures["plain"]["bits_per_image"] == 16 * 4
-        and figures["two levels"]["bits_per_image"] == 20 * 4
+        metrics["plain"]["bits_per_image"] == 16 * 4
+        and metrics["two levels"]["bits_per_image"] == 20 * 4
     )
-    assert [row["steps"] for row in figures.values()] == [6, 4]
+    assert [row["steps"] for row in metrics.values()] == [6, 4]
     prior = json.loads((folder / "plain" / "prior" / "settings.json").read_text())["held_out"]
-    assert figures["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
+    assert metrics["plain"]["nats_per_image"] == pytest.approx(16 * prior["nats_per_code"])
     tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())[
         "held_out"
     ]
-    assert figures["plain"]["psnr"] == tokenizer["psnr"]
+    assert metrics["plain"]["psnr"] == tokenizer["psnr"]
     assert (folder / "comparison.md").read_text() in out
     for name in ("comparison.png", "reconstructions.png"):
         with Image.open(folder / name) as image:
             assert len(np.unique(np.asarray(image))) > 2
 
 
-def test_one_comparison_at_a_time(bakeoff, tmp_path, capsys):
+def test_two_comparisons_cannot_run_at_once(bakeoff, tmp_path, capsys):
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
@@ -81,7 +81,7 @@ def test_one_comparison_at_a_time(bakeoff, tmp_path, capsys):
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp_path, capsys):
+def test_finished_variants_are_kept_and_all_are_shown(bakeoff, tmp_path, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     folder = tmp_path / "runs" / "tiny"
     capsys.readouterr()
@@ -121,9 +121,7 @@ def test_rows_that_are_done_stay_and_others_in_the_folder_are_shown(bakeoff, tmp
     )
 
 
-def test_a_row_that_was_made_with_other_settings_is_named_before_any_work(
-    bakeoff, monkeypatch, capsys
-):
+def test_variant_with_other_settings_is_named_before_training(bakeoff, monkeypatch, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     (
         bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json"
@@ -148,7 +146,7 @@ def test_another_precision_is_another_comparison(bakeoff, capsys):
     )
 
 
-def test_a_row_that_cannot_be_trained_is_named_and_the_others_figures_are_kept(bakeoff, capsys):
+def test_failing_variant_is_named_and_other_metrics_are_kept(bakeoff, capsys):
     values = yaml.safe_load(bakeoff.read_text())
     values["variants"]["unfit"] = {
         "tokenizer": {"model": {"num_codes": 512, "vq": {"kmeans_iterations": 3}}}
@@ -160,7 +158,7 @@ def test_a_row_that_cannot_be_trained_is_named_and_the_others_figures_are_kept(b
     assert "| plain |" in written and "| two levels |" in written
 
 
-def test_the_time_of_a_training_outlives_a_kill_while_its_prior_trains(bakeoff, monkeypatch):
+def test_training_time_survives_a_kill_of_the_prior(bakeoff, monkeypatch):
     def killed(experiment):
         raise KeyboardInterrupt
 
@@ -169,29 +167,29 @@ def test_the_time_of_a_training_outlives_a_kill_while_its_prior_trains(bakeoff, 
         comparison.compare_tokenizers(load_comparison(["--config", str(bakeoff)]))
     monkeypatch.undo()
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
-    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
-    assert all(row["minutes"] > 0 and row["training_rate"] > 0 for row in figures.values())
+    metrics = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert all(row["minutes"] > 0 and row["training_rate"] > 0 for row in metrics.values())
 
 
-def test_without_a_compiler_nothing_is_begun(bakeoff, monkeypatch, capsys):
+def test_missing_compiler_is_reported_before_training(bakeoff, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.runtime.devices.has_cpp_compiler", lambda: False)
     command = ["compare-tokenizers", "--config", bakeoff, "--prior.train.compile", "on"]
     fails(capsys, command, "train.compile is on, and there is no C++ compiler")
     assert not (bakeoff.parent / "runs").exists()
 
 
-def test_minutes_take_the_place_of_steps(bakeoff, monkeypatch, capsys):
+def test_minutes_replace_steps(bakeoff, monkeypatch, capsys):
     monkeypatch.setattr(
         "pipeline.stages.compare_tokenizers.steps_in_budget",
         lambda experiment, seconds: int(seconds / 2),
     )
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=0.3"]) == 0
-    figures = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
-    assert [row["steps"] for row in figures.values()] == [9, 9]
+    metrics = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
+    assert [row["steps"] for row in metrics.values()] == [9, 9]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_few_steps_in_the_minutes_are_compiled_if_the_pace_was(compiled, bakeoff, monkeypatch):
+def test_few_steps_are_compiled_if_timing_was_compiled(compiled, bakeoff, monkeypatch):
     seen = []
 
     def train(experiment):
@@ -205,7 +203,7 @@ def test_few_steps_in_the_minutes_are_compiled_if_the_pace_was(compiled, bakeoff
     assert seen == 2 * [(9, "on" if compiled else "off")]
 
 
-def test_steps_are_found_by_their_pace(bakeoff, monkeypatch):
+def test_number_of_steps_follows_from_step_time(bakeoff, monkeypatch):
     """By a clock that goes on by 2 s whenever it is read, once before the steps and once in each: 2
     s before the first, then 2 s each."""
     experiment = load_comparison(["--config", str(bakeoff)]).variants["plain"]
@@ -216,9 +214,9 @@ def test_steps_are_found_by_their_pace(bakeoff, monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(25.0, 20), (29.0, 24), (36.0, 27), (15.0, 10)])
-def test_an_adversary_that_joins_later_slows_what_is_left(seconds, steps, bakeoff, monkeypatch):
-    """5 s before the first step and 1 s a step; 7 s and 2 s with the adversary, which joins at step
-    25."""
+def test_late_discriminator_start_slows_the_remaining_steps(seconds, steps, bakeoff, monkeypatch):
+    """5 s before the first step and 1 s per step; 7 s and 2 s with the discriminator, which starts
+    at step 25."""
     monkeypatch.setattr(
         "pipeline.stages.compare_tokenizers._seconds_per_step",
         lambda experiment, discriminator: (7.0, 2.0) if discriminator else (5.0, 1.0),
@@ -235,7 +233,7 @@ def test_an_adversary_that_joins_later_slows_what_is_left(seconds, steps, bakeof
     )
 
 
-def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
+def test_step_time_with_a_discriminator_includes_it(bakeoff, monkeypatch):
     seen = []
 
     def task(experiment, *rest):
@@ -291,7 +289,7 @@ def test_a_pace_with_an_adversary_has_one(bakeoff, monkeypatch):
         ({}, ["--minutes", "inf"], "minutes is inf; it must be above 0 and finite"),
     ],
 )
-def test_what_can_be_wrong_in_the_file(bakeoff, change, arguments, message, capsys):
+def test_invalid_comparison_files_are_named(bakeoff, change, arguments, message, capsys):
     import re
 
     values = yaml.safe_load(bakeoff.read_text()) | change
@@ -311,7 +309,7 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("minutes", [[], ["--minutes=1"]])
-def test_a_row_that_diverges_is_told_and_the_others_are_judged(
+def test_diverging_variant_is_reported_and_others_are_evaluated(
     minutes, bakeoff, monkeypatch, capsys
 ):
     judge = comparison.run_variant
@@ -332,18 +330,18 @@ def test_a_row_that_diverges_is_told_and_the_others_are_judged(
     )
 
 
-@pytest.mark.parametrize("verb", ["compare-tokenizers", "codebook", "reconstruct"])
-def test_verbs_of_one_process_refuse_several(verb, bakeoff, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["compare-tokenizers", "codebook", "reconstruct"])
+def test_single_process_commands_refuse_several_processes(name, bakeoff, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = {
         "compare-tokenizers": ["--config", bakeoff],
         "codebook": ["--tokenizer", bakeoff.parent, "--config", bakeoff],
         "reconstruct": ["--tokenizer", bakeoff.parent, "picture.png"],
     }
-    fails(capsys, [verb, *arguments[verb]], "is the work of one process; start it without torchrun")
+    fails(capsys, [name, *arguments[name]], "is the work of one process; start it without torchrun")
 
 
-def test_the_table_leaves_unknown_figures_empty():
+def test_table_leaves_unknown_metrics_empty():
     lines = table(
         {"one": {"psnr": 25.26, "usage": 0.951, "ssim": 0.8765, "steps": 2000}}
     ).splitlines()

@@ -50,9 +50,9 @@ def written(folder: Path, name: str, data: dict[str, object], **encode: object) 
     return ["--config", str(folder / f"{name}.yaml")]
 
 
-def test_a_run_on_a_stream(sources, tmp_path, capsys):
-    """Its codes are those of the same shards read row by row, whatever their order; run again,
-    nothing is done anew."""
+def test_whole_run_on_a_stream(sources, tmp_path, capsys):
+    """Its codes are those of the same shards read row by row, whatever their order. A second run
+    does nothing."""
     run = written(tmp_path, "stream", {"source": sources["shards"], "streaming": True})
     assert main(["run", *run]) == 0
     assert "read as it comes" in capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_a_run_on_a_stream(sources, tmp_path, capsys):
     assert len(CodesDataset(tmp_path / "runs" / "few" / "codes", "train")) == 9
 
 
-def test_a_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
+def test_whole_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
     parts = [{"source": sources["shards"], "weight": 1}, {"source": sources["own"], "weight": 3}]
     run = written(
         tmp_path,
@@ -116,7 +116,7 @@ def test_a_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
     assert not np.array_equal(views[0], views[1]) or not np.array_equal(views[1], views[2])
 
 
-def test_limits_are_shared_by_weight(sources, tmp_path):
+def test_image_limits_are_split_by_weight(sources, tmp_path):
     parts = [{"source": sources["shards"], "weight": 1}, {"source": sources["own"], "weight": 3}]
     run = written(tmp_path, "some", {"mix": parts}, max_images=8)
     assert main(["train-tokenizer", *run]) == 0 and main(["encode", *run]) == 0
@@ -138,7 +138,7 @@ def test_a_source_of_one_picture_is_refused_before_anything_is_written(tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_other_speeds_are_no_other_data(sources, tmp_path, capsys):
+def test_speed_settings_do_not_change_the_data(sources, tmp_path, capsys):
     run = written(tmp_path, "speed", {"source": sources["own"]})
     assert main(["train-tokenizer", *run]) == 0
     capsys.readouterr()
@@ -148,7 +148,7 @@ def test_other_speeds_are_no_other_data(sources, tmp_path, capsys):
     )
 
 
-def test_shapes_in_a_mixture_are_still_shapes(sources, tmp_path, capsys):
+def test_mixture_with_shapes_gets_the_checks_of_shapes(sources, tmp_path, capsys):
     parts = [{"source": sources["own"]}, {"source": "shapes"}]
     run = written(tmp_path, "mix", {"mix": parts}, augmentations_per_image=2, flip=True)
     assert main(["run", *run]) == 2

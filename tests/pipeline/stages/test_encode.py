@@ -92,7 +92,7 @@ def failing_at(name: str, write: Callable) -> Callable:
     return fails_there
 
 
-def test_the_folder(uninterrupted):
+def test_codes_folder_has_the_documented_files(uninterrupted):
     assert sorted(contents(uninterrupted)) == sorted(["codes.json", *SHARDS])
     manifest = read_manifest(uninterrupted)
     assert (
@@ -109,7 +109,7 @@ def test_the_folder(uninterrupted):
     )
 
 
-def test_what_a_failure_left_is_gone_on_from(unfinished, uninterrupted, command, capsys):
+def test_failed_encoding_resumes(unfinished, uninterrupted, command, capsys):
     assert (
         not (unfinished / "codes.json").exists()
         and sorted(p.name for p in unfinished.glob("*.arrow")) == SHARDS[:3]
@@ -137,7 +137,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_kills_and_another_number_of_processes_change_nothing(
+def test_kills_and_process_count_do_not_change_the_codes(
     unfinished, uninterrupted, command, tmp_path
 ):
     """One process did three files; of two that go on, one is killed in its second file, and the
@@ -175,7 +175,7 @@ DAMAGE = {"is missing": Path.unlink, "is truncated or corrupted": cut, "is corru
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_of_an_unfinished_folder_is_made_anew(
+def test_corrupted_file_of_an_incomplete_folder_is_rebuilt(
     unfinished, uninterrupted, command, capsys, message
 ):
     DAMAGE[message](unfinished / SHARDS[1])
@@ -189,7 +189,7 @@ def test_a_damaged_file_of_an_unfinished_folder_is_made_anew(
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(
+def test_corrupted_file_of_a_complete_folder_is_named_and_rebuilt(
     whole, uninterrupted, command, capsys, message
 ):
     DAMAGE[message](whole / SHARDS[4])
@@ -207,7 +207,7 @@ def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(
     assert main(command) == 0 and "rebuilt" not in capsys.readouterr().out
 
 
-def test_a_record_that_is_cut_counts_as_none(unfinished, uninterrupted, command, capsys):
+def test_truncated_progress_record_is_ignored(unfinished, uninterrupted, command, capsys):
     (unfinished / SHARDS[0]).with_suffix(".json").write_text('{"name": ')
     assert main(command) == 0
     assert "going on, 2 of 9 shards are there" in capsys.readouterr().out
@@ -223,7 +223,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_codes_of_another_making_are_refused_and_say_what_changed(
+def test_codes_with_other_settings_are_refused_with_the_difference(
     unfinished, whole_elsewhere, command, capsys, change
 ):
     before = contents(unfinished)
@@ -263,7 +263,7 @@ def test_another_tokenizer_is_refused(unfinished, whole_elsewhere, command, tmp_
         fails(capsys, again, f"made with something else (tokenizer {before} -> {now})")
 
 
-def test_the_size_of_files_is_that_of_the_folder(
+def test_images_per_shard_of_an_existing_folder_does_not_change(
     unfinished, whole_elsewhere, command, tmp_path, capsys
 ):
     """A whole one stays as it is and is mended in its own size; an unfinished one is not mixed."""
@@ -275,7 +275,7 @@ def test_the_size_of_files_is_that_of_the_folder(
     assert main([*whole_elsewhere, *other]) == 0 and contents(codes) == before
 
 
-def test_other_arithmetic_is_refused_where_codes_are_unfinished(
+def test_other_precision_is_refused_for_incomplete_codes(
     unfinished, whole_elsewhere, command, capsys, monkeypatch
 ):
     bf16 = json.loads((unfinished / "plan.json").read_text())["bf16"]
@@ -284,14 +284,16 @@ def test_other_arithmetic_is_refused_where_codes_are_unfinished(
     assert main(whole_elsewhere) == 0
 
 
-def test_the_seed_changes_no_codes_of_pictures_as_they_are(command, tmp_path):
+def test_seed_does_not_change_codes_without_augmentation(command, tmp_path):
     once = [*command, "--encode.augmentations_per_image", "1", "--encode.shift", "0"]
     assert main(once) == 0
     before = contents(tmp_path / "tiny" / "codes")
     assert main([*once, "--seed", "1"]) == 0 and contents(tmp_path / "tiny" / "codes") == before
 
 
-def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, tmp_path, capsys):
+def test_other_formats_and_a_corrupted_plan_are_refused(
+    unfinished, whole_elsewhere, command, tmp_path, capsys
+):
     plan = json.loads((unfinished / "plan.json").read_text())
     (unfinished / "plan.json").write_text(json.dumps({**plan, "format": 3}))
     fails(capsys, command, f"the codes in {unfinished} were written by a later version (format 3")
@@ -303,10 +305,10 @@ def test_other_formats_and_a_damaged_plan(unfinished, whole_elsewhere, command, 
     (codes / "codes.json").write_text(
         json.dumps({"format": 0, "files": {"train": ["train-00000-of-00001.arrow"]}})
     )
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *whole_elsewhere[1:]],
+            [stage, *whole_elsewhere[1:]],
             "written by an earlier version (format 0; this one reads 1); remove that folder and "
             "run",
         )
@@ -320,7 +322,7 @@ def several(source, part: list[int]) -> list[list[str]]:
     ]
 
 
-def test_several_captions_a_picture(command, tmp_path, monkeypatch, capsys):
+def test_several_captions_per_image_are_kept(command, tmp_path, monkeypatch, capsys):
     """All are encoded, learned from, counted, trained on, and exported."""
     monkeypatch.setattr(ShapesSource, "all_captions", several)
     assert main(command) == 0
@@ -357,7 +359,7 @@ def test_several_captions_a_picture(command, tmp_path, monkeypatch, capsys):
     assert lines == [table["text"][1], f"again {table['text'][1]}"]
 
 
-def test_what_the_text_tokenizer_learns_from_is_spread_evenly(uninterrupted, monkeypatch):
+def test_text_tokenizer_learns_from_evenly_spread_captions(uninterrupted, monkeypatch):
     codes = CodesDataset(uninterrupted, "train")
     monkeypatch.setattr(stages, "_ROWS_AT_A_TIME", 3)
     batches = list(stages._caption_batches(codes))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def encoded(finished_run, tmp_path):
-    """Runs the verb on the finished run; returns the folder."""
+    """Runs the command on the finished run; returns the folder."""
 
     def run(form: str, *more: str) -> Path:
         out = tmp_path / form
@@ -50,7 +50,7 @@ def expected(finished_run) -> tuple[np.ndarray, list[str]]:
     return codes.codes(range(len(codes))), codes.captions(range(len(codes)))
 
 
-def test_parquet(finished_run, encoded):
+def test_parquet_export_has_codes_and_captions(finished_run, encoded):
     folder = encoded("parquet")
     table = pq.read_table(folder / "train-00000-of-00001.parquet").to_pydict()
     codes, captions = expected(finished_run)
@@ -71,7 +71,7 @@ def test_parquet(finished_run, encoded):
     assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *named])
 
 
-def test_webdataset_in_several_shards(finished_run, encoded):
+def test_webdataset_export_has_several_shards(finished_run, encoded):
     folder = encoded("webdataset", "--encode.images_per_shard", "15")
     names = [
         file["name"] for file in json.loads((folder / "codes.json").read_text())["files"]["train"]
@@ -92,14 +92,14 @@ def test_webdataset_in_several_shards(finished_run, encoded):
     assert [row["txt"].decode() for row in rows.values()] == captions
 
 
-def test_arrow_is_a_codes_dataset(finished_run, encoded):
+def test_arrow_export_is_a_codes_dataset(finished_run, encoded):
     folder = encoded("arrow")
     codes = CodesDataset(folder, "train")
     assert np.array_equal(codes.codes(range(40)), expected(finished_run)[0])
     assert not list(folder.parent.glob(".*"))
 
 
-def test_any_tokenizer_on_any_source(finished_run, tmp_path):
+def test_any_tokenizer_encodes_any_source(finished_run, tmp_path):
     """A copied tokenizer, its run's settings, and images of another folder at another size."""
     run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     (tmp_path / "own").mkdir()
@@ -144,7 +144,7 @@ def test_any_tokenizer_on_any_source(finished_run, tmp_path):
     assert same > 0.8  # bf16 may turn a near tie
 
 
-def test_what_can_be_wrong(finished_run, tmp_path, capsys):
+def test_invalid_export_requests_are_named(finished_run, tmp_path, capsys):
     config = ["--config", finished_run[0]]
     fails(capsys, ["encode", *config, "--format", "parquet"], "add --out DIR", status=2)
     fails(
@@ -191,8 +191,8 @@ def test_what_can_be_wrong(finished_run, tmp_path, capsys):
     assert main(["encode", "--help"]) == 0 and "--format" in capsys.readouterr().out
 
 
-def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, capsys):
-    """Whatever the tokenizer's run encoded for its prior, unless it is said."""
+def test_export_has_every_image_once(finished_run, tmp_path, capsys):
+    """Whatever the tokenizer's run encoded for its prior, unless settings are given."""
     import yaml
 
     run = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
@@ -246,7 +246,7 @@ def test_codes_for_others_are_of_every_picture_once(finished_run, tmp_path, caps
     )
 
 
-def test_of_an_unlimited_source_as_many_are_encoded_as_its_run_says(finished_run, tmp_path):
+def test_export_of_an_unlimited_source_uses_the_runs_limit(finished_run, tmp_path):
     command = [
         "encode",
         "--tokenizer",
@@ -259,17 +259,17 @@ def test_of_an_unlimited_source_as_many_are_encoded_as_its_run_says(finished_run
     assert rows == json.loads((finished_run[1] / "codes" / "codes.json").read_text())["rows"]
 
 
-def test_codes_for_other_programs_are_none_for_a_prior(finished_run, tmp_path, capsys):
+def test_exported_codes_are_refused_by_the_prior(finished_run, tmp_path, capsys):
     run = Path(shutil.copytree(finished_run[1], tmp_path / "tiny"))
     command = ["--config", finished_run[0], "--output_dir", tmp_path]
     assert (
         main(["encode", *map(str, command), "--format", "parquet", "--out", str(run / "codes")])
         == 0
     )
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *command],
+            [stage, *command],
             "are parquet, for other programs; remove that folder and run `minidalle encode` again",
         )
 

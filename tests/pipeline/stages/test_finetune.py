@@ -71,12 +71,12 @@ def same(tmp_path, bundle) -> list[str]:
 @pytest.fixture
 def encoded(same, tmp_path) -> tuple[list[str], Path]:
     """The same, with a tokenizer taken over and codes."""
-    for verb in ("train-tokenizer", "encode"):
-        assert main([verb, *same]) == 0
+    for stage in ("train-tokenizer", "encode"):
+        assert main([stage, *same]) == 0
     return same, tmp_path / "runs" / "tuned"
 
 
-def test_models_and_text_follow_what_is_started_from(same, bundle):
+def test_model_and_text_settings_are_inherited(same, bundle):
     experiment = load_experiment(same)
     tokenizer, prior = (
         ImageTokenizer.from_pretrained(bundle / "tokenizer"),
@@ -89,8 +89,8 @@ def test_models_and_text_follow_what_is_started_from(same, bundle):
     )
 
 
-def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
-    """The tokenizer is the same to the bit, and so are the codes' figures of the prior before
+def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run):
+    """The tokenizer is the same to the bit, and so are the prior's metrics on codes before
     anything is learned."""
     arguments, folder = encoded
     assert (
@@ -127,8 +127,8 @@ def test_a_run_goes_on_where_the_bundle_ended(encoded, bundle, finished_run):
         "--tokenizer.init_from",
         str(moved / "tokenizer"),
     ]
-    for verb in ("train-tokenizer", "train-prior"):
-        assert main([verb, *again]) == 0  # the same weights lie elsewhere
+    for stage in ("train-tokenizer", "train-prior"):
+        assert main([stage, *again]) == 0  # the same weights lie elsewhere
     assert not (folder / "prior" / "checkpoints").exists()
 
 
@@ -160,7 +160,7 @@ def test_a_tokenizer_that_is_trained_further_starts_from_the_weights(same, tmp_p
     )
 
 
-def test_what_does_not_fit_is_refused_by_what_differs(
+def test_mismatched_parents_are_refused_with_the_difference(
     encoded, tmp_path, bundle, finished_run, capsys
 ):
     arguments, _ = encoded
@@ -208,8 +208,8 @@ def test_what_does_not_fit_is_refused_by_what_differs(
         f"this run's tokenizer is {own}",
         f"set tokenizer.init_from={copy} and tokenizer.froz",
     )
-    for verb in ("train-tokenizer", "train-prior"):
-        fails(capsys, [verb, *arguments, "--prior.init_from", str(copy)], *said)
+    for stage in ("train-tokenizer", "train-prior"):
+        fails(capsys, [stage, *arguments, "--prior.init_from", str(copy)], *said)
     (copy / "pipeline.json").unlink()
     fails(
         capsys,
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused_by_what_differs(
     )
 
 
-def test_settings_that_make_no_sense_together_are_named(same, capsys):
+def test_contradictory_finetuning_settings_are_named(same, capsys):
     loose = [
         "--prior.lora_rank",
         "4",
@@ -260,7 +260,7 @@ def test_settings_that_make_no_sense_together_are_named(same, capsys):
     fails(capsys, ["run", *same, "--text.pretrained", "gpt2"], "keeps its own vocabulary", status=2)
 
 
-def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, tmp_path):
+def test_lora_trains_only_the_adapter_and_merges_exactly(bundle, tmp_path):
     from accelerate import Accelerator
 
     prior, plain = (
@@ -290,7 +290,7 @@ def test_an_adapter_alone_is_trained_and_is_what_the_merged_prior_adds(bundle, t
     torch.testing.assert_close(adapted(PeftModel, plain, tmp_path / "adapter", fed), beside)
 
 
-def test_without_peft_there_is_no_adapter(bundle, monkeypatch):
+def test_missing_peft_is_reported(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"
@@ -309,7 +309,7 @@ def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
     return model(fed.ids, fed.slots, targets=fed.targets).image
 
 
-def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):
+def test_killed_lora_run_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):
     """And what was not to be trained is what it was; checkpoints hold averages and moments of
     adapters alone."""
     arguments, folder = encoded
@@ -366,7 +366,7 @@ def test_a_killed_adapter_ends_as_an_uninterrupted_one(encoded, bundle, monkeypa
     )
 
 
-def test_an_adapter_is_fitted_to_the_memory(encoded, capsys):
+def test_auto_batch_size_works_with_lora(encoded, capsys):
     """Only what is trained has moments and gradients to count."""
     arguments, folder = encoded
     assert main(["train-prior", *arguments, *LORA, "--prior.train.batch_size", "auto"]) == 0
@@ -389,12 +389,12 @@ sharding.FSDPModelState.load_ema = told
 """
 
 
-def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
-    """Cut over them (FSDP), where the averages of adapters alone are put together."""
+def test_lora_on_two_processes_equals_one(same, tmp_path):
+    """Sharded (FSDP): only the EMA of adapters is gathered."""
     given = [*same, *LORA, "--prior.objective.caption_dropout", "0", "--precision", "fp32"]
     for name in ("alone", "cut"):
-        for verb in ("train-tokenizer", "encode"):
-            assert main([verb, *given, "--name", name]) == 0
+        for stage in ("train-tokenizer", "encode"):
+            assert main([stage, *given, "--name", name]) == 0
     assert main(["train-prior", *given, "--name", "alone"]) == 0
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     assert (
@@ -420,7 +420,7 @@ def test_an_adapter_is_trained_by_two_processes_as_by_one(same, tmp_path):
             torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
 
 
-def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
+def test_new_tokens_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
     """Old ids stay, and old captions are cut as they were; longer captions have slots."""
     arguments, folder = encoded
     text = TextTokenizer.load(bundle / "text_tokenizer")
@@ -470,9 +470,7 @@ def test_new_words_get_entries_that_start_as_the_mean_of_their_pieces(encoded, b
             torch.testing.assert_close(row, theirs.weight[ids].mean(0))
 
 
-def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
-    tmp_path, bundle, finished_run, capsys
-):
+def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finished_run, capsys):
     arguments = settings(tmp_path, bundle, shapes={"min_objects": 2, "max_objects": 2})
     arguments += ["--text.truncate", "true"]
     assert main(["run", *arguments, *LORA]) == 0
@@ -499,8 +497,8 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
                         }
                     )
                 expected = PriorObjective(pipe.prior, PriorObjectiveConfig()).evaluate(batches)
-            for figure, values in found.figures[name].items():
-                assert values[when] == pytest.approx(expected[figure], abs=1e-6)
+            for metric, values in found.figures[name].items():
+                assert values[when] == pytest.approx(expected[metric], abs=1e-6)
     assert (
         found.figures[OLD]["nats_per_code"]["before"]
         != found.figures[NEW]["nats_per_code"]["before"]
@@ -512,9 +510,7 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
     assert written["forgetting"]["figures"] == found.figures
 
 
-def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(
-    tmp_path, bundle, finished_run, capsys
-):
+def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, finished_run, capsys):
     """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
@@ -540,12 +536,12 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
     found = written["forgetting"]["figures"]
     assert "the tokenizers differ" in out and set(found) == {OLD, NEW}
-    for figures in found.values():
-        assert figures["psnr"]["before"] != figures["psnr"]["after"]
+    for metrics in found.values():
+        assert metrics["psnr"]["before"] != metrics["psnr"]["after"]
     assert found[NEW]["psnr"]["after"] == pytest.approx(written["psnr"], abs=1e-6)
 
 
-def test_old_data_that_are_gone_are_said_and_the_new_ones_reported(tmp_path, bundle, finished_run):
+def test_missing_old_data_is_reported_and_new_data_evaluated(tmp_path, bundle, finished_run):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     described = json.loads((copy / "pipeline.json").read_text())
     described["trained_on"]["data"]["source"] = str(tmp_path / "gone")

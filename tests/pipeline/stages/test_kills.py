@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 
-def test_kills_cost_nothing():
+def test_killed_runs_end_bit_identical():
     """Before random steps and file operations, by SIGKILL; more of them by `python -m
     benchmarks.kills`."""
     options = ["--kills", "4", "--kills_a_run", "2", "--kinds", "step", "file", "--steps", "10"]

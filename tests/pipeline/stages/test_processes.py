@@ -23,7 +23,7 @@ def two_runs(by_processes):
     return by_processes / "runs" / "by1", by_processes / "runs" / "by2"
 
 
-def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):
+def test_gradients_and_codebook_equal_those_of_the_global_batch(two_runs):
     """Equal after all steps but for the order of sums: shares of a batch are averaged right, text
     tokens and codebook included."""
     for stage in ("tokenizer", "prior"):
@@ -34,7 +34,7 @@ def test_gradients_and_codebook_are_those_of_the_whole_batch(two_runs):
             )
 
 
-def test_an_adversary_trains_on_two_processes_as_on_one(tmp_path):
+def test_discriminator_on_two_processes_equals_one(tmp_path):
     """Its own pass, its anchors and the weight it is given: the same to what the order of sums and
     the weight of each half allow."""
     import yaml
@@ -89,7 +89,7 @@ def test_an_adversary_trains_on_two_processes_as_on_one(tmp_path):
         )
 
 
-def test_encoding_is_split_and_whole(two_runs):
+def test_encoding_on_two_processes_is_complete(two_runs):
     manifests = [read_manifest(run / "codes") for run in two_runs]
     names = [[file["name"] for file in m["files"]["train"]] for m in manifests]
     assert names[0] == names[1] == [f"train-{k:05d}-of-00006.arrow" for k in range(6)]
@@ -97,7 +97,7 @@ def test_encoding_is_split_and_whole(two_runs):
     assert len(codes) == 40 and codes.source_rows(range(40)) == list(range(40))
 
 
-def test_one_process_writes(two_runs):
+def test_only_one_process_writes(two_runs):
     assert sorted(p.name for p in (two_runs[1] / "prior" / "checkpoints").iterdir()) == [
         "step-4",
         "step-6",
@@ -167,7 +167,7 @@ def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 120) -> str
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_others_with_a_line(tiny_yaml, tmp_path, victim):
+def test_dying_process_ends_the_others_with_one_line(tiny_yaml, tmp_path, victim):
     arguments = ["train-tokenizer", "--config", str(tiny_yaml), "--tokenizer.train.steps", "100"]
     said = ended(tmp_path, DIES, str(victim), *arguments)
     checkpoint = tmp_path / "runs" / "tiny" / "tokenizer" / "checkpoints" / "step-4"
@@ -224,7 +224,7 @@ sys.exit(status)
 """
 
 
-def test_all_processes_are_refused_skip_and_stop_together(tiny_yaml, tmp_path):
+def test_processes_refuse_skip_and_stop_together(tiny_yaml, tmp_path):
     """The second's batch is not finite and the second alone gets the signal."""
     run = tmp_path / "runs" / "tiny"
     arguments = [

@@ -51,7 +51,7 @@ CODES = {
 
 
 @pytest.mark.parametrize("quantizer", CHANGES)
-def test_a_whole_run(quantizer, tiny_yaml, tmp_path, capsys):
+def test_every_quantizer_runs_all_stages(quantizer, tiny_yaml, tmp_path, capsys):
     arguments = ["--config", str(tiny_yaml), "--precision", "fp32", *CHANGES[quantizer]]
     assert main(["run", *arguments]) == 0, capsys.readouterr().err
     folder = tmp_path / "runs" / "tiny"

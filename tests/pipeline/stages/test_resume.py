@@ -37,7 +37,7 @@ def unfinished(stage: Path) -> None:
     )
 
 
-def test_other_settings_after_a_kill(run, capsys):
+def test_changed_settings_after_a_kill_are_refused(run, capsys):
     """With a checkpoint they are refused; without one there is nothing to lose, and the text
     tokenizer is rebuilt too."""
     arguments, folder = run
@@ -52,7 +52,7 @@ def test_other_settings_after_a_kill(run, capsys):
     fails(capsys, longer, "tokenizer is not finished yet; run `minidalle train-tokenizer`")
 
 
-def test_a_finished_stage_takes_more_steps_and_no_other_training(run, capsys):
+def test_finished_stage_accepts_more_steps_only(run, capsys):
     arguments, folder = run
     fails(
         capsys,
@@ -126,7 +126,7 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     )
 
 
-ADVERSARY = [
+DISCRIMINATOR = [
     "--tokenizer.objective.discriminator.weight",
     "1",
     "--tokenizer.objective.discriminator.width",
@@ -137,8 +137,16 @@ ADVERSARY = [
     "muon",
 ]
 VARIANTS = {
-    "adversary since step 3": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "3"],
-    "adversary after the kill": [*ADVERSARY, "--tokenizer.objective.discriminator.start", "5"],
+    "discriminator since step 3": [
+        *DISCRIMINATOR,
+        "--tokenizer.objective.discriminator.start",
+        "3",
+    ],
+    "discriminator after the kill": [
+        *DISCRIMINATOR,
+        "--tokenizer.objective.discriminator.start",
+        "5",
+    ],
     "score function": ["--tokenizer.model.quantizer", "score_function"],
     "residual": [
         "--tokenizer.model.quantizer",
@@ -157,7 +165,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
-    """With every part that has a state of its own: the adversary, its optimizer and anchors,
+    """With every part that has a state of its own: the discriminator, its optimizer and anchors,
     baselines, shared books."""
     step, fingerprints = training.Trainer.train_step, []
 
@@ -194,9 +202,9 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
             / "weights.safetensors"
         )
         assert any(key.startswith("discriminator.") for key in weights) == variant.startswith(
-            "adversary"
+            "discriminator"
         )
-        if variant.startswith("adversary"):
+        if variant.startswith("discriminator"):
             fingerprints.append(
                 {
                     key: value.tolist()
@@ -229,9 +237,9 @@ def own_folder(tmp_path) -> list[str]:
     return ["--config", str(tmp_path / "own.yaml")]
 
 
-def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
-    for verb in ("train-tokenizer", "encode", "train-prior"):
-        assert main([verb, *own_folder]) == 0
+def test_changed_images_are_another_run(own_folder, tmp_path, capsys):
+    for stage in ("train-tokenizer", "encode", "train-prior"):
+        assert main([stage, *own_folder]) == 0
     capsys.readouterr()
     folder_of_pictures(tmp_path / "pictures", 13)
     fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
@@ -247,7 +255,7 @@ def test_other_pictures_are_another_run(own_folder, tmp_path, capsys):
     fails(capsys, ["train-prior", *own_folder], "made with other settings (codes)")
 
 
-def test_nothing_held_out_is_said_before_anything_is_written(own_folder, tmp_path, capsys):
+def test_empty_validation_split_is_reported_before_writing(own_folder, tmp_path, capsys):
     fails(
         capsys,
         ["run", *own_folder, "--data.val_fraction", "0.0001"],
@@ -263,8 +271,8 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
 
     held_out = load_source(load_experiment(own_folder).data, "held_out").captions([0])[0]
     (tmp_path / "pictures" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
-    for verb in ("train-tokenizer", "encode"):
-        assert main([verb, *own_folder]) == 0
+    for stage in ("train-tokenizer", "encode"):
+        assert main([stage, *own_folder]) == 0
     capsys.readouterr()
     fails(
         capsys,
@@ -293,7 +301,7 @@ def test_another_optimizer_after_a_kill_is_refused(run, capsys):
         "stage1_tokenizer.model.ImageTokenizer.save_pretrained",
     ],
 )
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypatch, where):
+def test_full_disk_is_reported_and_the_last_checkpoint_kept(run, capsys, monkeypatch, where):
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -313,8 +321,8 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(run, capsys, monkeypa
     assert ImageTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
-    """Cut, emptied or gone: one line each, and nothing is mixed."""
+def test_missing_or_truncated_manifests_are_named(run, capsys):
+    """Truncated, empty or absent: one line each, and nothing is mixed."""
     arguments, folder = run
     settings = folder / "tokenizer" / "settings.json"
     whole = settings.read_text()
@@ -347,15 +355,15 @@ def test_files_that_say_what_was_made_are_needed_and_named(run, capsys):
     )
 
 
-def test_damaged_weights_of_a_finished_stage_say_what_to_do(run, capsys):
+def test_corrupted_weights_of_a_finished_stage_are_rebuilt(run, capsys):
     arguments, folder = run
     weights = folder / "tokenizer" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
-    for verb in ("encode", "train-prior"):
+    for stage in ("encode", "train-prior"):
         fails(
             capsys,
-            [verb, *arguments],
+            [stage, *arguments],
             "cannot be read",
             "or run `minidalle train-tokenizer`, which delivers it again from its last",
         )

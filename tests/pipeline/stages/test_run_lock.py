@@ -40,8 +40,8 @@ def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("verb", ["run", "train-tokenizer", "encode", "train-prior"])
-def test_the_second_run_is_refused_and_writes_nothing(tiny_yaml, tmp_path, capsys, verb):
+@pytest.mark.parametrize("stage", ["run", "train-tokenizer", "encode", "train-prior"])
+def test_second_run_in_a_folder_is_refused(tiny_yaml, tmp_path, capsys, stage):
     folder = tmp_path / "runs" / "tiny"
     with held(folder):
         before = listing(tmp_path)
@@ -49,11 +49,11 @@ def test_the_second_run_is_refused_and_writes_nothing(tiny_yaml, tmp_path, capsy
             f"{folder} is in use by process 4321 on elsewhere since 2026-01-02 03:04:05 "
             "+0000; wait for it or stop it, or choose"
         )
-        fails(capsys, [verb, "--config", tiny_yaml], message)
+        fails(capsys, [stage, "--config", tiny_yaml], message)
         assert listing(tmp_path) == before and json.loads((folder / ".lock").read_text()) == HOLDER
 
 
-def test_what_a_kill_left_behind_locks_nothing_and_goes(tiny_yaml, tmp_path):
+def test_stale_lock_of_a_killed_run_is_removed(tiny_yaml, tmp_path):
     folder = tmp_path / "runs" / "tiny"
     with held(folder):
         pass
@@ -86,13 +86,13 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
     os.waitpid(pid, 0)
     with run_lock(experiment.folder, 30):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with run_lock(experiment.folder, 30):  # a verb's stages come in after the verb
+        with run_lock(experiment.folder, 30):  # the stages of a command come in after the command
             pass
         assert lock.exists()
     assert not lock.exists()
 
 
-def test_a_failed_stage_lets_go_and_an_empty_folder_does_not_stay(tiny_yaml, tmp_path):
+def test_failed_stage_releases_the_lock_and_removes_an_empty_folder(tiny_yaml, tmp_path):
     experiment = load_experiment(["--config", str(tiny_yaml)])
     for _ in range(2):
         with pytest.raises(RuntimeError), run_lock(experiment.folder, 30):
@@ -100,14 +100,14 @@ def test_a_failed_stage_lets_go_and_an_empty_folder_does_not_stay(tiny_yaml, tmp
         assert not (tmp_path / "runs").exists()
 
 
-def test_codes_for_elsewhere_need_no_lock(finished_run, tmp_path):
+def test_export_to_another_folder_needs_no_run_lock(finished_run, tmp_path):
     path, folder = finished_run
     with held(folder):
         assert main(["encode", "--config", str(path), "--out", str(tmp_path / "codes")]) == 0
     (folder / ".lock").unlink()
 
 
-def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypatch, caplog):
+def test_unsupported_locking_is_noted_and_the_run_continues(tiny_yaml, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     experiment = load_experiment(["--config", str(tiny_yaml)])
 
@@ -123,7 +123,7 @@ def test_where_nothing_can_be_locked_it_goes_on_with_a_note(tiny_yaml, monkeypat
     )
 
 
-def test_a_finished_run_is_read_from_a_disk_that_cannot_be_written(finished_run, tmp_path):
+def test_finished_run_is_read_from_a_read_only_disk(finished_run, tmp_path):
     path, folder = finished_run
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -138,7 +138,7 @@ def test_a_finished_run_is_read_from_a_disk_that_cannot_be_written(finished_run,
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_codes_elsewhere_are_written_by_one(finished_run, tmp_path, capsys):
+def test_two_exports_to_one_folder_are_refused(finished_run, tmp_path, capsys):
     """The folder beside the target, where they are until all of them are there, is held, and not
     the tokenizer's run."""
     path, folder = finished_run

@@ -1,5 +1,5 @@
 """Checkpoints that were corrupted, could not be written, or are of another format: what they cost,
-and what is said."""
+and what is reported."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ DAMAGE = {
 }
 
 
-def test_a_checkpoint_says_what_is_in_it(tmp_path):
+def test_checkpoint_manifest_lists_its_contents(tmp_path):
     save(tmp_path, 4)
     manifest = json.loads((tmp_path / "step-4" / "manifest.json").read_text())
     assert (manifest["format"], manifest["step"]) == (FORMAT, 4)
@@ -107,7 +107,7 @@ def test_a_checkpoint_says_what_is_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_found_and_named(tmp_path, how):
+def test_corruption_is_detected_and_named(tmp_path, how):
     save(tmp_path, 2, 4)
     file, break_it, message = DAMAGE[how]
     break_it(tmp_path / "step-4" / file)
@@ -124,25 +124,25 @@ def test_damage_is_found_and_named(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["cut weights", "changed weights", "no manifest"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog, how):
-    whole, figures = train(tmp_path / "whole")
+def test_training_resumes_from_the_checkpoint_before_a_corrupted_one(tmp_path, caplog, how):
+    whole, metrics = train(tmp_path / "whole")
     train(tmp_path / "run", steps=9)
     file, break_it, _ = DAMAGE[how]
     break_it(tmp_path / "run" / "checkpoints" / "step-9" / file)
     caplog.clear()
-    again, figures_again = train(tmp_path / "run")
+    again, metrics_again = train(tmp_path / "run")
     lines = [line for line in caplog.messages if "step-9 is corrupted" in line]
     assert len(lines) == 1 and lines[0].startswith("line: ")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
-    assert figures == figures_again and names(tmp_path / "run" / "checkpoints") == [
+    assert metrics == metrics_again and names(tmp_path / "run" / "checkpoints") == [
         "step-8",
         "step-9",
     ]
     assert load_newest(tmp_path / "run" / "checkpoints", {}, {}, [], pytest.fail)
 
 
-def test_where_all_are_damaged_one_error_names_them(tmp_path):
+def test_error_names_all_corrupted_checkpoints(tmp_path):
     save(tmp_path, 2, 4)
     (tmp_path / "step-2" / "state.json").unlink()
     cut(tmp_path / "step-4" / "weights.safetensors")
@@ -155,24 +155,24 @@ def test_where_all_are_damaged_one_error_names_them(tmp_path):
         load_newest(tmp_path, {"a": nn.Linear(2, 2)}, {}, [], pytest.fail)
 
 
-def test_a_damaged_checkpoint_takes_no_place_among_the_kept(tmp_path):
+def test_corrupted_checkpoints_do_not_count_as_kept(tmp_path):
     save(tmp_path, 2, 4, 6)
     flip_a_bit(tmp_path / "step-4" / "weights.safetensors")
     save(tmp_path, 8, keep=3)
     assert names(tmp_path) == ["step-2", "step-6", "step-8"]
-    cut(tmp_path / "step-8" / "weights.safetensors")  # and training went on from 6
+    cut(tmp_path / "step-8" / "weights.safetensors")  # and training resumed from 6
     save(tmp_path, 7, keep=2)
     assert names(tmp_path) == ["step-6", "step-7"]
 
 
-def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
+def test_surplus_checkpoints_are_removed_on_the_next_start(tmp_path):
     train(tmp_path, save_total_limit=3)
     assert names(tmp_path / "checkpoints") == ["step-6", "step-8", "step-9"]
     train(tmp_path, save_total_limit=2)
     assert names(tmp_path / "checkpoints") == ["step-8", "step-9"]
 
 
-def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
+def test_verified_checkpoint_is_not_read_again(tmp_path, monkeypatch):
     verified = save(tmp_path, 2, 4, keep=3)
     monkeypatch.setattr(checkpoints, "verify_checkpoint", pytest.fail)
     assert save(tmp_path, 6, 8, keep=3, verified=verified) == {
@@ -181,7 +181,7 @@ def test_what_is_known_to_be_whole_is_not_read_again(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-4", "step-6", "step-8"]
 
 
-def test_a_damaged_best_is_chosen_anew(tmp_path, caplog):
+def test_corrupted_best_checkpoint_is_replaced(tmp_path, caplog):
     train(tmp_path, steps=8, eval_every=2, save_best=True)
     best = list_checkpoints(tmp_path / "best")[0]
     assert best.name == "step-2"
@@ -201,7 +201,7 @@ def test_a_damaged_best_is_chosen_anew(tmp_path, caplog):
     )
 
 
-def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp_path, caplog):
+def test_last_weights_are_saved_if_the_best_is_corrupted(tmp_path, caplog):
     spoil = lambda step: step == 7 and flip_a_bit(tmp_path / "best" / "step-2" / "ema.safetensors")  # noqa: E731
     spoilt, _ = train(tmp_path, steps=8, eval_every=2, save_best=True, on_step=spoil)
     assert "step-2 is corrupted (ema.safetensors is not" in caplog.text
@@ -212,7 +212,7 @@ def test_where_the_best_is_damaged_at_the_end_the_last_weights_are_delivered(tmp
     )
 
 
-def test_what_kills_left_is_cleared_and_put_back(tmp_path):
+def test_partial_writes_are_cleaned_and_restored(tmp_path):
     save(tmp_path, 2)
     (tmp_path / ".step-4.writing").mkdir()
     (tmp_path / ".step-4.writing" / "weights.safetensors").write_bytes(b"half")
@@ -225,7 +225,7 @@ def test_what_kills_left_is_cleared_and_put_back(tmp_path):
     assert names(tmp_path) == ["step-2"]
 
 
-def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_try(tmp_path, monkeypatch):
+def test_interrupted_folder_replacement_is_recovered(tmp_path, monkeypatch):
     target = tmp_path / "bundle"
     write_whole(target, lambda folder: (folder / "a").write_text("old"))
     rename = Path.rename
@@ -245,7 +245,7 @@ def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_try(tmp_p
     assert names(tmp_path) == ["bundle"] and (target / "a").read_text() == "old"
 
 
-def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+def test_files_are_synced_before_rename(tmp_path, monkeypatch):
     order: list[str] = []
     sync, rename = atomic_io._sync, Path.rename
     monkeypatch.setattr(
@@ -333,7 +333,7 @@ def test_a_disk_that_turns_read_only_costs_no_checkpoint(small_disk):
     )
 
 
-def test_a_file_that_may_not_grow_costs_no_checkpoint(tmp_path):
+def test_file_size_limit_costs_no_checkpoint(tmp_path):
     """As a quota does, for any user."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     stopped_and_gone_on(
@@ -344,7 +344,7 @@ def test_a_file_that_may_not_grow_costs_no_checkpoint(tmp_path):
     )
 
 
-def test_a_file_in_the_way_of_the_checkpoints_is_said(tmp_path):
+def test_file_in_place_of_the_checkpoint_folder_is_reported(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(
         RecoverableError,
@@ -365,7 +365,7 @@ def test_a_checkpoint_without_its_manifest_is_corrupted(tmp_path):
 @pytest.mark.parametrize(
     ("number", "age"), [(FORMAT + 1, "a newer"), (0, "an older"), ("x", "an older")]
 )
-def test_another_format_is_refused_and_passed_over_by_nothing(tmp_path, number, age):
+def test_checkpoint_of_another_format_is_refused_not_skipped(tmp_path, number, age):
     save(tmp_path, 2, 4)
     manifest = tmp_path / "step-4" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": number}))
@@ -388,10 +388,10 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
     assert written["format"] == FORMAT
     settings.write_text(json.dumps(written | {"format": 9}))
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
-    for verb in ("train-tokenizer", "encode", "train-prior", "run"):
+    for stage in ("train-tokenizer", "encode", "train-prior", "run"):
         fails(
             capsys,
-            [verb, *arguments],
+            [stage, *arguments],
             "tokenizer is of format 9, which a newer version of this program wrote, and this one "
             "reads 1",
         )

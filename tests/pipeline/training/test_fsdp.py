@@ -68,7 +68,7 @@ def same(folder, file: str, atol: float) -> None:
         )
 
 
-def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
+def test_checkpoints_load_on_another_number_of_processes(command, tmp_path):
     assert main([*command, "--name", "alone", "--prior.train.steps", "8"]) == 0
     for processes, steps in ((2, "4"), (1, "6"), (4, "8")):
         given = [*command, "--name", "cut", "--prior.train.steps", steps]
@@ -83,7 +83,7 @@ def test_saved_and_loaded_across_numbers_of_processes(command, tmp_path):
     ImagePrior.from_pretrained(tmp_path / "runs" / "cut" / "prior")
 
 
-def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
+def test_muon_gathers_sharded_matrices(command, tmp_path):
     command += ["--prior.train.optimizer", "muon", "--prior.train.steps", "4"]
     assert main([*command, "--name", "alone"]) == 0
     launch(tmp_path, 2, *command, "--name", "cut", script=CUT + CHECK, **FSDP)
@@ -91,7 +91,7 @@ def test_matrices_that_are_cut_are_orthogonalised_whole(command, tmp_path):
         same(tmp_path, f"checkpoints/step-4/{file}", 2e-3)  # its own arithmetic is in bf16
 
 
-def test_a_tokenizer_is_trained_whole_beside_it(by_processes, tmp_path):
+def test_tokenizer_is_not_sharded(by_processes, tmp_path):
     """Under FSDP, which is for priors, as without it."""
     options = [
         "--tokenizer.model.num_codes",

@@ -89,7 +89,7 @@ def pictures(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", [prior, tokenizer])
-def test_state_is_counted_as_training_holds_it(objective, optimizer):
+def test_estimated_state_equals_that_of_training(objective, optimizer):
     made, config = objective(), TrainConfig(optimizer=optimizer)
     group, network = next(iter(made.networks.items()))
     optimizers = optimizers_for(group, network, config)
@@ -112,14 +112,14 @@ def test_state_is_counted_as_training_holds_it(objective, optimizer):
     assert counted.entries == sum(p.numel() for p in network.parameters())
 
 
-def test_on_the_meta_device_the_count_is_the_same():
+def test_meta_device_gives_the_same_estimate():
     with torch.device("meta"):
         weightless = ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM)
     for config in (PriorTrainConfig(), PriorTrainConfig(optimizer="muon")):
         assert state_bytes({"prior": weightless}, config) == state_bytes(prior().networks, config)
 
 
-def test_living_tensors_are_counted_while_they_live():
+def test_tracker_counts_live_tensors():
     before = torch.zeros(1000)
     with LiveTensorTracker(CPU) as live:
         first = before + 1
@@ -133,7 +133,7 @@ def test_living_tensors_are_counted_while_they_live():
 
 
 @pytest.mark.parametrize(("objective", "batch"), [(prior, pairs), (tokenizer, pictures)])
-def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
+def test_linear_model_predicts_larger_batches_and_restores_state(objective, batch):
     made = objective()
     network = next(iter(made.networks.values()))
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -149,7 +149,7 @@ def test_growth_foretells_larger_batches_and_leaves_no_trace(objective, batch):
     assert grown.at(32) == pytest.approx(live.peak, rel=0.1)
 
 
-def test_a_codebook_that_is_a_parameter_comes_back():
+def test_probe_restores_a_codebook_parameter():
     made = tokenizer(codebook="gradient", dead_code_threshold=0.9, dead_code_check_every=1)
     before = made.tokenizer.quantizer.codebook.detach().clone()
     optimizer_has, address = (
@@ -161,7 +161,7 @@ def test_a_codebook_that_is_a_parameter_comes_back():
     assert optimizer_has.data_ptr() == address
 
 
-def test_where_few_rows_are_refused_more_are_tried():
+def test_probe_retries_with_more_rows():
     """k-means needs a vector a code: 16 of each image for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
     assert fit_memory_model(made, pictures, 0, eager, CPU, most=8).row > 0
@@ -169,7 +169,7 @@ def test_where_few_rows_are_refused_more_are_tried():
         fit_memory_model(made, pictures, 0, eager, CPU, most=4)
 
 
-def test_rows_repeat_where_there_are_few():
+def test_rows_are_repeated_to_fill_a_batch():
     batch = {"codes": torch.tensor([[1], [2]])}
     assert tile_rows(batch, 5)["codes"].flatten().tolist() == [1, 2, 1, 2, 1]
 
@@ -184,13 +184,13 @@ def test_rows_repeat_where_there_are_few():
         ({"batch_size": 24, "gradient_accumulation_steps": "auto"}, 40, 2, (24, 1), (24, 12)),
     ],
 )
-def test_what_may_be_chosen(given, rows, processes, first, last):
+def test_batch_candidates_divide_evenly(given, rows, processes, first, last):
     options = batch_candidates(TrainConfig(**given), rows, processes)
     assert (options[0], options[-1]) == (first, last)
     assert all(size % (parts * processes) == 0 for size, parts in options)
 
 
-def test_the_first_that_fits_is_chosen():
+def test_first_fitting_candidate_is_chosen():
     options = batch_candidates(
         TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2
     )
@@ -233,7 +233,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
         chosen(config)
 
 
-def test_a_card_that_runs_out_is_asked_for_less(monkeypatch):
+def test_out_of_memory_on_a_gpu_tries_a_smaller_batch(monkeypatch):
     """As on CUDA, where a step is tried: what cannot be had is caught, and everything is as it
     was."""
     made, network = prior(), next(iter(prior().networks.values()))
@@ -252,7 +252,7 @@ def test_a_card_that_runs_out_is_asked_for_less(monkeypatch):
     )
 
 
-def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys, monkeypatch):
+def test_chosen_batch_size_is_saved_and_kept(tiny_yaml, tmp_path, capsys, monkeypatch):
     command = [
         "train-tokenizer",
         "--config",
@@ -291,12 +291,12 @@ def test_the_number_chosen_is_written_down_and_kept(tiny_yaml, tmp_path, capsys,
     assert "made with other settings (train.batch_size)" in capsys.readouterr().err
 
 
-def test_auto_is_for_the_stages_alone():
+def test_unresolved_auto_batch_size_is_refused():
     with pytest.raises(ValueError, match="give numbers here"):
         TrainConfig(batch_size="auto").resolved_batch()
 
 
-def test_sizes_in_words():
+def test_byte_sizes_are_formatted():
     assert [format_bytes(n) for n in (12, 5000, 2**20 * 3.25, 40 * 2**30, 3 * 2**40)] == [
         "12 B",
         "5 KiB",
@@ -306,7 +306,7 @@ def test_sizes_in_words():
     ]
 
 
-def test_a_process_holds_what_it_held_before_and_what_compiling_takes():
+def test_estimate_includes_process_memory_and_compiling():
     """Nothing of either on a card, where the program lies elsewhere."""
     state = state_bytes(prior().networks, TrainConfig(optimizer="adamw"))
     need = partial(estimate_memory, state, LinearMemoryModel(0.0, 0.0), 4, several=False)

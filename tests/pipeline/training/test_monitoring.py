@@ -22,9 +22,8 @@ from pipeline.training.monitoring import (
     nonfinite_message,
 )
 from pipeline.training.task import Task
-from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective
-from tests.helpers.training import Line, train
+from tests.helpers.training import Line, fit_task, line_task, train
 
 
 def state(objective: Line) -> dict[str, torch.Tensor]:
@@ -46,7 +45,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_stops_before_the_weights_move(tmp_path, broken):
+def test_nonfinite_step_stops_before_weights_change(tmp_path, broken):
     objective, before = Line(broken_at=5 if broken == "loss" else None), []
 
     def on_step(step: int) -> None:
@@ -98,7 +97,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, caplog):
     assert said in caplog.messages
 
 
-def test_the_count_goes_on_after_a_kill(tmp_path):
+def test_skip_counter_survives_resume(tmp_path):
     train(tmp_path, Line(broken_at=3), max_nonfinite_steps=2, steps=5)
     train(tmp_path, Line(broken_at=5), max_nonfinite_steps=2, steps=7)
     with pytest.raises(
@@ -107,26 +106,12 @@ def test_the_count_goes_on_after_a_kill(tmp_path):
         train(tmp_path, Line(broken_at=8), max_nonfinite_steps=2)
 
 
-def test_what_was_skipped_and_waited_for_is_logged_and_said_at_the_end(
-    tmp_path, caplog, monkeypatch
-):
+def test_skipped_steps_and_data_wait_are_logged_and_summarised(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "pipeline")
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
-    objective = Line(broken_at=0)
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(objective, batch, lambda: [batch(10**6)], "error", dict)
     config = TrainConfig(steps=4, batch_size=4, log_every=1, max_nonfinite_steps=1)
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )
+    fit_task(line_task(Line(broken_at=0)), config, tmp_path, progress=True)
     scalars = [values for values in logged if "line/data_wait_fraction" in values]
     assert [values["line/skipped_steps"] for values in scalars] == [1] * 4 and all(
         0 < v["line/data_wait_fraction"] <= 1 for v in scalars
@@ -151,9 +136,9 @@ QUANTIZERS: dict[str, dict] = {
 
 @pytest.mark.parametrize("where", ["features", "discriminator"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, where):
-    """Of codebooks, baselines and the adversary, at the first step and later; and where the
-    adversary's loss alone is not finite, the tokenizer keeps still as well."""
+def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
+    """Of codebooks, baselines and the discriminator, at the first step and later; and where the
+    discriminator's loss alone is not finite, the tokenizer keeps still as well."""
     from pipeline.config.load import from_dict
 
     torch.manual_seed(0)
@@ -167,9 +152,9 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
         "decoder_depth": 1,
     }
     tokenizer = ImageTokenizer(from_dict(TokenizerConfig, {**small, **QUANTIZERS[quantizer]}))
-    adversary = {"weight": 1.0, "width": 16, "layers": 1, "lecam": 0.1, "start": 0}
+    discriminator = {"weight": 1.0, "width": 16, "layers": 1, "lecam": 0.1, "start": 0}
     objective = TokenizerObjective(
-        tokenizer, from_dict(ObjectiveConfig, {"discriminator": adversary})
+        tokenizer, from_dict(ObjectiveConfig, {"discriminator": discriminator})
     )
     step_now = [0]
     if where == "features":
@@ -208,17 +193,7 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
         max_nonfinite_steps=2,
     )
     start = {key: value.clone() for key, value in tokenizer.state_dict().items()}
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="t",
-        progress=False,
-    )
+    fit_task(task, config, tmp_path, label="t")
     steps = {n: tensors(tmp_path / "checkpoints" / f"step-{n}") for n in range(1, 7)}
     first = {
         key.removeprefix("weights/tokenizer."): value
@@ -233,14 +208,14 @@ def test_statistics_of_the_forward_pass_are_undone_too(tmp_path, quantizer, wher
     assert all(value.isfinite().all() for value in steps[6].values() if value.is_floating_point())
 
 
-def test_what_is_not_finite_is_put_in_words():
+def test_nonfinite_message_names_its_sources():
     assert nonfinite_message(["loss"], [], 3) == "loss is not finite at step 3"
     assert nonfinite_message(["loss"], [f"row {i}" for i in range(10)], 3).endswith(
         "(row 0, row 1, row 2, row 3, row 4, row 5, row 6, row 7 and 2 more)"
     )
 
 
-def test_losses_and_norms_alone_decide():
+def test_only_losses_and_gradient_norms_decide_finiteness():
     device = torch.device("cpu")
     fine = {
         "loss": torch.tensor(1.0),
@@ -257,7 +232,7 @@ def test_losses_and_norms_alone_decide():
         )
 
 
-def test_a_gradient_far_above_its_median_is_said():
+def test_gradient_norm_far_above_its_median_is_reported():
     alarm = GradNormMonitor().check
     norms = [1.0, 30.0, 2.0, 1.0, 3.0, 21.0, 19.0, 2.0, 100.0]
     said = [
@@ -274,25 +249,12 @@ def test_a_gradient_far_above_its_median_is_said():
     assert not any([alarm({"grad_norm": 1.05**step}, step) for step in range(200)])
 
 
-def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, caplog):
+def test_training_warns_of_a_gradient_jump(tmp_path, caplog):
     objective, factor = Line(), [1.0]
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * factor[0])
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
     objective.on_step = lambda step: factor.__setitem__(0, 1e4 if step in (7, 8) else 1.0)
-    task, config = (
-        Task(objective, batch, lambda: [batch(10**6)], "error", dict),
-        TrainConfig(steps=10, batch_size=4, log_every=1),
-    )
-    fit(
-        task,
-        config,
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )
+    config = TrainConfig(steps=10, batch_size=4, log_every=1)
+    fit_task(line_task(objective), config, tmp_path)
     lines = [line for line in caplog.messages if "gradient norm" in line]
     assert (
         len(lines) == 1
@@ -301,7 +263,7 @@ def test_the_loop_warns_of_a_gradient_that_jumps(tmp_path, caplog):
     )
 
 
-def test_pictures_a_second_and_the_share_of_waiting(monkeypatch):
+def test_throughput_and_data_wait_fraction(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
     pace = ThroughputMeter(batch_size=32)

@@ -10,21 +10,21 @@ from pipeline.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
-def test_singular_values_come_near_one(shape):
+def test_orthogonalised_singular_values_are_near_one(shape):
     generator = torch.Generator().manual_seed(0)
     result = orthogonalize(torch.randn(shape, generator=generator))
     values = torch.linalg.svdvals(result.float())
     assert result.shape == shape and 0.5 < float(values.min()) <= float(values.max()) < 1.4
 
 
-def test_a_matrix_is_orthogonalised_as_if_it_were_alone():
+def test_batched_orthogonalisation_equals_one_by_one():
     matrices = torch.randn(4, 12, 18, generator=torch.Generator().manual_seed(1))
     together = orthogonalize(matrices * torch.tensor([1e-6, 1.0, 30.0, 1e4])[:, None, None])
     for matrix, result in zip(matrices, together, strict=True):
         torch.testing.assert_close(result, orthogonalize(matrix[None])[0], atol=0.03, rtol=0)
 
 
-def test_matrices_take_the_steps_of_torchs_muon():
+def test_steps_equal_torchs_muon():
     start = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     own = Muon([ours], lr=0.1, weight_decay=0.01)
@@ -40,7 +40,7 @@ def test_matrices_take_the_steps_of_torchs_muon():
     assert moved > 1 and (ours - theirs).norm() < 0.02 * moved
 
 
-def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs():
+def test_convolution_kernels_are_flattened_to_matrices():
     start = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(3))
     kernel = nn.Parameter(start.clone().to(memory_format=torch.channels_last))
     matrix = nn.Parameter(start.reshape(8, 36).clone())
@@ -54,7 +54,7 @@ def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs():
     torch.testing.assert_close(kernel.detach().reshape(8, 36), matrix.detach())
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_gradient_do_not_change():
     still, moved = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     moved.grad = torch.eye(4)
     Muon([still, moved], lr=0.1, weight_decay=0.5).step()

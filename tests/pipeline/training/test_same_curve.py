@@ -16,14 +16,14 @@ from tests.helpers.launch import PROCESSES, launch, settings
 pytestmark = pytest.mark.distributed
 
 
-def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
+def curve(folder: Path, stage: str, processes: int, metric: str) -> list[float]:
     rows = json.loads((folder / f"{stage}-of-{processes}.json").read_text())["logged"]
-    return [values[f"{stage}/{figure}"] for _, values in rows if f"{stage}/{figure}" in values]
+    return [values[f"{stage}/{metric}"] for _, values in rows if f"{stage}/{metric}" in values]
 
 
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize(
-    ("stage", "figure"),
+    ("stage", "metric"),
     [
         ("tokenizer", "loss"),
         ("tokenizer", "psnr"),
@@ -31,16 +31,16 @@ def curve(folder: Path, stage: str, processes: int, figure: str) -> list[float]:
         ("prior", "nats_per_text_token"),
     ],
 )
-def test_the_same_batch_gives_the_same_curve(by_processes, stage, figure, processes):
-    """Each step's figures are of the whole batch, whoever had which part of it."""
-    alone, together = (curve(by_processes, stage, n, figure) for n in (1, processes))
+def test_same_global_batch_gives_the_same_loss_curve(by_processes, stage, metric, processes):
+    """Each step's metrics are of the whole batch, whoever had which part of it."""
+    alone, together = (curve(by_processes, stage, n, metric) for n in (1, processes))
     assert len(alone) == 6 and len(set(alone)) == 6
     assert together == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("processes", PROCESSES[1:])
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_all_processes_end_with_the_same_bits(by_processes, stage, processes):
+def test_all_processes_end_bit_identical(by_processes, stage, processes):
     """Averages are the first process's alone to use, so it is the buffers and, before they are
     averaged, the weights that count."""
     states = [
@@ -51,7 +51,7 @@ def test_all_processes_end_with_the_same_bits(by_processes, stage, processes):
         assert all(torch.equal(value, other[name]) for name, value in states[0].items())
 
 
-def test_codes_died_and_came_back(by_processes):
+def test_dead_codes_restart_in_the_shared_run(by_processes):
     for processes in PROCESSES:
         restarts = json.loads((by_processes / f"tokenizer-of-{processes}.json").read_text())[
             "restarts"
@@ -60,7 +60,7 @@ def test_codes_died_and_came_back(by_processes):
         assert restarts[:-3] == [64] and all(0 < count < 64 for count in restarts[-3:])
 
 
-def test_data_that_divides_by_nothing_does_not_hang(tmp_path):
+def test_indivisible_data_does_not_hang(tmp_path):
     """Five images for batches of eight, fewer held out and fewer codes than the four processes;
     within a time, or this fails."""
     pictures = tmp_path / "pictures"

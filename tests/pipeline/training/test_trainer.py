@@ -21,31 +21,29 @@ from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.training.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.training.ema import EMA, ema_decay
 from pipeline.training.optimizers import learning_rate, optimizers_for
-from pipeline.training.task import Task
 from pipeline.training.train_step import step_seed
-from pipeline.training.trainer import fit
-from tests.helpers.training import CONFIG, Line, train
+from tests.helpers.training import CONFIG, Line, fit_task, line_task, train
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
-    whole, figures = train(tmp_path / "whole")
+    whole, metrics = train(tmp_path / "whole")
     with pytest.raises(FloatingPointError):
         train(tmp_path / "cut", Line(broken_at=5))
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == "step-4"
-    again, figures_again = train(tmp_path / "cut")
+    again, metrics_again = train(tmp_path / "cut")
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
-    assert figures == figures_again
+    assert metrics == metrics_again
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    first, figures = train(tmp_path)
+    first, metrics = train(tmp_path)
     second, again = train(tmp_path)
     assert all(
         torch.equal(v, second.network.state_dict()[k])
         for k, v in first.network.state_dict().items()
     )
-    assert again == pytest.approx(figures)
+    assert again == pytest.approx(metrics)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
@@ -59,29 +57,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path)
         train(tmp_path / "other", Line(broken_at=0))
 
 
-def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, caplog):
+def test_health_warning_is_repeated_only_when_it_returns(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     said = {2: "codes are wasted", 3: "codes are wasted", 7: "codes are wasted again"}
-    objective = Line()
-    batch = lambda step: torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))  # noqa: E731
-    task = Task(
-        objective,
-        batch,
-        lambda: [batch(10**6)],
-        "error",
-        dict,
-        lambda scalars, step: said.get(step),
-    )
-    fit(
-        task,
-        TrainConfig(**CONFIG),
-        Accelerator(),
-        tmp_path,
-        seed=1,
-        compile_networks=False,
-        bf16=False,
-        label="line",
-    )  # type: ignore[arg-type]
+    task = line_task(Line(), check_health=lambda scalars, step: said.get(step))
+    fit_task(task, TrainConfig(**CONFIG), tmp_path, progress=True)  # type: ignore[arg-type]
     lines = [line for line in caplog.messages if line.startswith("line:")]
     assert [line for line in lines if "codes" in line] == [
         "line: codes are wasted",
@@ -92,7 +72,7 @@ def test_an_alarm_is_said_once_and_again_when_it_comes_back(tmp_path, caplog):
     )
 
 
-def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
+def test_nonfinite_gradient_stops_even_with_a_finite_loss(tmp_path):
     objective = Line()
     next(objective.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match="grad_norm is not finite at step 0"):
@@ -100,20 +80,20 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
-def test_a_broken_step_is_never_saved(tmp_path):
+def test_nonfinite_step_is_never_saved(tmp_path):
     with pytest.raises(FloatingPointError):
         train(tmp_path, Line(broken_at=5), log_every=100)
     assert newest_checkpoint(tmp_path / "checkpoints").name == "step-4"
 
 
-def test_keep_best_delivers_the_best_weights(tmp_path):
+def test_save_best_exports_the_best_weights(tmp_path):
     _, last = train(tmp_path / "last", steps=12, eval_every=2, learning_rate=0.3)
     _, best = train(tmp_path / "best", steps=12, eval_every=2, learning_rate=0.3, save_best=True)
     assert best["error"] <= last["error"]
     assert newest_checkpoint(tmp_path / "best" / "best") is not None
 
 
-def test_an_evaluation_that_fails_leaves_the_trained_weights_in_the_networks(tmp_path):
+def test_failing_evaluation_restores_the_trained_weights(tmp_path):
     """Not the EMA's, which are swapped in to be evaluated."""
     evaluated: list[torch.Tensor] = []
     objective = Line()
@@ -141,7 +121,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     network = nn.Linear(2, 2)
     save_checkpoint(tmp_path, State(1), {"a": network}, {}, [], keep=1)
 
@@ -155,7 +135,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
     assert load_checkpoint(tmp_path / "step-1", {"a": network}, {}, []).step == 1
 
 
-def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+def test_partial_checkpoint_is_ignored(tmp_path):
     save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
     (tmp_path / ".step-2.writing").mkdir()
     (tmp_path / "step-3").mkdir()
@@ -178,7 +158,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     ]
 
 
-def test_broken_checkpoints_are_named(tmp_path):
+def test_corrupted_checkpoints_are_named(tmp_path):
     save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
     with pytest.raises(
         ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"
@@ -204,7 +184,7 @@ def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
     )
 
 
-def test_the_average_is_an_exponential_moving_average_and_swaps():
+def test_ema_matches_its_formula_and_swaps_weights():
     network = nn.Linear(1, 1, bias=False)
     average = EMA({"a": network})
     start = float(network.weight.detach())
@@ -218,7 +198,7 @@ def test_the_average_is_an_exponential_moving_average_and_swaps():
     ) == pytest.approx(start + 1)
 
 
-def test_what_jumps_is_taken_as_it_is_and_not_averaged():
+def test_ema_excluded_parameters_are_copied():
     class Jumping(nn.Linear):
         def ema_excluded_parameters(self):
             return [self.weight]
@@ -235,7 +215,7 @@ def test_what_jumps_is_taken_as_it_is_and_not_averaged():
     )
 
 
-def test_schedules_by_hand():
+def test_learning_rate_matches_hand_computation():
     config = TrainConfig(
         steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1, ema_decay=0.99
     )
@@ -247,7 +227,7 @@ def test_schedules_by_hand():
     assert len(seeds) == 600
 
 
-def test_a_stable_rate_falls_over_the_last_share_of_the_steps():
+def test_stable_schedule_decays_over_the_last_fraction():
     config = TrainConfig(
         steps=110,
         learning_rate=1.0,
@@ -288,7 +268,7 @@ class Plain(Line):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
+def test_gradient_accumulation_equals_the_full_batch(tmp_path, parts, monkeypatch):
     clip, norms = Accelerator.clip_grad_norm_, []
     monkeypatch.setattr(
         Accelerator, "clip_grad_norm_", lambda *given: (norms.append(clip(*given)), norms[-1])[1]
@@ -303,7 +283,7 @@ def test_parts_of_a_batch_step_as_the_whole_does(tmp_path, parts, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_parts_must_divide_the_batch(tmp_path):
+def test_accumulation_steps_must_divide_the_batch(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"train\.batch_size is 4; it must be a multiple of "
@@ -314,7 +294,7 @@ def test_parts_must_divide_the_batch(tmp_path):
         train(tmp_path, decay_ratio=0)
 
 
-def test_weight_decay_spares_gains_and_biases():
+def test_weight_decay_excludes_gains_and_biases():
     groups = optimizers_for("a", nn.Linear(2, 3), TrainConfig(weight_decay=0.5))[
         "a/adamw"
     ].param_groups
@@ -324,7 +304,7 @@ def test_weight_decay_spares_gains_and_biases():
     ]
 
 
-def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
+def test_epochs_show_every_row_once_across_processes():
     order = BatchSampler(10, 4, seed=3)
     seen = [int(r) for step in range(5) for r in order.rows(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
@@ -334,13 +314,13 @@ def test_each_pass_shows_every_row_once_and_processes_share_a_batch():
         BatchSampler(0, 4, seed=3)
 
 
-def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
+def test_batch_must_divide_by_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 3))
     with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 processes"):
         train(tmp_path)
 
 
-def test_views_are_shifts_that_repeat():
+def test_augmentations_are_repeatable_shifts():
     import numpy as np
 
     images = np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
@@ -361,7 +341,7 @@ def test_views_are_shifts_that_repeat():
     )
 
 
-def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
+def test_muon_gets_inner_matrices_and_adamw_the_rest(tmp_path):
     from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
 
     stream = StreamConfig(
@@ -387,7 +367,7 @@ def test_muon_steps_the_matrices_inside_and_adamw_the_rest(tmp_path):
     assert torch.equal(moment, optimizers["prior/muon"].state[matrix]["momentum"])
 
 
-def test_muon_steps_kernels_but_no_codebook():
+def test_muon_gets_kernels_but_no_codebook():
     from stage1_tokenizer import ImageTokenizer, TokenizerConfig, VectorOptions
 
     tokenizer = ImageTokenizer(
