@@ -81,6 +81,12 @@ class TokenizerObjective:
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
 
+    def compile(self) -> None:
+        """Compiles the networks in place; parameter names stay as they are."""
+        self.tokenizer.compile_networks()
+        if self.discriminator is not None:
+            self.discriminator.compile_networks()
+
     def losses(
         self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None
     ) -> Iterator[TokenizerLoss]:

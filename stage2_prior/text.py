@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,8 @@ class TextTokenizer:
     def pretrained(cls, name: str, *, length: int) -> TextTokenizer:
         """Any fast tokenizer by Hub name or folder."""
         try:
-            return cls(AutoTokenizer.from_pretrained(name, use_fast=True), length)
+            fast: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
+            return cls(fast, length)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer "
@@ -314,7 +316,7 @@ class TextTokenizer:
         path = Path(folder) / "text.json"
         try:
             length = json.loads(path.read_text())["length"]
-            fast = AutoTokenizer.from_pretrained(str(folder))
+            fast: Any = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"

@@ -12,7 +12,8 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.stages.finetune import LoRAAdapter
-from pipeline.training.memory_estimate import MemoryEstimate, estimate_training_memory
+from pipeline.training.batch import to_device
+from pipeline.training.memory_estimate import MemoryEstimate, Probe, estimate_training_memory
 from pipeline.training.task import Objective
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig
@@ -53,12 +54,12 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         "codes": torch.zeros(8, stream.image_length, dtype=torch.long),
     }
     train = experiment.prior.train
-    prior.activation_checkpointing = train.activation_checkpointing
     prior_objective = PriorObjective(
         prior.train(),
         experiment.prior.objective,
         train.orders,
         experiment.sequence.captioning_fraction,
+        activation_checkpointing=train.activation_checkpointing,
     )
     estimates["prior"] = _estimate(
         prior_objective, batch, train, experiment.precision, device, processes, program
@@ -94,24 +95,16 @@ def _estimate(
     batch_size, micro_batches = train.resolved_batch()
     for network in objective.networks.values():
         network.to(device)
-    on_device = (
-        {key: value.to(device) for key, value in batch.items()}
-        if isinstance(batch, dict)
-        else batch.to(device)
-    )
     autocast = partial(
         torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device)
     )
     rows = max(batch_size // micro_batches // processes, 1)
-    compiled = should_compile(train, device)
     return estimate_training_memory(
-        objective,
+        Probe(objective, train.steps - 1, autocast, device),
         train,
-        device,
-        autocast,
-        on_device,
+        to_device(batch, device),
         rows,
-        compiled=compiled,
+        compiled=should_compile(train, device),
         several=processes > 1,
         program=program,
     )

@@ -79,9 +79,12 @@ def train_prior(experiment: Experiment) -> Path:
         if origin and experiment.prior.lora_rank
         else None
     )
-    prior.activation_checkpointing = train.activation_checkpointing
     objective = PriorObjective(
-        prior, experiment.prior.objective, train.orders, experiment.sequence.captioning_fraction
+        prior,
+        experiment.prior.objective,
+        train.orders,
+        experiment.sequence.captioning_fraction,
+        activation_checkpointing=train.activation_checkpointing,
     )
     objective.record_training()
     sampler = partial(
