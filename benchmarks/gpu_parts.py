@@ -421,7 +421,7 @@ def prior_step(prior, sizes: Sizes, device: torch.device) -> tuple[Callable[[], 
     )
     objective = PriorObjective(prior, PriorObjectiveConfig())
     if device.type == "cuda":
-        prior.compile_networks()
+        objective.compile()
     return optimized(
         objective, {"text_ids": text, "codes": codes}, prior, device
     ), sizes.train_batch * (prior.stream.length - 1)

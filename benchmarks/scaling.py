@@ -70,12 +70,13 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
     try:
         with FakeTensorMode():
             prior = weightless(config)
-            prior.activation_checkpointing = again
             for parameter in () if gradients else prior.parameters():
                 parameter.register_post_accumulate_grad_hook(
                     lambda gone: setattr(gone, "grad", None)
                 )
-            objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.0))
+            objective = PriorObjective(
+                prior, PriorObjectiveConfig(caption_dropout=0.0), activation_checkpointing=again
+            )
             batch = {
                 "text_ids": torch.zeros(pictures, STREAM.text_length, dtype=torch.long),
                 "codes": torch.zeros(pictures, 256, dtype=torch.long),

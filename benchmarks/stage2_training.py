@@ -54,7 +54,7 @@ def main() -> None:
         "LlamaForCausalLM": step(llama, lambda: llama(input_ids=joint, labels=joint).loss),
     }
     if "--compile" in sys.argv:
-        ours.compile_networks()
+        objective.compile()
         compiled = peers.llama()
         compiled.compile()
         sides["LlamaForCausalLM compiled"] = step(

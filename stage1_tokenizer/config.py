@@ -300,7 +300,8 @@ class ObjectiveConfig:
 
 def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
     """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
-    problems, discriminator = [], objective["discriminator"]
+    problems = []
+    discriminator = objective["discriminator"]
     heats = {name: objective[name] for name in ("temperature_start", "temperature_end")}
     if (
         discriminator["weight"]

@@ -1,8 +1,8 @@
 """Published weights -> our modules: OpenAI's dVAE, VQ-GAN and its Gumbel variant of
 taming-transformers, LlamaGen's VQ-8 and VQ-16.
 
-Knows their files' names of weights, whose shapes say the sizes; knows no training. Nothing is
-unpickled but plain tensors.
+Knows the names of weights in their files, and reads sizes from shapes; knows no training. Unpickles
+plain tensors alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _BOOKKEEPING = (
     "quantizer.steps",
     "quantizer.initialized",
 )
-"""What our quantizers know besides their weights: of no use to a tokenizer that is not trained
-further."""
+"""State of our quantizers besides their weights, which further training alone uses."""
 
 
 def load_external(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weights]:
@@ -56,7 +55,7 @@ def load_external(path: str | Path, kind: Kind) -> tuple[TokenizerConfig, Weight
 
 
 def convert(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, Weights]:
-    """`original`, of weights already read; `name` is what errors call them."""
+    """As `load_external`, of weights already read; `name` is what errors call them."""
     try:
         match kind:
             case "openai-dvae":
@@ -80,10 +79,8 @@ def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, na
         ValueError: a weight is missing, too many or of another shape; names the first.
     """
     kept = {key: value for key, value in own.items() if key in _BOOKKEEPING}
-    missing, unexpected = (
-        sorted(set(own) - set(kept) - set(weights)),
-        sorted(set(weights) - set(own)),
-    )
+    missing = sorted(set(own) - set(kept) - set(weights))
+    unexpected = sorted(set(weights) - set(own))
     shapes = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     if missing or unexpected or shapes:
         raise ValueError(
@@ -160,8 +157,10 @@ def _count(weights: Iterable[str], pattern: str) -> int:
 
 
 def _openai_dvae(weights: Weights) -> tuple[TokenizerConfig, Weights]:
-    first, last = weights["encoder.blocks.input.w"], weights["encoder.blocks.output.conv.w"]
-    table, shift = weights["decoder.blocks.input.w"], weights["decoder.blocks.input.b"]
+    first = weights["encoder.blocks.input.w"]
+    last = weights["encoder.blocks.output.conv.w"]
+    table = weights["decoder.blocks.input.w"]
+    shift = weights["decoder.blocks.input.b"]
     halvings = _count(weights, r"encoder\.blocks\.group_(\d+)\.") - 1
     config = TokenizerConfig(
         image_size=_IMAGE_SIZE,
@@ -206,10 +205,8 @@ def _vqgan(weights: Weights, kind: Kind) -> tuple[TokenizerConfig, Weights]:
         }
     for key in names:
         weights[key]  # a KeyError names what another architecture lacks
-    first, resolutions = (
-        weights["encoder.conv_in.weight"],
-        _count(weights, r"encoder\.down\.(\d+)\."),
-    )
+    first = weights["encoder.conv_in.weight"]
+    resolutions = _count(weights, r"encoder\.down\.(\d+)\.")
     widths = [
         weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(resolutions)
     ]

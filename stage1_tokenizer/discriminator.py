@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.quantizers.base import sum_over_processes
 
 _ANCHOR_DECAY = 0.99
-"""Decay, a step, of the mean logits that LeCam anchors to."""
+"""Decay per step of the mean logits that LeCam anchors to."""
 
 
 class Discriminator(nn.Module):
@@ -99,7 +99,7 @@ def lecam(true: Tensor, drawn: Tensor, anchors: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:
-    """Scalar that makes the adversary's gradient as long as the reconstruction loss's, both taken
+    """Scalar that makes the adversarial gradient as long as the reconstruction loss's, both taken
     at the decoder's output.
 
     The paper takes them at the last layer's weights; at its output they cost no second pass through

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW, _DEVIATION = 11, 1.5
+_WINDOW = 11
+_DEVIATION = 1.5
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of the scales, finest first; small images have fewer, and those share the weight."""
 
@@ -50,10 +51,13 @@ def structural_similarity(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Te
     def local_mean(v: Tensor) -> Tensor:
         return F.conv2d(v, kernel, groups=channels)
 
-    mean_x, mean_y = local_mean(x), local_mean(y)
-    variance_x, variance_y = local_mean(x * x) - mean_x**2, local_mean(y * y) - mean_y**2
+    mean_x = local_mean(x)
+    mean_y = local_mean(y)
+    variance_x = local_mean(x * x) - mean_x**2
+    variance_y = local_mean(y * y) - mean_y**2
     covariance = local_mean(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    c1 = (0.01 * peak) ** 2
+    c2 = (0.03 * peak) ** 2
     contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return (luminance * contrast).mean(dim=(2, 3)), contrast.mean(dim=(2, 3))
@@ -62,7 +66,8 @@ def structural_similarity(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Te
 def multi_scale_distance(pixels: Tensor, others: Tensor) -> Tensor:
     """1 - MS-SSIM (B,), over as many of the five scales as leave a whole window."""
     with torch.autocast(pixels.device.type, enabled=False):
-        x, y = pixels.float(), others.float()
+        x = pixels.float()
+        y = others.float()
         scales = 1
         while scales < len(_SCALES) and min(x.shape[2:]) >> scales >= _WINDOW:
             scales += 1
@@ -71,7 +76,8 @@ def multi_scale_distance(pixels: Tensor, others: Tensor) -> Tensor:
         for scale, weight in enumerate(weights):
             whole, contrast = structural_similarity(x, y, peak=2.0)
             part = whole if scale == scales - 1 else contrast
-            # A negative similarity has no such power; next to 0 its slope is too steep.
+            # Negative numbers have no such power; near 0 its slope is too steep.
             similarity = similarity * part.clamp(min=1e-3) ** weight
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+            x = F.avg_pool2d(x, 2)
+            y = F.avg_pool2d(y, 2)
         return 1 - similarity.mean(1)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from PIL import Image
@@ -26,6 +26,8 @@ from stage1_tokenizer.networks import build_networks
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
 from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
 from stage1_tokenizer.tiling import by_tiles
+
+_Config = TypeVar("_Config")
 
 
 class ImageTokenizerConfig(PreTrainedConfig):
@@ -56,6 +58,8 @@ class ImageTokenizer(PreTrainedModel):
     config_class = ImageTokenizerConfig
     base_model_prefix = "tokenizer"
     main_input_name = "pixels"
+    if TYPE_CHECKING:
+        to = nn.Module.to  # type: ignore[assignment]  # transformers' wrapper hides the signature
 
     def __init__(self, config: TokenizerConfig | ImageTokenizerConfig) -> None:
         hub = (
@@ -71,7 +75,7 @@ class ImageTokenizer(PreTrainedModel):
         self.encoder, self.decoder = build_networks(
             own, self.quantizer.input_dim, self.quantizer.output_dim, parameters
         )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -139,9 +143,10 @@ class ImageTokenizer(PreTrainedModel):
             self.quantizer.train(training)
 
     def check_size(self, shape: Sequence[int]) -> None:
-        """Refuses pixels of a shape that this tokenizer cannot encode, naming the nearest that it
-        can."""
-        channels, stride = self.own_config.channels, self.own_config.stride
+        """Raises ValueError for pixels of a shape that this tokenizer cannot encode; names the
+        nearest that it can."""
+        channels = self.own_config.channels
+        stride = self.own_config.stride
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(
                 f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)"
@@ -250,11 +255,14 @@ class ImageTokenizer(PreTrainedModel):
         self.decoder.compile(dynamic=False)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *arguments: Any, **options: Any
+    ) -> Any:
         """A tokenizer from a folder, or by a name of the Hub.
 
-        Weights that are missing or unknown are refused, where transformers' own would draw them at
-        random or leave them out. A name of the Hub, or further options, go through transformers.
+        Missing or unknown weights are refused; transformers' own method would initialise or ignore
+        them. A name of the Hub, or further options, are passed on to it. `Any`, since it returns a
+        pair with `output_loading_info`.
 
         Raises:
             ValueError: a file is missing, truncated or another model's, or the weights do not fit
@@ -266,12 +274,13 @@ class ImageTokenizer(PreTrainedModel):
         with_info = options.pop("output_loading_info", False)
         checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(name, *arguments, **(options | checked))
+            loaded: Any = super().from_pretrained(name, *arguments, **(options | checked))
         except SafetensorError as error:
             raise ValueError(
                 f"the weights of {name} cannot be read: {error}; the file is truncated or "
                 "corrupted, copy it again"
             ) from error
+        model, info = loaded
         mismatched = [entry[0] for entry in info["mismatched_keys"]]
         _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
         return (model, info) if with_info else model
@@ -337,10 +346,9 @@ def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
         )
 
 
-def build_config(kind: Any, values: dict[str, Any]) -> Any:
-    """A configuration from saved values, nested ones too; a key this version does not know is
-    refused rather than ignored."""
-    unknown = set(values) - {f.name for f in fields(kind)}
+def build_config(kind: type[_Config], values: dict[str, Any]) -> _Config:
+    """A configuration from saved values, nested ones too; unknown keys are refused."""
+    unknown = set(values) - {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(
             f"the tokenizer's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"

@@ -62,8 +62,8 @@ def temperature(step: int, config: ObjectiveConfig) -> float:
 
 
 class TokenizerObjective:
-    """Batches are uint8 images (B,H,W,C). With an adversary there are two networks and two losses
-    a step."""
+    """Batches are uint8 images (B,H,W,C). With a discriminator there are two networks and two
+    losses per step."""
 
     def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
         if problems := joint_problems(asdict(tokenizer.own_config), asdict(config)):
@@ -81,18 +81,27 @@ class TokenizerObjective:
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
 
+    def compile(self) -> None:
+        """Compiles the networks in place; parameter names stay as they are."""
+        self.tokenizer.compile_networks()
+        if self.discriminator is not None:
+            self.discriminator.compile_networks()
+
     def losses(
         self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None
     ) -> Iterator[TokenizerLoss]:
-        """The tokenizer's loss - negative log-likelihood a dimension, plus what the quantizer, a
-        perceptual distance and an adversary add - and then the adversary's own. `networks` are
-        called in place of the objective's own, such as the same ones wrapped by DDP."""
+        """The tokenizer's loss, then the discriminator's. The first is the negative log-likelihood
+        per dimension, plus what the quantizer, a perceptual distance and a discriminator add.
+        `networks` are called in place of the objective's own, such as the same ones wrapped by
+        DDP."""
         networks = networks or self.networks
         pixels = to_model_range(batch)
-        tokenizer, dimensions = self.tokenizer, pixels[0].numel()
+        tokenizer = self.tokenizer
+        dimensions = pixels[0].numel()
         heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         output = networks["tokenizer"](pixels, heat)
-        quantized, drawn = output.quantized, tokenizer.likelihood.picture(output.parameters)
+        quantized = output.quantized
+        drawn = tokenizer.likelihood.picture(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
         nll_map = tokenizer.likelihood.nll_map(target, output.parameters)
         nll = nll_map.flatten(1).sum(1).mean()
@@ -106,8 +115,8 @@ class TokenizerObjective:
             perceptual = self.distance(pixels, drawn).mean()
             reconstruction = reconstruction + self.config.perceptual.weight * perceptual
             metrics["perceptual"] = perceptual.detach()
-        # Divergences are in nats per image as the likelihood is; distances and entropies of the
-        # quantizer stand as they are.
+        # Divergences are in nats per image like the likelihood. Distances and entropies of the
+        # quantizer are not divided.
         value = reconstruction + quantized.loss
         if quantized.kl is not None:
             value = value + kl_weight(step, self.config) * quantized.kl / dimensions
@@ -119,7 +128,7 @@ class TokenizerObjective:
         if self.discriminator is None or step < options.start:
             yield TokenizerLoss("tokenizer", value, metrics)
             return
-        # Not by the wrapped module: its gradients are the other loss's.
+        # Not the wrapped module: its gradients belong to the other loss.
         with requires_grad_off(self.discriminator) as judge:
             misled = loss_at_image(generator_loss(judge(drawn).float()), drawn)
         weight = options.weight * (
@@ -130,8 +139,8 @@ class TokenizerObjective:
         yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
 
     def check_health(self, figures: Mapping[str, float], step: int) -> str | None:
-        """What is wrong with the codebook by the scalars of a training step, and what to do; None
-        where nothing is."""
+        """A warning about the codebook, by the scalars of a training step, with what to do; or
+        None."""
         return check(self.tokenizer.own_config, figures, step)
 
     def _discriminator_loss(
@@ -139,12 +148,10 @@ class TokenizerObjective:
     ) -> TokenizerLoss:
         """The discriminator's loss on true and drawn pixels (B,C,H,W)."""
         assert self.discriminator is not None
-        # One pass for both, since data-parallel training counts on one a step.
+        # One pass for both, since DDP expects one per step.
         of_true, of_drawn = discriminator(torch.cat([true, drawn])).float().chunk(2)
-        value, metrics = (
-            hinge_loss(of_true, of_drawn),
-            {"logits_real": of_true.detach().mean(), "logits_fake": of_drawn.detach().mean()},
-        )
+        value = hinge_loss(of_true, of_drawn)
+        metrics = {"logits_real": of_true.detach().mean(), "logits_fake": of_drawn.detach().mean()}
         if self.config.discriminator.lecam:
             value = value + self.config.discriminator.lecam * lecam(
                 of_true, of_drawn, self.discriminator.anchors
@@ -154,15 +161,18 @@ class TokenizerObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
+        """Held-out metrics with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
         codebook use (over all levels and, where there are several, of each); for relaxed quantizers
         also `relaxed_psnr` at the last temperature and the gap. No collectives."""
         tokenizer = self.tokenizer
         tokenizer.eval()
-        psnr, soft_psnr, nll = [], [], []
+        psnr = []
+        soft_psnr = []
+        nll = []
         layout = tokenizer.layout
         counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
-        dimensions, noise = 1, torch.Generator().manual_seed(0)
+        dimensions = 1
+        noise = torch.Generator().manual_seed(0)
         for batch in batches:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()

@@ -38,7 +38,7 @@ def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 def to_pictures(pixels: Tensor) -> Tensor:
-    """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and cut to 0..255."""
+    """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and clamped to 0..255."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -1,9 +1,9 @@
 """Large images piece by piece, so that memory does not grow with their size. Knows windows of
 pixels; nothing of networks.
 
-A piece is taken with a margin on every side that is thrown away again: where the margin is as wide
-as what a pixel depends on, the pieces fit together to the last bit. Networks with attention or
-GroupNorm look at whole pieces, and theirs fit together less well.
+Each piece has a margin on every side that is discarded. Where the margin covers all that a pixel
+depends on, the pieces fit together to the last bit. Networks with attention or GroupNorm depend on
+the whole piece, so theirs fit less well.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ def by_tiles(
         margin: pixels around it that are worked on too and not kept; rounded up.
     """
     height, width = pixels.shape[2:]
-    tile, margin = max(tile // stride, 1) * stride, -(-margin // stride) * stride
+    tile = max(tile // stride, 1) * stride
+    margin = -(-margin // stride) * stride
     whole = torch.empty_like(pixels)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
-            bottom, right = min(top + tile, height), min(left + tile, width)
-            first, second = max(top - margin, 0), max(left - margin, 0)
-            done = work(pixels[:, :, first : bottom + margin, second : right + margin])
-            whole[:, :, top:bottom, left:right] = done[
-                :, :, top - first : bottom - first, left - second : right - second
-            ]
+            bottom = min(top + tile, height)
+            right = min(left + tile, width)
+            y = max(top - margin, 0)
+            x = max(left - margin, 0)
+            done = work(pixels[:, :, y : bottom + margin, x : right + margin])
+            kept = done[:, :, top - y : bottom - y, left - x : right - x]
+            whole[:, :, top:bottom, left:right] = kept
     return whole

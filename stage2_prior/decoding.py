@@ -1,24 +1,24 @@
-"""Draws codes from a prior: the loop over steps and its cache. Knows ids, places and slots; no
-text, no images.
+"""Samples codes from a prior: the loop over steps and its cache. Knows ids, cache positions and
+position ids; no text, no images.
 
-Legend: B images, T text slots, N codes of an image, k codes first drawn in one step.
+Legend: B images, T text positions, N codes of an image, k codes first sampled in one step.
 
-Tokens have a *slot* (what they are) and a *place* (when they come). Places 0..T-1 hold the text,
-place T+i the i-th code in the order of the image. A step feeds the codes of the step before and
-reads off the next k. To draw k > 1 codes at once, the last token is fed k times, each time told
-another target, at places that the next step overwrites: every one of them sees all codes drawn so
-far and none of its siblings, just as in training. With k = 1 this is plain sequential sampling.
+Tokens have a *position id* (what they are) and a *cache position* (when they come). Cache positions
+0..T-1 hold the text, T+i the i-th code in the order of the image. A step's input is the codes of
+the step before; its output is the next k. To sample k > 1 codes at once, the last token is repeated
+k times, each time with another target, at cache positions that the next step overwrites. Each of
+these draft tokens attends to all earlier codes and to no other draft token, just as in training.
+With k = 1 this is plain sequential sampling.
 
-Siblings do not know each other, so two of them may begin the same object twice. But the next step
-feeds them one after another anyway, and so works out what each would be drawn from had it known
-those before it. It is drawn from that anew, with the same uniform number: most stay what they are,
-and where one does not, the tokens from it on are fed again by the step after. Each step settles at
-least one code on what sequential sampling draws from the same seed, and nearly all of them in
-practice; what the last step draws or changes is not looked at again (predictive sampling, Wiggers &
-Hoogeboom 2020, arXiv:2002.09928, with the siblings as forecasts).
+Draft tokens are sampled independently, so two of them may start the same object twice. The next
+step verifies them with full context: it resamples each with the same uniform number. Most stay what
+they are. From the first that changes on, the step after computes them again. So each step accepts
+at least one token of the sequential sample of the same seed, and nearly all of them in practice.
+What the last step samples is not verified (predictive sampling, Wiggers & Hoogeboom 2020,
+arXiv:2002.09928, with draft tokens as forecasts).
 
-Guidance keeps the null caption's branch as further rows of one batch. It is computed only for steps
-that are guided; where guidance comes in late, the branch first catches up in one pass.
+Guidance computes the null caption's branch as further rows of the batch, for guided steps alone.
+Where guidance starts late, the branch first catches up in one pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.model import ImagePrior
-from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders
+from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders
 from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
 from stage2_prior.step import (
     SamplingSpec,
@@ -52,10 +52,10 @@ class Samples:
     codes: Tensor
     """(B,N) int64 in raster order, each counted within its level."""
     log_likelihood: Tensor
-    """(B,) log p(codes decided | caption, codes known) in nats under the prior itself: no guidance,
-    temperature 1, no filter. Where a step draws several codes it is near that only: codes are
-    counted as they were last drawn, some of them given codes that were changed at the same time.
-    `code_log_likelihood` is exact."""
+    """(B,) log p(sampled codes | caption, given codes) in nats under the prior itself: no guidance,
+    temperature 1, no filter. Approximate where a step samples several codes: each code counts as it
+    was last sampled, some given codes that changed at the same time. `code_log_likelihood` is
+    exact."""
     null_log_likelihood: Tensor | None
     """(B,) the same given the null caption; None where its branch was not computed for every
     code."""
@@ -69,6 +69,7 @@ class Samples:
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
 
 
+# Eight parameters: the five after `options` are what callers choose one by one, all with defaults.
 @torch.inference_mode()
 def sample(
     prior: ImagePrior,
@@ -81,22 +82,21 @@ def sample(
     orders: Tensor | None = None,
     compiled: bool = False,
 ) -> Samples:
-    """Draws one image's codes for each row of `text_ids` (B,T), row i with seeds[i].
+    """Samples one image's codes for each row of `text_ids` (B,T), row i with seeds[i].
 
     Args:
         known: (N,) or (B,N) bool, the image positions whose codes are given and kept, as many in
             every row; none by default.
-        codes: (B,N) the given codes; the others in it are not looked at.
-        orders: (B,N) in which order the unknown codes come. By default raster order where the prior
-            knows no other, and an order from each image's seed where it was trained on random
-            ones.
+        codes: (B,N) the given codes; other positions are ignored.
+        orders: (B,N) the order of the sampled codes. By default raster order, or an order from each
+            image's seed where the prior was trained on random ones.
         compiled: whether steps of a single code are compiled.
 
     Raises:
         ValueError: guidance was asked of a prior trained without caption dropout; its null caption
-            means nothing. Or what is asked needs a prior that was trained on random orders, or
-            there are more steps than codes to decide.
-        FloatingPointError: the logits are not finite, naming the step at which it happened.
+            means nothing. Or the order needs a prior that was trained on random orders, or there
+            are more steps than codes to sample.
+        FloatingPointError: the logits are not finite; names the step.
     """
     if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
         raise ValueError(
@@ -104,183 +104,186 @@ def sample(
             "and this one was not; "
             "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
         )
-    return _Sampling(prior, text_ids, seeds, options, known, codes, orders, compiled).run()
+    count = prior.stream.image_length
+    num_kept = _num_kept(known, codes, count)
+    step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
+    orders = _orders(prior, seeds, known, orders, options.num_inference_steps)
+    noise = per_seed_uniforms(seeds, count)
+    decoder = _Decoder(prior, text_ids, orders, noise, step_sizes, options, compiled=compiled)
+    if codes is not None and num_kept:
+        decoder.keep(codes)
+    return decoder.run()
 
 
-class _Sampling:
-    """The state of one call of `sample`."""
+class _Decoder:
+    """The state of one call of `sample`.
+
+    Args:
+        orders: (B,N) the image positions of kept codes, then of those to sample.
+        noise: (B,N) uniform numbers, in the same order.
+        step_sizes: how many codes each step samples first.
+    """
 
     def __init__(
         self,
         prior: ImagePrior,
         text_ids: Tensor,
-        seeds: Sequence[int],
+        orders: Tensor,
+        noise: Tensor,
+        step_sizes: Sequence[int],
         options: SamplingOptions,
-        known: Tensor | None,
-        codes: Tensor | None,
-        orders: Tensor | None,
+        *,
         compiled: bool,
     ) -> None:
-        self.prior, self.options = prior, options
-        stream, device = prior.stream, prior.device
-        self.batch, self.text_length, self.image_length = (
-            len(text_ids),
-            stream.text_length,
-            stream.image_length,
-        )
-        self.num_known = _number_known(known, codes, self.image_length)
-        self.counts = cosine_step_sizes(
-            self.image_length - self.num_known, options.num_inference_steps
-        )
-        self.compiled = compiled and max(self.counts) == 1
-        scales = [guidance_at(i / self.image_length, options) for i in range(self.image_length)]
-        self.scales, self.guided = (
-            torch.tensor(scales, device=device),
-            [scale != 1 for scale in scales],
-        )
-        self.finite: list[Tensor] = []
-        self.graphs: dict[SamplingSpec, Callable[[StepInput], StepOutput]] = {}
-        self.begun: set[SamplingSpec] = set()
-        self.orders = _orders(prior, seeds, known, orders, options.num_inference_steps)
-        shared = (self.orders == self.orders[0]).all()
-        place = self.orders[0] if shared else self.orders
-        text = torch.arange(self.text_length).expand(*place.shape[:-1], -1)
-        # What stands at each place: shared by all rows where all images have one order, which
-        # costs a step less.
-        self.slots = torch.cat([text, place + self.text_length], -1).to(device)
-        self.noise = per_seed_uniforms(seeds, self.image_length).to(device)
-        branches = 2 if any(self.guided[self.num_known :]) else 1
-        captions = (
-            torch.cat([text_ids.to(device), stream.null_caption(self.batch, device)])
-            if branches == 2
-            else text_ids.to(device)
-        )
-        if not shared and branches == 2:
-            self.slots = self.slots.repeat(2, 1)
+        stream = prior.stream
+        device = prior.device
+        self.prior = prior
+        self.options = options
+        self.orders = orders
+        self.noise = noise.to(device)
+        self.step_sizes = step_sizes
+        self.compiled = compiled and max(step_sizes) == 1
+        self.batch = len(text_ids)
+        self.text_length = stream.text_length
+        self.num_kept = stream.image_length - sum(step_sizes)
+        scales = [guidance_at(i / stream.image_length, options) for i in range(stream.image_length)]
+        self.scales = torch.tensor(scales, device=device)
+        self.guided = [scale != 1 for scale in scales]
+        self.branches = 2 if any(self.guided[self.num_kept :]) else 1
+        captions = text_ids.to(device)
+        if self.branches == 2:
+            captions = torch.cat([captions, stream.null_caption(self.batch, device)])
         self.ids = captions.new_zeros(len(captions), stream.length)
         self.ids[:, : self.text_length] = captions
-        if codes is not None and self.num_known:
-            first = self.orders[:, : self.num_known]
-            ids = stream.code_ids(codes.cpu().gather(1, first), first).to(device)
-            self.ids[:, self.text_length : self.text_length + self.num_known] = ids.repeat(
-                branches, 1
-            )
-        self.log_p = torch.zeros(branches, self.batch, self.image_length, device=device)
-        # Siblings of a step lie at the places of the codes that it decides, which the next step
-        # fills anew.
-        self.places = torch.arange(stream.length, device=device)
-        self.cache = prior.new_cache(len(captions))
+        self.position_ids = self._position_ids().to(device)
+        self.cache_positions = torch.arange(stream.length, device=device)
+        self.log_p = torch.zeros(self.branches, self.batch, stream.image_length, device=device)
         self.numbers = torch.tensor(
             [options.temperature or 1.0, options.top_p or 1.0, options.min_p or 0.0], device=device
         )
+        self.finite: list[Tensor] = []
+        self.graphs: dict[SamplingSpec, Callable[[StepInput], StepOutput]] = {}
+        self.started: set[SamplingSpec] = set()
         self.tables = prior.tables()
-        self._read_captions(captions[:, :-1])
-        self.filled = [self.text_length - 1] * branches
-        """Places that hold their token already, in either branch."""
+        self.cache = prior.new_cache(len(captions))
+        self._prefill(captions[:, :-1])
+        self.filled = [self.text_length - 1] * self.branches
+        """Cache positions that hold their token already, per branch."""
 
-    def _read_captions(self, captions: Tensor) -> None:
-        """Fills the cache with all text but the last slot, which is told the image's own first
-        code: each caption is read once, however many images it has."""
+    def _position_ids(self) -> Tensor:
+        """The position id of each cache position: (S,) where all images have one order, which makes
+        a step cheaper, else a row for each row of the batch."""
+        shared = bool((self.orders == self.orders[0]).all())
+        image = self.orders[0] if shared else self.orders
+        text = torch.arange(self.text_length).expand(*image.shape[:-1], -1)
+        position_ids = torch.cat([text, image + self.text_length], -1)
+        return position_ids if shared else position_ids.repeat(self.branches, 1)
+
+    def _prefill(self, captions: Tensor) -> None:
+        """Fills the cache with all text but the last token, which is input of the first step. Each
+        caption is computed once, however many images it has."""
         unique, row = torch.unique(captions, dim=0, return_inverse=True)
         cache = self.prior.new_cache(len(unique), captions.shape[1])
-        read = compiled_prefill(self.prior) if self.compiled else prefill
-        read(self.prior, self.tables, cache, unique)
+        fill = compiled_prefill(self.prior) if self.compiled else prefill
+        fill(self.prior, self.tables, cache, unique)
         self.cache.copy_from(cache, row)
 
+    def keep(self, codes: Tensor) -> None:
+        """Takes the kept ones of the given codes (B,N)."""
+        kept = self.orders[:, : self.num_kept]
+        ids = self.prior.stream.code_ids(codes.cpu().gather(1, kept), kept).to(self.ids.device)
+        end = self.text_length + self.num_kept
+        self.ids[:, self.text_length : end] = ids.repeat(self.branches, 1)
+
     def run(self) -> Samples:
-        place = self.text_length + self.num_known
-        self._catch_up(0, place - 1)
-        for count in self.counts:
-            self._step(place, count)
-            place += count
+        position = self.text_length + self.num_kept
+        self._catch_up(0, position - 1)
+        for count in self.step_sizes:
+            self._step(position, count)
+            position += count
         return self._samples()
 
-    def _catch_up(self, branch: int, place: int) -> None:
-        """Feeds a branch what it has not been fed of the tokens below `place`."""
+    def _catch_up(self, branch: int, end: int) -> None:
+        """Fills a branch's cache up to position `end`, exclusive."""
         first = self.filled[branch]
-        if first >= place:
+        if first >= end:
             return
-        rows, part = slice(branch * self.batch, (branch + 1) * self.batch), slice(first, place)
-        places = self.places[part]
+        rows = slice(branch * self.batch, (branch + 1) * self.batch)
+        positions = self.cache_positions[first:end]
         cache = self.cache.rows(rows)
-        past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
-        slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
+        past = CacheView(cache, positions, attention_mask(positions, positions, cache.capacity))
+        position_ids = self.position_ids if self.position_ids.ndim == 1 else self.position_ids[rows]
         self.prior.features(
-            self.ids[rows, part],
-            slots[..., part],
-            slots[..., first + 1 : place + 1],
+            self.ids[rows, first:end],
+            position_ids[..., first:end],
+            position_ids[..., first + 1 : end + 1],
             self.tables,
             past,
         )
-        self.filled[branch] = place
+        self.filled[branch] = end
 
-    def _step(self, place: int, count: int) -> None:
-        """Draws the codes of places place .. place+count-1, and those anew that were drawn without
-        knowing all before them."""
-        first, end, options = self.filled[0], place + count - 1, self.options
-        drawn_now = slice(first + 1 - self.text_length, end + 1 - self.text_length)
-        guided = any(self.guided[drawn_now])
+    def _step(self, position: int, count: int) -> None:
+        """Samples the codes of positions position .. position+count-1, and resamples the draft
+        tokens before them."""
+        first = self.filled[0]
+        end = position + count - 1
+        sampled = slice(first + 1 - self.text_length, end + 1 - self.text_length)
+        guided = any(self.guided[sampled])
         if guided:
             self._catch_up(1, first)
-        rows = slice(None) if guided or len(self.filled) == 1 else slice(self.batch)
-        slots = self.slots if self.slots.ndim == 1 else self.slots[rows]
-        ids, own = self.ids[rows, first:place], slots[..., first:place]
-        places = self.places[first:end]
-        before = places
+        rows = slice(None) if guided or self.branches == 1 else slice(self.batch)
+        position_ids = self.position_ids if self.position_ids.ndim == 1 else self.position_ids[rows]
+        ids = self.ids[rows, first:position]
+        own = position_ids[..., first:position]
+        cache_positions = self.cache_positions[first:end]
+        before = cache_positions
         if count > 1:  # the last token once for each further code
-            siblings = count - 1
-            ids = torch.cat([ids, ids[:, -1:].expand(-1, siblings)], 1)
-            own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], siblings)], -1)
-            before = places.clamp(max=place - 1)
-        fed = StepInput(
-            ids,
-            own,
-            slots[..., first + 1 : end + 1],
-            places,
-            before,
-            self.noise[:, drawn_now],
-            self.scales[drawn_now],
-        )
+            drafts = count - 1
+            ids = torch.cat([ids, ids[:, -1:].expand(-1, drafts)], 1)
+            own = torch.cat([own, own[..., -1:].expand(*own.shape[:-1], drafts)], -1)
+            before = cache_positions.clamp(max=position - 1)
+        targets = position_ids[..., first + 1 : end + 1]
+        noise = self.noise[:, sampled]
+        inputs = StepInput(ids, own, targets, cache_positions, before, noise, self.scales[sampled])
+        output = self._decode(self.cache.rows(rows), inputs, self._spec(guided))
+        self.log_p[0, :, sampled] = output.log_p
+        self.finite.append(output.log_p.isfinite().all())
+        if output.null_log_p is not None:
+            self.log_p[1, :, sampled] = output.null_log_p
+        ids = output.classes + self.prior.stream.text_vocab_size
+        self._accept(ids, first + 1, position, guided)
+
+    def _spec(self, guided: bool) -> SamplingSpec:
+        options = self.options
         top_p = options.top_p is not None and options.top_p < 1
-        choice = SamplingSpec(
-            guided, options.temperature == 0, options.top_k, top_p, options.min_p is not None
-        )
-        cache = self.cache.rows(rows)
-        drawn = self._drawn(cache, fed, choice)
-        self.log_p[0, :, drawn_now] = drawn.log_p
-        self.finite.append(drawn.log_p.isfinite().all())
-        if drawn.null_log_p is not None:
-            self.log_p[1, :, drawn_now] = drawn.null_log_p
-        self._keep(drawn.classes + self.prior.stream.text_vocab_size, first + 1, place, guided)
+        greedy = options.temperature == 0
+        return SamplingSpec(guided, greedy, options.top_k, top_p, options.min_p is not None)
 
-    def _drawn(self, cache: KeyValueCache, fed: StepInput, choice: SamplingSpec) -> StepOutput:
+    def _decode(self, cache: KeyValueCache, inputs: StepInput, spec: SamplingSpec) -> StepOutput:
         if not self.compiled:
-            return decode_step(self.prior, self.tables, cache, fed, self.numbers, choice)
-        if choice in self.graphs:
-            return self.graphs[choice](fed)
-        step = compiled_decode_step(self.prior, fed, choice)
-        if (
-            self.prior.device.type == "cuda" and choice in self.begun
-        ):  # its first step has compiled it
-            self.graphs[choice] = capture_cuda_graph(
-                step, self.prior, self.tables, cache, fed, self.numbers, choice
+            return decode_step(self.prior, self.tables, cache, inputs, self.numbers, spec)
+        if spec in self.graphs:
+            return self.graphs[spec](inputs)
+        step = compiled_decode_step(self.prior, inputs, spec)
+        if self.prior.device.type == "cuda" and spec in self.started:  # it is compiled by now
+            self.graphs[spec] = capture_cuda_graph(
+                step, self.prior, self.tables, cache, inputs, self.numbers, spec
             )
-            return self.graphs[choice](fed)
-        self.begun.add(choice)
-        return step(self.prior, self.tables, cache, fed, self.numbers, choice)
+            return self.graphs[spec](inputs)
+        self.started.add(spec)
+        return step(self.prior, self.tables, cache, inputs, self.numbers, spec)
 
-    def _keep(self, ids: Tensor, first: int, place: int, guided: bool) -> None:
-        """Takes over the ids drawn for places first, first+1, ..., of which those below `place`
-        were drawn before: the tokens from the first on that is now another were fed in vain."""
-        right = place
-        if first < place:
-            changed = (
-                (ids[:, : place - first] != self.ids[: self.batch, first:place]).any(0).nonzero()
-            )
-            right = first + int(changed[0]) if len(changed) else place
+    def _accept(self, ids: Tensor, first: int, position: int, guided: bool) -> None:
+        """Stores the ids sampled for positions first, first+1, ... Those below `position` were
+        draft tokens: the cache is valid up to the first of them that changed."""
+        valid = position
+        if first < position:
+            drafts = self.ids[: self.batch, first:position]
+            changed = (ids[:, : position - first] != drafts).any(0).nonzero()
+            valid = first + int(changed[0]) if len(changed) else position
         self.ids.view(-1, self.batch, self.ids.shape[1])[:, :, first : first + ids.shape[1]] = ids
         self.filled = [
-            right if i == 0 or guided else filled for i, filled in enumerate(self.filled)
+            valid if i == 0 or guided else filled for i, filled in enumerate(self.filled)
         ]
 
     def _samples(self) -> Samples:
@@ -296,19 +299,19 @@ class _Sampling:
         orders = self.orders.to(classes.device)
         codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
         totals = self.log_p.sum(2)
-        complete = all(self.guided[self.num_known :])
+        complete = all(self.guided[self.num_kept :])
         return Samples(codes, totals[0], totals[1] if complete else None, orders)
 
 
-def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int:
-    """How many codes of each image are known.
+def _num_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int:
+    """How many of the `count` codes of each image are kept.
 
     Raises:
         ValueError: not as many in each, all of them, or no codes are given.
     """
-    if known is None:
+    if keep_mask is None:
         return 0
-    numbers = set(known.reshape(-1, count).sum(1).tolist())
+    numbers = set(keep_mask.reshape(-1, count).sum(1).tolist())
     if len(numbers) > 1:
         raise ValueError(
             f"the images of a batch keep {sorted(numbers)} codes; they must all keep as many"
@@ -324,11 +327,11 @@ def _number_known(known: Tensor | None, codes: Tensor | None, count: int) -> int
 def _orders(
     prior: ImagePrior,
     seeds: Sequence[int],
-    known: Tensor | None,
+    keep_mask: Tensor | None,
     orders: Tensor | None,
     steps: int | None,
 ) -> Tensor:
-    """(B,N): the known codes, then the others.
+    """(B,N): the kept codes, then the others.
 
     Raises:
         ValueError: a prior in raster order is asked for another.
@@ -338,7 +341,9 @@ def _orders(
     random = prior.config.trained_order == "random"
     if orders is None:
         orders = seeded_orders(seeds, count) if random else raster
-    orders = orders.cpu() if known is None else known_first(orders.cpu(), known.cpu())
+    orders = orders.cpu()
+    if keep_mask is not None:
+        orders = kept_first(orders, keep_mask.cpu())
     if not random and (steps not in (None, count) or not torch.equal(orders, raster)):
         what = (
             "several codes per step"

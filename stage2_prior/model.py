@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ from stage2_prior.transformer import (
 )
 
 _TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
-"""What the configuration says of the training, since it decides what may be asked of the prior."""
+"""Fields of the configuration that record the training; sampling refuses what it does not allow."""
+_Config = TypeVar("_Config")
 
 
 class ImagePriorConfig(PreTrainedConfig):
@@ -47,8 +48,7 @@ class ImagePriorConfig(PreTrainedConfig):
 
 @dataclass
 class PriorLogits:
-    """Logits of one forward pass; each part holds only the slots that predict that kind of
-    token."""
+    """Logits of one forward pass, each part only where that kind of token is predicted."""
 
     text: Tensor
     """(B, tokens that predict text, V) for the next text id."""
@@ -57,8 +57,8 @@ class PriorLogits:
 
 
 class CodebookTables(NamedTuple):
-    """What turns ids into features and features into codes' logits, worked out once a pass or once
-    an image."""
+    """What turns ids into features and features into codes' logits, computed once per pass or
+    once per image."""
 
     embeddings: Tensor
     """(V + K, C): one row for each id of the joint vocabulary."""
@@ -71,16 +71,15 @@ class CodebookTables(NamedTuple):
 class CodebookProjection(nn.Module):
     """A row (C,) for each of K codes: linear in the code's vector, plus a small part of its own.
 
-    A tokenizer's codebook is not a bare list: codes that look alike lie together, and the same
-    change of colour is much the same step everywhere in it. Rows that follow the codebook inherit
-    this, so what the prior learns of red stars serves green ones; rows of their own would have to
-    find it again from examples. Without vectors (`code_dim` 0) the own part is all there is.
+    In a tokenizer's codebook codes that look alike lie together, and the same change of colour is
+    much the same step everywhere. Rows that are linear in it inherit this: what the prior learns of
+    red stars serves green ones. Free rows would have to learn it from examples. Without vectors
+    (`code_dim` 0) there is the own part alone.
     """
 
     def __init__(self, num_codes: int, width: int, code_dim: int) -> None:
         super().__init__()
-        # The smaller the own part, the smaller the steps it takes: what codes have in common is
-        # learned first.
+        # The own part's gain also scales its steps: what codes have in common is learned first.
         self.own_gain = 0.1 if code_dim else 1.0
         self.own = nn.Parameter(torch.zeros(num_codes, width))
         self.shared = nn.Parameter(torch.zeros(code_dim, width)) if code_dim else None
@@ -103,6 +102,11 @@ class ImagePrior(PreTrainedModel):
 
     config_class = ImagePriorConfig
     base_model_prefix = "prior"
+    rotary: Tensor
+    slot_level: Tensor
+    code_vectors: Tensor
+    if TYPE_CHECKING:
+        to = nn.Module.to  # type: ignore[assignment]  # transformers' wrapper hides the signature
 
     def __init__(
         self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None
@@ -121,14 +125,15 @@ class ImagePrior(PreTrainedModel):
         super().__init__(hub)
         self.model_config = _build(PriorConfig, hub.model)
         self.stream = Stream(_build(StreamConfig, hub.stream))
-        width, heads = self.model_config.width, self.model_config.heads
+        width = self.model_config.width
+        heads = self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
         self.code_embedding = CodebookProjection(
             self.stream.num_codes, width, self.stream.config.code_dim
         )
         self.level_embedding = nn.Embedding(1 + len(self.stream.config.levels), width)
-        # Where the next code lies is told by how queries turn; of levels that share a position,
-        # this tells which one it is of.
+        # The rotation of queries encodes the next code's position; this encodes its level, where
+        # levels share positions.
         self.target_embedding = (
             nn.Embedding(1 + len(self.stream.config.levels), width)
             if self.stream.config.any_order
@@ -144,25 +149,20 @@ class ImagePrior(PreTrainedModel):
         self.image_head = CodebookProjection(
             self.stream.num_codes, width, self.stream.config.code_dim
         )
-        # Persistent, so that loading (which builds the model without memory) fills them like any
-        # weight.
+        # Persistent, so that loading fills them like any weight: transformers builds the model on
+        # the meta device.
         table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
         self.register_buffer("rotary", table)
         self.register_buffer("slot_level", self.stream.level_index())
         self.register_buffer(
             "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
         )
-        self.cross_entropy: Callable[..., Tensor] = F.cross_entropy
-        """What training takes for it: torch's, compiled with the network."""
-        self.activation_checkpointing = False
-        """Whether training keeps each block's input alone and works the rest out again for the
-        gradient: less memory, a third more time."""
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with deviation width^-1/2; projections back into the residual stream start at
-        zero, as do the heads."""
+        """Normal with standard deviation width^-1/2. Projections back into the residual stream and
+        heads start at zero."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
@@ -178,8 +178,8 @@ class ImagePrior(PreTrainedModel):
             nn.init.zeros_(self.text_head.weight)
 
     def set_codebook(self, vectors: Tensor) -> None:
-        """The codes' vectors (K,D) in the tokenizer that made them, before training; they are kept
-        centred, at deviation 1.
+        """Sets the codes' vectors (K,D) of their tokenizer, before training. They are stored
+        centred, at standard deviation 1.
 
         Raises:
             ValueError: their shape is not (num_codes, code_dim) of the stream.
@@ -195,25 +195,25 @@ class ImagePrior(PreTrainedModel):
 
     @torch.no_grad()
     def load_pretrained(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
-        """Takes over the weights of a prior of the same architecture and codes, whose text may be
+        """Copies the weights of a prior of the same architecture and codes, whose text may be
         shorter and vocabulary smaller.
 
         Args:
-            spelled: the old text ids that spell each entry which the old vocabulary has not; it
-                starts as their mean.
+            spelled: for each new entry of the vocabulary the old text ids that spell it; it starts
+                as their mean.
 
         Raises:
             ValueError: something else differs.
         """
-        weights, own = origin.state_dict(), self.state_dict()
+        weights = origin.state_dict()
+        own = self.state_dict()
         for name in ("text_embedding.weight", "text_head.weight"):
             rows = weights[name]
             weights[name] = torch.cat(
                 [rows, *(rows[list(ids)].mean(0, keepdim=True) for ids in spelled)]
             )
-        if (
-            origin.stream.text_length < self.stream.text_length
-        ):  # codes lie past the text, and move on with its end
+        # Codes lie past the text, and move with its end.
+        if origin.stream.text_length < self.stream.text_length:
             weights |= {name: own[name] for name in ("rotary", "slot_level")}
         if differ := sorted(set(own) ^ set(weights)) or [
             name for name in own if own[name].shape != weights[name].shape
@@ -227,46 +227,56 @@ class ImagePrior(PreTrainedModel):
     def forward(
         self,
         ids: Tensor,
-        positions: Tensor,
+        position_ids: Tensor,
         cache: KeyValueCache | None = None,
         *,
         targets: Tensor | None = None,
         image_first: bool = False,
+        activation_checkpointing: bool = False,
     ) -> PriorLogits:
         """Logits for the token after each of the given ones.
 
         Args:
             ids: (B,S) ids of the joint vocabulary (`Stream.text_first`, `Stream.image_first`).
-            positions: (S,) or (B,S) the slot of each id.
-            cache: keys and values of earlier tokens; those of the new ones are put behind them.
-            targets: (S,) or (B,S) the slot of the token after each; a prior for any order needs it,
-                others know it without.
+            position_ids: (S,) or (B,S) what each id is.
+            cache: keys and values of earlier tokens; those of the new ones are appended.
+            targets: (S,) or (B,S) the position id of the token after each. A prior for any order
+                needs it, others ignore it.
             image_first: whether the codes come before the text, all of them in this pass.
+            activation_checkpointing: whether training stores each block's input alone and
+                recomputes the rest for the gradient: less memory, a third more time.
 
         Raises:
             ValueError: there are more tokens than the cache holds, or a prior for any order is not
-                told the targets.
+                given the targets.
         """
-        first, length = 0 if cache is None else cache.filled, ids.shape[1]
+        first = 0 if cache is None else cache.filled
+        length = ids.shape[1]
         past = None
         if cache is not None:
             if first + length > cache.capacity:
                 raise ValueError(
                     f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit"
                 )
-            places = torch.arange(first, first + length, device=ids.device)
-            past = CacheView(cache, places, attention_mask(places, places, cache.capacity))
+            cached = torch.arange(first, first + length, device=ids.device)
+            past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))
             cache.filled += length
         tables = self.tables()
-        features = self.features(ids, positions, targets, tables, past)
+        features = self.features(
+            ids,
+            position_ids,
+            targets,
+            tables,
+            past,
+            activation_checkpointing=activation_checkpointing,
+        )
         if image_first:
-            codes, text = (
-                features[:, : self.stream.image_length - 1],
-                features[:, self.stream.image_length :],
-            )
+            codes = features[:, : self.stream.image_length - 1]
+            text = features[:, self.stream.image_length :]
         else:
             num_text = min(max(self.stream.text_length - 1 - first, 0), length)
-            text, codes = features[:, :num_text], features[:, num_text:]
+            text = features[:, :num_text]
+            codes = features[:, num_text:]
         return PriorLogits(text=self.text_head(text), image=F.linear(codes, tables.head))
 
     def tables(self) -> CodebookTables:
@@ -282,15 +292,18 @@ class ImagePrior(PreTrainedModel):
     def features(
         self,
         ids: Tensor,
-        slots: Tensor,
+        position_ids: Tensor,
         targets: Tensor | None,
         tables: CodebookTables,
         past: CacheView | None = None,
+        *,
+        activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Normalised features (B,S,C) from which the heads read their logits."""
-        x = F.embedding(ids, tables.embeddings) + self.level_embedding(self.slot_level[slots])
-        key = self._rotary(slots)
-        turns = RotaryEmbedding(key, key)
+        """Normalised features (B,S,C), the input of both heads; arguments as of `forward`."""
+        levels = self.level_embedding(self.slot_level[position_ids])
+        x = F.embedding(ids, tables.embeddings) + levels
+        key = self._rotary(position_ids)
+        rotary = RotaryEmbedding(key, key)
         if self.target_embedding is not None:
             if targets is None:
                 raise ValueError(
@@ -298,18 +311,18 @@ class ImagePrior(PreTrainedModel):
                     "targets"
                 )
             x = x + self.target_embedding(self.slot_level[targets])
-            turns = RotaryEmbedding(self._rotary(targets), key)
+            rotary = RotaryEmbedding(self._rotary(targets), key)
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, turns, past, layer, use_reentrant=False)
+            if activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, past, layer, use_reentrant=False)
             else:
-                x = block(x, turns, past, layer)
+                x = block(x, rotary, past, layer)
         return self.norm(x)
 
-    def _rotary(self, slots: Tensor) -> Tensor:
-        """(2,S,D) or, for slots (B,S), (2,B,1,S,D): what turns queries or keys at these slots."""
-        table = self.rotary[:, slots]
-        return table if slots.ndim == 1 else table.unsqueeze(2)
+    def _rotary(self, position_ids: Tensor) -> Tensor:
+        """What rotates queries or keys: (2,S,D) or, for position ids (B,S), (2,B,1,S,D)."""
+        table = self.rotary[:, position_ids]
+        return table if position_ids.ndim == 1 else table.unsqueeze(2)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
         """An empty cache, by default for whole streams, in the dtype and on the device of the
@@ -330,15 +343,8 @@ class ImagePrior(PreTrainedModel):
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     def shard_units(self) -> list[nn.Module]:
-        """The parts that are brought together one after another where the parameters are cut over
-        processes."""
+        """The parts that FSDP gathers one after another."""
         return list(self.blocks)
-
-    def compile_networks(self) -> None:
-        """Compiles the training forward in place, parameter names stay as they are; and the loss,
-        which a batch's logits, a thousand for each code, make a twentieth of a step."""
-        self.compile(dynamic=False)
-        self.cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
 
     @property
     def fingerprint(self) -> str:
@@ -348,15 +354,20 @@ class ImagePrior(PreTrainedModel):
         )
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            # Flat first: a 0-d tensor cannot be viewed as bytes.
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *arguments: Any, **options: Any
+    ) -> Any:
         """A prior from a folder, or by a name of the Hub.
 
-        Weights that are missing or unknown are refused, where transformers' own would draw them at
-        random or leave them out. A name of the Hub, or further options, go through transformers.
+        Missing or unknown weights are refused; transformers' own method would initialise or ignore
+        them. A name of the Hub, or further options, are passed on to it. `Any`, since it returns a
+        pair with `output_loading_info`.
 
         Raises:
             ValueError: a file is missing, truncated or another model's, or the weights do not fit
@@ -368,12 +379,13 @@ class ImagePrior(PreTrainedModel):
         with_info = options.pop("output_loading_info", False)
         checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(name, *arguments, **(options | checked))
+            loaded: Any = super().from_pretrained(name, *arguments, **(options | checked))
         except SafetensorError as error:
             raise ValueError(
                 f"the weights of {name} cannot be read: {error}; the file is truncated or "
                 "corrupted, copy it again"
             ) from error
+        model, info = loaded
         mismatched = [entry[0] for entry in info["mismatched_keys"]]
         _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
         return (model, info) if with_info else model
@@ -420,11 +432,10 @@ def _hub_fields(path: Path) -> dict[str, Any]:
     return {key: values[key] for key in ("model", "stream", *_TRAINED) if key in values}
 
 
-def _build(kind: type, values: dict[str, Any] | None) -> Any:
-    """A configuration from saved values; a key this version does not know is refused rather than
-    ignored."""
+def _build(kind: type[_Config], values: dict[str, Any] | None) -> _Config:
+    """A configuration from saved values; unknown keys are refused."""
     values = values or {}
-    unknown = set(values) - {f.name for f in fields(kind)}
+    unknown = set(values) - {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(
             f"the prior's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"

@@ -4,16 +4,15 @@ optimizer and no data set.
 -log p(text, codes) = -sum log p(text_t | text_<t) - sum log p(code_i | text, code_<i)   (DALL-E,
 2021, section 2.2)
 
-The two sums are averaged apart (nats per text token, nats per code) and weighted, since they are of
-unlike difficulty.
+The two sums are averaged separately (nats per text token, nats per code) and weighted, since their
+difficulty differs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from stage2_prior.config import PriorObjectiveConfig
 from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.order import OrderSchedule, seeded_orders, training_orders
+from stage2_prior.sequence import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ class PriorObjective:
     Args:
         prior: what is trained.
         config: the weights of the losses.
-        schedule: in which orders the codes come.
-        image_first: share of the batches whose codes come before the caption, so that the prior
+        schedule: the orders of the codes.
+        image_first: fraction of the batches whose codes come before the caption, so that the prior
             learns to caption.
+        activation_checkpointing: as of `ImagePrior.forward`.
 
     Raises:
-        ValueError: another order than raster was asked of a prior that is not told which code comes
-            next.
+        ValueError: the schedule has other orders than raster, and the prior does not take the
+            position of the next code as input.
     """
 
     def __init__(
@@ -55,21 +56,31 @@ class PriorObjective:
         config: PriorObjectiveConfig,
         schedule: OrderSchedule | None = None,
         image_first: float = 0.0,
+        *,
+        activation_checkpointing: bool = False,
     ) -> None:
         self.prior = prior
         self.stream = prior.stream
         self.config = config
         self.schedule = schedule or OrderSchedule()
         self.image_first = image_first
+        self.activation_checkpointing = activation_checkpointing
         self.networks: dict[str, nn.Module] = {"prior": prior}
+        self._training_cross_entropy: Callable[..., Tensor] = F.cross_entropy
         if self.schedule.order != "raster" and not self.stream.config.any_order:
             raise ValueError(
                 f"order {self.schedule.order} needs a prior whose stream has any_order=True"
             )
 
+    def compile(self) -> None:
+        """Compiles the network in place, whose parameter names stay, and the training loss. With a
+        thousand logits per code the loss takes a twentieth of a step."""
+        self.prior.compile(dynamic=False)
+        self._training_cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
+
     def record_training(self) -> None:
-        """Writes into the prior's configuration what it is trained for, which decides what may be
-        asked of it."""
+        """Records in the prior's configuration what it is trained for; sampling refuses the
+        rest."""
         self.prior.config.trained_with_caption_dropout = self.config.caption_dropout > 0
         self.prior.config.trained_order = self.schedule.order
         self.prior.config.trained_image_first = self.image_first > 0
@@ -80,12 +91,13 @@ class PriorObjective:
         step: int,
         networks: Mapping[str, nn.Module] | None = None,
     ) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats. Drops captions and orders codes with torch's random
-        state. `networks` are called in place of the objective's own, such as the same ones wrapped
-        by DDP."""
+        """The one loss of this stage, in nats. Drops captions and permutes codes by torch's global
+        generator. `networks` are called in place of the objective's own, such as the same ones
+        wrapped by DDP."""
         prior = (networks or self.networks)["prior"]
-        text_ids, codes = batch["text_ids"], batch["codes"]
-        # The same batches in every process, spread evenly: a pure function of the step.
+        text_ids = batch["text_ids"]
+        codes = batch["codes"]
+        # Spread evenly, by the step alone: the same batches on every process.
         if math.floor((step + 1) * self.image_first) > math.floor(step * self.image_first):
             yield self._caption_loss(prior, text_ids, codes)
             return
@@ -114,22 +126,24 @@ class PriorObjective:
     def _caption_loss(self, prior: nn.Module, text_ids: Tensor, codes: Tensor) -> PriorLoss:
         words = _over_processes(self._words(text_ids))
         loss, logits = self._caption_cross_entropy(prior, text_ids, codes, words)
-        # Codes are predicted by the other batches; every parameter has a gradient all the same, as
-        # several processes need it.
+        # Other batches predict the codes. DDP needs a gradient of every parameter all the same.
         return PriorLoss(
             "prior", loss + 0 * logits.image.sum(), {"nats_per_caption_token": loss.detach()}
         )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Held-out nats per code and per text token, means over all tokens; no collectives, no
-        dropout of captions. Codes come in the order that training ends with: random ones are the
+        """Held-out nats per code and per text token, means over all tokens. No collectives, no
+        caption dropout. Codes come in the order that training ends with; random orders are the
         same in every evaluation."""
         self.prior.eval()
         sums = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
-            text_ids, all_codes = batch["text_ids"], batch["codes"]
-            words, codes, orders = self._words(text_ids), all_codes.numel(), None
+            text_ids = batch["text_ids"]
+            all_codes = batch["codes"]
+            words = self._words(text_ids)
+            codes = all_codes.numel()
+            orders = None
             if self.stream.config.any_order:
                 orders = torch.arange(self.stream.image_length).expand(len(all_codes), -1)
                 if self.schedule.order == "random":
@@ -171,7 +185,7 @@ class PriorObjective:
         )
 
     def _words(self, text_ids: Tensor) -> Tensor:
-        """How many text tokens per batch predicts, float32."""
+        """Number of text tokens that a batch predicts, float32."""
         return (self.stream.text_targets(text_ids) != -100).sum().float()
 
     def _cross_entropies(
@@ -182,19 +196,18 @@ class PriorObjective:
         words: Tensor,
         orders: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats per text token, of which there are `words`; nats per code; the latter with label
+        """Nats per text token, of which there are `words`; nats per code; nats per code with label
         smoothing."""
         fed = self.stream.text_first(text_ids, codes, orders)
-        logits = prior(fed.ids, fed.slots, targets=fed.targets)
+        logits = self._call(prior, fed)
         text = self._text_cross_entropy(logits.text, text_ids, words)
         image_logits, targets = self.stream.in_order(logits.image.float(), codes, orders)
-        flat, targets = image_logits.flatten(0, 1), targets.flatten()
-        image = self._cross_entropy(flat, targets)
+        flat = image_logits.flatten(0, 1)
+        image = self._cross_entropy(flat, targets.flatten())
         smoothing = self.config.label_smoothing
         if not smoothing:
             return text, image, image
-        # Minus the mean log-probability over the classes a position may hold is the smoothing's
-        # cross-entropy.
+        # The cross-entropy with the uniform distribution over the classes of a position's level.
         log_p = flat.log_softmax(-1)
         finite = torch.isfinite(log_p)
         uniform = -(log_p.masked_fill(~finite, 0).sum(-1) / finite.sum(-1)).mean()
@@ -205,26 +218,37 @@ class PriorObjective:
     ) -> tuple[Tensor, PriorLogits]:
         """Nats per text token given the codes, and all logits."""
         fed = self.stream.image_first(text_ids, codes)
-        logits = prior(fed.ids, fed.slots, targets=fed.targets, image_first=True)
+        logits = self._call(prior, fed, image_first=True)
         return self._text_cross_entropy(logits.text, text_ids, words), logits
 
-    def _text_cross_entropy(self, logits: Tensor, text_ids: Tensor, words: Tensor) -> Tensor:
-        # A batch of null captions has no text target: the sum over nothing is 0, not 0 / 0.
-        targets = self.stream.text_targets(text_ids).flatten()
-        return self._cross_entropy(
-            logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum"
-        ) / words.clamp(min=1)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor, **how: Any) -> Tensor:
-        # Held-out batches are of many sizes, each of which would be compiled anew.
-        return (self.prior.cross_entropy if self.prior.training else F.cross_entropy)(
-            logits, targets, **how
+    def _call(
+        self, prior: nn.Module, fed: TokenSequence, *, image_first: bool = False
+    ) -> PriorLogits:
+        logits: PriorLogits = prior(
+            fed.ids,
+            fed.position_ids,
+            targets=fed.targets,
+            image_first=image_first,
+            activation_checkpointing=self.activation_checkpointing,
         )
+        return logits
+
+    def _text_cross_entropy(self, logits: Tensor, text_ids: Tensor, words: Tensor) -> Tensor:
+        # A batch of null captions has no text target: its sum is 0, not 0 / 0.
+        targets = self.stream.text_targets(text_ids).flatten()
+        flat = logits.float().flatten(0, 1)
+        total = self._cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
+        return total / words.clamp(min=1)
+
+    @property
+    def _cross_entropy(self) -> Callable[..., Tensor]:
+        # Held-out batches have many sizes, and each would be compiled.
+        return self._training_cross_entropy if self.prior.training else F.cross_entropy
 
 
 def _over_processes(words: Tensor) -> Tensor:
-    """The mean of a count over all processes: gradients are averaged over them, so each counts by
-    the mean count."""
+    """The mean of a count over all processes. Gradients are averaged over them, so each process
+    divides by the mean count."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(words)
         words = words / dist.get_world_size()

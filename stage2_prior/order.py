@@ -1,13 +1,13 @@
-"""In which order the codes of an image are told: schedules and permutations as pure functions.
+"""The order of the codes of an image: schedules and permutations as pure functions.
 Knows counts; no networks, no text.
 
 Legend: B images, N codes of an image, k codes decided in one step.
 
-Raster order reads row by row. A prior trained on random orders, and told the position of the code
-that comes next, can begin anywhere (sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024);
-random orders that give way to raster order during training help the latter (RAR, Yu et al. 2024,
-section 3.2). Deciding few codes per step at first and more later, by a cosine, is MaskGIT's (Chang
-et al. 2022, section 3.3).
+Raster order reads row by row. A prior that is trained on random orders, with the position of the
+next code as input, can start anywhere (sigma-GPT, Pannatier et al. 2024; RandAR, Pang et al. 2024).
+Random orders that give way to raster order during training improve raster order (RAR, Yu et al.
+2024, section 3.2). Few codes per step at first and more later, by a cosine, is MaskGIT's schedule
+(Chang et al. 2022, section 3.3).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OrderSchedule:
     last: int = 0
 
     def random_share(self, step: int) -> float:
-        """Share of the images of a step whose codes come in random order."""
+        """Fraction of a step's images whose codes come in random order."""
         if self.order != "annealed":
             return float(self.order == "random")
         if step >= self.last:
@@ -57,17 +57,16 @@ def seeded_orders(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
 
 
-def known_first(orders: Tensor, known: Tensor) -> Tensor:
-    """Orders (B,N) with the codes that are known (N,) or (B,N) bool moved to the front; both kinds
-    stay in the order that they had, since a prior trained on random orders has hardly seen one in
-    which a part is sorted."""
-    unknown = ~known.expand(orders.shape).gather(1, orders)
-    return orders.gather(1, unknown.long().argsort(dim=1, stable=True))
+def kept_first(orders: Tensor, keep_mask: Tensor) -> Tensor:
+    """Orders (B,N) with the codes of `keep_mask` (N,) or (B,N) moved to the front. Both kinds stay
+    in their order: a prior trained on random orders has hardly seen one that is sorted in part."""
+    resampled = ~keep_mask.expand(orders.shape).gather(1, orders)
+    return orders.gather(1, resampled.long().argsort(dim=1, stable=True))
 
 
 def cosine_step_sizes(count: int, steps: int | None) -> list[int]:
     """How many of `count` codes each of `steps` steps decides, by a cosine: few at first, more as
-    they come to know each other. By default one a step.
+    the context grows. By default one per step.
 
     Raises:
         ValueError: there are more steps than codes, or none.

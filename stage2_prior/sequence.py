@@ -1,19 +1,19 @@
-"""The one stream of caption and codes. The only file that adds offsets; knows slots and ids,
-nothing of networks.
+"""The one stream of caption and codes. The only file that adds offsets; knows position ids and
+token ids, nothing of networks.
 
-Legend: B batch, T text slots, N codes of an image, S = T + N slots.
+Legend: B batch, T text positions, N codes of an image, S = T + N positions.
 
-    slot      0        1 ... n    n+1    ... T-1 | T          ...  T+N-1
-    holds     <start>  caption    <end>  <pad>   | code 0     ...  code N-1
-    predicts  the next slot; slot T-1 predicts code 0, and the last code is never an input.
+    position id  0        1 ... n    n+1    ... T-1 | T          ...  T+N-1
+    token        <start>  caption    <end>  <pad>   | code 0     ...  code N-1
+    predicts     the next token; position T-1 predicts code 0, and the last code is no input.
 
-Codes may stand in another order than raster: a token's slot says what it is, its place in the
+Codes may come in another order than raster: a position id says what a token is, its index in the
 sequence when it comes. With codes first the sequence is code 0 ... code N-1, <start>, caption, ...:
-the same slots, told the other way round.
+the same position ids in another order.
 
 The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens
-that every later slot may attend to, so attention is causal and nothing else. (DALL-E, Ramesh et al.
-2021, section 2.2, with one pad for all slots.)
+that every later token may attend to, so attention is plainly causal. (DALL-E, Ramesh et al. 2021,
+section 2.2, with one pad for all positions.)
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from stage2_prior.config import StreamConfig
 
 
 class TokenSequence(NamedTuple):
-    """What a whole pass over a caption and an image is fed, S = T + N - 1 tokens."""
+    """Input of one pass over a caption and an image, S = T + N - 1 tokens."""
 
     ids: Tensor
     """(B,S) of the joint vocabulary."""
-    slots: Tensor
+    position_ids: Tensor
     """(S,) or (B,S): what each token is."""
     targets: Tensor
-    """(S,) or (B,S): the slot of the token that comes next."""
+    """(S,) or (B,S): the position id of the token that comes next."""
 
 
 class Stream:
-    """Slots, offsets and targets of the stream described by a `StreamConfig`."""
+    """Position ids, offsets and targets of the stream that a `StreamConfig` describes."""
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
@@ -48,19 +48,21 @@ class Stream:
         self.image_length = sum(level.length for level in config.levels)
         self.length = self.text_length + self.image_length
         self.vocab_size = self.text_vocab_size + self.num_codes
-        code_offset, first, past = 0, [], []
+        code_offset = 0
+        first: list[int] = []
+        past: list[int] = []
         for level in config.levels:
             first += [code_offset] * level.length
             code_offset += level.num_codes
             past += [code_offset] * level.length
-        # On the CPU whatever the default device is: transformers builds models on one without
-        # memory and then fills their weights.
+        # On the CPU whatever the default device is: transformers builds models on the meta device
+        # and then fills their weights.
         self.level_edges = torch.tensor([first, past], device="cpu")
         """(2,N) first class of each image position's level, and the one past its last."""
         self._first_code = self.level_edges[0]
 
     def inputs(self, text_ids: Tensor, codes: Tensor) -> Tensor:
-        """Ids fed to the prior in raster order: (B,T) text ids and (B,n) leading codes, n <= N ->
+        """Input ids in raster order: (B,T) text ids and (B,n) leading codes, n <= N ->
         (B,T+n)."""
         return torch.cat([text_ids, self.code_ids(codes)], dim=1)
 
@@ -80,19 +82,20 @@ class Stream:
         """Text ids (B,T), then all codes (B,N) but the last: in raster order, or in `orders` (B,N)
         of image positions."""
         if orders is None:
-            slots = torch.arange(self.length, device=codes.device)
-            return TokenSequence(self.inputs(text_ids, codes[:, :-1]), slots[:-1], slots[1:])
+            positions = torch.arange(self.length, device=codes.device)
+            inputs = self.inputs(text_ids, codes[:, :-1])
+            return TokenSequence(inputs, positions[:-1], positions[1:])
         text = torch.arange(self.text_length, device=codes.device).expand(len(codes), -1)
-        slots = torch.cat([text, orders + self.text_length], dim=1)
-        ids = self.code_ids(codes.gather(1, orders), orders)
-        return TokenSequence(torch.cat([text_ids, ids[:, :-1]], 1), slots[:, :-1], slots[:, 1:])
+        positions = torch.cat([text, orders + self.text_length], dim=1)
+        code_ids = self.code_ids(codes.gather(1, orders), orders)
+        inputs = torch.cat([text_ids, code_ids[:, :-1]], 1)
+        return TokenSequence(inputs, positions[:, :-1], positions[:, 1:])
 
     def image_first(self, text_ids: Tensor, codes: Tensor) -> TokenSequence:
         """All codes (B,N) in raster order, then the text ids (B,T) but the last."""
-        slots = torch.arange(self.length, device=codes.device).roll(self.image_length)
-        return TokenSequence(
-            torch.cat([self.code_ids(codes), text_ids[:, :-1]], 1), slots[:-1], slots[1:]
-        )
+        positions = torch.arange(self.length, device=codes.device).roll(self.image_length)
+        inputs = torch.cat([self.code_ids(codes), text_ids[:, :-1]], 1)
+        return TokenSequence(inputs, positions[:-1], positions[1:])
 
     def image_targets(self, codes: Tensor) -> Tensor:
         """Codes (B,N), each counted within its level -> classes (B,N) of the image logits, counted
@@ -108,13 +111,14 @@ class Stream:
         classes = self.image_targets(codes)
         if orders is not None:
             classes = classes.gather(1, orders)
-        places = torch.arange(self.image_length, device=codes.device) if orders is None else orders
-        outside = self.outside_level(places)
+        if orders is None:
+            orders = torch.arange(self.image_length, device=codes.device)
+        outside = self.outside_level(orders)
         return logits if outside is None else logits.masked_fill(outside, float("-inf")), classes
 
     def outside_level(self, positions: Tensor, edges: Tensor | None = None) -> Tensor | None:
         """Image positions (...) -> (...,K) bool, true for classes of other levels; None where there
-        is one level. `edges` are `level_edges` where they lie on the positions' device already."""
+        is one level. `edges` are `level_edges` on the positions' device, if the caller has them."""
         if len(self.config.levels) == 1:
             return None
         classes = torch.arange(self.num_codes, device=positions.device)
@@ -137,23 +141,23 @@ class Stream:
         return ids
 
     def text_targets(self, text_ids: Tensor) -> Tensor:
-        """Next ids (B,T-1) for text slots 0..T-2; -100 (no loss) past the end token and for null
-        captions."""
+        """Next ids (B,T-1) for text positions 0..T-2; -100 (no loss) past the end token and for
+        null captions."""
         targets = text_ids[:, 1:].clone()
         targets[targets == self.config.pad_id] = -100
         targets[text_ids[:, 1] == self.config.end_id] = -100
         return targets
 
     def coordinates(self) -> Tensor:
-        """(S,2) row and column of each slot: a text slot t is (t, t); a code lies past the text, on
-        a unit grid.
+        """(S,2) row and column of each position: text position t is (t, t); codes lie past the
+        text, on a unit grid.
 
         Levels of unlike size share the image: a code of a 4x4 level stands in the middle of the
         four codes of an 8x8 level that cover the same pixels.
         """
         finest = max(max(level.grid) for level in self.config.levels)
-        slots = torch.arange(self.text_length, dtype=torch.float32)
-        parts = [torch.stack([slots, slots], dim=1)]
+        diagonal = torch.arange(self.text_length, dtype=torch.float32)
+        parts = [torch.stack([diagonal, diagonal], dim=1)]
         for level in self.config.levels:
             height, width = level.grid
             scale = finest / max(height, width)
@@ -164,7 +168,7 @@ class Stream:
         return torch.cat(parts)
 
     def level_index(self) -> Tensor:
-        """(S,) 0 for text slots, 1 + level for codes."""
+        """(S,) 0 for text positions, 1 + level for codes."""
         parts = [torch.zeros(self.text_length, dtype=torch.long)]
         parts += [torch.full((level.length,), 1 + i) for i, level in enumerate(self.config.levels)]
         return torch.cat(parts)

@@ -1,14 +1,14 @@
-"""One step of drawing codes: tokens in, codes out; plain, compiled, or captured as a CUDA graph.
-Knows places and slots, no order of steps.
+"""One decoding step: tokens in, codes out; plain, compiled, or captured as a CUDA graph. Knows
+cache positions and position ids, no order of steps.
 
-Legend: B images, R tokens fed in one step, P captions, S text slots that are read, K classes.
+Legend: B images, R input tokens of one step, P captions, S text positions to prefill, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,13 +18,14 @@ from stage2_prior.model import CodebookTables, ImagePrior
 from stage2_prior.sampling import guide, keep_min_p, sample_from_uniform, warp_logits
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
 
-_compiled: WeakKeyDictionary[ImagePrior, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()
-"""Compiled programs of each prior, by what makes one another program; they end with the prior."""
+Programs = dict[Hashable, Callable[..., object]]
+_compiled: WeakKeyDictionary[ImagePrior, Programs] = WeakKeyDictionary()
+"""Compiled programs of each prior, by what distinguishes them; freed with the prior."""
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 class SamplingSpec(NamedTuple):
-    """What of the sampling options makes a step another program; a compiled step is made for one
-    choice."""
+    """The part of the sampling options that is compiled into a step."""
 
     guided: bool
     greedy: bool
@@ -38,14 +39,14 @@ class StepInput(NamedTuple):
 
     ids: Tensor
     """(B or 2B, R)"""
-    slots: Tensor
+    position_ids: Tensor
     """(R,) or (B or 2B, R)"""
     targets: Tensor
-    """Like `slots`: the slot after each."""
-    places: Tensor
-    """(R,) of the cache."""
+    """Like `position_ids`: the position id of the token that each predicts."""
+    cache_positions: Tensor
+    """(R,)"""
     before: Tensor
-    """(R,) each token looks at itself and at places below this one."""
+    """(R,) each token attends to itself and to cache positions below this one."""
     noise: Tensor
     """(B,R) uniform numbers."""
     scales: Tensor
@@ -53,7 +54,7 @@ class StepInput(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What one step draws."""
+    """What one step samples."""
 
     classes: Tensor
     """(B,R) counted over all levels."""
@@ -63,40 +64,47 @@ class StepOutput(NamedTuple):
     """(B,R) given the null caption, where the step is guided."""
 
 
+DecodeStep = Callable[
+    [ImagePrior, CodebookTables, KeyValueCache, StepInput, Tensor, SamplingSpec], StepOutput
+]
+"""`decode_step`, or a compiled one."""
+Prefill = Callable[[ImagePrior, CodebookTables, KeyValueCache, Tensor], None]
+"""`prefill`, or a compiled one."""
+
+
 def decode_step(
     prior: ImagePrior,
     tables: CodebookTables,
     cache: KeyValueCache,
-    fed: StepInput,
+    inputs: StepInput,
     numbers: Tensor,
-    choice: SamplingSpec,
+    spec: SamplingSpec,
 ) -> StepOutput:
-    """Feeds tokens and draws the code of each one's target; `numbers` (3,) are temperature, top_p
-    and min_p."""
-    past = CacheView(cache, fed.places, attention_mask(fed.places, fed.before, cache.capacity))
-    logits = project(
-        prior.features(fed.ids, fed.slots, fed.targets, tables, past), tables.head
-    ).float()
-    outside = prior.stream.outside_level(fed.targets - prior.stream.text_length, tables.level_edges)
+    """Samples the code of each input token's target; `numbers` (3,) are temperature, top_p and
+    min_p."""
+    mask = attention_mask(inputs.cache_positions, inputs.before, cache.capacity)
+    past = CacheView(cache, inputs.cache_positions, mask)
+    features = prior.features(inputs.ids, inputs.position_ids, inputs.targets, tables, past)
+    logits = project(features, tables.head).float()
+    image_positions = inputs.targets - prior.stream.text_length
+    outside = prior.stream.outside_level(image_positions, tables.level_edges)
     if outside is not None:
         logits = logits.masked_fill(outside, float("-inf"))
     temperature, top_p, min_p = numbers.unbind()
-    conditional, null = logits.chunk(2) if choice.guided else (logits, None)
-    chosen = conditional if null is None else guide(conditional, null, fed.scales[:, None])
+    conditional, null = logits.chunk(2) if spec.guided else (logits, None)
+    chosen = conditional if null is None else guide(conditional, null, inputs.scales[:, None])
     if null is not None and outside is not None:
-        # Inf - inf is no number
+        # Guidance made nan of inf - inf.
         chosen = chosen.masked_fill(
             outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf")
         )
-    if choice.min_p:
+    if spec.min_p:
         chosen = keep_min_p(chosen, conditional, min_p)
-    if choice.greedy:
+    if spec.greedy:
         classes = chosen.argmax(-1)
     else:
-        classes = sample_from_uniform(
-            warp_logits(chosen, temperature, choice.top_k, top_p if choice.top_p else None),
-            fed.noise,
-        )
+        warped = warp_logits(chosen, temperature, spec.top_k, top_p if spec.top_p else None)
+        classes = sample_from_uniform(warped, inputs.noise)
     log_p = _log_p(conditional, classes)
     return StepOutput(classes, log_p, None if null is None else _log_p(null, classes))
 
@@ -107,37 +115,27 @@ def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
 
 def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
     """Fills an empty cache with captions (P,S)."""
-    slots = torch.arange(ids.shape[1], device=ids.device)
-    prior.features(
-        ids,
-        slots,
-        slots + 1,
-        tables,
-        CacheView(cache, slots, attention_mask(slots, slots, cache.capacity)),
-    )
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    past = CacheView(cache, positions, attention_mask(positions, positions, cache.capacity))
+    prior.features(ids, positions, positions + 1, tables, past)
 
 
-def compiled_prefill(prior: ImagePrior) -> Callable[..., None]:
+def compiled_prefill(prior: ImagePrior) -> Prefill:
     """`prefill` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
-    programs = compiled_programs(prior)
-    if key not in programs:
-        options: dict[str, Any] = {
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        }
-        programs[key] = torch.compile(
-            _copied(prefill), dynamic=True, fullgraph=True, options=options
-        )
-    return programs[key]
+    options: dict[str, str | int | bool | Callable[..., object]] = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    }
+    return _compile_once(prior, key, prefill, options, dynamic=True)
 
 
-def compiled_programs(prior: ImagePrior) -> dict[Any, Callable[..., Any]]:
+def compiled_programs(prior: ImagePrior) -> Programs:
     """The programs that were compiled for a prior so far."""
     return _compiled.setdefault(prior, {})
 
 
-def _computed(prior: ImagePrior) -> tuple[Any, ...]:
-    """What else makes a program another one: how and where it computes."""
+def _computed(prior: ImagePrior) -> tuple[Hashable, ...]:
+    """What else distinguishes programs: how and where they compute."""
     kind = prior.device.type
     return (
         prior.dtype,
@@ -147,66 +145,72 @@ def _computed(prior: ImagePrior) -> tuple[Any, ...]:
     )
 
 
-def compiled_decode_step(
-    prior: ImagePrior, fed: StepInput, choice: SamplingSpec
-) -> Callable[..., StepOutput]:
-    """`advance` for single codes, compiled for this prior, these shapes and this choice: some
-    seconds at its first step, then far less a code. Steps of several codes are not compiled: each
-    has another number of them, and so much work that it would save little."""
-    key = (choice, fed.ids.shape[0], fed.slots.ndim, *_computed(prior))
+def compiled_decode_step(prior: ImagePrior, inputs: StepInput, spec: SamplingSpec) -> DecodeStep:
+    """`decode_step` for single codes, compiled for this prior, these shapes and this spec: some
+    seconds at its first call, then far less per code. Steps of several codes are not compiled:
+    their number of codes varies, and they compute so much that it would save little."""
+    key = (spec, inputs.ids.shape[0], inputs.position_ids.ndim, *_computed(prior))
+    # The key holds all that guards would check before every code: shapes, types, options. On the
+    # CPU a step is so short that calling its kernels from Python would take a tenth of its time.
+    options: dict[str, str | int | bool | Callable[..., object]] = {
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        "cpp_wrapper": prior.device.type == "cpu",
+    }
+    return _compile_once(prior, key, decode_step, options, dynamic=False)
+
+
+def _compile_once(
+    prior: ImagePrior,
+    key: Hashable,
+    function: _Function,
+    options: dict[str, str | int | bool | Callable[..., object]],
+    *,
+    dynamic: bool,
+) -> _Function:
+    """The prior's program of this key, compiled when it is first asked for.
+
+    The function is compiled with a code object of its own. `torch.compile` keeps compiled programs
+    by code object and tells them apart by guards, which these have not: with one code object a step
+    would run the program of another.
+    """
     programs = compiled_programs(prior)
-    found = programs.get(key)
-    if found is None:
-        cpu = prior.device.type == "cpu"
-        # What guards would look at before every code - shapes, types, choices - is all in the key.
-        # On the CPU a step is so short that calling its kernels from Python would take a tenth of
-        # its time.
-        options: dict[str, Any] = {
-            "guard_filter_fn": lambda guards: [False] * len(guards),
-            "cpp_wrapper": cpu,
-        }
-        found = torch.compile(_copied(decode_step), dynamic=False, fullgraph=True, options=options)
-        programs[key] = found
-    return found
-
-
-def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own. `torch.compile` keeps compiled programs by code
-    object and tells them apart by guards, which these steps have not: with one code object a step
-    would run the program of another."""
-    assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    if key not in programs:
+        assert isinstance(function, FunctionType)
+        code = function.__code__.replace()
+        copied = FunctionType(code, function.__globals__, function.__name__)
+        programs[key] = torch.compile(copied, dynamic=dynamic, fullgraph=True, options=options)
+    return cast(_Function, programs[key])
 
 
 def capture_cuda_graph(
-    step: Callable[..., StepOutput],
+    step: DecodeStep,
     prior: ImagePrior,
     tables: CodebookTables,
     cache: KeyValueCache,
-    fed: StepInput,
+    inputs: StepInput,
     numbers: Tensor,
-    choice: SamplingSpec,
-):
-    """A step as a CUDA graph: its kernels are started all at once, not one after another from
-    Python. The graph reads and writes this cache and these tables, so it serves one call of
-    `sample`; what it draws is overwritten by its next step."""
+    spec: SamplingSpec,
+) -> Callable[[StepInput], StepOutput]:
+    """A step as a CUDA graph: its kernels are launched all at once, not one by one from Python. The
+    graph reads and writes this cache and these tables, so it serves one call of `sample`. Its next
+    step overwrites its output."""
     # Compiled steps are made for these strides, which a clone would not keep.
     held = StepInput(
         *(
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-            for t in fed
+            for t in inputs
         )
     )
     graph = torch.cuda.CUDAGraph()
     # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next
     # batch.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        drawn = step(prior, tables, cache, held, numbers, choice)
+        output = step(prior, tables, cache, held, numbers, spec)
 
-    def replay(fed: StepInput) -> StepOutput:
-        for own, new in zip(held, fed, strict=True):
+    def replay(inputs: StepInput) -> StepOutput:
+        for own, new in zip(held, inputs, strict=True):
             own.copy_(new)
         graph.replay()
-        return drawn
+        return output
 
     return replay

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 CAPTIONS_TO_LEARN = 100_000
 """A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
-PAD, START, END = "<pad>", "<start>", "<end>"
+PAD = "<pad>"
+START = "<start>"
+END = "<end>"
 
 
 @dataclass(kw_only=True)
@@ -77,19 +80,12 @@ class TextTokenizer:
         for role, token in (("pad", PAD), ("bos", START), ("eos", END)):
             if getattr(fast, f"{role}_token_id") is None:
                 fast.add_special_tokens({f"{role}_token": token})
-        self.pad_id, self.start_id, self.end_id = (
-            fast.pad_token_id,
-            fast.bos_token_id,
-            fast.eos_token_id,
-        )
-        if len({self.pad_id, self.start_id, self.end_id}) < 3:
+        if len({fast.pad_token_id, fast.bos_token_id, fast.eos_token_id}) < 3:
             # Many Hub tokenizers pad with the end token; the stream must tell them apart.
             fast.add_special_tokens({"pad_token": PAD, "bos_token": START, "eos_token": END})
-            self.pad_id, self.start_id, self.end_id = (
-                fast.pad_token_id,
-                fast.bos_token_id,
-                fast.eos_token_id,
-            )
+        self.pad_id: int = fast.pad_token_id
+        self.start_id: int = fast.bos_token_id
+        self.end_id: int = fast.eos_token_id
 
     @classmethod
     def from_config(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
@@ -124,7 +120,8 @@ class TextTokenizer:
     def pretrained(cls, name: str, *, length: int) -> TextTokenizer:
         """Any fast tokenizer by Hub name or folder."""
         try:
-            return cls(AutoTokenizer.from_pretrained(name, use_fast=True), length)
+            fast: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
+            return cls(fast, length)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer "
@@ -190,7 +187,8 @@ class TextTokenizer:
         Raises:
             ValueError: the tokenizer is no byte-level BPE.
         """
-        inside, caption = self.fast.backend_tokenizer, caption.strip()
+        inside = self.fast.backend_tokenizer
+        caption = caption.strip()
         if inside.pre_tokenizer is None:
             raise ValueError(
                 "the text tokenizer does not say what its words are; a byte-level BPE tokenizer "
@@ -311,11 +309,11 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> TextTokenizer:
-        """What `save` wrote; ValueError names what is missing or cut."""
+        """What `save` wrote; ValueError names what is missing or truncated."""
         path = Path(folder) / "text.json"
         try:
             length = json.loads(path.read_text())["length"]
-            fast = AutoTokenizer.from_pretrained(str(folder))
+            fast: Any = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
@@ -333,7 +331,7 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> None:
 
 
 class LengthReport:
-    """How many captions do not fit their text slots, told some at a time.
+    """How many captions do not fit their text slots, counted in batches.
 
     Attributes:
         length: slots there are.
@@ -342,7 +340,11 @@ class LengthReport:
     """
 
     def __init__(self, length: int) -> None:
-        self.length, self.count, self.too_long, self.longest, self.worst = length, 0, 0, 0, ""
+        self.length = length
+        self.count = 0
+        self.too_long = 0
+        self.longest = 0
+        self.worst = ""
 
     def add(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
         """Captions and the slots each needs (`TextTokenizer.lengths`)."""
@@ -353,7 +355,7 @@ class LengthReport:
             self.worst = captions[lengths.index(self.longest)]
 
     def check(self, *, truncate: bool) -> None:
-        """Raises ValueError where captions do not fit and are not to be cut."""
+        """Raises ValueError where captions do not fit and may not be truncated."""
         if self.too_long and not truncate:
             raise ValueError(
                 f"{self.too_long} of {self.count} captions need more than "

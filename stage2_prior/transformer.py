@@ -2,7 +2,7 @@
 text, codes or sampling.
 
 Legend: B batch, S tokens, C width, H query heads, G key-value heads (G divides H), D width of a
-head (C = H D), M places of the cache.
+head (C = H D), M positions of the cache.
 
 RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary positions (Su et al. 2021), QK-norm
 (Henry et al. 2020).
@@ -23,14 +23,15 @@ branches."""
 
 
 def rotary_table(coordinates: Tensor, head_width: int, base: float) -> Tensor:
-    """What `rotate` multiplies by at each slot: coordinates (S,2) -> (2,S,D). Half of the pairs
-    turn with the row, half with the column; where both coordinates are equal (text) this is the
+    """What `rotate` multiplies by at each position: coordinates (S,2) -> (2,S,D). Half of the pairs
+    turn with the row, half with the column. Where both coordinates are equal (text) this is the
     one-dimensional rotary embedding."""
     pairs = head_width // 4
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     angles = coordinates[:, :, None] * frequencies
     angles = rearrange(angles, "s two pair -> s (two pair)")
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
@@ -63,7 +64,8 @@ class RMSNorm(nn.RMSNorm):
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (B,S,C) times the rows of weight (R,C) -> (B,S,R)."""
-    # Asked first: where captions of any number are read, a question of their number would fix it
+    # Compared first: a comparison of the batch size would specialise programs that are compiled for
+    # any number of captions.
     one_token = x.shape[-2] == 1
     if (
         one_token
@@ -76,13 +78,14 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _summed(x: Tensor, weight: Tensor) -> Tensor:
-    """`project` for one token (B,1,C), as sums, for compiling: one loop over the weights, of which
-    each is read once for all rows. For a few rows the library's product takes longer (a step of
-    5.9M weights on two cores with AVX512-BF16: 930 against 590 microseconds for 4 rows, 1,200
-    against 910 for 8; a row alone was four times as fast as its products)."""
-    rows, weight = x[:, 0].float(), weight.float()
-    # The compiler writes out what is put together. Otherwise it would work out x, a norm most
-    # often, anew for each row of the weights.
+    """`project` for one token (B,1,C), as sums, for compiling: one loop that reads each weight once
+    for all rows. For few rows the library's product takes longer: with 5.9M weights on two cores
+    with AVX512-BF16, 930 against 590 microseconds for 4 rows and 1,200 against 910 for 8. One row
+    alone was four times as fast."""
+    rows = x[:, 0].float()
+    weight = weight.float()
+    # The concatenation makes the compiler materialise x. Otherwise it recomputes x, mostly a norm,
+    # for each row of the weights.
     rows = torch.cat(rows.chunk(2, 1), 1)
     return torch.stack([(row * weight).sum(-1) for row in rows.unbind(0)]).to(x.dtype)[:, None]
 
@@ -100,16 +103,17 @@ class Projection(nn.Linear):
 class KeyValueCache:
     """Keys and values of past tokens, allocated once: for each block two tensors (B,G,M,D).
 
-    All M places are read each time, under a mask: every step has the same shapes, so that one
+    All M positions are read each time, under a mask. Every step has the same shapes, so one
     compiled step serves all.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.keys, self.values = keys, values
+        self.keys = keys
+        self.values = values
         self.capacity = keys[0].shape[2]
         self.filled = 0
-        """Places that hold a token already, where `ImagePrior.forward` fills them one after
-        another."""
+        """Positions that hold a token, counted by `ImagePrior.forward`, which fills them in
+        order."""
 
     @classmethod
     def empty(
@@ -117,9 +121,9 @@ class KeyValueCache:
     ) -> KeyValueCache:
         """An empty cache in the dtype and on the device of `like`."""
         shape = (batch, heads, capacity, head_width)
-        # Masked places count with a weight of 0, and 0 times what memory happens to hold may be no
-        # number. On the CPU `attend` masks what keys give, whatever it is; the kernels elsewhere
-        # add to it.
+        # Masked positions have a weight of 0, and 0 times uninitialised memory may be nan. On the
+        # CPU `attend` overwrites masked scores, so keys may be uninitialised. Kernels elsewhere
+        # add the mask to the scores.
         keys = like.new_empty if like.device.type == "cpu" else like.new_zeros
         return cls(
             [keys(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)]
@@ -132,7 +136,7 @@ class KeyValueCache:
         )
 
     def copy_from(self, other: KeyValueCache, rows: Tensor) -> None:
-        """Takes over the first places from another cache: its row rows[b] for each row b (B,)."""
+        """Copies the first positions of another cache: its row rows[b] for each row b (B,)."""
         length = min(other.capacity, self.capacity)
         for own, theirs in zip(
             [*self.keys, *self.values], [*other.keys, *other.values], strict=True
@@ -140,12 +144,12 @@ class KeyValueCache:
             own[:, :, :length] = theirs[:, :, :length].index_select(0, rows)
 
     def put(
-        self, layer: int, places: Tensor, keys: Tensor, values: Tensor
+        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B,G,S,D) at places (S,); returns those of all M places."""
+        """Stores keys and values (B,G,S,D) at cache positions (S,); returns those of all M."""
         for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            # Autocast makes them of another type than the weights
-            held.index_copy_(2, places, new.to(held.dtype))
+            # Under autocast their dtype is not that of the weights.
+            held.index_copy_(2, positions, new.to(held.dtype))
         return self.keys[layer], self.values[layer]
 
 
@@ -153,23 +157,23 @@ class CacheView(NamedTuple):
     """What a block needs to resume from a cache."""
 
     cache: KeyValueCache
-    places: Tensor
-    """(S,) where the new tokens go."""
+    positions: Tensor
+    """(S,) cache positions of the new tokens."""
     allowed: Tensor
-    """(S,M): which of the places each of them may look at; `visible`."""
+    """(S,M) the cache positions that each of them may attend to (`attention_mask`)."""
 
 
-def attention_mask(places: Tensor, before: Tensor, capacity: int) -> Tensor:
-    """(S,M): a token may look at itself, at its place (S,), and at all places below `before`
-    (S,)."""
-    every = torch.arange(capacity, device=places.device)
-    return (every < before[:, None]) | (every == places[:, None])
+def attention_mask(positions: Tensor, before: Tensor, capacity: int) -> Tensor:
+    """(S,M): a token at cache position positions[s] attends to itself and to all positions below
+    before[s]."""
+    every = torch.arange(capacity, device=positions.device)
+    return (every < before[:, None]) | (every == positions[:, None])
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
     """`attend` by torch's kernel."""
-    # A branch, where `enable_gqa=a != b` would do: compiled for any shapes, a comparison is a
-    # symbol, which the kernel refuses.
+    # Not `enable_gqa=a != b`: compiled for dynamic shapes, a comparison is a symbol, which the
+    # kernel refuses.
     if query.shape[1] == key.shape[1]:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=allowed is None
@@ -189,13 +193,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     """
     if query.device.type != "cpu":
         return fused_attention(query, key, value, allowed)
-    groups, length = key.shape[1], query.shape[2]
+    groups = key.shape[1]
+    length = query.shape[2]
     if allowed is None:
         allowed = torch.ones(length, length, dtype=torch.bool).tril()
     shared = query.shape[1] // groups
-    if (
-        shared > 1
-    ):  # the queries of one key-value head one after another, so that its keys are read once
+    if shared > 1:  # all queries of one key-value head in a row, so that its keys are read once
         query = query.unflatten(1, (groups, shared)).flatten(2, 3)
         allowed = allowed.repeat(shared, 1)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
@@ -208,30 +211,28 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads = heads
+        self.kv_heads = kv_heads
         head_width = width // heads
         self.query_key_value = Projection(width, (heads + 2 * kv_heads) * head_width)
         self.query_key_gain = nn.Parameter(torch.ones(2 * head_width))
         self.output = Projection(width, width)
 
     def forward(
-        self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int
+        self, x: Tensor, rotary: RotaryEmbedding, past: CacheView | None, layer: int
     ) -> Tensor:
         batch, length, width = x.shape
-        # Plain views: torch.compile takes a pattern's sizes for constants, and the number of tokens
-        # is none.
+        # Views, no einops: torch.compile takes a pattern's sizes for constants, and the number of
+        # tokens varies.
         three = self.query_key_value(x).unflatten(-1, (-1, width // self.heads)).transpose(1, 2)
         q, k, v = three.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query_gain, key_gain = self.query_key_gain.to(three.dtype).chunk(2)
-        q = rotate(F.rms_norm(q, q.shape[-1:], query_gain, 1e-6), turns.query)
-        k = rotate(F.rms_norm(k, k.shape[-1:], key_gain, 1e-6), turns.key)
+        q = rotate(F.rms_norm(q, q.shape[-1:], query_gain, 1e-6), rotary.query)
+        k = rotate(F.rms_norm(k, k.shape[-1:], key_gain, 1e-6), rotary.key)
         if past is not None:
-            k, v = past.cache.put(layer, past.places, k, v)
-        return self.output(
-            attend(q, k, v, past.allowed if past else None)
-            .transpose(1, 2)
-            .reshape(batch, length, width)
-        )
+            k, v = past.cache.put(layer, past.positions, k, v)
+        attended = attend(q, k, v, past.allowed if past else None)
+        return self.output(attended.transpose(1, 2).reshape(batch, length, width))
 
 
 class SwiGLU(nn.Module):
@@ -259,7 +260,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, turns: RotaryEmbedding, past: CacheView | None, layer: int
+        self, x: Tensor, rotary: RotaryEmbedding, past: CacheView | None, layer: int
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), turns, past, layer))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, past, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

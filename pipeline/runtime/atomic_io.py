@@ -9,16 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(folder)` on a folder beside `target`, syncs what it wrote and puts it in
-    `target`'s place.
+def atomic_write_dir(target: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(folder)` on a temporary folder, syncs what it wrote and replaces `target` by it.
 
     A failure on the way (a full disk, a kill) leaves what `target` held before.
 
@@ -26,10 +24,8 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
         OSError: the disk is full or the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (
-        target.with_name(f".{target.name}.writing"),
-        target.with_name(f".{target.name}.old"),
-    )
+    beside = target.with_name(f".{target.name}.writing")
+    old = target.with_name(f".{target.name}.old")
     _remove(beside)
     _recover(old)
     beside.mkdir()
@@ -53,7 +49,7 @@ def atomic_write_dir(target: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write, which is synced and renamed to it afterwards; a failure
+    """Yields a temporary file to write, which is synced and renamed to `path` afterwards; a failure
     leaves what `path` held before."""
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -75,8 +71,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def clean_partial_writes(folder: Path) -> None:
-    """Removes what killed runs left half-written in a folder, and puts back what they had moved
-    aside."""
+    """Removes what killed runs left half-written in a folder, and restores what they had
+    replaced."""
     for beside in folder.glob(".*.writing"):
         _remove(beside)
     for old in folder.glob(".*.old"):
@@ -98,7 +94,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the disk hold a file, or a folder's list of names, before it goes on."""
+    """Flushes a file, or a folder's list of names, to the disk."""
     if os.name != "posix" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -109,7 +105,7 @@ def _sync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes a text file beside, syncs and renames it."""
+    """Writes a text file by `atomic_write`."""
     with atomic_write(path) as beside:
         beside.write_text(text)
 

@@ -15,18 +15,15 @@ import torch
 from pipeline.config.train import TrainConfig
 
 USABLE_MEMORY_FRACTION = 0.8
-"""Share of the free memory that a batch may take."""
+"""Fraction of the free memory that a batch may take."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be had on a device, what torch keeps for its next tensors included."""
+    """Bytes that can be allocated on a device, torch's cache included."""
     if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
-    return psutil.virtual_memory().available
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -51,7 +48,8 @@ MIN_STEPS_TO_COMPILE = 1000
 """Steps from which compiling pays on a CPU: at a tenth of a second or more each, a third less
 outweighs half a minute."""
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 """Numbers of glibc's `mallopt` options."""
 
 
@@ -75,7 +73,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -18,7 +18,8 @@ def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) 
         (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 224, dtype=np.uint8
     )
     for i, picture in enumerate(pictures):
-        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        top = gap + (i // columns) * (height + gap)
+        left = gap + (i % columns) * (width + gap)
         grid[top : top + height, left : left + width] = picture
     return grid
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -32,8 +32,8 @@ class RecoverableError(OSError):
 
 
 class SignalState:
-    """The first signal that came, 0 before there is one; and whether a step is behind, so that
-    there is something to save."""
+    """The first signal received, or 0; and whether a step is done, so that there is something to
+    save."""
 
     number = 0
     begun = False
@@ -44,15 +44,14 @@ def catch_signals() -> Iterator[SignalState]:
     """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends
     the process at once.
 
-    Only the main thread is given signals: in any other nothing changes. The handlers from before
-    come back at the end.
+    Only the main thread receives signals: in any other nothing changes. The previous handlers are
+    restored at the end.
     """
     caught = SignalState()
 
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and caught.number == signal.SIGINT:
-            # Not by an exception: threads that read data would be waited for, however long they
-            # take.
+            # An exception would wait for the threads that read data, however long they take.
             os.write(2, b"\nCtrl-C twice: nothing more is saved\n")
             os._exit(TrainingInterrupted(number).status)
         if not caught.number:
@@ -68,7 +67,7 @@ def catch_signals() -> Iterator[SignalState]:
                     if caught.begun
                     else "stopping after this step, which may take a minute to compile"
                 )
-                # Not by print: a signal may come in the midst of one, which allows no second.
+                # Not print, which is not reentrant: the signal may have interrupted one.
                 os.write(2, f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n".encode())
 
     with _handled(handler):
@@ -88,7 +87,9 @@ def sigterm_raises() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler, *numbers: signal.Signals) -> Iterator[None]:
+def _handled(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -13,7 +13,8 @@ from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.stages.finetune import LoRAAdapter
 from pipeline.stages.prior import stream_config
-from pipeline.training.memory_estimate import MemoryEstimate, estimate_training_memory, to_device
+from pipeline.training.batch import to_device
+from pipeline.training.memory_estimate import MemoryEstimate, Probe, estimate_training_memory
 from pipeline.training.task import Objective
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective
 from stage2_prior import ImagePrior, PriorObjective
@@ -55,12 +56,12 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         "codes": torch.zeros(8, stream.image_length, dtype=torch.long),
     }
     train = experiment.prior.train
-    prior.activation_checkpointing = train.activation_checkpointing
     prior_objective = PriorObjective(
         prior.train(),
         experiment.prior.objective,
         train.orders,
         experiment.sequence.captioning_fraction,
+        activation_checkpointing=train.activation_checkpointing,
     )
     estimates["prior"] = _estimate(
         prior_objective, batch, train, experiment.precision, device, processes, program
@@ -98,15 +99,12 @@ def _estimate(
         torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(precision, device)
     )
     rows = max(batch_size // micro_batches // processes, 1)
-    compiled = should_compile(train, device)
     return estimate_training_memory(
-        objective,
+        Probe(objective, train.steps - 1, autocast, device),
         train,
-        device,
-        autocast,
         to_device(batch, device),
         rows,
-        compiled=compiled,
+        compiled=should_compile(train, device),
         several=processes > 1,
         program=program,
     )

@@ -60,7 +60,6 @@ def train_prior(experiment: Experiment) -> Path:
     text = text_tokenizer(experiment, codes, accelerator, origin)
     prior = _build_prior(experiment, tokenizer, text, origin)
     adapter = LoRAAdapter(prior, section, origin.identity) if origin and section.lora_rank else None
-    prior.activation_checkpointing = section.train.activation_checkpointing
     training = PriorTraining(experiment, accelerator, codes, tokenizer, prior, text)
     metrics = run.fit(training.task, images=len(codes["train"]))
     if adapter is not None:
@@ -173,6 +172,7 @@ class PriorTraining:
             experiment.prior.objective,
             experiment.prior.train.orders,
             experiment.sequence.captioning_fraction,
+            activation_checkpointing=experiment.prior.train.activation_checkpointing,
         )
         self.objective.record_training()
         self.several_captions = self.train.captions_in_all > len(self.train)

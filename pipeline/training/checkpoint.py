@@ -3,8 +3,8 @@ stage.
 
 A checkpoint is `step-N/` with `weights.safetensors` (networks), `ema.safetensors`,
 `optimizer.safetensors`, `state.json` and, written last, `manifest.json`: the size and hash of each
-of the others. It is written beside, synced and renamed, so a kill leaves a whole one or none; what
-happens to it later (a cut copy, a bad disk) is found when it is read.
+of the others. It is written to a temporary name, synced and renamed, so a kill leaves a whole one
+or none. Later damage (a truncated copy, a bad disk) is found when it is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "st
 
 
 class UnsupportedFormat(ValueError):
-    """Written by a version of this program that wrote another format than this one reads."""
+    """The format of another version of this program, which this one does not read."""
 
 
 class CorruptedCheckpoint(ValueError):
@@ -39,24 +39,24 @@ class CorruptedCheckpoint(ValueError):
 
 
 class HasState(Protocol):
-    """What a checkpoint asks of networks and optimizers."""
+    """What a checkpoint needs of networks and optimizers; `Any` as in torch's own."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
 class State:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint holds besides tensors."""
 
     step: int
-    """Steps that were done: the number of the next one."""
+    """Steps done, which is the number of the next one."""
     best: dict[str, float] = field(default_factory=dict)
-    """Held-out figures of the best weights so far."""
+    """Held-out metrics of the best weights so far."""
     skipped: int = 0
     """Steps that were skipped because they were not finite."""
 
 
-def check_format(found: Any, where: Path) -> None:
+def check_format(found: object, where: Path) -> None:
     """Raises UnsupportedFormat for one that this version does not read."""
     if found != FORMAT:
         age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
@@ -76,8 +76,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, if any; one glance, which finds no damage but a missing
-    state."""
+    """The checkpoint with the highest step, if any; not verified, but for its state's presence."""
     return next((p for p in list_checkpoints(folder) if (p / "state.json").is_file()), None)
 
 
@@ -95,7 +94,7 @@ def save_checkpoint(
     those that are left.
 
     Args:
-        verified: checkpoints known to be whole, which need not be read again to be counted.
+        verified: checkpoints known to be whole, which are not read again.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are
@@ -117,14 +116,14 @@ def save_checkpoint(
             for name, value in moment.items()
         }
         _save(moments, beside / "optimizer.safetensors")
-        said = {
+        values = {
             "format": FORMAT,
             "step": state.step,
             "best": state.best,
             "skipped": state.skipped,
             "optimizers": sorted(optimizers),
         }
-        (beside / "state.json").write_text(json.dumps(said) + "\n")
+        (beside / "state.json").write_text(json.dumps(values) + "\n")
         files = {
             name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)}
             for name in _FILES
@@ -136,9 +135,7 @@ def save_checkpoint(
     target = folder / f"step-{state.step}"
     atomic_write_dir(target, write)
     for later in list_checkpoints(folder):
-        if (
-            _step(later) > state.step
-        ):  # skipped as corrupted, or training would have resumed from it
+        if _step(later) > state.step:  # corrupted, or training would have resumed from it
             shutil.rmtree(later)
     return prune_checkpoints(folder, target, keep, verified)
 
@@ -146,9 +143,9 @@ def save_checkpoint(
 def prune_checkpoints(
     folder: Path, newest: Path, keep: int, verified: Collection[Path]
 ) -> set[Path]:
-    """Removes what is older than the whole checkpoint `newest` but for the newest `keep` - 1 whole
-    ones: a corrupted one takes no place of theirs. Those in `verified` are known to be whole and
-    are not read. Returns those that are left."""
+    """Removes what is older than the whole checkpoint `newest`, but for the newest `keep` - 1 whole
+    ones; corrupted ones do not count. Those in `verified` are not read. Returns those that are
+    left."""
     kept = {newest}
     for path in list_checkpoints(folder):
         if _step(path) >= _step(newest):
@@ -170,7 +167,7 @@ def verify_checkpoint(path: Path) -> str | None:
         manifest = json.loads((path / _MANIFEST).read_text())
         check_format(manifest["format"], path)
         step = manifest["step"]
-        files = {name: (said["bytes"], said["sha256"]) for name, said in manifest["files"].items()}
+        files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except UnsupportedFormat:
@@ -195,12 +192,12 @@ def verify_checkpoint(path: Path) -> str | None:
 def load_newest(
     folder: Path,
     networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    average: Sequence[Tensor],
-    say: Callable[[str], None],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: Sequence[Tensor],
+    warn: Callable[[str], None],
 ) -> tuple[Path, State] | None:
-    """`load_checkpoint` of the newest one that is whole; each corrupted one that is skipped is
-    said in a line. None if there is none.
+    """`load_checkpoint` of the newest whole one, or None if there is no checkpoint. Each corrupted
+    one that it skips is reported by `warn`.
 
     Raises:
         ValueError: there are checkpoints and all are corrupted; or as `load_checkpoint` does.
@@ -208,12 +205,12 @@ def load_newest(
     damaged: dict[Path, str] = {}
     for path in list_checkpoints(folder):
         try:
-            state = load_checkpoint(path, networks, optimizers, average)
+            state = load_checkpoint(path, networks, optimizers, ema)
         except CorruptedCheckpoint as error:
             damaged[path] = str(error)
             continue
         for bad, why in damaged.items():
-            say(f"{bad} is corrupted ({why}); resuming from {path.name}, the one before")
+            warn(f"{bad} is corrupted ({why}); resuming from {path.name}, the one before")
         return path, state
     if damaged:
         every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
@@ -227,75 +224,77 @@ def load_newest(
 def load_checkpoint(
     path: Path,
     networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    average: Sequence[Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: Sequence[Tensor],
 ) -> State:
-    """Fills networks, optimizers and averages in place, once every file is found to be as it was
-    written.
+    """Fills networks, optimizers and EMA weights in place, after verifying every file.
 
     Raises:
-        CorruptedCheckpoint: a file is missing, cut or changed.
+        CorruptedCheckpoint: a file is missing, truncated or changed.
         ValueError: the checkpoint belongs to another configuration, or is of a format that this
             version does not read.
     """
     if problem := verify_checkpoint(path):
         raise CorruptedCheckpoint(problem)
     try:
-        said = json.loads((path / "state.json").read_text())
-        state = State(int(said["step"]), dict(said["best"]), int(said.get("skipped", 0)))
-        made_with = said["optimizers"]
+        values = json.loads((path / "state.json").read_text())
+        state = State(int(values["step"]), dict(values["best"]), int(values.get("skipped", 0)))
+        saved_optimizers = values["optimizers"]
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "ema.safetensors")
         moments = load_file(path / "optimizer.safetensors")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        SafetensorError,
-    ) as error:  # without a manifest it is found here
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        # Files that the manifest does not name.
         raise CorruptedCheckpoint(str(error)) from error
     for group, network in networks.items():
-        own = {
-            k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")
-        }
-        expected = network.state_dict()
-        if differ := sorted(set(own) ^ set(expected)) or [
-            k for k in own if own[k].shape != expected[k].shape
-        ]:
-            raise ValueError(
-                f"the checkpoint {path} is of another configuration (first keys that differ: "
-                f"{differ[:3]}); "
-                "choose another name for this run, or remove the run folder"
-            )
-        network.load_state_dict(own)
+        _load_network(network, _of_group(weights, group), path)
     with torch.no_grad():
-        for i, tensor in enumerate(average):
+        for i, tensor in enumerate(ema):
             tensor.copy_(averages[f"{i:05d}"])
-    # By name: an optimizer that has not stepped yet, as an adversary's before its start, has no
+    # By name: an optimizer before its first step, as a discriminator's before its start, has no
     # moments.
-    if optimizers and made_with != sorted(optimizers):
+    if optimizers and saved_optimizers != sorted(optimizers):
         raise ValueError(
-            f"the checkpoint {path} was made with the optimizers {made_with} and this run has "
-            f"{sorted(optimizers)}; "
+            f"the checkpoint {path} was made with the optimizers {saved_optimizers} and this run "
+            f"has {sorted(optimizers)}; "
             "choose another name for this run, or train.optimizer as it was"
         )
     for group, optimizer in optimizers.items():
-        merged = optimizer.state_dict()
-        merged["state"] = {}
-        parameters = [p for options in optimizer.param_groups for p in options["params"]]
-        for key, value in moments.items():
-            owner, index, name = key.split(".", 2)
-            if owner == group:
-                parameter = parameters[int(index)]
-                if value.shape == parameter.shape:
-                    # Fused AdamW walks raw memory: moments must have the strides of their
-                    # (channels-last) parameter.
-                    value = torch.empty_like(parameter).copy_(value)
-                merged["state"].setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict(merged)
+        _load_optimizer(optimizer, _of_group(moments, group))
     return state
+
+
+def _of_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    prefix = f"{group}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _load_network(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    expected = network.state_dict()
+    if differ := sorted(set(weights) ^ set(expected)) or [
+        k for k in weights if weights[k].shape != expected[k].shape
+    ]:
+        raise ValueError(
+            f"the checkpoint {path} is of another configuration (first keys that differ: "
+            f"{differ[:3]}); "
+            "choose another name for this run, or remove the run folder"
+        )
+    network.load_state_dict(weights)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Moments by INDEX.NAME, the parameter's number and the moment's name."""
+    parameters = [p for options in optimizer.param_groups for p in options["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # Fused AdamW walks raw memory: moments must have the strides of their (channels-last)
+            # parameter.
+            value = torch.empty_like(parameter).copy_(value)
+        states.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Averages of weights over steps, which are what is evaluated and delivered. Knows parameters;
+"""The exponential moving average of the weights, which is evaluated and exported. Knows parameters;
 knows no loop."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pipeline.config.train import TrainConfig
 
 
 def ema_decay(step: int, config: TrainConfig) -> float:
-    """Decay of the weight average: short at first, so that the random start is forgotten."""
+    """Decay of the EMA: small at first, so that the random initialisation is forgotten."""
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 class EMA:
-    """Exponential moving average of every parameter that is trained; buffers (codebook
-    statistics are averages already) are not averaged, nor is what a module's
-    `ema_excluded_parameters` names."""
+    """Exponential moving average of every trainable parameter, but for those that a module's
+    `ema_excluded_parameters` names, which are copied. Buffers are not averaged: codebook
+    statistics are averages already."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.parameters: list[Tensor] = [
@@ -40,7 +40,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges the averaged weights with the trained ones; called again, it puts them back."""
+        """Exchanges the averaged weights with the trained ones; a second call undoes it."""
         for parameter, average in zip(self.parameters, self.shadow, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(average)

@@ -1,10 +1,10 @@
-"""Networks cut over the processes (FSDP2: torch's `fully_shard`), where `accelerate launch` asks
-for FSDP. Knows modules and tensors.
+"""Networks sharded over the processes (FSDP2: torch's `fully_shard`), where `accelerate launch`
+asks for FSDP. Knows modules and tensors.
 
-Accelerate's own preparation is not used: it knows FSDP on accelerators alone, and here it runs, and
-is tested, on CPUs too. The whole networks stay beside the cut ones, in the CPU's memory, and are
-filled for evaluating and saving: what is evaluated and saved then talks to no other process and is
-the same with one process as with many.
+Accelerate's own preparation is not used: it supports FSDP on accelerators alone; here it runs, and
+is tested, on CPUs too. The unsharded networks stay in the CPU's memory and are filled for
+evaluating and saving. Evaluation and saved files then need no other process and are the same with
+one process as with many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,28 +27,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training.checkpoint import HasState
 from pipeline.training.ema import EMA
+from pipeline.training.task import Objective
 
 Optimizers = dict[str, torch.optim.Optimizer]
+_Key = TypeVar("_Key")
 
 
 def fsdp_requested() -> bool:
-    """Whether `accelerate launch` was given an FSDP configuration (or the environment says what it
-    would say)."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+    """Whether `accelerate launch` was given an FSDP configuration, or the environment says so."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def wrap_ddp(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A whole network whose gradients are averaged over the processes."""
+    """An unsharded network whose gradients are averaged over the processes."""
     with warnings.catch_warnings():
         # accelerate 1.15 passes torch 2.13 the option under its older name.
         warnings.filterwarnings(
             "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
         )
         if not fsdp_requested():
-            return accelerator.prepare(network)
+            prepared: nn.Module = accelerator.prepare(network)
+            return prepared
         if accelerator.num_processes == 1:
             return network
-        # Under FSDP accelerate would cut it.
+        # Under FSDP accelerate would shard it.
         device = accelerator.device
         return DistributedDataParallel(
             network, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
@@ -56,28 +58,29 @@ def wrap_ddp(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, which shares its memory; a whole tensor as it is."""
+    """This process's part of a sharded tensor, which shares its memory; other tensors as they
+    are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of all processes' parts; every process calls this."""
+    """A sharded tensor gathered from all processes, which all call this; other tensors as they
+    are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Steppers(Protocol):
-    """What steps networks."""
+@dataclass(frozen=True)
+class Steppers:
+    """What updates networks and their EMA weights."""
 
-    @property
-    def optimizers(self) -> Optimizers: ...
-    @property
-    def ema(self) -> EMA: ...
+    optimizers: Optimizers
+    ema: EMA
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint holds, by group, whole; on the main process alone where it had to be
-    gathered."""
+    """What a checkpoint holds, by group and unsharded; where it had to be gathered, on the main
+    process alone."""
 
     networks: Mapping[str, HasState]
     optimizers: Mapping[str, HasState]
@@ -85,7 +88,7 @@ class CheckpointState:
 
 
 class ModelState:
-    """Whole networks, trained as they are.
+    """Unsharded networks.
 
     Attributes:
         networks: what is trained, by group.
@@ -97,31 +100,27 @@ class ModelState:
     def __init__(
         self,
         plain: Mapping[str, nn.Module],
-        optimizers: Optimizers,
-        ema: EMA,
+        steppers: Steppers,
         accelerator: Accelerator,
         build: Callable[[Mapping[str, nn.Module]], Steppers],
     ) -> None:
-        self.plain, self.optimizers, self.ema, self.accelerator = (
-            plain,
-            optimizers,
-            ema,
-            accelerator,
-        )
+        self.plain = plain
+        self.optimizers = steppers.optimizers
+        self.ema = steppers.ema
+        self.accelerator = accelerator
         self.networks: dict[str, nn.Module] = dict(plain)
 
     def for_training(self, group: str) -> nn.Module:
         """The module that losses call."""
         return wrap_ddp(self.networks[group], self.accelerator)
 
-    def compile(self) -> None:
-        """Compiles what losses call."""
-        for network in self.networks.values():
-            network.compile_networks()  # type: ignore[operator]
+    def compile(self, objective: Objective) -> None:
+        """Compiles what the losses of the objective call."""
+        objective.compile()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Within it the whole networks hold the averaged weights, on the main process."""
+        """Within it the unsharded networks hold the EMA weights, on the main process."""
         if not self.accelerator.is_main_process:
             yield
             return
@@ -132,29 +131,27 @@ class ModelState:
             self.ema.swap()
 
     def checkpoint_state(self) -> CheckpointState:
-        """What checkpoints hold; every process calls this, and the main one may use it."""
+        """What checkpoints hold; every process calls this, and the main one may use the result."""
         return CheckpointState(self.plain, self.optimizers, self.ema.shadow)
 
     def load_ema(self) -> None:
-        """Leaves the averaged weights in the whole networks."""
+        """Leaves the EMA weights in the unsharded networks."""
         self.ema.swap()
 
 
 class FSDPModelState(ModelState):
-    """Networks that name their `shard_units` are sharded; what they were made of, moments and
-    averages too."""
+    """Networks that name their `shard_units`, sharded like their moments and EMA weights."""
 
     saves_together = True
 
     def __init__(
         self,
         plain: Mapping[str, nn.Module],
-        optimizers: Optimizers,
-        ema: EMA,
+        steppers: Steppers,
         accelerator: Accelerator,
         build: Callable[[Mapping[str, nn.Module]], Steppers],
     ) -> None:
-        super().__init__(plain, optimizers, ema, accelerator, build)
+        super().__init__(plain, steppers, accelerator, build)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for group, network in plain.items():
             sharded = copy.deepcopy(network).to(accelerator.device)
@@ -162,13 +159,13 @@ class FSDPModelState(ModelState):
                 fully_shard(unit, mesh=mesh)
             self.networks[group] = sharded
         built = build(self.networks)
-        self.optimizers, self.ema = built.optimizers, built.ema
-        for own, given in zip(self.ema.shadow, ema.shadow, strict=True):
+        self.optimizers = built.optimizers
+        self.ema = built.ema
+        for own, given in zip(self.ema.shadow, steppers.ema.shadow, strict=True):
             own.copy_(shard_like(given, own))
         for name, optimizer in self.optimizers.items():
-            for parameter, values in zip(
-                _parameters(optimizer), _states(optimizers[name]), strict=True
-            ):
+            states = _states(steppers.optimizers[name])
+            for parameter, values in zip(_parameters(optimizer), states, strict=True):
                 if values:  # it resumes from a checkpoint
                     optimizer.state[parameter] = {
                         key: shard_like(value, parameter)
@@ -180,15 +177,15 @@ class FSDPModelState(ModelState):
     def for_training(self, group: str) -> nn.Module:
         return self.networks[group]
 
-    def compile(self) -> None:
+    def compile(self, objective: Objective) -> None:
         for network in self.networks.values():
             for unit in network.shard_units():  # type: ignore[operator]
                 unit.compile(dynamic=False)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The gathered averages; the whole networks are on the device meanwhile, on the main
-        process alone."""
+        """The gathered EMA weights; on the main process the unsharded networks are on the device
+        meanwhile."""
         self._fill(self.ema.shadow)
         if not self.accelerator.is_main_process:
             yield
@@ -220,7 +217,7 @@ class FSDPModelState(ModelState):
         self._fill(self.ema.shadow)
 
     def _fill(self, parameters: Sequence[Tensor]) -> None:
-        """Puts parameters, and buffers as they are now, into the whole networks."""
+        """Copies parameters, and the present buffers, into the unsharded networks."""
         owners = [
             p for network in self.plain.values() for p in network.parameters() if p.requires_grad
         ]
@@ -233,8 +230,8 @@ class FSDPModelState(ModelState):
                 ):
                     buffer.copy_(value)
 
-    def _gathered(self, tensors: Mapping[Any, Any]) -> dict[Any, Tensor]:
-        """Whole tensors in the CPU's memory, on the main process; one after another, or a card
+    def _gathered(self, tensors: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """Unsharded tensors in the CPU's memory, on the main process; one after another, or a GPU
         would hold all of them."""
         held = {}
         for key, tensor in tensors.items():
@@ -245,22 +242,21 @@ class FSDPModelState(ModelState):
 
 
 class _StateDict:
-    """Tensors in the form in which checkpoints ask for them."""
+    """Tensors in the form that checkpoints take (`HasState`)."""
 
-    def __init__(self, state: dict[Any, Any]) -> None:
+    def __init__(self, state: dict[str, Any]) -> None:
         self._state = state
 
-    def state_dict(self) -> dict[Any, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return self._state
 
 
-def shard_like(tensor: Tensor, cut: Tensor) -> Tensor:
-    """A whole tensor, cut as another of its shape is; nothing is sent, since every process has
-    it."""
-    if not isinstance(cut, DTensor):
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as another of its shape is; every process holds it, so nothing is sent."""
+    if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(
-        tensor.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
 
 
@@ -274,8 +270,8 @@ def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 
 
 def can_shard(networks: Mapping[str, nn.Module], accelerator: Accelerator) -> bool:
-    """Whether FSDP is asked for, there is more than one process, and the networks say how they are
-    cut."""
+    """Whether FSDP is asked for, there are several processes, and all networks name their
+    `shard_units`."""
     return (
         fsdp_requested()
         and accelerator.num_processes > 1

@@ -1,7 +1,7 @@
 """What training a stage will take in memory. Knows tensors; knows no stage.
 
-Parameters, gradients, averages and optimizer state are counted. What a step holds beyond them is
-measured, by the gradient of a few rows and of twice as many, after which everything is as it was.
+Parameters, gradients, EMA weights and optimizer state are counted. What a step holds beyond them is
+measured by the gradient of a few rows and of twice as many; the networks are restored afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +19,27 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import format_bytes
+from pipeline.training.batch import Batch, tile_rows
 from pipeline.training.fsdp import local_shard
 from pipeline.training.snapshot import preserve_state
+from pipeline.training.task import Autocast, Objective
 
 _PROBED_ROWS = 4
 """Rows of the smaller probe; the larger one has twice as many."""
 _COMPILED_SHARE = 0.65
-"""What a compiled step holds of a plain one's, as measured on the shipped configurations
+"""Bytes of a compiled step, relative to an eager one, as measured on the shipped configurations
 (docs/scaling.md)."""
 _COMPILER = 150 * 2**20
 """Bytes that torch.compile itself takes in a process on a CPU."""
 _MUON_BYTES = 14
-"""Bytes an entry of the matrices that Muon orthogonalises together: a stack in fp32 and five in
+"""Bytes per entry of the matrices that Muon orthogonalises together: a stack in fp32 and five in
 bf16."""
-
-
-class Losses(Protocol):
-    """What a probe needs of an objective."""
-
-    networks: dict[str, nn.Module]
-
-    def losses(self, batch: Any, step: int) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that stay for the whole training, by what they are; of this process where the networks
-    are sharded."""
+    """Bytes that stay for the whole training, by kind; of this process where the networks are
+    sharded."""
 
     entries: int
     """Number of parameters, over all processes."""
@@ -56,7 +49,7 @@ class StateBytes:
     optimizer: int
     average: int
     muon_workspace: int
-    """What a step of Muon holds for a moment."""
+    """Temporary tensors of a step of Muon."""
 
     @property
     def kept(self) -> int:
@@ -65,8 +58,8 @@ class StateBytes:
 
 
 def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> StateBytes:
-    """Of networks on any device, the meta device too, which holds no numbers."""
-    entries = parameters = gradients = optimizer = orthogonalizing = 0
+    """Of networks on any device, the meta device too."""
+    entries = parameters = gradients = optimizer = muon_workspace = 0
     for network in networks.values():
         matrices = set()
         if config.optimizer == "muon":
@@ -83,14 +76,14 @@ def state_bytes(networks: Mapping[str, nn.Module], config: TrainConfig) -> State
                 optimizer += mine if id(parameter) in matrices else 2 * mine
             if id(parameter) in matrices:
                 alike[len(parameter), parameter.numel() // len(parameter)] += parameter.numel()
-        orthogonalizing = max([orthogonalizing, *(_MUON_BYTES * count for count in alike.values())])
+        muon_workspace = max([muon_workspace, *(_MUON_BYTES * count for count in alike.values())])
     average = sum(
         _bytes(local_shard(p))
         for network in networks.values()
         for p in network.parameters()
         if p.requires_grad
     )
-    return StateBytes(entries, parameters, gradients, optimizer, average, orthogonalizing)
+    return StateBytes(entries, parameters, gradients, optimizer, average, muon_workspace)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -98,19 +91,24 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class LiveTensorTracker(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make while it is on and that are still alive;
-    `peak` is the most there were."""
+    """Counts the bytes of live tensors that operations made while it is on: `now`, and their
+    maximum `peak`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device.type
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # What comes in and was not made here was there before.
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        # Inputs that were not made here existed before.
         self._seen.update(storage._cdata for storage in self._storages((args, kwargs)))
         out = function(*args, **(kwargs or {}))
         for storage in self._storages(out):
@@ -121,7 +119,7 @@ class LiveTensorTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def _storages(self, tree: Any) -> Iterator[torch.UntypedStorage]:
+    def _storages(self, tree: object) -> Iterator[torch.UntypedStorage]:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 yield local_shard(leaf).untyped_storage()
@@ -131,50 +129,48 @@ class LiveTensorTracker(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_step(
-    objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device
-) -> int:
-    """The most bytes that all gradients of a batch hold at a time, beyond what was there before;
-    the gradients themselves too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _backward(objective, batch, step, autocast)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with LiveTensorTracker(device) as live:
-        _backward(objective, batch, step, autocast)
-    return live.peak
+@dataclass(frozen=True)
+class Probe:
+    """Measures the memory of a step's gradients."""
 
+    objective: Objective
+    step: int
+    """The step as which it is measured: the last one, where every loss takes part."""
+    autocast: Autocast
+    device: torch.device
 
-def _backward(objective: Losses, batch: Any, step: int, autocast: Callable[[], Any]) -> None:
-    losses = objective.losses(batch, step)
-    while True:
-        with autocast():
-            loss = next(losses, None)
-        if loss is None:
-            return
-        loss.value.backward()
-        group = loss.group
-        del loss
-        for parameter in objective.networks[group].parameters():
-            parameter.grad = None
+    def peak(self, batch: Batch) -> int:
+        """The most bytes that all gradients of a batch hold at a time, the gradients included,
+        beyond what was there before. The networks are restored afterwards."""
+        with preserve_state(self.objective.networks.values()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the few rows; training warns of its own batches
+            return self._peak(batch)
 
+    def _peak(self, batch: Batch) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._backward(batch)
+            torch.cuda.synchronize(self.device)
+            return int(torch.cuda.max_memory_allocated(self.device) - before)
+        live = LiveTensorTracker(self.device)
+        with live:
+            self._backward(batch)
+        return live.peak
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, or a mapping of batches."""
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True)
-
-
-def tile_rows(batch: Any, count: int) -> Any:
-    """The first `count` rows of a batch, or of a mapping of batches; from the first again where
-    there are fewer."""
-    if isinstance(batch, Mapping):
-        return {key: tile_rows(value, count) for key, value in batch.items()}
-    return batch[torch.arange(count, device=batch.device) % len(batch)]
+    def _backward(self, batch: Batch) -> None:
+        losses = self.objective.losses(batch, self.step)
+        while True:
+            with self.autocast():
+                loss = next(losses, None)
+            if loss is None:
+                return
+            loss.value.backward()
+            group = loss.group
+            del loss
+            for parameter in self.objective.networks[group].parameters():
+                parameter.grad = None
 
 
 @dataclass(frozen=True)
@@ -189,20 +185,12 @@ class LinearMemoryModel:
 
 
 def fit_memory_model(
-    objective: Losses,
-    example: Callable[[int], Any],
-    step: int,
-    autocast: Callable[[], Any],
-    device: torch.device,
-    *,
-    most: int,
+    probe: Probe, example: Callable[[int], Batch], *, most: int
 ) -> LinearMemoryModel:
-    """How the memory of a step grows with its rows, from two probes; networks are as they were
-    afterwards.
+    """How the memory of a step grows with its rows, from two probes.
 
     Args:
         example: (rows) -> a batch of so many rows on the device.
-        step: the step as which they are taken; the last one, in which everything takes part.
         most: rows that a batch has at most.
 
     Raises:
@@ -210,31 +198,20 @@ def fit_memory_model(
     """
     rows = min(_PROBED_ROWS, most)
     while True:
-        peaks = {}
         try:
-            if (
-                device.type == "cuda"
-            ):  # cuBLAS takes its workspaces, which stay, with a thread's first products
-                _probe(objective, example(rows), step, autocast, device)
-            for count in sorted({rows, min(2 * rows, most)}):
-                peaks[count] = _probe(objective, example(count), step, autocast, device)
+            if probe.device.type == "cuda":
+                # A thread's first products allocate the workspaces of cuBLAS, which stay.
+                probe.peak(example(rows))
+            low = probe.peak(example(rows))
+            many = min(2 * rows, most)
+            high = probe.peak(example(many)) if many > rows else low
             break
         except ValueError:  # k-means over fewer vectors than codes, for one
             if rows >= most:
                 raise
             rows = min(2 * rows, most)
-    (few, low), (many, high) = next(iter(peaks.items())), list(peaks.items())[-1]
-    row = max(high - low, 0) / (many - few) if many > few else high / many
-    return LinearMemoryModel(max(low - row * few, 0.0), row)
-
-
-def _probe(
-    objective: Losses, batch: Any, step: int, autocast: Callable[[], Any], device: torch.device
-) -> int:
-    """`peak_of_step`, after which the networks are as they were."""
-    with preserve_state(objective.networks.values()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few rows; training will say what is true of its own
-        return peak_of_step(objective, batch, step, autocast, device)
+    row = max(high - low, 0) / (many - rows) if many > rows else high / many
+    return LinearMemoryModel(max(low - row * rows, 0.0), row)
 
 
 @dataclass(frozen=True)
@@ -243,9 +220,9 @@ class MemoryEstimate:
 
     state: StateBytes
     step: float
-    """What a step holds at a time beyond parameters, moments and averages; its gradients too."""
+    """Peak of a step beyond parameters, moments and EMA weights; its gradients included."""
     other: int
-    """What the process holds before it begins, and what compiling takes, on a CPU."""
+    """On a CPU, what the process holds before training, and what compiling takes."""
 
     @property
     def peak(self) -> float:
@@ -288,7 +265,7 @@ def estimate_memory(
     Args:
         compiled: whether steps are compiled, which makes fewer tensors.
         several: whether processes exchange their gradients, for which they hold a copy.
-        program: bytes that the process holds before it builds anything, on a CPU.
+        program: on a CPU, bytes that the process holds before it builds anything.
     """
     activations = max(model.at(rows) - state.gradients, 0) * (_COMPILED_SHARE if compiled else 1.0)
     step = activations + state.gradients * (2 if several else 1)
@@ -299,28 +276,19 @@ def estimate_memory(
 
 
 def estimate_training_memory(
-    objective: Losses,
+    probe: Probe,
     config: TrainConfig,
-    device: torch.device,
-    autocast: Callable[[], Any],
-    batch: Any,
+    batch: Batch,
     rows: int,
     *,
     compiled: bool,
     several: bool = False,
     program: int = 0,
 ) -> MemoryEstimate:
-    """What training will hold, by steps of `rows` rows at a time like those of `batch`; the
-    networks are neither wrapped nor compiled."""
-    model = fit_memory_model(
-        objective,
-        lambda count: tile_rows(batch, count),
-        config.steps - 1,
-        autocast,
-        device,
-        most=rows,
-    )
-    state = state_bytes(objective.networks, config)
+    """`estimate_memory` of steps of `rows` rows like those of `batch`; the networks are neither
+    wrapped nor compiled yet."""
+    model = fit_memory_model(probe, lambda count: tile_rows(batch, count), most=rows)
+    state = state_bytes(probe.objective.networks, config)
     return estimate_memory(
-        state, model, rows, device, compiled=compiled, several=several, program=program
+        state, model, rows, probe.device, compiled=compiled, several=several, program=program
     )

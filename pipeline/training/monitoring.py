@@ -1,4 +1,4 @@
-"""What is watched in every step: numbers that are not finite, gradients that grow, time spent
+"""What is monitored in every step: numbers that are not finite, growing gradients, time spent
 waiting. Knows scalars; knows no stage."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _NAMED = 8
 
 
 def nonfinite_names(scalars: Mapping[str, Tensor]) -> list[str]:
-    """The losses and gradient norms that are not finite. A finite loss with a gradient that is not
-    breaks the weights all the same."""
+    """The losses and gradient norms that are not finite. A finite loss may have a gradient that is
+    not, which breaks the weights too."""
     return [
         name
         for name, value in scalars.items()
@@ -32,10 +32,10 @@ def all_reduce_flags(
     scalars: Mapping[str, Tensor], stop: int, device: torch.device, several: bool
 ) -> tuple[bool, int]:
     """Whether a loss or a gradient norm of this step is not finite on any process, and the highest
-    signal that any of them caught: the same answer on all, so that all skip and stop at the same
-    step.
+    signal that any process caught. The answer is the same on all, so that all skip and stop at the
+    same step.
 
-    The one number that is read from the device in a step, after the gradients and before the
+    It is the one number that a step reads from the device, after the gradients and before the
     weights change.
     """
     watched = [value for name, value in scalars.items() if "loss" in name or "grad_norm" in name]
@@ -61,7 +61,7 @@ def nonfinite_message(names: Sequence[str], rows: Sequence[str], step: int) -> s
 
 
 class GradNormMonitor:
-    """Warns when a gradient's norm is far above what it was in the last logs."""
+    """Warns when a gradient norm is far above that of the last logs."""
 
     FACTOR = 10
     LOGS = 50
@@ -73,10 +73,11 @@ class GradNormMonitor:
         self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=self.LOGS))
 
     def check(self, scalars: Mapping[str, float], step: int) -> str | None:
-        """One line on a norm above FACTOR times its median, or None; takes the norms in."""
+        """One line on a norm above FACTOR times its median, or None; records the norms."""
         warning = None
         for name in (name for name in scalars if name.endswith("grad_norm")):
-            seen, norm = self._seen[name], scalars[name]
+            seen = self._seen[name]
+            norm = scalars[name]
             if len(seen) >= self.AFTER and norm > self.FACTOR * (usual := statistics.median(seen)):
                 what = name.replace("grad_norm", "gradient norm").replace("_", " ")
                 warning = (
@@ -89,18 +90,20 @@ class GradNormMonitor:
 
 
 class ThroughputMeter:
-    """Images per second, and the share of the time that was spent waiting for them, since the start
-    or the last `restart`."""
+    """Images per second, and the fraction of the time spent waiting for them, since the start or
+    the last `restart`."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.restart()
 
     def restart(self) -> None:
-        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0
+        self.start = time.perf_counter()
 
     def step(self, waited: float) -> None:
-        """A step was made, `waited` seconds of it waiting for its batch."""
+        """Counts a step, which waited `waited` seconds for its batch."""
         self.steps += 1
         self.waited += waited
 
@@ -116,27 +119,27 @@ class ThroughputMeter:
         }
 
     def line(self) -> str:
-        figures = self.metrics()
+        metrics = self.metrics()
         return (
-            f"{self.seconds / 60:.1f} minutes, {figures['images_per_second']:,.0f} pictures/s, "
-            f"{figures['data_wait_fraction']:.1%} of it waiting for data"
+            f"{self.seconds / 60:.1f} minutes, {metrics['images_per_second']:,.0f} pictures/s, "
+            f"{metrics['data_wait_fraction']:.1%} of it waiting for data"
         )
 
 
 def mean_over_ranks(scalars: Mapping[str, Tensor], processes: int) -> dict[str, float]:
-    """Figures of the whole batch: the mean over the processes that have each. Every process calls
+    """Metrics of the whole batch: the mean over the processes that have each. Every process calls
     this, at the same steps."""
     own = {name: float(value) for name, value in scalars.items()}
-    everybodys = gather_object([own]) if processes > 1 else [own]
-    names = dict.fromkeys(name for figures in everybodys for name in figures)
+    every: list[dict[str, float]] = gather_object([own]) if processes > 1 else [own]
+    names = dict.fromkeys(name for metrics in every for name in metrics)
     return {
-        name: statistics.fmean(figures[name] for figures in everybodys if name in figures)
+        name: statistics.fmean(metrics[name] for metrics in every if name in metrics)
         for name in names
     }
 
 
-def format_metrics(scalars: Mapping[str, float], figures: Mapping[str, float]) -> str:
-    """Figures of a step and of the last evaluation in one line."""
+def format_metrics(scalars: Mapping[str, float], metrics: Mapping[str, float]) -> str:
+    """Metrics of a step and of the last evaluation in one line."""
     parts = [f"{k} {v:.4g}" for k, v in scalars.items() if "grad_norm" not in k and k != "lr"]
-    parts += [f"held-out {k} {v:.4g}" for k, v in list(figures.items())[:2]]
+    parts += [f"held-out {k} {v:.4g}" for k, v in list(metrics.items())[:2]]
     return ", ".join(parts)

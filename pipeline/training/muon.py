@@ -4,8 +4,8 @@ network.
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is that of AdamW
 (Liu et al. 2025, arXiv:2502.16982, eq. 4), so one learning rate serves both. torch.optim.Muon takes
 matrices alone and one at a time: here convolution kernels count as matrices (out, in * height *
-width), and those of one shape are orthogonalised together. Of matrices that are cut over processes
-each process gathers and orthogonalises the whole ones.
+width), and those of one shape are orthogonalised together. Sharded matrices are gathered, and each
+process orthogonalises all of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: tensors of two or more dimensions; all beyond the first count as columns.
         lr: learning rate, on AdamW's scale.
-        momentum: share of the old momentum that stays each step.
+        momentum: fraction of the old momentum that each step keeps.
         weight_decay: decoupled, as AdamW's.
     """
 
@@ -73,8 +73,7 @@ class Muon(torch.optim.Optimizer):
                     shard_like(matrix.view(p.shape), p)
                     for p, matrix in zip(members, matrices, strict=True)
                 ]
-                # All of a shape at once: on a GPU, starting each one's kernel takes longer than the
-                # kernel.
+                # All of a shape at once: on a GPU, launching a kernel takes longer than the kernel.
                 torch._foreach_mul_(list[Tensor](members), 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(
                     list[Tensor](members),

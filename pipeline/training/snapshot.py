@@ -1,5 +1,5 @@
-"""Steps that are rolled back: a probe's wholly, one that is not finite without its optimizers.
-Knows tensors alone."""
+"""Rolls back what a step changed: a probe's step, or one that is not finite. Knows
+tensors alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.training.fsdp import local_shard
 
 @contextmanager
 def preserve_state(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Restores parameters and buffers when it ends, and takes gradients away; copies lie in the
-    CPU's memory meanwhile. Torch's random state is set by each step anew."""
+    """Restores parameters and buffers at its end and removes gradients. Copies lie in the CPU's
+    memory meanwhile. Each step seeds torch's generators itself."""
     of_networks = [
         tensor for network in networks for tensor in (*network.parameters(), *network.buffers())
     ]
-    # Parameters that are frozen are not moved by steps.
+    # Steps do not change frozen parameters.
     moving = [
         tensor
         for tensor in of_networks
@@ -34,7 +34,7 @@ def preserve_state(networks: Iterable[nn.Module]) -> Iterator[None]:
             for tensor, data, values in held:
                 tensor.grad = None
                 if not isinstance(tensor, DTensor):
-                    tensor.data = data  # a codebook that restarts is another tensor
+                    tensor.data = data  # a restart replaces the tensor of a codebook
                 local_shard(tensor.detach()).copy_(values)
 
 
@@ -44,17 +44,16 @@ def _to_cpu_copy(tensor: Tensor) -> Tensor:
 
 
 class BufferSnapshot:
-    """Takes back what a step's passes changed: statistics that move in the forward pass - of
-    codebooks, of an adversary - and codes that jump. Weights need none of it: they have not moved
-    yet when a step is found not to be finite."""
+    """Restores what a step's forward passes changed: running statistics of codebooks and of a
+    discriminator, and restarted codes. Weights need no copy: they have not changed yet when a step
+    is found not to be finite."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._modules = [module for network in networks for module in network.modules()]
         self._before: list[Tensor] = []
 
     def _moving(self) -> list[Tensor]:
-        # Asked for anew each time: moving a module to a device (`cpu` to `cpu:0`) puts other
-        # tensors in its buffers' places.
+        # Collected each time: moving a module to a device (`cpu` to `cpu:0`) replaces its buffers.
         moving = [b for module in self._modules for b in module.buffers(recurse=False)]
         moving += [
             p

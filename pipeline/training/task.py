@@ -4,10 +4,17 @@ trains nothing."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
+
+from pipeline.training.batch import Batch
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Makes the context of a forward pass: torch.autocast with its arguments."""
 
 
 class Loss(Protocol):
@@ -27,7 +34,7 @@ class Objective(Protocol):
     networks: dict[str, nn.Module]
 
     def losses(
-        self, batch: Any, step: int, networks: Mapping[str, nn.Module] | None = None
+        self, batch: Batch, step: int, networks: Mapping[str, nn.Module] | None = None
     ) -> Iterator[Loss]:
         """The losses of a step, one after another; the gradient of each is taken before the next is
         asked for.
@@ -38,30 +45,27 @@ class Objective(Protocol):
         """
         ...
 
-    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]: ...
+    def compile(self) -> None:
+        """Compiles the networks in place, and what else the losses call."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]: ...
 
 
 @dataclass
 class Task:
-    """What a stage hands to `fit`.
-
-    Attributes:
-        batch: (step) -> this process's part of the batch of that step, on the CPU; a pure function
-            of the step.
-        held_out: () -> batches to evaluate on.
-        best: name of the held-out figure that says which weights are best (smaller is better).
-        images: () -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the
-            averaged weights.
-        alarm: (scalars, step) -> a line that warns of something wrong with training and says what
-            to do, or None.
-        rows: (step) -> names of the images in this process's part of the batch of that step, for
-            errors.
-    """
+    """What a stage hands to `fit`."""
 
     objective: Objective
-    batch: Callable[[int], Any]
-    eval_batches: Callable[[], Iterable[Any]]
+    batch: Callable[[int], Batch]
+    """(step) -> this process's part of the step's batch, on the CPU; a pure function of the
+    step."""
+    eval_batches: Callable[[], Iterable[Batch]]
     best_metric: str
-    sample_images: Callable[[], Mapping[str, Any]]
+    """Name of the held-out metric that decides which weights are best (smaller is better)."""
+    sample_images: Callable[[], Mapping[str, np.ndarray]]
+    """() -> name -> uint8 (H,W,3) grids to log at each evaluation, made with the EMA weights."""
     check_health: Callable[[Mapping[str, float], int], str | None] = lambda scalars, step: None
+    """(scalars, step) -> a one-line warning that says what to do, or None."""
     sample_names: Callable[[int], Sequence[str]] = lambda step: ()
+    """(step) -> names of the images in this process's part of the step's batch, for errors."""

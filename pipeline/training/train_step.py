@@ -3,17 +3,16 @@ no files and no optimizer's kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pipeline.training.batch import Batch, split_batch
 from pipeline.training.fsdp import full_tensor
-from pipeline.training.task import Loss, Objective
+from pipeline.training.task import Autocast, Loss, Objective
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -29,7 +28,7 @@ class StepContext:
     networks: Mapping[str, nn.Module]
     """What losses call, by group: wrapped for several processes, or compiled."""
     accelerator: Accelerator
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast: Autocast
     grad_clip: float
     micro_batches: int
 
@@ -39,12 +38,12 @@ class Gradients:
     """What `backward_all` leaves: the parameters hold the gradients."""
 
     groups: list[str]
-    """Those whose optimizers are to step."""
+    """Those whose optimizers step."""
     scalars: dict[str, Tensor]
     """Metrics of the step, still on the device."""
 
 
-def backward_all(context: StepContext, batch: Any, step: int) -> Gradients:
+def backward_all(context: StepContext, batch: Batch, step: int) -> Gradients:
     """The clipped gradient of every loss, in the order in which the objective yields them.
 
     Each micro-batch goes as far as its next loss, and that loss's gradient is taken, before the
@@ -96,14 +95,6 @@ def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.stack([torch.as_tensor(part[name]) for part in parts]).float().mean()
         for name in parts[0]
     }
-
-
-def split_batch(batch: Any, count: int) -> list[Any]:
-    """A batch, or a mapping of batches, in equal parts."""
-    if isinstance(batch, Mapping):
-        split = {key: value.chunk(count) for key, value in batch.items()}
-        return [{key: value[i] for key, value in split.items()} for i in range(count)]
-    return list(batch.chunk(count))
 
 
 def step_optimizers(

@@ -1,8 +1,8 @@
 """`fit`: the accelerate loop for any objective. Knows steps, optimizers, EMA and checkpoints; knows
 no stage and no data.
 
-Every random number is a pure function of (seed, step, process), so a checkpoint needs no random
-state and no position in the data: the batch of a step and its noise follow from the step's number.
+Every random number is a pure function of (seed, step, process). A checkpoint therefore needs no
+random state and no position in the data.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -33,6 +33,7 @@ from pipeline.runtime.signals import (
     TrainingInterrupted,
     catch_signals,
 )
+from pipeline.training.batch import Batch, to_device
 from pipeline.training.checkpoint import (
     CorruptedCheckpoint,
     State,
@@ -44,8 +45,7 @@ from pipeline.training.checkpoint import (
     verify_checkpoint,
 )
 from pipeline.training.ema import EMA, ema_decay
-from pipeline.training.fsdp import FSDPModelState, ModelState, can_shard
-from pipeline.training.memory_estimate import to_device
+from pipeline.training.fsdp import FSDPModelState, ModelState, Optimizers, Steppers, can_shard
 from pipeline.training.monitoring import (
     GradNormMonitor,
     ThroughputMeter,
@@ -65,6 +65,8 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 
+# Nine parameters: all but the first four are one setting each, by keyword. A class of settings for
+# its three callers would be longer.
 def fit(
     task: Task,
     config: TrainConfig,
@@ -92,12 +94,11 @@ def fit(
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, gradient_accumulation_steps = config.resolved_batch()
-    if batch_size % (accelerator.num_processes * gradient_accumulation_steps):
+    batch_size, micro_batches = config.resolved_batch()
+    if batch_size % (accelerator.num_processes * micro_batches):
         raise ValueError(
             f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} "
-            "processes with "
-            f"train.gradient_accumulation_steps {gradient_accumulation_steps}; choose a multiple "
+            f"processes with train.gradient_accumulation_steps {micro_batches}; choose a multiple "
             "of both together"
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
@@ -111,14 +112,6 @@ def fit(
             )
             raise RecoverableError(problem) from error
         raise
-
-
-@dataclass(frozen=True)
-class Built:
-    """What steps networks."""
-
-    optimizers: dict[str, torch.optim.Optimizer]
-    ema: EMA
 
 
 class Trainer:
@@ -136,22 +129,19 @@ class Trainer:
         seed: int,
         bf16: bool,
     ) -> None:
-        self.task, self.config, self.accelerator, self.label, self.seed = (
-            task,
-            config,
-            accelerator,
-            label,
-            seed,
-        )
+        self.task = task
+        self.config = config
+        self.accelerator = accelerator
+        self.label = label
+        self.seed = seed
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.verified: set[Path] = set()
-        """Checkpoints that are known to be whole and need not be read again."""
+        """Checkpoints that were verified and need not be read again."""
         self.stop = 0
         """The signal after which all processes stop, 0 while there is none."""
         self.signals = SignalState()
-        # Accelerate's own mixed precision patches `forward` for good; a context leaves the modules
-        # as they are.
+        # Not accelerate's mixed precision, which patches `forward` permanently.
         self.autocast = partial(
             torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16
         )
@@ -160,10 +150,10 @@ class Trainer:
         sharded = can_shard(self.networks, accelerator)
         for network in self.networks.values():
             network.to("cpu" if sharded else accelerator.device).train()
-        built = self.build(self.networks)
-        self.state = self.resume(built)
+        steppers = self.build(self.networks)
+        self.state = self.resume(steppers)
         kind = FSDPModelState if sharded else ModelState
-        self.model = kind(self.networks, built.optimizers, built.ema, accelerator, self.build)
+        self.model = kind(self.networks, steppers, accelerator, self.build)
         self.buffers = BufferSnapshot(
             self.model.networks.values() if config.max_nonfinite_steps else ()
         )
@@ -171,25 +161,25 @@ class Trainer:
             task.batch, config.steps, pin_memory=accelerator.device.type == "cuda"
         )
 
-    def build(self, networks: Mapping[str, nn.Module]) -> Built:
-        optimizers: dict[str, torch.optim.Optimizer] = {}
+    def build(self, networks: Mapping[str, nn.Module]) -> Steppers:
+        optimizers: Optimizers = {}
         for group, network in networks.items():
             optimizers |= optimizers_for(group, network, self.config)
-        return Built(optimizers, EMA(networks))
+        return Steppers(optimizers, EMA(networks))
 
-    def resume(self, built: Built) -> State:
-        """Restores the newest whole checkpoint, if there is one; returns where it stood."""
+    def resume(self, steppers: Steppers) -> State:
+        """Restores the newest whole checkpoint, if there is one; returns its state."""
         if self.accelerator.is_main_process:
             clean_partial_writes(self.checkpoints)
             clean_partial_writes(self.best)
         self.accelerator.wait_for_everyone()
         found = load_newest(
-            self.checkpoints, self.networks, built.optimizers, built.ema.shadow, self.warn
+            self.checkpoints, self.networks, steppers.optimizers, steppers.ema.shadow, self.warn
         )
         if found is None:
             return State(0)
         newest, state = found
-        if self.accelerator.is_main_process:  # a kill may have come before the last one's turn
+        if self.accelerator.is_main_process:  # a kill may have come before pruning
             self.verified = prune_checkpoints(
                 self.checkpoints, newest, self.config.save_total_limit, {newest}
             )
@@ -199,23 +189,22 @@ class Trainer:
             if problem := verify_checkpoint(kept) if kept else "it is gone":
                 self.warn(
                     f"{kept or self.best} is corrupted ({problem}); the best weights are chosen "
-                    "anew "
-                    "from here on"
+                    "anew from here on"
                 )
                 state.best.clear()
         return state
 
     def train(self, *, compile_networks: bool, progress: bool) -> dict[str, float]:
         """The loop; returns the held-out metrics of the weights that it leaves in the networks."""
-        config, first = self.config, self.state.step
+        config = self.config
+        first = self.state.step
         metrics: dict[str, float] = {}
         with catch_signals() as self.signals, self.batches:
             if compile_networks:
-                self.model.compile()
+                self.model.compile(self.task.objective)
             self.context = self.step_context()
             shown = progress and self.accelerator.is_main_process
-            # The bar is closed before anything that stops the training is said, which would stand
-            # on the bar's line otherwise.
+            # The bar is closed before errors are reported, which would stand on its line otherwise.
             with tqdm(
                 total=config.steps,
                 initial=first,
@@ -233,7 +222,7 @@ class Trainer:
                     log.add(scalars, waited)
                     if done % config.log_every == 0 or self.saves(done):
                         log.write(done, metrics)
-                    # Also where a signal came: what is chosen as the best must not depend on it.
+                    # Also after a signal: the choice of the best weights must not depend on it.
                     if done % config.eval_every == 0 or done == config.steps:
                         metrics = self.evaluate()
                         log.recent.restart()
@@ -242,9 +231,7 @@ class Trainer:
                     self.stop_if_asked(done)
         if progress:
             log.summarize()
-        if (
-            first >= config.steps
-        ):  # nothing was left to train: the metrics are those of the checkpoint
+        if first >= config.steps:  # nothing was left to train
             metrics = self.evaluate()
         metrics = self.load_final_weights(metrics)
         for network in self.networks.values():
@@ -263,7 +250,7 @@ class Trainer:
             micro_batches,
         )
 
-    def train_step(self, step: int, batch: Any) -> dict[str, Tensor]:
+    def train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One step; its scalars, none where it was skipped."""
         self.buffers.capture()
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
@@ -281,8 +268,8 @@ class Trainer:
         return gradients.scalars | {"lr": torch.tensor(rate)}
 
     def sync_flags(self, scalars: Mapping[str, Tensor]) -> bool:
-        """Whether a loss or gradient norm is not finite on any process; also has all processes know
-        of a signal to any."""
+        """Whether a loss or gradient norm is not finite on any process; also shares a signal to any
+        process with all."""
         accelerator = self.accelerator
         bad, self.stop = all_reduce_flags(
             scalars, self.signals.number, accelerator.device, accelerator.num_processes > 1
@@ -296,7 +283,8 @@ class Trainer:
             FloatingPointError: there were as many such steps before as are allowed.
         """
         names, rows = self.nonfinite_sources(nonfinite_names(scalars), step)
-        problem, skipped = nonfinite_message(names, rows, step), self.state.skipped
+        problem = nonfinite_message(names, rows, step)
+        skipped = self.state.skipped
         if skipped >= self.config.max_nonfinite_steps:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
@@ -310,14 +298,15 @@ class Trainer:
         self.warn(f"{problem}; skipped, {self.state.skipped} of {self.config.max_nonfinite_steps}")
 
     def nonfinite_sources(self, names: list[str], step: int) -> tuple[list[str], list[str]]:
-        """What was not finite in a step and in which images: of the processes whose own loss was
-        not, as a gradient is everybody's."""
+        """What was not finite in a step and in which images: those of the processes whose own loss
+        was not, since all share the gradient."""
         own = (names, list(self.task.sample_names(step)))
-        every = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
-        guilty = [one for one in every if any("loss" in name for name in one[0])] or every
-        return list(dict.fromkeys(name for names, _ in guilty for name in names)), [
-            row for _, rows in guilty for row in rows
-        ]
+        every: list[tuple[list[str], list[str]]] = [own]
+        if self.accelerator.num_processes > 1:
+            every = gather_object([own])
+        sources = [one for one in every if any("loss" in name for name in one[0])] or every
+        wrong = list(dict.fromkeys(name for names, _ in sources for name in names))
+        return wrong, [row for _, rows in sources for row in rows]
 
     def saves(self, done: int) -> bool:
         """Whether metrics are due because something is saved after this step."""
@@ -325,12 +314,14 @@ class Trainer:
         return done == self.config.steps or any(done % count == 0 for count in every)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the EMA weights; saves those that are the best so far. The main
-        process evaluates and the others wait: but for putting sharded weights together and writing,
-        nothing talks to them."""
-        task, accelerator, state = self.task, self.accelerator, self.state
+        """Held-out metrics of the EMA weights; saves the weights if they are the best so far. The
+        main process evaluates and the others wait: they take part in gathering sharded weights
+        and in `main_process_io` alone."""
+        task = self.task
+        accelerator = self.accelerator
+        state = self.state
         metrics: dict[str, float] = {}
-        images: Mapping[str, Any] = {}
+        images: Mapping[str, np.ndarray] = {}
         with self.model.ema_weights(), self.autocast():
             if accelerator.is_main_process:
                 metrics = task.objective.evaluate(task.eval_batches())
@@ -340,7 +331,7 @@ class Trainer:
             and metrics
             and metrics[task.best_metric] < state.best.get(task.best_metric, math.inf)
         )
-        if self.config.save_best and self.model.saves_together:  # gathering takes part of all
+        if self.config.save_best and self.model.saves_together:  # all take part in gathering
             better = bool(
                 accelerator.reduce(torch.tensor(float(better), device=accelerator.device))
             )
@@ -359,7 +350,7 @@ class Trainer:
                 save_checkpoint(self.best, state, saved.networks, {}, saved.ema, keep=1)
         return metrics
 
-    def log_images(self, images: Mapping[str, Any]) -> None:
+    def log_images(self, images: Mapping[str, np.ndarray]) -> None:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -385,7 +376,7 @@ class Trainer:
 
     @contextmanager
     def main_process_io(self) -> Iterator[None]:
-        """Around what the main process alone writes; the others wait and learn whether it could."""
+        """Around what the main process alone writes; the others wait and raise its error too."""
         problem: str | None = None
         try:
             yield
@@ -399,8 +390,8 @@ class Trainer:
             raise RecoverableError(problem)
 
     def stop_if_asked(self, done: int) -> None:
-        """Raises TrainingInterrupted where a signal came; after the last step it asks once more, or
-        one during the last evaluation would be forgotten."""
+        """Raises TrainingInterrupted after a signal; after the last step it checks once more, for
+        one during the last evaluation."""
         if done == self.config.steps:
             self.sync_flags({})
         if self.stop:
@@ -437,11 +428,11 @@ class Trainer:
 
 
 class _Log:
-    """What is logged and shown of a training: the newest scalars, throughput, and warnings that are
-    told once."""
+    """What is logged and shown of a training: the newest scalars, throughput, and warnings."""
 
-    def __init__(self, trainer: Trainer, bar: tqdm) -> None:
-        self.trainer, self.bar = trainer, bar
+    def __init__(self, trainer: Trainer, bar: tqdm[NoReturn]) -> None:
+        self.trainer = trainer
+        self.bar = bar
         batch_size = trainer.config.resolved_batch()[0]
         self.overall = ThroughputMeter(batch_size)
         self.recent = ThroughputMeter(batch_size)
@@ -451,24 +442,24 @@ class _Log:
         self.warned = [False, False]
 
     def add(self, scalars: Mapping[str, Tensor], waited: float) -> None:
-        """A step was made, `waited` seconds of it waiting for its batch."""
-        self.scalars |= (
-            scalars  # not every step has every metric: batches with codes first have others
-        )
+        """Counts a step, which waited `waited` seconds for its batch."""
+        # Not every step has every metric: batches with codes first have others.
+        self.scalars |= scalars
         self.overall.step(waited)
         self.recent.step(waited)
         self.bar.update(1)
 
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Logs the means over all processes, and warns where a check says so."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        """Logs the means over all processes, and the warnings of the checks."""
+        trainer = self.trainer
+        accelerator = trainer.accelerator
         scalars = mean_over_ranks(self.scalars, accelerator.num_processes) | self.recent.metrics()
         if trainer.config.max_nonfinite_steps:
             scalars["skipped_steps"] = float(trainer.state.skipped)
         self.recent.restart()
         for i, check in enumerate(self.checks):
             warning = check(scalars, done)
-            if warning and not self.warned[i]:  # told once, and again where it comes back
+            if warning and not self.warned[i]:  # once, and again if it comes back
                 trainer.warn(warning)
             self.warned[i] = warning is not None
         self.bar.set_postfix_str(format_metrics(scalars, metrics), refresh=False)

@@ -18,61 +18,47 @@ def build_networks(
 ) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder that a configuration names, for a quantizer that takes `features`
     channels and gives `vectors`, and a likelihood of `parameters` channels."""
-    channels, depths = config.channels, (config.encoder_depth, config.decoder_depth)
+    channels = config.channels
+    attention = config.attention
+    factor = config.downsample_factor
+    encoder_depth = config.encoder_depth
+    decoder_depth = config.decoder_depth
     match config.architecture:
         case "patch":
-            fold = min(config.downsample_factor, 4)
+            widths = config.widths
+            kernel = config.encoder_kernel
+            fold = min(factor, 4)
             return (
                 patch.Encoder(
-                    channels,
-                    config.widths,
-                    depths[0],
-                    config.encoder_kernel,
-                    fold,
-                    features,
-                    attention=config.attention,
+                    channels, widths, encoder_depth, kernel, fold, features, attention=attention
                 ),
                 patch.Decoder(
-                    vectors, config.widths, depths[1], fold, parameters, attention=config.attention
+                    vectors, widths, decoder_depth, fold, parameters, attention=attention
                 ),
             )
         case "transformer":
             return (
-                transformer.Encoder(
-                    channels, config.width, depths[0], config.downsample_factor, features
-                ),
-                transformer.Decoder(
-                    vectors, config.width, depths[1], config.downsample_factor, parameters
-                ),
+                transformer.Encoder(channels, config.width, encoder_depth, factor, features),
+                transformer.Decoder(vectors, config.width, decoder_depth, factor, parameters),
             )
         case "dalle":
-            halvings = config.downsample_factor.bit_length() - 1
+            halvings = factor.bit_length() - 1
             base = config.width >> halvings
             return (
-                dalle.Encoder(channels, base, halvings, depths[0], features),
-                dalle.Decoder(vectors, base, halvings, depths[1], parameters),
+                dalle.Encoder(channels, base, halvings, encoder_depth, features),
+                dalle.Decoder(vectors, base, halvings, decoder_depth, parameters),
             )
         case _:
             options = config.vqgan
             widths = tuple(options.channels * m for m in options.multipliers)
+            attention = options.attention
+            blocks = options.blocks
+            latent = options.latent_channels
             return (
                 vqgan.Encoder(
-                    channels,
-                    widths,
-                    options.blocks,
-                    options.latent_channels,
-                    config.code_dim,
-                    features,
-                    options.attention,
+                    channels, widths, blocks, latent, config.code_dim, features, attention
                 ),
-                vqgan.Decoder(
-                    vectors,
-                    widths,
-                    options.blocks,
-                    options.latent_channels,
-                    parameters,
-                    options.attention,
-                ),
+                vqgan.Decoder(vectors, widths, blocks, latent, parameters, attention),
             )
 
 

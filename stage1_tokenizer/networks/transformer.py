@@ -34,16 +34,12 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = width // _HEAD
-        self.norm, self.joint, self.output = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-        )
-        self.wide_norm, self.wide, self.narrow = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
+        self.norm = nn.LayerNorm(width)
+        self.joint = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.wide_norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
         # The block starts as the identity, so depth costs no stability at the start.
         for layer in (self.output, self.narrow):
             nn.init.zeros_(layer.weight)

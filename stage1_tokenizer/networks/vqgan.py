@@ -25,8 +25,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm1 = norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,20 +115,19 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        last, inputs, stages = len(widths) - 1, widths[0], []
+        last = len(widths) - 1
+        inputs = widths[0]
+        stages = []
         for i, width in enumerate(widths):
             resize = {"downsample": Downsample(width)} if i < last else {}
             stages.append(Stage(inputs, width, blocks, attention and i == last, **resize))
             inputs = width
         self.down = nn.ModuleList(stages)
         self.mid = Middle(inputs)
-        self.norm_out, self.conv_out = (
-            norm(inputs),
-            nn.Conv2d(inputs, latent_channels, 3, padding=1),
-        )
+        self.norm_out = norm(inputs)
+        self.conv_out = nn.Conv2d(inputs, latent_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
-        # To the logits of categorical codes, or whatever else a quantizer takes that is no code's
-        # vector.
+        # To the logits of categorical codes, or what else a quantizer takes in place of vectors.
         self.project = nn.Conv2d(code_dim, out, 1) if out != code_dim else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -150,7 +151,8 @@ class Decoder(nn.Module):
         attention: bool,
     ) -> None:
         super().__init__()
-        last, inputs = len(widths) - 1, widths[-1]
+        last = len(widths) - 1
+        inputs = widths[-1]
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
         self.conv_in = nn.Conv2d(latent_channels, inputs, 3, padding=1)
         self.mid = Middle(inputs)
@@ -164,7 +166,8 @@ class Decoder(nn.Module):
             )
             inputs = widths[i]
         self.up = nn.ModuleList(stages)
-        self.norm_out, self.conv_out = norm(inputs), nn.Conv2d(inputs, out, 3, padding=1)
+        self.norm_out = norm(inputs)
+        self.conv_out = nn.Conv2d(inputs, out, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(self.post_quant_conv(latents)))

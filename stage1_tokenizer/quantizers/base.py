@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.config import Level
 
 DEAD_BELOW = 0.01
-"""A code used less than this share of the average use counts as dead in the reported figures."""
+"""A code used less than this fraction of the average counts as dead in the reported metrics."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class CodebookStatistics:
     """How a codebook is used."""
 
     usage: float
-    """Share of codes used at all."""
+    """Fraction of codes used at all."""
     perplexity: float
     """exp of the entropy of the codes' use: how many equally used codes would be as varied."""
     dead: int
@@ -107,7 +107,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__()
-        self.input_dim, self.output_dim = input_dim, output_dim
+        self.input_dim = input_dim
+        self.output_dim = output_dim
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Features (B,input_dim,h,w) -> codes and what the decoder sees of them (B,output_dim,h,w).
@@ -146,7 +147,7 @@ class Quantizer(nn.Module):
 
 
 class SingleLevel(Quantizer):
-    """One code a position: counts the use of codes while training, over all processes."""
+    """One code per position: counts the use of codes in training, over all processes."""
 
     counts: Tensor
 
@@ -154,7 +155,8 @@ class SingleLevel(Quantizer):
         self, num_codes: int, input_dim: int, output_dim: int, decay: float = 0.99
     ) -> None:
         super().__init__(input_dim, output_dim)
-        self.num_codes, self.decay = num_codes, decay
+        self.num_codes = num_codes
+        self.decay = decay
         # Moving average of the uses of each code in a step.
         self.register_buffer("counts", torch.zeros(num_codes))
 
@@ -185,7 +187,7 @@ class SingleLevel(Quantizer):
         histogram = sum_over_processes(
             torch.bincount(codes.flatten(), minlength=self.num_codes).float()
         )
-        # The first step counts whole, or every code would seem dead for the first hundred steps.
+        # The first step has weight 1, or every code would seem dead for the first hundred steps.
         weight = torch.where(self.counts.sum() > 0, 1 - self.decay, 1.0)
         for average in self.usage_buffers():
             average.lerp_(histogram, weight)

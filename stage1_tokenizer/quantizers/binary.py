@@ -48,7 +48,8 @@ class BinaryQuantizer(SingleLevel):
         bits where it is None."""
         with torch.autocast(features.device.type, enabled=False):
             logits = features.float()
-            codes, kl = pack(logits > 0), kl_to_fair_bits(logits).mean()
+            codes = pack(logits > 0)
+            kl = kl_to_fair_bits(logits).mean()
             metrics = {"kl": kl.detach()}
             penalty = logits.new_zeros(())
             if self.training:
@@ -61,16 +62,9 @@ class BinaryQuantizer(SingleLevel):
             if temperature is None:
                 latents = self.look_up(codes).permute(0, 3, 1, 2)
             else:
-                latents = (
-                    2
-                    * smooth(
-                        logits.sigmoid(),
-                        torch.rand_like(logits),
-                        1 / temperature,
-                        self.options.smoothing,
-                    )
-                    - 1
-                )
+                q = logits.sigmoid()
+                uniform = torch.rand_like(logits)
+                latents = 2 * smooth(q, uniform, 1 / temperature, self.options.smoothing) - 1
         return Quantized(latents, codes, penalty, kl=kl, metrics=metrics)
 
     def of_codes(self, logits: Tensor) -> Tensor:

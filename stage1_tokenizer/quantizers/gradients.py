@@ -26,14 +26,16 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     R = 1 - 2 r r^T + 2 q e^T, with e and q the directions of v and of the code and r that of e + q
     (eq. 4 and section 4.2).
     """
-    e, q = F.normalize(vectors.detach(), dim=1), F.normalize(chosen.detach(), dim=1)
+    e = F.normalize(vectors.detach(), dim=1)
+    q = F.normalize(chosen.detach(), dim=1)
     r = F.normalize(e + q, dim=1)
     scale = chosen.detach().norm(dim=1, keepdim=True) / vectors.detach().norm(
         dim=1, keepdim=True
     ).clamp(min=1e-8)
-    along_r, along_e = (vectors * r).sum(1, keepdim=True), (vectors * e).sum(1, keepdim=True)
+    along_r = (vectors * r).sum(1, keepdim=True)
+    along_e = (vectors * e).sum(1, keepdim=True)
     turned = scale * (vectors - 2 * along_r * r + 2 * along_e * q)
-    # In exact arithmetic `turned` is the code already; this takes its rounding away, so that
+    # In exact arithmetic `turned` is the code already. This removes its rounding error, so that
     # decoding the codes gives the same.
     return turned + (chosen - turned).detach()
 

@@ -66,16 +66,13 @@ class GumbelQuantizer(Categorical):
         """Logits (B,K,h,w) -> relaxed codes at `temperature`; hard ones where it is None."""
         with torch.autocast(features.device.type, enabled=False):
             log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
-            codes, kl = self.encode(features), kl_to_uniform(log_q).mean()
+            codes = self.encode(features)
+            kl = kl_to_uniform(log_q).mean()
             if temperature is None:
                 latents = self.look_up(codes)
             else:
-                latents = (
-                    WEIGHTS[self.options.gradient](log_q, gumbel_noise_like(log_q), temperature)
-                    @ self.codebook
-                )
-            loss, metrics = (
-                self.against_disuse(log_q, self.options.diversity),
-                self.use_of(codes, kl),
-            )
+                weigh = WEIGHTS[self.options.gradient]
+                latents = weigh(log_q, gumbel_noise_like(log_q), temperature) @ self.codebook
+            loss = self.against_disuse(log_q, self.options.diversity)
+            metrics = self.use_of(codes, kl)
         return Quantized(latents.permute(0, 3, 1, 2), codes, loss, kl=kl, metrics=metrics)

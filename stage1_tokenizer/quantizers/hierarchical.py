@@ -1,4 +1,4 @@
-"""Several grids of codes, each finer than the one before and told what it says: the hierarchy of
+"""Several grids of codes, each finer than the one before and conditioned on it: the hierarchy of
 VQ-VAE-2. Knows features.
 
 Legend: B batch, C width of the layers between the levels, D features of a code, h w the finest
@@ -27,7 +27,8 @@ class HierarchicalQuantizer(Quantizer):
         self, num_codes: int, code_dim: int, options: HierarchicalOptions, vector: VectorOptions
     ) -> None:
         super().__init__(options.width, code_dim)
-        levels, width = options.levels, options.width
+        levels = options.levels
+        width = options.width
         self.sizes = (*(options.coarse_codes or (num_codes,) * (levels - 1)), num_codes)
         self.books = nn.ModuleList(VectorQuantizer(size, code_dim, vector) for size in self.sizes)
         # Of a level, coarsest first: its features from the next finer ones'; its vectors, given the
@@ -60,7 +61,8 @@ class HierarchicalQuantizer(Quantizer):
         pyramid = [features]
         for halve in reversed(self.down):
             pyramid.insert(0, halve(pyramid[0]))
-        results, context = [], None
+        results = []
+        context = None
         for level, own in enumerate(pyramid):
             given = own if context is None else torch.cat([own, context], dim=1)
             quantized = self.books[level](self.inwards[level](given))
@@ -86,7 +88,8 @@ class HierarchicalQuantizer(Quantizer):
 
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         levels = self.layout(grid)
-        context, latents = None, codes.new_zeros(())
+        context = None
+        latents = codes.new_zeros(())
         for i, (level, flat) in enumerate(
             zip(levels, codes.split([level.length for level in levels], dim=1), strict=True)
         ):

@@ -4,7 +4,7 @@ Knows vectors; nothing of images.
 Legend: B batch, D features of a code, h w code grid, N = B h w vectors.
 
 RQ-VAE, Lee et al. 2022 (https://arxiv.org/abs/2203.01941), section 3.1. The stream holds all first
-codes, then all second ones: an image that is cut after any depth is whole, only coarser.
+codes, then all second ones: a stream truncated after any depth is a coarser image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class ResidualQuantizer(Quantizer):
         self, num_codes: int, code_dim: int, options: ResidualOptions, vector: VectorOptions
     ) -> None:
         super().__init__(code_dim, code_dim)
-        self.num_codes, self.options = num_codes, vector
+        self.num_codes = num_codes
+        self.options = vector
         free = replace(vector, normalize=False)
         self.books = nn.ModuleList(
             VectorQuantizer(num_codes, code_dim, free)
@@ -44,7 +45,8 @@ class ResidualQuantizer(Quantizer):
         with torch.autocast(features.device.type, enabled=False):
             vectors = features.float().permute(0, 2, 3, 1).reshape(-1, d)
             left = vectors = l2_normalize(vectors) if self.options.normalize else vectors
-            parts, seen = [], []
+            parts = []
+            seen = []
             for number in self.used:
                 assigned = self._book(number).assign(left)
                 parts.append(assigned)

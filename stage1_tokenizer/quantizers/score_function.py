@@ -42,7 +42,8 @@ class ScoreFunctionQuantizer(Categorical):
         not used), else the likeliest."""
         with torch.autocast(features.device.type, enabled=False):
             log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
-            kl, likeliest = kl_to_uniform(log_q).mean(), self.encode(features)
+            kl = kl_to_uniform(log_q).mean()
+            likeliest = self.encode(features)
             codes = (
                 likeliest
                 if temperature is None
@@ -52,7 +53,8 @@ class ScoreFunctionQuantizer(Categorical):
             loss = self.against_disuse(
                 log_q, self.options.diversity, self.options.inverse_temperature
             )
-            latents, metrics = self.look_up(codes).permute(0, 3, 1, 2), self.use_of(likeliest, kl)
+            latents = self.look_up(codes).permute(0, 3, 1, 2)
+            metrics = self.use_of(likeliest, kl)
         return Quantized(latents, codes, loss, kl=kl, log_q=sampled, metrics=metrics)
 
     def surrogate(self, cost: Tensor, log_q: Tensor) -> Tensor:

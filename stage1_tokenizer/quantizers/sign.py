@@ -34,7 +34,8 @@ class SignQuantizer(SingleLevel):
     def __init__(self, num_codes: int, options: SignOptions, *, spherical: bool) -> None:
         self.bits = num_codes.bit_length() - 1
         super().__init__(num_codes, input_dim=self.bits, output_dim=self.bits)
-        self.options, self.spherical = options, spherical
+        self.options = options
+        self.spherical = spherical
         self.scale = self.bits**-0.5 if spherical else 1.0
 
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:

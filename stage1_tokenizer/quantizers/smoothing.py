@@ -6,11 +6,12 @@ s is the mixture F(s) = (1-q) F0(s) + q F1(s), so s = F^-1(u) with u uniform is 
 differentiable in q. As the inverse temperature b grows, the densities shrink onto 0 and 1 and s
 becomes the bit.
 
-    spike_exponential   r(s|0) = delta(s)                   r(s|1) = b e^(b s) / (e^b - 1)     DVAE,
-    Rolfe 2016, section 2.1 exponential_pair    r(s|0) = b e^(-b s) / (1 - e^-b)    r(s|1) =
-    r(1-s|0)                  DVAE++, Vahdat et al. 2018a, section 3 power_pair          r(s|0) =
-    s^(1/b - 1) / b            r(s|1) = r(1-s|0)                  DVAE#, Vahdat et al. 2018b,
-    section 4
+    spike_exponential   r(s|0) = delta(s), r(s|1) = b e^(b s) / (e^b - 1)
+                        (DVAE, Rolfe 2016, section 2.1)
+    exponential_pair    r(s|0) = b e^(-b s) / (1 - e^-b), r(s|1) = r(1-s|0)
+                        (DVAE++, Vahdat et al. 2018a, section 3)
+    power_pair          r(s|0) = s^(1/b - 1) / b, r(s|1) = r(1-s|0)
+                        (DVAE#, Vahdat et al. 2018b, section 4)
 
 In the pairs both ends are flat: s(u) stays near 0 for u well below 1-q and near 1 well above it, as
 a bit would. One gradient serves all three, by the implicit function theorem: ds/dq = -(dF/dq) /
@@ -28,8 +29,7 @@ from torch import Tensor
 Smoothing = Literal["spike_exponential", "exponential_pair", "power_pair"]
 _HALVINGS = 30
 _SHARPEST = 80.0
-"""Inverse temperatures are cut here, where s differs from its bit nowhere that matters and e^-b is
-still a normal number."""
+"""Largest inverse temperature: s hardly differs from its bit, and e^-b is still a normal number."""
 _EDGE = 1e-7
 """Power functions have an infinite density at 0 or 1; s keeps this far from both."""
 
@@ -58,7 +58,8 @@ def density(s: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
 
 def inverse(u: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
     """F^-1(u): in closed form where there is one, else by bisection."""
-    b, tail = sharpness, math.exp(-sharpness)
+    b = sharpness
+    tail = math.exp(-b)
     match kind:
         case "spike_exponential":
             above = ((u - (1 - q)) / q).clamp(min=0)
@@ -73,23 +74,27 @@ def inverse(u: Tensor, q: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
             w = torch.where(m > 0, (m + root) / (2 * (1 - q)), 2 * q * tail / (root - m))
             return (-w.log() / b).clamp(0, 1)
         case "power_pair":
-            low, high = torch.zeros_like(u), torch.ones_like(u)
+            low = torch.zeros_like(u)
+            high = torch.ones_like(u)
             for _ in range(_HALVINGS):
                 middle = (low + high) / 2
                 f0, f1 = distributions(middle, b, kind)
                 below = (1 - q) * f0 + q * f1 < u
-                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+                low = torch.where(below, middle, low)
+                high = torch.where(below, high, middle)
             return ((low + high) / 2).clamp(_EDGE, 1 - _EDGE)
 
 
 class _Smooth(torch.autograd.Function):
-    """s = F^-1(u; q), with the gradient of the implicit function theorem in q."""
+    """s = F^-1(u; q), with the gradient of the implicit function theorem in q. `ctx` is `Any`: its
+    attributes are what `forward` sets."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, u: Tensor, sharpness: float, kind: Smoothing) -> Tensor:
         s = inverse(u, q, sharpness, kind)
         ctx.save_for_backward(q, s)
-        ctx.sharpness, ctx.kind = sharpness, kind
+        ctx.sharpness = sharpness
+        ctx.kind = kind
         return s
 
     @staticmethod

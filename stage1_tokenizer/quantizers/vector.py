@@ -34,7 +34,7 @@ _TABLE = 2**21
 _TABLE_ON_GPU = 2**28
 """The same on a GPU, where each call costs time and memory is the limit (1 GiB)."""
 _CANDIDATES = 4096
-"""Vectors a process offers for restarts, at least; four a code where the codebook is large."""
+"""Vectors that each process offers for restarts, at least; four per code for large codebooks."""
 
 
 def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index (N,) of the codebook row (K,D) nearest to each vector (N,D), some vectors at a time: a
-    table that stays in the processor's cache costs half of one that does not."""
+    table of distances that fits the processor's cache takes half the time."""
     rows = max((_TABLE if vectors.device.type == "cpu" else _TABLE_ON_GPU) // len(codebook), 1)
     return torch.cat([squared_distances(part, codebook).argmin(1) for part in vectors.split(rows)])
 
@@ -147,9 +147,6 @@ class VectorQuantizer(SingleLevel):
         codebook = self.codebook.float()
         return self._normalize(codebook if self.map is None else codebook @ self.map.float())
 
-    def look_up(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.vectors())
-
     def usage(self) -> list[Tensor]:
         return [self.usage_ema]
 
@@ -157,8 +154,8 @@ class VectorQuantizer(SingleLevel):
         return [self.counts, self.usage_ema]
 
     def ema_excluded_parameters(self) -> list[nn.Parameter]:
-        """What restarts move at once: an average over steps would leave such codes between where
-        they were and where they are, unused."""
+        """Parameters excluded from the EMA: a restarted code jumps, and its average would lie
+        between the old and the new position, near no data."""
         return (
             [self.codebook]
             if isinstance(self.codebook, nn.Parameter) and self.options.dead_code_threshold
@@ -170,7 +167,8 @@ class VectorQuantizer(SingleLevel):
         the codebook."""
         if self.training and not self.initialized:
             self._init_codebook(vectors.detach())
-        table, options = self.vectors(), self.options
+        table = self.vectors()
+        options = self.options
         codes = nearest(vectors.detach(), table.detach())
         chosen = F.embedding(codes, table)
         commitment = F.mse_loss(vectors, chosen.detach())
@@ -261,8 +259,7 @@ class VectorQuantizer(SingleLevel):
         codes they repeat.
         """
         enough = len(pool) >= self.num_codes
-        # Weights that are not finite come of a loss that is not, which training will say: this is
-        # not the place to fail.
+        # Weights that are not finite come from a loss that is not, which training reports.
         weights = weights.cpu().nan_to_num(0.0, 0.0, 0.0)
         picks = torch.multinomial(
             weights + 1e-12, self.num_codes, replacement=not enough, generator=generator
@@ -289,7 +286,7 @@ class VectorQuantizer(SingleLevel):
         """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,),
         gathered from all."""
         limit = max(4 * self.num_codes, _CANDIDATES)
-        # In the order of the batch: then any number of processes gathers the same pool.
+        # In the order of the batch, so that any number of processes gathers the same pool.
         mine = (
             torch.randperm(len(vectors), generator=self._generator())[:limit]
             .sort()

@@ -82,7 +82,7 @@ def test_guided_codes_equal_two_uncached_passes(text_ids, device):
     logits = []
     for caption in (text_ids.to(device), prior.stream.null_caption(3, device)):
         fed = prior.stream.text_first(caption, drawn.codes)
-        logits.append(prior(fed.ids, fed.slots, targets=fed.targets).image)
+        logits.append(prior(fed.ids, fed.position_ids, targets=fed.targets).image)
     chosen, noise = guide(*logits, scale), per_seed_uniforms(SEEDS, 9).to(device)
     assert torch.equal(
         sample_from_uniform(warp_logits(chosen, 1.0, None, None), noise), drawn.codes

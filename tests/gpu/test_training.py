@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from pipeline.training import auto_batch as fitting
 from pipeline.training.auto_batch import resolve_auto_batch
+from pipeline.training.batch import to_device
 from pipeline.training.ema import EMA
-from pipeline.training.fsdp import FSDPModelState, ModelState
-from pipeline.training.memory_estimate import estimate_training_memory, to_device
+from pipeline.training.fsdp import FSDPModelState, ModelState, Steppers
+from pipeline.training.memory_estimate import Probe, estimate_training_memory
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
-from pipeline.training.trainer import Built
 from stage1_tokenizer import (
     DiscriminatorOptions,
     ImageTokenizer,
@@ -252,7 +252,8 @@ def test_peak_memory_of_training_matches_the_estimate(cuda, tmp_path):
         network = made.networks["prior"].to(cuda)
         accelerator, batch = accelerator_on(cuda), to_device(batch_of("prior", 0, rows), cuda)
         autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=True)
-        need = estimate_training_memory(made, config, cuda, autocast, batch, rows, compiled=False)
+        probe = Probe(made, config.steps - 1, autocast, cuda)
+        need = estimate_training_memory(probe, config, batch, rows, compiled=False)
         del batch
         task = Task(
             made,
@@ -323,7 +324,7 @@ def test_fsdp_on_one_process_equals_training_without(device, tmp_path):
         config = TrainConfig(learning_rate=1e-3)
 
         def built(networks):
-            return Built(optimizers_for("prior", networks["prior"], config), EMA(networks))
+            return Steppers(optimizers_for("prior", networks["prior"], config), EMA(networks))
 
         ends = []
         for sharded in (False, True):
@@ -331,9 +332,8 @@ def test_fsdp_on_one_process_equals_training_without(device, tmp_path):
             plain = dict(made.networks)
             if not sharded:
                 plain["prior"].to(device)
-            of_whole = built(plain)
             kind = FSDPModelState if sharded else ModelState
-            state = kind(plain, of_whole.optimizers, of_whole.ema, accelerator, built)
+            state = kind(plain, built(plain), accelerator, built)
             made.networks["prior"] = state.networks["prior"]
             for step in range(3):
                 loss = next(made.losses(to_device(batch_of("prior", step), device), step))
@@ -367,8 +367,8 @@ def test_a_compiled_step_has_the_loss_of_a_plain_one(device):
             made = objective(stage)
             for network in made.networks.values():
                 network.to(device)
-                if compiled:
-                    network.compile_networks()  # type: ignore[operator]
+            if compiled:
+                made.compile()
             loss = next(iter(made.losses(to_device(batch_of(stage, 0), device), 1)))
             loss.value.backward()
             values.append(float(loss.value.detach()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
-from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders
+from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders
 from stage2_prior.sampling import (
     guidance_at,
     guide,
@@ -31,7 +31,7 @@ TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
 def logits_in_order(prior, text_ids, codes, orders):
     """(B,N,K) of whole, uncached passes, by place."""
     fed = prior.stream.text_first(text_ids, codes, orders)
-    logits = prior(fed.ids, fed.slots, targets=fed.targets).image
+    logits = prior(fed.ids, fed.position_ids, targets=fed.targets).image
     outside = prior.stream.outside_level(orders)
     return logits if outside is None else logits.masked_fill(outside, float("-inf"))
 
@@ -104,7 +104,7 @@ def test_drafted_codes_are_verified_with_full_context(text_ids, levels, known, o
         any_order_prior(levels) if levels else any_order_prior(),
         SamplingOptions(num_inference_steps=4, **options),
     )
-    orders = known_first(seeded_orders(SEEDS, 9), torch.arange(9) < known)
+    orders = kept_first(seeded_orders(SEEDS, 9), torch.arange(9) < known)
     given = torch.randint(0, 4, (3, 9), generator=torch.Generator().manual_seed(1))
     drawn = sample(prior, text_ids, SEEDS, options, known=torch.arange(9) < known, codes=given)
     steps = drawn_by_hand(
@@ -184,7 +184,7 @@ def test_known_codes_are_kept_and_ordered_first(text_ids, codes, steps):
     )
     assert torch.equal(drawn.codes[:, known], codes[:, known])
     assert torch.equal(drawn.orders[:, :3].sort(1).values, torch.tensor([[0, 2, 5]] * 3))
-    assert torch.equal(drawn.orders, known_first(seeded_orders(SEEDS, 9), known))
+    assert torch.equal(drawn.orders, kept_first(seeded_orders(SEEDS, 9), known))
     free = sample(
         prior, text_ids, SEEDS, SamplingOptions(guidance_scale=2, num_inference_steps=steps)
     )

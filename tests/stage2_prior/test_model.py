@@ -154,6 +154,13 @@ def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_i
     assert again.fingerprint != prior.fingerprint
 
 
+def test_fingerprint_covers_tensors_without_dimensions(prior):
+    prior.register_buffer("scale", torch.tensor(1.0))
+    before = prior.fingerprint
+    prior.scale.fill_(2.0)
+    assert prior.fingerprint != before
+
+
 def test_loading_names_what_is_wrong(prior, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         ImagePrior.from_pretrained(tmp_path)
@@ -203,7 +210,7 @@ def test_compiled_training_gives_the_same_loss(prior, text_ids, codes, monkeypat
     batch = {"text_ids": text_ids, "codes": codes}
     eager, held_out = next(objective.losses(batch, 0)).value, objective.evaluate([batch])
     graphs = traced(monkeypatch)
-    prior.compile_networks()
+    objective.compile()
     compiled = next(objective.losses(batch, 0)).value
     torch.testing.assert_close(compiled, eager)
     assert len(graphs) == 3  # the network, and the cross-entropies of text and codes
@@ -217,15 +224,11 @@ def test_activation_checkpointing_gives_the_same_gradients(text_ids, codes):
     gradients = []
     for again in (False, True):
         prior = tiny_prior(dropout=0.5).train()
-        prior.activation_checkpointing = again
         calls = []
         prior.blocks[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(5)
-        next(
-            PriorObjective(prior, PriorObjectiveConfig()).losses(
-                {"text_ids": text_ids, "codes": codes}, 0
-            )
-        ).value.backward()
+        objective = PriorObjective(prior, PriorObjectiveConfig(), activation_checkpointing=again)
+        next(objective.losses({"text_ids": text_ids, "codes": codes}, 0)).value.backward()
         assert len(calls) == 1 + again
         gradients.append([p.grad for p in prior.parameters()])
     torch.testing.assert_close(*gradients)

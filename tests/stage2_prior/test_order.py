@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage2_prior import Level, OrderSchedule, PriorObjective, PriorObjectiveConfig
-from stage2_prior.order import cosine_step_sizes, known_first, seeded_orders, training_orders
+from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders, training_orders
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -38,9 +38,9 @@ def test_seeded_orders_depend_on_each_seed_alone():
 def test_known_codes_come_first_in_their_own_order():
     orders = torch.tensor([[4, 2, 0, 3, 1], [0, 1, 2, 3, 4]])
     known = torch.tensor([False, True, False, False, True])
-    assert known_first(orders, known).tolist() == [[4, 1, 2, 0, 3], [1, 4, 0, 2, 3]]
+    assert kept_first(orders, known).tolist() == [[4, 1, 2, 0, 3], [1, 4, 0, 2, 3]]
     rows = torch.stack([known, ~known])
-    assert known_first(orders, rows).tolist() == [[4, 1, 2, 0, 3], [0, 2, 3, 1, 4]]
+    assert kept_first(orders, rows).tolist() == [[4, 1, 2, 0, 3], [0, 2, 3, 1, 4]]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_logits_depend_on_no_token_that_comes_later_in_a_random_order(levels, te
     fed = prior.stream.text_first(text_ids, codes, seeded_orders([1, 2, 3], 9))
     embedded = F.embedding(fed.ids, prior.tables().embeddings).detach().requires_grad_()
     prior.blocks[0].register_forward_pre_hook(lambda _, inputs: (embedded, *inputs[1:]))
-    logits = prior(fed.ids, fed.slots, targets=fed.targets)
+    logits = prior(fed.ids, fed.position_ids, targets=fed.targets)
     for place in (0, 4, 5, 9, 13):
         part = logits.text[:, place] if place < 5 else logits.image[:, place - 5]
         (gradient,) = torch.autograd.grad(part.square().sum(), embedded, retain_graph=True)
@@ -91,7 +91,9 @@ def test_logits_depend_on_the_target_position(text_ids, codes):
     fed = prior.stream.text_first(text_ids, codes, seeded_orders([1, 2, 3], 9))
     other = fed.targets.clone()
     other[:, -1] = (other[:, -1] - 6 + 1) % 9 + 6
-    a, b = (prior(fed.ids, fed.slots, targets=targets).image for targets in (fed.targets, other))
+    a, b = (
+        prior(fed.ids, fed.position_ids, targets=targets).image for targets in (fed.targets, other)
+    )
     torch.testing.assert_close(a[:, :-1], b[:, :-1])
     assert not torch.allclose(a[:, -1], b[:, -1])
 
@@ -108,7 +110,9 @@ def test_loss_in_any_order_equals_token_by_token(text_ids, codes, monkeypatch):
     nats = []
     for i in range(9):
         cut = slice(0, 6 + i)
-        logits = prior(fed.ids[:, cut], fed.slots[:, cut], targets=fed.targets[:, cut]).image[:, -1]
+        logits = prior(
+            fed.ids[:, cut], fed.position_ids[:, cut], targets=fed.targets[:, cut]
+        ).image[:, -1]
         nats.append(-logits.log_softmax(-1)[torch.arange(3), codes[torch.arange(3), orders[:, i]]])
     torch.testing.assert_close(value, torch.stack(nats).mean())
 

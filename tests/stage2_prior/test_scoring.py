@@ -73,7 +73,9 @@ def whole_pass(prior, text_ids, codes):
     """log p of each next text id (P,T-1,V) given one image's codes, uncached."""
     fed = prior.stream.image_first(text_ids, codes.expand(len(text_ids), -1))
     with torch.no_grad():
-        return prior(fed.ids, fed.slots, targets=fed.targets, image_first=True).text.log_softmax(-1)
+        return prior(
+            fed.ids, fed.position_ids, targets=fed.targets, image_first=True
+        ).text.log_softmax(-1)
 
 
 def test_caption_scores_are_sums_over_their_words(captioner, text_ids, codes):
@@ -157,7 +159,7 @@ def test_a_caption_never_sees_what_comes_after_it(captioner, text_ids, codes):
     fed = captioner.stream.image_first(text_ids, codes)
     embedded = F.embedding(fed.ids, captioner.tables().embeddings).detach().requires_grad_()
     captioner.blocks[0].register_forward_pre_hook(lambda _, inputs: (embedded, *inputs[1:]))
-    text = captioner(fed.ids, fed.slots, targets=fed.targets, image_first=True).text
+    text = captioner(fed.ids, fed.position_ids, targets=fed.targets, image_first=True).text
     for word in range(5):
         (gradient,) = torch.autograd.grad(text[:, word].square().sum(), embedded, retain_graph=True)
         reach = gradient.abs().sum((0, 2)) > 0

@@ -278,10 +278,10 @@ def test_lora_trains_only_the_adapter_and_merges_exactly(bundle, tmp_path):
         for name in trained:
             prior.get_parameter(name).normal_()
     fed = prior.stream.text_first(torch.randint(0, 300, (2, 48)), torch.randint(0, 16, (2, 16)))
-    beside = prior(fed.ids, fed.slots, targets=fed.targets).image
+    beside = prior(fed.ids, fed.position_ids, targets=fed.targets).image
     adapter.merge_and_save(tmp_path, Accelerator(cpu=True))
-    torch.testing.assert_close(prior(fed.ids, fed.slots, targets=fed.targets).image, beside)
-    assert not torch.allclose(plain(fed.ids, fed.slots, targets=fed.targets).image, beside)
+    torch.testing.assert_close(prior(fed.ids, fed.position_ids, targets=fed.targets).image, beside)
+    assert not torch.allclose(plain(fed.ids, fed.position_ids, targets=fed.targets).image, beside)
     assert prior.state_dict().keys() == plain.state_dict().keys() and all(
         p.requires_grad for p in prior.parameters()
     )
@@ -306,7 +306,7 @@ def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft_model.from_pretrained(prior, folder)
-    return model(fed.ids, fed.slots, targets=fed.targets).image
+    return model(fed.ids, fed.position_ids, targets=fed.targets).image
 
 
 def test_killed_lora_run_ends_as_an_uninterrupted_one(encoded, bundle, monkeypatch):

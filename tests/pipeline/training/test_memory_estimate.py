@@ -20,13 +20,14 @@ from pipeline.runtime.devices import format_bytes
 from pipeline.stages.estimate import estimate
 from pipeline.training import auto_batch as fitting
 from pipeline.training.auto_batch import batch_candidates, choose, resolve_auto_batch
+from pipeline.training.batch import tile_rows
 from pipeline.training.memory_estimate import (
     LinearMemoryModel,
     LiveTensorTracker,
+    Probe,
     estimate_memory,
     fit_memory_model,
     state_bytes,
-    tile_rows,
 )
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.snapshot import preserve_state
@@ -60,6 +61,10 @@ def prior(**how: object) -> PriorObjective:
         ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM).train(),
         PriorObjectiveConfig(**how),
     )
+
+
+def probe(objective: PriorObjective | TokenizerObjective, step: int = 9) -> Probe:
+    return Probe(objective, step, eager, CPU)
 
 
 def pairs(count: int) -> dict[str, torch.Tensor]:
@@ -138,7 +143,7 @@ def test_linear_model_predicts_larger_batches_and_restores_state(objective, batc
     network = next(iter(made.networks.values()))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     addresses = [p.data_ptr() for p in network.parameters()]
-    grown = fit_memory_model(made, batch, 9, eager, CPU, most=64)
+    grown = fit_memory_model(probe(made), batch, most=64)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert [p.data_ptr() for p in network.parameters()] == addresses and all(
         p.grad is None for p in network.parameters()
@@ -156,7 +161,7 @@ def test_probe_restores_a_codebook_parameter():
         made.tokenizer.quantizer.codebook,
         made.tokenizer.quantizer.codebook.data_ptr(),
     )
-    fit_memory_model(made, pictures, 9, eager, CPU, most=8)
+    fit_memory_model(probe(made), pictures, most=8)
     assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
     assert optimizer_has.data_ptr() == address
 
@@ -164,9 +169,9 @@ def test_probe_restores_a_codebook_parameter():
 def test_probe_retries_with_more_rows():
     """k-means needs a vector a code: 16 of each image for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
-    assert fit_memory_model(made, pictures, 0, eager, CPU, most=8).row > 0
+    assert fit_memory_model(probe(made, 0), pictures, most=8).row > 0
     with pytest.raises(ValueError, match="k-means needs a vector a code"):
-        fit_memory_model(made, pictures, 0, eager, CPU, most=4)
+        fit_memory_model(probe(made, 0), pictures, most=4)
 
 
 def test_rows_are_repeated_to_fill_a_batch():
@@ -206,7 +211,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
     caplog.set_level(logging.INFO, "pipeline")
     made = prior()
     state = state_bytes(made.networks, TrainConfig())
-    grown = fit_memory_model(made, pairs, 9, eager, CPU, most=8)
+    grown = fit_memory_model(probe(made), pairs, most=8)
     config = PriorTrainConfig(batch_size="auto", steps=10)
     task = SimpleNamespace(objective=made, batch=lambda step: pairs(4))
     chosen = partial(
@@ -238,14 +243,14 @@ def test_out_of_memory_on_a_gpu_tries_a_smaller_batch(monkeypatch):
     was."""
     made, network = prior(), next(iter(prior().networks.values()))
     monkeypatch.setattr(
-        fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        Probe, "_peak", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
-    assert not fitting._fits(made, pairs(1), 0, eager, CPU)
+    assert not fitting._fits(probe(made, 0), pairs(1))
     monkeypatch.setattr(
-        fitting, "peak_of_step", lambda *given: (_ for _ in ()).throw(RuntimeError("another"))
+        Probe, "_peak", lambda *given: (_ for _ in ()).throw(RuntimeError("another"))
     )
     with pytest.raises(RuntimeError, match="another"):
-        fitting._fits(made, pairs(1), 0, eager, CPU)
+        fitting._fits(probe(made, 0), pairs(1))
     assert all(
         torch.equal(a, b)
         for a, b in zip(network.parameters(), made.prior.parameters(), strict=True)
