@@ -1,4 +1,5 @@
-"""Finds the source that a configuration names. Knows which sources there are, not how they read."""
+"""Finds the source that a configuration names. Knows which sources exist; does not know how they
+read."""
 
 from __future__ import annotations
 
@@ -13,18 +14,18 @@ from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 def load_sources(
     config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
 ) -> tuple[Source, Source]:
-    """Training and held-out images of the source that `config` names; they are the same in every
+    """Training and held-out images of the source that `config` names. They are the same in every
     run.
 
     Args:
-        folder: where to keep what was found out about the images, so that a later call is quick.
-        share: this process's part of opening every image.
+        folder: keeps the results of scanning the images, so that a later call is quick.
+        share: this process's part of the scan.
 
     Returns:
         A source each; with `data.streaming` the first is a stream, or a mixture that has one.
 
     Raises:
-        FileNotFoundError: the folder, the font or the names are not there; says what to install or
+        FileNotFoundError: the folder, the font or the names do not exist; says what to install or
             give.
         ValueError: the source has no captions, lacks a column, or too many of its images are
             unreadable.
@@ -33,7 +34,7 @@ def load_sources(
         from pipeline.data.mixture import MixedSource
         from pipeline.data.streaming.source import streams
 
-        # What lies here as files is read in any order; only the other parts are streamed.
+        # Folders and tables of files are read in any order; only the other parts are streamed.
         each = [
             config.of_part(part, streaming=config.streaming and streams(part.source))
             for part in config.mix
@@ -68,8 +69,8 @@ def load_source(config: DataConfig, split: Split, folder: Path | None = None) ->
 
 
 def find_rows(config: DataConfig) -> Rows:
-    """The rows of a source that is read from files, by what its name leads to; see `load_sources`
-    for what is raised."""
+    """The rows of a source of files, by the kind of what its name leads to. Raises what
+    `load_sources` does."""
     from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
     from pipeline.data.readers.hub import HubRows, is_saved_dataset
     from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names

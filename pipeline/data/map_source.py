@@ -1,5 +1,5 @@
-"""`MappedSource`: one split of rows that can be read in any order. Knows crops and captions; knows
-no layouts and no training."""
+"""`MappedSource`: one split of rows that are read in any order. Knows crops and captions; knows no
+layouts and no training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 _TOGETHER = 8
-"""Images that are left to one thread at a time; fewer cost more to hand over than they take."""
+"""Images per task of a thread; with fewer, scheduling takes longer than decoding."""
 
 
 class SourceIndex:
-    """What both splits share: rows, their captions, which are fit to train on, and images that
-    were decoded before.
+    """What both splits share: rows, their captions, which rows are usable, and a cache of decoded
+    images.
 
     Raises:
         ValueError: a column is missing, too many images cannot be read, or none can be used.
@@ -38,7 +38,8 @@ class SourceIndex:
         folder: Path | None = None,
         share: WorkerInfo = SINGLE_PROCESS,
     ) -> None:
-        self.rows, self.config = rows, config
+        self.rows = rows
+        self.config = config
         tally = SkipCounter()
         self.captions: Captions = captions_of(rows, config, tally)
         found = scan_images(rows, config.workers, folder, share)
@@ -58,7 +59,8 @@ class SourceIndex:
         self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
         self.fingerprint = digest.hexdigest()[:16]
         self._decoded: dict[int, np.ndarray] = {}
-        self._free, self._lock = config.cache_gb * 2**30, Lock()
+        self._free = config.cache_gb * 2**30
+        self._lock = Lock()
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
     def pictures(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
@@ -84,11 +86,9 @@ class SourceIndex:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now "
-                f"({error}); "
-                "the data must not change while it is used"
+                f"({error}); the data must not change while it is used"
             ) from error
-        # What fits stays: in shuffled passes, any image is as likely to be wanted next as any
-        # other.
+        # Nothing is evicted: in shuffled epochs, each image is equally likely to be next.
         with self._lock:
             if row not in self._decoded and picture.nbytes <= self._free:
                 self._decoded[row] = picture

@@ -11,11 +11,11 @@ import numpy as np
 from pipeline.data.source import Source
 
 _BLOCK = 1000
-"""Positions within which each part has exactly its share."""
+"""Positions among which each part has exactly its share."""
 
 
 class MixedSource(Source):
-    """Parts one after another, and `weights` by which a training shuffles them together."""
+    """Parts one after another, and the `weights` by which training mixes them."""
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self._parts = parts
@@ -71,8 +71,8 @@ class MixedSource(Source):
 
 
 class MixtureSchedule:
-    """Which part each position of an endless stream comes from, and how many of that part came
-    before: a pure function of the position.
+    """Which part each position of an endless stream comes from, and how many positions before it
+    are of that part: a pure function of the position.
 
     Args:
         weights: of the parts.
@@ -82,7 +82,7 @@ class MixtureSchedule:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         exact = np.array(weights) / sum(weights) * _BLOCK
         counts = np.floor(exact).astype(int)
-        # The rest goes to those that lost most by rounding, and no part goes without.
+        # The remainder goes to the parts that lost most by rounding. Each part gets at least one.
         for part in np.argsort(counts - exact)[: _BLOCK - counts.sum()]:
             counts[part] += 1
         while (counts == 0).any():
@@ -95,7 +95,7 @@ class MixtureSchedule:
     def at(self, position: int) -> tuple[int, int]:
         """(part, number of the part's images before it)."""
         block, within = divmod(position, _BLOCK)
-        held = self._held  # read and put once each, as several threads ask
+        held = self._held  # read once and written once, as several threads ask
         if held[0] != block:
             parts = np.random.default_rng([self._seed, block, 1]).permutation(
                 np.repeat(np.arange(len(self._counts)), self._counts)

@@ -1,5 +1,4 @@
-"""`Share`: one process's part of work that several do. Knows no processes; whoever starts the work
-does."""
+"""`WorkerInfo`: one process's part of work that several do. Knows no processes: the caller does."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ class WorkerInfo:
 
     Attributes:
         index, count: of the processes.
-        gather: (something) -> everybody's, in order; called by all or by none.
+        gather: (own value) -> the values of all processes, in order; called by all or by none.
     """
 
     index: int = 0

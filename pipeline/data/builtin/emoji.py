@@ -1,8 +1,8 @@
 """Real images: the Noto Color Emoji font, named by the Unicode CLDR. Knows fonts and names; knows
 no training.
 
-Held out is a fixed set of names that are new combinations of seen words: one skin tone of a name
-whose four other tones are in training, for as many names as make 5% of all images.
+The held-out names are new combinations of words seen in training: one skin tone each of names whose
+four other tones are trained on. There are as many as `data.val_fraction` asks for.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ TONES = tuple(
     f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark")
 )
 BITMAP_SIZE = 109
-"""The one size at which the font holds its bitmaps."""
+"""The only size of the font's bitmaps."""
 _GLYPH = (136, 128)
+"""Width and height of a bitmap, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ class Emoji:
 
 
 def tone_of(name: str) -> tuple[str, str | None]:
-    """A name's family and its one skin tone: 'astronaut: dark skin tone' -> ('astronaut', 'dark
-    skin tone').
-
-    Names without a tone, or with two, have none.
+    """A name's family and its skin tone: 'astronaut: dark skin tone' -> ('astronaut', 'dark skin
+    tone'). The tone is None for names without a tone, or with two.
     """
     base, _, rest = name.partition(": ")
     parts = rest.split(", ") if rest else []
@@ -58,8 +57,8 @@ def tone_of(name: str) -> tuple[str, str | None]:
 
 
 def held_out_names(names: Sequence[str], share: float) -> set[str]:
-    """One tone each of some families with all five tones, chosen by a hash of the family's name:
-    `share` of all names."""
+    """The fraction `share` of all names: one tone each of some families that have all five tones. A
+    hash of the family's name chooses both."""
     families: dict[str, dict[str, str]] = {}
     for name in names:
         family, tone = tone_of(name)
@@ -71,7 +70,7 @@ def held_out_names(names: Sequence[str], share: float) -> set[str]:
 
 
 def read_names(folder: Path) -> dict[str, str]:
-    """Text -> English name, of the CLDR's annotations/en.xml and annotationsDerived/en.xml."""
+    """Text -> English name, from the CLDR's annotations/en.xml and annotationsDerived/en.xml."""
     names: dict[str, str] = {}
     for part in ("annotations", "annotationsDerived"):
         path = folder / part / "en.xml"
@@ -83,8 +82,7 @@ def read_names(folder: Path) -> dict[str, str]:
 
 
 def names_of_package() -> dict[str, str]:
-    """The same of the PyPI package `emoji`, where the CLDR is not installed; empty where that is
-    missing too."""
+    """Text -> English name, from the PyPI package `emoji`; empty where it is not installed."""
     if importlib.util.find_spec("emoji") is None:
         return {}
     import emoji
@@ -112,16 +110,14 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
     if not font_path.is_file():
         raise FileNotFoundError(
             f"the emoji font {font_path} is not there; install it (Debian: apt-get install "
-            "fonts-noto-color-emoji) "
-            "or give its path as data.emoji.font"
+            "fonts-noto-color-emoji) or give its path as data.emoji.font"
         )
     names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
     if not names:
         raise FileNotFoundError(
             f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them "
-            "(Debian: apt-get install "
-            "unicode-cldr-core, or: pip install emoji) or give the CLDR's folder 'common' as "
-            "data.emoji.annotations"
+            "(Debian: apt-get install unicode-cldr-core, or: pip install emoji) or give the CLDR's "
+            "folder 'common' as data.emoji.annotations"
         )
     try:
         face = ImageFont.truetype(str(font_path), BITMAP_SIZE)
@@ -130,20 +126,19 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
             f"{font_path} is no font with bitmaps of size {BITMAP_SIZE} ({error}); data.emoji.font "
             "needs NotoColorEmoji.ttf"
         ) from error
-    found, seen = [], set()
+    found: dict[bytes, Emoji] = {}
     for text, name in names.items():
         picture = _draw(face, text, image_size)
-        if picture is not None and (key := picture.tobytes()) not in seen:
-            seen.add(key)
-            found.append(Emoji(text, name, picture))
-    return tuple(found)
+        if picture is not None:
+            found.setdefault(picture.tobytes(), Emoji(text, name, picture))
+    return tuple(found.values())
 
 
 def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarray | None:
-    """One glyph on white, or None where the font has no single image for the text."""
+    """One glyph on white; None where the font has no single image for the text."""
     box = face.getbbox(text)
     if (box[2] - box[0], box[3] - box[1]) != _GLYPH:
-        return None  # an unknown letter is empty, an unknown sequence several glyphs wide
+        return None  # an unknown letter is empty, and an unknown sequence is several glyphs wide
     side = max(_GLYPH)
     canvas = Image.new("RGBA", (side, side), (255, 255, 255, 0))
     top = (side - _GLYPH[1]) // 2 - int(box[1])
@@ -195,8 +190,8 @@ class EmojiSource(Source):
         return [self._emoji[int(i)].name for i in indices]
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
-        """The images (n,S,S,3) of an image's name in all its tones, and which of them is its
-        own; n is 1 without tones."""
+        """The images (n,S,S,3) of an image's name in all its tones, and the index of its own tone;
+        n is 1 without tones."""
         own = self._emoji[index]
         family = self._families.get(tone_of(own.name)[0], [own])
         return np.stack([e.picture for e in family]), [e.name for e in family].index(own.name)

@@ -80,7 +80,8 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
             # Five spikes: the polar angle folded onto one half-spike, whose edge is a straight
             # line.
             angle = np.abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-            tip, notch = 1.08, 0.42
+            tip = 1.08
+            notch = 0.42
             across = tip * notch * math.sin(math.pi / 5)
             edge = tip * np.sin(angle) + notch * np.sin(math.pi / 5 - angle)
             return radius * edge <= across
@@ -100,10 +101,12 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=512)
 def sprite(shape: str, size: str, image_size: int) -> np.ndarray:
-    """Coverage (n,n) in [0,1] of an object, n odd, centred; antialiased by 8x8 samples a pixel."""
+    """Coverage (n,n) in [0,1] of a centred object; n is odd. Antialiased by 8x8 samples per
+    pixel."""
     half = SIZES[size] * image_size
     reach = math.ceil(half * 1.1)
-    n, samples = 2 * reach + 1, 8
+    n = 2 * reach + 1
+    samples = 8
     points = ((np.arange(n * samples) + 0.5) / samples - n / 2) / half
     inside = _inside(shape, points[None, :], points[:, None])
     return inside.reshape(n, samples, n, samples).mean(axis=(1, 3)).astype(np.float32)
@@ -117,8 +120,9 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
     for item in scene.items:
         patch = _patch(item.shape, item.size, item.colour, scene.background, image_size)
         reach = len(patch) // 2
-        top, left = item.y - reach, item.x - reach
-        # A sprite's margin may lie outside the image; what is cut there is empty.
+        top = item.y - reach
+        left = item.x - reach
+        # A sprite's margin can lie outside the image. It is empty.
         rows = slice(max(top, 0), min(top + len(patch), image_size))
         columns = slice(max(left, 0), min(left + len(patch), image_size))
         cut = patch[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
@@ -142,10 +146,9 @@ class ShapesWorld:
 
     Args:
         image_size: height and width of an image, at least 32.
-        lattice: centres a side on which objects may stand, evenly spaced; 0 lets them stand on any
-            pixel.
-        split: `train` and `held_out` draw the same pairs from unlike seeds; each scene of
-            `new_pairs` has a pair never in training.
+        lattice: evenly spaced centres per axis where objects can stand; 0 allows any pixel.
+        split: `train` and `held_out` have the same (shape, colour) pairs and different seeds. Each
+            scene of `new_pairs` has a pair that training never has.
 
     Raises:
         ValueError: the size is too small, the counts are not 1 to 3, the lattice does not divide
@@ -176,15 +179,18 @@ class ShapesWorld:
             )
         if split not in SPLITS:
             raise ValueError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}")
-        self.image_size, self.seed, self.split = image_size, seed, split
-        self.min_objects, self.max_objects = min_objects, max_objects
+        self.image_size = image_size
+        self.seed = seed
+        self.split = split
+        self.min_objects = min_objects
+        self.max_objects = max_objects
         self._step = image_size // lattice if lattice else 1
         pairs = [(s, c) for s in SHAPES for c in COLOURS]
         self._seen = [p for p in pairs if p not in NEW_PAIRS]
         self._new = [p for p in pairs if p in NEW_PAIRS]
 
     def random(self, index: int, stream: int) -> np.random.Generator:
-        """The generator of scene `index`; streams 0 (scene) and 1 (caption) are independent."""
+        """The generator of scene `index`. Streams 0 (scene) and 1 (caption) are independent."""
         key = self.seed * 64 + SPLITS.index(self.split) * 2 + stream
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
 
@@ -198,7 +204,7 @@ class ShapesWorld:
             pairs = self._new if self.split == "new_pairs" and i == 0 else self._seen
             shape, colour = pairs[_choice(numbers, len(pairs))]
             size = tuple(SIZES)[_choice(numbers, len(SIZES))]
-            # Small objects always fit; a larger one that finds no place in time becomes smaller.
+            # Small objects always fit. A larger one that finds no place in `_TRIES` is shrunk.
             for smaller in (size, "medium", "small", "small"):
                 if SIZES[smaller] <= SIZES[size] and (
                     place := self._place(items, smaller, numbers)
@@ -211,7 +217,8 @@ class ShapesWorld:
         self, items: Sequence[Item], size: str, numbers: Iterator[float]
     ) -> tuple[int, int] | None:
         half = SIZES[size] * self.image_size
-        step, margin = self._step, math.ceil(half) + 1
+        step = self._step
+        margin = math.ceil(half) + 1
         low = math.ceil(margin / step)
         span = math.ceil((self.image_size - margin) / step) - low
         for _ in range(_TRIES // 4):

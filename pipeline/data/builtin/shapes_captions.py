@@ -82,7 +82,8 @@ def describe(scene: Scene, image_size: int, rng: np.random.Generator) -> Prompt:
     numbers = iter(rng.random(40).tolist())
     order = sorted(range(len(scene.items)), key=lambda _: next(numbers))
     items = [scene.items[i] for i in order]
-    claims, phrases = [], []
+    claims = []
+    phrases = []
     for item in items:
         size = item.size if next(numbers) < MENTION_SIZE else None
         claims.append(ObjectClaim(item.shape, item.colour, size))
@@ -114,9 +115,10 @@ def describe(scene: Scene, image_size: int, rng: np.random.Generator) -> Prompt:
 
 
 def clear_relation(a: Item, b: Item, image_size: int) -> str | None:
-    """How a lies to b along the axis on which they are farther apart; None where that is not
+    """The relation of a to b along the axis on which they are farther apart; None where it is not
     clear."""
-    dx, dy = b.x - a.x, b.y - a.y
+    dx = b.x - a.x
+    dy = b.y - a.y
     if max(abs(dx), abs(dy)) < CLEAR * image_size or 0.75 < abs(dx) / max(abs(dy), 1) < 1.33:
         return None
     if abs(dx) > abs(dy):

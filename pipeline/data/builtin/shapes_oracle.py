@@ -72,15 +72,18 @@ class Verdict:
 
 @lru_cache(maxsize=8)
 def _bank(image_size: int) -> tuple[np.ndarray, list[tuple[str, str, int, int]], int]:
-    """Every sprite at every offset in a common window: (M, n*n), what each row is, and n.
+    """Every sprite at every offset in a window of n x n pixels: (M, n*n), the label of each row,
+    and n.
 
-    Offset 0 has the middle of the sprite's bounding box in the middle of the window; a label holds
-    where the centre then lies.
+    At offset 0 the middle of the sprite's bounding box is in the middle of the window. A label is
+    (shape, size, dx, dy); dx and dy are the sprite's centre relative to the middle.
     """
     reach = (
         max(sprite(s, z, image_size).shape[0] for s in SHAPES for z in SIZES) // 2 + 2 * _OFFSETS
     )
-    n, rows, labels = 2 * reach + 1, [], []
+    n = 2 * reach + 1
+    rows = []
+    labels = []
     for shape in SHAPES:
         for size in SIZES:
             small = sprite(shape, size, image_size)
@@ -89,11 +92,12 @@ def _bank(image_size: int) -> tuple[np.ndarray, list[tuple[str, str, int, int]],
             for dy in range(-_OFFSETS - middle_y, _OFFSETS - middle_y + 1):
                 for dx in range(-_OFFSETS - middle_x, _OFFSETS - middle_x + 1):
                     window = np.zeros((n, n), dtype=np.float32)
-                    top, left = reach + dy - half, reach + dx - half
+                    top = reach + dy - half
+                    left = reach + dx - half
+                    # What would lie outside the window is cut off.
+                    inside = small[max(-top, 0) : n - top, max(-left, 0) : n - left]
                     window[max(top, 0) : top + len(small), max(left, 0) : left + len(small)] = (
-                        small[max(-top, 0) :, max(-left, 0) :][
-                            : n - max(top, 0), : n - max(left, 0)
-                        ]
+                        inside
                     )
                     rows.append(window.ravel())
                     labels.append((shape, size, dx, dy))
@@ -154,7 +158,8 @@ def read_scene(picture: np.ndarray) -> Reading:
     back = np.array(BACKGROUNDS[ground], dtype=np.float32)
     distance = np.sqrt(((pixels - back) ** 2).sum(-1))
     smallest = min(float(sprite(s, "small", size).sum()) for s in SHAPES)
-    items, unreadable = [], 0
+    items = []
+    unreadable = 0
     for members in components(distance > FOREGROUND):
         if len(members) < SPECK * smallest:
             continue
@@ -171,16 +176,16 @@ def _match(
 ) -> FoundItem:
     rows, columns = members.T
     far = distance[rows, columns]
-    # The fullest pixels show the colour itself; edges are mixed with the background.
+    # The pixels of most coverage show the colour itself; edges are mixed with the background.
     full = far >= 0.8 * np.quantile(far, 0.9)
     colour = _nearest(np.median(pixels[rows[full], columns[full]], axis=0), COLOURS)
     direction = np.array(COLOURS[colour], dtype=np.float32) - back
     bank, labels, n = _bank(len(pixels))
     reach = n // 2
-    y, x = _middle(rows), _middle(columns)
+    y = _middle(rows)
+    x = _middle(columns)
     window = np.zeros((n, n), dtype=np.float32)
-    # The component and the ring of pixels around it, where its antialiased edge lies below the
-    # threshold.
+    # The component and the ring of pixels around it: its antialiased edge is below the threshold.
     own = np.zeros(distance.shape, dtype=bool)
     own[rows, columns] = True
     own[1:] |= own[:-1].copy()
@@ -191,7 +196,8 @@ def _match(
     coverage = (
         (pixels[grown_rows, grown_columns] - back) @ direction / (direction @ direction)
     ).clip(0, 1)
-    r, c = grown_rows - y + reach, grown_columns - x + reach
+    r = grown_rows - y + reach
+    c = grown_columns - x + reach
     inside = (r >= 0) & (r < n) & (c >= 0) & (c < n)
     window[r[inside], c[inside]] = coverage[inside]
     lost = float((coverage[~inside] ** 2).sum())
@@ -211,8 +217,8 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
-    """Holds an image (or its reading) against a caption's claims: all of them, and no object
-    more."""
+    """Checks an image, or its reading, against a caption's claims: all must hold, and there must be
+    no further object."""
     reading = seen if isinstance(seen, Reading) else read_scene(seen)
     count = len(reading.items) == len(claims.objects) and not reading.unreadable
     background = None if claims.background is None else reading.background == claims.background
@@ -264,7 +270,7 @@ def _same(found: Sequence[str], claimed: Sequence[str]) -> bool:
 
 
 def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of verdicts that hold, overall (`correct`) and of each kind among the captions that
+    """Fraction of verdicts that hold: overall (`correct`), and of each kind among the captions that
     mention it."""
     shares = {}
     for field in fields(Verdict):

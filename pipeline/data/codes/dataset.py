@@ -1,11 +1,11 @@
 """The codes dataset: every image as codes, once, in Arrow files. Knows files and fingerprints;
-trains and draws nothing.
+trains and samples nothing.
 
-A split is one row after another in shards (code_shards.py): of equally many rows, the last one
-shorter, and of a stream one for each of its own. `codes.json` is written last and makes the folder
-whole; it holds the fingerprints of the tokenizer and of the source, and size and hash of every
-file. Until then `plan.json` says what is being made, and beside each finished shard lies a JSON
-file with its size and hash.
+The rows of a split lie in shards (shards.py) of equally many rows; the last shard is shorter. A
+stream has one shard for each of its own. `codes.json` is written last and completes the folder. It
+has the fingerprints of the tokenizer and of the source, and the size and hash of every file. Until
+then `plan.json` says what is being made, and each finished shard has a JSON file with its size and
+hash next to it.
 """
 
 from __future__ import annotations
@@ -24,40 +24,41 @@ import numpy as np
 from pipeline.data.codes.shards import OpenShard, Shard, verify_shard
 from pipeline.runtime.atomic_io import atomic_write_text
 
-MANIFEST, PLAN = "codes.json", "plan.json"
+MANIFEST = "codes.json"
+PLAN = "plan.json"
 FORMAT = 1
-"""Of the folder; 1 was a file a process, without hashes."""
+"""Of the folder."""
 HASHED_BYTES = 4 * 2**30
-"""A folder of at most so many bytes is hashed when it is opened, which takes two seconds; of a
-larger one sizes alone are checked."""
+"""Folders of at most so many bytes are hashed when they are opened, which takes two seconds. Of
+larger folders only sizes are checked."""
 _OPEN = 256
 """Files that are mapped at the same time."""
 _READ = 8
-"""Rows that are read before one of the mapped files, each in its turn, gives its pages back:
-with a row 64 KiB around it are mapped, and in time all of the data would count as this process's
-memory."""
+"""After so many rows read, one of the mapped files, in rotation, releases its pages. Reading a row
+maps 64 KiB around it, so all data would count as this process's memory in time."""
 
 
 class CodesDataset:
-    """One split of a codes folder, memory-mapped. Opening it verifies it: every file is there and
-    has its size, and its hash too where all files of the folder together are at most
-    `HASHED_BYTES`; of larger folders a changed file of the right size goes unnoticed.
+    """One split of a codes folder, memory-mapped. Opening verifies that every file exists and has
+    its size, and its hash if the folder has at most `HASHED_BYTES`. In larger folders a changed
+    file of the right size goes unnoticed.
 
     Raises:
-        ValueError: the folder is not whole, is of another format, or holds a missing, cut or
-            changed file, which is named.
+        ValueError: the folder is incomplete or of another format, or a file is missing, truncated
+            or changed; names the file.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         self.manifest = read_manifest(folder)
         check_form(self.manifest, folder)
-        self._folder, self._shards = folder, shards_of(self.manifest)[split]
+        self._folder = folder
+        self._shards = shards_of(self.manifest)[split]
         hashed = are_hashed(self.manifest)
         for shard in self._shards:
             if wrong := verify_shard(folder / shard.name, shard, hashed=hashed):
                 raise ValueError(
-                    f"{folder / shard.name} {wrong}; run `minidalle encode` again, which makes "
-                    "just that file anew"
+                    f"{folder / shard.name} {wrong}; run `minidalle encode` again, which rebuilds "
+                    "just that file"
                 )
         self.views = int(self.manifest["augmentations_per_image"]) if split == "train" else 1
         self.captions_in_all = sum(shard.captions for shard in self._shards)
@@ -71,17 +72,18 @@ class CodesDataset:
             )
             for number in range(max(parts) + 1)
         ]
-        """Rows of each part of a mixture, which lie one after another."""
+        """Rows of each part of a mixture; the parts lie one after another."""
         self.weights: list[float] = self.manifest["weights"]
         self._opened: dict[int, OpenShard] = {}
-        self._read, self._lock = 0, Lock()
+        self._read = 0
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def captions(self, indices: Sequence[int], draws: Sequence[float] | None = None) -> list[str]:
-        """A caption an image: its first one, or with `draws`, a number in [0, 1) an image, any of
-        its own, all equally likely."""
+        """One caption per image: the first one. With `draws`, a number in [0, 1) per image chooses
+        among all of its captions, with equal probability."""
         if draws is None:
             return [shard.text(row) for shard, row in map(self._find, indices)]
         every = self.all_captions(indices)
@@ -92,11 +94,11 @@ class CodesDataset:
         return [shard.texts(row) for shard, row in map(self._find, indices)]
 
     def source_rows(self, indices: Sequence[int]) -> list[int]:
-        """The images' numbers in the source they came from."""
+        """The images' numbers in their source."""
         return [shard.number(row) for shard, row in map(self._find, indices)]
 
     def codes(self, indices: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
-        """(B,N) int64; `views` chooses an encoding an image, the first one by default."""
+        """(B,N) int64; `views` chooses one encoding per image, the first one by default."""
         chosen = [0] * len(indices) if views is None else views
         rows = [
             shard.codes(row).reshape(self.views, -1)[view]
@@ -112,7 +114,7 @@ class CodesDataset:
             shard = self._opened.pop(number, None) or OpenShard(
                 self._folder / self._shards[number].name
             )
-            self._opened[number] = shard  # the one used last comes last
+            self._opened[number] = shard  # the last used one comes last
             if len(self._opened) > _OPEN:
                 del self._opened[next(iter(self._opened))]
             self._read += 1
@@ -124,13 +126,13 @@ class CodesDataset:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one file holds: rows of the source, or what a shard of a stream gives.
+    """What one file holds: rows of the source, or samples of one shard of a stream.
 
     Attributes:
         part: of a mixture.
-        rows: numbers in the source, or in the mixture.
+        rows: numbers in the source, or in the mixture; None for a stream.
         shard: of the stream.
-        most: images of the shard that are encoded, if not all.
+        most: images of the shard that are encoded; None encodes all.
     """
 
     part: int
@@ -140,10 +142,11 @@ class ShardPlan:
 
 
 def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, ShardPlan]]:
-    """The files of each split in their order and what each holds. `plan["parts"]` names of each
-    part of the source the `first` row and how many `rows`, or how many `shards` a stream has and
-    the `most` images of each."""
-    each, files = plan["images_per_shard"], {}
+    """The files of each split in their order and what each holds. `plan["parts"]` has, for each
+    part of the source, its `first` row and the number of `rows`; for a stream, its number of
+    `shards` and the `most` images of each."""
+    each = plan["images_per_shard"]
+    files = {}
     for split, parts in plan["parts"].items():
         units: list[ShardPlan] = []
         for number, part in enumerate(parts):
@@ -153,7 +156,8 @@ def planned_files(plan: Mapping[str, Any]) -> dict[str, dict[str, ShardPlan]]:
                     for shard in range(part["shards"])
                 ]
             else:
-                first, end = part["first"], part["first"] + part["rows"]
+                first = part["first"]
+                end = first + part["rows"]
                 units += [
                     ShardPlan(number, range(start, min(start + each, end)))
                     for start in range(first, end, each)
@@ -178,10 +182,10 @@ def are_hashed(manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `complete` wrote.
+    """What `write_manifest` wrote.
 
     Raises:
-        ValueError: the folder holds no whole codes dataset, or one of another format.
+        ValueError: the folder holds no complete codes dataset, or one of another format.
     """
     path = folder / MANIFEST
     try:
@@ -212,13 +216,12 @@ def check_format(made: Any, folder: Path) -> None:
         )
         raise ValueError(
             f"the codes in {folder} were written by {version} (format {made}; this one reads "
-            f"{FORMAT}); remove that folder and run "
-            "`minidalle encode` again"
+            f"{FORMAT}); remove that folder and run `minidalle encode` again"
         )
 
 
 def mark_shard_done(folder: Path, shard: Shard) -> None:
-    """Marks a shard of an unfinished folder as whole."""
+    """Marks a shard of an unfinished folder as complete."""
     atomic_write_text((folder / shard.name).with_suffix(".json"), json.dumps(asdict(shard)) + "\n")
 
 
@@ -233,7 +236,7 @@ def recorded_shard(folder: Path, name: str) -> Shard | None:
 def write_manifest(
     folder: Path, plan: Mapping[str, Any], shards: Mapping[str, Sequence[Shard]]
 ) -> None:
-    """Marks the folder whole, and removes what was needed until then."""
+    """Completes the folder, and removes the files that only an unfinished one needs."""
     files = {split: [asdict(shard) for shard in of_split] for split, of_split in shards.items()}
     rows = {split: sum(shard.rows for shard in of_split) for split, of_split in shards.items()}
     atomic_write_text(
@@ -267,6 +270,5 @@ def check_tokenizer(manifest: dict[str, Any], fingerprint: str, folder: Path) ->
     if manifest["tokenizer"] != fingerprint:
         raise ValueError(
             f"the codes in {folder} were made by tokenizer {manifest['tokenizer']}, and this run's "
-            f"tokenizer is {fingerprint}; "
-            "remove that folder and run `minidalle encode` again"
+            f"tokenizer is {fingerprint}; remove that folder and run `minidalle encode` again"
         )

@@ -1,9 +1,9 @@
 """A codes dataset in other forms, for other programs: Parquet, or webdataset shards. Knows files;
 trains and encodes nothing.
 
-Parquet: a file a shard, columns `codes`, `text` (the first caption), `more_texts` (further ones),
-`row`. Webdataset: tar shards of NAME.codes.npy (int32) and NAME.txt (several captions a line each).
-Beside them lies `codes.json` with the tokenizer's fingerprint and the layout of the codes.
+Parquet: one file per shard with the columns `codes`, `text` (the first caption), `more_texts` (the
+others) and `row`. Webdataset: tar shards of NAME.codes.npy (int32) and NAME.txt (one caption per
+line). `codes.json` next to them has the tokenizer's fingerprint and the layout of the codes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ Format = Literal["arrow", "parquet", "webdataset"]
 
 
 def export_codes(codes: Path, out: Path, form: Format) -> list[str]:
-    """Writes the codes dataset in folder `codes` to `out`, whole or not at all; returns the files'
-    names.
+    """Writes the codes dataset in folder `codes` to `out`, atomically; returns the files' names.
 
     Raises:
-        ValueError: `codes` holds no whole codes dataset.
-        FileExistsError: there is something else in `out` already.
+        ValueError: `codes` holds no complete codes dataset.
+        FileExistsError: `out` already holds something else.
     """
     manifest = read_manifest(codes)
     check_output_dir(out, MANIFEST, "codes")
@@ -78,7 +77,7 @@ def _write_tar(shard: Path, path: Path) -> None:
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(row["codes"], dtype=np.int32), allow_pickle=False)
             texts = [row["text"], *row["more_texts"]]
-            if len(texts) > 1:  # or a line break inside of one would make two of it
+            if len(texts) > 1:  # otherwise a line break inside a caption would split it
                 texts = [text.replace("\n", " ") for text in texts]
             content = {"codes.npy": buffer.getvalue(), "txt": "\n".join(texts).encode()}
             for suffix, data in content.items():

@@ -1,9 +1,9 @@
-"""One Arrow file of a codes dataset: written whole or not at all, checked, memory-mapped. Knows
-rows and bytes; knows no tokenizer and not which files belong together.
+"""One Arrow file of a codes dataset: written atomically, checked, memory-mapped. Knows rows and
+bytes; knows no tokenizer and not which files belong together.
 
-A row an image: `codes` (all views one after another), `text` (its first caption), `more_texts`
-(its further ones), `row` (its number in the source). Files are Arrow streams with the schema
-metadata of `datasets`, whose `Dataset.from_file` reads them too.
+One row per image: `codes` (all views one after another), `text` (its first caption), `more_texts`
+(its others), `row` (its number in the source). Files are Arrow streams with the schema metadata of
+`datasets`, so `Dataset.from_file` reads them too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.runtime.atomic_io import atomic_write
 
 _BATCH = 1000
-"""Rows of a record batch: so many are held while a file is written, however many it gets."""
+"""Rows of a record batch; so many are in memory while a file is written."""
 _SMALL_CODES = 2**16
 """Codes below this are 16-bit integers."""
 
@@ -35,14 +35,14 @@ class EncodedRows:
     codes: np.ndarray
     """(B,N) integers, all views one after another."""
     captions: Sequence[Sequence[str]]
-    """One or more of each image."""
+    """One or more per image."""
     numbers: Sequence[int]
     """The images' numbers in the source."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a whole file is known by."""
+    """What identifies a complete file."""
 
     name: str
     rows: int
@@ -58,14 +58,16 @@ def kind_of(levels: Iterable[dict[str, Any]]) -> str:
 
 
 def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: str) -> Shard:
-    """Writes rows of `codes` integers of type `kind` each; memory holds some thousand of them at a
+    """Writes rows of `codes` integers of type `kind` each; some thousand rows are in memory at a
     time.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what `path` held before is still
-            there.
+        OSError: the disk is full or the folder cannot be written; a file that `path` held before is
+            kept.
     """
-    schema, rows, captions = _schema(codes, kind), 0, 0
+    schema = _schema(codes, kind)
+    rows = 0
+    captions = 0
     with atomic_write(path) as beside:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(blocks, schema):
@@ -77,13 +79,13 @@ def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: 
 
 
 def described(path: Path, *, rows: int, captions: int) -> Shard:
-    """What a file that was just written is known by."""
+    """What identifies a file that was just written."""
     return Shard(path.name, rows, captions, path.stat().st_size, _sha256(path))
 
 
 def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
-    """What is wrong with a file; None where it is whole: of the right size and, with `hashed`, of
-    the right content."""
+    """What is wrong with a file; None where it has the right size and, with `hashed`, the right
+    content."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != shard.bytes:
@@ -96,7 +98,7 @@ def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
 
 
 def schema_of(path: Path) -> pa.Schema:
-    """The columns of a file, which may have no rows."""
+    """The columns of a file; it may have no rows."""
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
         return reader.schema
 
@@ -108,10 +110,10 @@ def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 class OpenShard:
-    """A file's rows by their place in it, memory-mapped.
+    """A file's rows by their position, memory-mapped.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,8 +152,7 @@ class OpenShard:
         return self._columns[batch][2][within].as_py()
 
     def release(self) -> None:
-        """Gives mapped pages back to the system, which reads them again where they are asked
-        for."""
+        """Releases mapped pages to the system, which reads them again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 

@@ -1,4 +1,4 @@
-"""`Rows`: a source as it lies, images undecoded and columns unread; and what all layouts share.
+"""`Rows`: a source's images, undecoded, and what is written of them; and what all layouts share.
 Decodes nothing."""
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ _USUAL = {
     ),
     "it names the image": ("file", "filename", "path", "image", "name"),
 }
-"""What other data calls a column, to suggest."""
+"""Names of columns in other data, for suggestions."""
 _NAMED = 3
+"""Names per reason that are remembered."""
 _LONG = 200
+"""Characters of a name in a message."""
 
 
 class SkipCounter:
-    """Counts what was left out, by reason, and remembers the first names."""
+    """Counts what was skipped, by reason, and remembers the first names."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
@@ -73,7 +75,7 @@ class SkipCounter:
         return dict(self._counts)
 
     def lines(self) -> list[str]:
-        """A line a reason."""
+        """One line per reason."""
         return [
             f"{count:,} {reason}: {self.first(reason)}" for reason, count in self._counts.items()
         ]
@@ -86,14 +88,14 @@ class Rows(Protocol):
     columns: list[str]
     """What captions can be made of."""
     stamp: str
-    """Changes when a file does, as far as its name, size and time tell."""
+    """Changes when a file's name, size or time does."""
     tally: SkipCounter
-    """What the layout itself left out."""
+    """What the layout itself skipped."""
 
     def __len__(self) -> int: ...
 
     def label(self, row: int) -> str:
-        """A row's name, for messages and to hold it out by."""
+        """A row's name, for messages and for the choice of held-out rows."""
         ...
 
     def picture(self, row: int) -> bytes:
@@ -101,13 +103,13 @@ class Rows(Protocol):
         ...
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
-        """What is written of each row, in order; several records where an image is named several
+        """What is written of each row, in order; several records where an image is listed several
         times."""
         ...
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """By a hash of the name, so that images added later move no other one."""
+    """Whether a name is held out, by its hash: adding images moves no other image."""
     return (
         int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
         < share * 2**64
@@ -115,7 +117,7 @@ def is_held_out(name: str, share: float) -> bool:
 
 
 def content_fingerprint(parts: Iterable[object]) -> str:
-    """A short hash of everything that says which files there are."""
+    """A short hash of everything that identifies the files."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part}\0".encode("utf-8", "surrogateescape"))
@@ -123,8 +125,7 @@ def content_fingerprint(parts: Iterable[object]) -> str:
 
 
 def file_signature(path: Path) -> object:
-    """What tells that a file is another: its name, size and time; the name alone where it is not
-    there."""
+    """A file's name, size and time; the name alone where the file does not exist."""
     try:
         state = path.stat()
     except (OSError, ValueError):
@@ -136,7 +137,7 @@ def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
     """The column of the images.
 
     Raises:
-        ValueError: there is none; names what there is and the nearest.
+        ValueError: there is none; names the existing columns and the nearest.
     """
     if wanted is None:
         for column in IMAGE_COLUMNS:
@@ -147,11 +148,11 @@ def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
 
 
 def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str) -> str:
-    """A column that must be there.
+    """A column that must exist.
 
     Raises:
-        ValueError: it is not; names those there are, the nearest, and the setting that says
-            another.
+        ValueError: it does not; names the existing columns, the nearest, and the setting that
+            chooses another.
     """
     if wanted not in columns:
         near = difflib.get_close_matches(
@@ -173,13 +174,13 @@ def listed(names: Sequence[str]) -> str:
 
 
 def printable(name: str) -> str:
-    """A name that can be written in UTF-8, not too long for a line."""
+    """A name in UTF-8, truncated to fit on a line."""
     name = name.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= _LONG else f"{name[:_LONG]}..."
 
 
 def text_of(path: Path) -> str:
-    """A text file in UTF-8, or in UTF-16 where it says so by its first bytes.
+    """A text file in UTF-8, or in UTF-16 with a byte-order mark.
 
     Raises:
         ValueError: it is in another encoding; names the line.
@@ -197,7 +198,7 @@ def text_of(path: Path) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written in UTF-8; a file system may hold others."""
+    """Whether a name can be written in UTF-8; file systems may have others."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -37,7 +36,7 @@ class CaptionReader:
         config: names the column or the template.
 
     Raises:
-        ValueError: a column is missing, or the template is none.
+        ValueError: a column is missing, or the template is invalid.
     """
 
     def __init__(self, name: str, columns: Sequence[str], config: DataConfig) -> None:
@@ -45,7 +44,7 @@ class CaptionReader:
         self._least = config.filter.min_caption
         self._most = config.filter.max_caption
         if self.template is None:
-            # Shards call it by its file's extension.
+            # In shards, columns are file extensions.
             column = (
                 "txt"
                 if config.text_column == "text" and "text" not in columns and "txt" in columns
@@ -75,8 +74,8 @@ class CaptionReader:
         ]
 
     def of(self, records: Sequence[Record]) -> tuple[list[str], bool]:
-        """The captions of one image, each once, of the lengths that are wanted; and whether a text
-        was skipped because it is not UTF-8."""
+        """The captions of one image within the length limits, each once; and whether a text was
+        skipped because it is not UTF-8."""
         found: dict[str, None] = {}
         undecodable = False
         for record in records:
@@ -126,10 +125,10 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
     return Captions(each())
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_plain, value)))
-    # Parquet and shards may hold texts as bytes; Python would write those as b'...'.
+    # Parquet and shards may hold texts as bytes, and str() would write them as b'...'.
     return (value.decode("utf-8-sig") if isinstance(value, bytes) else str(value)).strip()

@@ -1,9 +1,9 @@
-"""Images that are files: a folder with captions in it, or a table of paths. Knows layouts;
-decodes nothing.
+"""Images that are files: a folder with captions, or a table of paths. Knows layouts; decodes
+nothing.
 
-A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt beside NAME.png, or from
-the names of its subfolders by `data.caption_template`. A table is a .csv or .jsonl file whose
-images are paths, or bytes in base64.
+A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt next to NAME.png, or
+from the names of its subfolders by `data.caption_template`. A table is a .csv or .jsonl file with a
+column of paths, or of images in base64.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NO_PICTURE = "captions of images that are not there left out"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _LONGEST_PATH = 1024
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-"""How PNG, JPEG, GIF, WebP and TIFF begin in base64, with or without a data URI's head."""
+"""First characters of PNG, JPEG, GIF, WebP and TIFF in base64, and of a data URI."""
 
 
 class FileRows:
@@ -54,9 +54,9 @@ class FileRows:
 
     Args:
         name: of the source, for messages.
-        root: what the paths are relative to.
-        named: image -> what is written of it, in order; an image is a path relative to `root`,
-            or base64.
+        root: the folder that paths are relative to.
+        named: image -> what is written of it, in order. An image is a path relative to `root`, or
+            base64.
     """
 
     def __init__(
@@ -67,11 +67,14 @@ class FileRows:
         columns: list[str],
         tally: SkipCounter,
     ) -> None:
-        self.name, self.root, self.columns, self.tally = name, root, columns, tally
-        # Arrow holds a million paths in a tenth of what Python strings take.
+        self.name = name
+        self.root = root
+        self.columns = columns
+        self.tally = tally
+        # A million paths take a tenth of the memory of Python strings.
         self._pictures = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
-        # Written as JSON, since a column may hold texts in one row and lists in the next.
+        # As JSON, since a column may hold a text in one row and a list in the next.
         self._records = pa.array(
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
@@ -112,21 +115,20 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
     """
     tally = SkipCounter()
     pictures = _pictures_below(folder, tally)
+    columns = ["folder", "name"]
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         rows = list(_rows_of(metadata))
-        columns = [
-            c
-            for c in dict.fromkeys(["folder", "name", *(column for row in rows for column in row)])
-            if c != "file_name"
-        ]
-        named = _named(metadata, rows, folder, set(pictures), tally)
+        columns = list(dict.fromkeys([*columns, *(column for row in rows for column in row)]))
+        columns = [column for column in columns if column != "file_name"]
+        named = _named(metadata, rows, set(pictures), tally)
         for picture in pictures:
             if picture not in named:
                 tally.add(NO_CAPTION, picture)
         named = dict(sorted(named.items()))
     else:
-        columns, named, beside = ["folder", "name"], {}, text_column == "text" and template is None
+        named = {}
+        beside = text_column == "text" and template is None
         for picture in pictures:
             path = PurePosixPath(picture)
             record: Record = {"folder": path.parent.name, "name": path.stem}
@@ -155,12 +157,13 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
 
 
 def table_rows(file: Path, column: str | None) -> FileRows:
-    """A .csv or .jsonl file of paths; they are relative to its own folder.
+    """A .csv or .jsonl file of paths relative to its own folder.
 
     Raises:
         ValueError: the column of the images is missing, or a row is corrupted.
     """
-    rows, tally = list(_rows_of(file)), SkipCounter()
+    rows = list(_rows_of(file))
+    tally = SkipCounter()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     column = image_column(str(file), column, columns)
     named: dict[str, list[Record]] = {}
@@ -185,7 +188,7 @@ def is_inline(cell: str) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long for one
+    except OSError:  # the name is too long
         return False
 
 
@@ -195,14 +198,14 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
     def closed(error: OSError) -> None:
         tally.add(CLOSED, str(error.filename))
 
-    for where, folders, files in os.walk(
-        folder, onerror=closed
-    ):  # links to folders are not followed: they may lead back here
+    # Links to folders are not followed: they may lead back here.
+    for where, folders, files in os.walk(folder, onerror=closed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
         for name in files:
-            extension, picture = Path(name).suffix.lower(), (below / name).as_posix()
-            if name.startswith("."):  # as ._cat.jpg, which is no image
+            extension = Path(name).suffix.lower()
+            picture = (below / name).as_posix()
+            if name.startswith("."):  # such as ._cat.jpg, which is no image
                 continue
             if extension in UNREAD:
                 tally.add(
@@ -221,7 +224,7 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
 
 
 def _named(
-    metadata: Path, rows: list[Record], folder: Path, pictures: set[str], tally: SkipCounter
+    metadata: Path, rows: list[Record], pictures: set[str], tally: SkipCounter
 ) -> dict[str, list[Record]]:
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
@@ -255,7 +258,7 @@ def _rows_of_csv(path: Path, text: str) -> list[Record]:
     head = text.partition("\n")[0].strip()
     if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
         raise ValueError(
-            f"{path} parts its columns by {other!r} ({printable(head)}); save it with commas"
+            f"{path} separates its columns by {other!r} ({printable(head)}); save it with commas"
         )
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -268,15 +271,14 @@ def _rows_of_csv(path: Path, text: str) -> list[Record]:
         if None in row:
             raise ValueError(
                 f"{path} row {number} has more fields than its columns "
-                f"{listed(reader.fieldnames or [])}; "
-                "texts with commas belong in double quotes"
+                f"{listed(reader.fieldnames or [])}; texts with commas belong in double quotes"
             )
     return rows
 
 
 def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
     rows = []
-    # Not splitlines(), which also ends lines at characters that JSON allows inside a text.
+    # Not splitlines(): it also splits at characters that JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:

@@ -3,7 +3,7 @@ decodes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.data.readers.base import (
 
 _BATCH = 1000
 _SHARDS = 64
-"""Pieces that a data set on this disk is streamed in."""
+"""Shards in which a data set on this disk is streamed."""
 
 
 class HubRows:
@@ -27,7 +27,8 @@ class HubRows:
     def __init__(self, config: DataConfig) -> None:
         from datasets import Image
 
-        self.name, self.tally = config.source, SkipCounter()
+        self.name = config.source
+        self.tally = SkipCounter()
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
@@ -36,13 +37,13 @@ class HubRows:
             and getattr(rows.features[self._image], "dtype", "") == "string"
         )
         if isinstance(rows.features[self._image], Image):
-            # Undecoded, so that a broken image is ours to report.
+            # Undecoded, so that a corrupted image is reported here.
             rows = rows.cast_column(self._image, Image(decode=False))
         self._rows = rows
-        # A column alone: reading captions must not read the images beside them.
+        # A table of its own, so that reading captions does not read images.
         self._pictures = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
-        # The library's fingerprint says nothing of files that the rows only name.
+        # The library's fingerprint does not cover files that rows only name.
         files = (
             (
                 file_signature(self._beside / str(self._pictures[row][self._image]))
@@ -70,12 +71,12 @@ class HubRows:
                 yield [{column: named(column, batch[column][i]) for column in columns}]
 
 
-def content_of(cell: Any, beside: Path) -> bytes:
-    """A cell of images as a file's bytes: bytes, a path (relative to `beside`), or `datasets`'
-    pair of both.
+def content_of(cell: object, beside: Path) -> bytes:
+    """The file in a cell of images: bytes, a path relative to `beside`, or the pair of both that
+    `datasets` uses.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of these.
         OSError: the file cannot be read.
     """
     if isinstance(cell, dict):
@@ -87,7 +88,7 @@ def content_of(cell: Any, beside: Path) -> bytes:
     raise ValueError(f"it holds {type(cell).__name__} and no image")
 
 
-def label_names(features: Any) -> Any:
+def label_names(features: Mapping[str, object]) -> Callable[[str, object], object]:
     """(column, value) -> the value, or its name where the column holds class labels."""
     from datasets import ClassLabel
 
@@ -95,7 +96,7 @@ def label_names(features: Any) -> Any:
         column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)
     }
 
-    def named(column: str, value: Any) -> Any:
+    def named(column: str, value: object) -> object:
         return (
             labels[column].int2str(value)
             if column in labels and isinstance(value, int) and value >= 0
@@ -106,10 +107,10 @@ def label_names(features: Any) -> Any:
 
 
 def load(config: DataConfig, *, streaming: bool = False) -> Any:
-    """The data set, mapped or streamed.
+    """The data set, mapped or streamed; the library's types are not known here.
 
     Raises:
-        FileNotFoundError: it is not there, or the library cannot read it.
+        FileNotFoundError: it does not exist, or the library cannot read it.
     """
     import datasets
 
@@ -125,17 +126,14 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
             f"data.source {config.source!r} is no folder or file here and no data set that can be "
-            f"loaded ({reason}); "
-            "give shapes, emoji, a folder of images, a file or shards (docs/data.md), or a "
-            "datasets name with network access"
+            f"loaded ({reason}); give shapes, emoji, a folder of images, a file or shards "
+            "(docs/data.md), or a datasets name with network access"
         ) from error
     if isinstance(loaded, dict):
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return _streamed(loaded) if streaming and isinstance(loaded, datasets.Dataset) else loaded
-
-
-def _streamed(rows: Any) -> Any:
-    return rows.to_iterable_dataset(num_shards=min(_SHARDS, max(len(rows), 1)))
+    if streaming and isinstance(loaded, datasets.Dataset):
+        return loaded.to_iterable_dataset(num_shards=min(_SHARDS, max(len(loaded), 1)))
+    return loaded
 
 
 def is_saved_dataset(path: Path) -> bool:

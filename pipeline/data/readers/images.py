@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.config.data import DataConfig
 
+ImageFile = str | Path | BinaryIO
 EXTENSIONS = (
     ".png",
     ".jpg",
@@ -44,23 +46,22 @@ UNREAD = (
 )
 """Images of kinds that are not read."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
-"""Pillow's names of what is read, whatever a file's name says. Not of what other programs are
-started for, as for EPS."""
+"""Pillow's names of the formats that are read, whatever a file's name is. EPS and others for which
+Pillow starts other programs are not among them."""
 LARGEST = 89_478_485
-"""Pixels of an image above which it is refused: a small file can claim to be so large that it
-fills the memory."""
+"""Most pixels of an image. A small file can declare so many that they fill the memory."""
 
-# An image of absurd size is refused below. Pillow's warnings cannot be caught where several
+# Images that are too large are refused below. Pillow's warnings cannot be caught where several
 # threads read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
+def open_picture(source: ImageFile | bytes, *, at_least: int | None = None) -> Image.Image:
     """A decoded image from a path, a file object or a file's bytes; of several frames the first.
 
     Args:
-        at_least: a shorter side that is enough: JPEGs are then decoded at a half, a quarter or an
-            eighth where that leaves as much.
+        at_least: a sufficient shorter side, in pixels. JPEGs are decoded at a half, a quarter or an
+            eighth of their size where that leaves so many.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,21 +71,20 @@ def open_picture(source: Any, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
-    """An image's file decoded as small as it may be (see `open_picture`), and its full width and
-    height when upright."""
+    """An image's file, decoded as small as `at_least` allows (see `open_picture`), and its full
+    width and height when upright."""
     image, (width, height) = _opened(content, at_least)
     sideways = _orientation(image) in (5, 6, 7, 8)
     return image, (height, width) if sideways else (width, height)
 
 
-def header(source: Any) -> Image.Image:
-    """An image of which nothing is decoded yet, from a path or a file object. Raises whatever
-    Pillow does."""
-    Image.init()  # does something once
+def header(source: ImageFile) -> Image.Image:
+    """An undecoded image from a path or a file object. Raises whatever Pillow does."""
+    Image.init()  # registers the formats, once
     return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
-def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _opened(source: ImageFile | bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     name = "it" if isinstance(source, bytes) else source
     try:
         image = header(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -103,14 +103,13 @@ def _opened(source: Any, at_least: int | None) -> tuple[Image.Image, tuple[int, 
     except MemoryError:
         raise
     except Exception as error:
-        # Pillow's readers raise many kinds for a corrupted file, down to struct.error and
-        # IndexError
+        # Pillow's readers raise many kinds for a corrupted file, even struct.error and IndexError.
         why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name} cannot be read as an image ({why})") from error
 
 
 def frames(image: Image.Image) -> int:
-    """How many frames an image has; those after the first may be corrupted, and are not used."""
+    """How many frames an image has. Those after the first are not used and may be corrupted."""
     try:
         return int(getattr(image, "n_frames", 1))
     except Exception:
@@ -120,14 +119,16 @@ def frames(image: Image.Image) -> int:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # a corrupted EXIF block, which says nothing of the pixels
+    except Exception:  # a corrupted EXIF block; the pixels may be fine
         return 1
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
-    """An image's file as RGB uint8 (H,W,3), small: its largest centred square at the size wanted,
-    or for random crops all of it, just so large that the smallest one of them fills that size. See
-    `open_picture` for what is raised."""
+    """An image's file as RGB uint8 (H,W,3), shrunk to what training needs.
+
+    That is its largest centred square at `image_size`. For random crops it is the whole image, just
+    large enough that the smallest crop has `image_size` pixels. Raises what `open_picture` does.
+    """
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb
 
     size = config.image_size
@@ -145,8 +146,8 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
 
 
 def square_of(picture: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
-    """What is seen of a prepared image: its centre, or with a `draw` what that chooses where the
-    configuration has it vary."""
+    """The square of a prepared image: centred, or chosen by `draw` where the configuration varies
+    it."""
     if draw is None or not config.varies:
         return centre_square(picture, config.image_size)
     return random_square(
@@ -164,16 +165,14 @@ def centre_square(picture: np.ndarray, size: int) -> np.ndarray:
 def random_square(
     picture: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int
 ) -> np.ndarray:
-    """Some square of (H,W,3) at `size` pixels, maybe mirrored; the same for the same `draw`."""
+    """A random square of (H,W,3) at `size` pixels, mirrored or not: a function of `draw`."""
     random = np.random.default_rng(draw)
     height, width = picture.shape[:2]
     shorter = min(height, width)
     if crop:
         side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
-        top, left = (
-            int(random.integers(0, height - side + 1)),
-            int(random.integers(0, width - side + 1)),
-        )
+        top = int(random.integers(0, height - side + 1))
+        left = int(random.integers(0, width - side + 1))
         picture = _resized(picture, top, left, side, size)
     else:
         picture = centre_square(picture, size)
@@ -192,8 +191,8 @@ def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> 
 def random_shift(
     images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False
 ) -> np.ndarray:
-    """Images (B,H,W,3) moved by up to `shift` pixels along each axis, the border repeated into
-    the gap, some mirrored."""
+    """Images (B,H,W,3) moved by up to `shift` pixels along each axis, with the border repeated into
+    the gap. `flip` mirrors half of them."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
     moved = np.empty_like(images)

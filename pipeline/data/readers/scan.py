@@ -1,7 +1,7 @@
-"""Opens every image of a source once, in parallel: its size, a hash of its file, and what is
-wrong with it. Trains nothing.
+"""Opens every image of a source once, in parallel: its size, a hash of its file, and what is wrong
+with it. Trains nothing.
 
-What was found is kept in a file, so that a source is read through once and not at every start.
+The result is kept in a file, so that a source is scanned once and not at every start.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,23 +28,24 @@ from stage1_tokenizer.pixels import to_rgb
 UNREADABLE = "unreadable images left out"
 _CHUNK = 32
 _SLOW = 2000
-"""Images from which the user is shown how far it is, and what was found is kept."""
+"""Fewest images for which a progress bar is shown and the result is kept."""
 _DECODED = 64
-"""Shorter side, in pixels, that images are decoded at to be judged."""
+"""Shorter side, in pixels, at which images are decoded to be hashed."""
 _FORM = 2
+"""Version of the result's file."""
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What was found of each image, an entry a row.
+    """What was found of each image, one entry per row.
 
     Attributes:
-        width, height: int32 (N), in pixels, upright; 0 where it cannot be read.
+        width, height: int32 (N), in pixels, upright; 0 where the image cannot be read.
         digest: uint64 (N), a hash of the file.
-        look: uint64 (N), a hash of what it looks like (`perceptual_hash`).
-        mode: (N), Pillow's, as it is stored: RGB, L, CMYK, ...; with `, animated` where it has
+        look: uint64 (N), `perceptual_hash` of the image.
+        mode: (N), Pillow's mode of the file: RGB, L, CMYK, ...; with `, animated` where there are
             several frames.
-        problem: (N), what is wrong with it, or ''.
+        problem: (N), what is wrong with the image, or ''.
     """
 
     width: np.ndarray
@@ -59,15 +59,15 @@ class ScanResult:
 def scan_images(
     rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
 ) -> ScanResult:
-    """Reads every image, or takes what an earlier call found in `folder` while the files are the
-    same.
+    """Reads every image, or returns the result of an earlier call that `folder` keeps while the
+    files are the same.
 
     Args:
         workers: threads.
-        folder: keeps what was found.
-        share: this process's part of the work; every process of it must call.
+        folder: keeps the result.
+        share: this process's part of the work; all processes must call.
     """
-    # One folder may be two parts of a mixture
+    # Not by its name alone: one folder may be two parts of a mixture.
     source = content_fingerprint([rows.name, *rows.columns])
     kept = (
         folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows)])}.arrow"
@@ -81,7 +81,7 @@ def scan_images(
     mine = np.array_split(np.arange(len(rows)), share.count)[share.index]
     chunks = [mine[first : first + _CHUNK] for first in range(0, len(mine), _CHUNK)]
     lines: list[tuple] = []
-    # The bar is for those who wait for it; a second's work needs none.
+    # A second's work needs no progress bar.
     bar = tqdm(
         total=len(mine),
         desc="reading images",
@@ -106,11 +106,11 @@ def scan_images(
 
 
 def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter) -> np.ndarray:
-    """Whether each row is fit to train on (N): it can be read and is of the sizes that are wanted;
-    the others are counted.
+    """Whether each row is usable (N): it can be read and passes the size filters. The others are
+    counted.
 
     Raises:
-        ValueError: more images than `config.filter.max_corrupt_fraction` allows cannot be read.
+        ValueError: a larger fraction than `data.filter.max_corrupt_fraction` cannot be read.
     """
     bad = np.array([bool(problem) for problem in found.problem], bool)
     of_size = [
@@ -132,9 +132,11 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
 
 
-def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[str, Any]]:
-    """Reasons to leave images out, and whether each stands against an image of this size, or
-    against each of these sizes (N)."""
+def unwanted_sizes(
+    width: int | np.ndarray, height: int | np.ndarray, config: DataConfig
+) -> list[tuple[str, np.ndarray]]:
+    """Reasons to skip images, and whether each applies to an image of this size, or to images of
+    these sizes (N)."""
     shorter = np.minimum(width, height)
     longer = np.maximum(width, height)
     wanted = config.filter
@@ -156,13 +158,13 @@ def unwanted_sizes(width: Any, height: Any, config: DataConfig) -> list[tuple[st
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay nearly the same when an image is scaled, recompressed or brightened; 0 is
+    """64 bits that stay nearly the same when an image is scaled, recompressed or brightened; 0 for
     a plain surface.
 
     Signs of the lowest frequencies (pHash: Zauner 2010, "Implementation and benchmarking of
     perceptual image hash functions"): 48 of lightness against their median, and 8 of each of two
-    colour differences, so that a red and a blue heart differ. Frequencies too weak to outlast JPEG
-    count as none.
+    colour differences, so that a red and a blue heart differ. Frequencies that JPEG would change
+    count as 0.
     """
     small = (
         image.convert("RGB")
@@ -171,7 +173,7 @@ def perceptual_hash(image: Image.Image) -> int:
     )
     channels = np.asarray(small, np.float32).transpose(2, 0, 1)
     lightness, *colours = _COSINES @ channels @ _COSINES.T
-    values = lightness[:7, :7].flatten()[1:]  # without the mean, which says how bright it is
+    values = lightness[:7, :7].flatten()[1:]  # without the mean, the brightness
     values[np.abs(values) < _FAINT] = 0
     of_colour = np.stack(colours)[:, *_LOWEST]
     of_colour[:, 0] -= 128  # the mean of a grey image
@@ -182,7 +184,8 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def _cosines() -> np.ndarray:
-    waves, places = np.arange(8)[:, None], np.arange(32)[None]
+    waves = np.arange(8)[:, None]
+    places = np.arange(32)[None]
     cosines = np.cos(np.pi * (2 * places + 1) * waves / 64)
     # Amplitudes, in grey levels
     return (cosines / (cosines**2).sum(1, keepdims=True)).astype(np.float32)
@@ -221,7 +224,7 @@ def _read(path: Path) -> ScanResult | None:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowInvalid):  # not there, or cut: images are read anew
+    except (OSError, pa.ArrowInvalid):  # missing or truncated: images are scanned again
         return None
     width, height, digest, look = (
         table[name].to_numpy() for name in ("width", "height", "digest", "look")

@@ -1,7 +1,7 @@
 """Webdataset shards on this disk, read in any order: .tar files in which NAME.jpg, NAME.txt,
 NAME.json belong together. Decodes nothing.
 
-Only an index of the shards is held: where each member lies. Nothing is ever unpacked to disk.
+An index holds the position of each member. Nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.images import EXTENSIONS
 
 _TEXTS = ("txt", "caption", "cls")
-"""Members that are texts; those of json hold columns of their own."""
+"""Members that are texts; members in JSON hold columns of their own."""
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -39,10 +39,10 @@ def is_remote(source: str) -> bool:
 
 
 def shard_names(source: str) -> list[str] | None:
-    """The shards that a folder, a file, a glob or an address with {000..123} names; None where it
-    names none."""
+    """The shards that a folder, a file, a glob or a URL with {000..123} names; None where it names
+    none."""
     if match := _BRACES.search(source):
-        first, last = match.group(1), match.group(2)
+        first, last = match.groups()
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         return [
             name
@@ -71,14 +71,15 @@ class ShardRows:
     Args:
         name: of the source, for messages.
         shards: paths of .tar files.
-        image: extension of the images (`data.image_column`); any by default.
+        image: extension of the images (`data.image_column`); None takes any.
 
     Raises:
         ValueError: the shards hold no images, or none of that extension; or they are compressed.
     """
 
     def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
-        self.name, self.tally = name, SkipCounter()
+        self.name = name
+        self.tally = SkipCounter()
         self._shards = list(shards)
         self.stamp = content_fingerprint(
             [name, image, *(file_signature(Path(shard)) for shard in shards)]
@@ -152,14 +153,14 @@ class ShardRows:
 
     def _read(self, row: int, start: int, length: int) -> bytes:
         shard = int(self._places[row, 0])
-        # Opened anew each time, which takes some microseconds: a system allows a process no more
-        # than some thousand open files.
+        # Opened every time, which takes some microseconds: a process may have no more than some
+        # thousand open files.
         with open(self._shards[shard], "rb", buffering=0) as file:
             content = os.pread(file.fileno(), int(length), int(start))
         if len(content) < length:
             raise ValueError(
-                f"{self._shards[shard]} is cut: {length} bytes were to come at {start}, and "
-                f"{len(content)} are there"
+                f"{self._shards[shard]} is truncated: at {start} it has {len(content)} of {length} "
+                "bytes"
             )
         return content
 
@@ -186,7 +187,7 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
                         yield held
                     held = (key, {})
                 held[1][extension.lower()] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # or it would remember every header it has read
+                tar.members = []  # type: ignore[attr-defined]  # it remembers all headers otherwise
     except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
         if held is None and _is_compressed(shard):
             raise ValueError(

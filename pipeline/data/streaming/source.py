@@ -1,7 +1,7 @@
-"""Shards that are read from beginning to end, here or elsewhere, through `datasets`. Knows samples;
+"""Local or remote shards that are read from beginning to end, through `datasets`. Knows samples;
 knows no order and no training.
 
-What is read is kept in memory only; images held out are the first that are met.
+What is read is kept in memory only. The held-out images are the first ones of the stream.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from pipeline.data.source import ImageBatch, Source
 
 UNDECODED = "images that cannot be decoded left out"
 _REMEMBERED = 100_000
+"""Skipped samples whose names are remembered."""
 _SURE = 1000
-"""Images after which the share of those that cannot be decoded says something."""
+"""Images after which the fraction that cannot be decoded is meaningful."""
 HELD_OUT = 500
-"""Held-out images of a stream, at most: to find them, it is read from its beginning."""
+"""Most held-out images of a stream: to find them, it is read from its beginning."""
 _NUMBERS_PER_SHARD = 2**32
 """Image k of shard s has the number s * _NUMBERS_PER_SHARD + k."""
 _SHARDS = 2**16
@@ -85,7 +86,7 @@ class StreamSource(Source):
                 f"{self.name} does not say which columns it has, so it cannot be streamed; set "
                 "data.streaming=false"
             )
-        # Members in JSON hold columns of their own.
+        # Members in JSON have columns of their own.
         inner = [
             column for value in features.values() if isinstance(value, dict) for column in value
         ]
@@ -102,7 +103,7 @@ class StreamSource(Source):
 
     @property
     def problems(self) -> list[str]:
-        """What has been left out so far."""
+        """What has been skipped so far."""
         return self.tally.lines()
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
@@ -155,7 +156,7 @@ class StreamSource(Source):
         counted.
 
         Raises:
-            ValueError: more than `data.filter.max_corrupt_fraction` of the images cannot be.
+            ValueError: a larger fraction than `data.filter.max_corrupt_fraction` cannot be decoded.
         """
         try:
             picture = prepared(sample.content, self.config)
@@ -176,7 +177,7 @@ class StreamSource(Source):
         return picture
 
     def square(self, picture: np.ndarray, draw: int | None) -> np.ndarray:
-        """What is seen of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
+        """The square of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
         return square_of(picture, self.config, draw)
 
     def held_out(self) -> list[Sample]:
@@ -204,8 +205,8 @@ class StreamSource(Source):
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 raise OSError(
                     f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} "
-                    f"of {self.name} cannot be read on "
-                    f"({reason}); the same command resumes from the last checkpoint"
+                    f"of {self.name} cannot be read on ({reason}); the same command resumes from "
+                    "the last checkpoint"
                 ) from error
             if row is None:
                 return
@@ -233,10 +234,9 @@ class StreamSource(Source):
         config = self.config
         try:
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
-            width, height = header(
-                io.BytesIO(content)
-            ).size  # the pixels are decoded when they are needed
-        except Exception:  # see `pictures.open_picture`
+            # The pixels are decoded when they are needed.
+            width, height = header(io.BytesIO(content)).size
+        except Exception:  # see `images.open_picture`
             self._leave_out(UNREADABLE, name)
             return None
         for reason, stands in unwanted_sizes(width, height, config):
@@ -257,13 +257,13 @@ class StreamSource(Source):
 
 
 def as_read(config: DataConfig) -> DataConfig:
-    """The configuration by which captions of samples are read once more: they are texts by then,
-    whatever column they came from."""
+    """The configuration that reads the captions of samples: they are texts, whatever column they
+    came from."""
     return replace(config, text_column="text", caption_template=None)
 
 
 class HeldRows:
-    """Samples that were read before, as rows."""
+    """The held-out samples of a stream as rows."""
 
     def __init__(self, stream: StreamSource) -> None:
         self.name = stream.name
@@ -289,7 +289,7 @@ class HeldRows:
 
 
 def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
-    """What tells that the files of a stream are others, of those that are on this disk."""
+    """What identifies the files of a stream, as far as they are on this disk."""
     from pipeline.data.readers.webdataset import is_remote
 
     path = Path(config.source).expanduser()
@@ -315,8 +315,7 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
         if not streams(config.source):
             raise ValueError(
                 f"data.streaming is on, and {config.source} is a folder or table of files, which "
-                "are read one by one as it is; "
-                "set data.streaming=false"
+                "are read one by one as it is; set data.streaming=false"
             )
         return load(config, streaming=True), []
     try:

@@ -170,7 +170,7 @@ def test_a_damaged_file_is_named_on_opening(folder, message):
     DAMAGE[message](file)
     with pytest.raises(
         ValueError,
-        match=f"{file} {message}.*run `minidalle encode` again, which makes just that file anew",
+        match=f"{file} {message}.*run `minidalle encode` again, which rebuilds just that file",
     ):
         CodesDataset(folder, "train")
 

@@ -244,17 +244,17 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         (
             "t.csv",
             "image;text\na.png;x\n",
-            "parts its columns by ';' (image;text); save it with commas",
+            "separates its columns by ';' (image;text); save it with commas",
         ),
         (
             "t.csv",
             '"image";"text"\n"a.png";"x"\n',
-            """parts its columns by ';' ("image";"text"); save it with commas""",
+            """separates its columns by ';' ("image";"text"); save it with commas""",
         ),
         (
             "t.csv",
             "image\ttext\na.png\tx\n",
-            "parts its columns by '\\t' (image\ttext); save it with commas",
+            "separates its columns by '\\t' (image\ttext); save it with commas",
         ),
         ("t.csv", 'image,text\na.png,"a cat\n', "is no CSV (unexpected end of data)"),
         (
@@ -428,9 +428,7 @@ def test_truncated_shard_is_read_until_its_end_and_compressed_one_refused(tmp_pa
     # In the middle of an image: its bytes are missed when it is read.
     start = whole.rindex(b"\x89PNG")
     (tmp_path / "001.tar").write_bytes(whole[: start + 30])
-    with pytest.raises(
-        ValueError, match=r"001\.tar is cut: \d+ bytes were to come at \d+, and 30 are there"
-    ):
+    with pytest.raises(ValueError, match=r"001\.tar is truncated: at \d+ it has 30 of \d+ bytes"):
         load_source(config(tmp_path, filter={"max_corrupt_fraction": 0}), "train")
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(
