@@ -16,7 +16,7 @@ _WARM_UP = 3
 """Updates whose time is left out of the pace: the first ones compile, load and fill caches."""
 
 
-class ProgressBar(tqdm):
+class ProgressBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     """tqdm with an estimate that leaves the first updates out and includes what comes between
     updates, such as evaluations.
 
