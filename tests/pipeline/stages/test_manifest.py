@@ -52,9 +52,7 @@ def test_a_complete_stage_allows_what_changes_no_weight_and_refuses_the_rest(exp
 
 
 def test_an_interrupted_attempt_keeps_what_auto_chose(experiment):
-    run = stage_run(experiment, batch_size="auto")
-    run.begin()
-    run.update(replace(run.train, batch_size=4))
+    stage_run(experiment, batch_size=4).begin()
     assert stage_run(experiment, batch_size="auto").train.batch_size == 4
     assert stage_run(experiment, batch_size=8).train.batch_size == 8
 
