@@ -1,5 +1,5 @@
 """The bundle: one folder that holds everything a pipeline needs. Knows files and fingerprints;
-draws nothing."""
+samples nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Bundle(NamedTuple):
 
 
 def write_bundle(folder: Path, bundle: Bundle) -> None:
-    """Writes the bundle, whole or not at all."""
+    """Writes the bundle, completely or not at all."""
 
     def write(beside: Path) -> None:
         with hidden_progress_bars():
@@ -39,7 +39,7 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
             "format": FORMAT,
             "tokenizer_fingerprint": bundle.tokenizer.fingerprint,
             "prior_fingerprint": bundle.prior.fingerprint,
-            "text_tokenizer_fingerprint": _file_fingerprint(
+            "text_tokenizer_fingerprint": file_fingerprint(
                 beside / "text_tokenizer" / "tokenizer.json"
             ),
             "sampling": asdict(bundle.defaults),
@@ -67,7 +67,7 @@ def read_bundle(folder: Path) -> Bundle:
     found = {
         "tokenizer": tokenizer.fingerprint,
         "prior": prior.fingerprint,
-        "text_tokenizer": _file_fingerprint(folder / "text_tokenizer" / "tokenizer.json"),
+        "text_tokenizer": file_fingerprint(folder / "text_tokenizer" / "tokenizer.json"),
     }
     for part, fingerprint in found.items():
         if fingerprint != description.get(f"{part}_fingerprint"):
@@ -116,7 +116,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
+    """Of a file's content, 16 hexadecimal digits."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except FileNotFoundError:

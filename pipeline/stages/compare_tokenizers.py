@@ -430,14 +430,13 @@ def write_report(comparison: Comparison) -> None:
             )
         else:
             every[name] = found[name]["figures"]
+            if "failed" in every[name]:
+                notes += (
+                    f"\n{name} failed: {every[name]['failed']} (to try it again, remove "
+                    f"{comparison.folder / name})\n"
+                )
     atomic_write_text(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
     figures = {name: row for name, row in every.items() if "failed" not in row}
-    for name, row in every.items():
-        if "failed" in row:
-            notes += (
-                f"\n{name} failed: {row['failed']} (to try it again, remove "
-                f"{comparison.folder / name})\n"
-            )
     atomic_write_text(comparison.folder / "comparison.md", table(figures) + notes)
     if not figures:
         return

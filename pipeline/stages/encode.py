@@ -149,13 +149,12 @@ def _write_shards(
 def encode_for_export(
     experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
 ) -> tuple[dict[str, int], list[str]]:
-    """Codes for other programs: those of the experiment's data, by its own or another tokenizer, in
-    folder `out`; returns the number of images of each split and the files' names.
+    """Codes for other programs, in folder `out`: those of the experiment's data, by its own or
+    another tokenizer; returns the number of images per split and the files' names.
 
     Raises:
         FileExistsError: there is something else in `out` already.
-        ValueError: as `encode_dataset`, of the folder beside `out` where the codes are until all of
-            them are there.
+        ValueError: as `encode_dataset`, of the temporary folder next to `out`.
     """
     check_output_dir(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
@@ -171,9 +170,8 @@ def encode_for_export(
 
 
 def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
-    """The experiment with all of its data encoded once, whatever its prior is given: of the
-    shapes, which are unlimited, as many as it says. The fields of `encode` named in `but` stay
-    as they are."""
+    """The experiment with each image of its data encoded once, whatever its prior trains on.
+    Shapes are unlimited, so their number stays. So do the fields of `encode` named in `but`."""
     unlimited = "shapes" in experiment.data.sources
     whole: dict[str, Any] = {"augmentations_per_image": 1, "shift": 0, "flip": False} | (
         {} if unlimited else {"max_images": None, "max_val_images": None}
@@ -208,7 +206,7 @@ def sources_of(data: DataConfig, run_dir: Path, timeout: int) -> tuple[Source, S
 def _plan(
     experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool
 ) -> dict[str, Any]:
-    """All that decides the content of the files."""
+    """Everything that the content of the files depends on."""
     options = experiment.encode
     side = experiment.data.image_size // tokenizer.own_config.downsample_factor
     limits = {"train": options.max_images, "held_out": options.max_val_images}
@@ -254,13 +252,12 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
     """The plan to follow, and the files that were written by it.
 
     Raises:
-        ValueError: what is there was made by another plan.
+        ValueError: the folder was made by another plan.
     """
     if (folder / codes.MANIFEST).is_file():
         made = codes.read_manifest(folder)
         codes.check_form(made, folder)
-        # A file that is rebuilt has as many rows as before, and the same arithmetic, whatever
-        # this machine computes in.
+        # A rebuilt file has as many rows as before, and the same arithmetic on every machine.
         plan = {**plan, "images_per_shard": made["images_per_shard"], "bf16": made["bf16"]}
         _refuse_other(made, plan, f"{folder} holds codes")
         return plan, {
@@ -284,36 +281,13 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
-    changes = (
-        []
-        if made["tokenizer"] == plan["tokenizer"]
-        else [f"tokenizer {made['tokenizer']} -> {plan['tokenizer']}"]
-    )
-    before = flat(made["settings"])
-    now = flat(plan["settings"])
-    changes += [
-        f"{key} {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key)
+    before = _by_name(made)
+    now = _by_name(plan)
+    changes = [
+        f"{name} {before.get(name)} -> {now.get(name)}"
+        for name in before | now
+        if before.get(name) != now.get(name)
     ]
-    for key, name in (
-        ("seed", "seed of the views"),
-        ("images_per_shard", "encode.images_per_shard"),
-    ):
-        if made[key] != plan[key]:
-            changes.append(f"{name} {made[key]} -> {plan[key]}")
-    if made["bf16"] != plan["bf16"]:
-        changes.append(
-            "computed in "
-            f"{' -> '.join('bf16' if bf16 else 'fp32' for bf16 in (made['bf16'], plan['bf16']))} "
-            "(set by precision)"
-        )
-    for split, fingerprint in plan["sources"].items():
-        if made["sources"].get(split) != fingerprint:
-            changes.append(
-                f"{split} images or captions of the source {made['sources'].get(split)} -> "
-                f"{fingerprint}"
-            )
     if changes:
         raise ValueError(
             f"{what} made with something else ({'; '.join(changes)}); remove that folder and run "
@@ -321,10 +295,25 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
         )
 
 
+def _by_name(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change in a plan, as messages call it."""
+    return {
+        "tokenizer": plan["tokenizer"],
+        **dict(sorted(flat(plan["settings"]).items())),
+        "seed of the views": plan["seed"],
+        "encode.images_per_shard": plan["images_per_shard"],
+        "precision: computed in": "bf16" if plan["bf16"] else "fp32",
+        **{
+            f"{split} images or captions of the source": fingerprint
+            for split, fingerprint in plan["sources"].items()
+        },
+    }
+
+
 def _pending_shards(
     folder: Path, names: Sequence[str], known: Mapping[str, Shard], accelerator: Accelerator
 ) -> list[str]:
-    """The files that are yet to be written: each process checks a part of those that are there."""
+    """The files yet to be written. Each process checks a part of the existing ones."""
     hashed = sum(shard.bytes for shard in known.values()) <= codes.HASHED_BYTES
     wrong = {}
     for name in names[accelerator.process_index :: accelerator.num_processes]:

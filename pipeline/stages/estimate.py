@@ -20,17 +20,16 @@ from stage1_tokenizer import ImageTokenizer, TokenizerObjective
 from stage2_prior import ImagePrior, PriorObjective
 
 _RUNNING = 150 * 2**20
-"""Bytes that a training on a CPU holds beside its networks and what is loaded already: data,
+"""Bytes that a training on a CPU takes besides its networks and the loaded program: data,
 evaluations, trackers, memory that the allocator keeps. 134 to 234 MiB were measured
 (docs/scaling.md)."""
 
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
-    """Memory of a process per stage, by name, on this machine's device. A frozen tokenizer is not
-    trained and has none.
+    """Memory per process of each trained stage, by name, on this machine's device.
 
     Args:
-        processes: that share the training.
+        processes: number of processes that share the training.
 
     Raises:
         ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills

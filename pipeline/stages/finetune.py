@@ -1,26 +1,25 @@
-"""Stages that start from weights: what they take over, adapters beside matrices (LoRA), and words
-that are new. Knows both stages' models.
+"""Stages that start from weights: what they take over, adapters of matrices (LoRA), and new words.
+Knows both stages' models.
 
-LoRA (Hu et al. 2021) is peft's: while training, each matrix of the blocks has a product of two
-narrow ones beside it, and they alone are trained. Afterwards it is added to the matrix, so that
-what is delivered is a prior like any other; the adapter lies beside it.
+LoRA (Hu et al. 2021) is peft's: in training, a product of two narrow matrices is added to each
+matrix of the blocks, and only these are trained. Afterwards it is merged: the result is a prior
+like any other, and the adapter lies next to it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, to_dict
 from pipeline.config.inheritance import Stage, _read, stage_folder
 from pipeline.config.train import TrainConfig
+from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
-from pipeline.stages.manifest import StageRun, flat, require_complete
+from pipeline.stages.manifest import StageRun, flat, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
 from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
 
@@ -67,8 +66,8 @@ class PretrainedPrior:
     """The prior and vocabulary that another prior starts from.
 
     Raises:
-        ValueError: the prior knows other codes than those of the tokenizer `fingerprint`, or has no
-            vocabulary beside it.
+        ValueError: the prior was trained on codes of a tokenizer other than `fingerprint`, or has
+            no vocabulary next to it.
     """
 
     def __init__(self, given: str, fingerprint: str) -> None:
@@ -78,27 +77,25 @@ class PretrainedPrior:
         self.text = TextTokenizer.load(words)
         self.identity = {
             "prior": self.prior.fingerprint,
-            "text_tokenizer": hashlib.sha256((words / "tokenizer.json").read_bytes()).hexdigest()[
-                :16
-            ],
+            "text_tokenizer": file_fingerprint(words / "tokenizer.json"),
         }
-        """What stays the same wherever it lies."""
+        """Fingerprints, the same wherever the files lie."""
         self._spelled: list[list[int]] = []
 
     def extend_vocab(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
-        """The text tokenizer, with `config.length` slots and up to `config.num_new_tokens` entries
-        more for these captions."""
+        """The text tokenizer with `config.max_length` slots and up to `config.num_new_tokens` new
+        entries for these captions."""
         text = self.text
         if config.num_new_tokens:
             text, self._spelled = text.extend_vocab(captions, config.num_new_tokens)
         return TextTokenizer(text.fast, config.max_length)
 
     def load_into(self, prior: ImagePrior) -> None:
-        """Gives a prior for that vocabulary the weights."""
+        """Copies the weights into a prior for the extended vocabulary."""
         prior.load_pretrained(self.prior, self._spelled)
 
     def pieces(self, text: TextTokenizer, captions: list[str]) -> str:
-        """How finely captions are cut by the old vocabulary and by the new one, in words."""
+        """A line on how many pieces a word has in the old vocabulary and in the new one."""
         words = max(sum(len(caption.split()) for caption in captions), 1)
         old, new = (
             sum(length - 2 for length in tokenizer.lengths(captions)) / words
@@ -113,8 +110,8 @@ class PretrainedPrior:
 
 
 class LoRAAdapter:
-    """What LoRA trains beside the matrices of a prior's blocks, which stay as they are, like
-    everything else.
+    """What LoRA trains next to the matrices of a prior's blocks. All weights of the prior are
+    frozen.
 
     Raises:
         ValueError: peft is not installed.
@@ -128,26 +125,25 @@ class LoRAAdapter:
                 f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or "
                 "set it to 0"
             ) from None
-        config: Any = LoraConfig(
+        config = LoraConfig(
             r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=list(_ADAPTED)
         )
         with warnings.catch_warnings():
-            # Peft asks transformers so
+            # Peft calls transformers this way.
             warnings.filterwarnings(
                 "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
             )
-            self._model: Any = get_peft_model(prior, config)  # changes the prior in place
-        config.base_model_name_or_path = (
-            f"prior {identity['prior']}"  # to whoever finds the adapter alone
-        )
+            self._model = get_peft_model(prior, config)  # changes the prior in place
+        # For readers of the adapter alone.
+        config.base_model_name_or_path = f"prior {identity['prior']}"
 
     def merge_and_save(self, folder: Path, accelerator: Accelerator) -> None:
-        """Writes the adapter into `folder`/adapter, in peft's own form, and adds it to the
-        matrices: the prior is a plain one again."""
+        """Writes the adapter into `folder`/adapter in peft's format, and merges it: the prior is a
+        plain one again."""
 
         def write(beside: Path) -> None:
             self._model.save_pretrained(str(beside), save_embedding_layers=False)
-            (beside / "README.md").unlink(missing_ok=True)  # a card of blanks to fill in
+            (beside / "README.md").unlink(missing_ok=True)  # an empty model card
 
         if accelerator.is_main_process:
             with disk_errors():
@@ -163,16 +159,11 @@ def _load_tokenizer(given: str) -> ImageTokenizer:
 
 
 def parent_bundle(experiment: Experiment) -> Path | None:
-    """The bundle that a run starts from, or that of the run it starts from; None where there is
-    none."""
+    """The bundle that a run starts from, or the bundle of the run that it starts from; None where
+    there is none."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
-        places = (
-            Path(given),
-            Path(given) / "bundle",
-            Path(given).parent,
-            Path(given).parent / "bundle",
-        )
-        for place in places:
+        folder = Path(given)
+        for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
             if (place / "pipeline.json").is_file():
                 return place
     return None
@@ -182,38 +173,34 @@ def tokenizer_fingerprint_of(prior: Path) -> str:
     """Fingerprint of the tokenizer whose codes a prior was trained on.
 
     Raises:
-        ValueError: neither a bundle nor a run is around it to say so.
+        ValueError: it lies in neither a bundle nor a run.
     """
     if (prior.parent / "pipeline.json").is_file():
-        said = _read(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
+        fingerprint = _read(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
     else:
-        written = prior / "settings.json"
-        said = (
-            _read(written).get("settings", {}).get("codes", {}).get("tokenizer")
-            if written.is_file()
-            else None
-        )
-    if not said:
+        settings = (read_settings(prior) or {}).get("settings", {})
+        fingerprint = settings.get("codes", {}).get("tokenizer")
+    if not fingerprint:
         raise ValueError(
             f"{prior} does not say which tokenizer's codes it knows; give its bundle, or the "
             "folder of its run"
         )
-    return str(said)
+    return str(fingerprint)
 
 
 def check_tokenizer_match(given: str, fingerprint: str) -> Path:
-    """The folder of the prior to start from, which knows the codes of the tokenizer with this
-    fingerprint.
+    """The folder of the prior to start from, which was trained on the codes of the tokenizer with
+    this fingerprint.
 
     Raises:
-        ValueError: it knows another tokenizer's codes; names both fingerprints.
+        ValueError: it was trained on another tokenizer's codes; names both fingerprints.
     """
     prior = stage_folder(given, "prior")
     if (known := tokenizer_fingerprint_of(prior)) != fingerprint:
         raise ValueError(
             f"the prior in {prior} knows the codes of tokenizer {known}, and this run's tokenizer "
-            f"is {fingerprint}, whose codes mean "
-            f"something else; set tokenizer.init_from={given} and tokenizer.frozen=true"
+            f"is {fingerprint}, whose codes mean something else; set tokenizer.init_from={given} "
+            "and tokenizer.frozen=true"
         )
     return prior
 

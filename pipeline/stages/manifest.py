@@ -97,31 +97,25 @@ class StageRun:
                     f"remove {self.folder} to start over"
                 )
             return False
+        made = written["settings"]
         done = "held_out" in written
-        longer = self.train.steps > written["settings"]["train"]["steps"]
-        differing = self._differing(written["settings"])
+        longer = self.train.steps > made["train"]["steps"]
+        free = set(RESUME_SAFE_FIELDS)
+        if longer:
+            free.add("steps")
+        if not self.train.save_best:  # evaluations choose among weights only with it
+            free.add("eval_every")
+        before = made | {f"train.{key}": value for key, value in made["train"].items()}
+        now = self.inputs | {
+            f"train.{key}": value for key, value in to_dict(self.train).items() if key not in free
+        }
+        differing = [key for key in now if key != "train" and before.get(key) != now[key]]
         if differing and (done or checkpoint):
             raise ValueError(
                 f"{self.folder} was made with other settings ({', '.join(differing)}); choose "
                 f"another name for this run, or remove {self.folder} and what was built on it"
             )
         return done and not longer and _has_readable_weights(self.folder)
-
-    def _differing(self, made: dict[str, Any]) -> list[str]:
-        """Names of the settings that must be as they were `made`, and are not."""
-        train = to_dict(self.train)
-        free = set(RESUME_SAFE_FIELDS)
-        if not self.train.save_best:  # evaluations choose among weights only with it
-            free.add("eval_every")
-        if self.train.steps > made["train"]["steps"]:
-            free.add("steps")
-        return [
-            key for key in self.inputs if key != "train" and made.get(key) != self.inputs[key]
-        ] + [
-            f"train.{key}"
-            for key, value in train.items()
-            if key not in free and made["train"].get(key) != value
-        ]
 
     def begin(self) -> Accelerator:
         """Records what the run and the stage are made with, before any weight is written."""
@@ -140,11 +134,6 @@ class StageRun:
         self._record()
         return self.accelerator
 
-    def update(self, train: TrainConfig) -> None:
-        """Records how the stage is trained, with numbers in place of `auto`."""
-        self.train = train
-        self._record()
-
     def fit(self, task: Callable[[int], Task], *, images: int | None) -> dict[str, float]:
         """Trains; returns the validation metrics (see `trainer.fit` for what is raised).
 
@@ -156,12 +145,15 @@ class StageRun:
         accelerator = self.accelerator
         precision = self.experiment.precision
         if has_auto_batch(self.train):
-            probe = task(accelerator.num_processes)
-            self.update(
-                resolve_auto_batch(
-                    self.train, probe, precision, accelerator, rows=images, label=self.stage
-                )
+            self.train = resolve_auto_batch(
+                self.train,
+                task(accelerator.num_processes),
+                precision,
+                accelerator,
+                rows=images,
+                label=self.stage,
             )
+            self._record()
         return fit(
             task(self.train.resolved_batch()[0]),
             self.train,
@@ -195,14 +187,10 @@ class StageRun:
 
 def _has_readable_weights(folder: Path) -> bool:
     """Whether there are weights, none of them truncated."""
-    weights = list(folder.glob("*.safetensors"))
     try:
-        for path in weights:
-            with safe_open(path, "pt"):
-                pass
+        return bool([safe_open(path, "pt") for path in folder.glob("*.safetensors")])
     except (SafetensorError, OSError):
         return False
-    return bool(weights)
 
 
 def require_complete(folder: Path, verb: str) -> Path:

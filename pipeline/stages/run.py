@@ -1,8 +1,8 @@
 """The stages of a run: `train_tokenizer`, `train_prior`, `assemble_bundle`, and `run`: all of them,
 with `encode_dataset` between.
 
-Knows the run folder and what each stage needs of the one before. Each can be called again and goes
-on from what is there.
+Knows the run folder and what each stage needs of the one before. Each can be called again and
+resumes from what is there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stage2_prior import ImagePrior, TextTokenizer
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
-    """Puts both stages and the sampling defaults into one folder that needs nothing else; returns
+    """Writes both stages and the sampling defaults into one self-contained folder; returns
     `RUN/bundle`."""
     folder = experiment.folder
     manifest = read_manifest(folder / "codes")
@@ -56,7 +56,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
 
 @with_run_lock
 def run(experiment: Experiment) -> Path:
-    """All stages, then a grid of images for held-out captions; returns the bundle's folder."""
+    """All stages, then a grid of images for validation captions; returns the bundle's folder."""
     train_tokenizer(experiment)
     encode_dataset(experiment)
     train_prior(experiment)

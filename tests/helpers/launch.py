@@ -28,9 +28,9 @@ sys.exit(status)
 WATCHED = """
 import json, torch
 from accelerate import Accelerator
-from pipeline.stages import prior as stage2, tokenizer as stage1
+from pipeline.stages import manifest
 from stage1_tokenizer.quantizers import VectorQuantizer
-logged, restarts, fit, place = [], [], stage1.fit, VectorQuantizer._place
+logged, restarts, fit, place = [], [], manifest.fit, VectorQuantizer._place
 def log(self, values, step=None, **more):
     logged.append([step, values])
 def placed(self, which, *more):
@@ -45,7 +45,7 @@ def fitted(task, train, accelerator, folder, **more):
         with open(f"{more['label']}-of-{accelerator.num_processes}.json", "w") as file:
             json.dump({"logged": logged, "restarts": restarts}, file)
     return metrics
-Accelerator.log, VectorQuantizer._place, stage1.fit, stage2.fit = log, placed, fitted, fitted
+Accelerator.log, VectorQuantizer._place, manifest.fit = log, placed, fitted
 """
 
 

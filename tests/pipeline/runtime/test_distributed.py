@@ -1,0 +1,59 @@
+"""What the processes of a run share, and what importing and calling the library leaves alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from pipeline import TextToImagePipeline
+from pipeline.cli.main import VERBS, main
+from pipeline.runtime.distributed import make_accelerator
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_making_an_accelerator_changes_no_warning_filter(tmp_path):
+    before = list(warnings.filters)
+    make_accelerator(tmp_path, [], 30)
+    assert warnings.filters == before
+
+
+def test_trackers_write_to_the_runs_logs(tmp_path):
+    accelerator = make_accelerator(tmp_path / "name", ["tensorboard"], 30)
+    accelerator.trackers[0].log({"a": 1.0}, step=1)
+    accelerator.trackers[0].finish()
+    assert list((tmp_path / "name" / "logs" / "name").glob("events*"))
+
+
+def test_importing_the_library_leaves_progress_bars_on():
+    code = (
+        "import pipeline.inference.bundle, pipeline.stages.run; "
+        "from transformers.utils import logging; print(logging.is_progress_bar_enabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_a_bundle_is_saved_without_bars_and_they_are_on_afterwards(finished_run, tmp_path, capsys):
+    pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
+    capsys.readouterr()
+    pipe.save_pretrained(tmp_path / "bundle")
+    assert capsys.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(("verb", "tuned"), [("train-prior", [True]), ("codebook", [])])
+def test_the_command_line_tunes_malloc_before_it_trains(verb, tuned, monkeypatch):
+    seen: list[bool] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pipeline.runtime.devices.tune_malloc", lambda: seen.append(True))
+    monkeypatch.setitem(VERBS, verb, lambda rest: 0)
+    assert main([verb]) == 0
+    assert seen == tuned

@@ -1,0 +1,90 @@
+"""`StageRun`: settings are recorded before training, compared afterwards, and keep what `auto`
+chose. Probing for `auto` changes no weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.cli.main import main
+from pipeline.config.experiment import Experiment
+from pipeline.config.load import load_experiment
+from pipeline.stages.manifest import StageRun, read_settings
+from stage1_tokenizer import ImageTokenizer
+
+
+@pytest.fixture
+def experiment(tiny_yaml) -> Experiment:
+    return load_experiment(["--config", str(tiny_yaml)])
+
+
+def stage_run(experiment: Experiment, seed: int = 0, **changes: object) -> StageRun:
+    train = replace(experiment.tokenizer.train, **changes)
+    return StageRun(experiment, "tokenizer", train, {"seed": seed})
+
+
+def test_a_stage_is_complete_once_it_is_finalized(experiment):
+    run = stage_run(experiment)
+    assert not run.is_complete() and not run.folder.exists()
+    run.begin()
+    assert read_settings(run.folder)["settings"] == run.settings
+    assert not stage_run(experiment).is_complete()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0, "broken": float("nan")})
+    assert read_settings(run.folder)["held_out"] == {"nll": 1.0}
+    assert stage_run(experiment).is_complete()
+
+
+def test_a_complete_stage_allows_what_changes_no_weight_and_refuses_the_rest(experiment):
+    run = stage_run(experiment)
+    run.begin()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    assert stage_run(experiment, log_every=7, eval_every=1).is_complete()
+    assert not stage_run(experiment, steps=100).is_complete()
+    for other, name in (
+        (stage_run(experiment, seed=1), r"\(seed\)"),
+        (stage_run(experiment, steps=1), r"\(train.steps\)"),
+        (stage_run(experiment, save_best=True, eval_every=1), r"train.eval_every"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            other.is_complete()
+
+
+def test_an_interrupted_attempt_keeps_what_auto_chose(experiment):
+    stage_run(experiment, batch_size=4).begin()
+    assert stage_run(experiment, batch_size="auto").train.batch_size == 4
+    assert stage_run(experiment, batch_size=8).train.batch_size == 8
+
+
+ADVERSARY = [
+    "--tokenizer.objective.discriminator.weight=0.1",
+    "--tokenizer.objective.discriminator.start=0",
+    "--tokenizer.model.vq.dead_code_threshold=0.9",
+    "--tokenizer.model.vq.dead_code_check_every=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [ADVERSARY, ["--tokenizer.model.quantizer=score_function"]], ids=["vq", "score"]
+)
+def test_auto_trains_the_tokenizer_that_the_chosen_numbers_train(tiny_yaml, tmp_path, options):
+    """The probe's steps leave no trace in weights, codebooks, baselines or the adversary."""
+    command = ["train-tokenizer", "--config", str(tiny_yaml), *options]
+    auto = "--tokenizer.train.gradient_accumulation_steps=auto"
+    assert main([*command, "--name", "auto", auto]) == 0
+    assert main([*command, "--name", "given"]) == 0
+    weights = [
+        load_file(tmp_path / "runs" / name / "tokenizer/checkpoints/step-6/weights.safetensors")
+        for name in ("auto", "given")
+    ]
+    assert (
+        read_settings(tmp_path / "runs/auto/tokenizer")["settings"]["train"][
+            "gradient_accumulation_steps"
+        ]
+        == 1
+    )
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert value.equal(weights[1][name]), name
