@@ -479,7 +479,7 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
     folder = tmp_path / "runs" / "tuned"
     experiment = load_experiment(arguments)
     found = forgetting(bundle, folder / "bundle", experiment, pictures=70)
-    assert not found.notes and set(found.figures) == {OLD, NEW}
+    assert not found.notes and set(found.metrics) == {OLD, NEW}
     data = {OLD: load_experiment(["--config", str(finished_run[0])]).data, NEW: experiment.data}
     for name, config in data.items():
         source = load_source(config, "held_out")
@@ -499,17 +499,17 @@ def test_what_was_forgotten_is_what_each_bundle_says_of_each_ones_data(
                         }
                     )
                 expected = PriorObjective(pipe.prior, PriorObjectiveConfig()).evaluate(batches)
-            for figure, values in found.figures[name].items():
+            for figure, values in found.metrics[name].items():
                 assert values[when] == pytest.approx(expected[figure], abs=1e-6)
     assert (
-        found.figures[OLD]["nats_per_code"]["before"]
-        != found.figures[NEW]["nats_per_code"]["before"]
+        found.metrics[OLD]["nats_per_code"]["before"]
+        != found.metrics[NEW]["nats_per_code"]["before"]
     )
     capsys.readouterr()
     assert main(["evaluate", *arguments, *LORA, "--max-images", "70"]) == 0
     out, written = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
     assert "what fine-tuning changed" in out and "new data  nats_per_code" in out
-    assert written["forgetting"]["figures"] == found.figures
+    assert written["forgetting"]["metrics"] == found.metrics
 
 
 def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_too(
@@ -538,7 +538,7 @@ def test_any_bundle_may_be_compared_with_and_other_tokenizers_by_their_pictures_
     ]
     assert main([*arguments, "--baseline-bundle", str(bundle)]) == 0
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
-    found = written["forgetting"]["figures"]
+    found = written["forgetting"]["metrics"]
     assert "the tokenizers differ" in out and set(found) == {OLD, NEW}
     for figures in found.values():
         assert figures["psnr"]["before"] != figures["psnr"]["after"]
@@ -554,7 +554,7 @@ def test_old_data_that_are_gone_are_said_and_the_new_ones_reported(tmp_path, bun
         copy, bundle, load_experiment(["--config", str(finished_run[0])]), pictures=10
     )
     assert (
-        set(found.figures) == {NEW}
+        set(found.metrics) == {NEW}
         and len(found.notes) == 1
         and "the old data cannot be read" in found.notes[0]
     )
