@@ -1,1 +1,1 @@
-"""Figures of either stage and of the whole."""
+"""Metrics of either stage and of the whole."""

@@ -1,5 +1,5 @@
-"""How often a drawn emoji is the one that was asked for: nearest by pixel distance. Knows images,
-not how they are drawn.
+"""How often an emoji that a pipeline draws is the one of its prompt: nearest by pixel distance.
+Knows images, not how they are drawn.
 
 Distance is the mean squared error over all pixels and channels, at the experiment's size.
 """
@@ -11,47 +11,35 @@ from PIL import Image
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.load import load_source
+from pipeline.data.source import Source
+from pipeline.evaluation.metrics import sampled
 from pipeline.inference.pipeline import TextToImagePipeline
 
 CANDIDATES = 100
 
 
-def emoji_figures(
-    figures: dict[str, float], pipe: TextToImagePipeline, experiment: Experiment
-) -> None:
-    """Adds `retrieval_at_1_of_100_seen`, `retrieval_at_1_of_100_held_out` and
-    `skin_tone_accuracy_val`, one image per prompt, seed 0. Where a prior captions, it adds
+def emoji_metrics(pipe: TextToImagePipeline, experiment: Experiment) -> dict[str, float]:
+    """`retrieval_at_1_of_100_seen`, `retrieval_at_1_of_100_held_out` and
+    `skin_tone_accuracy_val`, one image per prompt, seed 0. Where a prior captions, also
     `caption_of_100_seen` and `caption_of_100_held_out`."""
-    for split in ("train", "held_out"):
-        source = load_source(experiment.data, split)
+    metrics: dict[str, float] = {}
+    held_out = load_source(experiment.data, "held_out")
+    for name, source in (("seen", load_source(experiment.data, "train")), ("held_out", held_out)):
         rng = np.random.default_rng(0)
         rows = rng.permutation(len(source))[:CANDIDATES].tolist()
-        drawn = _draw(pipe, source.captions(rows))
-        true = source.images(rows)
-        distance = squared_errors(drawn, true)
-        name = (
-            "retrieval_at_1_of_100_seen" if split == "train" else "retrieval_at_1_of_100_held_out"
-        )
-        figures[name] = float(np.mean(distance.argmin(axis=1) == np.arange(len(rows))))
+        captions = source.captions(rows)
+        real = source.images(rows)
+        nearest = squared_errors(sampled(pipe, captions), real).argmin(axis=1)
+        metrics[f"retrieval_at_1_of_100_{name}"] = float(np.mean(nearest == np.arange(len(rows))))
         if pipe.prior.config.trained_image_first:
-            figures[name.replace("nearest", "caption")] = captions_found(
-                pipe, true, source.captions(rows)
-            )
-    # `source` is now the held-out one: every held-out name that has tones, against the images of
-    # all its tones.
-    hits = []
-    everyone = list(range(len(source)))
-    drawn = _draw(pipe, source.captions(everyone))
-    for row in everyone:
-        pictures, own = source.tone_siblings(row)  # type: ignore[attr-defined]
-        if len(pictures) > 1:
-            hits.append(int(squared_errors(drawn[row : row + 1], pictures)[0].argmin()) == own)
-    if hits:
-        figures["skin_tone_accuracy_val"] = float(np.mean(hits))
+            metrics[f"caption_of_100_{name}"] = captions_found(pipe, real, captions)
+    if hits := _skin_tone_hits(pipe, held_out):
+        metrics["skin_tone_accuracy_val"] = float(np.mean(hits))
+    return metrics
 
 
 def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
-    """Share of images whose own caption has the highest log p(caption | codes) among all of the
+    """Fraction of images whose own caption has the highest log p(caption | codes) among all of the
     captions."""
     best = [
         pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0]
@@ -66,5 +54,12 @@ def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1]
 
 
-def _draw(pipe: TextToImagePipeline, prompts: list[str]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in pipe(prompts, truncate=True).images])
+def _skin_tone_hits(pipe: TextToImagePipeline, source: Source) -> list[bool]:
+    """Of every name that has tones: whether the image drawn is nearest to its own tone's."""
+    drawn = sampled(pipe, source.captions(range(len(source))))
+    hits = []
+    for row in range(len(source)):
+        tones, own = source.tone_siblings(row)  # type: ignore[attr-defined]
+        if len(tones) > 1:
+            hits.append(int(squared_errors(drawn[row : row + 1], tones)[0].argmin()) == own)
+    return hits

@@ -7,43 +7,41 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
+from pipeline.evaluation.emoji import emoji_metrics
+from pipeline.evaluation.forgetting import Forgetting, forgetting
+from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
+from pipeline.evaluation.shapes import shapes_metrics
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
-from pipeline.runtime.devices import uses_bf16
 from pipeline.stages.finetune import parent_bundle
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.forgetting import Forgetting
-from pipeline.evaluation.metrics import prior_metrics, tokenizer_metrics
 
 
 @dataclass
 class Report:
-    """Figures by name, and the settings they were taken under."""
+    """Metrics by name, and the settings they were measured under."""
 
-    figures: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     forgetting: Forgetting | None = None
-    """What was lost on the data that it was fine-tuned from, where it was."""
+    """What a fine-tuned bundle lost on the data of its parent, where it has one."""
 
     def table(self) -> str:
-        """The figures, one a line."""
-        width = max(map(len, self.figures), default=0)
+        """The metrics, one per line."""
+        width = max(map(len, self.metrics), default=0)
         lines = [
-            f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.figures.items()
+            f"  {name:<{width}}  {_readable(name, value)}" for name, value in self.metrics.items()
         ]
         return "\n".join([*lines, self.forgetting.table()] if self.forgetting else lines)
 
     def save(self, path: Path) -> None:
-        """Writes JSON beside and renames it."""
+        """Writes JSON, to a temporary file that is then renamed."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {**self.figures, "settings": self.settings}
+        content: dict[str, object] = {**self.metrics, "settings": self.settings}
         if self.forgetting:
             content["forgetting"] = asdict(self.forgetting)
         atomic_write_text(path, json.dumps(content, indent=2) + "\n")
@@ -57,11 +55,11 @@ def evaluate(
     pictures: int = 500,
     before: Path | None = None,
 ) -> Report:
-    """Judges a bundle on up to `pictures` held-out images and prompts of the experiment's source.
+    """Evaluates a bundle on up to `pictures` held-out images and prompts of an experiment's source.
 
-    Sampling uses the bundle's own defaults and seed 0. On several processes only the first one
-    works. Where the experiment starts from a bundle (`init_from`), or one is given as `before`,
-    what was forgotten since is reported too.
+    Sampling uses the bundle's own defaults and seed 0. One process computes everything. Where the
+    experiment starts from a bundle (`init_from`), or one is given as `before`, forgetting is
+    measured too.
 
     Raises:
         ValueError: the bundle's images are of another size than the experiment's, or nothing is
@@ -72,8 +70,8 @@ def evaluate(
     if pipe.tokenizer.image_size != experiment.data.image_size:
         raise ValueError(
             f"the bundle {bundle} makes images of {pipe.tokenizer.image_size} pixels and "
-            "data.image_size is "
-            f"{experiment.data.image_size}; evaluate with the configuration it was trained with"
+            f"data.image_size is {experiment.data.image_size}; evaluate with the configuration it "
+            "was trained with"
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
@@ -82,24 +80,15 @@ def evaluate(
         raise ValueError(
             "no image is held out, so there is nothing to judge on; raise data.val_fraction"
         )
-    bf16 = uses_bf16(experiment.precision, pipe.tokenizer.device)
     report = Report()
-    with torch.no_grad(), torch.autocast(pipe.tokenizer.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(pipe, experiment.precision):
         reconstructions = tokenizer_metrics(pipe, held_out, count)
-        report.figures |= reconstructions.metrics | prior_metrics(pipe, held_out, count)
+        report.metrics |= reconstructions.metrics | prior_metrics(pipe, held_out, count)
     if experiment.data.source == "shapes":
-        from pipeline.evaluation.shapes import shapes_figures
-
-        shapes_figures(
-            report.figures, pipe, experiment, reconstructions.real, reconstructions.drawn, count
-        )
+        report.metrics |= shapes_metrics(pipe, experiment, reconstructions)
     if experiment.data.source == "emoji":
-        from pipeline.evaluation.emoji import emoji_figures
-
-        emoji_figures(report.figures, pipe, experiment)
+        report.metrics |= emoji_metrics(pipe, experiment)
     if before := before or parent_bundle(experiment):
-        from pipeline.evaluation.forgetting import forgetting
-
         report.forgetting = forgetting(before, bundle, experiment, pictures=pictures)
     report.settings = {
         "bundle": str(bundle),
@@ -114,6 +103,6 @@ def evaluate(
 
 
 def _readable(name: str, value: float) -> str:
-    """Shares as percent; nats, decibels and perplexities as they are."""
+    """Fractions as percent; nats, decibels and perplexities as they are."""
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity"))
     return f"{value:.3f}" if plain else f"{value:.1%}"

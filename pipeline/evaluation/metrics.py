@@ -3,18 +3,24 @@ nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from pipeline.data.source import Source
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.devices import uses_bf16
 from stage1_tokenizer import codebook_statistics, count_codes, counts_by_level, to_model_range
 from stage1_tokenizer.metrics import psnr, ssim
 from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
 
 BATCH = 64
+_HIGHEST_PSNR = 99.0
+"""In dB, of images that are equal: their PSNR is infinite."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,27 @@ class Reconstructions:
     """PSNR (mean over images), SSIM, codebook usage and perplexity."""
 
 
+def autocast(pipe: TextToImagePipeline, precision: str) -> torch.autocast:
+    """The precision that the experiment trained in."""
+    device = pipe.tokenizer.device
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
+
+
 def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> Reconstructions:
     """Encodes and decodes the first `count` images of a source."""
-    tokenizer = pipe.tokenizer
-    layout = tokenizer.layout
+    layout = pipe.tokenizer.layout
     histogram = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
-    true, drawn = [], []
-    for first in range(0, count, BATCH):
-        images = source.images(range(first, min(first + BATCH, count)))
-        codes = tokenizer.encode(to_model_range(torch.from_numpy(images)).to(tokenizer.device))
+    real = []
+    drawn = []
+    for _, images, codes in _encoded(pipe, source, count):
         histogram += count_codes(codes.cpu(), layout)
-        true.append(images)
-        drawn.append(np.stack([np.asarray(image) for image in tokenizer.to_images(codes)]))
-    truth, reconstruction = np.concatenate(true), np.concatenate(drawn)
+        real.append(images)
+        drawn.append(stacked(pipe.tokenizer.to_images(codes)))
+    truth = np.concatenate(real)
+    reconstruction = np.concatenate(drawn)
+    decibels = [psnr(a, b) for a, b in zip(truth, reconstruction, strict=True)]
     metrics = {
-        "psnr": float(
-            np.mean([min(psnr(a, b), 99.0) for a, b in zip(truth, reconstruction, strict=True)])
-        ),
+        "psnr": float(np.minimum(decibels, _HIGHEST_PSNR).mean()),
         "ssim": ssim(truth, reconstruction),
     }
     for name, counts in counts_by_level(histogram, layout).items():
@@ -56,30 +66,46 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
 
 
 def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict[str, float]:
-    """Held-out nats per code and per text token."""
-    tokenizer, device = pipe.tokenizer, pipe.prior.device
-
-    def batches():
-        for first in range(0, count, BATCH):
-            rows = range(first, min(first + BATCH, count))
-            codes = tokenizer.encode(
-                to_model_range(torch.from_numpy(source.images(rows))).to(device)
-            ).flatten(1)
-            yield {
-                "text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(device),
-                "codes": codes,
-            }
-
-    trained = pipe.prior.config  # orders and captions are evaluated as they were trained
-    schedule, captioning = (
+    """Nats per code and per text token on the first `count` images of a source; per caption token
+    too where the prior captions. Codes come in the order that the prior was trained on."""
+    trained = pipe.prior.config
+    objective = PriorObjective(
+        pipe.prior,
+        PriorObjectiveConfig(),
         OrderSchedule(order=trained.trained_order),
-        0.5 if trained.trained_image_first else 0.0,
+        image_first=0.5 if trained.trained_image_first else 0.0,
     )
-    objective = PriorObjective(pipe.prior, PriorObjectiveConfig(), schedule, captioning)
-    figures = objective.evaluate(batches())
+    metrics = objective.evaluate(
+        {
+            "text_ids": pipe.text.encode(source.captions(rows), truncate=True).to(codes.device),
+            "codes": codes.flatten(1),
+        }
+        for rows, _, codes in _encoded(pipe, source, count)
+    )
     pipe.prior.eval()
-    return {
-        name: figures[name]
-        for name in ("nats_per_code", "nats_per_text_token", "nats_per_caption_token")
-        if name in figures
-    }
+    names = ("nats_per_code", "nats_per_text_token", "nats_per_caption_token")
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def sampled(
+    pipe: TextToImagePipeline, prompts: Sequence[str], num_inference_steps: int | None = None
+) -> np.ndarray:
+    """One image per prompt, seed 0: (N,H,W,3) uint8."""
+    output = pipe(prompts, truncate=True, num_inference_steps=num_inference_steps)
+    return stacked(output.images)
+
+
+def stacked(images: Sequence[Image.Image]) -> np.ndarray:
+    """Images of one size as (N,H,W,3) uint8."""
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _encoded(
+    pipe: TextToImagePipeline, source: Source, count: int
+) -> Iterator[tuple[range, np.ndarray, Tensor]]:
+    """Rows, images and codes of the first `count` images, a batch at a time."""
+    for first in range(0, count, BATCH):
+        rows = range(first, min(first + BATCH, count))
+        images = source.images(rows)
+        pixels = to_model_range(torch.from_numpy(images)).to(pipe.tokenizer.device)
+        yield rows, images, pipe.tokenizer.encode(pixels)

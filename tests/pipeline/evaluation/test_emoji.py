@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation import emoji
-from pipeline.evaluation.emoji import captions_found, emoji_figures, squared_errors
+from pipeline.evaluation.emoji import captions_found, emoji_metrics, squared_errors
 
 
 def test_squared_errors_match_hand_computation():
@@ -43,13 +43,12 @@ class Tones:
 def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected):
     monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
 
-    def pipe(prompts, truncate):
+    def pipe(prompts, truncate, num_inference_steps):
         pictures = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
         return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
 
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
-    metrics: dict[str, float] = {}
-    emoji_figures(metrics, pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    metrics = emoji_metrics(pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
     assert set(metrics) == {
         "retrieval_at_1_of_100_seen",
         "retrieval_at_1_of_100_held_out",

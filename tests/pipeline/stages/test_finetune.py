@@ -477,7 +477,7 @@ def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finish
     folder = tmp_path / "runs" / "tuned"
     experiment = load_experiment(arguments)
     found = forgetting(bundle, folder / "bundle", experiment, pictures=70)
-    assert not found.notes and set(found.figures) == {OLD, NEW}
+    assert not found.notes and set(found.metrics) == {OLD, NEW}
     data = {OLD: load_experiment(["--config", str(finished_run[0])]).data, NEW: experiment.data}
     for name, config in data.items():
         source = load_source(config, "held_out")
@@ -497,17 +497,17 @@ def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finish
                         }
                     )
                 expected = PriorObjective(pipe.prior, PriorObjectiveConfig()).evaluate(batches)
-            for metric, values in found.figures[name].items():
+            for metric, values in found.metrics[name].items():
                 assert values[when] == pytest.approx(expected[metric], abs=1e-6)
     assert (
-        found.figures[OLD]["nats_per_code"]["before"]
-        != found.figures[NEW]["nats_per_code"]["before"]
+        found.metrics[OLD]["nats_per_code"]["before"]
+        != found.metrics[NEW]["nats_per_code"]["before"]
     )
     capsys.readouterr()
     assert main(["evaluate", *arguments, *LORA, "--max-images", "70"]) == 0
     out, written = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
     assert "what fine-tuning changed" in out and "new data  nats_per_code" in out
-    assert written["forgetting"]["figures"] == found.figures
+    assert written["forgetting"]["metrics"] == found.metrics
 
 
 def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, finished_run, capsys):
@@ -534,7 +534,7 @@ def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, fin
     ]
     assert main([*arguments, "--baseline-bundle", str(bundle)]) == 0
     out, written = capsys.readouterr().out, json.loads((other / "evaluation.json").read_text())
-    found = written["forgetting"]["figures"]
+    found = written["forgetting"]["metrics"]
     assert "the tokenizers differ" in out and set(found) == {OLD, NEW}
     for metrics in found.values():
         assert metrics["psnr"]["before"] != metrics["psnr"]["after"]
@@ -550,7 +550,7 @@ def test_missing_old_data_is_reported_and_new_data_evaluated(tmp_path, bundle, f
         copy, bundle, load_experiment(["--config", str(finished_run[0])]), pictures=10
     )
     assert (
-        set(found.figures) == {NEW}
+        set(found.metrics) == {NEW}
         and len(found.notes) == 1
         and "the old data cannot be read" in found.notes[0]
     )
