@@ -132,7 +132,7 @@ def test_the_line_says_the_command_that_goes_on(tiny_yaml, tmp_path, monkeypatch
     )
     text = (
         f"minidalle train-tokenizer: stopped by {SIGNALS[number][0]} after step 4 of 6 "
-        "(tokenizer), which is saved; to go on: "
+        "(tokenizer), which is saved; to resume: "
     )
     assert line.startswith(text) and "--name 'my run'" in line
     monkeypatch.setattr(training, "step_seed", seed)
@@ -164,7 +164,7 @@ def test_signals_outside_of_training_end_with_one_line(finished_run, tmp_path, m
         assert main(arguments) == status
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert (
-            line == f"minidalle encode: stopped by {name}; to go on: "
+            line == f"minidalle encode: stopped by {name}; to resume: "
             f"{shlex.join(['minidalle', *arguments])}"
         )
         monkeypatch.setattr(
