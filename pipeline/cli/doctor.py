@@ -28,9 +28,9 @@ def doctor_command(
     max_image_size: int = 256,
     out: Path | None = None,
 ) -> int:
-    """minidalle doctor SOURCE [options] says what is in a source of images and captions, and
-    whether a training on it would stop. SOURCE is a folder, a file, shards or a datasets name, in
-    place of the configuration's. Without --config the default settings hold.
+    """Says what is in a source of images and captions, and whether a training on it would stop.
+    `minidalle doctor SOURCE` takes a folder, a file, shards or a datasets name in place of the
+    configuration's source. Without --config the default settings hold.
 
     Args:
         max_images: images to look at of a stream, or of shapes

@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
@@ -37,7 +36,8 @@ T = TypeVar("T")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-_SHOWN: dict[object, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_SHOWN = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH", "bool": "{true,false}"}
+"""Types in the help."""
 
 
 class UsageError(Exception):
@@ -82,7 +82,9 @@ def parse_options(
             _add_settings(parser)
         options, settings = parser.parse_known_args(given)
         return vars(options) | {"settings": settings}
-    return vars(parser.parse_args(given))
+    options = parser.parse_args(given)
+    several = {key: tuple(one) for key, one in vars(options).items() if isinstance(one, list)}
+    return vars(options) | several
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +99,7 @@ def _every_command(*, log_level: LogLevel = "info", traceback: bool = False) -> 
     """Options of every command.
 
     Args:
-        log_level: least severe messages to show; progress bars are shown with those of info
+        log_level: least severe messages to show; above info, progress bars are hidden, too
         traceback: show where in the code an error arose
     """
 
@@ -115,11 +117,11 @@ def _add_options(parser: argparse.ArgumentParser, source: Callable[..., object])
         given = parameters[name].default if name in parameters else None
         required = given is inspect.Parameter.empty
         default = None if required else given
-        shown = f" ({default})" if default else ""
+        shown = f" ({default})" if default or type(default) is int else ""
         text = " ".join(descriptions[name].split()) + shown
         how = _reading(hint) | {"default": default, "help": text.replace("%", "%%")}
         if name in parameters and parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
-            parser.add_argument(name, **how | {"nargs": "+" if required else "*"})
+            parser.add_argument(name, **how | {"nargs": "+" if required else "*", "metavar": name})
         else:
             parser.add_argument(f"--{name.replace('_', '-')}", required=required, **how)
 
@@ -134,7 +136,7 @@ def _reading(hint: Any) -> dict[str, Any]:
         return _reading(inner[0]) | {"nargs": len(inner)}
     if inner:
         return {"type": partial(_choice, inner), "metavar": f"{{{','.join(inner)}}}"}
-    return {"type": kind, "metavar": _SHOWN[kind]}
+    return {"type": kind, "metavar": _SHOWN[kind.__name__]}
 
 
 def _choice(choices: Sequence[str], text: str) -> str:
@@ -154,6 +156,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default = f" ({setting.default})" if setting.default not in ("", "None") else ""
         group.add_argument(
             f"--{setting.name.replace('_', '-')}",
-            metavar=re.sub("[ ']", "", kind),
+            metavar=_SHOWN.get(kind, re.sub("[ ']", "", kind)),
             help=(setting.description + default).replace("%", "%%"),
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline.cli.log import PACKAGES, logging_to_terminal
 from pipeline.cli.main import COMMANDS, main
 from pipeline.cli.options import LogLevel, parse_options
+from pipeline.data.readers import scan
 from pipeline.training import trainer
 from tests.helpers.cli import fails
 
@@ -80,10 +81,29 @@ def test_no_library_module_prints(path):
 def test_the_level_silences_the_lines_of_a_training(tiny_yaml, capsys):
     command = ["train-tokenizer", "--config", str(tiny_yaml)]
     assert main([*command, "--name", "loud"]) == 0
-    assert PROGRESS in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert PROGRESS in said.out and "tokenizer: 100%" in said.err
     assert main([*command, "--log-level", "warning", "--name", "quiet"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("wrote ") and PROGRESS not in said.err
+    assert "tokenizer:" not in said.err
+
+
+@pytest.mark.slow
+def test_the_level_silences_progress_bars(finished_run, tmp_path, capsys, monkeypatch):
+    """Those of encoding and of reading images, too."""
+    monkeypatch.setattr(scan, "_SLOW", 3)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(b"x")
+    config = ["--config", str(finished_run[0])]
+    encode = ["encode", *config, "--tokenizer", str(finished_run[1] / "tokenizer")]
+    read = ["doctor", str(folder), "--output_dir", str(tmp_path / "runs")]
+    for command in (encode, read):
+        for level, shown in (("info", True), ("warning", False)):
+            main([*command, "--out", str(tmp_path / command[0] / level), "--log-level", level])
+            assert ("%|" in capsys.readouterr().err) is shown, (command, level)
 
 
 @pytest.mark.slow
