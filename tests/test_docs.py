@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from pipeline.cli.main import HELP, VERBS
+from pipeline.cli.main import COMMANDS, HELP
 from pipeline.config.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +33,11 @@ def test_links_lead_to_files(page):
 @EVERY_PAGE
 def test_commands_exist(page):
     for command in re.findall(r"minidalle ([a-z][a-z-]*)\b", page.read_text()):
-        assert command in VERBS, f"{page.name} names the command {command}"
+        assert command in COMMANDS, f"{page.name} names the command {command}"
 
 
 def test_help_lists_every_command():
-    assert all(re.search(rf"^  {command} ", HELP, re.MULTILINE) for command in VERBS)
+    assert all(re.search(rf"^  {command} ", HELP, re.MULTILINE) for command in COMMANDS)
 
 
 def settings(kind: Any, path: str = "") -> set[str]:

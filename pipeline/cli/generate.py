@@ -1,215 +1,157 @@
-"""The verbs that draw - generate, edit, reconstruct: their options. Draws nothing itself."""
+"""The commands that write images: generate, edit, reconstruct. Samples nothing itself."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, Unpack
 
-from pipeline.cli.common import UsageError, print_rank0, require_single_process
-from pipeline.config.option_names import spelled
-
-_SAMPLING: dict[str, dict[str, Any]] = {
-    "guidance_scale": {"type": float, "help": "how strongly the prompt steers; 1 is off"},
-    "guidance_interval": {
-        "type": float,
-        "nargs": 2,
-        "metavar": ("FROM", "TO"),
-        "help": "shares of the codes between which it steers",
-    },
-    "guidance_power": {"type": float, "help": "let guidance rise by this power of a cosine"},
-    "temperature": {"type": float, "help": "0 takes the most likely codes"},
-    "top_k": {"type": int, "help": "keep the k most likely codes"},
-    "top_p": {"type": float, "help": "keep the codes that reach this probability"},
-    "min_p": {
-        "type": float,
-        "help": "drop codes that the caption makes less likely than this share of the likeliest",
-    },
-    "num_inference_steps": {
-        "type": int,
-        "help": "decide all codes in so many steps (priors trained on random orders)",
-    },
-}
-"""The fields of `SamplingOptions`; one left out takes the bundle's default."""
+import pipeline
+from pipeline.cli.log import print_rank0
+from pipeline.cli.options import UsageError
 
 
-def _add_sampling(reader: argparse.ArgumentParser) -> None:
-    for name, how in _SAMPLING.items():
-        reader.add_argument(f"--{name.replace('_', '-')}", **how)
+class Sampling(TypedDict, total=False):
+    """The fields of `SamplingOptions`; one that is left out is as in the bundle.
+
+    Args:
+        guidance_scale: how strongly the prompt steers; 1 is off
+        guidance_interval: fractions of the codes between which it steers
+        guidance_power: let guidance rise by this power of a cosine
+        temperature: 0 takes the most likely codes
+        top_k: keep the k most likely codes
+        top_p: keep the codes that reach this probability
+        min_p: drop codes that the caption makes less likely than this fraction of the likeliest
+        num_inference_steps: sample all codes in this many steps (priors trained on random orders)
+    """
+
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    guidance_power: float | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    num_inference_steps: int | None
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _SAMPLING}
+def generate_command(
+    prompt: tuple[str, ...] = (),
+    *,
+    bundle: Path,
+    prompts: Path | None = None,
+    num_images: int = 4,
+    out: Path = Path("images"),
+    seed: int = 0,
+    best_of: int = 1,
+    clip_scorer: str | None = None,
+    compile: Literal["auto", "on", "off"] = "auto",
+    batch_size: int = 64,
+    truncate: bool = False,
+    **sampling: Unpack[Sampling],
+) -> None:
+    """Samples images for prompts.
 
-
-def generate_verb(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(
-        prog="minidalle generate", description="Draws images for prompts."
-    )
-    reader.add_argument("prompts", nargs="*", metavar="prompt", help="'' samples without a caption")
-    reader.add_argument(
-        "--bundle",
-        type=Path,
-        required=True,
-        help="folder that `minidalle run` made: runs/NAME/bundle",
-    )
-    reader.add_argument("--prompts", dest="file", type=Path, help="text file with a prompt a line")
-    reader.add_argument(
-        "--num-images", dest="num", type=int, default=4, help="images per prompt (4)"
-    )
-    reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the images (pictures)"
-    )
-    reader.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same images (0)"
-    )
-    _add_sampling(reader)
-    reader.add_argument(
-        "--best-of",
-        type=int,
-        default=1,
-        help="draw so many for each image and keep the one that shows the prompt best (1)",
-    )
-    reader.add_argument(
-        "--clip-scorer",
-        dest="judge",
-        help="name or folder of a CLIP model that --best-of chooses by; without it the prior "
-        "itself does",
-    )
-    reader.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the steps; auto where it pays",
-    )
-    reader.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
-    reader.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
-    options = reader.parse_args(spelled(rest, "-"))
-    prompts = list(options.prompts)
-    if options.file is not None:
-        prompts += options.file.read_text(encoding="utf-8").splitlines()
-    if not prompts:
+    Args:
+        prompt: what the images show; '' samples without a caption
+        bundle: folder that `minidalle run` made: runs/NAME/bundle
+        prompts: text file with one prompt per line
+        num_images: images per prompt
+        out: folder for the images
+        seed: the same seed gives the same images
+        best_of: sample this many per image and keep the one that shows the prompt best
+        clip_scorer: name or folder of a CLIP model that --best-of chooses by; without it the
+            prior itself does
+        compile: compile the steps; auto where it pays
+        batch_size: images at a time
+        truncate: truncate prompts that are too long
+    """
+    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts is not None else []
+    if not prompt and not lines:
         raise UsageError("no prompt was given; add one in quotes, or --prompts FILE")
-    from pipeline.inference.generate import generate
-
-    written = generate(
-        options.bundle,
-        prompts,
-        options.out,
-        num=options.num,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        truncate=options.truncate,
-        best_of=options.best_of,
-        judge=options.judge,
-        compile=options.compile,
-        **_sampling(options),
+    written = pipeline.generate(
+        bundle,
+        [*prompt, *lines],
+        out,
+        num_images=num_images,
+        seed=seed,
+        best_of=best_of,
+        clip_scorer=clip_scorer,
+        compile=compile,
+        batch_size=batch_size,
+        truncate=truncate,
+        **sampling,
     )
-    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {options.out}")
-    return 0
+    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {out}")
 
 
-def edit_verb(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(
-        prog="minidalle edit", description="Draws a part of an image anew.", allow_abbrev=False
-    )
-    reader.add_argument(
-        "--bundle",
-        type=Path,
-        required=True,
-        help="folder of a bundle whose prior was trained with prior.train.code_order=random",
-    )
-    reader.add_argument(
-        "--image",
-        type=Path,
-        required=True,
-        help="image of the size that the prior draws; smaller with --outpaint-at",
-    )
-    what = reader.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--mask", type=Path, help="black and white image of the same size: white is replaced"
-    )
-    what.add_argument(
-        "--outpaint-at",
-        dest="at",
-        type=int,
-        nargs=2,
-        metavar=("X", "Y"),
-        help="extend a smaller image; its top left corner comes here",
-    )
-    what.add_argument(
-        "--strength",
-        type=float,
-        help="vary the image: this share of its codes, scattered, is resampled",
-    )
-    reader.add_argument("--prompt", default="", help="what the whole image is to show")
-    reader.add_argument("--num-images", dest="num", type=int, default=4, help="images (4)")
-    reader.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="folder for the images (pictures)"
-    )
-    reader.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same images (0)"
-    )
-    reader.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
-    _add_sampling(reader)
-    options = reader.parse_args(spelled(rest, "-"))
-    require_single_process("edit")
-    from pipeline.inference.generate import edit
+def edit_command(
+    *,
+    bundle: Path,
+    image: Path,
+    mask: Path | None = None,
+    outpaint_at: tuple[int, int] | None = None,
+    strength: float | None = None,
+    prompt: str = "",
+    num_images: int = 4,
+    out: Path = Path("images"),
+    seed: int = 0,
+    truncate: bool = False,
+    **sampling: Unpack[Sampling],
+) -> None:
+    """Resamples a part of an image: one of --mask, --outpaint-at and --strength says which.
 
-    written = edit(
-        options.bundle,
-        options.image,
-        options.prompt,
-        options.out,
-        mask=options.mask,
-        at=tuple(options.at) if options.at else None,
-        strength=options.strength,
-        num=options.num,
-        seed=options.seed,
-        truncate=options.truncate,
-        **_sampling(options),
+    Args:
+        bundle: folder of a bundle whose prior was trained with prior.train.code_order=random
+        image: image of the size that the prior samples; smaller with --outpaint-at
+        mask: black and white image of the same size: white is replaced
+        outpaint_at: extend a smaller image; its top left corner comes to this x and y
+        strength: vary the image: this fraction of its codes, scattered, is resampled
+        prompt: what the whole image is to show
+        num_images: number of images
+        out: folder for the images
+        seed: the same seed gives the same images
+        truncate: truncate a prompt that is too long
+    """
+    if [mask, outpaint_at, strength].count(None) != 2:
+        raise UsageError("give one of --mask, --outpaint-at and --strength")
+    written = pipeline.edit(
+        bundle,
+        image,
+        prompt,
+        out,
+        mask=mask,
+        outpaint_at=outpaint_at,
+        strength=strength,
+        num_images=num_images,
+        seed=seed,
+        truncate=truncate,
+        **sampling,
     )
-    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {options.out}")
-    return 0
+    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {out}")
 
 
-def reconstruct_verb(rest: Sequence[str]) -> int:
-    reader = argparse.ArgumentParser(
-        prog="minidalle reconstruct", description="Images through the tokenizer and back."
-    )
-    reader.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="images of any size that the code grid divides",
-    )
-    reader.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder of a tokenizer: runs/NAME/tokenizer"
-    )
-    reader.add_argument(
-        "--out", type=Path, default=Path("reconstructions"), help="folder for the images"
-    )
-    reader.add_argument("--size", help="crop and resize to this: 64, or 512x768 (width x height)")
-    reader.add_argument(
-        "--tile",
-        type=int,
-        default=512,
-        help="larger images go through in pieces of this many pixels (512)",
-    )
-    options = reader.parse_args(spelled(rest, "-"))
-    require_single_process("reconstruct")
-    size = _size(options.size) if options.size else None
-    if options.tile < 1:
-        raise UsageError(f"--tile is {options.tile}; it must be at least 1")
-    from pipeline.inference.generate import reconstruct
+def reconstruct_command(
+    files: tuple[Path, ...],
+    *,
+    tokenizer: Path,
+    out: Path = Path("reconstructions"),
+    size: str | None = None,
+    tile: int = 512,
+) -> None:
+    """Sends images through the tokenizer and back.
 
-    for line in reconstruct(
-        options.tokenizer, options.files, options.out, size=size, tile=options.tile
-    ):
+    Args:
+        files: images of any size that the code grid divides
+        tokenizer: folder of a tokenizer: runs/NAME/tokenizer
+        out: folder for the images
+        size: crop and resize to this: 64, or 512x768 (width x height)
+        tile: larger images go through in pieces of this many pixels
+    """
+    pixels = _size(size) if size else None
+    if tile < 1:
+        raise UsageError(f"--tile is {tile}; it must be at least 1")
+    for line in pipeline.reconstruct(tokenizer, files, out, size=pixels, tile=tile):
         print_rank0(line)
-    return 0
 
 
 def _size(text: str) -> tuple[int, int]:

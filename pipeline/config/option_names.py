@@ -1,5 +1,4 @@
-"""How options of the command line are spelled: words joined by hyphens or by underscores. Imports
-nothing heavy."""
+"""Names of the command line's options. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,3 +16,8 @@ def spelled(arguments: Sequence[str], separator: str) -> list[str]:
             argument = "--" + re.sub("[-_]", separator, name.removeprefix("--")) + equals + value
         result.append(argument)
     return result
+
+
+def has_config(arguments: Sequence[str]) -> bool:
+    """Whether `--config FILE` is among them."""
+    return any(argument.partition("=")[0] == "--config" for argument in arguments)

@@ -33,19 +33,20 @@ def generate(
     prompts: Sequence[str],
     out: Path,
     *,
-    num: int,
+    num_images: int,
     seed: int = 0,
     batch_size: int = 64,
-    judge: str | None = None,
+    clip_scorer: str | None = None,
     **options: Any,
 ) -> int:
     """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the
-    processes. Returns the count.
+    processes. Returns the number of images.
 
     The images do not depend on how many processes there are.
 
     Args:
-        judge: name or folder of a CLIP model that `best_of` chooses by.
+        num_images: images per prompt.
+        clip_scorer: name or folder of a CLIP model that `best_of` chooses by.
         options: those of `TextToImagePipeline.__call__`.
 
     Raises:
@@ -53,10 +54,10 @@ def generate(
     """
     state = distributed_state()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
-    if judge is not None:
+    if clip_scorer is not None:
         from pipeline.inference.reranking import CLIPScorer
 
-        options["judge"] = CLIPScorer(judge, state.device)
+        options["judge"] = CLIPScorer(clip_scorer, state.device)
     mine = np.array_split(np.arange(len(prompts)), state.num_processes)[
         state.process_index
     ].tolist()
@@ -65,7 +66,7 @@ def generate(
         with _notes():
             output = pipe(
                 [prompts[i] for i in mine],
-                num_images_per_prompt=num,
+                num_images_per_prompt=num_images,
                 seed=seed,
                 batch_size=batch_size,
                 **options,
@@ -73,10 +74,10 @@ def generate(
         for place, (image, likelihood) in enumerate(
             zip(output.images, output.log_likelihood.tolist(), strict=True)
         ):
-            drawn.append(_Drawn(mine[place // num], place % num, image, likelihood))
+            drawn.append(_Drawn(mine[place // num_images], place % num_images, image, likelihood))
     gathered = sorted(gather_object(drawn), key=lambda row: row[:2])
     if state.is_main_process:
-        _write(out, gathered, prompts, seed, columns=num)
+        _write(out, gathered, prompts, seed, columns=num_images)
     state.wait_for_everyone()
     return len(gathered)
 
@@ -88,19 +89,19 @@ def edit(
     out: Path,
     *,
     mask: Path | None = None,
-    at: tuple[int, int] | None = None,
+    outpaint_at: tuple[int, int] | None = None,
     strength: float | None = None,
-    num: int = 4,
+    num_images: int = 4,
     seed: int = 0,
     **options: Any,
 ) -> int:
-    """Writes edited images as `generate` does; returns the count. One of `mask`, `at` and
-    `strength` says what is resampled.
+    """Writes edited images as `generate` does; returns their number. One of `mask`,
+    `outpaint_at` and `strength` says what is resampled.
 
     Args:
         mask: image whose white is replaced (`TextToImagePipeline.edit`).
-        at: where on the canvas the image comes to (`outpaint`).
-        strength: share of the codes (`vary`).
+        outpaint_at: where on the canvas the image's top left corner comes to (`outpaint`).
+        strength: fraction of the codes (`vary`).
 
     Raises:
         ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is
@@ -113,22 +114,23 @@ def edit(
     with _notes():
         if mask is not None:
             output = pipe.edit(
-                picture, open_picture(mask), prompt, num_images=num, seed=seed, **options
+                picture, open_picture(mask), prompt, num_images=num_images, seed=seed, **options
             )
-        elif at is not None:
-            output = pipe.outpaint(picture, prompt, at=at, num_images=num, seed=seed, **options)
+        elif outpaint_at is not None:
+            output = pipe.outpaint(
+                picture, prompt, at=outpaint_at, num_images=num_images, seed=seed, **options
+            )
         elif strength is not None:
-            output = pipe.vary(picture, strength, prompt, num_images=num, seed=seed, **options)
-        else:
-            raise ValueError(
-                "nothing says what to draw anew; give a mask, a place on the canvas (at) or a "
-                "strength"
+            output = pipe.vary(
+                picture, strength, prompt, num_images=num_images, seed=seed, **options
             )
+        else:
+            raise ValueError("nothing says what to resample; give mask, outpaint_at or strength")
     rows = [
         _Drawn(0, i, *pair)
         for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))
     ]
-    _write(out, rows, [prompt], seed, columns=min(num, 8))
+    _write(out, rows, [prompt], seed, columns=min(num_images, 8))
     return len(rows)
 
 

@@ -1,4 +1,4 @@
-"""Which processes log, and whose progress bars are hidden. Knows no handlers: those are the
+"""Which processes log, and whether progress bars are shown. Knows no handlers: those are the
 program's, here those of pipeline/cli/log.py."""
 
 from __future__ import annotations
@@ -27,3 +27,8 @@ def hidden_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def shows_progress() -> bool:
+    """Whether progress bars are shown: not where `pipeline` logs warnings and errors alone."""
+    return logging.getLogger("pipeline").level <= logging.INFO

@@ -35,7 +35,7 @@ from pipeline.data.worker_info import WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
-from pipeline.runtime.log import on_main_process
+from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.stages.manifest import encode_settings, flat, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -136,7 +136,7 @@ def _write_shards(
     with tqdm(
         total=sum(known_rows) if len(known_rows) == len(shards) else None,
         desc=f"encode {split}",
-        disable=not (shards and distributed_state().is_main_process),
+        disable=not (shards and distributed_state().is_main_process and shows_progress()),
         mininterval=1.0,
     ) as bar:
         for name, unit in shards.items():

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import clean_partial_writes
 from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
-from pipeline.runtime.log import on_main_process
+from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.signals import (
     RecoverableError,
     SignalState,
@@ -203,7 +203,7 @@ class Trainer:
             if compile_networks:
                 self.model.compile(self.task.objective)
             self.context = self.step_context()
-            shown = progress and self.accelerator.is_main_process
+            shown = progress and self.accelerator.is_main_process and shows_progress()
             # The bar is closed before errors are reported, which would stand on its line otherwise.
             with tqdm(
                 total=config.steps,

@@ -23,6 +23,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, content_fingerprint
 from pipeline.data.readers.images import frames, open_for_judging
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.log import shows_progress
 from stage1_tokenizer.pixels import to_rgb
 
 UNREADABLE = "unreadable images left out"
@@ -85,7 +86,7 @@ def scan_images(
     bar = tqdm(
         total=len(mine),
         desc="reading images",
-        disable=len(mine) < _SLOW or share.index > 0,
+        disable=len(mine) < _SLOW or share.index > 0 or not shows_progress(),
         mininterval=1.0,
         leave=False,
     )

@@ -8,12 +8,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tqdm import tqdm
 
-from pipeline.cli.log import LEVELS, PACKAGES, log_level, logging_to_terminal
-from pipeline.cli.main import VERBS, main
+from pipeline.cli.log import PACKAGES, logging_to_terminal
+from pipeline.cli.main import COMMANDS, main
+from pipeline.cli.options import LogLevel, parse_options
+from pipeline.data.readers import scan
 from pipeline.training import trainer
 from tests.helpers.cli import fails
 
@@ -24,6 +27,7 @@ LIBRARY = [
     for path in sorted((ROOT / package).rglob("*.py"))
     if not path.is_relative_to(ROOT / "pipeline" / "cli")
 ]
+LEVELS = get_args(LogLevel)
 OURS = logging.getLogger("pipeline.of.this.test")
 LOGGERS = [logging.getLogger(name) for name in PACKAGES]
 PROGRESS = "images to train on"
@@ -34,10 +38,14 @@ def encode_command(monkeypatch):
     """`minidalle encode` does what it is given here."""
 
     def does(work):
-        monkeypatch.setitem(VERBS, "encode", lambda rest: work() or 0)
+        monkeypatch.setitem(COMMANDS, "encode", lambda: work() or 0)
         return lambda *options: main(["encode", *options])
 
     return does
+
+
+def given_settings(*, settings: list[str]) -> None:
+    """A command that takes settings."""
 
 
 def printing(tree: ast.AST) -> list[int]:
@@ -73,10 +81,29 @@ def test_library_modules_do_not_print(path):
 def test_log_level_silences_training(tiny_yaml, capsys):
     command = ["train-tokenizer", "--config", str(tiny_yaml)]
     assert main([*command, "--name", "loud"]) == 0
-    assert PROGRESS in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert PROGRESS in said.out and "tokenizer: 100%" in said.err
     assert main([*command, "--log-level", "warning", "--name", "quiet"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("wrote ") and PROGRESS not in said.err
+    assert "tokenizer:" not in said.err
+
+
+@pytest.mark.slow
+def test_the_level_silences_progress_bars(finished_run, tmp_path, capsys, monkeypatch):
+    """Those of encoding and of reading images, too."""
+    monkeypatch.setattr(scan, "_SLOW", 3)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(b"x")
+    config = ["--config", str(finished_run[0])]
+    encode = ["encode", *config, "--tokenizer", str(finished_run[1] / "tokenizer")]
+    read = ["doctor", str(folder), "--output_dir", str(tmp_path / "runs")]
+    for command in (encode, read):
+        for level, shown in (("info", True), ("warning", False)):
+            main([*command, "--out", str(tmp_path / command[0] / level), "--log-level", level])
+            assert ("%|" in capsys.readouterr().err) is shown, (command, level)
 
 
 @pytest.mark.slow
@@ -141,20 +168,21 @@ def test_first_batch_warning_is_one_line(tiny_yaml, capsys):
     assert "UserWarning" not in err and ".py" not in err
 
 
-@pytest.mark.parametrize(
-    "given", [["--log-level", "loud"], ["--log-level=loud"], ["--log_level"], ["--log-level", ""]]
-)
+@pytest.mark.parametrize("given", [["--log-level", "loud"], ["--log-level=loud"]])
 def test_an_unknown_level_is_one_error_that_names_the_four(capsys, given):
-    value = "loud" if "loud" in given[0] + given[-1] else ""
-    message = f"--log-level is '{value}'; choose one of: debug, info, warning, error\n"
+    message = "--log-level is 'loud'; choose one of: debug, info, warning, error\n"
     fails(capsys, ["estimate", "--config", "no.yaml", *given], message, status=2)
+    message = "--log-level is ''; choose one of: debug, info, warning, error\n"
+    fails(capsys, ["estimate", "--log-level", ""], message, status=2)
+    fails(capsys, ["estimate", "--log_level"], "--log-level: expected one argument", status=2)
 
 
 def test_log_level_is_accepted_anywhere_before_double_hyphen():
-    assert log_level(["a", "--log-level", "debug", "b"]) == ("debug", ["a", "b"])
-    assert log_level(["--log_level=error", "--x_y", "1"]) == ("error", ["--x_y", "1"])
-    assert log_level(["--", "--log-level", "x"]) == ("info", ["--", "--log-level", "x"])
-    assert log_level(["--log-level", "debug", "--log-level", "error"]) == ("error", [])
+    level = lambda *given: parse_options("encode", given_settings, given)["log_level"]  # noqa: E731
+    assert level("--a", "b", "--log-level", "debug", "--c", "d") == "debug"
+    assert level("--log_level=error", "--x_y", "1") == "error"
+    assert level("--", "--log-level", "x") == "info"
+    assert level("--log-level", "debug", "--log-level", "error") == "error"
 
 
 def test_help_names_the_option(capsys):
@@ -170,9 +198,9 @@ def test_lines_are_logged_once_and_logging_is_restored(encode_command, capsys):
         with logging_to_terminal("info"):
             OURS.info("deep inside")
 
-    command = encode_command(again)
+    runs = encode_command(again)
     for _ in range(2):
-        assert command() == 0
+        assert runs() == 0
         assert capsys.readouterr().out == "inside\ndeep inside\n"
     assert state() == before
     OURS.info("outside")

@@ -567,7 +567,9 @@ def test_incomplete_codes_folder_is_named(finished_run, tmp_path, capsys):
 
 
 def test_usage_errors_exit_with_status_2(capsys, tmp_path):
-    fails(capsys, ["draw"], "'draw' is not a verb; choose one of: run, train-tokenizer", status=2)
+    fails(
+        capsys, ["draw"], "'draw' is not a command; choose one of: run, train-tokenizer", status=2
+    )
     fails(capsys, ["run"], "no configuration was given", status=2)
     fails(
         capsys,

@@ -479,7 +479,7 @@ def test_generate_passes_every_sampling_option(finished_run, tmp_path, monkeypat
 def test_the_command_line_has_every_sampling_option():
     from dataclasses import fields
 
-    from pipeline.cli.generate import _SAMPLING
+    from pipeline.cli.generate import Sampling
     from stage2_prior import SamplingOptions
 
-    assert list(_SAMPLING) == [field.name for field in fields(SamplingOptions)]
+    assert list(Sampling.__annotations__) == [field.name for field in fields(SamplingOptions)]

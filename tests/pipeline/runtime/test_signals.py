@@ -134,7 +134,7 @@ def test_interruption_message_names_the_command_to_resume(
     )
     text = (
         f"minidalle train-tokenizer: stopped by {SIGNALS[number][0]} after step 4 of 6 "
-        "(tokenizer), which is saved; to go on: "
+        "(tokenizer), which is saved; to resume: "
     )
     assert line.startswith(text) and "--name 'my run'" in line
     monkeypatch.setattr(training, "step_seed", seed)
@@ -166,7 +166,7 @@ def test_signals_outside_training_exit_with_one_line(finished_run, tmp_path, mon
         assert main(arguments) == status
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert (
-            line == f"minidalle encode: stopped by {name}; to go on: "
+            line == f"minidalle encode: stopped by {name}; to resume: "
             f"{shlex.join(['minidalle', *arguments])}"
         )
         monkeypatch.setattr(

@@ -174,7 +174,7 @@ def test_dying_process_ends_the_others_with_one_line(tiny_yaml, tmp_path, victim
     line = (
         "minidalle train-tokenizer: tokenizer: another process of this job is gone or no longer "
         "answers; the last good checkpoint is "
-        f"{checkpoint}; to go on: minidalle {' '.join(arguments)}, under the same launcher"
+        f"{checkpoint}; to resume: minidalle {' '.join(arguments)}, under the same launcher"
     )
     assert said.splitlines().count(line) == 1, said
     assert f"process {1 - victim} ended with 1" in said and f"process {victim} ended" not in said

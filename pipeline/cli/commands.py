@@ -1,0 +1,197 @@
+"""The commands that train, encode, evaluate and compare: each a few lines over a function that
+Python users can call too. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pipeline
+from pipeline.cli.log import print_rank0
+from pipeline.cli.options import UsageError, as_usage, parse_experiment
+from pipeline.config.option_names import has_config
+
+if TYPE_CHECKING:
+    from pipeline.config.experiment import Experiment
+
+
+def run_command(*, settings: list[str]) -> None:
+    """Trains a tokenizer, encodes every image, trains a prior and samples a grid of images; run
+    again, it resumes."""
+    experiment = parse_experiment(settings)
+    start = time.perf_counter()
+    bundle = pipeline.run(experiment)
+    print_rank0(
+        f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes\n"
+        f"  bundle    {bundle}\n"
+        f"  samples   {experiment.folder / 'samples'}\n"
+        f"  logs      {experiment.folder / 'logs'}\n"
+        f"{_next_generate(bundle)}"
+    )
+
+
+def train_tokenizer_command(*, settings: list[str]) -> None:
+    """Stage 1: trains a tokenizer, images <-> codes; run again, it resumes."""
+    folder = pipeline.train_tokenizer(parse_experiment(settings))
+    print_rank0(f"wrote {folder}\nnext: minidalle encode {shlex.join(settings)}")
+
+
+def encode_command(
+    *,
+    settings: list[str],
+    tokenizer: Path | None = None,
+    out: Path | None = None,
+    format: Literal["arrow", "parquet", "webdataset"] = "arrow",
+) -> None:
+    """Encodes every image once; run again, it resumes.
+
+    Args:
+        tokenizer: another tokenizer than the run's; without --config, the settings of its own run
+            hold
+        out: folder for the codes, for other programs (RUN/codes, for train-prior)
+        format: form of the codes in --out
+    """
+    if out is None and (tokenizer is not None or format != "arrow"):
+        raise UsageError("--tokenizer and --format are for codes outside a run; add --out DIR")
+    if tokenizer is None or has_config(settings):
+        experiment = parse_experiment(settings)
+    else:
+        experiment = _experiment_of(tokenizer, settings)
+    if out is None:
+        folder = pipeline.encode_dataset(experiment)
+        print_rank0(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(settings)}")
+        return
+    rows, files = pipeline.encode_for_export(experiment, out, format, tokenizer_folder=tokenizer)
+    counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    print_rank0(
+        f"wrote {out}: {counts} images in {', '.join(files[:3])}"
+        f"{' ...' if len(files) > 3 else ''}, and codes.json"
+    )
+
+
+def _experiment_of(tokenizer: Path, settings: list[str]) -> Experiment:
+    """The experiment of the run that a tokenizer lies in, with all of its data encoded once."""
+    import yaml
+
+    from pipeline.config.load import load_values
+    from pipeline.runtime.run_paths import settings_of_run
+    from pipeline.stages.encode import without_augmentation
+
+    written = settings_of_run(tokenizer)
+    try:
+        values = yaml.safe_load(written.read_text())
+        values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{written} is truncated or corrupted; add --config FILE, which takes its place"
+        ) from error
+    given = [
+        setting.removeprefix("--encode.").partition("=")[0].replace("-", "_")
+        for setting in settings
+        if setting.startswith("--encode.")
+    ]
+    return without_augmentation(as_usage(load_values, values, settings), but=given)
+
+
+def train_prior_command(*, settings: list[str]) -> None:
+    """Stage 2: trains a prior over caption and codes as one stream; run again, it resumes."""
+    experiment = parse_experiment(settings)
+    folder = pipeline.train_prior(experiment)
+    if os.environ.get("RANK", "0") == "0":
+        bundle = pipeline.assemble_bundle(experiment)
+        print(f"wrote {folder} and {bundle}\n{_next_generate(bundle)}")
+
+
+def compare_tokenizers_command(*, settings: list[str], minutes: float | None = None) -> None:
+    """Trains several tokenizers and a prior for each, and compares them; run again, it resumes.
+
+    Args:
+        minutes: training time of each tokenizer, in place of its steps
+    """
+    limit = [] if minutes is None else ["--minutes", str(minutes)]
+    folder = pipeline.compare_tokenizers(as_usage(pipeline.load_comparison, [*settings, *limit]))
+    print_rank0(
+        f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its images to "
+        f"{folder}"
+    )
+
+
+def evaluate_command(
+    *,
+    settings: list[str],
+    bundle: Path | None = None,
+    out: Path | None = None,
+    max_images: int = 500,
+    baseline_bundle: Path | None = None,
+) -> None:
+    """Measures the quality of both stages and of the whole.
+
+    Args:
+        bundle: bundle to evaluate (that of the configuration's run)
+        out: JSON file for the metrics (evaluation.json in the run folder)
+        max_images: validation images and prompts to evaluate on
+        baseline_bundle: bundle to compare with on the old data and the new (that of init_from)
+    """
+    experiment = parse_experiment(settings)
+    if os.environ.get("RANK", "0") != "0":  # one process evaluates: the images are few
+        return
+    out = out or experiment.folder / "evaluation.json"
+    report = pipeline.evaluate(
+        bundle or experiment.folder / "bundle",
+        experiment,
+        out,
+        pictures=max_images,
+        before=baseline_bundle,
+    )
+    print_rank0(f"{report.table()}\nwrote {out}")
+
+
+def estimate_command(*, settings: list[str]) -> None:
+    """Estimates the memory that each training stage takes."""
+    from pipeline.stages.estimate import estimate
+
+    for stage, memory in estimate(parse_experiment(settings)).items():
+        print_rank0(f"{stage}: {memory.line(1)}")
+    print_rank0(f"next: minidalle run {shlex.join(settings)}")
+
+
+def codebook_command(
+    *, tokenizer: Path, config: Path | None = None, max_images: int = 500, out: Path | None = None
+) -> None:
+    """Shows what each code looks like and how often it is used.
+
+    Args:
+        tokenizer: folder of a tokenizer: runs/NAME/tokenizer
+        config: YAML whose validation images to encode (that of the tokenizer's run)
+        max_images: validation images to encode
+        out: folder for the page (RUN/codebook)
+    """
+    from pipeline.evaluation.codebook_report import NUMBERS
+    from pipeline.runtime.atomic_io import check_output_dir
+    from pipeline.runtime.run_paths import existing_tokenizer, settings_of_run
+
+    experiment = parse_experiment(["--config", str(config or settings_of_run(tokenizer))])
+    run = existing_tokenizer(tokenizer).parent
+    out = out or run / "codebook"
+    source = pipeline.load_source(experiment.data, "held_out")
+    check_output_dir(out, NUMBERS, "codebook page")
+    if max_images < 1 or not len(source):
+        raise ValueError(
+            f"--max-images is {max_images} and {len(source)} are held out; at least one is "
+            "needed of both"
+        )
+    images = source.images(range(min(max_images, len(source))))
+    for view in pipeline.codebook_page(tokenizer, images, out):
+        s = view.statistics
+        print_rank0(
+            f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity "
+            f"{s.perplexity:,.1f}, {s.dead} never used"
+        )
+    print_rank0(f"wrote {out / 'index.html'} and its images")
+
+
+def _next_generate(bundle: Path) -> str:
+    return f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out images'
