@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +33,9 @@ from pipeline.stages.encode import encode_dataset, sources_of
 from pipeline.stages.manifest import encode_settings, read_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
+from pipeline.stages.time_estimate import time_steps
 from pipeline.stages.tokenizer import TokenizerTraining, train_tokenizer
 from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
 from stage1_tokenizer.metrics import ssim
 
@@ -48,7 +47,7 @@ _PLAN = "plan.json"
 _TIME = "training.json"
 SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
 """Settings that must be the same for rows of one table."""
-_PROBE_STEPS = 60
+_TRIAL_STEPS = 60
 """Trial steps, to find how many fit into the minutes."""
 _ENCODED = 64
 """Images per batch when the encoding rate is measured."""
@@ -359,30 +358,7 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
     sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     training = TokenizerTraining(experiment, accelerator, *sources)
     task = training.task(train.resolved_batch()[0])
-    times: list[float] = []
-
-    def timed(step: int) -> torch.Tensor:
-        times.append(time.perf_counter())
-        return task.batch(step)
-
-    probe = replace(
-        train, steps=_PROBE_STEPS, eval_every=_PROBE_STEPS, save_every=_PROBE_STEPS, save_best=False
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        start = time.perf_counter()
-        fit(
-            replace(task, batch=timed, sample_images=dict),
-            probe,
-            accelerator,
-            Path(scratch),
-            seed=experiment.seed,
-            bf16=uses_bf16(experiment.precision, accelerator.device),
-            compile_networks=should_compile(train, accelerator.device),
-            label="pace",
-            progress=False,
-        )
-    pace = float(np.median(np.diff(times)[_PROBE_STEPS // 2 :]))
-    return times[_PROBE_STEPS // 2] - start - pace * _PROBE_STEPS / 2, pace
+    return time_steps(task, train, accelerator, _TRIAL_STEPS, experiment.precision)
 
 
 @torch.no_grad()

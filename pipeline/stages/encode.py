@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import Experiment, to_dict
@@ -36,6 +35,7 @@ from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
+from pipeline.runtime.progress import ProgressBar
 from pipeline.stages.manifest import encode_settings, flat, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -48,7 +48,11 @@ _SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 @with_run_lock
 def encode_dataset(
-    experiment: Experiment, *, tokenizer_folder: Path | None = None, folder: Path | None = None
+    experiment: Experiment,
+    *,
+    tokenizer_folder: Path | None = None,
+    folder: Path | None = None,
+    seconds_after: float = 0.0,
 ) -> Path:
     """Writes the codes of training and validation images, split over the processes; returns their
     folder. An interrupted attempt is resumed, and corrupted files of a finished folder are rebuilt.
@@ -56,6 +60,7 @@ def encode_dataset(
     Args:
         tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
         folder: where to write to in place of RUN/codes.
+        seconds_after: estimated seconds that the run takes after this stage, for the progress bar.
 
     Raises:
         ValueError: the folder holds codes, complete or not, that were made with something else;
@@ -85,7 +90,9 @@ def encode_dataset(
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     for split in _SPLITS:
         own = {name: files[split][name] for name in mine if name in files[split]}
-        _write_shards(folder, own, split, sources[split], tokenizer, plan, experiment)
+        _write_shards(
+            folder, own, split, sources[split], tokenizer, plan, experiment, seconds_after
+        )
     # A process that fails does not come this far, and its launcher ends the others.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -128,16 +135,17 @@ def _write_shards(
     tokenizer: ImageTokenizer,
     plan: Mapping[str, Any],
     experiment: Experiment,
+    seconds_after: float,
 ) -> None:
     """Encodes and writes a process's shards of a split, by name; the main one shows a bar."""
     views = plan["augmentations_per_image"] if split == "train" else 1
     codes_per_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
     known_rows = [len(unit.rows) for unit in shards.values() if unit.rows is not None]
-    with tqdm(
+    with ProgressBar(
         total=sum(known_rows) if len(known_rows) == len(shards) else None,
         desc=f"encode {split}",
         disable=not (shards and distributed_state().is_main_process and shows_progress()),
-        mininterval=1.0,
+        seconds_after=seconds_after,
     ) as bar:
         for name, unit in shards.items():
             blocks = _encoded(tokenizer, source, unit, views, experiment, plan["bf16"], bar)
@@ -346,7 +354,7 @@ def _encoded(
     views: int,
     experiment: Experiment,
     bf16: bool,
-    bar: tqdm,
+    bar: ProgressBar,
 ) -> Iterator[EncodedRows]:
     """The codes of what a file holds, a batch at a time; the next batch's images are loaded,
     cropped and mirrored meanwhile."""

@@ -48,28 +48,19 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         estimates["tokenizer"] = _estimate(
             objective, images, train, experiment.precision, device, processes, program
         )
-    prior = _prior(experiment, tokenizer)
-    stream = prior.stream
-    batch = {
-        "text_ids": torch.randint(3, stream.text_vocab_size, (8, stream.text_length)),
-        "codes": torch.zeros(8, stream.image_length, dtype=torch.long),
-    }
+    prior_objective, batch = trial_objective(experiment, tokenizer, 8)
     train = experiment.prior.train
-    prior_objective = PriorObjective(
-        prior.train(),
-        experiment.prior.objective,
-        train.orders,
-        experiment.sequence.captioning_fraction,
-        activation_checkpointing=train.activation_checkpointing,
-    )
     estimates["prior"] = _estimate(
         prior_objective, batch, train, experiment.precision, device, processes, program
     )
     return estimates
 
 
-def _prior(experiment: Experiment, tokenizer: ImageTokenizer) -> ImagePrior:
-    """A prior of the experiment's sizes, with a vocabulary as large as the configuration allows."""
+def trial_objective(
+    experiment: Experiment, tokenizer: ImageTokenizer, rows: int
+) -> tuple[PriorObjective, dict[str, torch.Tensor]]:
+    """The objective of a prior of the experiment's sizes, and a batch of that many arbitrary rows.
+    The vocabulary is as large as the configuration allows."""
     stream = stream_config(
         tokenizer,
         experiment.text.vocab_size,
@@ -79,7 +70,18 @@ def _prior(experiment: Experiment, tokenizer: ImageTokenizer) -> ImagePrior:
     prior = ImagePrior(experiment.prior.model, stream)
     if experiment.prior.lora_rank:
         LoRAAdapter(prior, experiment.prior, {"prior": "of an estimate"})
-    return prior
+    train = experiment.prior.train
+    objective = PriorObjective(
+        prior.train(),
+        experiment.prior.objective,
+        train.orders,
+        experiment.sequence.captioning_fraction,
+        activation_checkpointing=train.activation_checkpointing,
+    )
+    return objective, {
+        "text_ids": torch.randint(3, stream.text_vocab_size, (rows, stream.text_length)),
+        "codes": torch.zeros(rows, prior.stream.image_length, dtype=torch.long),
+    }
 
 
 def _estimate(

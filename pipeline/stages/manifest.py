@@ -134,13 +134,16 @@ class StageRun:
         self._record()
         return self.accelerator
 
-    def fit(self, task: Callable[[int], Task], *, images: int | None) -> dict[str, float]:
+    def fit(
+        self, task: Callable[[int], Task], *, images: int | None, seconds_after: float = 0.0
+    ) -> dict[str, float]:
         """Trains; returns the validation metrics (see `trainer.fit` for what is raised).
 
         Args:
             task: (batch size) -> what to train. Each call has the same objective.
             images: number of training images, which `batch_size: auto` does not exceed;
                 None where it is unknown.
+            seconds_after: estimated seconds that the run takes after this training.
         """
         accelerator = self.accelerator
         precision = self.experiment.precision
@@ -163,6 +166,7 @@ class StageRun:
             bf16=uses_bf16(precision, accelerator.device),
             compile_networks=should_compile(self.train, accelerator.device),
             label=self.stage,
+            seconds_after=seconds_after,
         )
 
     def finalize(self, model: ImageTokenizer | ImagePrior, metrics: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import Experiment, to_dict
-from pipeline.data.codes.dataset import CodesDataset, read_manifest
+from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import uses_bf16
@@ -23,6 +23,7 @@ from pipeline.stages.encode import encode_dataset
 from pipeline.stages.manifest import init_from_fingerprint, load_complete, require_complete
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
+from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 from pipeline.stages.tokenizer import save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextTokenizer
@@ -57,8 +58,10 @@ def assemble_bundle(experiment: Experiment) -> Path:
 @with_run_lock
 def run(experiment: Experiment) -> Path:
     """All stages, then a grid of images for validation captions; returns the bundle's folder."""
-    train_tokenizer(experiment)
-    encode_dataset(experiment)
+    encoded = (experiment.folder / "codes" / MANIFEST).is_file()
+    seconds = StageSeconds() if encoded else estimate_seconds(experiment)
+    train_tokenizer(experiment, seconds_after=seconds.encode + seconds.prior)
+    encode_dataset(experiment, seconds_after=seconds.prior)
     train_prior(experiment)
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     if accelerator.is_main_process:

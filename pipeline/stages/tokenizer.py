@@ -38,8 +38,12 @@ EVALUATION_BATCH = 64
 
 
 @with_run_lock
-def train_tokenizer(experiment: Experiment) -> Path:
-    """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`."""
+def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Path:
+    """Stage 1; returns the folder of the trained tokenizer, `RUN/tokenizer`.
+
+    Args:
+        seconds_after: estimated seconds that the run takes after this stage, for the progress bar.
+    """
     section = experiment.tokenizer
     check_init_from(section, experiment.prior, experiment.text.max_length)
     if section.frozen:
@@ -59,7 +63,7 @@ def train_tokenizer(experiment: Experiment) -> Path:
     accelerator = run.begin()
     _report(source)
     training = TokenizerTraining(experiment, accelerator, source, held_out)
-    metrics = run.fit(training.task, images=source.num_images)
+    metrics = run.fit(training.task, images=source.num_images, seconds_after=seconds_after)
     run.finalize(training.tokenizer, metrics)
     return run.folder
 

@@ -14,19 +14,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import clean_partial_writes
 from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
 from pipeline.runtime.log import on_main_process, shows_progress
+from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.signals import (
     RecoverableError,
     SignalState,
@@ -77,13 +76,17 @@ def fit(
     compile_networks: bool,
     bf16: bool,
     label: str,
-    progress: bool = True,
+    seconds_after: float | None = 0.0,
 ) -> dict[str, float]:
     """Trains `task.objective` for `config.steps` steps, from the newest whole checkpoint in
     `folder`/checkpoints if there is one.
 
     Ends with the EMA weights in the objective's networks (the best ones with `config.save_best`)
     and returns the last (or best) held-out metrics.
+
+    Args:
+        seconds_after: estimated seconds that the run takes after this training, for the progress
+            bar; None shows none.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite, more often than
@@ -103,7 +106,7 @@ def fit(
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
-        return trainer.train(compile_networks=compile_networks, progress=progress)
+        return trainer.train(compile_networks=compile_networks, seconds_after=seconds_after)
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_peer_failure(error):
             problem = (
@@ -194,7 +197,7 @@ class Trainer:
                 state.best.clear()
         return state
 
-    def train(self, *, compile_networks: bool, progress: bool) -> dict[str, float]:
+    def train(self, *, compile_networks: bool, seconds_after: float | None) -> dict[str, float]:
         """The loop; returns the held-out metrics of the weights that it leaves in the networks."""
         config = self.config
         first = self.state.step
@@ -203,14 +206,16 @@ class Trainer:
             if compile_networks:
                 self.model.compile(self.task.objective)
             self.context = self.step_context()
-            shown = progress and self.accelerator.is_main_process and shows_progress()
+            shown = (
+                seconds_after is not None and self.accelerator.is_main_process and shows_progress()
+            )
             # The bar is closed before errors are reported, which would stand on its line otherwise.
-            with tqdm(
+            with ProgressBar(
                 total=config.steps,
                 initial=first,
                 desc=self.label,
+                seconds_after=seconds_after or 0.0,
                 disable=not shown,
-                mininterval=1.0,
             ) as bar:
                 log = _Log(self, bar)
                 for step in range(first, config.steps):
@@ -229,7 +234,7 @@ class Trainer:
                     if self.stop or done % config.save_every == 0 or done == config.steps:
                         self.save_checkpoint()
                     self.stop_if_asked(done)
-        if progress:
+        if seconds_after is not None:
             log.summarize()
         if first >= config.steps:  # nothing was left to train
             metrics = self.evaluate()
@@ -430,7 +435,7 @@ class Trainer:
 class _Log:
     """What is logged and shown of a training: the newest scalars, throughput, and warnings."""
 
-    def __init__(self, trainer: Trainer, bar: tqdm[NoReturn]) -> None:
+    def __init__(self, trainer: Trainer, bar: ProgressBar) -> None:
         self.trainer = trainer
         self.bar = bar
         batch_size = trainer.config.resolved_batch()[0]

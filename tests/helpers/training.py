@@ -99,7 +99,7 @@ def fit_task(
         compile_networks=False,
         bf16=bf16,
         label=label,
-        progress=progress,
+        seconds_after=0.0 if progress else None,
     )
 
 
