@@ -13,10 +13,10 @@ ALARM_AFTER = 300
 """Steps before which it does not: codes need some to find their place."""
 
 
-def check(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
+def check(config: TokenizerConfig, metrics: Mapping[str, float], step: int) -> str | None:
     """One line on the worst level of a codebook that is hardly used, with what to change; None
     where all is well."""
-    shares = {name: value for name, value in figures.items() if name.startswith("codebook_usage")}
+    shares = {name: value for name, value in metrics.items() if name.startswith("codebook_usage")}
     if step < ALARM_AFTER or not shares or min(shares.values()) >= ALARM_BELOW:
         return None
     worst = min(shares, key=lambda name: shares[name])

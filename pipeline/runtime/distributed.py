@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate, what the main one tells the others, and how they end. Knows
+"""The processes of a run: accelerate, broadcasts of the main process, and how they end. Knows
 no stage."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_accelerator(experiment: Experiment, *, trackers: bool) -> Accelerator:
 
 def distributed_state(minutes: int = 30) -> PartialState:
     """The processes alone, for work that trains nothing; they wait so many minutes for one another.
-    `PartialState` does not read ACCELERATE_USE_CPU as `Accelerator` does: left to itself it would
+    `PartialState` does not read ACCELERATE_USE_CPU as `Accelerator` does. Without `cpu` it would
     see one process where torchrun started several on CPUs, and each would do all the work."""
     return PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(minutes=minutes)
@@ -65,15 +65,15 @@ def distributed_state(minutes: int = 30) -> PartialState:
 
 
 def broadcast_from_main(text: str | None) -> str | None:
-    """The main process's text, on every process; all wait until it has one."""
-    told = [text]
+    """The main process's text, on every process; all wait for it."""
+    texts = [text]
     if distributed_state().num_processes > 1:
-        broadcast_object_list(told)
-    return told[0]
+        broadcast_object_list(texts)
+    return texts[0]
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether an error of several processes says that another one is gone or no longer answers."""
+    """Whether an error means that another process is gone or no longer answers."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(
         part in text for part in ("gloo", "nccl", "by peer", "broken pipe")
@@ -81,6 +81,6 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 
 def destroy_process_group() -> None:
-    """Ends the process group, if there is one; the last thing a verb does."""
+    """Ends the process group, if there is one; the last thing that a command does."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
