@@ -1,4 +1,4 @@
-"""When a codebook is going to waste, and what to do about it. Knows figures and options; no
+"""When a codebook is going to waste, and what to do about it. Knows metrics and options; no
 tensors."""
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from stage1_tokenizer.config import TokenizerConfig
 
 ALARM_BELOW = 0.5
-"""Share of the codes in use under which training warns."""
+"""Fraction of the codes in use below which training warns."""
 ALARM_AFTER = 300
-"""Steps before which it does not: codes need some to find their place."""
+"""Steps before the first warning: codes need some to settle."""
 
 
 def check(config: TokenizerConfig, metrics: Mapping[str, float], step: int) -> str | None:

@@ -329,9 +329,8 @@ class ImageTokenizer(PreTrainedModel):
         tokenizer.load_state_dict(
             align_state_dict(config, weights, tokenizer.state_dict(), str(path))
         )
-        if isinstance(
-            tokenizer.quantizer, VectorQuantizer
-        ):  # or training would replace the codebook
+        if isinstance(tokenizer.quantizer, VectorQuantizer):
+            # Or training would start by replacing the codebook.
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
 
