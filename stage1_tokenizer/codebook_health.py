@@ -1,4 +1,4 @@
-"""When a codebook is going to waste, and what to do about it. Knows figures and options; no
+"""When a codebook is going to waste, and what to do about it. Knows metrics and options; no
 tensors."""
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from stage1_tokenizer.config import TokenizerConfig
 
 ALARM_BELOW = 0.5
-"""Share of the codes in use under which training warns."""
+"""Fraction of the codes in use below which training warns."""
 ALARM_AFTER = 300
-"""Steps before which it does not: codes need some to find their place."""
+"""Steps before the first warning: codes need some to settle."""
 
 
-def check(config: TokenizerConfig, figures: Mapping[str, float], step: int) -> str | None:
+def check(config: TokenizerConfig, metrics: Mapping[str, float], step: int) -> str | None:
     """One line on the worst level of a codebook that is hardly used, with what to change; None
     where all is well."""
-    shares = {name: value for name, value in figures.items() if name.startswith("codebook_usage")}
+    shares = {name: value for name, value in metrics.items() if name.startswith("codebook_usage")}
     if step < ALARM_AFTER or not shares or min(shares.values()) >= ALARM_BELOW:
         return None
     worst = min(shares, key=lambda name: shares[name])

@@ -26,6 +26,7 @@ from stage1_tokenizer.options import (
     SignOptions,
     VectorOptions,
     VqganOptions,
+    failed,
 )
 
 
@@ -109,19 +110,18 @@ class TokenizerConfig:
     backgrounds outweigh the rest); `calibrated_l2` and a coin have none."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in (
-            "image_size",
-            "channels",
-            "width",
-            "encoder_depth",
-            "decoder_depth",
-            "code_dim",
-        ):
-            if getattr(self, name) < 1:
-                problems.append(
-                    f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1"
-                )
+        problems = [
+            f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1"
+            for name in (
+                "image_size",
+                "channels",
+                "width",
+                "encoder_depth",
+                "decoder_depth",
+                "code_dim",
+            )
+            if getattr(self, name) < 1
+        ]
         if self.downsample_factor < 1 or self.downsample_factor & (self.downsample_factor - 1):
             problems.append(
                 f"tokenizer.model.downsample_factor is {self.downsample_factor}; it must be a "
@@ -138,64 +138,58 @@ class TokenizerConfig:
                 f"tokenizer.model.image_size {self.image_size} is not a multiple of {needed}; "
                 f"the nearest size that fits is {nearest_multiple(self.image_size, self.stride)}"
             )
-        if self.width % 16:
-            problems.append(f"tokenizer.model.width is {self.width}; it must be a multiple of 16")
-        # Below a step of 8-bit images a density of fixed scale gives more than they hold: fewer
-        # than 0 bits per dimension.
+        # Below the step of 8-bit images a density of fixed scale gives fewer than 0 bits per
+        # dimension.
         least = STEP if self.likelihood in ("l2", "l1") else 0.0
-        if self.likelihood_scale <= least:
-            problems.append(
+        hint = f"{least:.4f}, the step of 8-bit images (or choose likelihood calibrated_l2)"
+        problems += failed(
+            (
+                self.width % 16 > 0,
+                f"tokenizer.model.width is {self.width}; it must be a multiple of 16",
+            ),
+            (
+                self.likelihood_scale <= least,
                 f"tokenizer.model.likelihood_scale is {self.likelihood_scale}; it must be above "
-                + (
-                    f"{least:.4f}, the step of 8-bit images (or choose likelihood calibrated_l2)"
-                    if least
-                    else "0"
-                )
-            )
+                f"{hint if least else 0}",
+            ),
+        )
         problems += self._network_problems() + self._quantizer_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
     def _network_problems(self) -> list[str]:
-        problems = self.vqgan.problems()
-        if self.architecture != "patch" and (self.attention or self.encoder_kernel != 1):
-            problems.append(
+        architecture = self.architecture
+        factor = self.downsample_factor
+        sizes = self.vqgan.problems()
+        made = 2 ** (len(self.vqgan.multipliers) - 1)
+        return sizes + failed(
+            (
+                architecture != "patch" and (self.attention or self.encoder_kernel != 1),
                 "tokenizer.model.attention and encoder_kernel belong to architecture patch, and "
-                "tokenizer.model.architecture is "
-                f"{self.architecture}; leave them out"
-            )
-        if self.architecture != "vqgan" and self.vqgan != VqganOptions():
-            problems.append(
+                f"tokenizer.model.architecture is {architecture}; leave them out",
+            ),
+            (
+                architecture != "vqgan" and self.vqgan != VqganOptions(),
                 "tokenizer.model.vqgan belongs to architecture vqgan, and "
-                "tokenizer.model.architecture is "
-                f"{self.architecture}; remove the section"
-            )
-        if (
-            self.architecture == "vqgan"
-            and not problems
-            and self.downsample_factor != 2 ** (len(self.vqgan.multipliers) - 1)
-        ):
-            problems.append(
+                f"tokenizer.model.architecture is {architecture}; remove the section",
+            ),
+            (
+                architecture == "vqgan" and not sizes and factor != made,
                 f"tokenizer.model.vqgan.multipliers are {len(self.vqgan.multipliers)}, which makes "
-                "a factor of "
-                f"{2 ** (len(self.vqgan.multipliers) - 1)}, and tokenizer.model.downsample_factor "
-                f"is {self.downsample_factor}; make them agree"
-            )
-        if self.architecture == "transformer" and self.width % 32:
-            problems.append(
+                f"a factor of {made}, and tokenizer.model.downsample_factor is {factor}; make them "
+                "agree",
+            ),
+            (
+                architecture == "transformer" and self.width % 32 > 0,
                 f"tokenizer.model.width is {self.width}; architecture transformer needs a multiple "
-                "of 32"
-            )
-        if (
-            self.architecture == "dalle"
-            and self.downsample_factor >= 1
-            and (self.width % self.downsample_factor or (self.width // self.downsample_factor) % 4)
-        ):
-            problems.append(
+                "of 32",
+            ),
+            (
+                architecture == "dalle" and factor >= 1 and self.width % (4 * factor) > 0,
                 f"tokenizer.model.width is {self.width}; architecture dalle needs 4 times factor "
-                f"{self.downsample_factor} or a multiple of that"
-            )
-        return problems
+                f"{factor} or a multiple of that",
+            ),
+        )
 
     def _quantizer_problems(self) -> list[str]:
         problems: list[str] = []
@@ -278,22 +272,17 @@ class ObjectiveConfig:
     """A discriminator (VQ-GAN)."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.kl_weight < 0:
-            problems.append(
-                f"tokenizer.objective.kl_weight is {self.kl_weight}; it must be 0 or more"
-            )
-        for name in ("temperature_start", "temperature_end"):
-            if getattr(self, name) <= 0:
-                problems.append(
-                    f"tokenizer.objective.{name} is {getattr(self, name)}; it must be above 0"
-                )
+        problems = [
+            f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more"
+            for name in ("kl_weight", "kl_ramp_steps", "temperature_steps")
+            if getattr(self, name) < 0
+        ]
+        problems += [
+            f"tokenizer.objective.{name} is {getattr(self, name)}; it must be above 0"
+            for name in ("temperature_start", "temperature_end")
+            if getattr(self, name) <= 0
+        ]
         problems += self.perceptual.problems() + self.discriminator.problems()
-        for name in ("kl_ramp_steps", "temperature_steps"):
-            if getattr(self, name) < 0:
-                problems.append(
-                    f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more"
-                )
         if problems:
             raise ValueError("; ".join(problems))
 

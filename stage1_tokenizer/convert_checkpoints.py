@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stage1_tokenizer.config import TokenizerConfig
@@ -100,8 +101,7 @@ def read_weights(path: Path) -> Weights:
         )
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(

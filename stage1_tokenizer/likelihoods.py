@@ -27,7 +27,7 @@ class Likelihood:
     density's mean a bound of the discrete probability."""
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
-        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats per dimension; a
+        """Negative log-likelihood of pixels (B,C,H,W) -> the same shape, in nats per dimension; an
         image's is their sum."""
         raise NotImplementedError
 
@@ -92,9 +92,9 @@ class LogitLaplace(Likelihood):
     Location and scale are both learned. The density (2021, appendix A.3) is over the squeezed unit
     range; the change of variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
 
-    The scale is `least_scale` and the exponential of what the decoder says, which is where this
-    departs from the paper: pixels of flat backgrounds, whose scale could fall to what 8 bits
-    resolve, would outweigh all others by the inverse of it.
+    Unlike the paper's, the scale is the exponential of the decoder's output plus `least_scale`. The
+    scale of flat backgrounds could otherwise fall to the resolution of 8 bits, and they would
+    outweigh all other pixels by its inverse.
     """
 
     parameters_per_channel = 2

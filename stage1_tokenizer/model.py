@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -129,7 +130,7 @@ class ImageTokenizer(PreTrainedModel):
         """Pixels (B,C,H,W) in [-1,1] -> codes int64: (B,h,w) of one level, (B,N) of several as
         `layout` says.
 
-        Any height and width that the code grid divides will do.
+        Height and width may be any multiples of the coarsest code's side.
 
         Raises:
             ValueError: the pixels have other channels, or a size that the grid does not divide.
@@ -164,8 +165,8 @@ class ImageTokenizer(PreTrainedModel):
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1].
 
-        `grid` is the finest grid's height and width; it need be said only for flat codes of
-        images of another size than `image_size`.
+        `grid` is the finest grid's height and width, needed only for flat codes of images of
+        another size than `image_size`.
 
         Raises:
             ValueError: the codes have another form than the tokenizer's, or one is not in its
@@ -205,9 +206,9 @@ class ImageTokenizer(PreTrainedModel):
         """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid
         divides.
 
-        With `tile`, images that are larger go through in pieces of that many pixels a side, each
-        seen with `margin` pixels around it (16 codes if not said, which is more than a pixel of the
-        default networks depends on).
+        With `tile`, larger images go through in pieces of that many pixels per side, each with
+        `margin` pixels around it. By default these are 16 codes, more than a pixel of the default
+        networks depends on.
 
         Raises:
             ValueError: as `encode`.
@@ -299,19 +300,16 @@ class ImageTokenizer(PreTrainedModel):
                     f"{folder}/config.json is not a tokenizer's: it has no 'model' section"
                 )
             tokenizer = cls(ImageTokenizerConfig(model=values["model"]))
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                names = list(file.keys())
-                weights = {name: file.get_tensor(name) for name in names}
+            weights = load_file(folder / "model.safetensors")
         except (SafetensorError, json.JSONDecodeError, TypeError) as error:
             raise ValueError(
                 f"{folder} cannot be read: {error}; the file is truncated or not a tokenizer's, "
                 "copy it again"
             ) from error
         own = tokenizer.state_dict()
-        shared = set(own) & set(weights)
         _refuse_misfit(
             folder,
-            (set(own) ^ set(weights)) or {k for k in shared if own[k].shape != weights[k].shape},
+            (set(own) ^ set(weights)) or {k for k in own if own[k].shape != weights[k].shape},
         )
         tokenizer.load_state_dict(weights)
         return tokenizer.eval()
@@ -331,9 +329,8 @@ class ImageTokenizer(PreTrainedModel):
         tokenizer.load_state_dict(
             align_state_dict(config, weights, tokenizer.state_dict(), str(path))
         )
-        if isinstance(
-            tokenizer.quantizer, VectorQuantizer
-        ):  # or training it further would start the codebook anew
+        if isinstance(tokenizer.quantizer, VectorQuantizer):
+            # Or training would start by replacing the codebook.
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
 

@@ -138,10 +138,10 @@ class TokenizerObjective:
         yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
         yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
 
-    def check_health(self, figures: Mapping[str, float], step: int) -> str | None:
+    def check_health(self, metrics: Mapping[str, float], step: int) -> str | None:
         """A warning about the codebook, by the scalars of a training step, with what to do; or
         None."""
-        return check(self.tokenizer.own_config, figures, step)
+        return check(self.tokenizer.own_config, metrics, step)
 
     def _discriminator_loss(
         self, discriminator: nn.Module, true: Tensor, drawn: Tensor
@@ -195,19 +195,19 @@ class TokenizerObjective:
                 "pictures"
             )
         nats = float(torch.cat(nll).mean())
-        figures = {
+        metrics = {
             "psnr": float(torch.cat(psnr).mean()),
             "nll": nats,
             "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
         }
         for name, part in counts_by_level(counts, layout).items():
             statistics = codebook_statistics(part)
-            figures |= {
+            metrics |= {
                 f"codebook_usage{name}": statistics.usage,
                 f"codebook_perplexity{name}": statistics.perplexity,
                 f"dead_codes{name}": float(statistics.dead),
             }
         if soft_psnr:
-            figures["relaxed_psnr"] = float(torch.cat(soft_psnr).mean())
-            figures["relaxed_gap"] = figures["relaxed_psnr"] - figures["psnr"]
-        return figures
+            metrics["relaxed_psnr"] = float(torch.cat(soft_psnr).mean())
+            metrics["relaxed_gap"] = metrics["relaxed_psnr"] - metrics["psnr"]
+        return metrics

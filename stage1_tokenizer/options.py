@@ -27,6 +27,11 @@ OWNERS: dict[str, tuple[QuantizerName, ...]] = {
 }
 
 
+def failed(*checks: tuple[bool, str]) -> list[str]:
+    """The messages of those checks (whether a value is wrong, message) that fail."""
+    return [message for wrong, message in checks if wrong]
+
+
 @dataclass(kw_only=True)
 class VqganOptions:
     """Sizes of `architecture: vqgan`, which has its own in place of width and depths."""
@@ -48,22 +53,17 @@ class VqganOptions:
         self.multipliers = tuple(self.multipliers)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        if (
-            not self.multipliers
-            or min(self.channels, self.blocks, self.latent_channels, *self.multipliers) < 1
-            or self.channels % 32
-        ):
-            return [
-                "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, "
-                "blocks and latent_channels of at least "
-                f"1; given were {self}"
-            ]
-        return []
+        least = min(self.channels, self.blocks, self.latent_channels, *self.multipliers)
+        message = (
+            "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, "
+            f"blocks and latent_channels of at least 1; given were {self}"
+        )
+        return failed((not self.multipliers or least < 1 or self.channels % 32 > 0, message))
 
 
 @dataclass(kw_only=True)
 class PerceptualOptions:
-    """How different true and drawn images look, beside their likelihood
+    """How different real and decoded images look, in addition to their likelihood
     (`tokenizer.objective.perceptual`)."""
 
     weight: float = 0.0
@@ -78,18 +78,18 @@ class PerceptualOptions:
         self.layers = tuple(self.layers)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        problems = []
-        if self.weight < 0:
-            problems.append(
-                f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more"
-            )
-        if self.layers and (min(self.layers) < 0 or self.distance == "ms_ssim"):
-            problems.append(
+        misplaced = min(self.layers, default=0) < 0 or self.distance == "ms_ssim"
+        return failed(
+            (
+                self.weight < 0,
+                f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more",
+            ),
+            (
+                bool(self.layers) and misplaced,
                 f"tokenizer.objective.perceptual.layers are {list(self.layers)}; they are hidden "
-                "states, from 0, of a model that "
-                f"perceptual.distance names (now {self.distance})"
-            )
-        return problems
+                f"states, from 0, of a model that perceptual.distance names (now {self.distance})",
+            ),
+        )
 
 
 @dataclass(kw_only=True)
@@ -99,7 +99,7 @@ class DiscriminatorOptions:
     weight: float = 0.0
     """Weight of the decoder's loss against the discriminator; 0 leaves it out."""
     start: int = 1000
-    """First step that has it: before, there is too little to tell true from drawn by."""
+    """First step with it: earlier, real and decoded images differ too much."""
     adaptive: bool = True
     """Scale the weight so that at 1 the discriminator moves the image as much as its likelihood
     does."""
@@ -116,26 +116,21 @@ class DiscriminatorOptions:
         wrong = (
             min(self.weight, self.start, self.lecam) < 0
             or self.width < 16
-            or self.width % 16
+            or self.width % 16 > 0
             or self.layers < 1
         )
-        return (
-            [
-                "tokenizer.objective.discriminator needs weight, start and lecam of 0 or more, "
-                "width a multiple of 16, layers of at least 1; "
-                f"given were {self}"
-            ]
-            if wrong
-            else []
+        message = (
+            "tokenizer.objective.discriminator needs weight, start and lecam of 0 or more, "
+            f"width a multiple of 16, layers of at least 1; given were {self}"
         )
+        return failed((wrong, message))
 
 
-def _not_negative(section: str, **values: float) -> list[str]:
-    return [
-        f"tokenizer.model.{section}.{name} is {value}; it must be 0 or more"
-        for name, value in values.items()
-        if value < 0
-    ]
+def _check_diversity(section: str, diversity: float) -> tuple[bool, str]:
+    return (
+        diversity < 0,
+        f"tokenizer.model.{section}.diversity is {diversity}; it must be 0 or more",
+    )
 
 
 @dataclass(kw_only=True)
@@ -148,10 +143,10 @@ class VectorOptions:
     of the codebook loss; or that gradient through one linear map over a frozen codebook, which
     moves all codes at once (SimVQ)."""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """What the encoder gets of the decoder's gradient: the same, or the same turned as the vector
-    is turned onto its code."""
+    """The encoder's gradient: the decoder's, or the decoder's rotated as the vector is rotated onto
+    its code."""
     decay: float = 0.99
-    """Decay of the moving averages, a step (`ema`), and of the usage counts (all)."""
+    """Decay per step of the moving averages (`ema`), and of the usage counts (all)."""
     commitment: float = 0.25
     """Weight of the commitment loss, beta in the paper."""
     normalize: bool = True
@@ -159,16 +154,15 @@ class VectorOptions:
     (ViT-VQGAN). In `residual` the vectors alone: what is left of them after the first code lies on
     no sphere."""
     entropy_weight: float = 0.0
-    """Weight of the entropy term: vectors are drawn to be sure of their code, and the batch to use
-    all codes."""
+    """Weight of the entropy term: each vector certain of its code, all codes used by the batch."""
     kmeans_iterations: int = 0
-    """Rounds of k-means over the first batch before it becomes the codebook; 0 takes vectors of the
-    batch as they are."""
+    """Rounds of k-means over the first batch, whose centres start the codebook; with 0, vectors of
+    the batch do."""
     dead_code_threshold: float = 0.1
-    """A code used less than this share of the average use is dead and restarts at a vector of the
+    """A code used less than this fraction of the average is dead and restarts at a vector of the
     batch; 0 never restarts. It is all that moves a frozen codebook (`linear`)."""
     dead_code_check_every: int = 10
-    """Steps between two looks for dead codes."""
+    """Steps between two searches for dead codes."""
 
     def problems(self) -> list[str]:
         wrong = (
@@ -176,15 +170,15 @@ class VectorOptions:
             or self.commitment < 0
             or self.dead_code_check_every < 1
             or not 0 <= self.dead_code_threshold < 1
+            or self.entropy_weight < 0
+            or self.kmeans_iterations < 0
         )
-        if wrong or self.entropy_weight < 0 or self.kmeans_iterations < 0:
-            return [
-                "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and "
-                "kmeans_iterations of 0 or more, "
-                "dead_code_threshold in [0, 1) and dead_code_check_every of at least 1; given "
-                f"were {self}"
-            ]
-        return []
+        message = (
+            "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and "
+            "kmeans_iterations of 0 or more, dead_code_threshold in [0, 1) and "
+            f"dead_code_check_every of at least 1; given were {self}"
+        )
+        return failed((wrong, message))
 
 
 @dataclass(kw_only=True)
@@ -201,7 +195,7 @@ class GumbelOptions:
     keeps codes from falling out of use."""
 
     def problems(self) -> list[str]:
-        return _not_negative("gumbel", diversity=self.diversity)
+        return failed(_check_diversity("gumbel", self.diversity))
 
 
 @dataclass(kw_only=True)
@@ -218,7 +212,7 @@ class BinaryOptions:
     vocabularies beyond some 16,000."""
 
     def problems(self) -> list[str]:
-        return _not_negative("binary", diversity=self.diversity)
+        return failed(_check_diversity("binary", self.diversity))
 
 
 @dataclass(kw_only=True)
@@ -229,8 +223,8 @@ class ScoreFunctionOptions:
     """What a code's cost is: that of the whole image, which is unbiased; or of the pixels at its
     place and the eight around it, which leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9
-    """Decay, a step, of the running mean of the cost that is subtracted from it; 0 takes the mean
-    of the step before."""
+    """Decay per step of the running mean that is subtracted from the cost; 0 takes the mean of the
+    step before."""
     diversity: float = 3.0
     """As in `gumbel`."""
     inverse_temperature: float = 8.0
@@ -238,13 +232,14 @@ class ScoreFunctionOptions:
     leaves posteriors soft, their mean is even though few codes are ever the likeliest."""
 
     def problems(self) -> list[str]:
-        if not 0 <= self.baseline_decay < 1 or self.inverse_temperature <= 0:
-            return [
-                "tokenizer.model.score_function needs baseline_decay in [0, 1) and sharpness above "
-                "0; "
-                f"given were {self.baseline_decay} and {self.inverse_temperature}"
-            ]
-        return _not_negative("score_function", diversity=self.diversity)
+        message = (
+            "tokenizer.model.score_function needs baseline_decay in [0, 1) and inverse_temperature "
+            f"above 0; given were {self.baseline_decay} and {self.inverse_temperature}"
+        )
+        return failed(
+            (not 0 <= self.baseline_decay < 1 or self.inverse_temperature <= 0, message),
+            _check_diversity("score_function", self.diversity),
+        )
 
 
 @dataclass(kw_only=True)
@@ -258,12 +253,11 @@ class FsqOptions:
         self.levels = tuple(self.levels)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        if not self.levels or min(self.levels) < 3 or max(self.levels) > 1000:
-            return [
-                f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (lfq "
-                "has two values a feature), at most 1000"
-            ]
-        return []
+        message = (
+            f"tokenizer.model.fsq.levels is {list(self.levels)}; each must be at least 3 (lfq "
+            "has two values a feature), at most 1000"
+        )
+        return failed((not self.levels or min(self.levels) < 3 or max(self.levels) > 1000, message))
 
 
 @dataclass(kw_only=True)
@@ -281,15 +275,12 @@ class SignOptions:
     """Inverse temperature of the probabilities whose entropy is taken."""
 
     def problems(self) -> list[str]:
-        if (
-            min(self.commitment, self.entropy_weight, self.diversity) < 0
-            or self.inverse_temperature <= 0
-        ):
-            return [
-                "tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more "
-                f"and sharpness above 0; given were {self}"
-            ]
-        return []
+        weights = (self.commitment, self.entropy_weight, self.diversity)
+        message = (
+            "tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more and "
+            f"inverse_temperature above 0; given were {self}"
+        )
+        return failed((min(weights) < 0 or self.inverse_temperature <= 0, message))
 
 
 @dataclass(kw_only=True)
@@ -297,14 +288,13 @@ class ResidualOptions:
     """Options of `quantizer: residual` (RQ-VAE)."""
 
     depth: int = 2
-    """Codes a position: each one quantizes what the ones before it left over."""
+    """Codes per position: each one quantizes the residual of those before it."""
     shared: bool = False
     """One codebook for all depths, instead of one each."""
 
     def problems(self) -> list[str]:
-        if self.depth < 1:
-            return [f"tokenizer.model.residual.depth is {self.depth}; it must be at least 1"]
-        return []
+        message = f"tokenizer.model.residual.depth is {self.depth}; it must be at least 1"
+        return failed((self.depth < 1, message))
 
 
 @dataclass(kw_only=True)
@@ -323,19 +313,21 @@ class HierarchicalOptions:
         self.coarse_codes = tuple(self.coarse_codes)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        if self.levels < 2 or self.width < 1:
-            return [
-                "tokenizer.model.hierarchical needs levels of at least 2 and width of at least 1; "
-                f"given were {self.levels} and {self.width}"
-            ]
-        if self.coarse_codes and (
+        sizes = self.levels < 2 or self.width < 1
+        codes = bool(self.coarse_codes) and (
             len(self.coarse_codes) != self.levels - 1
             or not 2 <= min(self.coarse_codes) <= max(self.coarse_codes) <= LARGEST_CODE
-        ):
-            return [
+        )
+        return failed(
+            (
+                sizes,
+                "tokenizer.model.hierarchical needs levels of at least 2 and width of at least 1; "
+                f"given were {self.levels} and {self.width}",
+            ),
+            (
+                codes and not sizes,
                 f"tokenizer.model.hierarchical.coarse_codes is {list(self.coarse_codes)}; with "
-                f"{self.levels} levels it needs "
-                f"{self.levels - 1} numbers from 2 to {LARGEST_CODE}, one for each level above the "
-                "finest"
-            ]
-        return []
+                f"{self.levels} levels it needs {self.levels - 1} numbers from 2 to "
+                f"{LARGEST_CODE}, one for each level above the finest",
+            ),
+        )

@@ -45,7 +45,7 @@ def to_pictures(pixels: Tensor) -> Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on
     white."""
-    # Pillow fails in many ways on a corrupted EXIF block, which says nothing of the pixels: such a
+    # Pillow fails in many ways on a corrupted EXIF block, while the pixels may be whole: such an
     # image stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
         image = ImageOps.exif_transpose(image)

@@ -7,9 +7,16 @@ import math
 from dataclasses import dataclass, field
 
 
+def refuse(*checks: tuple[bool, str]) -> None:
+    """Raises ValueError with the messages of all those checks (whether a value is wrong, message)
+    that fail."""
+    if problems := [message for wrong, message in checks if wrong]:
+        raise ValueError("; ".join(problems))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One code book's share of the stream: a grid of codes, read row by row."""
+    """The part of the stream that one codebook has: a grid of codes, read row by row."""
 
     grid: tuple[int, int]
     """Height and width, in codes."""
@@ -34,44 +41,45 @@ class PriorConfig:
     columns share it)."""
     kv_heads: int | None = None
     """Heads of keys and values, shared by equal groups of the attention heads (grouped-query
-    attention): fewer make the cache of sampling smaller. As many as `heads` when absent."""
+    attention): fewer make the key-value cache smaller. As many as `heads` when absent."""
     mlp_ratio: float = 8 / 3
     """Hidden features of the SwiGLU layer as a multiple of `width`, rounded up to a multiple of
     32."""
     dropout: float = 0.0
-    """Share of features zeroed on each residual branch while training."""
+    """Fraction of features zeroed on each residual branch in training."""
     rope_base: float = 100.0
-    """Base of the rotary frequencies. Streams are short (tens of positions an axis), so far below
-    the usual 10,000."""
+    """Base of the rotary frequencies. Streams are short (tens of positions per axis), so it is far
+    below the usual 10,000."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                problems.append(
-                    f"prior.model.{name} is {getattr(self, name)}; it must be at least 1"
-                )
-        if not problems and (self.width % self.heads or (self.width // self.heads) % 4):
-            problems.append(
+        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads")}
+        positive = min(sizes.values()) >= 1
+        refuse(
+            *(
+                (value < 1, f"prior.model.{name} is {value}; it must be at least 1")
+                for name, value in sizes.items()
+            ),
+            (
+                positive and self.width % (4 * self.heads) > 0,
                 f"prior.model.width {self.width} does not split into prior.model.heads "
-                f"{self.heads} heads of a width that is "
-                "a multiple of 4; choose, for example, heads = width / 64"
-            )
-        if self.kv_heads is not None and (
-            self.kv_heads < 1 or (self.heads > 0 and self.heads % self.kv_heads)
-        ):
-            problems.append(
+                f"{self.heads} heads of a width that is a multiple of 4; choose, for example, "
+                "heads = width / 64",
+            ),
+            (
+                self.kv_heads is not None
+                and (self.kv_heads < 1 or (self.heads > 0 and self.heads % self.kv_heads > 0)),
                 f"prior.model.kv_heads is {self.kv_heads}; it must divide prior.model.heads "
-                f"{self.heads}, or be absent"
-            )
-        if not 0 <= self.dropout < 1:
-            problems.append(f"prior.model.dropout is {self.dropout}; it must be in [0, 1)")
-        if self.mlp_ratio <= 0 or self.rope_base <= 1:
-            problems.append(
-                "prior.model.mlp_ratio must be above 0 and prior.model.rope_base above 1"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+                f"{self.heads}, or be absent",
+            ),
+            (
+                not 0 <= self.dropout < 1,
+                f"prior.model.dropout is {self.dropout}; it must be in [0, 1)",
+            ),
+            (
+                self.mlp_ratio <= 0 or self.rope_base <= 1,
+                "prior.model.mlp_ratio must be above 0 and prior.model.rope_base above 1",
+            ),
+        )
 
     @property
     def hidden(self) -> int:
@@ -87,47 +95,44 @@ class PriorObjectiveConfig:
     """Weight of the text cross-entropy against the image cross-entropy (1). DALL-E used 1/7 of the
     image's."""
     caption_dropout: float = 0.1
-    """Share of captions replaced by the null caption while training. Guidance needs it above 0."""
+    """Fraction of captions replaced by the null caption in training. Guidance needs it above 0."""
     label_smoothing: float = 0.0
-    """Share of a code's target spread evenly over all codes while training; reported nats are
+    """Fraction of a code's target spread evenly over all codes in training; reported nats are
     without it."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.text_weight < 0:
-            problems.append(
-                f"prior.objective.text_weight is {self.text_weight}; it must be 0 or more"
-            )
-        for name in ("caption_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(
-                    f"prior.objective.{name} is {getattr(self, name)}; it must be in [0, 1)"
-                )
-        if problems:
-            raise ValueError("; ".join(problems))
+        shares = {name: getattr(self, name) for name in ("caption_dropout", "label_smoothing")}
+        refuse(
+            (
+                self.text_weight < 0,
+                f"prior.objective.text_weight is {self.text_weight}; it must be 0 or more",
+            ),
+            *(
+                (not 0 <= value < 1, f"prior.objective.{name} is {value}; it must be in [0, 1)")
+                for name, value in shares.items()
+            ),
+        )
 
 
 @dataclass(kw_only=True)
 class StreamConfig:
-    """The shape of the stream a prior was built for; saved with it. The pipeline fills it in from
-    the tokenizers."""
+    """The shape of the stream that a prior was built for; saved with it. The pipeline derives it
+    from the tokenizers."""
 
     text_vocab_size: int
     """Entries of the text vocabulary, special tokens included."""
     text_length: int
-    """Text slots of the stream, start and end token included."""
+    """Text positions of the stream, start and end token included."""
     levels: tuple[Level, ...] = field(default_factory=tuple)
     """The codes' levels, in the order in which the stream holds them."""
     code_dim: int = 0
-    """Features of a code's vector, of which the prior is told (`ImagePrior.set_codebook`); 0 where
-    codes are bare numbers."""
+    """Features of a code's vector (`ImagePrior.set_codebook`); 0 where codes have none."""
     any_order: bool = False
-    """Whether each token is told the position of the code that comes next, so that codes may come
-    in any order."""
+    """Whether the position of the next code is an input, so that codes may come in any order."""
     pad_id: int = 0
-    """Text id that fills unused text slots."""
+    """Text id that fills unused text positions."""
     start_id: int = 1
-    """Text id of the first slot."""
+    """Text id of the first position."""
     end_id: int = 2
     """Text id that ends a caption."""
 
@@ -138,13 +143,15 @@ class StreamConfig:
             else Level(grid=tuple(level["grid"]), num_codes=level["num_codes"])
             for level in self.levels
         )
-        if not self.levels:
-            raise ValueError(
+        refuse(
+            (
+                not self.levels,
                 "a stream needs at least one level of codes; give levels=(Level(grid=(8, 8), "
-                "num_codes=512),)"
-            )
-        if self.text_length < 3:
-            raise ValueError(
+                "num_codes=512),)",
+            ),
+            (
+                self.text_length < 3,
                 f"text.max_length is {self.text_length}; it must be at least 3 (start, one token, "
-                "end)"
-            )
+                "end)",
+            ),
+        )

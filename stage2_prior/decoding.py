@@ -69,7 +69,7 @@ class Samples:
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
 
 
-# Eight parameters: the five after `options` are what callers choose one by one, all with defaults.
+# Eight parameters: the four by keyword are independent of each other and have defaults.
 @torch.inference_mode()
 def sample(
     prior: ImagePrior,

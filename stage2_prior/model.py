@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -399,19 +400,16 @@ class ImagePrior(PreTrainedModel):
                 )
         try:
             prior = cls(ImagePriorConfig(**_hub_fields(folder / "config.json")))
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                names = list(file.keys())
-                weights = {name: file.get_tensor(name) for name in names}
+            weights = load_file(folder / "model.safetensors")
         except (SafetensorError, json.JSONDecodeError, TypeError) as error:
             raise ValueError(
                 f"{folder} cannot be read: {error}; the file is truncated or not a prior's, "
                 "copy it again"
             ) from error
         own = prior.state_dict()
-        shared = set(own) & set(weights)
         _refuse_misfit(
             folder,
-            (set(own) ^ set(weights)) or {k for k in shared if own[k].shape != weights[k].shape},
+            (set(own) ^ set(weights)) or {k for k in own if own[k].shape != weights[k].shape},
         )
         prior.load_state_dict(weights)
         return prior.eval()

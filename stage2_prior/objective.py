@@ -174,11 +174,11 @@ class PriorObjective:
                 "there are no held-out images to evaluate on; raise data.val_fraction or add "
                 "pictures"
             )
-        figures = {
+        metrics = {
             "nats_per_text_token": float(sums[0] / sums[1].clamp(min=1)),
             "nats_per_code": float(sums[2] / sums[3]),
         }
-        return figures | (
+        return metrics | (
             {"nats_per_caption_token": float(sums[4] / sums[1].clamp(min=1))}
             if self.image_first
             else {}

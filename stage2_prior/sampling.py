@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage2_prior.config import refuse
+
 _BLOCK = 128
-"""Classes that one scan goes over."""
+"""Classes per scan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ class SamplingOptions:
     """1 samples the caption's distribution; above 1 moves away from the null caption's, and costs a
     second branch."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Shares of the codes between which guidance is on; the null caption's branch costs nothing
-    before and after."""
+    """Fractions of the codes between which guidance is on; before and after, the null caption's
+    branch is not computed."""
     guidance_power: float | None = None
     """Lets guidance rise from none to `guidance_scale` by (1 - cos(pi share^power)) / 2 over the
     codes; absent, it is constant."""
@@ -48,52 +50,57 @@ class SamplingOptions:
     """Keep the smallest set of codes whose probability reaches p (nucleus sampling, Holtzman et al.
     2020)."""
     min_p: float | None = None
-    """Keep only codes at least this share as likely as the likeliest one, given the caption and
+    """Keep only codes at least this fraction as likely as the likeliest one, given the caption and
     before guidance and temperature. With a small one (0.002) guidance can be stronger."""
     num_inference_steps: int | None = None
-    """Steps in which all codes are drawn, few at first and more later, where the prior was trained
-    on random orders; absent, each code has a step of its own."""
+    """Steps in which all codes are sampled, few at first and more later; needs a prior that was
+    trained on random orders. Absent: one step per code."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.guidance_scale < 0:
-            problems.append(
-                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is off)"
-            )
         # JSON has lists
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        if (
-            len(self.guidance_interval) != 2
-            or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
-        ):
-            problems.append(
+        interval = self.guidance_interval
+        refuse(
+            (
+                self.guidance_scale < 0,
+                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is off)",
+            ),
+            (
+                len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1,
                 f"guidance_interval is {self.guidance_interval}; it must be two shares of the "
-                "codes, as in (0.1, 0.8)"
-            )
-        if self.guidance_power is not None and self.guidance_power <= 0:
-            problems.append(
+                "codes, as in (0.1, 0.8)",
+            ),
+            (
+                self.guidance_power is not None and self.guidance_power <= 0,
                 f"guidance_power is {self.guidance_power}; it must be above 0, or absent for "
-                "constant guidance"
-            )
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            problems.append(f"top_k is {self.top_k}; it must be at least 1, or absent for no limit")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}; it must be in (0, 1], or absent for no limit")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            problems.append(f"min_p is {self.min_p}; it must be in [0, 1], or absent for no limit")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            problems.append(
+                "constant guidance",
+            ),
+            (
+                self.temperature < 0,
+                f"temperature is {self.temperature}; it must be 0 (greedy) or more",
+            ),
+            (
+                self.top_k is not None and self.top_k < 1,
+                f"top_k is {self.top_k}; it must be at least 1, or absent for no limit",
+            ),
+            (
+                self.top_p is not None and not 0 < self.top_p <= 1,
+                f"top_p is {self.top_p}; it must be in (0, 1], or absent for no limit",
+            ),
+            (
+                self.min_p is not None and not 0 <= self.min_p <= 1,
+                f"min_p is {self.min_p}; it must be in [0, 1], or absent for no limit",
+            ),
+            (
+                self.num_inference_steps is not None and self.num_inference_steps < 1,
                 f"num_inference_steps is {self.num_inference_steps}; it must be at least 1, or "
-                "absent for one step per code"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+                "absent for one step per code",
+            ),
+        )
 
 
 def guidance_at(share: float, options: SamplingOptions) -> float:
-    """The guidance scale where this share of the codes, in [0,1), is decided; 1 is off."""
+    """The guidance scale where this fraction of the codes, in [0,1), is decided; 1 is off."""
     first, last = options.guidance_interval
     if not first <= share < last:
         return 1.0

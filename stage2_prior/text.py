@@ -23,6 +23,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from stage2_prior.config import refuse
+
 CAPTIONS_TO_LEARN = 100_000
 """A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
 PAD = "<pad>"
@@ -42,33 +44,35 @@ class TextConfig:
     pretrained: str | None = None
     """Name or folder of a transformers tokenizer to use instead of training one."""
     truncate: bool = False
-    """Cut captions that are longer than `max_length`. Without it they stop the work with an error
-    that counts them."""
+    """Truncate captions that are longer than `max_length`. Without it they are an error that counts
+    them."""
     bpe_dropout: float = 0.0
-    """Chance with which each merge of a training caption is left out, so that words are met in
-    other pieces, too."""
+    """Probability that each merge of a training caption is skipped, so that words occur in other
+    pieces too."""
     num_new_tokens: int = 0
-    """Maximum number of entries added to the vocabulary of the prior that is started from, for
-    words of the new captions that it splits."""
+    """Maximum number of tokens to add to the pretrained vocabulary, for words that it splits."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.pretrained is None and self.vocab_size < 300:
-            problems.append(
+        refuse(
+            (
+                self.pretrained is None and self.vocab_size < 300,
                 f"text.vocab_size is {self.vocab_size}; it must be at least 300 (256 bytes and "
-                "some merges)"
-            )
-        if self.max_length < 3:
-            problems.append(
+                "some merges)",
+            ),
+            (
+                self.max_length < 3,
                 f"text.max_length is {self.max_length}; it must be at least 3 (start, one token, "
-                "end)"
-            )
-        if self.num_new_tokens < 0:
-            problems.append(f"text.num_new_tokens is {self.num_new_tokens}; it must be 0 or more")
-        if not 0 <= self.bpe_dropout < 1:
-            problems.append(f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)")
-        if problems:
-            raise ValueError("; ".join(problems))
+                "end)",
+            ),
+            (
+                self.num_new_tokens < 0,
+                f"text.num_new_tokens is {self.num_new_tokens}; it must be 0 or more",
+            ),
+            (
+                not 0 <= self.bpe_dropout < 1,
+                f"text.bpe_dropout is {self.bpe_dropout}; it must be in [0, 1)",
+            ),
+        )
 
 
 class TextTokenizer:

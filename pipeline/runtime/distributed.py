@@ -76,7 +76,7 @@ def broadcast_from_main(text: str | None) -> str | None:
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether an error of several processes says that another one is gone or no longer answers."""
+    """Whether an error means that another process is gone or no longer answers."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(
         part in text for part in ("gloo", "nccl", "by peer", "broken pipe")

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -38,10 +37,15 @@ class CorruptedCheckpoint(ValueError):
     """A checkpoint's files are not those that were written; the text says how they differ."""
 
 
-class HasState(Protocol):
-    """What a checkpoint needs of networks and optimizers; `Any` as in torch's own."""
+@dataclass(frozen=True)
+class CheckpointState:
+    """The tensors of a checkpoint, unsharded."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    networks: Mapping[str, Mapping[str, Tensor]]
+    """State dict of each network, by group."""
+    optimizers: Mapping[str, Mapping[int, Mapping[str, Tensor]]]
+    """Moments by optimizer, number of the parameter and name."""
+    ema: Sequence[Tensor]
 
 
 @dataclass
@@ -83,9 +87,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(
     folder: Path,
     state: State,
-    networks: Mapping[str, HasState],
-    optimizers: Mapping[str, HasState],
-    ema: Sequence[Tensor],
+    saved: CheckpointState,
     *,
     keep: int,
     verified: Collection[Path] = (),
@@ -103,16 +105,16 @@ def save_checkpoint(
 
     def write(beside: Path) -> None:
         weights = {
-            f"{g}.{k}": v.detach()
-            for g, net in networks.items()
-            for k, v in net.state_dict().items()
+            f"{group}.{name}": tensor
+            for group, network in saved.networks.items()
+            for name, tensor in network.items()
         }
         _save(weights, beside / "weights.safetensors")
-        _save({f"{i:05d}": t for i, t in enumerate(ema)}, beside / "ema.safetensors")
+        _save({f"{i:05d}": t for i, t in enumerate(saved.ema)}, beside / "ema.safetensors")
         moments = {
             f"{group}.{index}.{name}": torch.as_tensor(value)
-            for group, optimizer in optimizers.items()
-            for index, moment in optimizer.state_dict()["state"].items()
+            for group, states in saved.optimizers.items()
+            for index, moment in states.items()
             for name, value in moment.items()
         }
         _save(moments, beside / "optimizer.safetensors")
@@ -121,7 +123,7 @@ def save_checkpoint(
             "step": state.step,
             "best": state.best,
             "skipped": state.skipped,
-            "optimizers": sorted(optimizers),
+            "optimizers": sorted(saved.optimizers),
         }
         (beside / "state.json").write_text(json.dumps(values) + "\n")
         files = {

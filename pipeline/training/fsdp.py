@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.training.checkpoint import HasState
+from pipeline.training.checkpoint import CheckpointState
 from pipeline.training.ema import EMA
 from pipeline.training.task import Objective
 
@@ -77,16 +77,6 @@ class Steppers:
     ema: EMA
 
 
-@dataclass(frozen=True)
-class CheckpointState:
-    """What a checkpoint holds, by group and unsharded; where it had to be gathered, on the main
-    process alone."""
-
-    networks: Mapping[str, HasState]
-    optimizers: Mapping[str, HasState]
-    ema: Sequence[Tensor]
-
-
 class ModelState:
     """Unsharded networks.
 
@@ -132,7 +122,11 @@ class ModelState:
 
     def checkpoint_state(self) -> CheckpointState:
         """What checkpoints hold; every process calls this, and the main one may use the result."""
-        return CheckpointState(self.plain, self.optimizers, self.ema.shadow)
+        return CheckpointState(
+            {group: network.state_dict() for group, network in self.plain.items()},
+            {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            self.ema.shadow,
+        )
 
     def load_ema(self) -> None:
         """Leaves the EMA weights in the unsharded networks."""
@@ -200,18 +194,16 @@ class FSDPModelState(ModelState):
 
     def checkpoint_state(self) -> CheckpointState:
         networks = {
-            group: _StateDict(self._gathered(network.state_dict()))
-            for group, network in self.networks.items()
+            group: self._gathered(network.state_dict()) for group, network in self.networks.items()
         }
-        optimizers = {}
-        for name, optimizer in self.optimizers.items():
-            states = {
+        optimizers = {
+            name: {
                 i: self._gathered(values) for i, values in enumerate(_states(optimizer)) if values
             }
-            optimizers[name] = _StateDict({"state": states})
-        return CheckpointState(
-            networks, optimizers, list(self._gathered(dict(enumerate(self.ema.shadow))).values())
-        )
+            for name, optimizer in self.optimizers.items()
+        }
+        ema = self._gathered(dict(enumerate(self.ema.shadow)))
+        return CheckpointState(networks, optimizers, list(ema.values()))
 
     def load_ema(self) -> None:
         self._fill(self.ema.shadow)
@@ -239,16 +231,6 @@ class FSDPModelState(ModelState):
             if self.accelerator.is_main_process:
                 held[key] = value.cpu()
         return held
-
-
-class _StateDict:
-    """Tensors in the form that checkpoints take (`HasState`)."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -352,7 +353,7 @@ class Trainer:
             self.log_images(images)
         with self.main_process_io():
             if better and accelerator.is_main_process:
-                save_checkpoint(self.best, state, saved.networks, {}, saved.ema, keep=1)
+                save_checkpoint(self.best, state, replace(saved, optimizers={}), keep=1)
         return metrics
 
     def log_images(self, images: Mapping[str, np.ndarray]) -> None:
@@ -372,9 +373,7 @@ class Trainer:
                 self.verified = save_checkpoint(
                     self.checkpoints,
                     self.state,
-                    saved.networks,
-                    saved.optimizers,
-                    saved.ema,
+                    saved,
                     keep=self.config.save_total_limit,
                     verified=self.verified,
                 )

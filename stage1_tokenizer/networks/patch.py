@@ -5,8 +5,8 @@ Legend: B batch, C channels, H W pixels, h w code grid. `widths` are channels at
 finest first.
 
 The first layer folds a patch of up to 4x4 pixels into channels, so that no block works at the
-image's own resolution, where most of the arithmetic of such networks goes for little; the last
-layer unfolds it (sub-pixel convolution, Shi et al. 2016).
+image's own resolution, which takes most of the arithmetic of such networks and gains little. The
+last layer unfolds it (sub-pixel convolution, Shi et al. 2016).
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def attention_block(width: int) -> SpatialAttention:
 class Encoder(nn.Module):
     """Pixels (B,C,H,W) -> features (B,out,h,w).
 
-    It looks no farther than it must: `kernel` at the finest resolution, 1x1 after it, and no
-    statistic over the image. A code then says what is at its own place, equal places get equal
-    codes, and the prior has far less to explain than where distant objects flicker in every code.
-    With kernel 1 a code sees the pixels it covers and no other: images of the embedded world then
-    take half as many distinct codes as with kernel 3, at about half a dB less; with a wider view
-    and GroupNorm, plain background alone took dozens. With `attention` every code may look at the
-    whole image, at the codes' resolution.
+    The receptive field is small: `kernel` at the finest resolution, 1x1 after it, and no statistic
+    over the image. A code then describes its own position alone, equal positions get equal codes,
+    and the prior has less to model. With kernel 1 a code sees the pixels that it covers and no
+    other. Images of the embedded world then take half as many distinct codes as with kernel 3, at
+    about half a dB less. With a wider view and GroupNorm, plain background alone took dozens. With
+    `attention` every code attends to the whole image, at the codes' resolution.
     """
 
     def __init__(

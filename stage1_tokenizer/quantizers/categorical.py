@@ -52,7 +52,7 @@ class Categorical(SingleLevel):
         )
 
     def encode(self, features: Tensor) -> Tensor:
-        """The likeliest codes (B,h,w); no probabilities are worked out, which cost as much as the
+        """The likeliest codes (B,h,w); no probabilities are computed, which cost as much as the
         networks."""
         return features.permute(0, 2, 3, 1).argmax(dim=-1)
 

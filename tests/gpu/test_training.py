@@ -345,7 +345,7 @@ def test_fsdp_on_one_process_equals_training_without(device, tmp_path):
             saved = state.checkpoint_state()
             ends.append(
                 (
-                    {k: v.cpu() for k, v in saved.networks["prior"].state_dict().items()},
+                    {k: v.cpu() for k, v in saved.networks["prior"].items()},
                     [s.cpu() for s in saved.ema],
                 )
             )

@@ -119,8 +119,8 @@ def test_vq_options_out_of_range_are_refused(wrong):
                 "quantizer": "score_function",
                 "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0),
             },
-            r"score_function needs baseline_decay in \[0, 1\) and sharpness above 0; given were "
-            r"1\.0 and 8\.0",
+            r"score_function needs baseline_decay in \[0, 1\) and inverse_temperature above 0; "
+            r"given were 1\.0 and 8\.0",
         ),
         (
             {
@@ -144,7 +144,7 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ),
         (
             {"quantizer": "lfq", "sign": SignOptions(inverse_temperature=0.0)},
-            "sign needs .*sharpness above 0",
+            "sign needs .*inverse_temperature above 0",
         ),
         (
             {"quantizer": "residual", "residual": ResidualOptions(depth=0)},

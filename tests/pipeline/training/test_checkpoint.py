@@ -22,6 +22,7 @@ from pipeline.runtime.signals import RecoverableError
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import (
     FORMAT,
+    CheckpointState,
     CorruptedCheckpoint,
     State,
     list_checkpoints,
@@ -41,9 +42,7 @@ def save(folder: Path, *steps: int, keep: int = 9, verified: set[Path] = frozens
         verified = save_checkpoint(
             folder,
             State(step, {"error": 0.5}, 3),
-            {"a": NETWORK},
-            {},
-            [],
+            CheckpointState({"a": NETWORK.state_dict()}, {}, []),
             keep=keep,
             verified=verified,
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -18,11 +19,27 @@ from pipeline.config.train import TrainConfig
 from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.atomic_io import atomic_write_dir
-from pipeline.training.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import (
+    CheckpointState,
+    State,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from pipeline.training.ema import EMA, ema_decay
 from pipeline.training.optimizers import learning_rate, optimizers_for
 from pipeline.training.train_step import step_seed
 from tests.helpers.training import CONFIG, Line, fit_task, line_task, train
+
+
+def _saved(
+    networks: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer] | None = None
+) -> CheckpointState:
+    return CheckpointState(
+        {group: network.state_dict() for group, network in networks.items()},
+        {name: one.state_dict()["state"] for name, one in (optimizers or {}).items()},
+        [],
+    )
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
@@ -123,20 +140,20 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     network = nn.Linear(2, 2)
-    save_checkpoint(tmp_path, State(1), {"a": network}, {}, [], keep=1)
+    save_checkpoint(tmp_path, State(1), _saved({"a": network}), keep=1)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.training.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, State(2), {"a": network}, {}, [], keep=1)
+        save_checkpoint(tmp_path, State(2), _saved({"a": network}), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     assert load_checkpoint(tmp_path / "step-1", {"a": network}, {}, []).step == 1
 
 
 def test_partial_checkpoint_is_ignored(tmp_path):
-    save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    save_checkpoint(tmp_path, State(1), _saved({"a": nn.Linear(2, 2)}), keep=1)
     (tmp_path / ".step-2.writing").mkdir()
     (tmp_path / "step-3").mkdir()
     assert newest_checkpoint(tmp_path).name == "step-1"
@@ -159,7 +176,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_corrupted_checkpoints_are_named(tmp_path):
-    save_checkpoint(tmp_path, State(1), {"a": nn.Linear(2, 2)}, {}, [], keep=1)
+    save_checkpoint(tmp_path, State(1), _saved({"a": nn.Linear(2, 2)}), keep=1)
     with pytest.raises(
         ValueError, match=r"of another configuration \(first keys that differ: \['weight'\]"
     ):
@@ -175,7 +192,7 @@ def test_optimizer_moments_keep_their_parameters_memory_order(tmp_path):
     optimizer = optimizers_for("a", network, TrainConfig())["a/adamw"]
     network(torch.randn(1, 3, 5, 5)).sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path, State(1), {"a": network}, {"a": optimizer}, [], keep=1)
+    save_checkpoint(tmp_path, State(1), _saved({"a": network}, {"a": optimizer}), keep=1)
     fresh = optimizers_for("a", network, TrainConfig())["a/adamw"]
     load_checkpoint(tmp_path / "step-1", {"a": network}, {"a": fresh}, [])
     moment = fresh.state[network.weight]["exp_avg"]
@@ -359,7 +376,7 @@ def test_muon_gets_inner_matrices_and_adamw_the_rest(tmp_path):
         parameter.grad = torch.randn_like(parameter)
     for optimizer in optimizers.values():
         optimizer.step()
-    save_checkpoint(tmp_path, State(1), {"prior": prior}, optimizers, [], keep=1)
+    save_checkpoint(tmp_path, State(1), _saved({"prior": prior}, optimizers), keep=1)
     fresh = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
     load_checkpoint(tmp_path / "step-1", {"prior": prior}, fresh, [])
     matrix = prior.blocks[0].attention.output.weight
