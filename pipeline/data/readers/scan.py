@@ -23,7 +23,6 @@ from pipeline.data.readers.base import Rows, SkipCounter, content_fingerprint
 from pipeline.data.readers.images import frames, open_for_judging
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
-from stage1_tokenizer.pixels import to_rgb
 
 UNREADABLE = "unreadable images left out"
 _CHUNK = 32
@@ -197,6 +196,8 @@ _FAINT = 0.5
 
 
 def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
+    from stage1_tokenizer.pixels import to_rgb  # imports torch
+
     digest = 0
     try:
         content = rows.picture(row)

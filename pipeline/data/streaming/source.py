@@ -28,12 +28,14 @@ from pipeline.data.readers.base import (
     file_signature,
     image_column,
     is_held_out,
+    reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
 from pipeline.data.readers.images import header, prepared, square_of
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
 
 UNDECODED = "images that cannot be decoded left out"
@@ -105,21 +107,6 @@ class StreamSource(Source):
     def problems(self) -> list[str]:
         """What has been skipped so far."""
         return self.tally.lines()
-
-    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        raise self._unordered()
-
-    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        raise self._unordered()
-
-    def names(self, indices: Sequence[int]) -> list[str]:
-        raise self._unordered()
-
-    def _unordered(self) -> TypeError:
-        return TypeError(
-            f"{self.name} is streamed, so its images cannot be read in any order; use "
-            "`batch_loader`, or set data.streaming=false"
-        )
 
     def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
         each = None if limit is None else ceil(limit / self.num_shards)
@@ -202,11 +189,10 @@ class StreamSource(Source):
             try:
                 row = next(rows, None)
             except Exception as error:  # networks and readers fail in many ways
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                where = self.shard_names[shard] if shard < len(self.shard_names) else shard
                 raise OSError(
-                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} "
-                    f"of {self.name} cannot be read on ({reason}); the same command resumes from "
-                    "the last checkpoint"
+                    f"shard {where} of {self.name} cannot be read on ({reason_of(error)}); the "
+                    "same command resumes from the last checkpoint"
                 ) from error
             if row is None:
                 return
@@ -290,8 +276,6 @@ class HeldRows:
 
 def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
     """What identifies the files of a stream, as far as they are on this disk."""
-    from pipeline.data.readers.webdataset import is_remote
-
     path = Path(config.source).expanduser()
     if shards:
         return [shard if is_remote(shard) else file_signature(Path(shard)) for shard in shards]
@@ -304,9 +288,6 @@ def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
 
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:
     import datasets
-
-    from pipeline.data.readers.hub import is_saved_dataset
-    from pipeline.data.readers.webdataset import shard_names
 
     shards = (
         None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
@@ -323,16 +304,13 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
             "train"
         ], shards
     except Exception as error:  # the library and what it reads through raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
-            f"the {len(shards)} shards of {config.source} cannot be read ({reason})"
+            f"the {len(shards)} shards of {config.source} cannot be read ({reason_of(error)})"
         ) from error
 
 
 def streams(source: str) -> bool:
     """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
-    from pipeline.data.readers.webdataset import shard_names
-
     path = Path(source).expanduser()
     if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
         return False
