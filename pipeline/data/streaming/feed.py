@@ -129,12 +129,15 @@ class ShardReader:
 
     def _open(self, number: int) -> Iterator[Sample]:
         self._count = 0
-        shard, part = divmod(self._order.row(self._lane + number * self._lanes), self._parts)
-        return self._stream.samples(shard, part, self._parts)
+        return self._stream.samples(*self._part(number))
 
     def _key(self, number: int) -> str:
-        shard, part = divmod(self._order.row(self._lane + number * self._lanes), self._parts)
-        return f"{shard}/{part}/{self._parts}"
+        return "/".join(map(str, self._part(number)))
+
+    def _part(self, number: int) -> tuple[int, int, int]:
+        """(shard, part of it, parts of each) that the lane reads as its shard `number`."""
+        row = self._order.row(self._lane + number * self._lanes)
+        return row // self._parts, row % self._parts, self._parts
 
 
 class _MappedPart:
