@@ -40,7 +40,7 @@ RENAMED = {
 }
 """Settings that commits before 0.1.0 know by another name: name now -> name then."""
 SECTIONS = ("shapes",)
-"""Sections whose settings lie one level higher in commits before 0.1.0."""
+"""Sections whose settings lie one level higher in commits that have no such section."""
 
 # Run in a checkout, with its own code: hashes of what a run folder holds.
 HASHES = """

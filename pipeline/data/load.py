@@ -6,8 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
+from pipeline.data.builtin.emoji import EmojiSource
+from pipeline.data.builtin.shapes_captions import ShapesSource
+from pipeline.data.map_source import MappedSource, SourceIndex
+from pipeline.data.mixture import MixedSource
 from pipeline.data.readers.base import Rows
+from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
+from pipeline.data.readers.hub import HubRows, is_saved_dataset
+from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names
 from pipeline.data.source import Source, Split
+from pipeline.data.streaming.source import HeldRows, StreamSource, as_read, streams
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 
@@ -31,32 +39,19 @@ def load_sources(
             unreadable.
     """
     if config.mix:
-        from pipeline.data.mixture import MixedSource
-        from pipeline.data.streaming.source import streams
-
         # Folders and tables of files are read in any order; only the other parts are streamed.
         each = [
             config.of_part(part, streaming=config.streaming and streams(part.source))
             for part in config.mix
         ]
-        parts = [load_sources(c, folder, share) for c in each]
+        train, held_out = zip(*(load_sources(own, folder, share) for own in each), strict=True)
         weights = [part.weight for part in config.mix]
-        return MixedSource([train for train, _ in parts], weights), MixedSource(
-            [held_out for _, held_out in parts], weights
-        )
+        return MixedSource(train, weights), MixedSource(held_out, weights)
     if config.source == "shapes":
-        from pipeline.data.builtin.shapes_captions import ShapesSource
-
         return ShapesSource(config, "train"), ShapesSource(config, "held_out")
     if config.source == "emoji":
-        from pipeline.data.builtin.emoji import EmojiSource
-
         return EmojiSource(config, "train"), EmojiSource(config, "held_out")
-    from pipeline.data.map_source import MappedSource, SourceIndex
-
     if config.streaming:
-        from pipeline.data.streaming.source import HeldRows, StreamSource, as_read
-
         stream = StreamSource(config)
         return stream, MappedSource(SourceIndex(HeldRows(stream), as_read(config)), "held_out")
     everything = SourceIndex(find_rows(config), config, folder, share)
@@ -71,10 +66,6 @@ def load_source(config: DataConfig, split: Split, folder: Path | None = None) ->
 def find_rows(config: DataConfig) -> Rows:
     """The rows of a source of files, by the kind of what its name leads to. Raises what
     `load_sources` does."""
-    from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
-    from pipeline.data.readers.hub import HubRows, is_saved_dataset
-    from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names
-
     if is_remote(config.source):
         raise ValueError(
             f"data.source {config.source} is not on this disk; set data.streaming=true"

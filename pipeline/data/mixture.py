@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from pipeline.data.source import Source
+from pipeline.data.source import Source, in_places
 
 _BLOCK = 1000
 """Positions among which each part has exactly its share."""
@@ -38,26 +38,21 @@ class MixedSource(Source):
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
-        result: list[np.ndarray] = [np.empty(0)] * len(indices)
-        for part, places, rows in self._by_part(indices):
-            pictures = part.images(rows, None if draws is None else [draws[i] for i in places])
-            for place, picture in zip(places, pictures, strict=True):
-                result[place] = picture
-        return np.stack(result)
+        found = (
+            (places, part.images(rows, None if draws is None else [draws[i] for i in places]))
+            for part, places, rows in self._by_part(indices)
+        )
+        return np.stack(in_places(found))
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        result: list[list[str]] = [[]] * len(indices)
-        for part, places, rows in self._by_part(indices):
-            for place, captions in zip(places, part.all_captions(rows), strict=True):
-                result[place] = captions
-        return result
+        by_part = self._by_part(indices)
+        return in_places((places, part.all_captions(rows)) for part, places, rows in by_part)
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        result = [""] * len(indices)
-        for part, places, rows in self._by_part(indices):
-            for place, name in zip(places, part.names(rows), strict=True):
-                result[place] = f"{part.name}: {name}"
-        return result
+        return in_places(
+            (places, [f"{part.name}: {name}" for name in part.names(rows)])
+            for part, places, rows in self._by_part(indices)
+        )
 
     def _by_part(self, indices: Sequence[int]) -> list[tuple[Source, list[int], list[int]]]:
         rows = np.asarray(indices, np.int64)

@@ -6,32 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from pipeline.data.mixture import MixtureSchedule
-from pipeline.data.source import Source
-
-Item = TypeVar("Item")
+from pipeline.data.source import Item, Source
 
 MAX_EXPLICIT_PERMUTATION = 2**24
 """Rows up to which the order of an epoch is a list of 8 bytes per row. The order of more rows is
 computed row by row, in no memory."""
 _ROUNDS = 4
 """Of the Feistel network."""
-
-
-class Feed(Protocol):
-    """One process's images, step by step."""
-
-    def pictures(self, step: int) -> np.ndarray:
-        """(B,S,S,3) uint8."""
-        ...
-
-    def names(self, step: int) -> list[str]:
-        """What to call the images of a step in messages."""
-        ...
 
 
 class ShuffledEpochs:
@@ -144,11 +129,13 @@ class MapBatchLoader:
         self._place = (process, processes)
 
     def pictures(self, step: int) -> np.ndarray:
+        """(B,S,S,3) uint8."""
         return self._source.images(
             self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place)
         )
 
     def names(self, step: int) -> list[str]:
+        """What to call the images of a step in messages."""
         return self._source.names(self._order.share(step, *self._place).tolist())
 
 

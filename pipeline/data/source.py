@@ -3,11 +3,10 @@ source."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.codes.dataset import ShardPlan
 
 Split = Literal["train", "held_out"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class ImageBatch:
     """Draws -> images (B,S,S,3) uint8; see `Source.images`."""
 
 
-class Source(ABC):
+class Source:
     """Images with captions. Everything is read in batches.
 
-    A source on this disk numbers its images and reads them in any order. A stream does not know how
-    many images it has: `num_images` is None, and `images`, `all_captions`, `names` and `len` raise
-    TypeError.
+    Most sources number their images and read them in any order: they implement `images`,
+    `all_captions` and `names`. A stream does not know how many images it has: `num_images` is None,
+    and these three and `len` raise TypeError.
     """
 
     name: str
@@ -64,22 +64,28 @@ class Source(ABC):
 
     def __len__(self) -> int:
         if self.num_images is None:
-            raise TypeError(f"{self.name} is streamed and does not know how many images it has")
+            raise self._unordered()
         return self.num_images
 
-    @abstractmethod
+    def _unordered(self) -> TypeError:
+        return TypeError(
+            f"{self.name} is streamed, so its images are neither counted nor read in any order; "
+            "use `batch_loader`, or set data.streaming=false"
+        )
+
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8. One number per image in `draws` chooses its crop and whether it
         is mirrored, where the configuration varies them. Without `draws`, each is its largest
         centred square."""
+        raise self._unordered()
 
-    @abstractmethod
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         """Every caption of each image; each has at least one."""
+        raise self._unordered()
 
-    @abstractmethod
     def names(self, indices: Sequence[int]) -> list[str]:
         """What to call each image in messages."""
+        raise self._unordered()
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The first caption of each image."""
@@ -105,6 +111,14 @@ class Source(ABC):
             numbers = list(unit.rows[start : start + size])
             rows = [number - first for number in numbers]
             yield ImageBatch(numbers, self.all_captions(rows), partial(self.images, rows))
+
+
+def in_places(found: Iterable[tuple[Sequence[int], Iterable[Item]]]) -> list[Item]:
+    """One list of items, from groups of (places in it, items there)."""
+    by_place = {
+        place: item for places, items in found for place, item in zip(places, items, strict=True)
+    }
+    return [by_place[place] for place in range(len(by_place))]
 
 
 def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:

@@ -179,6 +179,11 @@ def printable(name: str) -> str:
     return name if len(name) <= _LONG else f"{name[:_LONG]}..."
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says, or the kind of its error."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:_LONG]
+
+
 def text_of(path: Path) -> str:
     """A text file in UTF-8, or in UTF-16 with a byte-order mark.
 

@@ -14,6 +14,7 @@ from pipeline.data.readers.base import (
     content_fingerprint,
     file_signature,
     image_column,
+    reason_of,
 )
 
 _BATCH = 1000
@@ -123,11 +124,10 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
         else:
             loaded = datasets.load_dataset(config.source, streaming=streaming)
     except Exception as error:  # the library raises many kinds for a name that cannot be had
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
             f"data.source {config.source!r} is no folder or file here and no data set that can be "
-            f"loaded ({reason}); give shapes, emoji, a folder of images, a file or shards "
-            "(docs/data.md), or a datasets name with network access"
+            f"loaded ({reason_of(error)}); give shapes, emoji, a folder of images, a file or "
+            "shards (docs/data.md), or a datasets name with network access"
         ) from error
     if isinstance(loaded, dict):
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))

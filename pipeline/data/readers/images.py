@@ -129,7 +129,7 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     That is its largest centred square at `image_size`. For random crops it is the whole image, just
     large enough that the smallest crop has `image_size` pixels. Raises what `open_picture` does.
     """
-    from stage1_tokenizer.pixels import resize_and_crop, to_rgb
+    from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
     size = config.image_size
     wanted = math.ceil(size / config.crop_scale)

@@ -32,6 +32,8 @@ _SLOW = 2000
 """Fewest images for which a progress bar is shown and the result is kept."""
 _DECODED = 64
 """Shorter side, in pixels, at which images are decoded to be hashed."""
+_Line = tuple[int, int, int, int, str, str]
+"""An entry of each column of `ScanResult`."""
 _FORM = 2
 """Version of the result's file."""
 
@@ -81,7 +83,7 @@ def scan_images(
         return found
     mine = np.array_split(np.arange(len(rows)), share.count)[share.index]
     chunks = [mine[first : first + _CHUNK] for first in range(0, len(mine), _CHUNK)]
-    lines: list[tuple] = []
+    lines: list[_Line] = []
     # A second's work needs no progress bar.
     bar = tqdm(
         total=len(mine),
@@ -98,11 +100,10 @@ def scan_images(
     result = _from_lines(lines)
     if kept is not None and share.index == 0 and len(rows) >= _SLOW:
         _write(kept, result)
-        for old in set(kept.parent.glob(f"examined-{source}-*.arrow")) - {
-            kept
-        }:  # of the source as it was
-            with suppress(OSError):
-                old.unlink()
+        for old in kept.parent.glob(f"examined-{source}-*.arrow"):
+            if old != kept:  # of the source as it was
+                with suppress(OSError):
+                    old.unlink()
     return result
 
 
@@ -197,7 +198,8 @@ _LOWEST = (np.array([0, 0, 1, 1, 0, 2, 1, 2]), np.array([0, 1, 0, 1, 2, 0, 2, 1]
 _FAINT = 0.5
 
 
-def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
+def _examined(rows: Rows, row: int) -> _Line:
+
     digest = 0
     try:
         content = rows.picture(row)
@@ -209,7 +211,7 @@ def _examined(rows: Rows, row: int) -> tuple[int, int, int, int, str, str]:
         return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _from_lines(lines: Sequence[tuple]) -> ScanResult:
+def _from_lines(lines: Sequence[_Line]) -> ScanResult:
     width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
     return ScanResult(
         np.array(width, np.int32),
@@ -227,11 +229,9 @@ def _read(path: Path) -> ScanResult | None:
             table = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowInvalid):  # missing or truncated: images are scanned again
         return None
-    width, height, digest, look = (
-        table[name].to_numpy() for name in ("width", "height", "digest", "look")
-    )
+    numbers = {name: table[name].to_numpy() for name in ("width", "height", "digest", "look")}
     return ScanResult(
-        width, height, digest, look, table["mode"].to_pylist(), table["problem"].to_pylist()
+        **numbers, mode=table["mode"].to_pylist(), problem=table["problem"].to_pylist()
     )
 
 

@@ -12,18 +12,17 @@ again, and skips shards whose lengths are recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.data.mixture import MixtureSchedule
-from pipeline.data.sampler import Feed, MapBatchLoader, ShuffledEpochs, process_share, step_draws
-from pipeline.data.source import Source
+from pipeline.data.sampler import MapBatchLoader, ShuffledEpochs, process_share, step_draws
+from pipeline.data.source import Source, in_places
 from pipeline.data.streaming.source import Sample, StreamSource
 from pipeline.runtime.atomic_io import atomic_write_text
 
@@ -130,26 +129,20 @@ class ShardReader:
 
     def _open(self, number: int) -> Iterator[Sample]:
         self._count = 0
-        shard, part = divmod(self._order.row(self._lane + number * self._lanes), self._parts)
-        return self._stream.samples(shard, part, self._parts)
+        return self._stream.samples(*self._part(number))
 
     def _key(self, number: int) -> str:
-        shard, part = divmod(self._order.row(self._lane + number * self._lanes), self._parts)
-        return f"{shard}/{part}/{self._parts}"
+        return "/".join(map(str, self._part(number)))
 
-
-class _Part(Protocol):
-    """One process's images of one part of a mixture, by position."""
-
-    def images(self, positions: Sequence[int], draws: Sequence[int]) -> Iterable[np.ndarray]:
-        """An image (S,S,3) uint8 at each position; `draws` as in `Source.images`."""
-        ...
-
-    def names(self, positions: Sequence[int]) -> Sequence[str]: ...
+    def _part(self, number: int) -> tuple[int, int, int]:
+        """(shard, part of it, parts of each) that the lane reads as its shard `number`."""
+        row = self._order.row(self._lane + number * self._lanes)
+        return row // self._parts, row % self._parts, self._parts
 
 
 class _MappedPart:
-    """Of a source that is read in any order. The processes share its epochs."""
+    """One process's images of a source that is read in any order, by position. The processes share
+    its epochs."""
 
     def __init__(self, source: Source, seed: int, process: int, processes: int) -> None:
         self._source = source
@@ -201,6 +194,7 @@ class ShuffleBuffer:
         self._lock = Lock()
 
     def images(self, positions: Sequence[int], draws: Sequence[int]) -> Iterator[np.ndarray]:
+        """An image (S,S,3) uint8 at each position; `draws` as in `Source.images`."""
         return self._decoders.map(self._decoded, positions, draws)
 
     def names(self, positions: Sequence[int]) -> Sequence[str]:
@@ -270,7 +264,7 @@ class StreamBatchLoader:
         self._seed = seed
         self._place = (process, processes)
         self._mixture = MixtureSchedule(source.weights, seed)
-        self._parts: list[_Part] = [
+        self._parts: list[ShuffleBuffer | _MappedPart] = [
             ShuffleBuffer(part, seed, process, processes, folder)
             if isinstance(part, StreamSource)
             else _MappedPart(part, seed, process, processes)
@@ -287,18 +281,13 @@ class StreamBatchLoader:
             (places, self._parts[part].images(positions, [draws[i] for i in places]))
             for part, places, positions in self._by_part(step)
         ]
-        result: list[np.ndarray] = [np.empty(0)] * self._each
-        for places, pictures in asked:
-            for place, picture in zip(places, pictures, strict=True):
-                result[place] = picture
-        return np.stack(result)
+        return np.stack(in_places(asked))
 
     def names(self, step: int) -> list[str]:
-        result = [""] * self._each
-        for part, places, positions in self._by_part(step):
-            for place, name in zip(places, self._parts[part].names(positions), strict=True):
-                result[place] = name
-        return result
+        return in_places(
+            (places, self._parts[part].names(positions))
+            for part, places, positions in self._by_part(step)
+        )
 
     def _by_part(self, step: int) -> Iterator[tuple[int, list[int], list[int]]]:
         """(part, places in the batch, positions in the part's own order) of a step's images."""
@@ -315,7 +304,7 @@ def batch_loader(
     process: int,
     processes: int,
     folder: Path | None = None,
-) -> Feed:
+) -> MapBatchLoader | StreamBatchLoader:
     """One process's images of a source, step by step.
 
     Args:

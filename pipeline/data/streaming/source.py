@@ -28,12 +28,14 @@ from pipeline.data.readers.base import (
     file_signature,
     image_column,
     is_held_out,
+    reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
 from pipeline.data.readers.images import header, prepared, square_of
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
 
 UNDECODED = "images that cannot be decoded left out"
@@ -90,11 +92,9 @@ class StreamSource(Source):
         inner = [
             column for value in features.values() if isinstance(value, dict) for column in value
         ]
-        columns = [*features, *(column for column in inner if column not in features)]
         self._image = image_column(self.name, config.image_column, list(features))
-        self._reader = CaptionReader(
-            self.name, [column for column in columns if column != self._image], config
-        )
+        columns = [column for column in dict.fromkeys([*features, *inner]) if column != self._image]
+        self._reader = CaptionReader(self.name, columns, config)
         self._named = label_names(features)
         settings = sorted(data_settings(asdict(config)).items())
         self.fingerprint = content_fingerprint(
@@ -105,21 +105,6 @@ class StreamSource(Source):
     def problems(self) -> list[str]:
         """What has been skipped so far."""
         return self.tally.lines()
-
-    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        raise self._unordered()
-
-    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        raise self._unordered()
-
-    def names(self, indices: Sequence[int]) -> list[str]:
-        raise self._unordered()
-
-    def _unordered(self) -> TypeError:
-        return TypeError(
-            f"{self.name} is streamed, so its images cannot be read in any order; use "
-            "`batch_loader`, or set data.streaming=false"
-        )
 
     def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
         each = None if limit is None else ceil(limit / self.num_shards)
@@ -164,12 +149,12 @@ class StreamSource(Source):
             with self._lock:
                 self._bad += 1
             self._leave_out(UNDECODED, sample.name)
-            if self._bad > self.config.filter.max_corrupt_fraction * max(self._decoded, _SURE):
+            allowed = self.config.filter.max_corrupt_fraction
+            if self._bad > allowed * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} images of {self.name} cannot be "
-                    f"decoded (the last: {sample.name}, "
-                    f"{error}); repair or remove them, or raise data.filter.max_corrupt_fraction "
-                    f"(now {self.config.filter.max_corrupt_fraction})"
+                    f"decoded (the last: {sample.name}, {error}); repair or remove them, or raise "
+                    f"data.filter.max_corrupt_fraction (now {allowed})"
                 ) from error
             return None
         with self._lock:
@@ -182,19 +167,16 @@ class StreamSource(Source):
 
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""
-        found = (
-            s
-            for shard in range(self.num_shards)
-            for s in self._readable(shard)
-            if is_held_out(s.name, self.config.val_fraction)
-        )
+        share = self.config.val_fraction
+        found = (sample for sample in self._everything() if is_held_out(sample.name, share))
         return list(itertools.islice(found, HELD_OUT))
 
     def first(self, most: int) -> Iterator[Sample]:
         """The first samples of either split."""
-        return itertools.islice(
-            (s for shard in range(self.num_shards) for s in self._readable(shard)), most
-        )
+        return itertools.islice(self._everything(), most)
+
+    def _everything(self) -> Iterator[Sample]:
+        return itertools.chain.from_iterable(map(self._readable, range(self.num_shards)))
 
     def _readable(self, shard: int) -> Iterator[Sample]:
         rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
@@ -202,11 +184,10 @@ class StreamSource(Source):
             try:
                 row = next(rows, None)
             except Exception as error:  # networks and readers fail in many ways
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                where = self.shard_names[shard] if shard < len(self.shard_names) else shard
                 raise OSError(
-                    f"shard {self.shard_names[shard] if shard < len(self.shard_names) else shard} "
-                    f"of {self.name} cannot be read on ({reason}); the same command resumes from "
-                    "the last checkpoint"
+                    f"shard {where} of {self.name} cannot be read on ({reason_of(error)}); the "
+                    "same command resumes from the last checkpoint"
                 ) from error
             if row is None:
                 return
@@ -290,27 +271,19 @@ class HeldRows:
 
 def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
     """What identifies the files of a stream, as far as they are on this disk."""
-    from pipeline.data.readers.webdataset import is_remote
-
     path = Path(config.source).expanduser()
     if shards:
         return [shard if is_remote(shard) else file_signature(Path(shard)) for shard in shards]
-    return (
-        [file_signature(file) for file in sorted(path.rglob("*.arrow"))]
-        if path.is_dir()
-        else [file_signature(path)]
-    )
+    files = sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
+    return [file_signature(file) for file in files]
 
 
 def _opened(config: DataConfig) -> tuple[Any, list[str]]:
+    """A data set of `datasets`, and the names of its shards as far as they are known."""
     import datasets
 
-    from pipeline.data.readers.hub import is_saved_dataset
-    from pipeline.data.readers.webdataset import shard_names
-
-    shards = (
-        None if is_saved_dataset(Path(config.source).expanduser()) else shard_names(config.source)
-    )
+    saved = is_saved_dataset(Path(config.source).expanduser())
+    shards = None if saved else shard_names(config.source)
     if shards is None:
         if not streams(config.source):
             raise ValueError(
@@ -319,20 +292,17 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
             )
         return load(config, streaming=True), []
     try:
-        return datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)[
-            "train"
-        ], shards
+        files = {"train": shards}
+        data = datasets.load_dataset("webdataset", data_files=files, streaming=True)
+        return data["train"], shards
     except Exception as error:  # the library and what it reads through raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(
-            f"the {len(shards)} shards of {config.source} cannot be read ({reason})"
+            f"the {len(shards)} shards of {config.source} cannot be read ({reason_of(error)})"
         ) from error
 
 
 def streams(source: str) -> bool:
     """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
-    from pipeline.data.readers.webdataset import shard_names
-
     path = Path(source).expanduser()
     if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
         return False

@@ -181,6 +181,15 @@ def test_every_violated_relation_is_named(tiny_yaml):
         ),
         (
             [
+                *("--data.shapes.num_scenes", "0", "--data.filter.max_aspect", "0.5"),
+                *("--data.stream.shuffle_buffer", "0", "--encode.batch_size", "0"),
+            ],
+            r"(?s)data\.filter\.max_aspect is 0\.5.*data\.stream\.shuffle_buffer is 0.*"
+            r"data\.shapes\.num_scenes is 0.*encode\.batch_size is 0",
+        ),
+        (["--data.max_objects", "2"], r"data\.max_objects: unrecognized"),
+        (
+            [
                 "--prior.train.learning_rate",
                 "0",
                 "--prior.train.min_lr_ratio",
@@ -195,6 +204,13 @@ def test_every_violated_relation_is_named(tiny_yaml):
 def test_relations_between_sections_are_checked(tiny_yaml, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_experiment(["--config", str(tiny_yaml), *arguments])
+
+
+def test_null_encodes_all_images(tiny_yaml):
+    limits = ["--encode.max_images", "null", "--encode.max_val_images", "null"]
+    experiment = load_experiment(["--config", str(tiny_yaml), "--data.source", "images", *limits])
+    assert experiment.encode.max_images is None
+    assert experiment.encode.max_val_images is None
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.data import DataConfig, FilterOptions
+from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions, StreamOptions
 from pipeline.data import map_source as mapped
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.images import (
@@ -254,6 +254,8 @@ def test_all_invalid_settings_are_named():
             filter=FilterOptions(
                 min_size=8, max_size=4, max_aspect=0.5, min_caption=5, max_caption=2
             ),
+            stream=StreamOptions(shuffle_buffer=0),
+            shapes=ShapesOptions(num_scenes=0, grid_cells=5),
             crop_scale=0.5,
             cache_gb=-1,
             workers=0,
@@ -266,6 +268,9 @@ def test_all_invalid_settings_are_named():
         "crop_scale is 0.5",
         "cache_gb is -1",
         "workers is 0",
+        "stream.shuffle_buffer is 0",
+        "shapes.num_scenes is 0",
+        "shapes.grid_cells is 5",
     ):
         assert f"data.{part}" in str(error.value)
     for options, message in (

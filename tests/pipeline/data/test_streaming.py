@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 
 from pipeline.config.data import MixPart
+from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.load import load_sources
+from pipeline.data.mixture import MixedSource
 from pipeline.data.readers.base import is_held_out
 from pipeline.data.streaming.feed import (
     ShardLengthCache,
@@ -181,6 +184,41 @@ def test_streams_mix_with_map_sources(shards, tmp_path):
     assert sum(own.values()) == 1500 and max(own.values()) - min(own.values()) <= 1
 
 
+def test_a_stream_has_no_length_and_no_images_by_number(shards, tmp_path):
+    source = stream(shards)
+    mixture = MixedSource([source, stream(shards)], [1, 1])
+    assert source.num_images is None
+    assert mixture.num_images is None
+    for read in (len, lambda s: s.images([0]), lambda s: s.all_captions([0])):
+        with pytest.raises(TypeError, match=r"is streamed, .*set data\.streaming=false"):
+            read(source)
+    with pytest.raises(TypeError, match="is streamed"):
+        len(mixture)
+
+
+def test_images_of_streams_have_numbers_of_their_own_in_a_mixture(shards):
+    """Numbers are seeds of augmentations and are written to codes datasets: they never change."""
+    mixture = MixedSource([stream(shards), stream(shards)], [1, 1])
+    numbers = []
+    for part, (source, first) in enumerate(zip(mixture.parts, mixture.starts, strict=True)):
+        for shard in range(2):
+            unit = ShardPlan(part, shard=shard, most=3)
+            for batch in source.batches(unit, first, 2):
+                assert batch.view(None).shape == (len(batch.numbers), 16, 16, 3)
+                assert len(batch.captions) == len(batch.numbers)
+                numbers += batch.numbers
+    within = [0, 1, 2, 2**32, 2**32 + 1, 2**32 + 2]
+    assert numbers == [*within, *(2**48 + number for number in within)]
+
+
+def test_a_limit_of_encoded_images_is_shared_by_the_shards(shards):
+    assert stream(shards).encoding_plan(0, None) == {"shards": 5, "most": None}
+    assert stream(shards).encoding_plan(0, 11) == {"shards": 5, "most": 3}
+    mapped, _ = load_sources(config(shards))
+    assert mapped.encoding_plan(7, None) == {"first": 7, "rows": len(mapped)}
+    assert mapped.encoding_plan(7, 11) == {"first": 7, "rows": 11}
+
+
 def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
     import datasets
     import pyarrow as pa
@@ -277,6 +315,26 @@ def test_unusable_samples_are_counted_and_skipped(tmp_path):
     ):
         for step in range(12):
             strict.pictures(step)
+
+
+def test_a_sample_that_two_threads_skip_at_once_is_counted_once(shards):
+    both = threading.Barrier(2)
+
+    class Slow(set):
+        def __contains__(self, item):
+            known = super().__contains__(item)
+            with suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            return known
+
+    source = stream(shards)
+    source._left_out = Slow()
+    threads = [threading.Thread(target=source._leave_out, args=("small", "a")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert source.problems == ["1 small: a"]
 
 
 def test_stream_without_usable_samples_raises(tmp_path):
