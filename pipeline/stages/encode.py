@@ -341,7 +341,7 @@ def _pending_shards(
     for line in filter(None, wrong.values()):
         _log.info(line)
     if known and len(wrong) < len(names) and not (folder / codes.MANIFEST).is_file():
-        _log.info(f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there")
+        _log.info(f"{folder}: resuming, {len(names) - len(wrong)} of {len(names)} shards are there")
     return [name for name in names if name in wrong]
 
 
@@ -444,7 +444,7 @@ def _load_stream(
 def _batched_samples(
     stream: StreamSource, first: int, unit: codes.ShardPlan, size: int
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """The samples of a shard with a number each that no other of the source has, some at a time."""
+    """The samples of a shard in batches, each with a number that is unique in the source."""
     samples = islice(stream.samples(unit.shard), unit.most)
     numbered = (
         (first + (unit.shard << 32) + place, sample) for place, sample in enumerate(samples)

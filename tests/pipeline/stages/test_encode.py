@@ -117,7 +117,7 @@ def test_what_a_failure_left_is_gone_on_from(unfinished, uninterrupted, command,
     before = {name: (unfinished / name).stat().st_mtime_ns for name in SHARDS[:3]}
     capsys.readouterr()
     assert main(command) == 0
-    assert "going on, 3 of 9 shards are there" in capsys.readouterr().out
+    assert "resuming, 3 of 9 shards are there" in capsys.readouterr().out
     assert contents(unfinished) == contents(uninterrupted)
     assert before == {name: (unfinished / name).stat().st_mtime_ns for name in before}
 
@@ -183,7 +183,7 @@ def test_a_damaged_file_of_an_unfinished_folder_is_made_anew(
     said = capsys.readouterr().out
     assert (
         f"{unfinished / SHARDS[1]} {message}" in said
-        and "going on, 2 of 9 shards are there" in said
+        and "resuming, 2 of 9 shards are there" in said
     )
     assert contents(unfinished) == contents(uninterrupted)
 
@@ -210,7 +210,7 @@ def test_a_damaged_file_of_a_whole_folder_is_named_and_made_anew(
 def test_a_record_that_is_cut_counts_as_none(unfinished, uninterrupted, command, capsys):
     (unfinished / SHARDS[0]).with_suffix(".json").write_text('{"name": ')
     assert main(command) == 0
-    assert "going on, 2 of 9 shards are there" in capsys.readouterr().out
+    assert "resuming, 2 of 9 shards are there" in capsys.readouterr().out
     assert contents(unfinished) == contents(uninterrupted)
 
 
