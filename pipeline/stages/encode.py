@@ -333,7 +333,7 @@ def _pending_shards(
     for line in filter(None, wrong.values()):
         _log.info(line)
     if known and len(wrong) < len(names) and not (folder / codes.MANIFEST).is_file():
-        _log.info(f"{folder}: going on, {len(names) - len(wrong)} of {len(names)} shards are there")
+        _log.info(f"{folder}: resuming, {len(names) - len(wrong)} of {len(names)} shards are there")
     return [name for name in names if name in wrong]
 
 

@@ -283,8 +283,8 @@ def text_tokenizer(
 
 
 def _caption_batches(codes: CodesDataset, captions: int | None = None) -> Iterator[list[str]]:
-    """All captions, some thousand at a time; or those of evenly spread rows that together have
-    about `captions`."""
+    """All captions, in batches of a thousand rows; or about `captions` of them, from evenly spread
+    rows."""
     rows = (
         len(codes)
         if captions is None

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -95,7 +95,9 @@ def run_lock(folder: Path, process_timeout: int) -> Iterator[None]:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
         if is_main:
-            _remove_empty(created)
+            with suppress(OSError):  # the first that is not empty ends it
+                for path in created:
+                    path.rmdir()
 
 
 def _acquire(lock: BaseFileLock) -> str | None:
@@ -136,11 +138,3 @@ def _read_holder(folder: Path) -> str:
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
-from pipeline.data.sampler import Feed
+from pipeline.data.sampler import MapBatchLoader
 from pipeline.data.source import Source
-from pipeline.data.streaming.feed import batch_loader
+from pipeline.data.streaming.feed import StreamBatchLoader, batch_loader
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.image_grid import bars, grid_image, picture_grid
 from pipeline.runtime.log import on_main_process
@@ -125,7 +125,7 @@ class TokenizerTraining:
         return {"reconstructions": grid} | uses
 
 
-def _batch(loader: Feed, step: int) -> torch.Tensor:
+def _batch(loader: MapBatchLoader | StreamBatchLoader, step: int) -> torch.Tensor:
     return torch.from_numpy(loader.pictures(step))
 
 

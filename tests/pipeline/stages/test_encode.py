@@ -117,7 +117,7 @@ def test_failed_encoding_resumes(unfinished, uninterrupted, command, capsys):
     before = {name: (unfinished / name).stat().st_mtime_ns for name in SHARDS[:3]}
     capsys.readouterr()
     assert main(command) == 0
-    assert "going on, 3 of 9 shards are there" in capsys.readouterr().out
+    assert "resuming, 3 of 9 shards are there" in capsys.readouterr().out
     assert contents(unfinished) == contents(uninterrupted)
     assert before == {name: (unfinished / name).stat().st_mtime_ns for name in before}
 
@@ -183,7 +183,7 @@ def test_corrupted_file_of_an_incomplete_folder_is_rebuilt(
     said = capsys.readouterr().out
     assert (
         f"{unfinished / SHARDS[1]} {message}" in said
-        and "going on, 2 of 9 shards are there" in said
+        and "resuming, 2 of 9 shards are there" in said
     )
     assert contents(unfinished) == contents(uninterrupted)
 
@@ -210,7 +210,7 @@ def test_corrupted_file_of_a_complete_folder_is_named_and_rebuilt(
 def test_truncated_progress_record_is_ignored(unfinished, uninterrupted, command, capsys):
     (unfinished / SHARDS[0]).with_suffix(".json").write_text('{"name": ')
     assert main(command) == 0
-    assert "going on, 2 of 9 shards are there" in capsys.readouterr().out
+    assert "resuming, 2 of 9 shards are there" in capsys.readouterr().out
     assert contents(unfinished) == contents(uninterrupted)
 
 

@@ -116,11 +116,28 @@ def test_unsupported_locking_is_noted_and_the_run_continues(tiny_yaml, monkeypat
 
     monkeypatch.setattr(fcntl, "flock", none)
     with run_lock(experiment.folder, 30):
-        pass
+        assert not list(experiment.folder.iterdir())
+    assert not experiment.folder.exists()
     assert (
         "cannot be locked ([Errno 37] No locks available); see that no other run writes to it"
         in caplog.text
     )
+
+
+def test_a_holder_that_ends_between_opening_and_locking_is_no_holder(tmp_path, monkeypatch):
+    """It removes its file: a lock on what was opened would keep out nobody."""
+    lock = tmp_path / ".lock"
+    flock = fcntl.flock
+
+    def ends_now(file: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        lock.unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ends_now)
+    with run_lock(tmp_path, 30):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert not lock.exists()
 
 
 def test_finished_run_is_read_from_a_read_only_disk(finished_run, tmp_path):
