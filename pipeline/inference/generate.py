@@ -100,7 +100,7 @@ def edit(
     Args:
         mask: image whose white is replaced (`TextToImagePipeline.edit`).
         at: where on the canvas the image comes to (`outpaint`).
-        strength: share of the codes (`vary`).
+        strength: fraction of the codes (`vary`).
 
     Raises:
         ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is
@@ -121,7 +121,7 @@ def edit(
             output = pipe.vary(picture, strength, prompt, num_images=num, seed=seed, **options)
         else:
             raise ValueError(
-                "nothing says what to draw anew; give a mask, a place on the canvas (at) or a "
+                "nothing says what to resample; give a mask, a place on the canvas (at) or a "
                 "strength"
             )
     rows = [
@@ -188,8 +188,8 @@ def reconstruct(
     size: tuple[int, int] | None = None,
     tile: int = 512,
 ) -> list[str]:
-    """Writes each image's reconstruction, and a grid of pairs where all have one size; returns a
-    line an image with its PSNR.
+    """Writes each image's reconstruction, and a grid of pairs where all have one size. Returns a
+    line per image with its PSNR.
 
     Args:
         size: width and height to crop and resize to; without it images stay as they are.
