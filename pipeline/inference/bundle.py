@@ -101,16 +101,15 @@ def _description(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is truncated or corrupted ({error}); copy the bundle again"
         ) from error
-    no_bundle = ValueError(f"{path} does not describe a bundle; copy the bundle again")
-    if not isinstance(description, dict):
-        raise no_bundle
-    if description.get("format") != FORMAT:
+    if isinstance(description, dict) and description.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has bundle format {description.get('format')!r}, and this version reads "
             f"{FORMAT}"
         )
-    if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
-        raise no_bundle
+    if not isinstance(description, dict) or not all(
+        isinstance(description.get(part), dict) for part in ("sampling", "trained_on")
+    ):
+        raise ValueError(f"{path} does not describe a bundle; copy the bundle again")
     known = {option.name for option in fields(SamplingOptions)}
     if unknown := set(description["sampling"]) - known:
         raise ValueError(
