@@ -55,8 +55,8 @@ def suggest(
     images, or no captions.
 
     Args:
-        data, text: the settings that were given; those that say how to read the source are kept.
-        largest: image size that is suggested at most.
+        data, text: the given settings; those on how to read the source are kept.
+        largest: largest image size to suggest.
 
     Raises:
         ValueError: `text.pretrained` cannot be loaded.
