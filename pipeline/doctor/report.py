@@ -1,7 +1,7 @@
 """What the doctor finds, as plain values: `Diagnosis` and its parts. Knows no files and finds
 nothing out itself.
 
-Everything here can be written as JSON as it is (`dataclasses.asdict`).
+Every value can be written as JSON (`dataclasses.asdict`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Finding:
     """One thing that a user should know.
 
     Attributes:
-        level: `fails`: training would stop, with these words; `warns`: it would suffer; `notes`:
+        level: `fails`: training would stop with this message; `warns`: it would suffer; `notes`:
             good to know.
-        text: what it is and what to do.
+        text: what is wrong and what to do.
     """
 
     level: Level
@@ -75,13 +75,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are the same, or look it.
+    """Images that are the same, or look the same.
 
     Attributes:
-        count: of its images.
-        rows: numbers of the first of them in their source.
-        names: of these.
-        held_out: whether these are kept from training.
+        count: images in the group.
+        rows: the first of them, as rows of their source.
+        names: of these rows.
+        held_out: whether these are held out.
     """
 
     count: int
@@ -98,11 +98,10 @@ class Duplicates:
         copies: images whose file is that of an earlier one.
         alike: further images that look like an earlier one without being the same file, after
             scaling or compression.
-        held_out_copies, held_out_alike: held-out images of which training sees a copy, or one
-            that looks the same.
-        plain: images that are one plain surface; they all look alike and are in no group for it.
-        groups: of copies, the largest first; not all.
-        alike_groups: of images that look alike, the largest first; not all.
+        held_out_copies, held_out_alike: held-out images with a copy, or a look-alike, in training.
+        plain: images that are one plain surface; they all look alike, so no group has them.
+        groups: the largest groups of copies.
+        alike_groups: the largest groups of images that look alike.
     """
 
     copies: int = 0
@@ -120,18 +119,18 @@ class SourceReport:
 
     Attributes:
         name: as given.
-        rows: images that were looked at.
+        rows: images that were read.
         readable: of these, those that can be decoded.
-        usable: of these, those of the wanted sizes with a caption of the wanted length.
+        usable: of these, those that training would use, by size and caption.
         train, held_out: the two splits of the usable ones.
-        first_only: whether there may be more than was looked at.
+        first_only: whether the source may have more images.
         left_out: by reason.
-        unreadable: those that cannot be read; not all where they are more than a thousand.
-        shorter_side, longer_side: in pixels; None where none can be read.
+        unreadable: images that cannot be read, at most a thousand.
+        shorter_side, longer_side: in pixels; None where no image can be read.
         sides: histogram of shorter sides.
         aspects: histogram of the longer over the shorter side.
         modes: Pillow's modes, the most frequent first.
-        formats: by the names' endings, where they have one.
+        formats: by file ending.
         duplicates: copies and images that look alike.
     """
 
@@ -158,11 +157,10 @@ class CaptionReport:
     """The captions of all usable images.
 
     Attributes:
-        captions: how many, over all images.
-        distinct: how many different ones.
+        captions: their number, over all images.
+        distinct: number of different ones.
         shared: images that have a caption in common with another one.
-        repeated: captions of several images, with their numbers of images, the most frequent
-            first; not all.
+        repeated: the most frequent captions of several images, with their numbers of images.
         characters: length of a caption in characters.
         damaged: captions with characters that could not be read in UTF-8.
         words, words_once: different words, and those that occur once.
@@ -199,7 +197,7 @@ class Suggestion:
 
     Attributes:
         values: the settings, as they stand in the YAML.
-        reasons: why, a line a setting.
+        reasons: a line per setting.
     """
 
     values: dict[str, object]
@@ -211,10 +209,10 @@ class Diagnosis:
     """Everything that was found.
 
     Attributes:
-        sources: a report for each; one where there is no mixture.
+        sources: a report per source; several of a mixture.
         captions: None where there are none.
-        findings: what would stop a training first.
-        suggestion: None where no configuration could make these data train.
+        findings: those that would stop a training first.
+        suggestion: None where these data cannot train with any configuration.
     """
 
     sources: list[SourceReport]

@@ -36,12 +36,9 @@ _CODES = ((1_000, 256), (3_000, 512), (30_000, 1024), (100_000, 2048), (1_000_00
 of 512 (docs/tokenizers.md). A larger codebook needs more images."""
 _MOST_CODES = 8192
 _BATCH = 32
-_PASSES = {"tokenizer": 24, "prior": 40}
-"""Passes over the images, as in configs/emoji.yaml."""
-_LEAST = {"tokenizer": 1000, "prior": 2000}
-"""Fewest steps."""
-_MOST = {"tokenizer": 20_000, "prior": 40_000}
-"""Steps beyond which one pass is enough."""
+_STEPS = {"tokenizer": (24, 1000, 20_000), "prior": (40, 2000, 40_000)}
+"""Passes over the images, as in configs/emoji.yaml; fewest steps; and steps beyond which one pass
+is enough."""
 _SHAPES = 60_000
 """Images of the shapes to encode, as in configs/shapes.yaml."""
 _MODEL = {
@@ -62,8 +59,8 @@ def suggest(
     images, or no captions.
 
     Args:
-        data, text: the settings that were given; those that say how to read the source are kept.
-        largest: image size that is suggested at most.
+        data, text: the given settings; those on how to read the source are kept.
+        largest: largest image size to suggest.
 
     Raises:
         ValueError: `text.pretrained` cannot be loaded.
@@ -85,7 +82,7 @@ def suggest(
         mask & ~_held_out(part, mask, val_fraction) for part, mask in zip(parts, masks, strict=True)
     ]
     length, truncate, why_length = _length(count_tokens(parts, masks, train, text).lengths)
-    steps = {stage: _steps(stage, per_pass) for stage in _PASSES}
+    steps = {stage: _steps(stage, per_pass) for stage in _STEPS}
 
     own = _changed(data) | {"image_size": size}
     reasons = [f"data.image_size {size}: {why_size}"]
@@ -231,6 +228,7 @@ def _length(lengths: np.ndarray) -> tuple[int, bool, str]:
 
 
 def _steps(stage: str, images: int) -> int:
+    passes, fewest, enough = _STEPS[stage]
     per_pass = images / _BATCH
-    steps = min(max(_PASSES[stage] * per_pass, _LEAST[stage]), max(_MOST[stage], per_pass))
+    steps = min(max(passes * per_pass, fewest), max(enough, per_pass))
     return -(-int(steps) // 100) * 100

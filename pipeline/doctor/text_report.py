@@ -12,7 +12,7 @@ _SHOWN = 10
 _LABEL = 23
 
 Facts = list[tuple[str, str]]
-"""Pairs of a name and what is to be said of it."""
+"""Pairs of a name and its value in words."""
 
 
 def as_table(diagnosis: Diagnosis) -> str:

@@ -8,7 +8,6 @@ page's form is the template `codebook_report.html`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,10 +52,6 @@ class LevelView:
     pictures: dict[str, np.ndarray]
     """By title: grids of the codes alone and in context, map, usage curve."""
 
-    @property
-    def images(self) -> dict[str, Image.Image]:
-        return {title: Image.fromarray(picture) for title, picture in self.pictures.items()}
-
 
 @torch.no_grad()
 def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
@@ -86,14 +81,18 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_images(folder, views)
+        for view in views:
+            level = view.name.split(",")[0]
+            for title, picture in view.pictures.items():
+                name = f"{title} {level}".strip().replace(" ", "-")
+                Image.fromarray(picture).save(folder / f"{name}.png")
         page = render(
             Path(__file__).with_suffix(".html"),
             tokenizer=tokenizer,
             total=codebook_statistics(counts),
             count=len(pictures),
             views=views,
-            data_uri=data_uri,
+            data_uri=lambda picture: data_uri(Image.fromarray(picture)),
             zip=zip,
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
@@ -206,12 +205,3 @@ def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
         left = int(x * (_MAP - width))
         canvas[top : top + height, left : left + width] = picture
     return canvas
-
-
-def _write_images(folder: Path, views: Sequence[LevelView]) -> None:
-    """The page's images as PNGs too: `map.png`, or `map-level-1.png` of several levels."""
-    for view in views:
-        level = view.name.split(",")[0]
-        for title, image in view.images.items():
-            name = f"{title} {level}".strip().replace(" ", "-")
-            image.save(folder / f"{name}.png")

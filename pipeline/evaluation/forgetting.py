@@ -30,22 +30,16 @@ class Forgetting:
 
     def table(self) -> str:
         """A line per data and metric: before, after, and the difference."""
-        rows = [("", "", "before", "after", "change")]
+        width = max((len(name) for one in self.metrics.values() for name in one), default=0)
+        lines = ["what fine-tuning changed:"]
+        lines.append(f"{'':{len(OLD) + 2 + width}}   before    after   change")
         for data, metrics in self.metrics.items():
             for name, value in metrics.items():
-                change = value["after"] - value["before"]
-                numbers = (f"{value['before']:.3f}", f"{value['after']:.3f}", f"{change:+.3f}")
-                rows.append((data, name, *numbers))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["what fine-tuning changed:"]
-        for row in rows:
-            cells = [
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells))
+                before, after = value["before"], value["after"]
+                numbers = f"{before:7.3f}  {after:7.3f}  {after - before:+7.3f}"
+                lines.append(f"{data}  {name:<{width}}  {numbers}")
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(f"  {line}".rstrip() for line in lines)
+        return "\n".join(f"  {line}" for line in lines)
 
 
 def forgetting(

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,53 +18,42 @@ from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
 Compile = Literal["auto", "on", "off"]
 
 COMPILE_SECONDS = 20.0
-"""Seconds that compiling a step takes on a CPU where it was never compiled before; a fifth of it
-from the second time on."""
+"""Seconds that the first compilation of a step takes on a CPU; later ones take a fifth of it."""
 COMPILED_TIME_FRACTION = 0.5
-"""Time of a compiled step as a share of a plain one's."""
-_TOO_LARGE = (
-    "one image of {} codes does not fit the memory of {}; close other programs, use a "
-    "smaller prior, or sample without guidance"
-)
+"""Time of a compiled step as a fraction of a plain one's."""
+_STACKLEVEL = 4
+"""Warnings name the line that called the pipeline."""
 
 
 def bytes_per_image(prior: ImagePrior, options: SamplingOptions) -> int:
-    """Memory that sampling one image takes, weights aside: its cache, and what reading its
-    caption holds at a time."""
-    config, stream = prior.model_config, prior.stream
+    """Memory that sampling one image takes, weights aside: its cache, the activations of its
+    caption, and the logits of a step."""
+    config = prior.model_config
+    stream = prior.stream
     itemsize = prior.text_head.weight.element_size()
-    rows = 2 if options.guidance_scale != 1 else 1
-    # Seldom so many, but a code that changes has all after it fed again
-    at_once = 1 if options.num_inference_steps is None else stream.image_length
-    cache = (
-        2
-        * config.depth
-        * prior.kv_heads
-        * (config.width // config.heads)
-        * stream.length
-        * itemsize
+    head_dim = config.width // config.heads
+    cache = 2 * config.depth * prior.kv_heads * head_dim * stream.length
+    caption = stream.text_length * (
+        6 * config.width + 3 * config.hidden + config.heads * stream.text_length
     )
-    reading = (
-        stream.text_length
-        * (6 * config.width + 3 * config.hidden + config.heads * stream.text_length)
-        * itemsize
-    )
-    deciding = at_once * stream.num_codes * 4 * 6
-    return rows * (cache + reading + deciding)
+    # In parallel decoding a code that changes has all after it fed again, in the worst case.
+    decided = 1 if options.num_inference_steps is None else stream.image_length
+    logits = decided * stream.num_codes * 4 * 6
+    branches = 2 if options.guidance_scale != 1 else 1
+    return branches * ((cache + caption) * itemsize + logits)
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether steps can be compiled for a device."""
-    # Here, since it brings accelerate along, which drawing needs for nothing else
+    # Here, since it imports accelerate, which sampling needs for nothing else
     from pipeline.runtime.devices import has_cpp_compiler
 
     return device.type != "cpu" or has_cpp_compiler()
 
 
 def even_batches(count: int, largest: int) -> list[slice]:
-    """As few parts as there must be, of as equal sizes as there can be: one size compiles once."""
-    parts = math.ceil(count / largest)
-    size = math.ceil(count / parts)
+    """As few batches as possible, of sizes as equal as possible: one size compiles once."""
+    size = math.ceil(count / math.ceil(count / largest))
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
@@ -78,94 +67,105 @@ def sample_codes_batched(
     compile: Compile = "auto",
     **given: Tensor | None,
 ) -> Samples:
-    """`sample` in batches that fit the memory, with `given` (`known`, `codes`, `orders`) a row a
-    image.
+    """`sample` in batches that fit the memory. `given` (`known`, `codes`, `orders`) has a row per
+    image, or is the same for all.
 
-    Says once, as a warning, where batches are smaller than was asked for, and where steps are
-    compiled unasked.
+    Warns once where batches are smaller than `batch_size`, and where `auto` compiles.
 
     Raises:
+        ValueError: `compile` is unknown, or is `on` without a compiler.
         MemoryError: not even one image fits.
     """
-    if compile not in ("auto", "on", "off"):
-        raise ValueError(f"compile is {compile!r}; choose auto, on or off")
-    if compile != "off" and not can_compile(prior.device):
-        if compile == "on":
-            raise ValueError(
-                "compile is on, and there is no C++ compiler with Python's headers here; install "
-                "them (Debian: g++ python3-dev)"
-            )
-        compile = "off"
-    fitting = int(
-        USABLE_MEMORY_FRACTION * free_memory(prior.device) // bytes_per_image(prior, options)
-    )
-    if not fitting:
-        raise MemoryError(_TOO_LARGE.format(prior.stream.image_length, prior.device))
-    largest = min(batch_size, len(text_ids))
-    if fitting < largest:
-        largest = fitting
-        warnings.warn(
-            f"{min(batch_size, len(text_ids))} images at a time do not fit the free memory; "
-            f"going on with {largest}",
-            stacklevel=3,
-        )
+    compile = _checked_compile(compile, prior.device)
+    size = _fitting_batch(prior, options, min(batch_size, len(text_ids)))
+    compiled = compile == "on"
     # Steps of several codes are never compiled.
-    compiled, decided = (
-        compile == "on",
-        compile != "auto" or options.num_inference_steps is not None,
-    )
+    undecided = compile == "auto" and options.num_inference_steps is None
     done: list[Samples] = []
     first = 0
     while first < len(text_ids):
-        remaining = even_batches(len(text_ids) - first, largest)
-        part = slice(first, first + remaining[0].stop)
+        batches = even_batches(len(text_ids) - first, size)
+        rows = slice(first, first + batches[0].stop)
+        tensors = {
+            name: value if value is None or value.ndim == 1 else value[rows]
+            for name, value in given.items()
+        }
         start = time.perf_counter()
         try:
-            done.append(
-                sample(
-                    prior,
-                    text_ids[part],
-                    seeds[part],
-                    options,
-                    compiled=compiled,
-                    **_rows(given, part),
-                )
+            samples = sample(
+                prior, text_ids[rows], seeds[rows], options, compiled=compiled, **tensors
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if part.stop - part.start == 1:
-                raise MemoryError(
-                    _TOO_LARGE.format(prior.stream.image_length, prior.device)
-                ) from error
-            largest = (part.stop - part.start) // 2
-            warnings.warn(
-                f"out of memory with {part.stop - part.start} images at a time; going on with "
-                f"{largest}",
-                stacklevel=3,
-            )
-            if prior.device.type == "cuda":
-                torch.cuda.empty_cache()
+            size = _smaller_batch(prior, rows.stop - rows.start)
             continue
-        first = part.stop
-        if not decided and len(remaining) > 1:
-            # The batch just drawn says what the others will take.
-            left = (len(remaining) - 1) * (time.perf_counter() - start)
-            compiled = left * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
-            decided = True
-            if compiled:
-                warnings.warn(
-                    f"{left:.0f} seconds of drawing are left, so the steps are compiled",
-                    stacklevel=3,
-                )
+        done.append(samples)
+        first = rows.stop
+        if undecided and len(batches) > 1:
+            # The first batch's time predicts that of the others.
+            compiled = _compiling_pays((len(batches) - 1) * (time.perf_counter() - start))
+            undecided = False
     return _joined(done)
 
 
-def _rows(given: dict[str, Tensor | None], part: slice) -> dict[str, Any]:
-    return {
-        name: value if value is None or value.ndim == 1 else value[part]
-        for name, value in given.items()
-    }
+def _checked_compile(compile: Compile, device: torch.device) -> Compile:
+    """`off` where it is `auto` and the device has no compiler."""
+    if compile not in ("auto", "on", "off"):
+        raise ValueError(f"compile is {compile!r}; choose auto, on or off")
+    if compile == "off" or can_compile(device):
+        return compile
+    if compile == "on":
+        raise ValueError(
+            "compile is on, and there is no C++ compiler with Python's headers here; install "
+            "them (Debian: g++ python3-dev)"
+        )
+    return "off"
+
+
+def _fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> int:
+    """As many images as are wanted, or fewer, by the estimate of their memory."""
+    usable = USABLE_MEMORY_FRACTION * free_memory(prior.device)
+    fitting = int(usable // bytes_per_image(prior, options))
+    if not fitting:
+        raise _too_large(prior)
+    if fitting < wanted:
+        warnings.warn(
+            f"{wanted} images at a time do not fit the free memory; going on with {fitting}",
+            stacklevel=_STACKLEVEL,
+        )
+    return min(fitting, wanted)
+
+
+def _smaller_batch(prior: ImagePrior, failed: int) -> int:
+    """Half of a batch that ran out of memory."""
+    if failed == 1:
+        raise _too_large(prior)
+    warnings.warn(
+        f"out of memory with {failed} images at a time; going on with {failed // 2}",
+        stacklevel=_STACKLEVEL,
+    )
+    if prior.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return failed // 2
+
+
+def _too_large(prior: ImagePrior) -> MemoryError:
+    return MemoryError(
+        f"one image of {prior.stream.image_length} codes does not fit the memory of "
+        f"{prior.device}; close other programs, use a smaller prior, or sample without guidance"
+    )
+
+
+def _compiling_pays(seconds: float) -> bool:
+    """Whether compiling saves more than it costs, of this time that plain steps would take."""
+    pays = seconds * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
+    if pays:
+        warnings.warn(
+            f"{seconds:.0f} seconds of drawing are left, so the steps are compiled",
+            stacklevel=_STACKLEVEL,
+        )
+    return pays
 
 
 def _joined(parts: list[Samples]) -> Samples:

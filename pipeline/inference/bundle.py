@@ -55,26 +55,26 @@ def read_bundle(folder: Path) -> Bundle:
 
     Raises:
         FileNotFoundError: the folder is no bundle.
-        ValueError: a part is missing, truncated, of another format, or another bundle's; says
-            which.
+        ValueError: a part is missing, truncated, of another format, or swapped for another
+            bundle's; names it.
     """
-    description = _read_description(folder)
+    description = _description(folder)
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
     tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
     prior = ImagePrior.from_pretrained(folder / "prior")
-    found = {
+    fingerprints = {
         "tokenizer": tokenizer.fingerprint,
         "prior": prior.fingerprint,
         "text_tokenizer": file_fingerprint(folder / "text_tokenizer" / "tokenizer.json"),
     }
-    for part, fingerprint in found.items():
-        if fingerprint != description.get(f"{part}_fingerprint"):
+    for part, fingerprint in fingerprints.items():
+        expected = description.get(f"{part}_fingerprint")
+        if fingerprint != expected:
             raise ValueError(
                 f"{folder}/{part} has fingerprint {fingerprint} and pipeline.json expects "
-                f"{description.get(f'{part}_fingerprint')}; that part comes from another bundle, "
-                "copy the bundle again"
+                f"{expected}; that part comes from another bundle, copy the bundle again"
             )
     return Bundle(
         tokenizer,
@@ -85,10 +85,11 @@ def read_bundle(folder: Path) -> Bundle:
     )
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    """A bundle's pipeline.json."""
+def _description(folder: Path) -> dict[str, Any]:
+    """What `pipeline.json` holds."""
+    path = folder / "pipeline.json"
     try:
-        description = json.loads((folder / "pipeline.json").read_text())
+        description = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
@@ -96,22 +97,21 @@ def _read_description(folder: Path) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{folder}/pipeline.json is truncated or corrupted ({error}); copy the bundle again"
+            f"{path} is truncated or corrupted ({error}); copy the bundle again"
         ) from error
-    version = description.get("format") if isinstance(description, dict) else FORMAT
-    if version != FORMAT:
-        raise ValueError(f"{folder} has bundle format {version!r}, and this version reads {FORMAT}")
+    if isinstance(description, dict) and description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has bundle format {description.get('format')!r}, and this version reads "
+            f"{FORMAT}"
+        )
     if not isinstance(description, dict) or not all(
         isinstance(description.get(part), dict) for part in ("sampling", "trained_on")
     ):
-        raise ValueError(
-            f"{folder}/pipeline.json does not describe a bundle; copy the bundle again"
-        )
-    known = {f.name for f in fields(SamplingOptions)}
+        raise ValueError(f"{path} does not describe a bundle; copy the bundle again")
+    known = {option.name for option in fields(SamplingOptions)}
     if unknown := set(description["sampling"]) - known:
         raise ValueError(
-            f"{folder}/pipeline.json has unknown sampling options {sorted(unknown)}; known are "
-            f"{sorted(known)}"
+            f"{path} has unknown sampling options {sorted(unknown)}; known are {sorted(known)}"
         )
     return description
 

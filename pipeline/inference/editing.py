@@ -1,7 +1,7 @@
-"""Images in part: masks to codes that are kept, canvases, what is put back. Knows images and
+"""Editing parts of images: masks -> codes that are kept, canvases, composites. Knows images and
 grids of codes; samples nothing.
 
-White in a mask is what is replaced. A code is kept where no pixel of its cell is white.
+White in a mask is replaced. A code is kept where no pixel of its cell is white.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A mask as bool (H,W), true where it is white.
 
     Raises:
-        ValueError: the mask has another size than the image (width, height), or is no black and
-            white one.
+        ValueError: the mask has another size than the image (width, height), or is not black and
+            white.
     """
     if mask.size != size:
         raise ValueError(
@@ -43,14 +43,13 @@ def checked_picture(image: Image.Image, side: int) -> Image.Image:
     """The image in RGB.
 
     Raises:
-        ValueError: it is not of the size that the prior draws.
+        ValueError: it is not of the prior's size.
     """
     image = to_rgb(image)
     if image.size != (side, side):
         raise ValueError(
             f"the image is {image.width}x{image.height} and this prior draws {side}x{side}; "
-            "resize it first "
-            "(stage1_tokenizer.resize_and_crop)"
+            "resize it first (stage1_tokenizer.resize_and_crop)"
         )
     return image
 
@@ -82,16 +81,18 @@ def composite(
 def place_on_canvas(
     image: Image.Image, side: int, at: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
-    """A smaller image put on a canvas of side x side pixels, its top left corner `at` (x, y), and
-    the mask of what is new.
+    """A smaller image on a canvas of side x side pixels, its top left corner `at` (x, y), and the
+    mask of what is new.
 
-    The gap is filled with the border's pixels, so that codes at the seam know what it continues.
+    The border's pixels fill the gap, so that codes at the seam continue the image.
 
     Raises:
         ValueError: the image does not lie on the canvas, or fills it.
     """
-    image, (x, y) = to_rgb(image), at
-    right, below = side - x - image.width, side - y - image.height
+    image = to_rgb(image)
+    x, y = at
+    right = side - x - image.width
+    below = side - y - image.height
     if min(x, y, right, below) < 0:
         raise ValueError(
             f"an image of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
@@ -109,7 +110,7 @@ def place_on_canvas(
 
 
 def warn_if_trivial(known: Tensor) -> bool:
-    """Whether there is nothing to draw; says where a mask is empty or full."""
+    """Whether there is nothing to sample. Warns where a mask is empty or full."""
     if known.all():
         warnings.warn(
             "the mask is empty: nothing is replaced, and the image comes back as it is",
@@ -124,21 +125,20 @@ def warn_if_trivial(known: Tensor) -> bool:
 
 
 def random_keep_mask(seeds: Sequence[int], count: int, strength: float) -> Tensor:
-    """(B,N) bool: which codes a variation keeps, all but a share `strength` of them, by each
-    image's seed alone.
+    """(B,N) bool: the codes that a variation keeps, all but a fraction `strength` of them. They
+    depend on each image's seed alone.
 
     Raises:
         ValueError: the strength is not above 0 and at most 1.
     """
     if not 0 < strength <= 1:
         raise ValueError(
-            f"strength is {strength}; it is the share of the codes that are resampled, above 0 "
+            f"strength is {strength}; it is the fraction of the codes that are resampled, above 0 "
             "and at most 1"
         )
     replaced = max(round(strength * count), 1)
     known = torch.ones(len(seeds), count, dtype=torch.bool)
     for row, seed in zip(known, seeds, strict=True):
-        row[
-            torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))[:replaced]
-        ] = False
+        generator = torch.Generator().manual_seed(int(seed))
+        row[torch.randperm(count, generator=generator)[:replaced]] = False
     return known

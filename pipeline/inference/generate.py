@@ -190,8 +190,8 @@ def reconstruct(
     size: tuple[int, int] | None = None,
     tile: int = 512,
 ) -> list[str]:
-    """Writes each image's reconstruction, and a grid of pairs where all have one size; returns a
-    line an image with its PSNR.
+    """Writes each image's reconstruction, and a grid of pairs where all have one size. Returns a
+    line per image with its PSNR.
 
     Args:
         size: width and height to crop and resize to; without it images stay as they are.

@@ -28,14 +28,17 @@ class TextToImageOutput:
     codes: Tensor
     """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
     log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats; near that only with `num_inference_steps`, see
+    """(N,) log p(codes | prompt) in nats; an approximation with `num_inference_steps`, see
     `Samples`."""
     seeds: list[int]
-    """(N,) what each image's random numbers were drawn from."""
+    """(N,) the seed of each image's random numbers."""
 
     def rows(self, chosen: Sequence[int]) -> TextToImageOutput:
         """Some of the images."""
-        images, seeds = [self.images[i] for i in chosen], [self.seeds[i] for i in chosen]
+        rows = list(chosen)
         return TextToImageOutput(
-            images, self.codes[list(chosen)], self.log_likelihood[list(chosen)], seeds
+            [self.images[i] for i in rows],
+            self.codes[rows],
+            self.log_likelihood[rows],
+            [self.seeds[i] for i in rows],
         )

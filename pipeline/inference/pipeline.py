@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,24 @@ from stage2_prior import (
     sample_captions,
 )
 
+SamplingValue = float | tuple[float, float] | None
+"""A field of `SamplingOptions`; None takes the bundle's default."""
+
 
 def picture_seed(seed: int, number: int) -> int:
-    """Seed of a prompt's image `number`; it depends on nothing else, so a batch or a split
-    changes no image."""
+    """Seed of a prompt's image `number`. It depends on nothing else, so neither a batch nor a split
+    changes an image."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
 
 
 def _at_least_one(name: str, count: int) -> None:
     if count < 1:
         raise ValueError(f"{name} is {count}; it must be at least 1")
+
+
+def _best_of(scores: Tensor, count: int) -> Tensor:
+    """(B*count,) -> (B,) the place of the highest score among each `count`."""
+    return scores.view(-1, count).argmax(1) + torch.arange(0, len(scores), count)
 
 
 class TextToImagePipeline:
@@ -58,10 +66,10 @@ class TextToImagePipeline:
         prior: caption -> codes.
         text: caption -> text ids.
         defaults: sampling options where a call gives none.
-        trained_on: what the bundle says of its data.
+        trained_on: the bundle's description of its data.
 
     Raises:
-        ValueError: the prior was made for other codes or another vocabulary.
+        ValueError: the prior models other codes or another vocabulary.
     """
 
     def __init__(
@@ -72,7 +80,9 @@ class TextToImagePipeline:
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
     ) -> None:
-        self.tokenizer, self.prior, self.text = tokenizer, prior, text
+        self.tokenizer = tokenizer
+        self.prior = prior
+        self.text = text
         self.defaults = defaults or SamplingOptions()
         self.trained_on = trained_on or {}
         self._compile: Compile = "auto"
@@ -87,8 +97,8 @@ class TextToImagePipeline:
         if (text.vocab_size, text.length) != (stream.text_vocab_size, stream.text_length):
             raise ValueError(
                 f"the text tokenizer has {text.vocab_size} entries and {text.length} slots, the "
-                f"prior {stream.text_vocab_size} "
-                f"and {stream.text_length}; they do not belong together"
+                f"prior {stream.text_vocab_size} and {stream.text_length}; they do not belong "
+                "together"
             )
 
     def to(self, device: torch.device | str) -> TextToImagePipeline:
@@ -98,11 +108,11 @@ class TextToImagePipeline:
         return self
 
     def compile(self) -> TextToImagePipeline:
-        """Makes ready for many images; returns itself. The prior computes in bf16 where the
-        device does so natively, and its steps are compiled: some ten seconds once for each batch
-        size. Likelihoods and codes may differ a little from those of fp32.
+        """Prepares for many images; returns itself. The prior computes in bf16 where the device
+        does so natively, and its steps are compiled, which takes about ten seconds per batch size.
+        Likelihoods and codes may differ a little from those of fp32.
         """
-        # Here, since it brings accelerate along, which drawing needs for nothing else
+        # Here, since it imports accelerate, which sampling needs for nothing else
         from pipeline.runtime.devices import uses_bf16
 
         if uses_bf16("auto", self.prior.device):
@@ -121,19 +131,20 @@ class TextToImagePipeline:
         batch_size: int = 64,
         truncate: bool = False,
         compile: Compile | None = None,
-        **sampling: Any,
+        **sampling: SamplingValue,
     ) -> TextToImageOutput:
-        """Samples images. The same seed gives the same images for a prompt, whatever else is
-        asked for in the call. An empty prompt samples without a caption and warns that it does.
+        """Samples images. The same seed gives the same images for a prompt, whatever else the call
+        asks for. An empty prompt samples without a caption, with a warning.
+
+        The parameters are eight because each is an option of its own that users name.
 
         Args:
             best_of: images drawn for each one returned; the one with the highest guidance gain is
                 kept.
-            judge: (images, prompts) -> a score each, which `best_of` chooses by instead, such as
+            judge: (images, prompts) -> a score each, by which `best_of` chooses instead, such as
                 `pipeline.CLIPScorer`.
             batch_size: images at a time; fewer where memory is short.
-            compile: whether the steps are compiled; `auto` does so where so much is drawn that it
-                pays.
+            compile: whether the steps are compiled; `auto` does so where many images make it pay.
             sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's
                 default.
 
@@ -145,48 +156,34 @@ class TextToImagePipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompt was given; give at least one, '' samples without a caption")
-        if num_images_per_prompt < 1 or batch_size < 1:
-            raise ValueError(
-                f"num_images_per_prompt is {num_images_per_prompt} and batch_size {batch_size}; "
-                "both must be at least 1"
-            )
-        if best_of < 1:
-            raise ValueError(
-                f"best_of is {best_of}; it must be at least 1, the number of images drawn for "
-                "each one that is kept"
-            )
+        _at_least_one("num_images_per_prompt", num_images_per_prompt)
+        _at_least_one("batch_size", batch_size)
+        _at_least_one("best_of", best_of)
         if judge is not None and best_of == 1:
             raise ValueError(
                 "a judge chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
         options = self._options(sampling)
-        ids = self._text_ids(prompts, truncate)
         count = num_images_per_prompt * best_of
-        ids = ids.repeat_interleave(count, dim=0)
+        ids = self._text_ids(prompts, truncate).repeat_interleave(count, dim=0)
         seeds = [picture_seed(seed, i) for _ in prompts for i in range(count)]
         drawn = sample_codes_batched(
             self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile
         )
         if best_of == 1:
             return self._output(drawn, seeds)
-        firsts = torch.arange(0, len(seeds), best_of)
         if judge is None:
-            best = self._pmi(drawn, ids, options, batch_size).view(-1, best_of).argmax(1) + firsts
+            best = _best_of(self._pmi(drawn, ids, options, batch_size), best_of)
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
-        scores = (
-            torch.as_tensor(
-                judge(output.images, [prompt for prompt in prompts for _ in range(count)])
-            )
-            .flatten()
-            .cpu()
-        )
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        scores = torch.as_tensor(judge(output.images, asked)).flatten().cpu()
         if len(scores) != len(seeds):
             raise ValueError(
                 f"the judge gave {len(scores)} scores for {len(seeds)} images; it must give one "
                 "for each"
             )
-        return output.rows((scores.view(-1, best_of).argmax(1) + firsts).tolist())
+        return output.rows(_best_of(scores, best_of).tolist())
 
     def edit(
         self,
@@ -197,19 +194,19 @@ class TextToImagePipeline:
         num_images: int = 1,
         seed: int = 0,
         truncate: bool = False,
-        **sampling: Any,
+        **sampling: SamplingValue,
     ) -> TextToImageOutput:
-        """Draws the masked part of an image anew. Codes of cells without a white pixel are kept
-        exactly, and so is every pixel outside the mask. The log-likelihood is that of the codes
-        drawn.
+        """Resamples the masked part of an image. Codes of cells without a white pixel are kept
+        exactly, and so is every pixel outside the mask. The log-likelihood is that of the resampled
+        codes.
 
         Args:
             image: an image of the size that the prior draws.
             mask: of the same size, mode L or 1; white is replaced.
-            prompt: what the whole image is to show.
+            prompt: what the whole image shall show.
 
         Raises:
-            ValueError: the mask's size or mode, or the image's size, is another; or the prior was
+            ValueError: the mask's size or mode, or the image's size, does not fit; or the prior was
                 not trained on random orders.
         """
         _at_least_one("num_images", num_images)
@@ -229,16 +226,26 @@ class TextToImagePipeline:
         return output
 
     def outpaint(
-        self, image: Image.Image, prompt: str, *, at: tuple[int, int] = (0, 0), **options: Any
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        at: tuple[int, int] = (0, 0),
+        num_images: int = 1,
+        seed: int = 0,
+        truncate: bool = False,
+        **sampling: SamplingValue,
     ) -> TextToImageOutput:
-        """Extends an image that is smaller than those the prior draws; its top left corner comes
-        to `at` (x, y). Options as `edit`.
+        """Extends an image that is smaller than those of the prior. Its top left corner comes to
+        `at` (x, y). Options as `edit`.
 
         Raises:
             ValueError: the image does not lie on the canvas, or fills it; and what `edit` raises.
         """
         canvas, mask = place_on_canvas(image, self.tokenizer.image_size, at)
-        return self.edit(canvas, mask, prompt, **options)
+        return self.edit(
+            canvas, mask, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        )
 
     def vary(
         self,
@@ -248,9 +255,10 @@ class TextToImagePipeline:
         *,
         num_images: int = 1,
         seed: int = 0,
-        **sampling: Any,
+        truncate: bool = False,
+        **sampling: SamplingValue,
     ) -> TextToImageOutput:
-        """Images like the given one: a share `strength` of its codes, scattered by the seed, is
+        """Images like the given one: a fraction `strength` of its codes, scattered by the seed, is
         resampled.
 
         Raises:
@@ -259,7 +267,9 @@ class TextToImagePipeline:
         _at_least_one("num_images", num_images)
         seeds = [picture_seed(seed, i) for i in range(num_images)]
         known = random_keep_mask(seeds, self.prior.stream.image_length, strength)
-        return self.complete(image, known, prompt, num_images=num_images, seed=seed, **sampling)
+        return self.complete(
+            image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        )
 
     def complete(
         self,
@@ -270,17 +280,17 @@ class TextToImagePipeline:
         num_images: int = 1,
         seed: int = 0,
         truncate: bool = False,
-        **sampling: Any,
+        **sampling: SamplingValue,
     ) -> TextToImageOutput:
-        """Draws the codes that are not known.
+        """Samples the codes that are not known.
 
         Args:
-            image: an image of the size that the prior draws, or its codes as the tokenizer gives
-                them, without a batch.
-            known: bool, the codes' shape (or flat, or a row for each image, with as many in
-                each): which are kept, but not all. A prior in raster order can resume from the top
-                rows alone.
-            prompt: what the whole image is to show; '' says nothing of it.
+            image: an image of the prior's size, or its codes as the tokenizer gives them, without a
+                batch.
+            known: bool, which codes are kept, but not all: in the codes' shape, or flat, or a row
+                per image with as many in each. A prior in raster order needs the known codes to
+                come first.
+            prompt: what the whole image shall show; '' leaves it open.
 
         Raises:
             ValueError: `known` or the codes have another shape, or `known` is not what the prior's
@@ -293,28 +303,21 @@ class TextToImagePipeline:
                 f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of "
                 f"the {length} codes if it is kept"
             )
-        codes = (
-            image
-            if isinstance(image, Tensor)
-            else self._codes_of([checked_picture(image, self.tokenizer.image_size)])
-        )
+        codes = image if isinstance(image, Tensor) else self._codes_of([image])
         if codes.numel() != length:
             raise ValueError(
                 f"the codes are {tuple(codes.shape)}; this prior's images have {length}"
             )
         options = self._options(sampling)
-        unknown = length - int(known.reshape(-1, length)[0].sum())
-        if (
-            sampling.get("num_inference_steps") is None and options.num_inference_steps is not None
-        ):  # the bundle's default is for whole images
-            options = replace(
-                options, num_inference_steps=max(min(options.num_inference_steps, unknown), 1)
-            )
-        ids = self._text_ids([prompt], truncate).repeat(num_images, 1)
+        steps = options.num_inference_steps
+        if sampling.get("num_inference_steps") is None and steps is not None:
+            # The bundle's default is for whole images.
+            unknown = length - int(known.reshape(-1, length)[0].sum())
+            options = replace(options, num_inference_steps=max(min(steps, unknown), 1))
         seeds = [picture_seed(seed, i) for i in range(num_images)]
         drawn = sample_codes_batched(
             self.prior,
-            ids,
+            self._text_ids([prompt], truncate).repeat(num_images, 1),
             seeds,
             options,
             batch_size=64,
@@ -336,32 +339,26 @@ class TextToImagePipeline:
         without one.
 
         Raises:
-            ValueError: there are not as many prompts as images, or an image has another size
-                than the prior draws.
+            ValueError: there are not as many prompts as images, or an image has another size than
+                the prior's.
         """
         if len(images) != len(prompts) or not images:
             raise ValueError(
-                f"there are {len(images)} images and {len(prompts)} prompts; give one prompt a "
-                "picture"
+                f"there are {len(images)} images and {len(prompts)} prompts; give one prompt per "
+                "image"
             )
-        pictures = [checked_picture(image, self.tokenizer.image_size) for image in images]
         codes = torch.cat(
             [
-                self._codes_of(pictures[i : i + batch_size]).flatten(1)
-                for i in range(0, len(pictures), batch_size)
+                self._codes_of(images[i : i + batch_size]).flatten(1)
+                for i in range(0, len(images), batch_size)
             ]
         )
         ids = self.text.encode(list(prompts), truncate=truncate)
         given = self._log_likelihood(ids, codes, None, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
             return Scores(given, None)
-        return Scores(
-            given,
-            given
-            - self._log_likelihood(
-                self.prior.stream.null_caption(len(ids)), codes, None, batch_size
-            ),
-        )
+        null = self.prior.stream.null_caption(len(ids))
+        return Scores(given, given - self._log_likelihood(null, codes, None, batch_size))
 
     def caption(
         self,
@@ -375,22 +372,21 @@ class TextToImagePipeline:
         truncate: bool = False,
     ) -> list[tuple[str, float]]:
         """Captions with log p(caption | codes) in nats, the likeliest first: the candidates, or
-        `num` drawn ones where there are none.
+        `num` sampled ones where there are none.
 
         Raises:
             ValueError: the prior was not trained with codes first (`sequence.captioning_fraction`),
                 or the image has another size.
         """
-        codes = self._codes_of([checked_picture(image, self.tokenizer.image_size)]).flatten(1)
+        codes = self._codes_of([image]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
             _at_least_one("the number of candidates", len(captions))
-            values = caption_log_likelihood(
-                self.prior, self.text.encode(captions, truncate=truncate), codes[0]
-            )
+            ids = self.text.encode(captions, truncate=truncate)
+            values = caption_log_likelihood(self.prior, ids, codes[0])
         else:
             _at_least_one("num", num)
-            SamplingOptions(temperature=temperature, top_p=top_p)  # says what is out of range
+            SamplingOptions(temperature=temperature, top_p=top_p)  # refuses what is out of range
             seeds = [picture_seed(seed, i) for i in range(num)]
             ids, values = sample_captions(
                 self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p
@@ -399,26 +395,22 @@ class TextToImagePipeline:
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
 
     def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes worked out as those were that the prior was trained on: in another precision near
-        ties fall the other way, on plain grounds for most of an image, and the prior would be told
-        of codes that it has never seen together."""
-        with (
-            torch.no_grad(),
-            torch.autocast(
-                self.tokenizer.device.type,
-                torch.bfloat16,
-                enabled=self.trained_on.get("codes_in_bf16", False),
-            ),
-        ):
-            return self.tokenizer.to_codes(images)
+        """Codes in the precision of the codes that the prior was trained on.
 
-    def _options(self, given: dict[str, Any]) -> SamplingOptions:
-        known = [field.name for field in fields(SamplingOptions)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{unknown} are no sampling options; known are {known}")
-        return replace(
-            self.defaults, **{name: value for name, value in given.items() if value is not None}
-        )
+        In another precision near ties fall the other way, in plain areas for most of an image. The
+        prior would see combinations of codes that it was never trained on.
+        """
+        side = self.tokenizer.image_size
+        bf16 = self.trained_on.get("codes_in_bf16", False)
+        with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=bf16):
+            return self.tokenizer.to_codes([checked_picture(image, side) for image in images])
+
+    def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
+        defaults = asdict(self.defaults)
+        if unknown := sorted(set(given) - set(defaults)):
+            raise ValueError(f"{unknown} are no sampling options; known are {list(defaults)}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return SamplingOptions(**(defaults | chosen))
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
         if any(not prompt.strip() for prompt in prompts):
@@ -438,10 +430,12 @@ class TextToImagePipeline:
     def _pmi(
         self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int
     ) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn, by passes of their own
-        where drawing did not tell."""
-        given, null = drawn.log_likelihood, drawn.null_log_likelihood
-        if null is None or options.num_inference_steps is not None:
+        """log p(codes | caption) - log p(codes | null) in the order drawn. Sampling gives both
+        where it decides one code per step with guidance; else they are computed."""
+        exact = options.num_inference_steps is None
+        given = drawn.log_likelihood
+        null = drawn.null_log_likelihood
+        if null is None or not exact:
             if not self.prior.config.trained_with_caption_dropout:
                 raise ValueError(
                     "best_of needs a prior trained with caption dropout, or a judge; train with "
@@ -450,10 +444,8 @@ class TextToImagePipeline:
             null = self._log_likelihood(
                 self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size
             )
-            if (
-                options.num_inference_steps is not None
-            ):  # drawing several codes at once knows their likelihood only nearly
-                given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
+        if not exact:
+            given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
         return given.cpu() - null.cpu()
 
     def _log_likelihood(
@@ -470,7 +462,7 @@ class TextToImagePipeline:
         return torch.cat(totals).cpu()
 
     def _as_grid(self, codes: Tensor) -> Tensor:
-        """The stream's flat codes in the tokenizer's form: (B,h,w) for a single level, flat for
+        """Flat codes of the stream in the tokenizer's form: (B,h,w) of one level, flat of
         several."""
         levels = self.tokenizer.layout
         return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
@@ -488,7 +480,7 @@ class TextToImagePipeline:
 
         Raises:
             FileNotFoundError: the folder is no bundle.
-            ValueError: a part is missing, cut, of another format, or swapped for another bundle's;
-                says which.
+            ValueError: a part is missing, truncated, of another format, or swapped for another
+                bundle's; names it.
         """
         return cls(*read_bundle(Path(folder)))

@@ -4,7 +4,7 @@ images and prompts only."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ _BATCH = 32
 
 
 class ImageTextScorer(Protocol):
-    """Says how well images show their prompts; more is better."""
+    """Scores how well images show their prompts; more is better."""
 
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
@@ -28,7 +28,7 @@ class CLIPScorer:
         name: a folder, or a name of the Hub, of a transformers CLIP model with its processor.
 
     Raises:
-        ValueError: there is no such model, or it is none of images and text.
+        ValueError: there is no such model, or it does not compare images with text.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -36,10 +36,10 @@ class CLIPScorer:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
-            model: Any = AutoModel.from_pretrained(name)
+            model = AutoModel.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             # The plain backend: the other needs torchvision.
-            self.processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+            self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the judge {name!r} cannot be loaded as a CLIP model "
@@ -63,7 +63,6 @@ class CLIPScorer:
                 list(prompts[part]), padding=True, truncation=True, return_tensors="pt"
             )
             pixels = self.processor(images=list(images[part]), return_tensors="pt")
-            inputs = {**text, **pixels}
-            out = self.model(**{key: value.to(self.model.device) for key, value in inputs.items()})
+            out = self.model(**text.to(self.model.device), **pixels.to(self.model.device))
             scores.append(torch.cosine_similarity(out.image_embeds, out.text_embeds))
         return torch.cat(scores).cpu()

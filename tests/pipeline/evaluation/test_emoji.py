@@ -72,3 +72,24 @@ def test_caption_retrieval_counts_images_whose_caption_is_likeliest():
         captions_found(SimpleNamespace(caption=caption), pictures, [str(i) for i in range(10)])
         == 0.5
     )  # type: ignore[arg-type]
+
+
+def test_captioning_has_metrics_of_its_own(monkeypatch):
+    """Every image is right, and the captioner finds half of the captions."""
+    monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
+
+    class Pipe:
+        prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=True))
+
+        def __call__(self, prompts, truncate, num_inference_steps):
+            shades = [int(p) * 25 for p in prompts]
+            return SimpleNamespace(images=[Image.new("RGB", (4, 4), (v,) * 3) for v in shades])
+
+        def caption(self, image, candidates, truncate):
+            own = str(np.asarray(image)[0, 0, 0] // 25)
+            return [(own if int(own) < 5 else "0", -1.0)]
+
+    found = emoji_metrics(Pipe(), SimpleNamespace(data=None))  # type: ignore[arg-type]
+    for split in ("seen", "held_out"):
+        assert found[f"retrieval_at_1_of_100_{split}"] == 1.0
+        assert found[f"caption_of_100_{split}"] == 0.5

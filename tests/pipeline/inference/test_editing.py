@@ -483,3 +483,17 @@ def test_the_command_line_has_every_sampling_option():
     from stage2_prior import SamplingOptions
 
     assert list(Sampling.__annotations__) == [field.name for field in fields(SamplingOptions)]
+
+
+def test_long_prompts_are_cut_in_every_way_of_editing_only_if_asked_for(pipe, picture):
+    prompt = "word " * 99
+    small = picture.resize((16, 16))
+    for edit in (
+        lambda **options: pipe.edit(picture, box(0, 0, 16, 16), prompt, **options),
+        lambda **options: pipe.outpaint(small, prompt, **options),
+        lambda **options: pipe.vary(picture, 0.5, prompt, **options),
+        lambda **options: pipe.complete(picture, torch.arange(16) < 4, prompt, **options),
+    ):
+        with pytest.raises(ValueError, match="text slots"):
+            edit()
+        assert len(edit(truncate=True, num_images=2).images) == 2

@@ -1,0 +1,33 @@
+"""`Report`: its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline.evaluation.evaluate import Report
+from pipeline.evaluation.forgetting import OLD, Forgetting
+
+
+def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():
+    report = Report({"psnr": 20.5, "codebook_usage": 0.5, "codebook_perplexity_level_1": 7.25})
+    assert [line.split() for line in report.table().splitlines()] == [
+        ["psnr", "20.500"],
+        ["codebook_usage", "50.0%"],
+        ["codebook_perplexity_level_1", "7.250"],
+    ]
+    assert Report().table() == ""
+
+
+def test_the_json_has_every_metric_with_settings_and_forgetting(tmp_path):
+    lost = Forgetting({OLD: {"nats_per_code": {"before": 1.0, "after": 2.0}}}, ["a note"])
+    report = Report({"psnr": 20.5}, {"pictures": 3}, lost)
+    report.save(tmp_path / "new" / "evaluation.json")
+    assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == {
+        "psnr": 20.5,
+        "settings": {"pictures": 3},
+        "forgetting": {
+            "metrics": {OLD: {"nats_per_code": {"before": 1.0, "after": 2.0}}},
+            "notes": ["a note"],
+        },
+    }
+    assert report.table().endswith("  note: a note")

@@ -1,0 +1,60 @@
+"""A bundle as files: what is read is what was written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline.inference.bundle import Bundle, read_bundle, write_bundle
+from pipeline.inference.pipeline import SamplingOptions
+from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pipe = tiny_pipeline()
+    options = SamplingOptions(top_p=0.9, guidance_interval=(0.1, 0.8))
+    write_bundle(
+        tmp_path / "bundle",
+        Bundle(pipe.tokenizer, pipe.prior, pipe.text, options, {"experiment": "tiny"}),
+    )
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_is_read_as_it_was_written(folder):
+    pipe = tiny_pipeline()
+    read = read_bundle(folder)
+    assert read.tokenizer.fingerprint == pipe.tokenizer.fingerprint
+    assert read.prior.fingerprint == pipe.prior.fingerprint
+    assert torch.equal(read.text.encode(CAPTIONS), pipe.text.encode(CAPTIONS))
+    assert read.defaults == SamplingOptions(top_p=0.9, guidance_interval=(0.1, 0.8))
+    assert read.trained_on == {"experiment": "tiny"} and not read.tokenizer.training
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "prior", "text_tokenizer"])
+def test_each_part_of_another_bundle_is_refused(folder, tmp_path, part):
+    tiny_pipeline(captions=["yellow moons"], num_codes=16).save_pretrained(tmp_path / "other")
+    shutil.rmtree(folder / part)
+    with pytest.raises(ValueError, match=f"has no {part}/"):
+        read_bundle(folder)
+    shutil.copytree(tmp_path / "other" / part, folder / part)
+    with pytest.raises(ValueError, match=rf"bundle/{part} has fingerprint .* another bundle"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": 2}, "has bundle format 2, and this version reads 1"),
+        ({"trained_on": None}, "does not describe a bundle"),
+        ({"sampling": {"top_P": 1}}, r"unknown sampling options \['top_P'\]"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder, changed, message):
+    path = folder / "pipeline.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match=message):
+        read_bundle(folder)
