@@ -44,7 +44,7 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if given := values["tokenizer"]["init_from"]:
-        model = dict(_model(given, "tokenizer"))
+        model = dict(_config(given, "tokenizer").get("model") or {})
         size = model.pop("image_size", None)  # the tokenizer's follows the data's
         found |= {"tokenizer": {"model": model}} | ({"data": {"image_size": size}} if size else {})
     if given := values["prior"]["init_from"]:
@@ -57,10 +57,6 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"prior": {"model": config.get("model") or {}} | order}
         found |= {"text": {"max_length": stream["text_length"]}} if "text_length" in stream else {}
     return found
-
-
-def _model(given: str, stage: Stage) -> dict[str, Any]:
-    return _config(given, stage).get("model") or {}
 
 
 def _config(given: str, stage: Stage) -> dict[str, Any]:
