@@ -39,9 +39,9 @@ setup: $(VENV)/ready
 
 demo: setup
 	$(BIN)/minidalle run --config configs/shapes.yaml
-	$(BIN)/minidalle generate --bundle $(DEMO_RUN)/bundle --num-images 4 --out $(DEMO_RUN)/pictures \
+	$(BIN)/minidalle generate --bundle $(DEMO_RUN)/bundle --num-images 4 --out $(DEMO_RUN)/images \
 		"a large red circle left of a small blue square on white" "a green star above a yellow heart" "a huge purple ring on black"
-	@echo "look at $(DEMO_RUN)/samples/held-out-prompts.png and $(DEMO_RUN)/pictures/grid.png"
+	@echo "look at $(DEMO_RUN)/samples/held-out-prompts.png and $(DEMO_RUN)/images/grid.png"
 
 check: setup
 	$(BIN)/ruff check .

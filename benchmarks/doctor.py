@@ -2,7 +2,7 @@
 look alike among a million.
 
 python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE] Images are JPEGs of
-smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the verb
+smooth colours with noise, of about 25 KB, in a folder that is removed again. Everything the command
 does is timed, the page included; the interpreter's start is not.
 """
 

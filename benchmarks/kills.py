@@ -117,7 +117,7 @@ class Attempt:
 
 
 def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None) -> Attempt:
-    """Runs a verb in a fork, killed on the way or not."""
+    """Runs a command in a fork, killed on the way or not."""
     progress, start = Progress(), time.perf_counter()
     pid = os.fork()
     if pid == 0:

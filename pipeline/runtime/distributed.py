@@ -81,6 +81,6 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 
 def destroy_process_group() -> None:
-    """Ends the process group, if there is one; the last thing a verb does."""
+    """Ends the process group, if there is one; the last thing a command does."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

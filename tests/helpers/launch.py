@@ -1,5 +1,5 @@
-"""Verbs under torchrun on CPUs, for tests: how many processes there were is insisted on, and a hang
-is a failure."""
+"""Commands under torchrun on CPUs, for tests: the number of processes is checked, and a hang is a
+failure."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def launch(
     seconds: float = 300,
     **environment: str,
 ) -> str:
-    """Runs a verb, or a script that is told the number of processes; returns what it printed.
+    """Runs a command, or a script that is told the number of processes; returns what it printed.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `seconds`; every process of it is ended.
