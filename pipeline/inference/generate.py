@@ -1,5 +1,5 @@
 """What `minidalle generate`, `edit` and `reconstruct` do: images to files. Knows folders; models
-come from the stages."""
+come from the stages. Parameters are the options of the command line, hence their number."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ def reconstruct(
     size: tuple[int, int] | None = None,
     tile: int = 512,
 ) -> list[str]:
-    """Writes each image's reconstruction, and a grid of pairs where all have one size; returns a
-    line an image with its PSNR.
+    """Writes each image's reconstruction, and a grid of pairs where all have one size; returns one
+    line per image with its PSNR.
 
     Args:
         size: width and height to crop and resize to; without it images stay as they are.
