@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.config.describe import all_settings
 from pipeline.config.experiment import Experiment, relation_problems
 from pipeline.config.inheritance import inherited_config
 from pipeline.config.option_names import has_config, spelled
@@ -172,18 +173,35 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
 
 def _every_problem(given: Mapping[str, object]) -> list[str]:
     """Checks each setting alone, since the parser stops at the first that is wrong."""
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, ArgumentParser
 
+    kinds = {setting.name: setting.kind for setting in all_settings()}
+    hints = _hints(Experiment)
     problems = []
     for key, value in given.items():
-        try:
-            # A name makes the rest complete; what is left to complain of is this one setting.
-            required = ["--name", "x", "--data.source", "shapes"]
-            text = value if isinstance(value, str) else json.dumps(value)
-            parser().parse_args([*required, f"--{key}={text}"])
-        except ArgumentError as error:
-            problems.append(f"{key}: {_first_line(error)}")
+        text = value if isinstance(value, str) else json.dumps(value)
+        if key in hints:
+            reader = ArgumentParser(exit_on_error=False)
+            reader.add_argument("--value", type=hints[key])
+            try:
+                reader.parse_args([f"--value={text}"])
+            except ArgumentError as error:
+                why = f" ({_first_line(error)})" if isinstance(value, list) else ""
+                problems.append(f"{key} is {text}; it must be {kinds[key]}{why}")
+        elif not any(name.startswith(f"{key}.") for name in hints):
+            problems.append(f"{key} is not a setting")
+        elif value != {}:
+            problems.append(f"{key} is {text}; it must be a section of settings")
     return problems
+
+
+def _hints(kind: type, path: str = "") -> dict[str, Any]:
+    """The type of each setting, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        section = dataclasses.is_dataclass(hint)
+        found |= _hints(hint, f"{path}{name}.") if section else {f"{path}{name}": hint}
+    return found
 
 
 def _leaves(values: Mapping[str, object], path: str = "") -> dict[str, object]:

@@ -98,6 +98,27 @@ def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
         assert key in str(caught.value)
 
 
+def test_what_is_wrong_with_each_setting_is_plain(tiny_yaml):
+    arguments = [
+        "--prior.model.dept=3",
+        "--tokenizer.model.num-codes=many",
+        "--data.crop=left",
+        "--tokenizer.train.batch_size=some",
+        "--prior.train.betas=[0.1]",
+        "--encode=5",
+    ]
+    with pytest.raises(ValueError) as caught:
+        load_experiment(["--config", str(tiny_yaml), *arguments])
+    assert sorted(str(caught.value).splitlines()) == [
+        "data.crop is left; it must be 'centre' | 'random'",
+        "encode is 5; it must be a section of settings",
+        "prior.model.dept is not a setting",
+        "prior.train.betas is [0.1]; it must be tuple[float, float]",
+        "tokenizer.model.num_codes is many; it must be int",
+        "tokenizer.train.batch_size is some; it must be int | 'auto'",
+    ]
+
+
 def test_every_broken_relation_is_named(tiny_yaml):
     arguments = [
         "--tokenizer.model.downsample_factor",
