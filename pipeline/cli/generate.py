@@ -1,4 +1,5 @@
-"""The commands that write images: generate, edit, reconstruct. Samples nothing itself."""
+"""The commands that write images: generate, edit, reconstruct. Samples nothing itself. A command
+has as many parameters as options."""
 
 from __future__ import annotations
 

@@ -160,9 +160,11 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
         # Where the process that drew the bar is gone, the bar's line was never ended.
         return 1, f"{'' if first_process else chr(10)}{name}: {error}{resume}"
     if isinstance(error, RuntimeError):
+        if not launcher:
+            raise error
         from pipeline.runtime.distributed import is_peer_failure
 
-        if not launcher or not is_peer_failure(error):
+        if not is_peer_failure(error):
             raise error
         return 1, f"{name}: another process of this job is gone or no longer answers{resume}"
     return 1, f"{name}: {error}"

@@ -152,7 +152,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     about = "from --config FILE, a YAML as in configs/, or one by one; --print-config shows all"
     group = parser.add_argument_group("settings", about)
     for setting in all_settings():
-        kind = re.sub(r"Literal\[(.*?)\]", r"{\1}", setting.kind.removesuffix(" | None"))
+        kind = setting.kind.removesuffix(" | None")
         default = f" ({setting.default})" if setting.default not in ("", "None") else ""
         group.add_argument(
             f"--{setting.name.replace('_', '-')}",

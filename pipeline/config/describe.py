@@ -4,6 +4,7 @@ none of them, so that help comes at once."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ class Setting(NamedTuple):
     name: str
     """Dotted name, as in `prior.train.steps`."""
     kind: str
-    """Type, as in `int`, or `Literal['adamw', 'muon']`."""
+    """Type, as in `int`, or `'adamw' | 'muon'`."""
     default: str
     """Empty where there is none, or nothing to show."""
     description: str
@@ -55,6 +56,7 @@ def _fields(known: Mapping[str, ast.stmt], name: str, path: str) -> Iterator[Set
             continue
         if isinstance(declared, ast.Assign):  # a name for several choices
             kind = ast.unparse(declared.value)
+        kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(",", " |"), kind)
         default = ""
         if field.value is not None and not isinstance(field.value, ast.Call):
             default = ast.unparse(field.value).strip("'")

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.config.checks import out_of_range, problems, refuse
 from pipeline.config.data import DataConfig
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
 from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(kw_only=True)
@@ -20,14 +25,11 @@ class SequenceConfig:
     """The stream of caption and codes (`sequence`)."""
 
     captioning_fraction: float = 0.0
-    """Share of the prior's batches whose codes come before the caption: it learns to caption
+    """Fraction of the prior's batches whose codes come before the caption: it learns to caption
     images, too."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.captioning_fraction < 1:
-            raise ValueError(
-                f"sequence.captioning_fraction is {self.captioning_fraction}; it must be in [0, 1)"
-            )
+        refuse(out_of_range(self, "sequence", "[0, 1)", "captioning_fraction"))
 
 
 @dataclass(kw_only=True)
@@ -58,33 +60,36 @@ class EncodeConfig:
     max_val_images: int | None = 500
     """Held-out images to encode, at most as many as there are; all when absent."""
     augmentations_per_image: int = 1
-    """Encodings a training image: the first is its centre, further ones are cropped and mirrored
+    """Encodings per training image: the first is its centre, further ones are cropped and mirrored
     as `data` says, and shifted."""
     shift: int = 0
     """Largest shift of a further view, in pixels along either axis."""
     flip: bool = False
     """Mirror half of the further views; for captions that say nothing of left and right."""
     batch_size: int = 128
-    """Images encoded at a time in a process."""
+    """Images encoded at a time, per process."""
     images_per_shard: int = 10_000
-    """Images a file of codes; a kill costs the file that is being written. It changes no code."""
+    """Images per file of codes; a kill costs the file that is being written. It changes no code."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("augmentations_per_image", "batch_size", "images_per_shard"):
-            if getattr(self, name) < 1:
-                problems.append(f"encode.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_val_images", "max_images"):
-            if (limit := getattr(self, name)) is not None and limit < 1:
-                problems.append(f"encode.{name} is {limit}; it must be at least 1, or null for all")
-        if self.shift < 0 or (self.augmentations_per_image == 1 and (self.shift > 0 or self.flip)):
-            problems.append(
-                f"encode.shift is {self.shift} and encode.flip {self.flip} with "
-                "encode.augmentations_per_image "
-                f"{self.augmentations_per_image}; they are for further encodings"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+        further = self.shift > 0 or self.flip
+        at_least_one = (
+            "max_val_images",
+            "augmentations_per_image",
+            "batch_size",
+            "images_per_shard",
+        )
+        refuse(
+            out_of_range(self, "encode", "[1, inf]", *at_least_one, "max_images"),
+            out_of_range(self, "encode", "[0, inf]", "shift"),
+            problems(
+                (
+                    further and self.augmentations_per_image == 1,
+                    f"encode.shift is {self.shift} and encode.flip {self.flip} with "
+                    "encode.augmentations_per_image 1; they are for further encodings",
+                )
+            ),
+        )
 
 
 @dataclass(kw_only=True)
@@ -102,30 +107,28 @@ class PriorSection:
     needs `tokenizer.frozen`. Settings of `model`, `text.max_length` and random orders follow where
     they are left out."""
     lora_rank: int = 0
-    """Train so many directions beside each matrix of the blocks (LoRA, Hu et al. 2021), by peft,
-    and nothing else; 0 trains everything."""
+    """Rank of the matrices that LoRA trains next to each matrix of the blocks (Hu et al. 2021), by
+    peft, and nothing else; 0 trains everything."""
     lora_alpha: float = 16.0
     """What LoRA adds is multiplied by `lora_alpha / lora_rank`."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.lora_rank < 0 or self.lora_alpha <= 0:
-            problems.append(
-                f"prior.lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; the rank "
-                "must be 0 or more and alpha above 0"
-            )
-        if self.lora_rank and self.init_from is None:
-            problems.append(
-                f"prior.lora_rank is {self.lora_rank} and prior.init_from is absent; LoRA adapts a "
-                "prior that is there"
-            )
-        if self.lora_rank and self.train.optimizer == "muon":
-            problems.append(
-                "prior.train.optimizer is muon and prior.lora_rank above 0; Muon is for whole "
-                "matrices, choose adamw"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(
+            out_of_range(self, "prior", "[0, inf]", "lora_rank"),
+            out_of_range(self, "prior", "(0, inf]", "lora_alpha"),
+            problems(
+                (
+                    self.lora_rank and self.init_from is None,
+                    f"prior.lora_rank is {self.lora_rank} and prior.init_from is absent; LoRA "
+                    "adapts a prior that is there",
+                ),
+                (
+                    self.lora_rank and self.train.optimizer == "muon",
+                    "prior.train.optimizer is muon and prior.lora_rank above 0; Muon is for whole "
+                    "matrices, choose adamw",
+                ),
+            ),
+        )
 
 
 @dataclass(kw_only=True)
@@ -162,8 +165,7 @@ class Experiment:
     """How images are sampled by default."""
 
     def __post_init__(self) -> None:
-        if problems := _relations(dataclasses.asdict(self)):
-            raise ValueError("; ".join(problems))
+        refuse(relation_problems(dataclasses.asdict(self)))
 
     @property
     def folder(self) -> Path:
@@ -171,94 +173,121 @@ class Experiment:
         return Path(self.output_dir) / self.name
 
 
-def _relations(values: dict[str, Any]) -> list[str]:
+def relation_problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong between the sections of an experiment, or in none of them; on plain values, so
-    that it can be said beside what is wrong inside a section."""
-    problems = []
-    name, data, model = values["name"], values["data"], values["tokenizer"]["model"]
-    if not name or Path(name).name != name:
-        problems.append(f"name is {name!r}; it must be a plain folder name")
-    if not 0 <= values["seed"] < 2**31:
-        problems.append(f"seed is {values['seed']}; it must be at least 0 and below 2147483648")
-    if values["process_timeout"] < 1:
-        problems.append(
-            f"process_timeout is {values['process_timeout']}; it must be at least 1 minute"
-        )
-    if data["image_size"] != model["image_size"]:
-        problems.append(
-            f"data.image_size is {data['image_size']} and tokenizer.model.image_size is "
-            f"{model['image_size']}; "
-            "they must agree (leave tokenizer.model.image_size out and it follows)"
-        )
-    if model["channels"] != 3:
-        problems.append(
-            f"tokenizer.model.channels is {model['channels']}; every data source gives RGB, so it "
-            "must be 3"
-        )
-    scale = values["sampling"]["guidance_scale"]
-    if scale != 1 and not values["prior"]["objective"]["caption_dropout"]:
-        problems.append(
-            f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
-            "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1"
-        )
-    steps, order = values["sampling"]["num_inference_steps"], values["prior"]["train"]["code_order"]
-    if steps is not None and order != "random":
-        problems.append(
-            f"sampling.num_inference_steps is {steps} but prior.train.code_order is {order}; "
-            "several codes per step "
-            "need prior.train.code_order=random"
-        )
-    tokenizer, prior, text = values["tokenizer"], values["prior"], values["text"]
-    if tokenizer["frozen"] and tokenizer["init_from"] is None:
-        problems.append(
-            "tokenizer.frozen is on and tokenizer.init_from is absent; say which tokenizer to take "
-            "as it is"
-        )
-    if prior["init_from"] is not None and not tokenizer["frozen"]:
-        problems.append(
-            f"prior.init_from is {prior['init_from']} and tokenizer.frozen is off; a prior knows "
-            "the codes of one tokenizer, set "
-            f"tokenizer.init_from={tokenizer['init_from'] or prior['init_from']} and "
-            "tokenizer.frozen=true"
-        )
-    if prior["init_from"] is not None and text["pretrained"]:
-        problems.append(
-            f"text.pretrained is {text['pretrained']}; a prior that is started from keeps its own "
-            "vocabulary, leave it out"
-        )
-    if text["num_new_tokens"] and (prior["init_from"] is None or prior["lora_rank"]):
-        problems.append(
-            f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from, and "
-            "prior.lora_rank=0: LoRA trains no "
-            "embeddings"
-        )
-    problems += joint_problems(model, values["tokenizer"]["objective"])
-    shapes = "shapes" in (data["source"], *(part["source"] for part in data["mix"]))
-    if shapes and values["encode"]["max_images"] is None:
-        problems.append(
-            "encode.max_images is absent; the shapes are unlimited, say how many to encode (50000)"
-        )
-    varies = (
-        data["crop"] == "random"
-        or data["flip"]
-        or values["encode"]["shift"]
-        or values["encode"]["flip"]
+    that it can be reported with what is wrong inside a section."""
+    model = values["tokenizer"]["model"]
+    return [
+        *_run_problems(values),
+        *_image_problems(values["data"], model),
+        *_sampling_problems(values["sampling"], values["prior"]),
+        *_init_problems(values["tokenizer"], values["prior"], values["text"]),
+        *joint_problems(model, values["tokenizer"]["objective"]),
+        *_encode_problems(values["encode"], values["data"]),
+    ]
+
+
+def _run_problems(values: Mapping[str, Any]) -> list[str]:
+    name = values["name"]
+    return problems(
+        (not name or Path(name).name != name, f"name is {name!r}; it must be a plain folder name"),
+        (
+            not 0 <= values["seed"] < 2**31,
+            f"seed is {values['seed']}; it must be at least 0 and below 2147483648",
+        ),
+        (
+            values["process_timeout"] < 1,
+            f"process_timeout is {values['process_timeout']}; it must be at least 1 minute",
+        ),
     )
-    if values["encode"]["augmentations_per_image"] > 1 and not varies:
-        problems.append(
-            f"encode.augmentations_per_image is {values['encode']['augmentations_per_image']} and "
-            "nothing makes "
-            "them differ; set encode.shift, encode.flip, data.crop=random or data.flip, or "
-            "encode.augmentations_per_image=1"
-        )
-    if shapes and values["encode"]["flip"]:
-        problems.append(
+
+
+def _image_problems(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    return problems(
+        (
+            data["image_size"] != model["image_size"],
+            f"data.image_size is {data['image_size']} and tokenizer.model.image_size is "
+            f"{model['image_size']}; they must agree (leave tokenizer.model.image_size out and it "
+            "follows)",
+        ),
+        (
+            model["channels"] != 3,
+            f"tokenizer.model.channels is {model['channels']}; every data source gives RGB, so it "
+            "must be 3",
+        ),
+    )
+
+
+def _sampling_problems(sampling: Mapping[str, Any], prior: Mapping[str, Any]) -> list[str]:
+    scale = sampling["guidance_scale"]
+    steps = sampling["num_inference_steps"]
+    order = prior["train"]["code_order"]
+    return problems(
+        (
+            scale != 1 and not prior["objective"]["caption_dropout"],
+            f"sampling.guidance_scale is {scale} but prior.objective.caption_dropout is 0; "
+            "guidance needs caption dropout (0.1), or set sampling.guidance_scale to 1",
+        ),
+        (
+            steps is not None and order != "random",
+            f"sampling.num_inference_steps is {steps} but prior.train.code_order is {order}; "
+            "several codes per step need prior.train.code_order=random",
+        ),
+    )
+
+
+def _init_problems(
+    tokenizer: Mapping[str, Any], prior: Mapping[str, Any], text: Mapping[str, Any]
+) -> list[str]:
+    start = prior["init_from"]
+    return problems(
+        (
+            tokenizer["frozen"] and tokenizer["init_from"] is None,
+            "tokenizer.frozen is on and tokenizer.init_from is absent; say which tokenizer to take "
+            "as it is",
+        ),
+        (
+            start is not None and not tokenizer["frozen"],
+            f"prior.init_from is {start} and tokenizer.frozen is off; a prior knows the codes of "
+            f"one tokenizer, set tokenizer.init_from={tokenizer['init_from'] or start} and "
+            "tokenizer.frozen=true",
+        ),
+        (
+            start is not None and text["pretrained"],
+            f"text.pretrained is {text['pretrained']}; a prior that is started from keeps its own "
+            "vocabulary, leave it out",
+        ),
+        (
+            text["num_new_tokens"] and (start is None or prior["lora_rank"]),
+            f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from, and "
+            "prior.lora_rank=0: LoRA trains no embeddings",
+        ),
+    )
+
+
+def _encode_problems(encode: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    shapes = "shapes" in (data["source"], *(part["source"] for part in data["mix"]))
+    several = encode["augmentations_per_image"]
+    varies = data["crop"] == "random" or data["flip"] or encode["shift"] or encode["flip"]
+    return problems(
+        (
+            shapes and encode["max_images"] is None,
+            "encode.max_images is absent; the shapes are unlimited, say how many to encode (50000)",
+        ),
+        (
+            several > 1 and not varies,
+            f"encode.augmentations_per_image is {several} and nothing makes them differ; set "
+            "encode.shift, encode.flip, data.crop=random or data.flip, or "
+            "encode.augmentations_per_image=1",
+        ),
+        (
+            shapes and encode["flip"],
             "encode.flip is on, and captions of the shapes say what is left and right; set "
-            "encode.flip=false"
-        )
-    return problems
+            "encode.flip=false",
+        ),
+    )
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: DataclassInstance) -> dict[str, Any]:
     """A configuration as plain JSON values (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))

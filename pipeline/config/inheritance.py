@@ -36,15 +36,15 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
 
 
 def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a configuration has from what it starts from, unless it says otherwise: what
-    the weights have to fit.
+    """Settings that the weights of `init_from` have to fit. A configuration has them, unless it
+    gives others.
 
     Args:
         values: an experiment as plain values.
     """
     found: dict[str, Any] = {}
     if given := values["tokenizer"]["init_from"]:
-        model = dict(_model(given, "tokenizer"))
+        model = dict(_config(given, "tokenizer").get("model") or {})
         size = model.pop("image_size", None)  # the tokenizer's follows the data's
         found |= {"tokenizer": {"model": model}} | ({"data": {"image_size": size}} if size else {})
     if given := values["prior"]["init_from"]:
@@ -59,13 +59,9 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _model(given: str, stage: Stage) -> dict[str, Any]:
-    return _config(given, stage).get("model") or {}
-
-
 def _config(given: str, stage: Stage) -> dict[str, Any]:
-    """A stage's config.json; nothing where there is none, which the stages refuse when they begin:
-    a run that is done can be read."""
+    """A stage's config.json; empty where there is none. The stages refuse that when they start, but
+    the settings of a finished run can still be read."""
     try:
         return _read(stage_folder(given, stage) / "config.json")
     except FileNotFoundError:

@@ -5,33 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.config.experiment import Experiment, _relations
+from pipeline.config.describe import all_settings
+from pipeline.config.experiment import Experiment, relation_problems
 from pipeline.config.inheritance import inherited_config
-from pipeline.config.option_names import spelled
+from pipeline.config.option_names import has_config, spelled
 from pipeline.config.train import TrainConfig
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-def parser() -> Any:
+T = TypeVar("T")
+
+
+def parser() -> ArgumentParser:
     """The jsonargparse parser of an `Experiment`: `--config FILE` and dotted overrides."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    result = ArgumentParser(
-        prog="minidalle",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="settings of an experiment",
-    )
-    result.add_argument(
-        "--config", action=ActionConfigFile, help="YAML of the experiment, see configs/"
-    )
+    result = ArgumentParser(prog="minidalle", exit_on_error=False, allow_abbrev=False)
+    result.add_argument("--config", action=ActionConfigFile)
     result.add_class_arguments(Experiment, nested_key=None)
     return result
 
@@ -47,114 +46,119 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
     from jsonargparse import ArgumentError
 
     arguments = spelled(arguments, "_")
-    for given, following in pairwise(arguments):
-        if given == "--config" and not Path(following).is_file():
-            raise FileNotFoundError(
-                f"there is no configuration file {following}; the shipped ones are in configs/"
-            )
-    if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):
+    given = _given_settings(arguments)
+    if not has_config(arguments):
         raise ValueError(
             "no configuration was given; add --config configs/shapes.yaml (or your own copy of it)"
         )
-    reader = parser()
     try:
-        plain = reader.parse_args(arguments).clone().as_dict()
+        values = _parsed(arguments)
     except ArgumentError as error:
-        raise ValueError("\n".join(_every_problem(arguments) or [_first_line(error)])) from error
-    if follow := inherited_config(plain):
-        with _as_file(follow) as path:
+        raise ValueError("\n".join(_every_problem(given) or [_first_line(error)])) from error
+    if inherited := inherited_config(values):
+        with _as_file(inherited) as path:
             try:
-                plain = reader.parse_args(["--config", path, *arguments]).clone().as_dict()
+                values = _parsed(["--config", path, *arguments])
             except ArgumentError as error:
                 raise ValueError(
                     f"what init_from names was made by another version: {_first_line(error)}"
                 ) from error
-    plain.pop("config", None)
-    if "tokenizer.model.image_size" not in _given_settings(arguments):  # it follows the data's
-        plain["tokenizer"]["model"]["image_size"] = plain["data"]["image_size"]
-    return from_dict(Experiment, plain)
+    if "tokenizer.model.image_size" not in given:  # it follows the data's
+        values["tokenizer"]["model"]["image_size"] = values["data"]["image_size"]
+    return from_dict(Experiment, values)
 
 
-def load_values(values: dict[str, Any], arguments: Sequence[str]) -> Experiment:
+def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The experiment as plain values, defaults included."""
+    values: dict[str, Any] = parser().parse_args(arguments).clone().as_dict()
+    values.pop("config", None)
+    return values
+
+
+def load_values(values: Mapping[str, Any], arguments: Sequence[str]) -> Experiment:
     """As `load_experiment`, of settings that are in no file."""
     with _as_file(values) as path:
         return load_experiment(["--config", path, *arguments])
 
 
 @contextmanager
-def _as_file(values: dict[str, Any]) -> Iterator[str]:
+def _as_file(values: Mapping[str, Any]) -> Iterator[str]:
     import yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values, file)
+        yaml.safe_dump(dict(values), file)
         file.flush()
         yield file.name
 
 
-def from_dict(kind: Any, values: dict[str, Any]) -> Any:
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """Builds nested dataclasses from plain values; ValueError lists the problems of all of them,
     not of the first."""
     problems: list[str] = []
     built = _build(kind, values, "", problems)
-    if problems:
+    if built is None:
         raise ValueError("\n".join(problems))
     return built
 
 
-def _build(kind: Any, values: dict[str, Any], path: str, problems: list[str]) -> Any:
+def _build(kind: type[T], values: Mapping[str, Any], path: str, problems: list[str]) -> T | None:
+    """The dataclass; None where it or a part of it is broken, which `problems` tells."""
     hints = typing.get_type_hints(kind)
-    unknown = set(values) - set(hints)
-    problems += [f"{path}{key} is not a setting" for key in sorted(unknown)]
-    arguments = {}
-    for name, value in values.items():
-        if name in unknown:
-            continue
-        inner = hints[name]
-        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            arguments[name] = _build(inner, value, f"{path}{name}.", problems)
-        elif isinstance(value, list) and any(
-            dataclasses.is_dataclass(kind_of) for kind_of in typing.get_args(inner)
-        ):
-            built = [
-                _build(typing.get_args(inner)[0], item, f"{path}{name}.{i}.", problems)
-                for i, item in enumerate(value)
-            ]
-            arguments[name] = [item for item in built if item is not None]
-        elif isinstance(value, list) and typing.get_origin(inner) is tuple:
-            arguments[name] = tuple(value)
-        else:
-            arguments[name] = value
+    problems += [f"{path}{key} is not a setting" for key in sorted(set(values) - set(hints))]
+    arguments = {
+        name: _built_value(hints[name], value, f"{path}{name}.", problems)
+        for name, value in values.items()
+        if name in hints
+    }
     if any(
         value is None and dataclasses.is_dataclass(hints[name]) for name, value in arguments.items()
     ):
         if kind is Experiment:
             with suppress(KeyError):  # values that leave defaults out cannot be compared
-                problems += _relations(values)
-        return None  # a part is broken and said so already
+                problems += relation_problems(values)
+        return None
     try:
         return kind(**arguments)
     except (ValueError, TypeError) as error:
-        section = path.rstrip(".").rpartition(".")[0]
-        prefix = f"{section}: " if section and issubclass(kind, TrainConfig) else ""
-        problems.append(f"{prefix}{error}")
+        text = str(error)
+        if issubclass(kind, TrainConfig) and path:  # it does not know whose it is
+            text = re.sub(r"\btrain\.", path, text)
+        problems.append(text)
         return None
 
 
-def _given_settings(arguments: Sequence[str]) -> dict[str, Any]:
+def _built_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, path, problems)
+    if not isinstance(value, list):
+        return value
+    inner = next(iter(typing.get_args(hint)), None)
+    if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+        built = [_build(inner, one, f"{path}{i}.", problems) for i, one in enumerate(value)]
+        return [one for one in built if one is not None]
+    return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
     """The settings that the user gave, in files and on the command line, by dotted name; the last
     one of each counts.
 
     Raises:
         ValueError: a file is no YAML, or holds no settings.
+        FileNotFoundError: there is no such file.
     """
     import yaml
 
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     pairs = iter(arguments)
     for argument in pairs:
         key, equals, value = argument.removeprefix("--").partition("=")
         value = value if equals else next(pairs, "")
         if key == "config":
+            if not Path(value).is_file():
+                raise FileNotFoundError(
+                    f"there is no configuration file {value}; the shipped ones are in configs/"
+                )
             try:
                 loaded = yaml.safe_load(Path(value).read_text())
             except (OSError, yaml.YAMLError) as error:
@@ -167,24 +171,41 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return leaves
 
 
-def _every_problem(arguments: Sequence[str]) -> list[str]:
+def _every_problem(given: Mapping[str, object]) -> list[str]:
     """Checks each setting alone, since the parser stops at the first that is wrong."""
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, ArgumentParser
 
+    kinds = {setting.name: setting.kind for setting in all_settings()}
+    hints = _hints(Experiment)
     problems = []
-    for key, value in _given_settings(arguments).items():
-        try:
-            # A name makes the rest complete; what is left to complain of is this one setting.
-            required = ["--name", "x", "--data.source", "shapes"]
-            text = value if isinstance(value, str) else json.dumps(value)
-            parser().parse_args([*required, f"--{key}={text}"])
-        except ArgumentError as error:
-            problems.append(f"{key}: {_first_line(error)}")
+    for key, value in given.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        if key in hints:
+            reader = ArgumentParser(exit_on_error=False)
+            reader.add_argument("--value", type=hints[key])
+            try:
+                reader.parse_args([f"--value={text}"])
+            except ArgumentError as error:
+                why = f" ({_first_line(error)})" if isinstance(value, list) else ""
+                problems.append(f"{key} is {text}; it must be {kinds[key]}{why}")
+        elif not any(name.startswith(f"{key}.") for name in hints):
+            problems.append(f"{key} is not a setting")
+        elif value != {}:
+            problems.append(f"{key} is {text}; it must be a section of settings")
     return problems
 
 
-def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _hints(kind: type, path: str = "") -> dict[str, Any]:
+    """The type of each setting, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        section = dataclasses.is_dataclass(hint)
+        found |= _hints(hint, f"{path}{name}.") if section else {f"{path}{name}": hint}
+    return found
+
+
+def _leaves(values: Mapping[str, object], path: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= (
             _leaves(value, f"{path}{key}.")

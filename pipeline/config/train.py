@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config.checks import out_of_range, refuse
 from stage2_prior import CodeOrder, OrderSchedule
 
 
@@ -65,45 +66,28 @@ class TrainConfig:
     overfitting)."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in (
-            "steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "save_total_limit",
-        ):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
-                problems.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                problems.append(f"train.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_steps", "weight_decay", "max_nonfinite_steps"):
-            if getattr(self, name) < 0:
-                problems.append(f"train.{name} is {getattr(self, name)}; it must be 0 or more")
-        if not 0 <= self.ema_decay < 1:
-            problems.append(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        if (
-            self.batch_size != "auto"
-            and self.gradient_accumulation_steps != "auto"
-            and self.gradient_accumulation_steps >= 1
-            and self.batch_size % self.gradient_accumulation_steps
-        ):
-            problems.append(
-                f"train.batch_size is {self.batch_size}; it must be a multiple of "
-                "train.gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}"
-            )
-        if not 0 < self.decay_ratio <= 1:
-            problems.append(f"train.decay_ratio is {self.decay_ratio}; it must be in (0, 1]")
-        if not 0 <= self.min_lr_ratio <= 1:
-            problems.append(
-                f"train.min_lr_ratio is {self.min_lr_ratio}; it is a share of the peak, in [0, 1]"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+        batch = self.batch_size
+        micro = self.gradient_accumulation_steps
+        uneven = batch != "auto" and micro != "auto" and micro > 0 and batch % micro
+        sizes = ("steps", "batch_size", "gradient_accumulation_steps", "save_total_limit")
+        refuse(
+            out_of_range(
+                self, "train", "[1, inf]", *sizes, "log_every", "eval_every", "save_every"
+            ),
+            out_of_range(self, "train", "(0, inf]", "learning_rate", "grad_clip"),
+            out_of_range(
+                self, "train", "[0, inf]", "warmup_steps", "weight_decay", "max_nonfinite_steps"
+            ),
+            out_of_range(self, "train", "[0, 1)", "ema_decay"),
+            out_of_range(self, "train", "(0, 1]", "decay_ratio"),
+            out_of_range(self, "train", "[0, 1]", "min_lr_ratio"),
+            [
+                f"train.batch_size is {batch}; it must be a multiple of "
+                f"train.gradient_accumulation_steps {micro}"
+            ]
+            if uneven
+            else [],
+        )
 
     def resolved_batch(self) -> tuple[int, int]:
         """`batch_size` and `gradient_accumulation_steps`.
@@ -128,23 +112,23 @@ class PriorTrainConfig(TrainConfig):
     decoding several codes at once follow; `annealed`, random orders that give way to raster order,
     for better images in raster order alone."""
     anneal_fraction: tuple[float, float] = (0.5, 0.75)
-    """With `annealed`: the shares of the steps at which raster order begins to come in and is
+    """With `annealed`: the fractions of the steps at which raster order begins to come in and is
     alone."""
     activation_checkpointing: bool = False
-    """Work activations out again for the gradient instead of keeping them: much less memory for a
-    third more time."""
+    """Recompute activations for the gradient instead of keeping them: much less memory for a third
+    more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         first, last = self.anneal_fraction
         if not 0 <= first < last <= 1:
             raise ValueError(
-                f"train.anneal_fraction is {first}, {last}; it must be two shares of the steps, "
+                f"train.anneal_fraction is {first}, {last}; it must be two fractions of the steps, "
                 "the second above the first"
             )
 
     @property
     def orders(self) -> OrderSchedule:
         """The schedule in steps."""
-        first, last = (round(share * self.steps) for share in self.anneal_fraction)
+        first, last = (round(fraction * self.steps) for fraction in self.anneal_fraction)
         return OrderSchedule(order=self.code_order, first=first, last=max(last, first + 1))

@@ -1,5 +1,5 @@
 """What `minidalle generate`, `edit` and `reconstruct` do: images to files. Knows folders; models
-come from the stages."""
+come from the stages. Parameters are the options of the command line, hence their number."""
 
 from __future__ import annotations
 

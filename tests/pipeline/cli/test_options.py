@@ -50,7 +50,7 @@ def test_help_describes_every_setting(capsys):
 def test_defaults_and_choices_of_settings_are_described():
     found = {setting.name: setting for setting in all_settings()}
     assert found["prior.train.steps"][1:] == ("int", "1000", "Optimizer steps in all.")
-    assert found["data.crop"].kind == "Literal['centre', 'random']"
+    assert found["data.crop"].kind == "'centre' | 'random'"
     assert "'raster'" in found["prior.train.code_order"].kind
     assert found["data.mix"].default == ""
 

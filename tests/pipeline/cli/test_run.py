@@ -1,5 +1,4 @@
-"""One tiny run from YAML to images, each command, and what a user can do wrong
-on the way."""
+"""One tiny run from YAML to images, each command, and what a user can do wrong on the way."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline import TextToImagePipeline
-from pipeline.cli.main import main
+from pipeline.cli.main import COMMANDS, main
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 from pipeline.training.checkpoint import newest_checkpoint
 from stage1_tokenizer import ImageTokenizer
@@ -89,8 +88,8 @@ def test_repeated_run_changes_nothing(finished_run, capsys):
         for part in ("tokenizer", "codes", "prior")
         for p in (folder / part).rglob("*.*")
     }
-    for stage in ("train-tokenizer", "encode", "train-prior"):
-        assert main([stage, "--config", str(path)]) == 0
+    for command in ("train-tokenizer", "encode", "train-prior"):
+        assert main([command, "--config", str(path)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "next: minidalle generate" in capsys.readouterr().out
 
@@ -578,8 +577,8 @@ def test_usage_errors_exit_with_status_2(capsys, tmp_path):
         status=1,
     )
     assert main([]) == 2 and main(["--help"]) == 0
-    for name in ("run", "generate", "reconstruct", "evaluate", "codebook", "compare-tokenizers"):
-        assert main([name, "--help"]) == 0
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
     assert main(["generate", "--nonsense"]) == 2
 
 

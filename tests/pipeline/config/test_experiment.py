@@ -7,11 +7,13 @@ import ast
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from pipeline.cli.main import main
+from pipeline.config.checks import out_of_range
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.load import load_experiment
 from pipeline.config.option_names import spelled
@@ -96,6 +98,27 @@ def test_every_unknown_key_and_wrong_type_is_named(tiny_yaml):
         assert key in str(caught.value)
 
 
+def test_what_is_wrong_with_each_setting_is_plain(tiny_yaml):
+    arguments = [
+        "--prior.model.dept=3",
+        "--tokenizer.model.num-codes=many",
+        "--data.crop=left",
+        "--tokenizer.train.batch_size=some",
+        "--prior.train.betas=[0.1]",
+        "--encode=5",
+    ]
+    with pytest.raises(ValueError) as caught:
+        load_experiment(["--config", str(tiny_yaml), *arguments])
+    assert sorted(str(caught.value).splitlines()) == [
+        "data.crop is left; it must be 'centre' | 'random'",
+        "encode is 5; it must be a section of settings",
+        "prior.model.dept is not a setting",
+        "prior.train.betas is [0.1]; it must be tuple[float, float]",
+        "tokenizer.model.num_codes is many; it must be int",
+        "tokenizer.train.batch_size is some; it must be int | 'auto'",
+    ]
+
+
 def test_every_violated_relation_is_named(tiny_yaml):
     arguments = [
         "--tokenizer.model.downsample_factor",
@@ -162,7 +185,7 @@ def test_every_violated_relation_is_named(tiny_yaml):
         ),
         (
             ["--prior.train.anneal_fraction", "[0.7, 0.5]"],
-            r"train\.anneal_fraction is 0\.7, 0\.5; it must be two shares",
+            r"train\.anneal_fraction is 0\.7, 0\.5; it must be two fractions",
         ),
         (["--sequence.captioning_fraction", "1"], r"sequence\.captioning_fraction is 1"),
         (
@@ -213,6 +236,33 @@ def test_null_encodes_all_images(tiny_yaml):
     assert experiment.encode.max_val_images is None
 
 
+def test_settings_of_a_training_are_named_in_full(tiny_yaml):
+    arguments = ["--prior.train.steps", "0", "--tokenizer.train.ema_decay", "2"]
+    with pytest.raises(ValueError) as caught:
+        load_experiment(["--config", str(tiny_yaml), *arguments])
+    assert str(caught.value).splitlines() == [
+        "tokenizer.train.ema_decay is 2.0; it must be in [0, 1)",
+        "prior.train.steps is 0; it must be at least 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "needed"),
+    [
+        ("[0, 1)", [0, 0.999], [-0.1, 1], "in [0, 1)"),
+        ("(0, 1]", [1e-9, 1], [0, 1.1], "in (0, 1]"),
+        ("[1, inf]", [1, float("inf"), "auto", None], [0, float("nan")], "at least 1"),
+        ("[0, inf]", [0], [-1], "0 or more"),
+        ("(0, inf)", [1], [0, float("inf")], "above 0"),
+    ],
+)
+def test_values_outside_of_an_interval_are_named(interval, inside, outside, needed):
+    check = lambda value: out_of_range(SimpleNamespace(x=value), "a", interval, "x")  # noqa: E731
+    assert not any(check(value) for value in inside)
+    for value in outside:
+        assert check(value) == [f"a.x is {value}; it must be {needed}"]
+
+
 def test_a_missing_or_unreadable_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no configuration file"):
         load_experiment(["--config", str(tmp_path / "none.yaml")])
@@ -240,7 +290,7 @@ class WithoutChecks(ast.NodeTransformer):
     """Takes away what only checks a configuration, which is no use of it."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        checks = node.name in ("__post_init__", "_relations") or node.name.endswith("problems")
+        checks = node.name == "__post_init__" or node.name.endswith("problems")
         return ast.Pass() if checks else node
 
 
