@@ -44,7 +44,9 @@ def main() -> None:
     )
     vae = peers.discrete_vae(64, 3, NUM_CODES).eval()
     theirs = lambda x: vae.get_codebook_indices((x + 1) / 2)  # noqa: E731
-    goal, width, ours = operations(theirs, pixels), 64, None
+    goal = operations(theirs, pixels)
+    width = 64
+    ours = None
     while ours is None or operations(ours.encode, pixels) < goal:
         width += 32
         config = TokenizerConfig(num_codes=NUM_CODES, downsample_factor=8, width=width)

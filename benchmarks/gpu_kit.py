@@ -97,7 +97,8 @@ went wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, start = _options(arguments), time.monotonic()
+    options = _options(arguments)
+    start = time.monotonic()
     chosen = [part for part in PARTS if not options.only or part.name in options.only]
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-kit-", ignore_cleanup_errors=True) as scratch:
@@ -234,10 +235,8 @@ def missing_packages(project: Path, path: str) -> list[str]:
             found.setdefault(_plain(name), distribution.version)
     missing = []
     for requirement in required:
-        name, version = (
-            _plain(re.split(r"[\[<>=!~; ]", requirement)[0]),
-            re.search(r">=\s*([\d.]+)", requirement),
-        )
+        name = _plain(re.split(r"[\[<>=!~; ]", requirement)[0])
+        version = re.search(r">=\s*([\d.]+)", requirement)
         shown = re.sub(r"\[.*?\]", "", requirement).split(",")[0]
         if name not in found:
             missing.append(shown)
@@ -289,7 +288,8 @@ def run_parts(
         command: (part, file of its metrics) -> what to start; by default the part of
             `benchmarks.gpu_parts`.
     """
-    end, free = time.monotonic() + total, None
+    end = time.monotonic() + total
+    free = None
     results: list[Result] = []
     for part in parts:
         left = end - time.monotonic()

@@ -157,7 +157,8 @@ def tests(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, list[str]()
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures = list[str]()
     with subprocess.Popen(
         [*command, "tests/gpu"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -219,10 +220,8 @@ def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     way = "captured" if device.type == "cuda" else "compiled"
     for batch in sizes.batches:
         taken = measured(way, batch, compiled=True, rounds=sizes.rounds)
-        step, floor = (
-            taken / prior.stream.image_length,
-            step_bytes(prior, batch, guided=True) / rate,
-        )
+        step = taken / prior.stream.image_length
+        floor = step_bytes(prior, batch, guided=True) / rate
         metrics.put(f"ms per step, batch {batch}, {way}", 1000 * step)
         metrics.put(f"times the floor of {1000 * floor:.3f} ms, batch {batch}", step / floor)
     codes = drawn(first, compiled=True)
@@ -351,10 +350,8 @@ def profile(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     prior = random_prior(sizes).to(device, torch.bfloat16).eval()
-    text, how = (
-        torch.randint(3, sizes.words, (sizes.batches[0], sizes.text)),
-        SamplingOptions(guidance_scale=2.0),
-    )
+    text = torch.randint(3, sizes.words, (sizes.batches[0], sizes.text))
+    how = SamplingOptions(guidance_scale=2.0)
 
     def drawn() -> None:
         sample(prior, text, range(len(text)), how, compiled=device.type == "cuda")
@@ -480,7 +477,8 @@ def optimized(
 
 def operations(prior, tokens: int, batch: int) -> float:
     """Of one training step, forward and backward; each head sees its own kind of token."""
-    stream, config = prior.stream, prior.model_config
+    stream = prior.stream
+    config = prior.model_config
     inside = sum(p.numel() for p in prior.blocks.parameters()) * tokens
     heads = batch * (
         prior.text_head.weight.numel() * (stream.text_length - 1)
@@ -495,7 +493,8 @@ def operations(prior, tokens: int, batch: int) -> float:
 def step_bytes(prior, batch: int, *, guided: bool) -> int:
     """Bytes that a step of sampling must read: the blocks, the image head and the whole cache, each
     once."""
-    config, size = prior.model_config, prior.text_head.weight.element_size()
+    config = prior.model_config
+    size = prior.text_head.weight.element_size()
     weights = (
         sum(p.numel() for p in prior.blocks.parameters()) + prior.stream.num_codes * config.width
     )

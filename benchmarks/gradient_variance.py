@@ -23,7 +23,10 @@ from stage1_tokenizer.quantizers.categorical import gumbel_noise_like
 from stage1_tokenizer.quantizers.gumbel import reinmax, relax, straight_through
 from stage1_tokenizer.quantizers.smoothing import smooth
 
-CODES, BITS, DIM, PICTURES = 32, 5, 8, 16
+CODES = 32
+BITS = 5
+DIM = 8
+PICTURES = 16
 TEMPERATURES = (0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.5, 2.5)
 Estimator = Callable[[Tensor, float], Tensor]
 
@@ -36,10 +39,8 @@ class Problem:
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         self.logits = draw(PICTURES, inputs)
         self.codebook = draw(CODES, DIM) if inputs == CODES else unpack(torch.arange(CODES), BITS)
-        self.first, self.second = (
-            draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5,
-            draw(32, 12) / 32**0.5,
-        )
+        self.first = draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5
+        self.second = draw(32, 12) / 32**0.5
         self.target = draw(PICTURES, 12)
 
     def cost(self, latents: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ def variance_and_bias(
         estimate(logits, temperature).backward()
         assert logits.grad is not None
         gradients.append(logits.grad)
-    stacked, exact = torch.stack(gradients), problem.exact()
+    stacked = torch.stack(gradients)
+    exact = problem.exact()
     length = exact.square().sum()
     # The mean's own noise is no bias.
     bias = (stacked.mean(0) - exact).square().sum() - stacked.var(0).sum() / samples
@@ -121,7 +123,8 @@ def main() -> None:
     options = parser.parse_args()
     from matplotlib.figure import Figure
 
-    categorical, bits = Problem(CODES), Problem(BITS)
+    categorical = Problem(CODES)
+    bits = Problem(BITS)
     flat = {
         "score function": score_function(categorical, False),
         "score function, running baseline": score_function(categorical, True),

@@ -48,7 +48,8 @@ def main() -> None:
         tempfile.TemporaryFile() as said,
         subprocess.Popen([*command, steps, "1000000", *more], stdout=said, stderr=said) as process,
     ):
-        watched, start = psutil.Process(process.pid), time.monotonic()
+        watched = psutil.Process(process.pid)
+        start = time.monotonic()
         while (
             passed := time.monotonic() - start
         ) < options.minutes * 60 and process.poll() is None:
@@ -62,7 +63,9 @@ def main() -> None:
     seconds, mebibytes = np.array(read).T
     settled = seconds > seconds[-1] / 4
     slope = np.polyfit(seconds[settled], mebibytes[settled], 1)[0]
-    after, last, most = mebibytes[settled][0], mebibytes[-1], mebibytes.max()
+    after = mebibytes[settled][0]
+    last = mebibytes[-1]
+    most = mebibytes.max()
     print(
         f"{options.stage}, {options.config}, {seconds[-1] / 60:.0f} minutes: {after:,.0f} MiB "
         f"after the first quarter, {last:,.0f} MiB at"

@@ -72,7 +72,8 @@ EXPERIMENT: dict[str, Any] = {
         "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
     },
 }
-_SHARDS, _SAMPLES = 5, 30
+_SHARDS = 5
+_SAMPLES = 30
 STAGES = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
 KINDS = ("step", "file", "time")
 _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -118,7 +119,8 @@ class Attempt:
 
 def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None) -> Attempt:
     """Runs a command in a fork, which `kill` may end."""
-    progress, start = Progress(), time.perf_counter()
+    progress = Progress()
+    start = time.perf_counter()
     pid = os.fork()
     if pid == 0:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -219,7 +221,8 @@ def trials(
 ) -> Outcome:
     """Kills `kills` trainings of a stage on top of the run folder `base`, which holds the stages
     before it."""
-    outcome, chance = Outcome(), random.Random(f"{stage} {seed}")
+    outcome = Outcome()
+    chance = random.Random(f"{stage} {seed}")
     work = base.parent.parent / stage
     settings = ["--config", str(base.parent.parent / "experiment.yaml")]
     interval = EXPERIMENT[stage]["train"]["save_every"]
@@ -294,9 +297,11 @@ def main() -> int:
         help="images from shards that are read from beginning to end",
     )
     options = reader.parse_args()
-    start, failed = time.perf_counter(), False
+    start = time.perf_counter()
+    failed = False
     with tempfile.TemporaryDirectory() as scratch:
-        folder, log = Path(scratch), Path(scratch) / "log"
+        folder = Path(scratch)
+        log = Path(scratch) / "log"
         for stage in STAGES:
             EXPERIMENT[stage]["train"]["steps"] = options.steps
         if options.streaming:

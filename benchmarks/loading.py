@@ -52,7 +52,8 @@ def write(folder: Path, count: int) -> None:
     for first in range(0, count, SHARD):
         with tarfile.open(folder / "shards" / f"{first // SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + SHARD, count)):
-                content, text = jpeg(number), f"image number {number}".encode()
+                content = jpeg(number)
+                text = f"image number {number}".encode()
                 (folder / "pictures" / f"{number:06d}.jpg").write_bytes(content)
                 (folder / "pictures" / f"{number:06d}.txt").write_bytes(text)
                 for suffix, data in (("jpg", content), ("txt", text)):
@@ -71,7 +72,8 @@ def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
     opened = 0.0 if streaming else (len(train) / 0.95) / (time.perf_counter() - start)
     feed = batch_loader(train, BATCH, 0, 0, 1)
     feed.pictures(0)
-    steps, start = 0, time.perf_counter()
+    steps = 0
+    start = time.perf_counter()
     while time.perf_counter() - start < 5:
         steps += 1
         feed.pictures(steps)

@@ -38,7 +38,9 @@ from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.stages.prior import text_tokenizer
 
-CODES, NUM_CODES, BATCH = 64, 1024, 64
+CODES = 64
+NUM_CODES = 1024
+BATCH = 64
 WORDS = [
     f"{first}{second}{third}"
     for first in "bdfgklmnprst"
@@ -53,7 +55,8 @@ class Growth:
     """Watches this process's memory from a thread of its own."""
 
     def __enter__(self) -> Growth:
-        self._process, self._stop = psutil.Process(), Event()
+        self._process = psutil.Process()
+        self._stop = Event()
         self._start = self._most = self._now()
         self._thread = Thread(target=self._watch)
         self._thread.start()
@@ -118,7 +121,8 @@ def blocks(rows: range) -> Iterator[EncodedRows]:
 
 def read(codes: CodesDataset) -> None:
     """Two shuffled passes, as training reads them."""
-    order, random = BatchSampler(len(codes), BATCH, seed=0), np.random.default_rng(0)
+    order = BatchSampler(len(codes), BATCH, seed=0)
+    random = np.random.default_rng(0)
     for step in range(2 * len(codes) // BATCH):
         rows = order.rows(step).tolist()
         codes.codes(rows)
@@ -127,7 +131,8 @@ def read(codes: CodesDataset) -> None:
 
 def batch_times(codes: CodesDataset, batches: int = 2000) -> np.ndarray:
     """Milliseconds of each of some random batches, codes and captions."""
-    random, times = np.random.default_rng(1), []
+    random = np.random.default_rng(1)
+    times = []
     for _ in range(batches):
         rows = random.integers(0, len(codes), BATCH).tolist()
         start = time.perf_counter()

@@ -10,7 +10,10 @@ import warnings
 from typing import Any
 
 warnings.filterwarnings("ignore")
-TEXT, CODES, VOCABULARY, NUM_CODES = 32, 64, 1024, 1024
+TEXT = 32
+CODES = 64
+VOCABULARY = 1024
+NUM_CODES = 1024
 
 
 def _dalle_pytorch() -> Any:

@@ -77,7 +77,8 @@ def main() -> None:
 
     own = {"ours": draw(), "guided": draw(guidance_scale=2.0)}
     seconds = interleave(own, rounds=max(rounds, 5), warm_up=2)
-    step, floor, why = seconds["ours"] / peers.CODES, *step_floor(ours, batch)
+    step = seconds["ours"] / peers.CODES
+    floor, why = step_floor(ours, batch)
     print(f"  guidance costs {seconds['guided'] / seconds['ours']:.2f}x")
     print(
         f"  a step takes {step * 1e3:.2f} ms, {step / floor:.1f}x of the {floor * 1e3:.2f} ms that "
@@ -94,7 +95,8 @@ def step_floor(prior, batch: int) -> tuple[float, str]:
     held = sum(w.numel() * w.element_size() for w in weights)
     held += sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
     attention = 4 * sum(t.numel() for t in cache.keys)
-    read, product = held / copy_rate(), (2 * batch * count + attention) / product_rate(prior.dtype)
+    read = held / copy_rate()
+    product = (2 * batch * count + attention) / product_rate(prior.dtype)
     if read > product:
         return read, f"{held / 1e6:.0f} MB take at the rate of a copy, {copy_rate() / 1e9:.0f} GB/s"
     return product, f"the products take at {product_rate(prior.dtype) / 1e9:.0f} GFLOP/s"

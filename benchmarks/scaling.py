@@ -63,10 +63,8 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
     weights that autocast makes. With `gradients` those too; otherwise each is freed at once, as
     under FSDP, which scatters it."""
     fused = partial(F.scaled_dot_product_attention, is_causal=True)
-    held, transformer.attend = (
-        transformer.attend,
-        lambda query, key, value, allowed=None: fused(query, key, value),
-    )
+    held = transformer.attend
+    transformer.attend = lambda query, key, value, allowed=None: fused(query, key, value)
     try:
         with FakeTensorMode():
             prior = weightless(config)
@@ -92,7 +90,8 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
 
 def operations(prior: ImagePrior, *, again: bool) -> float:
     """Of a training step, per image."""
-    stream, config = prior.stream, prior.model_config
+    stream = prior.stream
+    config = prior.model_config
     tokens = stream.length - 1
     blocks = sum(p.numel() for p in prior.blocks.parameters()) * tokens
     heads = (

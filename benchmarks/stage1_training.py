@@ -29,7 +29,8 @@ from stage1_tokenizer import (
 )
 from stage1_tokenizer.metrics import peak_signal_to_noise
 
-BATCH, NUM_CODES = 64, 512
+BATCH = 64
+NUM_CODES = 512
 
 
 def main() -> None:

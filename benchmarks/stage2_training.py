@@ -19,7 +19,8 @@ from benchmarks import peers
 from benchmarks.timing import interleave, report
 from stage2_prior import PriorObjective, PriorObjectiveConfig
 
-BATCH, TOKENS = 64, peers.TEXT + peers.CODES
+BATCH = 64
+TOKENS = peers.TEXT + peers.CODES
 
 
 def main() -> None:
@@ -27,7 +28,9 @@ def main() -> None:
     text = torch.randint(3, peers.VOCABULARY, (BATCH, peers.TEXT))
     codes = torch.randint(0, peers.NUM_CODES, (BATCH, peers.CODES))
     joint = torch.cat([text, codes + peers.VOCABULARY], 1)
-    ours, dalle, llama = peers.ours(), peers.dalle(), peers.llama()
+    ours = peers.ours()
+    dalle = peers.dalle()
+    llama = peers.llama()
     objective = PriorObjective(ours, PriorObjectiveConfig())
 
     def step(model, loss):

@@ -55,7 +55,8 @@ class PeerQuantizer(SingleLevel):
         with torch.autocast(features.device.type, enabled=False):
             b, d, h, w = features.shape
             quantized, codes, loss = self.inner(features.float().flatten(2).transpose(1, 2))
-            codes, metrics = codes.reshape(b, h, w), {}
+            codes = codes.reshape(b, h, w)
+            metrics = {}
             if self.training:
                 self.count(codes)
                 metrics = self.usage_metrics()
@@ -76,7 +77,8 @@ class PeerTokenizer(nn.Module):
         self.vae = peers.discrete_vae(
             config.image_size, config.downsample_factor.bit_length() - 1, config.num_codes
         )
-        self.image_size, self.num_codes = config.image_size, config.num_codes
+        self.image_size = config.image_size
+        self.num_codes = config.num_codes
 
     @property
     def quantizer(self) -> PeerTokenizer:
@@ -140,11 +142,9 @@ def train_discrete_vae(
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
     order = BatchSampler(len(source), train.resolved_batch()[0], experiment.seed)
-    bf16, start, step = (
-        not fp32 and uses_bf16(experiment.precision, torch.device("cpu")),
-        time.perf_counter(),
-        0,
-    )
+    bf16 = not fp32 and uses_bf16(experiment.precision, torch.device("cpu"))
+    start = time.perf_counter()
+    step = 0
     while time.perf_counter() - start < seconds if seconds is not None else step < train.steps:
         pixels = to_model_range(torch.from_numpy(source.images(order.share(step, 0, 1).tolist())))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

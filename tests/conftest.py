@@ -1,4 +1,4 @@
-"""What every test shares: few threads, a fixed start, no GPU tests without a GPU."""
+"""Shared by all tests: few threads, a fixed seed, no GPU tests without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands exist, settings that are named exist."""
+"""README and docs: links, commands and settings exist."""
 
 from __future__ import annotations
 

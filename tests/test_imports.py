@@ -1,5 +1,4 @@
-"""The structure that design relies on: who may import whom, lazy imports, files of bounded
-length."""
+"""The structure of the packages: layers, lazy imports, short files, complete pages."""
 
 from __future__ import annotations
 

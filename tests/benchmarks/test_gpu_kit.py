@@ -1,5 +1,5 @@
-"""The GPU kit's runner: parts that fail, hang, lack memory or packages; what is written; what is
-said without a GPU."""
+"""The GPU kit's runner: parts that fail, hang, lack memory or packages; results; errors without a
+GPU."""
 
 from __future__ import annotations
 

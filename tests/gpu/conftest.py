@@ -1,5 +1,5 @@
-"""What differs on a GPU. The tests run there by `pytest -m gpu`, and on the CPU, as far as they
-can, by `pytest -m gpu --device cpu`."""
+"""Tests of GPU behaviour. They run there by `pytest -m gpu`, and on the CPU, as far as possible,
+by `pytest -m gpu --device cpu`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`TextToImagePipeline` on a GPU: drawing, editing, the best of several, scores, bundles that
-move."""
+"""`TextToImagePipeline` on a GPU: sampling, editing, `best_of`, scores, bundles that change
+device."""
 
 from __future__ import annotations
 

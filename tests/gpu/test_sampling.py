@@ -1,5 +1,5 @@
-"""Sampling on a GPU: compiled and captured steps, batches, guidance, several codes per step, memory
-that runs out."""
+"""Sampling on a GPU: compiled and captured steps, batches, guidance, several codes per step,
+running out of memory."""
 
 from __future__ import annotations
 

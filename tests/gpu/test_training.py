@@ -1,5 +1,5 @@
-"""Training on a GPU: the losses of the CPU, checkpoints that move between the two, memory,
-transfers, FSDP."""
+"""Training on a GPU: the losses of the CPU, checkpoints that change device, memory, transfers,
+FSDP."""
 
 from __future__ import annotations
 

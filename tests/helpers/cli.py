@@ -1,4 +1,4 @@
-"""The command line from a test: what it refuses, and in which words."""
+"""Commands that fail, and their messages."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import torch
 
 def traced(monkeypatch) -> list:
     """Has torch.compile trace without compiling; returns the list that the graphs come to."""
-    graphs, compile_ = [], torch.compile
+    graphs = []
+    compile_ = torch.compile
 
     def backend(graph, _):
         graphs.append(graph)

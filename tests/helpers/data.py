@@ -54,7 +54,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 def write_shards(folder: Path, counts: Iterable[int]) -> list[str]:
     """Shards of so many samples each; image and caption say the sample's number. Returns the
     captions in order."""
-    number, captions = 0, []
+    number = 0
+    captions = []
     for shard, count in enumerate(counts):
         samples = []
         for _ in range(count):

@@ -43,7 +43,8 @@ class Names:
 
 def dvae(*, base: int, codes: int, first: int, blocks: int = 2, meta: bool = False) -> Weights:
     """OpenAI's encoder and decoder, of four groups."""
-    names, wb = Names(meta=meta), ("w", "b")
+    names = Names(meta=meta)
+    wb = ("w", "b")
 
     def block(stem: str, inputs: int, outputs: int, kernels: tuple[int, int, int, int]) -> None:
         if inputs != outputs:
@@ -83,7 +84,8 @@ def vqgan(
     meta: bool = False,
 ) -> Weights:
     """taming-transformers' VQModel or GumbelVQ, or LlamaGen's VQModel."""
-    names, last = Names(meta=meta), len(multipliers) - 1
+    names = Names(meta=meta)
+    last = len(multipliers) - 1
     llama = style == "llamagen"
 
     def residual(stem: str, inputs: int, outputs: int) -> None:
@@ -111,10 +113,8 @@ def vqgan(
     names.conv("encoder.conv_in", 3, channels, 3)
     inputs = channels
     for i, multiplier in enumerate(multipliers):
-        stage, width = (
-            f"encoder.conv_blocks.{i}" if llama else f"encoder.down.{i}",
-            channels * multiplier,
-        )
+        stage = f"encoder.conv_blocks.{i}" if llama else f"encoder.down.{i}"
+        width = channels * multiplier
         for j in range(blocks):
             residual(f"{stage}.{'res' if llama else 'block'}.{j}", inputs, width)
             inputs = width
@@ -127,10 +127,8 @@ def vqgan(
     names.conv("decoder.conv_in", latent, inputs, 3)
     middle("decoder", inputs)
     for place, i in enumerate(range(last, -1, -1)):
-        stage, width = (
-            f"decoder.conv_blocks.{place}" if llama else f"decoder.up.{i}",
-            channels * multipliers[i],
-        )
+        stage = f"decoder.conv_blocks.{place}" if llama else f"decoder.up.{i}"
+        width = channels * multipliers[i]
         for j in range(blocks + 1):
             residual(f"{stage}.{'res' if llama else 'block'}.{j}", inputs, width)
             inputs = width

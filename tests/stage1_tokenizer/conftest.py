@@ -1,4 +1,4 @@
-"""A tokenizer small enough to check exhaustively: 16x16 images, 4x4 codes of a book of 12."""
+"""A tokenizer small enough to check exhaustively: 16x16 images, 4x4 codes of a codebook of 12."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The alarm: when it is raised, for which level, and that its advice names an option of the
-quantizer in question."""
+"""The codebook warning: when it appears, for which level, and that its advice names an option of
+the quantizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes that follow from the configuration, and every broken relation named in one error."""
+"""Sizes that follow from the configuration, and every violated relation named in one error."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Published weights: names and shapes of the published architectures fit without a key too many or
-too few, and compute the same.
+"""Published weights fit our modules, without a missing or unexpected key, and compute the same.
 
-The state dicts are written down here from the architectures as published, full size without memory
-or small with numbers, and the arithmetic is a plain walk over them that shares nothing with the
-networks of the package.
-"""
+The state dicts are written down here from the published architectures: full size without memory,
+or small with numbers. The arithmetic is a plain forward pass that shares nothing with the networks
+of the package."""
 
 from __future__ import annotations
 

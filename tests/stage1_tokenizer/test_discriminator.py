@@ -1,5 +1,5 @@
-"""The discriminator: its losses by hand, the scaled weight, who learns from what, its turn in the
-objective."""
+"""The discriminator: its losses by hand, the adaptive weight, which network learns from which
+loss, its start step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Two processes over gloo: codebook statistics are those of the whole batch, restarts are the same,
-evaluation is silent."""
+"""Two processes over gloo: codebook statistics are those of the global batch, restarts are
+identical, evaluation does not communicate."""
 
 from __future__ import annotations
 

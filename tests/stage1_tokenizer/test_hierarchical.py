@@ -1,5 +1,4 @@
-"""The hierarchy of VQ-VAE-2: order of the stream, who is conditioned on whom, round trips at any
-size."""
+"""The hierarchy of VQ-VAE-2: order of the stream, conditioning, round trips at any size."""
 
 from __future__ import annotations
 

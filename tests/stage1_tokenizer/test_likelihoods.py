@@ -1,5 +1,4 @@
-"""True densities: they integrate to one, match hand-computed values, and their image is where the
-density peaks."""
+"""Densities integrate to one and match hand-computed values; the shown image is their mode."""
 
 from __future__ import annotations
 

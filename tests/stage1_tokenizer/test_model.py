@@ -1,5 +1,4 @@
-"""`ImageTokenizer`: the contract of codes and images, whatever the quantizer, the factor and the
-likelihood."""
+"""`ImageTokenizer`: its interface for every quantizer, factor and likelihood."""
 
 from __future__ import annotations
 

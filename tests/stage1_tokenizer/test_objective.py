@@ -1,4 +1,4 @@
-"""What stage 1 minimises: parts and their units, schedules, held-out metrics."""
+"""The losses of stage 1: terms and their units, schedules, validation metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances of how images look: zero for equal ones, against plain definitions, differentiable,
+"""Perceptual distances: zero for equal images, equal to plain definitions, differentiable,
 offline."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Residual quantization: depth by depth by hand, shared and own books, the stream's order."""
+"""Residual quantization: depth by depth by hand, shared and separate codebooks, the stream's
+order."""
 
 from __future__ import annotations
 

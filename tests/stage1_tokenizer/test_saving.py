@@ -1,4 +1,4 @@
-"""Saving and loading: whole, strict, safetensors only."""
+"""Saving and loading: complete, strict, safetensors only."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The score function: unbiased on average, a baseline that only lowers the variance, and nothing by
-the decoder's gradient."""
+"""The score function: unbiased, a baseline that only lowers the variance, no gradient from the
+decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces of large images fit together, and whole ones stay whole."""
+"""Tiles of large images fit together, and equal the untiled image."""
 
 from __future__ import annotations
 

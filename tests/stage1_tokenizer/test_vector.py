@@ -1,5 +1,5 @@
-"""VQ-VAE's quantizer against its definitions: nearest code, losses and their gradients, moving
-averages, restart, resume."""
+"""VQ-VAE's quantizer against its definitions: nearest code, losses and gradients, EMA, restarts,
+resume."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The loop of sampling: any order, several codes per step, known codes, what is computed and what
-is not."""
+"""The sampling loop: any order, several codes per step, known codes, and the number of forward
+passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules and permutations by hand, and what a prior trained on any order must keep to."""
+"""Schedules and permutations by hand, and the properties of an any-order prior."""
 
 from __future__ import annotations
 

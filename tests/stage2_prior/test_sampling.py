@@ -1,5 +1,4 @@
-"""Filters against references, guidance, seeds, likelihoods, and the distribution of what is
-drawn."""
+"""Filters against references, guidance, seeds, likelihoods, and the distribution of samples."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Likelihoods of codes and captions, and captions drawn from a prior that was trained with codes
-first."""
+"""Likelihoods of codes and captions, and captions sampled from a captioning prior."""
 
 from __future__ import annotations
 

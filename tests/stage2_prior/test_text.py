@@ -1,4 +1,4 @@
-"""Captions to ids and back, in any Unicode; too long ones; saving."""
+"""Captions to ids and back, in any Unicode; captions that are too long; saving."""
 
 from __future__ import annotations
 

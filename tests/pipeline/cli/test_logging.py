@@ -1,5 +1,5 @@
-"""What is shown on the terminal: by loggers, so that it can be silenced; nothing is printed by
-modules that Python users call."""
+"""Terminal output goes through loggers, so that it can be silenced. Library modules print
+nothing."""
 
 from __future__ import annotations
 

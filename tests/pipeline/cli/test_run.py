@@ -1,4 +1,4 @@
-"""One tiny run from YAML to images, each command, and what a user can do wrong on the way."""
+"""One tiny run from YAML to images, each command, and its errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The codes dataset as files: what is written is read, what is corrupted is named, captions are
-drawn evenly."""
+"""The codes dataset as files: reading back what was written, corruption, sampling of captions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Corrupted and hostile data: loading ends with images or with one of our errors, in time, and
 writes nothing.
 
-MINIDALLE_FUZZ=400 gives so many cases a test in place of a few (six tests: 2,400 cases).
-"""
+MINIDALLE_FUZZ=400 runs so many cases per test instead of a few (six tests: 2,400 cases)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From a file to a square: formats, sizes, crops, what is refused; and what a mapped source makes
-of its settings."""
+"""From a file to a square: formats, sizes, crops, refusals; and the settings of a map source."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every layout gives the same images and captions; columns, templates, several captions; what
-each can have wrong."""
+"""Every layout gives the same images and captions; columns, templates, several captions; errors of
+each."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Several sources by weight: exact shares, each part's own passes, one set of images whatever the
-processes."""
+"""Several sources by weight: exact fractions, each source's own epochs, the same images for any
+number of processes."""
 
 from __future__ import annotations
 

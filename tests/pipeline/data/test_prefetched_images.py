@@ -1,4 +1,4 @@
-"""Images loaded ahead; which rows per step sees is tested with training,
+"""Prefetching of images. The rows of each step are tested in
 tests/pipeline/training/test_trainer.py."""
 
 from __future__ import annotations

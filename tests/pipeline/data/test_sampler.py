@@ -1,4 +1,4 @@
-"""Which rows per step sees, where there are too many rows for a list of them."""
+"""The rows of each step, where there are too many rows for a list of them."""
 
 from __future__ import annotations
 

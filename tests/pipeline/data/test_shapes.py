@@ -1,5 +1,5 @@
-"""The embedded world: scenes are repeatable and true to their captions, and the oracle reads them
-and nothing else."""
+"""The shapes world: scenes are repeatable and match their captions, and the oracle reads them and
+nothing else."""
 
 from __future__ import annotations
 

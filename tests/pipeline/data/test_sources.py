@@ -1,4 +1,4 @@
-"""Folders in every layout, data sets by name, and each thing that can be wrong with them."""
+"""Folders in every layout, datasets by name, and the errors of each."""
 
 from __future__ import annotations
 

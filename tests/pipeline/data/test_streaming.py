@@ -1,5 +1,5 @@
-"""Streams: every sample once a pass whatever the lanes and processes, the same after a resume,
-mixed, and what goes wrong."""
+"""Streams: every sample once per epoch for any number of readers and processes, exact resume,
+mixtures, errors."""
 
 from __future__ import annotations
 

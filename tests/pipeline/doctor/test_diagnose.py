@@ -1,5 +1,4 @@
-"""`minidalle doctor`: each thing it finds, in a folder that has it; what it says is what training
-would say."""
+"""`minidalle doctor`: each finding, in a folder that has it; its errors are those of training."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Hashes of looks: copies lie near, other images far; the search for near ones finds what
-comparing all with all finds."""
+"""Perceptual hashes: copies are near, other images far. The search equals brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor suggests: by sizes, numbers and captions; and every suggestion loads."""
+"""Suggested configurations: by sizes, number of images and captions. Every suggestion loads."""
 
 from __future__ import annotations
 

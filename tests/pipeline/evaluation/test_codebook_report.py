@@ -1,4 +1,4 @@
-"""`minidalle codebook`: images of every code, sorted by use, and a page that stands alone."""
+"""`minidalle codebook`: images of every code, sorted by use, and a self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: how they are split, what happens where memory is short, and when steps are compiled."""
+"""Batches: how they are split, what happens when memory is short, and when steps are compiled."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Images in part, scores and choices: what is kept, what is refused, and the command line of
-it."""
+"""Edits, scores and `best_of`: what is kept, what is refused, and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When training computes in bf16 and when it compiles; what becomes of freed memory."""
+"""When training computes in bf16, when it compiles, and reuse of freed memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals during training and outside of it: what is saved, said and left behind."""
+"""Signals during training and outside of it: what is saved, printed and left behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A whole run of a prior for any order that also captions: from YAML to edits, with every way of
-training that it may be asked for."""
+"""A whole run of an any-order prior that also captions: from YAML to edits, with every training
+option."""
 
 from __future__ import annotations
 

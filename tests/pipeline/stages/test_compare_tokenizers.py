@@ -1,5 +1,5 @@
-"""`compare-tokenizers`: every row trained and judged, gone on with, at equal time too; and what can
-be wrong in its file."""
+"""`compare-tokenizers`: every variant is trained and evaluated, resumed, also at equal time;
+errors in its file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Encoding that is killed, corrupted or asked for something else: it ends with the same files, or
-says in one line what changed."""
+"""Encoding that is killed, corrupted or given other settings ends with the same files, or names in
+one line what changed."""
 
 from __future__ import annotations
 

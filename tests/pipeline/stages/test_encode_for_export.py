@@ -1,5 +1,5 @@
-"""`minidalle encode` for other programs: any source, any tokenizer, each form read back by what
-reads such files."""
+"""`minidalle encode` for other programs: any source, any tokenizer; each format is read back by
+its own library."""
 
 from __future__ import annotations
 

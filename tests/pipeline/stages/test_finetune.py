@@ -1,5 +1,5 @@
-"""Runs that start from a bundle: what they take over, what they refuse, adapters, new words, and
-what was forgotten."""
+"""Runs that start from a bundle: what they inherit, what they refuse, adapters, new words,
+forgetting."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Trainings that are killed at random places end as uninterrupted ones: every kept file, bit for
-bit."""
+"""Trainings that are killed at random places end as uninterrupted ones: every file, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real processes over gloo: the work is split, one writes, and the result is that of one
+"""Two real processes over gloo: the work is split, one writes, and the result equals that of one
 process."""
 
 from __future__ import annotations

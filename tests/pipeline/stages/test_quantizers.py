@@ -1,5 +1,4 @@
-"""Tokenizers of several levels, or with other codes than vq's, through both stages: the prior and
-the pipeline take them as they are."""
+"""Tokenizers of several levels, and with other codes than vq, through both stages."""
 
 from __future__ import annotations
 

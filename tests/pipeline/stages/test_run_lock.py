@@ -1,5 +1,5 @@
-"""Two runs on one run folder: the second is refused and writes nothing; what a kill left behind
-locks nothing."""
+"""Two runs in one run folder: the second is refused and writes nothing. A stale lock does not
+block."""
 
 from __future__ import annotations
 

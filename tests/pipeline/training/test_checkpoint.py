@@ -1,5 +1,5 @@
-"""Checkpoints that were corrupted, could not be written, or are of another format: what they cost,
-and what is reported."""
+"""Checkpoints that are corrupted, cannot be written, or have another format: consequences and
+messages."""
 
 from __future__ import annotations
 

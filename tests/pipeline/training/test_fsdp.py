@@ -1,5 +1,5 @@
-"""FSDP on CPUs: cut over 2 processes, then whole on 1, then cut over 4, a prior ends as one process
-alone makes it."""
+"""FSDP on CPUs: a prior that is sharded over 2 processes, then unsharded on 1, then sharded over 4
+ends as on one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What training will take: counted, measured by small steps that leave no trace, chosen by."""
+"""Estimated memory of training: counted state, activations measured in small steps without a
+trace, automatic batch sizes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Steps that are not finite: stopped before they do harm, or undone and counted. Gradients that
-grow. Time spent waiting."""
+"""Steps that are not finite: stopped before they do harm, or rolled back and counted. Gradient
+jumps. Data wait."""
 
 from __future__ import annotations
 

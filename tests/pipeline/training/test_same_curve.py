@@ -1,5 +1,5 @@
-"""1, 2 and 4 processes over gloo: one loss curve, one codebook; and data that divides by
-nothing."""
+"""1, 2 and 4 processes over gloo: one loss curve, one codebook; and data that does not divide
+evenly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The loop: schedules, averages, checkpoints, resume, and what stops it. On an objective of one
-weight."""
+"""The training loop on an objective of one weight: schedules, EMA, checkpoints, resume, and what
+stops it."""
 
 from __future__ import annotations
 
