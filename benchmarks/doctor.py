@@ -1,6 +1,6 @@
 """Speed of `minidalle doctor` on images of 256x256, and of its search for near duplicates.
 
-    python -m benchmarks.doctor [--pictures 10000] [--looks 1000000] [--out FILE]
+    python -m benchmarks.doctor [--images 10000] [--looks 1000000] [--out FILE]
 
 Images are JPEGs of smooth colours with noise, of about 25 KB, in a temporary folder. Everything
 that the command does is timed, the HTML report included; the interpreter's start is not.
@@ -43,7 +43,7 @@ _WORDS = (
 )
 
 
-def make_pictures(folder: Path, count: int) -> float:
+def make_images(folder: Path, count: int) -> float:
     """Writes NAME.jpg and NAME.txt; returns the mean size of an image in KB."""
     random = np.random.default_rng(0)
     written = 0
@@ -75,11 +75,11 @@ def search(looks: int) -> tuple[float, int]:
     return time.perf_counter() - start, int((labels[:copies] == labels[-copies:]).sum())
 
 
-def run(pictures: int, looks: int) -> dict[str, float]:
+def run(images: int, looks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pictures"
+        folder = Path(temporary) / "images"
         folder.mkdir()
-        size = make_pictures(folder, pictures)
+        size = make_images(folder, images)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             status = main(
@@ -96,10 +96,10 @@ def run(pictures: int, looks: int) -> dict[str, float]:
     assert status == 0, "the benchmark's own images must be fit to train on"
     search_seconds, found = search(looks)
     return {
-        "pictures": pictures,
+        "images": images,
         "KB per image": round(size, 1),
         "seconds": round(seconds, 2),
-        "images per second": round(pictures / seconds),
+        "images per second": round(images / seconds),
         "looks": looks,
         "seconds of the search": round(search_seconds, 1),
         "of 1,000 changed copies found": found,
@@ -108,11 +108,11 @@ def run(pictures: int, looks: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    reader.add_argument("--pictures", type=int, default=10_000)
+    reader.add_argument("--images", type=int, default=10_000)
     reader.add_argument("--looks", type=int, default=1_000_000)
     reader.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = reader.parse_args()
-    metrics = run(options.pictures, options.looks)
+    metrics = run(options.images, options.looks)
     print(json.dumps(metrics, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(metrics, indent=1) + "\n")

@@ -77,7 +77,7 @@ def main() -> None:
     rates = {side: batch / value for side, value in seconds.items()}
     report(
         f"encoding, batch {batch}" + (", peers in fp32" if options.peers_fp32 else ""),
-        "pictures/s",
+        "images/s",
         rates,
         cost,
     )

@@ -312,7 +312,7 @@ def main_job(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
         minidalle("evaluate", "--bundle", str(run / "bundle"), *given, *judged)
         metrics.put("evaluate, s", time.perf_counter() - start)
         found = json.loads((run / "evaluation.json").read_text())
-        metrics.put("captions judged", found["settings"]["pictures"])
+        metrics.put("captions judged", found["settings"]["images"])
         for name, ours in (
             ("prompt accuracy", "prompt_accuracy"),
             ("prompt accuracy, new pairs", "prompt_accuracy_new_pairs"),

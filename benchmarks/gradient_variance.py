@@ -26,7 +26,7 @@ from stage1_tokenizer.quantizers.smoothing import smooth
 CODES = 32
 BITS = 5
 DIM = 8
-PICTURES = 16
+IMAGES = 16
 TEMPERATURES = (0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.5, 2.5)
 Estimator = Callable[[Tensor, float], Tensor]
 
@@ -37,11 +37,11 @@ class Problem:
     def __init__(self, inputs: int) -> None:
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        self.logits = draw(PICTURES, inputs)
+        self.logits = draw(IMAGES, inputs)
         self.codebook = draw(CODES, DIM) if inputs == CODES else unpack(torch.arange(CODES), BITS)
         self.first = draw(self.codebook.shape[1], 32) / self.codebook.shape[1] ** 0.5
         self.second = draw(32, 12) / 32**0.5
-        self.target = draw(PICTURES, 12)
+        self.target = draw(IMAGES, 12)
 
     def cost(self, latents: Tensor) -> Tensor:
         """Latents (...,B,D) -> costs (...,B)."""
@@ -53,7 +53,7 @@ class Problem:
 
     def exact(self) -> Tensor:
         logits = self.logits.clone().requires_grad_()
-        costs = self.cost(self.codebook[:, None].expand(-1, PICTURES, -1)).T
+        costs = self.cost(self.codebook[:, None].expand(-1, IMAGES, -1)).T
         (self.log_probabilities(logits).exp() * costs).sum().backward()
         assert logits.grad is not None
         return logits.grad
@@ -72,7 +72,7 @@ def score_function(problem: Problem, baseline: bool) -> Estimator:
     # What a running mean settles on.
     probabilities = problem.log_probabilities(problem.logits).exp()
     mean = (
-        (probabilities * problem.cost(problem.codebook[:, None].expand(-1, PICTURES, -1)).T)
+        (probabilities * problem.cost(problem.codebook[:, None].expand(-1, IMAGES, -1)).T)
         .sum(1)
         .mean()
         if baseline

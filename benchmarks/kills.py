@@ -188,9 +188,9 @@ def write_shards(folder: Path) -> dict[str, Any]:
             for row, image, caption in zip(
                 rows, source.images(rows), source.captions(rows), strict=True
             ):
-                picture = io.BytesIO()
-                Image.fromarray(image).save(picture, "PNG")
-                for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, "PNG")
+                for extension, content in (("png", file.getvalue()), ("txt", caption.encode())):
                     entry = tarfile.TarInfo(f"{row:06d}.{extension}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))

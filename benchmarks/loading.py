@@ -1,7 +1,7 @@
 """Images per second that `data.workers` threads load, shrink and crop for training; and the
 fraction of its time that a training waits for them.
 
-    python -m benchmarks.loading [--pictures 4000] [--workers 2] [--steps 300]
+    python -m benchmarks.loading [--images 4000] [--workers 2] [--steps 300]
 
 JPEGs of 256x256 (about 28 KB, smooth with some noise) are written to a temporary folder and read at
 64x64, without a cache (`data.cache_gb` 0): as files of a folder, from webdataset shards row by row,
@@ -47,15 +47,15 @@ def jpeg(number: int, side: int = 256) -> bytes:
 
 
 def write(folder: Path, count: int) -> None:
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     (folder / "shards").mkdir()
     for first in range(0, count, SHARD):
         with tarfile.open(folder / "shards" / f"{first // SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + SHARD, count)):
                 content = jpeg(number)
                 text = f"image number {number}".encode()
-                (folder / "pictures" / f"{number:06d}.jpg").write_bytes(content)
-                (folder / "pictures" / f"{number:06d}.txt").write_bytes(text)
+                (folder / "images" / f"{number:06d}.jpg").write_bytes(content)
+                (folder / "images" / f"{number:06d}.txt").write_bytes(text)
                 for suffix, data in (("jpg", content), ("txt", text)):
                     entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
                     entry.size = len(data)
@@ -71,12 +71,12 @@ def rate(source: Path, workers: int, *, streaming: bool) -> tuple[float, float]:
     )
     opened = 0.0 if streaming else (len(train) / 0.95) / (time.perf_counter() - start)
     feed = batch_loader(train, BATCH, 0, 0, 1)
-    feed.pictures(0)
+    feed.images(0)
     steps = 0
     start = time.perf_counter()
     while time.perf_counter() - start < 5:
         steps += 1
-        feed.pictures(steps)
+        feed.images(steps)
     return opened, steps * BATCH / (time.perf_counter() - start)
 
 
@@ -94,7 +94,7 @@ def waited(folder: Path, steps: int, workers: int) -> str:
         "--output_dir",
         str(folder / "runs"),
         "--data.source",
-        str(folder / "pictures"),
+        str(folder / "images"),
         "--data.cache_gb",
         "0",
         "--data.workers",
@@ -113,18 +113,18 @@ def main() -> None:
     reader = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    reader.add_argument("--pictures", type=int, default=4000)
+    reader.add_argument("--images", type=int, default=4000)
     reader.add_argument("--workers", type=int, default=2)
     reader.add_argument("--steps", type=int, default=300, help="of the training; 0 trains none")
     options = reader.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(folder, options.pictures)
+        write(folder, options.images)
         # What is imported and read for the first time
-        load_sources(DataConfig(source=str(folder / "pictures"), val_fraction=0.9))
-        print("| source | opened, pictures/s | loaded at 64x64, pictures/s |\n|---|---|---|")
+        load_sources(DataConfig(source=str(folder / "images"), val_fraction=0.9))
+        print("| source | opened, images/s | loaded at 64x64, images/s |\n|---|---|---|")
         for label, source, streaming in (
-            ("folder", "pictures", False),
+            ("folder", "images", False),
             ("shards", "shards", False),
             ("stream of shards", "shards", True),
         ):

@@ -71,9 +71,7 @@ def main() -> None:
         else ""
     )
     seconds = interleave(sides, rounds=rounds)
-    report(
-        f"sampling, batch {batch}{kind}", "pictures/s", {k: batch / v for k, v in seconds.items()}
-    )
+    report(f"sampling, batch {batch}{kind}", "images/s", {k: batch / v for k, v in seconds.items()})
 
     own = {"ours": draw(), "guided": draw(guidance_scale=2.0)}
     seconds = interleave(own, rounds=max(rounds, 5), warm_up=2)

@@ -1,7 +1,7 @@
 """Priors of 100M to 10B parameters on 1 to 1,000 GPUs, and codes of a billion images, on paper.
 Prints the tables of docs/scaling.md.
 
-    python -m benchmarks.scaling [--pictures 16] [--rate 989e12] [--utilisation 0.4]
+    python -m benchmarks.scaling [--images 16] [--rate 989e12] [--utilisation 0.4]
         [--link 400e9] [--between 50e9]
 
 Nothing large is allocated: networks are made of fake tensors. A step's activations are counted as
@@ -58,7 +58,7 @@ def weightless(config: PriorConfig) -> ImagePrior:
     return ImagePrior(config, STREAM).train()
 
 
-def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bool) -> int:
+def step_bytes(config: PriorConfig, images: int, *, again: bool, gradients: bool) -> int:
     """Peak bytes of a step beyond weights, moments and EMA: activations, and the bf16 copies of the
     weights that autocast makes. With `gradients` those too; otherwise each is freed at once, as
     under FSDP, which scatters it."""
@@ -76,8 +76,8 @@ def step_bytes(config: PriorConfig, pictures: int, *, again: bool, gradients: bo
                 prior, PriorObjectiveConfig(caption_dropout=0.0), activation_checkpointing=again
             )
             batch = {
-                "text_ids": torch.zeros(pictures, STREAM.text_length, dtype=torch.long),
-                "codes": torch.zeros(pictures, 256, dtype=torch.long),
+                "text_ids": torch.zeros(images, STREAM.text_length, dtype=torch.long),
+                "codes": torch.zeros(images, 256, dtype=torch.long),
             }
             with LiveTensorTracker(torch.device("cpu")) as live:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +104,7 @@ def operations(prior: ImagePrior, *, again: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    given = {"pictures": 16, "rate": 989e12, "utilisation": 0.4, "link": 400e9, "between": 50e9}
+    given = {"images": 16, "rate": 989e12, "utilisation": 0.4, "link": 400e9, "between": 50e9}
     for name, value in given.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = parser.parse_args()
@@ -129,7 +129,7 @@ def main() -> None:
         )
 
     print(
-        f"\nGiB per GPU with {options.pictures} images on each; activations kept, and worked out "
+        f"\nGiB per GPU with {options.images} images on each; activations kept, and worked out "
         "again"
     )
     print(
@@ -140,11 +140,11 @@ def main() -> None:
     for name, config in SIZES.items():
         state, _ = counted[name]
         steps = [
-            step_bytes(config, options.pictures, again=again, gradients=False)
+            step_bytes(config, options.images, again=again, gradients=False)
             for again in (False, True)
         ]
         whole = [
-            step_bytes(config, options.pictures, again=again, gradients=True)
+            step_bytes(config, options.images, again=again, gradients=True)
             for again in (False, True)
         ]
         # The block at work and the one fetched ahead, in fp32
@@ -163,7 +163,7 @@ def main() -> None:
     speed = options.rate * options.utilisation
     rates = f"{options.link / 1e9:.0f} and {options.between / 1e9:.0f} GB/s"
     print(
-        f"\nseconds per step of {options.pictures} images on each GPU: computing, and sending at "
+        f"\nseconds per step of {options.images} images on each GPU: computing, and sending at "
         f"{rates}"
     )
     titles = (
@@ -177,7 +177,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name in SIZES:
         state, work = counted[name]
-        computing = [options.pictures * work[again] / speed for again in (False, True)]
+        computing = [options.images * work[again] / speed for again in (False, True)]
         # A ring sends all gradients twice; FSDP gathers the weights forward and backward and
         # scatters the gradients.
         sending = [

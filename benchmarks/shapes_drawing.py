@@ -11,7 +11,7 @@ from benchmarks.timing import interleave, report
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source
 
-PICTURES = 4096
+IMAGES = 4096
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     source = load_source(DataConfig(source="shapes", image_size=64), "train")
 
     def draw() -> None:
-        for first in range(0, PICTURES, 256):
+        for first in range(0, IMAGES, 256):
             rows = range(first, first + 256)
             source.images(rows)
             source.captions(rows)
@@ -27,8 +27,8 @@ def main() -> None:
     seconds = interleave({"ours": draw}, rounds=5)
     report(
         "drawing shapes, 64x64, 1 to 3 objects, one core",
-        "pictures/s",
-        {name: PICTURES / s for name, s in seconds.items()},
+        "images/s",
+        {name: IMAGES / s for name, s in seconds.items()},
     )
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     seconds = parser.parse_known_args()[0].seconds
     torch.manual_seed(0)
     config = DataConfig(source="shapes", image_size=32)
-    pictures = torch.from_numpy(ShapesSource(config, "train").images(range(20_000)))
+    images = torch.from_numpy(ShapesSource(config, "train").images(range(20_000)))
     held_out = to_model_range(torch.from_numpy(ShapesSource(config, "held_out").images(range(500))))
     tokenizer = ImageTokenizer(
         TokenizerConfig(
@@ -64,7 +64,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def step(side: str) -> None:
-        batch = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
+        batch = images[torch.randint(len(images), (BATCH,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
             unit = (to_model_range(batch) + 1) / 2
             loss = (
@@ -98,7 +98,7 @@ def main() -> None:
             peak_signal_to_noise(held_out, theirs).mean()
         ),
     }
-    report("stage 1 training", "pictures/s", rates, psnr)
+    report("stage 1 training", "images/s", rates, psnr)
 
 
 if __name__ == "__main__":

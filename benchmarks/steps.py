@@ -48,7 +48,7 @@ def main() -> None:
     for scale in (1.0, pipe.defaults.guidance_scale):
         sides = {f"{steps} steps": draw(scale, steps) for steps in (codes, *STEPS)}
         seconds = interleave(sides, rounds=15 if options.batch == 1 else 5, warm_up=2)
-        print(f"batch {options.batch}, guidance {scale} (pictures/s), {machine()}")
+        print(f"batch {options.batch}, guidance {scale} (images/s), {machine()}")
         for side, value in seconds.items():
             print(
                 f"  {side:<24} {options.batch / value:12,.1f}   "

@@ -125,10 +125,10 @@ class PeerTokenizer(nn.Module):
         return self.vae.decode(codes.flatten(1)).float().clamp(-1, 1)
 
     def to_images(self, codes: Tensor) -> list[Any]:
-        from stage1_tokenizer import to_pictures
+        from stage1_tokenizer import to_uint8
         from stage1_tokenizer.pixels import to_pil
 
-        return to_pil(to_pictures(self.decode(codes)))
+        return to_pil(to_uint8(self.decode(codes)))
 
 
 def train_discrete_vae(
@@ -195,7 +195,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
         * experiment.tokenizer.train.resolved_batch()[0]
         / (60 * metrics["minutes"]),
     }
-    comparison.write_figures(experiment, minutes, metrics)
+    comparison.write_metrics(experiment, minutes, metrics)
 
 
 def vector_quantize_row(experiment: Experiment, minutes: float | None) -> None:

@@ -17,7 +17,7 @@ from stage1_tokenizer.options import (
     VectorOptions,
     VqganOptions,
 )
-from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_pictures, to_rgb
+from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_rgb, to_uint8
 from stage1_tokenizer.quantizers import (
     CodebookStatistics,
     Quantized,
@@ -59,6 +59,6 @@ __all__ = [
     "resize_and_crop",
     "structural_similarity",
     "to_model_range",
-    "to_pictures",
     "to_rgb",
+    "to_uint8",
 ]

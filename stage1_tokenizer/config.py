@@ -84,7 +84,7 @@ class TokenizerConfig:
     """Entries of the codebook (of each one where there are several)."""
     code_dim: int = 16
     """Features of a code's vector. `binary`, `lfq` and `bsq` have one for each bit of `num_codes`
-    and `fsq` one for each of its levels, whatever is said here."""
+    and `fsq` one for each of its levels, whatever this is."""
     vq: VectorOptions = field(default_factory=VectorOptions)
     """Options of `quantizer: vq`, `residual` and `hierarchical`."""
     gumbel: GumbelOptions = field(default_factory=GumbelOptions)

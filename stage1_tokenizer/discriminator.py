@@ -112,12 +112,12 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, output: Tensor)
     return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
 
 
-def loss_at_image(loss: Tensor, picture: Tensor) -> Tensor:
+def loss_at_image(loss: Tensor, image: Tensor) -> Tensor:
     """A loss of the same value and gradient that remembers its gradient at the image alone, so
     that it may be differentiated more than once: what lies between the two is passed back through
     once, more than which a compiled graph need not allow."""
-    gradient = torch.autograd.grad(loss, picture)[0].detach()
-    linear = (gradient * picture).sum()
+    gradient = torch.autograd.grad(loss, image)[0].detach()
+    linear = (gradient * image).sum()
     return linear + (loss - linear).detach()
 
 

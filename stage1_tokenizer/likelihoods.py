@@ -35,7 +35,7 @@ class Likelihood:
         """Negative log-likelihood of pixels (B,C,H,W) -> (B,), in nats per image."""
         return self.nll_map(pixels, parameters).flatten(1).sum(1)
 
-    def picture(self, parameters: Tensor) -> Tensor:
+    def image(self, parameters: Tensor) -> Tensor:
         """The most likely pixels (B,C,H,W)."""
         return parameters.float()
 
@@ -113,7 +113,7 @@ class LogitLaplace(Likelihood):
         )
         return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2))
 
-    def picture(self, parameters: Tensor) -> Tensor:
+    def image(self, parameters: Tensor) -> Tensor:
         return from_laplace_logits(parameters.float().chunk(2, dim=1)[0])
 
 
@@ -127,7 +127,7 @@ class Bernoulli(Likelihood):
             parameters.float(), (pixels + 1) / 2, reduction="none"
         )
 
-    def picture(self, parameters: Tensor) -> Tensor:
+    def image(self, parameters: Tensor) -> Tensor:
         """The mean, which for a certain pixel is the most likely one."""
         return 2 * parameters.float().sigmoid() - 1
 

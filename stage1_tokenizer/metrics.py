@@ -31,9 +31,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(structural_similarity(x, y, peak=255.0)[0].mean())
 
 
-def peak_signal_to_noise(pixels: Tensor, pictures: Tensor) -> Tensor:
+def peak_signal_to_noise(pixels: Tensor, images: Tensor) -> Tensor:
     """PSNR in dB of each image (B,), both in [-1,1] (peak 2)."""
-    error = (pixels - pictures.clamp(-1, 1)).square().flatten(1).mean(1)
+    error = (pixels - images.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 

@@ -24,7 +24,7 @@ from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
-from stage1_tokenizer.pixels import from_pil, to_model_range, to_pictures, to_pil
+from stage1_tokenizer.pixels import from_pil, to_model_range, to_pil, to_uint8
 from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
 from stage1_tokenizer.tiling import by_tiles
 
@@ -195,7 +195,7 @@ class ImageTokenizer(PreTrainedModel):
                     f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in "
                     f"0..{level.num_codes - 1}"
                 )
-        return self.likelihood.picture(
+        return self.likelihood.image(
             self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))
         ).clamp(-1, 1)
 
@@ -240,7 +240,7 @@ class ImageTokenizer(PreTrainedModel):
 
     def to_images(self, codes: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
         """Codes -> images, as `decode`."""
-        return to_pil(to_pictures(self.decode(codes.to(self.device), grid)))
+        return to_pil(to_uint8(self.decode(codes.to(self.device), grid)))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The kernels of the networks, which optimizers for matrices may step; a codebook is not

@@ -101,7 +101,7 @@ class TokenizerObjective:
         heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         output = networks["tokenizer"](pixels, heat)
         quantized = output.quantized
-        drawn = tokenizer.likelihood.picture(output.parameters)
+        drawn = tokenizer.likelihood.image(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
         nll_map = tokenizer.likelihood.nll_map(target, output.parameters)
         nll = nll_map.flatten(1).sum(1).mean()
@@ -180,19 +180,18 @@ class TokenizerObjective:
             target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
             nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
             psnr.append(
-                peak_signal_to_noise(pixels, tokenizer.likelihood.picture(output.parameters)).cpu()
+                peak_signal_to_noise(pixels, tokenizer.likelihood.image(output.parameters)).cpu()
             )
             counts += count_codes(output.quantized.codes.cpu(), layout)
             if tokenizer.quantizer.relaxed:
                 soft = tokenizer(pixels, self.config.temperature_end).parameters
                 soft_psnr.append(
-                    peak_signal_to_noise(pixels, tokenizer.likelihood.picture(soft)).cpu()
+                    peak_signal_to_noise(pixels, tokenizer.likelihood.image(soft)).cpu()
                 )
         tokenizer.train()
         if not psnr:
             raise ValueError(
-                "there are no held-out images to evaluate on; raise data.val_fraction or add "
-                "pictures"
+                "there are no held-out images to evaluate on; raise data.val_fraction or add images"
             )
         nats = float(torch.cat(nll).mean())
         metrics = {

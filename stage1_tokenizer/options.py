@@ -219,7 +219,7 @@ class BinaryOptions:
 class ScoreFunctionOptions:
     """Options of `quantizer: score_function` (REINFORCE)."""
 
-    credit_assignment: Literal["picture", "neighbourhood"] = "neighbourhood"
+    credit_assignment: Literal["image", "neighbourhood"] = "neighbourhood"
     """What a code's cost is: that of the whole image, which is unbiased; or of the pixels at its
     place and the eight around it, which leaves out what it hardly moves and varies far less."""
     baseline_decay: float = 0.9

@@ -22,10 +22,10 @@ LAPLACE_MARGIN = 0.1
 finite."""
 
 
-def to_model_range(pictures: Tensor) -> Tensor:
+def to_model_range(images: Tensor) -> Tensor:
     """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the images
     already are)."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Ten
     return pixels + (noise - 0.5) * STEP
 
 
-def to_pictures(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
     """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and clamped to 0..255."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -85,9 +85,9 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
-def to_pil(pictures: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """uint8 (B,H,W,3) -> PIL images."""
-    return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
+    return [Image.fromarray(image) for image in images.cpu().numpy()]
 
 
 def to_squeezed_unit(pixels: Tensor) -> Tensor:

@@ -308,7 +308,7 @@ class ImagePrior(PreTrainedModel):
         if self.target_embedding is not None:
             if targets is None:
                 raise ValueError(
-                    "this prior takes codes in any order and must be told which comes next; give "
+                    "this prior takes codes in any order and needs the position of the next one; give "
                     "targets"
                 )
             x = x + self.target_embedding(self.slot_level[targets])

@@ -171,8 +171,7 @@ class PriorObjective:
         self.prior.train()
         if not sums[3]:
             raise ValueError(
-                "there are no held-out images to evaluate on; raise data.val_fraction or add "
-                "pictures"
+                "there are no held-out images to evaluate on; raise data.val_fraction or add images"
             )
         metrics = {
             "nats_per_text_token": float(sums[0] / sums[1].clamp(min=1)),

@@ -18,7 +18,7 @@ COUNTED = (
 )
 UNITS = (
     "second|step|code|image|pixel|position|epoch|process|token|sample|batch|minute|row|shard|level|"
-    "card|GPU|vector|word|picture"
+    "card|GPU|vector|word|image"
 )
 REPLACED = {
     r"foretell\w*|foretold": "estimate",
@@ -39,7 +39,7 @@ REPLACED = {
 }
 """Pattern of whole words -> what to write instead. Underscores separate words."""
 
-# When the last identifier is renamed: r"(\w*)pictures?(\w*)": "image".
+# When the last identifier is renamed: r"(\w*)images?(\w*)": "image".
 
 ALLOWED = {
     ("tests/test_words.py", r".*"): "the list itself",

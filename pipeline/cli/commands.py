@@ -143,7 +143,7 @@ def evaluate_command(
         bundle or experiment.folder / "bundle",
         experiment,
         out,
-        pictures=max_images,
+        images=max_images,
         before=baseline_bundle,
     )
     print_rank0(f"{report.table()}\nwrote {out}")

@@ -59,7 +59,7 @@ def _experiment(settings: list[str]) -> Experiment:
     """The experiment whose data are looked at; the source may come first."""
     from pipeline.config.data import DataConfig
     from pipeline.config.load import load_values
-    from pipeline.doctor.diagnose import PICTURES
+    from pipeline.doctor.diagnose import IMAGES
     from pipeline.doctor.suggest_config import name_of
 
     if not settings or settings[0].startswith("-"):
@@ -72,7 +72,7 @@ def _experiment(settings: list[str]) -> Experiment:
     if has_config(others):
         return parse_experiment([*others, "--data.source", source])
     name = name_of(DataConfig(source=source))
-    encode = {"encode": {"max_images": PICTURES}} if source == "shapes" else {}
+    encode = {"encode": {"max_images": IMAGES}} if source == "shapes" else {}
     return as_usage(load_values, {"name": name, "data": {"source": source}} | encode, others)
 
 
@@ -96,7 +96,7 @@ def report(
     diagnosis, parts = diagnose_parts(
         experiment.data,
         text=experiment.text,
-        pictures=max_images,
+        images=max_images,
         largest=largest,
         folder=experiment.folder / "data",
     )

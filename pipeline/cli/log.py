@@ -62,7 +62,7 @@ def logging_to_terminal(level: str) -> Iterator[None]:
 
 class _Terminal(logging.Handler):
     """Lines above a progress bar: information to stdout as it is, warnings and errors to stderr
-    with their level before them. Both streams are looked up anew for each line."""
+    with their level before them. Both streams are looked up for each line."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -283,10 +283,10 @@ def _below_one(section: str, options: object, *names: str) -> list[str]:
     ]
 
 
-CHANGES_NO_PICTURE = ("workers", "cache_gb")
+CHANGES_NO_IMAGE = ("workers", "cache_gb")
 """Fields of `DataConfig` that change how fast images come, and not which."""
 
 
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A `DataConfig` as plain values, without what changes no image."""
-    return {name: value for name, value in config.items() if name not in CHANGES_NO_PICTURE}
+    return {name: value for name, value in config.items() if name not in CHANGES_NO_IMAGE}

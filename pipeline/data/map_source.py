@@ -63,7 +63,7 @@ class SourceIndex:
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
-    def pictures(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
+    def images(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
         """(N,S,S,3) uint8, in parallel."""
         result = np.empty((len(rows), self.config.image_size, self.config.image_size, 3), np.uint8)
 
@@ -82,7 +82,7 @@ class SourceIndex:
             return kept
         config = self.config
         try:
-            picture = prepared(self.rows.picture(row), config)
+            image = prepared(self.rows.image(row), config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now "
@@ -90,10 +90,10 @@ class SourceIndex:
             ) from error
         # Nothing is evicted: in shuffled epochs, each image is equally likely to be next.
         with self._lock:
-            if row not in self._decoded and picture.nbytes <= self._free:
-                self._decoded[row] = picture
-                self._free -= picture.nbytes
-        return picture
+            if row not in self._decoded and image.nbytes <= self._free:
+                self._decoded[row] = image
+                self._free -= image.nbytes
+        return image
 
 
 class MappedSource(Source):
@@ -112,7 +112,7 @@ class MappedSource(Source):
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
-        return self._all.pictures([int(self._rows[int(i)]) for i in indices], draws)
+        return self._all.images([int(self._rows[int(i)]) for i in indices], draws)
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         return [self._all.captions[int(self._rows[int(i)])] for i in indices]

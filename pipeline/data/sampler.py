@@ -128,7 +128,7 @@ class MapBatchLoader:
         self._order = order_of(source, batch_size, seed)
         self._place = (process, processes)
 
-    def pictures(self, step: int) -> np.ndarray:
+    def images(self, step: int) -> np.ndarray:
         """(B,S,S,3) uint8."""
         return self._source.images(
             self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place)

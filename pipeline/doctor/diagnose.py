@@ -15,7 +15,7 @@ from pipeline.doctor.report import Diagnosis, Finding
 from pipeline.doctor.suggest_config import LARGEST, suggest
 from stage2_prior.text import TextConfig
 
-PICTURES = 10_000
+IMAGES = 10_000
 """Images to read of a source that is unlimited, or that is streamed."""
 
 
@@ -23,7 +23,7 @@ def diagnose(
     config: DataConfig,
     *,
     text: TextConfig | None = None,
-    pictures: int = PICTURES,
+    images: int = IMAGES,
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> Diagnosis:
@@ -33,7 +33,7 @@ def diagnose(
     Args:
         config: the data.
         text: how captions become ids; the default where absent.
-        pictures: images to read of a source that is unlimited, or that is streamed.
+        images: images to read of a source that is unlimited, or that is streamed.
         largest: largest image size to suggest.
         folder: keeps what was found of each image, for a training to come (RUN/data).
 
@@ -41,14 +41,14 @@ def diagnose(
         ValueError, OSError: nothing of the source can be opened; with a mixture, nothing of any
             part.
     """
-    return diagnose_parts(config, text=text, pictures=pictures, largest=largest, folder=folder)[0]
+    return diagnose_parts(config, text=text, images=images, largest=largest, folder=folder)[0]
 
 
 def diagnose_parts(
     config: DataConfig,
     *,
     text: TextConfig | None = None,
-    pictures: int = PICTURES,
+    images: int = IMAGES,
     largest: int = LARGEST,
     folder: Path | None = None,
 ) -> tuple[Diagnosis, list[Part]]:
@@ -58,7 +58,7 @@ def diagnose_parts(
         config.of_part(part, streaming=config.streaming and streams(part.source))
         for part in config.mix
     ] or [config]
-    parts = [inspect_source(own, pictures, folder) for own in configs]
+    parts = [inspect_source(own, images, folder) for own in configs]
     findings = [finding for part in parts for finding in part.findings]
     if all(part.opened is None for part in parts):
         raise ValueError("; ".join(finding.text for finding in findings))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.readers.images import open_picture
+from pipeline.data.readers.images import open_image
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Diagnosis, Group
 from pipeline.doctor.text_report import caption_facts, source_facts
@@ -59,7 +59,7 @@ def _thumbnail(part: Part, row: int) -> str | None:
     """An image as a `data:` URI; None where it cannot be read any more."""
     assert part.opened is not None
     try:
-        image = to_rgb(open_picture(part.opened.rows.picture(row), at_least=_THUMBNAIL))
+        image = to_rgb(open_image(part.opened.rows.image(row), at_least=_THUMBNAIL))
     except (OSError, ValueError):
         return None
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))

@@ -88,7 +88,7 @@ class SyntheticRows:
         source, index = self._of(row)
         return source.names([index])[0]
 
-    def picture(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes:
         source, index = self._of(row)
         buffer = io.BytesIO()
         Image.fromarray(source.images([index])[0]).save(buffer, "BMP")
@@ -140,7 +140,7 @@ class StreamedRows:
     def label(self, row: int) -> str:
         return self._names[row]
 
-    def picture(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes:
         start = int(self._ends[row])
         return os.pread(self._file.fileno(), int(self._ends[row + 1]) - start, start)
 

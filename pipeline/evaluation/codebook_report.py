@@ -18,14 +18,14 @@ from torch import Tensor
 
 from pipeline.runtime.atomic_io import atomic_write_dir, check_output_dir
 from pipeline.runtime.html_page import data_uri, render
-from pipeline.runtime.image_grid import bars, picture_grid
+from pipeline.runtime.image_grid import bars, make_grid
 from stage1_tokenizer import (
     CodebookStatistics,
     ImageTokenizer,
     codebook_statistics,
     count_codes,
     to_model_range,
-    to_pictures,
+    to_uint8,
 )
 
 NUMBERS = "codebook.json"
@@ -49,13 +49,13 @@ class LevelView:
     codes: list[int]
     """Codes shown, in the order of the images."""
     counts: list[int]
-    pictures: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
     """By title: grids of the codes alone and in context, map, usage curve."""
 
 
 @torch.no_grad()
-def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[LevelView]:
-    """Writes PNGs, index.html and codebook.json on the codes of `pictures` (N,H,W,3) uint8 to
+def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelView]:
+    """Writes PNGs, index.html and codebook.json on the codes of `images` (N,H,W,3) uint8 to
     `out`; returns what is on the page.
 
     Raises:
@@ -64,35 +64,35 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
     """
     model = ImageTokenizer.from_pretrained(tokenizer)
     check_output_dir(out, NUMBERS, "codebook page")
-    if not len(pictures):
+    if not len(images):
         raise ValueError(
             "there are no images to see the codes in; give a configuration with held-out images"
         )
     codes = torch.cat(
         [
-            model.encode(to_model_range(torch.from_numpy(pictures[i : i + _BATCH]))).flatten(1)
-            for i in range(0, len(pictures), _BATCH)
+            model.encode(to_model_range(torch.from_numpy(images[i : i + _BATCH]))).flatten(1)
+            for i in range(0, len(images), _BATCH)
         ]
     )
     factor = model.own_config.downsample_factor
-    grid = (pictures.shape[1] // factor, pictures.shape[2] // factor)
+    grid = (images.shape[1] // factor, images.shape[2] // factor)
     counts = count_codes(codes, model.quantizer.layout(grid))
-    views = _level_views(model, pictures, codes, counts, grid)
+    views = _level_views(model, images, codes, counts, grid)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for view in views:
             level = view.name.split(",")[0]
-            for title, picture in view.pictures.items():
+            for title, image in view.images.items():
                 name = f"{title} {level}".strip().replace(" ", "-")
-                Image.fromarray(picture).save(folder / f"{name}.png")
+                Image.fromarray(image).save(folder / f"{name}.png")
         page = render(
             Path(__file__).with_suffix(".html"),
             tokenizer=tokenizer,
             total=codebook_statistics(counts),
-            count=len(pictures),
+            count=len(images),
             views=views,
-            data_uri=lambda picture: data_uri(Image.fromarray(picture)),
+            data_uri=lambda image: data_uri(Image.fromarray(image)),
             zip=zip,
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
@@ -100,7 +100,7 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
             {"level": v.name, **asdict(v.statistics), "codes": v.codes, "uses": v.counts}
             for v in views
         ]
-        numbers = json.dumps({"pictures": len(pictures), "levels": levels}) + "\n"
+        numbers = json.dumps({"images": len(images), "levels": levels}) + "\n"
         (folder / NUMBERS).write_text(numbers)
 
     atomic_write_dir(out, write)
@@ -108,11 +108,7 @@ def codebook_page(tokenizer: Path, pictures: np.ndarray, out: Path) -> list[Leve
 
 
 def _level_views(
-    model: ImageTokenizer,
-    pictures: np.ndarray,
-    codes: Tensor,
-    counts: Tensor,
-    grid: tuple[int, int],
+    model: ImageTokenizer, images: np.ndarray, codes: Tensor, counts: Tensor, grid: tuple[int, int]
 ) -> list[LevelView]:
     """A view of each level, of codes (N, all levels' positions) and counts (all levels' codes)."""
     layout = model.quantizer.layout(grid)
@@ -127,7 +123,7 @@ def _level_views(
         own_counts = counts.split(sizes)[number]
         own = codes[:, start : start + level.length].reshape(len(codes), *level.grid)
         order = own_counts.argsort(descending=True, stable=True)[:_SHOWN]
-        patch = (pictures.shape[1] // level.grid[0], pictures.shape[2] // level.grid[1])
+        patch = (images.shape[1] // level.grid[0], images.shape[2] // level.grid[1])
         # Other levels hold their commonest code.
         streams = common.repeat(len(order), 1)
         streams[:, start : start + level.length] = order[:, None]
@@ -140,8 +136,8 @@ def _level_views(
                 order.tolist(),
                 own_counts[order].tolist(),
                 {
-                    "alone": picture_grid(list(drawn), columns=_COLUMNS, gap=1),
-                    "in context": _in_context(pictures, own, order, patch),
+                    "alone": make_grid(list(drawn), columns=_COLUMNS, gap=1),
+                    "in context": _in_context(images, own, order, patch),
                     "map": _map(model.code_vectors.split(sizes)[number][order], drawn),
                     "use": bars(own_counts.sort(descending=True).values.numpy()),
                 },
@@ -166,18 +162,18 @@ def _decoded_patches(
     patches = []
     for some in streams.split(_BATCH):
         codes = some if flat else some.reshape(-1, *grid)
-        drawn = to_pictures(model.decode(codes, grid)).numpy()
+        drawn = to_uint8(model.decode(codes, grid)).numpy()
         patches.append(drawn[:, top : top + height, left : left + width])
     return np.concatenate(patches)
 
 
 def _in_context(
-    pictures: np.ndarray, codes: Tensor, order: Tensor, patch: tuple[int, int]
+    images: np.ndarray, codes: Tensor, order: Tensor, patch: tuple[int, int]
 ) -> np.ndarray:
     """For each code a column of positions where it was chosen, with what lies around them; grey
     where there are no more."""
     height, width = patch
-    padded = np.pad(pictures, ((0, 0), (height, height), (width, width), (0, 0)), mode="edge")
+    padded = np.pad(images, ((0, 0), (height, height), (width, width), (0, 0)), mode="edge")
     cells = []
     for code in order.tolist():
         shown: dict[int, np.ndarray] = {}  # one position per image
@@ -187,7 +183,7 @@ def _in_context(
                 shown[number] = padded[number, rows, j * width : (j + 3) * width]
         grey = np.full((3 * height, 3 * width, 3), 224, np.uint8)
         cells.append(np.concatenate([*shown.values(), *[grey] * (_EXAMPLES - len(shown))]))
-    return picture_grid(cells, columns=_COLUMNS, gap=1)
+    return make_grid(cells, columns=_COLUMNS, gap=1)
 
 
 def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
@@ -200,8 +196,8 @@ def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
     places = (places - places.amin(0)) / (places.amax(0) - places.amin(0)).clamp(min=1e-9)
     height, width = drawn.shape[1:3]
     canvas = np.full((_MAP, _MAP, 3), 255, np.uint8)
-    for (x, y), picture in reversed(list(zip(places.tolist(), drawn, strict=True))):
+    for (x, y), image in reversed(list(zip(places.tolist(), drawn, strict=True))):
         top = int(y * (_MAP - height))
         left = int(x * (_MAP - width))
-        canvas[top : top + height, left : left + width] = picture
+        canvas[top : top + height, left : left + width] = image
     return canvas

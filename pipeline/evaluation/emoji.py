@@ -38,13 +38,10 @@ def emoji_metrics(pipe: TextToImagePipeline, experiment: Experiment) -> dict[str
     return metrics
 
 
-def captions_found(pipe: TextToImagePipeline, pictures: np.ndarray, captions: list[str]) -> float:
+def captions_found(pipe: TextToImagePipeline, images: np.ndarray, captions: list[str]) -> float:
     """Fraction of images whose own caption has the highest log p(caption | codes) among all of the
     captions."""
-    best = [
-        pipe.caption(Image.fromarray(picture), captions, truncate=True)[0][0]
-        for picture in pictures
-    ]
+    best = [pipe.caption(Image.fromarray(image), captions, truncate=True)[0][0] for image in images]
     return float(np.mean([found == own for found, own in zip(best, captions, strict=True)]))
 
 

@@ -52,10 +52,10 @@ def evaluate(
     experiment: Experiment,
     out: Path | None = None,
     *,
-    pictures: int = 500,
+    images: int = 500,
     before: Path | None = None,
 ) -> Report:
-    """Evaluates a bundle on up to `pictures` held-out images and prompts of an experiment's source.
+    """Evaluates a bundle on up to `images` held-out images and prompts of an experiment's source.
 
     Sampling uses the bundle's own defaults and seed 0. One process computes everything. Where the
     experiment starts from a bundle (`init_from`), or one is given as `before`, forgetting is
@@ -75,7 +75,7 @@ def evaluate(
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
-    count = min(pictures, len(held_out))
+    count = min(images, len(held_out))
     if not count:
         raise ValueError(
             "no image is held out, so there is nothing to judge on; raise data.val_fraction"
@@ -89,10 +89,10 @@ def evaluate(
     if experiment.data.source == "emoji":
         report.metrics |= emoji_metrics(pipe, experiment)
     if before := before or parent_bundle(experiment):
-        report.forgetting = forgetting(before, bundle, experiment, pictures=pictures)
+        report.forgetting = forgetting(before, bundle, experiment, images=images)
     report.settings = {
         "bundle": str(bundle),
-        "pictures": count,
+        "images": count,
         "sampling": to_dict(pipe.defaults),
         "trained_on": pipe.trained_on,
         "seconds": round(time.perf_counter() - start, 1),

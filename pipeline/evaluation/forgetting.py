@@ -43,9 +43,9 @@ class Forgetting:
 
 
 def forgetting(
-    before: Path, after: Path, experiment: Experiment, *, pictures: int = 500
+    before: Path, after: Path, experiment: Experiment, *, images: int = 500
 ) -> Forgetting:
-    """Compares a bundle with its parent on up to `pictures` held-out images of each one's data.
+    """Compares a bundle with its parent on up to `images` held-out images of each one's data.
 
     PSNR is measured only where the tokenizers differ. If the old data are missing, a note replaces
     their metrics.
@@ -89,7 +89,7 @@ def forgetting(
             "the vocabularies differ: a text token is another piece of a caption before and after"
         )
     for data, source in sources.items():
-        count = min(pictures, len(source))
+        count = min(images, len(source))
         if not count:
             raise ValueError(
                 f"no image of the {data} is held out, so there is nothing to judge on; raise "

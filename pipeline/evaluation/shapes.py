@@ -104,11 +104,9 @@ def _edit(scene: Scene, index: int, size: int, cell: int) -> tuple[Prompt, np.nd
     return prompt, mask
 
 
-def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
-    return [
-        check(picture, prompt.claims) for picture, prompt in zip(pictures, prompts, strict=True)
-    ]
+def _judge(images: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
+    return [check(image, prompt.claims) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def _correct(pictures: np.ndarray, prompts: Sequence[Prompt]) -> float:
-    return accuracy(_judge(pictures, prompts))["correct"]
+def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> float:
+    return accuracy(_judge(images, prompts))["correct"]

@@ -39,7 +39,7 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.convert("L")) >= _WHITE
 
 
-def checked_picture(image: Image.Image, side: int) -> Image.Image:
+def check_image(image: Image.Image, side: int) -> Image.Image:
     """The image in RGB.
 
     Raises:
@@ -73,8 +73,7 @@ def composite(
     """The drawn images inside the mask, the original's own pixels everywhere else."""
     before = np.asarray(original)
     return [
-        Image.fromarray(np.where(replaced[..., None], np.asarray(picture), before))
-        for picture in drawn
+        Image.fromarray(np.where(replaced[..., None], np.asarray(image), before)) for image in drawn
     ]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.distributed import distributed_state
-from pipeline.runtime.image_grid import grid_image, picture_grid
+from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.runtime.run_paths import existing_tokenizer
 from stage1_tokenizer.metrics import psnr
@@ -107,22 +107,22 @@ def edit(
         ValueError, FileNotFoundError: what is given does not fit or is not there; nothing is
             written then.
     """
-    from pipeline.data.readers.images import open_picture
+    from pipeline.data.readers.images import open_image
 
     pipe = TextToImagePipeline.from_pretrained(bundle).to(distributed_state().device)
-    picture = open_picture(image)
+    original = open_image(image)
     with _notes():
         if mask is not None:
             output = pipe.edit(
-                picture, open_picture(mask), prompt, num_images=num_images, seed=seed, **options
+                original, open_image(mask), prompt, num_images=num_images, seed=seed, **options
             )
         elif outpaint_at is not None:
             output = pipe.outpaint(
-                picture, prompt, at=outpaint_at, num_images=num_images, seed=seed, **options
+                original, prompt, at=outpaint_at, num_images=num_images, seed=seed, **options
             )
         elif strength is not None:
             output = pipe.vary(
-                picture, strength, prompt, num_images=num_images, seed=seed, **options
+                original, strength, prompt, num_images=num_images, seed=seed, **options
             )
         else:
             raise ValueError("nothing says what to resample; give mask, outpaint_at or strength")
@@ -169,7 +169,7 @@ def _write(
             "log_likelihood": round(row.log_likelihood, 4),
         }
         lines.append(json.dumps(line, ensure_ascii=False))
-    grid_image(picture_grid([np.asarray(row.image) for row in rows], columns=columns)).save(
+    grid_image(make_grid([np.asarray(row.image) for row in rows], columns=columns)).save(
         out / "grid.png"
     )
     (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -202,19 +202,13 @@ def reconstruct(
             not divide.
         FileNotFoundError: a file or the tokenizer is not there.
     """
-    from pipeline.data.readers.images import open_picture
-    from stage1_tokenizer import (
-        ImageTokenizer,
-        resize_and_crop,
-        to_model_range,
-        to_pictures,
-        to_rgb,
-    )
+    from pipeline.data.readers.images import open_image
+    from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_rgb, to_uint8
 
     model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()
     true = []
     for file in files:
-        image = to_rgb(open_picture(file))
+        image = to_rgb(open_image(file))
         image = image if size is None else resize_and_crop(image, size)
         true.append(np.array(image))
         try:
@@ -222,7 +216,7 @@ def reconstruct(
         except ValueError as error:
             raise ValueError(f"{file}: {error} (--size WIDTHxHEIGHT does)") from error
     drawn = [
-        to_pictures(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[
+        to_uint8(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[
             0
         ].numpy()
         for one in true
@@ -234,8 +228,8 @@ def reconstruct(
         Image.fromarray(after).save(out / name)
         lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
     if len({one.shape for one in true}) == 1:
-        pairs = [picture for pair in zip(true, drawn, strict=True) for picture in pair]
-        grid_image(picture_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
+        pairs = [one for pair in zip(true, drawn, strict=True) for one in pair]
+        grid_image(make_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
     count = "1 reconstruction" if len(files) == 1 else f"{len(files)} reconstructions"
     return [
         *lines,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.inference.batching import Compile, sample_codes_batched
 from pipeline.inference.bundle import Bundle, read_bundle, write_bundle
 from pipeline.inference.editing import (
-    checked_picture,
+    check_image,
     composite,
     keep_mask,
     place_on_canvas,
@@ -42,7 +42,7 @@ SamplingValue = float | tuple[float, float] | None
 """A field of `SamplingOptions`; None takes the bundle's default."""
 
 
-def picture_seed(seed: int, number: int) -> int:
+def image_seed(seed: int, number: int) -> int:
     """Seed of a prompt's image `number`. It depends on nothing else, so neither a batch nor a split
     changes an image."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
@@ -166,7 +166,7 @@ class TextToImagePipeline:
         options = self._options(sampling)
         count = num_images_per_prompt * best_of
         ids = self._text_ids(prompts, truncate).repeat_interleave(count, dim=0)
-        seeds = [picture_seed(seed, i) for _ in prompts for i in range(count)]
+        seeds = [image_seed(seed, i) for _ in prompts for i in range(count)]
         drawn = sample_codes_batched(
             self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile
         )
@@ -210,19 +210,22 @@ class TextToImagePipeline:
                 not trained on random orders.
         """
         _at_least_one("num_images", num_images)
-        picture = checked_picture(image, self.tokenizer.image_size)
-        replaced = replaced_pixels(mask, picture.size)
+        original = check_image(image, self.tokenizer.image_size)
+        replaced = replaced_pixels(mask, original.size)
         known = keep_mask(replaced, self.tokenizer.layout)
         if warn_if_trivial(known):
-            codes = self._codes_of([picture] * num_images)
+            codes = self._codes_of([original] * num_images)
             zeros = torch.zeros(num_images)
             return TextToImageOutput(
-                [picture.copy() for _ in range(num_images)], codes.cpu(), zeros, [seed] * num_images
+                [original.copy() for _ in range(num_images)],
+                codes.cpu(),
+                zeros,
+                [seed] * num_images,
             )
         output = self.complete(
-            picture, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+            original, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
-        output.images = composite(picture, output.images, replaced)
+        output.images = composite(original, output.images, replaced)
         return output
 
     def outpaint(
@@ -265,7 +268,7 @@ class TextToImagePipeline:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
         """
         _at_least_one("num_images", num_images)
-        seeds = [picture_seed(seed, i) for i in range(num_images)]
+        seeds = [image_seed(seed, i) for i in range(num_images)]
         known = random_keep_mask(seeds, self.prior.stream.image_length, strength)
         return self.complete(
             image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
@@ -314,7 +317,7 @@ class TextToImagePipeline:
             # The bundle's default is for whole images.
             unknown = length - int(known.reshape(-1, length)[0].sum())
             options = replace(options, num_inference_steps=max(min(steps, unknown), 1))
-        seeds = [picture_seed(seed, i) for i in range(num_images)]
+        seeds = [image_seed(seed, i) for i in range(num_images)]
         drawn = sample_codes_batched(
             self.prior,
             self._text_ids([prompt], truncate).repeat(num_images, 1),
@@ -387,7 +390,7 @@ class TextToImagePipeline:
         else:
             _at_least_one("num", num)
             SamplingOptions(temperature=temperature, top_p=top_p)  # refuses what is out of range
-            seeds = [picture_seed(seed, i) for i in range(num)]
+            seeds = [image_seed(seed, i) for i in range(num)]
             ids, values = sample_captions(
                 self.prior, codes.expand(num, -1), seeds, temperature=temperature, top_p=top_p
             )
@@ -403,7 +406,7 @@ class TextToImagePipeline:
         side = self.tokenizer.image_size
         bf16 = self.trained_on.get("codes_in_bf16", False)
         with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=bf16):
-            return self.tokenizer.to_codes([checked_picture(image, side) for image in images])
+            return self.tokenizer.to_codes([check_image(image, side) for image in images])
 
     def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
         defaults = asdict(self.defaults)

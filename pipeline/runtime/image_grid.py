@@ -9,18 +9,18 @@ import numpy as np
 from PIL import Image
 
 
-def picture_grid(pictures: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
+def make_grid(images: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
     """Images (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
     columns*(W+gap)+gap, 3)."""
-    height, width = pictures[0].shape[:2]
-    rows = math.ceil(len(pictures) / columns)
+    height, width = images[0].shape[:2]
+    rows = math.ceil(len(images) / columns)
     grid = np.full(
         (rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 224, dtype=np.uint8
     )
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         top = gap + (i // columns) * (height + gap)
         left = gap + (i % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + height, left : left + width] = image
     return grid
 
 

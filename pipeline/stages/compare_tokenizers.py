@@ -27,7 +27,7 @@ from pipeline.config.load import load_values
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.image_grid import grid_image, picture_grid
+from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import encode_dataset, sources_of
 from pipeline.stages.manifest import encode_settings, read_settings
@@ -36,13 +36,13 @@ from pipeline.stages.run_lock import run_lock
 from pipeline.stages.time_estimate import time_steps
 from pipeline.stages.tokenizer import TokenizerTraining, train_tokenizer
 from pipeline.training.checkpoint import newest_checkpoint
-from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
+from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
 from stage1_tokenizer.metrics import ssim
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
-_FIGURES = "figures.json"
+_METRICS = "metrics.json"
 _PLAN = "plan.json"
 _TIME = "training.json"
 SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
@@ -205,7 +205,7 @@ def compare_tokenizers(comparison: Comparison) -> Path:
                 try:
                     run_variant(experiment, comparison.minutes)
                 except FloatingPointError as error:
-                    write_figures(experiment, comparison.minutes, {"failed": str(error)})
+                    write_metrics(experiment, comparison.minutes, {"failed": str(error)})
                     _log.error(f"{name} failed: {error}")
                 except ValueError as error:
                     raise ValueError(f"variant {name}: {error}") from error
@@ -229,7 +229,7 @@ def is_complete(experiment: Experiment, minutes: float | None) -> bool:
     Raises:
         ValueError: the row was made with other settings.
     """
-    path = experiment.folder / _FIGURES
+    path = experiment.folder / _METRICS
     now = _made_with(experiment, minutes)
     written = _read(path) if path.is_file() else _plan(experiment.folder)
     made = written["made_with"] if written else now
@@ -255,13 +255,13 @@ def _plan(folder: Path) -> dict[str, Any] | None:
     return _read(folder / _PLAN) if (folder / _PLAN).is_file() else None
 
 
-def write_figures(
-    experiment: Experiment, minutes: float | None, figures: Mapping[str, Any]
+def write_metrics(
+    experiment: Experiment, minutes: float | None, metrics: Mapping[str, Any]
 ) -> None:
     """Writes a row's metrics and settings into its folder."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
-    content = {"figures": figures, "made_with": _made_with(experiment, minutes)}
-    atomic_write_text(experiment.folder / _FIGURES, json.dumps(content, indent=2) + "\n")
+    content = {"metrics": metrics, "made_with": _made_with(experiment, minutes)}
+    atomic_write_text(experiment.folder / _METRICS, json.dumps(content, indent=2) + "\n")
 
 
 def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, float]:
@@ -277,9 +277,9 @@ def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, floa
         atomic_write_text(row / _TIME, json.dumps({"seconds": seconds}) + "\n")
     encode_dataset(planned)
     train_prior(planned)
-    figures = _judge(planned)
-    write_figures(experiment, minutes, figures)
-    return figures
+    metrics = _judge(planned)
+    write_metrics(experiment, minutes, metrics)
+    return metrics
 
 
 def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
@@ -310,7 +310,7 @@ def _judge(experiment: Experiment) -> dict[str, float]:
     true, drawn, rate = _reconstructed(experiment, tokenizer)
     np.save(row / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
     layout = tokenizer.layout
-    figures = {
+    metrics = {
         "psnr": held_out["psnr"],
         "ssim": ssim(true, drawn),
         "usage": held_out["codebook_usage"],
@@ -322,16 +322,16 @@ def _judge(experiment: Experiment) -> dict[str, float]:
     }
     if (row / _TIME).is_file():
         seconds = _read(row / _TIME)["seconds"]
-        figures |= {
+        metrics |= {
             "minutes": seconds / 60,
             "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / seconds,
         }
-    return figures
+    return metrics
 
 
 def steps_in_budget(experiment: Experiment, seconds: float) -> int:
     """How many steps fit into this time, with start and compilation, by the pace of a few trial
-    steps (and of a few with the adversary, where one joins later)."""
+    steps (and of a few with the discriminator, where one joins later)."""
     discriminator = experiment.tokenizer.objective.discriminator
     joins = discriminator.start if discriminator.weight else 0
     before, pace = _seconds_per_step(experiment, discriminator=not joins)
@@ -343,8 +343,8 @@ def steps_in_budget(experiment: Experiment, seconds: float) -> int:
 
 
 def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[float, float]:
-    """Seconds before the first step and seconds per step, with the adversary from the start or
-    without one."""
+    """Seconds before the first step and seconds per step, with the discriminator from the start
+    or without one."""
     objective = experiment.tokenizer.objective
     changed = (
         replace(objective.discriminator, start=0)
@@ -376,7 +376,7 @@ def _reconstructed(
     bf16 = uses_bf16(experiment.precision, device)
     for first in range(0, len(true), _ENCODED):
         pixels = to_model_range(torch.from_numpy(true[first : first + _ENCODED])).to(device)
-        drawn.append(to_pictures(tokenizer.decode(tokenizer.encode(pixels))).cpu().numpy())
+        drawn.append(to_uint8(tokenizer.decode(tokenizer.encode(pixels))).cpu().numpy())
         for _ in range(5 if len(pixels) == _ENCODED or len(true) < _ENCODED else 0):
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -389,7 +389,7 @@ def write_report(comparison: Comparison) -> None:
     """Writes `comparison.md`, `comparison.json` and two images: the variants in their order, then
     other rows in the folder. Rows that were judged on other data or by another prior, and rows that
     failed, are named below the table."""
-    found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_FIGURES}"))}
+    found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_METRICS}"))}
     if not found:
         return
     first = next(iter(comparison.variants.values()))
@@ -405,36 +405,36 @@ def write_report(comparison: Comparison) -> None:
                 f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"
             )
         else:
-            every[name] = found[name]["figures"]
+            every[name] = found[name]["metrics"]
             if "failed" in every[name]:
                 notes += (
                     f"\n{name} failed: {every[name]['failed']} (to try it again, remove "
                     f"{comparison.folder / name})\n"
                 )
     atomic_write_text(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
-    figures = {name: row for name, row in every.items() if "failed" not in row}
-    atomic_write_text(comparison.folder / "comparison.md", table(figures) + notes)
-    if not figures:
+    metrics = {name: row for name, row in every.items() if "failed" not in row}
+    atomic_write_text(comparison.folder / "comparison.md", table(metrics) + notes)
+    if not metrics:
         return
     shown = [
         np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False)
-        for name in figures
+        for name in metrics
     ]
     _, held_out = sources_of(first.data, first.folder, first.process_timeout)
     true = held_out.images(range(len(shown[0])))
     alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
-    grid = picture_grid([picture for row in [true, *alike] for picture in row], columns=len(true))
+    grid = make_grid([image for row in [true, *alike] for image in row], columns=len(true))
     grid_image(grid).save(comparison.folder / "reconstructions.png")
-    _plot(figures, comparison.folder / "comparison.png")
+    _plot(metrics, comparison.folder / "comparison.png")
 
 
-def table(figures: Mapping[str, Mapping[str, float]]) -> str:
+def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown, one tokenizer per row."""
     lines = [
         "| tokenizer | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for name, row in figures.items():
+    for name, row in metrics.items():
         lines.append(
             f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in COLUMNS) + " |"
         )
@@ -445,7 +445,7 @@ def _cell(key: str, value: float | None) -> str:
     return "" if value is None else format(value, _FORMATS.get(key, ",.0f"))
 
 
-def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def _plot(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """PSNR against what the codes cost a prior: a good tokenizer lies up and to the left."""
     try:
         from matplotlib.figure import Figure
@@ -456,7 +456,7 @@ def _plot(figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
         return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, row) in enumerate(figures.items()):
+    for number, (name, row) in enumerate(metrics.items()):
         # There are ten colours: marks distinguish rows of one colour. Names on the points would
         # overlap.
         mark = "os^Dv"[number // 10 % 5] + f"C{number % 10}"

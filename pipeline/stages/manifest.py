@@ -197,7 +197,7 @@ def _has_readable_weights(folder: Path) -> bool:
         return False
 
 
-def require_complete(folder: Path, verb: str) -> Path:
+def require_complete(folder: Path, command: str) -> Path:
     """The folder of a stage that is done.
 
     Raises:
@@ -207,27 +207,27 @@ def require_complete(folder: Path, verb: str) -> Path:
     if not folder.is_dir() or (written is not None and "held_out" not in written):
         state = "not finished" if folder.is_dir() else "not there"
         raise FileNotFoundError(
-            f"{folder} is {state} yet; run `minidalle {verb}` with the same configuration first"
+            f"{folder} is {state} yet; run `minidalle {command}` with the same configuration first"
         )
     return folder
 
 
-def load_complete(load: Callable[[Path], Made], folder: Path, verb: str) -> Made:
+def load_complete(load: Callable[[Path], Made], folder: Path, command: str) -> Made:
     """Loads what a stage of the same run made.
 
     Args:
-        verb: the command that makes it.
+        command: the command that makes it.
 
     Raises:
         FileNotFoundError: it is not done.
         ValueError: it is truncated or corrupted.
     """
-    folder = require_complete(folder, verb)
+    folder = require_complete(folder, command)
     try:
         return load(folder)
     except ValueError as error:
         raise ValueError(
-            f"{error}, or run `minidalle {verb}`, which delivers it again from its last checkpoint"
+            f"{error}, or run `minidalle {command}`, which delivers it again from its last checkpoint"
         ) from error
 
 

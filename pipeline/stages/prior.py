@@ -18,7 +18,7 @@ from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
 from pipeline.data.sampler import BatchSampler
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_dir
-from pipeline.runtime.image_grid import picture_grid
+from pipeline.runtime.image_grid import make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
 from pipeline.stages.manifest import StageRun, load_complete
@@ -237,7 +237,7 @@ class PriorTraining:
         with torch.autocast(device.type, enabled=False):
             images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
         self.prior.train()
-        grid = picture_grid([np.asarray(image) for image in images], columns=4)
+        grid = make_grid([np.asarray(image) for image in images], columns=4)
         save_sample(self.experiment.folder, "prior", grid)
         return {"samples": grid}
 

@@ -18,7 +18,7 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.image_grid import picture_grid
+from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
 from pipeline.stages.manifest import init_from_fingerprint, load_complete, require_complete
 from pipeline.stages.prior import train_prior
@@ -73,7 +73,7 @@ def run(experiment: Experiment) -> Path:
             np.asarray(image)
             for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images
         ]
-        save_sample(experiment.folder, "held-out-prompts", picture_grid(images, columns=8))
+        save_sample(experiment.folder, "held-out-prompts", make_grid(images, columns=8))
         atomic_write_text(
             experiment.folder / "samples" / "held-out-prompts.txt", "\n".join(prompts) + "\n"
         )

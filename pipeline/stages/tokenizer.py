@@ -17,7 +17,7 @@ from pipeline.data.sampler import MapBatchLoader
 from pipeline.data.source import Source
 from pipeline.data.streaming.feed import StreamBatchLoader, batch_loader
 from pipeline.runtime.atomic_io import atomic_write
-from pipeline.runtime.image_grid import bars, grid_image, picture_grid
+from pipeline.runtime.image_grid import bars, grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import (
@@ -53,7 +53,7 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
         "seed": experiment.seed,
         "precision": experiment.precision,
         "data": data_settings(to_dict(experiment.data)),
-        "pictures": [source.fingerprint, held_out.fingerprint],
+        "images": [source.fingerprint, held_out.fingerprint],
         **to_dict(section),
         "init_from": tokenizer_identity(section),
     }
@@ -115,7 +115,7 @@ class TokenizerTraining:
         true = self.held_out.images(range(min(len(self.held_out), 8)))
         pixels = to_model_range(torch.from_numpy(true)).to(self.accelerator.device)
         drawn = self.tokenizer.to_images(self.tokenizer.encode(pixels))
-        grid = picture_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
+        grid = make_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
         save_sample(self.experiment.folder, "reconstructions", grid)
         # The most used code is on the left. A flat curve is good; codes behind its end are wasted.
         uses = {
@@ -126,7 +126,7 @@ class TokenizerTraining:
 
 
 def _batch(loader: MapBatchLoader | StreamBatchLoader, step: int) -> torch.Tensor:
-    return torch.from_numpy(loader.pictures(step))
+    return torch.from_numpy(loader.images(step))
 
 
 def _report(source: Source) -> None:

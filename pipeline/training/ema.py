@@ -1,5 +1,5 @@
-"""The exponential moving average of the weights, which is evaluated and exported. Knows parameters;
-knows no loop."""
+"""The exponential moving average (EMA) of weights, which is evaluated and exported. Knows
+parameters; knows no loop."""
 
 from __future__ import annotations
 

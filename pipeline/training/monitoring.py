@@ -121,7 +121,7 @@ class ThroughputMeter:
     def line(self) -> str:
         metrics = self.metrics()
         return (
-            f"{self.seconds / 60:.1f} minutes, {metrics['images_per_second']:,.0f} pictures/s, "
+            f"{self.seconds / 60:.1f} minutes, {metrics['images_per_second']:,.0f} images/s, "
             f"{metrics['data_wait_fraction']:.1%} of it waiting for data"
         )
 

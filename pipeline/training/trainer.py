@@ -193,7 +193,7 @@ class Trainer:
             if problem := verify_checkpoint(kept) if kept else "it is gone":
                 self.warn(
                     f"{kept or self.best} is corrupted ({problem}); the best weights are chosen "
-                    "anew from here on"
+                    "from here on alone"
                 )
                 state.best.clear()
         return state

@@ -23,8 +23,8 @@ class ScoreFunctionQuantizer(Categorical):
     q(codes)].
 
     The objective calls `surrogate` with the cost of the sampled codes, which is their likelihood
-    alone; the decoder's own gradient does not reach the encoder, nor do a perceptual distance or an
-    adversary.
+    alone; the decoder's own gradient does not reach the encoder, nor do a perceptual distance or a
+    discriminator.
     """
 
     relaxed = True
@@ -81,7 +81,7 @@ class ScoreFunctionQuantizer(Categorical):
         That is the whole image, or the pixels of its place and of those around it, of which there
         are fewer at the edges.
         """
-        if self.options.credit_assignment == "picture":
+        if self.options.credit_assignment == "image":
             return cost.sum(dim=(1, 2, 3))[:, None, None].expand(-1, height, width), torch.ones(
                 height, width, device=cost.device
             )

@@ -59,7 +59,7 @@ def random_pipe(device: torch.device) -> TextToImagePipeline:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def original() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
@@ -79,18 +79,18 @@ def test_images_equal_those_of_the_cpu(device):
     same_images(found.images, expected.images)
 
 
-def test_an_edit_keeps_what_is_outside_the_mask(device, picture):
+def test_an_edit_keeps_what_is_outside_the_mask(device, original):
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (9, 0, 20, 12))  # cells 1 and 2 of rows 0 and 1
     pipe = random_pipe(device)
-    out = pipe.edit(picture, mask, "a red circle", num_images=3, seed=1)
+    out = pipe.edit(original, mask, "a red circle", num_images=3, seed=1)
     kept = torch.ones(4, 4, dtype=torch.bool)
     kept[:2, 1:3] = False
-    before = pipe.tokenizer.to_codes([picture])[0].cpu()
+    before = pipe.tokenizer.to_codes([original])[0].cpu()
     assert all(torch.equal(codes[kept], before[kept]) for codes in out.codes)
     outside = np.asarray(mask) == 0
     assert all(
-        np.array_equal(np.asarray(image)[outside], np.asarray(picture)[outside])
+        np.array_equal(np.asarray(image)[outside], np.asarray(original)[outside])
         for image in out.images
     )
 
@@ -103,9 +103,9 @@ def test_best_of_chooses_the_same_image_as_on_the_cpu(device):
     assert found.seeds == expected.seeds and torch.equal(found.codes, expected.codes)
 
 
-def test_scores_equal_those_of_the_cpu(device, picture):
+def test_scores_equal_those_of_the_cpu(device, original):
     expected, found = (
-        random_pipe(where).score([picture], ["a red circle"])
+        random_pipe(where).score([original], ["a red circle"])
         for where in (torch.device("cpu"), device)
     )
     torch.testing.assert_close(

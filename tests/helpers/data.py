@@ -74,6 +74,6 @@ def write_shards(folder: Path, counts: Iterable[int]) -> list[str]:
     return captions
 
 
-def number_of(picture: np.ndarray) -> int:
+def number_of(image: np.ndarray) -> int:
     """The sample's number that `write_shards` painted."""
-    return int(picture[0, 0, 0]) * 256 + int(picture[0, 0, 1])
+    return int(image[0, 0, 0]) * 256 + int(image[0, 0, 1])

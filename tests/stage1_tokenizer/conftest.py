@@ -16,7 +16,7 @@ def tokenizer() -> ImageTokenizer:
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     """uint8 (6,16,16,3)."""
     return torch.randint(
         0, 256, (6, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8

@@ -55,7 +55,7 @@ def test_with_a_temperature_bits_are_smoothed_at_its_inverse(smoothing):
     assert gradient.isfinite().all() and (gradient >= 0).all() and gradient.any()
 
 
-def test_kl_by_hand_in_nats_a_picture():
+def test_kl_by_hand_in_nats_an_image():
     """Two positions of two bits: probabilities 3/4, 1/2, 1 and 1/2."""
     # (1, bits, 1, positions)
     x = torch.tensor([[math.log(3), 0.0], [200.0, 0.0]]).reshape(2, 1, 2).permute(2, 1, 0)[None]

@@ -47,22 +47,22 @@ def test_advice_names_existing_options(quantizer):
         assert quantizer in OWNERS[section] and hasattr(getattr(TokenizerConfig(), section), name)
 
 
-def test_training_with_a_collapsed_codebook_warns(pictures):
+def test_training_with_a_collapsed_codebook_warns(images):
     tokenizer = tiny_tokenizer(num_codes=64, vq=VectorOptions(dead_code_threshold=0.0)).train()
     tokenizer.quantizer.initialized.fill_(True)
     with torch.no_grad():
         tokenizer.quantizer.codebook[1:] = -tokenizer.quantizer.codebook[:1]  # all but one the same
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    (loss,) = objective.losses(pictures, 400)
+    (loss,) = objective.losses(images, 400)
     assert "of the codes are in use at step 400" in str(
         objective.check_health({k: float(v) for k, v in loss.metrics.items()}, 400)
     )
 
 
 @EVERY_KIND
-def test_usage_is_reported_per_level(kind, pictures):
+def test_usage_is_reported_per_level(kind, images):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
-    list(TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 0))
+    list(TokenizerObjective(tokenizer, objective_of(kind)).losses(images, 0))
     uses = tokenizer.quantizer.usage()
     assert [len(use) for use in uses] == [level.num_codes for level in tokenizer.layout]
     assert all(float(use.sum()) > 0 for use in uses)

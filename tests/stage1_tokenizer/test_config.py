@@ -264,7 +264,7 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
         "gumbel": GumbelOptions(gradient="reinmax"),
         "fsq": FsqOptions(levels=(32, 32)),
         "binary": BinaryOptions(smoothing="exponential_pair"),
-        "score_function": ScoreFunctionOptions(credit_assignment="picture"),
+        "score_function": ScoreFunctionOptions(credit_assignment="image"),
         "sign": SignOptions(commitment=0.5),
         "residual": ResidualOptions(depth=3),
         "hierarchical": HierarchicalOptions(levels=3),

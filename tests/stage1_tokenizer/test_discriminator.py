@@ -80,11 +80,11 @@ def test_frozen_discriminator_passes_gradients_to_inputs_only():
     assert x.grad.any() and all(p.grad is None and p.requires_grad for p in judge.parameters())
 
 
-def test_discriminator_loss_begins_at_its_start_step(pictures):
+def test_discriminator_loss_begins_at_its_start_step(images):
     both = objective(start=10)
     assert set(both.networks) == {"tokenizer", "discriminator"}
-    assert [loss.group for loss in both.losses(pictures, 9)] == ["tokenizer"]
-    losses = list(both.losses(pictures, 10))
+    assert [loss.group for loss in both.losses(images, 9)] == ["tokenizer"]
+    losses = list(both.losses(images, 10))
     assert [loss.group for loss in losses] == ["tokenizer", "discriminator"]
     assert "adversarial" in losses[0].metrics and {"logits_real", "logits_fake"} == set(
         losses[1].metrics
@@ -92,9 +92,9 @@ def test_discriminator_loss_begins_at_its_start_step(pictures):
     assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
 
 
-def test_each_loss_updates_only_its_own_network(pictures):
+def test_each_loss_updates_only_its_own_network(images):
     both = objective(start=0)
-    first, second = both.losses(pictures, 0)
+    first, second = both.losses(images, 0)
     first.value.backward()
     assert all(p.grad is None for p in both.discriminator.parameters())
     assert all(p.grad is not None for p in both.tokenizer.decoder.parameters())
@@ -104,7 +104,7 @@ def test_each_loss_updates_only_its_own_network(pictures):
     assert all(p.grad is None for p in both.tokenizer.parameters())
 
 
-def test_under_autocast_the_losses_are_in_float32(pictures):
+def test_under_autocast_the_losses_are_in_float32(images):
     """Logits of bf16 near 1 lie 1/128 apart, which neither a hinge at 1 nor a running mean
     bears."""
     both = objective(start=0, lecam=0.1)
@@ -113,46 +113,43 @@ def test_under_autocast_the_losses_are_in_float32(pictures):
         lambda module, inputs, output: logits.append(output.detach())
     )
     with torch.autocast("cpu", torch.bfloat16):
-        first, second = both.losses(pictures, 0)
+        first, second = both.losses(images, 0)
     assert logits[0].dtype == torch.bfloat16 and second.value.dtype == torch.float32
     torch.testing.assert_close(
         first.metrics["adversarial"], -logits[0].float().mean(), rtol=1e-6, atol=1e-7
     )
     torch.testing.assert_close(
-        second.metrics["logits_real"],
-        logits[1][: len(pictures)].float().mean(),
-        rtol=1e-6,
-        atol=1e-7,
+        second.metrics["logits_real"], logits[1][: len(images)].float().mean(), rtol=1e-6, atol=1e-7
     )
 
 
-def test_discriminator_learns_real_from_fake(pictures):
+def test_discriminator_learns_real_from_fake(images):
     both = objective(start=0)
     optimizer = torch.optim.Adam(both.discriminator.parameters(), lr=3e-3)
     for _ in range(60):
-        _, loss = both.losses(pictures, 0)
+        _, loss = both.losses(images, 0)
         loss.value.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert float(loss.metrics["logits_real"]) > 0.5 and float(loss.metrics["logits_fake"]) < -0.5
 
 
-def test_lecam_anchors_move_and_are_saved(pictures):
+def test_lecam_anchors_move_and_are_saved(images):
     both = objective(start=0, lecam=0.1)
     assert not both.discriminator.anchors.any()
-    _, loss = both.losses(pictures, 0)
+    _, loss = both.losses(images, 0)
     expected = 0.01 * torch.stack([loss.metrics["logits_real"], loss.metrics["logits_fake"]])
     torch.testing.assert_close(both.discriminator.anchors, expected)
     assert "anchors" in both.discriminator.state_dict()
 
 
-def test_perceptual_loss_is_weighted_and_reported(pictures):
+def test_perceptual_loss_is_weighted_and_reported(images):
     tokenizer = tiny_tokenizer().train()
     values = []
     for weight in (0.0, 2.0):
         (loss,) = TokenizerObjective(
             tokenizer, ObjectiveConfig(perceptual=PerceptualOptions(weight=weight))
-        ).losses(pictures, 0)
+        ).losses(images, 0)
         values.append(loss)
     assert "perceptual" not in values[0].metrics and 0 < float(values[1].metrics["perceptual"]) <= 1
 
@@ -180,10 +177,10 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_loss_at_the_image_keeps_value_and_gradient():
     x = pixels(2, 3, 4, 4).requires_grad_()
-    picture = 2 * x
-    loss = picture.sin().sum()
+    image = 2 * x
+    loss = image.sin().sum()
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
-    kept = loss_at_image(loss, picture)
+    kept = loss_at_image(loss, image)
     torch.testing.assert_close(kept, loss)
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)
@@ -191,13 +188,13 @@ def test_loss_at_the_image_keeps_value_and_gradient():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_compiled_networks_train_with_a_discriminator(pictures, adaptive):
+def test_compiled_networks_train_with_a_discriminator(images, adaptive):
     """The gradient goes through the compiled graphs once, whatever the weight needs to know of
     it."""
     both = objective(start=0, adaptive=adaptive)
     for network in both.networks.values():
         network.compile_networks()
-    for loss in both.losses(pictures, 0):
+    for loss in both.losses(images, 0):
         loss.value.backward()
         assert all(p.grad is not None for p in both.networks[loss.group].parameters())
         both.networks[loss.group].zero_grad(set_to_none=True)

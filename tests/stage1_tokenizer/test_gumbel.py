@@ -153,7 +153,7 @@ def test_relaxed_codes_harden_as_the_temperature_falls():
     assert sharpness == sorted(sharpness) and sharpness[-1] > 0.99
 
 
-def test_kl_by_hand_in_nats_a_picture():
+def test_kl_by_hand_in_nats_an_image():
     """Two positions: probabilities (3/4, 1/4, 0, 0) and uniform ones over four codes."""
     x = torch.tensor([[math.log(3), 0.0, -200.0, -200.0], [1.0, 1.0, 1.0, 1.0]]).reshape(1, 1, 2, 4)
     expected = 0.75 * math.log(0.75 * 4) + 0.25 * math.log(0.25 * 4)

@@ -110,7 +110,7 @@ def test_logit_laplace_by_hand():
 def test_logit_laplace_keeps_the_channels_of_location_and_scale_apart():
     pixels = torch.tensor([-0.5, 0.0, 0.8]).reshape(1, 3, 1, 1)
     sharp = torch.cat([to_laplace_logits(pixels), torch.full((1, 3, 1, 1), -3.0)], 1)
-    torch.testing.assert_close(LogitLaplace(0.1).picture(sharp), pixels)
+    torch.testing.assert_close(LogitLaplace(0.1).image(sharp), pixels)
     assert LogitLaplace(0.1).nll(pixels, sharp) < LogitLaplace(0.1).nll(pixels.flip(1), sharp)
 
 
@@ -135,7 +135,7 @@ def test_shown_image_is_the_mode_of_the_density(likelihood):
     x = grid(-1, 1, 2001)
     nll = likelihood.nll(x, parameters(likelihood, 0.25).expand(len(x), -1, -1, -1))
     assert float(x.flatten()[nll.argmin()]) == pytest.approx(
-        float(likelihood.picture(parameters(likelihood, 0.25))), abs=1e-3
+        float(likelihood.image(parameters(likelihood, 0.25))), abs=1e-3
     )
 
 
@@ -146,7 +146,7 @@ def test_low_precision_outputs_are_scored_in_float32(likelihood):
     out = torch.zeros(2, likelihood.parameters_per_channel, 2, 2, dtype=torch.bfloat16)
     assert (
         likelihood.nll(torch.zeros(2, 1, 2, 2), out).dtype
-        == likelihood.picture(out).dtype
+        == likelihood.image(out).dtype
         == torch.float32
     )
 

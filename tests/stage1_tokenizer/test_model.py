@@ -16,16 +16,16 @@ from stage1_tokenizer import (
     TokenizerConfig,
     TokenizerObjective,
     to_model_range,
-    to_pictures,
+    to_uint8,
 )
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("likelihood", ["l2", "l1", "logit_laplace"])
-def test_pictures_become_codes_and_codes_become_pictures(kind, likelihood, pictures):
+def test_images_become_codes_and_codes_become_images(kind, likelihood, images):
     tokenizer = tiny_tokenizer(**KINDS[kind], likelihood=likelihood)
-    codes = tokenizer.encode(to_model_range(pictures))
+    codes = tokenizer.encode(to_model_range(images))
     assert codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < tokenizer.num_codes
     levels = tokenizer.layout
     assert codes.shape == (
@@ -33,17 +33,17 @@ def test_pictures_become_codes_and_codes_become_pictures(kind, likelihood, pictu
     )
     pixels = tokenizer.decode(codes)
     assert pixels.shape == (6, 3, 16, 16) and -1 <= pixels.min() <= pixels.max() <= 1
-    output = tokenizer(to_model_range(pictures))
+    output = tokenizer(to_model_range(images))
     assert torch.equal(output.quantized.codes, codes)
     torch.testing.assert_close(
-        tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0
+        tokenizer.likelihood.image(output.parameters).clamp(-1, 1), pixels, atol=1e-5, rtol=0
     )
 
 
 @EVERY_KIND
-def test_a_tokenizer_in_bf16_encodes_and_decodes(kind, pictures):
+def test_a_tokenizer_in_bf16_encodes_and_decodes(kind, images):
     tokenizer = tiny_tokenizer(**KINDS[kind]).to(torch.bfloat16)
-    pixels = to_model_range(pictures)
+    pixels = to_model_range(images)
     codes = tokenizer.encode(pixels)
     assert torch.equal(tokenizer(pixels).quantized.codes, codes)
     assert (
@@ -82,20 +82,20 @@ def test_code_vectors_are_what_the_decoder_sees(kind):
 
 
 @EVERY_KIND
-def test_a_picture_has_the_same_codes_alone_as_in_a_batch(kind, pictures):
+def test_an_image_has_the_same_codes_alone_as_in_a_batch(kind, images):
     tokenizer = tiny_tokenizer(**KINDS[kind])
-    pixels = to_model_range(pictures)
+    pixels = to_model_range(images)
     assert torch.equal(
         tokenizer.encode(pixels), torch.cat([tokenizer.encode(p[None]) for p in pixels])
     )
 
 
 @EVERY_KIND
-def test_encode_runs_in_eval_mode_and_restores_training_mode(kind, pictures):
+def test_encode_runs_in_eval_mode_and_restores_training_mode(kind, images):
     tokenizer = tiny_tokenizer(**KINDS[kind])
-    expected, before = tokenizer.encode(to_model_range(pictures)), tokenizer.fingerprint
+    expected, before = tokenizer.encode(to_model_range(images)), tokenizer.fingerprint
     tokenizer.train()
-    assert torch.equal(tokenizer.encode(to_model_range(pictures)), expected)
+    assert torch.equal(tokenizer.encode(to_model_range(images)), expected)
     assert tokenizer.fingerprint == before and tokenizer.quantizer.training
 
 
@@ -109,7 +109,7 @@ def test_failing_encoder_restores_the_quantizer(tokenizer):
     assert tokenizer.quantizer.training
 
 
-def test_pil_pictures_of_any_mode(tokenizer):
+def test_pil_images_of_any_mode(tokenizer):
     images = [Image.new(mode, (16, 16)) for mode in ("RGB", "L", "1", "CMYK", "RGBA")]
     codes = tokenizer.to_codes(images)
     assert codes.shape == (5, 4, 4)
@@ -118,7 +118,7 @@ def test_pil_pictures_of_any_mode(tokenizer):
     drawn = tokenizer.to_images(codes)
     assert [image.size for image in drawn] == [(16, 16)] * 5 and drawn[0].mode == "RGB"
     assert torch.equal(
-        torch.from_numpy(np.asarray(drawn[2]).copy()), to_pictures(tokenizer.decode(codes))[2]
+        torch.from_numpy(np.asarray(drawn[2]).copy()), to_uint8(tokenizer.decode(codes))[2]
     )
 
 
@@ -133,7 +133,7 @@ def test_images_of_other_sizes_round_trip(kind, height, width):
     output = tokenizer(pixels)
     assert drawn.shape == pixels.shape
     torch.testing.assert_close(
-        tokenizer.likelihood.picture(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0
+        tokenizer.likelihood.image(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0
     )
     if codes.ndim == 3:
         assert codes.shape == (2, *grid) and torch.equal(tokenizer.decode(codes), drawn)
@@ -193,9 +193,9 @@ def test_codes_outside_the_grid_or_codebook_are_refused(tokenizer):
 
 
 @EVERY_KIND
-def test_gradients_of_the_objective_reach_every_parameter(kind, pictures):
+def test_gradients_of_the_objective_reach_every_parameter(kind, images):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
-    (loss,) = TokenizerObjective(tokenizer, objective_of(kind)).losses(pictures, 500)
+    (loss,) = TokenizerObjective(tokenizer, objective_of(kind)).losses(images, 500)
     loss.value.backward()
     missing = [
         n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0

@@ -131,7 +131,7 @@ EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 @EVERY_ARCHITECTURE
 @pytest.mark.parametrize("kind", ["vq", "gumbel", "binary", "hierarchical"])
-def test_every_architecture_takes_pictures_of_any_size_to_codes_and_back(architecture, kind):
+def test_every_architecture_takes_images_of_any_size_to_codes_and_back(architecture, kind):
     tokenizer = tiny_tokenizer(**KINDS[kind], **ARCHITECTURES[architecture])
     for height, width in ((16, 16), (32, 16)):
         pixels = torch.rand(2, 3, height, width) * 2 - 1
@@ -140,12 +140,12 @@ def test_every_architecture_takes_pictures_of_any_size_to_codes_and_back(archite
 
 
 @EVERY_ARCHITECTURE
-def test_every_weight_of_every_architecture_gets_a_gradient(architecture, pictures):
+def test_every_weight_of_every_architecture_gets_a_gradient(architecture, images):
     tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture]).train()
     with torch.no_grad():  # identities at the start would keep some from it
         for parameter in tokenizer.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
+    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(images, 0)
     loss.value.backward()
     # A bias to all keys alike changes no attention.
     missing = [
@@ -159,10 +159,10 @@ def test_every_weight_of_every_architecture_gets_a_gradient(architecture, pictur
 
 
 @EVERY_ARCHITECTURE
-def test_every_architecture_survives_saving(architecture, tmp_path, pictures):
+def test_every_architecture_survives_saving(architecture, tmp_path, images):
     tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture])
     tokenizer.save_pretrained(tmp_path)
-    pixels = to_model_range(pictures)
+    pixels = to_model_range(images)
     for loader in (ImageTokenizer.from_pretrained, ImageTokenizer.from_pretrained):
         again = loader(tmp_path)
         assert again.fingerprint == tokenizer.fingerprint and torch.equal(
@@ -171,7 +171,7 @@ def test_every_architecture_survives_saving(architecture, tmp_path, pictures):
 
 
 @pytest.mark.parametrize("architecture", ["attention", "transformer", "vqgan"])
-def test_attention_sees_the_whole_picture(architecture):
+def test_attention_sees_the_whole_image(architecture):
     """A code depends on pixels that no convolution of these depths reaches."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(image_size=64, **ARCHITECTURES[architecture])

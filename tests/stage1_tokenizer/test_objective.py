@@ -72,9 +72,9 @@ def test_psnr_by_hand():
     torch.testing.assert_close(peak_signal_to_noise(pixels, mixed), torch.tensor([20.0, 40.0]))
 
 
-def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(pictures):
+def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(images):
     tokenizer = tiny_tokenizer().train()
-    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(pictures, 0)
+    (loss,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(images, 0)
     commitment = 0.25 * loss.metrics["commitment"]
     torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS + commitment)
     assert loss.group == "tokenizer" and loss.value.requires_grad
@@ -82,44 +82,44 @@ def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(pictures):
     assert set(loss.metrics) == wanted and not any(m.requires_grad for m in loss.metrics.values())
 
 
-def test_the_reported_nll_is_that_of_the_whole_picture(tokenizer, pictures):
-    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
-    pixels = to_model_range(pictures)
+def test_the_reported_nll_is_that_of_the_whole_image(tokenizer, images):
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([images])
+    pixels = to_model_range(images)
     nll = tokenizer.likelihood.nll(pixels, tokenizer.eval()(pixels).parameters).mean()
     assert metrics["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
-def test_gumbel_kl_weight_is_ramped(pictures, step, weight):
+def test_gumbel_kl_weight_is_ramped(images, step, weight):
     tokenizer = tiny_tokenizer(quantizer="gumbel", gumbel=GumbelOptions(diversity=0.0)).train()
     objective = TokenizerObjective(
         tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100, temperature_steps=10)
     )
-    (loss,) = objective.losses(pictures, step)
+    (loss,) = objective.losses(images, step)
     expected = (loss.metrics["nll"] + weight * loss.metrics["kl"]) / DIMENSIONS
     torch.testing.assert_close(loss.value.detach(), expected)
     assert float(loss.metrics["kl"]) <= 16 * math.log(12)
     assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
 
 
-def test_score_function_adds_gradient_but_no_loss(pictures):
+def test_score_function_adds_gradient_but_no_loss(images):
     tokenizer = tiny_tokenizer(
         quantizer="score_function",
-        score_function=ScoreFunctionOptions(diversity=0.0, credit_assignment="picture"),
+        score_function=ScoreFunctionOptions(diversity=0.0, credit_assignment="image"),
     ).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=0.0))
-    (loss,) = objective.losses(pictures, 0)
+    (loss,) = objective.losses(images, 0)
     torch.testing.assert_close(loss.value.detach(), loss.metrics["nll"] / DIMENSIONS)
     assert float(tokenizer.quantizer.baseline) == pytest.approx(float(loss.metrics["nll"]))
     loss.value.backward()
     assert all(p.grad.any() for p in tokenizer.encoder.parameters())
 
 
-def test_metrics_are_named_per_level(pictures):
+def test_metrics_are_named_per_level(images):
     tokenizer = tiny_tokenizer(**KINDS["hierarchical"])
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    metrics = objective.evaluate([pictures])
-    codes = tokenizer.encode(to_model_range(pictures))
+    metrics = objective.evaluate([images])
+    codes = tokenizer.encode(to_model_range(images))
     used = [codes[:, :4].unique().numel(), codes[:, 4:].unique().numel()]
     assert [metrics["codebook_usage_level_1"], metrics["codebook_usage_level_2"]] == pytest.approx(
         [used[0] / 12, used[1] / 12]
@@ -127,14 +127,14 @@ def test_metrics_are_named_per_level(pictures):
     assert metrics["codebook_usage"] == pytest.approx(sum(used) / 24) and metrics[
         "dead_codes"
     ] == 24 - sum(used)
-    (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(pictures, 0)
+    (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(images, 0)
     for name in ("commitment", "codebook_usage", "codebook_perplexity", "dead_codes"):
         levels = [float(loss.metrics[f"{name}_level_{i}"]) for i in (1, 2)]
         assert float(loss.metrics[name]) == pytest.approx(sum(levels) / 2)
 
 
 @EVERY_KIND
-def test_losses_call_the_wrapped_networks(pictures, kind):
+def test_losses_call_the_wrapped_networks(images, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
     class Wrapper(torch.nn.Module):
@@ -149,16 +149,16 @@ def test_losses_call_the_wrapped_networks(pictures, kind):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train()
     objective = TokenizerObjective(tokenizer, objective_of(kind))
     objective.networks["tokenizer"] = wrapper = Wrapper(tokenizer)
-    list(objective.losses(pictures, 0))
+    list(objective.losses(images, 0))
     assert wrapper.calls == 1
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
-def test_validation_metrics_are_complete_and_independent_of_batches(pictures, quantizer):
+def test_validation_metrics_are_complete_and_independent_of_batches(images, quantizer):
     tokenizer = tiny_tokenizer(quantizer=quantizer)
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     before = tokenizer.fingerprint
-    metrics = objective.evaluate([pictures])
+    metrics = objective.evaluate([images])
     assert set(metrics) == COMMON | (
         {"relaxed_psnr", "relaxed_gap"} if quantizer == "gumbel" else set()
     )
@@ -167,34 +167,32 @@ def test_validation_metrics_are_complete_and_independent_of_batches(pictures, qu
         float(Gaussian(0.1).bits_per_dimension(metrics["nll"], DIMENSIONS))
     )
     assert tokenizer.fingerprint == before
-    parts = objective.evaluate([pictures[:2], pictures[2:3], pictures[3:]])
+    parts = objective.evaluate([images[:2], images[2:3], images[3:]])
     assert {k: parts[k] for k in COMMON} == pytest.approx({k: metrics[k] for k in COMMON}, rel=1e-5)
 
 
-def test_validation_code_usage_is_exact(tokenizer, pictures):
-    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([pictures])
-    used = tokenizer.encode(to_model_range(pictures)).unique().numel()
+def test_validation_code_usage_is_exact(tokenizer, images):
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig()).evaluate([images])
+    used = tokenizer.encode(to_model_range(images)).unique().numel()
     assert (
         metrics["codebook_usage"] == pytest.approx(used / 12) and metrics["dead_codes"] == 12 - used
     )
 
 
-def test_gumbel_gap_is_relaxed_minus_hard(pictures):
+def test_gumbel_gap_is_relaxed_minus_hard(images):
     tokenizer = tiny_tokenizer(quantizer="gumbel")
-    metrics = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate(
-        [pictures]
-    )
+    metrics = TokenizerObjective(tokenizer, ObjectiveConfig(temperature_end=5.0)).evaluate([images])
     assert (
         metrics["relaxed_gap"] == pytest.approx(metrics["relaxed_psnr"] - metrics["psnr"])
         and metrics["relaxed_gap"] != 0
     )
 
 
-def test_evaluation_keeps_no_graph_and_training_continues(pictures):
+def test_evaluation_keeps_no_graph_and_training_continues(images):
     tokenizer = tiny_tokenizer().train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     counts = tokenizer.quantizer.counts.clone()
-    objective.evaluate([pictures])
+    objective.evaluate([images])
     assert tokenizer.training and torch.equal(tokenizer.quantizer.counts, counts)
     assert all(p.grad is None for p in tokenizer.parameters())
 
@@ -208,15 +206,13 @@ def test_empty_validation_is_refused(tokenizer):
 
 def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 (N,16,16,3): a flat square on a flat ground."""
-    pictures = (
+    images = (
         torch.randint(0, 256, (count, 1, 1, 3), generator=generator).expand(-1, 16, 16, -1).clone()
     )
-    for picture in pictures:
+    for image in images:
         row, column = torch.randint(0, 9, (2,), generator=generator).tolist()
-        picture[row : row + 8, column : column + 8] = torch.randint(
-            0, 256, (3,), generator=generator
-        )
-    return pictures.to(torch.uint8)
+        image[row : row + 8, column : column + 8] = torch.randint(0, 256, (3,), generator=generator)
+    return images.to(torch.uint8)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

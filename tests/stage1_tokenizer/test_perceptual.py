@@ -68,7 +68,7 @@ def test_multi_scale_similarity_is_the_weighted_product_over_scales():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (64, 64)])
-def test_equal_pictures_are_at_no_distance_and_worse_ones_farther(size):
+def test_equal_images_are_at_no_distance_and_worse_ones_farther(size):
     x = pixels(2, 3, *size)
     noise = pixels(2, 3, *size, seed=1)
     distances = [multi_scale_distance(x, x + amount * noise) for amount in (0.0, 0.1, 0.5)]
@@ -76,7 +76,7 @@ def test_equal_pictures_are_at_no_distance_and_worse_ones_farther(size):
     assert (distances[0] < distances[1]).all() and (distances[1] < distances[2]).all()
 
 
-def test_opposite_and_flat_pictures_have_finite_gradients_also_in_bf16():
+def test_opposite_and_flat_images_have_finite_gradients_also_in_bf16():
     for other in (-pixels(2, 3, 32, 32), torch.zeros(2, 3, 32, 32)):
         x = pixels(2, 3, 32, 32).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -163,7 +163,7 @@ def test_image_tower_of_a_clip_model_is_used(tmp_path):
     )
 
 
-def test_a_backbone_may_be_made_for_pictures_that_are_no_squares(tmp_path):
+def test_a_backbone_may_be_made_for_images_that_are_no_squares(tmp_path):
     shape = ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,

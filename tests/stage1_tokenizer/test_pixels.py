@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_tokenizer import resize_and_crop, to_model_range, to_pictures, to_rgb
+from stage1_tokenizer import resize_and_crop, to_model_range, to_rgb, to_uint8
 from stage1_tokenizer.pixels import (
     LAPLACE_MARGIN,
     from_laplace_logits,
@@ -18,8 +18,8 @@ from stage1_tokenizer.pixels import (
 
 
 def test_every_byte_survives_the_round_trip():
-    pictures = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
-    assert torch.equal(to_pictures(to_model_range(pictures)), pictures)
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
+    assert torch.equal(to_uint8(to_model_range(images)), images)
 
 
 def test_the_range_is_minus_one_to_one_and_memory_stays_channels_last():
@@ -32,14 +32,14 @@ def test_the_range_is_minus_one_to_one_and_memory_stays_channels_last():
 
 
 def test_out_of_range_values_are_clipped_not_wrapped():
-    assert to_pictures(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
 def test_pil_round_trip():
-    pictures = torch.randint(
+    images = torch.randint(
         0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    assert torch.equal(from_pil(to_pil(pictures)), pictures)
+    assert torch.equal(from_pil(to_pil(images)), images)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def sideways(width: int, height: int) -> Image.Image:
     return image
 
 
-def test_sizes_are_those_of_upright_pictures():
+def test_sizes_are_those_of_upright_images():
     assert from_pil([sideways(8, 4), Image.new("RGB", (4, 8))]).shape == (2, 8, 4, 3)
     with pytest.raises(ValueError, match="given were 4x8 and 8x4"):
         from_pil([sideways(8, 4), Image.new("RGB", (8, 4))])
@@ -93,7 +93,7 @@ def test_sizes_are_those_of_upright_pictures():
     assert torch.equal(from_pil([cropped]), from_pil([resize_and_crop(to_rgb(photo), (16, 24))]))
 
 
-def test_a_picture_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):
+def test_an_image_with_a_damaged_exif_block_is_read_as_it_is(tmp_path):
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.png", exif=b"garbage!")
     with Image.open(tmp_path / "a.png") as image:
         assert to_rgb(image).getpixel((0, 0)) == (9, 8, 7)
@@ -108,7 +108,7 @@ def test_crop_is_centred_and_resizing_antialiased():
     assert abs(image[2:-2, 2:-2].astype(int) - 127).max() < 12  # without antialiasing: 0 or 255
 
 
-def test_pictures_of_several_sizes_or_none_are_refused_with_what_to_do():
+def test_images_of_several_sizes_or_none_are_refused_with_what_to_do():
     with pytest.raises(
         ValueError, match=r"one size are needed and given were 8x8 and 20x10; use .*resize_and_crop"
     ):

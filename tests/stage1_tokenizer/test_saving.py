@@ -45,7 +45,7 @@ def rewrite_config(folder: Path, change) -> None:
     [ImageTokenizer.from_pretrained, ImageTokenizer.from_pretrained, AutoModel.from_pretrained],
 )
 @EVERY_KIND
-def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, pictures, loader, kind):
+def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, images, loader, kind):
     tokenizer = trained(**KINDS[kind], likelihood="logit_laplace")
     tokenizer.save_pretrained(tmp_path)
     again = loader(tmp_path)
@@ -53,7 +53,7 @@ def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, pictures, l
     state = again.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tokenizer.state_dict().items())
     assert again.fingerprint == tokenizer.fingerprint and again.own_config == tokenizer.own_config
-    pixels = to_model_range(pictures)
+    pixels = to_model_range(images)
     codes = tokenizer.encode(pixels)
     assert torch.equal(again.encode(pixels), codes)
     torch.testing.assert_close(again.decode(codes), tokenizer.decode(codes))

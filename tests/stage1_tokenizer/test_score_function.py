@@ -11,7 +11,7 @@ from stage1_tokenizer.quantizers import ScoreFunctionQuantizer
 from stage1_tokenizer.quantizers.categorical import diversity_loss, gumbel_noise_like
 
 
-def quantizer(decay: float = 0.9, credit: str = "picture") -> ScoreFunctionQuantizer:
+def quantizer(decay: float = 0.9, credit: str = "image") -> ScoreFunctionQuantizer:
     return ScoreFunctionQuantizer(
         3, 2, ScoreFunctionOptions(baseline_decay=decay, credit_assignment=credit)
     ).train()  # type: ignore[arg-type]

@@ -176,7 +176,7 @@ def test_cache_feeds_one_position_per_code(prior, text_ids):
     assert lengths == [5] + [1] * 9
 
 
-def test_a_picture_does_not_depend_on_its_batch(prior, text_ids):
+def test_an_image_does_not_depend_on_its_batch(prior, text_ids):
     options = SamplingOptions(guidance_scale=2)
     together = sample(prior, text_ids, [5, 6, 7], options)
     for row, seed in enumerate((5, 6, 7)):

@@ -39,7 +39,7 @@ class Emoji:
 
     text: str
     name: str
-    picture: np.ndarray
+    image: np.ndarray
     """uint8 (S,S,3)."""
 
 
@@ -128,9 +128,9 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
         ) from error
     found: dict[bytes, Emoji] = {}
     for text, name in names.items():
-        picture = _draw(face, text, image_size)
-        if picture is not None:
-            found.setdefault(picture.tobytes(), Emoji(text, name, picture))
+        image = _draw(face, text, image_size)
+        if image is not None:
+            found.setdefault(image.tobytes(), Emoji(text, name, image))
     return tuple(found.values())
 
 
@@ -170,18 +170,18 @@ class EmojiSource(Source):
         own = [e.name for e in self._emoji]
         digest = hashlib.sha256("\n".join(own).encode())
         for one in self._emoji:
-            digest.update(one.picture.tobytes())
+            digest.update(one.image.tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,S,S,3) uint8; see `Source`."""
-        pictures = [self._emoji[int(i)].picture for i in indices]
+        found = [self._emoji[int(i)].image for i in indices]
         if draws is not None and self._flip:
-            pictures = [
+            found = [
                 random_square(p, len(p), crop=False, flip=True, draw=draw)
-                for p, draw in zip(pictures, draws, strict=True)
+                for p, draw in zip(found, draws, strict=True)
             ]
-        return np.stack(pictures)
+        return np.stack(found)
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         return [[name] for name in self.names(indices)]
@@ -194,7 +194,7 @@ class EmojiSource(Source):
         n is 1 without tones."""
         own = self._emoji[index]
         family = self._families.get(tone_of(own.name)[0], [own])
-        return np.stack([e.picture for e in family]), [e.name for e in family].index(own.name)
+        return np.stack([e.image for e in family]), [e.name for e in family].index(own.name)
 
 
 def _hash(text: str) -> int:

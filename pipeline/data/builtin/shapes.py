@@ -114,8 +114,8 @@ def sprite(shape: str, size: str, image_size: int) -> np.ndarray:
 
 def draw(scene: Scene, image_size: int) -> np.ndarray:
     """A scene as uint8 (image_size, image_size, 3)."""
-    picture = np.empty((image_size, image_size, 3), dtype=np.uint8)
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((image_size, image_size, 3), dtype=np.uint8)
+    image[:] = BACKGROUNDS[scene.background]
     background = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     for item in scene.items:
         patch = _patch(item.shape, item.size, item.colour, scene.background, image_size)
@@ -126,9 +126,9 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
         rows = slice(max(top, 0), min(top + len(patch), image_size))
         columns = slice(max(left, 0), min(left + len(patch), image_size))
         cut = patch[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-        target = picture[rows, columns]
+        target = image[rows, columns]
         np.copyto(target, cut, where=(cut != background.astype(np.uint8)).any(-1, keepdims=True))
-    return picture
+    return image
 
 
 @lru_cache(maxsize=4096)

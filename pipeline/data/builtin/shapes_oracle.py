@@ -134,25 +134,23 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def read_scene(picture: np.ndarray) -> Reading:
+def read_scene(image: np.ndarray) -> Reading:
     """Reads a uint8 image (S,S,3).
 
     Raises:
         ValueError: the array is no square uint8 RGB image of at least 32 pixels.
     """
     if (
-        picture.ndim != 3
-        or picture.shape[2] != 3
-        or picture.shape[0] != picture.shape[1]
-        or picture.dtype != np.uint8
+        image.ndim != 3
+        or image.shape[2] != 3
+        or image.shape[0] != image.shape[1]
+        or image.dtype != np.uint8
     ):
-        raise ValueError(
-            f"an image must be uint8 (S,S,3); this one is {picture.dtype} {picture.shape}"
-        )
-    if len(picture) < 32:
-        raise ValueError(f"the image has {len(picture)} pixels and must have at least 32")
-    size = len(picture)
-    pixels = picture.astype(np.float32)
+        raise ValueError(f"an image must be uint8 (S,S,3); this one is {image.dtype} {image.shape}")
+    if len(image) < 32:
+        raise ValueError(f"the image has {len(image)} pixels and must have at least 32")
+    size = len(image)
+    pixels = image.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = _nearest(np.median(border, axis=0), BACKGROUNDS)
     back = np.array(BACKGROUNDS[ground], dtype=np.float32)

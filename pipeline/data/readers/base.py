@@ -98,7 +98,7 @@ class Rows(Protocol):
         """A row's name, for messages and for the choice of held-out rows."""
         ...
 
-    def picture(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes:
         """The image's file. Raises OSError or ValueError where it cannot be read."""
         ...
 

@@ -36,13 +36,13 @@ from pipeline.data.readers.images import EXTENSIONS, UNREAD
 
 TABLE_SUFFIXES = (".csv", ".jsonl")
 LAYOUTS = """accepted are
-  pictures/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
-  pictures/metadata.jsonl, a row a line                      ({"file_name": "cat.png", "text": "a cat on a mat"})
-  pictures/cat.png with pictures/cat.txt beside it           (a cat on a mat)
-  pictures/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
+  images/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
+  images/metadata.jsonl, a row a line                      ({"file_name": "cat.png", "text": "a cat on a mat"})
+  images/cat.png with images/cat.txt beside it           (a cat on a mat)
+  images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
-NO_PICTURE = "captions of images that are not there left out"
+NO_IMAGE = "captions of images that are not there left out"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _LONGEST_PATH = 1024
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
@@ -72,28 +72,28 @@ class FileRows:
         self.columns = columns
         self.tally = tally
         # A million paths take a tenth of the memory of Python strings.
-        self._pictures = pa.array(list(named), pa.large_string())
+        self._images = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
         # As JSON, since a column may hold a text in one row and a list in the next.
         self._records = pa.array(
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
         )
-        self.stamp = content_fingerprint([name, *(self._state(picture) for picture in named)])
+        self.stamp = content_fingerprint([name, *(self._state(image) for image in named)])
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def label(self, row: int) -> str:
-        picture = self._pictures[row].as_py()
-        return f"row {row}" if is_inline(picture) else picture
+        image = self._images[row].as_py()
+        return f"row {row}" if is_inline(image) else image
 
-    def picture(self, row: int) -> bytes:
-        picture = self._pictures[row].as_py()
-        if not is_inline(picture):
-            return (self.root / picture).read_bytes()
+    def image(self, row: int) -> bytes:
+        image = self._images[row].as_py()
+        if not is_inline(image):
+            return (self.root / image).read_bytes()
         try:
-            return base64.b64decode(picture.rpartition("base64,")[2], validate=True)
+            return base64.b64decode(image.rpartition("base64,")[2], validate=True)
         except binascii.Error as error:
             raise ValueError(f"row {row} is neither a path nor base64 ({error})") from error
 
@@ -103,8 +103,8 @@ class FileRows:
             yield [json.loads(self._records[first + i].as_py()) for i in range(count.as_py())]
             first += count.as_py()
 
-    def _state(self, picture: str) -> object:
-        return picture if is_inline(picture) else file_signature(self.root / picture)
+    def _state(self, image: str) -> object:
+        return image if is_inline(image) else file_signature(self.root / image)
 
 
 def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
@@ -114,43 +114,43 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
-    pictures = _pictures_below(folder, tally)
+    images = _images_below(folder, tally)
     columns = ["folder", "name"]
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         rows = list(_rows_of(metadata))
         columns = list(dict.fromkeys([*columns, *(column for row in rows for column in row)]))
         columns = [column for column in columns if column != "file_name"]
-        named = _named(metadata, rows, set(pictures), tally)
-        for picture in pictures:
-            if picture not in named:
-                tally.add(NO_CAPTION, picture)
+        named = _named(metadata, rows, set(images), tally)
+        for image in images:
+            if image not in named:
+                tally.add(NO_CAPTION, image)
         named = dict(sorted(named.items()))
     else:
         named = {}
         beside = text_column == "text" and template is None
-        for picture in pictures:
-            path = PurePosixPath(picture)
+        for image in images:
+            path = PurePosixPath(image)
             record: Record = {"folder": path.parent.name, "name": path.stem}
             if beside:
                 try:
                     record["text"] = [
                         line.strip()
-                        for line in text_of((folder / picture).with_suffix(".txt")).splitlines()
+                        for line in text_of((folder / image).with_suffix(".txt")).splitlines()
                     ]
                 except FileNotFoundError:
-                    tally.add(NO_CAPTION, picture)
+                    tally.add(NO_CAPTION, image)
                     continue
                 except ValueError:
                     tally.add(BAD_CAPTION, str(path.with_suffix(".txt")))
                     continue
-            named[picture] = [record]
+            named[image] = [record]
         if beside:
             columns.append("text")
         if not named:
             unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
             raise ValueError(
-                f"{folder} holds {len(pictures)} images and no captions; "
+                f"{folder} holds {len(images)} images and no captions; "
                 f"{'; '.join(unread) or LAYOUTS}"
             )
     return FileRows(str(folder), folder, named, columns, tally)
@@ -168,13 +168,13 @@ def table_rows(file: Path, column: str | None) -> FileRows:
     column = image_column(str(file), column, columns)
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
-        picture = row.get(column)
-        if not isinstance(picture, str) or not picture or "\0" in picture or not is_text(picture):
+        image = row.get(column)
+        if not isinstance(image, str) or not image or "\0" in image or not is_text(image):
             tally.add("rows that name no image left out", f"row {number}")
-        elif not is_inline(picture) and not _is_file(file.parent / picture):
-            tally.add(NO_PICTURE, picture)
+        elif not is_inline(image) and not _is_file(file.parent / image):
+            tally.add(NO_IMAGE, image)
         else:
-            named.setdefault(picture, []).append(
+            named.setdefault(image, []).append(
                 {key: value for key, value in row.items() if key != column}
             )
     return FileRows(str(file), file.parent, named, [c for c in columns if c != column], tally)
@@ -192,7 +192,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
+def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
@@ -204,27 +204,27 @@ def _pictures_below(folder: Path, tally: SkipCounter) -> list[str]:
         below = Path(where).relative_to(folder)
         for name in files:
             extension = Path(name).suffix.lower()
-            picture = (below / name).as_posix()
+            image = (below / name).as_posix()
             if name.startswith("."):  # such as ._cat.jpg, which is no image
                 continue
             if extension in UNREAD:
                 tally.add(
                     f"images of kinds that are not read ({', '.join(EXTENSIONS)} are) left out",
-                    picture,
+                    image,
                 )
             elif extension not in EXTENSIONS:
                 continue
-            elif not is_text(picture):
-                tally.add("images whose names are not UTF-8 left out", ascii(picture))
+            elif not is_text(image):
+                tally.add("images whose names are not UTF-8 left out", ascii(image))
             elif not _is_file(Path(where) / name):
-                tally.add("links to images that are not there left out", picture)
+                tally.add("links to images that are not there left out", image)
             else:
-                found.append(picture)
+                found.append(image)
     return sorted(found)
 
 
 def _named(
-    metadata: Path, rows: list[Record], pictures: set[str], tally: SkipCounter
+    metadata: Path, rows: list[Record], images: set[str], tally: SkipCounter
 ) -> dict[str, list[Record]]:
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(rows, start=1):
@@ -236,8 +236,8 @@ def _named(
         path = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
         if path.is_absolute() or path.parts[:1] == ("..",):
             raise ValueError(f"{where} names {name!r}, which lies outside the folder")
-        if path.as_posix() not in pictures:
-            tally.add(NO_PICTURE, name)
+        if path.as_posix() not in images:
+            tally.add(NO_IMAGE, name)
             continue
         record = {"folder": path.parent.name, "name": path.stem} | {
             key: value for key, value in row.items() if key != "file_name"

@@ -42,12 +42,12 @@ class HubRows:
             rows = rows.cast_column(self._image, Image(decode=False))
         self._rows = rows
         # A table of its own, so that reading captions does not read images.
-        self._pictures = rows.select_columns([self._image])
+        self._images = rows.select_columns([self._image])
         self._beside = Path(config.source).expanduser().parent
         # The library's fingerprint does not cover files that rows only name.
         files = (
             (
-                file_signature(self._beside / str(self._pictures[row][self._image]))
+                file_signature(self._beside / str(self._images[row][self._image]))
                 for row in range(len(rows))
             )
             if paths
@@ -61,8 +61,8 @@ class HubRows:
     def label(self, row: int) -> str:
         return f"row {row}"
 
-    def picture(self, row: int) -> bytes:
-        return content_of(self._pictures[row][self._image], self._beside)
+    def image(self, row: int) -> bytes:
+        return content_of(self._images[row][self._image], self._beside)
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         rows = self._rows.select_columns(list(columns))

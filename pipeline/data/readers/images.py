@@ -56,7 +56,7 @@ LARGEST = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def open_picture(source: ImageFile | bytes, *, at_least: int | None = None) -> Image.Image:
+def open_image(source: ImageFile | bytes, *, at_least: int | None = None) -> Image.Image:
     """A decoded image from a path, a file object or a file's bytes; of several frames the first.
 
     Args:
@@ -71,7 +71,7 @@ def open_picture(source: ImageFile | bytes, *, at_least: int | None = None) -> I
 
 
 def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
-    """An image's file, decoded as small as `at_least` allows (see `open_picture`), and its full
+    """An image's file, decoded as small as `at_least` allows (see `open_image`), and its full
     width and height when upright."""
     image, (width, height) = _opened(content, at_least)
     sideways = _orientation(image) in (5, 6, 7, 8)
@@ -127,14 +127,14 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     """An image's file as RGB uint8 (H,W,3), shrunk to what training needs.
 
     That is its largest centred square at `image_size`. For random crops it is the whole image, just
-    large enough that the smallest crop has `image_size` pixels. Raises what `open_picture` does.
+    large enough that the smallest crop has `image_size` pixels. Raises what `open_image` does.
     """
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
     size = config.image_size
     wanted = math.ceil(size / config.crop_scale)
     # Twice the size leaves the antialiasing enough to work on.
-    image = to_rgb(open_picture(content, at_least=2 * wanted))
+    image = to_rgb(open_image(content, at_least=2 * wanted))
     if config.crop == "centre":
         return np.asarray(resize_and_crop(image, size))
     shorter = min(image.size)
@@ -145,42 +145,40 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     return np.asarray(image)
 
 
-def square_of(picture: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
+def square_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
     """The square of a prepared image: centred, or chosen by `draw` where the configuration varies
     it."""
     if draw is None or not config.varies:
-        return centre_square(picture, config.image_size)
+        return centre_square(image, config.image_size)
     return random_square(
-        picture, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw
+        image, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw
     )
 
 
-def centre_square(picture: np.ndarray, size: int) -> np.ndarray:
+def centre_square(image: np.ndarray, size: int) -> np.ndarray:
     """The largest centred square of (H,W,3) at `size` pixels."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     side = min(height, width)
-    return _resized(picture, (height - side) // 2, (width - side) // 2, side, size)
+    return _resized(image, (height - side) // 2, (width - side) // 2, side, size)
 
 
-def random_square(
-    picture: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int
-) -> np.ndarray:
+def random_square(image: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int) -> np.ndarray:
     """A random square of (H,W,3) at `size` pixels, mirrored or not: a function of `draw`."""
     random = np.random.default_rng(draw)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     shorter = min(height, width)
     if crop:
         side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
         top = int(random.integers(0, height - side + 1))
         left = int(random.integers(0, width - side + 1))
-        picture = _resized(picture, top, left, side, size)
+        image = _resized(image, top, left, side, size)
     else:
-        picture = centre_square(picture, size)
-    return picture[:, ::-1] if flip and random.integers(2) else picture
+        image = centre_square(image, size)
+    return image[:, ::-1] if flip and random.integers(2) else image
 
 
-def _resized(picture: np.ndarray, top: int, left: int, side: int, size: int) -> np.ndarray:
-    part = picture[top : top + side, left : left + side]
+def _resized(image: np.ndarray, top: int, left: int, side: int, size: int) -> np.ndarray:
+    part = image[top : top + side, left : left + side]
     if side == size:
         return part
     return np.asarray(

@@ -202,7 +202,7 @@ def _examined(rows: Rows, row: int) -> _Line:
 
     digest = 0
     try:
-        content = rows.picture(row)
+        content = rows.image(row)
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         image, (width, height) = open_for_judging(content, _DECODED)
         mode = image.mode + (", animated" if frames(image) > 1 else "")

@@ -91,10 +91,10 @@ class ShardRows:
         for number, shard in enumerate(shards):
             for key, members in _samples(shard, self.tally):
                 extensions |= set(members)
-                pictures = [
+                images = [
                     e for e in members if (f".{e}" in EXTENSIONS if image is None else e == image)
                 ]
-                if not pictures:
+                if not images:
                     self.tally.add("samples without an image left out", key)
                     continue
                 for extension, place in members.items():
@@ -102,7 +102,7 @@ class ShardRows:
                         column = texts.setdefault(extension, [])
                         column.extend([(0, 0)] * (len(keys) - len(column)))
                         column.append(place)
-                places.append((number, *members[pictures[0]]))
+                places.append((number, *members[images[0]]))
                 keys.append(key)
         if not keys:
             if image is not None and extensions:
@@ -131,7 +131,7 @@ class ShardRows:
     def label(self, row: int) -> str:
         return self._keys[row].as_py()
 
-    def picture(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes:
         return self._read(row, *self._places[row, 1:])
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:

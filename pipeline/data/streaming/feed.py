@@ -243,9 +243,9 @@ class ShuffleBuffer:
         """An image. Where it cannot be decoded, the next one of its block, so that every process
         has equally many."""
         after = 0
-        while (picture := self._stream.decode(self._sample(position, after))) is None:
+        while (image := self._stream.decode(self._sample(position, after))) is None:
             after += 1
-        return self._stream.square(picture, draw)
+        return self._stream.square(image, draw)
 
 
 class StreamBatchLoader:
@@ -271,7 +271,7 @@ class StreamBatchLoader:
             for part in source.parts
         ]
 
-    def pictures(self, step: int) -> np.ndarray:
+    def images(self, step: int) -> np.ndarray:
         process, processes = self._place
         draws = process_share(
             step_draws(self._seed, step, self._each * processes), process, processes

@@ -115,17 +115,17 @@ class StreamSource(Source):
         samples = enumerate(itertools.islice(self.samples(unit.shard), unit.most), start)
         while few := list(itertools.islice(samples, size)):
             decoded = [
-                (number, sample.captions, picture)
+                (number, sample.captions, image)
                 for number, sample in few
-                if (picture := self.decode(sample)) is not None
+                if (image := self.decode(sample)) is not None
             ]
             if decoded:
-                numbers, captions, pictures = map(list, zip(*decoded, strict=True))
-                yield ImageBatch(numbers, captions, partial(self._squares, pictures))
+                numbers, captions, images = map(list, zip(*decoded, strict=True))
+                yield ImageBatch(numbers, captions, partial(self._squares, images))
 
-    def _squares(self, pictures: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
-        chosen = [None] * len(pictures) if draws is None else draws
-        return np.stack([self.square(p, d) for p, d in zip(pictures, chosen, strict=True)])
+    def _squares(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
+        chosen = [None] * len(images) if draws is None else draws
+        return np.stack([self.square(p, d) for p, d in zip(images, chosen, strict=True)])
 
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
@@ -144,7 +144,7 @@ class StreamSource(Source):
             ValueError: a larger fraction than `data.filter.max_corrupt_fraction` cannot be decoded.
         """
         try:
-            picture = prepared(sample.content, self.config)
+            image = prepared(sample.content, self.config)
         except ValueError as error:
             with self._lock:
                 self._bad += 1
@@ -159,11 +159,11 @@ class StreamSource(Source):
             return None
         with self._lock:
             self._decoded += 1
-        return picture
+        return image
 
-    def square(self, picture: np.ndarray, draw: int | None) -> np.ndarray:
+    def square(self, image: np.ndarray, draw: int | None) -> np.ndarray:
         """The square of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
-        return square_of(picture, self.config, draw)
+        return square_of(image, self.config, draw)
 
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""
@@ -217,7 +217,7 @@ class StreamSource(Source):
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
             # The pixels are decoded when they are needed.
             width, height = header(io.BytesIO(content)).size
-        except Exception:  # see `images.open_picture`
+        except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
         for reason, stands in unwanted_sizes(width, height, config):
@@ -261,7 +261,7 @@ class HeldRows:
     def label(self, row: int) -> str:
         return self._samples[row].name
 
-    def picture(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes:
         return self._samples[row].content
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:

@@ -101,7 +101,7 @@ def test_prior_has_the_code_vectors_of_its_tokenizer(finished_run):
     torch.testing.assert_close(told * (vectors - vectors.mean(0)).std() + vectors.mean(0), vectors)
 
 
-def test_codes_are_those_of_the_pictures(finished_run):
+def test_codes_are_those_of_the_images(finished_run):
     from pipeline.config.load import load_experiment
     from pipeline.data.load import load_source
     from stage1_tokenizer import to_model_range
@@ -120,7 +120,7 @@ def test_codes_are_those_of_the_pictures(finished_run):
     assert codes.captions([3, 7]) == source.captions([3, 7]) and codes.source_rows([3, 7]) == [3, 7]
 
 
-def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_path, capsys):
+def test_generate_writes_numbered_images_a_grid_and_rows(finished_run, tmp_path, capsys):
     arguments = [
         "generate",
         "--bundle",
@@ -168,7 +168,7 @@ def test_generate_writes_numbered_pictures_a_grid_and_rows(finished_run, tmp_pat
     ).read_bytes()
 
 
-def test_pictures_do_not_depend_on_the_batch(finished_run):
+def test_images_do_not_depend_on_the_batch(finished_run):
     pipe = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     together = pipe(
         ["a red circle", "a tiny cross"], num_images_per_prompt=3, seed=5, guidance_scale=2.0
@@ -411,9 +411,9 @@ def test_reconstruct_writes_originals_and_reconstructions(finished_run, tmp_path
     assert not (tmp_path / "q").exists()
 
 
-def test_a_large_picture_is_the_same_in_pieces(finished_run, tmp_path):
+def test_a_large_image_is_the_same_in_pieces(finished_run, tmp_path):
     Image.effect_noise((320, 192), 50).save(tmp_path / "photo.png")
-    pictures = []
+    images = []
     for tile in ("64", "512"):
         command = [
             "reconstruct",
@@ -425,8 +425,8 @@ def test_a_large_picture_is_the_same_in_pieces(finished_run, tmp_path):
         ]
         assert main([*command, "--out", str(tmp_path / tile)]) == 0
         with Image.open(tmp_path / tile / "00000-photo.png") as image:
-            pictures.append(np.asarray(image).astype(int))
-    assert pictures[0].shape == (192, 320, 3) and np.abs(pictures[0] - pictures[1]).max() <= 1
+            images.append(np.asarray(image).astype(int))
+    assert images[0].shape == (192, 320, 3) and np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
@@ -461,7 +461,7 @@ def test_evaluate_writes_every_promised_key(finished_run, tmp_path, capsys):
         "prompt_accuracy_new_pairs",
     ):
         assert isinstance(metrics[key], float), key
-    assert metrics["oracle_accuracy_real"] == 1 and metrics["settings"]["pictures"] == 12
+    assert metrics["oracle_accuracy_real"] == 1 and metrics["settings"]["images"] == 12
     assert "prompt_accuracy" in capsys.readouterr().out
     fails(
         capsys,

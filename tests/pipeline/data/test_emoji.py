@@ -96,7 +96,7 @@ def names(source: EmojiSource) -> list[str]:
 
 
 @installed
-def test_the_splits_hold_thousands_of_distinct_pictures_and_new_combinations():
+def test_the_splits_hold_thousands_of_distinct_images_and_new_combinations():
     train, held_out = (
         EmojiSource(DataConfig(source="emoji", image_size=32), split)
         for split in ("train", "held_out")
@@ -106,20 +106,20 @@ def test_the_splits_hold_thousands_of_distinct_pictures_and_new_combinations():
     words = set(" ".join(names(train)).replace(":", "").replace(",", "").split())
     for row, name in enumerate(names(held_out)):
         assert set(name.replace(":", "").replace(",", "").split()) <= words
-        pictures, own = held_out.tone_siblings(row)
-        assert len(pictures) == 5 and np.array_equal(pictures[own], held_out.images([row])[0])
+        images, own = held_out.tone_siblings(row)
+        assert len(images) == 5 and np.array_equal(images[own], held_out.images([row])[0])
         family = tone_of(name)[0]
         assert sum(tone_of(n)[0] == family and tone_of(n)[1] is not None for n in names(train)) == 4
-    pictures = train.images(range(len(train)))
+    images = train.images(range(len(train)))
     # Distinct at 64, and nearly all so at 32
-    assert len({p.tobytes() for p in pictures}) > 0.98 * len(train)
-    assert pictures.std(axis=(1, 2, 3)).min() > 0
+    assert len({p.tobytes() for p in images}) > 0.98 * len(train)
+    assert images.std(axis=(1, 2, 3)).min() > 0
     assert train.fingerprint != held_out.fingerprint and train.captions([0]) == train.names([0])
 
 
 @installed
 def test_a_heart_is_red_on_white():
     source = EmojiSource(DataConfig(source="emoji"), "train")
-    picture = source.images([names(source).index("red heart")])[0]
-    assert (picture[0, 0] == 255).all() and picture[32, 32, 0] > 200 > 90 > picture[32, 32, 1]
+    image = source.images([names(source).index("red heart")])[0]
+    assert (image[0, 0] == 255).all() and image[32, 32, 0] > 200 > 90 > image[32, 32, 1]
     assert source.tone_siblings(names(source).index("red heart"))[0].shape == (1, 64, 64, 3)

@@ -75,11 +75,11 @@ def _files() -> list[bytes]:
 
 
 FILES = _files()
-PICTURES = st.sampled_from(FILES)
+IMAGES = st.sampled_from(FILES)
 
 
 @st.composite
-def damaged(draw, contents=PICTURES) -> bytes:
+def damaged(draw, contents=IMAGES) -> bytes:
     """A file with bytes changed, cut out or put in, most often near its beginning where the headers
     are."""
     content = bytearray(draw(contents))
@@ -156,7 +156,7 @@ def loads_or_says_why(source: Path, folder: Path, **options: object) -> None:
         )
         for split in (train, held_out):
             if options.get("streaming") and split is train:
-                assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+                assert batch_loader(train, 4, 0, 0, 1).images(0).shape == (4, 16, 16, 3)
             elif len(split):
                 rows = range(len(split))
                 assert split.images(rows, list(rows)).shape == (len(split), 16, 16, 3)
@@ -178,7 +178,7 @@ def put(path: Path, content: bytes) -> None:
 
 @fuzzed
 @given(files=st.lists(st.tuples(OWN, damaged(), st.binary(max_size=20)), max_size=4))
-def test_damaged_pictures_and_captions(files):
+def test_damaged_images_and_captions(files):
     with sandbox() as folder:
         for name, content, text in files:
             put(folder / name, content)
@@ -294,19 +294,19 @@ def test_symbolic_links_and_loops_are_handled(links):
 
 @fuzzed
 @given(content=damaged(), limit=st.sampled_from([1, 64, 4096]))
-def test_damaged_pictures_alone(content, limit):
+def test_damaged_images_alone(content, limit):
     """Each of the functions that take an image's file."""
-    from pipeline.data.readers.images import open_for_judging, open_picture, prepared
+    from pipeline.data.readers.images import open_for_judging, open_image, prepared
     from pipeline.data.readers.scan import _examined
 
     class One:
-        def picture(self, row: int) -> bytes:
+        def image(self, row: int) -> bytes:
             return content
 
     assert len(_examined(One(), 0)) == 6  # type: ignore[arg-type]
 
     reads: list[Callable[[], object]] = [
-        lambda: open_picture(content),
+        lambda: open_image(content),
         lambda: open_for_judging(content, limit),
         lambda: prepared(content, config("x", crop="random", crop_scale=0.5)),
         lambda: prepared(content, config("x")),

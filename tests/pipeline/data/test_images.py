@@ -19,7 +19,7 @@ from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.images import (
     centre_square,
     open_for_judging,
-    open_picture,
+    open_image,
     prepared,
     random_square,
 )
@@ -40,22 +40,22 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_jpegs_decoded_small_look_as_if_decoded_whole():
     for seed in range(4):
         content = as_file(photo(seed, (300, 260)), "JPEG", quality=90)
-        whole = np.asarray(resize_and_crop(open_picture(content), 32))
-        assert open_picture(content, at_least=64).size < (300, 260)
+        whole = np.asarray(resize_and_crop(open_image(content), 32))
+        assert open_image(content, at_least=64).size < (300, 260)
         assert (
             psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32))
             > 40
         )
 
 
-def test_no_other_program_is_started_for_a_picture(tmp_path):
+def test_no_other_program_is_started_for_an_image(tmp_path):
     """Pillow hands EPS to Ghostscript, which runs what the file says."""
     Image.new("RGB", (20, 20)).save(tmp_path / "a.eps", "EPS")
     with pytest.raises(ValueError, match="it is of no known format"):
-        open_picture((tmp_path / "a.eps").rename(tmp_path / "a.png"))
+        open_image((tmp_path / "a.eps").rename(tmp_path / "a.png"))
 
 
-def test_a_picture_is_judged_by_its_full_size_when_upright():
+def test_an_image_is_judged_by_its_full_size_when_upright():
     content = as_file(photo(0, (640, 320)), "JPEG")
     small, size = open_for_judging(content, 40)
     assert size == (640, 320) and small.size < size
@@ -76,16 +76,16 @@ def test_a_picture_is_judged_by_its_full_size_when_upright():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_aspect_ratio_gives_a_square(width, height, scale, draw, flip):
-    picture = prepared(
+    image = prepared(
         as_file(photo(1, (width, height)), "PNG"), config("x", crop="random", crop_scale=scale)
     )
-    assert min(picture.shape[:2]) >= 16
+    assert min(image.shape[:2]) >= 16
     for part in (
-        centre_square(picture, 16),
-        random_square(picture, 16, crop=True, flip=flip, draw=draw),
+        centre_square(image, 16),
+        random_square(image, 16, crop=True, flip=flip, draw=draw),
     ):
         assert part.shape == (16, 16, 3)
-    again = random_square(picture, 16, crop=True, flip=flip, draw=draw)
+    again = random_square(image, 16, crop=True, flip=flip, draw=draw)
     assert np.array_equal(part, again)
 
 
@@ -135,7 +135,7 @@ def test_decompression_bombs_animations_and_odd_modes_are_handled(tmp_path):
             ValueError,
             match=r"it says to be 10000x10000 pixels, and 89,478,485 in all are the most",
         ):
-            open_picture(bomb())
+            open_image(bomb())
     (tmp_path / "bomb.png").write_bytes(bomb())
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
@@ -159,7 +159,7 @@ def test_decompression_bombs_animations_and_odd_modes_are_handled(tmp_path):
     assert split.problems == ["1 unreadable images left out: bomb.png"]
 
 
-def pictures_of(folder, sizes: dict[str, tuple[int, int]]) -> None:
+def images_of(folder, sizes: dict[str, tuple[int, int]]) -> None:
     for number, (name, size) in enumerate(sizes.items()):
         photo(number, size).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(name)
@@ -174,7 +174,7 @@ def kept(folder, **options: object) -> set[str]:
 
 
 def test_size_and_shape_filters_skip_and_count(tmp_path):
-    pictures_of(
+    images_of(
         tmp_path,
         {
             "tiny": (12, 12),
@@ -206,7 +206,7 @@ def test_size_and_shape_filters_skip_and_count(tmp_path):
 
 
 def test_augmentation_seeds_vary_images_only_if_configured(tmp_path):
-    pictures_of(tmp_path, {f"p{i}": (60, 24) for i in range(4)})
+    images_of(tmp_path, {f"p{i}": (60, 24) for i in range(4)})
     plain = load_source(config(tmp_path), "train")
     rows = list(range(len(plain)))
     assert np.array_equal(plain.images(rows), plain.images(rows, [1] * len(rows)))
@@ -219,7 +219,7 @@ def test_augmentation_seeds_vary_images_only_if_configured(tmp_path):
 
 
 def test_images_that_fit_the_cache_are_decoded_once(tmp_path, monkeypatch):
-    pictures_of(tmp_path, {f"p{i}": (20, 20) for i in range(12)})
+    images_of(tmp_path, {f"p{i}": (20, 20) for i in range(12)})
     decoded: list[int] = []
     monkeypatch.setattr(
         mapped,
@@ -234,8 +234,8 @@ def test_images_that_fit_the_cache_are_decoded_once(tmp_path, monkeypatch):
         assert len(decoded) == (times * len(source) if times else 2 * len(source) - 2)
 
 
-def test_a_picture_that_vanishes_while_training_is_named(tmp_path):
-    pictures_of(tmp_path, {"a": (20, 20), "b": (20, 20), "c": (20, 20)})
+def test_an_image_that_vanishes_while_training_is_named(tmp_path):
+    images_of(tmp_path, {"a": (20, 20), "b": (20, 20), "c": (20, 20)})
     source = load_source(config(tmp_path, cache_gb=0.0), "train")
     for file in tmp_path.glob("*.png"):
         file.write_bytes(b"")
@@ -292,4 +292,4 @@ def mapped_part():
 
 
 def test_images_of_few_bytes_are_read():
-    assert resize_and_crop(open_picture(encoded(size=(16, 16))), 16).size == (16, 16)
+    assert resize_and_crop(open_image(encoded(size=(16, 16))), 16).size == (16, 16)

@@ -47,13 +47,13 @@ def write_layout(layout: str, folder) -> object:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pictures = {name: encoded((shade, 0, 0)) for name, shade in ROWS}
+    images = {name: encoded((shade, 0, 0)) for name, shade in ROWS}
     if layout in ("csv", "jsonl", "absolute"):
-        (folder / "pictures").mkdir()
-        for name, content in pictures.items():
-            (folder / "pictures" / f"{name}.png").write_bytes(content)
+        (folder / "images").mkdir()
+        for name, content in images.items():
+            (folder / "images" / f"{name}.png").write_bytes(content)
         start = folder if layout == "absolute" else ""
-        lines = [(f"{start}{'/' if start else ''}pictures/{name}.png", name) for name in pictures]
+        lines = [(f"{start}{'/' if start else ''}images/{name}.png", name) for name in images]
         if layout == "jsonl":
             (folder / "t.jsonl").write_text(
                 "\n".join(json.dumps({"image": p, "text": t}) for p, t in lines)
@@ -67,18 +67,17 @@ def write_layout(layout: str, folder) -> object:
                 "image": "data:image/png;base64," + base64.b64encode(c + b"\0" * 500).decode(),
                 "text": n,
             }
-            for n, c in pictures.items()
+            for n, c in images.items()
         ]
         (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return folder / "t.jsonl"
     if layout == "parquet":
         pq.write_table(
-            pa.table({"image": list(pictures.values()), "text": list(pictures)}),
-            folder / "t.parquet",
+            pa.table({"image": list(images.values()), "text": list(images)}), folder / "t.parquet"
         )
         return folder / "t.parquet"
     if layout in ("shards", "glob", "braces"):
-        for number, (name, content) in enumerate(pictures.items()):
+        for number, (name, content) in enumerate(images.items()):
             write_shard(
                 folder / f"{number:02d}.tar",
                 [(f"a/{name}", {"png": content, "txt": name.encode()})],
@@ -86,10 +85,7 @@ def write_layout(layout: str, folder) -> object:
         return {"shards": folder, "glob": folder / "*.tar", "braces": folder / "{00..02}.tar"}[
             layout
         ]
-    rows = {
-        "image": [{"bytes": c, "path": None} for c in pictures.values()],
-        "text": list(pictures),
-    }
+    rows = {"image": [{"bytes": c, "path": None} for c in images.values()], "text": list(images)}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     data = datasets.Dataset.from_dict(rows, features=features)
     (datasets.DatasetDict({"train": data}) if layout == "saved dict" else data).save_to_disk(
@@ -113,7 +109,7 @@ def write_layout(layout: str, folder) -> object:
         "saved dict",
     ],
 )
-def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout, monkeypatch):
+def test_each_layout_gives_the_same_images_and_captions(tmp_path, layout, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = write_layout(layout, tmp_path)
     assert everything(source) == dict(ROWS)
@@ -164,7 +160,7 @@ def test_class_labels_become_captions(tmp_path):
     ]
 
 
-def test_a_picture_keeps_all_its_captions(tmp_path):
+def test_an_image_keeps_all_its_captions(tmp_path):
     """Lines of a text file, rows that name it again, lists in a column; each once, within the
     lengths that are wanted."""
     for name in "ab":
@@ -291,7 +287,7 @@ def test_base64_images_of_any_length_are_read(tmp_path, size, form):
     assert list(everything(tmp_path / f"t.{form}", upscale=True)) == ["noise"]
 
 
-def test_a_path_that_is_too_long_is_no_picture(tmp_path):
+def test_a_path_that_is_too_long_is_no_image(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "t.csv").write_text(f"image,text\n{'x' * 400}.png,lost\na.png,found\n")
     assert list(everything(tmp_path / "t.csv")) == ["found"]
@@ -443,8 +439,8 @@ def test_truncated_shard_is_read_until_its_end_and_compressed_one_refused(tmp_pa
 
 
 def test_member_names_outside_the_shard_are_skipped(tmp_path):
-    picture = {"png": encoded(), "txt": b"x"}
-    write_shard(tmp_path / "0.tar", [("../../evil", picture), ("/abs", picture), ("good", picture)])
+    image = {"png": encoded(), "txt": b"x"}
+    write_shard(tmp_path / "0.tar", [("../../evil", image), ("/abs", image), ("good", image)])
     source, held_out = load_sources(config(tmp_path))
     assert len(source) + len(held_out) == 1 and sorted(p.name for p in tmp_path.iterdir()) == [
         "0.tar"

@@ -73,10 +73,10 @@ def mixed(tmp_path) -> DataConfig:
 def test_a_mixture_reads_each_part_by_its_own_settings(mixed):
     for split in load_sources(mixed):
         rows = list(range(len(split)))[::-1]
-        for captions, picture, name in zip(
+        for captions, image, name in zip(
             split.all_captions(rows), split.images(rows), split.names(rows), strict=True
         ):
-            number = number_of(picture)
+            number = number_of(image)
             assert captions == [f"number {number}" if number < 300 else f"a title {number}"]
             assert name.startswith(split.parts[number >= 300].name)
     train, held_out = load_sources(mixed)

@@ -19,13 +19,13 @@ from tests.helpers.data import photo
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(9):
-        photo(number, (30 + number, 24)).save(tmp_path / "pictures" / f"{number}.png")
-        (tmp_path / "pictures" / f"{number}.txt").write_text(f"number {number}")
-    (tmp_path / "pictures" / "9.png").write_bytes(b"none")
-    (tmp_path / "pictures" / "9.txt").write_text("broken")
-    return tmp_path / "pictures"
+        photo(number, (30 + number, 24)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(f"number {number}")
+    (tmp_path / "images" / "9.png").write_bytes(b"none")
+    (tmp_path / "images" / "9.txt").write_text("broken")
+    return tmp_path / "images"
 
 
 def rows(folder):
@@ -43,7 +43,7 @@ def opened(monkeypatch) -> list[int]:
     return read
 
 
-def test_each_picture_is_described(folder):
+def test_each_image_is_described(folder):
     found = scan_images(rows(folder), 2)
     assert found.width.tolist() == [*range(30, 39), 0] and found.height.tolist() == [24] * 9 + [0]
     assert found.mode == ["RGB"] * 9 + [""] and [bool(problem) for problem in found.problem] == [

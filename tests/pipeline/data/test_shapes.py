@@ -128,9 +128,9 @@ def test_palette_colours_are_distinct():
 
 
 def test_rendered_object_has_its_colour_and_area():
-    picture = draw(Scene("white", (Item("square", "red", "large", 32, 32),)), 64)
-    assert tuple(picture[32, 32]) == COLOURS["red"] and tuple(picture[0, 0]) == (255, 255, 255)
-    redness = (255 - picture[..., 1].astype(float)) / (255 - COLOURS["red"][1])
+    image = draw(Scene("white", (Item("square", "red", "large", 32, 32),)), 64)
+    assert tuple(image[32, 32]) == COLOURS["red"] and tuple(image[0, 0]) == (255, 255, 255)
+    redness = (255 - image[..., 1].astype(float)) / (255 - COLOURS["red"][1])
     assert redness.sum() == pytest.approx(sprite("square", "large", 64).sum(), rel=0.01)
 
 
@@ -212,7 +212,7 @@ def changed(scene: Scene, rng: np.random.Generator, what: str) -> Scene:
 
 
 @pytest.mark.parametrize("what", ["shape", "colour", "size", "count", "background"])
-def test_the_oracle_rejects_a_picture_with_one_thing_changed(what):
+def test_the_oracle_rejects_an_image_with_one_thing_changed(what):
     world, rng, wrong = ShapesWorld(split="held_out", min_objects=2), np.random.default_rng(1), []
     for n in range(120):
         scene = world.scene(n)
@@ -230,9 +230,9 @@ def test_oracle_rejects_a_reversed_relation():
         "white", (Item("circle", "red", "small", 15, 30), Item("star", "blue", "small", 45, 30))
     )
     objects = (ObjectClaim("circle", "red", None), ObjectClaim("star", "blue", None))
-    picture = draw(scene, 64)
-    assert check(picture, Claims(objects, ((0, "left of", 1),))).correct
-    verdict = check(picture, Claims(objects, ((0, "right of", 1),)))
+    image = draw(scene, 64)
+    assert check(image, Claims(objects, ((0, "left of", 1),))).correct
+    verdict = check(image, Claims(objects, ((0, "right of", 1),)))
     assert verdict.relations is False and not verdict.correct and verdict.shapes and verdict.colours
 
 
@@ -245,9 +245,9 @@ def test_swapped_captions_are_rejected():
 
 
 def test_a_smear_is_unreadable():
-    picture = np.full((64, 64, 3), 255, dtype=np.uint8)
-    picture[5:9, 3:60] = COLOURS["red"]
-    reading = read_scene(picture)
+    image = np.full((64, 64, 3), 255, dtype=np.uint8)
+    image[5:9, 3:60] = COLOURS["red"]
+    reading = read_scene(image)
     assert reading.unreadable == 1 and not reading.items
     assert not check(reading, Claims((ObjectClaim("square", "red", None),))).correct
 

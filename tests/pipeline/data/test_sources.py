@@ -15,7 +15,7 @@ from pipeline.data.load import load_source
 from tests.helpers.data import config
 
 
-def picture(
+def write_image(
     path: Path, colour: object = (200, 30, 40), size: tuple[int, int] = (20, 20), mode: str = "RGB"
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def everything(folder: Path | str, **options: object) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("layout", ["csv", "jsonl", "txt"])
-def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout):
+def test_each_layout_gives_the_same_images_and_captions(tmp_path, layout):
     rows = [
         (f"{folder}/cat.png", f"{folder} cat", shade)
         for folder, shade in (("red", 200), ("dim", 50), ("mid", 120))
     ]
     for file, text, shade in rows:
-        picture(tmp_path / file, (shade, 0, 0))
+        write_image(tmp_path / file, (shade, 0, 0))
         if layout == "txt":
             (tmp_path / file).with_suffix(".txt").write_text(text + "\n")
     if layout == "csv":
@@ -60,13 +60,13 @@ def test_each_layout_gives_the_same_pictures_and_captions(tmp_path, layout):
     assert all(image.shape == (16, 16, 3) and image.dtype == np.uint8 for image in found.values())
 
 
-def test_splits_do_not_move_when_pictures_are_added(tmp_path):
+def test_splits_do_not_move_when_images_are_added(tmp_path):
     for i in range(30):
-        picture(tmp_path / f"{i}.png", (i, 0, 0))
+        write_image(tmp_path / f"{i}.png", (i, 0, 0))
         (tmp_path / f"{i}.txt").write_text(f"image {i}")
     before = load_source(config(tmp_path), "held_out")
     kept = set(before.captions(range(len(before))))
-    picture(tmp_path / "new.png")
+    write_image(tmp_path / "new.png")
     (tmp_path / "new.txt").write_text("new")
     after = load_source(config(tmp_path), "held_out")
     assert kept <= set(after.captions(range(len(after)))) and 2 <= len(kept) <= 18
@@ -79,7 +79,7 @@ def test_splits_do_not_move_when_pictures_are_added(tmp_path):
 
 def test_skipped_images_are_counted_and_named(tmp_path):
     for name in ("good", "small", "uncaptioned", "empty"):
-        picture(tmp_path / f"{name}.png", size=(8, 8) if name == "small" else (20, 20))
+        write_image(tmp_path / f"{name}.png", size=(8, 8) if name == "small" else (20, 20))
         if name != "uncaptioned":
             (tmp_path / f"{name}.txt").write_text("" if name == "empty" else name)
     (tmp_path / "broken.png").write_bytes(b"not a picture")
@@ -102,8 +102,8 @@ def test_skipped_images_are_counted_and_named(tmp_path):
         load_source(config(tmp_path), "train")
 
 
-def test_captions_of_missing_pictures_are_counted(tmp_path):
-    picture(tmp_path / "a.png")
+def test_captions_of_missing_images_are_counted(tmp_path):
+    write_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\ngone.png,b\n")
     assert load_source(config(tmp_path), "train").problems == [
         "1 captions of images that are not there left out: gone.png"
@@ -120,7 +120,7 @@ def test_any_mode_is_read_as_rgb(tmp_path):
         ("1", 1),
     ):
         file = tmp_path / f"{mode.replace(';', '')}.tif"
-        picture(file, colour, mode=mode)
+        write_image(file, colour, mode=mode)
         file.with_suffix(".txt").write_text(mode)
     shades = {text: tuple(image[5, 5].tolist()) for text, image in everything(tmp_path).items()}
     white = (255, 255, 255)
@@ -131,7 +131,7 @@ def test_any_mode_is_read_as_rgb(tmp_path):
 
 
 def test_a_folder_without_captions_says_what_is_needed(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     with pytest.raises(
         ValueError,
         match=r"(?s)holds 1 images and no captions; accepted are.*metadata\.csv.*cat\.txt",
@@ -173,7 +173,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
     ],
 )
 def test_unreadable_captions_are_named(tmp_path, name, content, message):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_source(config(tmp_path), "train")
@@ -181,7 +181,7 @@ def test_unreadable_captions_are_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_captions_in_another_encoding_are_named(tmp_path, name):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / name).write_bytes("file_name,text\na.png,caf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{name} is not UTF-8 \(line 2: "):
         load_source(config(tmp_path), "train")
@@ -189,7 +189,7 @@ def test_captions_in_another_encoding_are_named(tmp_path, name):
 
 def test_a_caption_in_another_encoding_is_counted_and_utf16_is_read(tmp_path):
     for name in "ab":
-        picture(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"1 captions that are not UTF-8 left out: a\.txt"):
         load_source(config(tmp_path), "train")
@@ -202,7 +202,7 @@ def saved(folder: Path, column: str = "text") -> Path:
 
     rows = {"image": [], column: []}  # type: ignore[var-annotated]
     for i in range(12):
-        picture(folder / "raw" / f"{i}.png", (i * 20, 0, 0))
+        write_image(folder / "raw" / f"{i}.png", (i * 20, 0, 0))
         rows["image"].append(str(folder / "raw" / f"{i}.png"))
         rows[column].append(f"shade {i}")
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())

@@ -123,7 +123,7 @@ def test_shuffle_buffer_depends_on_the_seed(shards):
 def test_resumed_loader_skips_shards_of_known_length(shards, tmp_path, monkeypatch):
     source = stream(shards)
     whole = StreamBatchLoader(source, 6, 0, 0, 1, tmp_path)
-    expected = [(whole.pictures(step), whole.names(step)) for step in range(40)]
+    expected = [(whole.images(step), whole.names(step)) for step in range(40)]
     assert list(tmp_path.glob("lengths-*.json"))
     opened: list[int] = []
     samples = StreamSource.samples
@@ -135,7 +135,7 @@ def test_resumed_loader_skips_shards_of_known_length(shards, tmp_path, monkeypat
         resumed = StreamBatchLoader(stream(shards), 6, 0, 0, 1, folder)
         for step in (33, 34, 39, 35):  # and back again
             assert (
-                np.array_equal(resumed.pictures(step), expected[step][0])
+                np.array_equal(resumed.images(step), expected[step][0])
                 and resumed.names(step) == expected[step][1]
             )
             if step == 33:
@@ -173,12 +173,11 @@ def test_streams_mix_with_map_sources(shards, tmp_path):
     found: Counter[int] = Counter()
     for step in range(100):
         for feed in feeds:
-            pictures = feed.pictures(step)
+            images = feed.images(step)
             assert [
-                str(number_of(p)) in name
-                for p, name in zip(pictures, feed.names(step), strict=True)
+                str(number_of(p)) in name for p, name in zip(images, feed.names(step), strict=True)
             ] == [True] * 10
-            found.update(map(number_of, pictures))
+            found.update(map(number_of, images))
     own = {number: count for number, count in found.items() if number >= 300}
     # Both processes deal the same passes
     assert sum(own.values()) == 1500 and max(own.values()) - min(own.values()) <= 1
@@ -225,13 +224,13 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    pictures = [encoded((0, number, 7)) for number in range(40)]
+    images = [encoded((0, number, 7)) for number in range(40)]
     pq.write_table(
-        pa.table({"image": pictures, "text": [f"number {n}" for n in range(40)]}),
+        pa.table({"image": images, "text": [f"number {n}" for n in range(40)]}),
         tmp_path / "t.parquet",
     )
     rows = {
-        "image": [{"bytes": c, "path": None} for c in pictures],
+        "image": [{"bytes": c, "path": None} for c in images],
         "text": [f"number {n}" for n in range(40)],
     }
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
@@ -242,7 +241,7 @@ def test_parquet_and_saved_data_stream_too(tmp_path, monkeypatch):
         )
         feed = batch_loader(train, 10, 0, 0, 1)
         assert isinstance(feed, StreamBatchLoader)
-        numbers = {number_of(p) for step in range(20) for p in feed.pictures(step)}
+        numbers = {number_of(p) for step in range(20) for p in feed.images(step)}
         assert numbers | {number_of(p) for p in held_out.images(range(len(held_out)))} == set(
             range(40)
         )
@@ -296,7 +295,7 @@ def test_unusable_samples_are_counted_and_skipped(tmp_path):
     source = stream(tmp_path)
     feed = StreamBatchLoader(source, 10, 0, 0, 1, None)
     for step in range(12):
-        assert feed.pictures(step).shape == (10, 16, 16, 3)
+        assert feed.images(step).shape == (10, 16, 16, 3)
     problems = "\n".join(source.problems)
     for expected in (
         "without a caption left out: mute",
@@ -314,7 +313,7 @@ def test_unusable_samples_are_counted_and_skipped(tmp_path):
         r"data\.filter\.max_corrupt_fraction \(now 0\.0\)",
     ):
         for step in range(12):
-            strict.pictures(step)
+            strict.images(step)
 
 
 def test_a_sample_that_two_threads_skip_at_once_is_counted_once(shards):
@@ -343,7 +342,7 @@ def test_stream_without_usable_samples_raises(tmp_path):
         ValueError,
         match=r"no shard of .* has an image to train on; .*without a caption left out: a",
     ):
-        StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).pictures(0)
+        StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).images(0)
 
 
 def test_failing_reader_stops_the_others(tmp_path, monkeypatch):
@@ -400,27 +399,24 @@ def test_unsupported_streams_are_reported(tmp_path):
         stream(tmp_path / "s", text_column="label")
 
 
-def test_few_pictures_among_many_empty_shards_are_found(tmp_path):
+def test_few_images_among_many_empty_shards_are_found(tmp_path):
     """A lane may meet more empty shards in a row than there are shards, as each pass is shuffled
     apart."""
     small = encoded(size=(8, 8))
     for number in range(40):
-        picture = encoded((0, number, 7)) if number in (3, 17) else small
+        image = encoded((0, number, 7)) if number in (3, 17) else small
         write_shard(
             tmp_path / f"{number:02d}.tar",
-            [(f"{number}-{i}", {"png": picture, "txt": b"x"}) for i in range(3)],
+            [(f"{number}-{i}", {"png": image, "txt": b"x"}) for i in range(3)],
         )
     for seed in range(4):
         feed = StreamBatchLoader(
             stream(tmp_path, stream={"shards_per_worker": 4}), 6, seed, 0, 1, None
         )
-        assert {number_of(picture) for step in range(12) for picture in feed.pictures(step)} == {
-            3,
-            17,
-        }
+        assert {number_of(image) for step in range(12) for image in feed.images(step)} == {3, 17}
 
 
-def test_json_beside_a_picture_may_have_any_keys(tmp_path):
+def test_json_beside_an_image_may_have_any_keys(tmp_path):
     samples = [
         (
             f"{i}",
@@ -435,7 +431,7 @@ def test_json_beside_a_picture_may_have_any_keys(tmp_path):
     for streaming in (False, True):
         train, held_out = load_sources(config(tmp_path, streaming=streaming))
         assert set(held_out.captions(range(len(held_out)))) == {"words"}
-        assert batch_loader(train, 4, 0, 0, 1).pictures(0).shape == (4, 16, 16, 3)
+        assert batch_loader(train, 4, 0, 0, 1).images(0).shape == (4, 16, 16, 3)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

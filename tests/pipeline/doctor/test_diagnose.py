@@ -28,7 +28,7 @@ from tests.helpers.data import config as small
 WORDS = ("red", "green", "blue", "small", "large", "cat", "dog", "tree")
 
 
-def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -40,10 +40,10 @@ def caption(seed: int) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Forty good images of 64x64."""
-    made = tmp_path / "pictures"
+    made = tmp_path / "images"
     made.mkdir()
     for seed in range(40):
-        add(made, f"{seed:02}.png", picture(seed), caption(seed))
+        add(made, f"{seed:02}.png", image(seed), caption(seed))
     return made
 
 
@@ -66,7 +66,7 @@ def config(source: Path, **options) -> DataConfig:
     return small(source, **{"image_size": 32, "val_fraction": 0.2, **options})
 
 
-def test_good_pictures_pass(folder, tmp_path, capsys):
+def test_good_images_pass(folder, tmp_path, capsys):
     out = tmp_path / "report"
     status = main(
         ["doctor", str(folder), "--out", str(out), "--output_dir", str(tmp_path / "runs")]
@@ -94,14 +94,14 @@ def test_good_pictures_pass(folder, tmp_path, capsys):
     )
 
 
-def test_pictures_are_counted_by_size_mode_and_format(folder):
-    picture(50, (30, 90)).convert("L").save(folder / "50.jpg")
+def test_images_are_counted_by_size_mode_and_format(folder):
+    image(50, (30, 90)).convert("L").save(folder / "50.jpg")
     (folder / "50.txt").write_text("tall")
-    clear = picture(51, (200, 100))
+    clear = image(51, (200, 100))
     clear.putalpha(128)
     clear.save(folder / "51.webp")
     (folder / "51.txt").write_text("wide")
-    frames = [picture(seed) for seed in (52, 53)]
+    frames = [image(seed) for seed in (52, 53)]
     frames[0].save(folder / "52.gif", save_all=True, append_images=frames[1:])
     (folder / "52.txt").write_text("moving")
     found = diagnose(config(folder))
@@ -137,7 +137,7 @@ def test_pictures_are_counted_by_size_mode_and_format(folder):
     )
 
 
-def test_unreadable_pictures_are_named_and_too_many_fail(folder):
+def test_unreadable_images_are_named_and_too_many_fail(folder):
     for name in ("aa", "bb", "cc"):
         (folder / f"{name}.png").write_bytes(b"no picture")
         (folder / f"{name}.txt").write_text("broken")
@@ -183,7 +183,7 @@ def test_no_captions_is_a_failure(folder):
     assert found.sources[0].rows == 40 and found.suggestion is None
 
 
-def test_pictures_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
+def test_images_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
     found = diagnose(config(folder, image_size=128))
     assert said(found, "fails") == training_says(config(folder, image_size=128))
     assert "no usable image with a caption" in said(found, "fails")
@@ -194,7 +194,7 @@ def test_empty_validation_split_fails(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
     for seed in range(2):
-        add(folder, f"{seed}.png", picture(seed), caption(seed))
+        add(folder, f"{seed}.png", image(seed), caption(seed))
     path = tmp_path / "two.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -252,7 +252,7 @@ def test_caption_lengths_and_vocabulary_are_reported(folder):
     assert "entries of text.vocab_size=1024; no more occur twice" in said(found, "notes")
 
 
-def test_many_pictures_with_one_caption_are_warned_of(folder):
+def test_many_images_with_one_caption_are_warned_of(folder):
     for number in range(30):
         (folder / f"{number:02}.txt").write_text("an image")
     found = diagnose(config(folder))
@@ -295,7 +295,7 @@ def test_copies_are_found_within_and_across_the_splits(folder):
     assert [set(group.names) for group in before.groups] == [{"copy.png", seen[0]}]
     # A training image is now one that is held out
     shutil.copy(folder / kept[0], folder / seen[1])
-    picture(3, (64, 64)).resize((128, 128), Image.Resampling.BICUBIC).save(folder / "03.png")
+    image(3, (64, 64)).resize((128, 128), Image.Resampling.BICUBIC).save(folder / "03.png")
     Image.open(folder / kept[1]).resize((48, 48)).save(folder / seen[2])
     found = diagnose(config(folder))
     after = found.sources[0].duplicates
@@ -326,7 +326,7 @@ def test_each_source_of_a_mixture_is_inspected(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for seed in range(20):
-        add(other, f"{seed}.png", picture(100 + seed), caption(seed))
+        add(other, f"{seed}.png", image(100 + seed), caption(seed))
     mixed = DataConfig(
         mix=[MixPart(source=str(folder)), MixPart(source=str(other))],
         image_size=32,
@@ -359,7 +359,7 @@ def test_stream_is_inspected_from_its_start(folder, tmp_path):
     streamed = config(tmp_path / "all.tar", streaming=True, text_column="caption")
     whole = diagnose(streamed)
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
-    first = diagnose(streamed, pictures=25)
+    first = diagnose(streamed, images=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
     assert "the first 25 images were looked at, of a source that goes on (--max-images)" in said(
         first, "notes"
@@ -375,7 +375,7 @@ def test_stream_is_inspected_from_its_start(folder, tmp_path):
 
 
 def test_synthetic_sources_are_inspected(tmp_path):
-    found = diagnose(DataConfig(source="shapes", image_size=32), pictures=60)
+    found = diagnose(DataConfig(source="shapes", image_size=32), images=60)
     assert (found.sources[0].rows, found.sources[0].first_only, found.sources[0].held_out) == (
         63,
         True,
@@ -452,7 +452,7 @@ def test_exit_statuses_of_doctor(folder, tmp_path, capsys):
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "128", *runs)]) == 1
     printed = capsys.readouterr().out
     assert "fails" in printed and "no usable image with a caption" in printed
-    assert (tmp_path / "runs" / "pictures" / "doctor" / "index.html").is_file()
+    assert (tmp_path / "runs" / "images" / "doctor" / "index.html").is_file()
     # Its own report is replaced
     assert main([str(a) for a in ("doctor", folder, "--data.image_size", "64", *runs)]) == 0
     fails(capsys, ["doctor"], "no source was given", status=2)

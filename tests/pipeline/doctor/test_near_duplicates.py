@@ -14,7 +14,7 @@ from pipeline.data.readers.scan import perceptual_hash
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     """Coloured noise, large forms strongest, as in photographs."""
     random = np.random.default_rng(0)
     frequencies = np.fft.fftfreq(128)
@@ -54,13 +54,13 @@ def distance(a: int, b: int) -> int:
 )
 def test_slightly_changed_copy_is_a_near_duplicate(change):
     distances = [
-        distance(perceptual_hash(image), perceptual_hash(change(image))) for image in pictures(40)
+        distance(perceptual_hash(image), perceptual_hash(change(image))) for image in images(40)
     ]
     assert np.mean([d <= NEAR for d in distances]) >= 0.95 and max(distances) <= 2 * NEAR
 
 
 def test_different_images_are_no_near_duplicates():
-    looks = [perceptual_hash(image) for image in pictures(40)]
+    looks = [perceptual_hash(image) for image in images(40)]
     assert min(distance(a, b) for i, a in enumerate(looks) for b in looks[:i]) > 2 * NEAR
 
 

@@ -34,7 +34,7 @@ def loaded(suggestion: Suggestion, tmp_path) -> Experiment:
 
 
 def suggested(tmp_path, sizes, texts=None, *, text=None, largest=256, **options) -> Experiment:
-    data = DataConfig(source=str(make(tmp_path / "pictures", sizes, texts)), **options)
+    data = DataConfig(source=str(make(tmp_path / "images", sizes, texts)), **options)
     experiment = loaded(diagnose(data, text=text, largest=largest).suggestion, tmp_path)
     train, held_out = load_sources(experiment.data)
     assert len(train) and len(held_out)
@@ -126,10 +126,10 @@ def test_few_images_give_two_nonempty_splits(tmp_path):
 
 
 def test_mixtures_and_synthetic_sources_are_suggested_unchanged(tmp_path):
-    folder = make(tmp_path / "pictures", [100] * 40)
+    folder = make(tmp_path / "images", [100] * 40)
     mix = [MixPart(source="shapes", weight=2.0), MixPart(source=str(folder))]
     experiment = loaded(
-        diagnose(DataConfig(mix=mix, shapes=ShapesOptions(grid_cells=8)), pictures=40).suggestion,
+        diagnose(DataConfig(mix=mix, shapes=ShapesOptions(grid_cells=8)), images=40).suggestion,
         tmp_path,
     )
     assert (
@@ -139,7 +139,7 @@ def test_mixtures_and_synthetic_sources_are_suggested_unchanged(tmp_path):
     )
     shapes = loaded(
         diagnose(
-            DataConfig(source="shapes", shapes=ShapesOptions(max_objects=2)), pictures=40
+            DataConfig(source="shapes", shapes=ShapesOptions(max_objects=2)), images=40
         ).suggestion,
         tmp_path,
     )

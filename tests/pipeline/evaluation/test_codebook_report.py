@@ -15,49 +15,47 @@ from PIL import Image
 from pipeline.cli.main import main
 from pipeline.evaluation.codebook_report import codebook_page
 from pipeline.runtime.image_grid import bars
-from stage1_tokenizer import ImageTokenizer, to_model_range, to_pictures
+from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
 from tests.helpers.cli import fails
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
 
-def pictures(count: int = 20) -> np.ndarray:
+def images(count: int = 20) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
 def test_codes_are_sorted_by_use_and_shown_decoded(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
-    codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
+    (view,) = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
+    codes = tokenizer.encode(to_model_range(torch.from_numpy(images())))
     counts = torch.bincount(codes.flatten(), minlength=12)
     assert sorted(view.codes) == list(range(12)) and view.counts == sorted(
         counts.tolist(), reverse=True
     )
     assert [int(counts[code]) for code in view.codes] == view.counts
-    first = to_pictures(tokenizer.decode(torch.full((1, 4, 4), view.codes[0])))[
-        0, 8:12, 8:12
-    ].numpy()
-    assert np.array_equal(view.pictures["alone"][1:5, 1:5], first)
+    first = to_uint8(tokenizer.decode(torch.full((1, 4, 4), view.codes[0])))[0, 8:12, 8:12].numpy()
+    assert np.array_equal(view.images["alone"][1:5, 1:5], first)
     assert view.statistics.dead == int((counts == 0).sum())
 
 
 def test_context_shows_where_the_code_occurs(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (view,) = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
-    codes = tokenizer.encode(to_model_range(torch.from_numpy(pictures())))
+    (view,) = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
+    codes = tokenizer.encode(to_model_range(torch.from_numpy(images())))
     number, i, j = (codes == view.codes[0]).nonzero()[0].tolist()
-    centre = view.pictures["in context"][1 + 4 : 1 + 8, 1 + 4 : 1 + 8]
-    assert np.array_equal(centre, pictures()[number, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4])
+    centre = view.images["in context"][1 + 4 : 1 + 8, 1 + 4 : 1 + 8]
+    assert np.array_equal(centre, images()[number, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4])
     unused = [place for place, count in enumerate(view.counts) if not count]
     for place in unused:
-        assert (view.pictures["in context"][:, 1 + 13 * place : 13 * place + 13] == 224).all()
+        assert (view.images["in context"][:, 1 + 13 * place : 13 * place + 13] == 224).all()
 
 
 @pytest.mark.parametrize("kind", ["hierarchical", "residual", "fsq", "binary"])
-def test_each_level_has_its_own_pictures(tmp_path, kind):
+def test_each_level_has_its_own_images(tmp_path, kind):
     tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
-    views = codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "page")
+    views = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
     levels = len(ImageTokenizer.from_pretrained(tmp_path / "tokenizer").layout)
     assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
     page = (tmp_path / "page" / "index.html").read_text()
@@ -75,7 +73,7 @@ def test_each_level_has_its_own_pictures(tmp_path, kind):
 def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
     folder = tmp_path / "<script>a & b"
     tiny_tokenizer().save_pretrained(folder)
-    codebook_page(folder, pictures(2), tmp_path / "page")
+    codebook_page(folder, images(2), tmp_path / "page")
     page = (tmp_path / "page" / "index.html").read_text()
     escaped = "&lt;script&gt;a &amp; b"
     assert "<script" not in page
@@ -91,7 +89,7 @@ def test_codebook_command_uses_the_data_of_the_tokenizers_run(finished_run, tmp_
     # Its own page is replaced
     assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
     numbers = json.loads((folder / "codebook" / "codebook.json").read_text())
-    assert numbers["pictures"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
+    assert numbers["images"] == 20 and sum(numbers["levels"][0]["uses"]) == 20 * 16
     again = [
         "codebook",
         "--tokenizer",
@@ -133,10 +131,10 @@ def test_missing_inputs_of_the_codebook_report_are_named(finished_run, tmp_path,
         "holds no codebook page",
     )
     with pytest.raises(FileExistsError, match="holds no codebook page"):
-        codebook_page(tmp_path / "tokenizer", pictures(), tmp_path / "thesis")
+        codebook_page(tmp_path / "tokenizer", images(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="there are no images to see the codes in"):
-        codebook_page(tmp_path / "tokenizer", pictures(0), tmp_path / "page")
+        codebook_page(tmp_path / "tokenizer", images(0), tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
 

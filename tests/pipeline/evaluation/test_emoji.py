@@ -44,8 +44,8 @@ def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected
     monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
 
     def pipe(prompts, truncate, num_inference_steps):
-        pictures = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
-        return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in pictures])
+        images = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
+        return SimpleNamespace(images=[Image.new("RGB", (4, 4), (int(v),) * 3) for v in images])
 
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
     metrics = emoji_metrics(pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
@@ -67,10 +67,9 @@ def test_caption_retrieval_counts_images_whose_caption_is_likeliest():
         best = candidates[own] if own < 5 else candidates[0]
         return [(best, -1.0), *((c, -2.0) for c in candidates if c != best)]
 
-    pictures = Tones().images(range(10))
+    images = Tones().images(range(10))
     assert (
-        captions_found(SimpleNamespace(caption=caption), pictures, [str(i) for i in range(10)])
-        == 0.5
+        captions_found(SimpleNamespace(caption=caption), images, [str(i) for i in range(10)]) == 0.5
     )  # type: ignore[arg-type]
 
 

@@ -20,11 +20,11 @@ def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():
 
 def test_the_json_has_every_metric_with_settings_and_forgetting(tmp_path):
     lost = Forgetting({OLD: {"nats_per_code": {"before": 1.0, "after": 2.0}}}, ["a note"])
-    report = Report({"psnr": 20.5}, {"pictures": 3}, lost)
+    report = Report({"psnr": 20.5}, {"images": 3}, lost)
     report.save(tmp_path / "new" / "evaluation.json")
     assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == {
         "psnr": 20.5,
-        "settings": {"pictures": 3},
+        "settings": {"images": 3},
         "forgetting": {
             "metrics": {OLD: {"nats_per_code": {"before": 1.0, "after": 2.0}}},
             "notes": ["a note"],

@@ -53,7 +53,7 @@ def bundle(folder: Path, data: DataConfig | None = None, **options) -> Path:
 
 def test_a_bundle_forgets_nothing_against_itself(tmp_path, old_data, experiment):
     before = bundle(tmp_path / "before", old_data)
-    found = forgetting(before, before, experiment, pictures=5)
+    found = forgetting(before, before, experiment, images=5)
     assert found.notes == [] and list(found.metrics) == [OLD, NEW]
     for metrics in found.metrics.values():
         assert list(metrics) == ["nats_per_code", "nats_per_text_token"]
@@ -64,7 +64,7 @@ def test_a_bundle_forgets_nothing_against_itself(tmp_path, old_data, experiment)
 def test_other_tokenizers_are_noted_and_compared_by_psnr(tmp_path, old_data, experiment):
     before = bundle(tmp_path / "before", old_data)
     after = bundle(tmp_path / "after", num_codes=16)
-    found = forgetting(before, after, experiment, pictures=5)
+    found = forgetting(before, after, experiment, images=5)
     assert len(found.notes) == 1 and "the tokenizers differ" in found.notes[0]
     psnr = found.metrics[NEW]["psnr"]
     assert psnr["before"] != psnr["after"] and set(found.metrics[OLD]) == set(found.metrics[NEW])
@@ -73,7 +73,7 @@ def test_other_tokenizers_are_noted_and_compared_by_psnr(tmp_path, old_data, exp
 def test_other_vocabularies_are_noted(tmp_path, old_data, experiment):
     before = bundle(tmp_path / "before", old_data)
     after = bundle(tmp_path / "after", captions=["yellow squares", "yellow moons"])
-    (note,) = forgetting(before, after, experiment, pictures=5).notes
+    (note,) = forgetting(before, after, experiment, images=5).notes
     assert "the vocabularies differ" in note
 
 
@@ -81,7 +81,7 @@ def test_old_data_that_changed_are_noted_and_measured(tmp_path, old_data, experi
     before = bundle(tmp_path / "before", old_data)
     for path in Path(old_data.source).glob("*.txt"):
         path.write_text("another caption")
-    found = forgetting(before, before, experiment, pictures=5)
+    found = forgetting(before, before, experiment, images=5)
     assert found.notes == ["the old data have changed since the bundle was trained on them"]
     assert set(found.metrics) == {OLD, NEW}
 
@@ -91,7 +91,7 @@ def test_old_data_that_changed_are_noted_and_measured(tmp_path, old_data, experi
 )
 def test_a_bundle_without_its_data_is_noted(tmp_path, experiment, trained_on, why):
     tiny_pipeline(trained_on=trained_on).save_pretrained(tmp_path / "before")
-    found = forgetting(tmp_path / "before", tmp_path / "before", experiment, pictures=5)
+    found = forgetting(tmp_path / "before", tmp_path / "before", experiment, images=5)
     assert set(found.metrics) == {NEW}
     assert "the old data cannot be read" in found.notes[0] and why in found.notes[0]
 
@@ -106,7 +106,7 @@ def test_bundles_of_unlike_image_size_are_refused(tmp_path, old_data, experiment
 def test_no_images_to_judge_on_are_refused(tmp_path, old_data, experiment):
     before = bundle(tmp_path / "before", old_data)
     with pytest.raises(ValueError, match="no image of the old data is held out"):
-        forgetting(before, before, experiment, pictures=0)
+        forgetting(before, before, experiment, images=0)
 
 
 def test_the_table_has_a_line_per_data_and_metric():

@@ -35,7 +35,7 @@ def test_batches_are_few_and_even():
     assert [p.stop - p.start for p in even_batches(3, 64)] == [3]
 
 
-def test_a_picture_is_the_same_in_any_batch(prior):
+def test_an_image_is_the_same_in_any_batch(prior):
     whole = sample(prior, CAPTIONS, SEEDS, SamplingOptions(guidance_scale=2))
     for size in (1, 2, 4, 64):
         parts = sample_codes_batched(
@@ -130,7 +130,7 @@ def test_out_of_memory_halves_the_batch(prior, monkeypatch, error):
     assert torch.equal(drawn.codes, sample(prior, CAPTIONS, SEEDS, SamplingOptions()).codes)
 
 
-def test_one_picture_that_does_not_fit_is_an_error(prior, monkeypatch):
+def test_one_image_that_does_not_fit_is_an_error(prior, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -46,7 +46,7 @@ def pipe(finished_run) -> TextToImagePipeline:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def original() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -57,39 +57,39 @@ def box(left: int, top: int, right: int, bottom: int) -> Image.Image:
     return mask
 
 
-def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, picture):
+def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, original):
     mask = box(9, 0, 20, 12)  # cells 1 and 2 of rows 0 and 1
-    out = pipe.edit(picture, mask, "a red circle", num_images=3, seed=1)
+    out = pipe.edit(original, mask, "a red circle", num_images=3, seed=1)
     kept = torch.ones(4, 4, dtype=torch.bool)
     kept[:2, 1:3] = False
-    before = pipe.tokenizer.to_codes([picture])[0]
+    before = pipe.tokenizer.to_codes([original])[0]
     assert all(torch.equal(codes[kept], before[kept]) for codes in out.codes)
     assert len({tuple(codes[~kept].tolist()) for codes in out.codes}) > 1
     outside = np.asarray(mask) == 0
     for image, codes in zip(out.images, out.codes, strict=True):
-        assert np.array_equal(np.asarray(image)[outside], np.asarray(picture)[outside])
+        assert np.array_equal(np.asarray(image)[outside], np.asarray(original)[outside])
         drawn = np.asarray(pipe.tokenizer.to_images(codes[None])[0])
         assert np.array_equal(np.asarray(image)[~outside], drawn[~outside])
-    again = pipe.edit(picture, mask, "a red circle", num_images=1, seed=1)
+    again = pipe.edit(original, mask, "a red circle", num_images=1, seed=1)
     assert torch.equal(again.codes[0], out.codes[0])
-    assert not torch.equal(pipe.edit(picture, mask, "a red circle", seed=2).codes[0], out.codes[0])
+    assert not torch.equal(pipe.edit(original, mask, "a red circle", seed=2).codes[0], out.codes[0])
     torch.testing.assert_close(out.log_likelihood[0], again.log_likelihood[0])
 
 
-def test_empty_mask_changes_nothing_and_warns(pipe, picture):
+def test_empty_mask_changes_nothing_and_warns(pipe, original):
     with pytest.warns(UserWarning, match="the mask is empty"):
-        out = pipe.edit(picture, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
-    assert [np.array_equal(np.asarray(image), np.asarray(picture)) for image in out.images] == [
+        out = pipe.edit(original, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
+    assert [np.array_equal(np.asarray(image), np.asarray(original)) for image in out.images] == [
         True,
         True,
     ]
     assert out.log_likelihood.tolist() == [0, 0] and out.codes.shape == (2, 4, 4)
 
 
-def test_full_mask_is_plain_sampling_and_warns(pipe, picture):
+def test_full_mask_is_plain_sampling_and_warns(pipe, original):
     with pytest.warns(UserWarning, match="plain sampling"):
         out = pipe.edit(
-            picture, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3
+            original, Image.new("L", (32, 32), 255), "a red circle", num_images=2, seed=3
         )
     plain = pipe("a red circle", num_images_per_prompt=2, seed=3)
     assert torch.equal(out.codes, plain.codes)
@@ -98,46 +98,46 @@ def test_full_mask_is_plain_sampling_and_warns(pipe, picture):
     ]
 
 
-def test_masks_and_pictures_that_do_not_fit_are_named(pipe, picture):
+def test_masks_and_images_that_do_not_fit_are_named(pipe, original):
     with pytest.raises(ValueError, match="the mask is 16x32 and the image 32x32"):
-        pipe.edit(picture, Image.new("L", (16, 32)), "x")
+        pipe.edit(original, Image.new("L", (16, 32)), "x")
     with pytest.raises(
         ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"
     ):
-        pipe.edit(picture, Image.new("RGB", (32, 32)), "x")
+        pipe.edit(original, Image.new("RGB", (32, 32)), "x")
     with pytest.raises(
         ValueError, match="the image is 40x32 and this prior draws 32x32; resize it first"
     ):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
 
-def test_editing_with_a_raster_prior_names_the_setting_to_train(finished_run, picture):
+def test_editing_with_a_raster_prior_names_the_setting_to_train(finished_run, original):
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     with pytest.raises(
         ValueError,
         match=r"need a prior that was trained on random orders.*prior\.train\.code_order=random",
     ):
-        raster.edit(picture, box(0, 0, 9, 9), "x")
+        raster.edit(original, box(0, 0, 9, 9), "x")
 
 
-def test_a_raster_prior_completes_from_the_top_rows(finished_run, picture):
+def test_a_raster_prior_completes_from_the_top_rows(finished_run, original):
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     known = torch.zeros(4, 4, dtype=torch.bool)
     known[:2] = True
-    codes = raster.tokenizer.to_codes([picture])[0]
-    for given in (picture, codes):
+    codes = raster.tokenizer.to_codes([original])[0]
+    for given in (original, codes):
         out = raster.complete(given, known, "a red circle", num_images=2)
         assert torch.equal(out.codes[:, :2], codes[:2].expand(2, 2, 4))
     with pytest.raises(
         ValueError,
         match=r"known is torch\.int64 \(4, 4\); it must be bool and say for each of the 16 codes",
     ):
-        raster.complete(picture, known.long(), "x")
+        raster.complete(original, known.long(), "x")
     with pytest.raises(ValueError, match="num_images is 0"):
-        raster.complete(picture, known, "x", num_images=0)
+        raster.complete(original, known, "x", num_images=0)
 
 
-def test_a_picture_is_extended_on_a_larger_canvas(pipe):
+def test_an_image_is_extended_on_a_larger_canvas(pipe):
     small = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 24, 3), dtype=np.uint8))
     out = pipe.outpaint(small, "a red circle", at=(8, 0), num_images=2)
     for image in out.images:
@@ -148,15 +148,15 @@ def test_a_picture_is_extended_on_a_larger_canvas(pipe):
         place_on_canvas(Image.new("RGB", (32, 32)), 32, (0, 0))
 
 
-def test_variation_resamples_the_given_fraction_of_codes(pipe, picture):
-    before = pipe.tokenizer.to_codes([picture])[0].flatten()
+def test_variation_resamples_the_given_fraction_of_codes(pipe, original):
+    before = pipe.tokenizer.to_codes([original])[0].flatten()
     with pytest.warns(UserWarning, match="without a caption"):
-        out = pipe.vary(picture, 0.25, num_images=8, seed=4)
+        out = pipe.vary(original, 0.25, num_images=8, seed=4)
     changed = (out.codes.flatten(1) != before).sum(1)
     assert changed.max() <= 4 and changed.sum() > 8
     assert len({tuple(row.nonzero()[:, 0].tolist()) for row in out.codes.flatten(1) != before}) > 4
     with pytest.raises(ValueError, match=r"strength is 1\.5"):
-        pipe.vary(picture, 1.5, "x")
+        pipe.vary(original, 1.5, "x")
     assert random_keep_mask([1, 2], 16, 0.01).sum().item() == 30  # at least one is resampled
 
 
@@ -186,7 +186,7 @@ def test_scores_equal_log_likelihoods_of_samples(pipe):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_best_of_keeps_the_picture_with_the_highest_gain(pipe, guidance_scale):
+def test_best_of_keeps_the_image_with_the_highest_gain(pipe, guidance_scale):
     from stage2_prior import code_log_likelihood
     from stage2_prior.order import seeded_orders
 
@@ -233,34 +233,34 @@ def test_scorer_without_candidates_or_with_too_few_scores_is_refused(pipe):
         pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
 
 
-def test_default_steps_of_a_bundle_apply_to_whole_images_only(pipe, picture):
+def test_default_steps_of_a_bundle_apply_to_whole_images_only(pipe, original):
     stepped = TextToImagePipeline(
         pipe.tokenizer, pipe.prior, pipe.text, SamplingOptions(num_inference_steps=16)
     )
-    assert stepped.edit(picture, box(0, 0, 8, 8), "x").codes.shape == (1, 4, 4)
+    assert stepped.edit(original, box(0, 0, 8, 8), "x").codes.shape == (1, 4, 4)
     with pytest.raises(
         ValueError, match="num_inference_steps is 2; it must be at least 1 and at most the 1 codes"
     ):
-        stepped.edit(picture, box(0, 0, 8, 8), "x", num_inference_steps=2)
+        stepped.edit(original, box(0, 0, 8, 8), "x", num_inference_steps=2)
 
 
-def test_mismatched_counts_and_codes_are_named(pipe, picture):
+def test_mismatched_counts_and_codes_are_named(pipe, original):
     for call in (
-        lambda: pipe.edit(picture, box(0, 0, 8, 8), "x", num_images=0),
-        lambda: pipe.vary(picture, 0.5, "x", num_images=0),
+        lambda: pipe.edit(original, box(0, 0, 8, 8), "x", num_images=0),
+        lambda: pipe.vary(original, 0.5, "x", num_images=0),
     ):
         with pytest.raises(ValueError, match="num_images is 0; it must be at least 1"):
             call()
     with pytest.raises(ValueError, match="num is 0"):
-        pipe.caption(picture, num=0)
+        pipe.caption(original, num=0)
     with pytest.raises(ValueError, match="the number of candidates is 0"):
-        pipe.caption(picture, [])
+        pipe.caption(original, [])
     with pytest.raises(ValueError, match="temperature is -1"):
-        pipe.caption(picture, temperature=-1)
+        pipe.caption(original, temperature=-1)
     with pytest.raises(ValueError, match=r"the codes are \(3, 3\); this prior's images have 16"):
         pipe.complete(torch.zeros(3, 3, dtype=torch.long), torch.zeros(16, dtype=torch.bool), "x")
     with pytest.raises(ValueError, match="all 16 codes are known"):
-        pipe.complete(picture, torch.ones(16, dtype=torch.bool), "x")
+        pipe.complete(original, torch.ones(16, dtype=torch.bool), "x")
 
 
 def test_best_of_can_use_a_scorer(pipe):
@@ -287,29 +287,29 @@ def test_best_of_requires_a_score(finished_run):
     assert pipe.score(pipe("x", guidance_scale=1.0).images, ["x"]).pmi is None
 
 
-def test_captions_are_scored_and_sampled(pipe, picture, finished_run):
-    ranked = pipe.caption(picture, ["a red circle", "a tiny blue star", "x"])
+def test_captions_are_scored_and_sampled(pipe, original, finished_run):
+    ranked = pipe.caption(original, ["a red circle", "a tiny blue star", "x"])
     assert sorted(text for text, _ in ranked) == ["a red circle", "a tiny blue star", "x"]
     assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
-    assert len(pipe.caption(picture, num=3, seed=1)) == 3 and pipe.caption(
-        picture, num=2, seed=1
-    ) == pipe.caption(picture, num=2, seed=1)
+    assert len(pipe.caption(original, num=3, seed=1)) == 3 and pipe.caption(
+        original, num=2, seed=1
+    ) == pipe.caption(original, num=2, seed=1)
     raster = TextToImagePipeline.from_pretrained(finished_run[1] / "bundle")
     with pytest.raises(ValueError, match=r"sequence\.captioning_fraction=0\.2"):
-        raster.caption(picture)
+        raster.caption(original)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_images_are_encoded_in_the_precision_of_the_prior(finished_run, picture, bf16):
+def test_images_are_encoded_in_the_precision_of_the_prior(finished_run, original, bf16):
     pipe = untrained_pipe(finished_run[1])
     pipe.trained_on = {"codes_in_bf16": bf16}
     seen = []
     pipe.tokenizer.encoder.register_forward_hook(
         lambda _, inputs, output: seen.append(output.dtype)
     )
-    pipe.vary(picture, 0.5, "x")
-    pipe.score([picture], ["x"])
-    pipe.caption(picture, num=1)
+    pipe.vary(original, 0.5, "x")
+    pipe.score([original], ["x"])
+    pipe.caption(original, num=1)
     assert seen == [torch.bfloat16 if bf16 else torch.float32] * 3
 
 
@@ -332,11 +332,11 @@ def test_unknown_sampling_options_are_named(pipe):
         pipe("x", num_inference_steps=17)
 
 
-def test_edit_command_writes_images(finished_run, tmp_path, picture, capsys):
+def test_edit_command_writes_images(finished_run, tmp_path, original, capsys):
     untrained_pipe(finished_run[1]).save_pretrained(tmp_path / "bundle")
-    picture.save(tmp_path / "p.png")
+    original.save(tmp_path / "p.png")
     box(0, 0, 16, 16).save(tmp_path / "m.png")
-    picture.crop((0, 0, 16, 16)).save(tmp_path / "small.png")
+    original.crop((0, 0, 16, 16)).save(tmp_path / "small.png")
     command = [
         "edit",
         "--bundle",
@@ -370,7 +370,7 @@ def test_edit_command_writes_images(finished_run, tmp_path, picture, capsys):
         and (tmp_path / "out" / "grid.png").is_file()
     )
     with Image.open(tmp_path / "out" / rows[0]["file"]) as image:
-        assert np.array_equal(np.asarray(image)[16:], np.asarray(picture)[16:])
+        assert np.array_equal(np.asarray(image)[16:], np.asarray(original)[16:])
     small = [
         "edit",
         "--bundle",
@@ -484,14 +484,14 @@ def test_the_command_line_has_every_sampling_option():
     assert list(Sampling.__annotations__) == [field.name for field in fields(SamplingOptions)]
 
 
-def test_long_prompts_are_cut_in_every_way_of_editing_only_if_asked_for(pipe, picture):
+def test_long_prompts_are_cut_in_every_way_of_editing_only_if_asked_for(pipe, original):
     prompt = "word " * 99
-    small = picture.resize((16, 16))
+    small = original.resize((16, 16))
     for edit in (
-        lambda **options: pipe.edit(picture, box(0, 0, 16, 16), prompt, **options),
+        lambda **options: pipe.edit(original, box(0, 0, 16, 16), prompt, **options),
         lambda **options: pipe.outpaint(small, prompt, **options),
-        lambda **options: pipe.vary(picture, 0.5, prompt, **options),
-        lambda **options: pipe.complete(picture, torch.arange(16) < 4, prompt, **options),
+        lambda **options: pipe.vary(original, 0.5, prompt, **options),
+        lambda **options: pipe.complete(original, torch.arange(16) < 4, prompt, **options),
     ):
         with pytest.raises(ValueError, match="text slots"):
             edit()

@@ -52,7 +52,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_scores_are_cosines_of_each_picture_with_its_prompt(folder):
+def test_scores_are_cosines_of_each_image_with_its_prompt(folder):
     judge = CLIPScorer(str(folder))
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "red")]
     scores = judge(images, ["a", "a", "red"])

@@ -11,7 +11,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from pipeline import TextToImagePipeline
-from pipeline.cli.main import VERBS, main
+from pipeline.cli.main import COMMANDS, main
 from pipeline.runtime.distributed import make_accelerator
 
 ROOT = Path(__file__).parents[3]
@@ -49,11 +49,11 @@ def test_a_bundle_is_saved_without_bars_and_they_are_on_afterwards(finished_run,
     assert transformers_logging.is_progress_bar_enabled()
 
 
-@pytest.mark.parametrize(("verb", "tuned"), [("train-prior", [True]), ("codebook", [])])
-def test_the_command_line_tunes_malloc_before_it_trains(verb, tuned, monkeypatch):
+@pytest.mark.parametrize(("command", "tuned"), [("train-prior", [True]), ("codebook", [])])
+def test_the_command_line_tunes_malloc_before_it_trains(command, tuned, monkeypatch):
     seen: list[bool] = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("pipeline.runtime.devices.tune_malloc", lambda: seen.append(True))
-    monkeypatch.setitem(VERBS, verb, lambda rest: 0)
-    assert main([verb]) == 0
+    monkeypatch.setitem(COMMANDS, command, lambda: 0)
+    assert main([command]) == 0
     assert seen == tuned

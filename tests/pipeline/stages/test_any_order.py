@@ -59,12 +59,12 @@ def test_whole_run_in_any_order(tiny_yaml, tmp_path, capsys):
     assert {"prompt_accuracy_16_steps", "edit_accuracy", "nats_per_caption_token"} <= set(metrics)
     pipe = TextToImagePipeline.from_pretrained(folder / "bundle")
     assert pipe.defaults.num_inference_steps == 4
-    picture = Image.new("RGB", (32, 32), "red")
+    image = Image.new("RGB", (32, 32), "red")
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (0, 0, 8, 8))
-    out = pipe.edit(picture, mask, "a red circle", num_inference_steps=1)
-    assert np.array_equal(np.asarray(out.images[0])[8:], np.asarray(picture)[8:])
-    assert len(pipe.caption(picture, num=2)) == 2
+    out = pipe.edit(image, mask, "a red circle", num_inference_steps=1)
+    assert np.array_equal(np.asarray(out.images[0])[8:], np.asarray(image)[8:])
+    assert len(pipe.caption(image, num=2)) == 2
     assert main(["train-prior", *arguments]) == 0  # done already
 
 

@@ -96,22 +96,22 @@ def test_finished_variants_are_kept_and_all_are_shown(bakeoff, tmp_path, capsys)
         ["compare-tokenizers", "--config", bakeoff, "--minutes", "1"],
         "made with other settings (minutes)",
     )
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/figures.json")}
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/metrics.json")}
     stranger = folder / "a peer"
     stranger.mkdir()
-    made = json.loads((folder / "plain" / "figures.json").read_text())["made_with"]
-    (stranger / "figures.json").write_text(
+    made = json.loads((folder / "plain" / "metrics.json").read_text())["made_with"]
+    (stranger / "metrics.json").write_text(
         json.dumps(
-            {"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "tokenizer": 0}}
+            {"metrics": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "tokenizer": 0}}
         )
     )
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
-    (stranger / "figures.json").write_text(
+    (stranger / "metrics.json").write_text(
         json.dumps(
-            {"figures": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}
+            {"metrics": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}
         )
     )
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
@@ -125,7 +125,7 @@ def test_finished_variants_are_kept_and_all_are_shown(bakeoff, tmp_path, capsys)
 def test_variant_with_other_settings_is_named_before_training(bakeoff, monkeypatch, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     (
-        bakeoff.parent / "runs" / "tiny" / "plain" / "figures.json"
+        bakeoff.parent / "runs" / "tiny" / "plain" / "metrics.json"
     ).unlink()  # due again, and before the one that is refused
     monkeypatch.setattr(
         comparison, "run_variant", lambda experiment, minutes: pytest.fail("work was begun")
@@ -337,7 +337,7 @@ def test_single_process_commands_refuse_several_processes(name, bakeoff, monkeyp
     arguments = {
         "compare-tokenizers": ["--config", bakeoff],
         "codebook": ["--tokenizer", bakeoff.parent, "--config", bakeoff],
-        "reconstruct": ["--tokenizer", bakeoff.parent, "picture.png"],
+        "reconstruct": ["--tokenizer", bakeoff.parent, "image.png"],
     }
     fails(capsys, [name, *arguments[name]], "is the work of one process; start it without torchrun")
 

@@ -124,7 +124,7 @@ def test_image_limits_are_split_by_weight(sources, tmp_path):
     assert codes.lengths == [2, 6]
 
 
-def test_a_source_of_one_picture_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_a_source_of_one_image_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.png").write_bytes(encoded(size=(40, 40)))
     (tmp_path / "one" / "a.txt").write_text("alone")
@@ -159,7 +159,7 @@ def test_mixture_with_shapes_gets_the_checks_of_shapes(sources, tmp_path, capsys
     )
 
 
-def test_a_shard_without_pictures_is_exported_too(sources, tmp_path):
+def test_a_shard_without_images_is_exported_too(sources, tmp_path):
     from tests.helpers.data import write_shard
 
     write_shard(tmp_path / "shards" / "999.tar", [("x", {"png": b"none", "txt": b"x"})])

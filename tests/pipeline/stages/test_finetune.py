@@ -476,7 +476,7 @@ def test_forgetting_evaluates_both_bundles_on_both_data(tmp_path, bundle, finish
     assert main(["run", *arguments, *LORA]) == 0
     folder = tmp_path / "runs" / "tuned"
     experiment = load_experiment(arguments)
-    found = forgetting(bundle, folder / "bundle", experiment, pictures=70)
+    found = forgetting(bundle, folder / "bundle", experiment, images=70)
     assert not found.notes and set(found.metrics) == {OLD, NEW}
     data = {OLD: load_experiment(["--config", str(finished_run[0])]).data, NEW: experiment.data}
     for name, config in data.items():
@@ -546,9 +546,7 @@ def test_missing_old_data_is_reported_and_new_data_evaluated(tmp_path, bundle, f
     described = json.loads((copy / "pipeline.json").read_text())
     described["trained_on"]["data"]["source"] = str(tmp_path / "gone")
     (copy / "pipeline.json").write_text(json.dumps(described))
-    found = forgetting(
-        copy, bundle, load_experiment(["--config", str(finished_run[0])]), pictures=10
-    )
+    found = forgetting(copy, bundle, load_experiment(["--config", str(finished_run[0])]), images=10)
     assert (
         set(found.metrics) == {NEW}
         and len(found.notes) == 1

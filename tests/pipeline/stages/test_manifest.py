@@ -57,7 +57,7 @@ def test_an_interrupted_attempt_keeps_what_auto_chose(experiment):
     assert stage_run(experiment, batch_size=8).train.batch_size == 8
 
 
-ADVERSARY = [
+DISCRIMINATOR = [
     "--tokenizer.objective.discriminator.weight=0.1",
     "--tokenizer.objective.discriminator.start=0",
     "--tokenizer.model.vq.dead_code_threshold=0.9",
@@ -67,10 +67,10 @@ ADVERSARY = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [ADVERSARY, ["--tokenizer.model.quantizer=score_function"]], ids=["vq", "score"]
+    "options", [DISCRIMINATOR, ["--tokenizer.model.quantizer=score_function"]], ids=["vq", "score"]
 )
 def test_auto_trains_the_tokenizer_that_the_chosen_numbers_train(tiny_yaml, tmp_path, options):
-    """The probe's steps leave no trace in weights, codebooks, baselines or the adversary."""
+    """The probe's steps leave no trace in weights, codebooks, baselines or the discriminator."""
     command = ["train-tokenizer", "--config", str(tiny_yaml), *options]
     auto = "--tokenizer.train.gradient_accumulation_steps=auto"
     assert main([*command, "--name", "auto", auto]) == 0

@@ -109,7 +109,7 @@ def test_only_one_process_writes(two_runs):
     assert held_out[0] == pytest.approx(held_out[1], rel=0.2)
 
 
-def test_pictures_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
+def test_images_do_not_depend_on_the_number_of_processes(two_runs, tmp_path):
     prompts = ["a red circle", "a blue star", "a green heart"]
     for processes in (1, 2):
         launch(

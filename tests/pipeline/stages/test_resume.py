@@ -216,7 +216,7 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
     assert fingerprints[:half] == fingerprints[half:]
 
 
-def folder_of_pictures(folder: Path, count: int) -> None:
+def folder_of_images(folder: Path, count: int) -> None:
     folder.mkdir(exist_ok=True)
     for i in range(count):
         Image.new("RGB", (32, 32), (i * 8, 0, 0)).save(folder / f"{i}.png")
@@ -226,11 +226,11 @@ def folder_of_pictures(folder: Path, count: int) -> None:
 @pytest.fixture
 def own_folder(tmp_path) -> list[str]:
     """Arguments of a run on a folder of 12 images."""
-    folder_of_pictures(tmp_path / "pictures", 12)
+    folder_of_images(tmp_path / "images", 12)
     values = {
         **TINY,
         "output_dir": str(tmp_path / "runs"),
-        "data": {"source": str(tmp_path / "pictures"), "image_size": 32, "val_fraction": 0.3},
+        "data": {"source": str(tmp_path / "images"), "image_size": 32, "val_fraction": 0.3},
         "encode": {"max_val_images": 10},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
@@ -241,8 +241,8 @@ def test_changed_images_are_another_run(own_folder, tmp_path, capsys):
     for stage in ("train-tokenizer", "encode", "train-prior"):
         assert main([stage, *own_folder]) == 0
     capsys.readouterr()
-    folder_of_pictures(tmp_path / "pictures", 13)
-    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (pictures)")
+    folder_of_images(tmp_path / "images", 13)
+    fails(capsys, ["train-tokenizer", *own_folder], "made with other settings (images)")
     fails(
         capsys,
         ["encode", *own_folder],
@@ -270,7 +270,7 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
     from pipeline.data.load import load_source
 
     held_out = load_source(load_experiment(own_folder).data, "held_out").captions([0])[0]
-    (tmp_path / "pictures" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
+    (tmp_path / "images" / f"{held_out.removeprefix('shade ')}.txt").write_text("z" * 99)
     for stage in ("train-tokenizer", "encode"):
         assert main([stage, *own_folder]) == 0
     capsys.readouterr()

@@ -190,7 +190,7 @@ def test_corrupted_best_checkpoint_is_replaced(tmp_path, caplog):
     out = caplog.text
     assert (
         f"{best} is corrupted (ema.safetensors is not what was written" in out
-        and "chosen anew" in out
+        and "chosen from here on alone" in out
     )
     assert names(tmp_path / "best") == ["step-8"]
     last, _ = train(tmp_path / "last", steps=8, eval_every=2)

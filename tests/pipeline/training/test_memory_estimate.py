@@ -89,7 +89,7 @@ def tokenizer(num_codes: int = 16, **vq: object) -> TokenizerObjective:
     return TokenizerObjective(ImageTokenizer(model).train(), ObjectiveConfig())
 
 
-def pictures(count: int) -> torch.Tensor:
+def images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
 
 
@@ -138,7 +138,7 @@ def test_tracker_counts_live_tensors():
     assert live.now == 0 and live.peak == 4000
 
 
-@pytest.mark.parametrize(("objective", "batch"), [(prior, pairs), (tokenizer, pictures)])
+@pytest.mark.parametrize(("objective", "batch"), [(prior, pairs), (tokenizer, images)])
 def test_linear_model_predicts_larger_batches_and_restores_state(objective, batch):
     made = objective()
     network = next(iter(made.networks.values()))
@@ -162,7 +162,7 @@ def test_probe_restores_a_codebook_parameter():
         made.tokenizer.quantizer.codebook,
         made.tokenizer.quantizer.codebook.data_ptr(),
     )
-    fit_memory_model(probe(made), pictures, most=8)
+    fit_memory_model(probe(made), images, most=8)
     assert made.tokenizer.quantizer.codebook is optimizer_has and torch.equal(before, optimizer_has)
     assert optimizer_has.data_ptr() == address
 
@@ -170,9 +170,9 @@ def test_probe_restores_a_codebook_parameter():
 def test_probe_retries_with_more_rows():
     """k-means needs a vector a code: 16 of each image for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
-    assert fit_memory_model(probe(made, 0), pictures, most=8).row > 0
+    assert fit_memory_model(probe(made, 0), images, most=8).row > 0
     with pytest.raises(ValueError, match="k-means needs a vector a code"):
-        fit_memory_model(probe(made, 0), pictures, most=4)
+        fit_memory_model(probe(made, 0), images, most=4)
 
 
 def test_rows_are_repeated_to_fill_a_batch():

@@ -271,7 +271,7 @@ def test_throughput_and_data_wait_fraction(monkeypatch):
         now[0] += 30
         pace.step(waited)
     assert pace.metrics() == {"images_per_second": 96 / 90, "data_wait_fraction": 0.1}
-    assert pace.line() == "1.5 minutes, 1 pictures/s, 10.0% of it waiting for data"
+    assert pace.line() == "1.5 minutes, 1 images/s, 10.0% of it waiting for data"
     pace.restart()
     now[0] += 1
     assert pace.metrics() == {"images_per_second": 0, "data_wait_fraction": 0}

@@ -63,15 +63,15 @@ def test_dead_codes_restart_in_the_shared_run(by_processes):
 def test_indivisible_data_does_not_hang(tmp_path):
     """Five images for batches of eight, fewer held out and fewer codes than the four processes;
     within a time, or this fails."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     random = np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-            pictures / f"{i}.png"
+            images / f"{i}.png"
         )
-        (pictures / f"{i}.txt").write_text(f"image {i} of few")
-    data = {"source": str(pictures), "image_size": 32, "val_fraction": 0.2}
+        (images / f"{i}.txt").write_text(f"image {i} of few")
+    data = {"source": str(images), "image_size": 32, "val_fraction": 0.2}
     encode = {"batch_size": 16, "max_val_images": 10, "images_per_shard": 2}
     out = launch(
         tmp_path,

@@ -85,7 +85,7 @@ def test_health_warning_is_repeated_only_when_it_returns(tmp_path, caplog):
         "line: codes are wasted again",
     ]
     assert re.fullmatch(
-        r"line: 0\.0 minutes, [\d,]+ pictures/s, \d+\.\d% of it waiting for data", lines[-1]
+        r"line: 0\.0 minutes, [\d,]+ images/s, \d+\.\d% of it waiting for data", lines[-1]
     )
 
 
