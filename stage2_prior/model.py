@@ -308,8 +308,8 @@ class ImagePrior(PreTrainedModel):
         if self.target_embedding is not None:
             if targets is None:
                 raise ValueError(
-                    "this prior takes codes in any order and needs the position of the next one; give "
-                    "targets"
+                    "this prior takes codes in any order and needs the position of the next "
+                    "one; give targets"
                 )
             x = x + self.target_embedding(self.slot_level[targets])
             rotary = RotaryEmbedding(self._rotary(targets), key)

@@ -227,7 +227,8 @@ def load_complete(load: Callable[[Path], Made], folder: Path, command: str) -> M
         return load(folder)
     except ValueError as error:
         raise ValueError(
-            f"{error}, or run `minidalle {command}`, which delivers it again from its last checkpoint"
+            f"{error}, or run `minidalle {command}`, which delivers it again from its last "
+            "checkpoint"
         ) from error
 
 

@@ -388,7 +388,7 @@ def test_shards_with_text_json_and_labels_are_read(tmp_path):
     samples = [
         ("x/one", {"jpg": encoded(form="JPEG"), "json": b'{"alt": "from json"}', "cls": b"cat"}),
         ("two", {"jpg": encoded(form="JPEG"), "json": b"broken", "cls": b"dog"}),
-        ("notes", {"txt": b"no picture"}),
+        ("notes", {"txt": b"no image"}),
     ]
     write_shard(tmp_path / "0.tar", samples)
     source, held_out = load_sources(config(tmp_path, caption_template="{cls}"))

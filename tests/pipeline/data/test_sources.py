@@ -82,7 +82,7 @@ def test_skipped_images_are_counted_and_named(tmp_path):
         write_image(tmp_path / f"{name}.png", size=(8, 8) if name == "small" else (20, 20))
         if name != "uncaptioned":
             (tmp_path / f"{name}.txt").write_text("" if name == "empty" else name)
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "broken.txt").write_text("broken")
     source = load_source(config(tmp_path, filter={"max_corrupt_fraction": 0.5}), "train")
     problems = "\n".join(source.problems)

@@ -287,7 +287,7 @@ def test_unusable_samples_are_counted_and_skipped(tmp_path):
     samples += [
         ("cut", {"png": whole[:-30], "txt": b"x"}),
         ("small", {"png": encoded(size=(8, 8)), "txt": b"x"}),
-        ("none", {"png": b"no picture", "txt": b"x"}),
+        ("none", {"png": b"no image", "txt": b"x"}),
         ("mute", {"png": whole, "txt": b" "}),
     ]
     write_shard(tmp_path / "0.tar", samples)

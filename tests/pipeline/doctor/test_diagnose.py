@@ -139,7 +139,7 @@ def test_images_are_counted_by_size_mode_and_format(folder):
 
 def test_unreadable_images_are_named_and_too_many_fail(folder):
     for name in ("aa", "bb", "cc"):
-        (folder / f"{name}.png").write_bytes(b"no picture")
+        (folder / f"{name}.png").write_bytes(b"no image")
         (folder / f"{name}.txt").write_text("broken")
     found = diagnose(config(folder, filter={"max_corrupt_fraction": 0.1}))
     assert [
