@@ -24,7 +24,6 @@ from pipeline.data.readers.images import frames, open_for_judging
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.log import shows_progress
-from stage1_tokenizer.pixels import to_rgb
 
 UNREADABLE = "unreadable images left out"
 _CHUNK = 32
@@ -199,6 +198,7 @@ _FAINT = 0.5
 
 
 def _examined(rows: Rows, row: int) -> _Line:
+    from stage1_tokenizer.pixels import to_rgb  # imports torch
 
     digest = 0
     try:

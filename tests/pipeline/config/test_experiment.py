@@ -210,7 +210,7 @@ def test_every_violated_relation_is_named(tiny_yaml):
             r"(?s)data\.filter\.max_aspect is 0\.5.*data\.stream\.shuffle_buffer is 0.*"
             r"data\.shapes\.num_scenes is 0.*encode\.batch_size is 0",
         ),
-        (["--data.max_objects", "2"], r"data\.max_objects: unrecognized"),
+        (["--data.max_objects", "2"], r"data\.max_objects is not a setting"),
         (
             [
                 "--prior.train.learning_rate",

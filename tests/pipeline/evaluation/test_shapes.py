@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, ShapesOptions
 from pipeline.data.builtin.shapes import NEW_PAIRS
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.evaluation.metrics import Reconstructions
@@ -16,7 +16,9 @@ from pipeline.evaluation.shapes import _edit, edit_accuracy, shapes_metrics
 
 SIZE = 64
 COUNT = 12
-EXPERIMENT = SimpleNamespace(data=DataConfig(source="shapes", image_size=SIZE, max_objects=2))
+EXPERIMENT = SimpleNamespace(
+    data=DataConfig(source="shapes", image_size=SIZE, shapes=ShapesOptions(max_objects=2))
+)
 
 
 class Painter:
