@@ -33,13 +33,30 @@ def test_time_left_is_that_of_the_steps_after_the_warm_up(clock):
         assert bar.seconds_left() == pytest.approx(90 * 2.0)
 
 
-def test_time_between_updates_counts_as_evaluations_to_come(clock):
-    with ProgressBar(total=23, file=io.StringIO()) as bar:
-        for _ in range(13):
+def test_an_evaluation_does_not_change_the_pace(clock):
+    with ProgressBar(total=100, file=io.StringIO()) as bar:
+        for _ in range(40):
             clock.now += 1.0
             bar.update()
-        clock.now += 5.0  # one evaluation per ten steps
-        assert bar.seconds_left() == pytest.approx(15.0)
+        clock.now += 60.0
+        bar.update()
+        assert bar.seconds_left() == pytest.approx(59.0)
+
+
+def test_time_left_follows_the_recent_pace(clock):
+    with ProgressBar(total=300, file=io.StringIO()) as bar:
+        for seconds in [9.0] * 100 + [1.0] * 100:
+            clock.now += seconds
+            bar.update()
+        assert bar.seconds_left() == pytest.approx(100.0)
+
+
+def test_updates_of_several_items_count_each(clock):
+    with ProgressBar(total=1000, file=io.StringIO()) as bar:
+        for _ in range(5):
+            clock.now += 2.0
+            bar.update(100)
+        assert bar.seconds_left() == pytest.approx(10.0)
 
 
 def test_a_resumed_bar_counts_its_own_items_alone(clock):
