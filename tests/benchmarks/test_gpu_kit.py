@@ -74,6 +74,7 @@ def test_failing_part_does_not_stop_the_others(tmp_path, capsys):
     assert "== broken failed after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hanging_part_is_killed_with_its_children_and_keeps_its_metrics(tmp_path):
     child = tmp_path / "child"
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -151,6 +152,7 @@ def test_missing_or_old_packages_are_named(tmp_path):
     assert missing_packages(ROOT / "pyproject.toml", "") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_error_is_one_line(tmp_path, capsys):
     assert gpu_kit.main(["--out", str(tmp_path / "out")]) == 1
@@ -173,6 +175,7 @@ def test_unknown_part_is_a_usage_error(capsys):
     )
 
 
+@pytest.mark.slow
 def test_results_go_to_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert gpu_kit.main(["--device", "cpu", "--only", "environment"]) == 0

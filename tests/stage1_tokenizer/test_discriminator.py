@@ -186,6 +186,7 @@ def test_loss_at_the_image_keeps_value_and_gradient():
         torch.testing.assert_close(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_compiled_networks_train_with_a_discriminator(images, adaptive):

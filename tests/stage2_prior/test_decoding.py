@@ -311,6 +311,7 @@ def test_grouped_query_sampling_equals_uncached(text_ids):
         assert torch.equal(sample_from_uniform(logits[:, i], noise), drawn.codes[:, i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -331,6 +332,7 @@ def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, 
     assert len(graphs) == (0 if options.num_inference_steps else 2)
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_cached_per_prior_and_option(text_ids, monkeypatch):
     graphs = traced(monkeypatch)
     raster, other = tiny_prior(), any_order_prior()
@@ -402,6 +404,7 @@ def test_known_codes_must_be_given_and_equally_many(text_ids, codes):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
     text_ids, seeds = text_ids.repeat(4, 1), range(12)
@@ -417,6 +420,7 @@ def test_steps_that_are_really_compiled_draw_the_same_codes(text_ids):
         assert len(compiled_programs(prior)) == 3
 
 
+@pytest.mark.slow
 def test_compiled_step_is_rebuilt_when_the_prior_changes(text_ids, monkeypatch):
     graphs = traced(monkeypatch)
     prior = any_order_prior()

@@ -250,6 +250,7 @@ def test_bad_options_are_all_named():
         SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5, min_p=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("captions", "as_sums"), [(1, True), (5, False)])
 def test_compiled_sampling_draws_the_same_codes(prior, text_ids, monkeypatch, captions, as_sums):
     """With a backend that runs the traced graph as it is; one graph serves every slot of a batch

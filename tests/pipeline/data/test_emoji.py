@@ -96,6 +96,7 @@ def names(source: EmojiSource) -> list[str]:
 
 
 @installed
+@pytest.mark.slow
 def test_the_splits_hold_thousands_of_distinct_images_and_new_combinations():
     train, held_out = (
         EmojiSource(DataConfig(source="emoji", image_size=32), split)

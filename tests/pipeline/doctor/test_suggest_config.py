@@ -62,6 +62,7 @@ def test_suggested_size_skips_at_most_a_tenth(tmp_path, sizes, expected, upscale
     ) == (expected, upscale, factor)
 
 
+@pytest.mark.slow
 def test_larger_size_is_opt_in_and_filters_are_kept(tmp_path):
     experiment = suggested(
         tmp_path,

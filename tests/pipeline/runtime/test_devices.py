@@ -67,6 +67,7 @@ print(after - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
 def test_freed_memory_is_reused_by_the_process():
     """48 MB five times over are 60,000 pages: asked for each time by default, and here once more at
