@@ -194,15 +194,15 @@ def main() -> None:
         )
 
     print(
-        "\n1,000,000,000 images: codes of 4 bytes, as they are written; captions of 60 letters "
-        "and their ends; the row's number"
+        "\n1,000,000,000 images: codes of 2 bytes, as up to 65,536 codes are written; captions of "
+        "60 letters and their ends; the row's number"
     )
-    print("| codes per image | codes | the same in 2 bytes | captions | numbers | files of 1 GB |")
+    print("| codes per image | codes | in 4 bytes | captions | numbers | files of 1 GB |")
     print("|---|---|---|---|---|---|")
     for codes in (256, 1024):
         print(
-            f"| {codes:,} | {codes * 4e-3:.2f} TB | {codes * 2e-3:.2f} TB | 0.064 TB | 0.008 TB | "
-            f"{codes * 4 + 72:,} |"
+            f"| {codes:,} | {codes * 2e-3:.2f} TB | {codes * 4e-3:.2f} TB | 0.064 TB | 0.008 TB | "
+            f"{codes * 2 + 72:,} |"
         )
 
 

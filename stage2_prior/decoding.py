@@ -4,8 +4,8 @@ position ids; no text, no images.
 Legend: B images, T text positions, N codes of an image, k codes first sampled in one step.
 
 Tokens have a *position id* (what they are) and a *cache position* (when they come). Cache positions
-0..T-1 hold the text, T+i the i-th code in the order of the image. A step's input is the codes of
-the step before; its output is the next k. To sample k > 1 codes at once, the last token is repeated
+0..T-1 hold the text, T+i the i-th code in that image's sampling order. A step's input is the codes
+of the step before; its output is the next k. To sample k > 1 codes at once, the last token is repeated
 k times, each time with another target, at cache positions that the next step overwrites. Each of
 these draft tokens attends to all earlier codes and to no other draft token, just as in training.
 With k = 1 this is plain sequential sampling.

@@ -1,5 +1,5 @@
-"""The one stream of caption and codes. The only file that adds offsets; knows position ids and
-token ids, nothing of networks.
+"""The one stream of caption and codes. Adds the offset of each level to its codes; knows position
+ids and token ids, nothing of networks.
 
 Legend: B batch, T text positions, N codes of an image, S = T + N positions.
 

@@ -149,7 +149,7 @@ class DataConfig:
     """Fraction of the images held out from training, chosen by a hash of each image's name."""
     image_column: str | None = None
     """Column of the images: paths, bytes or `datasets` images. Absent, it is whichever exists of
-    image, file_name, path, jpg, png."""
+    image, file_name, path, jpg, jpeg, png, webp."""
     text_column: str = "text"
     """Column of the captions: a text, a list of texts, or a class label, whose name is the caption.
     NAME.txt has one caption per line."""

@@ -139,8 +139,7 @@ class TextToImagePipeline:
         The parameters are eight because each is an option of its own that users name.
 
         Args:
-            best_of: images drawn for each one returned; the one with the highest guidance gain is
-                kept.
+            best_of: images sampled for each one returned; the one with the highest PMI is kept.
             judge: (images, prompts) -> a score each, by which `best_of` chooses instead, such as
                 `pipeline.CLIPScorer`.
             batch_size: images at a time; fewer where memory is short.
