@@ -5,10 +5,10 @@ Legend: B images, T text positions, N codes of an image, k codes first sampled i
 
 Tokens have a *position id* (what they are) and a *cache position* (when they come). Cache positions
 0..T-1 hold the text, T+i the i-th code in that image's sampling order. A step's input is the codes
-of the step before; its output is the next k. To sample k > 1 codes at once, the last token is repeated
-k times, each time with another target, at cache positions that the next step overwrites. Each of
-these draft tokens attends to all earlier codes and to no other draft token, just as in training.
-With k = 1 this is plain sequential sampling.
+of the step before; its output is the next k. To sample k > 1 codes at once, the last token is
+repeated k times, each time with another target, at cache positions that the next step overwrites.
+Each of these draft tokens attends to all earlier codes and to no other draft token, just as in
+training. With k = 1 this is plain sequential sampling.
 
 Draft tokens are sampled independently, so two of them may start the same object twice. The next
 step verifies them with full context: it resamples each with the same uniform number. Most stay what
@@ -250,7 +250,7 @@ class _Decoder:
         self.finite.append(output.log_p.isfinite().all())
         if output.null_log_p is not None:
             self.log_p[1, :, sampled] = output.null_log_p
-        ids = output.classes + self.prior.stream.text_vocab_size
+        ids = self.prior.stream.class_ids(output.classes)
         self._accept(ids, first + 1, position, guided)
 
     def _spec(self, guided: bool) -> SamplingSpec:
@@ -295,7 +295,7 @@ class _Decoder:
                 "back to an earlier checkpoint"
             )
         stream = self.prior.stream
-        classes = self.ids[: self.batch, self.text_length :] - stream.text_vocab_size
+        classes = stream.classes_of(self.ids[: self.batch, self.text_length :])
         orders = self.orders.to(classes.device)
         codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
         totals = self.log_p.sum(2)

@@ -1,5 +1,5 @@
-"""The one stream of caption and codes. Adds the offset of each level to its codes; knows position
-ids and token ids, nothing of networks.
+"""The one stream of caption and codes. The only file that adds offsets; knows position ids and
+token ids, nothing of networks.
 
 Legend: B batch, T text positions, N codes of an image, S = T + N positions.
 
@@ -75,6 +75,14 @@ class Stream:
             + self.text_vocab_size
             + (first[: codes.shape[1]] if positions is None else first[positions])
         )
+
+    def class_ids(self, classes: Tensor) -> Tensor:
+        """Classes of the logits of codes -> ids of the joint vocabulary."""
+        return classes + self.text_vocab_size
+
+    def classes_of(self, ids: Tensor) -> Tensor:
+        """The inverse of `class_ids`."""
+        return ids - self.text_vocab_size
 
     def text_first(
         self, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None
