@@ -9,7 +9,7 @@ DEMO_RUN := runs/shapes
 GPU_PYTHON ?= python3
 DEVICE ?= cuda
 WHEELS_PYTHON ?= 3.12
-WHEELS := datasets dill multiprocess jsonargparse
+WHEELS := datasets dill multiprocess jsonargparse filelock
 
 .PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels clean
 

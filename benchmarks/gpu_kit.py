@@ -66,7 +66,7 @@ PARTS = (
     Part("profile", 20, 30.0),
 )
 """Together they take `TOTAL_SECONDS` at most; the last one also has what the others left."""
-CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse")
+CARRIED = ("datasets", "dill", "multiprocess", "jsonargparse", "filelock")
 """Packages that `make gpu-wheels` gathers: pure Python, and absent where only a framework is
 installed."""
 CPU_SECONDS = 60
@@ -227,7 +227,7 @@ def missing_packages(project: Path, path: str) -> list[str]:
     ]
     found = {}
     for distribution in importlib.metadata.distributions(
-        path=[*sys.path, *filter(None, path.split(os.pathsep))]
+        path=[*filter(None, path.split(os.pathsep)), *sys.path]
     ):
         if name := distribution.metadata[
             "Name"

@@ -96,7 +96,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     not of the first."""
     problems: list[str] = []
     built = _build(kind, values, "", problems)
-    if built is None:
+    if problems or built is None:
         raise ValueError("\n".join(problems))
     return built
 
@@ -167,8 +167,20 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(_leaves(loaded))
         else:
-            leaves[key] = value
+            section = _section(value)
+            leaves.update(_leaves(section, f"{key}.") if section else {key: value})
     return leaves
+
+
+def _section(text: str) -> dict[str, object]:
+    """A section of settings that is given as one JSON or YAML mapping; empty for other values."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _every_problem(given: Mapping[str, object]) -> list[str]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +34,9 @@ from pipeline.stages.encode import encode_dataset, sources_of
 from pipeline.stages.manifest import encode_settings, read_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
-from pipeline.stages.time_estimate import time_steps
 from pipeline.stages.tokenizer import TokenizerTraining, train_tokenizer
 from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
 from stage1_tokenizer.metrics import ssim
 
@@ -358,7 +359,29 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
     sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     training = TokenizerTraining(experiment, accelerator, *sources)
     task = training.task(train.resolved_batch()[0])
-    return time_steps(task, train, accelerator, _TRIAL_STEPS, experiment.precision)
+    times: list[float] = []
+
+    def timed(step: int) -> object:
+        times.append(time.perf_counter())
+        return task.batch(step)
+
+    steps = _TRIAL_STEPS
+    trial = replace(train, steps=steps, eval_every=steps, save_every=steps, save_best=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        fit(
+            replace(task, batch=timed, sample_images=dict),
+            trial,
+            accelerator,
+            Path(scratch),
+            seed=experiment.seed,
+            bf16=uses_bf16(experiment.precision, accelerator.device),
+            compile_networks=should_compile(train, accelerator.device),
+            label="trial",
+            seconds_after=None,
+        )
+    pace = float(np.median(np.diff(times)[steps // 2 :]))
+    return times[steps // 2] - start - pace * steps / 2, pace
 
 
 @torch.no_grad()

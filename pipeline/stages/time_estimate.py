@@ -1,31 +1,31 @@
-"""How long training steps and later stages take, by a few trial steps. Keeps nothing of what it
-trains."""
+"""How long the stages after the tokenizer's training take, by a few trial steps of a prior of the
+same sizes and a few encoded images. Keeps nothing of what it trains."""
 
 from __future__ import annotations
 
-import tempfile
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from pipeline.config.experiment import Experiment
-from pipeline.config.train import TrainConfig
 from pipeline.data.source import Source
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
+from pipeline.runtime.log import shows_progress
 from pipeline.stages.encode import sources_of
 from pipeline.stages.estimate import trial_objective
 from pipeline.training.auto_batch import has_auto_batch
+from pipeline.training.batch import to_device
 from pipeline.training.fsdp import fsdp_requested
-from pipeline.training.task import Task
-from pipeline.training.trainer import fit
+from pipeline.training.optimizers import optimizers_for
+from pipeline.training.train_step import StepContext, backward_all, step_optimizers
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
-_PRIOR_STEPS = 8
+_STEPS = 8
 _COMPILED_PACE = 0.6
 """Time of a compiled step of a prior, as a fraction of a plain one's: 0.57 to 0.63 were measured on
 the shipped configurations (docs/scaling.md). Trial steps are plain: compiling takes longer."""
@@ -41,40 +41,13 @@ class StageSeconds:
     prior: float = 0.0
 
 
-def time_steps(
-    task: Task, train: TrainConfig, accelerator: Accelerator, steps: int, precision: str
-) -> tuple[float, float]:
-    """Seconds before the first step, and seconds per step (the median of the later half)."""
-    times: list[float] = []
-
-    def timed(step: int) -> object:
-        times.append(time.perf_counter())
-        return task.batch(step)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        start = time.perf_counter()
-        fit(
-            replace(task, batch=timed, sample_images=dict),
-            replace(train, steps=steps, eval_every=steps, save_every=steps, save_best=False),
-            accelerator,
-            Path(scratch),
-            seed=0,
-            bf16=uses_bf16(precision, accelerator.device),
-            compile_networks=should_compile(train, accelerator.device),
-            label="trial",
-            seconds_after=None,
-        )
-    pace = float(np.median(np.diff(times)[steps // 2 :]))
-    return times[steps // 2] - start - pace * steps / 2, pace
-
-
 def estimate_seconds(experiment: Experiment) -> StageSeconds:
     """How long encoding and the prior will take, by this job's processes; every process must call.
 
-    Zeros where a trial is not possible: the batch size is `auto`, or the prior is sharded and need
-    not fit one device. Evaluations are not included.
+    Zeros where no bar shows them, or a trial is not possible: the batch size is `auto`, or the
+    prior is sharded and need not fit one device. Evaluations are not included.
     """
-    if has_auto_batch(experiment.prior.train) or fsdp_requested():
+    if not shows_progress() or has_auto_batch(experiment.prior.train) or fsdp_requested():
         return StageSeconds()
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     source, _ = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
@@ -87,11 +60,25 @@ def _prior_seconds(
     experiment: Experiment, tokenizer: ImageTokenizer, accelerator: Accelerator
 ) -> float:
     train = experiment.prior.train
-    rows = train.resolved_batch()[0] // accelerator.num_processes
-    objective, batch = trial_objective(experiment, tokenizer, rows)
-    task = Task(objective, lambda step: batch, lambda: [batch], "nats_per_code", dict)
-    plain = replace(train, compile="off")
-    _, pace = time_steps(task, plain, accelerator, _PRIOR_STEPS, experiment.precision)
+    batch_size, micro_batches = train.resolved_batch()
+    objective, batch = trial_objective(
+        experiment, tokenizer, batch_size // accelerator.num_processes
+    )
+    bf16 = uses_bf16(experiment.precision, accelerator.device)
+    autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+    prior = objective.networks["prior"].to(accelerator.device)
+    optimizers = optimizers_for("prior", prior, train)
+    context = StepContext(
+        objective, objective.networks, accelerator, autocast, train.grad_clip, micro_batches
+    )
+    times = []
+    for step in range(_STEPS):
+        gradients = backward_all(context, to_device(batch, accelerator.device), step)
+        step_optimizers(optimizers, gradients.groups, 0.0, apply=True)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    pace = float(np.median(np.diff(times)))
     if not should_compile(train, accelerator.device):
         return train.steps * pace
     return train.steps * pace * _COMPILED_PACE + _COMPILING

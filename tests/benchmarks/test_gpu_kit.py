@@ -149,6 +149,10 @@ def test_missing_or_old_packages_are_named(tmp_path):
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: No_Such.Package\nVersion: 1.2\n")
     assert len(missing_packages(project, str(tmp_path / "site"))) == 1
+    newer = tmp_path / "site" / "numpy-999.2.dist-info"  # it is found before the installed one
+    newer.mkdir()
+    (newer / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 999.2\n")
+    assert missing_packages(project, str(tmp_path / "site")) == []
     assert missing_packages(ROOT / "pyproject.toml", "") == []
 
 

@@ -14,8 +14,9 @@ import yaml
 
 from pipeline.cli.main import main
 from pipeline.config.checks import out_of_range
+from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment, to_dict
-from pipeline.config.load import load_experiment
+from pipeline.config.load import from_dict, load_experiment
 from pipeline.config.option_names import spelled
 
 ROOT = Path(__file__).parents[3]
@@ -76,6 +77,11 @@ def test_invalid_option_is_reported_once_without_relations(tiny_yaml):
     ]
     with pytest.raises(ValueError, match=r"(?s)layers of at least 1.*train.steps is 0"):
         load_experiment(["--config", str(tiny_yaml), *arguments])
+
+
+def test_from_dict_refuses_unknown_keys():
+    with pytest.raises(ValueError, match="nonsense is not a setting"):
+        from_dict(DataConfig, {"source": "shapes", "nonsense": 1})
 
 
 def test_resolved_configuration_loads_again(tiny_yaml, tmp_path):
@@ -162,6 +168,10 @@ def test_every_violated_relation_is_named(tiny_yaml):
         (
             ["--tokenizer.model.image_size", "48"],
             "data.image_size is 32 and tokenizer.model.image_size is 48",
+        ),
+        (
+            ["--data.image_size", "128", "--tokenizer.model", '{"image_size": 64}'],
+            "data.image_size is 128 and tokenizer.model.image_size is 64",
         ),
         (
             ["--tokenizer.model.image_size", "64"],

@@ -115,3 +115,8 @@ def test_a_mixture_is_configured_in_yaml(tmp_path):
     )
     with pytest.raises(ValueError, match="the weight of photos is -3"):
         load_experiment(["--config", str(tmp_path / "mix.yaml")])
+    (tmp_path / "mix.yaml").write_text(
+        "name: mix\ndata:\n  mix:\n    - {source: photos, weight: -3}\n    - {source: more}\n"
+    )
+    with pytest.raises(ValueError, match="the weight of photos is -3"):
+        load_experiment(["--config", str(tmp_path / "mix.yaml")])

@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.stages import compare_tokenizers as comparison
-from pipeline.stages import time_estimate
 from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget, table
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
@@ -209,7 +208,7 @@ def test_number_of_steps_follows_from_step_time(bakeoff, monkeypatch):
     s before the first, then 2 s each."""
     experiment = load_comparison(["--config", str(bakeoff)]).variants["plain"]
     monkeypatch.setattr(
-        time_estimate, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
+        comparison, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
     )
     assert [steps_in_budget(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99]
 

@@ -6,26 +6,17 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator
 
 from pipeline.config.load import load_experiment
-from pipeline.config.train import TrainConfig
 from pipeline.stages import run as run_stage
 from pipeline.stages import time_estimate
-from pipeline.stages.time_estimate import StageSeconds, estimate_seconds, time_steps
-from tests.helpers.training import Line, line_task
+from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 
 
 @pytest.fixture
 def two_seconds_per_look(monkeypatch):
     clock = itertools.count(0.0, 2.0)
     monkeypatch.setattr(time_estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-
-
-def test_step_time_is_the_median_and_the_start_is_left_out(two_seconds_per_look):
-    train = TrainConfig(steps=100, batch_size=4, compile="off")
-    start, pace = time_steps(line_task(Line()), train, Accelerator(), 8, "fp32")
-    assert (start, pace) == (2.0, 2.0)
 
 
 def estimated(tiny_yaml, *arguments):
@@ -51,6 +42,12 @@ def test_compiled_prior_is_estimated_from_plain_steps(tiny_yaml, two_seconds_per
     arguments = ("--prior.train.steps", "50", "--prior.train.compile")
     plain, compiled = (estimated(tiny_yaml, *arguments, how).prior for how in ("off", "on"))
     assert compiled == pytest.approx(0.6 * plain + 20.0)
+
+
+def test_nothing_is_tried_where_no_bar_shows_it(tiny_yaml, monkeypatch):
+    monkeypatch.setattr(time_estimate, "shows_progress", lambda: False)
+    monkeypatch.setattr(time_estimate, "sources_of", None)
+    assert estimated(tiny_yaml) == StageSeconds()
 
 
 def test_automatic_batch_size_has_no_estimate(tiny_yaml):
