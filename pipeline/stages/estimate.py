@@ -21,8 +21,8 @@ from stage2_prior import ImagePrior, PriorObjective
 
 _RUNNING = 150 * 2**20
 """Bytes that a training on a CPU takes besides its networks and the loaded program: data,
-evaluations, trackers, memory that the allocator keeps. 134 to 234 MiB were measured
-(docs/scaling.md)."""
+evaluations, trackers, memory that the allocator keeps. Fitted to the measured trainings of
+docs/scaling.md."""
 
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
