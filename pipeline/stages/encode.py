@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pipeline.config.data import DataConfig, data_settings
-from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
@@ -36,7 +36,7 @@ from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.progress import ProgressBar
-from pipeline.stages.manifest import encode_settings, flat, load_complete
+from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
