@@ -239,7 +239,7 @@ def load_checkpoint(
         raise CorruptedCheckpoint(problem)
     try:
         values = json.loads((path / "state.json").read_text())
-        state = State(int(values["step"]), dict(values["best"]), int(values.get("skipped", 0)))
+        state = State(int(values["step"]), dict(values["best"]), int(values["skipped"]))
         saved_optimizers = values["optimizers"]
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "ema.safetensors")

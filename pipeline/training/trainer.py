@@ -156,8 +156,11 @@ class Trainer:
             network.to("cpu" if sharded else accelerator.device).train()
         steppers = self.build(self.networks)
         self.state = self.resume(steppers)
-        kind = FSDPModelState if sharded else ModelState
-        self.model = kind(self.networks, steppers, accelerator, self.build)
+        self.model = (
+            FSDPModelState(self.networks, steppers, accelerator, self.build)
+            if sharded
+            else ModelState(self.networks, steppers, accelerator)
+        )
         self.buffers = BufferSnapshot(
             self.model.networks.values() if config.max_nonfinite_steps else ()
         )
@@ -206,7 +209,7 @@ class Trainer:
         with catch_signals() as self.signals, self.batches:
             if compile_networks:
                 self.model.compile(self.task.objective)
-            self.context = self.step_context()
+            context = self.step_context()
             shown = (
                 seconds_after is not None and self.accelerator.is_main_process and shows_progress()
             )
@@ -223,7 +226,9 @@ class Trainer:
                     start = time.perf_counter()
                     batch = self.batches.get(step)
                     waited = time.perf_counter() - start
-                    scalars = self.train_step(step, to_device(batch, self.accelerator.device))
+                    scalars = self.train_step(
+                        context, step, to_device(batch, self.accelerator.device)
+                    )
                     done = self.state.step
                     log.add(scalars, waited)
                     if done % config.log_every == 0 or self.saves(done):
@@ -256,11 +261,11 @@ class Trainer:
             micro_batches,
         )
 
-    def train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+    def train_step(self, context: StepContext, step: int, batch: Batch) -> dict[str, Tensor]:
         """One step; its scalars, none where it was skipped."""
         self.buffers.capture()
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
-        gradients = backward_all(self.context, batch, step)
+        gradients = backward_all(context, batch, step)
         nonfinite = self.sync_flags(gradients.scalars)
         if nonfinite:
             self.handle_nonfinite(step, gradients.scalars)

@@ -334,6 +334,14 @@ def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
     )
     assert re.search(r"prior: 0\.\dM parameters, about", out)
     assert not (tmp_path / "runs").exists()
+    assert main(["estimate", "--config", str(tiny_yaml), "--processes", "2"]) == 0
+    shared = capsys.readouterr().out
+    assert shared.count("of memory in each process (") == 2 and "in each process" not in out
+    fails(
+        capsys,
+        ["estimate", "--config", tiny_yaml, "--processes", "0"],
+        "processes is 0; it must be at least 1",
+    )
     assert list(
         estimate(
             replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml))
