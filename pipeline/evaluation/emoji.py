@@ -47,7 +47,7 @@ def captions_found(pipe: TextToImagePipeline, images: np.ndarray, captions: list
 def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean squared errors (len(a), len(b)) between two sets of images."""
     x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (a, b))
-    return ((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1]
+    return np.asarray(((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1])
 
 
 def _skin_tone_hits(pipe: TextToImagePipeline, source: EmojiSource) -> list[bool]:

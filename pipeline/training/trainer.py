@@ -122,6 +122,9 @@ class Trainer:
     """One training: `train` is the loop, the other methods are its parts in the order in which they
     are called."""
 
+    context: StepContext
+    """What each step uses; `train` sets it, after compiling."""
+
     def __init__(
         self,
         task: Task,
@@ -209,7 +212,7 @@ class Trainer:
         with catch_signals() as self.signals, self.batches:
             if compile_networks:
                 self.model.compile(self.task.objective)
-            context = self.step_context()
+            self.context = self.step_context()
             shown = (
                 seconds_after is not None and self.accelerator.is_main_process and shows_progress()
             )
@@ -226,9 +229,7 @@ class Trainer:
                     start = time.perf_counter()
                     batch = self.batches.get(step)
                     waited = time.perf_counter() - start
-                    scalars = self.train_step(
-                        context, step, to_device(batch, self.accelerator.device)
-                    )
+                    scalars = self.train_step(step, to_device(batch, self.accelerator.device))
                     done = self.state.step
                     log.add(scalars, waited)
                     if done % config.log_every == 0 or self.saves(done):
@@ -261,11 +262,11 @@ class Trainer:
             micro_batches,
         )
 
-    def train_step(self, context: StepContext, step: int, batch: Batch) -> dict[str, Tensor]:
+    def train_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One step; its scalars, none where it was skipped."""
         self.buffers.capture()
         torch.manual_seed(step_seed(self.seed, step, self.accelerator.process_index))
-        gradients = backward_all(context, batch, step)
+        gradients = backward_all(self.context, batch, step)
         nonfinite = self.sync_flags(gradients.scalars)
         if nonfinite:
             self.handle_nonfinite(step, gradients.scalars)
