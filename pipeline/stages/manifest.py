@@ -251,8 +251,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / _SETTINGS
     if not path.is_file():
         return None
-    remedy = f"put it back from a copy, or remove {folder} to start over"
-    content = read_json(path, remedy, "settings.train.steps")
+    content = read_json(
+        path, f"put it back from a copy, or remove {folder} to start over", "settings.train.steps"
+    )
     check_format(content.get("format"), folder)
     return content
 

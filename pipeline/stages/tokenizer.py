@@ -81,13 +81,12 @@ class TokenizerTraining:
         self.accelerator = accelerator
         self.held_out = held_out
         # Once, though `batch_size: auto` asks for two tasks: streams keep threads.
-        processes = accelerator.num_processes
         self.loader = batch_loader(
             source,
-            processes,
+            accelerator.num_processes,
             experiment.seed,
             accelerator.process_index,
-            processes,
+            accelerator.num_processes,
             folder=experiment.folder / "data",
         )
 
