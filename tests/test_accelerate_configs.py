@@ -55,10 +55,10 @@ def test_no_configuration_is_for_several_cpu_processes():
 
 @pytest.mark.parametrize("name", ["fsdp-8", "fsdp-4x8"])
 def test_fsdp_configurations_are_recognised_by_training(name, monkeypatch):
-    from pipeline.training import fsdp as sharding
+    from pipeline.training import fsdp
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     arguments, _, _ = _validate_launch_command(launched(FOLDER / f"{name}.yaml"))
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
-    assert sharding.fsdp_requested()
+    assert fsdp.fsdp_requested()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import pytest
 
 from pipeline.cli.main import COMMANDS, HELP
 from pipeline.config.experiment import Experiment
+from tests.helpers.experiments import settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -38,17 +37,6 @@ def test_commands_exist(page):
 
 def test_help_lists_every_command():
     assert all(re.search(rf"^  {command} ", HELP, re.MULTILINE) for command in COMMANDS)
-
-
-def settings(kind: Any, path: str = "") -> set[str]:
-    """Dotted names of every setting, sections included."""
-    found: set[str] = set()
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        found.add(f"{path}{field.name}")
-        if is_dataclass(hints[field.name]):
-            found |= settings(hints[field.name], f"{path}{field.name}.")
-    return found
 
 
 @EVERY_PAGE

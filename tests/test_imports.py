@@ -53,6 +53,8 @@ LAYERS = (
 )
 """Packages of pipeline/, top to bottom. A module imports from its own package or from one in a
 lower row."""
+PLANNED = {"serving", "likelihood"}
+"""Packages that have a row before they are there."""
 
 
 def upward_imports(path: Path) -> list[str]:
@@ -86,7 +88,7 @@ def test_every_package_has_a_layer():
     packages = {
         p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"
     }
-    assert packages <= {package for row in LAYERS for package in row}
+    assert packages | PLANNED == {package for row in LAYERS for package in row}
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:

@@ -149,12 +149,16 @@ def evaluate_command(
     print_rank0(f"{report.table()}\nwrote {out}")
 
 
-def estimate_command(*, settings: list[str]) -> None:
-    """Estimates the memory that each training stage takes."""
+def estimate_command(*, settings: list[str], processes: int = 1) -> None:
+    """Estimates the memory per process that each training stage takes.
+
+    Args:
+        processes: number of processes that share each batch
+    """
     from pipeline.stages.estimate import estimate
 
-    for stage, memory in estimate(parse_experiment(settings)).items():
-        print_rank0(f"{stage}: {memory.line(1)}")
+    for stage, memory in estimate(parse_experiment(settings), processes=processes).items():
+        print_rank0(f"{stage}: {memory.line(processes)}")
     print_rank0(f"next: minidalle run {shlex.join(settings)}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from pipeline.config.checks import out_of_range, problems, refuse
+
 SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
 them."""
@@ -51,23 +53,22 @@ class FilterOptions:
     """Largest fraction of unreadable images; above it, loading stops."""
 
     def problems(self) -> list[str]:
-        return _broken(
-            (
-                self.max_aspect is not None and self.max_aspect < 1,
-                f"data.filter.max_aspect is {self.max_aspect}; it is the longer over the shorter "
-                "side, at least 1",
+        return [
+            *problems(
+                (
+                    self.max_aspect is not None and self.max_aspect < 1,
+                    f"data.filter.max_aspect is {self.max_aspect}; it is the longer over the "
+                    "shorter side, at least 1",
+                ),
+                (
+                    self.max_caption is not None and self.max_caption < self.min_caption,
+                    f"data.filter.max_caption is {self.max_caption}; it must be at least "
+                    f"data.filter.min_caption {self.min_caption}",
+                ),
             ),
-            (
-                self.max_caption is not None and self.max_caption < self.min_caption,
-                f"data.filter.max_caption is {self.max_caption}; it must be at least "
-                f"data.filter.min_caption {self.min_caption}",
-            ),
-            (
-                not 0 <= self.max_corrupt_fraction <= 1,
-                f"data.filter.max_corrupt_fraction is {self.max_corrupt_fraction}; it must be in "
-                "[0, 1]",
-            ),
-        ) + _below_one("data.filter", self, "min_caption")
+            *out_of_range(self, "data.filter", "[0, 1]", "max_corrupt_fraction"),
+            *out_of_range(self, "data.filter", "[1, inf]", "min_caption"),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -80,7 +81,7 @@ class StreamOptions:
     """Shards that each process reads concurrently."""
 
     def problems(self) -> list[str]:
-        return _below_one("data.stream", self, "shuffle_buffer", "shards_per_worker")
+        return out_of_range(self, "data.stream", "[1, inf]", "shuffle_buffer", "shards_per_worker")
 
 
 @dataclass(kw_only=True)
@@ -98,7 +99,7 @@ class ShapesOptions:
     """Images after which the scenes repeat."""
 
     def problems(self, image_size: int) -> list[str]:
-        return _broken(
+        return problems(
             (
                 not 1 <= self.min_objects <= self.max_objects <= 3,
                 f"data.shapes.min_objects {self.min_objects} and data.shapes.max_objects "
@@ -109,7 +110,7 @@ class ShapesOptions:
                 f"data.shapes.grid_cells is {self.grid_cells}; it must be 0 or a divisor of "
                 f"data.image_size {image_size}, at least 8",
             ),
-        ) + _below_one("data.shapes", self, "num_scenes")
+        ) + out_of_range(self, "data.shapes", "[1, inf]", "num_scenes")
 
 
 @dataclass(kw_only=True)
@@ -173,20 +174,18 @@ class DataConfig:
     """GiB per process for decoded images that may be needed again; 0 decodes them every time."""
 
     def __post_init__(self) -> None:
-        problems = [
-            *self._source_problems(),
-            *self._image_problems(),
-            *_below_one("data", self, "workers"),
-            *self.filter.problems(),
-            *self.stream.problems(),
-            *self.shapes.problems(self.image_size),
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(
+            self._source_problems(),
+            self._image_problems(),
+            out_of_range(self, "data", "[1, inf]", "workers"),
+            self.filter.problems(),
+            self.stream.problems(),
+            self.shapes.problems(self.image_size),
+        )
 
     def _source_problems(self) -> list[str]:
         shapes = "shapes" in self.sources
-        return _broken(
+        return problems(
             (
                 not self.source and not self.mix,
                 "data.source is empty; give shapes, emoji, a folder, a file, shards or a datasets "
@@ -220,7 +219,7 @@ class DataConfig:
     def _image_problems(self) -> list[str]:
         smallest = self.filter.min_size
         largest = self.filter.max_size
-        return _broken(
+        return problems(
             (self.image_size < 16, f"data.image_size is {self.image_size}; it must be at least 16"),
             (
                 not 0 < self.val_fraction < 1,
@@ -241,8 +240,7 @@ class DataConfig:
                 f"data.crop_scale is {self.crop_scale}; it must be in (0, 1], and 1 unless "
                 "data.crop is random",
             ),
-            (self.cache_gb < 0, f"data.cache_gb is {self.cache_gb}; it must be 0 or more"),
-        )
+        ) + out_of_range(self, "data", "[0, inf]", "cache_gb")
 
     @property
     def sources(self) -> list[str]:
@@ -267,20 +265,6 @@ class DataConfig:
             if f.name != "weight" and getattr(part, f.name) is not None
         }
         return replace(self, mix=[], streaming=streaming, **own)
-
-
-def _broken(*rules: tuple[bool, str]) -> list[str]:
-    """The problems of (whether it is one, its message)."""
-    return [problem for wrong, problem in rules if wrong]
-
-
-def _below_one(section: str, options: object, *names: str) -> list[str]:
-    """A problem for each setting that is not positive."""
-    return [
-        f"{section}.{name} is {getattr(options, name)}; it must be at least 1"
-        for name in names
-        if getattr(options, name) < 1
-    ]
 
 
 CHANGES_NO_IMAGE = ("workers", "cache_gb")

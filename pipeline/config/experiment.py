@@ -291,3 +291,15 @@ def _encode_problems(encode: Mapping[str, Any], data: Mapping[str, Any]) -> list
 def to_dict(config: DataclassInstance) -> dict[str, Any]:
     """A configuration as plain JSON values (tuples become lists)."""
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; a section without settings stays {}."""
+    by_name: dict[str, Any] = {}
+    for key, value in values.items():
+        by_name |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
+    return by_name

@@ -3,10 +3,11 @@ and their JSON; loads no weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from pipeline.config.json_file import read_json
 
 Stage = Literal["tokenizer", "prior"]
 
@@ -26,7 +27,7 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
             f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the "
             f"folder of a run or of a {stage}"
         )
-    kind = str(_read(folder / "config.json").get("model_type"))
+    kind = str(read_json(folder / "config.json").get("model_type"))
     if kind != f"mini_dalle_{stage}":
         raise ValueError(
             f"{stage}.init_from is {given}, which is a {kind} and no {stage}; give a bundle, a run "
@@ -63,13 +64,6 @@ def _config(given: str, stage: Stage) -> dict[str, Any]:
     """A stage's config.json; empty where there is none. The stages refuse that when they start, but
     the settings of a finished run can still be read."""
     try:
-        return _read(stage_folder(given, stage) / "config.json")
+        return read_json(stage_folder(given, stage) / "config.json")
     except FileNotFoundError:
         return {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or corrupted ({error}); copy it again") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config.describe import all_settings
-from pipeline.config.experiment import Experiment, relation_problems
+from pipeline.config.experiment import Experiment, flat, relation_problems
 from pipeline.config.inheritance import inherited_config
 from pipeline.config.option_names import has_config, spelled
 from pipeline.config.train import TrainConfig
@@ -165,10 +165,10 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
                 raise ValueError(f"{value} is not readable YAML: {_first_line(error)}") from error
             if not isinstance(loaded, dict):
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
-            leaves.update(_leaves(loaded))
+            leaves.update(flat(loaded))
         else:
             section = _section(value)
-            leaves.update(_leaves(section, f"{key}.") if section else {key: value})
+            leaves.update(flat(section, f"{key}.") if section else {key: value})
     return leaves
 
 
@@ -214,17 +214,6 @@ def _hints(kind: type, path: str = "") -> dict[str, Any]:
         section = dataclasses.is_dataclass(hint)
         found |= _hints(hint, f"{path}{name}.") if section else {f"{path}{name}": hint}
     return found
-
-
-def _leaves(values: Mapping[str, object], path: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= (
-            _leaves(value, f"{path}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{path}{key}": value}
-        )
-    return flat
 
 
 def _first_line(error: Exception) -> str:

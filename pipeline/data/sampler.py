@@ -134,6 +134,10 @@ class MapBatchLoader:
             self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place)
         )
 
+    def with_batch_size(self, batch_size: int) -> MapBatchLoader:
+        """The same images, with another number of them per step."""
+        return MapBatchLoader(self._source, batch_size, self._order.seed, *self._place)
+
     def names(self, step: int) -> list[str]:
         """What to call the images of a step in messages."""
         return self._source.names(self._order.share(step, *self._place).tolist())

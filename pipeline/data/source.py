@@ -41,7 +41,7 @@ class Source:
     fingerprint: str
     """Changes when an image or a caption would."""
     num_images: int | None
-    """None until a stream has been read through."""
+    """None for a stream, which does not know it."""
     weights: Sequence[float] = (1.0,)
     """Of the parts of a mixture."""
     starts: Sequence[int] = (0,)

@@ -144,7 +144,7 @@ def _fit(
     fit = usable(rows, found, config, tally)
     if captions is None:
         return fit
-    return fit & np.array([bool(captions[row]) for row in range(len(rows))], bool)
+    return np.asarray(fit & [bool(captions[row]) for row in range(len(rows))])
 
 
 def _tolerant(config: DataConfig) -> DataConfig:

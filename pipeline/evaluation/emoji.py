@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.experiment import Experiment
-from pipeline.data.load import load_source
-from pipeline.data.source import Source
+from pipeline.data.builtin.emoji import EmojiSource
 from pipeline.evaluation.metrics import sampled
 from pipeline.inference.pipeline import TextToImagePipeline
 
@@ -23,8 +22,8 @@ def emoji_metrics(pipe: TextToImagePipeline, experiment: Experiment) -> dict[str
     `skin_tone_accuracy_val`, one image per prompt, seed 0. Where a prior captions, also
     `caption_of_100_seen` and `caption_of_100_held_out`."""
     metrics: dict[str, float] = {}
-    held_out = load_source(experiment.data, "held_out")
-    for name, source in (("seen", load_source(experiment.data, "train")), ("held_out", held_out)):
+    held_out = EmojiSource(experiment.data, "held_out")
+    for name, source in (("seen", EmojiSource(experiment.data, "train")), ("held_out", held_out)):
         rng = np.random.default_rng(0)
         rows = rng.permutation(len(source))[:CANDIDATES].tolist()
         captions = source.captions(rows)
@@ -48,15 +47,15 @@ def captions_found(pipe: TextToImagePipeline, images: np.ndarray, captions: list
 def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean squared errors (len(a), len(b)) between two sets of images."""
     x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (a, b))
-    return ((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1]
+    return np.asarray(((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1])
 
 
-def _skin_tone_hits(pipe: TextToImagePipeline, source: Source) -> list[bool]:
+def _skin_tone_hits(pipe: TextToImagePipeline, source: EmojiSource) -> list[bool]:
     """Of every name that has tones: whether the image drawn is nearest to its own tone's."""
     drawn = sampled(pipe, source.captions(range(len(source))))
     hits = []
     for row in range(len(source)):
-        tones, own = source.tone_siblings(row)  # type: ignore[attr-defined]
+        tones, own = source.tone_siblings(row)
         if len(tones) > 1:
             hits.append(int(squared_errors(drawn[row : row + 1], tones)[0].argmin()) == own)
     return hits

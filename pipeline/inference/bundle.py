@@ -3,13 +3,13 @@ samples nothing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.runtime.atomic_io import atomic_write_dir
+from pipeline.config.json_file import read_json
+from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
 from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer
@@ -89,24 +89,18 @@ def _description(folder: Path) -> dict[str, Any]:
     """What `pipeline.json` holds."""
     path = folder / "pipeline.json"
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path, "copy the bundle again")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
             "runs/NAME/bundle"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is truncated or corrupted ({error}); copy the bundle again"
-        ) from error
-    if isinstance(description, dict) and description.get("format") != FORMAT:
+    if description and description.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has bundle format {description.get('format')!r}, and this version reads "
             f"{FORMAT}"
         )
-    if not isinstance(description, dict) or not all(
-        isinstance(description.get(part), dict) for part in ("sampling", "trained_on")
-    ):
+    if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
         raise ValueError(f"{path} does not describe a bundle; copy the bundle again")
     known = {option.name for option in fields(SamplingOptions)}
     if unknown := set(description["sampling"]) - known:
@@ -119,6 +113,6 @@ def _description(folder: Path) -> dict[str, Any]:
 def file_fingerprint(path: Path) -> str:
     """Of a file's content, 16 hexadecimal digits."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return sha256_of(path)[:16]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; copy the bundle again") from None

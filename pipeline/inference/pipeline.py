@@ -400,7 +400,8 @@ class TextToImagePipeline:
         """Codes in the precision of the codes that the prior was trained on.
 
         In another precision near ties fall the other way, in plain areas for most of an image. The
-        prior would see combinations of codes that it was never trained on.
+        prior would see combinations of codes that it was never trained on. A pipeline that was put
+        together without `trained_on` uses fp32.
         """
         side = self.tokenizer.image_size
         bf16 = self.trained_on.get("codes_in_bf16", False)

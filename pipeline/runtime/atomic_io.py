@@ -4,6 +4,7 @@ Knows no tensors."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -108,6 +109,12 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Writes a text file by `atomic_write`."""
     with atomic_write(path) as beside:
         beside.write_text(text)
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output_dir(out: Path, marker: str, what: str) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
@@ -46,6 +48,7 @@ _log.addFilter(on_main_process)
 _METRICS = "metrics.json"
 _PLAN = "plan.json"
 _TIME = "training.json"
+_read = partial(read_json, remedy="remove it, and it is made again")
 SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
 """Settings that must be the same for rows of one table."""
 _TRIAL_STEPS = 60
@@ -240,15 +243,6 @@ def is_complete(experiment: Experiment, minutes: float | None) -> bool:
             "another name for this comparison, or remove that folder"
         )
     return path.is_file()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is truncated or corrupted ({error}); remove it, and it is made again"
-        ) from error
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pipeline.config.data import DataConfig, data_settings
-from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
@@ -36,7 +37,7 @@ from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.progress import ProgressBar
-from pipeline.stages.manifest import encode_settings, flat, load_complete
+from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
 
@@ -90,9 +91,8 @@ def encode_dataset(
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     for split in _SPLITS:
         own = {name: files[split][name] for name in mine if name in files[split]}
-        _write_shards(
-            folder, own, split, sources[split], tokenizer, plan, experiment, seconds_after
-        )
+        encode = partial(_encoded, tokenizer, sources[split], experiment, plan["bf16"])
+        _write_shards(folder, own, split, plan, encode, seconds_after)
     # A process that fails does not come this far, and its launcher ends the others.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -131,13 +131,15 @@ def _write_shards(
     folder: Path,
     shards: Mapping[str, codes.ShardPlan],
     split: Split,
-    source: Source,
-    tokenizer: ImageTokenizer,
     plan: Mapping[str, Any],
-    experiment: Experiment,
+    encode: Callable[[codes.ShardPlan, int, ProgressBar], Iterator[EncodedRows]],
     seconds_after: float,
 ) -> None:
-    """Encodes and writes a process's shards of a split, by name; the main one shows a bar."""
+    """Encodes and writes a process's shards of a split, by name; the main one shows a bar.
+
+    Args:
+        encode: (what a file holds, number of views, bar to move) -> its rows.
+    """
     views = plan["augmentations_per_image"] if split == "train" else 1
     codes_per_view = sum(level["grid"][0] * level["grid"][1] for level in plan["levels"])
     known_rows = [len(unit.rows) for unit in shards.values() if unit.rows is not None]
@@ -148,9 +150,12 @@ def _write_shards(
         seconds_after=seconds_after,
     ) as bar:
         for name, unit in shards.items():
-            blocks = _encoded(tokenizer, source, unit, views, experiment, plan["bf16"], bar)
-            kind = kind_of(plan["levels"])
-            shard = write_shard(folder / name, blocks, codes=views * codes_per_view, kind=kind)
+            shard = write_shard(
+                folder / name,
+                encode(unit, views, bar),
+                codes=views * codes_per_view,
+                kind=kind_of(plan["levels"]),
+            )
             codes.mark_shard_done(folder, shard)
 
 
@@ -350,10 +355,10 @@ def _require_shard(folder: Path, name: str, shard: Shard | None) -> Shard:
 def _encoded(
     tokenizer: ImageTokenizer,
     source: Source,
-    unit: codes.ShardPlan,
-    views: int,
     experiment: Experiment,
     bf16: bool,
+    unit: codes.ShardPlan,
+    views: int,
     bar: ProgressBar,
 ) -> Iterator[EncodedRows]:
     """The codes of what a file holds, a batch at a time; the next batch's images are loaded,

@@ -32,9 +32,11 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         processes: number of processes that share the training.
 
     Raises:
-        ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills
-            the memory there is.
+        ValueError: `processes` is below 1; or `train.batch_size` or
+            `train.gradient_accumulation_steps` is `auto`, which fills the memory there is.
     """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; it must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
     tokenizer = ImageTokenizer(experiment.tokenizer.model)

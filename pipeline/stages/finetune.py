@@ -14,12 +14,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, to_dict
-from pipeline.config.inheritance import Stage, _read, stage_folder
+from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, flat, to_dict
+from pipeline.config.inheritance import Stage, stage_folder
+from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
-from pipeline.stages.manifest import StageRun, flat, read_settings, require_complete
+from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
 from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
 
@@ -176,7 +177,7 @@ def tokenizer_fingerprint_of(prior: Path) -> str:
         ValueError: it lies in neither a bundle nor a run.
     """
     if (prior.parent / "pipeline.json").is_file():
-        fingerprint = _read(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
+        fingerprint = read_json(prior.parent / "pipeline.json").get("tokenizer_fingerprint")
     else:
         settings = (read_settings(prior) or {}).get("settings", {})
         fingerprint = settings.get("codes", {}).get("tokenizer")
@@ -222,7 +223,7 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
         return
     folder = stage_folder(prior.init_from, "prior")
     _check_architecture("prior", prior.model, folder)
-    stream = _read(folder / "config.json").get("stream") or {}
+    stream = read_json(folder / "config.json").get("stream") or {}
     order = prior.train.code_order
     if order != "raster" and not stream.get("any_order"):
         raise ValueError(
@@ -238,11 +239,10 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
 
 def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
     own = flat(to_dict(model))
-    # A field that was not there yet has its default.
-    theirs = flat(to_dict(type(model)())) | flat(_read(folder / "config.json")["model"])
-    if differing := [name for name in sorted(own) if own[name] != theirs[name]]:
+    theirs = flat(read_json(folder / "config.json")["model"])
+    if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [
-            f"{stage}.model.{name} is {own[name]} and {theirs[name]} there"
+            f"{stage}.model.{name} is {own[name]} and {theirs.get(name)} there"
             for name in differing[:3]
         ]
         more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.inheritance import Stage
+from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
 from pipeline.runtime.devices import should_compile, uses_bf16
@@ -250,14 +251,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / _SETTINGS
     if not path.is_file():
         return None
-    try:
-        content = dict(json.loads(path.read_text()))
-        content["settings"]["train"]["steps"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is truncated or corrupted ({error}); put it back from a copy, or remove "
-            f"{folder} to start over"
-        ) from error
+    content = read_json(
+        path, f"put it back from a copy, or remove {folder} to start over", "settings.train.steps"
+    )
     check_format(content.get("format"), folder)
     return content
 
@@ -265,15 +261,3 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def init_from_fingerprint(folder: Path) -> str | dict[str, str] | None:
     """Fingerprints of the weights that a stage started from; None for random ones."""
     return (read_settings(folder) or {}).get("settings", {}).get("init_from")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    by_name: dict[str, Any] = {}
-    for key, value in values.items():
-        by_name |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return by_name

@@ -10,13 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
-from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
@@ -46,9 +44,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
             "started_from": {
                 stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
             },
-            "codes_in_bf16": manifest.get(
-                "bf16", uses_bf16(experiment.precision, torch.device("cpu"))
-            ),
+            "codes_in_bf16": manifest["bf16"],
         },
     )
     pipe.save_pretrained(folder / "bundle")

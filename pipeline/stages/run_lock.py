@@ -55,7 +55,7 @@ def with_run_lock(
         ):
             return stage(experiment, *given, **options)
 
-    return locked
+    return locked  # type: ignore[return-value]  # callers may name the experiment
 
 
 @contextmanager

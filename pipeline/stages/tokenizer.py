@@ -79,19 +79,20 @@ class TokenizerTraining:
         self.objective = TokenizerObjective(self.tokenizer, experiment.tokenizer.objective)
         self.experiment = experiment
         self.accelerator = accelerator
-        self.source = source
         self.held_out = held_out
+        # Once, though `batch_size: auto` asks for two tasks: streams keep threads.
+        self.loader = batch_loader(
+            source,
+            accelerator.num_processes,
+            experiment.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            folder=experiment.folder / "data",
+        )
 
     def task(self, batch_size: int) -> Task:
         """What `fit` trains, with this many images per step over all processes."""
-        loader = batch_loader(
-            self.source,
-            batch_size,
-            self.experiment.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            folder=self.experiment.folder / "data",
-        )
+        loader = self.loader.with_batch_size(batch_size)
         return Task(
             self.objective,
             partial(_batch, loader),

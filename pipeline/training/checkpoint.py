@@ -9,7 +9,6 @@ or none. Later damage (a truncated copy, a bad disk) is found when it is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.runtime.atomic_io import atomic_write_dir
+from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
 
 FORMAT = 1
 """Of run folders and checkpoints."""
@@ -127,7 +126,7 @@ def save_checkpoint(
         }
         (beside / "state.json").write_text(json.dumps(values) + "\n")
         files = {
-            name: {"bytes": (beside / name).stat().st_size, "sha256": _hash(beside / name)}
+            name: {"bytes": (beside / name).stat().st_size, "sha256": sha256_of(beside / name)}
             for name in _FILES
         }
         (beside / _MANIFEST).write_text(
@@ -182,7 +181,7 @@ def verify_checkpoint(path: Path) -> str | None:
         try:
             if (now := (path / name).stat().st_size) != size:
                 return f"{name} has {now:,} of {size:,} bytes"
-            if _hash(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 return f"{name} is not what was written (its hash differs)"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -240,7 +239,7 @@ def load_checkpoint(
         raise CorruptedCheckpoint(problem)
     try:
         values = json.loads((path / "state.json").read_text())
-        state = State(int(values["step"]), dict(values["best"]), int(values.get("skipped", 0)))
+        state = State(int(values["step"]), dict(values["best"]), int(values["skipped"]))
         saved_optimizers = values["optimizers"]
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "ema.safetensors")
@@ -309,8 +308,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

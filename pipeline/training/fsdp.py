@@ -88,11 +88,7 @@ class ModelState:
     """Whether all processes take part in `checkpoint_state`."""
 
     def __init__(
-        self,
-        plain: Mapping[str, nn.Module],
-        steppers: Steppers,
-        accelerator: Accelerator,
-        build: Callable[[Mapping[str, nn.Module]], Steppers],
+        self, plain: Mapping[str, nn.Module], steppers: Steppers, accelerator: Accelerator
     ) -> None:
         self.plain = plain
         self.optimizers = steppers.optimizers
@@ -134,7 +130,11 @@ class ModelState:
 
 
 class FSDPModelState(ModelState):
-    """Networks that name their `shard_units`, sharded like their moments and EMA weights."""
+    """Networks that name their `shard_units`, sharded like their moments and EMA weights.
+
+    Args:
+        build: makes the optimizers and the EMA of the sharded networks.
+    """
 
     saves_together = True
 
@@ -145,7 +145,7 @@ class FSDPModelState(ModelState):
         accelerator: Accelerator,
         build: Callable[[Mapping[str, nn.Module]], Steppers],
     ) -> None:
-        super().__init__(plain, steppers, accelerator, build)
+        super().__init__(plain, steppers, accelerator)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for group, network in plain.items():
             sharded = copy.deepcopy(network).to(accelerator.device)

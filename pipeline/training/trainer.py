@@ -122,6 +122,9 @@ class Trainer:
     """One training: `train` is the loop, the other methods are its parts in the order in which they
     are called."""
 
+    context: StepContext
+    """What each step uses; `train` sets it, after compiling."""
+
     def __init__(
         self,
         task: Task,
@@ -156,8 +159,11 @@ class Trainer:
             network.to("cpu" if sharded else accelerator.device).train()
         steppers = self.build(self.networks)
         self.state = self.resume(steppers)
-        kind = FSDPModelState if sharded else ModelState
-        self.model = kind(self.networks, steppers, accelerator, self.build)
+        self.model = (
+            FSDPModelState(self.networks, steppers, accelerator, self.build)
+            if sharded
+            else ModelState(self.networks, steppers, accelerator)
+        )
         self.buffers = BufferSnapshot(
             self.model.networks.values() if config.max_nonfinite_steps else ()
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config.train import PriorTrainConfig, TrainConfig
-from pipeline.training import auto_batch as fitting
+from pipeline.training import auto_batch
 from pipeline.training.auto_batch import resolve_auto_batch
 from pipeline.training.batch import to_device
 from pipeline.training.ema import EMA
@@ -278,7 +278,7 @@ def test_automatic_batch_size_fits(device, monkeypatch):
     made = objective("prior")
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
     config = PriorTrainConfig(batch_size="auto", steps=10)
-    monkeypatch.setattr(fitting, "LARGEST", 64)
+    monkeypatch.setattr(auto_batch, "LARGEST", 64)
     chosen = resolve_auto_batch(
         config,
         task,
@@ -296,8 +296,8 @@ def test_automatic_batch_size_shrinks_when_memory_runs_out(cuda, monkeypatch):
     nothing later."""
     made = objective("prior", width=512, depth=4, heads=16)
     task = SimpleNamespace(objective=made, batch=lambda step: batch_of("prior", step, 4))
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 2**50)
-    monkeypatch.setattr(fitting, "LARGEST", 4096)
+    monkeypatch.setattr(auto_batch, "free_memory", lambda device: 2**50)
+    monkeypatch.setattr(auto_batch, "LARGEST", 4096)
     try:
         torch.cuda.set_per_process_memory_fraction(
             3 * 2**30 / torch.cuda.get_device_properties(cuda).total_memory

@@ -1,6 +1,9 @@
-"""An experiment small enough for every test to run."""
+"""An experiment small enough for every test to run, and the names of settings."""
 
 from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
 TINY = {
     "name": "tiny",
@@ -38,3 +41,14 @@ TINY = {
         },
     },
 }
+
+
+def settings(kind: Any, path: str = "") -> set[str]:
+    """Dotted names of every setting, sections included."""
+    found: set[str] = set()
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        found.add(f"{path}{field.name}")
+        if is_dataclass(hints[field.name]):
+            found |= settings(hints[field.name], f"{path}{field.name}.")
+    return found

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.json_file import read_json
 from pipeline.data.codes.shards import OpenShard, Shard, verify_shard
 from pipeline.runtime.atomic_io import atomic_write_text
 
@@ -189,18 +190,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        made = manifest["format"]
+        manifest = read_json(path, f"remove {folder} and run `minidalle encode` again", "format")
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no whole codes dataset; run `minidalle encode` first"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is truncated or corrupted ({error}); remove {folder} and run `minidalle "
-            "encode` again"
-        ) from error
-    check_format(made, folder)
+    check_format(manifest["format"], folder)
     return manifest
 
 

@@ -8,7 +8,6 @@ One row per image: `codes` (all views one after another), `text` (its first capt
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.atomic_io import atomic_write, sha256_of
 
 _BATCH = 1000
 """Rows of a record batch; so many are in memory while a file is written."""
@@ -80,7 +79,7 @@ def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: 
 
 def described(path: Path, *, rows: int, captions: int) -> Shard:
     """What identifies a file that was just written."""
-    return Shard(path.name, rows, captions, path.stat().st_size, _sha256(path))
+    return Shard(path.name, rows, captions, path.stat().st_size, sha256_of(path))
 
 
 def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
@@ -92,7 +91,7 @@ def verify_shard(path: Path, shard: Shard, *, hashed: bool) -> str | None:
         return (
             f"is truncated or corrupted: it has {size:,} bytes and was written with {shard.bytes:,}"
         )
-    if hashed and _sha256(path) != shard.sha256:
+    if hashed and sha256_of(path) != shard.sha256:
         return "is corrupted: its content is not what was written"
     return None
 
@@ -198,8 +197,3 @@ def _batch(blocks: list[EncodedRows], schema: pa.Schema) -> pa.RecordBatch:
 
 def _values(column: Any, rows: int) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=True).reshape(rows, -1)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,7 +33,7 @@ _DECODED = 64
 """Shorter side, in pixels, at which images are decoded to be hashed."""
 _Line = tuple[int, int, int, int, str, str]
 """An entry of each column of `ScanResult`."""
-_FORM = 2
+_FORM = 1
 """Version of the result's file."""
 
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from threading import Lock
 
@@ -288,6 +289,13 @@ class StreamBatchLoader:
             (places, self._parts[part].names(positions))
             for part, places, positions in self._by_part(step)
         )
+
+    def with_batch_size(self, batch_size: int) -> StreamBatchLoader:
+        """The same images, with another number of them per step; both share the threads and what
+        was read."""
+        other = copy(self)
+        other._each = batch_size // self._place[1]
+        return other
 
     def _by_part(self, step: int) -> Iterator[tuple[int, list[int], list[int]]]:
         """(part, places in the batch, positions in the part's own order) of a step's images."""

@@ -16,7 +16,7 @@ from pipeline.cli.options import parse_options
 from pipeline.config.describe import all_settings
 from pipeline.config.experiment import Experiment
 from tests.helpers.cli import fails
-from tests.test_docs import settings
+from tests.helpers.experiments import settings
 
 ROOT = Path(__file__).parents[3]
 EVERY_COMMAND = pytest.mark.parametrize("command", COMMANDS)

@@ -585,13 +585,13 @@ def test_usage_errors_exit_with_status_2(capsys, tmp_path):
 DIES_AT_STEP_47 = """
 import os, signal, sys
 from pipeline import cli
-from pipeline.training import trainer as training
-rate = training.learning_rate
+from pipeline.training import trainer
+rate = trainer.learning_rate
 def dies(step, config):
     if step == 47:
         os.kill(os.getpid(), signal.SIGKILL)
     return rate(step, config)
-training.learning_rate = dies
+trainer.learning_rate = dies
 cli.main(sys.argv[1:])
 """
 

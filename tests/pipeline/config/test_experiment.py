@@ -15,7 +15,7 @@ import yaml
 from pipeline.cli.main import main
 from pipeline.config.checks import out_of_range
 from pipeline.config.data import DataConfig
-from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.config.load import from_dict, load_experiment
 from pipeline.config.option_names import spelled
 
@@ -271,6 +271,10 @@ def test_values_outside_of_an_interval_are_named(interval, inside, outside, need
     assert not any(check(value) for value in inside)
     for value in outside:
         assert check(value) == [f"a.x is {value}; it must be {needed}"]
+
+
+def test_nested_settings_are_named_with_dots_and_empty_sections_stay():
+    assert flat({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path):

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.codes import dataset
-from pipeline.data.codes import shards as code_shards
+from pipeline.data.codes import dataset, shards
 from pipeline.data.codes.dataset import (
     CodesDataset,
     mark_shard_done,
@@ -42,7 +41,7 @@ def write(
     }
     plan["parts"] = {"train": [{"first": 0, "rows": len(codes)}]}
     folder.mkdir()
-    kind, written = code_shards.kind_of(levels), []
+    kind, written = shards.kind_of(levels), []
     for name, unit in planned_files(plan)["train"].items():
         part = unit.rows
         starts = range(part.start, part.stop, 3)
@@ -81,7 +80,7 @@ def test_written_codes_are_read_back(tmp_path_factory, data):
     )
     folder = tmp_path_factory.mktemp("property") / "codes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code_shards, "_BATCH", data.draw(st.integers(1, 6)))
+        patch.setattr(shards, "_BATCH", data.draw(st.integers(1, 6)))
         patch.setattr(dataset, "_OPEN", data.draw(st.integers(1, 3)))
         patch.setattr(dataset, "_READ", data.draw(st.integers(1, 5)))
         read = CodesDataset(
@@ -124,7 +123,7 @@ def test_codes_have_the_fewest_bits_that_hold_them(tmp_path, num_codes, kind):
     codes = np.array([[0, num_codes - 1]])
     folder = write(tmp_path / "codes", codes, [["a"]], num_codes=num_codes)
     assert (
-        next(code_shards.read_batches(folder / "train-00000-of-00001.arrow"))
+        next(shards.read_batches(folder / "train-00000-of-00001.arrow"))
         .schema.field("codes")
         .type.value_type
         == kind
@@ -190,7 +189,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     file = tmp_path / "train-00000-of-00001.arrow"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file} cannot be read .*; remove it and run"):
-        code_shards.OpenShard(file)
+        shards.OpenShard(file)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions, StreamOptions
-from pipeline.data import map_source as mapped
+from pipeline.data import map_source
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.images import (
     centre_square,
@@ -222,7 +222,7 @@ def test_images_that_fit_the_cache_are_decoded_once(tmp_path, monkeypatch):
     images_of(tmp_path, {f"p{i}": (20, 20) for i in range(12)})
     decoded: list[int] = []
     monkeypatch.setattr(
-        mapped,
+        map_source,
         "prepared",
         lambda *given, **options: decoded.append(1) or prepared(*given, **options),
     )

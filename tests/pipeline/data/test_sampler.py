@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data import sampler as batches
+from pipeline.data import sampler
 from pipeline.data.sampler import BatchSampler, feistel_permutation
 
 
@@ -50,7 +50,7 @@ def test_permutation_of_a_billion_rows_needs_no_memory(monkeypatch):
         BatchSampler(10, 10, 0).rows(0).tolist()
         == np.random.default_rng([0, 0]).permutation(10).tolist()
     )
-    monkeypatch.setattr(batches, "MAX_EXPLICIT_PERMUTATION", 5)
+    monkeypatch.setattr(sampler, "MAX_EXPLICIT_PERMUTATION", 5)
     order = BatchSampler(10, 4, 0)
     seen = np.concatenate([order.rows(step) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))

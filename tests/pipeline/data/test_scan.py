@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pipeline.data.readers import scan as examining
+from pipeline.data.readers import scan
 from pipeline.data.readers.folder import folder_rows
 from pipeline.data.readers.scan import scan_images
 from pipeline.data.worker_info import WorkerInfo
@@ -36,10 +36,8 @@ def rows(folder):
 def opened(monkeypatch) -> list[int]:
     """Rows that were really read."""
     read: list[int] = []
-    one = examining._examined
-    monkeypatch.setattr(
-        examining, "_examined", lambda source, row: read.append(row) or one(source, row)
-    )
+    one = scan._examined
+    monkeypatch.setattr(scan, "_examined", lambda source, row: read.append(row) or one(source, row))
     return read
 
 
@@ -57,7 +55,7 @@ def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch,
     kept = tmp_path / "kept"
     scan_images(rows(folder), 2, kept)
     assert not kept.exists()  # ten images are read again in no time
-    monkeypatch.setattr(examining, "_SLOW", 5)
+    monkeypatch.setattr(scan, "_SLOW", 5)
     first = scan_images(rows(folder), 2, kept)
     opened.clear()
     again = scan_images(rows(folder), 2, kept)
@@ -78,7 +76,7 @@ def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch,
 def test_processes_scan_disjoint_images_and_share_results(
     folder, tmp_path, monkeypatch, opened, processes
 ):
-    monkeypatch.setattr(examining, "_SLOW", 5)
+    monkeypatch.setattr(scan, "_SLOW", 5)
     alone = scan_images(rows(folder), 1)
     opened.clear()
     meeting, told = threading.Barrier(processes), [None] * processes

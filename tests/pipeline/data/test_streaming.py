@@ -120,6 +120,24 @@ def test_shuffle_buffer_depends_on_the_seed(shards):
     assert one != unshuffled and sorted(one) == sorted(unshuffled)
 
 
+def test_loader_with_another_batch_size_reads_the_same_streams(shards):
+    for source in (stream(shards), load_sources(config(shards, val_fraction=0.1))[0]):
+        few = batch_loader(source, 2, 0, 1, 2)
+        many = batch_loader(source, 12, 0, 1, 2)
+        first = few.images(0)
+        same = few.with_batch_size(12)
+        for step in (0, 3):
+            np.testing.assert_array_equal(same.images(step), many.images(step))
+            assert same.names(step) == many.names(step)
+        np.testing.assert_array_equal(few.images(0), first)
+
+
+def test_loader_with_another_batch_size_opens_no_stream(shards, monkeypatch):
+    loader = batch_loader(stream(shards), 1, 0, 0, 1)
+    monkeypatch.setattr(ShuffleBuffer, "__init__", None)
+    assert len(loader.with_batch_size(3).images(0)) == 3
+
+
 def test_resumed_loader_skips_shards_of_known_length(shards, tmp_path, monkeypatch):
     source = stream(shards)
     whole = StreamBatchLoader(source, 6, 0, 0, 1, tmp_path)

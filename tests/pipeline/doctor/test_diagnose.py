@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-import pipeline.cli.doctor as doctor_command
 from pipeline import diagnose, load_experiment
+from pipeline.cli import doctor
 from pipeline.cli.main import main
 from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.load import load_sources
@@ -520,7 +520,7 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor_command.json, "dumps", full)
+    monkeypatch.setattr(doctor.json, "dumps", full)
     fails(capsys, arguments, "No space left on device")
     assert (tmp_path / "report" / "doctor.json").read_bytes() == before
 

@@ -41,7 +41,7 @@ class Tones:
 
 @pytest.mark.parametrize(("off", "expected"), [(0, 1.0), (5, 1.0), (25, 0.0)])
 def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected):
-    monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
+    monkeypatch.setattr(emoji, "EmojiSource", lambda config, split: Tones())
 
     def pipe(prompts, truncate, num_inference_steps):
         images = [np.clip(int(p) * 25 + off, 0, 255) for p in prompts]
@@ -75,7 +75,7 @@ def test_caption_retrieval_counts_images_whose_caption_is_likeliest():
 
 def test_captioning_has_metrics_of_its_own(monkeypatch):
     """Every image is right, and the captioner finds half of the captions."""
-    monkeypatch.setattr(emoji, "load_source", lambda config, split: Tones())
+    monkeypatch.setattr(emoji, "EmojiSource", lambda config, split: Tones())
 
     class Pipe:
         prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=True))

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from pipeline.inference import batching as drawing
+from pipeline.inference import batching
 from pipeline.inference.batching import bytes_per_image, even_batches, sample_codes_batched
 from stage2_prior import SamplingOptions, sample
 from tests.helpers.priors import any_order_prior, tiny_prior
@@ -64,7 +64,7 @@ def test_known_codes_stay_with_their_rows():
 
 def test_oversized_batches_shrink_with_one_warning(prior, monkeypatch):
     need = bytes_per_image(prior, SamplingOptions())
-    monkeypatch.setattr(drawing, "free_memory", lambda device: int(2.9 * need))
+    monkeypatch.setattr(batching, "free_memory", lambda device: int(2.9 * need))
     with pytest.warns(
         UserWarning, match="5 images at a time do not fit the free memory; going on with 2"
     ) as said:
@@ -75,14 +75,14 @@ def test_oversized_batches_shrink_with_one_warning(prior, monkeypatch):
 
 
 def test_error_when_one_image_does_not_fit(prior, monkeypatch):
-    monkeypatch.setattr(drawing, "free_memory", lambda device: 100)
+    monkeypatch.setattr(batching, "free_memory", lambda device: 100)
     with pytest.raises(MemoryError, match="one image of 9 codes does not fit the memory of cpu"):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
 
 def test_no_compiler_means_no_compiling_unless_requested(prior, monkeypatch):
-    monkeypatch.setattr(drawing, "can_compile", lambda device: False)
-    monkeypatch.setattr(drawing, "COMPILE_SECONDS", -1.0)
+    monkeypatch.setattr(batching, "can_compile", lambda device: False)
+    monkeypatch.setattr(batching, "COMPILE_SECONDS", -1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
@@ -121,7 +121,7 @@ def test_out_of_memory_halves_the_batch(prior, monkeypatch, error):
             raise error
         return sample(prior, ids, *arguments, **options)
 
-    monkeypatch.setattr(drawing, "sample", full)
+    monkeypatch.setattr(batching, "sample", full)
     with pytest.warns(
         UserWarning, match="out of memory with 5 images at a time; going on with 2"
     ) as said:
@@ -134,7 +134,7 @@ def test_one_image_that_does_not_fit_is_an_error(prior, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(drawing, "sample", full)
+    monkeypatch.setattr(batching, "sample", full)
     with pytest.raises(
         MemoryError,
         match="one image of 9 codes does not fit the memory of cpu; close other programs",
@@ -146,7 +146,7 @@ def test_other_errors_are_raised_unchanged(prior, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(drawing, "sample", broken)
+    monkeypatch.setattr(batching, "sample", broken)
     with pytest.raises(RuntimeError, match="something else"):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
 
@@ -161,9 +161,9 @@ def test_auto_compiles_when_remaining_work_is_long(prior, monkeypatch, seconds, 
         asked.append(compiled)
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(drawing, "can_compile", lambda device: True)
-    monkeypatch.setattr(drawing, "sample", noted)
-    monkeypatch.setattr(drawing.time, "perf_counter", lambda: next(clock) * seconds)
+    monkeypatch.setattr(batching, "can_compile", lambda device: True)
+    monkeypatch.setattr(batching, "sample", noted)
+    monkeypatch.setattr(batching.time, "perf_counter", lambda: next(clock) * seconds)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
@@ -181,8 +181,8 @@ def test_compiling_can_be_requested_or_refused(prior, monkeypatch, compile, expe
         asked.append(compiled)
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(drawing, "can_compile", lambda device: True)
-    monkeypatch.setattr(drawing, "sample", noted)
+    monkeypatch.setattr(batching, "can_compile", lambda device: True)
+    monkeypatch.setattr(batching, "sample", noted)
     sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile=compile)
     assert set(asked) == {expected}
     with pytest.raises(ValueError, match="compile is 'yes'; choose auto, on or off"):

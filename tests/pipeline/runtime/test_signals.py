@@ -12,8 +12,8 @@ import torch
 
 from pipeline.cli.main import main
 from pipeline.runtime.signals import TrainingInterrupted, catch_signals, sigterm_raises
-from pipeline.stages import encode as encoding
-from pipeline.training import trainer as training
+from pipeline.stages import encode
+from pipeline.training import trainer
 from pipeline.training.checkpoint import newest_checkpoint
 from stage1_tokenizer import ImageTokenizer
 from tests.helpers.signals import send
@@ -121,9 +121,9 @@ def test_signal_handlers_are_always_restored():
 def test_interruption_message_names_the_command_to_resume(
     tiny_yaml, tmp_path, monkeypatch, capsys, number
 ):
-    seed = training.step_seed
+    seed = trainer.step_seed
     monkeypatch.setattr(
-        training,
+        trainer,
         "step_seed",
         lambda base, step, process: (step == 3 and send(number), seed(base, step, process))[1],
     )
@@ -137,7 +137,7 @@ def test_interruption_message_names_the_command_to_resume(
         "(tokenizer), which is saved; to resume: "
     )
     assert line.startswith(text) and "--name 'my run'" in line
-    monkeypatch.setattr(training, "step_seed", seed)
+    monkeypatch.setattr(trainer, "step_seed", seed)
     command = shlex.split(line.removeprefix(text))
     assert command == ["minidalle", *arguments] and main(command[1:]) == 0
     assert "resuming from" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_signals_outside_training_exit_with_one_line(finished_run, tmp_path, mon
     path, folder = finished_run
     before = handlers()
     for number, (name, status) in SIGNALS.items():
-        monkeypatch.setattr(encoding, "_encoded", lambda *_, number=number: send(number))
+        monkeypatch.setattr(encode, "_encoded", lambda *_, number=number: send(number))
         arguments = [
             "encode",
             "--config",

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from pipeline.cli.main import main
-from pipeline.stages import compare_tokenizers as comparison
+from pipeline.stages import compare_tokenizers
 from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget, table
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
@@ -127,7 +127,7 @@ def test_variant_with_other_settings_is_named_before_training(bakeoff, monkeypat
         bakeoff.parent / "runs" / "tiny" / "plain" / "metrics.json"
     ).unlink()  # due again, and before the one that is refused
     monkeypatch.setattr(
-        comparison, "run_variant", lambda experiment, minutes: pytest.fail("work was begun")
+        compare_tokenizers, "run_variant", lambda experiment, minutes: pytest.fail("work was begun")
     )
     values = yaml.safe_load(bakeoff.read_text())
     values["variants"]["two levels"]["tokenizer"]["train"]["steps"] = 5
@@ -162,9 +162,9 @@ def test_training_time_survives_a_kill_of_the_prior(bakeoff, monkeypatch):
     def killed(experiment):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "train_prior", killed)
+    monkeypatch.setattr(compare_tokenizers, "train_prior", killed)
     with pytest.raises(KeyboardInterrupt):
-        comparison.compare_tokenizers(load_comparison(["--config", str(bakeoff)]))
+        compare_tokenizers.compare_tokenizers(load_comparison(["--config", str(bakeoff)]))
     monkeypatch.undo()
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     metrics = json.loads((bakeoff.parent / "runs" / "tiny" / "comparison.json").read_text())
@@ -196,9 +196,9 @@ def test_few_steps_are_compiled_if_timing_was_compiled(compiled, bakeoff, monkey
         seen.append((experiment.tokenizer.train.steps, experiment.tokenizer.train.compile))
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(comparison, "steps_in_budget", lambda experiment, seconds: 9)
-    monkeypatch.setattr(comparison, "should_compile", lambda train, device: compiled)
-    monkeypatch.setattr(comparison, "train_tokenizer", train)
+    monkeypatch.setattr(compare_tokenizers, "steps_in_budget", lambda experiment, seconds: 9)
+    monkeypatch.setattr(compare_tokenizers, "should_compile", lambda train, device: compiled)
+    monkeypatch.setattr(compare_tokenizers, "train_tokenizer", train)
     assert main(["compare-tokenizers", "--config", str(bakeoff), "--minutes=1"]) == 0
     assert seen == 2 * [(9, "on" if compiled else "off")]
 
@@ -208,7 +208,7 @@ def test_number_of_steps_follows_from_step_time(bakeoff, monkeypatch):
     s before the first, then 2 s each."""
     experiment = load_comparison(["--config", str(bakeoff)]).variants["plain"]
     monkeypatch.setattr(
-        comparison, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
+        compare_tokenizers, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
     )
     assert [steps_in_budget(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99]
 
@@ -245,8 +245,8 @@ def test_step_time_with_a_discriminator_includes_it(bakeoff, monkeypatch):
         )
         return build(experiment, *rest)
 
-    build = comparison.TokenizerTraining
-    monkeypatch.setattr(comparison, "TokenizerTraining", task)
+    build = compare_tokenizers.TokenizerTraining
+    monkeypatch.setattr(compare_tokenizers, "TokenizerTraining", task)
     arguments = [
         "--tokenizer.objective.discriminator.weight=0.1",
         "--tokenizer.objective.discriminator.start=25",
@@ -312,15 +312,15 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, capsys):
 def test_diverging_variant_is_reported_and_others_are_evaluated(
     minutes, bakeoff, monkeypatch, capsys
 ):
-    judge = comparison.run_variant
+    judge = compare_tokenizers.run_variant
 
     def diverges(experiment, minutes):
         if experiment.name == "plain":
             raise FloatingPointError("tokenizer: loss is not finite at step 3")
         return judge(experiment, minutes)
 
-    monkeypatch.setattr(comparison, "run_variant", diverges)
-    monkeypatch.setattr(comparison, "steps_in_budget", lambda experiment, seconds: 4)
+    monkeypatch.setattr(compare_tokenizers, "run_variant", diverges)
+    monkeypatch.setattr(compare_tokenizers, "steps_in_budget", lambda experiment, seconds: 4)
     assert main(["compare-tokenizers", "--config", str(bakeoff), *minutes]) == 0
     table = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
     assert (

@@ -17,8 +17,7 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
-from pipeline.stages import encode as encoding
-from pipeline.stages import prior as stages
+from pipeline.stages import encode, prior
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
@@ -77,7 +76,7 @@ def whole(command, uninterrupted, tmp_path) -> Path:
 def unfinished(command, tmp_path, monkeypatch) -> Path:
     """What there is after a failure in the fourth shard."""
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_shard", failing_at(SHARDS[3], encoding.write_shard))
+        patch.setattr(encode, "write_shard", failing_at(SHARDS[3], encode.write_shard))
         assert main(command) == 1
     return tmp_path / "tiny" / "codes"
 
@@ -279,7 +278,7 @@ def test_other_precision_is_refused_for_incomplete_codes(
     unfinished, whole_elsewhere, command, capsys, monkeypatch
 ):
     bf16 = json.loads((unfinished / "plan.json").read_text())["bf16"]
-    monkeypatch.setattr(encoding, "uses_bf16", lambda *_: not bf16)
+    monkeypatch.setattr(encode, "uses_bf16", lambda *_: not bf16)
     fails(capsys, command, "computed in bf16 -> fp32" if bf16 else "computed in fp32 -> bf16")
     assert main(whole_elsewhere) == 0
 
@@ -361,13 +360,13 @@ def test_several_captions_per_image_are_kept(command, tmp_path, monkeypatch, cap
 
 def test_text_tokenizer_learns_from_evenly_spread_captions(uninterrupted, monkeypatch):
     codes = CodesDataset(uninterrupted, "train")
-    monkeypatch.setattr(stages, "_ROWS_AT_A_TIME", 3)
-    batches = list(stages._caption_batches(codes))
+    monkeypatch.setattr(prior, "_ROWS_AT_A_TIME", 3)
+    batches = list(prior._caption_batches(codes))
     assert max(map(len, batches)) == 3 and [
         text for batch in batches for text in batch
     ] == codes.captions(range(40))
-    spread = [text for batch in stages._caption_batches(codes, 10) for text in batch]
+    spread = [text for batch in prior._caption_batches(codes, 10) for text in batch]
     assert spread == codes.captions(range(0, 40, 4))
     assert np.array_equal(
-        [len(b) for b in stages._caption_batches(codes, 99)], [len(b) for b in batches]
+        [len(b) for b in prior._caption_batches(codes, 99)], [len(b) for b in batches]
     )

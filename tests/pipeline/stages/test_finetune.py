@@ -24,7 +24,7 @@ from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
 from pipeline.stages.finetune import LoRAAdapter
 from pipeline.stages.manifest import read_settings
-from pipeline.training import trainer as training
+from pipeline.training import trainer
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
 from tests.helpers.cli import fails
@@ -315,12 +315,12 @@ def test_killed_lora_run_ends_as_an_uninterrupted_one(encoded, bundle, monkeypat
     arguments, folder = encoded
     other = Path(shutil.copytree(folder, folder.parent.parent / "other" / "tuned"))
     assert main(["train-prior", *arguments, *LORA]) == 0
-    step = training.Trainer.train_step
+    step = trainer.Trainer.train_step
 
-    def killed(trainer: training.Trainer, number: int, batch: object):
+    def killed(self: trainer.Trainer, number: int, batch: object):
         if number == 5:
             raise KeyboardInterrupt
-        return step(trainer, number, batch)
+        return step(self, number, batch)
 
     again = ["train-prior", *arguments, "--output_dir", str(other.parent), *LORA]
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
@@ -379,13 +379,13 @@ def test_auto_batch_size_works_with_lora(encoded, capsys):
 
 
 CUT_ADAPTER = """
-from pipeline.training import fsdp as sharding
-end = sharding.FSDPModelState.load_ema
+from pipeline.training import fsdp
+end = fsdp.FSDPModelState.load_ema
 def told(self):
     end(self)
     assert len(self.ema.shadow) == 8 < len(list(self.networks["prior"].parameters()))
     print("[cut]")
-sharding.FSDPModelState.load_ema = told
+fsdp.FSDPModelState.load_ema = told
 """
 
 

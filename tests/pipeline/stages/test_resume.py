@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.cli.main import main
-from pipeline.training import trainer as training
+from pipeline.training import trainer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextTokenizer
 from tests.helpers.cli import fails
@@ -105,12 +105,12 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
         ["train-prior", *arguments, *options, "--prior.train.eval_every", "2"],
         "other settings (train.eval_every)",
     )
-    step = training.Trainer.train_step
+    step = trainer.Trainer.train_step
 
-    def killed(trainer: training.Trainer, number: int, batch: object):
+    def killed(self: trainer.Trainer, number: int, batch: object):
         if number == 5:
             raise KeyboardInterrupt
-        return step(trainer, number, batch)
+        return step(self, number, batch)
 
     again = ["train-prior", *arguments[:2], "--output_dir", str(other.parent), *options]
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", killed)
@@ -167,12 +167,12 @@ VARIANTS = {
 def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, monkeypatch, variant):
     """With every part that has a state of its own: the discriminator, its optimizer and anchors,
     baselines, shared books."""
-    step, fingerprints = training.Trainer.train_step, []
+    step, fingerprints = trainer.Trainer.train_step, []
 
-    def killed(trainer: training.Trainer, number: int, batch: object):
+    def killed(self: trainer.Trainer, number: int, batch: object):
         if number == 5:
             raise KeyboardInterrupt
-        return step(trainer, number, batch)
+        return step(self, number, batch)
 
     for name in ("whole", "cut"):
         arguments = [

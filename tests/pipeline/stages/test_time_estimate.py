@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.load import load_experiment
-from pipeline.stages import run as run_stage
-from pipeline.stages import time_estimate
+from pipeline.stages import run, time_estimate
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 
 
@@ -56,22 +55,20 @@ def test_automatic_batch_size_has_no_estimate(tiny_yaml):
 
 def test_run_gives_each_stage_the_time_of_those_after_it(tiny_yaml, monkeypatch):
     given = {}
-    monkeypatch.setattr(run_stage, "estimate_seconds", lambda experiment: StageSeconds(30.0, 400.0))
+    monkeypatch.setattr(run, "estimate_seconds", lambda experiment: StageSeconds(30.0, 400.0))
     monkeypatch.setattr(
-        run_stage,
+        run,
         "train_tokenizer",
         lambda experiment, seconds_after: given.update(tokenizer=seconds_after),
     )
     monkeypatch.setattr(
-        run_stage,
-        "encode_dataset",
-        lambda experiment, seconds_after: given.update(encode=seconds_after),
+        run, "encode_dataset", lambda experiment, seconds_after: given.update(encode=seconds_after)
     )
 
     def train_prior(experiment):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_stage, "train_prior", train_prior)
+    monkeypatch.setattr(run, "train_prior", train_prior)
     with pytest.raises(KeyboardInterrupt):
-        run_stage.run(load_experiment(["--config", str(tiny_yaml)]))
+        run.run(load_experiment(["--config", str(tiny_yaml)]))
     assert given == {"tokenizer": 430.0, "encode": 400.0}

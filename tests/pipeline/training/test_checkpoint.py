@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from pipeline.runtime import atomic_io
-from pipeline.runtime.atomic_io import atomic_write_dir as write_whole
-from pipeline.runtime.atomic_io import clean_partial_writes
+from pipeline.runtime.atomic_io import atomic_write_dir, clean_partial_writes
 from pipeline.runtime.signals import RecoverableError
-from pipeline.training import checkpoint as checkpoints
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     FORMAT,
     CheckpointState,
@@ -173,7 +172,7 @@ def test_surplus_checkpoints_are_removed_on_the_next_start(tmp_path):
 
 def test_verified_checkpoint_is_not_read_again(tmp_path, monkeypatch):
     verified = save(tmp_path, 2, 4, keep=3)
-    monkeypatch.setattr(checkpoints, "verify_checkpoint", pytest.fail)
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", pytest.fail)
     assert save(tmp_path, 6, 8, keep=3, verified=verified) == {
         tmp_path / f"step-{step}" for step in (4, 6, 8)
     }
@@ -226,7 +225,7 @@ def test_partial_writes_are_cleaned_and_restored(tmp_path):
 
 def test_interrupted_folder_replacement_is_recovered(tmp_path, monkeypatch):
     target = tmp_path / "bundle"
-    write_whole(target, lambda folder: (folder / "a").write_text("old"))
+    atomic_write_dir(target, lambda folder: (folder / "a").write_text("old"))
     rename = Path.rename
 
     def killed(path: Path, to: Path) -> Path:
@@ -236,11 +235,11 @@ def test_interrupted_folder_replacement_is_recovered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(target, lambda folder: (folder / "a").write_text("new"))
+        atomic_write_dir(target, lambda folder: (folder / "a").write_text("new"))
     assert not target.exists()
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="full"):
-        write_whole(target, lambda folder: (_ for _ in ()).throw(OSError("full")))
+        atomic_write_dir(target, lambda folder: (_ for _ in ()).throw(OSError("full")))
     assert names(tmp_path) == ["bundle"] and (target / "a").read_text() == "old"
 
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.distributed
 CUT = """
 import torch
 from torch.distributed.tensor import DTensor
-from pipeline.training import fsdp as sharding
-init = sharding.FSDPModelState.__init__
+from pipeline.training import fsdp
+init = fsdp.FSDPModelState.__init__
 def counted(self, *given):
     init(self, *given)
     cut = [p for p in self.networks["prior"].parameters() if isinstance(p, DTensor)]
@@ -27,7 +27,7 @@ def counted(self, *given):
     assert len(cut) == len(list(self.networks["prior"].parameters()))
     assert here < 0.6 * sum(p.numel() for p in cut)
     print("[cut]")
-sharding.FSDPModelState.__init__ = counted
+fsdp.FSDPModelState.__init__ = counted
 """
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

@@ -19,7 +19,7 @@ from pipeline.config.load import load_experiment
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from pipeline.runtime.devices import format_bytes
 from pipeline.stages.estimate import estimate
-from pipeline.training import auto_batch as fitting
+from pipeline.training import auto_batch
 from pipeline.training.auto_batch import batch_candidates, choose, resolve_auto_batch
 from pipeline.training.batch import tile_rows
 from pipeline.training.memory_estimate import (
@@ -225,7 +225,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
     )
     for rows, expected in ((20, 16), (100, 64)):
         room = state.optimizer + state.average + grown.at(rows)
-        monkeypatch.setattr(fitting, "free_memory", lambda device, room=room: room / 0.8)
+        monkeypatch.setattr(auto_batch, "free_memory", lambda device, room=room: room / 0.8)
         assert chosen(config).batch_size == expected
         assert (
             chosen(
@@ -234,7 +234,7 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
             == 128 // expected
         )
     assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in caplog.text
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(auto_batch, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="prior: not one image at a time fits"):
         chosen(config)
 
@@ -246,12 +246,12 @@ def test_out_of_memory_on_a_gpu_tries_a_smaller_batch(monkeypatch):
     monkeypatch.setattr(
         Probe, "_peak", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
-    assert not fitting._fits(probe(made, 0), pairs(1))
+    assert not auto_batch._fits(probe(made, 0), pairs(1))
     monkeypatch.setattr(
         Probe, "_peak", lambda *given: (_ for _ in ()).throw(RuntimeError("another"))
     )
     with pytest.raises(RuntimeError, match="another"):
-        fitting._fits(probe(made, 0), pairs(1))
+        auto_batch._fits(probe(made, 0), pairs(1))
     assert all(
         torch.equal(a, b)
         for a, b in zip(network.parameters(), made.prior.parameters(), strict=True)
@@ -266,14 +266,14 @@ def test_chosen_batch_size_is_saved_and_kept(tiny_yaml, tmp_path, capsys, monkey
         "--tokenizer.train.batch_size",
         "auto",
     ]
-    monkeypatch.setattr(fitting, "LARGEST", 16)
+    monkeypatch.setattr(auto_batch, "LARGEST", 16)
     assert main([*command, "--tokenizer.train.steps", "4"]) == 0
     out = capsys.readouterr().out
     assert "tokenizer: batch_size 16, gradient_accumulation_steps 1" in out
     written = tmp_path / "runs" / "tiny" / "tokenizer" / "settings.json"
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
     # On a smaller machine it goes on with the same
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 0)
+    monkeypatch.setattr(auto_batch, "free_memory", lambda device: 0)
     assert main([*command, "--tokenizer.train.steps", "6"]) == 0
     assert "tokenizer: batch_size" not in capsys.readouterr().out
     assert json.loads(written.read_text())["settings"]["train"]["batch_size"] == 16
@@ -334,6 +334,14 @@ def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
     )
     assert re.search(r"prior: 0\.\dM parameters, about", out)
     assert not (tmp_path / "runs").exists()
+    assert main(["estimate", "--config", str(tiny_yaml), "--processes", "2"]) == 0
+    shared = capsys.readouterr().out
+    assert shared.count("of memory in each process (") == 2 and "in each process" not in out
+    fails(
+        capsys,
+        ["estimate", "--config", tiny_yaml, "--processes", "0"],
+        "processes is 0; it must be at least 1",
+    )
     assert list(
         estimate(
             replace(load_experiment(["--config", str(tiny_yaml)]), tokenizer=_frozen(tiny_yaml))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from pipeline.config.train import TrainConfig
-from pipeline.training import monitoring as watch
+from pipeline.training import monitoring
 from pipeline.training.monitoring import (
     GradNormMonitor,
     ThroughputMeter,
@@ -265,7 +265,7 @@ def test_training_warns_of_a_gradient_jump(tmp_path, caplog):
 
 def test_throughput_and_data_wait_fraction(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: now[0])
     pace = ThroughputMeter(batch_size=32)
     for waited in (6.0, 0.0, 3.0):
         now[0] += 30

@@ -1,0 +1,29 @@
+"""One JSON object per file, and what to do where the file is no longer whole. Knows no settings."""
+
+from __future__ import annotations
+
+import json
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, remedy: str = "copy it again", *needed: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        remedy: what the error tells the user to do.
+        needed: dotted names of values that it must have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no JSON object, or lacks a value.
+    """
+    try:
+        content = dict(json.loads(path.read_text()))
+        for name in needed:
+            reduce(getitem, name.split("."), content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or corrupted ({error}); {remedy}") from error
+    return content
