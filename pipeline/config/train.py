@@ -89,16 +89,19 @@ class TrainConfig:
             else [],
         )
 
-    def resolved_batch(self) -> tuple[int, int]:
+    def resolved_batch(self, label: str) -> tuple[int, int]:
         """`batch_size` and `gradient_accumulation_steps`.
+
+        Args:
+            label: the stage of these settings, `tokenizer` or `prior`, for the message.
 
         Raises:
             ValueError: one is still `auto`.
         """
         if self.batch_size == "auto" or self.gradient_accumulation_steps == "auto":
             raise ValueError(
-                "train.batch_size or train.gradient_accumulation_steps is auto, which is for a "
-                "run's own stages; give numbers here"
+                f"{label}.train.batch_size or {label}.train.gradient_accumulation_steps is auto, "
+                "which is for a run's own stages; give numbers here"
             )
         return self.batch_size, self.gradient_accumulation_steps
 

@@ -324,7 +324,9 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         seconds = _read(row / _TIME)["seconds"]
         metrics |= {
             "minutes": seconds / 60,
-            "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / seconds,
+            "training_rate": steps
+            * experiment.tokenizer.train.resolved_batch("tokenizer")[0]
+            / seconds,
         }
     return metrics
 
@@ -357,8 +359,8 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     training = TokenizerTraining(experiment, accelerator, *sources)
-    task = training.task(train.resolved_batch()[0])
-    return time_steps(task, train, accelerator, _TRIAL_STEPS, experiment.precision)
+    task = training.task(train.resolved_batch("tokenizer")[0])
+    return time_steps(task, train, accelerator, _TRIAL_STEPS, experiment.precision, "tokenizer")
 
 
 @torch.no_grad()

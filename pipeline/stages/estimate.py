@@ -32,8 +32,8 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         processes: number of processes that share the training.
 
     Raises:
-        ValueError: `train.batch_size` or `train.gradient_accumulation_steps` is `auto`, which fills
-            the memory there is.
+        ValueError: a stage's `train.batch_size` or `train.gradient_accumulation_steps` is `auto`,
+            which fills the memory there is.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
@@ -46,12 +46,12 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
         train = experiment.tokenizer.train
         estimates["tokenizer"] = _estimate(
-            objective, images, train, experiment.precision, device, processes, program
+            "tokenizer", objective, images, train, experiment.precision, device, processes, program
         )
     prior_objective, batch = trial_objective(experiment, tokenizer, 8)
     train = experiment.prior.train
     estimates["prior"] = _estimate(
-        prior_objective, batch, train, experiment.precision, device, processes, program
+        "prior", prior_objective, batch, train, experiment.precision, device, processes, program
     )
     return estimates
 
@@ -84,7 +84,9 @@ def trial_objective(
     }
 
 
+# Eight parameters: two callers above, which differ in the first four alone.
 def _estimate(
+    label: str,
     objective: Objective,
     batch: torch.Tensor | dict[str, torch.Tensor],
     train: TrainConfig,
@@ -93,7 +95,7 @@ def _estimate(
     processes: int,
     program: int,
 ) -> MemoryEstimate:
-    batch_size, micro_batches = train.resolved_batch()
+    batch_size, micro_batches = train.resolved_batch(label)
     for network in objective.networks.values():
         network.to(device)
     autocast = partial(

@@ -42,9 +42,13 @@ class StageSeconds:
 
 
 def time_steps(
-    task: Task, train: TrainConfig, accelerator: Accelerator, steps: int, precision: str
+    task: Task, train: TrainConfig, accelerator: Accelerator, steps: int, precision: str, label: str
 ) -> tuple[float, float]:
-    """Seconds before the first step, and seconds per step (the median of the later half)."""
+    """Seconds before the first step, and seconds per step (the median of the later half).
+
+    Args:
+        label: the stage of these settings, for messages.
+    """
     times: list[float] = []
 
     def timed(step: int) -> object:
@@ -61,7 +65,7 @@ def time_steps(
             seed=0,
             bf16=uses_bf16(precision, accelerator.device),
             compile_networks=should_compile(train, accelerator.device),
-            label="trial",
+            label=label,
             seconds_after=None,
         )
     pace = float(np.median(np.diff(times)[steps // 2 :]))
@@ -87,11 +91,11 @@ def _prior_seconds(
     experiment: Experiment, tokenizer: ImageTokenizer, accelerator: Accelerator
 ) -> float:
     train = experiment.prior.train
-    rows = train.resolved_batch()[0] // accelerator.num_processes
+    rows = train.resolved_batch("prior")[0] // accelerator.num_processes
     objective, batch = trial_objective(experiment, tokenizer, rows)
     task = Task(objective, lambda step: batch, lambda: [batch], "nats_per_code", dict)
     plain = replace(train, compile="off")
-    _, pace = time_steps(task, plain, accelerator, _PRIOR_STEPS, experiment.precision)
+    _, pace = time_steps(task, plain, accelerator, _PRIOR_STEPS, experiment.precision, "prior")
     if not should_compile(train, accelerator.device):
         return train.steps * pace
     return train.steps * pace * _COMPILED_PACE + _COMPILING

@@ -98,12 +98,13 @@ def fit(
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, micro_batches = config.resolved_batch()
+    batch_size, micro_batches = config.resolved_batch(label)
     if batch_size % (accelerator.num_processes * micro_batches):
         raise ValueError(
-            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} "
-            f"processes with train.gradient_accumulation_steps {micro_batches}; choose a multiple "
-            "of both together"
+            f"{label}.train.batch_size {batch_size} does not split evenly over "
+            f"{accelerator.num_processes} processes with "
+            f"{label}.train.gradient_accumulation_steps {micro_batches}; choose a multiple of "
+            "both together"
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
@@ -246,7 +247,7 @@ class Trainer:
 
     def step_context(self) -> StepContext:
         networks = {group: self.model.for_training(group) for group in self.networks}
-        micro_batches = self.config.resolved_batch()[1]
+        micro_batches = self.config.resolved_batch(self.label)[1]
         return StepContext(
             self.task.objective,
             networks,
@@ -437,7 +438,7 @@ class _Log:
     def __init__(self, trainer: Trainer, bar: ProgressBar) -> None:
         self.trainer = trainer
         self.bar = bar
-        batch_size = trainer.config.resolved_batch()[0]
+        batch_size = trainer.config.resolved_batch(trainer.label)[0]
         self.overall = ThroughputMeter(batch_size)
         self.recent = ThroughputMeter(batch_size)
         """Since the last line."""

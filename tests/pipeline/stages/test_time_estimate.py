@@ -24,7 +24,7 @@ def two_seconds_per_look(monkeypatch):
 
 def test_step_time_is_the_median_and_the_start_is_left_out(two_seconds_per_look):
     train = TrainConfig(steps=100, batch_size=4, compile="off")
-    start, pace = time_steps(line_task(Line()), train, Accelerator(), 8, "fp32")
+    start, pace = time_steps(line_task(Line()), train, Accelerator(), 8, "fp32", "tokenizer")
     assert (start, pace) == (2.0, 2.0)
 
 
