@@ -74,7 +74,9 @@ def test_invalid_option_is_reported_once_without_relations(tiny_yaml):
         "--prior.train.steps",
         "0",
     ]
-    with pytest.raises(ValueError, match=r"(?s)layers of at least 1.*train.steps is 0"):
+    with pytest.raises(
+        ValueError, match=r"(?s)layers is -1; it must be at least 1.*train.steps is 0"
+    ):
         load_experiment(["--config", str(tiny_yaml), *arguments])
 
 
