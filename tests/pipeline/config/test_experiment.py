@@ -224,6 +224,12 @@ def test_every_violated_relation_is_named(tiny_yaml):
             ],
             r"(?s)learning_rate is 0.*warmup_steps is -1.*min_lr_ratio is 2",
         ),
+        (
+            ["--tokenizer.train.betas", "[2, 3]"],
+            r"^tokenizer\.train\.betas is \[2\.0, 3\.0\]; both must be in \[0, 1\)$",
+        ),
+        (["--prior.train.betas", "[0.9, 1]"], r"prior\.train\.betas is \[0\.9, 1\.0\]"),
+        (["--prior.train.betas", "[-0.1, 0.9]"], r"prior\.train\.betas is \[-0\.1, 0\.9\]"),
     ],
 )
 def test_relations_between_sections_are_checked(tiny_yaml, arguments, message):

@@ -458,8 +458,18 @@ def test_exit_statuses_of_doctor(folder, tmp_path, capsys):
     fails(capsys, ["doctor"], "no source was given", status=2)
     fails(capsys, ["doctor", folder, "--data.image_sise", "32"], "image_sise", status=2)
     fails(capsys, ["doctor", folder, "--data.image_size", "3"], "data.image_size is 3", status=2)
-    fails(capsys, ["doctor", folder, "--max-images", "0"], "--max-images is 0", status=2)
-    fails(capsys, ["doctor", folder, "--max-image-size", "8"], "--max-image-size is 8", status=2)
+    fails(
+        capsys,
+        ["doctor", folder, "--max-images", "0"],
+        "--max-images is 0; it must be at least 1\n",
+        status=2,
+    )
+    fails(
+        capsys,
+        ["doctor", folder, "--max-image-size", "8"],
+        "doctor: --max-image-size is 8; it must be at least 16\n",
+        status=2,
+    )
     fails(
         capsys,
         ["doctor", folder, "--config", tmp_path / "none.yaml"],
