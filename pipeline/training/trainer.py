@@ -297,8 +297,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
                 "learning rate, and start again under another "
-                "name (--name) or without this run's folder; or go on and skip a few such steps: "
-                f"{self.label}.train.max_nonfinite_steps"
+                "name (--name) or without this run's folder; or continue and skip a few such "
+                f"steps: {self.label}.train.max_nonfinite_steps"
             )
         self.buffers.restore()
         self.state.skipped += 1

@@ -193,7 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         made = manifest["format"]
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} holds no whole codes dataset; run `minidalle encode` first"
+            f"{folder} holds no complete codes dataset; run `minidalle encode` first"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

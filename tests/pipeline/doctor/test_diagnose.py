@@ -222,7 +222,7 @@ def test_captions_that_are_too_long_fail_unless_truncated(folder):
     )
     assert found.captions.longest.startswith("many words")
     cut = diagnose(config(folder), text=TextConfig(max_length=16, vocab_size=320, truncate=True))
-    assert not cut.fails and "1 of 40 captions are cut to text.max_length=16 slots" in said(
+    assert not cut.fails and "1 of 40 captions are truncated to text.max_length=16 slots" in said(
         cut, "warns"
     )
     long = diagnose(config(folder), text=TextConfig(max_length=500))
