@@ -141,7 +141,7 @@ def train_discrete_vae(
     source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     tokenizer = PeerTokenizer(experiment.tokenizer.model)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=1e-3)
-    order = BatchSampler(len(source), train.resolved_batch()[0], experiment.seed)
+    order = BatchSampler(len(source), train.resolved_batch("tokenizer")[0], experiment.seed)
     bf16 = not fp32 and uses_bf16(experiment.precision, torch.device("cpu"))
     start = time.perf_counter()
     step = 0
@@ -192,7 +192,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
     metrics |= {
         "steps": steps,
         "training_rate": steps
-        * experiment.tokenizer.train.resolved_batch()[0]
+        * experiment.tokenizer.train.resolved_batch("tokenizer")[0]
         / (60 * metrics["minutes"]),
     }
     comparison.write_metrics(experiment, minutes, metrics)

@@ -98,8 +98,10 @@ class TokenizerObjective:
         pixels = to_model_range(batch)
         tokenizer = self.tokenizer
         dimensions = pixels[0].numel()
-        heat = temperature(step, self.config) if tokenizer.quantizer.relaxed else None
-        output = networks["tokenizer"](pixels, heat)
+        current_temperature = (
+            temperature(step, self.config) if tokenizer.quantizer.relaxed else None
+        )
+        output = networks["tokenizer"](pixels, current_temperature)
         quantized = output.quantized
         drawn = tokenizer.likelihood.image(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
@@ -122,20 +124,20 @@ class TokenizerObjective:
             value = value + kl_weight(step, self.config) * quantized.kl / dimensions
         if quantized.log_q is not None:
             value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
-        if heat is not None:
-            metrics["temperature"] = torch.tensor(heat)
+        if current_temperature is not None:
+            metrics["temperature"] = torch.tensor(current_temperature)
         options = self.config.discriminator
         if self.discriminator is None or step < options.start:
             yield TokenizerLoss("tokenizer", value, metrics)
             return
         # Not the wrapped module: its gradients belong to the other loss.
         with requires_grad_off(self.discriminator) as judge:
-            misled = loss_at_image(generator_loss(judge(drawn).float()), drawn)
+            g_loss = loss_at_image(generator_loss(judge(drawn).float()), drawn)
         weight = options.weight * (
-            adaptive_weight(reconstruction, misled, output.parameters) if options.adaptive else 1.0
+            adaptive_weight(reconstruction, g_loss, output.parameters) if options.adaptive else 1.0
         )
-        metrics["adversarial"] = misled.detach()
-        yield TokenizerLoss("tokenizer", value + weight * misled, metrics)
+        metrics["adversarial"] = g_loss.detach()
+        yield TokenizerLoss("tokenizer", value + weight * g_loss, metrics)
         yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
 
     def check_health(self, metrics: Mapping[str, float], step: int) -> str | None:

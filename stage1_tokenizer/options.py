@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,23 @@ def failed(*checks: tuple[bool, str]) -> list[str]:
     return [message for wrong, message in checks if wrong]
 
 
+def out_of_range(options: object, section: str, interval: str, *names: str) -> list[str]:
+    """A message for each of these fields that is outside of an interval, as in "[0, 1)", or
+    "[1, inf]", which is "at least 1"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    least = low if interval[0] == "[" else math.nextafter(low, math.inf)
+    most = high if interval[-1] == "]" else math.nextafter(high, -math.inf)
+    needed = f"in {interval}"
+    if high == math.inf:
+        needed = f"above {low:g}" if interval[0] == "(" else f"at least {low:g}"
+    values = {name: getattr(options, name) for name in names}
+    return [
+        f"{section}.{name} is {value}; it must be {needed.replace('at least 0', '0 or more')}"
+        for name, value in values.items()
+        if not least <= value <= most
+    ]
+
+
 @dataclass(kw_only=True)
 class VqganOptions:
     """Sizes of `architecture: vqgan`, which has its own in place of width and depths."""
@@ -53,12 +71,18 @@ class VqganOptions:
         self.multipliers = tuple(self.multipliers)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        least = min(self.channels, self.blocks, self.latent_channels, *self.multipliers)
-        message = (
-            "tokenizer.model.vqgan needs channels that are a multiple of 32, and multipliers, "
-            f"blocks and latent_channels of at least 1; given were {self}"
+        section = "tokenizer.model.vqgan"
+        return out_of_range(self, section, "[1, inf]", "blocks", "latent_channels") + failed(
+            (
+                self.channels < 1 or self.channels % 32 > 0,
+                f"{section}.channels is {self.channels}; it must be a multiple of 32, at least 32",
+            ),
+            (
+                min(self.multipliers, default=0) < 1,
+                f"{section}.multipliers is {list(self.multipliers)}; it must be a list of numbers "
+                "of at least 1, one for each resolution",
+            ),
         )
-        return failed((not self.multipliers or least < 1 or self.channels % 32 > 0, message))
 
 
 @dataclass(kw_only=True)
@@ -78,17 +102,14 @@ class PerceptualOptions:
         self.layers = tuple(self.layers)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
+        section = "tokenizer.objective.perceptual"
         misplaced = min(self.layers, default=0) < 0 or self.distance == "ms_ssim"
-        return failed(
-            (
-                self.weight < 0,
-                f"tokenizer.objective.perceptual.weight is {self.weight}; it must be 0 or more",
-            ),
+        return out_of_range(self, section, "[0, inf]", "weight") + failed(
             (
                 bool(self.layers) and misplaced,
-                f"tokenizer.objective.perceptual.layers are {list(self.layers)}; they are hidden "
+                f"{section}.layers are {list(self.layers)}; they are hidden "
                 f"states, from 0, of a model that perceptual.distance names (now {self.distance})",
-            ),
+            )
         )
 
 
@@ -113,24 +134,17 @@ class DiscriminatorOptions:
     for 256 pixels)."""
 
     def problems(self) -> list[str]:
-        wrong = (
-            min(self.weight, self.start, self.lecam) < 0
-            or self.width < 16
-            or self.width % 16 > 0
-            or self.layers < 1
-        )
-        message = (
-            "tokenizer.objective.discriminator needs weight, start and lecam of 0 or more, "
-            f"width a multiple of 16, layers of at least 1; given were {self}"
-        )
-        return failed((wrong, message))
-
-
-def _check_diversity(section: str, diversity: float) -> tuple[bool, str]:
-    return (
-        diversity < 0,
-        f"tokenizer.model.{section}.diversity is {diversity}; it must be 0 or more",
-    )
+        section = "tokenizer.objective.discriminator"
+        return [
+            *out_of_range(self, section, "[0, inf]", "weight", "start", "lecam"),
+            *out_of_range(self, section, "[1, inf]", "layers"),
+            *failed(
+                (
+                    self.width < 1 or self.width % 16 > 0,
+                    f"{section}.width is {self.width}; it must be a multiple of 16, at least 16",
+                )
+            ),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -165,20 +179,14 @@ class VectorOptions:
     """Steps between two searches for dead codes."""
 
     def problems(self) -> list[str]:
-        wrong = (
-            not 0 < self.decay < 1
-            or self.commitment < 0
-            or self.dead_code_check_every < 1
-            or not 0 <= self.dead_code_threshold < 1
-            or self.entropy_weight < 0
-            or self.kmeans_iterations < 0
-        )
-        message = (
-            "tokenizer.model.vq needs decay in (0, 1), commitment, entropy_weight and "
-            "kmeans_iterations of 0 or more, dead_code_threshold in [0, 1) and "
-            f"dead_code_check_every of at least 1; given were {self}"
-        )
-        return failed((wrong, message))
+        section = "tokenizer.model.vq"
+        weights = ("commitment", "entropy_weight", "kmeans_iterations")
+        return [
+            *out_of_range(self, section, "(0, 1)", "decay"),
+            *out_of_range(self, section, "[0, inf]", *weights),
+            *out_of_range(self, section, "[0, 1)", "dead_code_threshold"),
+            *out_of_range(self, section, "[1, inf]", "dead_code_check_every"),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -195,7 +203,7 @@ class GumbelOptions:
     keeps codes from falling out of use."""
 
     def problems(self) -> list[str]:
-        return failed(_check_diversity("gumbel", self.diversity))
+        return out_of_range(self, "tokenizer.model.gumbel", "[0, inf]", "diversity")
 
 
 @dataclass(kw_only=True)
@@ -212,7 +220,7 @@ class BinaryOptions:
     vocabularies beyond some 16,000."""
 
     def problems(self) -> list[str]:
-        return failed(_check_diversity("binary", self.diversity))
+        return out_of_range(self, "tokenizer.model.binary", "[0, inf]", "diversity")
 
 
 @dataclass(kw_only=True)
@@ -232,14 +240,12 @@ class ScoreFunctionOptions:
     leaves posteriors soft, their mean is even though few codes are ever the likeliest."""
 
     def problems(self) -> list[str]:
-        message = (
-            "tokenizer.model.score_function needs baseline_decay in [0, 1) and inverse_temperature "
-            f"above 0; given were {self.baseline_decay} and {self.inverse_temperature}"
-        )
-        return failed(
-            (not 0 <= self.baseline_decay < 1 or self.inverse_temperature <= 0, message),
-            _check_diversity("score_function", self.diversity),
-        )
+        section = "tokenizer.model.score_function"
+        return [
+            *out_of_range(self, section, "[0, 1)", "baseline_decay"),
+            *out_of_range(self, section, "[0, inf]", "diversity"),
+            *out_of_range(self, section, "(0, inf]", "inverse_temperature"),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -275,12 +281,11 @@ class SignOptions:
     """Inverse temperature of the probabilities whose entropy is taken."""
 
     def problems(self) -> list[str]:
-        weights = (self.commitment, self.entropy_weight, self.diversity)
-        message = (
-            "tokenizer.model.sign needs commitment, entropy_weight and diversity of 0 or more and "
-            f"inverse_temperature above 0; given were {self}"
-        )
-        return failed((min(weights) < 0 or self.inverse_temperature <= 0, message))
+        section = "tokenizer.model.sign"
+        return [
+            *out_of_range(self, section, "[0, inf]", "commitment", "entropy_weight", "diversity"),
+            *out_of_range(self, section, "(0, inf]", "inverse_temperature"),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -293,8 +298,7 @@ class ResidualOptions:
     """One codebook for all depths, instead of one each."""
 
     def problems(self) -> list[str]:
-        message = f"tokenizer.model.residual.depth is {self.depth}; it must be at least 1"
-        return failed((self.depth < 1, message))
+        return out_of_range(self, "tokenizer.model.residual", "[1, inf]", "depth")
 
 
 @dataclass(kw_only=True)
@@ -313,21 +317,22 @@ class HierarchicalOptions:
         self.coarse_codes = tuple(self.coarse_codes)  # JSON and YAML know lists only
 
     def problems(self) -> list[str]:
-        sizes = self.levels < 2 or self.width < 1
+        section = "tokenizer.model.hierarchical"
+        levels = out_of_range(self, section, "[2, inf]", "levels")
+        width = out_of_range(self, section, "[1, inf]", "width")
         codes = bool(self.coarse_codes) and (
             len(self.coarse_codes) != self.levels - 1
             or not 2 <= min(self.coarse_codes) <= max(self.coarse_codes) <= LARGEST_CODE
         )
-        return failed(
-            (
-                sizes,
-                "tokenizer.model.hierarchical needs levels of at least 2 and width of at least 1; "
-                f"given were {self.levels} and {self.width}",
-            ),
-            (
-                codes and not sizes,
-                f"tokenizer.model.hierarchical.coarse_codes is {list(self.coarse_codes)}; with "
-                f"{self.levels} levels it needs {self.levels - 1} numbers from 2 to "
-                f"{LARGEST_CODE}, one for each level above the finest",
-            ),
+        return (
+            levels
+            + width
+            + failed(
+                (
+                    codes and not levels,
+                    f"{section}.coarse_codes is {list(self.coarse_codes)}; with {self.levels} "
+                    f"levels it needs {self.levels - 1} numbers from 2 to {LARGEST_CODE}, one for "
+                    "each level above the finest",
+                )
+            )
         )

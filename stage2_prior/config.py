@@ -75,10 +75,8 @@ class PriorConfig:
                 not 0 <= self.dropout < 1,
                 f"prior.model.dropout is {self.dropout}; it must be in [0, 1)",
             ),
-            (
-                self.mlp_ratio <= 0 or self.rope_base <= 1,
-                "prior.model.mlp_ratio must be above 0 and prior.model.rope_base above 1",
-            ),
+            (self.mlp_ratio <= 0, f"prior.model.mlp_ratio is {self.mlp_ratio}; it must be above 0"),
+            (self.rope_base <= 1, f"prior.model.rope_base is {self.rope_base}; it must be above 1"),
         )
 
     @property

@@ -63,38 +63,39 @@ class SamplingOptions:
         refuse(
             (
                 self.guidance_scale < 0,
-                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is off)",
+                f"sampling.guidance_scale is {self.guidance_scale}; it must be 0 or more "
+                "(1 is off)",
             ),
             (
                 len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1,
-                f"guidance_interval is {self.guidance_interval}; it must be two shares of the "
-                "codes, as in (0.1, 0.8)",
+                f"sampling.guidance_interval is {self.guidance_interval}; it must be two "
+                "fractions of the codes, as in (0.1, 0.8)",
             ),
             (
                 self.guidance_power is not None and self.guidance_power <= 0,
-                f"guidance_power is {self.guidance_power}; it must be above 0, or absent for "
-                "constant guidance",
+                f"sampling.guidance_power is {self.guidance_power}; it must be above 0, or "
+                "absent for constant guidance",
             ),
             (
                 self.temperature < 0,
-                f"temperature is {self.temperature}; it must be 0 (greedy) or more",
+                f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or more",
             ),
             (
                 self.top_k is not None and self.top_k < 1,
-                f"top_k is {self.top_k}; it must be at least 1, or absent for no limit",
+                f"sampling.top_k is {self.top_k}; it must be at least 1, or absent for no limit",
             ),
             (
                 self.top_p is not None and not 0 < self.top_p <= 1,
-                f"top_p is {self.top_p}; it must be in (0, 1], or absent for no limit",
+                f"sampling.top_p is {self.top_p}; it must be in (0, 1], or absent for no limit",
             ),
             (
                 self.min_p is not None and not 0 <= self.min_p <= 1,
-                f"min_p is {self.min_p}; it must be in [0, 1], or absent for no limit",
+                f"sampling.min_p is {self.min_p}; it must be in [0, 1], or absent for no limit",
             ),
             (
                 self.num_inference_steps is not None and self.num_inference_steps < 1,
-                f"num_inference_steps is {self.num_inference_steps}; it must be at least 1, or "
-                "absent for one step per code",
+                f"sampling.num_inference_steps is {self.num_inference_steps}; it must be at least "
+                "1, or absent for one step per code",
             ),
         )
 

@@ -253,7 +253,7 @@ class TextTokenizer:
         if len(old) != len(self.fast):
             raise ValueError(
                 "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and "
-                "this one has tokens beside it"
+                "this one has other tokens, too"
             )
         counts = Counter(word for caption in captions for word in self.words(caption))
         names = {i: piece for piece, i in old.items()}

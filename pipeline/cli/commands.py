@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pipeline
 from pipeline.cli.log import print_rank0
-from pipeline.cli.options import UsageError, as_usage, parse_experiment
+from pipeline.cli.options import UsageError, as_usage, check_at_least, parse_experiment
 from pipeline.config.option_names import has_config
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def evaluate_command(
         max_images: validation images and prompts to evaluate on
         baseline_bundle: bundle to compare with on the old data and the new (that of init_from)
     """
+    check_at_least("--max-images", max_images, 1)
     experiment = parse_experiment(settings)
     if os.environ.get("RANK", "0") != "0":  # one process evaluates: the images are few
         return
@@ -177,15 +178,15 @@ def codebook_command(
     from pipeline.runtime.atomic_io import check_output_dir
     from pipeline.runtime.run_paths import existing_tokenizer, settings_of_run
 
+    check_at_least("--max-images", max_images, 1)
     experiment = parse_experiment(["--config", str(config or settings_of_run(tokenizer))])
     run = existing_tokenizer(tokenizer).parent
     out = out or run / "codebook"
     source = pipeline.load_source(experiment.data, "held_out")
     check_output_dir(out, NUMBERS, "codebook page")
-    if max_images < 1 or not len(source):
+    if not len(source):
         raise ValueError(
-            f"--max-images is {max_images} and {len(source)} are held out; at least one is "
-            "needed of both"
+            "no image is held out, so there is nothing to encode; raise data.val_fraction"
         )
     images = source.images(range(min(max_images, len(source))))
     for view in pipeline.codebook_page(tokenizer, images, out):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.options import UsageError, as_usage, parse_experiment
+from pipeline.cli.options import UsageError, as_usage, check_at_least, parse_experiment
 from pipeline.config.option_names import has_config
 
 if TYPE_CHECKING:
@@ -39,11 +39,8 @@ def doctor_command(
     """
     from pipeline.doctor.suggest_config import SIZES
 
-    if max_images < 1 or max_image_size < SIZES[0]:
-        raise UsageError(
-            f"--max-images is {max_images} and must be at least 1; --max-image-size is "
-            f"{max_image_size}, at least {SIZES[0]}"
-        )
+    check_at_least("--max-images", max_images, 1)
+    check_at_least("--max-image-size", max_image_size, SIZES[0])
     experiment = _experiment(settings)
     diagnosis, lines = report(
         experiment,

@@ -52,6 +52,12 @@ def as_usage(load: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         raise UsageError(str(error)) from error
 
 
+def check_at_least(option: str, value: int, least: int) -> None:
+    """Raises UsageError where an option's value is below `least`."""
+    if value < least:
+        raise UsageError(f"{option} is {value}; it must be at least {least}")
+
+
 def parse_experiment(settings: Sequence[str]) -> Experiment:
     from pipeline.config.load import load_experiment
 

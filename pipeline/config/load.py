@@ -61,7 +61,9 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
                 values = _parsed(["--config", path, *arguments])
             except ArgumentError as error:
                 raise ValueError(
-                    f"what init_from names was made by another version: {_first_line(error)}"
+                    "the settings of what init_from names do not fit this version "
+                    f"({_first_line(error)}); fine-tune with the version that made it, or give "
+                    "another init_from"
                 ) from error
     if "tokenizer.model.image_size" not in given:  # it follows the data's
         values["tokenizer"]["model"]["image_size"] = values["data"]["image_size"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.checks import out_of_range, refuse
+from pipeline.config.checks import out_of_range, problems, refuse
 from stage2_prior import CodeOrder, OrderSchedule
 
 
@@ -81,24 +81,32 @@ class TrainConfig:
             out_of_range(self, "train", "[0, 1)", "ema_decay"),
             out_of_range(self, "train", "(0, 1]", "decay_ratio"),
             out_of_range(self, "train", "[0, 1]", "min_lr_ratio"),
-            [
-                f"train.batch_size is {batch}; it must be a multiple of "
-                f"train.gradient_accumulation_steps {micro}"
-            ]
-            if uneven
-            else [],
+            problems(
+                (
+                    not all(0 <= beta < 1 for beta in self.betas),
+                    f"train.betas is {list(self.betas)}; both must be in [0, 1)",
+                ),
+                (
+                    uneven,
+                    f"train.batch_size is {batch}; it must be a multiple of "
+                    f"train.gradient_accumulation_steps {micro}",
+                ),
+            ),
         )
 
-    def resolved_batch(self) -> tuple[int, int]:
+    def resolved_batch(self, label: str) -> tuple[int, int]:
         """`batch_size` and `gradient_accumulation_steps`.
+
+        Args:
+            label: the stage of these settings, `tokenizer` or `prior`, for the message.
 
         Raises:
             ValueError: one is still `auto`.
         """
         if self.batch_size == "auto" or self.gradient_accumulation_steps == "auto":
             raise ValueError(
-                "train.batch_size or train.gradient_accumulation_steps is auto, which is for a "
-                "run's own stages; give numbers here"
+                f"{label}.train.batch_size or {label}.train.gradient_accumulation_steps is auto, "
+                "which is for a run's own stages; give numbers here"
             )
         return self.batch_size, self.gradient_accumulation_steps
 

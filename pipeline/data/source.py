@@ -142,6 +142,5 @@ def check_splits(
         count = "an unknown number of" if train is None else train
         raise ValueError(
             f"{name} has {count} images to train on and {held_out} held out to judge on, and each "
-            f"needs at least one; with few images another share than "
-            f"data.val_fraction={config.val_fraction} is needed (0.2)"
+            f"needs at least one; raise data.val_fraction (now {config.val_fraction}), e.g. to 0.2"
         )

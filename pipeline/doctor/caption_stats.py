@@ -142,7 +142,7 @@ def _doubts(report: CaptionReport, images: int, config: TextConfig) -> list[Find
         (
             report.too_long and config.truncate,
             "warns",
-            f"{report.too_long:,} of {report.captions:,} captions are cut to "
+            f"{report.too_long:,} of {report.captions:,} captions are truncated to "
             f"text.max_length={report.length} slots",
         ),
         (

@@ -62,9 +62,11 @@ def evaluate(
     measured too.
 
     Raises:
-        ValueError: the bundle's images are of another size than the experiment's, or nothing is
-            held out.
+        ValueError: `images` is below 1, the bundle's images are of another size than the
+            experiment's, or nothing is held out.
     """
+    if images < 1:
+        raise ValueError(f"images is {images}; it must be at least 1")
     start = time.perf_counter()
     pipe = TextToImagePipeline.from_pretrained(bundle)
     if pipe.tokenizer.image_size != experiment.data.image_size:

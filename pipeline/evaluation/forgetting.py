@@ -57,8 +57,11 @@ def forgetting(
 
     Raises:
         FileNotFoundError: one of the folders is no bundle.
-        ValueError: the bundles' images differ in size, or nothing is held out.
+        ValueError: `images` is below 1, the bundles' images differ in size, or nothing is held
+            out.
     """
+    if images < 1:
+        raise ValueError(f"images is {images}; it must be at least 1")
     old = TextToImagePipeline.from_pretrained(before)
     new = TextToImagePipeline.from_pretrained(after)
     if old.tokenizer.image_size != new.tokenizer.image_size:

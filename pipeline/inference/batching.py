@@ -131,7 +131,7 @@ def _fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> 
         raise _too_large(prior)
     if fitting < wanted:
         warnings.warn(
-            f"{wanted} images at a time do not fit the free memory; going on with {fitting}",
+            f"{wanted} images at a time do not fit the free memory; continuing with {fitting}",
             stacklevel=_STACKLEVEL,
         )
     return min(fitting, wanted)
@@ -142,7 +142,7 @@ def _smaller_batch(prior: ImagePrior, failed: int) -> int:
     if failed == 1:
         raise _too_large(prior)
     warnings.warn(
-        f"out of memory with {failed} images at a time; going on with {failed // 2}",
+        f"out of memory with {failed} images at a time; continuing with {failed // 2}",
         stacklevel=_STACKLEVEL,
     )
     if prior.device.type == "cuda":
@@ -162,7 +162,7 @@ def _compiling_pays(seconds: float) -> bool:
     pays = seconds * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
     if pays:
         warnings.warn(
-            f"{seconds:.0f} seconds of drawing are left, so the steps are compiled",
+            f"{seconds:.0f} seconds of sampling are left, so the steps are compiled",
             stacklevel=_STACKLEVEL,
         )
     return pays

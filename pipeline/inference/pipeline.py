@@ -160,7 +160,7 @@ class TextToImagePipeline:
         _at_least_one("best_of", best_of)
         if judge is not None and best_of == 1:
             raise ValueError(
-                "a judge chooses among several images, and best_of is 1; ask for more (best_of=4)"
+                "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
         options = self._options(sampling)
         count = num_images_per_prompt * best_of
@@ -179,7 +179,7 @@ class TextToImagePipeline:
         scores = torch.as_tensor(judge(output.images, asked)).flatten().cpu()
         if len(scores) != len(seeds):
             raise ValueError(
-                f"the judge gave {len(scores)} scores for {len(seeds)} images; it must give one "
+                f"the scorer gave {len(scores)} scores for {len(seeds)} images; it must give one "
                 "for each"
             )
         return output.rows(_best_of(scores, best_of).tolist())
@@ -441,7 +441,7 @@ class TextToImagePipeline:
         if null is None or not exact:
             if not self.prior.config.trained_with_caption_dropout:
                 raise ValueError(
-                    "best_of needs a prior trained with caption dropout, or a judge; train with "
+                    "best_of needs a prior trained with caption dropout, or a scorer; train with "
                     "prior.objective.caption_dropout=0.1"
                 )
             null = self._log_likelihood(

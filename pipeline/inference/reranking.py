@@ -1,4 +1,4 @@
-"""Judges for `best_of`: how well an image shows its prompt, by another model than the prior. Knows
+"""Scorers for `best_of`: how well an image shows its prompt, by another model than the prior. Knows
 images and prompts only."""
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class CLIPScorer:
             self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"the judge {name!r} cannot be loaded as a CLIP model "
+                f"the scorer {name!r} cannot be loaded as a CLIP model "
                 f"({str(error).splitlines()[0]}); give a folder that holds one with "
                 "its processor, or a Hub name with network access"
             ) from error
         if not hasattr(model, "get_image_features"):
             raise ValueError(
-                f"the judge {name!r} is {type(model).__name__}, which does not compare images "
+                f"the scorer {name!r} is {type(model).__name__}, which does not compare images "
                 "with text; give a CLIP model"
             )
         self.model = model.to(device).eval()

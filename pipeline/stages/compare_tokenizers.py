@@ -319,7 +319,9 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         seconds = _read(row / _TIME)["seconds"]
         metrics |= {
             "minutes": seconds / 60,
-            "training_rate": steps * experiment.tokenizer.train.resolved_batch()[0] / seconds,
+            "training_rate": steps
+            * experiment.tokenizer.train.resolved_batch("tokenizer")[0]
+            / seconds,
         }
     return metrics
 
@@ -352,7 +354,7 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     training = TokenizerTraining(experiment, accelerator, *sources)
-    task = training.task(train.resolved_batch()[0])
+    task = training.task(train.resolved_batch("tokenizer")[0])
     times: list[float] = []
 
     def timed(step: int) -> object:
@@ -371,7 +373,7 @@ def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[f
             seed=experiment.seed,
             bf16=uses_bf16(experiment.precision, accelerator.device),
             compile_networks=should_compile(train, accelerator.device),
-            label="trial",
+            label="tokenizer",
             seconds_after=None,
         )
     pace = float(np.median(np.diff(times)[steps // 2 :]))

@@ -48,12 +48,12 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
         train = experiment.tokenizer.train
         estimates["tokenizer"] = _estimate(
-            objective, images, train, experiment.precision, device, processes, program
+            "tokenizer", objective, images, train, experiment.precision, device, processes, program
         )
     prior_objective, batch = trial_objective(experiment, tokenizer, 8)
     train = experiment.prior.train
     estimates["prior"] = _estimate(
-        prior_objective, batch, train, experiment.precision, device, processes, program
+        "prior", prior_objective, batch, train, experiment.precision, device, processes, program
     )
     return estimates
 
@@ -86,7 +86,9 @@ def trial_objective(
     }
 
 
+# Eight parameters: two callers above, which differ in the first four alone.
 def _estimate(
+    label: str,
     objective: Objective,
     batch: torch.Tensor | dict[str, torch.Tensor],
     train: TrainConfig,
@@ -95,7 +97,7 @@ def _estimate(
     processes: int,
     program: int,
 ) -> MemoryEstimate:
-    batch_size, micro_batches = train.resolved_batch()
+    batch_size, micro_batches = train.resolved_batch(label)
     for network in objective.networks.values():
         network.to(device)
     autocast = partial(

@@ -159,7 +159,7 @@ class StageRun:
             )
             self._record()
         return fit(
-            task(self.train.resolved_batch()[0]),
+            task(self.train.resolved_batch(self.stage)[0]),
             self.train,
             accelerator,
             self.folder,

@@ -273,7 +273,7 @@ def text_tokenizer(
     lengths.check(truncate=config.truncate)
     if lengths.too_long:
         _log.info(
-            f"{lengths.too_long} of {lengths.count} captions are cut to "
+            f"{lengths.too_long} of {lengths.count} captions are truncated to "
             f"text.max_length={text.length} slots"
         )
     if accelerator.is_main_process and not resumes:

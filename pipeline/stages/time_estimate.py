@@ -60,7 +60,7 @@ def _prior_seconds(
     experiment: Experiment, tokenizer: ImageTokenizer, accelerator: Accelerator
 ) -> float:
     train = experiment.prior.train
-    batch_size, micro_batches = train.resolved_batch()
+    batch_size, micro_batches = train.resolved_batch("prior")
     objective, batch = trial_objective(
         experiment, tokenizer, batch_size // accelerator.num_processes
     )

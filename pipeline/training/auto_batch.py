@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import PriorTrainConfig, TrainConfig
 from pipeline.runtime.devices import (
     USABLE_MEMORY_FRACTION,
     format_bytes,
@@ -47,12 +47,13 @@ def has_auto_batch(config: TrainConfig) -> bool:
 
 
 def batch_candidates(
-    config: TrainConfig, rows: int | None, processes: int
+    config: TrainConfig, rows: int | None, processes: int, label: str
 ) -> list[tuple[int, int]]:
     """The (batch_size, gradient_accumulation_steps) that may be chosen, the preferred first.
 
     Args:
         rows: number of training images; None where a stream does not know.
+        label: the stage of these settings, for the message.
 
     Raises:
         ValueError: the batch does not split over the processes.
@@ -69,8 +70,8 @@ def batch_candidates(
         return [(size, parts) for size in reversed(powers or [unit])]
     if config.batch_size % processes:
         raise ValueError(
-            f"train.batch_size {config.batch_size} does not split evenly over {processes} "
-            "processes; choose a multiple"
+            f"{label}.train.batch_size {config.batch_size} does not split evenly over "
+            f"{processes} processes; choose a multiple"
         )
     each = config.batch_size // processes
     return [(config.batch_size, parts) for parts in range(1, each + 1) if each % parts == 0]
@@ -117,7 +118,7 @@ def resolve_auto_batch(
     probe = Probe(task.objective, config.steps - 1, autocast, device)
     example = partial(tile_rows, to_device(task.batch(0), device))
     compiled = should_compile(config, device)
-    options = batch_candidates(config, rows, processes)
+    options = batch_candidates(config, rows, processes, label)
     state = state_bytes(networks, config)
     most = max(size // processes // parts for size, parts in options)
     model = fit_memory_model(probe, example, most=most)
@@ -139,11 +140,12 @@ def resolve_auto_batch(
 
     chosen = choose(options, processes, fits)
     if chosen is None:
+        advice = "close other programs, or use a smaller model"
+        if isinstance(config, PriorTrainConfig) and not config.activation_checkpointing:
+            advice += f", or {label}.train.activation_checkpointing=true"
         raise MemoryError(
-            f"{label}: not one image at a time fits: it takes {format_bytes(to_come(1))} beside "
-            f"the weights, and {format_bytes(usable)} "
-            f"of {device} may be used; close other programs, use a smaller model, or "
-            "prior.train.activation_checkpointing=true"
+            f"{label}: not one image at a time fits: it takes {format_bytes(to_come(1))} in "
+            f"addition to the weights, and {format_bytes(usable)} of {device} may be used; {advice}"
         )
     size, parts = chosen
     _log.info(

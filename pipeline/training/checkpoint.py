@@ -65,7 +65,7 @@ def check_format(found: object, where: Path) -> None:
         age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
         raise UnsupportedFormat(
             f"{where} is of format {found}, which {age} version of this program wrote, and this "
-            f"one reads {FORMAT}; go on with the version that wrote it, or choose another name "
+            f"one reads {FORMAT}; continue with the version that wrote it, or choose another name "
             "for this run"
         )
 

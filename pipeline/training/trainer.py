@@ -98,12 +98,13 @@ def fit(
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, micro_batches = config.resolved_batch()
+    batch_size, micro_batches = config.resolved_batch(label)
     if batch_size % (accelerator.num_processes * micro_batches):
         raise ValueError(
-            f"train.batch_size {batch_size} does not split evenly over {accelerator.num_processes} "
-            f"processes with train.gradient_accumulation_steps {micro_batches}; choose a multiple "
-            "of both together"
+            f"{label}.train.batch_size {batch_size} does not split evenly over "
+            f"{accelerator.num_processes} processes with "
+            f"{label}.train.gradient_accumulation_steps {micro_batches}; choose a multiple of "
+            "both together"
         )
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
@@ -252,7 +253,7 @@ class Trainer:
 
     def step_context(self) -> StepContext:
         networks = {group: self.model.for_training(group) for group in self.networks}
-        micro_batches = self.config.resolved_batch()[1]
+        micro_batches = self.config.resolved_batch(self.label)[1]
         return StepContext(
             self.task.objective,
             networks,
@@ -302,8 +303,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
                 "learning rate, and start again under another "
-                "name (--name) or without this run's folder; or go on and skip a few such steps: "
-                f"{self.label}.train.max_nonfinite_steps"
+                "name (--name) or without this run's folder; or continue and skip a few such "
+                f"steps: {self.label}.train.max_nonfinite_steps"
             )
         self.buffers.restore()
         self.state.skipped += 1
@@ -443,7 +444,7 @@ class _Log:
     def __init__(self, trainer: Trainer, bar: ProgressBar) -> None:
         self.trainer = trainer
         self.bar = bar
-        batch_size = trainer.config.resolved_batch()[0]
+        batch_size = trainer.config.resolved_batch(trainer.label)[0]
         self.overall = ThroughputMeter(batch_size)
         self.recent = ThroughputMeter(batch_size)
         """Since the last line."""

@@ -163,7 +163,7 @@ def test_batch_is_halved_when_gpu_memory_runs_out(cuda):
             room / torch.cuda.get_device_properties(cuda).total_memory
         )
         with pytest.warns(
-            UserWarning, match="out of memory with 128 images at a time; going on with 64"
+            UserWarning, match="out of memory with 128 images at a time; continuing with 64"
         ):
             drawn = sample_codes_batched(prior, text, range(128), SamplingOptions(), batch_size=128)
     finally:

@@ -287,7 +287,7 @@ def test_automatic_batch_size_fits(device, monkeypatch):
         rows=1000,
         label="prior",
     )
-    assert chosen.resolved_batch() == (64, 1)
+    assert chosen.resolved_batch("prior") == (64, 1)
     assert all(p.grad is None for p in made.prior.parameters())
 
 
@@ -312,7 +312,7 @@ def test_automatic_batch_size_shrinks_when_memory_runs_out(cuda, monkeypatch):
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 1 < chosen.resolved_batch()[0] < 4096
+    assert 1 < chosen.resolved_batch("prior")[0] < 4096
 
 
 def test_fsdp_on_one_process_equals_training_without(device, tmp_path):

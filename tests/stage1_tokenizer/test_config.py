@@ -103,8 +103,35 @@ def test_the_factor_must_be_a_power_of_two(factor):
     ids=lambda w: next(iter(w)),
 )
 def test_vq_options_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=rf"tokenizer\.model\.vq.*{next(iter(wrong))}"):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(
+        ValueError, match=rf"^tokenizer\.model\.vq\.{name} is {value}; it must be [^;]*$"
+    ):
         TokenizerConfig(vq=VectorOptions(**wrong))
+
+
+def test_every_wrong_option_of_a_section_is_named_and_no_right_one():
+    wrong = {
+        "vq": VectorOptions(decay=2.0, dead_code_check_every=0),
+        "sign": SignOptions(diversity=-1.0, inverse_temperature=0.0),
+        "hierarchical": HierarchicalOptions(levels=1, width=0),
+        "vqgan": VqganOptions(channels=48, multipliers=(1, 0), blocks=0),
+    }
+    assert [message for options in wrong.values() for message in options.problems()] == [
+        "tokenizer.model.vq.decay is 2.0; it must be in (0, 1)",
+        "tokenizer.model.vq.dead_code_check_every is 0; it must be at least 1",
+        "tokenizer.model.sign.diversity is -1.0; it must be 0 or more",
+        "tokenizer.model.sign.inverse_temperature is 0.0; it must be above 0",
+        "tokenizer.model.hierarchical.levels is 1; it must be at least 2",
+        "tokenizer.model.hierarchical.width is 0; it must be at least 1",
+        "tokenizer.model.vqgan.blocks is 0; it must be at least 1",
+        "tokenizer.model.vqgan.channels is 48; it must be a multiple of 32, at least 32",
+        "tokenizer.model.vqgan.multipliers is [1, 0]; it must be a list of numbers of at least 1, "
+        "one for each resolution",
+    ]
+    with pytest.raises(ValueError, match=r"vqgan\.blocks is 0; .*vq\.decay is 2\.0; ") as error:
+        TokenizerConfig(vq=wrong["vq"], vqgan=wrong["vqgan"])
+    assert "Options(" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +146,15 @@ def test_vq_options_out_of_range_are_refused(wrong):
                 "quantizer": "score_function",
                 "score_function": ScoreFunctionOptions(baseline_decay=1.0, diversity=-1.0),
             },
-            r"score_function needs baseline_decay in \[0, 1\) and inverse_temperature above 0; "
-            r"given were 1\.0 and 8\.0",
+            r"score_function\.baseline_decay is 1\.0; it must be in \[0, 1\); .*"
+            r"score_function\.diversity is -1\.0; it must be 0 or more",
         ),
         (
             {
                 "quantizer": "score_function",
                 "score_function": ScoreFunctionOptions(inverse_temperature=0.0),
             },
-            r"given were 0\.9 and 0\.0",
+            r"score_function\.inverse_temperature is 0\.0; it must be above 0$",
         ),
         (
             {"quantizer": "score_function", "score_function": ScoreFunctionOptions(diversity=-1.0)},
@@ -144,7 +171,7 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ),
         (
             {"quantizer": "lfq", "sign": SignOptions(inverse_temperature=0.0)},
-            "sign needs .*inverse_temperature above 0",
+            r"sign\.inverse_temperature is 0\.0; it must be above 0$",
         ),
         (
             {"quantizer": "residual", "residual": ResidualOptions(depth=0)},
@@ -152,7 +179,7 @@ def test_vq_options_out_of_range_are_refused(wrong):
         ),
         (
             {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(levels=1)},
-            "hierarchical needs levels of at least 2",
+            r"hierarchical\.levels is 1; it must be at least 2$",
         ),
         (
             {"quantizer": "hierarchical", "hierarchical": HierarchicalOptions(coarse_codes=(8, 8))},
@@ -223,11 +250,11 @@ def test_options_and_code_counts_that_do_not_fit_are_refused(changes, message):
         ),
         (
             {"architecture": "vqgan", "vqgan": VqganOptions(channels=48)},
-            "channels that are a multiple of 32",
+            r"vqgan\.channels is 48; it must be a multiple of 32",
         ),
         (
             {"architecture": "vqgan", "vqgan": VqganOptions(multipliers=())},
-            "multipliers, blocks and latent_channels of at least 1",
+            r"vqgan\.multipliers is \[\]; it must be a list of numbers of at least 1",
         ),
         (
             {"architecture": "transformer", "width": 48},

@@ -157,9 +157,18 @@ def test_perceptual_loss_is_weighted_and_reported(images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"discriminator": DiscriminatorOptions(weight=-1.0)}, "discriminator needs weight"),
-        ({"discriminator": DiscriminatorOptions(width=20)}, "width a multiple of 16"),
-        ({"discriminator": DiscriminatorOptions(weight=1.0, layers=-1)}, "layers of at least 1"),
+        (
+            {"discriminator": DiscriminatorOptions(weight=-1.0)},
+            r"discriminator\.weight is -1\.0; it must be 0 or more$",
+        ),
+        (
+            {"discriminator": DiscriminatorOptions(width=20)},
+            "width is 20; it must be a multiple of 16",
+        ),
+        (
+            {"discriminator": DiscriminatorOptions(weight=1.0, layers=-1)},
+            "layers is -1; it must be at least 1$",
+        ),
         (
             {"perceptual": PerceptualOptions(weight=-1.0)},
             r"perceptual\.weight is -1\.0; it must be 0 or more",

@@ -194,9 +194,11 @@ def test_prior_without_sequence_layout_is_refused():
 
 def test_configuration_errors_are_all_named():
     with pytest.raises(
-        ValueError, match=r"(?s)prior\.model\.width.*prior\.model\.dropout is 1\.5.*mlp_ratio"
+        ValueError,
+        match=r"(?s)prior\.model\.width.*prior\.model\.dropout is 1\.5.*"
+        r"mlp_ratio is 0; .*rope_base is 1; ",
     ):
-        PriorConfig(width=30, heads=4, dropout=1.5, mlp_ratio=0)
+        PriorConfig(width=30, heads=4, dropout=1.5, mlp_ratio=0, rope_base=1)
     with pytest.raises(ValueError, match=r"prior\.model\.depth is 0"):
         PriorConfig(depth=0)
     with pytest.raises(

@@ -245,7 +245,8 @@ def test_step_of_the_first_nonfinite_logits_is_named(text_ids, steps):
 def test_bad_options_are_all_named():
     with pytest.raises(
         ValueError,
-        match=r"(?s)guidance_scale is -1.*temperature is -2.*top_k is 0.*top_p is 1\.5.*min_p is 2",
+        match=r"sampling\.guidance_scale is -1.*sampling\.temperature is -2.*sampling\.top_k is 0.*"
+        r"sampling\.top_p is 1\.5.*sampling\.min_p is 2",
     ):
         SamplingOptions(guidance_scale=-1, temperature=-2, top_k=0, top_p=1.5, min_p=2)
 

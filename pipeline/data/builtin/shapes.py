@@ -146,12 +146,12 @@ class ShapesWorld:
 
     Args:
         image_size: height and width of an image, at least 32.
-        lattice: evenly spaced centres per axis where objects can stand; 0 allows any pixel.
+        grid_cells: evenly spaced centres per axis where objects can stand; 0 allows any pixel.
         split: `train` and `held_out` have the same (shape, colour) pairs and different seeds. Each
             scene of `new_pairs` has a pair that training never has.
 
     Raises:
-        ValueError: the size is too small, the counts are not 1 to 3, the lattice does not divide
+        ValueError: the size is too small, the counts are not 1 to 3, the grid_cells does not divide
             the size, or the split is unknown.
     """
 
@@ -161,7 +161,7 @@ class ShapesWorld:
         *,
         min_objects: int = 1,
         max_objects: int = 3,
-        lattice: int = 0,
+        grid_cells: int = 0,
         seed: int = 0,
         split: str = "train",
     ) -> None:
@@ -172,9 +172,9 @@ class ShapesWorld:
                 f"min_objects {min_objects} and max_objects {max_objects} must satisfy 1 <= min <= "
                 "max <= 3"
             )
-        if lattice and (lattice < 8 or image_size % lattice):
+        if grid_cells and (grid_cells < 8 or image_size % grid_cells):
             raise ValueError(
-                f"lattice is {lattice}; it must be 0 (any pixel) or a divisor of image_size "
+                f"grid_cells is {grid_cells}; it must be 0 (any pixel) or a divisor of image_size "
                 f"{image_size}, at least 8"
             )
         if split not in SPLITS:
@@ -184,7 +184,7 @@ class ShapesWorld:
         self.split = split
         self.min_objects = min_objects
         self.max_objects = max_objects
-        self._step = image_size // lattice if lattice else 1
+        self._step = image_size // grid_cells if grid_cells else 1
         pairs = [(s, c) for s in SHAPES for c in COLOURS]
         self._seen = [p for p in pairs if p not in NEW_PAIRS]
         self._new = [p for p in pairs if p in NEW_PAIRS]

@@ -138,7 +138,7 @@ class ShapesSource(Source):
         most = options.max_objects
         cells = options.grid_cells
         self.world = ShapesWorld(
-            size, min_objects=fewest, max_objects=most, lattice=cells, split=split
+            size, min_objects=fewest, max_objects=most, grid_cells=cells, split=split
         )
         self.num_images = options.num_scenes
         self.fingerprint = f"shapes1-{size}-{fewest}{most}-{cells}-{split}"

@@ -193,7 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(path, f"remove {folder} and run `minidalle encode` again", "format")
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} holds no whole codes dataset; run `minidalle encode` first"
+            f"{folder} holds no complete codes dataset; run `minidalle encode` first"
         ) from None
     check_format(manifest["format"], folder)
     return manifest

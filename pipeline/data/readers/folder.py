@@ -37,8 +37,8 @@ from pipeline.data.readers.images import EXTENSIONS, UNREAD
 TABLE_SUFFIXES = (".csv", ".jsonl")
 LAYOUTS = """accepted are
   images/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
-  images/metadata.jsonl, a row a line                      ({"file_name": "cat.png", "text": "a cat on a mat"})
-  images/cat.png with images/cat.txt beside it           (a cat on a mat)
+  images/metadata.jsonl, one row per line                  ({"file_name": "cat.png", "text": "a cat on a mat"})
+  images/cat.png next to images/cat.txt                    (a cat on a mat)
   images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"

@@ -91,7 +91,7 @@ def _opened(source: ImageFile | bytes, at_least: int | None) -> tuple[Image.Imag
         size = image.size
         if size[0] * size[1] > LARGEST:
             raise ValueError(
-                f"it says to be {size[0]}x{size[1]} pixels, and {LARGEST:,} in all are the most"
+                f"it declares {size[0]}x{size[1]} pixels; at most {LARGEST:,} are read"
             )
         if at_least is not None:
             reduced = at_least / min(size)

@@ -110,7 +110,7 @@ class ShardRows:
             why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(extensions))}"
             raise ValueError(
                 f"{name} has {len(shards)} shards and no image ({why}); a sample is NAME.jpg "
-                "with NAME.txt beside it in the .tar"
+                "next to NAME.txt in the .tar"
             )
         self._keys = pa.array(keys, pa.large_string())
         self._places = np.array(places, np.int64)

@@ -186,8 +186,8 @@ class StreamSource(Source):
             except Exception as error:  # networks and readers fail in many ways
                 where = self.shard_names[shard] if shard < len(self.shard_names) else shard
                 raise OSError(
-                    f"shard {where} of {self.name} cannot be read on ({reason_of(error)}); the "
-                    "same command resumes from the last checkpoint"
+                    f"reading shard {where} of {self.name} failed ({reason_of(error)}); run the "
+                    "same command again: it resumes from what is saved"
                 ) from error
             if row is None:
                 return
@@ -287,8 +287,8 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
     if shards is None:
         if not streams(config.source):
             raise ValueError(
-                f"data.streaming is on, and {config.source} is a folder or table of files, which "
-                "are read one by one as it is; set data.streaming=false"
+                f"data.streaming is on, and {config.source} is a folder or a table of image files; "
+                "streaming reads shards, Parquet and data sets; set data.streaming=false"
             )
         return load(config, streaming=True), []
     try:

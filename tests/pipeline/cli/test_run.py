@@ -543,7 +543,7 @@ def test_long_captions_are_counted_or_truncated(finished_run, tmp_path, capsys):
         copy / "text_tokenizer"
     ).exists()  # or the length that the message asks for would not be taken
     assert main([str(a) for a in arguments] + ["--text.truncate", "true"]) == 0
-    assert "captions are cut to text.max_length=9" in capsys.readouterr().out
+    assert "captions are truncated to text.max_length=9" in capsys.readouterr().out
 
 
 def test_incomplete_codes_folder_is_named(finished_run, tmp_path, capsys):
@@ -554,7 +554,7 @@ def test_incomplete_codes_folder_is_named(finished_run, tmp_path, capsys):
     fails(
         capsys,
         ["train-prior", "--config", path, "--output_dir", tmp_path / "runs"],
-        "holds no whole codes dataset",
+        "holds no complete codes dataset",
     )
     shutil.copy(folder / "codes" / "codes.json", copy / "codes")
     next((copy / "codes").glob("train*.arrow")).unlink()

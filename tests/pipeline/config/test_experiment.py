@@ -75,7 +75,9 @@ def test_invalid_option_is_reported_once_without_relations(tiny_yaml):
         "--prior.train.steps",
         "0",
     ]
-    with pytest.raises(ValueError, match=r"(?s)layers of at least 1.*train.steps is 0"):
+    with pytest.raises(
+        ValueError, match=r"(?s)layers is -1; it must be at least 1.*train.steps is 0"
+    ):
         load_experiment(["--config", str(tiny_yaml), *arguments])
 
 
@@ -232,6 +234,12 @@ def test_every_violated_relation_is_named(tiny_yaml):
             ],
             r"(?s)learning_rate is 0.*warmup_steps is -1.*min_lr_ratio is 2",
         ),
+        (
+            ["--tokenizer.train.betas", "[2, 3]"],
+            r"^tokenizer\.train\.betas is \[2\.0, 3\.0\]; both must be in \[0, 1\)$",
+        ),
+        (["--prior.train.betas", "[0.9, 1]"], r"prior\.train\.betas is \[0\.9, 1\.0\]"),
+        (["--prior.train.betas", "[-0.1, 0.9]"], r"prior\.train\.betas is \[-0\.1, 0\.9\]"),
     ],
 )
 def test_relations_between_sections_are_checked(tiny_yaml, arguments, message):

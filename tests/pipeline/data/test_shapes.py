@@ -279,16 +279,16 @@ def test_invalid_shapes_settings_are_refused():
 
 
 def test_objects_are_on_grid_cells():
-    items = [item for i in range(200) for item in ShapesWorld(lattice=8).scene(i).items]
+    items = [item for i in range(200) for item in ShapesWorld(grid_cells=8).scene(i).items]
     assert {item.x % 8 for item in items} == {item.y % 8 for item in items} == {0}
     assert len({item.x for item in items}) >= 5 and any(
         i.x % 8 for n in range(20) for i in ShapesWorld().scene(n).items
     )
 
 
-@pytest.mark.parametrize("lattice", [7, 4, 24])
-def test_grid_that_does_not_fit_is_refused(lattice):
-    with pytest.raises(ValueError, match=f"lattice is {lattice}.*divisor of image_size 64"):
-        ShapesWorld(lattice=lattice)
-    with pytest.raises(ValueError, match=f"data.shapes.grid_cells is {lattice}"):
-        DataConfig(source="shapes", shapes=ShapesOptions(grid_cells=lattice))
+@pytest.mark.parametrize("grid_cells", [7, 4, 24])
+def test_grid_that_does_not_fit_is_refused(grid_cells):
+    with pytest.raises(ValueError, match=f"grid_cells is {grid_cells}.*divisor of image_size 64"):
+        ShapesWorld(grid_cells=grid_cells)
+    with pytest.raises(ValueError, match=f"data.shapes.grid_cells is {grid_cells}"):
+        DataConfig(source="shapes", shapes=ShapesOptions(grid_cells=grid_cells))

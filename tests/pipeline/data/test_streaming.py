@@ -286,7 +286,7 @@ def test_shards_are_read_over_http(shards, tmp_path):
         (served / "004.tar").unlink()
         with pytest.raises(
             OSError,
-            match=r"shard http://127.*004\.tar of .* cannot be read on .*; the same command "
+            match=r"reading shard http://127.*004\.tar of .* failed .*; run the same command "
             r"resumes from",
         ):
             of_training(source)

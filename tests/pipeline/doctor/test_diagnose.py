@@ -222,7 +222,7 @@ def test_captions_that_are_too_long_fail_unless_truncated(folder):
     )
     assert found.captions.longest.startswith("many words")
     cut = diagnose(config(folder), text=TextConfig(max_length=16, vocab_size=320, truncate=True))
-    assert not cut.fails and "1 of 40 captions are cut to text.max_length=16 slots" in said(
+    assert not cut.fails and "1 of 40 captions are truncated to text.max_length=16 slots" in said(
         cut, "warns"
     )
     long = diagnose(config(folder), text=TextConfig(max_length=500))
@@ -458,8 +458,18 @@ def test_exit_statuses_of_doctor(folder, tmp_path, capsys):
     fails(capsys, ["doctor"], "no source was given", status=2)
     fails(capsys, ["doctor", folder, "--data.image_sise", "32"], "image_sise", status=2)
     fails(capsys, ["doctor", folder, "--data.image_size", "3"], "data.image_size is 3", status=2)
-    fails(capsys, ["doctor", folder, "--max-images", "0"], "--max-images is 0", status=2)
-    fails(capsys, ["doctor", folder, "--max-image-size", "8"], "--max-image-size is 8", status=2)
+    fails(
+        capsys,
+        ["doctor", folder, "--max-images", "0"],
+        "--max-images is 0; it must be at least 1\n",
+        status=2,
+    )
+    fails(
+        capsys,
+        ["doctor", folder, "--max-image-size", "8"],
+        "doctor: --max-image-size is 8; it must be at least 16\n",
+        status=2,
+    )
     fails(
         capsys,
         ["doctor", folder, "--config", tmp_path / "none.yaml"],

@@ -121,7 +121,8 @@ def test_missing_inputs_of_the_codebook_report_are_named(finished_run, tmp_path,
             "--max-images",
             0,
         ],
-        "--max-images is 0",
+        "--max-images is 0; it must be at least 1\n",
+        status=2,
     )
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import json
 
-from pipeline.evaluation.evaluate import Report
+import pytest
+
+from pipeline.config.load import load_experiment
+from pipeline.evaluation.evaluate import Report, evaluate
 from pipeline.evaluation.forgetting import OLD, Forgetting
+from tests.helpers.cli import fails
+
+
+@pytest.mark.parametrize("images", [0, -1])
+def test_fewer_images_than_one_are_refused(tiny_yaml, tmp_path, capsys, images):
+    experiment = load_experiment(["--config", str(tiny_yaml)])
+    with pytest.raises(ValueError, match=f"^images is {images}; it must be at least 1$"):
+        evaluate(tmp_path / "bundle", experiment, images=images)
+    fails(
+        capsys,
+        ["evaluate", "--config", tiny_yaml, "--max-images", images],
+        f"evaluate: --max-images is {images}; it must be at least 1\n",
+        status=2,
+    )
 
 
 def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():

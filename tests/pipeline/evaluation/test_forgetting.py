@@ -10,6 +10,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.experiment import to_dict
 from pipeline.config.load import load_values
 from pipeline.data.load import load_source
+from pipeline.data.map_source import MappedSource
 from pipeline.evaluation.forgetting import NEW, OLD, Forgetting, forgetting
 from tests.helpers.data import photo
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
@@ -103,10 +104,14 @@ def test_bundles_of_unlike_image_size_are_refused(tmp_path, old_data, experiment
         forgetting(before, after, experiment)
 
 
-def test_no_images_to_judge_on_are_refused(tmp_path, old_data, experiment):
+def test_no_images_to_judge_on_are_refused(tmp_path, old_data, experiment, monkeypatch):
     before = bundle(tmp_path / "before", old_data)
+    for images in (0, -1):
+        with pytest.raises(ValueError, match=f"^images is {images}; it must be at least 1$"):
+            forgetting(before, before, experiment, images=images)
+    monkeypatch.setattr(MappedSource, "__len__", lambda source: 0)
     with pytest.raises(ValueError, match="no image of the old data is held out"):
-        forgetting(before, before, experiment, images=0)
+        forgetting(before, before, experiment)
 
 
 def test_the_table_has_a_line_per_data_and_metric():

@@ -66,7 +66,7 @@ def test_oversized_batches_shrink_with_one_warning(prior, monkeypatch):
     need = bytes_per_image(prior, SamplingOptions())
     monkeypatch.setattr(batching, "free_memory", lambda device: int(2.9 * need))
     with pytest.warns(
-        UserWarning, match="5 images at a time do not fit the free memory; going on with 2"
+        UserWarning, match="5 images at a time do not fit the free memory; continuing with 2"
     ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert len(said) == 1 and torch.equal(
@@ -123,7 +123,7 @@ def test_out_of_memory_halves_the_batch(prior, monkeypatch, error):
 
     monkeypatch.setattr(batching, "sample", full)
     with pytest.warns(
-        UserWarning, match="out of memory with 5 images at a time; going on with 2"
+        UserWarning, match="out of memory with 5 images at a time; continuing with 2"
     ) as said:
         drawn = sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
     assert sizes == [5, 2, 2, 1] and len(said) == 1
@@ -169,7 +169,7 @@ def test_auto_compiles_when_remaining_work_is_long(prior, monkeypatch, seconds, 
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=1)
     assert asked == expected
     assert [
-        "seconds of drawing are left, so the steps are compiled" in str(w.message) for w in said
+        "seconds of sampling are left, so the steps are compiled" in str(w.message) for w in said
     ] == [True] * any(expected)
 
 

@@ -229,7 +229,7 @@ def test_best_of_scores_full_sequences_when_steps_draw_several_codes(pipe, guida
 def test_scorer_without_candidates_or_with_too_few_scores_is_refused(pipe):
     with pytest.raises(ValueError, match="best_of is 1; ask for more"):
         pipe("x", judge=lambda images, prompts: [0.0] * len(images))
-    with pytest.raises(ValueError, match="the judge gave 1 scores for 2 images"):
+    with pytest.raises(ValueError, match="the scorer gave 1 scores for 2 images"):
         pipe("x", best_of=2, judge=lambda images, prompts: [0.0])
 
 
@@ -279,7 +279,7 @@ def test_best_of_can_use_a_scorer(pipe):
 def test_best_of_requires_a_score(finished_run):
     pipe = untrained_pipe(finished_run[1], trained_with_caption_dropout=False)
     with pytest.raises(
-        ValueError, match="best_of needs a prior trained with caption dropout, or a judge"
+        ValueError, match="best_of needs a prior trained with caption dropout, or a scorer"
     ):
         pipe(["a red circle"], best_of=2, guidance_scale=1.0)
     with pytest.raises(ValueError, match="best_of is 0; it must be at least 1"):

@@ -64,7 +64,9 @@ def test_scores_are_cosines_of_each_image_with_its_prompt(folder):
 
 
 def test_invalid_scorer_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"the judge '.*nothing' cannot be loaded as a CLIP model"):
+    with pytest.raises(
+        ValueError, match=r"the scorer '.*nothing' cannot be loaded as a CLIP model"
+    ):
         CLIPScorer(str(tmp_path / "nothing"))
     CLIPModel.from_pretrained(folder).vision_model.save_pretrained(folder)
     with pytest.raises(

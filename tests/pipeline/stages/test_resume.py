@@ -351,7 +351,7 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
     fails(
         capsys,
         ["train-prior", *arguments],
-        "holds no whole codes dataset; run `minidalle encode` first",
+        "holds no complete codes dataset; run `minidalle encode` first",
     )
 
 

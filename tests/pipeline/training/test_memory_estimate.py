@@ -191,21 +191,23 @@ def test_rows_are_repeated_to_fill_a_batch():
     ],
 )
 def test_batch_candidates_divide_evenly(given, rows, processes, first, last):
-    options = batch_candidates(TrainConfig(**given), rows, processes)
+    options = batch_candidates(TrainConfig(**given), rows, processes, "prior")
     assert (options[0], options[-1]) == (first, last)
     assert all(size % (parts * processes) == 0 for size, parts in options)
 
 
 def test_first_fitting_candidate_is_chosen():
     options = batch_candidates(
-        TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2
+        TrainConfig(batch_size=24, gradient_accumulation_steps="auto"), 100, 2, "prior"
     )
     assert choose(options, 2, lambda rows: rows <= 5) == (24, 3)
     assert choose(options, 2, lambda rows: False) is None
     with pytest.raises(
-        ValueError, match=r"train\.batch_size 7 does not split evenly over 2 processes"
+        ValueError, match=r"^tokenizer\.train\.batch_size 7 does not split evenly over 2 processes"
     ):
-        batch_candidates(TrainConfig(batch_size=7, gradient_accumulation_steps="auto"), 100, 2)
+        batch_candidates(
+            TrainConfig(batch_size=7, gradient_accumulation_steps="auto"), 100, 2, "tokenizer"
+        )
 
 
 def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, caplog):
@@ -235,8 +237,15 @@ def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, cap
         )
     assert "prior: batch_size 16, gradient_accumulation_steps 1: what" in caplog.text
     monkeypatch.setattr(auto_batch, "free_memory", lambda device: 1000)
-    with pytest.raises(MemoryError, match="prior: not one image at a time fits"):
+    with pytest.raises(
+        MemoryError, match=r"prior: not one .* or prior\.train\.activation_checkpointing=true$"
+    ):
         chosen(config)
+    with pytest.raises(MemoryError, match=r"close other programs, or use a smaller model$"):
+        chosen(replace(config, activation_checkpointing=True))
+    tokenizer_config = TrainConfig(batch_size="auto", steps=10)
+    with pytest.raises(MemoryError, match=r"tokenizer: not one .* or use a smaller model$"):
+        chosen(tokenizer_config, label="tokenizer")
 
 
 def test_out_of_memory_on_a_gpu_tries_a_smaller_batch(monkeypatch):
@@ -298,8 +307,8 @@ def test_chosen_batch_size_is_saved_and_kept(tiny_yaml, tmp_path, capsys, monkey
 
 
 def test_unresolved_auto_batch_size_is_refused():
-    with pytest.raises(ValueError, match="give numbers here"):
-        TrainConfig(batch_size="auto").resolved_batch()
+    with pytest.raises(ValueError, match=r"^tokenizer\.train\.batch_size or .* numbers here"):
+        TrainConfig(batch_size="auto").resolved_batch("tokenizer")
 
 
 def test_byte_sizes_are_formatted():
@@ -350,7 +359,7 @@ def test_estimate_prints_the_memory_of_each_stage(tiny_yaml, tmp_path, capsys):
     fails(
         capsys,
         ["estimate", "--config", tiny_yaml, "--prior.train.batch_size", "auto"],
-        "train.batch_size or train.gradient_accumulation_steps is auto",
+        "estimate: prior.train.batch_size or prior.train.gradient_accumulation_steps is auto",
     )
 
 

@@ -333,7 +333,9 @@ def test_epochs_show_every_row_once_across_processes():
 
 def test_batch_must_divide_by_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 3))
-    with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 processes"):
+    with pytest.raises(
+        ValueError, match=r"^line\.train\.batch_size 4 does not split evenly over 3 processes"
+    ):
         train(tmp_path)
 
 
