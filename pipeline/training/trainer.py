@@ -302,8 +302,8 @@ class Trainer:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
-                "learning rate, and start again under another "
-                "name (--name) or without this run's folder; or continue and skip a few such "
+                "learning rate, and start again under another name "
+                "(--name) or without this run's folder; or continue and skip a few such "
                 f"steps: {self.label}.train.max_nonfinite_steps"
             )
         self.buffers.restore()

@@ -151,7 +151,7 @@ class ShapesWorld:
             scene of `new_pairs` has a pair that training never has.
 
     Raises:
-        ValueError: the size is too small, the counts are not 1 to 3, the grid_cells does not divide
+        ValueError: the size is too small, the counts are not 1 to 3, grid_cells does not divide
             the size, or the split is unknown.
     """
 

@@ -287,7 +287,7 @@ def test_shards_are_read_over_http(shards, tmp_path):
         with pytest.raises(
             OSError,
             match=r"reading shard http://127.*004\.tar of .* failed .*; run the same command "
-            r"resumes from",
+            r"again: it resumes from what is saved",
         ):
             of_training(source)
     finally:
@@ -409,7 +409,7 @@ def test_unsupported_streams_are_reported(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(
-        ValueError, match=r"data\.streaming is on, and .* is a folder or table of files"
+        ValueError, match=r"data\.streaming is on, and .* is a folder or a table of image files"
     ):
         load_sources(config(tmp_path, streaming=True))
     write_shard(tmp_path / "s" / "0.tar", [("a", {"png": encoded(), "txt": b"x"})])
