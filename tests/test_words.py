@@ -44,6 +44,8 @@ ALLOWED = {
     ("tests/test_words.py", r".*"): "the list itself",
     ("benchmarks/gradient_variance.py", r"figure"): "matplotlib's class",
     ("tests/examples/test_first_pictures.py", r"pictures"): "the name of the notebook",
+    ("README.md", r"pictures"): "the name of the notebook",
+    ("docs/first-hour.md", r"pictures"): "the name of the notebook",
     ("benchmarks/same_numbers.py", r"adversary|pictures?"): "names and captions of earlier commits",
     ("pipeline/stages/compare_tokenizers.py", r"figure"): "matplotlib's class",
     ("pipeline/doctor/html_report.html", r"figure"): "HTML's element",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,17 @@ from PIL import Image
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_pictures.ipynb"
 
 
+@pytest.fixture
+def log_level() -> Iterator[None]:
+    """The notebook raises the level of our logger; other tests keep theirs."""
+    logger = logging.getLogger("pipeline")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.mark.slow
-def test_notebook_runs_and_shows_images(tmp_path, monkeypatch):
+def test_notebook_runs_and_shows_images(tmp_path, monkeypatch, log_level):
     monkeypatch.chdir(NOTEBOOK.parent)
     names: dict = {}
     tiny = (

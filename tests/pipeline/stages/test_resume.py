@@ -260,7 +260,7 @@ def test_empty_validation_split_is_reported_before_writing(own_folder, tmp_path,
         capsys,
         ["run", *own_folder, "--data.val_fraction", "0.0001"],
         "12 images to train on and 0 held out",
-        "data.val_fraction=0.0001",
+        "raise data.val_fraction (now 0.0001)",
     )
     assert not (tmp_path / "runs").exists()
 
