@@ -332,8 +332,11 @@ def test_fsdp_on_one_process_equals_training_without(device, tmp_path):
             plain = dict(made.networks)
             if not sharded:
                 plain["prior"].to(device)
-            kind = FSDPModelState if sharded else ModelState
-            state = kind(plain, built(plain), accelerator, built)
+            state = (
+                FSDPModelState(plain, built(plain), accelerator, built)
+                if sharded
+                else ModelState(plain, built(plain), accelerator)
+            )
             made.networks["prior"] = state.networks["prior"]
             for step in range(3):
                 loss = next(made.losses(to_device(batch_of("prior", step), device), step))
