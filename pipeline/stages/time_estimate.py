@@ -50,6 +50,9 @@ def estimate_seconds(experiment: Experiment) -> StageSeconds:
     if not shows_progress() or has_auto_batch(experiment.prior.train) or fsdp_requested():
         return StageSeconds()
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+    batch_size, micro_batches = experiment.prior.train.resolved_batch("prior")
+    if batch_size % (accelerator.num_processes * micro_batches):  # which the training refuses
+        return StageSeconds()
     source, _ = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     tokenizer = ImageTokenizer(experiment.tokenizer.model)
     prior = _prior_seconds(experiment, tokenizer, accelerator)

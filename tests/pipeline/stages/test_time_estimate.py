@@ -49,6 +49,12 @@ def test_nothing_is_tried_where_no_bar_shows_it(tiny_yaml, monkeypatch):
     assert estimated(tiny_yaml) == StageSeconds()
 
 
+def test_batch_that_does_not_split_is_left_to_the_training_to_refuse(tiny_yaml, monkeypatch):
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr(time_estimate, "make_accelerator", lambda *options: three)
+    assert estimated(tiny_yaml, "--prior.train.batch_size", "4") == StageSeconds()
+
+
 def test_automatic_batch_size_has_no_estimate(tiny_yaml):
     assert estimated(tiny_yaml, "--prior.train.batch_size", "auto") == StageSeconds()
 
