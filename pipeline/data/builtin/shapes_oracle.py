@@ -6,6 +6,10 @@ median; what differs from it falls into connected components; a component's colo
 colour nearest to its fullest pixels; its coverage (how far each pixel went from background to
 colour) is matched against every (shape, size) sprite at small offsets. A match must be good to
 count, so a smear is not read as whatever it resembles most.
+
+The scene that was read is then drawn again. Where too many pixels of the image differ from that
+drawing, no claim can make the image right: it shows something that the reading does not hold, such
+as an object in two colours, a colour that is none of the palette, or specks.
 """
 
 from __future__ import annotations
@@ -18,8 +22,17 @@ from itertools import permutations
 
 import numpy as np
 
-from pipeline.data.builtin.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, sprite
-from pipeline.data.builtin.shapes_captions import Claims, ObjectClaim
+from pipeline.data.builtin.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    draw,
+    sprite,
+)
+from pipeline.data.builtin.shapes_captions import Claims, ObjectClaim, clear_relation
 
 FOREGROUND = 45.0
 """RGB distance from the background above which a pixel belongs to an object (objects' colours are
@@ -29,31 +42,26 @@ MATCH = 0.88
 a wrong outline a lot."""
 SPECK = 0.35
 """Components with less than this share of the smallest sprite's area are ignored."""
-APART = 0.06
-"""How far apart, as a share of the image, centres lie for a stated relation to hold."""
+COLOUR_LIMIT = 30.0
+"""RGB distance from the palette above which an object or the background has no named colour."""
+DIFFERENT = 60.0
+"""RGB distance above which a pixel of the image differs from the scene drawn again."""
+DIFFERENT_PIXELS = 12 / 64**2
+"""Share of the image's pixels that may differ: 12 at 64x64."""
 _OFFSETS = 2
 
 
 @dataclass(frozen=True)
-class FoundItem:
-    """One object read from an image; `match` is its similarity to the best sprite, 1 for a perfect
-    one."""
-
-    shape: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    match: float
-
-
-@dataclass(frozen=True)
 class Reading:
-    """What an image shows; `unreadable` counts components that match no sprite well."""
+    """What an image shows."""
 
     background: str
-    items: tuple[FoundItem, ...]
+    items: tuple[Item, ...]
     unreadable: int
+    """Components that match no sprite well, and colours (the background's too) that are none of the
+    palette."""
+    different: int
+    """Pixels that differ from the scene drawn again."""
     image_size: int
 
 
@@ -62,6 +70,8 @@ class Verdict:
     """Which of a caption's claims hold. A kind that the caption does not mention is None."""
 
     correct: bool
+    redraw: bool
+    """The scene that was read, drawn again, is the image but for few pixels."""
     count: bool
     shapes: bool
     colours: bool
@@ -152,31 +162,36 @@ def read_scene(image: np.ndarray) -> Reading:
     size = len(image)
     pixels = image.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = _nearest(np.median(border, axis=0), BACKGROUNDS)
+    ground, away = _nearest(np.median(border, axis=0), BACKGROUNDS)
     back = np.array(BACKGROUNDS[ground], dtype=np.float32)
     distance = np.sqrt(((pixels - back) ** 2).sum(-1))
     smallest = min(float(sprite(s, "small", size).sum()) for s in SHAPES)
     items = []
-    unreadable = 0
+    unreadable = int(away > COLOUR_LIMIT)
     for members in components(distance > FOREGROUND):
         if len(members) < SPECK * smallest:
             continue
         item = _match(pixels, distance, members, back)
-        if item.match >= MATCH:
-            items.append(item)
-        else:
+        if item is None:
             unreadable += 1
-    return Reading(ground, tuple(items), unreadable, size)
+        else:
+            items.append(item)
+    again = draw(Scene(ground, tuple(items)), size).astype(np.float32)
+    different = np.sqrt(((pixels - again) ** 2).sum(-1)) > DIFFERENT
+    return Reading(ground, tuple(items), unreadable, int(different.sum()), size)
 
 
 def _match(
     pixels: np.ndarray, distance: np.ndarray, members: np.ndarray, back: np.ndarray
-) -> FoundItem:
+) -> Item | None:
+    """The object that a component shows; None where none fits."""
     rows, columns = members.T
     far = distance[rows, columns]
     # The pixels of most coverage show the colour itself; edges are mixed with the background.
     full = far >= 0.8 * np.quantile(far, 0.9)
-    colour = _nearest(np.median(pixels[rows[full], columns[full]], axis=0), COLOURS)
+    colour, away = _nearest(np.median(pixels[rows[full], columns[full]], axis=0), COLOURS)
+    if away > COLOUR_LIMIT:
+        return None
     direction = np.array(COLOURS[colour], dtype=np.float32) - back
     bank, labels, n = _bank(len(pixels))
     reach = n // 2
@@ -207,17 +222,22 @@ def _match(
     similarity = (
         float(bank[best] @ flat / np.sqrt((bank[best] ** 2).sum() * energy)) if energy else 0.0
     )
-    return FoundItem(shape, colour, size, x + dx, y + dy, similarity)
+    if similarity < MATCH:
+        return None
+    return Item(shape, colour, size, x + dx, y + dy)
 
 
-def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
-    return min(palette, key=lambda name: math.dist(colour, palette[name]))
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
+    """The nearest colour's name, and its distance."""
+    name = min(palette, key=lambda name: math.dist(colour, palette[name]))
+    return name, math.dist(colour, palette[name])
 
 
 def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
-    """Checks an image, or its reading, against a caption's claims: all must hold, and there must be
-    no further object."""
+    """Checks an image, or its reading, against a caption's claims: all must hold, and the image
+    must show nothing further."""
     reading = seen if isinstance(seen, Reading) else read_scene(seen)
+    redraw = reading.different <= DIFFERENT_PIXELS * reading.image_size**2
     count = len(reading.items) == len(claims.objects) and not reading.unreadable
     background = None if claims.background is None else reading.background == claims.background
     shapes = _same([i.shape for i in reading.items], [o.shape for o in claims.objects])
@@ -232,14 +252,15 @@ def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
                 for i, o in zip(order, claims.objects, strict=True)
             )
             related = all(
-                _holds(order[a], relation, order[b], reading.image_size)
+                clear_relation(order[a], order[b], reading.image_size) == relation
                 for a, relation, b in claims.relations
             )
             if bound:
                 best = max(best, (sizes, related), key=sum)
     sizes, related = best
     return Verdict(
-        correct=count and sizes and related and background is not False,
+        correct=redraw and count and sizes and related and background is not False,
+        redraw=redraw,
         count=count,
         shapes=shapes,
         colours=colours,
@@ -249,18 +270,11 @@ def check(seen: Reading | np.ndarray, claims: Claims) -> Verdict:
     )
 
 
-def _fits(item: FoundItem, claim: ObjectClaim) -> bool:
+def _fits(item: Item, claim: ObjectClaim) -> bool:
     return (item.shape, item.colour) == (claim.shape, claim.colour) and claim.size in (
         None,
         item.size,
     )
-
-
-def _holds(a: FoundItem, relation: str, b: FoundItem, image_size: int) -> bool:
-    apart = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[
-        relation
-    ]
-    return apart >= APART * image_size
 
 
 def _same(found: Sequence[str], claimed: Sequence[str]) -> bool:
