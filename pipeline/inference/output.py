@@ -28,8 +28,8 @@ class TextToImageOutput:
     codes: Tensor
     """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
     log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats; an approximation with `num_inference_steps`, see
-    `Samples`."""
+    """(N,) log p(codes | prompt) in nats, in the order sampled, without guidance, temperature or
+    filters. Edits count the resampled codes only."""
     seeds: list[int]
     """(N,) the seed of each image's random numbers."""
 
