@@ -7,7 +7,12 @@ from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
 from stage2_prior.order import CodeOrder, OrderSchedule
 from stage2_prior.sampling import SamplingOptions
-from stage2_prior.scoring import caption_log_likelihood, code_log_likelihood, sample_captions
+from stage2_prior.scoring import (
+    caption_log_likelihood,
+    code_log_likelihood,
+    sample_captions,
+    score_codes,
+)
 from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
 
@@ -31,4 +36,5 @@ __all__ = [
     "code_log_likelihood",
     "sample",
     "sample_captions",
+    "score_codes",
 ]

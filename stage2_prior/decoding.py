@@ -15,7 +15,8 @@ step verifies them with full context: it resamples each with the same uniform nu
 they are. From the first that changes on, the step after computes them again. So each step accepts
 at least one token of the sequential sample of the same seed, and nearly all of them in practice.
 What the last step samples is not verified (predictive sampling, Wiggers & Hoogeboom 2020,
-arXiv:2002.09928, with draft tokens as forecasts).
+arXiv:2002.09928, with draft tokens as forecasts). One more pass feeds it with full context, so that
+the log-likelihood is exact.
 
 Guidance computes the null caption's branch as further rows of the batch, for guided steps alone.
 Where guidance starts late, the branch first catches up in one pass.
@@ -41,6 +42,7 @@ from stage2_prior.step import (
     compiled_prefill,
     decode_step,
     prefill,
+    score_step,
 )
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
@@ -53,9 +55,8 @@ class Samples:
     """(B,N) int64 in raster order, each counted within its level."""
     log_likelihood: Tensor
     """(B,) log p(sampled codes | caption, given codes) in nats under the prior itself: no guidance,
-    temperature 1, no filter. Approximate where a step samples several codes: each code counts as it
-    was last sampled, some given codes that changed at the same time. `code_log_likelihood` is
-    exact."""
+    temperature 1, no filter. It is that of `code_log_likelihood` in `orders`, also where a step
+    samples several codes."""
     null_log_likelihood: Tensor | None
     """(B,) the same given the null caption; None where its branch was not computed for every
     code."""
@@ -150,6 +151,7 @@ class _Decoder:
         self.scales = torch.tensor(scales, device=device)
         self.guided = [scale != 1 for scale in scales]
         self.branches = 2 if any(self.guided[self.num_kept :]) else 1
+        self.fully_guided = all(self.guided[self.num_kept :])
         captions = text_ids.to(device)
         if self.branches == 2:
             captions = torch.cat([captions, stream.null_caption(self.batch, device)])
@@ -201,6 +203,7 @@ class _Decoder:
         for count in self.step_sizes:
             self._step(position, count)
             position += count
+        self._score_drafts()
         return self._samples()
 
     def _catch_up(self, branch: int, end: int) -> None:
@@ -253,6 +256,31 @@ class _Decoder:
         ids = self.prior.stream.class_ids(output.classes)
         self._accept(ids, first + 1, position, guided)
 
+    def _score_drafts(self) -> None:
+        """Computes log p of the codes that are still draft tokens after the last step: they were
+        sampled without each other. With one code per step there are none."""
+        first = self.filled[0]
+        end = self.prior.stream.length - 1
+        if first == end:
+            return
+        rows = slice(None) if self.fully_guided else slice(self.batch)
+        position_ids = self.position_ids if self.position_ids.ndim == 1 else self.position_ids[rows]
+        scored = slice(first + 1 - self.text_length, end + 1 - self.text_length)
+        positions = self.cache_positions[first:end]
+        inputs = StepInput(
+            self.ids[rows, first:end],
+            position_ids[..., first:end],
+            position_ids[..., first + 1 : end + 1],
+            positions,
+            positions,
+            self.noise[:, scored],
+            self.scales[scored],
+        )
+        ids = self.ids[rows, first + 1 : end + 1]
+        log_p = score_step(self.prior, self.tables, self.cache.rows(rows), inputs, ids)
+        for branch, part in enumerate(log_p.split(self.batch)):
+            self.log_p[branch, :, scored] = part
+
     def _spec(self, guided: bool) -> SamplingSpec:
         options = self.options
         top_p = options.top_p is not None and options.top_p < 1
@@ -299,8 +327,7 @@ class _Decoder:
         orders = self.orders.to(classes.device)
         codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
         totals = self.log_p.sum(2)
-        complete = all(self.guided[self.num_kept :])
-        return Samples(codes, totals[0], totals[1] if complete else None, orders)
+        return Samples(codes, totals[0], totals[1] if self.fully_guided else None, orders)
 
 
 def _num_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int:

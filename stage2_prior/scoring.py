@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from stage2_prior.model import CodebookTables, ImagePrior
+from stage2_prior.order import seeded_orders
 from stage2_prior.sampling import per_seed_uniforms, sample_from_uniform, warp_logits
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
+
+NUM_SCORED_ORDERS = 4
+"""Random orders that an image is scored in. The mean over four has half the deviation of one."""
 
 
 @torch.inference_mode()
@@ -40,6 +44,28 @@ def code_log_likelihood(
     logits, classes = stream.in_order(logits, codes, orders)
     log_p = logits.log_softmax(-1).gather(2, classes[..., None])[..., 0]
     return log_p if orders is None else torch.empty_like(log_p).scatter_(1, orders, log_p)
+
+
+def score_codes(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """log p(codes | caption) of images whose order is not known: (B,) in nats.
+
+    Codes come in raster order. Where the prior was trained on random orders, the score is the mean
+    log-likelihood over `NUM_SCORED_ORDERS` seeded orders. They are the same for every image, so a
+    score depends on nothing but the image and its caption. The mean is a lower bound of the
+    log-likelihood under a mixture of these orders (Jensen's inequality).
+
+    Args:
+        text_ids: (B,T) captions; `Stream.null_caption` scores without one.
+        codes: (B,N) each counted within its level.
+    """
+    if prior.config.trained_order != "random":
+        return code_log_likelihood(prior, text_ids, codes).sum(1)
+    orders = seeded_orders(range(NUM_SCORED_ORDERS), prior.stream.image_length)
+    totals = [
+        code_log_likelihood(prior, text_ids, codes, order.expand(len(codes), -1)).sum(1)
+        for order in orders
+    ]
+    return torch.stack(totals).mean(0)
 
 
 @torch.inference_mode()

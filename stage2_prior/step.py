@@ -82,14 +82,7 @@ def decode_step(
 ) -> StepOutput:
     """Samples the code of each input token's target; `numbers` (3,) are temperature, top_p and
     min_p."""
-    mask = attention_mask(inputs.cache_positions, inputs.before, cache.capacity)
-    past = CacheView(cache, inputs.cache_positions, mask)
-    features = prior.features(inputs.ids, inputs.position_ids, inputs.targets, tables, past)
-    logits = project(features, tables.head).float()
-    image_positions = inputs.targets - prior.stream.text_length
-    outside = prior.stream.outside_level(image_positions, tables.level_edges)
-    if outside is not None:
-        logits = logits.masked_fill(outside, float("-inf"))
+    logits, outside = _logits(prior, tables, cache, inputs)
     temperature, top_p, min_p = numbers.unbind()
     conditional, null = logits.chunk(2) if spec.guided else (logits, None)
     chosen = conditional if null is None else guide(conditional, null, inputs.scales[:, None])
@@ -107,6 +100,31 @@ def decode_step(
         classes = sample_from_uniform(warped, inputs.noise)
     log_p = _log_p(conditional, classes)
     return StepOutput(classes, log_p, None if null is None else _log_p(null, classes))
+
+
+def score_step(
+    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, inputs: StepInput, ids: Tensor
+) -> Tensor:
+    """log p of given ids (B or 2B,R) as the input tokens' targets; fills the cache as
+    `decode_step` does, and samples nothing."""
+    logits, _ = _logits(prior, tables, cache, inputs)
+    return _log_p(logits, prior.stream.classes_of(ids))
+
+
+def _logits(
+    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, inputs: StepInput
+) -> tuple[Tensor, Tensor | None]:
+    """(B or 2B,R,K), -inf where a target's level has no such class; and where that is, if there are
+    several levels."""
+    mask = attention_mask(inputs.cache_positions, inputs.before, cache.capacity)
+    past = CacheView(cache, inputs.cache_positions, mask)
+    features = prior.features(inputs.ids, inputs.position_ids, inputs.targets, tables, past)
+    logits = project(features, tables.head).float()
+    image_positions = inputs.targets - prior.stream.text_length
+    outside = prior.stream.outside_level(image_positions, tables.level_edges)
+    if outside is not None:
+        logits = logits.masked_fill(outside, float("-inf"))
+    return logits, outside
 
 
 def _log_p(logits: Tensor, classes: Tensor) -> Tensor:

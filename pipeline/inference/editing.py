@@ -39,16 +39,16 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.convert("L")) >= _WHITE
 
 
-def check_image(image: Image.Image, side: int) -> Image.Image:
+def check_image(image: Image.Image, side: int, name: str = "the image") -> Image.Image:
     """The image in RGB.
 
     Raises:
-        ValueError: it is not of the prior's size.
+        ValueError: it is not of the prior's size; says so of `name`.
     """
     image = to_rgb(image)
     if image.size != (side, side):
         raise ValueError(
-            f"the image is {image.width}x{image.height} and this prior draws {side}x{side}; "
+            f"{name} is {image.width}x{image.height} and this prior draws {side}x{side}; "
             "resize it first (stage1_tokenizer.resize_and_crop)"
         )
     return image

@@ -14,10 +14,11 @@ class Scores:
     """What `TextToImagePipeline.score` returns."""
 
     log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats."""
+    """(N,) log p(codes | prompt) in nats. Where the prior was trained on random orders, it is the
+    mean over seeded orders; see `score_codes`."""
     pmi: Tensor | None
-    """(N,) log p(codes | prompt) - log p(codes | null caption) in nats; None where the prior was
-    trained without caption dropout."""
+    """(N,) log p(codes | prompt) - log p(codes | null caption) in nats, 0 for an empty prompt; None
+    where the prior was trained without caption dropout."""
 
 
 @dataclass
@@ -28,8 +29,8 @@ class TextToImageOutput:
     codes: Tensor
     """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
     log_likelihood: Tensor
-    """(N,) log p(codes | prompt) in nats; an approximation with `num_inference_steps`, see
-    `Samples`."""
+    """(N,) log p(codes | prompt) in nats, in the order sampled, without guidance, temperature or
+    filters. Edits count the resampled codes only."""
     seeds: list[int]
     """(N,) the seed of each image's random numbers."""
 

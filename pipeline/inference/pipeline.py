@@ -27,6 +27,7 @@ from pipeline.inference.editing import (
 )
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer
+from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
@@ -149,8 +150,8 @@ class TextToImagePipeline:
 
         Raises:
             ValueError: a prompt is too long (unless `truncate`), an option is out of range, or
-                guidance (or an empty prompt) is asked of a prior that was trained without caption
-                dropout.
+                guidance (or an empty prompt, or `best_of` without a scorer) is asked of a prior
+                that was trained without caption dropout.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -162,9 +163,15 @@ class TextToImagePipeline:
             raise ValueError(
                 "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
+        if best_of > 1 and judge is None and not self.prior.config.trained_with_caption_dropout:
+            raise ValueError(
+                f"best_of is {best_of}, and this prior cannot compare images: it was trained "
+                "without caption dropout. Give a scorer (judge, or --clip-scorer), or train with "
+                "prior.objective.caption_dropout=0.1"
+            )
         options = self._options(sampling)
         count = num_images_per_prompt * best_of
-        ids = self._text_ids(prompts, truncate).repeat_interleave(count, dim=0)
+        ids = self._text_ids_to_sample(prompts, truncate).repeat_interleave(count, dim=0)
         seeds = [image_seed(seed, i) for _ in prompts for i in range(count)]
         drawn = sample_codes_batched(
             self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile
@@ -172,7 +179,7 @@ class TextToImagePipeline:
         if best_of == 1:
             return self._output(drawn, seeds)
         if judge is None:
-            best = _best_of(self._pmi(drawn, ids, options, batch_size), best_of)
+            best = _best_of(self._pmi(drawn, ids, batch_size), best_of)
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
         asked = [prompt for prompt in prompts for _ in range(count)]
@@ -319,7 +326,7 @@ class TextToImagePipeline:
         seeds = [image_seed(seed, i) for i in range(num_images)]
         drawn = sample_codes_batched(
             self.prior,
-            self._text_ids([prompt], truncate).repeat(num_images, 1),
+            self._text_ids_to_sample([prompt], truncate).repeat(num_images, 1),
             seeds,
             options,
             batch_size=64,
@@ -331,36 +338,37 @@ class TextToImagePipeline:
 
     def score(
         self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
+        images: Image.Image | Sequence[Image.Image],
+        prompts: str | Sequence[str],
         *,
         batch_size: int = 64,
         truncate: bool = False,
     ) -> Scores:
-        """How likely each image is given its prompt, in raster order, and how much likelier than
-        without one.
+        """How likely each image is given its prompt, and how much likelier than without one. A
+        prior trained on random orders takes the mean over four of them (`score_codes`), others
+        raster order. A score does not depend on the other images of the call.
+
+        Args:
+            images: images of the prior's size, of any mode; transparency is put on white, as in
+                training.
+            prompts: one per image. An empty one scores without a caption.
+            batch_size: images at a time.
 
         Raises:
-            ValueError: there are not as many prompts as images, or an image has another size than
-                the prior's.
+            ValueError: no image is given, there are not as many prompts as images, an image has
+                another size than the prior's, a prompt is too long (unless `truncate`), or it is
+                empty and the prior was trained without caption dropout.
         """
-        if len(images) != len(prompts) or not images:
-            raise ValueError(
-                f"there are {len(images)} images and {len(prompts)} prompts; give one prompt per "
-                "image"
-            )
-        codes = torch.cat(
-            [
-                self._codes_of(images[i : i + batch_size]).flatten(1)
-                for i in range(0, len(images), batch_size)
-            ]
-        )
-        ids = self.text.encode(list(prompts), truncate=truncate)
-        given = self._log_likelihood(ids, codes, None, batch_size)
+        _at_least_one("batch_size", batch_size)
+        images, prompts = checked_pairs(images, prompts, self.tokenizer.image_size)
+        ids = self._text_ids(prompts, truncate)
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        codes = torch.cat([self._codes_of(batch).flatten(1) for batch in batches])
+        given = score_codes_batched(self.prior, ids, codes, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
             return Scores(given, None)
         null = self.prior.stream.null_caption(len(ids))
-        return Scores(given, given - self._log_likelihood(null, codes, None, batch_size))
+        return Scores(given, given - score_codes_batched(self.prior, null, codes, batch_size))
 
     def caption(
         self,
@@ -416,40 +424,35 @@ class TextToImagePipeline:
         return SamplingOptions(**(defaults | chosen))
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        if any(not prompt.strip() for prompt in prompts):
-            if not self.prior.config.trained_with_caption_dropout:
-                raise ValueError(
-                    "an empty prompt needs a prior trained with caption dropout, and this one was "
-                    "not; give a prompt"
-                )
-            warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
+        empty = any(not prompt.strip() for prompt in prompts)
+        if empty and not self.prior.config.trained_with_caption_dropout:
+            raise ValueError(
+                "an empty prompt needs a prior trained with caption dropout, and this one was not; "
+                "give a prompt"
+            )
         return self.text.encode(prompts, truncate=truncate)
+
+    def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
+        """`_text_ids`, with a warning of empty prompts."""
+        ids = self._text_ids(prompts, truncate)
+        if any(not prompt.strip() for prompt in prompts):
+            warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
+        return ids
 
     def _output(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
         grid = self._as_grid(drawn.codes)
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _pmi(
-        self, drawn: Samples, ids: Tensor, options: SamplingOptions, batch_size: int
-    ) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn. Sampling gives both
-        where it decides one code per step with guidance; else they are computed."""
-        exact = options.num_inference_steps is None
-        given = drawn.log_likelihood
+    def _pmi(self, drawn: Samples, ids: Tensor, batch_size: int) -> Tensor:
+        """log p(codes | caption) - log p(codes | null) in the order drawn. Sampling gives the
+        latter where every code was guided; else it is computed."""
         null = drawn.null_log_likelihood
-        if null is None or not exact:
-            if not self.prior.config.trained_with_caption_dropout:
-                raise ValueError(
-                    "best_of needs a prior trained with caption dropout, or a scorer; train with "
-                    "prior.objective.caption_dropout=0.1"
-                )
+        if null is None:
             null = self._log_likelihood(
                 self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size
             )
-        if not exact:
-            given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
-        return given.cpu() - null.cpu()
+        return drawn.log_likelihood.cpu() - null.cpu()
 
     def _log_likelihood(
         self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int

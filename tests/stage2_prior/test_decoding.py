@@ -161,13 +161,32 @@ def test_multi_code_step_is_one_forward_pass(text_ids):
         torch.nn.init.zeros_(parameter)  # nothing changes what a code is drawn from
     prior.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     sample(prior, text_ids, SEEDS, SamplingOptions(num_inference_steps=4))
-    assert lengths == [
-        5,
-        1,
-        2,
-        4,
-        5,
-    ]  # the codes of the step before, and the last of them once for each further code
+    # The caption; per step the codes of the step before, and the last of them once for each further
+    # code; then the codes of the last step but one, for their likelihood.
+    assert lengths == [5, 1, 2, 4, 5, 2]
+
+
+@pytest.mark.parametrize("levels", [None, TWO])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize(
+    "guidance", [{}, {"guidance_scale": 2}, {"guidance_scale": 2, "guidance_interval": (0.5, 1.0)}]
+)
+def test_log_likelihood_of_multi_code_steps_is_exact(text_ids, codes, levels, steps, guidance):
+    prior = any_order_prior(levels) if levels else any_order_prior()
+    options = SamplingOptions(num_inference_steps=steps, temperature=0.5, **guidance)
+    known = torch.zeros(3, 9, dtype=torch.bool)
+    known[0, :2] = known[1, 4:6] = known[2, 7:] = True
+    for given in ({}, {"known": known, "codes": codes.clamp(max=3)}):
+        drawn = sample(prior, text_ids, SEEDS, options, **given)
+        sampled = ~known if given else torch.ones_like(known)
+        log_p = code_log_likelihood(prior, text_ids, drawn.codes, drawn.orders)
+        torch.testing.assert_close(drawn.log_likelihood, (log_p * sampled).sum(1))
+        if guidance == {"guidance_scale": 2}:
+            null_caption = prior.stream.null_caption(3)
+            null = code_log_likelihood(prior, null_caption, drawn.codes, drawn.orders)
+            torch.testing.assert_close(drawn.null_log_likelihood, (null * sampled).sum(1))
+        else:
+            assert drawn.null_log_likelihood is None
 
 
 @pytest.mark.parametrize("steps", [None, 3])

@@ -17,8 +17,10 @@ from stage2_prior import (
     code_log_likelihood,
     sample,
     sample_captions,
+    score_codes,
 )
 from stage2_prior.order import seeded_orders
+from stage2_prior.scoring import NUM_SCORED_ORDERS
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -60,6 +62,36 @@ def test_scores_are_ordered_by_image_position(text_ids, codes):
         code_log_likelihood(prior, text_ids, codes),
         code_log_likelihood(prior, text_ids, codes, raster),
     )
+
+
+def test_the_score_of_random_orders_is_a_lower_bound_of_their_mixture():
+    """Over all 27 images of a prior with three codes of three kinds."""
+    prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
+    caption = torch.tensor([[1, 5, 6, 7, 2, 0]]).expand(27, -1)
+    every = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    orders = seeded_orders(range(NUM_SCORED_ORDERS), 3)
+    assert len({tuple(order) for order in orders.tolist()}) > 1
+    mixture = torch.stack(
+        [
+            code_log_likelihood(prior, caption, every, order.expand(27, -1)).sum(1).exp()
+            for order in orders
+        ]
+    ).mean(0)
+    bound = score_codes(prior, caption, every).exp()
+    assert float(mixture.sum()) == pytest.approx(1, rel=1e-4)
+    assert (bound < mixture).all() and 0.5 < float(bound.sum()) < 1
+
+
+def test_the_score_of_raster_order_is_a_distribution():
+    for order in ("raster", "annealed"):
+        prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
+        prior.config.trained_order = order
+        caption = torch.tensor([[1, 5, 6, 7, 2, 0]]).expand(27, -1)
+        every = torch.tensor(list(itertools.product(range(3), repeat=3)))
+        scores = score_codes(prior, caption, every)
+        assert float(scores.exp().sum()) == pytest.approx(1, rel=1e-4)
+        raster = code_log_likelihood(prior, caption, every, torch.arange(3).expand(27, -1)).sum(1)
+        torch.testing.assert_close(scores, raster)
 
 
 def test_a_caption_of_no_words_has_the_likelihood_of_its_end(captioner, codes):
