@@ -31,7 +31,7 @@ from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range
-from stage1_tokenizer.quantizers import codebook_statistics, count_codes, counts_by_level
+from stage1_tokenizer.quantizers import count_codes, statistics_by_level
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,7 @@ class TokenizerObjective:
             "nll": nats,
             "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
         }
-        for name, part in counts_by_level(counts, layout).items():
-            statistics = codebook_statistics(part)
+        for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
                 f"codebook_usage{name}": statistics.usage,
                 f"codebook_perplexity{name}": statistics.perplexity,
