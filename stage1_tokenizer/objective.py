@@ -2,9 +2,10 @@
 
 The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes
 given x) || p(codes)), here with the uniform prior; its negative, in nats per image, is divided by
-the number of dimensions so that losses compare across sizes. Where the posterior is one code (`vq`
-and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's
-own losses take its place.
+the number of dimensions so that losses compare across sizes. A quantizer's `diversity`, a
+perceptual distance and a discriminator are no parts of the bound and come on top of it. Where the
+posterior is one code (`vq` and others) the KL is the constant h w log K (van den Oord 2017, section
+3.1) and the quantizer's own losses take its place.
 """
 
 from __future__ import annotations
