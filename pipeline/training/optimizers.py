@@ -13,8 +13,8 @@ from pipeline.training.muon import Muon
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then down to `min_lr_ratio` of the peak by the schedule. `wsd` is there at the
-    last step, `steps` - 1, and the cosine one step later."""
+    """Linear warm-up, then down to `min_lr_ratio` of the peak by the schedule. `wsd` is there at
+    the last step, `steps` - 1, and the cosine one step later."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     floor = config.min_lr_ratio
