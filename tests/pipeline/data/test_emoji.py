@@ -74,7 +74,7 @@ def test_another_seed_holds_out_other_names():
     assert splits[0] != splits[1] != splits[2] != splits[0]
 
 
-def test_a_seed_of_0_leaves_settings_and_fingerprints_as_they_were():
+def test_a_seed_of_0_is_no_part_of_settings_and_fingerprints():
     """Runs and streams are known by these values."""
     plain = data_settings(to_dict(DataConfig(source="emoji")))
     assert plain["emoji"] == {"font": None, "annotations": None}
