@@ -25,7 +25,7 @@ from stage1_tokenizer.quantizers import (
     build_quantizer,
     codebook_statistics,
     count_codes,
-    counts_by_level,
+    statistics_by_level,
 )
 
 __all__ = [
@@ -54,9 +54,9 @@ __all__ = [
     "build_quantizer",
     "codebook_statistics",
     "count_codes",
-    "counts_by_level",
     "joint_problems",
     "resize_and_crop",
+    "statistics_by_level",
     "structural_similarity",
     "to_model_range",
     "to_rgb",

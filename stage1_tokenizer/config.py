@@ -257,7 +257,8 @@ class ObjectiveConfig:
 
     kl_weight: float = 1.0
     """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`), in the units of
-    the likelihood: 1 is the evidence lower bound."""
+    the likelihood. At 1 the loss is the negative evidence lower bound, if `diversity`,
+    `perceptual.weight` and `discriminator.weight` are 0; relaxed codes approximate it."""
     kl_ramp_steps: int = 1000
     """Steps over which the KL's weight rises from 0 (cosine, DALL-E)."""
     temperature_start: float = 1.0

@@ -1,8 +1,8 @@
 """p(image given codes): negative log-likelihoods in nats, and the image to show. Knows no
 networks.
 
-Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]; densities are over
-that range.
+Legend: B batch, C channels, H W pixels. Pixels are in the model's range [-1,1]. Densities are per
+unit of that range; their support is wider.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Likelihood:
         return self.nll_map(pixels, parameters).flatten(1).sum(1)
 
     def image(self, parameters: Tensor) -> Tensor:
-        """The most likely pixels (B,C,H,W)."""
+        """The pixels to show (B,C,H,W): the most likely ones."""
         return parameters.float()
 
     def bits_per_dimension(self, nats: Tensor | float, dimensions: int) -> Tensor | float:
-        """Nats per image, a density over the model's range of width 2 -> bits per dimension of
-        8-bit images (a step is 2/255 wide)."""
+        """Nats per image, of a density per unit of the model's range -> bits per dimension of 8-bit
+        images (a step is 2/255 wide)."""
         return (nats / dimensions - math.log(STEP)) / math.log(2)
 
 
@@ -86,11 +86,12 @@ class Laplace(Likelihood):
 
 
 class LogitLaplace(Likelihood):
-    """DALL-E's: a Laplace on the logit of the squeezed pixel, so that no mass lies outside the
-    pixel's range.
+    """DALL-E's: a Laplace on the logit of the squeezed pixel, which has a bounded support.
 
-    Location and scale are both learned. The density (2021, appendix A.3) is over the squeezed unit
-    range; the change of variables to the model's range adds the log of its slope, (1 - 2 eps) / 2.
+    Location and scale are both learned. The density (2021, appendix A.3) is over the unit interval,
+    of which squeezed pixels take up [eps, 1 - eps]; the change of variables to the model's range
+    adds the log of its slope, (1 - 2 eps) / 2. There the support is (-1.25, 1.25): some mass lies
+    beyond the pixels' [-1, 1].
 
     Unlike the paper's, the scale is the exponential of the decoder's output plus `least_scale`. The
     scale of flat backgrounds could otherwise fall to the resolution of 8 bits, and they would
@@ -114,6 +115,7 @@ class LogitLaplace(Likelihood):
         return -(log_density + math.log((1 - 2 * LAPLACE_MARGIN) / 2))
 
     def image(self, parameters: Tensor) -> Tensor:
+        """The median, which is the most likely value too where the scale is below 1."""
         return from_laplace_logits(parameters.float().chunk(2, dim=1)[0])
 
 

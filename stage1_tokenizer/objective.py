@@ -2,9 +2,10 @@
 
 The evidence lower bound (Kingma & Welling 2013): log p(x) >= E_q[log p(x given codes)] - KL(q(codes
 given x) || p(codes)), here with the uniform prior; its negative, in nats per image, is divided by
-the number of dimensions so that losses compare across sizes. Where the posterior is one code (`vq`
-and others) the KL is the constant h w log K (van den Oord 2017, section 3.1) and the quantizer's
-own losses take its place.
+the number of dimensions so that losses compare across sizes. A quantizer's `diversity`, a
+perceptual distance and a discriminator are no parts of the bound and come on top of it. Where the
+posterior is one code (`vq` and others) the KL is the constant h w log K (van den Oord 2017, section
+3.1) and the quantizer's own losses take its place.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range
-from stage1_tokenizer.quantizers import codebook_statistics, count_codes, counts_by_level
+from stage1_tokenizer.quantizers import count_codes, statistics_by_level
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,7 @@ class TokenizerObjective:
             "nll": nats,
             "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
         }
-        for name, part in counts_by_level(counts, layout).items():
-            statistics = codebook_statistics(part)
+        for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
                 f"codebook_usage{name}": statistics.usage,
                 f"codebook_perplexity{name}": statistics.perplexity,

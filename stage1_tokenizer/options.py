@@ -162,7 +162,9 @@ class VectorOptions:
     decay: float = 0.99
     """Decay per step of the moving averages (`ema`), and of the usage counts (all)."""
     commitment: float = 0.25
-    """Weight of the commitment loss, beta in the paper."""
+    """Weight of the commitment loss, beta in the paper. The loss is a mean over vectors and their
+    features, and the likelihood one over the dimensions of an image. In eq. 3, which sums, this
+    weight is C H W / (h w D) times as large (D is `code_dim`)."""
     normalize: bool = True
     """Put vectors and codes on a sphere, so that the nearest code is the most similar direction
     (ViT-VQGAN). In `residual` the vectors alone: what is left of them after the first code lies on
@@ -229,7 +231,8 @@ class ScoreFunctionOptions:
 
     credit_assignment: Literal["image", "neighbourhood"] = "neighbourhood"
     """What a code's cost is: that of the whole image, which is unbiased; or of the pixels at its
-    place and the eight around it, which leaves out what it hardly moves and varies far less."""
+    place and the eight around it, which varies far less and is biased: a code also moves pixels
+    farther away."""
     baseline_decay: float = 0.9
     """Decay per step of the running mean that is subtracted from the cost; 0 takes the mean of the
     step before."""
@@ -272,7 +275,7 @@ class SignOptions:
     the signs of the features."""
 
     commitment: float = 0.25
-    """Weight of the commitment loss."""
+    """Weight of the commitment loss, a mean over vectors and features as in `vq`."""
     entropy_weight: float = 0.1
     """Weight of the entropy penalty: each vector sure of its signs, all codes used by the batch."""
     diversity: float = 1.0

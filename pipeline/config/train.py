@@ -38,7 +38,7 @@ class TrainConfig:
     decay_ratio: float = 0.2
     """Fraction of the steps over which `wsd` lets the rate fall."""
     min_lr_ratio: float = 0.05
-    """Rate at the last step as a fraction of the peak."""
+    """Rate at the end of the schedule as a fraction of the peak."""
     weight_decay: float = 0.01
     """AdamW's, on matrices and kernels only (not on gains, biases, embeddings of one dimension)."""
     betas: tuple[float, float] = (0.9, 0.95)

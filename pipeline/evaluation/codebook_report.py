@@ -24,6 +24,7 @@ from stage1_tokenizer import (
     ImageTokenizer,
     codebook_statistics,
     count_codes,
+    statistics_by_level,
     to_model_range,
     to_uint8,
 )
@@ -89,7 +90,7 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
         page = render(
             Path(__file__).with_suffix(".html"),
             tokenizer=tokenizer,
-            total=codebook_statistics(counts),
+            total=statistics_by_level(counts, model.quantizer.layout(grid))[""],
             count=len(images),
             views=views,
             data_uri=lambda image: data_uri(Image.fromarray(image)),

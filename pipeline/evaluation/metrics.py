@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.data.source import Source
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.devices import uses_bf16
-from stage1_tokenizer import codebook_statistics, count_codes, counts_by_level, to_model_range
+from stage1_tokenizer import count_codes, statistics_by_level, to_model_range
 from stage1_tokenizer.metrics import psnr, ssim
 from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
 
@@ -58,8 +58,7 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
         "psnr": float(np.minimum(decibels, _HIGHEST_PSNR).mean()),
         "ssim": ssim(truth, reconstruction),
     }
-    for name, counts in counts_by_level(histogram, layout).items():
-        statistics = codebook_statistics(counts)
+    for name, statistics in statistics_by_level(histogram, layout).items():
         metrics[f"codebook_usage{name}"] = float(statistics.usage)
         metrics[f"codebook_perplexity{name}"] = float(statistics.perplexity)
     return Reconstructions(truth, reconstruction, metrics)

@@ -8,7 +8,7 @@ Accuracies are fractions of images that are right in full. `new_pairs` are capti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,8 @@ from PIL import Image
 from pipeline.config.experiment import Experiment
 from pipeline.data.builtin.shapes import COLOURS, NEW_PAIRS, SHAPES, Scene, sprite
 from pipeline.data.builtin.shapes_captions import Prompt, ShapesSource, describe
-from pipeline.data.builtin.shapes_oracle import Verdict, accuracy, check
+from pipeline.data.builtin.shapes_oracle import Verdict, check
+from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.metrics import Reconstructions, sampled
 from pipeline.inference.pipeline import TextToImagePipeline
 
@@ -28,18 +29,18 @@ EDITS = 200
 
 def shapes_metrics(
     pipe: TextToImagePipeline, experiment: Experiment, reconstructions: Reconstructions
-) -> dict[str, float]:
+) -> dict[str, Accuracy]:
     """The oracle's metrics: of real images, of reconstructions, and of one image per prompt,
     seed 0."""
     count = len(reconstructions.real)
     prompts = ShapesSource(experiment.data, "held_out").prompts(range(count))
     texts = [prompt.text for prompt in prompts]
     verdicts = _judge(sampled(pipe, texts), prompts)
-    fractions = accuracy(verdicts)
+    by_kind = _accuracies(verdicts)
     metrics = {
         "oracle_accuracy_real": _correct(reconstructions.real, prompts),
         "oracle_accuracy_reconstructed": _correct(reconstructions.drawn, prompts),
-        "prompt_accuracy": fractions.pop("correct"),
+        "prompt_accuracy": by_kind.pop("correct"),
     }
     for objects in (1, 2, 3):
         own = [
@@ -48,8 +49,8 @@ def shapes_metrics(
             if len(prompt.claims.objects) == objects
         ]
         if own:
-            metrics[f"prompt_accuracy_{objects}_objects"] = float(np.mean(own))
-    metrics |= {f"prompt_accuracy_of_{kind}": value for kind, value in fractions.items()}
+            metrics[f"prompt_accuracy_{objects}_objects"] = Accuracy.of(own)
+    metrics |= {f"prompt_accuracy_of_{kind}": value for kind, value in by_kind.items()}
     new = ShapesSource(experiment.data, "new_pairs").prompts(range(count))
     drawn = sampled(pipe, [prompt.text for prompt in new])
     metrics["prompt_accuracy_new_pairs"] = _correct(drawn, new)
@@ -62,9 +63,9 @@ def shapes_metrics(
     return metrics
 
 
-def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int) -> float:
-    """Fraction of edits after which the oracle finds all that the new caption says, and no object
-    more.
+def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int) -> Accuracy:
+    """Fraction of edits, up to `count`, after which the oracle finds all that the new caption says,
+    and no object more.
 
     In held-out images of two objects, a box of whole cells masks one. The prompt puts another shape
     in another colour of the same size in its place.
@@ -82,7 +83,7 @@ def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int)
         correct.append(check(np.asarray(after), prompt.claims).correct)
         if len(correct) == count:
             break
-    return sum(correct) / max(len(correct), 1)
+    return Accuracy.of(correct)
 
 
 def _edit(scene: Scene, index: int, size: int, cell: int) -> tuple[Prompt, np.ndarray]:
@@ -108,5 +109,17 @@ def _judge(images: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
     return [check(image, prompt.claims) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> float:
-    return accuracy(_judge(images, prompts))["correct"]
+def _accuracies(verdicts: Sequence[Verdict]) -> dict[str, Accuracy]:
+    """Verdicts that hold: overall (`correct`), and of each kind among the captions that mention
+    it."""
+    by_kind = {}
+    for field in fields(Verdict):
+        own = [getattr(verdict, field.name) for verdict in verdicts]
+        mentioned = [holds for holds in own if holds is not None]
+        if mentioned:
+            by_kind[field.name] = Accuracy.of(mentioned)
+    return by_kind
+
+
+def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> Accuracy:
+    return Accuracy.of(verdict.correct for verdict in _judge(images, prompts))

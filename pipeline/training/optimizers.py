@@ -13,13 +13,14 @@ from pipeline.training.muon import Muon
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then down to `min_lr_ratio` of the peak at the last step by the schedule."""
+    """Linear warm-up, then down to `min_lr_ratio` of the peak by the schedule. `wsd` is there at
+    the last step, `steps` - 1, and the cosine one step later."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     floor = config.min_lr_ratio
     if config.schedule == "wsd":
         falling = max(round(config.decay_ratio * config.steps), 1)
-        left = min((config.steps - step) / falling, 1.0)
+        left = min(max(config.steps - 1 - step, 0) / falling, 1.0)
         return config.learning_rate * (floor + (1 - floor) * left)
     span = max(config.steps - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / span, 1.0)

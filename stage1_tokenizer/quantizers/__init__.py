@@ -9,7 +9,7 @@ from stage1_tokenizer.quantizers.base import (
     Quantizer,
     codebook_statistics,
     count_codes,
-    counts_by_level,
+    statistics_by_level,
 )
 from stage1_tokenizer.quantizers.binary import BinaryQuantizer
 from stage1_tokenizer.quantizers.fsq import FiniteScalarQuantizer
@@ -59,5 +59,5 @@ __all__ = [
     "build_quantizer",
     "codebook_statistics",
     "count_codes",
-    "counts_by_level",
+    "statistics_by_level",
 ]

@@ -44,22 +44,42 @@ class Quantized:
 
 @dataclass(frozen=True)
 class CodebookStatistics:
-    """How a codebook is used."""
+    """How a codebook, or the codebooks of several levels, are used."""
 
     usage: float
-    """Fraction of codes used at all."""
+    """Fraction of the codes used at all."""
     perplexity: float
-    """exp of the entropy of the codes' use: how many equally used codes would be as varied."""
+    """exp of the mean entropy of a code, given its level: how many equally used codes would be as
+    varied."""
     dead: int
     """Codes never used."""
 
 
-def codebook_statistics(counts: Tensor) -> CodebookStatistics:
-    """From a histogram (K,) of codes."""
-    p = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(p * p.clamp(min=1e-300).log()).sum()
-    used = int((counts > 0).sum())
-    return CodebookStatistics(used / len(counts), float(entropy.exp()), len(counts) - used)
+def codebook_statistics(*counts: Tensor) -> CodebookStatistics:
+    """From a histogram (K,) of the codes of each level."""
+    used = sum(int((level > 0).sum()) for level in counts)
+    size = sum(len(level) for level in counts)
+    perplexity = perplexity_of_levels([level.double() for level in counts])
+    return CodebookStatistics(used / size, float(perplexity), size - used)
+
+
+def perplexity_of_levels(counts: Sequence[Tensor]) -> Tensor:
+    """exp of the mean entropy () of a code, from a histogram (K,), float, of each level's codes.
+
+    Each code counts once, among the codes of its own level. One histogram over all levels would add
+    the entropy of the level itself, which is known from a code's place in the stream: two levels
+    that each use one code would have a perplexity of 2.
+    """
+    totals = torch.stack([level.sum() for level in counts])
+    entropies = torch.stack([entropy_of_counts(level) for level in counts])
+    weights = totals / totals.sum().clamp(min=1e-8)
+    return (weights * entropies).sum().exp()
+
+
+def entropy_of_counts(counts: Tensor) -> Tensor:
+    """Entropy () of a histogram (K,), float, in nats."""
+    p = counts / counts.sum().clamp(min=1e-8)
+    return -(p * p.clamp(min=1e-30).log()).sum()
 
 
 def count_codes(codes: Tensor, layout: Sequence[Level]) -> Tensor:
@@ -74,13 +94,14 @@ def count_codes(codes: Tensor, layout: Sequence[Level]) -> Tensor:
     )
 
 
-def counts_by_level(counts: Tensor, layout: Sequence[Level]) -> dict[str, Tensor]:
-    """A histogram over all levels, whole under "" and, where there are several levels, each one's
-    part under "_level_1", ..."""
-    if len(layout) == 1:
-        return {"": counts}
-    parts = counts.split([level.num_codes for level in layout])
-    return {"": counts} | {f"_level_{i}": part for i, part in enumerate(parts, start=1)}
+def statistics_by_level(counts: Tensor, layout: Sequence[Level]) -> dict[str, CodebookStatistics]:
+    """Of a histogram (sum of K,) over all levels: how all codebooks are used under "" and, where
+    there are several levels, each one under "_level_1", ..."""
+    levels = counts.split([level.num_codes for level in layout])
+    found = {"": codebook_statistics(*levels)}
+    if len(levels) > 1:
+        found |= {f"_level_{i}": codebook_statistics(own) for i, own in enumerate(levels, start=1)}
+    return found
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -193,24 +214,33 @@ class SingleLevel(Quantizer):
             average.lerp_(histogram, weight)
         return weight
 
-    @torch.no_grad()
     def usage_metrics(self) -> dict[str, Tensor]:
         """Usage, perplexity and dead codes by the moving average."""
-        (uses,) = self.usage()
-        p = uses / uses.sum().clamp(min=1e-8)
-        alive = p > DEAD_BELOW / self.num_codes
-        return {
-            "codebook_usage": alive.float().mean(),
-            "codebook_perplexity": (-(p * p.clamp(min=1e-30).log()).sum()).exp(),
-            "dead_codes": (~alive).sum(),
-        }
+        return usage_metrics(self.usage())
 
 
-def metrics_of_levels(levels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Each level's metrics under `NAME_level_1`, ..., and their mean over the levels under NAME."""
+@torch.no_grad()
+def usage_metrics(uses: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `codebook_statistics` tells of a histogram, of the moving average (K,) of each level's
+    use, in which a code is alive from `DEAD_BELOW` on."""
+    alive = torch.cat([use / use.sum().clamp(min=1e-8) > DEAD_BELOW / len(use) for use in uses])
+    return {
+        "codebook_usage": alive.float().mean(),
+        "codebook_perplexity": perplexity_of_levels(uses),
+        "dead_codes": (~alive).sum(),
+    }
+
+
+def metrics_of_levels(
+    levels: Sequence[dict[str, Tensor]], uses: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Each level's metrics under `NAME_level_1`, ..., and under NAME those of all levels: how their
+    codes are used, by the moving averages `uses`, and the mean of everything else."""
     merged = {
         name: torch.stack([level[name].float() for level in levels]).mean() for name in levels[0]
     }
+    if "codebook_usage" in merged:
+        merged |= usage_metrics(uses)
     for number, level in enumerate(levels, start=1):
         merged |= {f"{name}_level_{number}": value for name, value in level.items()}
     return merged

@@ -35,8 +35,13 @@ def kl_to_uniform(log_q: Tensor) -> Tensor:
 
 def diversity_loss(log_q: Tensor) -> Tensor:
     """Scalar: KL(mean of q over the batch and all positions || uniform) in nats per code, of
-    log-probabilities (B,h,w,K): 0 where all codes are used alike. It is the part of the KL that
-    says nothing against codes that tell images apart (ELBO surgery, Hoffman & Johnson 2016)."""
+    log-probabilities (B,h,w,K): 0 where all codes are used alike.
+
+    ELBO surgery (Hoffman & Johnson 2016) splits the mean KL of the bound: the mutual information of
+    images and codes, and the KL of q(z), the distribution of an image's codes together. Over all
+    images, h w times this loss is a lower bound of the second part: it leaves out how positions
+    differ and how codes depend on each other.
+    """
     mean = mean_over_processes(log_q.exp().mean(dim=(0, 1, 2)))
     return math.log(len(mean)) + (mean * mean.clamp(min=1e-12).log()).sum()
 

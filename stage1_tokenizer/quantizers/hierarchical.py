@@ -70,9 +70,8 @@ class HierarchicalQuantizer(Quantizer):
             context, latents = self._onwards(level, quantized.latents, context)
         codes = torch.cat([result.codes.flatten(1) for result in results], dim=1)
         loss = torch.stack([result.loss for result in results]).sum()
-        return Quantized(
-            latents, codes, loss, metrics=metrics_of_levels([result.metrics for result in results])
-        )
+        metrics = metrics_of_levels([result.metrics for result in results], self.usage())
+        return Quantized(latents, codes, loss, metrics=metrics)
 
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
         halvings = len(self.books) - 1

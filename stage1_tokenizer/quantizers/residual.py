@@ -69,7 +69,7 @@ class ResidualQuantizer(Quantizer):
             shaped,
             self._shaped(codes, (h, w)),
             loss,
-            metrics=metrics_of_levels([part.metrics for part in parts]),
+            metrics=metrics_of_levels([part.metrics for part in parts], self.usage()),
         )
 
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:

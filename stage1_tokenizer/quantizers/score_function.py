@@ -24,7 +24,8 @@ class ScoreFunctionQuantizer(Categorical):
 
     The objective calls `surrogate` with the cost of the sampled codes, which is their likelihood
     alone; the decoder's own gradient does not reach the encoder, nor do a perceptual distance or a
-    discriminator.
+    discriminator. The gradient is unbiased where the cost is that of the whole image. The cost of a
+    neighbourhood is biased: a code also moves pixels farther away, as far as the decoder sees.
     """
 
     relaxed = True

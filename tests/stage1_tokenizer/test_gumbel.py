@@ -218,3 +218,15 @@ def test_usage_penalty_is_zero_for_uniform_usage():
     result = quantizer(4, diversity=0.5).train()(sure.permute(0, 3, 1, 2))
     torch.testing.assert_close(result.loss, 0.5 * diversity_loss(sure.log_softmax(-1)))
     assert float(quantizer(4, diversity=0.5).eval()(sure.permute(0, 3, 1, 2)).loss) == 0.0
+
+
+def test_diversity_is_a_lower_bound_of_the_second_term_of_elbo_surgery():
+    """All images of two positions and three codes, enumerated."""
+    log_q = logits(5, 1, 2, 3, scale=2.0).log_softmax(-1)
+    q = log_q.exp()[:, 0]
+    joint = torch.einsum("bi,bj->bij", q[:, 0], q[:, 1])
+    mean = joint.mean(0)
+    second = (mean * (9 * mean).log()).sum()
+    information = (joint * (joint / mean).log()).sum(dim=(1, 2)).mean()
+    torch.testing.assert_close(information + second, kl_to_uniform(log_q).mean())
+    assert 0 < 2 * float(diversity_loss(log_q)) < float(second)

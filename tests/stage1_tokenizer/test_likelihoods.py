@@ -48,6 +48,18 @@ def test_the_density_integrates_to_one(likelihood, values):
     assert torch.trapezoid(density, x.flatten()) == pytest.approx(1.0, abs=2e-4)
 
 
+def test_logit_laplace_has_mass_beyond_the_pixels():
+    """A location at the end of the pixels' range has half of the mass on either side."""
+    end = float(to_laplace_logits(torch.tensor(1.0)))
+    x = grid(-1, 1)
+    said = parameters(LogitLaplace(0.1), end, -3.0).expand(len(x), -1, -1, -1)
+    density = (-LogitLaplace(0.1).nll(x, said)).exp()
+    assert torch.trapezoid(density, x.flatten()) == pytest.approx(0.5, abs=2e-4)
+    assert float(LogitLaplace(0.1).image(torch.tensor([[[[99.0]], [[0.0]]]]))) == pytest.approx(
+        1.25
+    )
+
+
 @pytest.mark.parametrize(
     ("likelihood", "reference"), [(Gaussian(0.2), Normal), (Laplace(0.2), TorchLaplace)]
 )

@@ -14,6 +14,8 @@ from stage1_tokenizer import (
     ObjectiveConfig,
     ScoreFunctionOptions,
     TokenizerObjective,
+    count_codes,
+    statistics_by_level,
     to_model_range,
 )
 from stage1_tokenizer.likelihoods import Gaussian
@@ -128,9 +130,23 @@ def test_metrics_are_named_per_level(images):
         "dead_codes"
     ] == 24 - sum(used)
     (loss,) = TokenizerObjective(tokenizer.train(), ObjectiveConfig()).losses(images, 0)
-    for name in ("commitment", "codebook_usage", "codebook_perplexity", "dead_codes"):
-        levels = [float(loss.metrics[f"{name}_level_{i}"]) for i in (1, 2)]
-        assert float(loss.metrics[name]) == pytest.approx(sum(levels) / 2)
+    levels = [float(loss.metrics[f"commitment_level_{i}"]) for i in (1, 2)]
+    assert float(loss.metrics["commitment"]) == pytest.approx(sum(levels) / 2)
+
+
+@pytest.mark.parametrize("kind", ["vq", "residual", "hierarchical", "hierarchical of three"])
+def test_training_and_evaluation_agree_on_the_use_of_the_same_codes(images, kind):
+    tokenizer = tiny_tokenizer(**KINDS[kind]).train()
+    trained = tokenizer(to_model_range(images)).quantized
+    counts = count_codes(trained.codes, tokenizer.layout)
+    found = statistics_by_level(counts, tokenizer.layout)
+    assert len(found) == {"vq": 1, "residual": 4, "hierarchical": 3}.get(kind, 4)
+    for name, statistics in found.items():
+        assert float(trained.metrics[f"codebook_usage{name}"]) == pytest.approx(statistics.usage)
+        assert float(trained.metrics[f"codebook_perplexity{name}"]) == pytest.approx(
+            statistics.perplexity
+        )
+        assert int(trained.metrics[f"dead_codes{name}"]) == statistics.dead
 
 
 @EVERY_KIND

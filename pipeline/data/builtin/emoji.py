@@ -2,7 +2,8 @@
 no training.
 
 The held-out names are new combinations of words seen in training: one skin tone each of names whose
-four other tones are trained on. There are as many as `data.val_fraction` asks for.
+four other tones are trained on. There are as many as `data.val_fraction` asks for, and
+`data.emoji.split_seed` chooses which.
 """
 
 from __future__ import annotations
@@ -27,6 +28,24 @@ ANNOTATIONS = "/usr/share/unicode/cldr/common"
 TONES = tuple(
     f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark")
 )
+_GENDERS = {
+    "man": "",
+    "woman": "",
+    "person": "",
+    "men": "",
+    "women": "",
+    "people": "",
+    "boy": "child",
+    "girl": "child",
+    "mermaid": "merperson",
+    "merman": "merperson",
+    "princess": "prince",
+    "older": "old",
+    "santa": "",
+    "mrs.": "",
+    "mx": "",
+}
+"""Words that tell siblings apart, and what stands for all of them."""
 BITMAP_SIZE = 109
 """The only size of the font's bitmaps."""
 _GLYPH = (136, 128)
@@ -56,17 +75,33 @@ def tone_of(name: str) -> tuple[str, str | None]:
     return base + (": " + ", ".join(others) if others else ""), tones[0]
 
 
-def held_out_names(names: Sequence[str], share: float) -> set[str]:
+def base_name(name: str) -> str:
+    """What a name has in common with its siblings, which differ in tones and genders: 'man cook:
+    dark skin tone' -> 'cook'."""
+    head, _, rest = name.partition(": ")
+    details = [part for part in rest.split(", ") if part not in TONES]
+    parts = [_without_gender(part) for part in (head, *details)]
+    return ": ".join([parts[0], *filter(None, parts[1:])])
+
+
+def _without_gender(text: str) -> str:
+    words = text.lower().replace("woman and man", "people").split()
+    return " ".join(filter(None, (_GENDERS.get(word, word) for word in words)))
+
+
+def held_out_names(names: Sequence[str], share: float, seed: int = 0) -> set[str]:
     """The fraction `share` of all names: one tone each of some families that have all five tones. A
-    hash of the family's name chooses both."""
+    hash of the seed and the family's name chooses both."""
     families: dict[str, dict[str, str]] = {}
     for name in names:
         family, tone = tone_of(name)
         if tone:
             families.setdefault(family, {})[tone] = name
-    whole = sorted((f for f, tones in families.items() if len(tones) == len(TONES)), key=_hash)
-    chosen = whole[: round(share * len(names))]
-    return {families[family][TONES[_hash(family) % len(TONES)]] for family in chosen}
+    # A seed of 0 hashes the name alone.
+    hashes = {family: _hash(f"{seed}/{family}" if seed else family) for family in families}
+    whole = [family for family, tones in families.items() if len(tones) == len(TONES)]
+    chosen = sorted(whole, key=lambda family: hashes[family])[: round(share * len(names))]
+    return {families[family][TONES[hashes[family] % len(TONES)]] for family in chosen}
 
 
 def read_names(folder: Path) -> dict[str, str]:
@@ -158,11 +193,15 @@ class EmojiSource(Source):
 
     def __init__(self, config: DataConfig, split: str) -> None:
         everything = load_emoji(config.image_size, config.emoji.font, config.emoji.annotations)
-        kept_back = held_out_names([e.name for e in everything], config.val_fraction)
+        kept_back = held_out_names(
+            [e.name for e in everything], config.val_fraction, config.emoji.split_seed
+        )
         self._emoji = [e for e in everything if (e.name in kept_back) == (split == "held_out")]
         self.num_images = len(self._emoji)
         self._families: dict[str, list[Emoji]] = {}
+        self._siblings: dict[str, list[Emoji]] = {}
         for one in everything:
+            self._siblings.setdefault(base_name(one.name), []).append(one)
             family, tone = tone_of(one.name)
             if tone:
                 self._families.setdefault(family, []).append(one)
@@ -189,12 +228,23 @@ class EmojiSource(Source):
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self._emoji[int(i)].name for i in indices]
 
+    def siblings(self, index: int) -> tuple[np.ndarray, int]:
+        """The images (n,S,S,3) of an image's base name in all tones and genders, of both splits,
+        and the index of its own; n is 1 without siblings."""
+        own = self._emoji[index]
+        return _among(self._siblings[base_name(own.name)], own)
+
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
         """The images (n,S,S,3) of an image's name in all its tones, and the index of its own tone;
         n is 1 without tones."""
         own = self._emoji[index]
-        family = self._families.get(tone_of(own.name)[0], [own])
-        return np.stack([e.image for e in family]), [e.name for e in family].index(own.name)
+        return _among(self._families.get(tone_of(own.name)[0], [own]), own)
+
+
+def _among(candidates: Sequence[Emoji], own: Emoji) -> tuple[np.ndarray, int]:
+    """The images (n,S,S,3) of all candidates, and the index of one of them."""
+    names = [one.name for one in candidates]
+    return np.stack([one.image for one in candidates]), names.index(own.name)
 
 
 def _hash(text: str) -> int:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, EmojiOptions, data_settings
+from pipeline.config.experiment import to_dict
 from pipeline.data.builtin.emoji import (
     ANNOTATIONS,
     FONT,
     TONES,
     EmojiSource,
+    base_name,
     held_out_names,
     load_emoji,
     read_names,
@@ -40,6 +42,44 @@ installed = pytest.mark.skipif(
 )
 def test_family_and_skin_tone_are_parsed(name, expected):
     assert tone_of(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        ("cook", ["cook", "man cook: dark skin tone", "woman cook: light skin tone"]),
+        (
+            ": beard",
+            ["man: light skin tone, beard", "woman: beard", "person: dark skin tone, beard"],
+        ),
+        ("old", ["older person", "old man: medium skin tone", "old woman"]),
+        ("claus", ["Santa Claus", "Mrs. Claus: dark skin tone", "mx claus"]),
+        ("merperson", ["mermaid: dark skin tone", "merman", "merperson"]),
+        ("holding hands", ["women holding hands", "woman and man holding hands: dark skin tone"]),
+        ("kiss", ["kiss", "kiss: woman, man, light skin tone, dark skin tone"]),
+        ("woman’s hat", ["woman’s hat"]),
+        ("red heart", ["red heart"]),
+        ("light skin tone", ["light skin tone"]),
+    ],
+)
+def test_siblings_share_their_base_name(base, names):
+    assert {base_name(name) for name in names} == {base}
+
+
+def test_another_seed_holds_out_other_names():
+    names = [f"{base}: {tone}" for base in "abcdefgh" for tone in TONES]
+    splits = [held_out_names(names, 0.1, seed) for seed in (0, 1, 2)]
+    assert splits[0] == held_out_names(names, 0.1)
+    assert all(len(split) == 4 for split in splits)
+    assert splits[0] != splits[1] != splits[2] != splits[0]
+
+
+def test_a_seed_of_0_is_no_part_of_settings_and_fingerprints():
+    """Runs and streams are known by these values."""
+    plain = data_settings(to_dict(DataConfig(source="emoji")))
+    assert plain["emoji"] == {"font": None, "annotations": None}
+    other = DataConfig(source="emoji", emoji=EmojiOptions(split_seed=3))
+    assert data_settings(to_dict(other))["emoji"]["split_seed"] == 3
 
 
 def test_held_out_skin_tones_are_of_complete_families():
@@ -109,12 +149,16 @@ def test_the_splits_hold_thousands_of_distinct_images_and_new_combinations():
         assert set(name.replace(":", "").replace(",", "").split()) <= words
         images, own = held_out.tone_siblings(row)
         assert len(images) == 5 and np.array_equal(images[own], held_out.images([row])[0])
+        siblings, own = held_out.siblings(row)
+        assert len(siblings) > 5 and np.array_equal(siblings[own], held_out.images([row])[0])
         family = tone_of(name)[0]
         assert sum(tone_of(n)[0] == family and tone_of(n)[1] is not None for n in names(train)) == 4
     images = train.images(range(len(train)))
     # Distinct at 64, and nearly all so at 32
     assert len({p.tobytes() for p in images}) > 0.98 * len(train)
     assert images.std(axis=(1, 2, 3)).min() > 0
+    other = DataConfig(source="emoji", image_size=32, emoji=EmojiOptions(split_seed=1))
+    assert set(names(EmojiSource(other, "held_out"))) != set(names(held_out))
     assert train.fingerprint != held_out.fingerprint and train.captions([0]) == train.names([0])
 
 

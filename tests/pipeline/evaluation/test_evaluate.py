@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from pipeline.cli.main import main
 from pipeline.config.load import load_experiment
+from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.evaluate import Report, evaluate
 from pipeline.evaluation.forgetting import OLD, Forgetting
 from tests.helpers.cli import fails
@@ -48,3 +50,39 @@ def test_the_json_has_every_metric_with_settings_and_forgetting(tmp_path):
         },
     }
     assert report.table().endswith("  note: a note")
+
+
+def test_accuracies_have_intervals_in_the_table_and_beside_the_metrics_in_the_json(tmp_path):
+    report = Report(settings={"seed": 0, "sampling": {"temperature": 0.5, "top_k": None}})
+    report.add({"psnr": 20.5, "prompt_accuracy": Accuracy(466, 500)})
+    assert report.metrics == {"psnr": 20.5, "prompt_accuracy": 0.932}
+    psnr, accuracy, settings = report.table().splitlines()
+    assert "interval" not in psnr
+    assert accuracy.endswith("93.2%  95% interval 90.6% to 95.1%, of 500")
+    assert settings == "  measured with seed 0, temperature 0.5"
+    report.save(tmp_path / "evaluation.json")
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["prompt_accuracy"] == 0.932
+    low, high, count = written["intervals"]["prompt_accuracy"]
+    assert (low, high) == pytest.approx(Accuracy(466, 500).interval) and count == 500
+    assert set(written["intervals"]) == {"prompt_accuracy"}
+
+
+@pytest.mark.parametrize(("images", "warnings"), [(5, 1), (60, 0)])
+def test_an_accuracy_of_few_images_is_warned_of_in_one_line(
+    tiny_yaml, finished_run, tmp_path, capsys, images, warnings
+):
+    given = ["--bundle", finished_run[1] / "bundle", "--max-images", images]
+    out = ["--out", tmp_path / "evaluation.json"]
+    arguments = ["evaluate", "--config", tiny_yaml, *given, *out]
+    assert main([str(part) for part in arguments]) == 0
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("warning")]
+    assert len(lines) == warnings
+    for line in lines:
+        assert "is of few images (95% interval " in line and "--max-images" in line
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["intervals"]["prompt_accuracy"][2] == images
+    assert written["settings"]["seed"] == 0
+    assert written["settings"]["data"]["source"] == "shapes"
+    assert "prompt_accuracy " in captured.out and f", of {images}" in captured.out

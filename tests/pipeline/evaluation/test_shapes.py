@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.config.data import DataConfig, ShapesOptions
 from pipeline.data.builtin.shapes import NEW_PAIRS
 from pipeline.data.builtin.shapes_captions import ShapesSource
+from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.metrics import Reconstructions
 from pipeline.evaluation.shapes import _edit, edit_accuracy, shapes_metrics
 
@@ -58,10 +59,15 @@ def reconstructions() -> Reconstructions:
 @pytest.mark.parametrize("right", [True, False])
 def test_accuracies_are_fractions_of_right_images(right):
     metrics = shapes_metrics(Painter(right), EXPERIMENT, reconstructions())  # type: ignore[arg-type]
-    assert metrics["oracle_accuracy_real"] == 1 and metrics["oracle_accuracy_reconstructed"] == 0
+    assert metrics["oracle_accuracy_real"] == Accuracy(COUNT, COUNT)
+    assert metrics["oracle_accuracy_reconstructed"] == Accuracy(0, COUNT)
     for name in ("prompt_accuracy", "prompt_accuracy_new_pairs", "prompt_accuracy_of_count"):
-        assert metrics[name] == right, name
-    assert metrics["prompt_accuracy_1_objects"] == metrics["prompt_accuracy_2_objects"] == right
+        assert metrics[name] == Accuracy(COUNT * right, COUNT), name
+    by_objects = [metrics[f"prompt_accuracy_{n}_objects"] for n in (1, 2)]
+    assert sum(own.count for own in by_objects) == COUNT
+    assert all(own.value == right for own in by_objects)
+    # Not every caption says how objects relate.
+    assert metrics["prompt_accuracy_of_relations"].count < COUNT
     assert not {"prompt_accuracy_3_objects", "prompt_accuracy_16_steps", "edit_accuracy"} & {
         *metrics
     }
@@ -70,9 +76,9 @@ def test_accuracies_are_fractions_of_right_images(right):
 def test_a_prior_of_random_orders_is_judged_in_few_steps_and_by_edits():
     pipe = Painter(True, order="random")
     metrics = shapes_metrics(pipe, EXPERIMENT, reconstructions())  # type: ignore[arg-type]
-    assert metrics["prompt_accuracy_16_steps"] == 1 and pipe.steps == [None, None, 16]
+    assert metrics["prompt_accuracy_16_steps"].value == 1 and pipe.steps == [None, None, 16]
     # An image that is left as it was does not show what the edit asked for.
-    assert metrics["edit_accuracy"] == 0
+    assert metrics["edit_accuracy"] == Accuracy(0, COUNT)
 
 
 def test_no_more_edits_are_made_than_are_asked_for():

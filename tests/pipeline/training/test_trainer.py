@@ -253,12 +253,30 @@ def test_stable_schedule_decays_over_the_last_fraction():
         schedule="wsd",
         decay_ratio=0.2,
     )
-    rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 88, 99, 110)]
-    assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1])
+    rates = [learning_rate(step, config) for step in (0, 9, 10, 50, 87, 98, 109, 110)]
+    assert rates == pytest.approx([0.1, 1, 1, 1, 1, 0.55, 0.1, 0.1])
     longer = replace(config, steps=220)
     assert [learning_rate(step, longer) for step in range(88)] == [
         learning_rate(step, config) for step in range(88)
     ]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 15, 110, 4300])
+@pytest.mark.parametrize("decay_ratio", [0.01, 0.2, 1.0])
+def test_stable_schedule_ends_at_the_least_rate_and_never_rises(steps, decay_ratio):
+    config = TrainConfig(
+        steps=steps,
+        learning_rate=2.0,
+        warmup_steps=0,
+        min_lr_ratio=0.05,
+        schedule="wsd",
+        decay_ratio=decay_ratio,
+    )
+    rates = [learning_rate(step, config) for step in range(steps)]
+    assert rates[-1] == 2.0 * 0.05
+    assert rates == sorted(rates, reverse=True)
+    decaying = sum(rate < 2.0 for rate in rates)
+    assert decaying == max(round(decay_ratio * steps), 1)
 
 
 class Plain(Line):
