@@ -26,7 +26,7 @@ from pipeline.inference.editing import (
     warn_if_trivial,
 )
 from pipeline.inference.output import Scores, TextToImageOutput
-from pipeline.inference.reranking import ImageTextScorer
+from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
@@ -140,7 +140,8 @@ class TextToImagePipeline:
         The parameters are eight because each is an option of its own that users name.
 
         Args:
-            best_of: images sampled for each one returned; the one with the highest PMI is kept.
+            best_of: images sampled for each one returned; the prior's likelihoods choose
+                (`reranking.choice_scores`).
             judge: (images, prompts) -> a score each, by which `best_of` chooses instead, such as
                 `pipeline.CLIPScorer`.
             batch_size: images at a time; fewer where memory is short.
@@ -179,7 +180,8 @@ class TextToImagePipeline:
         if best_of == 1:
             return self._output(drawn, seeds)
         if judge is None:
-            best = _best_of(self._pmi(drawn, ids, batch_size), best_of)
+            null = self._null_log_likelihood(drawn, batch_size)
+            best = _best_of(choice_scores(drawn.log_likelihood.cpu(), null), best_of)
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
         asked = [prompt for prompt in prompts for _ in range(count)]
@@ -444,15 +446,13 @@ class TextToImagePipeline:
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _pmi(self, drawn: Samples, ids: Tensor, batch_size: int) -> Tensor:
-        """log p(codes | caption) - log p(codes | null) in the order drawn. Sampling gives the
-        latter where every code was guided; else it is computed."""
-        null = drawn.null_log_likelihood
-        if null is None:
-            null = self._log_likelihood(
-                self.prior.stream.null_caption(len(ids)), drawn.codes, drawn.orders, batch_size
-            )
-        return drawn.log_likelihood.cpu() - null.cpu()
+    def _null_log_likelihood(self, drawn: Samples, batch_size: int) -> Tensor:
+        """log p(codes) (B,) in the order drawn. Sampling gives it where every code was guided; else
+        it is computed."""
+        if drawn.null_log_likelihood is not None:
+            return drawn.null_log_likelihood.cpu()
+        null = self.prior.stream.null_caption(len(drawn.codes))
+        return self._log_likelihood(null, drawn.codes, drawn.orders, batch_size)
 
     def _log_likelihood(
         self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int

@@ -1,5 +1,5 @@
-"""Scorers for `best_of`: how well an image shows its prompt, by another model than the prior. Knows
-images and prompts only."""
+"""What `best_of` chooses by: the prior's own likelihoods, or a scorer that sees images and
+prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+NULL_WEIGHT = 0.1
+"""Weight of the likelihood without a caption in `choice_scores`."""
 _BATCH = 32
+
+
+def choice_scores(log_likelihood: Tensor, null_log_likelihood: Tensor) -> Tensor:
+    """log p(codes | caption) - w log p(codes), of each image (B,); the highest is chosen.
+
+    The first term alone prefers images like those of the training, which a new combination in a
+    caption is not; the second one takes a little of this preference away. With w = 1 the score is
+    the pointwise mutual information, which prefers images that are unlikely with any caption, such
+    as smears. docs/sampling.md has the accuracies by w.
+    """
+    return log_likelihood - NULL_WEIGHT * null_log_likelihood
 
 
 class ImageTextScorer(Protocol):

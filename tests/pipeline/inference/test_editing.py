@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.inference.editing import keep_mask, place_on_canvas, random_keep_mask
+from pipeline.inference.reranking import choice_scores
 from stage1_tokenizer import Level
 from stage2_prior import ImagePrior, SamplingOptions, StreamConfig, sample
 from tests.helpers.cli import fails
@@ -169,7 +170,7 @@ def test_mask_applies_to_every_level_of_codes():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_best_of_keeps_the_image_with_the_highest_gain(pipe, guidance_scale):
+def test_best_of_keeps_the_image_with_the_highest_choice_score(pipe, guidance_scale):
     from stage2_prior import code_log_likelihood
     from stage2_prior.order import seeded_orders
 
@@ -178,9 +179,9 @@ def test_best_of_keeps_the_image_with_the_highest_gain(pipe, guidance_scale):
     ids = pipe.text.encode(prompts).repeat_interleave(6, 0)
     orders, flat = seeded_orders(every.seeds, 16), every.codes.flatten(1)
     null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(12), flat, orders).sum(1)
-    gains = code_log_likelihood(pipe.prior, ids, flat, orders).sum(1) - null
+    scores = choice_scores(code_log_likelihood(pipe.prior, ids, flat, orders).sum(1), null)
     best = pipe(prompts, num_images_per_prompt=2, best_of=3, guidance_scale=guidance_scale)
-    chosen = gains.view(4, 3).argmax(1) + torch.arange(0, 12, 3)
+    chosen = scores.view(4, 3).argmax(1) + torch.arange(0, 12, 3)
     assert torch.equal(best.codes, every.codes[chosen]) and len(best.images) == len(best.seeds) == 4
     assert best.seeds == [every.seeds[i] for i in chosen]
 
@@ -206,7 +207,7 @@ def test_best_of_scores_full_sequences_when_steps_draw_several_codes(pipe, guida
         for t in (ids, pipe.prior.stream.null_caption(6))
     )
     best = pipe(["a red circle"], best_of=6, num_inference_steps=3, guidance_scale=guidance_scale)
-    assert torch.equal(best.codes[0], every.codes[int((given - null).argmax())])
+    assert torch.equal(best.codes[0], every.codes[int(choice_scores(given, null).argmax())])
 
 
 def test_scorer_without_candidates_or_with_too_few_scores_is_refused(pipe):
