@@ -105,6 +105,8 @@ def evaluate(
 
 
 def _readable(name: str, value: float) -> str:
-    """Fractions as percent; nats, decibels and perplexities as they are."""
+    """Fractions as percent; nats, decibels and perplexities as they are; counts as integers."""
+    if name.startswith("distinct_codes"):
+        return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity"))
     return f"{value:.3f}" if plain else f"{value:.1%}"
