@@ -1,5 +1,11 @@
 """Stage 1: images <-> grids of codes. Knows nothing of text, data sets or training loops."""
 
+from stage1_tokenizer.codebook_redundancy import (
+    agreement_by_level,
+    distinct_codes,
+    reencoding_metrics,
+    unchanged_codes,
+)
 from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig, joint_problems
 from stage1_tokenizer.metrics import structural_similarity
 from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
@@ -51,14 +57,18 @@ __all__ = [
     "TokenizerOutput",
     "VectorOptions",
     "VqganOptions",
+    "agreement_by_level",
     "build_quantizer",
     "codebook_statistics",
     "count_codes",
+    "distinct_codes",
     "joint_problems",
+    "reencoding_metrics",
     "resize_and_crop",
     "statistics_by_level",
     "structural_similarity",
     "to_model_range",
     "to_rgb",
     "to_uint8",
+    "unchanged_codes",
 ]

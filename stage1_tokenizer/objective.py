@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.codebook_health import check
+from stage1_tokenizer.codebook_redundancy import agreement_by_level, distinct_codes, unchanged_codes
 from stage1_tokenizer.config import ObjectiveConfig, joint_problems
 from stage1_tokenizer.discriminator import (
     Discriminator,
@@ -31,7 +32,7 @@ from stage1_tokenizer.discriminator import (
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
-from stage1_tokenizer.pixels import dequantized, to_model_range
+from stage1_tokenizer.pixels import dequantized, to_model_range, to_uint8
 from stage1_tokenizer.quantizers import count_codes, statistics_by_level
 
 
@@ -169,13 +170,15 @@ class TokenizerObjective:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """Held-out metrics with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
-        codebook use (over all levels and, where there are several, of each); for relaxed quantizers
-        also `relaxed_psnr` at the last temperature and the gap. No collectives."""
+        codebook use, distinct codes and reencode_agreement (over all levels and, where there are
+        several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and
+        the gap. No collectives."""
         tokenizer = self.tokenizer
         tokenizer.eval()
         psnr = []
         soft_psnr = []
         nll = []
+        unchanged = []
         layout = tokenizer.layout
         counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
         dimensions = 1
@@ -186,15 +189,17 @@ class TokenizerObjective:
             output = tokenizer(pixels)
             target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
             nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
-            psnr.append(
-                peak_signal_to_noise(pixels, tokenizer.likelihood.image(output.parameters)).cpu()
-            )
-            counts += count_codes(output.quantized.codes.cpu(), layout)
+            drawn = tokenizer.likelihood.image(output.parameters)
+            psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
+            codes = output.quantized.codes
+            counts += count_codes(codes.cpu(), layout)
+            unchanged.append(unchanged_codes(tokenizer, codes, to_uint8(drawn)))
             if tokenizer.quantizer.relaxed:
                 soft = tokenizer(pixels, self.config.temperature_end).parameters
                 soft_psnr.append(
                     peak_signal_to_noise(pixels, tokenizer.likelihood.image(soft)).cpu()
                 )
+        distinct = distinct_codes(tokenizer, counts)
         tokenizer.train()
         if not psnr:
             raise ValueError(
@@ -206,11 +211,14 @@ class TokenizerObjective:
             "nll": nats,
             "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
         }
+        agreement = agreement_by_level(torch.cat(unchanged), layout)
         for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
                 f"codebook_usage{name}": statistics.usage,
                 f"codebook_perplexity{name}": statistics.perplexity,
                 f"dead_codes{name}": float(statistics.dead),
+                f"distinct_codes{name}": float(distinct[name]),
+                f"reencode_agreement{name}": agreement[name],
             }
         if soft_psnr:
             metrics["relaxed_psnr"] = float(torch.cat(soft_psnr).mean())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -88,6 +89,17 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """uint8 (B,H,W,3) -> PIL images."""
     return [Image.fromarray(image) for image in images.cpu().numpy()]
+
+
+def through_jpeg(images: Tensor, quality: int) -> Tensor:
+    """uint8 (B,H,W,3) -> the same images after JPEG of a quality of 1 to 100, with Pillow's
+    defaults for the rest."""
+    stored = []
+    for image in to_pil(images):
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        stored.append(Image.open(buffer))
+    return from_pil(stored)
 
 
 def to_squeezed_unit(pixels: Tensor) -> Tensor:

@@ -193,7 +193,9 @@ def codebook_command(
         s = view.statistics
         print_rank0(
             f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity "
-            f"{s.perplexity:,.1f}, {s.dead} never used"
+            f"{s.perplexity:,.1f}, {s.dead} never used, "
+            f"{view.metrics['distinct_codes']:,.0f} draw differently, "
+            f"{view.metrics['reencode_agreement']:.1%} unchanged by encoding the decoded image"
         )
     print_rank0(f"wrote {out / 'index.html'} and its images")
 

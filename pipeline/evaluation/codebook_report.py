@@ -8,6 +8,7 @@ page's form is the template `codebook_report.html`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,13 +25,18 @@ from stage1_tokenizer import (
     ImageTokenizer,
     codebook_statistics,
     count_codes,
+    distinct_codes,
+    reencoding_metrics,
     statistics_by_level,
     to_model_range,
     to_uint8,
 )
+from stage1_tokenizer.codebook_redundancy import JPEG_QUALITY, common_codes, decode_middle
 
 NUMBERS = "codebook.json"
 """The page's numbers, for programs."""
+METRICS = ("distinct_codes", "reencode_agreement", f"reencode_agreement_jpeg{JPEG_QUALITY}")
+"""Metrics of the whole codebook and of each level, next to the statistics of their use."""
 _BATCH = 64
 _SHOWN = 1024
 """Codes shown of a level, at most."""
@@ -47,6 +53,8 @@ class LevelView:
 
     name: str
     statistics: CodebookStatistics
+    metrics: dict[str, float]
+    """By the names of `METRICS`."""
     codes: list[int]
     """Codes shown, in the order of the images."""
     counts: list[int]
@@ -69,16 +77,18 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
         raise ValueError(
             "there are no images to see the codes in; give a configuration with held-out images"
         )
-    codes = torch.cat(
-        [
-            model.encode(to_model_range(torch.from_numpy(images[i : i + _BATCH]))).flatten(1)
-            for i in range(0, len(images), _BATCH)
-        ]
-    )
     factor = model.own_config.downsample_factor
     grid = (images.shape[1] // factor, images.shape[2] // factor)
+    batches = []
+    for first in range(0, len(images), _BATCH):
+        codes = model.encode(to_model_range(torch.from_numpy(images[first : first + _BATCH])))
+        batches.append((codes, to_uint8(model.decode(codes, grid))))
+    codes = torch.cat([some.flatten(1) for some, _ in batches])
     counts = count_codes(codes, model.quantizer.layout(grid))
-    views = _level_views(model, images, codes, counts, grid)
+    distinct = distinct_codes(model, counts)
+    metrics = reencoding_metrics(model, batches)
+    metrics |= {f"distinct_codes{level}": float(number) for level, number in distinct.items()}
+    views = _level_views(model, images, codes, counts, grid, metrics)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +101,7 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
             Path(__file__).with_suffix(".html"),
             tokenizer=tokenizer,
             total=statistics_by_level(counts, model.quantizer.layout(grid))[""],
+            metrics={name: metrics[name] for name in METRICS},
             count=len(images),
             views=views,
             data_uri=lambda image: data_uri(Image.fromarray(image)),
@@ -98,10 +109,12 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
         levels = [
-            {"level": v.name, **asdict(v.statistics), "codes": v.codes, "uses": v.counts}
+            {"level": v.name, **asdict(v.statistics), **v.metrics}
+            | {"codes": v.codes, "uses": v.counts}
             for v in views
         ]
-        numbers = json.dumps({"images": len(images), "levels": levels}) + "\n"
+        whole = {name: metrics[name] for name in METRICS}
+        numbers = json.dumps({"images": len(images), **whole, "levels": levels}) + "\n"
         (folder / NUMBERS).write_text(numbers)
 
     atomic_write_dir(out, write)
@@ -109,15 +122,19 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
 
 
 def _level_views(
-    model: ImageTokenizer, images: np.ndarray, codes: Tensor, counts: Tensor, grid: tuple[int, int]
+    model: ImageTokenizer,
+    images: np.ndarray,
+    codes: Tensor,
+    counts: Tensor,
+    grid: tuple[int, int],
+    metrics: Mapping[str, float],
 ) -> list[LevelView]:
-    """A view of each level, of codes (N, all levels' positions) and counts (all levels' codes)."""
+    """A view of each level, of codes (N, all levels' positions), counts (all levels' codes) and
+    metrics (by name and level)."""
     layout = model.quantizer.layout(grid)
     lengths = [level.length for level in layout]
     sizes = [level.num_codes for level in layout]
-    common = torch.cat(
-        [own.flatten().bincount().argmax().expand(own.shape[1]) for own in codes.split(lengths, 1)]
-    )
+    common = common_codes(counts, layout)
     views = []
     for number, level in enumerate(layout):
         start = sum(lengths[:number])
@@ -128,12 +145,13 @@ def _level_views(
         # Other levels hold their commonest code.
         streams = common.repeat(len(order), 1)
         streams[:, start : start + level.length] = order[:, None]
-        middle = (level.grid[0] // 2, level.grid[1] // 2)
-        drawn = _decoded_patches(model, streams, grid, middle, patch)
+        drawn = decode_middle(model, streams, grid, number).numpy()
+        suffix = f"_level_{number + 1}" if len(layout) > 1 else ""
         views.append(
             LevelView(
                 "" if len(layout) == 1 else f"level {number + 1}, {level.grid[0]}x{level.grid[1]}",
                 codebook_statistics(own_counts),
+                {name: metrics[f"{name}{suffix}"] for name in METRICS},
                 order.tolist(),
                 own_counts[order].tolist(),
                 {
@@ -145,27 +163,6 @@ def _level_views(
             )
         )
     return views
-
-
-def _decoded_patches(
-    model: ImageTokenizer,
-    streams: Tensor,
-    grid: tuple[int, int],
-    cell: tuple[int, int],
-    patch: tuple[int, int],
-) -> np.ndarray:
-    """What streams of codes (K,N) draw in one cell of a level, whose patches have this height and
-    width: (K,h,w,3) uint8."""
-    height, width = patch
-    top = cell[0] * height
-    left = cell[1] * width
-    flat = len(model.quantizer.layout(grid)) > 1
-    patches = []
-    for some in streams.split(_BATCH):
-        codes = some if flat else some.reshape(-1, *grid)
-        drawn = to_uint8(model.decode(codes, grid)).numpy()
-        patches.append(drawn[:, top : top + height, left : left + width])
-    return np.concatenate(patches)
 
 
 def _in_context(

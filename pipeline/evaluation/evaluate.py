@@ -162,5 +162,7 @@ def _settings_line(settings: Mapping[str, object]) -> str:
 
 def _readable(name: str, value: float) -> str:
     """Fractions as percent; nats, decibels, perplexities and numbers as they are."""
+    if name.startswith("distinct_codes"):
+        return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
     return f"{value:.3f}" if plain else f"{value:.1%}"

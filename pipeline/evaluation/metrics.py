@@ -14,7 +14,13 @@ from torch import Tensor
 from pipeline.data.source import Source
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.devices import uses_bf16
-from stage1_tokenizer import count_codes, statistics_by_level, to_model_range
+from stage1_tokenizer import (
+    count_codes,
+    distinct_codes,
+    reencoding_metrics,
+    statistics_by_level,
+    to_model_range,
+)
 from stage1_tokenizer.metrics import psnr, ssim
 from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
 
@@ -32,7 +38,8 @@ class Reconstructions:
     drawn: np.ndarray
     """(N,H,W,3) uint8."""
     metrics: dict[str, float]
-    """PSNR (mean over images), SSIM, codebook usage and perplexity."""
+    """PSNR (mean over images), SSIM, codebook usage and perplexity, distinct codes, and the
+    fraction of codes unchanged by encoding again, directly and after JPEG."""
 
 
 def autocast(pipe: TextToImagePipeline, precision: str) -> torch.autocast:
@@ -47,10 +54,12 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
     histogram = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
     real = []
     drawn = []
+    batches = []
     for _, images, codes in _encoded(pipe, source, count):
         histogram += count_codes(codes.cpu(), layout)
         real.append(images)
         drawn.append(stacked(pipe.tokenizer.to_images(codes)))
+        batches.append((codes, torch.from_numpy(drawn[-1])))
     truth = np.concatenate(real)
     reconstruction = np.concatenate(drawn)
     decibels = [psnr(a, b) for a, b in zip(truth, reconstruction, strict=True)]
@@ -61,6 +70,9 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
     for name, statistics in statistics_by_level(histogram, layout).items():
         metrics[f"codebook_usage{name}"] = float(statistics.usage)
         metrics[f"codebook_perplexity{name}"] = float(statistics.perplexity)
+    distinct = distinct_codes(pipe.tokenizer, histogram)
+    metrics |= {f"distinct_codes{name}": float(number) for name, number in distinct.items()}
+    metrics |= reencoding_metrics(pipe.tokenizer, batches)
     return Reconstructions(truth, reconstruction, metrics)
 
 

@@ -62,6 +62,8 @@ COLUMNS = {
     "ssim": "SSIM",
     "usage": "codebook used",
     "perplexity": "perplexity",
+    "distinct_codes": "distinct codes",
+    "reencode_agreement": "codes unchanged by re-encoding",
     "bits_per_image": "bits per image",
     "nats_per_image": "nats per image by the prior",
     "minutes": "minutes",
@@ -70,6 +72,7 @@ COLUMNS = {
     "encoding_rate": "images/s encoding",
 }
 _FORMATS = {"usage": ".1%", "ssim": ".3f", "psnr": ".1f", "minutes": ".1f"}
+_FORMATS["reencode_agreement"] = ".1%"
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,8 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         "ssim": ssim(true, drawn),
         "usage": held_out["codebook_usage"],
         "perplexity": held_out["codebook_perplexity"],
+        "distinct_codes": held_out["distinct_codes"],
+        "reencode_agreement": held_out["reencode_agreement"],
         "bits_per_image": sum(level.length * math.log2(level.num_codes) for level in layout),
         "nats_per_image": prior["nats_per_code"] * sum(level.length for level in layout),
         "steps": steps,

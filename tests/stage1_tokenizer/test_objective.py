@@ -15,6 +15,7 @@ from stage1_tokenizer import (
     ScoreFunctionOptions,
     TokenizerObjective,
     count_codes,
+    distinct_codes,
     statistics_by_level,
     to_model_range,
 )
@@ -31,6 +32,8 @@ COMMON = {
     "codebook_usage",
     "codebook_perplexity",
     "dead_codes",
+    "distinct_codes",
+    "reencode_agreement",
 }
 
 
@@ -193,6 +196,20 @@ def test_validation_code_usage_is_exact(tokenizer, images):
     assert (
         metrics["codebook_usage"] == pytest.approx(used / 12) and metrics["dead_codes"] == 12 - used
     )
+
+
+@pytest.mark.parametrize("kind", ["vq", "gumbel", "residual"])
+def test_validation_counts_distinct_codes_and_codes_that_an_image_keeps(images, kind):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    metrics = TokenizerObjective(tokenizer, objective_of(kind)).evaluate([images[:4], images[4:]])
+    codes = tokenizer.encode(to_model_range(images))
+    kept = tokenizer.to_codes(tokenizer.to_images(codes)) == codes
+    assert 0 < metrics["reencode_agreement"] < 1
+    assert metrics["reencode_agreement"] == pytest.approx(float(kept.float().mean()))
+    distinct = distinct_codes(tokenizer, count_codes(codes, tokenizer.layout))
+    for level, number in distinct.items():
+        assert metrics[f"distinct_codes{level}"] == number
+        assert f"reencode_agreement{level}" in metrics
 
 
 def test_gumbel_gap_is_relaxed_minus_hard(images):

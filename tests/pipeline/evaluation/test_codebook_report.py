@@ -13,9 +13,16 @@ import torch
 from PIL import Image
 
 from pipeline.cli.main import main
-from pipeline.evaluation.codebook_report import codebook_page
+from pipeline.evaluation.codebook_report import METRICS, codebook_page
 from pipeline.runtime.image_grid import bars
-from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
+from stage1_tokenizer import (
+    ImageTokenizer,
+    count_codes,
+    distinct_codes,
+    reencoding_metrics,
+    to_model_range,
+    to_uint8,
+)
 from tests.helpers.cli import fails
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
@@ -70,6 +77,29 @@ def test_each_level_has_its_own_images(tmp_path, kind):
         assert len(re.findall("<tr><td>", page)) == sum(len(v.codes) for v in views)
 
 
+@pytest.mark.parametrize("kind", ["vq", "residual"])
+def test_page_and_numbers_report_distinct_codes_and_reencoding(tmp_path, kind):
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    views = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
+    codes = tokenizer.encode(to_model_range(torch.from_numpy(images())))
+    distinct = distinct_codes(tokenizer, count_codes(codes, tokenizer.layout))
+    expected = reencoding_metrics(tokenizer, [(codes, to_uint8(tokenizer.decode(codes)))])
+    expected |= {f"distinct_codes{level}": number for level, number in distinct.items()}
+    numbers = json.loads((tmp_path / "page" / "codebook.json").read_text())
+    page = (tmp_path / "page" / "index.html").read_text()
+    for name in METRICS:
+        assert numbers[name] == pytest.approx(expected[name])
+        for number, view in enumerate(views, start=1):
+            level = f"_level_{number}" if len(views) > 1 else ""
+            assert view.metrics[name] == pytest.approx(expected[f"{name}{level}"])
+            assert numbers["levels"][number - 1][name] == view.metrics[name]
+    for metrics in [numbers, *(view.metrics for view in views)]:
+        assert f"{metrics['distinct_codes']:,.0f} of the used codes draw differently" in page
+        assert f"{metrics['reencode_agreement']:.1%} of the codes stay the same" in page
+        assert f"{metrics['reencode_agreement_jpeg95']:.1%} after JPEG quality 95" in page
+
+
 def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
     folder = tmp_path / "<script>a & b"
     tiny_tokenizer().save_pretrained(folder)
@@ -83,7 +113,9 @@ def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
 def test_codebook_command_uses_the_data_of_the_tokenizers_run(finished_run, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_run[1], tmp_path / "run"))
     assert main(["codebook", "--tokenizer", str(folder / "tokenizer"), "--max-images", "20"]) == 0
-    assert "of the codes used, perplexity" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of the codes used, perplexity" in out and "draw differently" in out
+    assert "unchanged by encoding the decoded image" in out
     with Image.open(folder / "codebook" / "map.png") as image:
         assert len(np.unique(np.asarray(image))) > 2
     # Its own page is replaced

@@ -28,11 +28,21 @@ def test_fewer_images_than_one_are_refused(tiny_yaml, tmp_path, capsys, images):
 
 
 def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():
-    report = Report({"psnr": 20.5, "codebook_usage": 0.5, "codebook_perplexity_level_1": 7.25})
+    report = Report(
+        {
+            "psnr": 20.5,
+            "codebook_usage": 0.5,
+            "codebook_perplexity_level_1": 7.25,
+            "distinct_codes": 1352.0,
+            "reencode_agreement": 0.786,
+        }
+    )
     assert [line.split() for line in report.table().splitlines()] == [
         ["psnr", "20.500"],
         ["codebook_usage", "50.0%"],
         ["codebook_perplexity_level_1", "7.250"],
+        ["distinct_codes", "1,352"],
+        ["reencode_agreement", "78.6%"],
     ]
     assert Report().table() == ""
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.evaluation.metrics import BATCH, autocast, prior_metrics, sampled, tokenizer_metrics
-from stage1_tokenizer import to_model_range
+from stage1_tokenizer import count_codes, distinct_codes, to_model_range
 from stage1_tokenizer.metrics import psnr, ssim
 from stage2_prior import code_log_likelihood
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
@@ -69,6 +70,29 @@ def test_equal_images_have_a_psnr_of_99_in_the_mean(monkeypatch):
 def test_several_levels_have_their_own_usage():
     found = tokenizer_metrics(tiny_pipeline(quantizer="residual"), Noise(), 4).metrics
     assert {"codebook_usage", "codebook_usage_level_1", "codebook_usage_level_2"} <= set(found)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "residual"])
+def test_agreement_is_that_of_images_saved_as_png_and_as_jpeg(tmp_path, quantizer):
+    pipe = tiny_pipeline(quantizer=quantizer)
+    found = tokenizer_metrics(pipe, Noise(), COUNT)
+    codes = codes_of(pipe, COUNT)
+    images = [Image.fromarray(image) for image in found.drawn]
+    for name, suffix, options in (
+        ("reencode_agreement", "png", {}),
+        ("reencode_agreement_jpeg95", "jpg", {"quality": 95}),
+    ):
+        saved = []
+        for number, image in enumerate(images):
+            image.save(tmp_path / f"{number}.{suffix}", **options)
+            saved.append(Image.open(tmp_path / f"{number}.{suffix}"))
+        kept = pipe.tokenizer.to_codes(saved) == codes
+        assert 0 < found.metrics[name] < 1
+        assert found.metrics[name] == pytest.approx(float(kept.float().mean()), abs=0.01)
+    counts = count_codes(codes, pipe.tokenizer.layout)
+    for level, number in distinct_codes(pipe.tokenizer, counts).items():
+        assert found.metrics[f"distinct_codes{level}"] == number
+        assert f"reencode_agreement_jpeg95{level}" in found.metrics
 
 
 def test_nats_per_code_are_the_mean_negative_log_likelihood():

@@ -61,7 +61,8 @@ def test_every_variant_is_trained_and_evaluated(bakeoff, tmp_path, capsys):
     tokenizer = json.loads((folder / "plain" / "tokenizer" / "settings.json").read_text())[
         "held_out"
     ]
-    assert metrics["plain"]["psnr"] == tokenizer["psnr"]
+    for name in ("psnr", "distinct_codes", "reencode_agreement"):
+        assert metrics["plain"][name] == tokenizer[name]
     assert (folder / "comparison.md").read_text() in out
     for name in ("comparison.png", "reconstructions.png"):
         with Image.open(folder / name) as image:
@@ -343,6 +344,15 @@ def test_single_process_commands_refuse_several_processes(name, bakeoff, monkeyp
 
 def test_table_leaves_unknown_metrics_empty():
     lines = table(
-        {"one": {"psnr": 25.26, "usage": 0.951, "ssim": 0.8765, "steps": 2000}}
+        {
+            "one": {
+                "psnr": 25.26,
+                "usage": 0.951,
+                "distinct_codes": 352.0,
+                "reencode_agreement": 0.7857,
+                "ssim": 0.8765,
+                "steps": 2000,
+            }
+        }
     ).splitlines()
-    assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  |  |  |  | 2,000 |")
+    assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  | 352 | 78.6% |  |  |  | 2,000 |")
