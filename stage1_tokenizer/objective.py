@@ -103,8 +103,8 @@ class TokenizerObjective:
         current_temperature = (
             temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         )
-        reencode = self.config.reencoding_weight > 0
-        output = networks["tokenizer"](pixels, current_temperature, reencode=reencode)
+        asked = {"reencode": True} if self.config.reencoding_weight else {}
+        output = networks["tokenizer"](pixels, current_temperature, **asked)
         quantized = output.quantized
         drawn = tokenizer.likelihood.image(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels

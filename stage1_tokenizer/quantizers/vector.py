@@ -71,12 +71,12 @@ def kmeans(pool: Tensor, centres: Tensor, iterations: int) -> Tensor:
 
 
 def spread(pool: Tensor, errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Vectors (count,D) drawn from the pool (M,D), far from one another: by squared distance (M,) to
-    the nearest that is there already, in rounds that each draw as many as all before (k-means||,
+    """Vectors (count,D) drawn from the pool (M,D), far from one another: by squared distance (M,)
+    to the nearest that is there already, in rounds that each draw as many as all before (k-means||,
     Bahmani et al. 2012).
 
-    By frequency, most codes would go to what is most frequent, such as plain background, which needs
-    one code alone. Where the pool has fewer distinct vectors than `count` they repeat.
+    By frequency, most codes would go to what is most frequent, such as plain background, which
+    needs one code alone. Where the pool has fewer distinct vectors than `count` they repeat.
 
     Args:
         errors: (M,) squared distances to the vectors that are there before.
@@ -255,7 +255,7 @@ class VectorQuantizer(SingleLevel):
     def _doubles(self, limit: Tensor) -> Tensor:
         """Which codes (K,) lie within a squared distance () of a code that is used more.
 
-        Vectors differ more from their codes than such codes from one another, so they draw the same.
+        Vectors differ more from their codes than such codes from one another: they draw the same.
         """
         table = self.vectors()
         counts = self.counts
@@ -307,8 +307,8 @@ class VectorQuantizer(SingleLevel):
     def _place(
         self, which: Tensor, vectors: Tensor, noise: Tensor, generator: torch.Generator
     ) -> None:
-        """Puts the chosen codes (K,) at vectors (as many,D) plus noise of a deviation (), with average
-        counts."""
+        """Puts the chosen codes (K,) at vectors (as many,D) plus noise of a deviation (), with
+        average counts."""
         drawn = torch.randn(vectors.shape, generator=generator).to(vectors.device)
         placed = self._normalize(vectors + noise * drawn)
         mean = self.counts.mean()
