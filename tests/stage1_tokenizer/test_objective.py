@@ -299,3 +299,51 @@ def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
         optimizer.step()
         optimizer.zero_grad()
     assert objective.evaluate(held_out)["psnr"] > before + gain
+
+
+def test_reencoding_loss_is_the_distance_of_the_decoded_image_to_its_codes(images):
+    tokenizer = tiny_tokenizer().train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(reencoding_weight=2.0))
+    state = {k: v.clone() for k, v in tokenizer.state_dict().items()}
+    (loss,) = objective.losses(images, 0)
+    tokenizer.load_state_dict(state)
+    (without,) = TokenizerObjective(tokenizer, ObjectiveConfig()).losses(images, 0)
+    tokenizer.load_state_dict(state)
+    output = tokenizer(to_model_range(images))
+    again = tokenizer.encoder(tokenizer.likelihood.image(output.parameters).clamp(-1, 1))
+    vectors = again.permute(0, 2, 3, 1)
+    vectors = 2 * torch.nn.functional.normalize(vectors, dim=-1)  # sqrt(4 dimensions)
+    wanted = tokenizer.code_vectors[output.quantized.codes]
+    distance = (vectors - wanted).square().mean()
+    # The codebook has moved by a step between the loss and this.
+    torch.testing.assert_close(loss.metrics["reencoding"], distance.detach(), rtol=0.1, atol=0.01)
+    assert "reencoding" not in without.metrics
+    torch.testing.assert_close(loss.value, without.value + 2 * loss.metrics["reencoding"])
+
+
+def test_reencoding_loss_makes_codes_survive_encoding_again():
+    agreement = {}
+    for weight in (0.0, 2.0):
+        tokenizer = tiny_tokenizer(num_codes=64).train()
+        objective = TokenizerObjective(tokenizer, ObjectiveConfig(reencoding_weight=weight))
+        optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(80):
+            (loss,) = objective.losses(blobs(16, generator), step)
+            loss.value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        held_out = [blobs(64, torch.Generator().manual_seed(1))]
+        agreement[weight] = objective.evaluate(held_out)["reencode_agreement"]
+    print(agreement)
+    assert agreement[2.0] > agreement[0.0] + 0.02
+
+
+def test_reencoding_loss_of_another_quantizer_is_refused():
+    with pytest.raises(ValueError, match=r"reencoding_weight is 1.* needs .*quantizer vq.* is fsq"):
+        TokenizerObjective(
+            tiny_tokenizer(quantizer="fsq", fsq=FsqOptions(levels=(4, 3))),
+            ObjectiveConfig(reencoding_weight=1.0),
+        )
+    with pytest.raises(ValueError, match=r"reencoding_weight is -1"):
+        ObjectiveConfig(reencoding_weight=-1)
