@@ -27,6 +27,7 @@ from pipeline.inference.editing import (
 )
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer
+from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
@@ -362,6 +363,7 @@ class TextToImagePipeline:
         null = self.prior.stream.null_caption(len(ids))
         return Scores(given, given - self._log_likelihood(null, codes, None, batch_size))
 
+    @free_threads()
     def caption(
         self,
         image: Image.Image,
@@ -396,6 +398,7 @@ class TextToImagePipeline:
             captions = self.text.decode(ids)
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
 
+    @free_threads()
     def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
         """Codes in the precision of the codes that the prior was trained on.
 
@@ -425,6 +428,7 @@ class TextToImagePipeline:
             warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
         return self.text.encode(prompts, truncate=truncate)
 
+    @free_threads()
     def _output(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
         grid = self._as_grid(drawn.codes)
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
@@ -451,6 +455,7 @@ class TextToImagePipeline:
             given = self._log_likelihood(ids, drawn.codes, drawn.orders, batch_size)
         return given.cpu() - null.cpu()
 
+    @free_threads()
     def _log_likelihood(
         self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int
     ) -> Tensor:
