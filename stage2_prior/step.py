@@ -6,9 +6,9 @@ Legend: B images, R input tokens of one step, P captions, S text positions to pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,12 @@ Programs = dict[Hashable, Callable[..., object]]
 _compiled: WeakKeyDictionary[ImagePrior, Programs] = WeakKeyDictionary()
 """Compiled programs of each prior, by what distinguishes them; freed with the prior."""
 _Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+class _Guard(Protocol):
+    """A condition that torch.compile checks before it calls a program."""
+
+    guard_type: str
 
 
 class SamplingSpec(NamedTuple):
@@ -142,9 +148,19 @@ def compiled_prefill(prior: ImagePrior) -> Prefill:
     """`prefill` compiled once for any number of captions."""
     key = ("captions", *_computed(prior))
     options: dict[str, str | int | bool | Callable[..., object]] = {
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        "guard_filter_fn": _prefill_guards
     }
     return _compile_once(prior, key, prefill, options, dynamic=True)
+
+
+def _prefill_guards(guards: Sequence[_Guard]) -> list[bool]:
+    """Which guards to keep: not those on modules, nor that on torch's global state, which has the
+    number of threads; what else matters of it is in the key."""
+    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [
+        keep and guard.guard_type != "GLOBAL_STATE"
+        for keep, guard in zip(kept, guards, strict=True)
+    ]
 
 
 def compiled_programs(prior: ImagePrior) -> Programs:

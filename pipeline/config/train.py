@@ -50,6 +50,10 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: `auto` compiles on CUDA, and elsewhere where a stage takes long enough to win
     the minute it costs."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads that torch computes with. `auto` follows the cores that other programs leave
+    free; `OMP_NUM_THREADS` goes before it. A number gives the same weights on a busy machine, bit
+    for bit."""
     log_every: int = 20
     """Steps between logged metrics."""
     eval_every: int = 500
@@ -80,6 +84,7 @@ class TrainConfig:
             ),
             out_of_range(self, "train", "[0, 1)", "ema_decay"),
             out_of_range(self, "train", "(0, 1]", "decay_ratio"),
+            out_of_range(self, "train", "[1, inf]", "threads"),
             out_of_range(self, "train", "[0, 1]", "min_lr_ratio"),
             problems(
                 (

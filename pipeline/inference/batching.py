@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, free_memory, is_out_of_memory
+from pipeline.runtime.threads import free_threads
 from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
 
 Compile = Literal["auto", "on", "off"]
@@ -92,9 +93,10 @@ def sample_codes_batched(
         }
         start = time.perf_counter()
         try:
-            samples = sample(
-                prior, text_ids[rows], seeds[rows], options, compiled=compiled, **tensors
-            )
+            with free_threads():
+                samples = sample(
+                    prior, text_ids[rows], seeds[rows], options, compiled=compiled, **tensors
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -28,6 +28,7 @@ from pipeline.inference.editing import (
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
+from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
@@ -372,6 +373,7 @@ class TextToImagePipeline:
         null = self.prior.stream.null_caption(len(ids))
         return Scores(given, given - score_codes_batched(self.prior, null, codes, batch_size))
 
+    @free_threads()
     def caption(
         self,
         image: Image.Image,
@@ -406,6 +408,7 @@ class TextToImagePipeline:
             captions = self.text.decode(ids)
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
 
+    @free_threads()
     def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
         """Codes in the precision of the codes that the prior was trained on.
 
@@ -441,6 +444,7 @@ class TextToImagePipeline:
             warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
         return ids
 
+    @free_threads()
     def _output(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
         grid = self._as_grid(drawn.codes)
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
@@ -454,6 +458,7 @@ class TextToImagePipeline:
         null = self.prior.stream.null_caption(len(drawn.codes))
         return self._log_likelihood(null, drawn.codes, drawn.orders, batch_size)
 
+    @free_threads()
     def _log_likelihood(
         self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int
     ) -> Tensor:

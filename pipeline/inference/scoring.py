@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.inference.editing import check_image
+from pipeline.runtime.threads import free_threads
 from stage2_prior import ImagePrior, score_codes
 
 
@@ -36,6 +37,7 @@ def checked_pairs(
     ], prompts
 
 
+@free_threads()
 def score_codes_batched(
     prior: ImagePrior, text_ids: Tensor, codes: Tensor, batch_size: int
 ) -> Tensor:

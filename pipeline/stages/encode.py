@@ -37,6 +37,7 @@ from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.progress import ProgressBar
+from pipeline.runtime.threads import free_threads
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -150,12 +151,13 @@ def _write_shards(
         seconds_after=seconds_after,
     ) as bar:
         for name, unit in shards.items():
-            shard = write_shard(
-                folder / name,
-                encode(unit, views, bar),
-                codes=views * codes_per_view,
-                kind=kind_of(plan["levels"]),
-            )
+            with free_threads():
+                shard = write_shard(
+                    folder / name,
+                    encode(unit, views, bar),
+                    codes=views * codes_per_view,
+                    kind=kind_of(plan["levels"]),
+                )
             codes.mark_shard_done(folder, shard)
 
 

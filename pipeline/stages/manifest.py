@@ -35,9 +35,10 @@ RESUME_SAFE_FIELDS = (
     "save_total_limit",
     "max_nonfinite_steps",
     "compile",
+    "threads",
     "activation_checkpointing",
 )
-"""Fields of `train` that change no weight."""
+"""Fields of `train` that change no weight by more than rounding."""
 _CHANGES_NO_CODE = ("images_per_shard",)
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with and, once it is done, its metrics."""

@@ -16,6 +16,7 @@ from pipeline.data.source import Source
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.log import shows_progress
+from pipeline.runtime.threads import free_threads
 from pipeline.stages.encode import sources_of
 from pipeline.stages.estimate import trial_objective
 from pipeline.training.auto_batch import has_auto_batch
@@ -41,6 +42,7 @@ class StageSeconds:
     prior: float = 0.0
 
 
+@free_threads()
 def estimate_seconds(experiment: Experiment) -> StageSeconds:
     """How long encoding and the prior will take, by this job's processes; every process must call.
 

@@ -57,6 +57,8 @@ class State:
     """Held-out metrics of the best weights so far."""
     skipped: int = 0
     """Steps that were skipped because they were not finite."""
+    threads: int = 0
+    """CPU threads of torch at the last step; 0 where it is not known."""
 
 
 def check_format(found: object, where: Path) -> None:
@@ -122,6 +124,7 @@ def save_checkpoint(
             "step": state.step,
             "best": state.best,
             "skipped": state.skipped,
+            "threads": state.threads,
             "optimizers": sorted(saved.optimizers),
         }
         (beside / "state.json").write_text(json.dumps(values) + "\n")
@@ -239,7 +242,12 @@ def load_checkpoint(
         raise CorruptedCheckpoint(problem)
     try:
         values = json.loads((path / "state.json").read_text())
-        state = State(int(values["step"]), dict(values["best"]), int(values["skipped"]))
+        state = State(
+            int(values["step"]),
+            dict(values["best"]),
+            int(values["skipped"]),
+            int(values.get("threads", 0)),
+        )
         saved_optimizers = values["optimizers"]
         weights = load_file(path / "weights.safetensors")
         averages = load_file(path / "ema.safetensors")

@@ -33,6 +33,7 @@ from pipeline.runtime.signals import (
     TrainingInterrupted,
     catch_signals,
 )
+from pipeline.runtime.threads import FreeThreads
 from pipeline.training.batch import Batch, to_device
 from pipeline.training.checkpoint import (
     CorruptedCheckpoint,
@@ -210,7 +211,9 @@ class Trainer:
         config = self.config
         first = self.state.step
         metrics: dict[str, float] = {}
-        with catch_signals() as self.signals, self.batches:
+        on_cpu = self.accelerator.device.type == "cpu"
+        threads = FreeThreads(config.threads, adapts=on_cpu, agreeing=2)
+        with catch_signals() as self.signals, self.batches, threads:
             if compile_networks:
                 self.model.compile(self.task.objective)
             self.context = self.step_context()
@@ -230,6 +233,8 @@ class Trainer:
                     start = time.perf_counter()
                     batch = self.batches.get(step)
                     waited = time.perf_counter() - start
+                    if threads.update():
+                        self.note_threads(threads)
                     scalars = self.train_step(step, to_device(batch, self.accelerator.device))
                     done = self.state.step
                     log.add(scalars, waited)
@@ -250,6 +255,12 @@ class Trainer:
         for network in self.networks.values():
             network.eval()
         return metrics
+
+    def note_threads(self, threads: FreeThreads) -> None:
+        """Says how the number of threads is unusual, and keeps it for the checkpoint."""
+        if line := threads.line(self.state.threads):
+            self.say(line)
+        self.state.threads = torch.get_num_threads()
 
     def step_context(self) -> StepContext:
         networks = {group: self.model.for_training(group) for group in self.networks}

@@ -351,6 +351,19 @@ def test_compiled_steps_draw_the_same_codes_in_any_order(text_ids, monkeypatch, 
     assert len(graphs) == (0 if options.num_inference_steps else 2)
 
 
+def test_another_number_of_threads_compiles_nothing_again(text_ids, monkeypatch):
+    graphs = traced(monkeypatch)
+    prior = tiny_prior()
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            sample(prior, text_ids, SEEDS, SamplingOptions(), compiled=True)
+    finally:
+        torch.set_num_threads(before)
+    assert len(graphs) == 2  # one reads captions, one steps
+
+
 @pytest.mark.slow
 def test_compiled_steps_are_cached_per_prior_and_option(text_ids, monkeypatch):
     graphs = traced(monkeypatch)

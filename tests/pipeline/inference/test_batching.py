@@ -9,6 +9,7 @@ import torch
 
 from pipeline.inference import batching
 from pipeline.inference.batching import bytes_per_image, even_batches, sample_codes_batched
+from pipeline.runtime import threads
 from stage2_prior import SamplingOptions, sample
 from tests.helpers.priors import any_order_prior, tiny_prior
 
@@ -187,3 +188,22 @@ def test_compiling_can_be_requested_or_refused(prior, monkeypatch, compile, expe
     assert set(asked) == {expected}
     with pytest.raises(ValueError, match="compile is 'yes'; choose auto, on or off"):
         sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=2, compile="yes")
+
+
+def test_images_are_sampled_on_the_cores_that_are_free(prior, monkeypatch):
+    monkeypatch.setattr(threads, "is_chosen", lambda: False)
+    monkeypatch.setattr(threads.FreeThreads, "_fitting", lambda self: 1)
+    numbers = []
+
+    def watched(*arguments, **options):
+        numbers.append(torch.get_num_threads())
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(batching, "sample", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sample_codes_batched(prior, CAPTIONS, SEEDS, SamplingOptions(), batch_size=64)
+        assert (numbers, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

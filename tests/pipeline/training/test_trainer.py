@@ -3,6 +3,7 @@ stops it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -51,6 +52,22 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
     assert metrics == metrics_again
+
+
+@pytest.mark.parametrize(
+    "later, line",
+    [(1, None), (2, "line: 2 CPU threads and 1 before; the weights differ by rounding")],
+)
+def test_resuming_with_another_number_of_threads_is_said(tmp_path, caplog, later, line):
+    caplog.set_level(logging.INFO)
+    before = torch.get_num_threads()
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, Line(broken_at=5), threads=1)
+    assert not [text for text in caplog.messages if "threads" in text]
+    train(tmp_path, threads=later)
+    assert [text for text in caplog.messages if "threads" in text] == ([line] if line else [])
+    state = json.loads((tmp_path / "checkpoints" / "step-9" / "state.json").read_text())
+    assert state["threads"] == later and torch.get_num_threads() == before
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
