@@ -55,9 +55,9 @@ def _at_least_one(name: str, count: int) -> None:
         raise ValueError(f"{name} is {count}; it must be at least 1")
 
 
-def _best_of(scores: Tensor, count: int) -> Tensor:
-    """(B*count,) -> (B,) the place of the highest score among each `count`."""
-    return scores.view(-1, count).argmax(1) + torch.arange(0, len(scores), count)
+def _best(scores: Tensor) -> Tensor:
+    """Scores (B,N) -> (B,) the place of the highest of each row among all B*N."""
+    return scores.argmax(1) + torch.arange(0, scores.numel(), scores.shape[1])
 
 
 class TextToImagePipeline:
@@ -181,8 +181,9 @@ class TextToImagePipeline:
         if best_of == 1:
             return self._output(drawn, seeds)
         if judge is None:
-            null = self._null_log_likelihood(drawn, batch_size)
-            best = _best_of(choice_scores(drawn.log_likelihood.cpu(), null), best_of)
+            given = drawn.log_likelihood.cpu().view(-1, best_of)
+            null = self._null_log_likelihood(drawn, batch_size).view(-1, best_of)
+            best = _best(choice_scores(given, null))
             return self._output(drawn.rows(best), [seeds[i] for i in best])
         output = self._output(drawn, seeds)
         asked = [prompt for prompt in prompts for _ in range(count)]
@@ -192,7 +193,7 @@ class TextToImagePipeline:
                 f"the scorer gave {len(scores)} scores for {len(seeds)} images; it must give one "
                 "for each"
             )
-        return output.rows(_best_of(scores, best_of).tolist())
+        return output.rows(_best(scores.view(-1, best_of)).tolist())
 
     def edit(
         self,

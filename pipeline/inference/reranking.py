@@ -10,20 +10,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-NULL_WEIGHT = 0.1
-"""Weight of the likelihood without a caption in `choice_scores`."""
+PMI_WEIGHT = 0.6
+"""Weight of the rank by PMI against the rank by log-likelihood in `choice_scores`."""
 _BATCH = 32
 
 
 def choice_scores(log_likelihood: Tensor, null_log_likelihood: Tensor) -> Tensor:
-    """log p(codes | caption) - w log p(codes), of each image (B,); the highest is chosen.
+    """Scores (B,N) of N images for each of B prompts; the image with the highest is chosen. Given
+    log p(codes | caption) and log p(codes) (B,N), in nats.
 
-    The first term alone prefers images like those of the training, which a new combination in a
-    caption is not; the second one takes a little of this preference away. With w = 1 the score is
-    the pointwise mutual information, which prefers images that are unlikely with any caption, such
-    as smears. docs/sampling.md has the accuracies by w.
+    An image scores by two ranks among the N: that of log p(codes | caption), and, with less weight,
+    that of the pointwise mutual information log p(codes | caption) - log p(codes). The likelihood
+    alone prefers images like those of the training to a new combination. The mutual information
+    alone prefers images that are unlikely with any caption, such as smears. Ranks need no common
+    scale, which differs by guidance and by the number of codes. docs/sampling.md has accuracies.
     """
-    return log_likelihood - NULL_WEIGHT * null_log_likelihood
+    pmi = log_likelihood - null_log_likelihood
+    return _rank(log_likelihood) + PMI_WEIGHT * _rank(pmi)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """How many of the values in its row (B,N) each is above; equal ones in order."""
+    return values.argsort(dim=1, stable=True).argsort(dim=1).float()
 
 
 class ImageTextScorer(Protocol):

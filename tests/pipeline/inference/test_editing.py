@@ -179,9 +179,10 @@ def test_best_of_keeps_the_image_with_the_highest_choice_score(pipe, guidance_sc
     ids = pipe.text.encode(prompts).repeat_interleave(6, 0)
     orders, flat = seeded_orders(every.seeds, 16), every.codes.flatten(1)
     null = code_log_likelihood(pipe.prior, pipe.prior.stream.null_caption(12), flat, orders).sum(1)
-    scores = choice_scores(code_log_likelihood(pipe.prior, ids, flat, orders).sum(1), null)
+    given = code_log_likelihood(pipe.prior, ids, flat, orders).sum(1)
+    scores = choice_scores(given.view(4, 3), null.view(4, 3))
     best = pipe(prompts, num_images_per_prompt=2, best_of=3, guidance_scale=guidance_scale)
-    chosen = scores.view(4, 3).argmax(1) + torch.arange(0, 12, 3)
+    chosen = scores.argmax(1) + torch.arange(0, 12, 3)
     assert torch.equal(best.codes, every.codes[chosen]) and len(best.images) == len(best.seeds) == 4
     assert best.seeds == [every.seeds[i] for i in chosen]
 
@@ -207,7 +208,9 @@ def test_best_of_scores_full_sequences_when_steps_draw_several_codes(pipe, guida
         for t in (ids, pipe.prior.stream.null_caption(6))
     )
     best = pipe(["a red circle"], best_of=6, num_inference_steps=3, guidance_scale=guidance_scale)
-    assert torch.equal(best.codes[0], every.codes[int(choice_scores(given, null).argmax())])
+    assert torch.equal(
+        best.codes[0], every.codes[int(choice_scores(given[None], null[None]).argmax())]
+    )
 
 
 def test_scorer_without_candidates_or_with_too_few_scores_is_refused(pipe):
