@@ -267,9 +267,6 @@ class ObjectiveConfig:
     """Temperature after the annealing (DALL-E: 1/16)."""
     temperature_steps: int = 2000
     """Steps over which the temperature falls (cosine)."""
-    reencoding_weight: float = 0.0
-    """Weight of the distance between codes and what the encoder makes of the image that they draw
-    (`vq`). Above 0, codes survive decoding and encoding again."""
     perceptual: PerceptualOptions = field(default_factory=PerceptualOptions)
     """A distance of how images look."""
     discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
@@ -278,7 +275,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         problems = [
             f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more"
-            for name in ("kl_weight", "kl_ramp_steps", "temperature_steps", "reencoding_weight")
+            for name in ("kl_weight", "kl_ramp_steps", "temperature_steps")
             if getattr(self, name) < 0
         ]
         problems += [
@@ -294,11 +291,6 @@ class ObjectiveConfig:
 def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
     """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
     problems = []
-    if objective["reencoding_weight"] and model["quantizer"] != "vq":
-        problems.append(
-            f"tokenizer.objective.reencoding_weight is {objective['reencoding_weight']}, which "
-            f"needs tokenizer.model.quantizer vq; it is {model['quantizer']}, so set it to 0"
-        )
     discriminator = objective["discriminator"]
     heats = {name: objective[name] for name in ("temperature_start", "temperature_end")}
     if (

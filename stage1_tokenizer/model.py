@@ -46,9 +46,6 @@ class TokenizerOutput:
     """(B,P,H,W) the likelihood's parameters."""
     quantized: Quantized
     """Codes, and the quantizer's part of the objective."""
-    reencoding: Tensor | None = None
-    """Scalar, where asked for: how far the image that the codes draw is from being encoded as these
-    codes (mean squared distance of its vectors to theirs)."""
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -122,19 +119,11 @@ class ImageTokenizer(PreTrainedModel):
             )
         return digest.hexdigest()[:16]
 
-    def forward(
-        self, pixels: Tensor, temperature: float | None = None, *, reencode: bool = False
-    ) -> TokenizerOutput:
+    def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
         """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or
-        sampled as in training. With `reencode`, through the encoder once more (`quantizer: vq`)."""
+        sampled as in training."""
         quantized = self.quantizer(self.encoder(pixels.to(self.dtype)), temperature)
-        output = TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
-        if reencode:
-            assert isinstance(self.quantizer, VectorQuantizer)
-            drawn = self.likelihood.image(output.parameters).clamp(-1, 1)
-            again = self.encoder(drawn.to(self.dtype))
-            output.reencoding = self.quantizer.distance(again, quantized.codes)
-        return output
+        return TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

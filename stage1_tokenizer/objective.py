@@ -103,8 +103,7 @@ class TokenizerObjective:
         current_temperature = (
             temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         )
-        asked = {"reencode": True} if self.config.reencoding_weight else {}
-        output = networks["tokenizer"](pixels, current_temperature, **asked)
+        output = networks["tokenizer"](pixels, current_temperature)
         quantized = output.quantized
         drawn = tokenizer.likelihood.image(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
@@ -127,9 +126,6 @@ class TokenizerObjective:
             value = value + kl_weight(step, self.config) * quantized.kl / dimensions
         if quantized.log_q is not None:
             value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
-        if output.reencoding is not None:
-            value = value + self.config.reencoding_weight * output.reencoding
-            metrics["reencoding"] = output.reencoding.detach()
         if current_temperature is not None:
             metrics["temperature"] = torch.tensor(current_temperature)
         options = self.config.discriminator

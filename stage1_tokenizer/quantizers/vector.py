@@ -170,11 +170,6 @@ class VectorQuantizer(SingleLevel):
             found = nearest(self._flat(features), self.vectors())
         return found.reshape(len(features), *features.shape[2:])
 
-    def distance(self, features: Tensor, codes: Tensor) -> Tensor:
-        """Mean squared distance () of features (B,D,h,w) to given codes (B,h,w)."""
-        with torch.autocast(features.device.type, enabled=False):
-            return F.mse_loss(self._flat(features), self.look_up(codes).flatten(0, 2).detach())
-
     def _flat(self, features: Tensor) -> Tensor:
         """Features (B,D,h,w) -> vectors (N,D), where codes live."""
         return self._normalize(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
