@@ -58,7 +58,7 @@ def shapes_metrics(
         steps = min(STEPS, pipe.prior.stream.image_length)
         drawn = sampled(pipe, texts, num_inference_steps=steps)
         metrics[f"prompt_accuracy_{STEPS}_steps"] = _correct(drawn, prompts)
-        if experiment.data.shapes.max_objects > 1:
+        if experiment.data.shapes.min_objects <= 2 <= experiment.data.shapes.max_objects:
             metrics["edit_accuracy"] = edit_accuracy(pipe, experiment, min(count, EDITS))
     return metrics
 

@@ -30,8 +30,10 @@ def choice_scores(log_likelihood: Tensor, null_log_likelihood: Tensor) -> Tensor
 
 
 def _rank(values: Tensor) -> Tensor:
-    """How many of the values in its row (B,N) each is above; equal ones in order."""
-    return values.argsort(dim=1, stable=True).argsort(dim=1).float()
+    """How many of the values in its row (B,N) each is above, less how many it is below. Values that
+    differ by rounding are equal."""
+    difference = values[:, :, None] - values[:, None, :]
+    return ((difference > 1e-4).sum(2) - (difference < -1e-4).sum(2)).float()
 
 
 class ImageTextScorer(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,29 +71,31 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         return math.inf
 
 
-def is_quiet(stat: Path = Path("/proc/stat")) -> bool:
-    """Whether at this moment nothing but the calling thread computes. False where the system does
-    not tell (Linux does)."""
+def running_others(stat: Path = Path("/proc/stat")) -> int:
+    """How many threads besides the calling one compute at this moment; 0 where the system does not
+    tell (Linux does)."""
+    fewest = math.inf
     for attempt in range(3):  # what runs for less than 20 ms does not count
         if attempt:
             time.sleep(0.01)
         try:
             running = re.search(r"^procs_running (\d+)", stat.read_text(), re.MULTILINE)
         except OSError:
-            return False
-        if running and int(running[1]) <= 1:
-            return True
-    return False
+            return 0
+        fewest = min(fewest, max(int(running[1]) - 1, 0) if running else 0)
+        if not fewest:
+            break
+    return int(fewest)
 
 
-def is_chosen() -> bool:
-    """Whether the user chose the number of threads: by the environment, or by a call of
+def is_chosen(threads: int) -> bool:
+    """Whether the user chose this number of threads: by the environment, or by a call of
     `torch.set_num_threads` with another number than torch's own."""
     if any(name in os.environ for name in _NAMED):
         return True
     usable = len(usable_cores())
     physical = psutil.cpu_count(logical=False) or usable
-    return torch.get_num_threads() not in (usable, min(physical, usable))
+    return threads not in (usable, min(physical, usable))
 
 
 class FreeCores:
@@ -131,6 +134,9 @@ class FreeCores:
 
 
 _CORES = FreeCores()
+_lock = threading.Lock()
+_active: list[FreeThreads] = []
+"""Those that are entered, in any Python thread of this process."""
 
 
 class FreeThreads:
@@ -160,8 +166,13 @@ class FreeThreads:
         self._cores = cores
 
     def __enter__(self) -> FreeThreads:
-        self.most = torch.get_num_threads()
-        self.adapts = self.adapts and self.most > 1 and not is_chosen()
+        self._found = torch.get_num_threads()
+        self._thread = threading.get_ident()
+        with _lock:
+            # While another one is entered, torch's number is that one's choice.
+            self.most = _active[0].most if _active else self._found
+            _active.append(self)
+        self.adapts = self.adapts and self.most > 1 and not is_chosen(self.most)
         if self._threads != "auto":
             torch.set_num_threads(self._threads)
         if self.adapts:
@@ -172,7 +183,10 @@ class FreeThreads:
         return self
 
     def __exit__(self, *error: object) -> None:
-        _set_threads(self.most)
+        with _lock:
+            _active.remove(self)
+            is_inner = any(other._thread == self._thread for other in _active)
+        _set_threads(self._found if is_inner else self.most)
 
     def update(self) -> bool:
         """Adapts the number to what is free now, at most once a second. To be called before each
@@ -204,7 +218,7 @@ class FreeThreads:
     def _fitting(self) -> int:
         free = self._cores.free
         if free is None:
-            return self.most if is_quiet() else 1
+            free = float(self.most - running_others())
         usable = min(free, cpu_quota())
         return min(max(math.floor(usable + _TOLERANCE), 1), self.most)
 

@@ -112,6 +112,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first_process(tensor: Tensor) -> Tensor:
+    """The first process's tensor, on every process: what each computes alone differs by rounding
+    between devices. Called while training only, by all of them."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def mean_over_processes(mean: Tensor) -> Tensor:
     """The mean of all processes' means; the gradient goes to this process's own, which
     data-parallel training averages in turn."""

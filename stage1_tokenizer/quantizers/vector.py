@@ -23,6 +23,7 @@ from stage1_tokenizer.options import VectorOptions
 from stage1_tokenizer.quantizers.base import (
     Quantized,
     SingleLevel,
+    from_first_process,
     mean_over_processes,
     sum_over_processes,
 )
@@ -35,6 +36,8 @@ _TABLE_ON_GPU = 2**28
 """The same on a GPU, where each call costs time and memory is the limit (1 GiB)."""
 _CANDIDATES = 4096
 """Vectors that each process offers for restarts, at least; four per code for large codebooks."""
+_EQUAL = 1e-5
+"""Squared distance of vectors, as a fraction of their mean square, up to which they are equal."""
 _DOUBLE = 0.25
 """Codes whose squared distance is below this fraction of the mean squared error are doubles."""
 
@@ -82,12 +85,15 @@ def spread(pool: Tensor, errors: Tensor, count: int, generator: torch.Generator)
         errors: (M,) squared distances to the vectors that are there before.
     """
     rows = _TABLE // max(count, 1) or 1
+    scale = pool.square().sum(1).mean()
     left = errors
     drawn = torch.empty(0, dtype=torch.long)
     while len(drawn) < count:
         size = min(max(len(drawn), 1), count - len(drawn))
+        # Distances of equal vectors differ from 0 by rounding, which differs between processes.
+        left = torch.where(left > _EQUAL * scale, left, 0.0)
         # Weights that are not finite come from a loss that is not, which training reports.
-        weights = left.cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0) + 1e-12
+        weights = left.cpu().nan_to_num(0.0, 0.0, 0.0) + 1e-12
         new = torch.multinomial(weights, size, replacement=size > len(pool), generator=generator)
         drawn = torch.cat([drawn, new])
         there = pool[new.to(pool.device)]
@@ -175,7 +181,8 @@ class VectorQuantizer(SingleLevel):
         return self._normalize(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
 
     def vectors(self) -> Tensor:
-        codebook = self.codebook.float()
+        # A copy, since restarts write to the codebook between a step's forward and backward pass.
+        codebook = self.codebook.float().clone()
         return self._normalize(codebook if self.map is None else codebook @ self.map.float())
 
     def usage(self) -> list[Tensor]:
@@ -243,8 +250,9 @@ class VectorQuantizer(SingleLevel):
             pool, errors = self._candidates(vectors, self._error(vectors, codes))
             dead = self.counts < self.options.dead_code_threshold * self.counts.mean()
             dead |= self._doubles(_DOUBLE * errors.mean())
+            dead = from_first_process(dead)
             generator = self._generator()
-            there = spread(pool, errors, int(dead.sum()), generator)
+            there = from_first_process(spread(pool, errors, int(dead.sum()), generator))
             self._place(dead, there, 0.01 * deviation(pool), generator)
 
     def _doubles(self, limit: Tensor) -> Tensor:
@@ -288,7 +296,8 @@ class VectorQuantizer(SingleLevel):
             warnings.warn(f"codes start as copies: {problem}", stacklevel=3)
         generator = self._generator()
         errors = (pool - pool.mean(0)).square().sum(1)
-        centres = kmeans(pool, spread(pool, errors, self.num_codes, generator), rounds)
+        there = from_first_process(spread(pool, errors, self.num_codes, generator))
+        centres = kmeans(pool, there, rounds)
         # Noise tells copies apart; means are distinct.
         self._place(everywhere, centres, (0.0 if rounds else 0.01) * deviation(pool), generator)
         self.initialized.fill_(True)

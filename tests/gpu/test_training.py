@@ -177,7 +177,7 @@ def test_training_resumes_on_another_device(stage, optimizer, device, tmp_path):
         "optimizer": optimizer,
         "save_total_limit": 9,
         "schedule": "wsd",
-        "decay_ratio": 0.01,
+        "min_lr_ratio": 1.0,
     }
     trained(tmp_path / "cpu", stage, CPU, **options)
     for name, first, then in (("to", CPU, device), ("back", device, CPU)):

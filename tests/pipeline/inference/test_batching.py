@@ -191,7 +191,7 @@ def test_compiling_can_be_requested_or_refused(prior, monkeypatch, compile, expe
 
 
 def test_images_are_sampled_on_the_cores_that_are_free(prior, monkeypatch):
-    monkeypatch.setattr(threads, "is_chosen", lambda: False)
+    monkeypatch.setattr(threads, "is_chosen", lambda _: False)
     monkeypatch.setattr(threads.FreeThreads, "_fitting", lambda self: 1)
     numbers = []
 

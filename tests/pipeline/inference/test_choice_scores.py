@@ -107,3 +107,10 @@ def test_scores_of_one_prompt_do_not_depend_on_others():
     null = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
     every = choice_scores(given, null)
     assert torch.equal(every[1:2], choice_scores(given[1:2], null[1:2]))
+
+
+def test_equal_images_have_equal_scores():
+    """Without a caption the PMI is 0 for all, but for rounding, and the likeliest image wins."""
+    given = torch.tensor([[-5.0, -1.0, -5.0, -2.0, -3.0]])
+    scores = choice_scores(given, given + 1e-6 * torch.arange(5))
+    assert scores.argmax() == 1 and scores[0, 0] == scores[0, 2]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from threading import Event, Thread
 
 import pytest
 import torch
 
 from pipeline.runtime import threads
-from pipeline.runtime.threads import CoreTimes, FreeCores, FreeThreads, cpu_quota, is_quiet
+from pipeline.runtime.threads import CoreTimes, FreeCores, FreeThreads, cpu_quota, running_others
 
 QUIET, BUSY = 0.0, 1.0
 
@@ -34,7 +35,7 @@ def machine(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "usable_cores", lambda: [0, 1])
     monkeypatch.setattr(threads, "cpu_quota", lambda: math.inf)
-    monkeypatch.setattr(threads, "is_quiet", lambda: False)
+    monkeypatch.setattr(threads, "running_others", lambda: 1)
     monkeypatch.setattr(threads.psutil, "cpu_count", lambda logical: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -78,10 +79,10 @@ def test_readings_cover_at_least_a_second(machine, cores):
     assert cores.update() and cores.free == 1
 
 
-@pytest.mark.parametrize("quiet, expected", [(True, 2), (False, 1)])
-def test_after_a_long_pause_the_moment_decides(machine, cores, monkeypatch, quiet, expected):
+@pytest.mark.parametrize("others, expected", [(0, 2), (1, 1), (7, 1)])
+def test_after_a_long_pause_the_moment_decides(machine, cores, monkeypatch, others, expected):
     machine.pass_time(100.0, QUIET)
-    monkeypatch.setattr(threads, "is_quiet", lambda: quiet)
+    monkeypatch.setattr(threads, "running_others", lambda: others)
     with FreeThreads(cores=cores):
         assert torch.get_num_threads() == expected
 
@@ -154,14 +155,36 @@ def test_quota_of_a_container_is_read(tmp_path, files, expected):
     assert cpu_quota(tmp_path) == expected
 
 
-@pytest.mark.parametrize("running, expected", [(1, True), (2, False)])
+@pytest.mark.parametrize("running, expected", [(1, 0), (2, 1), (5, 4)])
 def test_a_machine_is_quiet_where_only_this_thread_runs(tmp_path, running, expected):
     stat = tmp_path / "stat"
     stat.write_text(f"cpu  1 2 3\nprocs_running {running}\nprocs_blocked 0\n")
-    assert is_quiet(stat) is expected
-    assert not is_quiet(tmp_path / "none")
+    assert running_others(stat) == expected
+    assert running_others(tmp_path / "none") == 0
 
 
 def test_core_times_of_this_system_are_read():
     times = threads.read_core_times()
     assert times.every > 0 and times.own > 0
+
+
+def test_overlapping_work_leaves_the_number_that_was_before(machine, cores):
+    """Two pieces of work, as in two threads of a server; the first one ends first."""
+    machine.pass_time(2.0, BUSY)
+    entered, ended = Event(), Event()
+    numbers = []
+
+    def first() -> None:
+        with FreeThreads(cores=cores):
+            entered.set()
+            ended.wait(10)
+        numbers.append(torch.get_num_threads())
+
+    other = Thread(target=first)
+    other.start()
+    entered.wait(10)
+    with FreeThreads(cores=cores) as second:
+        assert torch.get_num_threads() == 1 and second.most == 2 and second.adapts
+        ended.set()
+        other.join()
+    assert numbers == [2] and torch.get_num_threads() == 2

@@ -108,7 +108,7 @@ def test_finished_variants_are_kept_and_all_are_shown(bakeoff, tmp_path, capsys)
     np.save(stranger / "reconstructions.npy", np.load(folder / "plain" / "reconstructions.npy"))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
-    assert "| a peer | 1.0 |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
+    assert "| a peer | 1.0 |  |  |  |  |  |  | 2 |" in (folder / "comparison.md").read_text()
     (stranger / "metrics.json").write_text(
         json.dumps(
             {"metrics": {"psnr": 1.0, "nats_per_image": 2.0}, "made_with": {**made, "prior": 0}}
