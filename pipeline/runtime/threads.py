@@ -164,6 +164,7 @@ class FreeThreads:
         self._threads = threads
         self._agreeing = agreeing
         self._cores = cores
+        self.most = 0
 
     def __enter__(self) -> FreeThreads:
         self._found = torch.get_num_threads()
