@@ -5,7 +5,7 @@ on shapes.
         [--prompts 300] [--first 0] [--options guidance_scale=1.3 temperature=0.8]
 
 Each prompt has 12 images. An accuracy for N takes the 12 in groups of N, so that every row has the
-same images. The rules other than that of `best_of` choose by one likelihood alone.
+same images. The other rules choose by the likelihood alone, or by the PMI alone.
 """
 
 from __future__ import annotations

@@ -215,7 +215,9 @@ def training_rate(stage: str, seconds: float) -> float:
     objective.losses = counted  # type: ignore[method-assign]
     task = Task(objective, lambda step: batch, lambda: [], "nll", dict)
     accelerator = Accelerator(cpu=True)
-    config.steps, config.eval_every, config.save_every = 10**6, 10**6, 10**6
+    config.steps = 10**6
+    config.eval_every = config.steps
+    config.save_every = config.steps
     with TemporaryDirectory() as folder, suppress(_Enough):
         fit(
             task,

@@ -36,7 +36,7 @@ def shapes_metrics(
     prompts = ShapesSource(experiment.data, "held_out").prompts(range(count))
     texts = [prompt.text for prompt in prompts]
     verdicts = _judge(sampled(pipe, texts), prompts)
-    by_kind = _accuracies(verdicts)
+    by_kind = accuracies_by_kind(verdicts)
     metrics = {
         "oracle_accuracy_real": _correct(reconstructions.real, prompts),
         "oracle_accuracy_reconstructed": _correct(reconstructions.drawn, prompts),
@@ -109,7 +109,7 @@ def _judge(images: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
     return [check(image, prompt.claims) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def _accuracies(verdicts: Sequence[Verdict]) -> dict[str, Accuracy]:
+def accuracies_by_kind(verdicts: Sequence[Verdict]) -> dict[str, Accuracy]:
     """Verdicts that hold: overall (`correct`), and of each kind among the captions that mention
     it."""
     by_kind = {}

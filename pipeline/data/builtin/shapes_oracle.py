@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 
@@ -279,16 +279,3 @@ def _fits(item: Item, claim: ObjectClaim) -> bool:
 
 def _same(found: Sequence[str], claimed: Sequence[str]) -> bool:
     return sorted(found) == sorted(claimed)
-
-
-def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Fraction of verdicts that hold: overall (`correct`), and of each kind among the captions that
-    mention it."""
-    shares = {}
-    for field in fields(Verdict):
-        values = [
-            v for v in (getattr(verdict, field.name) for verdict in verdicts) if v is not None
-        ]
-        if values:
-            shares[field.name] = float(np.mean(values))
-    return shares

@@ -33,7 +33,12 @@ from pipeline.data.builtin.shapes_captions import (
     ShapesSource,
     clear_relation,
 )
-from pipeline.data.builtin.shapes_oracle import accuracy, check, components, read_scene
+from pipeline.data.builtin.shapes_oracle import Verdict, check, components, read_scene
+from pipeline.evaluation.shapes import accuracies_by_kind
+
+
+def accuracy(verdicts: list[Verdict]) -> dict[str, float]:
+    return {kind: found.value for kind, found in accuracies_by_kind(verdicts).items()}
 
 
 def source(split: str = "held_out", size: int = 64) -> ShapesSource:
