@@ -247,7 +247,10 @@ class VectorQuantizer(SingleLevel):
             self.options.dead_code_threshold
             and int(self.steps) % self.options.dead_code_check_every == 0
         ):
-            pool, errors = self._candidates(vectors, self._error(vectors, codes))
+            errors = self._error(vectors, codes)
+            candidates = self._candidates(torch.cat([vectors, errors[:, None]], dim=1))
+            pool = candidates[:, :-1]
+            errors = candidates[:, -1]
             dead = self.counts < self.options.dead_code_threshold * self.counts.mean()
             dead |= self._doubles(_DOUBLE * errors.mean())
             dead = from_first_process(dead)
@@ -279,7 +282,7 @@ class VectorQuantizer(SingleLevel):
             ValueError: k-means over fewer vectors than codes.
         """
         everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=vectors.device)
-        pool, _ = self._candidates(vectors, torch.ones_like(vectors[:, 0]))
+        pool = self._candidates(vectors)
         rounds = self.options.kmeans_iterations
         if len(pool) < self.num_codes:
             problem = (
@@ -323,22 +326,17 @@ class VectorQuantizer(SingleLevel):
         self.counts[which] = count
         self.sums[which] = placed * count
 
-    def _candidates(self, vectors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (M,D) of each process's batch, no more than needed, and their weights (M,),
-        gathered from all."""
+    def _candidates(self, rows: Tensor) -> Tensor:
+        """Rows (M,...) of each process's batch, no more than needed, gathered from all."""
         limit = max(4 * self.num_codes, _CANDIDATES)
         # In the order of the batch, so that any number of processes gathers the same pool.
-        mine = (
-            torch.randperm(len(vectors), generator=self._generator())[:limit]
-            .sort()
-            .values.to(vectors.device)
-        )
-        share = torch.cat([vectors[mine], weights[mine, None]], dim=1).contiguous()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
-            dist.all_gather(shares, share)
-            share = torch.cat(shares)
-        return share[:, :-1], share[:, -1]
+        chosen = torch.randperm(len(rows), generator=self._generator())[:limit].sort().values
+        mine = rows[chosen.to(rows.device)].contiguous()
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return mine
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        return torch.cat(gathered)
 
     def _generator(self) -> torch.Generator:
         """The same random numbers at a step on every process, whatever else was drawn before."""
