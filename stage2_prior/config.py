@@ -94,6 +94,10 @@ class PriorObjectiveConfig:
     image's."""
     caption_dropout: float = 0.1
     """Fraction of captions replaced by the null caption in training. Guidance needs it above 0."""
+    code_corruption: float = 0.0
+    """Mean fraction of the codes that the prior reads replaced by random ones in training; what it
+    predicts stays. Each image has a rate of its own, even from 0 to twice this. The prior then
+    relies less on the codes before and more on the caption, which helps new combinations."""
     label_smoothing: float = 0.0
     """Fraction of a code's target spread evenly over all codes in training; reported nats are
     without it."""
@@ -108,6 +112,10 @@ class PriorObjectiveConfig:
             *(
                 (not 0 <= value < 1, f"prior.objective.{name} is {value}; it must be in [0, 1)")
                 for name, value in shares.items()
+            ),
+            (
+                not 0 <= self.code_corruption <= 0.5,
+                f"prior.objective.code_corruption is {self.code_corruption}; it must be in [0, 0.5]",
             ),
         )
 

@@ -91,8 +91,8 @@ class PriorObjective:
         step: int,
         networks: Mapping[str, nn.Module] | None = None,
     ) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats. Drops captions and permutes codes by torch's global
-        generator. `networks` are called in place of the objective's own, such as the same ones
+        """The one loss of this stage, in nats. Drops captions, permutes and corrupts codes by torch's
+        global generator. `networks` are called in place of the objective's own, such as the same ones
         wrapped by DDP."""
         prior = (networks or self.networks)["prior"]
         text_ids = batch["text_ids"]
@@ -114,7 +114,7 @@ class PriorObjective:
             )
         words = _over_processes(self._words(text_ids))
         text_loss, image_loss, smoothed = self._cross_entropies(
-            prior, text_ids, codes, words, orders
+            prior, text_ids, codes, words, orders, self._corrupted(codes)
         )
         value = smoothed + self.config.text_weight * text_loss
         yield PriorLoss(
@@ -183,6 +183,16 @@ class PriorObjective:
             else {}
         )
 
+    def _corrupted(self, codes: Tensor) -> Tensor:
+        """Codes (B,N), of which `code_corruption` are replaced by random ones of their level."""
+        if not self.config.code_corruption:
+            return codes
+        first, past = self.stream.level_edges.to(codes.device)
+        rates = 2 * self.config.code_corruption * torch.rand(len(codes), 1, device=codes.device)
+        replaced = torch.rand(codes.shape, device=codes.device) < rates
+        others = (torch.rand(codes.shape, device=codes.device) * (past - first)).long()
+        return torch.where(replaced, others, codes)
+
     def _words(self, text_ids: Tensor) -> Tensor:
         """Number of text tokens that a batch predicts, float32."""
         return (self.stream.text_targets(text_ids) != -100).sum().float()
@@ -194,10 +204,12 @@ class PriorObjective:
         codes: Tensor,
         words: Tensor,
         orders: Tensor | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Nats per text token, of which there are `words`; nats per code; nats per code with label
-        smoothing."""
-        fed = self.stream.text_first(text_ids, codes, orders)
+        smoothing. `read` (B,N) are the codes that the prior reads, by default those that it
+        predicts."""
+        fed = self.stream.text_first(text_ids, codes if read is None else read, orders)
         logits = self._call(prior, fed)
         text = self._text_cross_entropy(logits.text, text_ids, words)
         image_logits, targets = self.stream.in_order(logits.image.float(), codes, orders)

@@ -205,6 +205,8 @@ def test_configuration_errors_are_all_named():
         ValueError, match=r"(?s)text_weight is -1.*caption_dropout is 1.*label_smoothing is 2"
     ):
         PriorObjectiveConfig(text_weight=-1, caption_dropout=1, label_smoothing=2)
+    with pytest.raises(ValueError, match=r"code_corruption is 0\.6; it must be in \[0, 0\.5\]"):
+        PriorObjectiveConfig(code_corruption=0.6)
 
 
 def test_compiled_training_gives_the_same_loss(prior, text_ids, codes, monkeypatch):

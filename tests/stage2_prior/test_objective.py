@@ -83,6 +83,39 @@ def test_caption_dropout_trains_the_null_caption_at_its_rate(prior, codes):
     assert torch.equal(text_ids[:, 1], torch.full((1000,), 5))
 
 
+def test_corruption_replaces_codes_that_are_read_and_none_that_is_predicted(text_ids):
+    prior = tiny_prior((Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11)))
+    passes = []
+    prior.forward = lambda ids, positions, forward=prior.forward, **told: (
+        passes.append((ids, forward(ids, positions, **told).image)),
+        forward(ids, positions, **told),
+    )[1]
+    codes = torch.full((3000, 9), 3)
+    batch = {"text_ids": text_ids[:1].repeat(3000, 1), "codes": codes}
+    config = PriorObjectiveConfig(caption_dropout=0, text_weight=0, code_corruption=0.2)
+    objective = PriorObjective(prior, config)
+    torch.manual_seed(0)
+    loss = next(objective.losses(batch, 0)).value
+    ids, logits = passes[0]
+    clean = prior.stream.inputs(batch["text_ids"], codes[:, :-1])
+    assert torch.equal(ids[:, :6], clean[:, :6])
+    changed = (ids != clean)[:, 6:].float()
+    # Of 4 or 11 random codes one is the same again.
+    assert changed[:, 0].mean() == pytest.approx(0.2 * 3 / 4, abs=0.02)
+    assert changed[:, 1:].mean() == pytest.approx(0.2 * 10 / 11, abs=0.01)
+    # Rates from 0 to 0.4: some images stay whole, others lose much.
+    rates = changed.mean(1)
+    assert (rates == 0).float().mean() > 0.27 and (rates > 0.4).float().mean() > 0.055
+    first, past = prior.stream.level_edges + prior.stream.text_vocab_size
+    assert (ids[:, 6:] >= first[:-1]).all() and (ids[:, 6:] < past[:-1]).all()
+    expected = torch.nn.functional.cross_entropy(
+        *(part.flatten(0, 1) for part in prior.stream.in_order(logits, codes, None))
+    )
+    torch.testing.assert_close(loss, expected)
+    plain = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0, text_weight=0))
+    assert objective.evaluate([batch]) == plain.evaluate([batch])
+
+
 def test_a_batch_of_null_captions_has_no_text_loss(prior, codes):
     objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0))
     loss = next(objective.losses({"text_ids": prior.stream.null_caption(3), "codes": codes}, 0))
