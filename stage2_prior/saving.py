@@ -22,7 +22,7 @@ class SavedPrior(PreTrainedModel):
     """A prior that is saved as transformers saves models, and loaded with all weights checked.
     Its constructor takes a `config_class` alone, too."""
 
-    config_class: ClassVar[type[PreTrainedConfig]]
+    config_class: type[PreTrainedConfig]
     described_by: ClassVar[tuple[str, ...]]
     """Fields of the configuration that say what the prior is; the fingerprint covers them. `model`
     is one."""

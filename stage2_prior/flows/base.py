@@ -39,7 +39,8 @@ class LatentPrior(nn.Module):
         return self.log_prob(latents, context)
 
     def log_prob(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(z | context): latents (B,n), context (B,C) -> (B,) in nats, in fp32 or higher.
+        """log p(z | context): latents (B,n), context (B,C) -> (B,) in nats, in the weights' dtype
+        also under autocast.
 
         Raises:
             ValueError: a shape does not fit, or a context is missing or not wanted.
@@ -51,7 +52,9 @@ class LatentPrior(nn.Module):
             )
         self._check_context(context, len(latents))
         with torch.autocast(latents.device.type, enabled=False):
-            return self._log_prob(_full(latents), None if context is None else _full(context))
+            return self._log_prob(
+                latents.to(self.dtype), None if context is None else context.to(self.dtype)
+            )
 
     @torch.no_grad()
     def sample(
@@ -79,8 +82,8 @@ class LatentPrior(nn.Module):
                 f"noise has shape {tuple(noise.shape)} and must be (batch, {self.noise_features})"
             )
         self._check_context(context, len(noise))
-        noise = _full(noise.to(self.device))
-        context = None if context is None else _full(context.to(self.device))
+        noise = noise.to(self.device, self.dtype)
+        context = None if context is None else context.to(self.device, self.dtype)
         with torch.autocast(noise.device.type, enabled=False):
             return self._from_noise(noise, context)
 
@@ -88,6 +91,12 @@ class LatentPrior(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        tensors = chain(self.parameters(), self.buffers())
+        return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
     def _log_prob(self, latents: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -107,8 +116,3 @@ class LatentPrior(nn.Module):
             )
         elif tuple(context.shape) != (batch, self.context_features):
             raise ValueError(f"the context has shape {tuple(context.shape)} and must be {needed}")
-
-
-def _full(values: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that already."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

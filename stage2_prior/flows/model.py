@@ -82,7 +82,7 @@ class LatentPriorModel(SavedPrior):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return next(w.dtype for w in self.state_dict().values() if w.is_floating_point())
+        return self.prior.dtype
 
     @property
     def latent_features(self) -> int:
