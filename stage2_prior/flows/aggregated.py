@@ -25,8 +25,8 @@ class AggregatedPosterior(Mixture):
 
     def __init__(self, latent_features: int, count: int) -> None:
         super().__init__(latent_features)
-        self.register_buffer("means", torch.zeros(count, latent_features))
-        self.register_buffer("log_stds", torch.zeros(count, latent_features))
+        self.register_buffer("means", torch.full((count, latent_features), math.nan))
+        self.register_buffer("log_stds", torch.full((count, latent_features), math.nan))
 
     @classmethod
     def of(cls, means: Tensor, log_stds: Tensor) -> AggregatedPosterior:
@@ -51,6 +51,16 @@ class AggregatedPosterior(Mixture):
         self.log_stds.copy_(log_stds)
 
     def components(self, context: Tensor | None = None) -> Components:
+        """The posteriors.
+
+        Raises:
+            ValueError: they were not set.
+        """
+        if self.means[0, 0].isnan():
+            raise ValueError(
+                "an AggregatedPosterior needs the posteriors of given inputs; call "
+                "set_posteriors(means, log_stds)"
+            )
         count = len(self.means)
         return Components(
             self.means.new_full((1, count), -math.log(count)), self.means, self.log_stds

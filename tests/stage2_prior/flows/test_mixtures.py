@@ -110,6 +110,16 @@ def test_vamp_prior_without_an_encoder_says_how_to_attach_one():
         prior.log_prob(torch.zeros(1, 2))
 
 
+def test_aggregated_posterior_without_posteriors_says_how_to_set_them():
+    prior = AggregatedPosterior(2, 3)
+    with pytest.raises(ValueError, match=r"call set_posteriors\(means, log_stds\)"):
+        prior.log_prob(torch.zeros(1, 2))
+    prior.set_posteriors(torch.zeros(3, 2), torch.zeros(3, 2))
+    torch.testing.assert_close(
+        prior.log_prob(torch.zeros(1, 2)), StandardNormal(2).log_prob(torch.zeros(1, 2))
+    )
+
+
 def test_posteriors_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"means \(4, 2\) and log_stds \(3, 2\); .* \(3, 2\)"):
         AggregatedPosterior(2, 3).set_posteriors(torch.zeros(4, 2), torch.zeros(3, 2))
