@@ -52,8 +52,8 @@ class VampPrior(Mixture):
 
     @torch.no_grad()
     def set_pseudo_inputs(self, inputs: Tensor) -> None:
-        """Starts the pseudo-inputs at given inputs (K,...), such as training images. Noise is much
-        the same to an encoder, so components that start there are slow to part.
+        """Starts the pseudo-inputs at given inputs (K,...), such as training images. They start as
+        noise otherwise, whose posteriors may be nearly equal.
 
         Raises:
             ValueError: their shape is not that of the pseudo-inputs.

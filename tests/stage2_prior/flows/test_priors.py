@@ -49,6 +49,7 @@ def test_samples_follow_the_density(kind, context_features):
     # Rare cells, and all that lies outside, count as one.
     often = count * cells >= 10
     expected = torch.cat([count * cells[often], count * (1 - cells[often].sum())[None]])
+    assert (expected > 0).all()  # a sum of cells above 1 would make chi-squared negative
     observed = torch.cat([seen[often], count - seen[often].sum()[None]])
     chi_squared = float(((observed - expected).square() / expected).sum())
     degrees = len(expected) - 1
