@@ -1,8 +1,19 @@
-"""Stage 2: caption and codes as one stream. Sees integers only; knows nothing of images, data
-sets or training loops."""
+"""Stage 2: caption and codes as one stream, or priors over Gaussian latents. Sees numbers only;
+knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
 from stage2_prior.decoding import Samples, sample
+from stage2_prior.flows import (
+    AggregatedPosterior,
+    Flow,
+    GaussianMixture,
+    LatentPrior,
+    LatentPriorConfig,
+    LatentPriorModel,
+    StandardNormal,
+    VampPrior,
+    build_latent_prior,
+)
 from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
 from stage2_prior.order import CodeOrder, OrderSchedule
@@ -17,8 +28,14 @@ from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
 
 __all__ = [
+    "AggregatedPosterior",
     "CodeOrder",
+    "Flow",
+    "GaussianMixture",
     "ImagePrior",
+    "LatentPrior",
+    "LatentPriorConfig",
+    "LatentPriorModel",
     "Level",
     "OrderSchedule",
     "PriorConfig",
@@ -28,10 +45,13 @@ __all__ = [
     "PriorObjectiveConfig",
     "Samples",
     "SamplingOptions",
+    "StandardNormal",
     "Stream",
     "StreamConfig",
     "TextConfig",
     "TextTokenizer",
+    "VampPrior",
+    "build_latent_prior",
     "caption_log_likelihood",
     "code_log_likelihood",
     "sample",

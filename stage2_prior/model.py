@@ -1,24 +1,21 @@
-"""`ImagePrior`: ids and positions of the stream -> logits; and how it is saved and loaded. Never
-sees text or an image."""
+"""`ImagePrior`: ids and positions of the stream -> logits. Never sees text or an image; saving.py
+has files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from stage2_prior.config import PriorConfig, StreamConfig
+from stage2_prior.saving import SavedPrior, build_config
 from stage2_prior.sequence import Stream
 from stage2_prior.transformer import (
     Block,
@@ -29,10 +26,6 @@ from stage2_prior.transformer import (
     attention_mask,
     rotary_table,
 )
-
-_TRAINED = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
-"""Fields of the configuration that record the training; sampling refuses what it does not allow."""
-_Config = TypeVar("_Config")
 
 
 class ImagePriorConfig(PreTrainedConfig):
@@ -91,7 +84,7 @@ class CodebookProjection(nn.Module):
         return rows if self.shared is None else rows + vectors @ self.shared
 
 
-class ImagePrior(PreTrainedModel):
+class ImagePrior(SavedPrior):
     """Decoder-only transformer over caption and codes.
 
     Args:
@@ -103,11 +96,12 @@ class ImagePrior(PreTrainedModel):
 
     config_class = ImagePriorConfig
     base_model_prefix = "prior"
+    described_by = ("model", "stream")
+    # Sampling refuses what the training did not allow.
+    recorded = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
     rotary: Tensor
     slot_level: Tensor
     code_vectors: Tensor
-    if TYPE_CHECKING:
-        to = nn.Module.to  # type: ignore[assignment]  # transformers' wrapper hides the signature
 
     def __init__(
         self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None
@@ -124,8 +118,8 @@ class ImagePrior(PreTrainedModel):
                 model=asdict(model), stream=json.loads(json.dumps(asdict(stream)))
             )
         super().__init__(hub)
-        self.model_config = _build(PriorConfig, hub.model)
-        self.stream = Stream(_build(StreamConfig, hub.stream))
+        self.model_config = build_config(PriorConfig, hub.model)
+        self.stream = Stream(build_config(StreamConfig, hub.stream))
         width = self.model_config.width
         heads = self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
@@ -346,96 +340,3 @@ class ImagePrior(PreTrainedModel):
     def shard_units(self) -> list[nn.Module]:
         """The parts that FSDP gathers one after another."""
         return list(self.blocks)
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the configuration or any weight."""
-        digest = hashlib.sha256(
-            json.dumps([self.config.model, self.config.stream], sort_keys=True).encode()
-        )
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            # Flat first: a 0-d tensor cannot be viewed as bytes.
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name: str | Path, *arguments: Any, **options: Any
-    ) -> Any:
-        """A prior from a folder, or by a name of the Hub.
-
-        Missing or unknown weights are refused; transformers' own method would initialise or ignore
-        them. A name of the Hub, or further options, are passed on to it. `Any`, since it returns a
-        pair with `output_loading_info`.
-
-        Raises:
-            ValueError: a file is missing, truncated or another model's, or the weights do not fit
-                the configuration; names the first keys that differ.
-        """
-        folder = Path(name)
-        if not arguments and not options and (folder.is_dir() or isinstance(name, Path)):
-            return cls._read(folder)
-        with_info = options.pop("output_loading_info", False)
-        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            loaded: Any = super().from_pretrained(name, *arguments, **(options | checked))
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {name} cannot be read: {error}; the file is truncated or "
-                "corrupted, copy it again"
-            ) from error
-        model, info = loaded
-        mismatched = [entry[0] for entry in info["mismatched_keys"]]
-        _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _read(cls, folder: Path) -> ImagePrior:
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} holds no {name}; a prior needs config.json and model.safetensors"
-                )
-        try:
-            prior = cls(ImagePriorConfig(**_hub_fields(folder / "config.json")))
-            weights = load_file(folder / "model.safetensors")
-        except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{folder} cannot be read: {error}; the file is truncated or not a prior's, "
-                "copy it again"
-            ) from error
-        own = prior.state_dict()
-        _refuse_misfit(
-            folder,
-            (set(own) ^ set(weights)) or {k for k in own if own[k].shape != weights[k].shape},
-        )
-        prior.load_state_dict(weights)
-        return prior.eval()
-
-
-def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
-    if differ:
-        raise ValueError(
-            f"the weights of {name} do not fit its config.json; first keys that differ: "
-            f"{sorted(differ)[:3]}"
-        )
-
-
-def _hub_fields(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text())
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise ValueError(f"{path} is not a prior's configuration: it has no 'model' section")
-    return {key: values[key] for key in ("model", "stream", *_TRAINED) if key in values}
-
-
-def _build(kind: type[_Config], values: dict[str, Any] | None) -> _Config:
-    """A configuration from saved values; unknown keys are refused."""
-    values = values or {}
-    unknown = set(values) - {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown:
-        raise ValueError(
-            f"the prior's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"
-        )
-    return kind(**values)

@@ -1,0 +1,124 @@
+"""`LatentPriorModel`: a prior over Gaussian latents that is saved and loaded. Knows settings and
+sizes; nothing of images or of what made the latents.
+
+Legend: B batch, n dimensions of a latent vector, C features of a context, M random numbers per
+sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from stage2_prior.flows.build import build_latent_prior
+from stage2_prior.flows.config import LatentPriorConfig
+from stage2_prior.flows.transform import Conditioner
+from stage2_prior.saving import SavedPrior, build_config
+
+
+class LatentPriorModelConfig(PreTrainedConfig):
+    """A `LatentPriorConfig` in the form that transformers saves: `model` is its dictionary. With
+    the sizes that the latents give."""
+
+    model_type = "mini_dalle_latent_prior"
+    model: dict[str, Any] | None = None
+    latent_features: int = 0
+    input_shape: list[int] | None = None
+
+
+class LatentPriorModel(SavedPrior):
+    """p(z | context) by the prior that a configuration names, which is `prior`.
+
+    Args:
+        config: the prior's settings; or the `LatentPriorModelConfig` that transformers passes on
+            loading.
+        latent_features: n; needed with settings.
+        input_shape: shape of a pseudo-input of `vamp`. After loading, `prior.attach` gives a
+            `VampPrior` its encoder again.
+
+    Raises:
+        ValueError: as `build_latent_prior`.
+    """
+
+    config_class = LatentPriorModelConfig
+    base_model_prefix = "latent_prior"
+    main_input_name = "latents"
+    described_by = ("model", "latent_features", "input_shape")
+
+    def __init__(
+        self,
+        config: LatentPriorConfig | LatentPriorModelConfig,
+        latent_features: int = 0,
+        input_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        hub = (
+            config
+            if isinstance(config, LatentPriorModelConfig)
+            else LatentPriorModelConfig(
+                model=asdict(config),
+                latent_features=latent_features,
+                input_shape=None if input_shape is None else list(input_shape),
+            )
+        )
+        super().__init__(hub)
+        self.prior_config = build_config(LatentPriorConfig, hub.model)
+        shape = None if hub.input_shape is None else tuple(hub.input_shape)
+        self.prior = build_latent_prior(self.prior_config, hub.latent_features, shape)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every module initialises itself when it is made."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        # A prior without parameters has buffers, which transformers does not look at.
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.prior.dtype
+
+    @property
+    def latent_features(self) -> int:
+        """n."""
+        return self.prior.latent_features
+
+    @property
+    def context_features(self) -> int:
+        """C; 0 for an unconditional prior."""
+        return self.prior.context_features
+
+    @property
+    def noise_features(self) -> int:
+        """M."""
+        return self.prior.noise_features
+
+    def forward(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+        """As `log_prob`, so that wrappers of modules can train a prior."""
+        return self.prior.log_prob(latents, context)
+
+    def log_prob(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+        """As `LatentPrior.log_prob`: latents (B,n), context (B,C) -> (B,) in nats."""
+        return self.prior.log_prob(latents, context)
+
+    def sample(
+        self, count: int, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """As `LatentPrior.sample`: (count,n)."""
+        return self.prior.sample(count, generator, context)
+
+    def from_noise(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        """As `LatentPrior.from_noise`: standard normal numbers (B,M) -> samples (B,n)."""
+        return self.prior.from_noise(noise, context)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices between hidden layers of a flow's networks, which optimizers for matrices
+        may step."""
+        conditioners = [m for m in self.prior.modules() if isinstance(m, Conditioner)]
+        return [layer.weight for c in conditioners for layer in c.hidden[1:]]  # type: ignore[misc]

@@ -1,0 +1,124 @@
+"""`LatentPriorModel`: saving and loading, and what training asks of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stage2_prior import ImagePrior, LatentPriorConfig, LatentPriorModel
+from tests.helpers.latent_priors import KINDS
+from tests.helpers.priors import tiny_prior
+
+
+def tiny_model(kind: str, context_features: int = 0) -> LatentPriorModel:
+    config = LatentPriorConfig(
+        kind=kind,  # type: ignore[arg-type]
+        components=4,
+        transforms=2,
+        width=8,
+        context_features=context_features,
+    )
+    model = LatentPriorModel(config, 3, (6,) if kind == "vamp" else None)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.3)
+    return attached(model)
+
+
+def attached(model: LatentPriorModel) -> LatentPriorModel:
+    """With an encoder, where its prior needs one."""
+    if model.prior_config.kind == "vamp":
+        model.prior.attach(lambda inputs: inputs.chunk(2, dim=1))  # type: ignore[operator]
+    return model
+
+
+@pytest.mark.parametrize(("kind", "context_features"), KINDS)
+def test_saving_and_loading_keeps_density_samples_and_fingerprint(kind, context_features, tmp_path):
+    model = tiny_model(kind, context_features)
+    model.save_pretrained(tmp_path)
+    latents = torch.randn(5, 3)
+    context = torch.randn(5, context_features) if context_features else None
+    by_us = LatentPriorModel.from_pretrained(tmp_path)
+    by_transformers = LatentPriorModel.from_pretrained(str(tmp_path), device_map=None)
+    for again in (by_us, by_transformers):
+        attached(again)
+        assert again.fingerprint == model.fingerprint
+        assert again.log_prob(latents, context).equal(model.log_prob(latents, context))
+        generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+        ours = model.sample(5, generators[0], context)
+        assert again.sample(5, generators[1], context).equal(ours) and ours.shape == (5, 3)
+        assert again.prior_config == model.prior_config and not again.training
+        assert (again.latent_features, again.context_features) == (3, context_features)
+
+
+def test_fingerprint_changes_with_weights_and_settings():
+    model = tiny_model("maf")
+    before = model.fingerprint
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert model.fingerprint != before
+    models = [
+        LatentPriorModel(LatentPriorConfig(kind="standard", width=width), 3) for width in (8, 9)
+    ]
+    assert models[0].fingerprint != models[1].fingerprint
+
+
+def test_loading_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        LatentPriorModel.from_pretrained(tmp_path)
+    tiny_model("realnvp").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    config = tmp_path / "config.json"
+    complete = weights.read_bytes()
+    weights.write_bytes(complete[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        LatentPriorModel.from_pretrained(tmp_path)
+    weights.write_bytes(complete)
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"model": values["model"] | {"transforms": 3}}))
+    with pytest.raises(ValueError, match=r"do not fit its config\.json; .*transforms\.2"):
+        LatentPriorModel.from_pretrained(tmp_path)
+    config.write_text(json.dumps(values | {"model": values["model"] | {"widht": 3}}))
+    with pytest.raises(ValueError, match=r"unknown keys \['widht'\]"):
+        LatentPriorModel.from_pretrained(tmp_path)
+    config.write_text(json.dumps(values | {"latent_features": 4}))
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
+        LatentPriorModel.from_pretrained(tmp_path)
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="no 'model' section"):
+        LatentPriorModel.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_refused_by_both_loaders(tmp_path):
+    tiny_model("mixture").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["prior.means"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for options in ({}, {"device_map": None}):
+        with pytest.raises(ValueError, match=r"first keys that differ: \['prior\.means'\]"):
+            LatentPriorModel.from_pretrained(tmp_path, **options)
+
+
+def test_the_two_kinds_of_prior_refuse_each_others_folders(tmp_path):
+    tiny_model("maf").save_pretrained(tmp_path / "latent")
+    tiny_prior().save_pretrained(tmp_path / "image")
+    with pytest.raises(ValueError, match=r"'mini_dalle_latent_prior'; ImagePrior reads"):
+        ImagePrior.from_pretrained(tmp_path / "latent")
+    with pytest.raises(ValueError, match=r"'mini_dalle_prior'; LatentPriorModel reads"):
+        LatentPriorModel.from_pretrained(tmp_path / "image")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("realnvp", 2), ("maf", 2), ("mixture", 0)])
+def test_optimizers_for_matrices_get_those_between_hidden_layers(kind, count):
+    matrices = tiny_model(kind).hidden_matrices()
+    assert [tuple(p.shape) for p in matrices] == [(8, 8)] * count
+
+
+@pytest.mark.parametrize("kind", ["standard", "aggregated", "maf"])
+def test_device_and_dtype_are_those_of_parameters_or_buffers(kind):
+    model = tiny_model(kind).double()
+    assert model.dtype == torch.float64 and model.device == torch.device("cpu")
