@@ -170,6 +170,7 @@ def _variant(
         raise ValueError(
             "tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false"
         )
+    experiment.require_codes("compare-tokenizers")
     return replace(experiment, name=name, output_dir=str(experiment.folder))
 
 
