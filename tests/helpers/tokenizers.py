@@ -1,5 +1,5 @@
 """Tokenizers of every kind, small enough to check exhaustively: 16x16 images, 4x4 codes of a
-codebook of 12."""
+codebook of 12, or 4x4 positions of 4 latents."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from stage1_tokenizer import (
     BinaryOptions,
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
     ImageTokenizer,
@@ -48,6 +49,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Changes to the tiny configuration for every quantizer and its main options."""
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+LATENT_KINDS: dict[str, dict[str, Any]] = {
+    "gaussian": {"quantizer": "gaussian"},
+    "gaussian vector": {
+        "quantizer": "gaussian",
+        "gaussian": GaussianOptions(latents="vector", vector_features=10, free_bits=0.01),
+    },
+}
+"""The same for tokenizers of Gaussian latents, which have no codes."""
+EVERY_LATENT_KIND = pytest.mark.parametrize("kind", LATENT_KINDS)
+ALL_KINDS = KINDS | LATENT_KINDS
+EVERY_TOKENIZER = pytest.mark.parametrize("kind", ALL_KINDS)
 
 
 def objective_of(kind: str) -> ObjectiveConfig:
