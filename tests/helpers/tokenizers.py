@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
 
 from stage1_tokenizer import (
     BinaryOptions,
@@ -91,3 +93,15 @@ def tiny_tokenizer(**changes: Any) -> ImageTokenizer:
             if parameter.ndim == 4:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
     return tokenizer.eval()
+
+
+class AffinePrior(nn.Module):
+    """A learned prior of latents: a Gaussian with a mean and a deviation of each dimension."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((dimensions,), 0.3))
+        self.log_std = nn.Parameter(torch.full((dimensions,), -0.2))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(self.mean, self.log_std.exp()).log_prob(z).sum(1)

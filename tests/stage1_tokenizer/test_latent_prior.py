@@ -16,7 +16,7 @@ from stage1_tokenizer import (
     TokenizerObjective,
     to_model_range,
 )
-from tests.helpers.tokenizers import EVERY_LATENT_KIND, LATENT_KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import EVERY_LATENT_KIND, LATENT_KINDS, AffinePrior, tiny_tokenizer
 
 DIMENSIONS = 16 * 16 * 3
 
@@ -24,18 +24,6 @@ DIMENSIONS = 16 * 16 * 3
 class StandardNormal(nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         return Normal(0.0, 1.0).log_prob(z).sum(1)
-
-
-class AffinePrior(nn.Module):
-    """A Gaussian with a learned mean and deviation of each dimension."""
-
-    def __init__(self, dimensions: int) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.full((dimensions,), 0.3))
-        self.log_std = nn.Parameter(torch.full((dimensions,), -0.2))
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return Normal(self.mean, self.log_std.exp()).log_prob(z).sum(1)
 
 
 def gaussian_tokenizer(kind: str = "gaussian") -> ImageTokenizer:
