@@ -40,4 +40,4 @@ class LatentPrior(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights of linear layers, which optimizers for matrices may step."""
         linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        return [module.weight for module in linear if module.weight.requires_grad]
+        return [module.weight for module in linear if module.weight.requires_grad]  # type: ignore[misc]

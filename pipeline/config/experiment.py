@@ -312,3 +312,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return by_name
+
+
+def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with the defaults of those that are newer than the file."""
+    filled = dict(defaults) | dict(written)
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+            filled[key] = with_defaults(filled[key], default)
+    return filled
