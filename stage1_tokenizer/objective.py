@@ -118,8 +118,11 @@ class TokenizerObjective:
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
         self.latent_prior = LatentPrior(latent_prior) if latent_prior is not None else None
-        if self.latent_prior is not None and self.latent_prior.learns:
-            self.networks["latent_prior"] = self.latent_prior
+        if self.latent_prior is not None:
+            if self.latent_prior.learns:
+                self.networks["latent_prior"] = self.latent_prior
+            else:
+                self.latent_prior.eval()
 
     @property
     def best_metric(self) -> str:
@@ -199,6 +202,8 @@ class TokenizerObjective:
         posterior = latents.posterior
         if self.latent_prior is None:
             return posterior.kl_to_standard()
+        # A frozen prior is no network that is trained, so nobody else moves it to the device.
+        self.latent_prior.to(latents.z.device)
         # Not the wrapped module: its gradients belong to its own loss.
         with requires_grad_off(self.latent_prior) as prior:
             return posterior.log_prob(latents.z) - prior(latents.z)
@@ -322,7 +327,7 @@ class TokenizerObjective:
             drawn = tokenizer.decode_latents(posterior.mean)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
             means.append(posterior.mean.cpu())
-        for network in networks:
+        for network in self.networks.values():
             network.train()
         if not psnr:
             raise ValueError(_NO_IMAGES)

@@ -143,6 +143,7 @@ def test_a_frozen_prior_is_used_and_not_trained(images):
     shifted.mean.data += 1
     other = TokenizerObjective(tokenizer, ObjectiveConfig(), latent_prior=shifted)
     assert other.evaluate([images])["kl"] != objective.evaluate([images])["kl"]
+    assert not prior.training and tokenizer.training
 
 
 def test_prior_and_discriminator_have_a_loss_each(images):
