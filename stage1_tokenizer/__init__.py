@@ -14,6 +14,7 @@ from stage1_tokenizer.options import (
     BinaryOptions,
     DiscriminatorOptions,
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
     PerceptualOptions,
@@ -24,6 +25,7 @@ from stage1_tokenizer.options import (
     VqganOptions,
 )
 from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_rgb, to_uint8
+from stage1_tokenizer.posterior import GaussianPosterior
 from stage1_tokenizer.quantizers import (
     CodebookStatistics,
     Quantized,
@@ -39,6 +41,8 @@ __all__ = [
     "CodebookStatistics",
     "DiscriminatorOptions",
     "FsqOptions",
+    "GaussianOptions",
+    "GaussianPosterior",
     "GumbelOptions",
     "HierarchicalOptions",
     "ImageTokenizer",

@@ -37,7 +37,11 @@ def distinct_codes(tokenizer: ImageTokenizer, counts: Tensor) -> dict[str, int]:
     hold the commonest code of their level. The count is greedy, the most used code first: a code
     counts if its patch differs from that of every counted code by an RMS of at least 2 of 255.
     At most the `MAX_DECODED_CODES` most used codes of a level are decoded, so more are not counted.
+
+    Raises:
+        ValueError: the tokenizer has Gaussian latents.
     """
+    tokenizer.require_codes("distinct_codes")
     config = tokenizer.own_config
     side = max(_MAX_SIDE, 2 * config.stride // config.downsample_factor)
     grid = (min(tokenizer.grid[0], side), min(tokenizer.grid[1], side))

@@ -16,6 +16,7 @@ from stage1_tokenizer.options import (
     BinaryOptions,
     DiscriminatorOptions,
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
     LikelihoodName,
@@ -81,10 +82,12 @@ class TokenizerConfig:
     quantizer: QuantizerName = "vq"
     """How features become codes."""
     num_codes: int = 1024
-    """Entries of the codebook (of each one where there are several)."""
+    """Entries of the codebook (of each one where there are several). `gaussian` has no codes,
+    whatever this is."""
     code_dim: int = 16
     """Features of a code's vector. `binary`, `lfq` and `bsq` have one for each bit of `num_codes`
-    and `fsq` one for each of its levels, whatever this is."""
+    and `fsq` one for each of its levels, whatever this is. With `gaussian`, features of a position
+    of the grid."""
     vq: VectorOptions = field(default_factory=VectorOptions)
     """Options of `quantizer: vq`, `residual` and `hierarchical`."""
     gumbel: GumbelOptions = field(default_factory=GumbelOptions)
@@ -101,6 +104,8 @@ class TokenizerConfig:
     """Options of `quantizer: residual`."""
     hierarchical: HierarchicalOptions = field(default_factory=HierarchicalOptions)
     """Options of `quantizer: hierarchical`."""
+    gaussian: GaussianOptions = field(default_factory=GaussianOptions)
+    """Options of `quantizer: gaussian`."""
     likelihood: LikelihoodName = "l2"
     """p(image given codes): Gaussian, Gaussian of each image's own best deviation (highest
     PSNR), Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
@@ -243,6 +248,16 @@ class TokenizerConfig:
         )
 
     @property
+    def has_codes(self) -> bool:
+        """Whether images become codes; otherwise they become Gaussian latents."""
+        return self.quantizer != "gaussian"
+
+    @property
+    def fixes_size(self) -> bool:
+        """Whether all images must have `image_size`."""
+        return not self.has_codes and self.gaussian.latents == "vector"
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels at each resolution, finest first: after a patch of min(factor, 4) pixels, down
         to the code grid."""
@@ -256,11 +271,12 @@ class ObjectiveConfig:
     training."""
 
     kl_weight: float = 1.0
-    """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`), in the units of
-    the likelihood. At 1 the loss is the negative evidence lower bound, if `diversity`,
-    `perceptual.weight` and `discriminator.weight` are 0; relaxed codes approximate it."""
+    """Weight of the KL to the uniform prior (`gumbel`, `binary`, `score_function`) or to N(0, I)
+    (`gaussian`, where it is beta of the beta-VAE), in the units of the likelihood. At 1 the loss is
+    the negative evidence lower bound, if `diversity`, `gaussian.free_bits`, `perceptual.weight` and
+    `discriminator.weight` are 0; relaxed codes approximate it."""
     kl_ramp_steps: int = 1000
-    """Steps over which the KL's weight rises from 0 (cosine, DALL-E)."""
+    """Steps over which the KL's weight rises from 0 (cosine, DALL-E): the KL warm-up of VAEs."""
     temperature_start: float = 1.0
     """Temperature of the relaxation (`gumbel`, `binary`) at the first step."""
     temperature_end: float = 1 / 16

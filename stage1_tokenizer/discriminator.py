@@ -124,8 +124,11 @@ def loss_at_image(loss: Tensor, image: Tensor) -> Tensor:
 @contextmanager
 def requires_grad_off(network: nn.Module) -> Iterator[nn.Module]:
     """The network, with gradients to its inputs and none to its weights."""
-    network.requires_grad_(False)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield network
     finally:
-        network.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,13 +1,14 @@
-"""`ImageTokenizer`: images <-> codes, and how it is saved and loaded. Knows its parts; knows no
-training loop and no text.
+"""`ImageTokenizer`: images <-> codes or Gaussian latents, and how it is saved and loaded. Knows its
+parts; knows no training loop and no text.
 
-Legend: B batch, C channels, H W pixels, h w code grid.
+Legend: B batch, C channels, H W pixels, h w code grid, n latent dimensions of an image.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -25,7 +26,13 @@ from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_ex
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
 from stage1_tokenizer.pixels import from_pil, to_model_range, to_pil, to_uint8
-from stage1_tokenizer.quantizers import Quantized, VectorQuantizer, build_quantizer
+from stage1_tokenizer.posterior import GaussianPosterior
+from stage1_tokenizer.quantizers import (
+    GaussianQuantizer,
+    Quantized,
+    VectorQuantizer,
+    build_quantizer,
+)
 from stage1_tokenizer.tiling import by_tiles
 
 _Config = TypeVar("_Config")
@@ -84,8 +91,14 @@ class ImageTokenizer(PreTrainedModel):
 
     @property
     def num_codes(self) -> int:
-        """Entries of the codebook, of the finest one where they differ."""
-        return self.own_config.num_codes
+        """Entries of the codebook, of the finest one where they differ; 0 where latents are
+        Gaussian."""
+        return self.own_config.num_codes if self.own_config.has_codes else 0
+
+    @property
+    def latent_dim(self) -> int:
+        """Latent dimensions of an image of `image_size`; 0 where there are codes."""
+        return self.quantizer.latent_dim if isinstance(self.quantizer, GaussianQuantizer) else 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -99,7 +112,7 @@ class ImageTokenizer(PreTrainedModel):
     @property
     def layout(self) -> tuple[Level, ...]:
         """How the codes of an image of `image_size` lie in one stream: level after level, coarse
-        ones first."""
+        ones first; () where latents are Gaussian."""
         return self.quantizer.layout(self.grid)
 
     @property
@@ -120,8 +133,8 @@ class ImageTokenizer(PreTrainedModel):
         return digest.hexdigest()[:16]
 
     def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
-        """Pixels (B,C,H,W) in [-1,1] through the codes and back; with a `temperature`, relaxed or
-        sampled as in training."""
+        """Pixels (B,C,H,W) in [-1,1] through the codes or latents and back; with a `temperature`,
+        relaxed or sampled as in training."""
         quantized = self.quantizer(self.encoder(pixels.to(self.dtype)), temperature)
         return TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
 
@@ -133,8 +146,10 @@ class ImageTokenizer(PreTrainedModel):
         Height and width may be any multiples of the coarsest code's side.
 
         Raises:
-            ValueError: the pixels have other channels, or a size that the grid does not divide.
+            ValueError: the pixels have other channels, or a size that the grid does not divide; or
+                the latents are Gaussian.
         """
+        self.require_codes("encode")
         self.check_size(pixels.shape)
         training = self.quantizer.training
         self.quantizer.eval()
@@ -142,6 +157,65 @@ class ImageTokenizer(PreTrainedModel):
             return self.quantizer.encode(self.encoder(pixels.to(self.dtype)))
         finally:
             self.quantizer.train(training)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> GaussianPosterior:
+        """Pixels (B,C,H,W) in [-1,1] -> the posterior of their latents (B,n). The latents of a grid
+        are in the order feature, row, column.
+
+        Raises:
+            ValueError: the tokenizer has codes, or the pixels do not fit, as in `encode`.
+        """
+        quantizer = self._gaussian("posterior")
+        self.check_size(pixels.shape)
+        return quantizer.posterior(self.encoder(pixels.to(self.dtype)))
+
+    def latent_parameters(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Latents (B,n) -> the likelihood's parameters (B,P,H,W), differentiable.
+
+        Args:
+            grid: height and width of the grid, for images of another size than `image_size`.
+
+        Raises:
+            ValueError: the tokenizer has codes, or the latents have another form than its own.
+        """
+        quantizer = self._gaussian("latent_parameters")
+        grid = grid or self.grid
+        size = self.latent_dim if quantizer.is_vector else quantizer.output_dim * math.prod(grid)
+        if latents.ndim != 2 or latents.shape[1] != size:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)} and must be (batch, {size})"
+            )
+        return self.decoder(quantizer.unflatten(latents, grid).to(self.dtype))
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Latents (B,n) -> the most likely pixels (B,C,H,W) in [-1,1]; arguments and errors as in
+        `latent_parameters`."""
+        return self.likelihood.image(self.latent_parameters(latents, grid)).clamp(-1, 1)
+
+    def require_codes(self, use: str) -> None:
+        """Raises ValueError where latents are Gaussian.
+
+        Args:
+            use: what needs codes, for the message.
+        """
+        if not self.own_config.has_codes:
+            raise ValueError(
+                f"this tokenizer has Gaussian latents, and {use} needs codes; use "
+                "posterior(pixels) and decode_latents(latents), or train a tokenizer with "
+                "tokenizer.model.quantizer=vq"
+            )
+
+    def _gaussian(self, use: str) -> GaussianQuantizer:
+        """The quantizer, where latents are Gaussian."""
+        if not isinstance(self.quantizer, GaussianQuantizer):
+            raise ValueError(
+                f"this tokenizer has codes (quantizer {self.own_config.quantizer}), and {use} "
+                "needs Gaussian latents; use encode and decode, or train a tokenizer with "
+                "tokenizer.model.quantizer=gaussian"
+            )
+        return self.quantizer
 
     def check_size(self, shape: Sequence[int]) -> None:
         """Raises ValueError for pixels of a shape that this tokenizer cannot encode; names the
@@ -160,6 +234,12 @@ class ImageTokenizer(PreTrainedModel):
                 f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or "
                 "resize to it first"
             )
+        side = self.image_size
+        if self.own_config.fixes_size and (height, width) != (side, side):
+            raise ValueError(
+                f"pixels are {width}x{height} (width x height) and this tokenizer's one latent "
+                f"vector is for {side}x{side}; crop or resize to it first"
+            )
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -170,8 +250,9 @@ class ImageTokenizer(PreTrainedModel):
 
         Raises:
             ValueError: the codes have another form than the tokenizer's, or one is not in its
-                level's 0..num_codes-1.
+                level's 0..num_codes-1; or the latents are Gaussian.
         """
+        self.require_codes("decode")
         levels = self.quantizer.layout(grid or self.grid)
         if len(levels) > 1:
             expected = f"(batch, {sum(level.length for level in levels)})"
@@ -203,8 +284,8 @@ class ImageTokenizer(PreTrainedModel):
     def reconstruct(
         self, pixels: Tensor, *, tile: int | None = None, margin: int | None = None
     ) -> Tensor:
-        """Pixels (B,C,H,W) in [-1,1] through the codes and back, of any size that the code grid
-        divides.
+        """Pixels (B,C,H,W) in [-1,1] through the codes, or the posterior's mean, and back, of any
+        size that the code grid divides.
 
         With `tile`, larger images go through in pieces of that many pixels per side, each with
         `margin` pixels around it. By default these are 16 codes, more than a pixel of the default
@@ -216,13 +297,13 @@ class ImageTokenizer(PreTrainedModel):
         self.check_size(pixels.shape)
 
         def through(piece: Tensor) -> Tensor:
-            return self.decode(
-                self.encode(piece),
-                (
-                    piece.shape[2] // self.own_config.downsample_factor,
-                    piece.shape[3] // self.own_config.downsample_factor,
-                ),
+            grid = (
+                piece.shape[2] // self.own_config.downsample_factor,
+                piece.shape[3] // self.own_config.downsample_factor,
             )
+            if not self.own_config.has_codes:
+                return self.decode_latents(self.posterior(piece).mean, grid)
+            return self.decode(self.encode(piece), grid)
 
         if tile is None or max(pixels.shape[2:]) <= tile:
             return through(pixels)

@@ -6,6 +6,10 @@ the number of dimensions so that losses compare across sizes. A quantizer's `div
 perceptual distance and a discriminator are no parts of the bound and come on top of it. Where the
 posterior is one code (`vq` and others) the KL is the constant h w log K (van den Oord 2017, section
 3.1) and the quantizer's own losses take its place.
+
+Gaussian latents have the prior N(0, I) and an analytic KL, times beta = `kl_weight` (beta-VAE,
+Higgins et al. 2017). With a learned prior the KL is log q(z given image) - log p(z) at the sampled
+latents (Tomczak & Welling 2018, https://arxiv.org/abs/1705.07120).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.codebook_health import check
 from stage1_tokenizer.codebook_redundancy import agreement_by_level, distinct_codes, unchanged_codes
-from stage1_tokenizer.config import ObjectiveConfig, joint_problems
+from stage1_tokenizer.config import ObjectiveConfig, TokenizerConfig, joint_problems
 from stage1_tokenizer.discriminator import (
     Discriminator,
     adaptive_weight,
@@ -29,11 +33,16 @@ from stage1_tokenizer.discriminator import (
     loss_at_image,
     requires_grad_off,
 )
+from stage1_tokenizer.latent_prior import LatentPrior
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range, to_uint8
+from stage1_tokenizer.posterior import GaussianLatents
 from stage1_tokenizer.quantizers import count_codes, statistics_by_level
+from stage1_tokenizer.quantizers.gaussian import active_dimensions
+
+_NO_IMAGES = "there are no held-out images to evaluate on; raise data.val_fraction or add images"
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,38 @@ def temperature(step: int, config: ObjectiveConfig) -> float:
     )
 
 
-class TokenizerObjective:
-    """Batches are uint8 images (B,H,W,C). With a discriminator there are two networks and two
-    losses per step."""
+@dataclass(frozen=True)
+class _Weighted:
+    """A term of a loss."""
 
-    def __init__(self, tokenizer: ImageTokenizer, config: ObjectiveConfig) -> None:
-        if problems := joint_problems(asdict(tokenizer.own_config), asdict(config)):
+    value: Tensor
+    weight: Tensor | float
+
+
+class TokenizerObjective:
+    """Batches are uint8 images (B,H,W,C). A discriminator and a learned prior are each a further
+    network with a loss of its own per step.
+
+    Args:
+        latent_prior: a module with `log_prob`: latents (B,n) -> (B,) in nats, in place of N(0, I).
+            Its parameters are trained, too: each step maximises its log-probability of the sampled
+            latents, whatever the weight of the KL is.
+
+    Raises:
+        ValueError: settings contradict each other, or the tokenizer takes no such prior.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        config: ObjectiveConfig,
+        *,
+        latent_prior: nn.Module | None = None,
+    ) -> None:
+        problems = joint_problems(asdict(tokenizer.own_config), asdict(config))
+        if latent_prior is not None:
+            problems += _latent_prior_problems(tokenizer.own_config)
+        if problems:
             raise ValueError("; ".join(problems))
         self.tokenizer = tokenizer
         self.config = config
@@ -82,6 +117,18 @@ class TokenizerObjective:
         )
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
+        self.latent_prior = LatentPrior(latent_prior) if latent_prior is not None else None
+        if self.latent_prior is not None:
+            if self.latent_prior.learns:
+                self.networks["latent_prior"] = self.latent_prior
+            else:
+                self.latent_prior.eval()
+
+    @property
+    def best_metric(self) -> str:
+        """Name of the metric of `evaluate` that chooses among weights; smaller is better. While the
+        KL warms up, the likelihood alone would prefer latents without noise."""
+        return "nll" if self.tokenizer.own_config.has_codes else "loss"
 
     def compile(self) -> None:
         """Compiles the networks in place; parameter names stay as they are."""
@@ -92,8 +139,9 @@ class TokenizerObjective:
     def losses(
         self, batch: Tensor, step: int, networks: Mapping[str, nn.Module] | None = None
     ) -> Iterator[TokenizerLoss]:
-        """The tokenizer's loss, then the discriminator's. The first is the negative log-likelihood
-        per dimension, plus what the quantizer, a perceptual distance and a discriminator add.
+        """The tokenizer's loss, then the discriminator's and the learned prior's. The first is the
+        negative log-likelihood per dimension, plus what the quantizer, a perceptual distance and a
+        discriminator add.
         `networks` are called in place of the objective's own, such as the same ones wrapped by
         DDP."""
         networks = networks or self.networks
@@ -122,30 +170,56 @@ class TokenizerObjective:
         # Divergences are in nats per image like the likelihood. Distances and entropies of the
         # quantizer are not divided.
         value = reconstruction + quantized.loss
-        if quantized.kl is not None:
-            value = value + kl_weight(step, self.config) * quantized.kl / dimensions
+        kl = quantized.kl
+        if self.latent_prior is not None and quantized.gaussian is not None:
+            kl = self._divergence(quantized.gaussian).mean()
+            metrics["kl"] = kl.detach()
+        if kl is not None:
+            value = value + kl_weight(step, self.config) * kl / dimensions
         if quantized.log_q is not None:
             value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
-        if current_temperature is not None:
+        if current_temperature is not None and quantized.gaussian is None:
             metrics["temperature"] = torch.tensor(current_temperature)
-        options = self.config.discriminator
-        if self.discriminator is None or step < options.start:
-            yield TokenizerLoss("tokenizer", value, metrics)
-            return
-        # Not the wrapped module: its gradients belong to the other loss.
-        with requires_grad_off(self.discriminator) as judge:
-            g_loss = loss_at_image(generator_loss(judge(drawn).float()), drawn)
-        weight = options.weight * (
-            adaptive_weight(reconstruction, g_loss, output.parameters) if options.adaptive else 1.0
-        )
-        metrics["adversarial"] = g_loss.detach()
-        yield TokenizerLoss("tokenizer", value + weight * g_loss, metrics)
-        yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
+        judged = self.discriminator is not None and step >= self.config.discriminator.start
+        if judged:
+            adversarial = self._adversarial_loss(reconstruction, drawn, output.parameters)
+            metrics["adversarial"] = adversarial.value.detach()
+            value = value + adversarial.weight * adversarial.value
+        yield TokenizerLoss("tokenizer", value, metrics)
+        if judged:
+            yield self._discriminator_loss(networks["discriminator"], pixels, drawn.detach())
+        if "latent_prior" in networks and quantized.gaussian is not None:
+            yield _prior_loss(networks["latent_prior"], quantized.gaussian.z.detach())
 
     def check_health(self, metrics: Mapping[str, float], step: int) -> str | None:
-        """A warning about the codebook, by the scalars of a training step, with what to do; or
-        None."""
+        """A warning about codes or latents that go to waste, by the scalars of a training step,
+        with what to do; or None."""
         return check(self.tokenizer.own_config, metrics, step)
+
+    def _divergence(self, latents: GaussianLatents) -> Tensor:
+        """The KL of each image's latents (B,) from the prior; with a learned one, its estimate at
+        the sampled latents."""
+        posterior = latents.posterior
+        if self.latent_prior is None:
+            return posterior.kl_to_standard()
+        # A frozen prior is no network that is trained, so nobody else moves it to the device.
+        self.latent_prior.to(latents.z.device)
+        # Not the wrapped module: its gradients belong to its own loss.
+        with requires_grad_off(self.latent_prior) as prior:
+            return posterior.log_prob(latents.z) - prior(latents.z)
+
+    def _adversarial_loss(
+        self, reconstruction: Tensor, drawn: Tensor, parameters: Tensor
+    ) -> _Weighted:
+        """The decoder's loss against the discriminator, of drawn pixels (B,C,H,W) and the
+        decoder's output (B,P,H,W)."""
+        assert self.discriminator is not None
+        options = self.config.discriminator
+        # Not the wrapped module: its gradients belong to the other loss.
+        with requires_grad_off(self.discriminator) as judge:
+            value = loss_at_image(generator_loss(judge(drawn).float()), drawn)
+        scale = adaptive_weight(reconstruction, value, parameters) if options.adaptive else 1.0
+        return _Weighted(value, options.weight * scale)
 
     def _discriminator_loss(
         self, discriminator: nn.Module, true: Tensor, drawn: Tensor
@@ -168,8 +242,10 @@ class TokenizerObjective:
         """Held-out metrics with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
         codebook use, distinct codes and reencode_agreement (over all levels and, where there are
         several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and
-        the gap. No collectives."""
+        the gap. No collectives. Of Gaussian latents: see `_evaluate_latents`."""
         tokenizer = self.tokenizer
+        if not tokenizer.own_config.has_codes:
+            return self._evaluate_latents(batches)
         tokenizer.eval()
         psnr = []
         soft_psnr = []
@@ -198,9 +274,7 @@ class TokenizerObjective:
         distinct = distinct_codes(tokenizer, counts)
         tokenizer.train()
         if not psnr:
-            raise ValueError(
-                "there are no held-out images to evaluate on; raise data.val_fraction or add images"
-            )
+            raise ValueError(_NO_IMAGES)
         nats = float(torch.cat(nll).mean())
         metrics = {
             "psnr": float(torch.cat(psnr).mean()),
@@ -220,3 +294,75 @@ class TokenizerObjective:
             metrics["relaxed_psnr"] = float(torch.cat(soft_psnr).mean())
             metrics["relaxed_gap"] = metrics["relaxed_psnr"] - metrics["psnr"]
         return metrics
+
+    def _evaluate_latents(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """Held-out metrics of Gaussian latents.
+
+        `psnr` is that of the posterior's mean, as `reconstruct` shows it. `nll`, `kl` and `elbo` =
+        -(nll + kl) are in nats per image, through one sample of each image's posterior, seeded.
+        `bits_per_dimension` is that of the ELBO. `loss` is what is minimised after the KL warm-up,
+        in nats per dimension, without a perceptual distance, a discriminator and free bits.
+        """
+        tokenizer = self.tokenizer
+        networks = [tokenizer, *([self.latent_prior] if self.latent_prior is not None else [])]
+        for network in networks:
+            network.eval()
+        psnr = []
+        nll = []
+        kl = []
+        means = []
+        dimensions = 1
+        of_latents = torch.Generator().manual_seed(0)
+        of_pixels = torch.Generator().manual_seed(0)
+        for batch in batches:
+            pixels = to_model_range(batch)
+            dimensions = pixels[0].numel()
+            posterior = tokenizer.posterior(pixels)
+            latents = GaussianLatents(posterior, posterior.sample(of_latents))
+            learns_scale = tokenizer.likelihood.learns_scale
+            target = dequantized(pixels, of_pixels) if learns_scale else pixels
+            parameters = tokenizer.latent_parameters(latents.z)
+            nll.append(tokenizer.likelihood.nll(target, parameters).cpu())
+            kl.append(self._divergence(latents).cpu())
+            drawn = tokenizer.decode_latents(posterior.mean)
+            psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
+            means.append(posterior.mean.cpu())
+        for network in self.networks.values():
+            network.train()
+        if not psnr:
+            raise ValueError(_NO_IMAGES)
+        distortion = float(torch.cat(nll).mean())
+        rate = float(torch.cat(kl).mean())
+        bits = tokenizer.likelihood.bits_per_dimension(distortion + rate, dimensions)
+        metrics = {
+            "psnr": float(torch.cat(psnr).mean()),
+            "nll": distortion,
+            "kl": rate,
+            "elbo": -(distortion + rate),
+            "bits_per_dimension": float(bits),
+            "loss": (distortion + self.config.kl_weight * rate) / dimensions,
+        }
+        if len(torch.cat(means)) > 1:
+            metrics["active_dimensions"] = float(active_dimensions(torch.cat(means)))
+        return metrics
+
+
+def _prior_loss(prior: nn.Module, z: Tensor) -> TokenizerLoss:
+    """The learned prior's loss of latents (B,n): -log p(z) in nats per latent dimension."""
+    nats = -prior(z).mean()
+    return TokenizerLoss("latent_prior", nats / z.shape[1], {"prior_nll": nats.detach()})
+
+
+def _latent_prior_problems(model: TokenizerConfig) -> list[str]:
+    """Why a tokenizer takes no learned prior."""
+    if model.has_codes:
+        return [
+            f"tokenizer.model.quantizer is {model.quantizer} and a latent prior is given; it is a "
+            "prior of Gaussian latents, set the quantizer to gaussian"
+        ]
+    if model.gaussian.free_bits:
+        return [
+            f"tokenizer.model.gaussian.free_bits is {model.gaussian.free_bits:g} and a latent "
+            "prior is given; free bits need the analytic KL to N(0, I), set them to 0"
+        ]
+    return []

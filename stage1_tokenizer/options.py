@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 QuantizerName = Literal[
-    "vq", "gumbel", "binary", "score_function", "fsq", "lfq", "bsq", "residual", "hierarchical"
+    "vq",
+    "gumbel",
+    "binary",
+    "score_function",
+    "fsq",
+    "lfq",
+    "bsq",
+    "residual",
+    "hierarchical",
+    "gaussian",
 ]
 STEP = 2 / 255
 """Between neighbours among the 256 values of 8-bit images, in the model's range [-1, 1]."""
@@ -25,6 +34,7 @@ OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "sign": ("lfq", "bsq"),
     "residual": ("residual",),
     "hierarchical": ("hierarchical",),
+    "gaussian": ("gaussian",),
 }
 
 
@@ -339,3 +349,33 @@ class HierarchicalOptions:
                 )
             )
         )
+
+
+@dataclass(kw_only=True)
+class GaussianOptions:
+    """Options of `quantizer: gaussian` (VAE)."""
+
+    latents: Literal["grid", "vector"] = "grid"
+    """`code_dim` latent dimensions at each position of the grid, or one vector per image. A vector
+    fixes the size of the images."""
+    vector_features: int = 64
+    """Latent dimensions of an image with `latents: vector`."""
+    free_bits: float = 0.0
+    """Nats of each latent dimension that cost nothing: a dimension whose mean KL over the batch is
+    lower is not pushed down (Kingma et al. 2016). It keeps dimensions from collapsing."""
+
+    def problems(self) -> list[str]:
+        section = "tokenizer.model.gaussian"
+        default = GaussianOptions.vector_features
+        return [
+            *out_of_range(self, section, "[1, inf]", "vector_features"),
+            *out_of_range(self, section, "[0, inf]", "free_bits"),
+            *failed(
+                (
+                    self.latents == "grid" and self.vector_features != default,
+                    f"{section}.vector_features is {self.vector_features} and {section}.latents is "
+                    "grid; set latents to vector, or leave vector_features out (a grid has "
+                    "tokenizer.model.code_dim features per position)",
+                )
+            ),
+        ]

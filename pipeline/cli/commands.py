@@ -35,8 +35,12 @@ def run_command(*, settings: list[str]) -> None:
 
 def train_tokenizer_command(*, settings: list[str]) -> None:
     """Stage 1: trains a tokenizer, images <-> codes; run again, it resumes."""
-    folder = pipeline.train_tokenizer(parse_experiment(settings))
-    print_rank0(f"wrote {folder}\nnext: minidalle encode {shlex.join(settings)}")
+    experiment = parse_experiment(settings)
+    folder = pipeline.train_tokenizer(experiment)
+    following = f"encode {shlex.join(settings)}"
+    if not experiment.tokenizer.model.has_codes:
+        following = f"reconstruct --tokenizer {folder} FILES"
+    print_rank0(f"wrote {folder}\nnext: minidalle {following}")
 
 
 def encode_command(
@@ -158,9 +162,11 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     """
     from pipeline.stages.estimate import estimate
 
-    for stage, memory in estimate(parse_experiment(settings), processes=processes).items():
+    estimates = estimate(parse_experiment(settings), processes=processes)
+    for stage, memory in estimates.items():
         print_rank0(f"{stage}: {memory.line(processes)}")
-    print_rank0(f"next: minidalle run {shlex.join(settings)}")
+    command = "run" if "prior" in estimates else "train-tokenizer"
+    print_rank0(f"next: minidalle {command} {shlex.join(settings)}")
 
 
 def codebook_command(

@@ -172,6 +172,15 @@ class Experiment:
         """The run folder."""
         return Path(self.output_dir) / self.name
 
+    def require_codes(self, command: str) -> None:
+        """Raises ValueError where the tokenizer has no codes, which a command needs."""
+        if not self.tokenizer.model.has_codes:
+            raise ValueError(
+                f"tokenizer.model.quantizer is {self.tokenizer.model.quantizer}, which has "
+                f"Gaussian latents, and `minidalle {command}` needs codes; choose another "
+                "quantizer (vq), or use `minidalle train-tokenizer` and `minidalle reconstruct`"
+            )
+
 
 def relation_problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong between the sections of an experiment, or in none of them; on plain values, so
@@ -303,3 +312,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return by_name
+
+
+def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with the defaults of those that are newer than the file."""
+    filled = dict(defaults) | dict(written)
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+            filled[key] = with_defaults(filled[key], default)
+    return filled

@@ -68,10 +68,11 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
     `out`; returns what is on the page.
 
     Raises:
-        ValueError: the folder holds no tokenizer, or there are no images.
+        ValueError: the folder holds no tokenizer or one without codes, or there are no images.
         FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.from_pretrained(tokenizer)
+    model.require_codes("`minidalle codebook`")
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(images):
         raise ValueError(

@@ -71,7 +71,7 @@ class TextToImagePipeline:
         trained_on: the bundle's description of its data.
 
     Raises:
-        ValueError: the prior models other codes or another vocabulary.
+        ValueError: there are no codes, or the prior models others, or another vocabulary.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class TextToImagePipeline:
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
     ) -> None:
+        tokenizer.require_codes("TextToImagePipeline")
         self.tokenizer = tokenizer
         self.prior = prior
         self.text = text

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pipeline.config.data import data_settings
-from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.experiment import Experiment, TokenizerSection, to_dict, with_defaults
 from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
 from pipeline.runtime.atomic_io import atomic_write_text
@@ -170,6 +170,7 @@ def _variant(
         raise ValueError(
             "tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false"
         )
+    experiment.require_codes("compare-tokenizers")
     return replace(experiment, name=name, output_dir=str(experiment.folder))
 
 
@@ -239,7 +240,11 @@ def is_complete(experiment: Experiment, minutes: float | None) -> bool:
     path = experiment.folder / _METRICS
     now = _made_with(experiment, minutes)
     written = _read(path) if path.is_file() else _plan(experiment.folder)
-    made = written["made_with"] if written else now
+    made = (
+        with_defaults(written["made_with"], {"tokenizer": to_dict(TokenizerSection())})
+        if written
+        else now
+    )
     if differing := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "

@@ -66,7 +66,7 @@ def encode_dataset(
 
     Raises:
         ValueError: the folder holds codes, complete or not, that were made with something else;
-            says what changed.
+            says what changed. Or the tokenizer has no codes.
         FileNotFoundError: there is no tokenizer yet.
     """
     folder = folder or experiment.folder / "codes"
@@ -115,7 +115,9 @@ def _load_tokenizer(experiment: Experiment, folder: Path | None) -> ImageTokeniz
     """The tokenizer in `folder`, or the run's own."""
     if folder is not None:
         tokenizer = ImageTokenizer.from_pretrained(folder)
+        tokenizer.require_codes("`minidalle encode`")
     else:
+        experiment.require_codes("encode")
         tokenizer = load_complete(
             ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
         )

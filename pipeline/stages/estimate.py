@@ -26,7 +26,8 @@ docs/scaling.md."""
 
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
-    """Memory per process of each trained stage, by name, on this machine's device.
+    """Memory per process of each trained stage, by name, on this machine's device. A tokenizer
+    without codes has no prior.
 
     Args:
         processes: number of processes that share the training.
@@ -50,6 +51,8 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         estimates["tokenizer"] = _estimate(
             "tokenizer", objective, images, train, experiment.precision, device, processes, program
         )
+    if not experiment.tokenizer.model.has_codes:
+        return estimates
     prior_objective, batch = trial_objective(experiment, tokenizer, 8)
     train = experiment.prior.train
     estimates["prior"] = _estimate(

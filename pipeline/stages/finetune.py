@@ -14,7 +14,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, flat, to_dict
+from pipeline.config.experiment import (
+    Experiment,
+    PriorSection,
+    TokenizerSection,
+    flat,
+    to_dict,
+    with_defaults,
+)
 from pipeline.config.inheritance import Stage, stage_folder
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
@@ -239,7 +246,8 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
 
 def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
     own = flat(to_dict(model))
-    theirs = flat(read_json(folder / "config.json")["model"])
+    written = read_json(folder / "config.json")["model"]
+    theirs = flat(with_defaults(written, to_dict(type(model)())))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [
             f"{stage}.model.{name} is {own[name]} and {theirs.get(name)} there"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.experiment import Experiment, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
@@ -99,7 +99,8 @@ class StageRun:
                     f"remove {self.folder} to start over"
                 )
             return False
-        made = written["settings"]
+        defaults = to_dict(type(getattr(self.experiment, self.stage))())
+        made = with_defaults(written["settings"], defaults)
         done = "held_out" in written
         longer = self.train.steps > made["train"]["steps"]
         free = set(RESUME_SAFE_FIELDS)

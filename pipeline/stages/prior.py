@@ -40,6 +40,7 @@ _ROWS_AT_A_TIME = 1000
 def train_prior(experiment: Experiment) -> Path:
     """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in
     `RUN/text_tokenizer`)."""
+    experiment.require_codes("train-prior")
     section = experiment.prior
     tokenizer = load_complete(
         ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"

@@ -53,7 +53,12 @@ def assemble_bundle(experiment: Experiment) -> Path:
 
 @with_run_lock
 def run(experiment: Experiment) -> Path:
-    """All stages, then a grid of images for validation captions; returns the bundle's folder."""
+    """All stages, then a grid of images for validation captions; returns the bundle's folder.
+
+    Raises:
+        ValueError: the tokenizer has no codes; and what each stage raises.
+    """
+    experiment.require_codes("run")
     encoded = (experiment.folder / "codes" / MANIFEST).is_file()
     seconds = StageSeconds() if encoded else estimate_seconds(experiment)
     train_tokenizer(experiment, seconds_after=seconds.encode + seconds.prior)

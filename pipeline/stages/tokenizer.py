@@ -29,7 +29,7 @@ from pipeline.stages.finetune import (
 from pipeline.stages.manifest import StageRun
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.training.task import Task
-from stage1_tokenizer import TokenizerObjective, to_model_range
+from stage1_tokenizer import TokenizerObjective, to_model_range, to_uint8
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -97,7 +97,7 @@ class TokenizerTraining:
             self.objective,
             partial(_batch, loader),
             self._eval_batches,
-            "nll",
+            self.objective.best_metric,
             self._sample_images,
             self.objective.check_health,
             loader.names,
@@ -112,11 +112,11 @@ class TokenizerTraining:
     @torch.no_grad()
     def _sample_images(self) -> dict[str, np.ndarray]:
         """The first validation images above their reconstructions, and how often each code is
-        used."""
+        used, where there are codes."""
         true = self.held_out.images(range(min(len(self.held_out), 8)))
         pixels = to_model_range(torch.from_numpy(true)).to(self.accelerator.device)
-        drawn = self.tokenizer.to_images(self.tokenizer.encode(pixels))
-        grid = make_grid([*true, *(np.asarray(p) for p in drawn)], columns=len(true))
+        drawn = to_uint8(self.tokenizer.reconstruct(pixels)).cpu().numpy()
+        grid = make_grid([*true, *drawn], columns=len(true))
         save_sample(self.experiment.folder, "reconstructions", grid)
         # The most used code is on the left. A flat curve is good; codes behind its end are wasted.
         uses = {

@@ -38,9 +38,10 @@ def optimizers_for(
         matrices = network.hidden_matrices()  # type: ignore[operator]
         chosen = {id(p) for p in matrices}
         parameters = [p for p in parameters if id(p) not in chosen]
-        optimizers[f"{group}/muon"] = Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        if matrices:
+            optimizers[f"{group}/muon"] = Muon(
+                matrices, lr=config.learning_rate, weight_decay=config.weight_decay
+            )
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -54,10 +54,10 @@ def build_networks(
             attention = options.attention
             blocks = options.blocks
             latent = options.latent_channels
+            # Mean and deviation of Gaussian latents are not both linear in `code_dim` features.
+            vector = config.code_dim if config.has_codes else features
             return (
-                vqgan.Encoder(
-                    channels, widths, blocks, latent, config.code_dim, features, attention
-                ),
+                vqgan.Encoder(channels, widths, blocks, latent, vector, features, attention),
                 vqgan.Decoder(vectors, widths, blocks, latent, parameters, attention),
             )
 

@@ -13,6 +13,7 @@ from stage1_tokenizer.quantizers.base import (
 )
 from stage1_tokenizer.quantizers.binary import BinaryQuantizer
 from stage1_tokenizer.quantizers.fsq import FiniteScalarQuantizer
+from stage1_tokenizer.quantizers.gaussian import GaussianQuantizer
 from stage1_tokenizer.quantizers.gumbel import GumbelQuantizer
 from stage1_tokenizer.quantizers.hierarchical import HierarchicalQuantizer
 from stage1_tokenizer.quantizers.residual import ResidualQuantizer
@@ -42,12 +43,15 @@ def build_quantizer(config: TokenizerConfig) -> Quantizer:
             return HierarchicalQuantizer(
                 config.num_codes, config.code_dim, config.hierarchical, config.vq
             )
+        case "gaussian":
+            return GaussianQuantizer(config.code_dim, config.grid, config.gaussian)
 
 
 __all__ = [
     "BinaryQuantizer",
     "CodebookStatistics",
     "FiniteScalarQuantizer",
+    "GaussianQuantizer",
     "GumbelQuantizer",
     "HierarchicalQuantizer",
     "Quantized",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.config import Level
+from stage1_tokenizer.posterior import GaussianLatents
 
 DEAD_BELOW = 0.01
 """A code used less than this fraction of the average counts as dead in the reported metrics."""
@@ -29,16 +30,18 @@ class Quantized:
     latents: Tensor
     """(B,D,h,w) what the decoder sees."""
     codes: Tensor
-    """(B,h,w) or flat, int64."""
+    """(B,h,w) or flat, int64; (B,0) where latents are Gaussian."""
     loss: Tensor
     """Scalar: what the quantizer adds to the objective as it stands (squared distances,
     entropies)."""
     kl: Tensor | None = None
     """Scalar: KL(q(codes given image) || uniform) in nats per image, a mean over the batch; None
-    where q is one code."""
+    where q is one code. Of Gaussian latents, the KL to N(0, I), with free bits."""
     log_q: Tensor | None = None
     """(B,h,w) log probability of each sampled code, for the score function; None where the latents
     carry the gradient."""
+    gaussian: GaussianLatents | None = None
+    """Gaussian latents and their posterior; None where there are codes."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -154,7 +157,7 @@ class Quantizer(nn.Module):
         return self(features).codes
 
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
-        """The levels of the codes of features with this grid."""
+        """The levels of the codes of features with this grid; () where there are no codes."""
         raise NotImplementedError
 
     def embed(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,7 +10,14 @@ from stage1_tokenizer import ImageTokenizer, VectorOptions
 from stage1_tokenizer.convert_checkpoints import align_state_dict, convert
 from stage1_tokenizer.quantizers import VectorQuantizer
 from tests.helpers.published_weights import vqgan
-from tests.helpers.tokenizers import KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import (
+    ALL_KINDS,
+    EVERY_LATENT_KIND,
+    EVERY_TOKENIZER,
+    KINDS,
+    LATENT_KINDS,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -26,9 +33,26 @@ def test_encoding_and_decoding_equal_those_of_the_cpu(kind, device):
     torch.testing.assert_close(there.decode(codes.to(device)).cpu(), drawn, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_LATENT_KIND
+def test_posteriors_equal_those_of_the_cpu(kind, device):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind])
+    pixels = torch.rand(4, 3, 16, 16) * 2 - 1
+    posterior = tokenizer.posterior(pixels)
+    z = posterior.sample(torch.Generator().manual_seed(0))
+    drawn = tokenizer.decode_latents(z)
+    there = tokenizer.to(device)
+    found = there.posterior(pixels.to(device))
+    torch.testing.assert_close(found.mean.cpu(), posterior.mean, rtol=1e-3, atol=1e-3)
+    sampled = found.sample(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sampled.cpu(), z, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        there.decode_latents(z.to(device)).cpu(), drawn, rtol=1e-3, atol=1e-3
+    )
+
+
+@EVERY_TOKENIZER
 def test_every_quantizer_has_gradients(kind, device):
-    tokenizer = tiny_tokenizer(**KINDS[kind]).to(device).train()
+    tokenizer = tiny_tokenizer(**ALL_KINDS[kind]).to(device).train()
     pixels = torch.rand(8, 3, 16, 16, device=device) * 2 - 1
     output = tokenizer(pixels, 0.9 if tokenizer.quantizer.relaxed else None)
     value = (

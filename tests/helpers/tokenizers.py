@@ -1,5 +1,5 @@
 """Tokenizers of every kind, small enough to check exhaustively: 16x16 images, 4x4 codes of a
-codebook of 12."""
+codebook of 12, or 4x4 positions of 4 latents."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
 
 from stage1_tokenizer import (
     BinaryOptions,
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
     ImageTokenizer,
@@ -48,6 +51,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Changes to the tiny configuration for every quantizer and its main options."""
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+LATENT_KINDS: dict[str, dict[str, Any]] = {
+    "gaussian": {"quantizer": "gaussian"},
+    "gaussian vector": {
+        "quantizer": "gaussian",
+        "gaussian": GaussianOptions(latents="vector", vector_features=10, free_bits=0.01),
+    },
+}
+"""The same for tokenizers of Gaussian latents, which have no codes."""
+EVERY_LATENT_KIND = pytest.mark.parametrize("kind", LATENT_KINDS)
+ALL_KINDS = KINDS | LATENT_KINDS
+EVERY_TOKENIZER = pytest.mark.parametrize("kind", ALL_KINDS)
 
 
 def objective_of(kind: str) -> ObjectiveConfig:
@@ -79,3 +93,15 @@ def tiny_tokenizer(**changes: Any) -> ImageTokenizer:
             if parameter.ndim == 4:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
     return tokenizer.eval()
+
+
+class AffinePrior(nn.Module):
+    """A learned prior of latents: a Gaussian with a mean and a deviation of each dimension."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((dimensions,), 0.3))
+        self.log_std = nn.Parameter(torch.full((dimensions,), -0.2))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(self.mean, self.log_std.exp()).log_prob(z).sum(1)

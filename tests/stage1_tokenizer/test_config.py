@@ -14,6 +14,7 @@ from stage1_tokenizer import (
     BinaryOptions,
     DiscriminatorOptions,
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
     ObjectiveConfig,
@@ -205,6 +206,23 @@ def test_every_wrong_option_of_a_section_is_named_and_no_right_one():
             r"image_size 96 is not a multiple of 64, .*factor 8 needs with hierarchical\.levels 4; "
             r"the nearest size that fits is 128",
         ),
+        (
+            {"quantizer": "gaussian", "gaussian": GaussianOptions(free_bits=-0.1)},
+            r"gaussian\.free_bits is -0\.1; it must be 0 or more$",
+        ),
+        (
+            {
+                "quantizer": "gaussian",
+                "gaussian": GaussianOptions(latents="vector", vector_features=0),
+            },
+            r"gaussian\.vector_features is 0; it must be at least 1$",
+        ),
+        (
+            {"quantizer": "gaussian", "gaussian": GaussianOptions(vector_features=8)},
+            r"gaussian\.vector_features is 8 and .*latents is grid; set latents to vector, or "
+            r"leave vector_features out \(a grid has tokenizer\.model\.code_dim features per "
+            r"position\)$",
+        ),
         ({"num_codes": 1}, "num_codes is 1; it must be at least 2"),
         (
             {"likelihood_scale": 0.005},
@@ -295,6 +313,7 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
         "sign": SignOptions(commitment=0.5),
         "residual": ResidualOptions(depth=3),
         "hierarchical": HierarchicalOptions(levels=3),
+        "gaussian": GaussianOptions(latents="vector"),
     }[section]
     first = dataclasses.fields(other)[0].name
     for quantizer in typing.get_args(QuantizerName):

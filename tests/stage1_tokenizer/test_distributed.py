@@ -3,16 +3,20 @@ identical, evaluation does not communicate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stage1_tokenizer import (
+    GaussianOptions,
     GumbelOptions,
+    ObjectiveConfig,
     ResidualOptions,
     ScoreFunctionOptions,
     SignOptions,
@@ -20,13 +24,14 @@ from stage1_tokenizer import (
     VectorOptions,
 )
 from stage1_tokenizer.quantizers import (
+    GaussianQuantizer,
     GumbelQuantizer,
     ResidualQuantizer,
     ScoreFunctionQuantizer,
     SignQuantizer,
     VectorQuantizer,
 )
-from tests.helpers.tokenizers import KINDS, objective_of, tiny_tokenizer
+from tests.helpers.tokenizers import ALL_KINDS, AffinePrior, objective_of, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -82,6 +87,38 @@ def entropy_gradient(rank: int | None) -> Tensor:
     return shift.grad
 
 
+def free_bits_gradient(rank: int | None) -> Tensor:
+    """Of the KL to a parameter that shifts all features, with free bits that some dimensions have
+    used up over both halves of the batch and not in each."""
+    shift = torch.zeros(4, requires_grad=True)
+    options = GaussianOptions(free_bits=0.55)
+    gaussian = GaussianQuantizer(2, (4, 4), options).train()
+    kl = gaussian(batch(0, rank) + shift[:, None, None], 1.0).kl
+    assert kl is not None
+    kl.backward()
+    return shift.grad
+
+
+def latent_prior_gradients(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
+    """Of the tokenizer and its learned prior, for images and noise of this rank."""
+    tokenizer = tiny_tokenizer(quantizer="gaussian").train()
+    objective = TokenizerObjective(
+        tokenizer, ObjectiveConfig(kl_ramp_steps=0), latent_prior=AffinePrior(64)
+    )
+    draws = torch.Generator().manual_seed(rank)
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=draws)
+    wrapped = {name: wrap(network) for name, network in objective.networks.items()}
+    torch.manual_seed(rank)
+    for loss in objective.losses(images, 0, wrapped):
+        loss.value.backward()
+    return {
+        f"{name}.{key}": parameter.grad.clone()
+        for name, network in objective.networks.items()
+        for key, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }
+
+
 def run(quantizer: torch.nn.Module, rank: int | None, steps: int = 6) -> dict[str, Tensor]:
     quantizer.train()
     for step in range(steps):
@@ -102,10 +139,15 @@ def work(rank: int, folder: str) -> None:
         "gradient": run(restarting("gradient"), rank),
         "gumbel": run(GumbelQuantizer(4, 4, GumbelOptions()), rank),
         "residual": run(shared_residual(), rank),
-        "other": {"baseline": baseline(rank), "entropy gradient": entropy_gradient(rank)},
+        "other": {
+            "baseline": baseline(rank),
+            "entropy gradient": entropy_gradient(rank),
+            "free bits gradient": free_bits_gradient(rank),
+        },
+        "latent prior": latent_prior_gradients(rank, DistributedDataParallel),
     }
     if rank == 0:  # a collective in here would wait for the other process for ever
-        for kind, changes in KINDS.items():
+        for kind, changes in ALL_KINDS.items():
             TokenizerObjective(tiny_tokenizer(**changes), objective_of(kind)).evaluate(
                 [torch.zeros(2, 16, 16, 3).byte()]
             )
@@ -145,6 +187,24 @@ def test_entropy_penalty_gradient_equals_that_of_the_global_batch(states):
     averaged = sum(state["other"]["entropy gradient"] for state in states) / PROCESSES
     torch.testing.assert_close(averaged, entropy_gradient(None))
     assert not torch.allclose(states[0]["other"]["entropy gradient"], averaged)
+
+
+def test_free_bits_gradient_equals_that_of_the_global_batch(states):
+    averaged = sum(state["other"]["free bits gradient"] for state in states) / PROCESSES
+    torch.testing.assert_close(averaged, free_bits_gradient(None))
+    alone = sum(free_bits_gradient(rank) for rank in range(PROCESSES)) / PROCESSES
+    assert not torch.allclose(alone, averaged)  # the halves do not use up the same dimensions
+
+
+def test_gradients_of_tokenizer_and_latent_prior_are_averaged(states):
+    first, second = (state["latent prior"] for state in states)
+    alone = [latent_prior_gradients(rank, lambda network: network) for rank in range(PROCESSES)]
+    assert {"latent_prior.prior.mean", "latent_prior.prior.log_std"} <= first.keys()
+    assert first.keys() == alone[0].keys()
+    for name, gradient in first.items():
+        assert torch.equal(second[name], gradient), name
+        mean = (alone[0][name] + alone[1][name]) / 2
+        torch.testing.assert_close(gradient, mean, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_residual_codebooks_are_identical_on_all_processes(states):

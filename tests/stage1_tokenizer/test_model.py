@@ -18,7 +18,16 @@ from stage1_tokenizer import (
     to_model_range,
     to_uint8,
 )
-from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
+from tests.helpers.tokenizers import (
+    ALL_KINDS,
+    EVERY_KIND,
+    EVERY_LATENT_KIND,
+    EVERY_TOKENIZER,
+    KINDS,
+    LATENT_KINDS,
+    objective_of,
+    tiny_tokenizer,
+)
 
 
 @EVERY_KIND
@@ -192,9 +201,9 @@ def test_codes_outside_the_grid_or_codebook_are_refused(tokenizer):
         uneven.decode(codes)
 
 
-@EVERY_KIND
+@EVERY_TOKENIZER
 def test_gradients_of_the_objective_reach_every_parameter(kind, images):
-    tokenizer = tiny_tokenizer(**KINDS[kind]).train()
+    tokenizer = tiny_tokenizer(**ALL_KINDS[kind]).train()
     (loss,) = TokenizerObjective(tokenizer, objective_of(kind)).losses(images, 500)
     loss.value.backward()
     missing = [
@@ -202,6 +211,121 @@ def test_gradients_of_the_objective_reach_every_parameter(kind, images):
     ]
     assert not missing
     assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
+@EVERY_LATENT_KIND
+@pytest.mark.parametrize("likelihood", ["l2", "l1", "logit_laplace"])
+def test_images_become_latents_and_latents_become_images(kind, likelihood, images):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind], likelihood=likelihood)
+    pixels = to_model_range(images)
+    posterior = tokenizer.posterior(pixels)
+    assert tokenizer.latent_dim == {"gaussian": 64, "gaussian vector": 10}[kind]
+    assert posterior.mean.shape == posterior.log_std.shape == (6, tokenizer.latent_dim)
+    drawn = tokenizer.decode_latents(posterior.mean)
+    assert drawn.shape == (6, 3, 16, 16) and -1 <= drawn.min() <= drawn.max() <= 1
+    output = tokenizer(pixels)
+    torch.testing.assert_close(
+        tokenizer.likelihood.image(output.parameters).clamp(-1, 1), drawn, atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(tokenizer.reconstruct(pixels), drawn, atol=1e-5, rtol=0)
+    assert tokenizer.layout == () and output.quantized.codes.shape == (6, 0)
+    assert tokenizer.num_codes == 0
+
+
+def test_latents_of_a_grid_are_in_the_order_feature_row_column(images):
+    tokenizer = tiny_tokenizer(quantizer="gaussian")
+    pixels = to_model_range(images)
+    features = tokenizer.encoder(pixels)
+    mean = tokenizer.posterior(pixels).mean
+    assert mean[1, 2 * 16 + 3 * 4 + 1] == features[1, 2, 3, 1]
+    seen = tokenizer.quantizer.unflatten(mean, (4, 4))
+    torch.testing.assert_close(seen, features[:, :4])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 16), (16, 48)])
+def test_grid_latents_take_images_of_other_sizes(height, width):
+    tokenizer = tiny_tokenizer(quantizer="gaussian")
+    pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = (height // 4, width // 4)
+    mean = tokenizer.posterior(pixels).mean
+    assert mean.shape == (2, 4 * grid[0] * grid[1])
+    drawn = tokenizer.decode_latents(mean, grid)
+    assert drawn.shape == pixels.shape
+    torch.testing.assert_close(tokenizer.reconstruct(pixels), drawn)
+
+
+@EVERY_LATENT_KIND
+def test_gaussian_tokenizer_in_bf16_encodes_and_decodes(kind, images):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind]).to(torch.bfloat16)
+    posterior = tokenizer.posterior(to_model_range(images))
+    assert posterior.mean.dtype == torch.float32
+    drawn = tokenizer.decode_latents(posterior.sample())
+    assert drawn.isfinite().all() and drawn.dtype == torch.float32
+
+
+def test_one_latent_vector_refuses_images_of_another_size():
+    tokenizer = tiny_tokenizer(**LATENT_KINDS["gaussian vector"])
+    with pytest.raises(
+        ValueError,
+        match=r"pixels are 32x16 \(width x height\) and this tokenizer's one latent vector is for "
+        r"16x16; crop or resize to it first",
+    ):
+        tokenizer.reconstruct(torch.zeros(1, 3, 16, 32))
+    for fails in (
+        lambda: tokenizer(torch.zeros(1, 3, 16, 32)),
+        lambda: tokenizer.decode_latents(torch.zeros(1, 10), (4, 8)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"a grid of 4x8 and the one latent vector of this tokenizer is for 4x4; give "
+            r"images of the size that it was trained on, or train with .*latents=grid",
+        ):
+            fails()
+
+
+@EVERY_LATENT_KIND
+def test_codes_are_refused_where_latents_are_gaussian(kind):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind])
+    codes = torch.zeros(1, 4, 4, dtype=torch.long)
+    uses = [
+        ("encode", lambda: tokenizer.encode(torch.zeros(1, 3, 16, 16))),
+        ("encode", lambda: tokenizer.to_codes([Image.new("RGB", (16, 16))])),
+        ("decode", lambda: tokenizer.decode(codes)),
+        ("decode", lambda: tokenizer.to_images(codes)),
+    ]
+    for name, use in uses:
+        with pytest.raises(
+            ValueError,
+            match=rf"^this tokenizer has Gaussian latents, and {name} needs codes; use "
+            r"posterior\(pixels\) and decode_latents\(latents\), or train a tokenizer with "
+            r"tokenizer\.model\.quantizer=vq$",
+        ):
+            use()
+    with pytest.raises(ValueError, match="this tokenizer has Gaussian latents and no codes; use"):
+        tokenizer.code_vectors  # noqa: B018
+
+
+def test_latents_are_refused_where_there_are_codes(tokenizer):
+    uses = {
+        "posterior": lambda: tokenizer.posterior(torch.zeros(1, 3, 16, 16)),
+        "latent_parameters": lambda: tokenizer.decode_latents(torch.zeros(1, 64)),
+    }
+    for name, use in uses.items():
+        with pytest.raises(
+            ValueError,
+            match=rf"^this tokenizer has codes \(quantizer vq\), and {name} needs Gaussian "
+            r"latents; use encode and decode, or train a tokenizer with "
+            r"tokenizer\.model\.quantizer=gaussian$",
+        ):
+            use()
+    assert tokenizer.latent_dim == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 63), (64,), (1, 4, 4, 4)])
+def test_latents_of_another_shape_are_refused(shape):
+    tokenizer = tiny_tokenizer(quantizer="gaussian")
+    with pytest.raises(ValueError, match=r"latents have shape .* and must be \(batch, 64\)"):
+        tokenizer.decode_latents(torch.zeros(shape))
 
 
 def test_convolutions_are_channels_last(tokenizer):

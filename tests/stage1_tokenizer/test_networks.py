@@ -18,7 +18,7 @@ from stage1_tokenizer import (
 from stage1_tokenizer.networks.attention import SpatialAttention
 from stage1_tokenizer.networks.patch import Decoder, Encoder, ResidualBlock
 from stage1_tokenizer.networks.transformer import positions
-from tests.helpers.tokenizers import KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import EVERY_LATENT_KIND, KINDS, LATENT_KINDS, tiny_tokenizer
 
 
 def networks(
@@ -137,6 +137,22 @@ def test_every_architecture_takes_images_of_any_size_to_codes_and_back(architect
         pixels = torch.rand(2, 3, height, width) * 2 - 1
         codes = tokenizer.encode(pixels)
         assert tokenizer.decode(codes, (height // 4, width // 4)).shape == pixels.shape
+
+
+@EVERY_ARCHITECTURE
+@EVERY_LATENT_KIND
+def test_every_architecture_takes_images_to_gaussian_latents_and_back(architecture, kind, images):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind], **ARCHITECTURES[architecture])
+    pixels = to_model_range(images)
+    assert tokenizer.posterior(pixels).mean.shape == (6, tokenizer.latent_dim)
+    assert tokenizer.reconstruct(pixels).shape == pixels.shape
+
+
+def test_vqgan_has_as_many_features_as_gaussian_latents_need():
+    """Mean and standard deviation would otherwise both be linear in `code_dim` features."""
+    tokenizer = tiny_tokenizer(quantizer="gaussian", **ARCHITECTURES["vqgan"])
+    assert tokenizer.encoder.quant_conv.out_channels == 8
+    assert isinstance(tokenizer.encoder.project, torch.nn.Identity)
 
 
 @EVERY_ARCHITECTURE

@@ -9,6 +9,7 @@ import torch
 
 from stage1_tokenizer import (
     FsqOptions,
+    GaussianOptions,
     GumbelOptions,
     ImageTokenizer,
     ObjectiveConfig,
@@ -22,7 +23,15 @@ from stage1_tokenizer import (
 from stage1_tokenizer.likelihoods import Gaussian
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.objective import falling_cosine, kl_weight, temperature
-from tests.helpers.tokenizers import EVERY_KIND, KINDS, objective_of, tiny_tokenizer
+from tests.helpers.tokenizers import (
+    ALL_KINDS,
+    EVERY_LATENT_KIND,
+    EVERY_TOKENIZER,
+    KINDS,
+    LATENT_KINDS,
+    objective_of,
+    tiny_tokenizer,
+)
 
 DIMENSIONS = 16 * 16 * 3
 COMMON = {
@@ -107,6 +116,34 @@ def test_gumbel_kl_weight_is_ramped(images, step, weight):
     assert float(loss.metrics["temperature"]) == pytest.approx(temperature(step, objective.config))
 
 
+@pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
+def test_gaussian_kl_weight_warms_up(images, step, weight):
+    tokenizer = tiny_tokenizer(quantizer="gaussian").train()
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=3.0, kl_ramp_steps=100))
+    (loss,) = objective.losses(images, step)
+    expected = (loss.metrics["nll"] + weight * loss.metrics["kl"]) / DIMENSIONS
+    torch.testing.assert_close(loss.value.detach(), expected)
+    assert set(loss.metrics) == {"nll", "psnr", "kl", "active_dimensions"}
+    analytic = tokenizer.posterior(to_model_range(images)).kl_to_standard().mean()
+    torch.testing.assert_close(loss.metrics["kl"], analytic)
+
+
+def test_gaussian_latents_are_sampled_in_training_and_the_mean_otherwise(images):
+    tokenizer = tiny_tokenizer(quantizer="gaussian").train()
+    pixels = to_model_range(images)
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    nll = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        (loss,) = objective.losses(images, 0)
+        nll.append(float(loss.metrics["nll"]))
+    assert nll[0] == nll[1]
+    torch.manual_seed(4)
+    (loss,) = objective.losses(images, 0)
+    assert float(loss.metrics["nll"]) != nll[0]
+    assert torch.equal(tokenizer(pixels).parameters, tokenizer(pixels).parameters)
+
+
 def test_score_function_adds_gradient_but_no_loss(images):
     tokenizer = tiny_tokenizer(
         quantizer="score_function",
@@ -152,7 +189,7 @@ def test_training_and_evaluation_agree_on_the_use_of_the_same_codes(images, kind
         assert int(trained.metrics[f"dead_codes{name}"]) == statistics.dead
 
 
-@EVERY_KIND
+@EVERY_TOKENIZER
 def test_losses_call_the_wrapped_networks(images, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
@@ -165,7 +202,7 @@ def test_losses_call_the_wrapped_networks(images, kind):
             self.calls += 1
             return self.module(*args)
 
-    tokenizer = tiny_tokenizer(**KINDS[kind]).train()
+    tokenizer = tiny_tokenizer(**ALL_KINDS[kind]).train()
     objective = TokenizerObjective(tokenizer, objective_of(kind))
     objective.networks["tokenizer"] = wrapper = Wrapper(tokenizer)
     list(objective.losses(images, 0))
@@ -210,6 +247,66 @@ def test_validation_counts_distinct_codes_and_codes_that_an_image_keeps(images, 
     for level, number in distinct.items():
         assert metrics[f"distinct_codes{level}"] == number
         assert f"reencode_agreement{level}" in metrics
+
+
+@EVERY_LATENT_KIND
+def test_validation_of_gaussian_latents_is_the_elbo_at_one_sample(images, kind):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind])
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(kl_weight=2.0))
+    metrics = objective.evaluate([images])
+    assert set(metrics) == {
+        "psnr",
+        "nll",
+        "kl",
+        "elbo",
+        "bits_per_dimension",
+        "loss",
+        "active_dimensions",
+    }
+    assert all(type(v) is float and math.isfinite(v) for v in metrics.values())
+    assert metrics["elbo"] == -(metrics["nll"] + metrics["kl"])
+    assert metrics["bits_per_dimension"] == pytest.approx(
+        float(tokenizer.likelihood.bits_per_dimension(-metrics["elbo"], DIMENSIONS))
+    )
+    assert metrics["loss"] == pytest.approx((metrics["nll"] + 2 * metrics["kl"]) / DIMENSIONS)
+    pixels = to_model_range(images)
+    posterior = tokenizer.posterior(pixels)
+    assert metrics["kl"] == pytest.approx(float(posterior.kl_to_standard().mean()))
+    z = posterior.sample(torch.Generator().manual_seed(0))
+    nll = tokenizer.likelihood.nll(pixels, tokenizer.latent_parameters(z)).mean()
+    assert metrics["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
+    psnr = peak_signal_to_noise(pixels, tokenizer.reconstruct(pixels)).mean()
+    assert metrics["psnr"] == pytest.approx(float(psnr), rel=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["l2", "logit_laplace"])
+@EVERY_LATENT_KIND
+def test_validation_of_gaussian_latents_does_not_depend_on_batches(images, kind, likelihood):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind], likelihood=likelihood)
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
+    whole = objective.evaluate([images])
+    assert tokenizer.training
+    assert objective.evaluate([images[:2], images[2:3], images[3:]]) == pytest.approx(
+        whole, rel=1e-5
+    )
+    one = objective.evaluate([images[:1]])
+    assert "active_dimensions" not in one and one["kl"] > 0
+
+
+def test_empty_validation_of_gaussian_latents_is_refused():
+    with pytest.raises(ValueError, match=r"no held-out images to evaluate on; raise data"):
+        TokenizerObjective(tiny_tokenizer(quantizer="gaussian"), ObjectiveConfig()).evaluate([])
+
+
+def test_the_best_weights_are_chosen_with_the_kl():
+    """During the warm-up, latents without noise have the best likelihood."""
+    names = {
+        quantizer: TokenizerObjective(
+            tiny_tokenizer(quantizer=quantizer), ObjectiveConfig()
+        ).best_metric
+        for quantizer in ("vq", "gaussian")
+    }
+    assert names == {"vq": "nll", "gaussian": "loss"}
 
 
 def test_gumbel_gap_is_relaxed_minus_hard(images):
@@ -263,6 +360,8 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
         ({"quantizer": "bsq"}, 3.0),
         ({"quantizer": "fsq", "fsq": FsqOptions(levels=(4, 4, 4))}, 4.0),
         ({"quantizer": "binary"}, 3.0),
+        ({"quantizer": "gaussian"}, 4.0),
+        ({"quantizer": "gaussian", "gaussian": GaussianOptions(latents="vector")}, 3.0),
     ],
     ids=[
         "vq l2",
@@ -276,6 +375,8 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
         "bsq",
         "fsq",
         "binary",
+        "gaussian",
+        "gaussian vector",
     ],
 )
 def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):

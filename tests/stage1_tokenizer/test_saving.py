@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from stage1_tokenizer import ImageTokenizer, to_model_range
-from tests.helpers.tokenizers import EVERY_KIND, KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import (
+    EVERY_KIND,
+    EVERY_LATENT_KIND,
+    KINDS,
+    LATENT_KINDS,
+    tiny_tokenizer,
+)
 
 
 def trained(**changes) -> ImageTokenizer:
@@ -58,6 +64,18 @@ def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, images, loa
     assert torch.equal(again.encode(pixels), codes)
     torch.testing.assert_close(again.decode(codes), tokenizer.decode(codes))
     assert any(bool(tensor.any()) for name, tensor in state.items() if name.endswith("counts"))
+
+
+@EVERY_LATENT_KIND
+def test_gaussian_latents_survive_saving(tmp_path, images, kind):
+    tokenizer = tiny_tokenizer(**LATENT_KINDS[kind])
+    tokenizer.save_pretrained(tmp_path)
+    again = ImageTokenizer.from_pretrained(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint and again.own_config == tokenizer.own_config
+    pixels = to_model_range(images)
+    before, after = tokenizer.posterior(pixels), again.posterior(pixels)
+    assert torch.equal(after.mean, before.mean) and torch.equal(after.log_std, before.log_std)
+    torch.testing.assert_close(again.reconstruct(pixels), tokenizer.reconstruct(pixels))
 
 
 def test_the_folder_holds_a_readable_configuration_and_no_pickle(folder):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.tiling import by_tiles
-from tests.helpers.tokenizers import KINDS, tiny_tokenizer
+from tests.helpers.tokenizers import ALL_KINDS, tiny_tokenizer
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -36,10 +36,10 @@ def test_windows_are_multiples_of_the_stride():
     )
 
 
-@pytest.mark.parametrize("kind", ["vq", "gumbel", "residual", "hierarchical", "fsq"])
+@pytest.mark.parametrize("kind", ["vq", "gumbel", "residual", "hierarchical", "fsq", "gaussian"])
 def test_tiled_image_equals_the_untiled_one(kind):
     """The tiny networks reach less than 64 pixels."""
-    tokenizer, x = tiny_tokenizer(**KINDS[kind]), pixels(1, 3, 96, 200)
+    tokenizer, x = tiny_tokenizer(**ALL_KINDS[kind]), pixels(1, 3, 96, 200)
     whole = tokenizer.reconstruct(x)
     torch.testing.assert_close(tokenizer.reconstruct(x, tile=48), whole, atol=1e-5, rtol=0)
     assert torch.equal(tokenizer.reconstruct(x, tile=200), whole)

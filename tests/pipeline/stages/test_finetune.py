@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from pipeline import TextToImagePipeline, forgetting
 from pipeline.cli.main import main
-from pipeline.config.experiment import PriorSection
+from pipeline.config.experiment import PriorSection, TokenizerSection
 from pipeline.config.load import load_experiment
 from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
-from pipeline.stages.finetune import LoRAAdapter
+from pipeline.stages.finetune import LoRAAdapter, check_init_from
 from pipeline.stages.manifest import read_settings
 from pipeline.training import trainer
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -30,6 +30,7 @@ from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextT
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, launch
+from tests.helpers.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,26 @@ def test_model_and_text_settings_are_inherited(same, bundle):
         experiment.prior.model == prior.model_config
         and experiment.text.max_length == prior.stream.text_length == 48
     )
+
+
+def test_weights_from_before_a_setting_existed_can_be_started_from(tmp_path):
+    """A tokenizer whose config.json has no section of a quantizer that is newer."""
+    tokenizer = tiny_tokenizer(quantizer="fsq", num_codes=1024)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["model"]["gaussian"]
+    path.write_text(json.dumps(values))
+    section = TokenizerSection(model=tokenizer.own_config, init_from=str(tmp_path))
+    check_init_from(section, PriorSection(), 48)
+    del values["model"]["fsq"]  # which is of this quantizer, and at its default
+    path.write_text(json.dumps(values))
+    check_init_from(section, PriorSection(), 48)
+    section.model.code_dim += 1
+    with pytest.raises(
+        ValueError, match=r"of another architecture: tokenizer\.model\.code_dim is 5"
+    ):
+        check_init_from(section, PriorSection(), 48)
 
 
 def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run):

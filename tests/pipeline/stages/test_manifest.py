@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.cli.main import main
-from pipeline.config.experiment import Experiment
+from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.load import load_experiment
 from pipeline.stages.manifest import StageRun, read_settings
 from stage1_tokenizer import ImageTokenizer
@@ -49,6 +49,25 @@ def test_a_complete_stage_allows_what_changes_no_weight_and_refuses_the_rest(exp
     ):
         with pytest.raises(ValueError, match=name):
             other.is_complete()
+
+
+def test_a_stage_made_before_a_setting_existed_has_its_default(experiment):
+    """Of a section of the model and of a field of the training."""
+    model = to_dict(experiment.tokenizer)["model"]
+    inputs = {"model": {name: value for name, value in model.items() if name != "gaussian"}}
+    train = experiment.tokenizer.train
+    run = StageRun(experiment, "tokenizer", train, inputs)
+    run.begin()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    settings = run.folder / "settings.json"
+    settings.write_text(settings.read_text().replace('"ema_decay"', '"unknown"'))
+    assert StageRun(experiment, "tokenizer", train, {"model": model}).is_complete()
+    changed = replace(train, ema_decay=0.5)
+    with pytest.raises(ValueError, match=r"\(train.ema_decay\)"):
+        StageRun(experiment, "tokenizer", changed, {"model": model}).is_complete()
+    model["gaussian"]["free_bits"] = 0.5
+    with pytest.raises(ValueError, match=r"\(model\)"):
+        StageRun(experiment, "tokenizer", train, {"model": model}).is_complete()
 
 
 def test_an_interrupted_attempt_keeps_what_auto_chose(experiment):

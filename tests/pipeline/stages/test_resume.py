@@ -154,6 +154,15 @@ VARIANTS = {
         "--tokenizer.model.residual.shared",
         "true",
     ],
+    "gaussian": ["--tokenizer.model.quantizer", "gaussian"],
+    "gaussian vector": [
+        "--tokenizer.model.quantizer",
+        "gaussian",
+        "--tokenizer.model.gaussian.latents",
+        "vector",
+        "--tokenizer.model.gaussian.free_bits",
+        "0.1",
+    ],
     "perceptual": [
         "--tokenizer.objective.perceptual.weight",
         "1",

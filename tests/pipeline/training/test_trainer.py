@@ -29,7 +29,10 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.ema import EMA, ema_decay
 from pipeline.training.optimizers import learning_rate, optimizers_for
+from pipeline.training.task import Task
 from pipeline.training.train_step import step_seed
+from stage1_tokenizer import ObjectiveConfig, TokenizerObjective
+from tests.helpers.tokenizers import AffinePrior, tiny_tokenizer
 from tests.helpers.training import CONFIG, Line, fit_task, line_task, train
 
 
@@ -431,3 +434,36 @@ def test_muon_gets_kernels_but_no_codebook():
     stepped = {id(p) for o in optimizers["tokenizer/muon"].param_groups for p in o["params"]}
     kernels = {id(m.weight) for m in tokenizer.modules() if isinstance(m, torch.nn.Conv2d)}
     assert stepped == kernels and id(tokenizer.quantizer.codebook) not in stepped
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learned_latent_prior_is_trained_and_resumed(tmp_path, optimizer):
+    """With the tokenizer, by an optimizer of its own; a resumed training ends with the same
+    bits."""
+    prior = AffinePrior(64)
+    start = prior.mean.detach().clone()
+    config = TrainConfig(**{**CONFIG, "optimizer": optimizer, "steps": 4})
+    fit_task(latent_prior_task(prior), config, tmp_path / "whole")
+    assert not torch.equal(prior.mean, start)
+    again = AffinePrior(64)
+    fit_task(latent_prior_task(again), replace(config, steps=2), tmp_path / "parts")
+    fit_task(latent_prior_task(AffinePrior(64)), config, tmp_path / "parts")
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoints" / "step-4" / "weights.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert "latent_prior.prior.mean" in whole and "tokenizer.encoder.layers.1.weight" in whole
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def latent_prior_task(prior: nn.Module) -> Task:
+    """A tokenizer of Gaussian latents and its learned prior."""
+    tokenizer = tiny_tokenizer(quantizer="gaussian")
+    objective = TokenizerObjective(tokenizer, ObjectiveConfig(), latent_prior=prior)
+
+    def batch(step: int) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(step)
+        return torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=draws)
+
+    return Task(objective, batch, lambda: [batch(99)], objective.best_metric, dict)
