@@ -27,7 +27,7 @@ GUMBEL_QUANTIZERS = ("vq", "gumbel", "score_function")
 STEPS = 60
 """Steps of Adam. Each decodes and encodes the images of all codes once, with gradients."""
 _LEARNING_RATE = 1.0
-_TEMPERATURES = (1.0, 1 / 16)
+_TEMPERATURES = (1.0, 0.5)
 """Of the first and the last step; geometric in between."""
 _BATCH = 64
 _MAX_PIXELS = 2**18
