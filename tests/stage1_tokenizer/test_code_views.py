@@ -37,7 +37,7 @@ def colours(quantizer: str, drawn: Tensor) -> ImageTokenizer:
     encode = nn.Conv2d(3, 3, 1, bias=False)
     decode = nn.Conv2d(3, 3, 1, bias=False)
     with torch.no_grad():
-        tokenizer.quantizer.codebook.copy_(COLOURS)  # type: ignore[operator, union-attr]
+        tokenizer.quantizer.codebook.copy_(COLOURS)  # type: ignore[operator]
         encode.weight.copy_(weights[:, :, None, None])
         decode.weight.copy_(drawn[:, :, None, None])
     tokenizer.encoder = nn.Sequential(nn.AvgPool2d(4), encode)
@@ -117,7 +117,7 @@ def test_codes_are_optimized_a_few_at_a_time(monkeypatch, limit):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", RELAXED)
-def test_weights_gradients_and_modes_stay_as_they_were(kind, training):
+def test_weights_gradients_and_modes_stay_the_same(kind, training):
     tokenizer = tiny_tokenizer(**KINDS[kind]).train(training)
     tokenizer.quantizer.eval()
     before = tokenizer.fingerprint
