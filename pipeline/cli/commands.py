@@ -170,7 +170,12 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
 
 
 def codebook_command(
-    *, tokenizer: Path, config: Path | None = None, max_images: int = 500, out: Path | None = None
+    *,
+    tokenizer: Path,
+    config: Path | None = None,
+    max_images: int = 500,
+    mode: Literal["naive", "gumbel", "both"] = "naive",
+    out: Path | None = None,
 ) -> None:
     """Shows what each code looks like and how often it is used.
 
@@ -178,6 +183,8 @@ def codebook_command(
         tokenizer: folder of a tokenizer: runs/NAME/tokenizer
         config: YAML whose validation images to encode (that of the tokenizer's run)
         max_images: validation images to encode
+        mode: whole images of the most used codes: a grid filled with the code, a grid optimized so
+            that its image is encoded as the code, or both side by side
         out: folder for the page (RUN/codebook)
     """
     from pipeline.evaluation.codebook_report import NUMBERS
@@ -195,7 +202,7 @@ def codebook_command(
             "no image is held out, so there is nothing to encode; raise data.val_fraction"
         )
     images = source.images(range(min(max_images, len(source))))
-    for view in pipeline.codebook_page(tokenizer, images, out):
+    for view in pipeline.codebook_page(tokenizer, images, out, mode=mode):
         s = view.statistics
         print_rank0(
             f"{view.name or 'codebook'}: {s.usage:.1%} of the codes used, perplexity "
@@ -203,6 +210,8 @@ def codebook_command(
             f"{view.metrics['distinct_codes']:,.0f} draw differently, "
             f"{view.metrics['reencode_agreement']:.1%} unchanged by encoding the decoded image"
         )
+        for name, fraction in view.mean_code_fractions.items():
+            print_rank0(f"  {name} images: {fraction:.1%} of their codes are the code shown")
     print_rank0(f"wrote {out / 'index.html'} and its images")
 
 

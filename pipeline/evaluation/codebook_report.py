@@ -8,9 +8,10 @@ page's form is the template `codebook_report.html`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,20 +32,26 @@ from stage1_tokenizer import (
     to_model_range,
     to_uint8,
 )
+from stage1_tokenizer.code_views import CodeViews, check_gumbel, gumbel_views, naive_views
 from stage1_tokenizer.codebook_redundancy import JPEG_QUALITY, common_codes, decode_middle
 
 NUMBERS = "codebook.json"
 """The page's numbers, for programs."""
 METRICS = ("distinct_codes", "reencode_agreement", f"reencode_agreement_jpeg{JPEG_QUALITY}")
 """Metrics of the whole codebook and of each level, next to the statistics of their use."""
+Mode = Literal["naive", "gumbel", "both"]
+"""Which whole images show a code: a grid filled with it, a grid optimized to be encoded as it."""
 _BATCH = 64
 _SHOWN = 1024
 """Codes shown of a level, at most."""
+_VIEWED = 64
+"""Codes of a level that have whole images, at most."""
 _EXAMPLES = 3
 """Images in which each code is shown in context."""
 _MAP = 1024
 """Side of the two-dimensional map, in pixels."""
 _COLUMNS = 32
+_WHOLE_COLUMNS = 16
 
 
 @dataclass
@@ -59,20 +66,32 @@ class LevelView:
     """Codes shown, in the order of the images."""
     counts: list[int]
     images: dict[str, np.ndarray]
-    """By title: grids of the codes alone and in context, map, usage curve."""
+    """By title: grids of the codes alone and in context, whole images, map, usage curve."""
+    code_fractions: dict[str, list[float]]
+    """By "naive" and "gumbel", for the first codes shown: of the codes that the whole image is
+    encoded as, the fraction that are this code."""
+
+    @property
+    def mean_code_fractions(self) -> dict[str, float]:
+        return {name: float(np.mean(own)) for name, own in self.code_fractions.items()}
 
 
 @torch.no_grad()
-def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelView]:
+def codebook_page(
+    tokenizer: Path, images: np.ndarray, out: Path, *, mode: Mode = "naive"
+) -> list[LevelView]:
     """Writes PNGs, index.html and codebook.json on the codes of `images` (N,H,W,3) uint8 to
     `out`; returns what is on the page.
 
     Raises:
-        ValueError: the folder holds no tokenizer or one without codes, or there are no images.
+        ValueError: the folder holds no tokenizer or one without codes, there are no images, or the
+            tokenizer's quantizer has no Gumbel images.
         FileExistsError: there is something else in `out` already.
     """
     model = ImageTokenizer.from_pretrained(tokenizer)
     model.require_codes("`minidalle codebook`")
+    if mode != "naive":
+        check_gumbel(model)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(images):
         raise ValueError(
@@ -89,7 +108,7 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
     distinct = distinct_codes(model, counts)
     metrics = reencoding_metrics(model, batches)
     metrics |= {f"distinct_codes{level}": float(number) for level, number in distinct.items()}
-    views = _level_views(model, images, codes, counts, grid, metrics)
+    views = _level_views(model, images, codes, counts, grid, metrics, mode)
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +131,7 @@ def codebook_page(tokenizer: Path, images: np.ndarray, out: Path) -> list[LevelV
         levels = [
             {"level": v.name, **asdict(v.statistics), **v.metrics}
             | {"codes": v.codes, "uses": v.counts}
+            | {"code_fraction": v.mean_code_fractions, "code_fractions": v.code_fractions}
             for v in views
         ]
         whole = {name: metrics[name] for name in METRICS}
@@ -129,6 +149,7 @@ def _level_views(
     counts: Tensor,
     grid: tuple[int, int],
     metrics: Mapping[str, float],
+    mode: Mode,
 ) -> list[LevelView]:
     """A view of each level, of codes (N, all levels' positions), counts (all levels' codes) and
     metrics (by name and level)."""
@@ -147,6 +168,7 @@ def _level_views(
         streams = common.repeat(len(order), 1)
         streams[:, start : start + level.length] = order[:, None]
         drawn = decode_middle(model, streams, grid, number).numpy()
+        whole = _whole_images(model, order[:_VIEWED], common, grid, number, mode)
         suffix = f"_level_{number + 1}" if len(layout) > 1 else ""
         views.append(
             LevelView(
@@ -158,12 +180,37 @@ def _level_views(
                 {
                     "alone": make_grid(list(drawn), columns=_COLUMNS, gap=1),
                     "in context": _in_context(images, own, order, patch),
+                    " and ".join(whole): _side_by_side(list(whole.values())),
                     "map": _map(model.code_vectors.split(sizes)[number][order], drawn),
                     "use": bars(own_counts.sort(descending=True).values.numpy()),
                 },
+                {name: own.fractions.tolist() for name, own in whole.items()},
             )
         )
     return views
+
+
+def _whole_images(
+    model: ImageTokenizer,
+    codes: Tensor,
+    common: Tensor,
+    grid: tuple[int, int],
+    number: int,
+    mode: Mode,
+) -> dict[str, CodeViews]:
+    """Whole images of codes of a level, counted from 0, by "naive" and "gumbel" as `mode` says."""
+    whole = {}
+    if mode in ("naive", "both"):
+        whole["naive"] = naive_views(model, codes, common, grid, number)
+    if mode in ("gumbel", "both"):
+        whole["gumbel"] = gumbel_views(model, codes, grid)
+    return whole
+
+
+def _side_by_side(views: Sequence[CodeViews]) -> np.ndarray:
+    """A grid in which each code's images of all views are next to each other."""
+    cells = torch.cat([view.images for view in views], dim=2).numpy()
+    return make_grid(list(cells), columns=_WHOLE_COLUMNS // len(views), gap=4)
 
 
 def _in_context(

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from stage1_tokenizer.quantizers.base import SingleLevel, mean_over_processes
 
 
-def gumbel_noise_like(logits: Tensor) -> Tensor:
+def gumbel_noise_like(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise: -log(-log u) (Gumbel-max: argmax(logits + noise) is a sample of their
     softmax)."""
     # Uniform numbers are drawn eight times as fast as exponential ones on CPUs. None is 1; a 0
     # would make the noise infinite.
-    uniform = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device).clamp_(
-        min=torch.finfo(logits.dtype).tiny
-    )
+    uniform = torch.rand(
+        logits.shape, dtype=logits.dtype, device=logits.device, generator=generator
+    ).clamp_(min=torch.finfo(logits.dtype).tiny)
     return uniform.log_().neg_().log_().neg_()
 
 
@@ -60,6 +60,10 @@ class Categorical(SingleLevel):
         """The likeliest codes (B,h,w); no probabilities are computed, which cost as much as the
         networks."""
         return features.permute(0, 2, 3, 1).argmax(dim=-1)
+
+    def log_assignment(self, features: Tensor) -> Tensor:
+        """Logits (B,K,h,w) -> log-probabilities (B,h,w,K) of the codes."""
+        return features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)

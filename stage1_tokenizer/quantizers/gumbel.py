@@ -65,7 +65,7 @@ class GumbelQuantizer(Categorical):
     def forward(self, features: Tensor, temperature: float | None = None) -> Quantized:
         """Logits (B,K,h,w) -> relaxed codes at `temperature`; hard ones where it is None."""
         with torch.autocast(features.device.type, enabled=False):
-            log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
+            log_q = self.log_assignment(features)
             codes = self.encode(features)
             kl = kl_to_uniform(log_q).mean()
             if temperature is None:

@@ -42,7 +42,7 @@ class ScoreFunctionQuantizer(Categorical):
         """Logits (B,K,h,w) -> codes sampled from them where there is a `temperature` (its value is
         not used), else the likeliest."""
         with torch.autocast(features.device.type, enabled=False):
-            log_q = features.float().permute(0, 2, 3, 1).log_softmax(dim=-1)
+            log_q = self.log_assignment(features)
             kl = kl_to_uniform(log_q).mean()
             likeliest = self.encode(features)
             codes = (

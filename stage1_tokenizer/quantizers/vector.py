@@ -176,6 +176,18 @@ class VectorQuantizer(SingleLevel):
             found = nearest(self._flat(features), self.vectors())
         return found.reshape(len(features), *features.shape[2:])
 
+    def log_assignment(self, features: Tensor) -> Tensor:
+        """Features (B,D,h,w) -> log-probabilities (B,h,w,K) of a soft assignment: the softmax of
+        negative squared distances, in units of the codebook's variance per feature.
+
+        The likeliest code is the nearest one. Gradients reach the features.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            table = self.vectors().detach()
+            unit = table.var(0, correction=0).mean().clamp(min=1e-12)
+            logits = -squared_distances(self._flat(features), table) / unit
+        return logits.log_softmax(1).reshape(len(features), *features.shape[2:], -1)
+
     def _flat(self, features: Tensor) -> Tensor:
         """Features (B,D,h,w) -> vectors (N,D), where codes live."""
         return self._normalize(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli.main import main
+from pipeline.evaluation import codebook_report
 from pipeline.evaluation.codebook_report import METRICS, codebook_page
 from pipeline.runtime.image_grid import bars
 from stage1_tokenizer import (
@@ -23,6 +25,7 @@ from stage1_tokenizer import (
     to_model_range,
     to_uint8,
 )
+from stage1_tokenizer.code_views import gumbel_views, naive_views
 from tests.helpers.cli import fails
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
@@ -64,9 +67,9 @@ def test_each_level_has_its_own_images(tmp_path, kind):
     tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
     views = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
     levels = len(ImageTokenizer.from_pretrained(tmp_path / "tokenizer").layout)
-    assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 4 * levels
+    assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 5 * levels
     page = (tmp_path / "page" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 * levels and "http" not in page.replace(
+    assert page.count("data:image/png;base64,") == 5 * levels and "http" not in page.replace(
         "<!doctype html>", ""
     )
     for view in views:
@@ -98,6 +101,45 @@ def test_page_and_numbers_report_distinct_codes_and_reencoding(tmp_path, kind):
         assert f"{metrics['distinct_codes']:,.0f} of the used codes draw differently" in page
         assert f"{metrics['reencode_agreement']:.1%} of the codes stay the same" in page
         assert f"{metrics['reencode_agreement_jpeg95']:.1%} after JPEG quality 95" in page
+
+
+@pytest.mark.parametrize("mode", ["naive", "gumbel", "both"])
+@pytest.mark.parametrize("kind", ["vq", "gumbel"])
+def test_whole_images_of_the_most_used_codes_are_those_of_the_mode(
+    monkeypatch, tmp_path, kind, mode
+):
+    monkeypatch.setattr(codebook_report, "_VIEWED", 5)
+    monkeypatch.setattr(codebook_report, "gumbel_views", partial(gumbel_views, steps=2))
+    tokenizer = tiny_tokenizer(**KINDS[kind])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (view,) = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page", mode=mode)
+    names = ["naive", "gumbel"] if mode == "both" else [mode]
+    codes = torch.tensor(view.codes[:5])
+    expected = {
+        "naive": naive_views(tokenizer, codes, torch.zeros(16, dtype=torch.long), (4, 4), 0),
+        "gumbel": gumbel_views(tokenizer, codes, (4, 4), steps=2),
+    }
+    with Image.open(tmp_path / "page" / f"{'-and-'.join(names)}.png") as image:
+        shown = np.asarray(image)
+    for place, name in enumerate(names):
+        left = 4 + 16 * place
+        assert np.array_equal(shown[4:20, left : left + 16], expected[name].images[0].numpy())
+    page = (tmp_path / "page" / "index.html").read_text()
+    numbers = json.loads((tmp_path / "page" / "codebook.json").read_text())["levels"][0]
+    assert list(numbers["code_fractions"]) == list(numbers["code_fraction"]) == names
+    for name in names:
+        fractions = expected[name].fractions
+        assert numbers["code_fractions"][name] == fractions.tolist()
+        assert numbers["code_fraction"][name] == pytest.approx(float(fractions.mean()))
+        assert f"{name.capitalize()} images of the 5 most used codes" in page
+        assert f"{fractions.mean():.1%} of an image's codes are the code that it shows" in page
+
+
+def test_gumbel_images_of_other_quantizers_are_refused_before_anything_is_written(tmp_path):
+    tiny_tokenizer(**KINDS["fsq"]).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"is fsq, .* need one of vq, gumbel, score_function"):
+        codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page", mode="both")
+    assert not (tmp_path / "page").exists()
 
 
 def test_the_name_of_the_tokenizer_is_escaped_on_the_page(tmp_path):
@@ -132,6 +174,34 @@ def test_codebook_command_uses_the_data_of_the_tokenizers_run(finished_run, tmp_
         tmp_path / "elsewhere",
     ]
     assert main([str(a) for a in again]) == 0 and (tmp_path / "elsewhere" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["naive"]),
+        (["--mode", "naive"], ["naive"]),
+        (["--mode", "gumbel"], ["gumbel"]),
+        (["--mode", "both"], ["naive", "gumbel"]),
+    ],
+)
+def test_the_command_shows_whole_images_by_mode(finished_run, tmp_path, capsys, options, names):
+    tokenizer = finished_run[1] / "tokenizer"
+    out = tmp_path / "page"
+    arguments = ["codebook", "--tokenizer", tokenizer, "--max-images", 4, "--out", out, *options]
+    assert main([str(a) for a in arguments]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\w+) images: [\d.]+% of their codes are the code shown", printed) == names
+    assert (out / f"{'-and-'.join(names)}.png").is_file()
+
+
+def test_an_unknown_mode_is_wrong_usage(finished_run, capsys):
+    fails(
+        capsys,
+        ["codebook", "--tokenizer", finished_run[1] / "tokenizer", "--mode", "gumble"],
+        "--mode is 'gumble'; choose one of: naive, gumbel, both",
+        status=2,
+    )
 
 
 def test_missing_inputs_of_the_codebook_report_are_named(finished_run, tmp_path, capsys):
