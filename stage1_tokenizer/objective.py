@@ -29,6 +29,7 @@ from stage1_tokenizer.discriminator import (
     loss_at_image,
     requires_grad_off,
 )
+from stage1_tokenizer.likelihoods import bits_per_dimension
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
@@ -165,10 +166,13 @@ class TokenizerObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out metrics with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
-        codebook use, distinct codes and reencode_agreement (over all levels and, where there are
-        several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and
-        the gap. No collectives."""
+        """Held-out metrics with hard codes: psnr (dB), nll (nats per image) and bits_per_dimension
+        of the exact probability of 8-bit images, codebook use, distinct codes and
+        reencode_agreement (over all levels and, where there are several, of each); for relaxed
+        quantizers also `relaxed_psnr` at the last temperature and the gap. No collectives.
+
+        Where images have no probability (`bernoulli`, unless all are black and white), nll is the
+        training loss, and there is no bits_per_dimension."""
         tokenizer = self.tokenizer
         tokenizer.eval()
         psnr = []
@@ -178,13 +182,17 @@ class TokenizerObjective:
         layout = tokenizer.layout
         counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
         dimensions = 1
-        noise = torch.Generator().manual_seed(0)
+        exact = True
         for batch in batches:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()
             output = tokenizer(pixels)
-            target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
-            nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
+            values = batch.permute(0, 3, 1, 2)
+            if tokenizer.likelihood.covers(values):
+                nll.append(tokenizer.likelihood.exact_nll(values, output.parameters).cpu())
+            else:
+                exact = False
+                nll.append(tokenizer.likelihood.nll(pixels, output.parameters).cpu())
             drawn = tokenizer.likelihood.image(output.parameters)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
             codes = output.quantized.codes
@@ -202,11 +210,9 @@ class TokenizerObjective:
                 "there are no held-out images to evaluate on; raise data.val_fraction or add images"
             )
         nats = float(torch.cat(nll).mean())
-        metrics = {
-            "psnr": float(torch.cat(psnr).mean()),
-            "nll": nats,
-            "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
-        }
+        metrics = {"psnr": float(torch.cat(psnr).mean()), "nll": nats}
+        if exact:
+            metrics["bits_per_dimension"] = bits_per_dimension(nats, dimensions)
         agreement = agreement_by_level(torch.cat(unchanged), layout)
         for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
