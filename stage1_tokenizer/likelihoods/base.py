@@ -98,12 +98,14 @@ class Likelihood:
         """Log probabilities of all 256 values -> (B,C,H,W,256) float64 in nats, each row a
         distribution.
 
-        That is 2 KiB per dimension. Pixels do not depend on one another, so a table of
-        `parameters[:, :, top:bottom]` is these rows of the image's.
+        That is 2 KiB per dimension. Pixels do not depend on one another, so `parameters[:, :,
+        top:bottom]` gives these rows alone. An entropy coder needs the same bits on both sides. It
+        must ask for the same pieces when it encodes and when it decodes: in other pieces the last
+        bit may differ.
 
         Args:
-            known: values (B,C,H,W), of which those of a pixel's earlier channels count. Needed
-                where `uses_earlier_channels`.
+            known: values (B,C,H,W), of which those of a pixel's earlier channels count. Needed if
+                the channels depend on one another (`discretized_logistic`).
             channel: this one alone, (B,1,H,W,256). A decoder takes one after another.
 
         Raises:

@@ -6,6 +6,8 @@ Legend: B batch, K components, C channels, H W pixels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,60 +50,69 @@ class DiscretizedLogistic(Likelihood):
         return self._log_prob(values, parameters.double())
 
     def _log_prob(self, values: Tensor, parameters: Tensor) -> Tensor:
-        log_weights, location, scale, coefficients = self._split(parameters)
-        location = self._conditioned(location, coefficients, values)
-        mass = logistic_log_mass(values.unsqueeze(1), location, scale)
-        return torch.logsumexp(self._posterior(log_weights, mass) + mass, dim=1)
+        parts = self._components(parameters, values)
+        return torch.logsumexp(parts.log_weights + parts.log_mass, dim=1)
 
     def log_probabilities(
         self, parameters: Tensor, known: Tensor | None = None, channel: int | None = None
     ) -> Tensor:
+        if known is None and self.channels > 1:
+            raise ValueError(
+                "a channel's probabilities depend on the channels before it; give `known`, "
+                "values (B,C,H,W) that are right in those channels"
+            )
         if known is None:
-            if self.channels > 1:
-                raise ValueError(
-                    "a channel's probabilities depend on the channels before it; give `known`, "
-                    "values (B,C,H,W) that are right in those channels"
-                )
             known = torch.zeros_like(parameters[:, :1], dtype=torch.long)
-        log_weights, location, scale, coefficients = self._split(parameters.double())
-        location = self._conditioned(location, coefficients, known)
-        mass = logistic_log_mass(known.unsqueeze(1), location, scale)
-        log_weights = self._posterior(log_weights, mass)
-        if channel is not None:
-            here = slice(channel, channel + 1)
-            log_weights, location, scale = (x[:, :, here] for x in (log_weights, location, scale))
+        parts = self._components(parameters.double(), known)
+        here = slice(None) if channel is None else slice(channel, channel + 1)
         every = torch.arange(VALUES, device=parameters.device).reshape(-1, 1, 1, 1, 1, 1)
-        table = torch.logsumexp(log_weights + logistic_log_mass(every, location, scale), dim=2)
+        log_mass = logistic_log_mass(every, parts.location[:, :, here], parts.scale[:, :, here])
+        table = torch.logsumexp(parts.log_weights[:, :, here] + log_mass, dim=2)
         return table.movedim(0, -1).contiguous()
 
     def image(self, parameters: Tensor) -> Tensor:
         """The mean, of locations within the pixels' range."""
-        log_weights, location, _, coefficients = self._split(parameters.float())
+        logits, location, _, coefficients = self._split(parameters.float())
         means = location[:, :, :0]
-        for channel, own in enumerate(coefficients.split(list(range(self.channels)), dim=2)):
+        for channel, own in enumerate(self._by_channel(coefficients)):
             mean = location[:, :, channel] + (own * means).sum(2)
             means = torch.cat([means, mean.clamp(-1, 1).unsqueeze(2)], dim=2)
-        return (log_weights.exp() * means).sum(1)
+        return (logits.softmax(1) * means).sum(1)
 
-    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log weights (B,K,1,H,W), locations and scales (B,K,C,H,W), and coefficients of earlier
-        channels (B,K,pairs,H,W)."""
-        by_component = parameters.unflatten(1, (self.mixtures, -1))
+    def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the components (B,K,1,H,W), locations and raw scales (B,K,C,H,W), and
+        coefficients of earlier channels (B,K,pairs,H,W)."""
         sizes = [1, self.channels, self.channels, self.pairs]
-        logits, location, raw_scale, coefficients = by_component.split(sizes, dim=2)
+        return parameters.unflatten(1, (self.mixtures, -1)).split(sizes, dim=2)
+
+    def _by_channel(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """(B,K,pairs,H,W) -> those of each channel: none, one, two, ..."""
+        return coefficients.split(list(range(self.channels)), dim=2)
+
+    def _components(self, parameters: Tensor, values: Tensor) -> _Components:
+        """The mixture of each channel, given the values (B,C,H,W) of the channels before it."""
+        logits, location, raw_scale, coefficients = self._split(parameters)
+        pixels = values_to_model_range(values, location.dtype).unsqueeze(1)
+        shifts = [
+            (own * pixels[:, :, :channel]).sum(2)
+            for channel, own in enumerate(self._by_channel(coefficients))
+        ]
+        location = location + torch.stack(shifts, dim=2)
         scale = LEAST_SCALE + F.softplus(raw_scale)
-        return logits.log_softmax(1), location, scale, coefficients
+        log_mass = logistic_log_mass(values.unsqueeze(1), location, scale)
+        # Not even the last bit may depend on the channel's own value: a decoder does not know it.
+        earlier = log_mass[:, :, :-1].cumsum(2)
+        earlier = torch.cat([torch.zeros_like(log_mass[:, :, :1]), earlier], dim=2)
+        log_weights = (logits.log_softmax(1) + earlier).log_softmax(1)
+        return _Components(log_weights, location, scale, log_mass)
 
-    def _conditioned(self, location: Tensor, coefficients: Tensor, values: Tensor) -> Tensor:
-        """Locations (B,K,C,H,W) given the values (B,C,H,W) of earlier channels."""
-        channel, earlier = torch.tril_indices(
-            self.channels, self.channels, -1, device=values.device
-        )
-        pixels = values_to_model_range(values, location.dtype)[:, earlier].unsqueeze(1)
-        return location.index_add(2, channel, coefficients * pixels)
 
-    def _posterior(self, log_weights: Tensor, mass: Tensor) -> Tensor:
-        """Log weights (B,K,C,H,W) of the components, given a pixel's earlier channels, whose values
-        have these log masses (B,K,C,H,W) under each."""
-        earlier = mass.cumsum(2) - mass
-        return (log_weights + earlier).log_softmax(1)
+@dataclass(frozen=True)
+class _Components:
+    """The mixture of each channel; all are (B,K,C,H,W)."""
+
+    log_weights: Tensor
+    location: Tensor
+    scale: Tensor
+    log_mass: Tensor
+    """Of the values that were given, under each component."""
