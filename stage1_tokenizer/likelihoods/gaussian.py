@@ -96,13 +96,18 @@ class _KnownDeviations(Likelihood):
 
 class LearnedGaussian(Likelihood):
     """A standard deviation per pixel and channel, which the decoder gives: a second parameter whose
-    softplus is added to the least deviation. Trained on the exact probability."""
+    softplus is added to the least deviation.
+
+    Trained on the exact probability. On dequantized pixels, 600 steps of a small tokenizer of emoji
+    ended at 3.64 bits per dimension instead of 3.17: the density gains nothing from a deviation
+    below that of the noise."""
 
     parameters_per_channel = 2
 
     def nll_map(self, pixels: Tensor, parameters: Tensor) -> Tensor:
         """Of pixels at the values of 8-bit images."""
-        return -self._log_mass(to_values(pixels), parameters.float())
+        # The gradient of `log_ndtr` is wrong in float32 from some 1,000 deviations on.
+        return -self._log_mass(to_values(pixels), parameters.double()).float()
 
     def image(self, parameters: Tensor) -> Tensor:
         return parameters.float().chunk(2, dim=1)[0]
