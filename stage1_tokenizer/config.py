@@ -28,6 +28,7 @@ from stage1_tokenizer.options import (
     VectorOptions,
     VqganOptions,
     failed,
+    out_of_range,
 )
 
 
@@ -107,12 +108,15 @@ class TokenizerConfig:
     gaussian: GaussianOptions = field(default_factory=GaussianOptions)
     """Options of `quantizer: gaussian`."""
     likelihood: LikelihoodName = "l2"
-    """p(image given codes): Gaussian, Gaussian of each image's own best deviation (highest
-    PSNR), Laplace, DALL-E's logit-Laplace, or a coin a dimension."""
+    """p(image given codes): a Gaussian whose standard deviation is fixed, the best of each image
+    (highest PSNR) or learned per pixel; a Laplace; DALL-E's logit-Laplace; PixelCNN++'s discretized
+    logistic (fewest bits per dimension); or a coin per dimension."""
     likelihood_scale: float = 0.1
     """Deviation of the Gaussian or scale of the Laplace, in units of the model's range [-1, 1]; the
     least scale that logit-Laplace may learn, in units of its logit (the larger, the less flat
-    backgrounds outweigh the rest); `calibrated_l2` and a coin have none."""
+    backgrounds outweigh the rest); the others have none."""
+    likelihood_mixtures: int = 1
+    """Components of `discretized_logistic`: logistics that are mixed at each pixel."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -147,7 +151,14 @@ class TokenizerConfig:
         # dimension.
         least = STEP if self.likelihood in ("l2", "l1") else 0.0
         hint = f"{least:.4f}, the step of 8-bit images (or choose likelihood calibrated_l2)"
+        problems += out_of_range(self, "tokenizer.model", "[1, inf]", "likelihood_mixtures")
         problems += failed(
+            (
+                self.likelihood_mixtures > 1 and self.likelihood != "discretized_logistic",
+                f"tokenizer.model.likelihood_mixtures is {self.likelihood_mixtures}, which belongs "
+                "to likelihood discretized_logistic, and tokenizer.model.likelihood is "
+                f"{self.likelihood}; leave it out or choose that likelihood",
+            ),
             (
                 self.width % 16 > 0,
                 f"tokenizer.model.width is {self.width}; it must be a multiple of 16",

@@ -77,9 +77,11 @@ class ImageTokenizer(PreTrainedModel):
         )
         super().__init__(hub)
         own = self.own_config = build_config(TokenizerConfig, hub.model or {})
-        self.likelihood = build_likelihood(own.likelihood, own.likelihood_scale)
+        self.likelihood = build_likelihood(
+            own.likelihood, own.likelihood_scale, own.channels, own.likelihood_mixtures
+        )
         self.quantizer = build_quantizer(own)
-        parameters = own.channels * self.likelihood.parameters_per_channel
+        parameters = self.likelihood.parameter_count(own.channels)
         self.encoder, self.decoder = build_networks(
             own, self.quantizer.input_dim, self.quantizer.output_dim, parameters
         )

@@ -34,6 +34,7 @@ from stage1_tokenizer.discriminator import (
     requires_grad_off,
 )
 from stage1_tokenizer.latent_prior import LatentPrior
+from stage1_tokenizer.likelihoods import Likelihood, bits_per_dimension
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
 from stage1_tokenizer.perceptual import build_distance
@@ -239,10 +240,14 @@ class TokenizerObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out metrics with hard codes: psnr (dB), nll (nats per image), bits_per_dimension,
-        codebook use, distinct codes and reencode_agreement (over all levels and, where there are
-        several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and
-        the gap. No collectives. Of Gaussian latents: see `_evaluate_latents`."""
+        """Held-out metrics with hard codes: psnr (dB), nll (nats per image) and bits_per_dimension
+        of the exact probability of 8-bit images, codebook use, distinct codes and
+        reencode_agreement (over all levels and, where there are several, of each); for relaxed
+        quantizers also `relaxed_psnr` at the last temperature and the gap. No collectives.
+
+        Where images have no probability (`bernoulli`, unless all are black and white), nll is the
+        training loss, and there is no bits_per_dimension. Of Gaussian latents: see
+        `_evaluate_latents`."""
         tokenizer = self.tokenizer
         if not tokenizer.own_config.has_codes:
             return self._evaluate_latents(batches)
@@ -254,13 +259,13 @@ class TokenizerObjective:
         layout = tokenizer.layout
         counts = torch.zeros(sum(level.num_codes for level in layout), dtype=torch.long)
         dimensions = 1
-        noise = torch.Generator().manual_seed(0)
+        exact = True
         for batch in batches:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()
             output = tokenizer(pixels)
-            target = dequantized(pixels, noise) if tokenizer.likelihood.learns_scale else pixels
-            nll.append(tokenizer.likelihood.nll(target, output.parameters).cpu())
+            exact &= tokenizer.likelihood.covers(batch.permute(0, 3, 1, 2))
+            nll.append(_nll(tokenizer.likelihood, batch, output.parameters).cpu())
             drawn = tokenizer.likelihood.image(output.parameters)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
             codes = output.quantized.codes
@@ -276,11 +281,9 @@ class TokenizerObjective:
         if not psnr:
             raise ValueError(_NO_IMAGES)
         nats = float(torch.cat(nll).mean())
-        metrics = {
-            "psnr": float(torch.cat(psnr).mean()),
-            "nll": nats,
-            "bits_per_dimension": float(tokenizer.likelihood.bits_per_dimension(nats, dimensions)),
-        }
+        metrics = {"psnr": float(torch.cat(psnr).mean()), "nll": nats}
+        if exact:
+            metrics["bits_per_dimension"] = bits_per_dimension(nats, dimensions)
         agreement = agreement_by_level(torch.cat(unchanged), layout)
         for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
@@ -300,8 +303,9 @@ class TokenizerObjective:
 
         `psnr` is that of the posterior's mean, as `reconstruct` shows it. `nll`, `kl` and `elbo` =
         -(nll + kl) are in nats per image, through one sample of each image's posterior, seeded.
-        `bits_per_dimension` is that of the ELBO. `loss` is what is minimised after the KL warm-up,
-        in nats per dimension, without a perceptual distance, a discriminator and free bits.
+        `nll` and `bits_per_dimension`, that of the ELBO, are of the exact probability of 8-bit
+        images, with the exception of `evaluate`. `loss` is `nll` + `kl_weight` * `kl` in nats per
+        dimension.
         """
         tokenizer = self.tokenizer
         networks = [tokenizer, *([self.latent_prior] if self.latent_prior is not None else [])]
@@ -312,17 +316,16 @@ class TokenizerObjective:
         kl = []
         means = []
         dimensions = 1
-        of_latents = torch.Generator().manual_seed(0)
-        of_pixels = torch.Generator().manual_seed(0)
+        exact = True
+        noise = torch.Generator().manual_seed(0)
         for batch in batches:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()
             posterior = tokenizer.posterior(pixels)
-            latents = GaussianLatents(posterior, posterior.sample(of_latents))
-            learns_scale = tokenizer.likelihood.learns_scale
-            target = dequantized(pixels, of_pixels) if learns_scale else pixels
+            latents = GaussianLatents(posterior, posterior.sample(noise))
             parameters = tokenizer.latent_parameters(latents.z)
-            nll.append(tokenizer.likelihood.nll(target, parameters).cpu())
+            exact &= tokenizer.likelihood.covers(batch.permute(0, 3, 1, 2))
+            nll.append(_nll(tokenizer.likelihood, batch, parameters).cpu())
             kl.append(self._divergence(latents).cpu())
             drawn = tokenizer.decode_latents(posterior.mean)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
@@ -333,18 +336,27 @@ class TokenizerObjective:
             raise ValueError(_NO_IMAGES)
         distortion = float(torch.cat(nll).mean())
         rate = float(torch.cat(kl).mean())
-        bits = tokenizer.likelihood.bits_per_dimension(distortion + rate, dimensions)
         metrics = {
             "psnr": float(torch.cat(psnr).mean()),
             "nll": distortion,
             "kl": rate,
             "elbo": -(distortion + rate),
-            "bits_per_dimension": float(bits),
             "loss": (distortion + self.config.kl_weight * rate) / dimensions,
         }
+        if exact:
+            metrics["bits_per_dimension"] = bits_per_dimension(distortion + rate, dimensions)
         if len(torch.cat(means)) > 1:
             metrics["active_dimensions"] = float(active_dimensions(torch.cat(means)))
         return metrics
+
+
+def _nll(likelihood: Likelihood, batch: Tensor, parameters: Tensor) -> Tensor:
+    """Negative log probability (B,) of images uint8 (B,H,W,C) in nats; their training loss where
+    one has no probability."""
+    values = batch.permute(0, 3, 1, 2)
+    if likelihood.covers(values):
+        return likelihood.exact_nll(values, parameters)
+    return likelihood.nll(to_model_range(batch), parameters)
 
 
 def _prior_loss(prior: nn.Module, z: Tensor) -> TokenizerLoss:

@@ -24,7 +24,9 @@ STEP = 2 / 255
 LARGEST_CODE = 2**31 - 1
 """Codes are stored as 32-bit integers."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
-LikelihoodName = Literal["l2", "calibrated_l2", "l1", "logit_laplace", "bernoulli"]
+LikelihoodName = Literal[
+    "l2", "calibrated_l2", "learned_l2", "l1", "logit_laplace", "discretized_logistic", "bernoulli"
+]
 OWNERS: dict[str, tuple[QuantizerName, ...]] = {
     "vq": ("vq", "residual", "hierarchical"),
     "gumbel": ("gumbel",),

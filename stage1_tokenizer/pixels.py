@@ -38,6 +38,23 @@ def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Ten
     return pixels + (noise - 0.5) * STEP
 
 
+def to_values(pixels: Tensor) -> Tensor:
+    """Pixels of 8-bit images in the model's range -> int64 values in 0..255, of the same shape."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).long()
+
+
+def values_to_model_range(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers in 0..255 -> the model's range, in the same shape."""
+    return values.to(dtype) / 127.5 - 1
+
+
+def step_edges(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Integers in 0..255 -> the edges of each one's step in the model's range, half a step of 2/255
+    to either side."""
+    centre = values_to_model_range(values, dtype)
+    return centre - STEP / 2, centre + STEP / 2
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
     """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and clamped to 0..255."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -237,6 +237,15 @@ def test_every_wrong_option_of_a_section_is_named_and_no_right_one():
             r"likelihood_scale is 0\.0; it must be above 0$",
         ),
         (
+            {"likelihood_mixtures": 5},
+            r"likelihood_mixtures is 5, which belongs to likelihood discretized_logistic, and "
+            r"tokenizer\.model\.likelihood is l2; leave it out or choose that likelihood",
+        ),
+        (
+            {"likelihood": "discretized_logistic", "likelihood_mixtures": 0},
+            r"likelihood_mixtures is 0; it must be at least 1",
+        ),
+        (
             {"num_codes": 2**31},
             r"num_codes is 2147483648; it must be at least 2, and at most 2147483647 \(32 bits\)",
         ),

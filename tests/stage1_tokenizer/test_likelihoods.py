@@ -1,4 +1,5 @@
-"""Densities integrate to one and match hand-computed values; the shown image is their mode."""
+"""Training losses: densities integrate to one and match hand-computed values; the shown image is
+their mode."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ from torch.distributions import Normal
 from stage1_tokenizer.likelihoods import (
     Bernoulli,
     CalibratedGaussian,
+    DiscretizedLogistic,
     Gaussian,
     Laplace,
+    LearnedGaussian,
     LogitLaplace,
+    bits_per_dimension,
     build_likelihood,
 )
+from stage1_tokenizer.options import STEP
 from stage1_tokenizer.pixels import LAPLACE_MARGIN, dequantized, to_laplace_logits, to_model_range
 
 
@@ -27,6 +32,12 @@ def grid(low: float, high: float, count: int = 200_001) -> torch.Tensor:
 
 def parameters(likelihood, *values: float) -> torch.Tensor:
     return torch.tensor(values).reshape(1, likelihood.parameters_per_channel, 1, 1)
+
+
+def density_bits(likelihood, pixels: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Bits per dimension (B,) of the density that training sees, per step of 2/255."""
+    nats = likelihood.nll(pixels, outputs) / pixels[0].numel()
+    return (nats - math.log(STEP)) / math.log(2)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +109,11 @@ def test_calibrated_gradient_equals_that_of_half_the_log_error():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_exact_reconstruction_costs_the_8_bit_quantization():
+def test_calibrated_loss_of_exact_reconstruction_is_that_of_the_8_bit_quantization():
     """The Gaussian of the noise that spreads a pixel over its step: 0.25 bits more than the step's
     own uniform density."""
     pixels = torch.full((2, 3, 8, 8), -1.0)
-    bits = CalibratedGaussian().bits_per_dimension(CalibratedGaussian().nll(pixels, pixels), 192)
+    bits = density_bits(CalibratedGaussian(), pixels, pixels)
     torch.testing.assert_close(bits, torch.full((2,), 0.5 * math.log2(2 * math.pi * math.e / 12)))
 
 
@@ -163,21 +174,24 @@ def test_low_precision_outputs_are_scored_in_float32(likelihood):
     )
 
 
-def test_bits_of_a_uniform_density_are_eight():
-    """Density 1/(256 steps of 2/255) over 8-bit values: exactly eight bits per dimension."""
-    nats = 12 * math.log(256 * 2 / 255)
-    assert Gaussian(0.1).bits_per_dimension(nats, 12) == pytest.approx(8.0)
-    assert float(Gaussian(0.1).bits_per_dimension(torch.tensor(nats), 12)) == pytest.approx(8.0)
+def test_bits_of_a_uniform_probability_are_eight():
+    assert bits_per_dimension(12 * math.log(256), 12) == pytest.approx(8.0)
 
 
 def test_likelihood_is_built_from_its_name():
     kinds = {
         "l2": Gaussian,
         "calibrated_l2": CalibratedGaussian,
+        "learned_l2": LearnedGaussian,
         "l1": Laplace,
         "logit_laplace": LogitLaplace,
+        "discretized_logistic": DiscretizedLogistic,
+        "bernoulli": Bernoulli,
     }
     assert all(type(build_likelihood(name, 0.1)) is kind for name, kind in kinds.items())  # type: ignore[arg-type]
+    mixture = build_likelihood("discretized_logistic", 0.1, channels=1, mixtures=4)
+    assert isinstance(mixture, DiscretizedLogistic)
+    assert (mixture.channels, mixture.mixtures) == (1, 4)
 
 
 def test_bernoulli_by_hand_and_by_counting():
@@ -193,7 +207,6 @@ def test_bernoulli_by_hand_and_by_counting():
     torch.testing.assert_close(
         grey, (Bernoulli().nll(every, logits.expand(8, -1, -1, -1))).mean()[None]
     )
-    assert Bernoulli().bits_per_dimension(6 * math.log(2), 3) == pytest.approx(2.0)
 
 
 def test_dequantization_stays_within_one_8_bit_step():
@@ -219,9 +232,6 @@ def test_with_dequantization_no_scale_is_better_than_uniform_on_a_step():
     pixels = torch.full((64, 3, 8, 8), -1.0)
     exact = to_laplace_logits(pixels)
     sharp, likelihood = torch.cat([exact, torch.full_like(exact, -5.0)], 1), LogitLaplace(1e-6)
-    bits = [
-        float(likelihood.bits_per_dimension(likelihood.nll(x, sharp).mean(), 192))
-        for x in (pixels, dequantized(pixels))
-    ]
+    bits = [float(density_bits(likelihood, x, sharp).mean()) for x in (pixels, dequantized(pixels))]
     assert bits[0] < 0 < bits[1]
     assert LogitLaplace.learns_scale and not Gaussian.learns_scale

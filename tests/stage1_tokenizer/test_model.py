@@ -31,7 +31,9 @@ from tests.helpers.tokenizers import (
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("likelihood", ["l2", "l1", "logit_laplace"])
+@pytest.mark.parametrize(
+    "likelihood", ["l2", "learned_l2", "l1", "logit_laplace", "discretized_logistic"]
+)
 def test_images_become_codes_and_codes_become_images(kind, likelihood, images):
     tokenizer = tiny_tokenizer(**KINDS[kind], likelihood=likelihood)
     codes = tokenizer.encode(to_model_range(images))
