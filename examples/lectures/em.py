@@ -97,10 +97,8 @@ def start(x: Tensor, components: int) -> Mixture:
 
 
 def network(hidden: int, components: int, seed: int = 0) -> nn.Module:
-    """Logits of q(z|x) from one hidden layer; without hidden units, linear in x."""
+    """Logits of q(z|x) from one hidden layer."""
     torch.manual_seed(seed)
-    if not hidden:
-        return nn.Linear(1, components).double()
     return nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, components)).double()
 
 
@@ -144,7 +142,7 @@ def main(out: Path, iterations: int = 200, steps: int = 600) -> None:
     x = sample(400)
     components = len(TRUTH)
     mixture, likelihoods = em(x, start(x, components), iterations)
-    grid = torch.linspace(-7, 8, 400, dtype=x.dtype)
+    grid = torch.linspace(-5, 6, 400, dtype=x.dtype)
     plot = canvas(11, 7.5)
     ((model, curves), (posteriors, gaps)) = plot.subplots(2, 2)
     draw_model(model, x, grid, mixture)
@@ -152,8 +150,8 @@ def main(out: Path, iterations: int = 200, steps: int = 600) -> None:
         range(1, iterations + 2), likelihoods, "k", label="log p(x) before each EM iteration"
     )
     draw_posteriors(posteriors, grid, mixture.log_posterior(grid), "-")
-    for style, hidden in ((":", 0), ("--", 16)):
-        name = f"network with {hidden} hidden units" if hidden else "linear network"
+    for style, hidden in ((":", 2), ("--", 16)):
+        name = f"network with {hidden} hidden units"
         encoder = network(hidden, components)
         bounds = train(encoder, mixture, x, steps)
         curves.plot(range(1, steps + 1), bounds, style, label=f"bound per step, {name}")
@@ -161,8 +159,10 @@ def main(out: Path, iterations: int = 200, steps: int = 600) -> None:
         draw_posteriors(posteriors, grid, log_q, style)
         gaps.plot(grid, gap(mixture, grid, log_q), f"C3{style}", label=name)
     curves.set(title="log-likelihood and evidence lower bound", ylabel="nats per number")
-    curves.set(xscale="log", ylim=(-2.8, -1.9), xlabel="EM iteration, or step of the network")
-    gaps.set(title="gap: KL(q(z|x) || p(z|x))", xlabel="x", ylabel="nats")
+    curves.set(xscale="log", ylim=(-4, -1.9), xlabel="EM iteration, or step of the network")
+    gaps.set(
+        title="gap: KL(q(z|x) || p(z|x))", xlabel="x", ylabel="nats", yscale="log", ylim=(1e-5, 10)
+    )
     for axes in (model, curves, gaps):
         axes.legend(fontsize=8)
     plot.savefig(out)
