@@ -332,13 +332,13 @@ def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> li
         )
     if (
         model["quantizer"] == "binary"
-        and model["binary"]["smoothing"] == "power_pair"
+        and model["binary"]["smoothing"] in ("power_pair", "two_sided_power")
         and max(heats.values()) >= 1
     ):
         worst = max(heats, key=lambda name: heats[name])
         problems.append(
             f"tokenizer.objective.{worst} is {heats[worst]}, at which "
-            "tokenizer.model.binary.smoothing power_pair carries nothing of "
+            f"tokenizer.model.binary.smoothing {model['binary']['smoothing']} carries nothing of "
             "a bit; set it below 1 (start at 0.2 and end at 0.1), or choose exponential_pair"
         )
     if (

@@ -225,10 +225,19 @@ class BinaryOptions:
     """Options of `quantizer: binary` (discrete VAE with Bernoulli latents); the inverse temperature
     is 1 / temperature."""
 
-    smoothing: Literal["spike_exponential", "exponential_pair", "power_pair"] = "power_pair"
-    """Continuous stand-in of a bit while training: spike-and-exponential (DVAE), or a pair of
-    exponentials (DVAE++) or power functions (DVAE#), which are flat at 0 and 1. `power_pair` needs
-    temperatures below 1: at 1 it carries nothing of the bit."""
+    smoothing: Literal[
+        "spike_exponential",
+        "spike_power",
+        "spike_root",
+        "exponential_pair",
+        "power_pair",
+        "two_sided_power",
+    ] = "power_pair"
+    """Continuous stand-in of a bit while training: a spike at 0 and an exponential (DVAE), a power
+    function or a root; a pair of exponentials (DVAE++) or power functions (DVAE#), which are flat
+    at 0 and 1; or a two-sided power function, also flat, with which the KL is that of hard bits.
+    `power_pair` and `two_sided_power` need temperatures below 1: at 1 they carry nothing of the
+    bit."""
     diversity: float = 1.0
     """As in `gumbel`, over whole codes: a table of vectors times codes per step, so 0 for
     vocabularies beyond some 16,000."""

@@ -115,7 +115,8 @@ class PriorObjectiveConfig:
             ),
             (
                 not 0 <= self.code_corruption <= 0.5,
-                f"prior.objective.code_corruption is {self.code_corruption}; it must be in [0, 0.5]",
+                f"prior.objective.code_corruption is {self.code_corruption}; it must be in "
+                "[0, 0.5]",
             ),
         )
 

@@ -91,9 +91,9 @@ class PriorObjective:
         step: int,
         networks: Mapping[str, nn.Module] | None = None,
     ) -> Iterator[PriorLoss]:
-        """The one loss of this stage, in nats. Drops captions, permutes and corrupts codes by torch's
-        global generator. `networks` are called in place of the objective's own, such as the same ones
-        wrapped by DDP."""
+        """The one loss of this stage, in nats. Drops captions, permutes and corrupts codes by
+        torch's global generator. `networks` are called in place of the objective's own, such as the
+        same ones wrapped by DDP."""
         prior = (networks or self.networks)["prior"]
         text_ids = batch["text_ids"]
         codes = batch["codes"]

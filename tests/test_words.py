@@ -48,6 +48,7 @@ ALLOWED = {
     ("docs/first-hour.md", r"pictures"): "the name of the notebook",
     ("benchmarks/same_numbers.py", r"adversary|pictures?"): "names and captions of earlier commits",
     ("pipeline/stages/compare_tokenizers.py", r"figure"): "matplotlib's class",
+    ("examples/lectures/plots.py", r"figure"): "matplotlib's class",
     ("pipeline/doctor/html_report.html", r"figure"): "HTML's element",
     ("CHANGELOG.md", r"figures"): "a name that went",
     ("pipeline/data/builtin/shapes_captions.py", r"picture"): "a caption template, which is data",

@@ -25,8 +25,9 @@ from stage1_tokenizer.quantizers.smoothing import smooth
 
 def kl_to_fair_bits(logits: Tensor) -> Tensor:
     """KL(q(bits given image) || fair coins) in nats per image: logits (B,n,h,w) -> (B,).
-    Smoothing changes nothing of it: both sides have the same density of the smoothed bit given the
-    bit (Rolfe 2016, section 2)."""
+    Smoothing by a mixture changes nothing of it: both sides have the same density of the smoothed
+    bit given the bit (Rolfe 2016, section 2). With `two_sided_power` that density depends on q, so
+    that the loss is no bound while training, as with Gumbel-softmax."""
     q = logits.sigmoid()
     entropy = F.softplus(-logits) + (1 - q) * logits
     return (math.log(2) - entropy).sum(dim=(1, 2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stage1_tokenizer import BinaryOptions
 from stage1_tokenizer.quantizers import BinaryQuantizer
 from stage1_tokenizer.quantizers.binary import kl_to_fair_bits
 from stage1_tokenizer.quantizers.bits import pack, unpack
-from stage1_tokenizer.quantizers.smoothing import inverse
+from stage1_tokenizer.quantizers.smoothing import Smoothing, inverse
 
 
 def quantizer(smoothing: str = "power_pair") -> BinaryQuantizer:
@@ -42,7 +43,7 @@ def test_without_temperature_bits_are_the_most_likely():
     assert torch.equal(result.codes, sum((x[:, i] > 0).long() * 2 ** (3 - i) for i in range(4)))
 
 
-@pytest.mark.parametrize("smoothing", ["spike_exponential", "exponential_pair", "power_pair"])
+@pytest.mark.parametrize("smoothing", typing.get_args(Smoothing))
 def test_with_a_temperature_bits_are_smoothed_at_its_inverse(smoothing):
     x = logits(2, 4, 3, 3).requires_grad_()
     torch.manual_seed(3)

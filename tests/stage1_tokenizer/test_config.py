@@ -363,6 +363,12 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
         ),
         ({"quantizer": "binary"}, {"temperature_start": 0.2, "temperature_end": 0.1}, None),
         (
+            {"quantizer": "binary", "binary": BinaryOptions(smoothing="two_sided_power")},
+            {"temperature_start": 1.0, "temperature_end": 0.1},
+            r"temperature_start is 1\.0, at which .*two_sided_power carries nothing",
+        ),
+        ({"quantizer": "binary", "binary": BinaryOptions(smoothing="spike_root")}, {}, None),
+        (
             {},
             {"discriminator": DiscriminatorOptions(weight=1.0, layers=5)},
             r"discriminator\.layers is 5, which leaves no patch",

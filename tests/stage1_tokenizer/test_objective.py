@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from stage1_tokenizer import (
+    BinaryOptions,
     FsqOptions,
     GaussianOptions,
     GumbelOptions,
@@ -22,6 +24,7 @@ from stage1_tokenizer import (
 )
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.objective import falling_cosine, kl_weight, temperature
+from stage1_tokenizer.quantizers.smoothing import Smoothing
 from tests.helpers.tokenizers import (
     ALL_KINDS,
     EVERY_LATENT_KIND,
@@ -433,3 +436,25 @@ def test_a_short_training_raises_the_held_out_psnr(changes, gain, bf16):
         optimizer.step()
         optimizer.zero_grad()
     assert objective.evaluate(held_out)["psnr"] > before + gain
+
+
+@pytest.mark.parametrize("smoothing", get_args(Smoothing))
+def test_a_few_steps_with_every_smoothing_raise_the_psnr(smoothing):
+    tokenizer = tiny_tokenizer(
+        num_codes=64, quantizer="binary", binary=BinaryOptions(smoothing=smoothing)
+    ).train()
+    objective = TokenizerObjective(
+        tokenizer, ObjectiveConfig(temperature_start=0.2, temperature_end=0.1, temperature_steps=10)
+    )
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
+    batch = blobs(8, torch.Generator().manual_seed(0))
+    psnr = []
+    for step in range(8):
+        (loss,) = objective.losses(batch, step)
+        optimizer.zero_grad()
+        loss.value.backward()
+        gradients = [p.grad for p in tokenizer.encoder.parameters()]
+        assert all(g is not None and g.isfinite().all() and g.any() for g in gradients)
+        optimizer.step()
+        psnr.append(float(loss.metrics["psnr"]))
+    assert psnr[-1] > psnr[0] + 1

@@ -1,0 +1,1 @@
+"""Small scripts that compute and draw what lectures on latent-variable models show."""
