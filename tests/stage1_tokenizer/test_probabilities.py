@@ -217,7 +217,7 @@ def test_far_values_have_the_log_probability_of_the_tail():
     assert {name: float(nats) for name, nats in found.items()} == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", EVERY.keys() - {"bernoulli"})
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "bernoulli"])
 @pytest.mark.parametrize("shown", [-3.0, -1.0, 0.1, 1.0, 3.0])
 def test_probability_falls_with_the_distance_from_the_output(name, shown):
     """Between the first and the last value, which have tails. A mixture of equal components."""
