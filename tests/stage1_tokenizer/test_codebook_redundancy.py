@@ -39,6 +39,9 @@ class Greys:
         self.quantizer = SimpleNamespace(layout=self.layout)
         self.decoded: list[Tensor] = []
 
+    def require_codes(self, what: str) -> None:
+        """It has codes."""
+
     def layout(self, grid: tuple[int, int]) -> tuple[Level]:
         return (Level(grid=grid, num_codes=len(self.greys)),)
 

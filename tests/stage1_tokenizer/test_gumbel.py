@@ -66,7 +66,9 @@ def test_noise_is_standard_gumbel():
 @pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
 def test_noise_is_finite(monkeypatch, drawn):
     """Also of the smallest and the largest numbers that are drawn."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, drawn, **options))
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, generator, **options: torch.full(shape, drawn, **options)
+    )
     assert gumbel_noise_like(torch.empty(3)).isfinite().all()
 
 
