@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker")  # a side's own process
     options = parser.parse_args()
+    # A termination ends the busy program, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.worker:
         print(json.dumps(rate(options.worker, options.bundle, options.seconds)))
         return
