@@ -321,3 +321,9 @@ def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
         if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
             filled[key] = with_defaults(filled[key], default)
     return filled
+
+
+def with_section_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings by section, as `with_defaults`; a section that is not there stays away."""
+    defaults = {"tokenizer": to_dict(TokenizerSection()), "prior": to_dict(PriorSection())}
+    return with_defaults(written, {name: own for name, own in defaults.items() if name in written})

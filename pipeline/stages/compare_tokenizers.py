@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pipeline.config.data import data_settings
-from pipeline.config.experiment import Experiment, TokenizerSection, to_dict, with_defaults
+from pipeline.config.experiment import Experiment, to_dict, with_section_defaults
 from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
 from pipeline.runtime.atomic_io import atomic_write_text
@@ -240,11 +240,7 @@ def is_complete(experiment: Experiment, minutes: float | None) -> bool:
     path = experiment.folder / _METRICS
     now = _made_with(experiment, minutes)
     written = _read(path) if path.is_file() else _plan(experiment.folder)
-    made = (
-        with_defaults(written["made_with"], {"tokenizer": to_dict(TokenizerSection())})
-        if written
-        else now
-    )
+    made = with_section_defaults(written["made_with"]) if written else now
     if differing := sorted(key for key in now if made.get(key) != now[key]):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
@@ -427,7 +423,7 @@ def write_report(comparison: Comparison) -> None:
     notes = ""
     names = dict.fromkeys([*comparison.variants, *found])
     for name in filter(found.__contains__, names):
-        made = found[name].get("made_with", {})
+        made = with_section_defaults(found[name].get("made_with", {}))
         differing = [key for key in SHARED_SETTINGS if made.get(key) != base[key]]
         if differing and name not in comparison.variants:
             notes += (

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from pipeline.cli.main import main
+from pipeline.config.load import load_experiment
 from pipeline.stages import compare_tokenizers
 from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget, table
 from tests.helpers.cli import fails
@@ -120,6 +121,23 @@ def test_finished_variants_are_kept_and_all_are_shown(bakeoff, tmp_path, capsys)
         "| a peer |" not in written
         and "a peer is left out: it was made with other settings (prior)" in written
     )
+
+
+def test_rows_from_before_a_setting_existed_have_its_default(tmp_path):
+    config = Path(__file__).parents[3] / "configs" / "shapes.yaml"
+    where = ["--name", "row", "--output_dir", str(tmp_path), "--prior.objective.code_corruption"]
+    experiment = load_experiment(["--config", str(config), *where, "0"])
+    compare_tokenizers.write_metrics(experiment, None, {"psnr": 1.0})
+    path = experiment.folder / "metrics.json"
+    written = json.loads(path.read_text())
+    del written["made_with"]["prior"]["objective"]["code_corruption"]
+    del written["made_with"]["tokenizer"]["model"]["gaussian"]
+    path.write_text(json.dumps(written))
+    assert compare_tokenizers.is_complete(experiment, None)
+    written["made_with"]["prior"]["objective"]["code_corruption"] = 0.1
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"made with other settings \(prior\)"):
+        compare_tokenizers.is_complete(experiment, None)
 
 
 def test_variant_with_other_settings_is_named_before_training(bakeoff, monkeypatch, capsys):
