@@ -18,7 +18,7 @@ class HasLogProb(Protocol):
         ...
 
 
-class LatentPrior(nn.Module):
+class PriorLogProb(nn.Module):
     """Latents (B,n) -> log p(z) (B,) by the prior's `log_prob`, in fp32.
 
     It is called as a module, so that data-parallel training averages its gradients.

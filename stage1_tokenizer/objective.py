@@ -33,7 +33,7 @@ from stage1_tokenizer.discriminator import (
     loss_at_image,
     requires_grad_off,
 )
-from stage1_tokenizer.latent_prior import LatentPrior
+from stage1_tokenizer.latent_prior import PriorLogProb
 from stage1_tokenizer.likelihoods import Likelihood, bits_per_dimension
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.model import ImageTokenizer
@@ -118,7 +118,7 @@ class TokenizerObjective:
         )
         if self.discriminator is not None:
             self.networks["discriminator"] = self.discriminator
-        self.latent_prior = LatentPrior(latent_prior) if latent_prior is not None else None
+        self.latent_prior = PriorLogProb(latent_prior) if latent_prior is not None else None
         if self.latent_prior is not None:
             if self.latent_prior.learns:
                 self.networks["latent_prior"] = self.latent_prior
@@ -264,8 +264,9 @@ class TokenizerObjective:
             pixels = to_model_range(batch)
             dimensions = pixels[0].numel()
             output = tokenizer(pixels)
-            exact &= tokenizer.likelihood.covers(batch.permute(0, 3, 1, 2))
-            nll.append(_nll(tokenizer.likelihood, batch, output.parameters).cpu())
+            nats, covered = _nll(tokenizer.likelihood, batch, output.parameters)
+            nll.append(nats.cpu())
+            exact &= covered
             drawn = tokenizer.likelihood.image(output.parameters)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
             codes = output.quantized.codes
@@ -280,10 +281,10 @@ class TokenizerObjective:
         tokenizer.train()
         if not psnr:
             raise ValueError(_NO_IMAGES)
-        nats = float(torch.cat(nll).mean())
-        metrics = {"psnr": float(torch.cat(psnr).mean()), "nll": nats}
+        mean_nll = float(torch.cat(nll).mean())
+        metrics = {"psnr": float(torch.cat(psnr).mean()), "nll": mean_nll}
         if exact:
-            metrics["bits_per_dimension"] = bits_per_dimension(nats, dimensions)
+            metrics["bits_per_dimension"] = bits_per_dimension(mean_nll, dimensions)
         agreement = agreement_by_level(torch.cat(unchanged), layout)
         for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
@@ -304,8 +305,8 @@ class TokenizerObjective:
         `psnr` is that of the posterior's mean, as `reconstruct` shows it. `nll`, `kl` and `elbo` =
         -(nll + kl) are in nats per image, through one sample of each image's posterior, seeded.
         `nll` and `bits_per_dimension`, that of the ELBO, are of the exact probability of 8-bit
-        images, with the exception of `evaluate`. `loss` is `nll` + `kl_weight` * `kl` in nats per
-        dimension.
+        images, where they have one (see `evaluate`). `loss` is `nll` + `kl_weight` * `kl` in nats
+        per dimension.
         """
         tokenizer = self.tokenizer
         networks = [tokenizer, *([self.latent_prior] if self.latent_prior is not None else [])]
@@ -324,8 +325,9 @@ class TokenizerObjective:
             posterior = tokenizer.posterior(pixels)
             latents = GaussianLatents(posterior, posterior.sample(noise))
             parameters = tokenizer.latent_parameters(latents.z)
-            exact &= tokenizer.likelihood.covers(batch.permute(0, 3, 1, 2))
-            nll.append(_nll(tokenizer.likelihood, batch, parameters).cpu())
+            nats, covered = _nll(tokenizer.likelihood, batch, parameters)
+            nll.append(nats.cpu())
+            exact &= covered
             kl.append(self._divergence(latents).cpu())
             drawn = tokenizer.decode_latents(posterior.mean)
             psnr.append(peak_signal_to_noise(pixels, drawn).cpu())
@@ -350,13 +352,13 @@ class TokenizerObjective:
         return metrics
 
 
-def _nll(likelihood: Likelihood, batch: Tensor, parameters: Tensor) -> Tensor:
-    """Negative log probability (B,) of images uint8 (B,H,W,C) in nats; their training loss where
-    one has no probability."""
+def _nll(likelihood: Likelihood, batch: Tensor, parameters: Tensor) -> tuple[Tensor, bool]:
+    """Negative log probability (B,) of images uint8 (B,H,W,C) in nats, and whether all have one;
+    otherwise their training loss."""
     values = batch.permute(0, 3, 1, 2)
     if likelihood.covers(values):
-        return likelihood.exact_nll(values, parameters)
-    return likelihood.nll(to_model_range(batch), parameters)
+        return likelihood.exact_nll(values, parameters), True
+    return likelihood.nll(to_model_range(batch), parameters), False
 
 
 def _prior_loss(prior: nn.Module, z: Tensor) -> TokenizerLoss:

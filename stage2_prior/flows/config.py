@@ -15,7 +15,7 @@ _UNCONDITIONAL = ("standard", "aggregated")
 
 @dataclass(kw_only=True)
 class LatentPriorConfig:
-    """A prior over latent vectors (`prior.latent` in a YAML)."""
+    """A prior over latent vectors. Messages call its fields `prior.latent.FIELD`."""
 
     kind: LatentPriorKind = "realnvp"
     """`standard`: N(0, I). `mixture`: Gaussians. `vamp`: posteriors of learned pseudo-inputs.

@@ -26,36 +26,36 @@ def features(images: int, channels: int = 4) -> Tensor:
 
 
 def test_first_half_of_the_features_is_the_mean_and_the_rest_the_deviation():
-    given = features(3)
-    posterior = quantizer().posterior(given)
-    torch.testing.assert_close(posterior.mean, given[:, :2].flatten(1))
-    bounded = LOG_STD_BOUND * (given[:, 2:].flatten(1) / LOG_STD_BOUND).tanh()
+    inputs = features(3)
+    posterior = quantizer().posterior(inputs)
+    torch.testing.assert_close(posterior.mean, inputs[:, :2].flatten(1))
+    bounded = LOG_STD_BOUND * (inputs[:, 2:].flatten(1) / LOG_STD_BOUND).tanh()
     torch.testing.assert_close(posterior.log_std, bounded)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
 def test_no_deviation_overflows(size):
-    given = torch.full((2, 4, *GRID), size)
-    given[:, :2] = 1.0
-    found = quantizer()(given.requires_grad_(), 1.0)
+    inputs = torch.full((2, 4, *GRID), size)
+    inputs[:, :2] = 1.0
+    found = quantizer()(inputs.requires_grad_(), 1.0)
     assert found.kl is not None and found.kl.isfinite() and found.latents.isfinite().all()
-    (gradient,) = torch.autograd.grad(found.kl + found.latents.sum(), given)
+    (gradient,) = torch.autograd.grad(found.kl + found.latents.sum(), inputs)
     assert gradient.isfinite().all()
 
 
 def test_small_log_deviations_are_hardly_bounded():
-    given = torch.full((1, 4, *GRID), 0.1)
-    assert float(quantizer().posterior(given).log_std.mean()) == pytest.approx(0.1, rel=1e-3)
+    inputs = torch.full((1, 4, *GRID), 0.1)
+    assert float(quantizer().posterior(inputs).log_std.mean()) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_training_samples_and_otherwise_the_mean_is_taken():
     module = quantizer()
-    given = features(400)
-    mean = module(given).latents
-    assert torch.equal(mean, given[:, :2]) and torch.equal(module(given).latents, mean)
+    inputs = features(400)
+    mean = module(inputs).latents
+    assert torch.equal(mean, inputs[:, :2]) and torch.equal(module(inputs).latents, mean)
     torch.manual_seed(2)
-    std = module.posterior(given).log_std.exp().reshape(mean.shape)
-    noise = (module(given, 1.0).latents - mean) / std
+    std = module.posterior(inputs).log_std.exp().reshape(mean.shape)
+    noise = (module(inputs, 1.0).latents - mean) / std
     assert abs(float(noise.mean())) < 4 / 4800**0.5
     assert float(noise.std()) == pytest.approx(1.0, abs=0.05)
 
@@ -75,22 +75,22 @@ def test_free_bits_by_hand():
     module = GaussianQuantizer(3, (1, 1), GaussianOptions(free_bits=0.1)).train()
     squares = torch.tensor([[2.0, 0.0, 0.16], [0.0, 0.08, 0.16]])  # KL: half of the squared mean
     mean = squares.sqrt().requires_grad_()
-    given = torch.cat([mean, torch.zeros(2, 3)], dim=1)[:, :, None, None]
-    found = module(given, 1.0)
+    inputs = torch.cat([mean, torch.zeros(2, 3)], dim=1)[:, :, None, None]
+    found = module(inputs, 1.0)
     assert found.kl is not None
     assert float(found.kl.detach()) == pytest.approx(0.5 + 0.1 + 0.1)
     assert float(found.metrics["kl"]) == pytest.approx(0.5 + 0.02 + 0.08)
     (gradient,) = torch.autograd.grad(found.kl, mean)
     torch.testing.assert_close(gradient, torch.tensor([[2**0.5 / 2, 0, 0], [0, 0, 0]]))
-    without = module.eval()(given, 1.0).kl
+    without = module.eval()(inputs, 1.0).kl
     assert without is not None and float(without.detach()) == pytest.approx(0.6)
 
 
 def test_without_free_bits_the_kl_is_that_of_the_posterior():
     module = quantizer().train()
-    given = features(5)
-    found = module(given, 1.0)
-    torch.testing.assert_close(found.kl, module.posterior(given).kl_to_standard().mean())
+    inputs = features(5)
+    found = module(inputs, 1.0)
+    torch.testing.assert_close(found.kl, module.posterior(inputs).kl_to_standard().mean())
     torch.testing.assert_close(found.kl, found.metrics["kl"])
 
 
@@ -110,11 +110,11 @@ def test_active_dimensions_need_two_images():
 def test_one_vector_sees_the_whole_grid_and_reaches_all_of_it():
     module = quantizer(latents="vector", vector_features=5)
     assert module.latent_dim == 5 and module.input_dim == module.output_dim == 2
-    given = features(2, channels=2)
-    found = module(given)
+    inputs = features(2, channels=2)
+    found = module(inputs)
     assert found.gaussian is not None and found.gaussian.z.shape == (2, 5)
     assert found.latents.shape == (2, 2, *GRID)
-    jacobian = torch.autograd.functional.jacobian(lambda x: module(x).latents, given)
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x).latents, inputs)
     assert (jacobian[0, :, :, :, 0] != 0).all() and (jacobian[0, :, :, :, 1] == 0).all()
 
 
@@ -144,6 +144,6 @@ def test_codes_are_refused():
 
 def test_kl_is_in_nats_per_image():
     """Twelve dimensions of mean 1 and deviation 1: half a nat each, whatever the batch."""
-    given = torch.cat([torch.ones(7, 2, *GRID), torch.zeros(7, 2, *GRID)], dim=1)
-    assert float(quantizer()(given).metrics["kl"]) == pytest.approx(6.0)
-    assert math.isclose(float(quantizer()(given[:1]).metrics["kl"]), 6.0)
+    inputs = torch.cat([torch.ones(7, 2, *GRID), torch.zeros(7, 2, *GRID)], dim=1)
+    assert float(quantizer()(inputs).metrics["kl"]) == pytest.approx(6.0)
+    assert math.isclose(float(quantizer()(inputs[:1]).metrics["kl"]), 6.0)
