@@ -275,9 +275,9 @@ def test_losses_call_the_wrapped_networks(images, kind):
             super().__init__()
             self.module, self.calls = module, 0
 
-        def forward(self, *args):
+        def forward(self, *args, **kwargs):
             self.calls += 1
-            return self.module(*args)
+            return self.module(*args, **kwargs)
 
     tokenizer = tiny_tokenizer(**ALL_KINDS[kind]).train()
     objective = TokenizerObjective(tokenizer, objective_of(kind))
