@@ -294,6 +294,10 @@ class ObjectiveConfig:
     """Temperature after the annealing (DALL-E: 1/16)."""
     temperature_steps: int = 2000
     """Steps over which the temperature falls (cosine)."""
+    reencoding_weight: float = 0.0
+    """Weight of the negative log-probability of each code after its image is encoded again, in nats
+    per code (`vq`). Above 0, more codes survive decoding and encoding, and a step takes one more
+    pass of the encoder."""
     perceptual: PerceptualOptions = field(default_factory=PerceptualOptions)
     """A distance of how images look."""
     discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
@@ -302,7 +306,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         problems = [
             f"tokenizer.objective.{name} is {getattr(self, name)}; it must be 0 or more"
-            for name in ("kl_weight", "kl_ramp_steps", "temperature_steps")
+            for name in ("kl_weight", "kl_ramp_steps", "temperature_steps", "reencoding_weight")
             if getattr(self, name) < 0
         ]
         problems += [
@@ -318,6 +322,11 @@ class ObjectiveConfig:
 def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
     """What is wrong between a `TokenizerConfig` and an `ObjectiveConfig`, both as plain values."""
     problems = []
+    if objective["reencoding_weight"] and model["quantizer"] != "vq":
+        problems.append(
+            f"tokenizer.objective.reencoding_weight is {objective['reencoding_weight']:g}, which "
+            f"needs tokenizer.model.quantizer vq; it is {model['quantizer']}, so set it to 0"
+        )
     discriminator = objective["discriminator"]
     heats = {name: objective[name] for name in ("temperature_start", "temperature_end")}
     if (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -53,6 +54,9 @@ class TokenizerOutput:
     """(B,P,H,W) the likelihood's parameters."""
     quantized: Quantized
     """Codes, and the quantizer's part of the objective."""
+    reencoding: Tensor | None = None
+    """Scalar, where asked for: the mean negative log-probability of the codes after their image is
+    encoded again, in nats per code."""
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -134,11 +138,21 @@ class ImageTokenizer(PreTrainedModel):
             )
         return digest.hexdigest()[:16]
 
-    def forward(self, pixels: Tensor, temperature: float | None = None) -> TokenizerOutput:
+    def forward(
+        self, pixels: Tensor, temperature: float | None = None, *, reencode: bool = False
+    ) -> TokenizerOutput:
         """Pixels (B,C,H,W) in [-1,1] through the codes or latents and back; with a `temperature`,
-        relaxed or sampled as in training."""
+        relaxed or sampled as in training. With `reencode` (`quantizer: vq`), the image of the codes
+        is encoded again; the gradient of that reaches the encoder alone."""
         quantized = self.quantizer(self.encoder(pixels.to(self.dtype)), temperature)
-        return TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
+        output = TokenizerOutput(self.decoder(quantized.latents.to(self.dtype)), quantized)
+        if reencode:
+            assert isinstance(self.quantizer, VectorQuantizer)
+            image = to_uint8(self.likelihood.image(output.parameters.detach()))
+            features = self.encoder(to_model_range(image.contiguous()).to(self.dtype))
+            log_q = self.quantizer.log_assignment(features)
+            output.reencoding = F.nll_loss(log_q.flatten(0, 2), quantized.codes.flatten())
+        return output
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -152,7 +152,9 @@ class TokenizerObjective:
         current_temperature = (
             temperature(step, self.config) if tokenizer.quantizer.relaxed else None
         )
-        output = networks["tokenizer"](pixels, current_temperature)
+        output = networks["tokenizer"](
+            pixels, current_temperature, reencode=self.config.reencoding_weight > 0
+        )
         quantized = output.quantized
         drawn = tokenizer.likelihood.image(output.parameters)
         target = dequantized(pixels) if tokenizer.likelihood.learns_scale else pixels
@@ -179,6 +181,9 @@ class TokenizerObjective:
             value = value + kl_weight(step, self.config) * kl / dimensions
         if quantized.log_q is not None:
             value = value + tokenizer.quantizer.surrogate(nll_map, quantized.log_q) / dimensions
+        if output.reencoding is not None:
+            value = value + self.config.reencoding_weight * output.reencoding
+            metrics["reencoding_nll"] = output.reencoding.detach()
         if current_temperature is not None and quantized.gaussian is None:
             metrics["temperature"] = torch.tensor(current_temperature)
         judged = self.discriminator is not None and step >= self.config.discriminator.start

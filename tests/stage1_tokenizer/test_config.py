@@ -373,6 +373,12 @@ def test_an_option_of_another_quantizer_is_refused_by_name(section):
             {"discriminator": DiscriminatorOptions(weight=1.0, layers=5)},
             r"discriminator\.layers is 5, which leaves no patch",
         ),
+        (
+            {"quantizer": "gumbel"},
+            {"reencoding_weight": 0.5},
+            r"reencoding_weight is 0\.5, which needs tokenizer\.model\.quantizer vq; it is gumbel",
+        ),
+        ({}, {"reencoding_weight": 0.5}, None),
     ],
 )
 def test_incompatible_options_are_refused(model, objective, message):
@@ -393,10 +399,12 @@ def test_objective_reports_all_problems_at_once():
             temperature_start=0,
             temperature_end=0,
             temperature_steps=-1,
+            reencoding_weight=-1,
         )
     for name in (
         "kl_weight",
         "kl_ramp_steps",
+        "reencoding_weight",
         "temperature_start",
         "temperature_end",
         "temperature_steps",

@@ -21,10 +21,12 @@ from stage1_tokenizer import (
     distinct_codes,
     statistics_by_level,
     to_model_range,
+    to_uint8,
 )
 from stage1_tokenizer.metrics import peak_signal_to_noise
 from stage1_tokenizer.objective import falling_cosine, kl_weight, temperature
 from stage1_tokenizer.quantizers.smoothing import Smoothing
+from stage1_tokenizer.quantizers.vector import l2_normalize
 from tests.helpers.tokenizers import (
     ALL_KINDS,
     EVERY_LATENT_KIND,
@@ -96,6 +98,46 @@ def test_vq_loss_is_nll_per_dimension_plus_quantizer_losses(images):
     assert loss.group == "tokenizer" and loss.value.requires_grad
     wanted = {"nll", "psnr", "commitment", "codebook_usage", "codebook_perplexity", "dead_codes"}
     assert set(loss.metrics) == wanted and not any(m.requires_grad for m in loss.metrics.values())
+
+
+def test_encoding_again_adds_the_codes_nll_and_a_gradient_to_the_encoder_alone(images):
+    without, with_it = (
+        next(TokenizerObjective(tiny_tokenizer().train(), config).losses(images, 0))
+        for config in (ObjectiveConfig(), ObjectiveConfig(reencoding_weight=2.0))
+    )
+    again = with_it.metrics["reencoding_nll"]
+    torch.testing.assert_close(with_it.value, without.value + 2 * again)
+    tokenizer = tiny_tokenizer().train()
+    output = tokenizer(to_model_range(images), reencode=True)
+    assert output.reencoding is not None
+    output.reencoding.backward()
+    moved = {name for name, p in tokenizer.named_parameters() if p.grad is not None}
+    assert moved and all(name.startswith("encoder.") for name in moved)
+    # By hand: the decoded image in 8 bits, encoded, and the distances of its vectors to all codes.
+    image = to_uint8(tokenizer.likelihood.image(output.parameters)).permute(0, 3, 1, 2) / 127.5 - 1
+    vectors = l2_normalize(tokenizer.encoder(image).permute(0, 2, 3, 1).flatten(0, 2))
+    table = tokenizer.quantizer.vectors()
+    distances = (vectors[:, None] - table).square().sum(2)
+    logits = -distances / table.var(0, correction=0).mean()
+    log_p = logits.log_softmax(1).gather(1, output.quantized.codes.view(-1, 1))
+    torch.testing.assert_close(output.reencoding, -log_p.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_of_encoding_again_keeps_more_codes():
+    """What it is for: after as many steps, more codes survive decoding and encoding."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (32, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    agreements = []
+    for weight in (0.0, 1.0):
+        tokenizer = tiny_tokenizer().train()
+        objective = TokenizerObjective(tokenizer, ObjectiveConfig(reencoding_weight=weight))
+        optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
+        for step in range(60):
+            optimizer.zero_grad()
+            next(objective.losses(images, step)).value.backward()
+            optimizer.step()
+        agreements.append(objective.evaluate([images])["reencode_agreement"])
+    assert agreements[1] > agreements[0] + 0.05
 
 
 @pytest.mark.parametrize(
@@ -233,9 +275,9 @@ def test_losses_call_the_wrapped_networks(images, kind):
             super().__init__()
             self.module, self.calls = module, 0
 
-        def forward(self, *args):
+        def forward(self, *args, **kwargs):
             self.calls += 1
-            return self.module(*args)
+            return self.module(*args, **kwargs)
 
     tokenizer = tiny_tokenizer(**ALL_KINDS[kind]).train()
     objective = TokenizerObjective(tokenizer, objective_of(kind))
