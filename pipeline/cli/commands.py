@@ -164,8 +164,7 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     estimates = estimate(parse_experiment(settings), processes=processes)
     for stage, memory in estimates.items():
         print_rank0(f"{stage}: {memory.line(processes)}")
-    command = "run" if "prior" in estimates else "train-tokenizer"
-    print_rank0(f"next: minidalle {command} {shlex.join(settings)}")
+    print_rank0(f"next: minidalle run {shlex.join(settings)}")
 
 
 def codebook_command(

@@ -108,8 +108,8 @@ class LatentPipeline(BasePipeline):
         for name, value in others.items():
             if value is not None and value not in _OFF.get(name, ()):
                 raise ValueError(
-                    f"{name} is {value}, and this bundle has Gaussian latents, whose one sampling "
-                    "option is temperature; leave it out"
+                    f"{name} is for bundles with codes, and this one has Gaussian latents, whose "
+                    "one sampling option is temperature; leave it out"
                 )
         scale = self.defaults.temperature if temperature is None else temperature
         SamplingOptions(temperature=scale)  # refuses what is out of range
