@@ -97,8 +97,8 @@ def evaluate(
 
     Raises:
         ValueError: `images` is below 1, the bundle's images are of another size than the
-            experiment's, its emoji were split in another way, or nothing is held out. Or bundles are
-            compared, and one has no codes.
+            experiment's, its emoji were split in another way, or nothing is held out. Or bundles
+            are compared, and one has no codes.
     """
     if images < 1:
         raise ValueError(f"images is {images}; it must be at least 1")
