@@ -87,7 +87,8 @@ class LatentPipeline(BasePipeline):
         **others: object,
     ) -> TextToImageOutput:
         """Samples images. The same seed gives the same images for a prompt, whatever else the call
-        asks for. An unconditional prior ignores prompts, with a warning.
+        asks for, up to the rounding of another batch size: one level of a few pixels. An
+        unconditional prior ignores prompts, with a warning.
 
         Args:
             temperature: scale of the noise that becomes latents, not of the number that chooses a
