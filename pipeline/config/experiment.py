@@ -209,8 +209,13 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
         *_init_problems(values["tokenizer"], values["prior"], values["text"]),
         *_latent_prior_problems(values["tokenizer"], values["prior"]),
         *joint_problems(model, values["tokenizer"]["objective"]),
-        *_encode_problems(values["encode"], values["data"]),
+        # Gaussian latents are not encoded beforehand.
+        *(_encode_problems(values["encode"], values["data"]) if _has_codes(model) else []),
     ]
+
+
+def _has_codes(model: Mapping[str, Any]) -> bool:
+    return bool(model["quantizer"] != "gaussian")
 
 
 def _run_problems(values: Mapping[str, Any]) -> list[str]:
@@ -293,18 +298,19 @@ def _init_problems(
 
 def _latent_prior_problems(tokenizer: Mapping[str, Any], prior: Mapping[str, Any]) -> list[str]:
     quantizer = tokenizer["model"]["quantizer"]
+    has_codes = _has_codes(tokenizer["model"])
     kind = prior["latent"]["kind"]
     context = prior["latent"]["context_features"]
     free_bits = tokenizer["model"]["gaussian"]["free_bits"]
     joint = prior["joint"]
     return problems(
         (
-            joint and quantizer != "gaussian",
+            joint and has_codes,
             f"prior.joint is on and tokenizer.model.quantizer is {quantizer}; only a prior of "
             "Gaussian latents is trained together with the tokenizer, set prior.joint=false",
         ),
         (
-            quantizer == "gaussian" and prior["init_from"] is not None,
+            not has_codes and prior["init_from"] is not None,
             f"prior.init_from is {prior['init_from']} and tokenizer.model.quantizer is gaussian; a "
             "prior of Gaussian latents starts from random weights, leave it out",
         ),
