@@ -110,7 +110,8 @@ def test_a_run_ends_with_a_bundle_that_generates_and_is_evaluated(tmp_path, caps
 
 @torch.no_grad()
 def test_evaluation_is_that_of_the_posterior_and_the_prior(tmp_path):
-    experiment = with_tokenizer(tiny_values(tmp_path, latent=CONDITIONAL))
+    values = tiny_values(tmp_path, latent=CONDITIONAL) | {"precision": "fp32"}
+    experiment = with_tokenizer(values)
     with torch.enable_grad():
         pipeline.train_prior(experiment)
     bundle = pipeline.assemble_bundle(experiment)
