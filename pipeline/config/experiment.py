@@ -278,7 +278,7 @@ def _init_problems(
             "as it is",
         ),
         (
-            start is not None and not tokenizer["frozen"],
+            start is not None and not tokenizer["frozen"] and _has_codes(tokenizer["model"]),
             f"prior.init_from is {start} and tokenizer.frozen is off; a prior knows the codes of "
             f"one tokenizer, set tokenizer.init_from={tokenizer['init_from'] or start} and "
             "tokenizer.frozen=true",
