@@ -71,8 +71,9 @@ def test_a_joint_flow_is_taken():
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         experiment(prior__joint=True, **changes)
+    assert "tokenizer.frozen is off" not in str(error.value)  # advice for priors over codes
 
 
 def test_commands_that_need_codes_name_the_one_that_does_not():
