@@ -36,7 +36,7 @@ from pipeline.data.codes.dataset import (
 from pipeline.data.codes.shards import EncodedRows, write_shard
 from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.stages.prior import text_tokenizer
+from pipeline.stages.captions import text_tokenizer
 
 CODES = 64
 NUM_CODES = 1024

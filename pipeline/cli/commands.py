@@ -34,13 +34,11 @@ def run_command(*, settings: list[str]) -> None:
 
 
 def train_tokenizer_command(*, settings: list[str]) -> None:
-    """Stage 1: trains a tokenizer, images <-> codes; run again, it resumes."""
+    """Stage 1: trains a tokenizer, images <-> codes or Gaussian latents; run again, it resumes."""
     experiment = parse_experiment(settings)
     folder = pipeline.train_tokenizer(experiment)
-    following = f"encode {shlex.join(settings)}"
-    if not experiment.tokenizer.model.has_codes:
-        following = f"reconstruct --tokenizer {folder} FILES"
-    print_rank0(f"wrote {folder}\nnext: minidalle {following}")
+    following = "encode" if experiment.tokenizer.model.has_codes else "train-prior"
+    print_rank0(f"wrote {folder}\nnext: minidalle {following} {shlex.join(settings)}")
 
 
 def encode_command(
@@ -101,7 +99,8 @@ def _experiment_of(tokenizer: Path, settings: list[str]) -> Experiment:
 
 
 def train_prior_command(*, settings: list[str]) -> None:
-    """Stage 2: trains a prior over caption and codes as one stream; run again, it resumes."""
+    """Stage 2: trains a prior over caption and codes as one stream, or over Gaussian latents; run
+    again, it resumes."""
     experiment = parse_experiment(settings)
     folder = pipeline.train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
@@ -165,8 +164,7 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     estimates = estimate(parse_experiment(settings), processes=processes)
     for stage, memory in estimates.items():
         print_rank0(f"{stage}: {memory.line(processes)}")
-    command = "run" if "prior" in estimates else "train-tokenizer"
-    print_rank0(f"next: minidalle {command} {shlex.join(settings)}")
+    print_rank0(f"next: minidalle run {shlex.join(settings)}")
 
 
 def codebook_command(

@@ -43,7 +43,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it resumes 
   run               all of the below, in order, then a grid of images
   train-tokenizer   stage 1: images <-> codes
   encode            the codes of every image, once
-  train-prior       stage 2: caption and codes as one stream
+  train-prior       stage 2: caption and codes as one stream, or Gaussian latents
   compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
 
 using what was trained:

@@ -14,10 +14,19 @@ from pipeline.config.checks import out_of_range, problems, refuse
 from pipeline.config.data import DataConfig
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
-from stage2_prior import PriorConfig, PriorObjectiveConfig, SamplingOptions, TextConfig
+from stage2_prior import (
+    LatentPriorConfig,
+    PriorConfig,
+    PriorObjectiveConfig,
+    SamplingOptions,
+    TextConfig,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+_JOINT_KINDS = ("mixture", "realnvp", "maf")
+"""Priors of Gaussian latents that can be trained together with the tokenizer."""
 
 
 @dataclass(kw_only=True)
@@ -94,10 +103,17 @@ class EncodeConfig:
 
 @dataclass(kw_only=True)
 class PriorSection:
-    """Stage 2 (`prior`)."""
+    """Stage 2 (`prior`): a transformer over captions and codes, or a density of Gaussian latents.
+    The latter reads `latent`, `joint`, `objective.caption_dropout` and `train` alone."""
 
     model: PriorConfig = field(default_factory=PriorConfig)
-    """Architecture."""
+    """Architecture over codes."""
+    latent: LatentPriorConfig = field(default_factory=LatentPriorConfig)
+    """Density of Gaussian latents; read only where `tokenizer.model.quantizer` is gaussian."""
+    joint: bool = False
+    """Train the prior of Gaussian latents together with the tokenizer, in place of N(0, I) in its
+    evidence lower bound; otherwise it is trained afterwards. Only where `tokenizer.model.quantizer`
+    is gaussian."""
     objective: PriorObjectiveConfig = field(default_factory=PriorObjectiveConfig)
     """What is minimised."""
     train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
@@ -178,7 +194,7 @@ class Experiment:
             raise ValueError(
                 f"tokenizer.model.quantizer is {self.tokenizer.model.quantizer}, which has "
                 f"Gaussian latents, and `minidalle {command}` needs codes; choose another "
-                "quantizer (vq), or use `minidalle train-tokenizer` and `minidalle reconstruct`"
+                "quantizer (vq), or use `minidalle run`, which trains a prior of the latents"
             )
 
 
@@ -191,9 +207,15 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
         *_image_problems(values["data"], model),
         *_sampling_problems(values["sampling"], values["prior"]),
         *_init_problems(values["tokenizer"], values["prior"], values["text"]),
+        *_latent_prior_problems(values["tokenizer"], values["prior"]),
         *joint_problems(model, values["tokenizer"]["objective"]),
-        *_encode_problems(values["encode"], values["data"]),
+        # Gaussian latents are not encoded beforehand.
+        *(_encode_problems(values["encode"], values["data"]) if _has_codes(model) else []),
     ]
+
+
+def _has_codes(model: Mapping[str, Any]) -> bool:
+    return bool(model["quantizer"] != "gaussian")
 
 
 def _run_problems(values: Mapping[str, Any]) -> list[str]:
@@ -256,7 +278,7 @@ def _init_problems(
             "as it is",
         ),
         (
-            start is not None and not tokenizer["frozen"],
+            start is not None and not tokenizer["frozen"] and _has_codes(tokenizer["model"]),
             f"prior.init_from is {start} and tokenizer.frozen is off; a prior knows the codes of "
             f"one tokenizer, set tokenizer.init_from={tokenizer['init_from'] or start} and "
             "tokenizer.frozen=true",
@@ -270,6 +292,49 @@ def _init_problems(
             text["num_new_tokens"] and (start is None or prior["lora_rank"]),
             f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from, and "
             "prior.lora_rank=0: LoRA trains no embeddings",
+        ),
+    )
+
+
+def _latent_prior_problems(tokenizer: Mapping[str, Any], prior: Mapping[str, Any]) -> list[str]:
+    quantizer = tokenizer["model"]["quantizer"]
+    has_codes = _has_codes(tokenizer["model"])
+    kind = prior["latent"]["kind"]
+    context = prior["latent"]["context_features"]
+    free_bits = tokenizer["model"]["gaussian"]["free_bits"]
+    joint = prior["joint"]
+    return problems(
+        (
+            joint and has_codes,
+            f"prior.joint is on and tokenizer.model.quantizer is {quantizer}; only a prior of "
+            "Gaussian latents is trained together with the tokenizer, set prior.joint=false",
+        ),
+        (
+            not has_codes and prior["init_from"] is not None,
+            f"prior.init_from is {prior['init_from']} and tokenizer.model.quantizer is gaussian; a "
+            "prior of Gaussian latents starts from random weights, leave it out",
+        ),
+        (
+            joint and tokenizer["frozen"],
+            "prior.joint and tokenizer.frozen are both on; a frozen tokenizer is not trained, set "
+            "prior.joint=false to train the prior afterwards",
+        ),
+        (
+            joint and kind not in _JOINT_KINDS,
+            f"prior.joint is on and prior.latent.kind is {kind}, which is not trained together "
+            f"with the tokenizer; choose one of {', '.join(_JOINT_KINDS)}, or set "
+            "prior.joint=false",
+        ),
+        (
+            joint and context > 0,
+            f"prior.joint is on and prior.latent.context_features is {context}; a prior that is "
+            "trained together with the tokenizer is unconditional, set context_features to 0 or "
+            "prior.joint=false",
+        ),
+        (
+            joint and free_bits,
+            f"prior.joint is on and tokenizer.model.gaussian.free_bits is {free_bits:g}; free bits "
+            "need the analytic KL to N(0, I), set them to 0 or prior.joint=false",
         ),
     )
 

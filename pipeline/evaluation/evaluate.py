@@ -15,11 +15,14 @@ import torch
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
+from pipeline.data.source import Source
 from pipeline.evaluation.accuracy import ENOUGH, Accuracy
 from pipeline.evaluation.emoji import check_split, emoji_metrics
 from pipeline.evaluation.forgetting import Forgetting, forgetting
+from pipeline.evaluation.latents import latent_metrics
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
 from pipeline.evaluation.shapes import shapes_metrics
+from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.log import on_main_process
@@ -90,11 +93,12 @@ def evaluate(
 
     Sampling uses the bundle's own defaults and seed 0. One process computes everything. Where the
     experiment starts from a bundle (`init_from`), or one is given as `before`, forgetting is
-    measured too.
+    measured too. Of a bundle with Gaussian latents, see `latent_metrics`.
 
     Raises:
         ValueError: `images` is below 1, the bundle's images are of another size than the
-            experiment's, its emoji were split in another way, or nothing is held out.
+            experiment's, its emoji were split in another way, or nothing is held out. Or bundles
+            are compared, and one has no codes.
     """
     if images < 1:
         raise ValueError(f"images is {images}; it must be at least 1")
@@ -116,15 +120,14 @@ def evaluate(
             "no image is held out, so there is nothing to judge on; raise data.val_fraction"
         )
     report = Report()
-    with autocast(pipe, experiment.precision):
-        reconstructions = tokenizer_metrics(pipe, held_out, count)
-        report.add(reconstructions.metrics | prior_metrics(pipe, held_out, count))
-    if experiment.data.source == "shapes":
-        report.add(shapes_metrics(pipe, experiment, reconstructions))
-    if experiment.data.source == "emoji":
-        report.add(emoji_metrics(pipe, experiment))
+    if isinstance(pipe, LatentPipeline):
+        with autocast(pipe, experiment.precision):
+            report.add(latent_metrics(pipe, held_out, count))
+    else:
+        report.add(_codes_metrics(pipe, experiment, held_out, count))
+        before = before or parent_bundle(experiment)
     _warn_of_few(report.accuracies)
-    if before := before or parent_bundle(experiment):
+    if before:
         report.forgetting = forgetting(before, bundle, experiment, images=images)
     report.settings = {
         "bundle": str(bundle),
@@ -138,6 +141,23 @@ def evaluate(
     if out is not None:
         report.save(out)
     return report
+
+
+def _codes_metrics(
+    pipe: TextToImagePipeline, experiment: Experiment, held_out: Source, count: int
+) -> dict[str, float | Accuracy]:
+    """Metrics of a bundle with codes."""
+    with autocast(pipe, experiment.precision):
+        reconstructions = tokenizer_metrics(pipe, held_out, count)
+        metrics: dict[str, float | Accuracy] = {
+            **reconstructions.metrics,
+            **prior_metrics(pipe, held_out, count),
+        }
+    if experiment.data.source == "shapes":
+        metrics |= shapes_metrics(pipe, experiment, reconstructions)
+    if experiment.data.source == "emoji":
+        metrics |= emoji_metrics(pipe, experiment)
+    return metrics
 
 
 def _warn_of_few(accuracies: Mapping[str, Accuracy]) -> None:
@@ -165,4 +185,5 @@ def _readable(name: str, value: float) -> str:
     if name.startswith("distinct_codes"):
         return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
+    plain |= name in ("nll", "kl", "elbo", "prior_nll", "bits_per_dimension")
     return f"{value:.3f}" if plain else f"{value:.1%}"

@@ -57,13 +57,15 @@ def forgetting(
 
     Raises:
         FileNotFoundError: one of the folders is no bundle.
-        ValueError: `images` is below 1, the bundles' images differ in size, or nothing is held
-            out.
+        ValueError: `images` is below 1, a bundle has no codes, the bundles' images differ in size,
+            or nothing is held out.
     """
     if images < 1:
         raise ValueError(f"images is {images}; it must be at least 1")
     old = TextToImagePipeline.from_pretrained(before)
     new = TextToImagePipeline.from_pretrained(after)
+    for pipe in (old, new):
+        pipe.tokenizer.require_codes("comparing bundles (--baseline-bundle)")
     if old.tokenizer.image_size != new.tokenizer.image_size:
         raise ValueError(
             f"{before} makes images of {old.tokenizer.image_size} pixels and {after} of "

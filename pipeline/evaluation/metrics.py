@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.source import Source
+from pipeline.inference.base import BasePipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.devices import uses_bf16
 from stage1_tokenizer import (
@@ -42,7 +43,7 @@ class Reconstructions:
     fraction of codes unchanged by encoding again, directly and after JPEG."""
 
 
-def autocast(pipe: TextToImagePipeline, precision: str) -> torch.autocast:
+def autocast(pipe: BasePipeline, precision: str) -> torch.autocast:
     """The precision that the experiment trained in."""
     device = pipe.tokenizer.device
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
@@ -62,11 +63,7 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
         batches.append((codes, torch.from_numpy(drawn[-1])))
     truth = np.concatenate(real)
     reconstruction = np.concatenate(drawn)
-    decibels = [psnr(a, b) for a, b in zip(truth, reconstruction, strict=True)]
-    metrics = {
-        "psnr": float(np.minimum(decibels, _HIGHEST_PSNR).mean()),
-        "ssim": ssim(truth, reconstruction),
-    }
+    metrics = {"psnr": mean_psnr(truth, reconstruction), "ssim": ssim(truth, reconstruction)}
     for name, statistics in statistics_by_level(histogram, layout).items():
         metrics[f"codebook_usage{name}"] = float(statistics.usage)
         metrics[f"codebook_perplexity{name}"] = float(statistics.perplexity)
@@ -74,6 +71,12 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
     metrics |= {f"distinct_codes{name}": float(number) for name, number in distinct.items()}
     metrics |= reencoding_metrics(pipe.tokenizer, batches)
     return Reconstructions(truth, reconstruction, metrics)
+
+
+def mean_psnr(real: np.ndarray, drawn: np.ndarray) -> float:
+    """Mean over images (N,H,W,3) uint8, in dB."""
+    decibels = [psnr(a, b) for a, b in zip(real, drawn, strict=True)]
+    return float(np.minimum(decibels, _HIGHEST_PSNR).mean())
 
 
 def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict[str, float]:

@@ -8,20 +8,24 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from pipeline.config.json_file import read_json
 from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
 from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, SamplingOptions, TextTokenizer
+from stage1_tokenizer.quantizers import GaussianQuantizer
+from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer, VampPrior
 
 FORMAT = 1
+_LATENT = LatentPriorModel.config_class.model_type
 
 
 class Bundle(NamedTuple):
     """What a bundle holds."""
 
     tokenizer: ImageTokenizer
-    prior: ImagePrior
+    prior: ImagePrior | LatentPriorModel
     text: TextTokenizer
     defaults: SamplingOptions
     trained_on: dict[str, Any]
@@ -63,7 +67,7 @@ def read_bundle(folder: Path) -> Bundle:
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
     tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
-    prior = ImagePrior.from_pretrained(folder / "prior")
+    prior = _read_prior(folder / "prior")
     fingerprints = {
         "tokenizer": tokenizer.fingerprint,
         "prior": prior.fingerprint,
@@ -76,6 +80,8 @@ def read_bundle(folder: Path) -> Bundle:
                 f"{folder}/{part} has fingerprint {fingerprint} and pipeline.json expects "
                 f"{expected}; that part comes from another bundle, copy the bundle again"
             )
+    if isinstance(prior, LatentPriorModel):
+        attach_encoder(prior, tokenizer)
     return Bundle(
         tokenizer,
         prior,
@@ -83,6 +89,33 @@ def read_bundle(folder: Path) -> Bundle:
         SamplingOptions(**description["sampling"]),
         description["trained_on"],
     )
+
+
+def attach_encoder(prior: LatentPriorModel, tokenizer: ImageTokenizer) -> None:
+    """Gives a VampPrior the encoder of its tokenizer, which is not saved with it; no other kind
+    needs one."""
+    vamp = prior.prior
+    quantizer = tokenizer.quantizer
+    if isinstance(vamp, VampPrior) and isinstance(quantizer, GaussianQuantizer):
+
+        def posterior(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            # Not `tokenizer.posterior`, which has no gradient.
+            found = quantizer.posterior(tokenizer.encoder(pixels.to(tokenizer.dtype)))
+            return found.mean, found.log_std
+
+        vamp.attach(posterior)
+
+
+def _read_prior(folder: Path) -> ImagePrior | LatentPriorModel:
+    """A prior of the kind that its config.json names."""
+    config = folder / "config.json"
+    latent = config.is_file() and (
+        read_json(config, "copy the bundle again").get("model_type") == _LATENT
+    )
+    prior: ImagePrior | LatentPriorModel = (
+        LatentPriorModel if latent else ImagePrior
+    ).from_pretrained(folder)
+    return prior
 
 
 def _description(folder: Path) -> dict[str, Any]:

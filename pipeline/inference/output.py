@@ -1,4 +1,4 @@
-"""What `TextToImagePipeline` returns. Knows tensors and images alone."""
+"""What pipelines return. Knows tensors and images alone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ class TextToImageOutput:
 
     images: list[Image.Image]
     codes: Tensor
-    """(N,h,w) int64; (N, codes) where the tokenizer has several levels."""
+    """(N,h,w) int64; (N, codes) where the tokenizer has several levels; (N,0) where latents are
+    Gaussian."""
     log_likelihood: Tensor
     """(N,) log p(codes | prompt) in nats, in the order sampled, without guidance, temperature or
-    filters. Edits count the resampled codes only."""
+    filters. Edits count the resampled codes only. Of Gaussian latents: the log-density of
+    `latents`."""
     seeds: list[int]
     """(N,) the seed of each image's random numbers."""
+    latents: Tensor | None = None
+    """(N,n) Gaussian latents; None where there are codes."""
 
     def rows(self, chosen: Sequence[int]) -> TextToImageOutput:
         """Some of the images."""
@@ -42,4 +46,5 @@ class TextToImageOutput:
             self.codes[rows],
             self.log_likelihood[rows],
             [self.seeds[i] for i in rows],
+            None if self.latents is None else self.latents[rows],
         )

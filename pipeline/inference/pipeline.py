@@ -3,8 +3,6 @@ interfaces, not their insides."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.batching import Compile, sample_codes_batched
-from pipeline.inference.bundle import Bundle, read_bundle, write_bundle
+from pipeline.inference.bundle import read_bundle
 from pipeline.inference.editing import (
     check_image,
     composite,
@@ -25,6 +24,7 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
@@ -32,6 +32,7 @@ from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
+    LatentPriorModel,
     Samples,
     SamplingOptions,
     TextTokenizer,
@@ -44,23 +45,12 @@ SamplingValue = float | tuple[float, float] | None
 """A field of `SamplingOptions`; None takes the bundle's default."""
 
 
-def image_seed(seed: int, number: int) -> int:
-    """Seed of a prompt's image `number`. It depends on nothing else, so neither a batch nor a split
-    changes an image."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
-
-
-def _at_least_one(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name} is {count}; it must be at least 1")
-
-
 def _best(scores: Tensor) -> Tensor:
     """Scores (B,N) -> (B,) the place of the highest of each row among all B*N."""
     return scores.argmax(1) + torch.arange(0, scores.numel(), scores.shape[1])
 
 
-class TextToImagePipeline:
+class TextToImagePipeline(BasePipeline):
     """Both stages chained.
 
     Args:
@@ -74,6 +64,8 @@ class TextToImagePipeline:
         ValueError: there are no codes, or the prior models others, or another vocabulary.
     """
 
+    prior: ImagePrior
+
     def __init__(
         self,
         tokenizer: ImageTokenizer,
@@ -83,11 +75,7 @@ class TextToImagePipeline:
         trained_on: dict[str, Any] | None = None,
     ) -> None:
         tokenizer.require_codes("TextToImagePipeline")
-        self.tokenizer = tokenizer
-        self.prior = prior
-        self.text = text
-        self.defaults = defaults or SamplingOptions()
-        self.trained_on = trained_on or {}
+        super().__init__(tokenizer, prior, text, defaults, trained_on)
         self._compile: Compile = "auto"
         stream = prior.stream.config
         own = [(tuple(level.grid), level.num_codes) for level in tokenizer.layout]
@@ -103,12 +91,6 @@ class TextToImagePipeline:
                 f"prior {stream.text_vocab_size} and {stream.text_length}; they do not belong "
                 "together"
             )
-
-    def to(self, device: torch.device | str) -> TextToImagePipeline:
-        """Moves both stages; returns itself."""
-        self.tokenizer.to(device)
-        self.prior.to(device)
-        return self
 
     def compile(self) -> TextToImagePipeline:
         """Prepares for many images; returns itself. The prior computes in bf16 where the device
@@ -156,12 +138,10 @@ class TextToImagePipeline:
                 guidance (or an empty prompt, or `best_of` without a scorer) is asked of a prior
                 that was trained without caption dropout.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("no prompt was given; give at least one, '' samples without a caption")
-        _at_least_one("num_images_per_prompt", num_images_per_prompt)
-        _at_least_one("batch_size", batch_size)
-        _at_least_one("best_of", best_of)
+        prompts = checked_prompts(prompts)
+        check_at_least_one("num_images_per_prompt", num_images_per_prompt)
+        check_at_least_one("batch_size", batch_size)
+        check_at_least_one("best_of", best_of)
         if judge is not None and best_of == 1:
             raise ValueError(
                 "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
@@ -220,7 +200,7 @@ class TextToImagePipeline:
             ValueError: the mask's size or mode, or the image's size, does not fit; or the prior was
                 not trained on random orders.
         """
-        _at_least_one("num_images", num_images)
+        check_at_least_one("num_images", num_images)
         original = check_image(image, self.tokenizer.image_size)
         replaced = replaced_pixels(mask, original.size)
         known = keep_mask(replaced, self.tokenizer.layout)
@@ -278,7 +258,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
         """
-        _at_least_one("num_images", num_images)
+        check_at_least_one("num_images", num_images)
         seeds = [image_seed(seed, i) for i in range(num_images)]
         known = random_keep_mask(seeds, self.prior.stream.image_length, strength)
         return self.complete(
@@ -310,7 +290,7 @@ class TextToImagePipeline:
             ValueError: `known` or the codes have another shape, or `known` is not what the prior's
                 order allows.
         """
-        _at_least_one("num_images", num_images)
+        check_at_least_one("num_images", num_images)
         length = self.prior.stream.image_length
         if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
             raise ValueError(
@@ -364,7 +344,7 @@ class TextToImagePipeline:
                 another size than the prior's, a prompt is too long (unless `truncate`), or it is
                 empty and the prior was trained without caption dropout.
         """
-        _at_least_one("batch_size", batch_size)
+        check_at_least_one("batch_size", batch_size)
         images, prompts = checked_pairs(images, prompts, self.tokenizer.image_size)
         ids = self._text_ids(prompts, truncate)
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
@@ -397,11 +377,11 @@ class TextToImagePipeline:
         codes = self._codes_of([image]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
-            _at_least_one("the number of candidates", len(captions))
+            check_at_least_one("the number of candidates", len(captions))
             ids = self.text.encode(captions, truncate=truncate)
             values = caption_log_likelihood(self.prior, ids, codes[0])
         else:
-            _at_least_one("num", num)
+            check_at_least_one("num", num)
             SamplingOptions(temperature=temperature, top_p=top_p)  # refuses what is out of range
             seeds = [image_seed(seed, i) for i in range(num)]
             ids, values = sample_captions(
@@ -429,22 +409,6 @@ class TextToImagePipeline:
             raise ValueError(f"{unknown} are no sampling options; known are {list(defaults)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         return SamplingOptions(**(defaults | chosen))
-
-    def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        empty = any(not prompt.strip() for prompt in prompts)
-        if empty and not self.prior.config.trained_with_caption_dropout:
-            raise ValueError(
-                "an empty prompt needs a prior trained with caption dropout, and this one was not; "
-                "give a prompt"
-            )
-        return self.text.encode(prompts, truncate=truncate)
-
-    def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        """`_text_ids`, with a warning of empty prompts."""
-        ids = self._text_ids(prompts, truncate)
-        if any(not prompt.strip() for prompt in prompts):
-            warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
-        return ids
 
     @free_threads()
     def _output(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
@@ -480,20 +444,15 @@ class TextToImagePipeline:
         levels = self.tokenizer.layout
         return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the bundle, whole or not at all."""
-        write_bundle(
-            Path(folder),
-            Bundle(self.tokenizer, self.prior, self.text, self.defaults, self.trained_on),
-        )
-
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TextToImagePipeline:
-        """Loads a bundle.
+    def from_pretrained(cls, folder: str | Path) -> Any:
+        """Loads a bundle. `Any`, since it is a `LatentPipeline` where latents are Gaussian.
 
         Raises:
             FileNotFoundError: the folder is no bundle.
             ValueError: a part is missing, truncated, of another format, or swapped for another
                 bundle's; names it.
         """
-        return cls(*read_bundle(Path(folder)))
+        bundle = read_bundle(Path(folder))
+        kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
+        return kind(*bundle)

@@ -17,7 +17,7 @@ from pipeline.training.batch import to_device
 from pipeline.training.memory_estimate import MemoryEstimate, Probe, estimate_training_memory
 from pipeline.training.task import Objective
 from stage1_tokenizer import ImageTokenizer, TokenizerObjective
-from stage2_prior import ImagePrior, PriorObjective
+from stage2_prior import ImagePrior, LatentPriorModel, PriorObjective
 
 _RUNNING = 150 * 2**20
 """Bytes that a training on a CPU takes besides its networks and the loaded program: data,
@@ -26,8 +26,8 @@ docs/scaling.md."""
 
 
 def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryEstimate]:
-    """Memory per process of each trained stage, by name, on this machine's device. A tokenizer
-    without codes has no prior.
+    """Memory per process of each trained stage, by name, on this machine's device. A prior of
+    Gaussian latents, which is small, is estimated only where it is trained with the tokenizer.
 
     Args:
         processes: number of processes that share the training.
@@ -46,7 +46,14 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         model = experiment.tokenizer.model
         shape = (8, model.image_size, model.image_size, model.channels)
         images = torch.randint(256, shape, dtype=torch.uint8)
-        objective = TokenizerObjective(tokenizer.train(), experiment.tokenizer.objective)
+        latent_prior = (
+            LatentPriorModel(experiment.prior.latent, tokenizer.latent_dim)
+            if experiment.prior.joint
+            else None
+        )
+        objective = TokenizerObjective(
+            tokenizer.train(), experiment.tokenizer.objective, latent_prior=latent_prior
+        )
         train = experiment.tokenizer.train
         estimates["tokenizer"] = _estimate(
             "tokenizer", objective, images, train, experiment.precision, device, processes, program

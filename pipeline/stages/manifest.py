@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior
+from stage2_prior import ImagePrior, LatentPriorModel
 
 Made = TypeVar("Made")
 RESUME_SAFE_FIELDS = (
@@ -40,6 +40,8 @@ RESUME_SAFE_FIELDS = (
 )
 """Fields of `train` that change no weight by more than rounding."""
 _CHANGES_NO_CODE = ("images_per_shard",)
+LATENT_PRIOR = "latent_prior"
+"""In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with and, once it is done, its metrics."""
 
@@ -172,12 +174,24 @@ class StageRun:
             seconds_after=seconds_after,
         )
 
-    def finalize(self, model: ImageTokenizer | ImagePrior, metrics: dict[str, float]) -> None:
+    def finalize(
+        self,
+        model: ImageTokenizer | ImagePrior | LatentPriorModel,
+        metrics: dict[str, float],
+        latent_prior: LatentPriorModel | None = None,
+    ) -> None:
         """Writes the final weights next to the checkpoints. The metrics come last: they mark the
-        stage as done."""
+        stage as done.
+
+        Args:
+            latent_prior: what was trained together with a tokenizer, for `LATENT_PRIOR` in its
+                folder.
+        """
         if self.accelerator.is_main_process:
             with disk_errors(), hidden_progress_bars():
                 model.to("cpu").save_pretrained(self.folder)
+                if latent_prior is not None:
+                    latent_prior.to("cpu").save_pretrained(self.folder / LATENT_PRIOR)
         self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
         # `end_training` would also end the process group, which the next stage needs.
         for tracker in self.accelerator.trackers:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,24 @@ from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
 from pipeline.data.sampler import BatchSampler
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.runtime.image_grid import make_grid
-from pipeline.runtime.log import on_main_process
+from pipeline.stages.captions import text_tokenizer, training_ids
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
+from pipeline.stages.latent_prior import train_latent_prior
 from pipeline.stages.manifest import StageRun, load_complete
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
-from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.task import Task
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
-from stage2_prior.text import CAPTIONS_TO_LEARN, LengthReport
-
-_log = logging.getLogger(__name__)
-_log.addFilter(on_main_process)
-
-_ROWS_AT_A_TIME = 1000
 
 
 @with_run_lock
 def train_prior(experiment: Experiment) -> Path:
-    """Stage 2 on the codes dataset; returns `RUN/prior` (the text tokenizer lies in
-    `RUN/text_tokenizer`)."""
-    experiment.require_codes("train-prior")
+    """Stage 2 on the codes dataset, or on Gaussian latents of the images; returns `RUN/prior` (the
+    text tokenizer lies in `RUN/text_tokenizer`)."""
+    if not experiment.tokenizer.model.has_codes:
+        return train_latent_prior(experiment)
     section = experiment.prior
     tokenizer = load_complete(
         ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
@@ -83,7 +75,7 @@ def _inputs(
         "codes": {key: manifest[key] for key in ("tokenizer", "sources", "settings")},
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
-        **to_dict(experiment.prior),
+        **{k: v for k, v in to_dict(experiment.prior).items() if k not in ("latent", "joint")},
         "init_from": origin and origin.identity,
     }
 
@@ -200,19 +192,14 @@ class PriorTraining:
     def _batch(self, sampler: BatchSampler, step: int) -> dict[str, torch.Tensor]:
         """This process's part of a step's batch."""
         rows = self._rows(sampler, step)
-        options = self.experiment.text
         seed = [self.experiment.seed, step, self.accelerator.process_index]
         random = np.random.default_rng(seed)
         views = random.integers(0, self.train.views, size=len(rows)).tolist()
         # Sampled only where there is a choice: BPE dropout takes the numbers that follow.
         draws = random.random(len(rows)).tolist() if self.several_captions else None
         captions = self.train.captions(rows, draws)
-        if options.bpe_dropout:
-            ids = self.text.encode_with_dropout(
-                captions, options.bpe_dropout, random, truncate=options.truncate
-            )
-        else:
-            ids = self.text.encode(captions, truncate=options.truncate)
+        options = self.experiment.text
+        ids = training_ids(self.text, captions, options, random, truncate=options.truncate)
         return {"text_ids": ids, "codes": torch.from_numpy(self.train.codes(rows, views))}
 
     def _names(self, sampler: BatchSampler, step: int) -> list[str]:
@@ -241,58 +228,3 @@ class PriorTraining:
         grid = make_grid([np.asarray(image) for image in images], columns=4)
         save_sample(self.experiment.folder, "prior", grid)
         return {"samples": grid}
-
-
-def text_tokenizer(
-    experiment: Experiment,
-    codes: dict[str, CodesDataset],
-    accelerator: Accelerator,
-    origin: PretrainedPrior | None = None,
-) -> TextTokenizer:
-    """The text tokenizer of the run, saved once every caption fits.
-
-    It is trained on the captions, or is that of the prior to start from, or that of the checkpoint
-    from which the prior resumes.
-
-    Raises:
-        ValueError: captions do not fit their slots and are not to be truncated.
-    """
-    folder = experiment.folder / "text_tokenizer"
-    config = experiment.text
-    resumes = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
-    # Every process trains it: that is quick and deterministic, and all see the same error if there
-    # is one.
-    learned = chain.from_iterable(_caption_batches(codes["train"], CAPTIONS_TO_LEARN))
-    if origin is not None:  # also on resume: new entries and their spelling follow from captions
-        text = origin.extend_vocab(learned, config)
-        _log.info(origin.pieces(text, next(_caption_batches(codes["train"], _ROWS_AT_A_TIME))))
-    else:
-        text = TextTokenizer.load(folder) if resumes else TextTokenizer.from_config(config, learned)
-    lengths = LengthReport(text.length)
-    for captions in chain.from_iterable(_caption_batches(dataset) for dataset in codes.values()):
-        lengths.add(captions, text.lengths(captions))
-    lengths.check(truncate=config.truncate)
-    if lengths.too_long:
-        _log.info(
-            f"{lengths.too_long} of {lengths.count} captions are truncated to "
-            f"text.max_length={text.length} slots"
-        )
-    if accelerator.is_main_process and not resumes:
-        atomic_write_dir(folder, text.save)
-    accelerator.wait_for_everyone()
-    return TextTokenizer.load(folder)
-
-
-def _caption_batches(codes: CodesDataset, captions: int | None = None) -> Iterator[list[str]]:
-    """All captions, in batches of a thousand rows; or about `captions` of them, from evenly spread
-    rows."""
-    rows = (
-        len(codes)
-        if captions is None
-        else min(len(codes), max(len(codes) * captions // codes.captions_in_all, 1))
-    )
-    for first in range(0, rows, _ROWS_AT_A_TIME):
-        spread = [
-            row * len(codes) // rows for row in range(first, min(first + _ROWS_AT_A_TIME, rows))
-        ]
-        yield list(chain.from_iterable(codes.all_captions(spread)))

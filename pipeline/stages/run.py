@@ -13,40 +13,56 @@ import numpy as np
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
+from pipeline.data.load import load_source
+from pipeline.data.source import Source
+from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
-from pipeline.stages.manifest import init_from_fingerprint, load_complete, require_complete
+from pipeline.stages.latent_prior import refuse_streams
+from pipeline.stages.manifest import (
+    init_from_fingerprint,
+    load_complete,
+    read_settings,
+    require_complete,
+)
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 from pipeline.stages.tokenizer import save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, TextTokenizer
+from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
     """Writes both stages and the sampling defaults into one self-contained folder; returns
     `RUN/bundle`."""
     folder = experiment.folder
-    manifest = read_manifest(folder / "codes")
-    pipe = TextToImagePipeline(
-        load_complete(ImageTokenizer.from_pretrained, folder / "tokenizer", "train-tokenizer"),
-        load_complete(ImagePrior.from_pretrained, folder / "prior", "train-prior"),
-        TextTokenizer.load(require_complete(folder / "text_tokenizer", "train-prior")),
-        experiment.sampling,
-        trained_on={
-            "experiment": experiment.name,
-            "data": to_dict(experiment.data),
-            "sources": manifest["sources"],
-            "started_from": {
-                stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
-            },
-            "codes_in_bf16": manifest["bf16"],
-        },
+    has_codes = experiment.tokenizer.model.has_codes
+    tokenizer = load_complete(
+        ImageTokenizer.from_pretrained, folder / "tokenizer", "train-tokenizer"
     )
+    kind = ImagePrior if has_codes else LatentPriorModel
+    prior = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
+    text = TextTokenizer.load(require_complete(folder / "text_tokenizer", "train-prior"))
+    trained_on = {
+        "experiment": experiment.name,
+        "data": to_dict(experiment.data),
+        "started_from": {
+            stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
+        },
+    }
+    pipe: TextToImagePipeline | LatentPipeline
+    if has_codes:
+        manifest = read_manifest(folder / "codes")
+        trained_on |= {"sources": manifest["sources"], "codes_in_bf16": manifest["bf16"]}
+        pipe = TextToImagePipeline(tokenizer, prior, text, experiment.sampling, trained_on)
+    else:
+        trained_on["sources"] = (read_settings(folder / "prior") or {})["settings"]["sources"]
+        sampling = SamplingOptions(temperature=experiment.sampling.temperature)
+        pipe = LatentPipeline(tokenizer, prior, text, sampling, trained_on)
     pipe.save_pretrained(folder / "bundle")
     return folder / "bundle"
 
@@ -54,25 +70,30 @@ def assemble_bundle(experiment: Experiment) -> Path:
 @with_run_lock
 def run(experiment: Experiment) -> Path:
     """All stages, then a grid of images for validation captions; returns the bundle's folder.
+    Gaussian latents are not encoded beforehand, and an unconditional prior of them takes no
+    captions.
 
     Raises:
-        ValueError: the tokenizer has no codes; and what each stage raises.
+        ValueError: what each stage raises.
     """
-    experiment.require_codes("run")
-    encoded = (experiment.folder / "codes" / MANIFEST).is_file()
-    seconds = StageSeconds() if encoded else estimate_seconds(experiment)
-    train_tokenizer(experiment, seconds_after=seconds.encode + seconds.prior)
-    encode_dataset(experiment, seconds_after=seconds.prior)
+    if experiment.tokenizer.model.has_codes:
+        encoded = (experiment.folder / "codes" / MANIFEST).is_file()
+        seconds = StageSeconds() if encoded else estimate_seconds(experiment)
+        train_tokenizer(experiment, seconds_after=seconds.encode + seconds.prior)
+        encode_dataset(experiment, seconds_after=seconds.prior)
+    else:
+        refuse_streams(experiment)
+        train_tokenizer(experiment)
     train_prior(experiment)
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     if accelerator.is_main_process:
         bundle = assemble_bundle(experiment)
-        codes = CodesDataset(experiment.folder / "codes", "held_out")
-        prompts = codes.captions(list(range(min(16, len(codes)))))
+        prompts = _held_out_prompts(experiment)
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
+        count = 64 if prompts == [""] else 4
         images = [
             np.asarray(image)
-            for image in pipe(prompts, num_images_per_prompt=4, truncate=True).images
+            for image in pipe(prompts, num_images_per_prompt=count, truncate=True).images
         ]
         save_sample(experiment.folder, "held-out-prompts", make_grid(images, columns=8))
         atomic_write_text(
@@ -80,3 +101,15 @@ def run(experiment: Experiment) -> Path:
         )
     accelerator.wait_for_everyone()
     return experiment.folder / "bundle"
+
+
+def _held_out_prompts(experiment: Experiment) -> list[str]:
+    """The first validation captions; one empty prompt where the prior is unconditional."""
+    dataset: CodesDataset | Source
+    if experiment.tokenizer.model.has_codes:
+        dataset = CodesDataset(experiment.folder / "codes", "held_out")
+    elif experiment.prior.latent.context_features:
+        dataset = load_source(experiment.data, "held_out", experiment.folder / "data")
+    else:
+        return [""]
+    return dataset.captions(list(range(min(16, len(dataset)))))

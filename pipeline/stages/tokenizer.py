@@ -30,6 +30,7 @@ from pipeline.stages.manifest import StageRun
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.training.task import Task
 from stage1_tokenizer import TokenizerObjective, to_model_range, to_uint8
+from stage2_prior import LatentPriorModel
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -56,6 +57,7 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
         "images": [source.fingerprint, held_out.fingerprint],
         **to_dict(section),
         "init_from": tokenizer_identity(section),
+        "latent_prior": to_dict(experiment.prior.latent) if experiment.prior.joint else None,
     }
     run = StageRun(experiment, "tokenizer", section.train, inputs)
     if run.is_complete():
@@ -64,19 +66,27 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
     _report(source)
     training = TokenizerTraining(experiment, accelerator, source, held_out)
     metrics = run.fit(training.task, images=source.num_images, seconds_after=seconds_after)
-    run.finalize(training.tokenizer, metrics)
+    run.finalize(training.tokenizer, metrics, training.latent_prior)
     return run.folder
 
 
 class TokenizerTraining:
-    """A new tokenizer, its objective and its images: what stage 1 hands to the training loop."""
+    """A new tokenizer, its objective and its images: what stage 1 hands to the training loop. With
+    `prior.joint` also a new prior of its latents."""
 
     def __init__(
         self, experiment: Experiment, accelerator: Accelerator, source: Source, held_out: Source
     ) -> None:
         torch.manual_seed(experiment.seed)
         self.tokenizer = new_tokenizer(experiment.tokenizer)
-        self.objective = TokenizerObjective(self.tokenizer, experiment.tokenizer.objective)
+        self.latent_prior = (
+            LatentPriorModel(experiment.prior.latent, self.tokenizer.latent_dim)
+            if experiment.prior.joint
+            else None
+        )
+        self.objective = TokenizerObjective(
+            self.tokenizer, experiment.tokenizer.objective, latent_prior=self.latent_prior
+        )
         self.experiment = experiment
         self.accelerator = accelerator
         self.held_out = held_out

@@ -9,6 +9,7 @@ from stage2_prior.flows.coupling import AffineCoupling
 from stage2_prior.flows.flow import Flow
 from stage2_prior.flows.mixture import GaussianMixture
 from stage2_prior.flows.model import LatentPriorModel
+from stage2_prior.flows.objective import LatentPriorObjective
 from stage2_prior.flows.standard_normal import StandardNormal
 from stage2_prior.flows.vamp import VampPrior
 
@@ -21,6 +22,7 @@ __all__ = [
     "LatentPriorConfig",
     "LatentPriorKind",
     "LatentPriorModel",
+    "LatentPriorObjective",
     "MaskedAutoregressive",
     "StandardNormal",
     "VampPrior",

@@ -1,8 +1,8 @@
-"""`LatentPriorModel`: a prior over Gaussian latents that is saved and loaded. Knows settings and
-sizes; nothing of images or of what made the latents.
+"""`LatentPriorModel`: a prior over Gaussian latents that is saved and loaded, and the context that
+captions give it. Knows settings, sizes and text ids; nothing of images or of what made the latents.
 
-Legend: B batch, n dimensions of a latent vector, C features of a context, M random numbers per
-sample.
+Legend: B batch, n dimensions of a latent vector, C features of a context, T text slots, M random
+numbers per sample.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from transformers import PreTrainedConfig
 
 from stage2_prior.flows.build import build_latent_prior
 from stage2_prior.flows.config import LatentPriorConfig
+from stage2_prior.flows.context import CaptionContext
 from stage2_prior.flows.transform import Conditioner
 from stage2_prior.saving import SavedPrior, build_config
 
 
 class LatentPriorModelConfig(PreTrainedConfig):
     """A `LatentPriorConfig` in the form that transformers saves: `model` is its dictionary. With
-    the sizes that the latents give."""
+    the sizes that latents and captions give."""
 
     model_type = "mini_dalle_latent_prior"
     model: dict[str, Any] | None = None
     latent_features: int = 0
     input_shape: list[int] | None = None
+    text_vocab_size: int = 0
+    text_pad_id: int = 0
+    trained_with_caption_dropout: bool = False
 
 
 class LatentPriorModel(SavedPrior):
@@ -39,6 +43,9 @@ class LatentPriorModel(SavedPrior):
         latent_features: n; needed with settings.
         input_shape: shape of a pseudo-input of `vamp`. After loading, `prior.attach` gives a
             `VampPrior` its encoder again.
+        text_vocab_size: entries of the vocabulary of captions, which `encode_text` needs; without
+            it, a conditional prior takes contexts alone.
+        text_pad_id: text id of unused slots.
 
     Raises:
         ValueError: as `build_latent_prior`.
@@ -47,13 +54,18 @@ class LatentPriorModel(SavedPrior):
     config_class = LatentPriorModelConfig
     base_model_prefix = "latent_prior"
     main_input_name = "latents"
-    described_by = ("model", "latent_features", "input_shape")
+    described_by = ("model", "latent_features", "input_shape", "text_vocab_size", "text_pad_id")
+    # Sampling refuses what the training did not allow.
+    recorded = ("trained_with_caption_dropout",)
 
     def __init__(
         self,
         config: LatentPriorConfig | LatentPriorModelConfig,
         latent_features: int = 0,
         input_shape: tuple[int, ...] | None = None,
+        *,
+        text_vocab_size: int = 0,
+        text_pad_id: int = 0,
     ) -> None:
         hub = (
             config
@@ -62,12 +74,19 @@ class LatentPriorModel(SavedPrior):
                 model=asdict(config),
                 latent_features=latent_features,
                 input_shape=None if input_shape is None else list(input_shape),
+                text_vocab_size=text_vocab_size,
+                text_pad_id=text_pad_id,
             )
         )
         super().__init__(hub)
         self.prior_config = build_config(LatentPriorConfig, hub.model)
         shape = None if hub.input_shape is None else tuple(hub.input_shape)
         self.prior = build_latent_prior(self.prior_config, hub.latent_features, shape)
+        self.caption_context = (
+            CaptionContext(hub.text_vocab_size, hub.text_pad_id, self.prior.context_features)
+            if hub.text_vocab_size and self.prior.context_features
+            else None
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,9 +118,27 @@ class LatentPriorModel(SavedPrior):
         """M."""
         return self.prior.noise_features
 
-    def forward(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
-        """As `log_prob`, so that wrappers of modules can train a prior."""
-        return self.prior.log_prob(latents, context)
+    def forward(self, latents: Tensor, text_ids: Tensor | None = None) -> Tensor:
+        """log p(z | caption) (B,) in nats of latents (B,n) and text ids (B,T), so that wrappers of
+        modules can train a prior; errors as in `encode_text` and `log_prob`."""
+        return self.prior.log_prob(latents, self.encode_text(text_ids))
+
+    def encode_text(self, text_ids: Tensor | None) -> Tensor | None:
+        """Text ids (B,T) -> the context (B,C) that `log_prob`, `sample` and `from_noise` take; None
+        for an unconditional prior, which ignores captions, or without text ids.
+
+        Raises:
+            ValueError: the prior is conditional and was built without a vocabulary.
+        """
+        if text_ids is None or not self.context_features:
+            return None
+        if self.caption_context is None:
+            raise ValueError(
+                "this prior was built without a vocabulary; give a context to log_prob, or build "
+                "it with text_vocab_size"
+            )
+        context: Tensor = self.caption_context(text_ids.to(self.device))
+        return context
 
     def log_prob(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
         """As `LatentPrior.log_prob`: latents (B,n), context (B,C) -> (B,) in nats."""

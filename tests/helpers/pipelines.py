@@ -7,8 +7,20 @@ from typing import Any
 
 import torch
 
+from pipeline.inference.bundle import attach_encoder
+from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
-from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig, TextConfig, TextTokenizer
+from stage2_prior import (
+    AggregatedPosterior,
+    ImagePrior,
+    LatentPriorConfig,
+    LatentPriorModel,
+    Level,
+    PriorConfig,
+    StreamConfig,
+    TextConfig,
+    TextTokenizer,
+)
 from tests.helpers.tokenizers import tiny_tokenizer
 
 CAPTIONS = ["a red heart", "a blue star", "two green rings", "a red star"]
@@ -39,3 +51,40 @@ def tiny_pipeline(
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     prior.config.trained_order = "random" if any_order else "raster"
     return TextToImagePipeline(images, prior.eval(), text, trained_on=trained_on)
+
+
+def tiny_latent_pipeline(
+    kind: str = "realnvp",
+    context_features: int = 8,
+    *,
+    trained_on: dict[str, Any] | None = None,
+    **tokenizer: Any,
+) -> LatentPipeline:
+    """As `tiny_pipeline`, with 4x4 positions of 4 Gaussian latents and a prior that is not at its
+    start."""
+    images = tiny_tokenizer(quantizer="gaussian", **tokenizer)
+    text = TextTokenizer.from_config(TextConfig(vocab_size=300, max_length=24), CAPTIONS)
+    config = LatentPriorConfig(
+        kind=kind,  # type: ignore[arg-type]
+        components=5,
+        transforms=2,
+        width=16,
+        context_features=context_features,
+    )
+    side = images.image_size
+    torch.manual_seed(0)
+    prior = LatentPriorModel(
+        config,
+        images.latent_dim,
+        (3, side, side),
+        text_vocab_size=text.vocab_size if context_features else 0,
+        text_pad_id=text.pad_id,
+    )
+    with torch.no_grad():
+        for name, parameter in prior.named_parameters():
+            parameter.normal_(std=0.1 if "output" in name else 0.5)
+    if isinstance(prior.prior, AggregatedPosterior):
+        prior.prior.set_posteriors(torch.randn(5, 64), torch.zeros(5, 64))
+    attach_encoder(prior, images)
+    prior.config.trained_with_caption_dropout = True
+    return LatentPipeline(images, prior.eval(), text, trained_on=trained_on)

@@ -17,7 +17,7 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
-from pipeline.stages import encode, prior
+from pipeline.stages import captions, encode
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
@@ -360,13 +360,13 @@ def test_several_captions_per_image_are_kept(command, tmp_path, monkeypatch, cap
 
 def test_text_tokenizer_learns_from_evenly_spread_captions(uninterrupted, monkeypatch):
     codes = CodesDataset(uninterrupted, "train")
-    monkeypatch.setattr(prior, "_ROWS_AT_A_TIME", 3)
-    batches = list(prior._caption_batches(codes))
+    monkeypatch.setattr(captions, "_ROWS_AT_A_TIME", 3)
+    batches = list(captions.caption_batches(codes))
     assert max(map(len, batches)) == 3 and [
         text for batch in batches for text in batch
     ] == codes.captions(range(40))
-    spread = [text for batch in prior._caption_batches(codes, 10) for text in batch]
+    spread = [text for batch in captions.caption_batches(codes, 10) for text in batch]
     assert spread == codes.captions(range(0, 40, 4))
     assert np.array_equal(
-        [len(b) for b in prior._caption_batches(codes, 99)], [len(b) for b in batches]
+        [len(b) for b in captions.caption_batches(codes, 99)], [len(b) for b in batches]
     )

@@ -1,0 +1,96 @@
+"""What pipelines over codes and over Gaussian latents share: their parts, prompts as text ids,
+seeds, saving. Samples nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipeline.inference.bundle import Bundle, write_bundle
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
+
+
+def image_seed(seed: int, number: int) -> int:
+    """Seed of a prompt's image `number`. It depends on nothing else, so neither a batch nor a split
+    changes an image."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
+
+
+def check_at_least_one(name: str, count: int) -> None:
+    """Raises ValueError where a count is below 1."""
+    if count < 1:
+        raise ValueError(f"{name} is {count}; it must be at least 1")
+
+
+class BasePipeline:
+    """The parts of a bundle, chained by subclasses.
+
+    Args:
+        tokenizer: codes or latents -> images.
+        prior: caption -> codes or latents.
+        text: caption -> text ids.
+        defaults: sampling options where a call gives none.
+        trained_on: the bundle's description of its data.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        prior: ImagePrior | LatentPriorModel,
+        text: TextTokenizer,
+        defaults: SamplingOptions | None = None,
+        trained_on: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prior = prior
+        self.text = text
+        self.defaults = defaults or SamplingOptions()
+        self.trained_on = trained_on or {}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves both stages; returns itself."""
+        self.tokenizer.to(device)
+        self.prior.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the bundle, whole or not at all."""
+        write_bundle(
+            Path(folder),
+            Bundle(self.tokenizer, self.prior, self.text, self.defaults, self.trained_on),
+        )
+
+    def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
+        empty = any(not prompt.strip() for prompt in prompts)
+        if empty and not self.prior.config.trained_with_caption_dropout:
+            raise ValueError(
+                "an empty prompt needs a prior trained with caption dropout, and this one was not; "
+                "give a prompt"
+            )
+        return self.text.encode(prompts, truncate=truncate)
+
+    def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
+        """`_text_ids`, with a warning of empty prompts."""
+        ids = self._text_ids(prompts, truncate)
+        if any(not prompt.strip() for prompt in prompts):
+            warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
+        return ids
+
+
+def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("no prompt was given; give at least one, '' samples without a caption")
+    return prompts
