@@ -69,9 +69,10 @@ def parse_options(
 ) -> dict[str, Any]:
     """The arguments to call a command's function with, and `log_level` and `traceback`.
 
-    Parameters in front of `*` take any number of positional arguments, all others are options, of
-    which those of type `tuple[T, ...]` take one value or more. The `Args` of the docstring describe them. `**more: Unpack[D]` adds the keys of the typed dictionary
-    D. `settings` takes what is no option, and goes to the settings of an experiment.
+    Parameters in front of `*` take any number of positional arguments, all others are options. An
+    option of type `tuple[T, ...]` takes one value or more. The `Args` of the docstring describe
+    them. `**more: Unpack[D]` adds the keys of the typed dictionary D. `settings` takes what is no
+    option, and goes to the settings of an experiment.
 
     Raises:
         UsageError: the arguments are wrong.

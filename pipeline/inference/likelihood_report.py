@@ -81,9 +81,7 @@ def likelihood_report(
         truncate=truncate,
     )
     if out is not None:
-        parts = [
-            slice(first, first + batch_size) for first in range(0, len(files), batch_size)
-        ]
+        parts = [slice(first, first + batch_size) for first in range(0, len(files), batch_size)]
         maps = [
             one
             for part in parts
@@ -100,7 +98,9 @@ def table(names: Sequence[str], found: ImageLikelihood) -> str:
         columns |= {"distortion": found.distortion, "rate": found.rate}
     width = max(map(len, [*names, "mean"]))
     lines = [" ".join([f"{'':{width}}", *(f"{name:>11}" for name in columns)])]
-    values = [list(row) for row in zip(*(column.tolist() for column in columns.values()), strict=True)]
+    values = [
+        list(row) for row in zip(*(column.tolist() for column in columns.values()), strict=True)
+    ]
     rows = list(zip(names, values, strict=True))
     if len(names) > 1:
         rows.append(("mean", [float(column.mean()) for column in columns.values()]))
@@ -158,6 +158,6 @@ def surprise_map(image: np.ndarray, surprise: Surprise) -> Image.Image:
     bits = float(surprise.pixels.sum())
     return beside_heat_maps(
         image,
-        f"{total:,.0f} + {bits:,.0f} bits" if surprise.codes else f"{bits:,.0f} bits of pixels",
+        f"codes {total:,.0f} + pixels {bits:,.0f} bits" if surprise.codes else f"{bits:,.0f} bits",
         [*maps, ("bits per pixel", np.asarray(surprise.pixels))],
     )

@@ -54,8 +54,6 @@ def surprise(
         layout = model.tokenizer.layout
         nats = -score_each_code(model.prior, text_ids, z.flatten(1)).cpu()
         parts = (nats / math.log(2)).split([level.length for level in layout], dim=1)
-        grids = [
-            part.unflatten(1, level.grid) for part, level in zip(parts, layout, strict=True)
-        ]
+        grids = [part.unflatten(1, level.grid) for part, level in zip(parts, layout, strict=True)]
         levels = list(zip(*grids, strict=True))
     return [Surprise(list(codes), bits) for codes, bits in zip(levels, pixels, strict=True)]

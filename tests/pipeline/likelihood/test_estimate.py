@@ -284,7 +284,7 @@ def test_a_conditional_prior_of_latents_is_given_its_captions(images):
 def test_a_decoder_without_a_probability_says_what_to_train_with(images):
     pipe = tiny_pipeline(image_size=4, likelihood="bernoulli")
     ids = pipe.text.encode(CAPTIONS)
-    with pytest.raises(ValueError, match="tokenizer.model.likelihood: discretized_logistic"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model\.likelihood: discretized_logistic"):
         image_likelihood(code_model(pipe), ids, images)
     black = torch.zeros_like(images)
     assert image_likelihood(code_model(pipe), ids, black).nats.isfinite().all()
@@ -315,5 +315,5 @@ def test_a_pair_that_does_not_belong_together_is_refused():
         image_model(gaussian_tokenizer(), prior)
     with pytest.raises(ValueError, match="the tokenizer has codes, and the prior is one of Gauss"):
         image_model(enumerable("vq").tokenizer, None)
-    with pytest.raises(ValueError, match="1 latent dimensions.* with 2 dimensions"):
+    with pytest.raises(ValueError, match=r"1 latent dimensions.* with 2 dimensions"):
         image_model(gaussian_tokenizer(), tiny_latent_prior("mixture"))
