@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
     from pipeline.inference.generate import edit, generate, reconstruct
+    from pipeline.inference.likelihood_report import likelihood_report
     from pipeline.inference.output import TextToImageOutput
     from pipeline.inference.pipeline import TextToImagePipeline
     from pipeline.inference.reranking import CLIPScorer
@@ -41,6 +42,7 @@ _HOME = {
     "evaluate": "pipeline.evaluation.evaluate",
     "forgetting": "pipeline.evaluation.forgetting",
     "generate": "pipeline.inference.generate",
+    "likelihood_report": "pipeline.inference.likelihood_report",
     "load_comparison": "pipeline.stages.compare_tokenizers",
     "load_experiment": "pipeline.config.load",
     "load_source": "pipeline.data.load",
@@ -65,6 +67,7 @@ __all__ = [
     "evaluate",
     "forgetting",
     "generate",
+    "likelihood_report",
     "load_comparison",
     "load_experiment",
     "load_source",

@@ -175,6 +175,20 @@ class ImageTokenizer(PreTrainedModel):
             self.quantizer.train(training)
 
     @torch.no_grad()
+    def log_assignment(self, pixels: Tensor) -> Tensor | None:
+        """Pixels (B,C,H,W) in [-1,1] -> log q(code given image) (B,h,w,K) in nats, where codes are
+        sampled in training (`gumbel`, `score_function`, `binary`); None where q is one code.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self.require_codes("log_assignment")
+        self.check_size(pixels.shape)
+        if not self.quantizer.relaxed:
+            return None
+        return self.quantizer.log_assignment(self.encoder(pixels.to(self.dtype)))
+
+    @torch.no_grad()
     def posterior(self, pixels: Tensor) -> GaussianPosterior:
         """Pixels (B,C,H,W) in [-1,1] -> the posterior of their latents (B,n). The latents of a grid
         are in the order feature, row, column.
@@ -259,16 +273,24 @@ class ImageTokenizer(PreTrainedModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1].
+        """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1];
+        arguments and errors as in `code_parameters`."""
+        self.require_codes("decode")
+        return self.likelihood.image(self.code_parameters(codes, grid)).clamp(-1, 1)
 
-        `grid` is the finest grid's height and width, needed only for flat codes of images of
-        another size than `image_size`.
+    def code_parameters(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes (B,h,w), or (B,N) of several levels -> the likelihood's parameters (B,P,H,W),
+        differentiable.
+
+        Args:
+            grid: the finest grid's height and width, needed only for flat codes of images of
+                another size than `image_size`.
 
         Raises:
             ValueError: the codes have another form than the tokenizer's, or one is not in its
                 level's 0..num_codes-1; or the latents are Gaussian.
         """
-        self.require_codes("decode")
+        self.require_codes("code_parameters")
         levels = self.quantizer.layout(grid or self.grid)
         if len(levels) > 1:
             expected = f"(batch, {sum(level.length for level in levels)})"
@@ -292,9 +314,7 @@ class ImageTokenizer(PreTrainedModel):
                     f"codes{which} lie in {int(part.min())}..{int(part.max())} and must lie in "
                     f"0..{level.num_codes - 1}"
                 )
-        return self.likelihood.image(
-            self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))
-        ).clamp(-1, 1)
+        return self.decoder(self.quantizer.embed(codes, finest).to(self.dtype))
 
     @torch.no_grad()
     def reconstruct(

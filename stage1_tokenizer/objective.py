@@ -245,13 +245,14 @@ class TokenizerObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out metrics with hard codes: psnr (dB), nll (nats per image) and bits_per_dimension
-        of the exact probability of 8-bit images, codebook use, distinct codes and
-        reencode_agreement (over all levels and, where there are several, of each); for relaxed
-        quantizers also `relaxed_psnr` at the last temperature and the gap. No collectives.
+        """Held-out metrics with hard codes: psnr (dB), nll (nats per image) and
+        distortion_bits_per_dimension of the exact probability of 8-bit images given their codes,
+        codebook use, distinct codes and reencode_agreement (over all levels and, where there are
+        several, of each); for relaxed quantizers also `relaxed_psnr` at the last temperature and
+        the gap. No collectives.
 
         Where images have no probability (`bernoulli`, unless all are black and white), nll is the
-        training loss, and there is no bits_per_dimension. Of Gaussian latents: see
+        training loss, and there are no bits. Of Gaussian latents: see
         `_evaluate_latents`."""
         tokenizer = self.tokenizer
         if not tokenizer.own_config.has_codes:
@@ -289,7 +290,7 @@ class TokenizerObjective:
         mean_nll = float(torch.cat(nll).mean())
         metrics = {"psnr": float(torch.cat(psnr).mean()), "nll": mean_nll}
         if exact:
-            metrics["bits_per_dimension"] = bits_per_dimension(mean_nll, dimensions)
+            metrics["distortion_bits_per_dimension"] = bits_per_dimension(mean_nll, dimensions)
         agreement = agreement_by_level(torch.cat(unchanged), layout)
         for name, statistics in statistics_by_level(counts, layout).items():
             metrics |= {
@@ -310,8 +311,9 @@ class TokenizerObjective:
         `psnr` is that of the posterior's mean, as `reconstruct` shows it. `nll`, `kl` and `elbo` =
         -(nll + kl) are in nats per image, through one sample of each image's posterior, seeded.
         `nll` and `bits_per_dimension`, that of the ELBO, are of the exact probability of 8-bit
-        images, where they have one (see `evaluate`). `loss` is `nll` + `kl_weight` * `kl` in nats
-        per dimension.
+        images, where they have one (see `evaluate`). The parts of the latter are
+        `distortion_bits_per_dimension` of `nll` and `rate_bits_per_dimension` of `kl`. `loss` is
+        `nll` + `kl_weight` * `kl` in nats per dimension.
         """
         tokenizer = self.tokenizer
         networks = [tokenizer, *([self.latent_prior] if self.latent_prior is not None else [])]
@@ -351,6 +353,8 @@ class TokenizerObjective:
             "loss": (distortion + self.config.kl_weight * rate) / dimensions,
         }
         if exact:
+            metrics["distortion_bits_per_dimension"] = bits_per_dimension(distortion, dimensions)
+            metrics["rate_bits_per_dimension"] = bits_per_dimension(rate, dimensions)
             metrics["bits_per_dimension"] = bits_per_dimension(distortion + rate, dimensions)
         if len(torch.cat(means)) > 1:
             metrics["active_dimensions"] = float(active_dimensions(torch.cat(means)))

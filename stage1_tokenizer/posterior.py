@@ -38,6 +38,10 @@ class GaussianPosterior:
             images, dimensions = self.mean.shape
             rows = [torch.randn(dimensions, generator=generator) for _ in range(images)]
             noise = torch.stack(rows).to(self.mean)
+        return self.from_noise(noise)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal numbers (B,n) -> latents (B,n)."""
         return self.mean + self.log_std.exp() * noise
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from stage2_prior.scoring import (
     code_log_likelihood,
     sample_captions,
     score_codes,
+    score_each_code,
 )
 from stage2_prior.sequence import Stream
 from stage2_prior.text import TextConfig, TextTokenizer
@@ -59,4 +60,5 @@ __all__ = [
     "sample",
     "sample_captions",
     "score_codes",
+    "score_each_code",
 ]

@@ -58,14 +58,20 @@ def score_codes(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
         text_ids: (B,T) captions; `Stream.null_caption` scores without one.
         codes: (B,N) each counted within its level.
     """
+    return score_each_code(prior, text_ids, codes).sum(1)
+
+
+def score_each_code(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """What each code adds to `score_codes`: (B,N) in nats, by image position; arguments as
+    there."""
     if prior.config.trained_order != "random":
-        return code_log_likelihood(prior, text_ids, codes).sum(1)
+        return code_log_likelihood(prior, text_ids, codes)
     orders = seeded_orders(range(NUM_SCORED_ORDERS), prior.stream.image_length)
-    totals = [
-        code_log_likelihood(prior, text_ids, codes, order.expand(len(codes), -1)).sum(1)
+    in_orders = [
+        code_log_likelihood(prior, text_ids, codes, order.expand(len(codes), -1))
         for order in orders
     ]
-    return torch.stack(totals).mean(0)
+    return torch.stack(in_orders).mean(0)
 
 
 @torch.inference_mode()

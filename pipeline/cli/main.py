@@ -27,6 +27,7 @@ from pipeline.cli.commands import (
 )
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
+from pipeline.cli.likelihood import likelihood_command
 from pipeline.cli.log import logging_to_terminal
 from pipeline.cli.options import UsageError, parse_options
 from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
@@ -50,6 +51,7 @@ using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   images for prompts
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
   reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
+  likelihood        --bundle DIR FILES... [--prompt TEXT]  how likely images are: nats and bits per dimension, surprise maps
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
@@ -68,6 +70,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "reconstruct": reconstruct_command,
+    "likelihood": likelihood_command,
     "evaluate": evaluate_command,
     "codebook": codebook_command,
     "doctor": doctor_command,
@@ -78,7 +81,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
 """Commands that resume from what is there."""
 
-SINGLE_PROCESS = ("compare-tokenizers", "edit", "reconstruct", "codebook", "doctor", "estimate")
+SINGLE_PROCESS = (
+    "compare-tokenizers",
+    "edit",
+    "reconstruct",
+    "likelihood",
+    "codebook",
+    "doctor",
+    "estimate",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,9 +69,10 @@ def parse_options(
 ) -> dict[str, Any]:
     """The arguments to call a command's function with, and `log_level` and `traceback`.
 
-    Parameters in front of `*` take any number of positional arguments, all others are options. The
-    `Args` of the docstring describe them. `**more: Unpack[D]` adds the keys of the typed dictionary
-    D. `settings` takes what is no option, and goes to the settings of an experiment.
+    Parameters in front of `*` take any number of positional arguments, all others are options. An
+    option of type `tuple[T, ...]` takes one value or more. The `Args` of the docstring describe
+    them. `**more: Unpack[D]` adds the keys of the typed dictionary D. `settings` takes what is no
+    option, and goes to the settings of an experiment.
 
     Raises:
         UsageError: the arguments are wrong.
@@ -138,6 +139,8 @@ def _reading(hint: Any) -> dict[str, Any]:
     inner = get_args(kind)
     if kind is bool:
         return {"action": "store_true"}
+    if get_origin(kind) is tuple and Ellipsis in inner:
+        return _reading(inner[0]) | {"nargs": "+"}
     if get_origin(kind) is tuple:
         return _reading(inner[0]) | {"nargs": len(inner)}
     if inner:

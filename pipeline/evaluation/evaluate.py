@@ -20,6 +20,8 @@ from pipeline.evaluation.accuracy import ENOUGH, Accuracy
 from pipeline.evaluation.emoji import check_split, emoji_metrics
 from pipeline.evaluation.forgetting import Forgetting, forgetting
 from pipeline.evaluation.latents import latent_metrics
+from pipeline.evaluation.likelihood import likelihood_metrics
+from pipeline.evaluation.mean import Mean
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
 from pipeline.evaluation.shapes import shapes_metrics
 from pipeline.inference.latent_pipeline import LatentPipeline
@@ -40,27 +42,26 @@ class Report:
     settings: dict[str, object] = field(default_factory=dict)
     forgetting: Forgetting | None = None
     """What a fine-tuned bundle lost on the data of its parent, where it has one."""
-    accuracies: dict[str, Accuracy] = field(default_factory=dict)
-    """Those of the metrics that are accuracies, with their counts and intervals."""
+    estimates: dict[str, Accuracy | Mean] = field(default_factory=dict)
+    """Those of the metrics that have an interval, with their counts."""
 
-    def add(self, metrics: Mapping[str, float | Accuracy]) -> None:
-        """Adds metrics, some of which are accuracies."""
+    def add(self, metrics: Mapping[str, float | Accuracy | Mean]) -> None:
+        """Adds metrics, some of which have an interval."""
         for name, value in metrics.items():
-            if isinstance(value, Accuracy):
-                self.accuracies[name] = value
+            if isinstance(value, (Accuracy, Mean)):
+                self.estimates[name] = value
                 self.metrics[name] = value.value
             else:
                 self.metrics[name] = value
 
     def table(self) -> str:
-        """The metrics, one per line, with the intervals of accuracies; then the settings of
-        sampling."""
+        """The metrics, one per line, with their intervals; then the settings of sampling."""
         width = max(map(len, self.metrics), default=0)
         lines = []
         for name, value in self.metrics.items():
             line = f"  {name:<{width}}  {_readable(name, value)}"
-            if name in self.accuracies:
-                line = f"{line}  {self.accuracies[name].text()}"
+            if name in self.estimates:
+                line = f"{line}  {self.estimates[name].text()}"
             lines.append(line)
         if self.settings:
             lines.append(f"  measured with {_settings_line(self.settings)}")
@@ -68,13 +69,13 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Writes JSON, to a temporary file that is then renamed: the metrics by name, `settings`,
-        and under `intervals` the bounds and the count of each accuracy."""
+        and under `intervals` the bounds and the count of each that has an interval."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content: dict[str, object] = {**self.metrics, "settings": self.settings}
-        if self.accuracies:
+        if self.estimates:
             content["intervals"] = {
-                name: [*accuracy.interval, accuracy.count]
-                for name, accuracy in self.accuracies.items()
+                name: [*estimate.interval, estimate.count]
+                for name, estimate in self.estimates.items()
             }
         if self.forgetting:
             content["forgetting"] = asdict(self.forgetting)
@@ -126,7 +127,8 @@ def evaluate(
     else:
         report.add(_codes_metrics(pipe, experiment, held_out, count))
         before = before or parent_bundle(experiment)
-    _warn_of_few(report.accuracies)
+    report.add(likelihood_metrics(pipe, held_out, count))
+    _warn_of_few(report.estimates)
     if before:
         report.forgetting = forgetting(before, bundle, experiment, images=images)
     report.settings = {
@@ -160,11 +162,11 @@ def _codes_metrics(
     return metrics
 
 
-def _warn_of_few(accuracies: Mapping[str, Accuracy]) -> None:
-    """Warns of an accuracy of fewer images than its interval needs to say something."""
-    if not accuracies:
+def _warn_of_few(estimates: Mapping[str, Accuracy | Mean]) -> None:
+    """Warns of an estimate by fewer images than its interval needs to say something."""
+    if not estimates:
         return
-    name, fewest = min(accuracies.items(), key=lambda item: item[1].count)
+    name, fewest = min(estimates.items(), key=lambda item: item[1].count)
     if fewest.count < ENOUGH:
         _log.warning(
             "%s is of few images (%s); evaluate more (--max-images), or raise data.val_fraction",
@@ -181,9 +183,9 @@ def _settings_line(settings: Mapping[str, object]) -> str:
 
 
 def _readable(name: str, value: float) -> str:
-    """Fractions as percent; nats, decibels, perplexities and numbers as they are."""
+    """Fractions as percent; nats, bits, decibels, perplexities and numbers as they are."""
     if name.startswith("distinct_codes"):
         return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
-    plain |= name in ("nll", "kl", "elbo", "prior_nll", "bits_per_dimension")
+    plain |= name in ("nll", "kl", "elbo", "prior_nll") or name.endswith("bits_per_dimension")
     return f"{value:.3f}" if plain else f"{value:.1%}"

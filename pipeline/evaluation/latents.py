@@ -10,7 +10,6 @@ from pipeline.data.source import Source
 from pipeline.evaluation.metrics import BATCH, mean_psnr
 from pipeline.inference.latent_pipeline import LatentPipeline
 from stage1_tokenizer import to_model_range, to_uint8
-from stage1_tokenizer.likelihoods import bits_per_dimension
 from stage1_tokenizer.metrics import ssim
 
 
@@ -20,9 +19,8 @@ def latent_metrics(pipe: LatentPipeline, source: Source, count: int) -> dict[str
 
     `psnr` and `ssim` are those of the posterior's mean. In nats per image, through one seeded
     sample z of each posterior: `nll` = -log p(x|z), `prior_nll` = -log p(z|caption), `kl` =
-    log q(z|x) - log p(z|caption) and `elbo` = -(`nll` + `kl`). `bits_per_dimension` is that of the
-    `elbo`, where the likelihood gives the images an exact probability; otherwise `nll` is the
-    training loss.
+    log q(z|x) - log p(z|caption) and `elbo` = -(`nll` + `kl`). `nll` is the training loss where the
+    likelihood gives the images no exact probability.
     """
     tokenizer = pipe.tokenizer
     likelihood = tokenizer.likelihood
@@ -30,7 +28,6 @@ def latent_metrics(pipe: LatentPipeline, source: Source, count: int) -> dict[str
     real = []
     drawn = []
     nats: dict[str, list[torch.Tensor]] = {"nll": [], "kl": [], "prior_nll": []}
-    exact = True
     for first in range(0, count, BATCH):
         rows = range(first, min(first + BATCH, count))
         images = torch.from_numpy(source.images(rows)).to(tokenizer.device)
@@ -44,7 +41,6 @@ def latent_metrics(pipe: LatentPipeline, source: Source, count: int) -> dict[str
         parameters = tokenizer.latent_parameters(z)
         values = images.permute(0, 3, 1, 2)
         covered = likelihood.covers(values)
-        exact &= covered
         nll = (
             likelihood.exact_nll(values, parameters)
             if covered
@@ -58,12 +54,9 @@ def latent_metrics(pipe: LatentPipeline, source: Source, count: int) -> dict[str
     truth = np.concatenate(real)
     reconstruction = np.concatenate(drawn)
     means = {name: float(torch.cat(values).mean()) for name, values in nats.items()}
-    metrics = {
+    return {
         "psnr": mean_psnr(truth, reconstruction),
         "ssim": ssim(truth, reconstruction),
         **means,
         "elbo": -(means["nll"] + means["kl"]),
     }
-    if exact:
-        metrics["bits_per_dimension"] = bits_per_dimension(-metrics["elbo"], truth[0].size)
-    return metrics

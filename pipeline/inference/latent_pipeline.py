@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
+from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import TextToImageOutput
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer, to_uint8
@@ -37,7 +38,7 @@ def _needs_codes(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-class LatentPipeline(BasePipeline):
+class LatentPipeline(LikelihoodMixin, BasePipeline):
     """Both stages chained, where latents are Gaussian.
 
     Args:

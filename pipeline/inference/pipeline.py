@@ -25,6 +25,7 @@ from pipeline.inference.editing import (
     warn_if_trivial,
 )
 from pipeline.inference.latent_pipeline import LatentPipeline
+from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
@@ -50,7 +51,7 @@ def _best(scores: Tensor) -> Tensor:
     return scores.argmax(1) + torch.arange(0, scores.numel(), scores.shape[1])
 
 
-class TextToImagePipeline(BasePipeline):
+class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     """Both stages chained.
 
     Args:

@@ -156,6 +156,11 @@ class Quantizer(nn.Module):
         temperature."""
         return self(features).codes
 
+    def log_assignment(self, features: Tensor) -> Tensor:
+        """Log-probabilities (B,h,w,K) of the codes given features (B,input_dim,h,w), where the
+        posterior is a distribution of codes: that of each quantizer which is `relaxed`."""
+        raise NotImplementedError
+
     def layout(self, grid: tuple[int, int]) -> tuple[Level, ...]:
         """The levels of the codes of features with this grid; () where there are no codes."""
         raise NotImplementedError

@@ -73,5 +73,9 @@ class BinaryQuantizer(SingleLevel):
         over the bits."""
         return torch.einsum("bnhw,kn->bhwk", logits, self.vectors()) / 2
 
+    def log_assignment(self, features: Tensor) -> Tensor:
+        """Logits of bits (B,n,h,w) -> log-probabilities (B,h,w,K) of the codes."""
+        return self.of_codes(features.float()).log_softmax(dim=-1)
+
     def look_up(self, codes: Tensor) -> Tensor:
         return unpack(codes, self.bits)

@@ -96,3 +96,13 @@ def test_usage_penalty_is_the_divergence_of_the_mean_posterior():
     both = torch.cat([certain, -certain])
     assert float(binary(both).loss) == pytest.approx(0.5 * math.log(8))
     assert float(binary(torch.zeros(1, 4, 2, 2)).loss) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_probability_of_a_code_is_that_of_its_bits():
+    x = logits(2, 4, 3, 3)
+    log_q = quantizer().log_assignment(x)
+    assert log_q.shape == (2, 3, 3, 16)
+    torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(2, 3, 3))
+    for code in (0, 6, 15):
+        of_bits = torch.nn.functional.logsigmoid(x * unpack(torch.tensor(code), 4)[:, None, None])
+        torch.testing.assert_close(log_q[..., code], of_bits.sum(1))

@@ -41,7 +41,7 @@ DIMENSIONS = 16 * 16 * 3
 COMMON = {
     "psnr",
     "nll",
-    "bits_per_dimension",
+    "distortion_bits_per_dimension",
     "codebook_usage",
     "codebook_perplexity",
     "dead_codes",
@@ -165,7 +165,7 @@ def test_the_reported_nll_is_the_exact_one_of_the_whole_image(images, changes):
     table = known.log_probabilities(outputs, values).gather(-1, values.unsqueeze(-1))
     nats = likelihood.side_nats - table.flatten(1).sum(1)
     assert metrics["nll"] == pytest.approx(float(nats.mean()), rel=1e-9)
-    assert metrics["bits_per_dimension"] == pytest.approx(
+    assert metrics["distortion_bits_per_dimension"] == pytest.approx(
         float(nats.mean()) / (DIMENSIONS * math.log(2))
     )
 
@@ -175,9 +175,10 @@ def test_bernoulli_has_bits_per_dimension_of_black_and_white_alone(images):
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     black_and_white = (images > 127).to(torch.uint8) * 255
     exact = objective.evaluate([black_and_white])
-    assert exact["bits_per_dimension"] == pytest.approx(exact["nll"] / DIMENSIONS / math.log(2))
+    bits = exact["distortion_bits_per_dimension"]
+    assert bits == pytest.approx(exact["nll"] / DIMENSIONS / math.log(2))
     grey = objective.evaluate([black_and_white, images])
-    assert "bits_per_dimension" not in grey and math.isfinite(grey["nll"])
+    assert "distortion_bits_per_dimension" not in grey and math.isfinite(grey["nll"])
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (50, 1.5), (100, 3.0), (500, 3.0)])
@@ -334,6 +335,8 @@ def test_validation_of_gaussian_latents_is_the_elbo_at_one_sample(images, kind):
         "kl",
         "elbo",
         "bits_per_dimension",
+        "distortion_bits_per_dimension",
+        "rate_bits_per_dimension",
         "loss",
         "active_dimensions",
     }
@@ -342,6 +345,9 @@ def test_validation_of_gaussian_latents_is_the_elbo_at_one_sample(images, kind):
     assert metrics["bits_per_dimension"] == pytest.approx(
         -metrics["elbo"] / DIMENSIONS / math.log(2)
     )
+    for part, nats in (("distortion", "nll"), ("rate", "kl")):
+        bits = metrics[f"{part}_bits_per_dimension"]
+        assert bits == pytest.approx(metrics[nats] / DIMENSIONS / math.log(2))
     assert metrics["loss"] == pytest.approx((metrics["nll"] + 2 * metrics["kl"]) / DIMENSIONS)
     pixels = to_model_range(images)
     posterior = tokenizer.posterior(pixels)

@@ -18,6 +18,7 @@ from stage2_prior import (
     sample,
     sample_captions,
     score_codes,
+    score_each_code,
 )
 from stage2_prior.order import seeded_orders
 from stage2_prior.scoring import NUM_SCORED_ORDERS
@@ -80,6 +81,15 @@ def test_the_score_of_random_orders_is_a_lower_bound_of_their_mixture():
     bound = score_codes(prior, caption, every).exp()
     assert float(mixture.sum()) == pytest.approx(1, rel=1e-4)
     assert (bound < mixture).all() and 0.5 < float(bound.sum()) < 1
+
+
+def test_each_code_has_its_mean_score_over_random_orders(text_ids, codes):
+    prior = any_order_prior()
+    scores = torch.zeros(3, 9)
+    for order in seeded_orders(range(NUM_SCORED_ORDERS), 9):
+        scores += code_log_likelihood(prior, text_ids, codes, order.expand(3, -1))
+    each = score_each_code(prior, text_ids, codes)
+    torch.testing.assert_close(each, scores / NUM_SCORED_ORDERS)
 
 
 def test_the_score_of_raster_order_is_a_distribution():
