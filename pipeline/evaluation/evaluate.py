@@ -111,6 +111,9 @@ def evaluate(
             f"data.image_size is {experiment.data.image_size}; evaluate with the configuration it "
             "was trained with"
         )
+    if before:
+        # What `forgetting` would find out after the whole evaluation.
+        pipe.tokenizer.require_codes("comparing bundles (--baseline-bundle)")
     if experiment.data.source == "emoji":
         check_split(pipe, experiment.data)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -106,11 +106,6 @@ class CodeModel:
         return self.tokenizer.code_parameters(z)
 
 
-@runtime_checkable
-class _EncodesText(Protocol):
-    def encode_text(self, text_ids: Tensor | None) -> Tensor | None: ...
-
-
 class LatentModel:
     """Gaussian latents and a prior of vectors, N(0, I) where there is none."""
 
@@ -140,7 +135,9 @@ class LatentModel:
         return self.tokenizer.latent_parameters(z)
 
     def _context(self, text_ids: Tensor) -> Tensor | None:
-        return self.prior.encode_text(text_ids) if isinstance(self.prior, _EncodesText) else None
+        if isinstance(self.prior, LatentPriorModel):
+            return self.prior.encode_text(text_ids)
+        return None
 
 
 def image_model(

@@ -13,8 +13,8 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import image_likelihood, sample_seeds
 from pipeline.likelihood.model import CodeModel, LatentModel, image_model
 from stage1_tokenizer import GaussianOptions, ImageTokenizer, to_model_range, to_uint8
-from stage2_prior import score_codes
-from tests.helpers.latent_priors import random_context, tiny_latent_prior
+from stage2_prior import LatentPriorConfig, LatentPriorModel, score_codes
+from tests.helpers.latent_priors import tiny_latent_prior
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
 
@@ -177,7 +177,8 @@ def test_naive_monte_carlo_reaches_the_exact_probability_where_all_codes_are_sam
     few = torch.stack([naive(4, seed) for seed in range(8)]).mean(0)
     many = naive(8192)
     assert few - exact > 1
-    torch.testing.assert_close(many, exact, atol=0.1, rtol=0)
+    # Some 32 of the samples hit, so the estimate's standard deviation is near 0.2.
+    torch.testing.assert_close(many, exact, atol=0.7, rtol=0)
 
 
 def gaussian_tokenizer(**changes) -> ImageTokenizer:
@@ -267,17 +268,20 @@ def test_codes_are_sampled_by_their_posterior_and_have_its_probability(images):
 
 
 def test_a_conditional_prior_of_latents_is_given_its_captions(images):
-    """A prior with `encode_text` has its context from the captions."""
     tokenizer = gaussian_tokenizer()
-    prior = tiny_latent_prior("mixture", 3, latent_features=1)
-    context = random_context(prior, 1)
-    prior.encode_text = lambda ids: ids[:, :1].to(context) * context  # type: ignore[operator]
+    config = LatentPriorConfig(kind="mixture", components=4, context_features=3)
+    prior = LatentPriorModel(config, 1, text_vocab_size=4).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():  # no layer starts as one that ignores its input
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
     model = LatentModel(tokenizer, prior)
     ids = torch.tensor([[1], [2], [1], [1]])
+    context = prior.encode_text(ids)
+    assert context is not None and not torch.allclose(context[0], context[1])
     found = image_likelihood(model, ids, images)
     seeds = sample_seeds(images, 1, 0)
     posterior = model.sample_posterior(to_model_range(images), seeds)
-    log_prior = prior.log_prob(posterior.z, ids.to(context) * context)
+    log_prior = prior.log_prob(posterior.z, context)
     torch.testing.assert_close(found.rate, posterior.log_q.double() - log_prior)
 
 
