@@ -26,6 +26,7 @@ PAGES = {
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"\s*```")
 ITEM = re.compile(r"([-*]|\d+\.) ")
+NOTE = re.compile(r"^> \[!NOTE\]\n((?:>.*\n)+)", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder = posixpath.dirname(sources.get(uri, f"docs/{uri}"))
     lines: list[str] = []
     in_code = False
-    for line in markdown.splitlines():
+    for line in NOTE.sub(admonition, markdown).splitlines():
         in_code ^= bool(FENCE.match(line))
         if not in_code:
             line = LINK.sub(lambda link: site_link(link, folder, posixpath.dirname(uri)), line)
@@ -63,6 +64,12 @@ def site_link(link: re.Match[str], folder: str, site_folder: str) -> str:
         return label
     site_path = PAGES.get(path, path.removeprefix("docs/"))
     return f"{image}[{label}]({os.path.relpath(site_path, site_folder or '.')}{anchor})"
+
+
+def admonition(note: re.Match[str]) -> str:
+    """A quote that GitHub shows as a boxed note, as Python-Markdown's box."""
+    quoted = [line.removeprefix(">").removeprefix(" ") for line in note[1].splitlines()]
+    return "\n".join(["!!! note", "", *(f"    {line}" for line in quoted), ""])
 
 
 def starts_block(line: str, before: str) -> bool:
