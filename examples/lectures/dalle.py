@@ -46,7 +46,7 @@ def main(out: Path) -> None:
     mask = causal_mask()
     plot = canvas(11, 5)
     attention, places = plot.subplots(1, 2)
-    attention.imshow(mask, cmap="Blues", vmin=0, vmax=1.6)
+    attention.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.6)
     inputs = range(len(mask))
     attention.set_xticks(inputs, names[:-1], rotation=90)
     attention.set_yticks(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from examples.lectures.plots import canvas, out_option
 from stage1_tokenizer.likelihoods.gaussian import Gaussian
 from stage1_tokenizer.options import STEP
 from stage1_tokenizer.pixels import dequantized, values_to_model_range
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 VALUES = torch.full((1, 1, 1, 1), 128)
 PIXELS = values_to_model_range(VALUES, torch.float64)
@@ -41,17 +45,15 @@ def costs(std: float, samples: int, generator: torch.Generator) -> tuple[float, 
     return at_value, exact, bits(likelihood.nll_map(spread, PIXELS))
 
 
-def draw_steps(axes: object, std: float) -> None:
+def draw_steps(axes: Axes, std: float) -> None:
     """The density over five steps, and the mass of each."""
     values = torch.arange(126, 131).reshape(5, 1, 1, 1)
     likelihood = Gaussian(std * STEP)
-    masses = likelihood.log_prob(values, PIXELS).exp().flatten()
+    masses = likelihood.log_prob(values, PIXELS).exp().flatten().tolist()
     x = torch.linspace(125.5, 130.5, 600, dtype=torch.float64)
     pixels = (x / 127.5 - 1).reshape(-1, 1, 1, 1)
     density = (-likelihood.nll_map(pixels, PIXELS)).exp().flatten() * STEP
-    axes.bar(
-        values.flatten(), masses, width=1, color="0.8", edgecolor="0.5", label="mass of a step"
-    )
+    axes.bar(values.flatten().tolist(), masses, width=1, color="0.8", edgecolor="0.5", label="mass")
     axes.plot(x, density, "C3", label="density")
     axes.set(title=f"standard deviation of {std} steps", xlabel="8-bit value", ylabel="per step")
     axes.legend(fontsize=8)

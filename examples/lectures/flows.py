@@ -61,7 +61,7 @@ def main(out: Path, steps: int = 600) -> None:
     axis = torch.linspace(-EDGE, EDGE, SIDE)
     points = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
-        density = flow.log_prob(points).exp().reshape(SIDE, SIDE).T
+        density = flow.log_prob(points).exp().reshape(SIDE, SIDE).T.numpy()
         noise, _ = flow.to_noise(data)
     plot = canvas(13, 3.6)
     given, learned, drawn, mapped = plot.subplots(1, 4)

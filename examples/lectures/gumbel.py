@@ -58,8 +58,8 @@ def main(out: Path, samples: int = 20_000) -> None:
     generator = torch.Generator().manual_seed(0)
     plot = canvas(13, 3.6)
     counts, *simplexes, errors = plot.subplots(1, 2 + len(SHOWN))
-    counts.bar([0.8, 1.8, 2.8], LOGITS.softmax(0), width=0.4, label="softmax")
-    counts.bar([1.2, 2.2, 3.2], shares(samples, generator), width=0.4, label="Gumbel-max")
+    counts.bar([0.8, 1.8, 2.8], LOGITS.softmax(0).tolist(), width=0.4, label="softmax")
+    counts.bar([1.2, 2.2, 3.2], shares(samples, generator).tolist(), width=0.4, label="Gumbel-max")
     counts.set(title="share of each code", xticks=[1, 2, 3], xlabel="code")
     for axes, temperature in zip(simplexes, SHOWN, strict=True):
         logits = LOGITS.expand(1500, 3)

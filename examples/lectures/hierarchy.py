@@ -27,9 +27,9 @@ MODEL = TokenizerConfig(
     width=48,
     decoder_depth=1,
     quantizer="hierarchical",
-    num_codes=64,
+    num_codes=8,
     code_dim=8,
-    hierarchical=HierarchicalOptions(levels=2, width=48),
+    hierarchical=HierarchicalOptions(levels=2, width=48, coarse_codes=(256,)),
 )
 
 
@@ -38,13 +38,13 @@ def scenes(split: str) -> ShapesWorld:
     return ShapesWorld(SIZE, max_objects=2, split=split)
 
 
-def train(steps: int, batch: int = 24, seed: int = 0) -> ImageTokenizer:
+def train(steps: int, batch: int = 16, seed: int = 0) -> ImageTokenizer:
     """A tokenizer with two levels after some steps."""
     torch.manual_seed(seed)
     world = scenes("train")
     tokenizer = ImageTokenizer(MODEL)
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=4e-3)
     for step in range(steps):
         images = torch.from_numpy(world.images(range(step * batch, (step + 1) * batch)))
         (loss,) = objective.losses(images, step)
@@ -66,7 +66,7 @@ def apart(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor, Te
     return every, alone, rest
 
 
-def main(out: Path, steps: int = 250) -> None:
+def main(out: Path, steps: int = 300) -> None:
     """A row per kind: images, all codes, coarse codes, fine codes."""
     tokenizer = train(steps)
     images = torch.from_numpy(scenes("held_out").images(range(10)))

@@ -29,7 +29,7 @@ MODEL = TokenizerConfig(
     quantizer="gaussian",
     code_dim=8,
     gaussian=GaussianOptions(latents="vector", vector_features=2),
-    likelihood_scale=0.15,
+    likelihood_scale=0.3,
 )
 
 
@@ -52,7 +52,7 @@ def train(steps: int, seed: int = 0) -> ImageTokenizer:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     vae = ImageTokenizer(MODEL)
-    objective = TokenizerObjective(vae, ObjectiveConfig(kl_ramp_steps=steps // 2))
+    objective = TokenizerObjective(vae, ObjectiveConfig(kl_ramp_steps=steps // 4))
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
     for step in range(steps):
         (loss,) = objective.losses(discs(64, generator)[0], step)
@@ -63,7 +63,7 @@ def train(steps: int, seed: int = 0) -> ImageTokenizer:
     return vae.eval()
 
 
-def main(out: Path, steps: int = 600) -> None:
+def main(out: Path, steps: int = 500) -> None:
     """The decoded grid, and the posterior means of further images in their own colours."""
     vae = train(steps)
     quantiles = torch.special.ndtri(torch.linspace(0.03, 0.97, SIDE))

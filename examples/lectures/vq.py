@@ -60,7 +60,7 @@ def main(out: Path, steps: int = 150) -> None:
     *cells, curve = plot.subplots(1, 4)
     for axes, step in zip(cells, SHOWN, strict=True):
         book = books[min(step, steps)]
-        owners = nearest(grid, book).reshape(SIDE, SIDE).T
+        owners = nearest(grid, book).reshape(SIDE, SIDE).T.numpy()
         axes.imshow(
             owners, origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), cmap="tab20", alpha=0.5
         )

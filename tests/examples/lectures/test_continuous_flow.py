@@ -13,8 +13,8 @@ from examples.lectures.continuous_flow import (
     direct_gradient,
     log_density_along,
     main,
+    path,
     solve,
-    velocity,
 )
 from stage2_prior.flows.base import standard_normal_log_prob
 
@@ -36,7 +36,7 @@ def test_the_solver_has_order_four():
 
 def test_the_density_along_a_path_is_that_of_the_change_of_variables():
     start = noise(20).requires_grad_()
-    end = solve(lambda y: velocity(y, THETA), start, 60)[-1]
+    end = path(start, THETA, 60)[-1]
     (stretch,) = torch.autograd.grad(end.sum(), start)
     expected = standard_normal_log_prob(start.detach()[:, None]) - stretch.log()
     z, log_p = log_density_along(start.detach(), THETA, 60)
@@ -46,7 +46,7 @@ def test_the_density_along_a_path_is_that_of_the_change_of_variables():
 
 def test_the_adjoint_gradient_is_that_through_the_solver():
     start = noise(20)
-    end = solve(lambda y: velocity(y, THETA), start, 60)[-1]
+    end = path(start, THETA, 60)[-1]
     direct = direct_gradient(start, THETA, 60)
     torch.testing.assert_close(adjoint_gradient(end, THETA, 60), direct, atol=0, rtol=1e-3)
 

@@ -10,7 +10,7 @@ import torch
 from examples.lectures.dequantization import costs, main
 
 
-@pytest.mark.parametrize("std", [0.02, 0.1, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("std", [0.02, 0.1, 0.3, 1.0])
 def test_the_density_claims_less_than_the_exact_bits_and_dequantization_more(std):
     at_value, exact, bound = costs(std, 4000, torch.Generator().manual_seed(0))
     assert at_value < exact <= bound and exact >= 0

@@ -16,7 +16,7 @@ def test_the_moons_are_centred_and_reach_into_each_other():
 
 
 def test_training_lowers_the_nats_per_point():
-    flow, history = fit(40)
+    _, history = fit(40)
     assert len(history) == 40 and sum(history[-5:]) < sum(history[:5]) - 1
     again, _ = fit(1)
     other, _ = fit(1)
