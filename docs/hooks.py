@@ -55,13 +55,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def site_link(link: re.Match[str], folder: str, site_folder: str) -> str:
     """A link from a file in `folder` as a page in `site_folder` has it. Source code is no page: its
-    name alone stays."""
+    name stays, with the path as a tooltip."""
     image, label, target, anchor = link.groups(default="")
     path = posixpath.normpath(posixpath.join(folder, target))
     if "://" in target or not (ROOT / path).exists():
         return link[0]
     if path not in PAGES and not path.startswith("docs/"):
-        return label
+        return f'<span title="{path}">{label}</span>'
     site_path = PAGES.get(path, path.removeprefix("docs/"))
     return f"{image}[{label}]({os.path.relpath(site_path, site_folder or '.')}{anchor})"
 
