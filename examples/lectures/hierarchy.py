@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from examples.lectures.plots import canvas, out_option
+from examples.lectures.training import train_tokenizer
 from pipeline.runtime.image_grid import make_grid
 from stage1_tokenizer import HierarchicalOptions, ImageTokenizer, ObjectiveConfig, TokenizerConfig
-from stage1_tokenizer.objective import TokenizerObjective
 from stage1_tokenizer.pixels import to_model_range, to_uint8
 
 SIZE = 16
@@ -49,20 +49,9 @@ def tiles(count: int, generator: torch.Generator) -> Tensor:
     return (255 * wide * (1 - 0.7 * dark)).round().to(torch.uint8)
 
 
-def train(steps: int, seed: int = 0) -> ImageTokenizer:
+def train(steps: int) -> ImageTokenizer:
     """A tokenizer with two levels after some steps."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer = ImageTokenizer(MODEL)
-    objective = TokenizerObjective(tokenizer, ObjectiveConfig())
-    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
-    for step in range(steps):
-        (loss,) = objective.losses(tiles(32, generator), step)
-        optimizer.zero_grad()
-        loss.value.backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        optimizer.step()
-    return tokenizer.eval()
+    return train_tokenizer(MODEL, ObjectiveConfig(), lambda generator: tiles(32, generator), steps)
 
 
 def apart(tokenizer: ImageTokenizer, images: Tensor) -> list[Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from examples.lectures.plots import canvas, out_option
+from examples.lectures.training import train_tokenizer
 from pipeline.runtime.image_grid import make_grid
 from stage1_tokenizer import GaussianOptions, ImageTokenizer, ObjectiveConfig, TokenizerConfig
-from stage1_tokenizer.objective import TokenizerObjective
 from stage1_tokenizer.pixels import to_model_range, to_uint8
 
 SIZE = 16
@@ -47,20 +47,10 @@ def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return (255 * images).round().to(torch.uint8), centres
 
 
-def train(steps: int, seed: int = 0) -> ImageTokenizer:
+def train(steps: int) -> ImageTokenizer:
     """A VAE after some steps of maximising the evidence lower bound."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    vae = ImageTokenizer(MODEL)
-    objective = TokenizerObjective(vae, ObjectiveConfig(kl_ramp_steps=steps // 4))
-    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
-    for step in range(steps):
-        (loss,) = objective.losses(discs(64, generator)[0], step)
-        optimizer.zero_grad()
-        loss.value.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-    return vae.eval()
+    config = ObjectiveConfig(kl_ramp_steps=steps // 4)
+    return train_tokenizer(MODEL, config, lambda generator: discs(64, generator)[0], steps)
 
 
 def main(out: Path, steps: int = 500) -> None:
