@@ -53,7 +53,7 @@ def main(out: Path) -> None:
         inputs, [f"{name} -> {names[i + 1]}" for i, name in enumerate(names[:-1])], fontsize=8
     )
     attention.axhline(len(TEXT) - 1.5, color="C3", linewidth=1)
-    attention.set(title="which tokens a token sees (token -> its target)")
+    attention.set(title="what each token sees (token -> its target)")
     coordinates = STREAM.coordinates()
     is_code = STREAM.level_index() > 0
     for kind, label in ((~is_code, "text"), (is_code, "codes")):
