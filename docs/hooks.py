@@ -26,6 +26,7 @@ PAGES = {
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"\s*```")
 ITEM = re.compile(r"([-*]|\d+\.) ")
+NOTE = re.compile(r"^> \[!NOTE\]\n((?:>.*\n)+)", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder = posixpath.dirname(sources.get(uri, f"docs/{uri}"))
     lines: list[str] = []
     in_code = False
-    for line in markdown.splitlines():
+    for line in NOTE.sub(admonition, markdown).splitlines():
         in_code ^= bool(FENCE.match(line))
         if not in_code:
             line = LINK.sub(lambda link: site_link(link, folder, posixpath.dirname(uri)), line)
@@ -54,15 +55,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def site_link(link: re.Match[str], folder: str, site_folder: str) -> str:
     """A link from a file in `folder` as a page in `site_folder` has it. Source code is no page: its
-    name alone stays."""
+    name stays, with the path as a tooltip."""
     image, label, target, anchor = link.groups(default="")
     path = posixpath.normpath(posixpath.join(folder, target))
     if "://" in target or not (ROOT / path).exists():
         return link[0]
     if path not in PAGES and not path.startswith("docs/"):
-        return label
+        return f'<span title="{path}">{label}</span>'
     site_path = PAGES.get(path, path.removeprefix("docs/"))
     return f"{image}[{label}]({os.path.relpath(site_path, site_folder or '.')}{anchor})"
+
+
+def admonition(note: re.Match[str]) -> str:
+    """A quote that GitHub shows as a boxed note, as Python-Markdown's box."""
+    quoted = [line.removeprefix(">").removeprefix(" ") for line in note[1].splitlines()]
+    return "\n".join(["!!! note", "", *(f"    {line}" for line in quoted), ""])
 
 
 def starts_block(line: str, before: str) -> bool:

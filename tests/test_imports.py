@@ -230,12 +230,3 @@ def test_the_architecture_page_names_what_its_files_have():
             r"\w+", " ".join(name for name in named if re.fullmatch(r"[\w.]+", name))
         ):
             assert re.search(rf"\b{name}\b", code), f"{name} is not in the files of: {row}"
-
-
-def test_names_in_the_theory_page_exist():
-    code = "\n".join(path.read_text() for path in FILES)
-    for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "theory.md").read_text()):
-        for name in re.findall(r"\w+", named.removesuffix(".py").rpartition("/")[2]):
-            assert re.search(rf"\b{name}\b", code) or (ROOT / named).exists(), (
-                f"docs/theory.md names {named}"
-            )

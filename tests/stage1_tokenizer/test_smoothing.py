@@ -134,7 +134,7 @@ def above_a_spike(
 
 
 def test_the_properties_decide_which_way_exponents_go():
-    """What docs/theory.md says of the forms that lecture notes call f2'' and f3'."""
+    """What docs/theory/12-smoothing.md says of the forms that lecture notes call f2'' and f3'."""
     assert has_the_properties_of_a_smoothing(
         above_a_spike(lambda x, b: (1 - (1 - x) ** b) ** (1 / b))
     )
