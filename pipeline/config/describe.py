@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("pipeline/config", "stage1_tokenizer", "stage2_prior")
+_FOLDERS = ("pipeline/config", "stage1_tokenizer", "stage2_prior", "stage2_prior/flows")
 
 
 class Setting(NamedTuple):

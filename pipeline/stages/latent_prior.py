@@ -186,7 +186,6 @@ class _OfImages:
         return others | {"latents": posterior.sample(generator)}
 
 
-# Six parameters of one caller, which made each of them.
 class LatentPriorTraining:
     """A prior, its objective, its images and captions: what this stage hands to the training loop.
 

@@ -26,6 +26,7 @@ from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import LatentPriorModel
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
+from tests.helpers.launch import CHECK, WATCHED, launch, settings
 from tests.helpers.tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -236,7 +237,7 @@ def test_more_components_than_images_are_refused(kind, tmp_path):
 
 def test_streams_are_refused_before_any_work(tmp_path):
     values = tiny_values(tmp_path)
-    values["data"] = {"source": "shards", "image_size": 32, "streaming": True}
+    values["data"] = {"source": str(tmp_path), "image_size": 32, "streaming": True}
     for stage in (pipeline.run, pipeline.train_prior):
         with pytest.raises(ValueError, match=r"^data\.streaming is on, and a prior of Gaussian"):
             stage(from_dict(Experiment, values))
@@ -256,3 +257,15 @@ def test_the_shipped_vae_runs_at_a_tiny_size(tmp_path, capsys):
     command = ["run", "--config", str(ROOT / "configs" / "vae.yaml"), *tiny]
     assert main(command) == 0, capsys.readouterr().err
     assert TextToImagePipeline.from_pretrained(tmp_path / "vae" / "bundle")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_one_conditional_prior(tmp_path):
+    """Captions and noise differ by process; the weights do not."""
+    values = tiny_values(tmp_path, latent=CONDITIONAL)
+    values["data"]["shapes"]["num_scenes"] = 40
+    launch(tmp_path, 2, "run", *settings(tmp_path, **values), script=WATCHED + CHECK)
+    first, second = (torch.load(tmp_path / f"prior-{rank}-of-2.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert TextToImagePipeline.from_pretrained(tmp_path / "runs" / "tiny" / "bundle")

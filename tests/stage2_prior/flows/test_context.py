@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior import LatentPriorConfig, LatentPriorModel, LatentPriorObjective
+from tests.helpers.compiling import traced
 
 PAD, START, END = 0, 1, 2
 CAPTIONS = torch.tensor([[START, 5, 6, END, PAD], [START, 7, 6, END, PAD]])
@@ -113,3 +114,16 @@ def test_dropped_captions_become_the_empty_one():
 def test_evaluation_needs_latents():
     with pytest.raises(ValueError, match="there are no held-out images to evaluate on"):
         LatentPriorObjective(conditional_model()).evaluate([])
+
+
+@pytest.mark.parametrize("kind", ["mixture", "realnvp", "maf"])
+def test_compiled_loss_is_the_plain_one(kind, monkeypatch):
+    graphs = traced(monkeypatch)
+    objective = LatentPriorObjective(conditional_model(kind=kind))
+    (plain,) = objective.losses(batch_of(0), 0)
+    objective.compile()
+    (compiled,) = objective.losses(batch_of(0), 0)
+    assert graphs
+    torch.testing.assert_close(compiled.value, plain.value)
+    objective.evaluate([batch_of(1), {key: rows[:3] for key, rows in batch_of(2).items()}])
+    assert len(graphs) == 1  # evaluation compiles nothing
