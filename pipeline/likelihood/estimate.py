@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -81,13 +81,15 @@ def image_likelihood(
         batch_size: samples at a time.
 
     Raises:
-        ValueError: the decoder gives an image no probability, a number is below 1, or the images
-            have another size than the model's.
+        ValueError: the decoder gives an image no probability, a number is below 1, the method is
+            unknown, or the images have another size than the model's.
     """
     check_probability(model, images)
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; choose bound or naive")
     if method == "bound" and model.is_deterministic:
         num_samples = 1
     seeds = sample_seeds(images, num_samples, seed)

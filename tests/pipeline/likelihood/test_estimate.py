@@ -299,9 +299,10 @@ def test_a_decoder_without_a_probability_says_what_to_train_with(images):
     [
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"method": "elbo"}, "method is 'elbo'; choose bound or naive"),
     ],
 )
-def test_numbers_below_one_are_refused(options, message, images):
+def test_numbers_below_one_and_unknown_methods_are_refused(options, message, images):
     pipe = enumerable("vq")
     with pytest.raises(ValueError, match=message):
         image_likelihood(code_model(pipe), pipe.text.encode(CAPTIONS), images, **options)
