@@ -243,10 +243,14 @@ def fixed_prior(tokenizer: ImageTokenizer) -> LogPrior:
     return lambda latents: torch.full((len(latents),), -nats, dtype=torch.float64)
 
 
-def code_prior(prior: ImagePrior, text_ids: Tensor) -> LogPrior:
-    """log p(codes | caption) by stage 2, for captions (n,T). Of a prior that was trained on random
-    orders it is the lower bound of `score_codes`."""
-    return lambda codes: score_codes_batched(prior, text_ids, codes, BATCH)
+def learned_prior(prior: ImagePrior | LatentPriorModel, text_ids: Tensor) -> LogPrior:
+    """log p(z | caption) by stage 2, for captions (n,T), which an unconditional prior ignores. Of
+    an `ImagePrior` that was trained on random orders it is the lower bound of `score_codes`."""
+    if isinstance(prior, ImagePrior):
+        return lambda codes: score_codes_batched(prior, text_ids, codes, BATCH)
+    if not prior.context_features:
+        return prior.log_prob
+    return lambda latents: prior(latents, text_ids)
 
 
 def surgery_metrics(
@@ -254,27 +258,30 @@ def surgery_metrics(
     prior: ImagePrior | LatentPriorModel,
     images: Tensor,
     text_ids: Tensor,
+    no_caption: Tensor,
 ) -> dict[str, float]:
     """The parts in nats per image, of held-out images uint8 (n,H,W,C) with captions (n,T):
 
     `elbo_reconstruction`, `mutual_information`, `marginal_kl_fixed_prior` (N(0, I), or uniform) and
-    `marginal_kl` (the prior of stage 2 without captions, if it was trained so). In the ELBO given
-    captions, E log q_agg(z) - E log p(z | caption) takes the last one's place. That is
-    `marginal_kl_given_captions`: the marginal KL less what captions tell of z. It may be below 0.
+    `marginal_kl` (the prior of stage 2, if it is unconditional or was trained without captions,
+    too). In the ELBO given captions, E log q_agg(z) - E log p(z | caption) takes the last one's
+    place. That is `marginal_kl_given_captions`: the marginal KL less what captions tell of z. It
+    may be below 0.
 
     Nothing where the posterior is a point, or an image has no probability.
+
+    Args:
+        no_caption: (1,T) text ids of the empty caption.
     """
     values = images.permute(0, 3, 1, 2)
     if not is_stochastic(tokenizer) or not tokenizer.likelihood.covers(values):
         return {}
     priors = {"marginal_kl_fixed_prior": fixed_prior(tokenizer)}
-    if isinstance(prior, LatentPriorModel):
-        priors["marginal_kl"] = prior.log_prob
-    else:
-        if prior.config.trained_with_caption_dropout:
-            null = prior.stream.null_caption(len(images))
-            priors["marginal_kl"] = code_prior(prior, null)
-        priors["marginal_kl_given_captions"] = code_prior(prior, text_ids)
+    is_conditional = isinstance(prior, ImagePrior) or prior.context_features > 0
+    if not is_conditional or prior.config.trained_with_caption_dropout:
+        priors["marginal_kl"] = learned_prior(prior, no_caption.expand(len(images), -1))
+    if is_conditional:
+        priors["marginal_kl_given_captions"] = learned_prior(prior, text_ids)
     parts = surgery(tokenizer, images, priors)
     first = parts["marginal_kl_fixed_prior"]
     shared = {

@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
+from pipeline.data.source import Source
 from pipeline.evaluation.accuracy import ENOUGH, Accuracy
+from pipeline.evaluation.elbo_surgery import surgery_metrics
 from pipeline.evaluation.emoji import check_split, emoji_metrics
 from pipeline.evaluation.forgetting import Forgetting, forgetting
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
@@ -119,6 +122,7 @@ def evaluate(
     with autocast(pipe, experiment.precision):
         reconstructions = tokenizer_metrics(pipe, held_out, count)
         report.add(reconstructions.metrics | prior_metrics(pipe, held_out, count))
+        report.add(_parts_of_elbo(pipe, held_out, torch.from_numpy(reconstructions.real)))
     if experiment.data.source == "shapes":
         report.add(shapes_metrics(pipe, experiment, reconstructions))
     if experiment.data.source == "emoji":
@@ -138,6 +142,13 @@ def evaluate(
     if out is not None:
         report.save(out)
     return report
+
+
+def _parts_of_elbo(pipe: TextToImagePipeline, source: Source, images: Tensor) -> dict[str, float]:
+    """`surgery_metrics` of the first images (n,H,W,C) of a source."""
+    text_ids = pipe.text.encode(source.captions(range(len(images))), truncate=True)
+    no_caption = pipe.text.encode([""])
+    return surgery_metrics(pipe.tokenizer, pipe.prior, images, text_ids, no_caption)
 
 
 def _warn_of_few(accuracies: Mapping[str, Accuracy]) -> None:
@@ -165,4 +176,5 @@ def _readable(name: str, value: float) -> str:
     if name.startswith("distinct_codes"):
         return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
+    plain |= name.startswith(("elbo", "mutual_information", "marginal_kl"))
     return f"{value:.3f}" if plain else f"{value:.1%}"

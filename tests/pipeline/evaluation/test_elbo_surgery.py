@@ -27,12 +27,7 @@ from pipeline.evaluation.elbo_surgery import (
     surgery_metrics,
 )
 from stage1_tokenizer import GaussianPosterior, ImageTokenizer, to_model_range
-from stage2_prior import (
-    AggregatedPosterior,
-    LatentPriorConfig,
-    LatentPriorModel,
-    score_codes,
-)
+from stage2_prior import AggregatedPosterior, LatentPriorConfig, LatentPriorModel, score_codes
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 from tests.helpers.tokenizers import ALL_KINDS, EVERY_TOKENIZER, tiny_tokenizer
 
@@ -126,8 +121,7 @@ def by_hand(posteriors: Posteriors, image: int, grid: tuple[int, ...]) -> float:
     """q(grid | image) as a product over codes, or bits: the highest first."""
     if isinstance(posteriors, CategoricalPosteriors):
         return math.prod(
-            math.exp(float(posteriors.log_q[image, place, code]))
-            for place, code in enumerate(grid)
+            math.exp(float(posteriors.log_q[image, place, code])) for place, code in enumerate(grid)
         )
     assert isinstance(posteriors, BitPosteriors)
     q = posteriors.logits.sigmoid()[image, :, 0]
@@ -237,10 +231,11 @@ def test_parts_by_hand():
 def test_metrics_ask_the_learned_prior_with_and_without_captions(kind):
     pipe = tiny_pipeline(**ALL_KINDS[kind])
     ids = pipe.text.encode([CAPTIONS[i % 4] for i in range(7)])
-    given = surgery_metrics(pipe.tokenizer, pipe.prior, images(), ids)
+    none = pipe.text.encode([""])
+    given = surgery_metrics(pipe.tokenizer, pipe.prior, images(), ids, none)
     assert "marginal_kl" not in given
     pipe.prior.config.trained_with_caption_dropout = True
-    found = surgery_metrics(pipe.tokenizer, pipe.prior, images(), ids)
+    found = surgery_metrics(pipe.tokenizer, pipe.prior, images(), ids, none)
     assert list(found) == [
         "elbo_reconstruction",
         "mutual_information",
@@ -261,7 +256,7 @@ def test_metrics_ask_the_learned_prior_with_and_without_captions(kind):
 def test_metrics_of_gaussian_latents_with_a_learned_prior():
     tokenizer = tiny_tokenizer(**ALL_KINDS["gaussian vector"])
     prior = LatentPriorModel(LatentPriorConfig(kind="standard"), 10)
-    found = surgery_metrics(tokenizer, prior, images(), torch.zeros(7, 1))
+    found = surgery_metrics(tokenizer, prior, images(), torch.zeros(7, 1), torch.zeros(1, 1))
     assert found["marginal_kl"] == pytest.approx(found["marginal_kl_fixed_prior"], abs=1e-4)
     assert "marginal_kl_given_captions" not in found
 
@@ -269,13 +264,13 @@ def test_metrics_of_gaussian_latents_with_a_learned_prior():
 def test_there_are_no_metrics_of_points_or_of_images_without_a_probability():
     prior = tiny_pipeline().prior
     ids = torch.zeros(7, 24, dtype=torch.long)
-    assert surgery_metrics(tiny_tokenizer(), prior, images(), ids) == {}
+    assert surgery_metrics(tiny_tokenizer(), prior, images(), ids, ids[:1]) == {}
     coins = tiny_tokenizer(quantizer="gumbel", likelihood="bernoulli")
-    assert surgery_metrics(coins, prior, images(), ids) == {}
+    assert surgery_metrics(coins, prior, images(), ids, ids[:1]) == {}
     with pytest.raises(ValueError, match="bernoulli"):
         surgery(coins, images(), {"fixed": fixed_prior(coins)})
     black_and_white = 255 * (images() // 128)
     pipe = tiny_pipeline(quantizer="gumbel", likelihood="bernoulli")
     ids = pipe.text.encode(["a red star"] * 7)
-    found = surgery_metrics(pipe.tokenizer, pipe.prior, black_and_white, ids)
+    found = surgery_metrics(pipe.tokenizer, pipe.prior, black_and_white, ids, ids[:1])
     assert found["elbo_reconstruction"] < 0
