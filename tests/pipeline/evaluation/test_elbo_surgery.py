@@ -261,6 +261,18 @@ def test_metrics_of_gaussian_latents_with_a_learned_prior():
     assert "marginal_kl_given_captions" not in found
 
 
+@torch.no_grad()
+def test_a_conditional_prior_of_latents_gets_the_captions(monkeypatch):
+    tokenizer = tiny_tokenizer(**ALL_KINDS["gaussian vector"])
+    prior = LatentPriorModel(LatentPriorConfig(kind="mixture", context_features=3), 10)
+    prior.config.trained_with_caption_dropout = True
+    monkeypatch.setattr(prior, "forward", lambda latents, ids: -ids.sum(1).double())
+    ids = torch.arange(21).reshape(7, 3)
+    found = surgery_metrics(tokenizer, prior, images(), ids, torch.ones(1, 3))
+    given = found["marginal_kl_given_captions"]
+    assert given - found["marginal_kl"] == pytest.approx(float(ids.sum(1).double().mean()) - 3)
+
+
 def test_there_are_no_metrics_of_points_or_of_images_without_a_probability():
     prior = tiny_pipeline().prior
     ids = torch.zeros(7, 24, dtype=torch.long)
