@@ -17,7 +17,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 CODE_FOLDERS = ("stage1_tokenizer", "stage2_prior", "pipeline", "examples", "benchmarks", "tests")
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#\s]+)[^)]*\)")
 EQUATION = re.compile(r"^(?:> )?\((\d+\.\d+)\) ", re.MULTILINE)
-WITHOUT_PLOT = {"08-surgery", "18-beyond"}
+WITHOUT_PLOT = {"18-beyond"}
 
 
 def links(text: str) -> list[tuple[str, Path]]:

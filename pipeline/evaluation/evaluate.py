@@ -17,6 +17,7 @@ from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
 from pipeline.data.source import Source
 from pipeline.evaluation.accuracy import ENOUGH, Accuracy
+from pipeline.evaluation.elbo_surgery import is_stochastic, surgery_metrics
 from pipeline.evaluation.emoji import check_split, emoji_metrics
 from pipeline.evaluation.forgetting import Forgetting, forgetting
 from pipeline.evaluation.latents import latent_metrics
@@ -131,6 +132,8 @@ def evaluate(
         report.add(_codes_metrics(pipe, experiment, held_out, count))
         before = before or parent_bundle(experiment)
     report.add(likelihood_metrics(pipe, held_out, count))
+    with autocast(pipe, experiment.precision):
+        report.add(_parts_of_elbo(pipe, held_out, count))
     _warn_of_few(report.estimates)
     if before:
         report.forgetting = forgetting(before, bundle, experiment, images=images)
@@ -165,6 +168,17 @@ def _codes_metrics(
     return metrics
 
 
+def _parts_of_elbo(
+    pipe: TextToImagePipeline | LatentPipeline, source: Source, count: int
+) -> dict[str, float]:
+    """`surgery_metrics` of the first `count` images of a source."""
+    if not is_stochastic(pipe.tokenizer):
+        return {}
+    images = torch.from_numpy(source.images(range(count)))
+    text_ids = pipe.text.encode(source.captions(range(count)), truncate=True)
+    return surgery_metrics(pipe.tokenizer, pipe.prior, images, text_ids, pipe.text.encode([""]))
+
+
 def _warn_of_few(estimates: Mapping[str, Accuracy | Mean]) -> None:
     """Warns of an estimate by fewer images than its interval needs to say something."""
     if not estimates:
@@ -190,5 +204,6 @@ def _readable(name: str, value: float) -> str:
     if name.startswith("distinct_codes"):
         return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
-    plain |= name in ("nll", "kl", "elbo", "prior_nll") or name.endswith("bits_per_dimension")
+    plain |= name.startswith(("elbo", "mutual_information", "marginal_kl"))
+    plain |= name in ("nll", "kl", "prior_nll") or name.endswith("bits_per_dimension")
     return f"{value:.3f}" if plain else f"{value:.1%}"

@@ -15,7 +15,13 @@ import yaml
 from pipeline.cli.main import main
 from pipeline.config.checks import out_of_range
 from pipeline.config.data import DataConfig
-from pipeline.config.experiment import Experiment, flat, to_dict
+from pipeline.config.experiment import (
+    Experiment,
+    flat,
+    to_dict,
+    with_defaults,
+    with_section_defaults,
+)
 from pipeline.config.load import from_dict, load_experiment
 from pipeline.config.option_names import spelled
 
@@ -371,3 +377,18 @@ def test_help_shows_hyphens(capsys):
     for command in ("run", "generate"):
         assert main([command, "--help"]) == 0
         assert re.findall(r"--[a-z.]*_[a-z_.]*", capsys.readouterr().out) == []
+
+
+def test_saved_settings_get_the_defaults_of_newer_ones_alone():
+    written = {"a": 1, "section": {"b": 2}, "removed": 3}
+    defaults = {"a": 0, "section": {"b": 0, "c": 4}, "new": {"d": 5}}
+    filled = {"a": 1, "section": {"b": 2, "c": 4}, "removed": 3, "new": {"d": 5}}
+    assert with_defaults(written, defaults) == filled
+    assert written == {"a": 1, "section": {"b": 2}, "removed": 3}
+
+
+def test_a_saved_section_that_is_not_there_stays_away():
+    assert with_section_defaults({}) == {}
+    filled = with_section_defaults({"tokenizer": {"model": {"width": 48}}})
+    assert list(filled) == ["tokenizer"] and filled["tokenizer"]["model"]["width"] == 48
+    assert filled["tokenizer"]["model"]["num_codes"] == 1024

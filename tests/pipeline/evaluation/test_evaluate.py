@@ -35,6 +35,9 @@ def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():
             "codebook_perplexity_level_1": 7.25,
             "distinct_codes": 1352.0,
             "reencode_agreement": 0.786,
+            "elbo_reconstruction": -250.5,
+            "mutual_information": 6.0,
+            "marginal_kl_fixed_prior": 12.25,
         }
     )
     assert [line.split() for line in report.table().splitlines()] == [
@@ -43,6 +46,9 @@ def test_fractions_are_shown_as_percent_and_other_metrics_as_they_are():
         ["codebook_perplexity_level_1", "7.250"],
         ["distinct_codes", "1,352"],
         ["reencode_agreement", "78.6%"],
+        ["elbo_reconstruction", "-250.500"],
+        ["mutual_information", "6.000"],
+        ["marginal_kl_fixed_prior", "12.250"],
     ]
     assert Report().table() == ""
 

@@ -140,6 +140,21 @@ def test_rows_from_before_a_setting_existed_have_its_default(tmp_path):
         compare_tokenizers.is_complete(experiment, None)
 
 
+def test_the_table_keeps_rows_from_before_a_setting_existed(bakeoff):
+    comparison = load_comparison(["--config", str(bakeoff)])
+    experiment = next(iter(comparison.variants.values()))
+    peer = comparison.folder / "a peer"
+    peer.mkdir(parents=True)
+    compare_tokenizers.write_metrics(experiment, None, {"failed": "out of memory"})
+    written = json.loads((experiment.folder / "metrics.json").read_text())
+    (experiment.folder / "metrics.json").unlink()
+    del written["made_with"]["prior"]["objective"]["code_corruption"]
+    (peer / "metrics.json").write_text(json.dumps(written))
+    compare_tokenizers.write_report(comparison)
+    notes = (comparison.folder / "comparison.md").read_text()
+    assert "a peer failed: out of memory" in notes and "left out" not in notes
+
+
 def test_variant_with_other_settings_is_named_before_training(bakeoff, monkeypatch, capsys):
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 0
     (

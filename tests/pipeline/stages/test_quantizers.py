@@ -64,4 +64,7 @@ def test_every_quantizer_runs_all_stages(quantizer, tiny_yaml, tmp_path, capsys)
     assert drawn.shape == (3, sum(CODES[quantizer])) and 0 <= drawn.min() <= drawn.max() < 16
     assert torch.equal(pipe("a red circle", num_images_per_prompt=3, batch_size=2).codes, out.codes)
     assert main(["evaluate", *arguments, "--max-images", "10"]) == 0
-    assert ("codebook_usage_level_2" in capsys.readouterr().out) == (len(CODES[quantizer]) > 1)
+    metrics = capsys.readouterr().out
+    assert ("codebook_usage_level_2" in metrics) == (len(CODES[quantizer]) > 1)
+    parts = ("elbo_reconstruction", "mutual_information", "marginal_kl_fixed_prior")
+    assert all((part in metrics) == (quantizer == "binary") for part in parts)

@@ -88,19 +88,48 @@ def test_loading_names_what_is_wrong(tmp_path):
     config.write_text(json.dumps(values | {"latent_features": 4}))
     with pytest.raises(ValueError, match=r"do not fit its config\.json"):
         LatentPriorModel.from_pretrained(tmp_path)
-    config.write_text("{}")
-    with pytest.raises(ValueError, match="no 'model' section"):
-        LatentPriorModel.from_pretrained(tmp_path)
+    for damaged in ("{}", "[]", '{"model": 3}'):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match="no 'model' section"):
+            LatentPriorModel.from_pretrained(tmp_path)
 
 
-def test_missing_weights_are_refused_by_both_loaders(tmp_path):
+BOTH_LOADERS = pytest.mark.parametrize("options", [{}, {"device_map": None}], ids=["ours", "hub"])
+"""Further options are passed on to transformers."""
+
+
+@BOTH_LOADERS
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop("prior.means"), "prior.means"),
+        (lambda w: w.update(stranger=torch.ones(1)), "stranger"),
+        (lambda w: w.update({"prior.means": torch.ones(5)}), "prior.means"),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused_by_both_loaders(tmp_path, options, change, named):
     tiny_model("mixture").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["prior.means"]
+    change(weights)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    for options in ({}, {"device_map": None}):
-        with pytest.raises(ValueError, match=r"first keys that differ: \['prior\.means'\]"):
-            LatentPriorModel.from_pretrained(tmp_path, **options)
+    with pytest.raises(ValueError, match=rf"first keys that differ: \['{named}'\]"):
+        LatentPriorModel.from_pretrained(tmp_path, **options)
+
+
+@BOTH_LOADERS
+def test_truncated_weights_are_refused_by_both_loaders(tmp_path, options):
+    tiny_model("maf").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot be read.*copy it again"):
+        LatentPriorModel.from_pretrained(tmp_path, **options)
+
+
+def test_transformers_loading_report_is_kept(tmp_path):
+    tiny_model("maf").save_pretrained(tmp_path)
+    model, info = LatentPriorModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, LatentPriorModel) and not info["missing_keys"]
 
 
 def test_the_two_kinds_of_prior_refuse_each_others_folders(tmp_path):
