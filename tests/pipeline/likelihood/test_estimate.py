@@ -155,7 +155,8 @@ def test_every_sample_of_an_exact_posterior_has_the_exact_probability(images):
 
 
 def test_naive_monte_carlo_reaches_the_exact_probability_where_all_codes_are_sampled():
-    """An image that one of 256 grids draws: 8,192 samples have that grid, 4 mostly do not."""
+    """An image that one of 256 grids draws. 8,192 samples have that grid repeatedly, 4 mostly do
+    not."""
     pipe = enumerable("gumbel", likelihood="l2", likelihood_scale=0.02)
     ids = pipe.text.encode(CAPTIONS[:1])
     image = to_uint8(pipe.tokenizer.decode(GRIDS[100:101]))
