@@ -64,8 +64,6 @@ _SHOWN = 8
 """Prompts of the sheet."""
 _BATCH = 64
 """Images per call whose time is taken."""
-STAGES = ("tokenizer", "codes", "prior")
-"""Folders of the stages whose times are recorded."""
 PARTS = {
     "mutual_information": "mutual_information",
     "marginal_kl_fixed_prior": "marginal_kl_fixed_prior",
@@ -92,8 +90,9 @@ _CAPTION = (
     "Bits per dimension of {count} held-out images, with the 95% interval. Distortion and rate sum "
     "to it. Where the posterior is stochastic, it is a bound (the ELBO of one sample), and mutual "
     "information and the prior's marginal KL sum to the rate, up to the sampling of another seed. "
-    "All of these are in bits per dimension. Minutes and steps are those of the tokenizer and of "
-    "the prior, with the encoding of codes before it."
+    "All of these are in bits per dimension. Samples per second are those of a call with {batch} "
+    "prompts. Minutes and steps are those of the tokenizer and of the prior; codes are encoded in "
+    "between."
 )
 
 
@@ -202,7 +201,7 @@ def _check_trainable(models: Mapping[str, Experiment]) -> None:
     if not models:
         return
     first = next(iter(models.values()))
-    held_out = load_source(first.data, "held_out", first.folder.parent / "data")
+    held_out = load_source(first.data, "held_out", first.folder / "data")
     count = min(len(held_out), _BATCH)
     if count < 2:
         raise ValueError(
@@ -293,9 +292,9 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
     shown = held_out.captions(range(min(_SHOWN, len(held_out))))
     np.save(experiment.folder / _SAMPLES, _sampled(pipe, shown), allow_pickle=False)
     times = _times(experiment)
-    steps = {"tokenizer": experiment.tokenizer.train.steps}
-    if trains_prior(experiment):
-        steps["prior"] = experiment.prior.train.steps
+    has_codes = experiment.tokenizer.model.has_codes
+    stages = ("tokenizer", "codes", "prior") if has_codes else ("tokenizer", "prior")
+    trained = ("tokenizer", "prior") if trains_prior(experiment) else ("tokenizer",)
     return {
         "sees_captions": sees_captions(experiment),
         "images": report.settings["images"],
@@ -306,8 +305,8 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
         **_parts_of_elbo(report, held_out.images([0]).size),
         "psnr": report.metrics["psnr"],
         "samples_per_second": _samples_per_second(pipe, shown),
-        "minutes": {stage: times[stage] / 60 for stage in STAGES if stage in times},
-        "steps": steps,
+        "minutes": {name: times[name] / 60 if name in times else None for name in stages},
+        "steps": {name: getattr(experiment, name).train.steps for name in trained},
     }
 
 
@@ -332,7 +331,7 @@ def _sampled(pipe: TextToImagePipeline | LatentPipeline, prompts: Sequence[str])
 def _samples_per_second(
     pipe: TextToImagePipeline | LatentPipeline, prompts: Sequence[str]
 ) -> float:
-    """Images per second of a call with 64 prompts, by the quickest of three after a first one."""
+    """Images per second of a call with 64 prompts, the fastest of three after a first one."""
     many = [prompts[i % len(prompts)] for i in range(_BATCH)]
     seconds = []
     for _ in range(4):
@@ -377,12 +376,12 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             *(f"{row[key]:.3f}" if key in row else "" for key in dict.fromkeys(PARTS.values())),
             f"{row['psnr']:.1f}",
             f"{row['samples_per_second']:,.0f}",
-            " + ".join(f"{minutes:.1f}" for minutes in row["minutes"].values()),
+            " + ".join("?" if m is None else f"{m:.1f}" for m in row["minutes"].values()),
             " + ".join(f"{steps:,}" for steps in row["steps"].values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     count = max((row["images"] for row in rows.values()), default=0)
-    return "\n".join(lines) + f"\n\n{_CAPTION.format(count=count)}\n"
+    return "\n".join(lines) + f"\n\n{_CAPTION.format(count=count, batch=_BATCH)}\n"
 
 
 def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
