@@ -77,16 +77,18 @@ def load_variants(
     own = {name: shared.pop(name, None) for name in options}
     own |= {name: value for name in options if (value := getattr(given, name)) is not None}
     experiments = {}
-    problems = []
+    problems = {}
     for name, changed in changes.items():
         try:
             experiment = _variant(str(name), shared, changed or {}, settings)
             check(experiment, changed or {})
             experiments[str(name)] = experiment
         except ValueError as error:
-            problems.append(f"variant {name}: {error}")
+            problems[name] = str(error)
+    if len(problems) == len(changes) > 1 and len(set(problems.values())) == 1:
+        raise ValueError(problems.popitem()[1])  # of what all share
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(f"variant {name}: {text}" for name, text in problems.items()))
     return Variants(experiments, own)
 
 
