@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.codebook_report import codebook_page
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
+    from pipeline.evaluation.zoo import load_zoo, train_zoo
     from pipeline.inference.generate import edit, generate, reconstruct
     from pipeline.inference.likelihood_report import likelihood_report
     from pipeline.inference.output import TextToImageOutput
@@ -46,10 +47,12 @@ _HOME = {
     "load_comparison": "pipeline.stages.compare_tokenizers",
     "load_experiment": "pipeline.config.load",
     "load_source": "pipeline.data.load",
+    "load_zoo": "pipeline.evaluation.zoo",
     "reconstruct": "pipeline.inference.generate",
     "run": "pipeline.stages.run",
     "train_prior": "pipeline.stages.prior",
     "train_tokenizer": "pipeline.stages.tokenizer",
+    "train_zoo": "pipeline.evaluation.zoo",
 }
 
 __all__ = [
@@ -71,10 +74,12 @@ __all__ = [
     "load_comparison",
     "load_experiment",
     "load_source",
+    "load_zoo",
     "reconstruct",
     "run",
     "train_prior",
     "train_tokenizer",
+    "train_zoo",
 ]
 
 

@@ -122,6 +122,21 @@ def compare_tokenizers_command(*, settings: list[str], minutes: float | None = N
     )
 
 
+def zoo_command(*, settings: list[str], minutes: float | None = None) -> None:
+    """Trains several generative models on one data set at equal wall time, and compares them by the
+    probability of held-out images; run again, it resumes.
+
+    Args:
+        minutes: training time of both stages of each model, in place of the file's
+    """
+    limit = [] if minutes is None else ["--minutes", str(minutes)]
+    folder = pipeline.train_zoo(as_usage(pipeline.load_zoo, [*settings, *limit]))
+    print_rank0(
+        f"\n{(folder / 'table.md').read_text()}\nwrote table.md, results.json and samples.png to "
+        f"{folder}"
+    )
+
+
 def evaluate_command(
     *,
     settings: list[str],

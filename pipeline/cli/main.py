@@ -24,6 +24,7 @@ from pipeline.cli.commands import (
     run_command,
     train_prior_command,
     train_tokenizer_command,
+    zoo_command,
 )
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
@@ -46,6 +47,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it resumes 
   encode            the codes of every image, once
   train-prior       stage 2: caption and codes as one stream, or Gaussian latents
   compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
+  zoo               several generative models at equal time, by the probability of held-out images (configs/zoo.yaml)
 
 using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   images for prompts
@@ -67,6 +69,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "encode": encode_command,
     "train-prior": train_prior_command,
     "compare-tokenizers": compare_tokenizers_command,
+    "zoo": zoo_command,
     "generate": generate_command,
     "edit": edit_command,
     "reconstruct": reconstruct_command,
@@ -78,11 +81,12 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 }
 """Functions whose signatures are the options. They return the exit status, or None for 0."""
 
-RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
+RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers", "zoo")
 """Commands that resume from what is there."""
 
 SINGLE_PROCESS = (
     "compare-tokenizers",
+    "zoo",
     "edit",
     "reconstruct",
     "likelihood",

@@ -8,51 +8,50 @@ is the training time of a tokenizer, in place of its steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.config.data import data_settings
-from pipeline.config.experiment import Experiment, to_dict, with_section_defaults
-from pipeline.config.json_file import read_json
-from pipeline.config.load import load_values
+from pipeline.config.experiment import Experiment, with_section_defaults
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import encode_dataset, sources_of
-from pipeline.stages.manifest import encode_settings, read_settings
+from pipeline.stages.manifest import read_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
-from pipeline.stages.tokenizer import TokenizerTraining, train_tokenizer
+from pipeline.stages.time_budget import steps_in_budget
+from pipeline.stages.tokenizer import train_tokenizer
+from pipeline.stages.variants import (
+    METRICS,
+    SHARED_SETTINGS,
+    checked_minutes,
+    is_done,
+    load_variants,
+    made_with,
+    read_plan,
+    read_record,
+    write_plan,
+    write_record,
+)
 from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
 from stage1_tokenizer.metrics import ssim
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
-_METRICS = "metrics.json"
-_PLAN = "plan.json"
 _TIME = "training.json"
-_read = partial(read_json, remedy="remove it, and it is made again")
-SHARED_SETTINGS = ("seed", "data", "encode", "text", "sequence", "prior", "precision")
-"""Settings that must be the same for rows of one table."""
-_TRIAL_STEPS = 60
-"""Trial steps, to find how many fit into the minutes."""
 _ENCODED = 64
 """Images per batch when the encoding rate is measured."""
 _SHOWN = 12
@@ -92,99 +91,20 @@ def load_comparison(arguments: Sequence[str]) -> Comparison:
         ValueError: the file has no variants, or one is no valid experiment; names it.
         FileNotFoundError: there is no such file.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config")
-    reader.add_argument("--minutes")
-    options, settings = reader.parse_known_args(arguments)
-    if options.config is None:
-        raise ValueError(
-            "no configuration was given; add --config configs/bakeoff-emoji.yaml (or your own copy "
-            "of it)"
-        )
-    shared = _read_yaml(Path(options.config))
-    changes = shared.pop("variants")
-    in_file = shared.pop("minutes", None)
-    minutes = _checked_minutes(in_file if options.minutes is None else options.minutes)
-    variants = {}
-    problems = []
-    for name, changed in changes.items():
-        try:
-            variants[str(name)] = _variant(str(name), shared, changed or {}, settings)
-        except ValueError as error:
-            problems.append(f"variant {name}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return Comparison(Path(next(iter(variants.values())).output_dir), variants, minutes)
+    variants = load_variants(arguments, ("minutes",), "configs/bakeoff-emoji.yaml", _check)
+    minutes = variants.options["minutes"]
+    if minutes is not None:
+        minutes = checked_minutes(minutes)
+    return Comparison(variants.folder, variants.experiments, minutes)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """A comparison's file, with a mapping of `variants` in it."""
-    import yaml
-
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no configuration file {file}; the shipped ones are in configs/"
-        )
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{file} is not readable YAML: {' '.join(str(error).split())[:300]}"
-        ) from error
-    variants = values.get("variants") if isinstance(values, dict) else None
-    if (
-        not isinstance(variants, dict)
-        or not variants
-        or not all(isinstance(row, dict | None) for row in variants.values())
-    ):
-        raise ValueError(
-            f"{file} has no 'variants' to compare; it needs a mapping of names to settings, see "
-            "configs/bakeoff-emoji.yaml"
-        )
-    return values
-
-
-def _checked_minutes(given: str | float | None) -> float | None:
-    if given is None:
-        return None
-    try:
-        minutes = float(given)
-    except (TypeError, ValueError):
-        raise ValueError(f"minutes is {given!r}; it must be a number") from None
-    if not (minutes > 0 and math.isfinite(minutes)):
-        raise ValueError(f"minutes is {minutes}; it must be above 0 and finite")
-    return minutes
-
-
-def _variant(
-    name: str, shared: Mapping[str, Any], changes: Mapping[str, Any], settings: Sequence[str]
-) -> Experiment:
-    """The experiment of a row; its run folder is OUTPUT_DIR/COMPARISON/ROW."""
-    if fixed := {"name", "output_dir"} & set(changes):
-        raise ValueError(
-            f"{', '.join(sorted(fixed))} cannot differ between variants; a variant's name is its "
-            "own"
-        )
-    experiment = load_values(_merged(shared, changes), settings)
+def _check(experiment: Experiment, changes: Mapping[str, Any]) -> None:
+    """Raises ValueError where a tokenizer cannot be compared."""
     if experiment.tokenizer.frozen:
         raise ValueError(
             "tokenizer.frozen is on, and a comparison trains every tokenizer; set it to false"
         )
     experiment.require_codes("compare-tokenizers")
-    return replace(experiment, name=name, output_dir=str(experiment.folder))
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        inner = merged.get(key)
-        merged[key] = (
-            _merged(inner, value)
-            if isinstance(inner, Mapping) and isinstance(value, Mapping)
-            else value
-        )
-    return merged
 
 
 def compare_tokenizers(comparison: Comparison) -> Path:
@@ -222,45 +142,20 @@ def compare_tokenizers(comparison: Comparison) -> Path:
     return comparison.folder
 
 
-def _made_with(experiment: Experiment, minutes: float | None) -> dict[str, Any]:
-    settings = {
-        **to_dict(experiment),
-        "data": data_settings(to_dict(experiment.data)),
-        "encode": encode_settings(experiment),
-    }
-    return {**{key: settings[key] for key in (*SHARED_SETTINGS, "tokenizer")}, "minutes": minutes}
-
-
 def is_complete(experiment: Experiment, minutes: float | None) -> bool:
     """Whether a row has its metrics.
 
     Raises:
         ValueError: the row was made with other settings.
     """
-    path = experiment.folder / _METRICS
-    now = _made_with(experiment, minutes)
-    written = _read(path) if path.is_file() else _plan(experiment.folder)
-    made = with_section_defaults(written["made_with"]) if written else now
-    if differing := sorted(key for key in now if made.get(key) != now[key]):
-        raise ValueError(
-            f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
-            "another name for this comparison, or remove that folder"
-        )
-    return path.is_file()
-
-
-def _plan(folder: Path) -> dict[str, Any] | None:
-    """What an earlier attempt chose for a row."""
-    return _read(folder / _PLAN) if (folder / _PLAN).is_file() else None
+    return is_done(experiment, {"minutes": minutes})
 
 
 def write_metrics(
     experiment: Experiment, minutes: float | None, metrics: Mapping[str, Any]
 ) -> None:
     """Writes a row's metrics and settings into its folder."""
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    content = {"metrics": metrics, "made_with": _made_with(experiment, minutes)}
-    atomic_write_text(experiment.folder / _METRICS, json.dumps(content, indent=2) + "\n")
+    write_record(experiment, {"minutes": minutes}, metrics)
 
 
 def run_variant(experiment: Experiment, minutes: float | None) -> dict[str, float]:
@@ -287,11 +182,9 @@ def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
     It is evaluated only at the end: what evaluations cost differs between tokenizers. It is
     compiled if it was when the pace was measured.
     """
-    plan = _plan(experiment.folder)
+    plan = read_plan(experiment.folder)
     steps = plan["steps"] if plan else steps_in_budget(experiment, 60 * minutes)
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    written = {"steps": steps, "made_with": _made_with(experiment, minutes)}
-    atomic_write_text(experiment.folder / _PLAN, json.dumps(written))
+    write_plan(experiment, {"minutes": minutes}, {"steps": steps})
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     train = experiment.tokenizer.train
     compiles = should_compile(train, accelerator.device)
@@ -322,7 +215,7 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         "encoding_rate": rate,
     }
     if (row / _TIME).is_file():
-        seconds = _read(row / _TIME)["seconds"]
+        seconds = read_record(row / _TIME)["seconds"]
         metrics |= {
             "minutes": seconds / 60,
             "training_rate": steps
@@ -330,60 +223,6 @@ def _judge(experiment: Experiment) -> dict[str, float]:
             / seconds,
         }
     return metrics
-
-
-def steps_in_budget(experiment: Experiment, seconds: float) -> int:
-    """How many steps fit into this time, with start and compilation, by the pace of a few trial
-    steps (and of a few with the discriminator, where one joins later)."""
-    discriminator = experiment.tokenizer.objective.discriminator
-    joins = discriminator.start if discriminator.weight else 0
-    before, pace = _seconds_per_step(experiment, discriminator=not joins)
-    if joins and before + joins * pace < seconds:
-        before, slower = _seconds_per_step(experiment, discriminator=True)
-        steps = joins + max(int((seconds - before - joins * pace) / slower), 0)
-        return max(steps, 1)
-    return max(int((seconds - before) / pace), 1)
-
-
-def _seconds_per_step(experiment: Experiment, *, discriminator: bool) -> tuple[float, float]:
-    """Seconds before the first step and seconds per step, with the discriminator from the start
-    or without one."""
-    objective = experiment.tokenizer.objective
-    changed = (
-        replace(objective.discriminator, start=0)
-        if discriminator
-        else replace(objective.discriminator, weight=0.0)
-    )
-    objective = replace(objective, discriminator=changed)
-    experiment = replace(experiment, tokenizer=replace(experiment.tokenizer, objective=objective))
-    train = experiment.tokenizer.train
-    accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
-    sources = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    training = TokenizerTraining(experiment, accelerator, *sources)
-    task = training.task(train.resolved_batch("tokenizer")[0])
-    times: list[float] = []
-
-    def timed(step: int) -> object:
-        times.append(time.perf_counter())
-        return task.batch(step)
-
-    steps = _TRIAL_STEPS
-    trial = replace(train, steps=steps, eval_every=steps, save_every=steps, save_best=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        start = time.perf_counter()
-        fit(
-            replace(task, batch=timed, sample_images=dict),
-            trial,
-            accelerator,
-            Path(scratch),
-            seed=experiment.seed,
-            bf16=uses_bf16(experiment.precision, accelerator.device),
-            compile_networks=should_compile(train, accelerator.device),
-            label="tokenizer",
-            seconds_after=None,
-        )
-    pace = float(np.median(np.diff(times)[steps // 2 :]))
-    return times[steps // 2] - start - pace * steps / 2, pace
 
 
 @torch.no_grad()
@@ -414,11 +253,11 @@ def write_report(comparison: Comparison) -> None:
     """Writes `comparison.md`, `comparison.json` and two images: the variants in their order, then
     other rows in the folder. Rows that were judged on other data or by another prior, and rows that
     failed, are named below the table."""
-    found = {p.parent.name: _read(p) for p in sorted(comparison.folder.glob(f"*/{_METRICS}"))}
+    found = {p.parent.name: read_record(p) for p in sorted(comparison.folder.glob(f"*/{METRICS}"))}
     if not found:
         return
     first = next(iter(comparison.variants.values()))
-    base = _made_with(first, comparison.minutes)
+    base = made_with(first, {"minutes": comparison.minutes})
     every = {}
     notes = ""
     names = dict.fromkeys([*comparison.variants, *found])

@@ -62,19 +62,31 @@ def train_latent_prior(experiment: Experiment) -> Path:
     if run.is_complete():
         return run.folder
     accelerator = run.begin()
-    # An unconditional prior reads no caption: its bundle has a vocabulary of bytes.
-    limit = _CAPTIONS if section.latent.context_features else 0
-    captions = {split: SourceCaptions(source, limit) for split, source in sources.items()}
-    text = text_tokenizer(experiment, captions, accelerator)
-    tokenizer.to(accelerator.device).eval().requires_grad_(False)
-    prior = _build_prior(experiment, tokenizer, text, sources["train"])
-    training = LatentPriorTraining(experiment, accelerator, sources, tokenizer, prior, text)
+    training = latent_prior_training(experiment, accelerator, tokenizer, sources)
+    prior = training.prior
     if section.joint or not any(p.requires_grad for p in prior.parameters()):
         metrics = training.deliver()
     else:
         metrics = run.fit(training.task, images=len(sources["train"]))
     run.finalize(prior, metrics)
     return run.folder
+
+
+def latent_prior_training(
+    experiment: Experiment,
+    accelerator: Accelerator,
+    tokenizer: ImageTokenizer,
+    sources: dict[str, Source],
+) -> LatentPriorTraining:
+    """A new prior of this tokenizer's latents and its captions' tokenizer, which is saved, on the
+    accelerator's device."""
+    # An unconditional prior reads no caption: its bundle has a vocabulary of bytes.
+    limit = _CAPTIONS if experiment.prior.latent.context_features else 0
+    captions = {split: SourceCaptions(source, limit) for split, source in sources.items()}
+    text = text_tokenizer(experiment, captions, accelerator)
+    tokenizer.to(accelerator.device).eval().requires_grad_(False)
+    prior = _build_prior(experiment, tokenizer, text, sources["train"])
+    return LatentPriorTraining(experiment, accelerator, sources, tokenizer, prior, text)
 
 
 def refuse_streams(experiment: Experiment) -> None:

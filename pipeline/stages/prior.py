@@ -17,8 +17,13 @@ from pipeline.data.sampler import BatchSampler
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.captions import text_tokenizer, training_ids
+from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
-from pipeline.stages.latent_prior import train_latent_prior
+from pipeline.stages.latent_prior import (
+    LatentPriorTraining,
+    latent_prior_training,
+    train_latent_prior,
+)
 from pipeline.stages.manifest import StageRun, load_complete
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
@@ -59,6 +64,26 @@ def train_prior(experiment: Experiment) -> Path:
         adapter.merge_and_save(run.folder, accelerator)
     run.finalize(prior, metrics)
     return run.folder
+
+
+def new_prior_training(
+    experiment: Experiment, accelerator: Accelerator
+) -> PriorTraining | LatentPriorTraining:
+    """What `train_prior` trains, with new weights, for trial steps. The stages before it are done;
+    only the text tokenizer is written."""
+    tokenizer = load_complete(
+        ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
+    )
+    if not experiment.tokenizer.model.has_codes:
+        loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+        sources = dict(zip(("train", "held_out"), loaded, strict=True))
+        return latent_prior_training(experiment, accelerator, tokenizer, sources)
+    codes = {
+        split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")
+    }
+    text = text_tokenizer(experiment, codes, accelerator)
+    prior = _build_prior(experiment, tokenizer, text, None)
+    return PriorTraining(experiment, accelerator, codes, tokenizer, prior, text)
 
 
 def _inputs(

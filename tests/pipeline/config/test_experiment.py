@@ -26,8 +26,13 @@ from pipeline.config.load import from_dict, load_experiment
 from pipeline.config.option_names import spelled
 
 ROOT = Path(__file__).parents[3]
-SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("bakeoff-"))
+SHIPPED = sorted(
+    path
+    for path in (ROOT / "configs").glob("*.yaml")
+    if not path.name.startswith(("bakeoff-", "zoo"))
+)
 BAKEOFFS = sorted((ROOT / "configs").glob("bakeoff-*.yaml"))
+ZOO = ROOT / "configs" / "zoo.yaml"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
@@ -47,6 +52,16 @@ def test_shipped_comparisons_load_and_say_what_to_expect(path):
     assert comparison.folder.name == path.stem and len(comparison.variants) > 1
     header = path.read_text().split("\nname:")[0]
     for word in (f"minidalle compare-tokenizers --config configs/{path.name}", "minutes", "Expect"):
+        assert word in header
+
+
+def test_shipped_zoo_loads_and_says_what_to_expect():
+    from pipeline.evaluation.zoo import load_zoo
+
+    zoo = load_zoo(["--config", str(ZOO)])
+    assert zoo.folder.name == ZOO.stem and len(zoo.models) == 8
+    header = ZOO.read_text().split("\nname:")[0]
+    for word in ("minidalle zoo --config configs/zoo.yaml", "minutes", "Expect"):
         assert word in header
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.config.load import load_experiment
-from pipeline.stages import compare_tokenizers
+from pipeline.stages import compare_tokenizers, time_budget
 from pipeline.stages.compare_tokenizers import load_comparison, steps_in_budget, table
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
@@ -242,7 +242,7 @@ def test_number_of_steps_follows_from_step_time(bakeoff, monkeypatch):
     s before the first, then 2 s each."""
     experiment = load_comparison(["--config", str(bakeoff)]).variants["plain"]
     monkeypatch.setattr(
-        compare_tokenizers, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
+        time_budget, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__)
     )
     assert [steps_in_budget(experiment, seconds) for seconds in (1.0, 20.0, 201.0)] == [1, 9, 99]
 
@@ -252,7 +252,7 @@ def test_late_discriminator_start_slows_the_remaining_steps(seconds, steps, bake
     """5 s before the first step and 1 s per step; 7 s and 2 s with the discriminator, which starts
     at step 25."""
     monkeypatch.setattr(
-        "pipeline.stages.compare_tokenizers._seconds_per_step",
+        "pipeline.stages.time_budget._seconds_per_step",
         lambda experiment, discriminator: (7.0, 2.0) if discriminator else (5.0, 1.0),
     )
     arguments = [
@@ -279,8 +279,8 @@ def test_step_time_with_a_discriminator_includes_it(bakeoff, monkeypatch):
         )
         return build(experiment, *rest)
 
-    build = compare_tokenizers.TokenizerTraining
-    monkeypatch.setattr(compare_tokenizers, "TokenizerTraining", task)
+    build = time_budget.TokenizerTraining
+    monkeypatch.setattr(time_budget, "TokenizerTraining", task)
     arguments = [
         "--tokenizer.objective.discriminator.weight=0.1",
         "--tokenizer.objective.discriminator.start=25",
