@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.codebook_report import codebook_page
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
+    from pipeline.inference.compress import compress, decompress
     from pipeline.inference.generate import edit, generate, reconstruct
     from pipeline.inference.output import TextToImageOutput
     from pipeline.inference.pipeline import TextToImagePipeline
@@ -34,6 +35,8 @@ _HOME = {
     "assemble_bundle": "pipeline.stages.run",
     "codebook_page": "pipeline.evaluation.codebook_report",
     "compare_tokenizers": "pipeline.stages.compare_tokenizers",
+    "compress": "pipeline.inference.compress",
+    "decompress": "pipeline.inference.compress",
     "diagnose": "pipeline.doctor.diagnose",
     "edit": "pipeline.inference.generate",
     "encode_dataset": "pipeline.stages.encode",
@@ -58,6 +61,8 @@ __all__ = [
     "assemble_bundle",
     "codebook_page",
     "compare_tokenizers",
+    "compress",
+    "decompress",
     "diagnose",
     "edit",
     "encode_dataset",

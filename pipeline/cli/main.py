@@ -25,6 +25,7 @@ from pipeline.cli.commands import (
     train_prior_command,
     train_tokenizer_command,
 )
+from pipeline.cli.compress import compress_command, decompress_command
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
 from pipeline.cli.log import logging_to_terminal
@@ -50,6 +51,8 @@ using what was trained:
   generate          --bundle DIR "prompt" ["prompt" ...]   images for prompts
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
   reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
+  compress          IMAGE --bundle DIR --out FILE          an image without loss, by the bundle's probabilities
+  decompress        FILE --bundle DIR --out IMAGE.png      the same image again
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
@@ -68,6 +71,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "reconstruct": reconstruct_command,
+    "compress": compress_command,
+    "decompress": decompress_command,
     "evaluate": evaluate_command,
     "codebook": codebook_command,
     "doctor": doctor_command,
@@ -78,7 +83,16 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers")
 """Commands that resume from what is there."""
 
-SINGLE_PROCESS = ("compare-tokenizers", "edit", "reconstruct", "codebook", "doctor", "estimate")
+SINGLE_PROCESS = (
+    "compare-tokenizers",
+    "edit",
+    "reconstruct",
+    "compress",
+    "decompress",
+    "codebook",
+    "doctor",
+    "estimate",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

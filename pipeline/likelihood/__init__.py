@@ -1,0 +1,1 @@
+"""How likely images are under both stages together."""
