@@ -9,9 +9,7 @@ from pipeline.cli.log import print_rank0
 from pipeline.cli.options import UsageError
 
 
-def compress_command(
-    image: tuple[Path, ...], *, bundle: Path, out: Path, prompt: str = ""
-) -> None:
+def compress_command(image: tuple[Path, ...], *, bundle: Path, out: Path, prompt: str = "") -> None:
     """Compresses an image without loss: its codes by the prior, its pixels by the decoder.
 
     Args:

@@ -275,9 +275,7 @@ def _code_image(
     return _Coded(_Content(codes, values), rate_bits, coder.bits - rate_bits)
 
 
-def _code_codes(
-    coder: _Coder, prior: ImagePrior, text_ids: Tensor, given: Tensor | None
-) -> Tensor:
+def _code_codes(coder: _Coder, prior: ImagePrior, text_ids: Tensor, given: Tensor | None) -> Tensor:
     """Codes (1,N) one after another, by a cache. A prior trained on random orders has one of
     them, the same for every image."""
     stream = prior.stream
@@ -324,7 +322,9 @@ def _code_values(
         rows = slice(top, top + _ROWS)
         for channel in range(values.shape[1]):
             # Not `given`, of which a decoder knows no later channels.
-            log_p = likelihood.log_probabilities(parameters[:, :, rows], values[:, :, rows], channel)
+            log_p = likelihood.log_probabilities(
+                parameters[:, :, rows], values[:, :, rows], channel
+            )
             symbols = None if given is None else given[:, channel, rows].flatten()
             found = coder.code(log_p.flatten(0, -2), symbols)
             values[:, channel, rows] = found.view(1, -1, size)
