@@ -265,7 +265,7 @@ def _code_image(
     text_ids: Tensor,
     content: _Content | None,
 ) -> _Coded:
-    """Codes an image: encodes its `content`, or decodes where that is None. Captions (1,T)."""
+    """Codes one image: encodes its `content`, or decodes where that is None. Captions (1,T)."""
     given_codes = content.codes if content is not None else None
     given_values = content.values if content is not None else None
     with FreeThreads(1), torch.autocast("cpu", enabled=False):
