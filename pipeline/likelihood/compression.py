@@ -254,7 +254,7 @@ def _import_constriction() -> ModuleType:
         raise ValueError(
             "compression needs the package constriction; pip install 'mini-dalle[compress]'"
         ) from None
-    return constriction  # type: ignore[no-any-return]
+    return constriction
 
 
 @torch.inference_mode()
