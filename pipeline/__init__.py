@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.forgetting import forgetting
     from pipeline.evaluation.zoo import load_zoo, train_zoo
+    from pipeline.inference.compress import compress, decompress
     from pipeline.inference.generate import edit, generate, reconstruct
     from pipeline.inference.likelihood_report import likelihood_report
     from pipeline.inference.output import TextToImageOutput
@@ -36,6 +37,8 @@ _HOME = {
     "assemble_bundle": "pipeline.stages.run",
     "codebook_page": "pipeline.evaluation.codebook_report",
     "compare_tokenizers": "pipeline.stages.compare_tokenizers",
+    "compress": "pipeline.inference.compress",
+    "decompress": "pipeline.inference.compress",
     "diagnose": "pipeline.doctor.diagnose",
     "edit": "pipeline.inference.generate",
     "encode_dataset": "pipeline.stages.encode",
@@ -63,6 +66,8 @@ __all__ = [
     "assemble_bundle",
     "codebook_page",
     "compare_tokenizers",
+    "compress",
+    "decompress",
     "diagnose",
     "edit",
     "encode_dataset",

@@ -26,6 +26,7 @@ from pipeline.cli.commands import (
     train_tokenizer_command,
     zoo_command,
 )
+from pipeline.cli.compress import compress_command, decompress_command
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
 from pipeline.cli.likelihood import likelihood_command
@@ -54,6 +55,8 @@ using what was trained:
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
   reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
   likelihood        --bundle DIR FILES... [--prompt TEXT]  how likely images are: nats and bits per dimension, surprise maps
+  compress          IMAGE --bundle DIR --out FILE          an image without loss, by the bundle's probabilities
+  decompress        FILE --bundle DIR --out IMAGE.png      the same image again
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
@@ -74,6 +77,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "edit": edit_command,
     "reconstruct": reconstruct_command,
     "likelihood": likelihood_command,
+    "compress": compress_command,
+    "decompress": decompress_command,
     "evaluate": evaluate_command,
     "codebook": codebook_command,
     "doctor": doctor_command,
@@ -90,6 +95,10 @@ SINGLE_PROCESS = (
     "edit",
     "reconstruct",
     "likelihood",
+    "edit",
+    "reconstruct",
+    "compress",
+    "decompress",
     "codebook",
     "doctor",
     "estimate",

@@ -1,0 +1,83 @@
+"""What `minidalle compress` and `decompress` do: an image file to a compressed file and back. Knows
+files; the bits are made in pipeline/likelihood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.likelihood import compression
+from pipeline.likelihood.compression import CompressedImage
+from pipeline.runtime.atomic_io import atomic_write
+
+
+def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> CompressedImage:
+    """Compresses an image without loss by the models of a bundle, and writes it to `out`.
+
+    Args:
+        image: RGB of 8 bits, of the bundle's size.
+        prompt: what the image shows; it may save bits, and costs its own bytes.
+
+    Raises:
+        ValueError: the image cannot be read or would not come back as it is, or what
+            `pipeline.likelihood.compression.compress` raises; nothing is written then.
+        FileNotFoundError: there is no such image or bundle.
+    """
+    original = _open(image)
+    pipe = TextToImagePipeline.from_pretrained(bundle)
+    in_bf16 = bool(pipe.trained_on.get("codes_in_bf16", False))
+    try:
+        compressed = compression.compress(
+            pipe.tokenizer, pipe.prior, pipe.text, original, prompt, codes_in_bf16=in_bf16
+        )
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as beside:
+        beside.write_bytes(compressed.data)
+    return compressed
+
+
+def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
+    """Writes the image that `compress` made a file of, as PNG.
+
+    Raises:
+        ValueError: `out` has another suffix than .png, or what
+            `pipeline.likelihood.compression.decompress` raises; nothing is written then.
+        FileNotFoundError: there is no such file or bundle.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"the image is written as PNG, and {out} has another suffix; name it .png")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    pipe = TextToImagePipeline.from_pretrained(bundle)
+    try:
+        compressed = compression.decompress(
+            pipe.tokenizer, pipe.prior, pipe.text, file.read_bytes()
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as beside:
+        compressed.image.save(beside, "PNG")
+    return compressed
+
+
+def _open(path: Path) -> Image.Image:
+    """A decoded image of no more than 8 bits per value.
+
+    Raises what `open_image` does, and ValueError for 16 bits: Pillow drops half of them.
+    """
+    from pipeline.data.readers.images import header, open_image
+
+    image = open_image(path)
+    # Which bits the file has is known before it is decoded, and not any more after.
+    with header(path) as undecoded:
+        if any("16" in str(tile[3]) for tile in getattr(undecoded, "tile", ())):
+            raise ValueError(
+                f"{path} has 16 bits per value and would not come back as it is; only RGB of 8 "
+                "bits can be compressed, convert it first"
+            )
+    return image
