@@ -95,8 +95,6 @@ SINGLE_PROCESS = (
     "edit",
     "reconstruct",
     "likelihood",
-    "edit",
-    "reconstruct",
     "compress",
     "decompress",
     "codebook",
