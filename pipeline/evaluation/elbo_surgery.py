@@ -295,8 +295,5 @@ def _parameters(tokenizer: ImageTokenizer, latents: Tensor) -> Tensor:
     """The likelihood's parameters (B,P,H,W) of latents or codes (B,M)."""
     if not tokenizer.own_config.has_codes:
         return tokenizer.latent_parameters(latents)
-    grid = tokenizer.grid
-    codes = latents if len(tokenizer.layout) > 1 else latents.unflatten(1, grid)
-    embedded: Tensor = tokenizer.quantizer.embed(codes, grid)
-    parameters: Tensor = tokenizer.decoder(embedded.to(tokenizer.dtype))
-    return parameters
+    codes = latents if len(tokenizer.layout) > 1 else latents.unflatten(1, tokenizer.grid)
+    return tokenizer.code_parameters(codes)

@@ -308,9 +308,7 @@ def _code_values(
     """Values (1,C,H,W) given the codes (1,N)."""
     levels = tokenizer.layout
     grid = codes.unflatten(1, levels[0].grid) if len(levels) == 1 else codes
-    parameters = tokenizer.decoder(
-        tokenizer.quantizer.embed(grid, tokenizer.grid).to(tokenizer.dtype)
-    )
+    parameters = tokenizer.code_parameters(grid)
     likelihood = tokenizer.likelihood
     if likelihood.side_choices > 1:
         side = None if given is None else likelihood.side_information(given, parameters)
