@@ -23,7 +23,7 @@ import torch
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.load import load_source
-from pipeline.evaluation.evaluate import Report, evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import stacked
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
@@ -70,29 +70,30 @@ PARTS = {
     "marginal_kl": "marginal_kl",
     "marginal_kl_given_captions": "marginal_kl",
 }
-"""Parts of the ELBO by `evaluate`, in nats per image -> theirs in a row, in bits per dimension. Of
-a prior that sees captions, the marginal KL is the one given captions."""
+"""Parts of the ELBO by `evaluate` -> theirs in a row, in nats per image. Of a prior that sees
+captions, the marginal KL is the one given captions."""
 COLUMNS = (
     "model",
     "prior sees captions",
     "bits per dimension",
     "distortion",
     "rate",
-    "mutual information",
-    "marginal KL, fixed prior",
-    "marginal KL, prior",
+    "mutual information, nats",
+    "marginal KL to the fixed prior, nats",
+    "marginal KL to the prior, nats",
     "PSNR, dB",
     "samples per second",
     "minutes",
     "steps",
 )
 _CAPTION = (
-    "Bits per dimension of {count} held-out images, with the 95% interval. Distortion and rate sum "
-    "to it. Where the posterior is stochastic, it is a bound (the ELBO of one sample), and mutual "
-    "information and the prior's marginal KL sum to the rate, up to the sampling of another seed. "
-    "All of these are in bits per dimension. Samples per second are those of a call with {batch} "
-    "prompts. Minutes and steps are those of the tokenizer and of the prior; codes are encoded in "
-    "between."
+    "Bits per dimension of {images} held-out images, with the 95% interval: the sum of distortion "
+    "and rate. Where the posterior is stochastic, it is a bound, the ELBO of one sample. Its parts "
+    "are in nats per image. Mutual information, which is at most log {images} = {most:.1f}, and "
+    "the marginal KL to the prior sum to the rate, up to other samples. If a prior sees captions, "
+    "that KL is less what captions tell. A rate of 1 bit per dimension is {nats:,.0f} nats per "
+    "image. Samples per second are those of a call with {batch} prompts. Minutes and steps are "
+    "those of the tokenizer and of the prior; codes are encoded in between."
 )
 
 
@@ -302,19 +303,12 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
         "interval": list(report.estimates["bits_per_dimension"].interval),
         "distortion": report.metrics["distortion_bits_per_dimension"],
         "rate": report.metrics["rate_bits_per_dimension"],
-        **_parts_of_elbo(report, held_out.images([0]).size),
+        "nats_per_bit_per_dimension": held_out.images([0]).size * math.log(2),
+        **{own: report.metrics[name] for name, own in PARTS.items() if name in report.metrics},
         "psnr": report.metrics["psnr"],
         "samples_per_second": _samples_per_second(pipe, shown),
         "minutes": {name: times[name] / 60 if name in times else None for name in stages},
         "steps": {name: getattr(experiment, name).train.steps for name in trained},
-    }
-
-
-def _parts_of_elbo(report: Report, dimensions: int) -> dict[str, float]:
-    """Those parts of the ELBO that `evaluate` reports, in bits per dimension."""
-    bits = 1 / (dimensions * math.log(2))
-    return {
-        own: report.metrics[name] * bits for name, own in PARTS.items() if name in report.metrics
     }
 
 
@@ -373,15 +367,20 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             "yes" if row["sees_captions"] else "no",
             f"{row['bits_per_dimension']:.3f} ({low:.3f} to {high:.3f})",
             *(f"{row[key]:.3f}" for key in ("distortion", "rate")),
-            *(f"{row[key]:.3f}" if key in row else "" for key in dict.fromkeys(PARTS.values())),
+            *(f"{row[key]:.1f}" if key in row else "" for key in dict.fromkeys(PARTS.values())),
             f"{row['psnr']:.1f}",
             f"{row['samples_per_second']:,.0f}",
             " + ".join("?" if m is None else f"{m:.1f}" for m in row["minutes"].values()),
             " + ".join(f"{steps:,}" for steps in row["steps"].values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    count = max((row["images"] for row in rows.values()), default=0)
-    return "\n".join(lines) + f"\n\n{_CAPTION.format(count=count, batch=_BATCH)}\n"
+    if rows:
+        first = next(iter(rows.values()))
+        images = first["images"]
+        nats = first["nats_per_bit_per_dimension"]
+        text = _CAPTION.format(images=images, most=math.log(images), nats=nats, batch=_BATCH)
+        lines += ["", text]
+    return "\n".join(lines) + "\n"
 
 
 def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.evaluation import zoo
+from pipeline.evaluation.evaluate import Report
+from pipeline.evaluation.mean import Mean
 from pipeline.evaluation.zoo import load_zoo, table
 from pipeline.stages import time_budget
 from tests.helpers.cli import fails
@@ -183,21 +185,25 @@ def test_diverging_model_is_reported_and_others_are_shown(done, monkeypatch, cap
     assert "| VAE | no |" in shown and "| broken |" not in shown
 
 
-def test_parts_of_the_elbo_are_in_bits_per_dimension():
-    dimensions = 32 * 32 * 3
-    nats = np.log(2) * dimensions
-    report = SimpleNamespace(
-        metrics={
-            "mutual_information": 2 * nats,
-            "marginal_kl_fixed_prior": 5 * nats,
-            "marginal_kl": 4 * nats,
-            "marginal_kl_given_captions": 3 * nats,
-        }
-    )
-    parts = zoo._parts_of_elbo(report, dimensions)
-    assert parts == pytest.approx(
-        {"mutual_information": 2, "marginal_kl_fixed_prior": 5, "marginal_kl": 3}
-    )
+@pytest.mark.slow
+def test_parts_of_the_elbo_are_those_of_the_evaluation(done, monkeypatch):
+    """A prior that sees captions has the marginal KL given captions; a point has no parts."""
+    parts = {"mutual_information": 2.25, "marginal_kl_fixed_prior": 50.0, "marginal_kl": 40.0}
+    given_captions = {"marginal_kl_given_captions": 30.0}
+    models = load_zoo(["--config", str(done[0])]).models
+    rows = {}
+    for name, more in {"VAE": parts, "flow": parts | given_captions, "dVAE": {}}.items():
+        report = Report(settings={"images": 10})
+        report.add({key: 1.0 for key in ("distortion_bits_per_dimension", "psnr")} | more)
+        report.add({"rate_bits_per_dimension": 0.5, "bits_per_dimension": Mean(1.5, 1.0, 10)})
+        monkeypatch.setattr(zoo, "evaluate", lambda *given, kept=report, **others: kept)
+        rows[name] = zoo._judge(models[name])
+    assert (rows["VAE"]["mutual_information"], rows["VAE"]["marginal_kl"]) == (2.25, 40.0)
+    lines = table(rows).splitlines()
+    assert "| 1.000 | 0.500 | 2.2 | 50.0 | 40.0 | 1.0 |" in lines[2]
+    assert "| 1.000 | 0.500 | 2.2 | 50.0 | 30.0 | 1.0 |" in lines[3]
+    assert "| 1.000 | 0.500 |  |  |  | 1.0 |" in lines[4]
+    assert "log 10 = 2.3" in lines[-1] and "is 2,129 nats per image" in lines[-1]
 
 
 @pytest.mark.parametrize(

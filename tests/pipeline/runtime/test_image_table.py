@@ -32,5 +32,5 @@ def test_each_image_is_in_its_row_and_column():
 def test_labels_are_drawn_beside_the_images():
     images = np.full((1, 96, 96, 3), 255, np.uint8)
     with_label = np.asarray(image_table({"a row": images}, ["a column"]))
-    assert (with_label == 0).all(-1).sum() > 50
+    assert (with_label < 128).all(-1).sum() > 50
     assert (np.asarray(image_table({"     ": images}, ["        "])) == 255).all()
