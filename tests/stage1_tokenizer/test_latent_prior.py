@@ -116,9 +116,9 @@ def test_losses_call_the_wrapped_prior(images):
             self.module = module
             self.calls = 0
 
-        def forward(self, *args):
+        def forward(self, *args, **kwargs):
             self.calls += 1
-            return self.module(*args)
+            return self.module(*args, **kwargs)
 
     objective = TokenizerObjective(
         gaussian_tokenizer().train(), ObjectiveConfig(), latent_prior=AffinePrior(64)
