@@ -22,6 +22,8 @@ MAX_DECODED_CODES = 4096
 """Codes per level that are decoded and compared, the most used ones."""
 _MIN_DIFFERENCE = 2.0
 """RMS difference of two patches that draw differently, in steps of 8 bits."""
+_GRIDS = 2
+"""Grids in which each code is decoded."""
 _BATCH = 64
 _MAX_SIDE = 8
 """Codes per side of the grid in which a code is decoded: what lies farther away matters little."""
@@ -33,9 +35,11 @@ def distinct_codes(tokenizer: ImageTokenizer, counts: Tensor) -> dict[str, int]:
     the sum over the levels under "" and, where there are several, each one's number under
     "_level_1", ...
 
-    Each code in use is decoded in the middle of a grid of at most 8x8 codes. All other positions
-    hold the commonest code of their level. The count is greedy, the most used code first: a code
-    counts if its patch differs from that of every counted code by an RMS of at least 2 of 255.
+    Each code in use is decoded in the middle of two grids of at most 8x8 codes, whose other codes
+    are drawn by their use (seeded). Among one code alone, such as plain background, decoders of
+    some tokenizers draw little of a code that never stands there. The count is greedy, the most
+    used code first: a code counts if its patch differs from that of every counted code by an RMS of
+    at least 2 of 255, in one of the grids.
     At most the `MAX_DECODED_CODES` most used codes of a level are decoded, so more are not counted.
 
     Raises:
@@ -46,7 +50,6 @@ def distinct_codes(tokenizer: ImageTokenizer, counts: Tensor) -> dict[str, int]:
     side = max(_MAX_SIDE, 2 * config.stride // config.downsample_factor)
     grid = (min(tokenizer.grid[0], side), min(tokenizer.grid[1], side))
     layout = tokenizer.quantizer.layout(grid)
-    common = common_codes(counts, layout)
     distinct = {}
     start = 0
     for number, level in enumerate(layout, start=1):
@@ -54,13 +57,27 @@ def distinct_codes(tokenizer: ImageTokenizer, counts: Tensor) -> dict[str, int]:
         by_use = own_counts.argsort(descending=True, stable=True)
         used = by_use[: int((own_counts > 0).sum())][:MAX_DECODED_CODES]
         rows, columns = level.grid
-        streams = common.repeat(len(used), 1)
-        streams[:, start + rows // 2 * columns + columns // 2] = used
-        patches = decode_middle(tokenizer, streams, grid, number - 1)
+        patches = []
+        for seed in range(_GRIDS if len(used) else 0):
+            streams = codes_by_use(counts, layout, seed).repeat(len(used), 1)
+            streams[:, start + rows // 2 * columns + columns // 2] = used
+            patches.append(decode_middle(tokenizer, streams, grid, number - 1))
         distinct[f"_level_{number}"] = _count_different(patches)
         start += level.length
     total = {"": sum(distinct.values())}
     return total | distinct if len(layout) > 1 else total
+
+
+def codes_by_use(counts: Tensor, layout: Sequence[Level], seed: int) -> Tensor:
+    """The codes (N,) of an image, each drawn by its use in its level: a histogram (sum of K,) over
+    all levels, in which each level is used."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = counts.split([level.num_codes for level in layout])
+    drawn = [
+        part.double().cpu().multinomial(level.length, replacement=True, generator=generator)
+        for part, level in zip(parts, layout, strict=True)
+    ]
+    return torch.cat(drawn).to(counts.device)
 
 
 def common_codes(counts: Tensor, layout: Sequence[Level]) -> Tensor:
@@ -94,22 +111,31 @@ def decode_middle(
     return torch.cat(patches)
 
 
-def _count_different(patches: Tensor) -> int:
-    """How many of the patches uint8 (B,height,width,C) differ from all that count before them."""
-    flat = patches.flatten(1).double()  # squared distances of integers are exact
-    norms = flat.square().sum(1)
-    limit = _MIN_DIFFERENCE**2 * flat.shape[1]
-    alike = [
-        norm[:, None] + norms - 2 * some @ flat.T < limit
-        for some, norm in zip(flat.split(_BATCH), norms.split(_BATCH), strict=True)
-    ]
-    left = torch.ones(len(flat), dtype=torch.bool)
+def _count_different(patches: Sequence[Tensor]) -> int:
+    """How many codes differ from all that count before them, given the patches uint8
+    (B,height,width,C) of B codes in each grid."""
+    if not patches:
+        return 0
+    left = torch.ones(len(patches[0]), dtype=torch.bool)
+    same = torch.stack([_alike(of_grid) for of_grid in patches]).all(0)
     count = 0
-    for number, row in enumerate(torch.cat(alike)):
+    for number, row in enumerate(same):
         if left[number]:
             left &= ~row
             count += 1
     return count
+
+
+def _alike(patches: Tensor) -> Tensor:
+    """Which of the patches uint8 (B,height,width,C) draw the same: (B,B) bool."""
+    flat = patches.flatten(1).double()  # squared distances of integers are exact
+    norms = flat.square().sum(1)
+    limit = _MIN_DIFFERENCE**2 * flat.shape[1]
+    rows = [
+        norm[:, None] + norms - 2 * some @ flat.T < limit
+        for some, norm in zip(flat.split(_BATCH), norms.split(_BATCH), strict=True)
+    ]
+    return torch.cat(rows)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from stage1_tokenizer import (
     unchanged_codes,
 )
 from stage1_tokenizer import codebook_redundancy as redundancy
+from stage1_tokenizer.codebook_redundancy import codes_by_use
 from tests.helpers.tokenizers import EVERY_KIND, KINDS, tiny_tokenizer
 
 
@@ -90,13 +91,36 @@ def test_the_count_is_greedy_by_use():
     assert distinct_codes(greys(chain), torch.tensor([4, 5, 3, 2, 1])) == {"": 2}  # 11, 13
 
 
-def test_codes_are_decoded_in_the_middle_of_the_commonest_code():
-    tokenizer = Greys([0, 50, 100])
-    distinct_codes(cast(ImageTokenizer, tokenizer), torch.tensor([3, 9, 4]))
-    (decoded,) = tokenizer.decoded
-    assert decoded[:3, 2, 2].tolist() == [1, 2, 0]
-    decoded[:, 2, 2] = 1
-    assert (decoded[:3] == 1).all()
+def test_codes_are_decoded_in_the_middle_of_codes_drawn_by_use():
+    tokenizer = Greys([0, 50, 100, 150])
+    distinct_codes(cast(ImageTokenizer, tokenizer), torch.tensor([3, 900, 4, 0]))
+    first, second = tokenizer.decoded
+    assert first[:3, 2, 2].tolist() == second[:3, 2, 2].tolist() == [1, 2, 0]
+    first[:, 2, 2] = second[:, 2, 2] = 1
+    assert (first[:3] == first[0]).all() and (first != 3).all()  # unused codes are nowhere
+    even = Greys([0, 50, 100, 150])
+    distinct_codes(cast(ImageTokenizer, even), torch.ones(4, dtype=torch.long))
+    first, second = even.decoded
+    assert not torch.equal(first, second)
+    assert all(len(grid.unique()) > 2 for grid in (first[0], second[0]))
+
+
+def test_codes_that_differ_in_one_context_alone_are_two():
+    """Code 2 draws as code 1 does, but beside code 0 above it."""
+
+    class InContext(Greys):
+        def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+            shown = codes.clone()
+            shown[(codes == 2) & (codes.roll(1, 1) != 0)] = 1
+            return super().decode(shown, grid)
+
+    counts = torch.tensor([1, 1, 1])
+    above = [
+        int(codes_by_use(counts, (Level(grid=(4, 4), num_codes=3),), seed)[6]) for seed in (0, 1)
+    ]
+    tokenizer = cast(ImageTokenizer, InContext([0, 50, 100]))
+    assert distinct_codes(tokenizer, counts) == {"": 3 if 0 in above else 2}
+    assert 0 in above and set(above) != {0}
 
 
 def test_large_codebooks_and_grids_are_decoded_in_part(monkeypatch):
@@ -106,7 +130,7 @@ def test_large_codebooks_and_grids_are_decoded_in_part(monkeypatch):
     counts = torch.ones(25, dtype=torch.long)
     counts[[20, 7, 9]] = torch.tensor([30, 20, 10])
     assert distinct_codes(cast(ImageTokenizer, tokenizer), counts) == {"": 3}
-    (decoded,) = tokenizer.decoded
+    decoded = tokenizer.decoded[0]
     assert decoded.shape[1:] == (8, 8) and decoded[:3, 4, 4].tolist() == [20, 7, 9]
 
 
