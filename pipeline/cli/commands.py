@@ -179,6 +179,8 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     estimates = estimate(parse_experiment(settings), processes=processes)
     for stage, memory in estimates.items():
         print_rank0(f"{stage}: {memory.line(processes)}")
+    if "prior" not in estimates:
+        print_rank0("prior: of Gaussian latents, not estimated on its own")
     print_rank0(f"next: minidalle run {shlex.join(settings)}")
 
 

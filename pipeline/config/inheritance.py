@@ -17,7 +17,7 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
 
     Raises:
         FileNotFoundError: there is no such stage, or it is not finished.
-        ValueError: it is the other stage's folder.
+        ValueError: it is the other stage's folder, or has a prior of Gaussian latents.
     """
     folder = Path(given)
     if not (folder / "config.json").is_file():
@@ -28,6 +28,11 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
             f"folder of a run or of a {stage}"
         )
     kind = str(read_json(folder / "config.json").get("model_type"))
+    if stage == "prior" and kind == "mini_dalle_latent_prior":
+        raise ValueError(
+            f"prior.init_from is {given}, whose prior is one of Gaussian latents; such a prior "
+            "starts from random weights, leave it out"
+        )
     if kind != f"mini_dalle_{stage}":
         raise ValueError(
             f"{stage}.init_from is {given}, which is a {kind} and no {stage}; give a bundle, a run "

@@ -92,6 +92,16 @@ def test_discriminator_loss_begins_at_its_start_step(images):
     assert set(TokenizerObjective(tiny_tokenizer(), ObjectiveConfig()).networks) == {"tokenizer"}
 
 
+def test_the_decoders_loss_adds_the_weighted_loss_against_the_discriminator(images):
+    both = objective(start=0, adaptive=False)
+    both.config.discriminator.weight = 0.7
+    loss = next(both.losses(images, 0))
+    found = loss.metrics
+    reconstruction = found["nll"] / images[0].numel()
+    expected = reconstruction + 0.25 * found["commitment"] + 0.7 * found["adversarial"]
+    torch.testing.assert_close(loss.value.detach(), expected)
+
+
 def test_each_loss_updates_only_its_own_network(images):
     both = objective(start=0)
     first, second = both.losses(images, 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.inheritance import stage_folder
 from pipeline.config.load import from_dict
 from tests.helpers.experiments import TINY
 
@@ -74,6 +76,18 @@ def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         experiment(prior__joint=True, **changes)
     assert "tokenizer.frozen is off" not in str(error.value)  # advice for priors over codes
+
+
+def test_a_prior_of_latents_is_no_prior_to_start_from(tmp_path):
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mini_dalle_latent_prior"}))
+    with pytest.raises(
+        ValueError,
+        match=rf"^prior\.init_from is {re.escape(str(tmp_path))}, whose prior is one of Gaussian "
+        "latents; such a prior starts from random weights, leave it out$",
+    ):
+        stage_folder(tmp_path, "prior")
 
 
 def test_commands_that_need_codes_name_the_one_that_does_not():

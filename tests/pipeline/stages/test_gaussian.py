@@ -109,7 +109,8 @@ def test_text_to_image_refuses_gaussian_latents():
 def test_estimate_of_gaussian_latents_has_a_prior_only_within_the_tokenizer(tiny_yaml, capsys):
     assert main(["estimate", "--config", str(tiny_yaml), *GAUSSIAN]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("tokenizer: ") and "prior:" not in out
+    assert out.startswith("tokenizer: ")
+    assert "\nprior: of Gaussian latents, not estimated on its own\nnext: " in out
     assert f"next: minidalle run --config {tiny_yaml}" in out
     joint = ["--prior.joint", "true", "--prior.latent.width", "1024"]
     assert main(["estimate", "--config", str(tiny_yaml), *GAUSSIAN, *joint]) == 0
