@@ -111,14 +111,14 @@ def test_an_accuracy_of_few_images_is_warned_of_in_one_line(
 
 
 def test_parts_of_the_elbo_are_in_fp32_as_the_bits_are(tmp_path, monkeypatch):
-    pipe = tiny_pipeline(quantizer="gumbel", likelihood="discretized_logistic")
+    pipe = tiny_pipeline(image_size=32, quantizer="gumbel", likelihood="discretized_logistic")
     pipe.save_pretrained(tmp_path / "bundle")
     values = {
         "name": "tiny",
         "output_dir": str(tmp_path),
         "precision": "bf16",
-        "data": {"source": "shapes", "image_size": 16},
-        "tokenizer": {"model": {"image_size": 16}},
+        "data": {"source": "shapes", "image_size": 32},
+        "tokenizer": {"model": {"image_size": 32}},
         "encode": {"max_images": 10},
     }
     experiment = from_dict(Experiment, values)
