@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     experiment = load_experiment(["--config", options.config])
     pipe = TextToImagePipeline.from_pretrained(options.bundle or experiment.folder / "bundle")
-    source = load_source(experiment.data, "held_out", experiment.folder)
+    source = load_source(experiment.data, "held_out", experiment.folder / "data")
     numbers = range(min(len(source), options.limit or len(source)))
     images = [Image.fromarray(image) for image in source.images(numbers)]
     prompts = source.captions(numbers) if options.prompts else [""] * len(images)

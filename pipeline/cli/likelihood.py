@@ -1,4 +1,5 @@
-"""`minidalle likelihood`: how likely images are. Computes nothing itself."""
+"""`minidalle likelihood`: how likely images are. Computes nothing itself. A command has as many
+parameters as options."""
 
 from __future__ import annotations
 
@@ -21,8 +22,7 @@ def likelihood_command(
     batch_size: int = 64,
     truncate: bool = False,
 ) -> None:
-    """Shows how likely images are under a bundle, in nats per image and bits per dimension. A
-    command has as many parameters as options.
+    """Shows how likely images are under a bundle, in nats per image and bits per dimension.
 
     Args:
         files: images of the bundle's size

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 ENOUGH = 20
 """Images below which an interval is too wide to say much: at 10 of 19 it spans 41 points."""
-_Z = 1.959964
+Z = 1.959964
 """Standard deviations of a normal distribution within which 95% of it lie."""
 
 
@@ -34,7 +34,7 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """The 95% interval: the fractions at which so many right images are no surprise (Wilson
         1927). Unlike the normal approximation it holds for few images and near 0 and 1."""
-        spread = _Z**2 / self.count
+        spread = Z**2 / self.count
         middle = (self.value + spread / 2) / (1 + spread)
         half = math.sqrt(spread * (self.value * (1 - self.value) + spread / 4)) / (1 + spread)
         return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -148,7 +148,7 @@ def posteriors_of(tokenizer: ImageTokenizer, pixels: Tensor) -> Posteriors:
 def is_stochastic(tokenizer: ImageTokenizer) -> bool:
     """Whether an image's latents are a distribution. A single point has I = log n, whatever the
     model is."""
-    return isinstance(tokenizer.quantizer, GaussianQuantizer | Categorical | BinaryQuantizer)
+    return tokenizer.quantizer.relaxed
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_Z = 1.959964
-"""Standard deviations of a normal distribution within which 95% of it lie."""
+from pipeline.evaluation.accuracy import Z
 
 
 @dataclass(frozen=True)
@@ -16,8 +15,8 @@ class Mean:
     """A mean over images that do not depend on one another."""
 
     value: float
-    deviation: float
-    """Standard deviation over the images (n - 1 in the denominator)."""
+    standard_deviation: float
+    """Over the images (n - 1 in the denominator)."""
     count: int
 
     @classmethod
@@ -28,7 +27,7 @@ class Mean:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval by the normal approximation, which needs some twenty images."""
-        half = _Z * self.deviation / math.sqrt(self.count)
+        half = Z * self.standard_deviation / math.sqrt(self.count)
         return self.value - half, self.value + half
 
     def text(self) -> str:

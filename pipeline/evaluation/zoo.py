@@ -1,8 +1,8 @@
 """`zoo`: several generative models on one data set at equal wall time, judged by the probability of
 held-out images. Knows the stages and `evaluate`; trains nothing itself.
 
-A zoo's YAML is an experiment's with three more keys: `variants` maps the name of each model to the
-settings in which it differs, `minutes` is the training time of both stages of a model together, and
+A zoo's YAML is an experiment's with three more keys. `variants` maps the name of each model to the
+settings in which it differs. `minutes` is the training time of both stages of a model together, and
 `tokenizer_fraction` is the part of it that the tokenizer has (0.5). A model without a prior to
 train gives all of it to the tokenizer.
 """
@@ -228,14 +228,14 @@ def run_model(experiment: Experiment, zoo: Zoo) -> dict[str, Any]:
     """Trains both stages of a model and evaluates them; the metrics, which are also written to the
     model's folder."""
     seconds = 60 * zoo.minutes
-    share = zoo.tokenizer_fraction * seconds if trains_prior(experiment) else seconds
-    planned = _with_steps(experiment, zoo, "tokenizer", share)
+    budget = zoo.tokenizer_fraction * seconds if trains_prior(experiment) else seconds
+    planned = _with_steps(experiment, zoo, "tokenizer", budget)
     _timed(planned, "tokenizer", train_tokenizer)
     if planned.tokenizer.model.has_codes:
         _timed(planned, "codes", encode_dataset)
     if trains_prior(experiment):
         spent = _times(planned)
-        left = seconds - spent.get("tokenizer", share) - spent.get("codes", 0.0)
+        left = seconds - spent.get("tokenizer", budget) - spent.get("codes", 0.0)
         planned = _with_steps(planned, zoo, "prior", left)
     _timed(planned, "prior", train_prior)
     metrics = _judge(planned)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
-
+from pipeline.data.readers.images import open_8_bit
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood import compression
 from pipeline.likelihood.compression import CompressedImage
@@ -24,8 +23,11 @@ def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> Compr
         ValueError: the image cannot be read or would not come back as it is, or what
             `pipeline.likelihood.compression.compress` raises; nothing is written then.
         FileNotFoundError: there is no such image or bundle.
+        IsADirectoryError: `out` is a folder.
     """
-    original = _open(image)
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name a file in it for the compressed image")
+    original = open_8_bit(image)
     pipe = TextToImagePipeline.from_pretrained(bundle)
     in_bf16 = bool(pipe.trained_on.get("codes_in_bf16", False))
     try:
@@ -63,21 +65,3 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
     with atomic_write(out) as beside:
         compressed.image.save(beside, "PNG")
     return compressed
-
-
-def _open(path: Path) -> Image.Image:
-    """A decoded image of no more than 8 bits per value.
-
-    Raises what `open_image` does, and ValueError for 16 bits: Pillow drops half of them.
-    """
-    from pipeline.data.readers.images import header, open_image
-
-    image = open_image(path)
-    # Which bits the file has is known before it is decoded, and not any more after.
-    with header(path) as undecoded:
-        if any("16" in str(tile[3]) for tile in getattr(undecoded, "tile", ())):
-            raise ValueError(
-                f"{path} has 16 bits per value and would not come back as it is; only RGB of 8 "
-                "bits can be compressed, convert it first"
-            )
-    return image

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.readers.images import open_image
+from pipeline.data.readers.images import open_8_bit
 from pipeline.inference.editing import check_image
 from pipeline.inference.likelihood import check_mode
 from pipeline.inference.pipeline import TextToImagePipeline
@@ -59,14 +59,17 @@ def likelihood_report(
         ValueError: there is no file, a file is no image of the bundle's size and of 8-bit RGB
             pixels, or what `TextToImagePipeline.likelihood` raises; nothing is written then.
         FileNotFoundError: a file or the bundle is not there.
+        NotADirectoryError: `out` is a file.
     """
     if not files:
         raise ValueError("no image was given; give at least one file")
+    if out is not None and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder for the surprise maps")
     pipe = TextToImagePipeline.from_pretrained(bundle)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     images = []
     for file in files:
-        image = open_image(file)
+        image = open_8_bit(file)
         check_mode(image, str(file))
         images.append(check_image(image, pipe.tokenizer.image_size, str(file)))
     captions = list(prompts or [""])

@@ -26,8 +26,8 @@ _TRIAL_STEPS = 60
 
 
 def steps_in_budget(experiment: Experiment, seconds: float) -> int:
-    """How many steps of a tokenizer fit into this time, with start and compilation, by the pace of
-    a few trial steps (and of a few with the discriminator, where one joins later)."""
+    """How many steps of a tokenizer fit into this time, with start and compilation. The pace is
+    that of a few trial steps, and of a few with the discriminator where one joins later."""
     discriminator = experiment.tokenizer.objective.discriminator
     joins = discriminator.start if discriminator.weight else 0
     before, pace = _seconds_per_step(experiment, discriminator=not joins)

@@ -70,6 +70,23 @@ def open_image(source: ImageFile | bytes, *, at_least: int | None = None) -> Ima
     return _opened(source, at_least)[0]
 
 
+def open_8_bit(path: Path) -> Image.Image:
+    """A decoded image of no more than 8 bits per value. Of more, Pillow drops half where there are
+    colours.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_image`, or it has 16 bits per value.
+    """
+    image = open_image(path)
+    # Which bits the file has is known before it is decoded, and not any more after.
+    with header(path) as undecoded:
+        if any("16" in str(tile[3]) for tile in getattr(undecoded, "tile", ())):
+            raise ValueError(
+                f"{path} has 16 bits per value, and only 8 can be read exactly; convert it first"
+            )
+    return image
+
+
 def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
     """An image's file, decoded as small as `at_least` allows (see `open_image`), and its full
     width and height when upright."""

@@ -64,6 +64,12 @@ def test_help_of_every_command_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
 
 
+def test_help_says_nothing_of_the_code(capsys):
+    for command in COMMANDS:
+        main([command, "--help"])
+        assert "parameters as options" not in " ".join(capsys.readouterr().out.split()), command
+
+
 @pytest.mark.parametrize("given", [["--num_images", "2"], ["--num-images=2"], ["--num_images=2"]])
 def test_either_spelling_is_the_same_option(given):
     options = parse_options("generate", COMMANDS["generate"], ["--bundle", "b", "a_b", *given])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from pipeline.cli.main import main
-from pipeline.config.load import load_experiment
+from pipeline.config.experiment import Experiment
+from pipeline.config.load import from_dict, load_experiment
+from pipeline.data.load import load_source
+from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.accuracy import Accuracy
+from pipeline.evaluation.elbo_surgery import surgery_metrics
 from pipeline.evaluation.evaluate import Report, evaluate
 from pipeline.evaluation.forgetting import OLD, Forgetting
 from tests.helpers.cli import fails
+from tests.helpers.pipelines import tiny_pipeline
 
 
 @pytest.mark.parametrize("images", [0, -1])
@@ -102,3 +108,25 @@ def test_an_accuracy_of_few_images_is_warned_of_in_one_line(
     assert written["settings"]["seed"] == 0
     assert written["settings"]["data"]["source"] == "shapes"
     assert "prompt_accuracy " in captured.out and f", of {images}" in captured.out
+
+
+def test_parts_of_the_elbo_are_in_fp32_as_the_bits_are(tmp_path, monkeypatch):
+    pipe = tiny_pipeline(image_size=32, quantizer="gumbel", likelihood="discretized_logistic")
+    pipe.save_pretrained(tmp_path / "bundle")
+    values = {
+        "name": "tiny",
+        "output_dir": str(tmp_path),
+        "precision": "bf16",
+        "data": {"source": "shapes", "image_size": 32},
+        "tokenizer": {"model": {"image_size": 32}},
+        "encode": {"max_images": 10},
+    }
+    experiment = from_dict(Experiment, values)
+    monkeypatch.setattr(evaluation, "_codes_metrics", lambda *given: {})
+    metrics = evaluate(tmp_path / "bundle", experiment, images=4).metrics
+    held_out = load_source(experiment.data, "held_out", tmp_path)
+    images = torch.from_numpy(held_out.images(range(4)))
+    ids = pipe.text.encode(held_out.captions(range(4)), truncate=True)
+    parts = surgery_metrics(pipe.tokenizer, pipe.prior, images, ids, pipe.text.encode([""]))
+    assert parts and {name: metrics[name] for name in parts} == pytest.approx(parts, rel=1e-6)
+    assert metrics["bits_per_dimension"] > 0

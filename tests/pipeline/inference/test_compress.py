@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from tests.helpers.cli import fails
+from tests.helpers.image_files import png_of_16_bits
 from tests.helpers.pipelines import tiny_pipeline
 
 
@@ -37,23 +36,6 @@ def image(tmp_path) -> Path:
 
 def run(*arguments: object) -> None:
     assert main([str(a) for a in arguments]) == 0
-
-
-def png_of_16_bits(path: Path) -> Path:
-    """RGB, 16x16, which Pillow reads and does not write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    rows = b"".join(b"\0" + bytes(16 * 6) for _ in range(16))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
-    return path
 
 
 def test_files_come_back_bit_for_bit_and_the_bits_are_printed(bundle, image, tmp_path, capsys):
@@ -87,10 +69,12 @@ def test_an_image_that_would_not_come_back_is_refused(bundle, image, tmp_path, c
         (grey, f"{grey}: the image has mode L and would not come back", "convert"),
         (small, f"{small}: the image is 8x8 and this bundle compresses images of 16x16"),
         (text, f"{text} cannot be read as an image"),
-        (deep, f"{deep} has 16 bits per value and would not come back"),
+        (deep, f"{deep} has 16 bits per value, and only 8 can be read exactly"),
         (tmp_path / "none.png", "there is no image"),
     ):
         fails(capsys, ["compress", given, "--bundle", bundle, "--out", out], *messages)
+    folder = ["compress", image, "--bundle", bundle, "--out", tmp_path]
+    fails(capsys, folder, f"{tmp_path} is a folder; name a file in it")
     two = ["compress", image, image, "--bundle", bundle, "--out", out]
     fails(capsys, two, "2 images were given; give one", status=2)
     assert not out.exists() and not list(tmp_path.glob(".*"))

@@ -14,6 +14,7 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import image_likelihood
 from pipeline.likelihood.model import CodeModel
 from tests.helpers.cli import fails
+from tests.helpers.image_files import png_of_16_bits
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 
 RANDOM = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
@@ -124,12 +125,14 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
     Image.new("RGB", (16, 15)).save(tmp_path / "small.png")
     Image.new("RGBA", (16, 16)).save(tmp_path / "clear.png")
     (tmp_path / "no.png").write_text("no image")
+    png_of_16_bits(tmp_path / "deep.png")
     bernoulli = tiny_pipeline(likelihood="bernoulli")
     bernoulli.save_pretrained(tmp_path / "bernoulli")
     prompt = ["--prompt", CAPTIONS[0]]
     for given, message, status in [
         ([tmp_path / "small.png", *prompt], "small.png is 16x15 and this prior draws 16x16", 1),
         ([tmp_path / "clear.png", *prompt], "clear.png has mode RGBA", 1),
+        ([tmp_path / "deep.png", *prompt], "deep.png has 16 bits per value", 1),
         ([tmp_path / "no.png", *prompt], "no.png", 1),
         ([tmp_path / "missing.png", *prompt], "missing.png", 1),
         ([image, *prompt, "--samples", 0], "--samples is 0; it must be at least 1", 2),
@@ -150,3 +153,5 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
             status=status,
         )
         assert not (tmp_path / "out").exists()
+    file = ["likelihood", "--bundle", folder / "bundle", image, *prompt, "--out", image]
+    fails(capsys, file, "0.png is a file; name a folder for the surprise maps")

@@ -230,6 +230,14 @@ def test_another_bundle_is_refused_by_its_fingerprint(image, part):
         decompress(pipe, data)
 
 
+def test_another_bundle_that_takes_no_such_prompt_is_refused_by_its_fingerprint(pipe, image):
+    undropped = tiny_pipeline(num_codes=11, **LOGISTIC)
+    knows_no_words = compressing_pipe(captions=["zzz"], **LOGISTIC)
+    for prompt, other in (("", undropped), (" ".join(CAPTIONS[:3]), knows_no_words)):
+        with pytest.raises(ValueError, match="it was compressed with another bundle"):
+            decompress(other, compress(pipe, image, prompt).data)
+
+
 def test_a_machine_whose_numbers_differ_is_found_out(pipe, image, monkeypatch):
     data = compress(pipe, image).data
     tables = compression._Decoder.code
