@@ -95,7 +95,7 @@ def evaluate(
 
     Sampling uses the bundle's own defaults and seed 0. One process computes everything. Where the
     experiment starts from a bundle (`init_from`), or one is given as `before`, forgetting is
-    measured too. Of a bundle with Gaussian latents, see `latent_metrics`.
+    measured too.
 
     Raises:
         ValueError: `images` is below 1, the bundle's images are of another size than the
@@ -205,5 +205,5 @@ def _readable(name: str, value: float) -> str:
         return f"{value:,.0f}"
     plain = name.startswith(("nats", "psnr", "ssim", "codebook_perplexity", "siblings_per_name"))
     plain |= name.startswith(("elbo", "mutual_information", "marginal_kl"))
-    plain |= name in ("nll", "kl", "prior_nll") or name.endswith("bits_per_dimension")
+    plain |= name.endswith("bits_per_dimension")
     return f"{value:.3f}" if plain else f"{value:.1%}"
