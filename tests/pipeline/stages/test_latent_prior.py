@@ -217,7 +217,8 @@ def test_a_joint_prior_is_trained_with_the_tokenizer_and_delivered(tmp_path):
     elbo = parts["elbo_reconstruction"] - divergence
     assert elbo == pytest.approx(held_out(tokenizer)["elbo"], rel=1e-4)
 
-    afterwards = from_dict(Experiment, tiny_values(tmp_path))
+    separate = tiny_values(tmp_path) | {"precision": "fp32"}
+    afterwards = from_dict(Experiment, separate)
     with pytest.raises(ValueError, match=r"made with other settings \(latent_prior\)"):
         pipeline.train_tokenizer(afterwards)
     shutil.rmtree(tokenizer / "latent_prior")
