@@ -20,13 +20,14 @@ def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> Compr
         prompt: what the image shows; it may save bits, and costs its own bytes.
 
     Raises:
-        ValueError: the image cannot be read or would not come back as it is, or what
-            `pipeline.likelihood.compression.compress` raises; nothing is written then.
+        ValueError: `out` is the image itself; the image cannot be read or would not come back as it
+            is; or what `pipeline.likelihood.compression.compress` raises; nothing is written then.
         FileNotFoundError: there is no such image or bundle.
         IsADirectoryError: `out` is a folder.
     """
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder; name a file in it for the compressed image")
+    _refuse_overwriting(image, out)
     original = open_8_bit(image)
     pipe = TextToImagePipeline.from_pretrained(bundle)
     in_bf16 = bool(pipe.trained_on.get("codes_in_bf16", False))
@@ -46,7 +47,7 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
     """Writes the image that `compress` made a file of, as PNG.
 
     Raises:
-        ValueError: `out` has another suffix than .png, or what
+        ValueError: `out` has another suffix than .png or is the file itself, or what
             `pipeline.likelihood.compression.decompress` raises; nothing is written then.
         FileNotFoundError: there is no such file or bundle.
     """
@@ -54,6 +55,7 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
         raise ValueError(f"the image is written as PNG, and {out} has another suffix; name it .png")
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    _refuse_overwriting(file, out)
     pipe = TextToImagePipeline.from_pretrained(bundle)
     try:
         compressed = compression.decompress(
@@ -65,3 +67,9 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
     with atomic_write(out) as beside:
         compressed.image.save(beside, "PNG")
     return compressed
+
+
+def _refuse_overwriting(file: Path, out: Path) -> None:
+    """Raises ValueError where the result would take the place of what it is made from."""
+    if out.resolve() == file.resolve():
+        raise ValueError(f"{out} is the file to read, and would be overwritten; give another --out")

@@ -75,6 +75,10 @@ def test_an_image_that_would_not_come_back_is_refused(bundle, image, tmp_path, c
         fails(capsys, ["compress", given, "--bundle", bundle, "--out", out], *messages)
     folder = ["compress", image, "--bundle", bundle, "--out", tmp_path]
     fails(capsys, folder, f"{tmp_path} is a folder; name a file in it")
+    before = image.read_bytes()
+    itself = ["compress", image, "--bundle", bundle, "--out", image.parent / "." / image.name]
+    fails(capsys, itself, "is the file to read, and would be overwritten; give another --out")
+    assert image.read_bytes() == before
     two = ["compress", image, image, "--bundle", bundle, "--out", out]
     fails(capsys, two, "2 images were given; give one", status=2)
     assert not out.exists() and not list(tmp_path.glob(".*"))
