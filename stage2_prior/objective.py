@@ -34,6 +34,13 @@ class PriorLoss:
     metrics: dict[str, Tensor]
 
 
+def drop_captions(text_ids: Tensor, null_caption: Tensor, fraction: float) -> Tensor:
+    """Text ids (B,T), a random fraction of which become the empty caption (T,) or (B,T), by torch's
+    global generator."""
+    dropped = torch.rand(len(text_ids), device=text_ids.device) < fraction
+    return torch.where(dropped[:, None], null_caption, text_ids)
+
+
 class PriorObjective:
     """Batches are mappings with `text_ids` (B,T) and `codes` (B,N), int64.
 
@@ -102,11 +109,8 @@ class PriorObjective:
             yield self._caption_loss(prior, text_ids, codes)
             return
         if self.config.caption_dropout:
-            dropped = (
-                torch.rand(len(text_ids), device=text_ids.device) < self.config.caption_dropout
-            )
             null = self.stream.null_caption(len(text_ids), text_ids.device)
-            text_ids = torch.where(dropped[:, None], null, text_ids)
+            text_ids = drop_captions(text_ids, null, self.config.caption_dropout)
         orders = None
         if self.stream.config.any_order:
             orders = training_orders(

@@ -184,3 +184,10 @@ def per_seed_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(
         [torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     )
+
+
+def per_seed_normals(seeds: Sequence[int], count: int) -> Tensor:
+    """(B,count) standard normal numbers, row i from a generator seeded with seeds[i]."""
+    return torch.stack(
+        [torch.randn(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    )

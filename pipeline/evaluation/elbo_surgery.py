@@ -34,7 +34,6 @@ from pipeline.inference.scoring import score_codes_batched
 from stage1_tokenizer import GaussianPosterior, ImageTokenizer, to_model_range
 from stage1_tokenizer.quantizers.binary import BinaryQuantizer
 from stage1_tokenizer.quantizers.bits import pack, unpack
-from stage1_tokenizer.quantizers.categorical import Categorical
 from stage1_tokenizer.quantizers.gaussian import GaussianQuantizer
 from stage2_prior import ImagePrior, LatentPriorModel
 from stage2_prior.flows.base import standard_normal_log_prob
@@ -137,12 +136,12 @@ def posteriors_of(tokenizer: ImageTokenizer, pixels: Tensor) -> Posteriors:
     quantizer = tokenizer.quantizer
     if isinstance(quantizer, GaussianQuantizer):
         return GaussianPosteriors(tokenizer.posterior(pixels))
-    if isinstance(quantizer, Categorical):
-        log_q = quantizer.log_assignment(tokenizer.encoder(pixels.to(tokenizer.dtype)))
-        return CategoricalPosteriors(log_q.flatten(1, 2))
     if isinstance(quantizer, BinaryQuantizer):
         return BitPosteriors(tokenizer.encoder(pixels.to(tokenizer.dtype)).float())
-    return PointPosteriors(tokenizer.encode(pixels).flatten(1))
+    log_q = tokenizer.log_assignment(pixels)
+    if log_q is None:
+        return PointPosteriors(tokenizer.encode(pixels).flatten(1))
+    return CategoricalPosteriors(log_q.flatten(1, 2))
 
 
 def is_stochastic(tokenizer: ImageTokenizer) -> bool:

@@ -10,7 +10,6 @@ train gives all of it to the tokenizer.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ from pipeline.runtime.atomic_io import atomic_write, atomic_write_text
 from pipeline.runtime.devices import should_compile
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_table import image_table
-from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import encode_dataset
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run import assemble_bundle
@@ -46,13 +44,11 @@ from pipeline.stages.variants import (
     read_plan,
     read_record,
     refuse_changes,
+    run_each,
     write_plan,
     write_record,
 )
 from stage1_tokenizer.likelihoods import build_likelihood
-
-_log = logging.getLogger(__name__)
-_log.addFilter(on_main_process)
 
 _FIXED = ("seed", "data", "encode", "text", "precision")
 """Settings that all models of a zoo share."""
@@ -180,17 +176,11 @@ def train_zoo(zoo: Zoo) -> Path:
     _check_trainable(due)
     with run_lock(zoo.folder, next(iter(zoo.models.values())).process_timeout):
         try:
-            for name, experiment in due.items():
-                _log.info(f"== {name}")
-                # Graphs of other models count against torch.compile's limit of shapes per network.
-                torch.compiler.reset()
-                try:
-                    run_model(experiment, zoo)
-                except FloatingPointError as error:
-                    write_record(experiment, zoo.options, {"failed": str(error)})
-                    _log.error(f"{name} failed: {error}")
-                except ValueError as error:
-                    raise ValueError(f"variant {name}: {error}") from error
+            run_each(
+                due,
+                lambda experiment: run_model(experiment, zoo),
+                lambda experiment, failed: write_record(experiment, zoo.options, failed),
+            )
         finally:
             write_report(zoo)
     return zoo.folder

@@ -21,6 +21,7 @@ from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer, to_uint8
 from stage1_tokenizer.pixels import to_pil
 from stage2_prior import LatentPriorModel, SamplingOptions, TextTokenizer
+from stage2_prior.sampling import per_seed_normals
 
 _OFF: dict[str, tuple[object, ...]] = {"best_of": (1,), "compile": ("auto", "off")}
 """Values that ask for nothing, of options that only pipelines over codes have."""
@@ -157,8 +158,6 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
     @free_threads()
     def _sample(self, seeds: Sequence[int], temperature: float, context: Tensor | None) -> Tensor:
         """Latents (N,n), each of its own seed."""
-        size = self.prior.noise_features
-        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-        noise = torch.stack([torch.randn(size, generator=g) for g in generators])
+        noise = per_seed_normals(seeds, self.prior.noise_features)
         noise[:, : self.prior.latent_features] *= temperature
         return self.prior.from_noise(noise, context)

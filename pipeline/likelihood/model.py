@@ -25,7 +25,7 @@ from stage2_prior import (
     sample,
     score_codes,
 )
-from stage2_prior.sampling import per_seed_uniforms, sample_from_uniform
+from stage2_prior.sampling import per_seed_normals, per_seed_uniforms, sample_from_uniform
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,13 @@ class LatentModel:
 
     def sample_posterior(self, pixels: Tensor, seeds: Sequence[int]) -> PosteriorSample:
         posterior = self.tokenizer.posterior(pixels)
-        z = posterior.from_noise(_normals(seeds, posterior.mean.shape[1]).to(posterior.mean))
+        z = posterior.from_noise(
+            per_seed_normals(seeds, posterior.mean.shape[1]).to(posterior.mean)
+        )
         return PosteriorSample(z, posterior.log_prob(z))
 
     def sample_prior(self, text_ids: Tensor, seeds: Sequence[int]) -> Tensor:
-        noise = _normals(seeds, self.prior.noise_features)
+        noise = per_seed_normals(seeds, self.prior.noise_features)
         return self.prior.from_noise(noise, self._context(text_ids))
 
     def log_prior(self, text_ids: Tensor, z: Tensor) -> Tensor:
@@ -167,9 +169,3 @@ def image_model(
             "trained with this tokenizer"
         )
     return LatentModel(tokenizer, prior)
-
-
-def _normals(seeds: Sequence[int], count: int) -> Tensor:
-    """(B,count) standard normal numbers, row i from a generator seeded with seeds[i]."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(count, generator=generator) for generator in generators])

@@ -41,6 +41,7 @@ from pipeline.stages.variants import (
     made_with,
     read_plan,
     read_record,
+    run_each,
     write_plan,
     write_record,
 )
@@ -126,17 +127,11 @@ def compare_tokenizers(comparison: Comparison) -> Path:
             should_compile(train, device)
     with run_lock(comparison.folder, next(iter(comparison.variants.values())).process_timeout):
         try:
-            for name, experiment in due.items():
-                _log.info(f"== {name}")
-                # Graphs of other rows count against torch.compile's limit of shapes per network.
-                torch.compiler.reset()
-                try:
-                    run_variant(experiment, comparison.minutes)
-                except FloatingPointError as error:
-                    write_metrics(experiment, comparison.minutes, {"failed": str(error)})
-                    _log.error(f"{name} failed: {error}")
-                except ValueError as error:
-                    raise ValueError(f"variant {name}: {error}") from error
+            run_each(
+                due,
+                lambda experiment: run_variant(experiment, comparison.minutes),
+                lambda experiment, failed: write_metrics(experiment, comparison.minutes, failed),
+            )
         finally:
             write_report(comparison)
     return comparison.folder

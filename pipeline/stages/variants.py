@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.data import data_settings
 from pipeline.config.experiment import Experiment, to_dict, with_section_defaults
 from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
 from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.manifest import encode_settings
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 METRICS = "metrics.json"
 """In a variant's folder, once it is done: its metrics, and the settings that it was made with."""
@@ -207,3 +214,27 @@ def write_record(
     experiment.folder.mkdir(parents=True, exist_ok=True)
     content = {"metrics": metrics, "made_with": made_with(experiment, options)}
     atomic_write_text(experiment.folder / METRICS, json.dumps(content, indent=2) + "\n")
+
+
+def run_each(
+    experiments: Mapping[str, Experiment],
+    run: Callable[[Experiment], object],
+    record_failure: Callable[[Experiment, dict[str, Any]], None],
+) -> None:
+    """Runs one variant after another. One whose loss is not finite is recorded as failed, and the
+    others go on.
+
+    Raises:
+        ValueError: a variant cannot be run; names it.
+    """
+    for name, experiment in experiments.items():
+        _log.info(f"== {name}")
+        # Graphs of other variants count against torch.compile's limit of shapes per network.
+        torch.compiler.reset()
+        try:
+            run(experiment)
+        except FloatingPointError as error:
+            record_failure(experiment, {"failed": str(error)})
+            _log.error(f"{name} failed: {error}")
+        except ValueError as error:
+            raise ValueError(f"variant {name}: {error}") from error

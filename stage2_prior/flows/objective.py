@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stage2_prior.flows.model import LatentPriorModel
-from stage2_prior.objective import PriorLoss
+from stage2_prior.objective import PriorLoss, drop_captions
 
 
 class LatentPriorObjective:
@@ -84,5 +84,4 @@ class LatentPriorObjective:
         """Text ids (B,T), some of which are those of the empty caption."""
         if text_ids is None or not self.caption_dropout or self.null_caption is None:
             return text_ids
-        dropped = torch.rand(len(text_ids), device=text_ids.device) < self.caption_dropout
-        return torch.where(dropped[:, None], self.null_caption.to(text_ids.device), text_ids)
+        return drop_captions(text_ids, self.null_caption.to(text_ids.device), self.caption_dropout)
