@@ -29,7 +29,7 @@ def run_command(*, settings: list[str]) -> None:
         f"  bundle    {bundle}\n"
         f"  samples   {experiment.folder / 'samples'}\n"
         f"  logs      {experiment.folder / 'logs'}\n"
-        f"{_next_generate(bundle)}"
+        f"{_next_generate(experiment, bundle)}"
     )
 
 
@@ -105,7 +105,7 @@ def train_prior_command(*, settings: list[str]) -> None:
     folder = pipeline.train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = pipeline.assemble_bundle(experiment)
-        print(f"wrote {folder} and {bundle}\n{_next_generate(bundle)}")
+        print(f"wrote {folder} and {bundle}\n{_next_generate(experiment, bundle)}")
 
 
 def compare_tokenizers_command(*, settings: list[str], minutes: float | None = None) -> None:
@@ -122,15 +122,19 @@ def compare_tokenizers_command(*, settings: list[str], minutes: float | None = N
     )
 
 
-def zoo_command(*, settings: list[str], minutes: float | None = None) -> None:
+def zoo_command(
+    *, settings: list[str], minutes: float | None = None, tokenizer_fraction: float | None = None
+) -> None:
     """Trains several generative models on one data set at equal wall time, and compares them by the
     probability of held-out images; run again, it resumes.
 
     Args:
         minutes: training time of both stages of each model, in place of the file's
+        tokenizer_fraction: part of it that the tokenizer has, in place of the file's
     """
-    limit = [] if minutes is None else ["--minutes", str(minutes)]
-    folder = pipeline.train_zoo(as_usage(pipeline.load_zoo, [*settings, *limit]))
+    given = {"minutes": minutes, "tokenizer_fraction": tokenizer_fraction}
+    own = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    folder = pipeline.train_zoo(as_usage(pipeline.load_zoo, [*settings, *own]))
     print_rank0(
         f"\n{(folder / 'table.md').read_text()}\nwrote table.md, results.json and samples.png to "
         f"{folder}"
@@ -230,5 +234,6 @@ def codebook_command(
     print_rank0(f"wrote {out / 'index.html'} and its images")
 
 
-def _next_generate(bundle: Path) -> str:
-    return f'next: minidalle generate --bundle {bundle} "your prompt" --num-images 4 --out images'
+def _next_generate(experiment: Experiment, bundle: Path) -> str:
+    prompt = "your prompt" if experiment.sees_captions else ""
+    return f'next: minidalle generate --bundle {bundle} "{prompt}" --num-images 4 --out images'

@@ -184,6 +184,11 @@ class Experiment:
         refuse(relation_problems(dataclasses.asdict(self)))
 
     @property
+    def sees_captions(self) -> bool:
+        """Whether the prior is conditional."""
+        return self.tokenizer.model.has_codes or self.prior.latent.context_features > 0
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.name

@@ -147,11 +147,6 @@ def _check(experiment: Experiment, changes: Mapping[str, Any]) -> None:
         getattr(experiment, stage).train.resolved_batch(stage)
 
 
-def sees_captions(experiment: Experiment) -> bool:
-    """Whether the prior of a model is conditional."""
-    return experiment.tokenizer.model.has_codes or experiment.prior.latent.context_features > 0
-
-
 def trains_prior(experiment: Experiment) -> bool:
     """Whether a model has a prior to train after its tokenizer."""
     if experiment.tokenizer.model.has_codes:
@@ -287,7 +282,7 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
     stages = ("tokenizer", "codes", "prior") if has_codes else ("tokenizer", "prior")
     trained = ("tokenizer", "prior") if trains_prior(experiment) else ("tokenizer",)
     return {
-        "sees_captions": sees_captions(experiment),
+        "sees_captions": experiment.sees_captions,
         "images": report.settings["images"],
         "bits_per_dimension": report.metrics["bits_per_dimension"],
         "interval": list(report.estimates["bits_per_dimension"].interval),
@@ -381,7 +376,7 @@ def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
     rows = {"held-out image": held_out.images(shown)}
     for name in names:
         experiment = zoo.models[name]
-        label = name if sees_captions(experiment) else f"{name} (without captions)"
+        label = name if experiment.sees_captions else f"{name} (without captions)"
         rows[label] = np.load(experiment.folder / _SAMPLES, allow_pickle=False)
     with atomic_write(zoo.folder / "samples.png") as beside:
         image_table(rows, held_out.captions(shown)).save(beside, "PNG")

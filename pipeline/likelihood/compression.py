@@ -365,6 +365,11 @@ def _text_ids(prior: ImagePrior, text: TextTokenizer, prompt: str) -> Tensor:
         raise ValueError(
             f"the prompt has {len(prompt.encode())} bytes; it must have at most {_LONGEST_PROMPT}"
         )
+    (needed,) = text.lengths([prompt])
+    if needed > text.length:
+        raise ValueError(
+            f"the prompt needs {needed} tokens and there are {text.length} text slots; shorten it"
+        )
     return text.encode([prompt])
 
 

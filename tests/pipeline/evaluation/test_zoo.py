@@ -153,6 +153,8 @@ def test_finished_models_are_not_trained_again(done, monkeypatch, capsys):
     fails(capsys, changed, "VAE was made with other settings (minutes)")
     changed = ["zoo", "--config", path, "--tokenizer-fraction", "0.4"]
     fails(capsys, changed, "VAE was made with other settings (tokenizer_fraction)")
+    changed = ["zoo", "--config", path, "--tokenizer-fraction", "0.4"]
+    fails(capsys, changed, "VAE was made with other settings (tokenizer_fraction)")
 
 
 @pytest.mark.slow
