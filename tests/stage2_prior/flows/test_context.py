@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior import LatentPriorConfig, LatentPriorModel, LatentPriorObjective
+from stage2_prior.flows.context import CaptionContext
 from tests.helpers.compiling import traced
 
 PAD, START, END = 0, 1, 2
@@ -35,6 +36,13 @@ def test_context_is_of_the_ids_without_padding():
     with torch.no_grad():
         model.caption_context.embedding.weight[PAD] += 1  # type: ignore[union-attr]
     assert torch.equal(model.encode_text(CAPTIONS), context)
+
+
+def test_an_untrained_context_differs_between_captions_as_much_as_noise_does():
+    torch.manual_seed(0)
+    context = CaptionContext(vocab_size=200, pad_id=0, context_features=32)
+    contexts = context(torch.randint(1, 200, (64, 10)))
+    assert contexts.std(0).mean() > 0.5
 
 
 def test_an_unconditional_prior_ignores_captions():
