@@ -70,7 +70,7 @@ class FileRows:
         root: the folder that paths are relative to.
         named: image -> what is written of it, in order. An image is a path relative to `root`, or
             base64.
-        understood: lines about the layout, for the user.
+        facts: what was understood of the layout, as names and values for the user.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class FileRows:
         named: dict[str, list[Record]],
         columns: list[str],
         tally: SkipCounter,
-        understood: Sequence[str] = (),
+        facts: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
         self.root = root
         self.columns = columns
         self.tally = tally
-        self.understood = list(understood)
+        self.facts = list(facts)
         # A million paths take a tenth of the memory of Python strings.
         self._images = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
@@ -146,9 +146,9 @@ def folder_rows(
         return _rows_of_metadata(folder, metadata, images, tally, delimiter)
     if text_column != "text" or template is not None:
         named = {image: [_of_path(image)] for image in images}
-        understood = ["folders: their names are the column folder"]
+        facts = [("folders", "their names are the column folder")]
     else:
-        named, understood = _captions_beside(folder, images, tally, caption_lines)
+        named, facts = _captions_beside(folder, images, tally, caption_lines)
     if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
         return table_rows(captions, None, delimiter)
     if not named:
@@ -158,7 +158,7 @@ def folder_rows(
             f"{'; '.join(unread) or LAYOUTS}"
         )
     columns = list(dict.fromkeys(column for records in named.values() for column in records[0]))
-    return FileRows(str(folder), folder, named, columns, tally, understood)
+    return FileRows(str(folder), folder, named, columns, tally, facts)
 
 
 def _rows_of_metadata(
@@ -170,20 +170,15 @@ def _rows_of_metadata(
         if image not in named:
             tally.add(NO_CAPTION, image)
     columns = ["folder", "name", *(c for c in table.columns if c != "file_name")]
-    understood = [f"table {metadata.name}: {table.kind}", "image column: file_name"]
+    facts = [("table", f"{metadata.name}, {table.kind}"), ("image column", "file_name")]
     return FileRows(
-        str(folder),
-        folder,
-        dict(sorted(named.items())),
-        list(dict.fromkeys(columns)),
-        tally,
-        understood,
+        str(folder), folder, dict(sorted(named.items())), list(dict.fromkeys(columns)), tally, facts
     )
 
 
 def _captions_beside(
     folder: Path, images: list[str], tally: SkipCounter, caption_lines: CaptionLines
-) -> tuple[dict[str, list[Record]], list[str]]:
+) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
     """Image -> what the text file next to it says; and which files there are."""
     finder = FileFinder(folder)
     named: dict[str, list[Record]] = {}
@@ -203,8 +198,12 @@ def _captions_beside(
     if not named:
         return {}, []
     files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
-    lines = {"each": "each line is a caption", "joined": "lines are joined", "first": "first line"}
-    return named, [f"caption files: {files} next to the images; {lines[caption_lines]}"]
+    lines = {
+        "each": "each line is a caption",
+        "joined": "lines are joined",
+        "first": "the first line counts",
+    }
+    return named, [("caption files", f"{files} next to the images; {lines[caption_lines]}")]
 
 
 def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | None:
@@ -290,11 +289,11 @@ def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> 
             {key: value for key, value in row.items() if key != column}
         )
     _count_uncaptioned(table, named, beside, tally)
-    understood = [f"table {file.name}: {table.kind}", f"image column: {column}"]
+    facts = [("table", f"{file.name}, {table.kind}"), ("image column", column)]
     if beside != ".":
-        understood.append(f"images in: {beside}")
+        facts.append(("images in", beside))
     columns = [c for c in table.columns if c != column]
-    return FileRows(str(file), file.parent, named, columns, tally, understood)
+    return FileRows(str(file), file.parent, named, columns, tally, facts)
 
 
 def _count_uncaptioned(

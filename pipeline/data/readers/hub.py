@@ -33,6 +33,7 @@ class HubRows:
         self.tally = SkipCounter()
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
+        self.facts = [("image column", self._image)]
         self.columns = [column for column in rows.column_names if column != self._image]
         paths = (
             not isinstance(rows.features[self._image], Image)
