@@ -169,8 +169,9 @@ def _rows_of_metadata(
     for image in images:
         if image not in named:
             tally.add(NO_CAPTION, image)
-    columns = ["folder", "name", *(c for c in table.columns if c != "file_name")]
-    facts = [("table", f"{metadata.name}, {table.kind}"), ("image column", "file_name")]
+    column = table.image_column or "file_name"
+    columns = ["folder", "name", *(c for c in table.columns if c != column)]
+    facts = [("table", f"{metadata.name}, {table.kind}"), ("image column", column)]
     return FileRows(
         str(folder), folder, dict(sorted(named.items())), list(dict.fromkeys(columns)), tally, facts
     )
@@ -262,7 +263,7 @@ def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> 
     table = read_table(file, delimiter)
     column = table.image_column or image_column(str(file), column, table.columns)
     cells = [row.get(column) for row in table.rows]
-    paths = [cell for cell in [*cells, *table.images] if _is_path(cell)]
+    paths = [cell for cell in table.images or cells if _is_path(cell)]
     root, tried = image_folder(file, paths[:_SAMPLED])
     if root is None and table.images:
         raise ValueError(
@@ -350,15 +351,16 @@ def _named(
     metadata: Path, table: Table, images: set[str], tally: SkipCounter
 ) -> dict[str, list[Record]]:
     names = ImageNames(metadata, metadata.parent, tally, images)
+    column = table.image_column or "file_name"
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(table.rows, start=1):
         where = f"{metadata} row {number}"
-        existing_column(where, "file_name", list(row), "it names the image")
-        name = row["file_name"]
+        existing_column(where, column, list(row), "it names the image")
+        name = row[column]
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{where} names no image: file_name is {name!r}")
+            raise ValueError(f"{where} names no image: {column} is {name!r}")
         image = names.find(name, number)
         if image is not None:
-            record = {key: value for key, value in row.items() if key != "file_name"}
+            record = {key: value for key, value in row.items() if key != column}
             named.setdefault(image, []).append(_of_path(image) | record)
     return named
