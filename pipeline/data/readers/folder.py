@@ -279,11 +279,10 @@ def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> 
         if not isinstance(cell, str) or not cell.strip() or "\0" in cell or not is_text(cell):
             tally.add("rows that name no image left out", f"row {number}")
             continue
-        image: str | None = cell
+        image = cell if is_inline(cell) else names.find(cell, number)
+        if image is None:
+            continue
         if not is_inline(cell):
-            image = names.find(cell, number)
-            if image is None:
-                continue
             image = image if beside == "." else os.path.join(beside, image)
             image = spelled.setdefault(os.path.normpath(image), image)
         named.setdefault(image, []).append(

@@ -202,8 +202,8 @@ class StreamSource(Source):
             if isinstance(value, dict):
                 record = value | record
         for column in self._reader.columns:
-            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
-                record[column] = lines_of(text, self.config.caption_lines)
+            if column in ("txt", "caption") and isinstance(record.get(column), str | bytes):
+                record[column] = lines_of(record[column], self.config.caption_lines)
         found = self._reader.of([record])
         for reason in found.reasons:
             self._leave_out(reason, name)
