@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
@@ -10,6 +10,7 @@ from pipeline.config.checks import out_of_range, problems, refuse
 SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
 them."""
+CaptionLines = Literal["each", "joined", "first"]
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,37 @@ class FilterOptions:
             ),
             *out_of_range(self, "data.filter", "[0, 1]", "max_corrupt_fraction"),
             *out_of_range(self, "data.filter", "[1, inf]", "min_caption"),
+        ]
+
+
+@dataclass(kw_only=True)
+class TagOptions:
+    """How captions that are lists of tags vary in training (`data.tags`)."""
+
+    separator: str = ", "
+    """Between the tags of a caption; spaces around it do not count."""
+    shuffle: bool = False
+    """Shuffle the tags each time a caption is used."""
+    dropout: float = 0.0
+    """Probability that a tag is left out each time. One tag stays."""
+    keep_first: int = 0
+    """Leading tags that are neither shuffled nor left out."""
+
+    @property
+    def vary(self) -> bool:
+        """Whether captions are changed at all."""
+        return self.shuffle or self.dropout > 0
+
+    def problems(self) -> list[str]:
+        return [
+            *problems(
+                (
+                    not self.separator.strip(),
+                    f"data.tags.separator is {self.separator!r}; it needs a character, as in ', '",
+                )
+            ),
+            *out_of_range(self, "data.tags", "[0, 1)", "dropout"),
+            *out_of_range(self, "data.tags", "[0, inf]", "keep_first"),
         ]
 
 
@@ -132,9 +164,9 @@ class DataConfig:
     """The source of images (`data` in a YAML)."""
 
     source: str = ""
-    """`shapes`; `emoji`; a folder of images; a .csv, .jsonl or .parquet file; a folder, glob or
-    URL of webdataset .tar shards; a saved `datasets` folder, or a `datasets` name. docs/data.md has
-    an example of each."""
+    """`shapes`; `emoji`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet file; a
+    folder, glob or URL of webdataset .tar shards; a saved `datasets` folder, or a `datasets` name.
+    docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64
@@ -156,7 +188,14 @@ class DataConfig:
     image, file_name, path, jpg, jpeg, png, webp."""
     text_column: str = "text"
     """Column of the captions: a text, a list of texts, or a class label, whose name is the caption.
-    NAME.txt has one caption per line."""
+    Where there is no column `text`, it is whichever exists of txt, caption, captions."""
+    caption_lines: CaptionLines = "each"
+    """Lines of NAME.txt: each is a caption, all are joined into one, or the first one counts."""
+    delimiter: str | None = None
+    """Character between the columns of .csv, .tsv and .txt, or `\\t`. Absent, it is found in the
+    first line: comma, tab, semicolon or bar."""
+    tags: TagOptions = field(default_factory=TagOptions)
+    """Captions that are lists of tags: shuffled, or some left out, each time they are used."""
     caption_template: str | None = None
     """Captions built from columns, in place of `text_column`: "a photo of a {colour} {label}".
     Folders have the columns `folder` and `name`."""
@@ -182,6 +221,7 @@ class DataConfig:
             self._image_problems(),
             out_of_range(self, "data", "[1, inf]", "workers"),
             self.filter.problems(),
+            self.tags.problems(),
             self.stream.problems(),
             self.shapes.problems(self.image_size),
         )
@@ -198,6 +238,10 @@ class DataConfig:
                 bool(self.source and self.mix),
                 f"data.source is {self.source} and data.mix has {len(self.mix)} parts; give one of "
                 "the two",
+            ),
+            (
+                self.delimiter is not None and len(self.delimiter.replace("\\t", "\t")) != 1,
+                f"data.delimiter is {self.delimiter!r}; it must be one character, or \\t for a tab",
             ),
             (len(self.mix) > 100, f"data.mix has {len(self.mix)} parts; 100 are the most"),
             (
@@ -270,15 +314,29 @@ class DataConfig:
         return replace(self, mix=[], streaming=streaming, **own)
 
 
-CHANGES_NO_IMAGE = ("workers", "cache_gb")
-"""Fields of `DataConfig` that change how fast images come, and not which."""
+CHANGES_NO_IMAGE = ("workers", "cache_gb", "tags")
+"""Fields of `DataConfig` that change neither images nor which captions each has: how fast images
+come, and how a prior's training varies captions."""
+ADDED_LATER = ("caption_lines", "delimiter")
+"""Fields that count only where they differ from their default: there are runs that do not know
+them."""
 
 
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A `DataConfig` as plain values, without what changes no image."""
     settings = {name: value for name, value in config.items() if name not in CHANGES_NO_IMAGE}
     # A seed of 0 is left out: there are runs and fingerprints of data that know no seed.
+    defaults = {f.name: f.default for f in fields(DataConfig)}
+    for name in ADDED_LATER:
+        if settings.get(name) == defaults[name]:
+            settings.pop(name, None)
     settings["emoji"] = {
         name: value for name, value in config["emoji"].items() if name != "split_seed" or value
     }
     return settings
+
+
+def tag_settings(config: DataConfig) -> dict[str, Any] | None:
+    """How a prior's training varies captions; None where it does not, as in runs that do not know
+    it."""
+    return asdict(config.tags) if config.tags.vary else None

@@ -11,8 +11,9 @@ from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.map_source import MappedSource, SourceIndex
 from pipeline.data.mixture import MixedSource
 from pipeline.data.readers.base import Rows
-from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
+from pipeline.data.readers.folder import folder_rows, table_rows
 from pipeline.data.readers.hub import HubRows, is_saved_dataset
+from pipeline.data.readers.tables import TABLE_SUFFIXES
 from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names
 from pipeline.data.source import Source, Split
 from pipeline.data.streaming.source import HeldRows, StreamSource, as_read, streams
@@ -74,9 +75,15 @@ def find_rows(config: DataConfig) -> Rows:
     if path.is_dir() and is_saved_dataset(path):
         return HubRows(config)
     if shards := shard_names(config.source):
-        return ShardRows(config.source, shards, config.image_column)
+        return ShardRows(config.source, shards, config.image_column, config.caption_lines)
     if path.is_dir():
-        return folder_rows(path, config.text_column, config.caption_template)
+        return folder_rows(
+            path,
+            config.text_column,
+            config.caption_template,
+            delimiter=config.delimiter,
+            caption_lines=config.caption_lines,
+        )
     if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        return table_rows(path, config.image_column)
+        return table_rows(path, config.image_column, config.delimiter)
     return HubRows(config)

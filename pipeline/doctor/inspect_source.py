@@ -18,10 +18,12 @@ import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter
-from pipeline.data.readers.captions import Captions, captions_of
+from pipeline.data.readers.captions import LISTS, Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.paths import FOLDED
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
 from pipeline.data.source import check_usable
+from pipeline.doctor.caption_layout import caption_layout_findings, understood
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 from pipeline.doctor.open_source import Opened, open_source, open_without_captions
 from pipeline.doctor.report import (
@@ -40,6 +42,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _NAMED = 1000
 """Unreadable images that are named."""
+_KEPT = (FOLDED, LISTS)
+"""Reasons for which nothing is left out."""
 _GROUPS = 50
 """Groups of copies that are listed."""
 _MEMBERS = 8
@@ -119,7 +123,11 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     held_out = np.array(
         [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
     )
-    report = _report(opened, found, fit, held_out, tallies)
+    report = replace(
+        _report(opened, found, fit, held_out, tallies), understood=understood(opened, captions)
+    )
+    if captions is not None:
+        findings += caption_layout_findings(opened, captions)
     findings += _doubts(report, config)
     return Part(config, opened, found, captions, fit, held_out, report, findings)
 
@@ -267,7 +275,7 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
         *(
             (
                 True,
-                "warns" if left.count > 0.1 * report.rows else "notes",
+                "warns" if left.count > 0.1 * report.rows and left.reason not in _KEPT else "notes",
                 f"{left.count:,} {left.reason}: {left.names}",
             )
             for left in report.left_out

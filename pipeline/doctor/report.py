@@ -124,6 +124,7 @@ class SourceReport:
         usable: of these, those that training would use, by size and caption.
         train, held_out: the two splits of the usable ones.
         first_only: whether the source may have more images.
+        understood: names and values: which table, columns and caption files.
         left_out: by reason.
         unreadable: images that cannot be read, at most a thousand.
         shorter_side, longer_side: in pixels; None where no image can be read.
@@ -141,6 +142,7 @@ class SourceReport:
     train: int = 0
     held_out: int = 0
     first_only: bool = False
+    understood: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
     shorter_side: Spread | None = None

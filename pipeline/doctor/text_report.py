@@ -44,6 +44,7 @@ def source_facts(source: SourceReport) -> Facts:
         if side is not None:
             facts.append((f"{name} side", f"{_numbers(side)} pixels"))
     return [
+        *source.understood,
         *facts,
         (
             "copies of other files",

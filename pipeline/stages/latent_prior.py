@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.config.data import data_settings
+from pipeline.config.data import data_settings, tag_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.sampler import BatchSampler, order_of
 from pipeline.data.source import Source
+from pipeline.data.tags import varied_tags
 from pipeline.inference.bundle import attach_encoder
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.runtime.image_grid import make_grid
@@ -113,6 +114,7 @@ def _inputs(
         "latent": to_dict(section.latent),
         "joint": section.joint,
         "text": to_dict(experiment.text) if conditional else None,
+        "tags": tag_settings(experiment.data) if conditional else None,
         "caption_dropout": section.objective.caption_dropout if conditional else None,
     }
 
@@ -266,6 +268,9 @@ class LatentPriorTraining:
                 own[int(draw * len(own))]
                 for own, draw in zip(self.source.all_captions(rows), draws, strict=True)
             ]
+            captions = varied_tags(
+                captions, rows, self.experiment.data.tags, self.experiment.seed, step
+            )
             # Lengths were checked on some of the captions alone.
             batch["text_ids"] = training_ids(
                 self.text, captions, self.experiment.text, random, truncate=True

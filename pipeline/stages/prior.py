@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from pipeline.config.data import tag_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
 from pipeline.data.sampler import BatchSampler
+from pipeline.data.tags import varied_tags
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.captions import text_tokenizer, training_ids
@@ -100,6 +102,7 @@ def _inputs(
         "codes": {key: manifest[key] for key in ("tokenizer", "sources", "settings")},
         "text": to_dict(experiment.text),
         "sequence": to_dict(experiment.sequence),
+        "tags": tag_settings(experiment.data),
         **{k: v for k, v in to_dict(experiment.prior).items() if k not in ("latent", "joint")},
         "init_from": origin and origin.identity,
     }
@@ -224,7 +227,11 @@ class PriorTraining:
         draws = random.random(len(rows)).tolist() if self.several_captions else None
         captions = self.train.captions(rows, draws)
         options = self.experiment.text
-        ids = training_ids(self.text, captions, options, random, truncate=options.truncate)
+        tags = self.experiment.data.tags
+        captions = varied_tags(captions, rows, tags, self.experiment.seed, step)
+        # Lengths were checked in the captions' own order.
+        truncate = options.truncate or tags.vary
+        ids = training_ids(self.text, captions, options, random, truncate=truncate)
         return {"text_ids": ids, "codes": torch.from_numpy(self.train.codes(rows, views))}
 
     def _names(self, sampler: BatchSampler, step: int) -> list[str]:

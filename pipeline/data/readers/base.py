@@ -108,6 +108,12 @@ class Rows(Protocol):
         ...
 
 
+def facts_of(rows: Rows) -> list[tuple[str, str]]:
+    """What a format understood of its files, as names and values for the user: its `facts`. Not
+    every format has them."""
+    return list(getattr(rows, "facts", ()))
+
+
 def is_held_out(name: str, share: float) -> bool:
     """Whether a name is held out, by its hash: adding images moves no other image."""
     return (

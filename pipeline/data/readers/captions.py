@@ -3,15 +3,44 @@ files and no images."""
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import AnyStr
 
 import pyarrow as pa
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import CaptionLines, DataConfig
 from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
+from pipeline.data.readers.written_lists import texts_of_list
 
 NO_TEXT = "images without a caption left out"
+MISSING = "images whose caption is NaN, null or the like left out"
+LISTS = "images whose caption is a list written as text, read item by item"
+_TEXT_COLUMNS = ("text", "txt", "caption", "captions")
+"""Columns of captions where `data.text_column` has its default; the first that is there counts. In
+shards, columns are file extensions."""
+_MISSING = frozenset(
+    (
+        *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+"""Texts that stand for a missing cell: the defaults of pandas.read_csv (`na_values`)."""
+
+
+@dataclass(frozen=True)
+class FoundCaptions:
+    """What a source says of one image.
+
+    Attributes:
+        texts: its captions within the length limits, each once.
+        reasons: what was left out or changed, for a `SkipCounter`.
+    """
+
+    texts: list[str]
+    reasons: list[str]
 
 
 class Captions:
@@ -44,12 +73,9 @@ class CaptionReader:
         self._least = config.filter.min_caption
         self._most = config.filter.max_caption
         if self.template is None:
-            # In shards, columns are file extensions.
-            column = (
-                "txt"
-                if config.text_column == "text" and "text" not in columns and "txt" in columns
-                else config.text_column
-            )
+            column = config.text_column
+            if column == "text":
+                column = next((name for name in _TEXT_COLUMNS if name in columns), column)
             self.columns = [existing_column(name, column, columns, "data.text_column")]
             return
         try:
@@ -73,31 +99,40 @@ class CaptionReader:
             for part in dict.fromkeys(fields)
         ]
 
-    def of(self, records: Sequence[Record]) -> tuple[list[str], bool]:
-        """The captions of one image within the length limits, each once; and whether a text was
-        skipped because it is not UTF-8."""
+    def of(self, records: Sequence[Record]) -> FoundCaptions:
+        """The captions of one image."""
         found: dict[str, None] = {}
-        undecodable = False
+        reasons: dict[str, None] = {}
         for record in records:
             try:
-                texts = self._texts(record)
+                texts = self._texts(record, reasons)
             except UnicodeDecodeError:
-                undecodable = True
+                reasons[BAD_CAPTION] = None
                 continue
             for text in texts:
-                text = text.strip().encode("utf-8", "replace").decode()
+                text = text.strip("\ufeff \t\r\n").strip().encode("utf-8", "replace").decode()
                 if len(text) >= self._least and (self._most is None or len(text) <= self._most):
                     found[text] = None
-        return list(found), undecodable
+        if found:
+            reasons.pop(MISSING, None)
+        elif MISSING not in reasons:
+            reasons[NO_TEXT] = None
+        return FoundCaptions(list(found), list(reasons))
 
-    def _texts(self, record: Record) -> list[str]:
+    def _texts(self, record: Record, reasons: dict[str, None]) -> list[str]:
+        """The captions of one record. Adds why there are none."""
+        if any(_is_missing(record.get(column)) for column in self.columns):
+            reasons[MISSING] = None
+            return []
         if self.template is None:
             value = record.get(self.columns[0])
-            return (
-                [_plain(item) for item in value]
-                if isinstance(value, list | tuple)
-                else [_plain(value)]
-            )
+            if isinstance(value, list | tuple):
+                return [_plain(item) for item in value]
+            text = _plain(value)
+            if (listed := texts_of_list(text)) is not None:
+                reasons[LISTS] = None
+                return listed
+            return [text]
         values = {column: _plain(record.get(column)) for column in self.columns}
         if not all(values.values()):
             return []
@@ -115,18 +150,36 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
 
     def each() -> Iterable[list[str]]:
         for row, records in enumerate(rows.records(reader.columns)):
-            texts, undecodable = reader.of(records)
-            if undecodable:
-                tally.add(BAD_CAPTION, rows.label(row))
-            if not texts:
-                tally.add(NO_TEXT, rows.label(row))
-            yield texts
+            found = reader.of(records)
+            for reason in found.reasons:
+                tally.add(reason, rows.label(row))
+            yield found.texts
 
     return Captions(each())
 
 
+def lines_of(text: AnyStr, how: CaptionLines) -> list[AnyStr]:
+    """The captions of a text file with several lines."""
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    if how == "joined" and lines:
+        space = text[:0].ljust(1)  # " " of the text's own kind
+        return [space.join(lines)]
+    return lines[:1] if how == "first" else lines
+
+
+def _is_missing(cell: object) -> bool:
+    """Whether a cell stands for none. Items of a list never do: they are lines of a text file, or
+    names of classes."""
+    if isinstance(cell, bytes):
+        return cell.strip().decode("latin-1") in _MISSING
+    if isinstance(cell, str):
+        return cell.strip() in _MISSING
+    return isinstance(cell, float) and math.isnan(cell)
+
+
 def _plain(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_plain, value)))

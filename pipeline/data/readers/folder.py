@@ -1,24 +1,25 @@
 """Images that are files: a folder with captions, or a table of paths. Knows layouts; decodes
 nothing.
 
-A folder's captions come from metadata.jsonl or metadata.csv, from NAME.txt next to NAME.png, or
-from the names of its subfolders by `data.caption_template`. A table is a .csv or .jsonl file with a
-column of paths, or of images in base64.
+A folder's captions come from metadata.csv and the like, from NAME.txt or NAME.caption next to
+NAME.png, from a list such as captions.txt, or from the names of its subfolders by
+`data.caption_template`. A table (tables.py) has a column of paths, or of images in base64.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
 import pyarrow as pa
 
+from pipeline.config.data import CaptionLines
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     Record,
@@ -28,22 +29,34 @@ from pipeline.data.readers.base import (
     file_signature,
     image_column,
     is_text,
-    listed,
     printable,
     text_of,
 )
+from pipeline.data.readers.captions import lines_of
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
+from pipeline.data.readers.paths import FOLDED, FileFinder, ImageNames, image_folder, is_file
+from pipeline.data.readers.tables import Table, read_table
 
-TABLE_SUFFIXES = (".csv", ".jsonl")
 LAYOUTS = """accepted are
   images/metadata.csv with the columns file_name,text      (cat.png,a cat on a mat)
   images/metadata.jsonl, one row per line                  ({"file_name": "cat.png", "text": "a cat on a mat"})
-  images/cat.png next to images/cat.txt                    (a cat on a mat)
+  images/cat.png next to images/cat.txt or cat.caption     (a cat on a mat)
+  images/captions.txt, one caption per line                (cat.png,a cat on a mat)
   images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
-NO_IMAGE = "captions of images that are not there left out"
-_METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION_ENDINGS = (".txt", ".caption")
+"""Of the text file next to an image; the first that is there counts."""
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
+_CAPTION_LISTS = tuple(f"captions.{ending}" for ending in ("txt", "csv", "tsv", "jsonl", "json"))
+"""Tables in a folder that are read where no image has a caption next to it."""
+_TEXT_ENDINGS = (
+    *(".txt", ".caption", ".captions", ".cap", ".text", ".csv", ".tsv", ".json", ".jsonl"),
+    *(".ndjson", ".xml", ".yaml", ".yml", ".xlsx", ".parquet", ".tar", ".list", ".lst", ".token"),
+)
+"""Files that an error names where no caption is found."""
+_SAMPLED = 100
+"""Names of a table by which its folder of images is found."""
 _LONGEST_PATH = 1024
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """First characters of PNG, JPEG, GIF, WebP and TIFF in base64, and of a data URI."""
@@ -57,6 +70,7 @@ class FileRows:
         root: the folder that paths are relative to.
         named: image -> what is written of it, in order. An image is a path relative to `root`, or
             base64.
+        facts: what was understood of the layout, as names and values for the user.
     """
 
     def __init__(
@@ -66,11 +80,13 @@ class FileRows:
         named: dict[str, list[Record]],
         columns: list[str],
         tally: SkipCounter,
+        facts: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
         self.root = root
         self.columns = columns
         self.tally = tally
+        self.facts = list(facts)
         # A million paths take a tenth of the memory of Python strings.
         self._images = pa.array(list(named), pa.large_string())
         self._counts = pa.array([len(records) for records in named.values()], pa.int32())
@@ -107,77 +123,187 @@ class FileRows:
         return image if is_inline(image) else file_signature(self.root / image)
 
 
-def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
+def folder_rows(
+    folder: Path,
+    text_column: str,
+    template: str | None,
+    *,
+    delimiter: str | None = None,
+    caption_lines: CaptionLines = "each",
+) -> FileRows:
     """A folder in whichever layout it has.
+
+    Args:
+        delimiter: between the columns of metadata.csv and the like; None finds it.
+        caption_lines: how the lines of a text file become captions.
 
     Raises:
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
     images = _images_below(folder, tally)
-    columns = ["folder", "name"]
-    metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
-    if metadata is not None:
-        rows = list(_rows_of(metadata))
-        columns = list(dict.fromkeys([*columns, *(column for row in rows for column in row)]))
-        columns = [column for column in columns if column != "file_name"]
-        named = _named(metadata, rows, set(images), tally)
-        for image in images:
-            if image not in named:
-                tally.add(NO_CAPTION, image)
-        named = dict(sorted(named.items()))
+    if (metadata := _file_of(folder, _METADATA)) is not None:
+        return _rows_of_metadata(folder, metadata, images, tally, delimiter)
+    if text_column != "text" or template is not None:
+        named = {image: [_of_path(image)] for image in images}
+        facts = [("folders", "their names are the column folder")]
     else:
-        named = {}
-        beside = text_column == "text" and template is None
-        for image in images:
-            path = PurePosixPath(image)
-            record: Record = {"folder": path.parent.name, "name": path.stem}
-            if beside:
-                try:
-                    record["text"] = [
-                        line.strip()
-                        for line in text_of((folder / image).with_suffix(".txt")).splitlines()
-                    ]
-                except FileNotFoundError:
-                    tally.add(NO_CAPTION, image)
-                    continue
-                except ValueError:
-                    tally.add(BAD_CAPTION, str(path.with_suffix(".txt")))
-                    continue
-            named[image] = [record]
-        if beside:
-            columns.append("text")
-        if not named:
-            unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
-            raise ValueError(
-                f"{folder} holds {len(images)} images and no captions; "
-                f"{'; '.join(unread) or LAYOUTS}"
-            )
-    return FileRows(str(folder), folder, named, columns, tally)
+        named, facts = _captions_beside(folder, images, tally, caption_lines)
+    if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
+        return table_rows(captions, None, delimiter)
+    if not named:
+        unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
+        raise ValueError(
+            f"{folder} holds {len(images)} images and no captions; {_texts_in(folder)}"
+            f"{'; '.join(unread) or LAYOUTS}"
+        )
+    columns = list(dict.fromkeys(column for records in named.values() for column in records[0]))
+    return FileRows(str(folder), folder, named, columns, tally, facts)
 
 
-def table_rows(file: Path, column: str | None) -> FileRows:
-    """A .csv or .jsonl file of paths relative to its own folder.
+def _rows_of_metadata(
+    folder: Path, metadata: Path, images: list[str], tally: SkipCounter, delimiter: str | None
+) -> FileRows:
+    table = read_table(metadata, delimiter)
+    named = _named(metadata, table, set(images), tally)
+    for image in images:
+        if image not in named:
+            tally.add(NO_CAPTION, image)
+    column = table.image_column or "file_name"
+    columns = ["folder", "name", *(c for c in table.columns if c != column)]
+    facts = [("table", f"{metadata.name}, {table.kind}"), ("image column", column)]
+    return FileRows(
+        str(folder), folder, dict(sorted(named.items())), list(dict.fromkeys(columns)), tally, facts
+    )
+
+
+def _captions_beside(
+    folder: Path, images: list[str], tally: SkipCounter, caption_lines: CaptionLines
+) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
+    """Image -> what the text file next to it says; and which files there are."""
+    finder = FileFinder(folder)
+    named: dict[str, list[Record]] = {}
+    endings: Counter[str] = Counter()
+    for image in images:
+        file = _file_beside(finder, image, tally)
+        if file is None:
+            tally.add(NO_CAPTION, image)
+            continue
+        try:
+            text = text_of(folder / file)
+        except ValueError:
+            tally.add(BAD_CAPTION, file)
+            continue
+        endings[PurePosixPath(file).suffix.lower()] += 1
+        named[image] = [_of_path(image) | {"text": lines_of(text, caption_lines)}]
+    if not named:
+        return {}, []
+    files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+    lines = {
+        "each": "each line is a caption",
+        "joined": "lines are joined",
+        "first": "the first line counts",
+    }
+    return named, [("caption files", f"{files} next to the images; {lines[caption_lines]}")]
+
+
+def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | None:
+    """The text file next to an image."""
+    for ending in CAPTION_ENDINGS:
+        name = str(PurePosixPath(image).with_suffix(ending))
+        found = finder.find(name)
+        if found is not None:
+            if found != name:
+                tally.add(FOLDED, f"{found} for {image}")
+            return found
+    return None
+
+
+def _of_path(image: str) -> Record:
+    """What a path says. Lists, since a name such as "none" is no missing cell."""
+    path = PurePosixPath(image)
+    return {"folder": [path.parent.name], "name": [path.stem]}
+
+
+def _file_of(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these files that a folder has, in any letter case."""
+    present = {entry.name.lower(): entry for entry in os.scandir(folder) if entry.is_file()}
+    return next((Path(present[name].path) for name in names if name in present), None)
+
+
+def _texts_in(folder: Path) -> str:
+    """Which files lie there that may hold captions: their number by ending, and the first names."""
+    found: dict[str, list[str]] = {}
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if Path(name).suffix.lower() in _TEXT_ENDINGS and not name.startswith("."):
+                path = (Path(where) / name).relative_to(folder).as_posix()
+                found.setdefault(Path(name).suffix.lower(), []).append(path)
+    if not found:
+        return ""
+    kinds = [
+        f"{len(names):,} {ending} ({printable(names[0])}{', ...' if len(names) > 1 else ''})"
+        for ending, names in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
+    return f"other files there: {', '.join(kinds)}; "
+
+
+def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> FileRows:
+    """A table of images by paths relative to its own folder, or to a folder of images next to it.
+
+    Args:
+        column: of the images; None takes whichever is known.
+        delimiter: between the columns; None finds it.
 
     Raises:
-        ValueError: the column of the images is missing, or a row is corrupted.
+        ValueError: the column of the images is missing, or a row is corrupted; or a COCO file's
+            images are not there.
     """
-    rows = list(_rows_of(file))
+    table = read_table(file, delimiter)
+    column = table.image_column or image_column(str(file), column, table.columns)
+    cells = [row.get(column) for row in table.rows]
+    paths = [cell for cell in table.images or cells if _is_path(cell)]
+    root, tried = image_folder(file, paths[:_SAMPLED])
+    if root is None and table.images:
+        raise ValueError(
+            f"{file} names {printable(', '.join(paths[:3]))}, ..., and none is in "
+            f"{', '.join(map(str, tried))}; put the images into a folder images next to the file"
+        )
     tally = SkipCounter()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    column = image_column(str(file), column, columns)
+    names = ImageNames(file, root or file.parent, tally)
+    beside = os.path.relpath(root or file.parent, file.parent)
     named: dict[str, list[Record]] = {}
-    for number, row in enumerate(rows, start=1):
-        image = row.get(column)
-        if not isinstance(image, str) or not image or "\0" in image or not is_text(image):
+    spelled: dict[str, str] = {}  # an image that is written in several ways is one
+    for number, (cell, row) in enumerate(zip(cells, table.rows, strict=True), start=1):
+        if not isinstance(cell, str) or not cell.strip() or "\0" in cell or not is_text(cell):
             tally.add("rows that name no image left out", f"row {number}")
-        elif not is_inline(image) and not _is_file(file.parent / image):
-            tally.add(NO_IMAGE, image)
-        else:
-            named.setdefault(image, []).append(
-                {key: value for key, value in row.items() if key != column}
-            )
-    return FileRows(str(file), file.parent, named, [c for c in columns if c != column], tally)
+            continue
+        image = cell if is_inline(cell) else names.find(cell, number)
+        if image is None:
+            continue
+        if not is_inline(cell):
+            image = image if beside == "." else os.path.join(beside, image)
+            image = spelled.setdefault(os.path.normpath(image), image)
+        named.setdefault(image, []).append(
+            {key: value for key, value in row.items() if key != column}
+        )
+    _count_uncaptioned(table, named, beside, tally)
+    facts = [("table", f"{file.name}, {table.kind}"), ("image column", column)]
+    if beside != ".":
+        facts.append(("images in", beside))
+    columns = [c for c in table.columns if c != column]
+    return FileRows(str(file), file.parent, named, columns, tally, facts)
+
+
+def _count_uncaptioned(
+    table: Table, named: Mapping[str, object], beside: str, tally: SkipCounter
+) -> None:
+    """Counts images that a file lists and no caption names."""
+    captioned = {row["image"] for row in table.rows} if table.images else set()
+    for image in table.images:
+        if image not in captioned:
+            tally.add(NO_CAPTION, image)
 
 
 def is_inline(cell: str) -> bool:
@@ -185,11 +311,8 @@ def is_inline(cell: str) -> bool:
     return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long
-        return False
+def _is_path(cell: object) -> TypeGuard[str]:
+    return isinstance(cell, str) and bool(cell.strip()) and not is_inline(cell)
 
 
 def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
@@ -216,7 +339,7 @@ def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
                 continue
             elif not is_text(image):
                 tally.add("images whose names are not UTF-8 left out", ascii(image))
-            elif not _is_file(Path(where) / name):
+            elif not is_file(Path(where) / name):
                 tally.add("links to images that are not there left out", image)
             else:
                 found.append(image)
@@ -224,73 +347,19 @@ def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
 
 
 def _named(
-    metadata: Path, rows: list[Record], images: set[str], tally: SkipCounter
+    metadata: Path, table: Table, images: set[str], tally: SkipCounter
 ) -> dict[str, list[Record]]:
+    names = ImageNames(metadata, metadata.parent, tally, images)
+    column = table.image_column or "file_name"
     named: dict[str, list[Record]] = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(table.rows, start=1):
         where = f"{metadata} row {number}"
-        existing_column(where, "file_name", list(row), "it names the image")
-        name = row["file_name"]
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{where} names no image: file_name is {name!r}")
-        path = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
-        if path.is_absolute() or path.parts[:1] == ("..",):
-            raise ValueError(f"{where} names {name!r}, which lies outside the folder")
-        if path.as_posix() not in images:
-            tally.add(NO_IMAGE, name)
-            continue
-        record = {"folder": path.parent.name, "name": path.stem} | {
-            key: value for key, value in row.items() if key != "file_name"
-        }
-        named.setdefault(path.as_posix(), []).append(record)
+        existing_column(where, column, list(row), "it names the image")
+        name = row[column]
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where} names no image: {column} is {name!r}")
+        image = names.find(name, number)
+        if image is not None:
+            record = {key: value for key, value in row.items() if key != column}
+            named.setdefault(image, []).append(_of_path(image) | record)
     return named
-
-
-def _rows_of(path: Path) -> Iterable[Record]:
-    text = text_of(path)
-    if path.suffix.lower() == ".csv":
-        return _rows_of_csv(path, text)
-    return _rows_of_jsonl(path, text)
-
-
-def _rows_of_csv(path: Path, text: str) -> list[Record]:
-    csv.field_size_limit(2**31 - 1)  # images in base64 are long
-    head = text.partition("\n")[0].strip()
-    if "," not in head and (other := next((mark for mark in ";\t|" if mark in head), None)):
-        raise ValueError(
-            f"{path} separates its columns by {other!r} ({printable(head)}); save it with commas"
-        )
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = [dict(row) for row in reader]
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} is no CSV ({error}); texts with commas or line ends belong in double quotes"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise ValueError(
-                f"{path} row {number} has more fields than its columns "
-                f"{listed(reader.fieldnames or [])}; texts with commas belong in double quotes"
-            )
-    return rows
-
-
-def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
-    rows = []
-    # Not splitlines(): it also splits at characters that JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path} line {number} is no JSON ({error}); each line must be one row"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path} line {number} is no row; write "
-                    f'{{"file_name": "cat.png", "text": "a cat"}}'
-                )
-            rows.append(row)
-    return rows

@@ -16,6 +16,7 @@ from pipeline.data.readers.base import (
     image_column,
     reason_of,
 )
+from pipeline.data.readers.paths import FileFinder
 
 _BATCH = 1000
 _SHARDS = 64
@@ -32,6 +33,7 @@ class HubRows:
         self.tally = SkipCounter()
         rows = load(config)
         self._image = image_column(self.name, config.image_column, rows.column_names)
+        self.facts = [("image column", self._image)]
         self.columns = [column for column in rows.column_names if column != self._image]
         paths = (
             not isinstance(rows.features[self._image], Image)
@@ -43,11 +45,11 @@ class HubRows:
         self._rows = rows
         # A table of its own, so that reading captions does not read images.
         self._images = rows.select_columns([self._image])
-        self._beside = Path(config.source).expanduser().parent
+        self._files = FileFinder(Path(config.source).expanduser().parent)
         # The library's fingerprint does not cover files that rows only name.
         files = (
             (
-                file_signature(self._beside / str(self._images[row][self._image]))
+                file_signature(self._files.path(str(self._images[row][self._image])))
                 for row in range(len(rows))
             )
             if paths
@@ -62,7 +64,7 @@ class HubRows:
         return f"row {row}"
 
     def image(self, row: int) -> bytes:
-        return content_of(self._images[row][self._image], self._beside)
+        return content_of(self._images[row][self._image], self._files)
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         rows = self._rows.select_columns(list(columns))
@@ -72,12 +74,11 @@ class HubRows:
                 yield [{column: named(column, batch[column][i]) for column in columns}]
 
 
-def content_of(cell: object, beside: Path) -> bytes:
-    """The file in a cell of images: bytes, a path relative to `beside`, or the pair of both that
-    `datasets` uses.
+def content_of(cell: object, files: FileFinder) -> bytes:
+    """The file in a cell of images: bytes, a path, or the pair of both that `datasets` uses.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or several files match a path.
         OSError: the file cannot be read.
     """
     if isinstance(cell, dict):
@@ -85,7 +86,7 @@ def content_of(cell: object, beside: Path) -> bytes:
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell and "\0" not in cell:
-        return (beside / cell).read_bytes()
+        return files.path(cell).read_bytes()
     raise ValueError(f"it holds {type(cell).__name__} and no image")
 
 
@@ -98,11 +99,10 @@ def label_names(features: Mapping[str, object]) -> Callable[[str, object], objec
     }
 
     def named(column: str, value: object) -> object:
-        return (
-            labels[column].int2str(value)
-            if column in labels and isinstance(value, int) and value >= 0
-            else value
-        )
+        if column in labels and isinstance(value, int) and value >= 0:
+            # A list, since a class "none" is no missing cell.
+            return [labels[column].int2str(value)]
+        return value
 
     return named
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.data import CaptionLines
 from pipeline.data.readers.base import (
     Record,
     SkipCounter,
@@ -27,6 +28,7 @@ from pipeline.data.readers.base import (
     is_text,
     listed,
 )
+from pipeline.data.readers.captions import lines_of
 from pipeline.data.readers.images import EXTENSIONS
 
 _TEXTS = ("txt", "caption", "cls")
@@ -72,13 +74,21 @@ class ShardRows:
         name: of the source, for messages.
         shards: paths of .tar files.
         image: extension of the images (`data.image_column`); None takes any.
+        caption_lines: how the lines of a text become captions.
 
     Raises:
         ValueError: the shards hold no images, or none of that extension; or they are compressed.
     """
 
-    def __init__(self, name: str, shards: Sequence[str], image: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[str],
+        image: str | None,
+        caption_lines: CaptionLines = "each",
+    ) -> None:
         self.name = name
+        self._caption_lines = caption_lines
         self.tally = SkipCounter()
         self._shards = list(shards)
         self.stamp = content_fingerprint(
@@ -139,7 +149,8 @@ class ShardRows:
         for row in range(len(self)):
             record: Record = {}
             for column in plain:
-                record[column] = self._read(row, *self._texts[column][row]).splitlines()
+                text = self._read(row, *self._texts[column][row])
+                record[column] = lines_of(text, self._caption_lines)
             if len(plain) < len(columns):
                 record = self._json(row) | record
             yield [record]

@@ -21,7 +21,6 @@ import numpy as np
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
 from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.readers.base import (
-    BAD_CAPTION,
     Record,
     SkipCounter,
     content_fingerprint,
@@ -30,11 +29,12 @@ from pipeline.data.readers.base import (
     is_held_out,
     reason_of,
 )
-from pipeline.data.readers.captions import CaptionReader
-from pipeline.data.readers.folder import TABLE_SUFFIXES
+from pipeline.data.readers.captions import CaptionReader, lines_of
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
 from pipeline.data.readers.images import header, prepared, square_of
+from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.readers.tables import TABLE_SUFFIXES
 from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
 
@@ -79,6 +79,7 @@ class StreamSource(Source):
         self._bad = 0
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
+        self._files = FileFinder(Path(config.source).expanduser().parent)
         data, self.shard_names = _opened(config)
         self._data = data.decode(False)
         self.num_shards = int(self._data.num_shards)
@@ -201,20 +202,19 @@ class StreamSource(Source):
             if isinstance(value, dict):
                 record = value | record
         for column in self._reader.columns:
-            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
-                record[column] = text.splitlines()
-        captions, undecodable = self._reader.of([record])
-        if undecodable:
-            self._leave_out(BAD_CAPTION, name)
-        if not captions:
-            self._leave_out("images without a caption left out", name)
+            if column in ("txt", "caption") and isinstance(record.get(column), str | bytes):
+                record[column] = lines_of(record[column], self.config.caption_lines)
+        found = self._reader.of([record])
+        for reason in found.reasons:
+            self._leave_out(reason, name)
+        if not found.texts:
             return None
         if row[self._image] is None:
             self._leave_out(f"samples without an image in the column {self._image} left out", name)
             return None
         config = self.config
         try:
-            content = content_of(row[self._image], Path(config.source).expanduser().parent)
+            content = content_of(row[self._image], self._files)
             # The pixels are decoded when they are needed.
             width, height = header(io.BytesIO(content)).size
         except Exception:  # see `images.open_image`
@@ -224,7 +224,7 @@ class StreamSource(Source):
             if stands:
                 self._leave_out(reason, name)
                 return None
-        return Sample(name, content, captions)
+        return Sample(name, content, found.texts)
 
     def _leave_out(self, reason: str, name: str) -> None:
         """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,

@@ -15,6 +15,7 @@ from pipeline.config.data import (
     FilterOptions,
     ShapesOptions,
     StreamOptions,
+    TagOptions,
 )
 from pipeline.config.load import load_experiment
 
@@ -30,7 +31,11 @@ def test_each_example_is_a_configuration(number, tmp_path):
 
 
 def test_every_setting_of_data_is_named_there():
-    for section in (DataConfig, FilterOptions, StreamOptions, ShapesOptions, EmojiOptions):
+    sections = (
+        *(DataConfig, FilterOptions, TagOptions, StreamOptions),
+        *(ShapesOptions, EmojiOptions),
+    )
+    for section in sections:
         for field in fields(section):
             assert re.search(rf"\b{field.name}\b", TEXT), field.name
     assert len(EXAMPLES) >= 12

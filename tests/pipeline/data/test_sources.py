@@ -149,8 +149,8 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         ),
         (
             "metadata.csv",
-            "file_name,caption\na.png,a\n",
-            "has no column 'text'; it has folder, name, caption; did you mean 'caption'?",
+            "file_name,title\na.png,a\n",
+            "has no column 'text'; it has folder, name, title; did you mean 'title'?",
         ),
         (
             "metadata.csv",

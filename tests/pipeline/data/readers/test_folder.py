@@ -1,0 +1,92 @@
+"""Folders: the text files next to images, and what an error says lies there."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import pytest
+
+from pipeline.data.load import load_source, load_sources
+from pipeline.data.readers.folder import folder_rows
+from pipeline.data.readers.paths import FOLDED
+from tests.helpers.data import config, encoded
+
+
+def test_caption_files_beside_images_are_read_in_folders_of_repeats(tmp_path):
+    """As kohya's trainers have them: 10_name/NAME.caption, elsewhere NAME.txt."""
+    for folder, ending in (("10_toys", "caption"), ("2_more", "txt")):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            (tmp_path / folder / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+            (tmp_path / folder / f"{i}.{ending}").write_text(f"{folder} {i}, tag\n")
+    found = [c for s in load_sources(config(tmp_path)) for c in s.captions(range(len(s)))]
+    assert sorted(found) == sorted(f"{f} {i}, tag" for f in ("10_toys", "2_more") for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ("a.png", "a.TXT"),
+        ("a.PNG", "A.caption"),
+        ("a.png", "a.Caption"),
+        (unicodedata.normalize("NFD", "gr\u00fcn.png"), "gr\u00fcn.txt"),
+    ],
+)
+def test_a_text_file_is_found_in_another_case_or_form(tmp_path, image, text):
+    (tmp_path / image).write_bytes(encoded())
+    (tmp_path / text).write_text("a cat")
+    rows = folder_rows(tmp_path, "text", None)
+    assert [record["text"] for records in rows.records(["text"]) for record in records] == [
+        ["a cat"]
+    ]
+    assert rows.tally.counts() == {FOLDED: 1}
+
+
+def test_txt_comes_before_caption(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "a.caption").write_text("second")
+    rows = folder_rows(tmp_path, "text", None)
+    assert [record["text"] for records in rows.records(["text"]) for record in records] == [
+        ["first"]
+    ]
+
+
+def test_an_error_of_no_captions_names_the_text_files_there(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for i in range(3):
+        (tmp_path / "sub" / f"{i}.png").write_bytes(encoded())
+        (tmp_path / "sub" / f"{i}.json").write_text("{}")
+    (tmp_path / "Flickr8k.token.csv").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
+    message = (
+        "holds 3 images and no captions; other files there: 3 .json (sub/0.json, ...), 1 .csv "
+        "(Flickr8k.token.csv); accepted are"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_source(config(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "name", ["METADATA.csv", "metadata.tsv", "metadata.json", "Metadata.JSONL"]
+)
+def test_metadata_is_found_in_every_form_and_case(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(encoded())
+    rows = {
+        "csv": "file_name,text\na.png,a cat\n",
+        "tsv": "file_name\ttext\na.png\ta cat\n",
+        "json": '[{"file_name": "a.png", "text": "a cat"}]',
+        "jsonl": '{"file_name": "a.png", "text": "a cat"}',
+    }
+    (tmp_path / name).write_text(rows[name.lower().rpartition(".")[2]])
+    found = [c for s in load_sources(config(tmp_path)) for c in s.captions(range(len(s)))]
+    assert found == ["a cat"]
+
+
+def test_metadata_in_json_may_be_captions_by_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "metadata.json").write_text('{"a.png": "a cat"}')
+    assert [r for r in folder_rows(tmp_path, "text", None).records(["text"])] == [
+        [{"folder": [""], "name": ["a"], "text": "a cat"}]
+    ]
