@@ -26,6 +26,10 @@ class MixPart:
     """As `data.text_column`."""
     caption_template: str | None = None
     """As `data.caption_template`."""
+    split_column: str | None = None
+    """As `data.split_column`."""
+    held_out_source: str | None = None
+    """As `data.held_out_source`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -150,7 +154,14 @@ class DataConfig:
     """Mirror half of the images in training. For captions that do not mention left and right, and
     images without writing."""
     val_fraction: float = 0.05
-    """Fraction of the images held out from training, chosen by a hash of each image's name."""
+    """Fraction of the images held out from training, chosen by a hash of each image's name. Not
+    used where the data name what is held out."""
+    split_column: str = "auto"
+    """Column that says which images are held out: train, validation or test. `auto` takes the
+    splits that folders, files, `datasets` or a column `split` name; `none` takes no such names."""
+    held_out_source: str | None = None
+    """A second source, as `source`, whose images are those held out. All others are trained on,
+    save those that `source` names as validation or test."""
     image_column: str | None = None
     """Column of the images: paths, bytes or `datasets` images. Absent, it is whichever exists of
     image, file_name, path, jpg, jpeg, png, webp."""
@@ -214,6 +225,17 @@ class DataConfig:
                 "false",
             ),
             (
+                self.held_out_source is not None and bool(self.mix),
+                f"data.held_out_source is {self.held_out_source} and data.mix has {len(self.mix)} "
+                "parts; give each part its own held_out_source",
+            ),
+            (
+                self.held_out_source is not None
+                and not {self.source, self.held_out_source}.isdisjoint(SYNTHETIC_SOURCES),
+                f"data.held_out_source is {self.held_out_source} and data.source {self.source}; "
+                "shapes and emoji have splits of their own, leave it out",
+            ),
+            (
                 self.streaming and self.source in SYNTHETIC_SOURCES,
                 f"data.streaming is on, and {self.source} are drawn here; set it to false",
             ),
@@ -274,11 +296,40 @@ CHANGES_NO_IMAGE = ("workers", "cache_gb")
 """Fields of `DataConfig` that change how fast images come, and not which."""
 
 
+KNOWN_BY_CONTENT = ("source", "split_column", "held_out_source")
+"""Fields of `DataConfig` and of its parts that lead to images and splits. A fingerprint of what
+they lead to is compared in their place, so that moved data stay the same data."""
+
+
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A `DataConfig` as plain values, without what changes no image."""
+    """A `DataConfig` as plain values, without what changes no image. Fields that are newer than
+    some runs are left out where they have their defaults."""
     settings = {name: value for name, value in config.items() if name not in CHANGES_NO_IMAGE}
     # A seed of 0 is left out: there are runs and fingerprints of data that know no seed.
     settings["emoji"] = {
         name: value for name, value in config["emoji"].items() if name != "split_seed" or value
     }
+    if settings.get("split_column") == "auto":
+        del settings["split_column"]
+    if settings.get("held_out_source") is None:
+        settings.pop("held_out_source", None)
+    settings["mix"] = [
+        {
+            name: value
+            for name, value in part.items()
+            if value is not None or name not in KNOWN_BY_CONTENT
+        }
+        for part in config["mix"]
+    ]
     return settings
+
+
+def settings_beside_content(settings: dict[str, Any]) -> dict[str, Any]:
+    """`data_settings` without the names that lead to the images: what must stay the same where a
+    fingerprint of the images is compared as well."""
+    own = {name: value for name, value in settings.items() if name not in KNOWN_BY_CONTENT}
+    own["mix"] = [
+        {name: value for name, value in part.items() if name not in KNOWN_BY_CONTENT}
+        for part in settings.get("mix", [])
+    ]
+    return own

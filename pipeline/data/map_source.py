@@ -49,13 +49,18 @@ class SourceIndex:
         check_usable(rows.name, int(fit.sum()), self.problems)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
+        if rows.note:
+            self.problems.append(rows.note)
+        named = rows.held_out
         for row in np.flatnonzero(fit).tolist():
             label = rows.label(row)
-            kept[is_held_out(label, config.val_fraction)].append(row)
-            digest.update(
-                "\0".join([label, *self.captions[row], str(int(found.digest[row]))]).encode()
-                + b"\n"
-            )
+            held_out = is_held_out(label, config.val_fraction) if named is None else named[row]
+            kept[bool(held_out)].append(row)
+            entry = [label, *self.captions[row], str(int(found.digest[row]))]
+            # A split by hash follows from the label.
+            if named is not None:
+                entry.append("held out" if held_out else "train")
+            digest.update("\0".join(entry).encode() + b"\n")
         self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
         self.fingerprint = digest.hexdigest()[:16]
         self._decoded: dict[int, np.ndarray] = {}

@@ -45,9 +45,10 @@ class CaptionReader:
         self._most = config.filter.max_caption
         if self.template is None:
             # In shards, columns are file extensions.
+            in_shards = any(one == "txt" or str(one).endswith(".txt") for one in columns)
             column = (
                 "txt"
-                if config.text_column == "text" and "text" not in columns and "txt" in columns
+                if config.text_column == "text" and "text" not in columns and in_shards
                 else config.text_column
             )
             self.columns = [existing_column(name, column, columns, "data.text_column")]

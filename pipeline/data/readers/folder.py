@@ -22,6 +22,7 @@ import pyarrow as pa
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     Record,
+    Rows,
     SkipCounter,
     content_fingerprint,
     existing_column,
@@ -49,7 +50,7 @@ _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """First characters of PNG, JPEG, GIF, WebP and TIFF in base64, and of a data URI."""
 
 
-class FileRows:
+class FileRows(Rows):
     """Images of a folder, or of a table of paths.
 
     Args:
@@ -79,7 +80,9 @@ class FileRows:
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
         )
-        self.stamp = content_fingerprint([name, *(self._state(image) for image in named)])
+        self.layout = f"{len(named):,} image files with captions"
+        # Names relative to the root: moving it changes nothing.
+        self.stamp = content_fingerprint(self._state(image) for image in named)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -104,7 +107,7 @@ class FileRows:
             first += count.as_py()
 
     def _state(self, image: str) -> object:
-        return image if is_inline(image) else file_signature(self.root / image)
+        return image if is_inline(image) else file_signature(self.root / image, image)
 
 
 def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
