@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
@@ -332,4 +333,13 @@ def settings_beside_content(settings: dict[str, Any]) -> dict[str, Any]:
         {name: value for name, value in part.items() if name not in KNOWN_BY_CONTENT}
         for part in settings.get("mix", [])
     ]
+    return own
+
+
+def settings_by_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """`data_settings` in which every spelling of a path that exists is the same."""
+    own = {**settings, "mix": [settings_by_place(part) for part in settings.get("mix", [])]}
+    for name in ("source", "held_out_source"):
+        if own.get(name) and Path(own[name]).expanduser().exists():
+            own[name] = str(Path(own[name]).expanduser().resolve())
     return own

@@ -69,7 +69,7 @@ def load_sources(
     if config.streaming:
         stream = StreamSource(config)
         if config.held_out_source is not None:
-            return stream, _all_held_out(_second(config), folder, share)
+            return stream, _all_held_out(second_source(config), folder, share)
         rows = HeldRows(stream, stream.held_out())
         return stream, MappedSource(SourceIndex(rows, as_read(config)), "held_out")
     everything = SourceIndex(find_rows(config), config, folder, share)
@@ -87,10 +87,10 @@ def find_rows(config: DataConfig) -> Rows:
     rows = with_named_splits(_rows_of(config), config)
     if config.held_out_source is None:
         return rows
-    return with_held_out_source(rows, _rows_of(_second(config)))
+    return with_held_out_source(rows, _rows_of(second_source(config)))
 
 
-def _second(config: DataConfig) -> DataConfig:
+def second_source(config: DataConfig) -> DataConfig:
     """The configuration of the held-out source: all of it is held out, whatever splits it has."""
     assert config.held_out_source is not None
     return replace(config, source=config.held_out_source, held_out_source=None, split_column="none")

@@ -16,6 +16,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
+from pipeline.data.readers.splits import copies_of_held_out
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
@@ -45,6 +46,7 @@ class SourceIndex:
         found = scan_images(rows, config.workers, folder, share)
         fit = usable(rows, found, config, tally)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
+        fit &= ~copies_of_held_out(rows, found.digest, tally)
         self.problems = rows.tally.lines() + tally.lines()
         check_usable(rows.name, int(fit.sum()), self.problems)
         digest = hashlib.sha256()

@@ -185,7 +185,7 @@ def load(source: str, *, streaming: bool = False) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
 
-def load_files(source: str, files: Sequence[Path], *, streaming: bool = False) -> Any:
+def load_files(source: str, files: Sequence[str | Path], *, streaming: bool = False) -> Any:
     """Parquet or Arrow files as one data set, mapped or streamed.
 
     Raises:
@@ -193,9 +193,9 @@ def load_files(source: str, files: Sequence[Path], *, streaming: bool = False) -
     """
     import datasets
 
-    kind = "arrow" if files[0].suffix == ".arrow" else "parquet"
+    kind = "arrow" if Path(files[0]).suffix.lower() == ".arrow" else "parquet"
     try:
-        own = {"train": [str(file.absolute()) for file in files]}
+        own = {"train": [str(file) for file in files]}
         return datasets.load_dataset(kind, data_files=own, streaming=streaming)["train"]
     except Exception as error:  # as in `load`
         raise FileNotFoundError(

@@ -50,6 +50,7 @@ _NAMES: dict[str, SplitName] = {
 }
 _GENERIC = ("image", "images", "img", "imgs", "set", "data", "split", "dataset")
 """Words beside a split's name in the name of a folder, such as test_images."""
+COPIES = "images to train on that are copies of held-out ones left out"
 _ORDER: tuple[SplitName, ...] = ("", "train", "validation", "test")
 
 
@@ -319,6 +320,21 @@ def with_named_splits(rows: Rows, config: DataConfig) -> Rows:
         if named is not None and roles(set(named)) is not None:
             return SplitRows(rows.name, [Part(rows, named)], "the column split")
     return rows
+
+
+def copies_of_held_out(rows: Rows, digest: np.ndarray, tally: SkipCounter) -> np.ndarray:
+    """Whether each row is a training image whose file is that of a held-out one (N), where the
+    data say what is held out. They are counted, and are to be left out.
+
+    Args:
+        digest: a hash of each row's file (N).
+    """
+    if rows.held_out is None or not rows.note:
+        return np.zeros(len(rows), bool)
+    copies = ~rows.held_out & np.isin(digest, digest[rows.held_out]) & (digest != 0)
+    for row in np.flatnonzero(copies):
+        tally.add(COPIES, rows.label(int(row)))
+    return copies
 
 
 def with_held_out_source(rows: Rows, second: Rows) -> SplitRows:

@@ -132,7 +132,7 @@ class ShardRows(Rows):
         apart: dict[str, dict[str, Place]] = {}
         for number in range(len(self._shards)):
             for key, members in self._grouped(number):
-                counts.update(members)
+                counts.update(list(members))
                 if images_of(members, image):
                     samples.append((key, members))
                 else:
