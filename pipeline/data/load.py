@@ -87,7 +87,7 @@ def find_rows(config: DataConfig) -> Rows:
     rows = with_named_splits(_rows_of(config), config)
     if config.held_out_source is None:
         return rows
-    return with_held_out_source(rows, _rows_of(second_source(config)))
+    return with_held_out_source(rows, _rows_of(second_source(config)), config)
 
 
 def second_source(config: DataConfig) -> DataConfig:

@@ -41,6 +41,8 @@ RESUME_SAFE_FIELDS = (
 )
 """Fields of `train` that change no weight by more than rounding."""
 _CHANGES_NO_CODE = ("images_per_shard",)
+_IMAGES = ("images", "sources")
+"""Inputs that are fingerprints of images."""
 LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
@@ -136,9 +138,12 @@ class StageRun:
     ) -> str:
         """What differs, old and new, and what to do; what keeps the run comes first."""
         changes = [
-            change for key in differing for change in changed(key, before.get(key), now[key])
+            change
+            for key in differing
+            if key not in _IMAGES
+            for change in changed(key, before.get(key), now[key])
         ]
-        if "images" in differing or "sources" in differing:
+        if not set(_IMAGES).isdisjoint(differing):
             changes.append(self._other_images(before))
             keep = (
                 "put the images back as they were to keep this run, or train on these in a run of "

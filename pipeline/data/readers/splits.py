@@ -28,6 +28,7 @@ from pipeline.data.readers.base import (
     existing_column,
     printable,
 )
+from pipeline.data.readers.captions import CaptionReader
 
 SplitName = Literal["train", "validation", "test", ""]
 """A split that data name; '' for rows that no split names."""
@@ -50,6 +51,7 @@ _NAMES: dict[str, SplitName] = {
 }
 _GENERIC = ("image", "images", "img", "imgs", "set", "data", "split", "dataset")
 """Words beside a split's name in the name of a folder, such as test_images."""
+_TEXT = ("text", "txt")
 COPIES = "images to train on that are copies of held-out ones left out"
 _ORDER: tuple[SplitName, ...] = ("", "train", "validation", "test")
 
@@ -169,6 +171,15 @@ class Part:
     def role(self, row: int, of_split: dict[SplitName, Role]) -> Role:
         return of_split[self.splits if isinstance(self.splits, str) else self.splits[row]]
 
+    def column(self, wanted: str) -> str | None:
+        """What the part itself calls a column of all parts: captions are `txt` in shards."""
+        for name in (wanted, "text", "txt") if wanted.rpartition(".")[2] in _TEXT else (wanted,):
+            try:
+                return existing_column(self.rows.name, name, self.rows.columns, "")
+            except ValueError:
+                continue
+        return None
+
     def counts(self) -> Counter[SplitName]:
         if isinstance(self.splits, str):
             return Counter({self.splits: len(self.rows)})
@@ -183,6 +194,8 @@ class SplitRows(Rows):
         held_out: whether each row is held out (N).
         note: what is held out and why, for the user.
     """
+
+    held_out: np.ndarray
 
     def __init__(self, name: str, parts: Sequence[Part], named_by: str) -> None:
         self.name = name
@@ -225,13 +238,17 @@ class SplitRows(Rows):
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         for part, kept in zip(self._parts, self._kept, strict=True):
             wanted = set(kept.tolist())
-            own = [column for column in columns if column in part.rows.columns]
+            own = {column: name for column in columns if (name := part.column(column)) is not None}
             if not own:
-                yield from ([{}] for _ in wanted)
+                for _ in wanted:
+                    yield [{}]
                 continue
-            for row, records in enumerate(part.rows.records(own)):
+            for row, records in enumerate(part.rows.records(list(own.values()))):
                 if row in wanted:
-                    yield records
+                    yield [
+                        record | {column: record.get(name) for column, name in own.items()}
+                        for record in records
+                    ]
 
     def _of(self, row: int) -> tuple[Part, int]:
         """A part, and the row in it."""
@@ -337,9 +354,15 @@ def copies_of_held_out(rows: Rows, digest: np.ndarray, tally: SkipCounter) -> np
     return copies
 
 
-def with_held_out_source(rows: Rows, second: Rows) -> SplitRows:
+def with_held_out_source(rows: Rows, second: Rows, config: DataConfig) -> SplitRows:
     """The rows of a source with all of a second one as the held-out ones. What the first source
-    itself names as validation or test is not trained on."""
+    itself names as validation or test is not trained on.
+
+    Raises:
+        ValueError: one of the two lacks the column of the captions.
+    """
+    for own_rows in (rows, second):
+        CaptionReader(own_rows.name, own_rows.columns, config)
     if rows.held_out is not None:
         own: list[SplitName] = ["test" if held_out else "train" for held_out in rows.held_out]
         first = Part(rows, own)

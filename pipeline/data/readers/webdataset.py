@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -68,7 +68,7 @@ def is_image(member: str) -> bool:
     return f".{ending(member)}" in EXTENSIONS
 
 
-def images_of(members: Iterator[str] | Sequence[str], wanted: str | None) -> list[str]:
+def images_of(members: Iterable[str], wanted: str | None) -> list[str]:
     """The members of a sample that are its image, the one to use first: that of the setting, or
     those that end as images do."""
     own = list(members)

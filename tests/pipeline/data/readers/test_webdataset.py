@@ -73,10 +73,7 @@ def test_named_parts_are_read_the_same_mapped_and_streamed(tmp_path, options):
     samples = [
         (
             f"{i:03d}",
-            {
-                "input.jpg": encoded((i, 0, 9), form="JPEG"),
-                "outputs.txt": f"number {i}".encode(),
-            },
+            {"input.jpg": encoded((i, 0, 9), form="JPEG"), "outputs.txt": f"number {i}".encode()},
         )
         for i in range(12)
     ]
