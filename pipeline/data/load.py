@@ -14,11 +14,14 @@ from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.map_source import MappedSource, SourceIndex
 from pipeline.data.mixture import MixedSource
 from pipeline.data.readers.base import Rows, printable
-from pipeline.data.readers.folder import TABLE_SUFFIXES, folder_rows, table_rows
+from pipeline.data.readers.folder import LAYOUTS, TABLE_SUFFIXES, folder_rows, table_rows
 from pipeline.data.readers.hub import hub_rows, is_saved_dataset, parquet_rows
+from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import (
     ACCEPTED,
+    contents,
     described,
+    files_below,
     files_of_rows,
     is_hub_name,
     is_remote,
@@ -121,6 +124,11 @@ def _rows_of(config: DataConfig) -> Rows:
             shard_rows(config, files) if files[0].suffix == ".tar" else parquet_rows(config, files)
         )
     if path.is_dir():
+        if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+            raise ValueError(
+                f"{path} holds 0 images and no captions, shards or Parquet; it holds "
+                f"{contents(path)}; {LAYOUTS}"
+            )
         return split_folder_rows(path, config) or folder_rows(
             path, config.text_column, config.caption_template
         )

@@ -160,20 +160,20 @@ class StageRun:
 
     def _other_images(self, before: Mapping[str, Any]) -> str:
         """What is known of the images then and now."""
-        splits = ("to train on", "held out")
-        then = before.get("num_images") or (None, None)
-        now = self.num_images or (None, None)
-        counts = [
-            f"{old:,} -> {new:,} images {split}" + (f" ({new - old:+,})" if new != old else "")
-            for split, old, new in zip(splits, then, now, strict=True)
-            if old is not None and new is not None
-        ]
         places = [" + ".join(sources_in(of.get("data", {}))) for of in (before, self.inputs)]
-        same = "the same number of images, of which files, captions or the split differ"
-        what = ", ".join(counts) or "they are other images, captions or splits"
-        if counts and then == now:
-            what = same
-        return f"of {places[0]} -> {places[1]}: {what}"
+        where = f"of {' -> '.join(dict.fromkeys(places))}"
+        then, now = before.get("num_images"), self.num_images
+        if then is not None and then == now:
+            return f"{where}: the same number of images, of which files, captions or splits differ"
+        counts = [
+            f"{'unknown' if old is None else f'{old:,}'} -> {new:,} images {split}"
+            + ("" if old is None else f" ({new - old:+,})")
+            for split, old, new in zip(
+                ("to train on", "held out"), then or (None, None), now or (None, None), strict=True
+            )
+            if new is not None
+        ]
+        return f"{where}: {', '.join(counts) or 'other images, captions or splits'}"
 
     def begin(self) -> Accelerator:
         """Records what the run and the stage are made with, before any weight is written."""

@@ -93,7 +93,7 @@ def test_data_are_known_by_their_images_and_not_by_their_path(experiment):
         r"10 -> 13 images held out \(\+3\)\. To go on, put the images back .*; or remove",
     ):
         more.is_complete()
-    with pytest.raises(ValueError, match="the same number of images, of which files, captions"):
+    with pytest.raises(ValueError, match="of here: the same number of images, of which files"):
         of([1000, 10], images=["c", "d"]).is_complete()
     with pytest.raises(
         ValueError,

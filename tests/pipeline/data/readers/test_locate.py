@@ -68,7 +68,11 @@ def test_what_exists_is_never_looked_up(tmp_path, monkeypatch, no_hub):
     with pytest.raises(ValueError, match="notes is 1 without an ending"):
         find_rows(config("notes"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds 0 images"):
+    with pytest.raises(ValueError, match="empty holds 0 images .*; it holds no file; accepted are"):
+        find_rows(config("empty"))
+    for name in ("a.heic", "b.heic", "c.md"):
+        (tmp_path / "empty" / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"it holds 2 \.heic, 1 \.md \(a\.heic, b\.heic, c\.md\);"):
         find_rows(config("empty"))
 
 
