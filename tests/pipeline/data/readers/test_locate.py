@@ -68,7 +68,9 @@ def test_what_exists_is_never_looked_up(tmp_path, monkeypatch, no_hub):
     with pytest.raises(ValueError, match="notes is 1 without an ending"):
         find_rows(config("notes"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds 0 images .*; it holds no file; accepted are"):
+    with pytest.raises(
+        ValueError, match=r"empty holds 0 images .*; it holds no file; accepted are"
+    ):
         find_rows(config("empty"))
     for name in ("a.heic", "b.heic", "c.md"):
         (tmp_path / "empty" / name).write_bytes(b"x")
