@@ -269,7 +269,7 @@ def _part_plans(
 
 
 def _load_progress(
-    folder: Path, plan: dict[str, Any], earlier: Mapping[str, str | None]
+    folder: Path, plan: dict[str, Any], earlier: Mapping[Split, str | None]
 ) -> tuple[dict[str, Any], dict[str, Shard]]:
     """The plan to follow, and the files that were written by it.
 
@@ -308,7 +308,7 @@ def _load_progress(
 
 
 def _as_recorded(
-    made: Mapping[str, Any], plan: Mapping[str, Any], earlier: Mapping[str, str | None]
+    made: Mapping[str, Any], plan: Mapping[str, Any], earlier: Mapping[Split, str | None]
 ) -> dict[str, str]:
     """The fingerprints of the plan's sources; as earlier versions recorded them, if they did."""
     return {

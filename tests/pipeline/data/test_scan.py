@@ -72,6 +72,15 @@ def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch,
     assert not [file for file in kept.iterdir() if file.name.startswith(".")]
 
 
+def test_scan_of_a_moved_folder_is_cached(folder, tmp_path, monkeypatch, opened):
+    monkeypatch.setattr(scan, "_SLOW", 5)
+    first = scan_images(rows(folder), 2, tmp_path / "kept")
+    opened.clear()
+    folder.rename(tmp_path / "moved")
+    again = scan_images(rows(tmp_path / "moved"), 2, tmp_path / "kept")
+    assert not opened and np.array_equal(first.digest, again.digest)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_scan_disjoint_images_and_share_results(
     folder, tmp_path, monkeypatch, opened, processes
