@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
@@ -27,6 +28,10 @@ class MixPart:
     """As `data.text_column`."""
     caption_template: str | None = None
     """As `data.caption_template`."""
+    split_column: str | None = None
+    """As `data.split_column`."""
+    held_out_source: str | None = None
+    """As `data.held_out_source`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -182,7 +187,14 @@ class DataConfig:
     """Mirror half of the images in training. For captions that do not mention left and right, and
     images without writing."""
     val_fraction: float = 0.05
-    """Fraction of the images held out from training, chosen by a hash of each image's name."""
+    """Fraction of the images held out from training, chosen by a hash of each image's name. Not
+    used where the data name what is held out."""
+    split_column: str = "auto"
+    """Column that says which images are held out: train, validation or test. `auto` takes the
+    splits that folders, files, `datasets` or a column `split` name; `none` takes no such names."""
+    held_out_source: str | None = None
+    """A second source, as `source`, whose images are those held out. All others are trained on,
+    save those that `source` names as validation or test."""
     image_column: str | None = None
     """Column of the images: paths, bytes or `datasets` images. Absent, it is whichever exists of
     image, file_name, path, jpg, jpeg, png, webp."""
@@ -258,6 +270,17 @@ class DataConfig:
                 "false",
             ),
             (
+                self.held_out_source is not None and bool(self.mix),
+                f"data.held_out_source is {self.held_out_source} and data.mix has {len(self.mix)} "
+                "parts; give each part its own held_out_source",
+            ),
+            (
+                self.held_out_source is not None
+                and not {self.source, self.held_out_source}.isdisjoint(SYNTHETIC_SOURCES),
+                f"data.held_out_source is {self.held_out_source} and data.source {self.source}; "
+                "shapes and emoji have splits of their own, leave it out",
+            ),
+            (
                 self.streaming and self.source in SYNTHETIC_SOURCES,
                 f"data.streaming is on, and {self.source} are drawn here; set it to false",
             ),
@@ -322,8 +345,14 @@ ADDED_LATER = ("caption_lines", "delimiter")
 them."""
 
 
+KNOWN_BY_CONTENT = ("source", "split_column", "held_out_source")
+"""Fields of `DataConfig` and of its parts that lead to images and splits. A fingerprint of what
+they lead to is compared in their place, so that moved data stay the same data."""
+
+
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A `DataConfig` as plain values, without what changes no image."""
+    """A `DataConfig` as plain values, without what changes no image. Fields that are newer than
+    some runs are left out where they have their defaults."""
     settings = {name: value for name, value in config.items() if name not in CHANGES_NO_IMAGE}
     # A seed of 0 is left out: there are runs and fingerprints of data that know no seed.
     defaults = {f.name: f.default for f in fields(DataConfig)}
@@ -333,6 +362,18 @@ def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     settings["emoji"] = {
         name: value for name, value in config["emoji"].items() if name != "split_seed" or value
     }
+    if settings.get("split_column") == "auto":
+        del settings["split_column"]
+    if settings.get("held_out_source") is None:
+        settings.pop("held_out_source", None)
+    settings["mix"] = [
+        {
+            name: value
+            for name, value in part.items()
+            if value is not None or name not in KNOWN_BY_CONTENT
+        }
+        for part in config["mix"]
+    ]
     return settings
 
 
@@ -340,3 +381,23 @@ def tag_settings(config: DataConfig) -> dict[str, Any] | None:
     """How a prior's training varies captions; None where it does not, as in runs that do not know
     it."""
     return asdict(config.tags) if config.tags.vary else None
+
+
+def settings_beside_content(settings: dict[str, Any]) -> dict[str, Any]:
+    """`data_settings` without the names that lead to the images: what must stay the same where a
+    fingerprint of the images is compared as well."""
+    own = {name: value for name, value in settings.items() if name not in KNOWN_BY_CONTENT}
+    own["mix"] = [
+        {name: value for name, value in part.items() if name not in KNOWN_BY_CONTENT}
+        for part in settings.get("mix", [])
+    ]
+    return own
+
+
+def settings_by_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """`data_settings` in which every spelling of a path that exists is the same."""
+    own = {**settings, "mix": [settings_by_place(part) for part in settings.get("mix", [])]}
+    for name in ("source", "held_out_source"):
+        if own.get(name) and Path(own[name]).expanduser().exists():
+            own[name] = str(Path(own[name]).expanduser().resolve())
+    return own

@@ -3,20 +3,38 @@ read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.emoji import EmojiSource
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.map_source import MappedSource, SourceIndex
 from pipeline.data.mixture import MixedSource
-from pipeline.data.readers.base import Rows
-from pipeline.data.readers.folder import folder_rows, table_rows
-from pipeline.data.readers.hub import HubRows, is_saved_dataset
+from pipeline.data.readers.base import Rows, printable
+from pipeline.data.readers.folder import LAYOUTS, folder_rows, table_rows
+from pipeline.data.readers.hub import hub_rows, is_saved_dataset, parquet_rows
+from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.locate import (
+    ACCEPTED,
+    contents,
+    described,
+    files_below,
+    files_of_rows,
+    is_hub_name,
+    is_remote,
+    matching,
+    not_found,
+)
+from pipeline.data.readers.split_folders import split_folder_rows
+from pipeline.data.readers.splits import with_held_out_source, with_named_splits
 from pipeline.data.readers.tables import TABLE_SUFFIXES
-from pipeline.data.readers.webdataset import ShardRows, is_remote, shard_names
+from pipeline.data.readers.webdataset import shard_rows
 from pipeline.data.source import Source, Split
-from pipeline.data.streaming.source import HeldRows, StreamSource, as_read, streams
+from pipeline.data.streaming.samples import streams
+from pipeline.data.streaming.source import HELD_OUT, HeldRows, StreamSource, as_read
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 
@@ -54,7 +72,10 @@ def load_sources(
         return EmojiSource(config, "train"), EmojiSource(config, "held_out")
     if config.streaming:
         stream = StreamSource(config)
-        return stream, MappedSource(SourceIndex(HeldRows(stream), as_read(config)), "held_out")
+        if config.held_out_source is not None:
+            return stream, _all_held_out(second_source(config), folder, share)
+        rows = HeldRows(stream, stream.held_out())
+        return stream, MappedSource(SourceIndex(rows, as_read(config)), "held_out")
     everything = SourceIndex(find_rows(config), config, folder, share)
     return MappedSource(everything, "train"), MappedSource(everything, "held_out")
 
@@ -65,25 +86,59 @@ def load_source(config: DataConfig, split: Split, folder: Path | None = None) ->
 
 
 def find_rows(config: DataConfig) -> Rows:
-    """The rows of a source of files, by the kind of what its name leads to. Raises what
-    `load_sources` does."""
+    """The rows of a source of files, by the kind of what its name leads to, and the splits that
+    they name. Raises what `load_sources` does."""
+    rows = with_named_splits(_rows_of(config), config)
+    if config.held_out_source is None:
+        return rows
+    return with_held_out_source(rows, _rows_of(second_source(config)), config)
+
+
+def second_source(config: DataConfig) -> DataConfig:
+    """The configuration of the held-out source: all of it is held out, whatever splits it has."""
+    assert config.held_out_source is not None
+    return replace(config, source=config.held_out_source, held_out_source=None, split_column="none")
+
+
+def _all_held_out(config: DataConfig, folder: Path | None, share: WorkerInfo) -> MappedSource:
+    """All images of a source, held out; the first ones of a remote one."""
     if is_remote(config.source):
-        raise ValueError(
-            f"data.source {config.source} is not on this disk; set data.streaming=true"
-        )
-    path = Path(config.source).expanduser()
+        stream = StreamSource(config)
+        rows: Rows = HeldRows(stream, list(stream.first(HELD_OUT)))
+        config = as_read(config)
+    else:
+        config = replace(config, streaming=False)
+        rows = _rows_of(config)
+    rows.held_out = np.ones(len(rows), bool)
+    return MappedSource(SourceIndex(rows, config, folder, share), "held_out")
+
+
+def _rows_of(config: DataConfig) -> Rows:
+    source = config.source
+    if is_remote(source):
+        raise ValueError(f"data.source {source} is not on this disk; set data.streaming=true")
+    path = Path(source).expanduser()
     if path.is_dir() and is_saved_dataset(path):
-        return HubRows(config)
-    if shards := shard_names(config.source):
-        return ShardRows(config.source, shards, config.image_column, config.caption_lines)
-    if path.is_dir():
-        return folder_rows(
-            path,
-            config.text_column,
-            config.caption_template,
-            delimiter=config.delimiter,
-            caption_lines=config.caption_lines,
+        return hub_rows(config)
+    if files := files_of_rows(source):
+        return (
+            shard_rows(config, files) if files[0].suffix == ".tar" else parquet_rows(config, files)
         )
-    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        return table_rows(path, config.image_column, config.delimiter)
-    return HubRows(config)
+    if path.is_dir():
+        if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+            raise ValueError(
+                f"{path} holds 0 images and no captions, shards or Parquet; it holds "
+                f"{contents(path)}; {LAYOUTS}"
+            )
+        return split_folder_rows(path, config) or folder_rows(path, config)
+    files = matching(source)
+    if len(files) == 1 and files[0].suffix.lower() in TABLE_SUFFIXES:
+        return table_rows(files[0], config.image_column, config.delimiter)
+    if files or path.exists():
+        raise ValueError(
+            f"data.source {printable(source)} is {described(files, Path())}, which is no source; "
+            f"{ACCEPTED}"
+        )
+    if is_hub_name(source):
+        return hub_rows(config)
+    raise not_found(source)

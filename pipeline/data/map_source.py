@@ -16,6 +16,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
+from pipeline.data.readers.splits import copies_of_held_out
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
@@ -45,17 +46,23 @@ class SourceIndex:
         found = scan_images(rows, config.workers, folder, share)
         fit = usable(rows, found, config, tally)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
+        fit &= ~copies_of_held_out(rows, found.digest, tally)
         self.problems = rows.tally.lines() + tally.lines()
         check_usable(rows.name, int(fit.sum()), self.problems)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
+        if rows.note:
+            self.problems.append(rows.note)
+        named = rows.held_out
         for row in np.flatnonzero(fit).tolist():
             label = rows.label(row)
-            kept[is_held_out(label, config.val_fraction)].append(row)
-            digest.update(
-                "\0".join([label, *self.captions[row], str(int(found.digest[row]))]).encode()
-                + b"\n"
-            )
+            held_out = is_held_out(label, config.val_fraction) if named is None else named[row]
+            kept[bool(held_out)].append(row)
+            entry = [label, *self.captions[row], str(int(found.digest[row]))]
+            # A split by hash follows from the label.
+            if named is not None:
+                entry.append("held out" if held_out else "train")
+            digest.update("\0".join(entry).encode() + b"\n")
         self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
         self.fingerprint = digest.hexdigest()[:16]
         self._decoded: dict[int, np.ndarray] = {}

@@ -21,9 +21,10 @@ class MixedSource(Source):
         self._parts = parts
         self.weights = weights
         self.name = " + ".join(part.name for part in parts)
-        self.fingerprint = hashlib.sha256(
-            " ".join(part.fingerprint for part in parts).encode()
-        ).hexdigest()[:16]
+        self.fingerprint = _joined([part.fingerprint for part in parts])
+        self.earlier_fingerprint = _joined(
+            [part.earlier_fingerprint or part.fingerprint for part in parts]
+        )
         counts = [part.num_images for part in parts]
         self.num_images = None if None in counts else sum(filter(None, counts))
         self.starts = list(accumulate((part.number_limit for part in parts[:-1]), initial=0))
@@ -63,6 +64,10 @@ class MixedSource(Source):
             if len(places):
                 found.append((part, places.tolist(), (rows[places] - self.starts[number]).tolist()))
         return found
+
+
+def _joined(fingerprints: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
 
 class MixtureSchedule:

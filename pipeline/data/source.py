@@ -39,7 +39,9 @@ class Source:
 
     name: str
     fingerprint: str
-    """Changes when an image or a caption would."""
+    """Changes when an image, a caption or a split would."""
+    earlier_fingerprint: str | None = None
+    """What earlier versions call the same images; None where that is the same."""
     num_images: int | None
     """None for a stream, which does not know it."""
     weights: Sequence[float] = (1.0,)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES
-from pipeline.data.readers.base import facts_of, printable
+from pipeline.data.readers.base import printable
 from pipeline.data.readers.captions import CaptionReader, Captions
 from pipeline.data.readers.webdataset import ShardRows
 from pipeline.doctor.open_source import Opened
@@ -27,7 +27,7 @@ _OPEN = frozenset(
 
 def understood(opened: Opened, captions: Captions | None) -> list[tuple[str, str]]:
     """Names and values: which table, which columns, how many captions an image has."""
-    facts = facts_of(opened.rows)
+    facts = list(opened.rows.facts)
     config = opened.config
     if captions is None or config.source in SYNTHETIC_SOURCES:
         return facts
@@ -121,5 +121,5 @@ def _is_tag_list(caption: str) -> bool:
 
 def _from_files(opened: Opened) -> bool:
     """Whether captions are lines of text files."""
-    beside = any(name == "caption files" for name, _ in facts_of(opened.rows))
+    beside = any(name == "caption files" for name, _ in opened.rows.facts)
     return beside or (isinstance(opened.rows, ShardRows) and opened.config.caption_template is None)

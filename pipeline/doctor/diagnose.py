@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config.data import DataConfig
 from pipeline.data.source import check_splits
-from pipeline.data.streaming.source import streams
+from pipeline.data.streaming.samples import streams
 from pipeline.doctor.caption_stats import captions_report
 from pipeline.doctor.inspect_source import Part, inspect_source
 from pipeline.doctor.report import Diagnosis, Finding

@@ -22,6 +22,7 @@ from pipeline.data.readers.captions import LISTS, Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.paths import FOLDED
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
+from pipeline.data.readers.splits import copies_of_held_out
 from pipeline.data.source import check_usable
 from pipeline.doctor.caption_layout import caption_layout_findings, understood
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
@@ -150,6 +151,7 @@ def _fit(
     """Whether training would use each row (N): see `usable`. Where captions cannot be read, images
     are judged on their own."""
     fit = usable(rows, found, config, tally)
+    fit &= ~copies_of_held_out(rows, found.digest, tally)
     if captions is None:
         return fit
     return np.asarray(fit & [bool(captions[row]) for row in range(len(rows))])
@@ -178,6 +180,9 @@ def _report(
     endings = [PurePosixPath(rows.label(row)).suffix.lower() for row in range(len(rows))]
     return SourceReport(
         name=rows.name,
+        layout=rows.layout,
+        columns=list(rows.columns),
+        splits=_splits(rows, opened.config),
         rows=len(rows),
         readable=int(readable.sum()),
         usable=int(fit.sum()),
@@ -201,6 +206,13 @@ def _report(
         formats=_ranked(ending for ending in endings if ending in EXTENSIONS),
         duplicates=_duplicates(opened, found, readable, fit, held_out),
     )
+
+
+def _splits(rows: Rows, config: DataConfig) -> str:
+    """What is held out and why, in words."""
+    if rows.note or rows.held_out is not None:
+        return rows.note
+    return f"none named; held out are {config.val_fraction:g} of the images by a hash of names"
 
 
 def spread(values: np.ndarray) -> Spread | None:

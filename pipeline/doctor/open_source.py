@@ -6,6 +6,7 @@ Knows how each kind is opened; judges nothing.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
-from pipeline.data.load import find_rows, load_sources
+from pipeline.data.load import find_rows, load_sources, second_source
 from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint, is_held_out
+from pipeline.data.readers.captions import captions_of
 from pipeline.data.source import Source
-from pipeline.data.streaming.source import StreamSource, as_read
+from pipeline.data.streaming.source import HELD_OUT, Sample, StreamSource, as_read
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Opened:
 
     def held_out(self, row: int, fraction: float) -> bool:
         """Whether a row is held out."""
-        if isinstance(self.rows, SyntheticRows):
-            return row >= self.rows.train
+        if self.rows.held_out is not None:
+            return bool(self.rows.held_out[row])
         return is_held_out(self.rows.label(row), fraction)
 
 
@@ -65,7 +67,7 @@ def open_without_captions(config: DataConfig) -> Opened:
     return Opened(find_rows(replace(config, text_column="name", caption_template="{name}")), config)
 
 
-class SyntheticRows:
+class SyntheticRows(Rows):
     """Images of `shapes` or `emoji`: `train` of training and then those held out."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
@@ -79,6 +81,7 @@ class SyntheticRows:
         self.first_only = self.train < len(train)
         if self.first_only:
             self._held_out = min(self._held_out, max(round(most * config.val_fraction), 1))
+        self.held_out = np.arange(self.train + self._held_out) >= self.train
         self.stamp = content_fingerprint([train.fingerprint, held_out.fingerprint])
 
     def __len__(self) -> int:
@@ -105,7 +108,7 @@ class SyntheticRows:
         return (train, row) if row < self.train else (held_out, row - self.train)
 
 
-class StreamedRows:
+class StreamedRows(Rows):
     """The first samples of a stream. A temporary file holds their images as long as these rows
     live."""
 
@@ -121,15 +124,21 @@ class StreamedRows:
         self.name = stream.name
         self.columns = ["text"]
         self.tally = stream.tally
+        self.layout = stream.layout
+        self.note = stream.note
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows live
         self._names: list[str] = []
         self._captions: list[list[str]] = []
         ends = [0]
-        for sample in stream.first(most):
+        held_out = []
+        for sample in itertools.chain(stream.first(most), _held_out_samples(config, self.tally)):
             self._file.write(sample.content)
             ends.append(ends[-1] + len(sample.content))
             self._names.append(sample.name)
             self._captions.append(sample.captions)
+            held_out.append(sample.held_out or stream.is_sample_held_out(sample))
+        if stream.is_split or config.held_out_source is not None:
+            self.held_out = np.array(held_out, bool)
         self._file.flush()
         self._ends = np.array(ends, np.int64)
         self.stamp = content_fingerprint([stream.fingerprint, *self._names])
@@ -151,3 +160,14 @@ class StreamedRows:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+
+def _held_out_samples(config: DataConfig, tally: SkipCounter) -> Iterator[Sample]:
+    """The first images of `data.held_out_source`."""
+    if config.held_out_source is None:
+        return
+    second = second_source(config)
+    rows = find_rows(second)
+    captions = captions_of(rows, second, tally)
+    for row in range(min(len(rows), HELD_OUT)):
+        yield Sample(rows.label(row), rows.image(row), captions[row], held_out=True)

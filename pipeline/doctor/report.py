@@ -119,6 +119,9 @@ class SourceReport:
 
     Attributes:
         name: as given.
+        layout: how the source was understood.
+        columns: what captions can be made of.
+        splits: what the data hold out, or that a hash chooses it.
         rows: images that were read.
         readable: of these, those that can be decoded.
         usable: of these, those that training would use, by size and caption.
@@ -136,6 +139,9 @@ class SourceReport:
     """
 
     name: str
+    layout: str = ""
+    columns: list[str] = field(default_factory=list)
+    splits: str = ""
     rows: int = 0
     readable: int = 0
     usable: int = 0

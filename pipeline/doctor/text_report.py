@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.data.readers.base import printable
 from pipeline.doctor.report import Bin, CaptionReport, Diagnosis, SourceReport, Spread
 
 _BAR = 40
@@ -33,12 +34,18 @@ def source_facts(source: SourceReport) -> Facts:
     """One source in words, for the terminal and for the page."""
     found = source.duplicates
     counts = f"{source.rows:,}{' looked at (of more)' if source.first_only else ''}"
+    understood = [
+        ("layout", source.layout),
+        ("columns", ", ".join(map(printable, source.columns))),
+        ("splits", source.splits),
+    ]
     facts = [
+        *((name, fact) for name, fact in understood if fact),
         (
             "images",
             f"{counts}, {source.readable:,} readable, {source.usable:,} usable "
             f"({source.train:,} to train on, {source.held_out:,} held out)",
-        )
+        ),
     ]
     for name, side in (("shorter", source.shorter_side), ("longer", source.longer_side)):
         if side is not None:

@@ -36,6 +36,7 @@ from pipeline.stages.variants import (
     METRICS,
     SHARED_SETTINGS,
     checked_minutes,
+    differing_settings,
     is_done,
     load_variants,
     made_with,
@@ -258,7 +259,7 @@ def write_report(comparison: Comparison) -> None:
     names = dict.fromkeys([*comparison.variants, *found])
     for name in filter(found.__contains__, names):
         made = with_section_defaults(found[name].get("made_with", {}))
-        differing = [key for key in SHARED_SETTINGS if made.get(key) != base[key]]
+        differing = differing_settings(made, base, SHARED_SETTINGS)
         if differing and name not in comparison.variants:
             notes += (
                 f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"

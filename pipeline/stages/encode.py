@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.config.data import DataConfig, data_settings
+from pipeline.config.data import DataConfig, data_settings, settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
@@ -75,7 +75,8 @@ def encode_dataset(
     sources = dict(zip(_SPLITS, loaded, strict=True))
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     bf16 = uses_bf16(experiment.precision, accelerator.device)
-    plan, known = _load_progress(folder, _plan(experiment, tokenizer, sources, bf16))
+    earlier = {split: source.earlier_fingerprint for split, source in sources.items()}
+    plan, known = _load_progress(folder, _plan(experiment, tokenizer, sources, bf16), earlier)
     files = codes.planned_files(plan)
     names = [name for units in files.values() for name in units]
     pending = _pending_shards(folder, names, known, accelerator)
@@ -236,6 +237,8 @@ def _plan(
             for level in tokenizer.quantizer.layout((side, side))
         ],
         "sources": {split: source.fingerprint for split, source in sources.items()},
+        # For messages
+        "num_images": {split: source.num_images for split, source in sources.items()},
         "augmentations_per_image": options.augmentations_per_image,
         # Of how views differ; the first is the image itself.
         "seed": experiment.seed if options.augmentations_per_image > 1 else None,
@@ -265,8 +268,13 @@ def _part_plans(
     ]
 
 
-def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shard]]:
+def _load_progress(
+    folder: Path, plan: dict[str, Any], earlier: Mapping[Split, str | None]
+) -> tuple[dict[str, Any], dict[str, Shard]]:
     """The plan to follow, and the files that were written by it.
+
+    Args:
+        earlier: what earlier versions called the same images of each split.
 
     Raises:
         ValueError: the folder was made by another plan.
@@ -276,6 +284,7 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
         codes.check_form(made, folder)
         # A rebuilt file has as many rows as before, and the same arithmetic on every machine.
         plan = {**plan, "images_per_shard": made["images_per_shard"], "bf16": made["bf16"]}
+        plan["sources"] = _as_recorded(made, plan, earlier)
         _refuse_other(made, plan, f"{folder} holds codes")
         return plan, {
             shard.name: shard for shards in codes.shards_of(made).values() for shard in shards
@@ -284,6 +293,7 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
         try:
             begun = json.loads((folder / codes.PLAN).read_text())
             codes.check_format(begun["format"], folder)
+            plan["sources"] = _as_recorded(begun, plan, earlier)
             _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
@@ -297,6 +307,16 @@ def _load_progress(folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], 
     return plan, {}
 
 
+def _as_recorded(
+    made: Mapping[str, Any], plan: Mapping[str, Any], earlier: Mapping[Split, str | None]
+) -> dict[str, str]:
+    """The fingerprints of the plan's sources; as earlier versions recorded them, if they did."""
+    return {
+        split: made["sources"][split] if made["sources"][split] == earlier[split] else fingerprint
+        for split, fingerprint in plan["sources"].items()
+    }
+
+
 def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
     before = _by_name(made)
     now = _by_name(plan)
@@ -305,18 +325,27 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
         for name in before | now
         if before.get(name) != now.get(name)
     ]
+    if made["sources"] != plan["sources"]:
+        then = made.get("num_images", {})
+        changes += [
+            f"{split}: {then[split]} -> {count} images"
+            for split, count in plan["num_images"].items()
+            if then.get(split) != count and split in then
+        ]
     if changes:
         raise ValueError(
-            f"{what} made with something else ({'; '.join(changes)}); remove that folder and run "
+            f"{what} made with something else ({'; '.join(changes)}); go back to that to keep "
+            "them, give these another name or --out folder, or remove that folder and run "
             "`minidalle encode` again"
         )
 
 
 def _by_name(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change in a plan, as messages call it."""
+    settings = plan["settings"] | {"data": settings_beside_content(plan["settings"]["data"])}
     return {
         "tokenizer": plan["tokenizer"],
-        **dict(sorted(flat(plan["settings"]).items())),
+        **dict(sorted(flat(settings).items())),
         "seed of the views": plan["seed"],
         "encode.images_per_shard": plan["images_per_shard"],
         "precision: computed in": "bf16" if plan["bf16"] else "fp32",

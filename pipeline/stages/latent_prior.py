@@ -59,7 +59,13 @@ def train_latent_prior(experiment: Experiment) -> Path:
     )
     loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     sources = dict(zip(("train", "held_out"), loaded, strict=True))
-    run = StageRun(experiment, "prior", section.train, _inputs(experiment, tokenizer, sources))
+    run = StageRun(
+        experiment,
+        "prior",
+        section.train,
+        _inputs(experiment, tokenizer, sources),
+        num_images=[source.num_images for source in loaded],
+    )
     if run.is_complete():
         return run.folder
     accelerator = run.begin()

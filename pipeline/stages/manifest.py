@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from pipeline.config.experiment import Experiment, to_dict, with_defaults
+from pipeline.config.data import settings_beside_content
+from pipeline.config.experiment import Experiment, flat, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
@@ -40,6 +41,8 @@ RESUME_SAFE_FIELDS = (
 )
 """Fields of `train` that change no weight by more than rounding."""
 _CHANGES_NO_CODE = ("images_per_shard",)
+_IMAGES = ("images", "sources")
+"""Inputs that are fingerprints of images."""
 LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
@@ -55,6 +58,8 @@ class StageRun:
         stage: the name of its folder.
         train: how it is trained. Numbers that an earlier attempt chose replace `auto`.
         inputs: what else its weights depend on.
+        earlier: inputs as earlier versions recorded them, which count as the same.
+        num_images: images to train on and held out, for messages; None where it is unknown.
         accelerator: set by `begin`.
     """
 
@@ -62,6 +67,8 @@ class StageRun:
     stage: Stage
     train: TrainConfig
     inputs: dict[str, Any]
+    earlier: dict[str, Any] = field(default_factory=dict)
+    num_images: list[int | None] | None = None
     accelerator: Accelerator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +87,8 @@ class StageRun:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the weights depend on, and how they are trained."""
-        return self.inputs | {"train": to_dict(self.train)}
+        counts = {} if self.num_images is None else {"num_images": self.num_images}
+        return self.inputs | {"train": to_dict(self.train)} | counts
 
     def is_complete(self) -> bool:
         """Whether the stage was completed with these settings.
@@ -114,13 +122,58 @@ class StageRun:
         now = self.inputs | {
             f"train.{key}": value for key, value in to_dict(self.train).items() if key not in free
         }
-        differing = [key for key in now if key != "train" and before.get(key) != now[key]]
+        differing = [
+            key
+            for key in now
+            if key != "train"
+            and not same_inputs(before.get(key), now[key])
+            and not same_inputs(before.get(key), self.earlier.get(key, now[key]))
+        ]
         if differing and (done or checkpoint):
-            raise ValueError(
-                f"{self.folder} was made with other settings ({', '.join(differing)}); choose "
-                f"another name for this run, or remove {self.folder} and what was built on it"
-            )
+            raise ValueError(self._refusal(before, now, differing))
         return done and not longer and _has_readable_weights(self.folder)
+
+    def _refusal(
+        self, before: Mapping[str, Any], now: Mapping[str, Any], differing: list[str]
+    ) -> str:
+        """What differs, old and new, and what to do; what keeps the run comes first."""
+        changes = [
+            change
+            for key in differing
+            if key not in _IMAGES
+            for change in changed(key, before.get(key), now[key])
+        ]
+        if not set(_IMAGES).isdisjoint(differing):
+            changes.append(self._other_images(before))
+            keep = (
+                "put the images back as they were to keep this run, or train on these in a run of "
+                f"another name (--tokenizer.init_from={self.experiment.folder} starts from its "
+                "weights)"
+            )
+        else:
+            keep = "give the earlier values to keep this run, or choose another name for these"
+        return (
+            f"{self.folder} was made with other settings ({', '.join(differing)}): "
+            f"{'; '.join(changes)}. To go on, {keep}; or remove {self.folder} and what was built "
+            "on it"
+        )
+
+    def _other_images(self, before: Mapping[str, Any]) -> str:
+        """What is known of the images then and now."""
+        places = [" + ".join(sources_in(of.get("data", {}))) for of in (before, self.inputs)]
+        where = f"of {' -> '.join(dict.fromkeys(places))}"
+        then, now = before.get("num_images"), self.num_images
+        if then is not None and then == now:
+            return f"{where}: the same number of images, of which files, captions or splits differ"
+        counts = [
+            f"{'unknown' if old is None else f'{old:,}'} -> {new:,} images {split}"
+            + ("" if old is None else f" ({new - old:+,})")
+            for split, old, new in zip(
+                ("to train on", "held out"), then or (None, None), now or (None, None), strict=True
+            )
+            if new is not None
+        ]
+        return f"{where}: {', '.join(counts) or 'other images, captions or splits'}"
 
     def begin(self) -> Accelerator:
         """Records what the run and the stage are made with, before any weight is written."""
@@ -204,6 +257,37 @@ class StageRun:
             content = {"format": FORMAT, "settings": self.settings, **metrics}
             atomic_write_text(self.folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
+
+
+def same_inputs(before: Any, now: Any) -> bool:
+    """Whether two inputs of a stage are the same. The names of data do not count: fingerprints of
+    what they lead to are among the inputs."""
+    return bool(_by_content(before) == _by_content(now))
+
+
+def _by_content(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "source" in value and "mix" in value:
+        return settings_beside_content(dict(value))
+    return {key: _by_content(own) for key, own in value.items()}
+
+
+def changed(name: str, before: Any, now: Any) -> list[str]:
+    """What differs between two inputs, as `name old -> new`."""
+    both = [flat({name: _by_content(value)}) for value in (before, now)]
+    names = dict.fromkeys([*both[0], *both[1]])
+    return [
+        f"{own} {both[0].get(own)} -> {both[1].get(own)}"
+        for own in names
+        if both[0].get(own) != both[1].get(own)
+    ]
+
+
+def sources_in(data: Mapping[str, Any]) -> list[str]:
+    """The sources that `data_settings` name."""
+    parts = data.get("mix") or [data]
+    return [str(part.get("source", "unknown")) for part in parts]
 
 
 def _has_readable_weights(folder: Path) -> bool:

@@ -59,7 +59,14 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
         "init_from": tokenizer_identity(section),
         "latent_prior": to_dict(experiment.prior.latent) if experiment.prior.joint else None,
     }
-    run = StageRun(experiment, "tokenizer", section.train, inputs)
+    run = StageRun(
+        experiment,
+        "tokenizer",
+        section.train,
+        inputs,
+        earlier={"images": [source.earlier_fingerprint, held_out.fingerprint]},
+        num_images=[source.num_images, held_out.num_images],
+    )
     if run.is_complete():
         return run.folder
     accelerator = run.begin()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.data import data_settings
+from pipeline.config.data import data_settings, settings_by_place
 from pipeline.config.experiment import Experiment, to_dict, with_section_defaults
 from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
@@ -175,6 +175,20 @@ def made_with(experiment: Experiment, options: Mapping[str, object]) -> dict[str
     return {**{key: settings[key] for key in (*SHARED_SETTINGS, "tokenizer")}, **options}
 
 
+def differing_settings(
+    made: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]
+) -> list[str]:
+    """The settings that differ; two spellings of one path do not."""
+
+    def same(key: str) -> bool:
+        both = [made.get(key), now.get(key)]
+        if key == "data" and None not in both:
+            both = [settings_by_place(one) for one in both if one is not None]
+        return both[0] == both[1]
+
+    return [key for key in keys if not same(key)]
+
+
 def is_done(experiment: Experiment, options: Mapping[str, object]) -> bool:
     """Whether a variant has its metrics.
 
@@ -185,7 +199,7 @@ def is_done(experiment: Experiment, options: Mapping[str, object]) -> bool:
     now = made_with(experiment, options)
     written = read_record(path) if path.is_file() else read_plan(experiment.folder)
     made = with_section_defaults(written["made_with"]) if written else now
-    if differing := sorted(key for key in now if made.get(key) != now[key]):
+    if differing := differing_settings(made, now, sorted(now)):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
             "another name for this comparison, or remove that folder"

@@ -6,10 +6,13 @@ from __future__ import annotations
 import codecs
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
+
+import numpy as np
 
 Record = dict[str, Any]
 """What is written of an image, by column."""
@@ -44,6 +47,9 @@ _USUAL = {
 """Names of columns in other data, for suggestions."""
 _NAMED = 3
 """Names per reason that are remembered."""
+_SAMPLES = 16
+_SAMPLE = 4096
+"""Samples of a large file that identify it, and bytes of each."""
 _LONG = 200
 """Characters of a name in a message."""
 
@@ -62,6 +68,14 @@ class SkipCounter:
             names = self._names.setdefault(reason, [])
             if len(names) <= _NAMED:
                 names.append(printable(name))
+
+    def merge(self, other: SkipCounter, prefix: str = "") -> None:
+        """Adds what another one counted; its names get the prefix."""
+        for reason, count in other._counts.items():
+            names = [prefix + name for name in other._names[reason]]
+            for name in names[:-1]:
+                self.add(reason, name)
+            self.add(reason, names[-1], count - len(names) + 1)
 
     def count(self, reason: str) -> int:
         return self._counts.get(reason, 0)
@@ -91,6 +105,14 @@ class Rows(Protocol):
     """Changes when a file's name, size or time does."""
     tally: SkipCounter
     """What the layout itself skipped."""
+    layout: str = ""
+    """How the source was understood, for the user."""
+    facts: Sequence[tuple[str, str]] = ()
+    """Details of it, as names and values."""
+    held_out: np.ndarray | None = None
+    """Whether each row is held out (N), where the data say so; otherwise a hash of names does."""
+    note: str = ""
+    """What the data hold out, for the user."""
 
     def __len__(self) -> int: ...
 
@@ -106,12 +128,6 @@ class Rows(Protocol):
         """What is written of each row, in order; several records where an image is listed several
         times."""
         ...
-
-
-def facts_of(rows: Rows) -> list[tuple[str, str]]:
-    """What a format understood of its files, as names and values for the user: its `facts`. Not
-    every format has them."""
-    return list(getattr(rows, "facts", ()))
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -130,13 +146,33 @@ def content_fingerprint(parts: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_signature(path: Path) -> object:
-    """A file's name, size and time; the name alone where the file does not exist."""
+def file_signature(path: Path, name: str | None = None) -> object:
+    """A file's name, size and time; the name alone where the file does not exist.
+
+    Args:
+        name: relative to the source, in place of the path.
+    """
     try:
         state = path.stat()
     except (OSError, ValueError):
-        return path
-    return path, state.st_size, state.st_mtime_ns
+        return name or path
+    return name or path, state.st_size, state.st_mtime_ns
+
+
+def bytes_signature(path: Path) -> object:
+    """A file's size and a hash of samples of its bytes, in bounded time: it stays the same when the
+    file is copied or moved. None where the file does not exist."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            last = max(size - _SAMPLE, 0)
+            for number in range(_SAMPLES):
+                file.seek(last * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    except (OSError, ValueError):
+        return None
+    return size, digest.hexdigest()
 
 
 def image_column(name: str, wanted: str | None, columns: Sequence[str]) -> str:
@@ -161,6 +197,8 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
             chooses another.
     """
     if wanted not in columns:
+        if named := _by_ending(wanted, columns):
+            return named
         near = difflib.get_close_matches(
             wanted.lower(), [str(c).lower() for c in columns], n=1, cutoff=0.5
         )
@@ -173,6 +211,12 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
             f"{name} has no column {wanted!r}; it has {listed(columns)}{hint} ({setting})"
         )
     return wanted
+
+
+def _by_ending(wanted: str, columns: Sequence[str]) -> str | None:
+    """The column of a named part, such as `input.jpg` for `jpg`, where it is the only one."""
+    named = [column for column in columns if str(column).endswith(f".{wanted}")]
+    return named[0] if len(named) == 1 else None
 
 
 def listed(names: Sequence[str]) -> str:

@@ -76,6 +76,8 @@ class CaptionReader:
             column = config.text_column
             if column == "text":
                 column = next((name for name in _TEXT_COLUMNS if name in columns), column)
+                if column not in columns and any(str(one).endswith(".txt") for one in columns):
+                    column = "txt"  # a named part of a shard's samples, found by its ending
             self.columns = [existing_column(name, column, columns, "data.text_column")]
             return
         try:

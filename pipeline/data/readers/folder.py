@@ -19,10 +19,11 @@ from typing import TypeGuard
 
 import pyarrow as pa
 
-from pipeline.config.data import CaptionLines
+from pipeline.config.data import CaptionLines, DataConfig
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     Record,
+    Rows,
     SkipCounter,
     content_fingerprint,
     existing_column,
@@ -47,7 +48,8 @@ NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
 CAPTION_ENDINGS = (".txt", ".caption")
 """Of the text file next to an image; the first that is there counts."""
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
+"""Lists of a folder's images and their captions; the first that is there counts."""
 _CAPTION_LISTS = tuple(f"captions.{ending}" for ending in ("txt", "csv", "tsv", "jsonl", "json"))
 """Tables in a folder that are read where no image has a caption next to it."""
 _TEXT_ENDINGS = (
@@ -62,7 +64,7 @@ _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """First characters of PNG, JPEG, GIF, WebP and TIFF in base64, and of a data URI."""
 
 
-class FileRows:
+class FileRows(Rows):
     """Images of a folder, or of a table of paths.
 
     Args:
@@ -95,7 +97,9 @@ class FileRows:
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
         )
-        self.stamp = content_fingerprint([name, *(self._state(image) for image in named)])
+        self.layout = f"{len(named):,} image files with captions"
+        # Names relative to the root: moving it changes nothing.
+        self.stamp = content_fingerprint(self._state(image) for image in named)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -120,37 +124,29 @@ class FileRows:
             first += count.as_py()
 
     def _state(self, image: str) -> object:
-        return image if is_inline(image) else file_signature(self.root / image)
+        return image if is_inline(image) else file_signature(self.root / image, image)
 
 
-def folder_rows(
-    folder: Path,
-    text_column: str,
-    template: str | None,
-    *,
-    delimiter: str | None = None,
-    caption_lines: CaptionLines = "each",
-) -> FileRows:
+def folder_rows(folder: Path, config: DataConfig) -> FileRows:
     """A folder in whichever layout it has.
 
     Args:
-        delimiter: between the columns of metadata.csv and the like; None finds it.
-        caption_lines: how the lines of a text file become captions.
+        config: of the captions.
 
     Raises:
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
     images = _images_below(folder, tally)
-    if (metadata := _file_of(folder, _METADATA)) is not None:
-        return _rows_of_metadata(folder, metadata, images, tally, delimiter)
-    if text_column != "text" or template is not None:
+    if (metadata := _file_of(folder, METADATA)) is not None:
+        return _rows_of_metadata(folder, metadata, images, tally, config.delimiter)
+    if config.text_column != "text" or config.caption_template is not None:
         named = {image: [_of_path(image)] for image in images}
         facts = [("folders", "their names are the column folder")]
     else:
-        named, facts = _captions_beside(folder, images, tally, caption_lines)
+        named, facts = _captions_beside(folder, images, tally, config.caption_lines)
     if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
-        return table_rows(captions, None, delimiter)
+        return table_rows(captions, None, config.delimiter)
     if not named:
         unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
         raise ValueError(

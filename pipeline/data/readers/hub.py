@@ -3,6 +3,7 @@ decodes nothing."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,48 @@ from typing import Any
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import (
     Record,
+    Rows,
     SkipCounter,
     content_fingerprint,
     file_signature,
     image_column,
     reason_of,
 )
+from pipeline.data.readers.locate import nearest_here, refuse_pointers
 from pipeline.data.readers.paths import FileFinder
+from pipeline.data.readers.splits import (
+    Part,
+    SplitName,
+    SplitRows,
+    roles,
+    rows_by_file,
+    split_of_folder,
+)
 
 _BATCH = 1000
-_SHARDS = 64
-"""Shards in which a data set on this disk is streamed."""
 
 
-class HubRows:
-    """The `train` split of a data set, or whichever comes first."""
+class HubRows(Rows):
+    """The rows of one data set of `datasets`.
 
-    def __init__(self, config: DataConfig) -> None:
+    Args:
+        name: of the source, for messages.
+        rows: the data set; the library's types are not known here.
+        column: of the images (`data.image_column`).
+        beside: the folder that paths in it are relative to.
+        layout: what it was read from, for the user.
+    """
+
+    def __init__(
+        self, name: str, rows: Any, column: str | None, beside: Path, layout: str = "a data set"
+    ) -> None:
         from datasets import Image
 
-        self.name = config.source
+        self.name = name
         self.tally = SkipCounter()
-        rows = load(config)
-        self._image = image_column(self.name, config.image_column, rows.column_names)
-        self.facts = [("image column", self._image)]
+        self._image = image_column(self.name, column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
+        self.layout = f"{layout}, images in the column {self._image}"
         paths = (
             not isinstance(rows.features[self._image], Image)
             and getattr(rows.features[self._image], "dtype", "") == "string"
@@ -45,7 +63,7 @@ class HubRows:
         self._rows = rows
         # A table of its own, so that reading captions does not read images.
         self._images = rows.select_columns([self._image])
-        self._files = FileFinder(Path(config.source).expanduser().parent)
+        self._files = FileFinder(beside)
         # The library's fingerprint does not cover files that rows only name.
         files = (
             (
@@ -72,6 +90,45 @@ class HubRows:
         for batch in rows.iter(_BATCH):
             for i in range(len(batch[columns[0]])):
                 yield [{column: named(column, batch[column][i]) for column in columns}]
+
+
+def hub_rows(config: DataConfig) -> Rows:
+    """The rows of a `datasets` name, or of a folder saved by it, by its splits.
+
+    Raises:
+        FileNotFoundError: it cannot be loaded.
+    """
+    loaded = splits_of(load(config.source))
+    beside = Path(config.source).expanduser().parent
+    of_split = None if config.split_column == "none" else roles(set(loaded))
+
+    def rows(split: SplitName) -> HubRows:
+        return HubRows(config.source, loaded[split], config.image_column, beside)
+
+    if of_split is None:
+        return rows("train" if "train" in loaded else next(iter(loaded)))
+    parts = [
+        Part(rows(split), split, "" if role == "train" else f"{split}/")
+        for split, role in of_split.items()
+    ]
+    return SplitRows(config.source, parts, "the data set")
+
+
+def parquet_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
+    """The rows of Parquet or Arrow files, by the splits that they name.
+
+    Raises:
+        ValueError: a file is a pointer of Git LFS.
+        FileNotFoundError: the library cannot read them.
+    """
+    refuse_pointers(files)
+
+    def read(own: list[Path]) -> HubRows:
+        layout = f"{len(own)} files of {own[0].suffix}"
+        rows = load_files(config.source, own)
+        return HubRows(config.source, rows, config.image_column, own[0].parent, layout)
+
+    return rows_by_file(config.source, files, read, config, prefixed=True)
 
 
 def content_of(cell: object, files: FileFinder) -> bytes:
@@ -107,35 +164,70 @@ def label_names(features: Mapping[str, object]) -> Callable[[str, object], objec
     return named
 
 
-def load(config: DataConfig, *, streaming: bool = False) -> Any:
-    """The data set, mapped or streamed; the library's types are not known here.
+def load(source: str, *, streaming: bool = False) -> dict[str, Any]:
+    """The splits of a data set by name, mapped or streamed; the library's types are not known
+    here. One that was saved has its only split under ''.
 
     Raises:
         FileNotFoundError: it does not exist, or the library cannot read it.
     """
     import datasets
 
-    path = Path(config.source).expanduser()
+    path = Path(source).expanduser()
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
         else:
-            loaded = datasets.load_dataset(config.source, streaming=streaming)
+            loaded = datasets.load_dataset(source, streaming=streaming)
     except Exception as error:  # the library raises many kinds for a name that cannot be had
+        raise FileNotFoundError(_cannot_load(source, error)) from error
+    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+
+
+def load_files(source: str, files: Sequence[str | Path], *, streaming: bool = False) -> Any:
+    """Parquet or Arrow files as one data set, mapped or streamed.
+
+    Raises:
+        FileNotFoundError: the library cannot read them.
+    """
+    import datasets
+
+    kind = "arrow" if Path(files[0]).suffix.lower() == ".arrow" else "parquet"
+    try:
+        own = {"train": [str(file) for file in files]}
+        return datasets.load_dataset(kind, data_files=own, streaming=streaming)["train"]
+    except Exception as error:  # as in `load`
         raise FileNotFoundError(
-            f"data.source {config.source!r} is no folder or file here and no data set that can be "
-            f"loaded ({reason_of(error)}); give shapes, emoji, a folder of images, a file or "
-            "shards (docs/data.md), or a datasets name with network access"
+            f"data.source {source!r}: the {len(files)} {kind} files cannot be read "
+            f"({reason_of(error)}), e.g. {files[0]}; they must have the same columns"
         ) from error
-    if isinstance(loaded, dict):
-        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    if streaming and isinstance(loaded, datasets.Dataset):
-        return loaded.to_iterable_dataset(num_shards=min(_SHARDS, max(len(loaded), 1)))
-    return loaded
+
+
+def splits_of(loaded: Mapping[str, Any]) -> dict[SplitName, Any]:
+    """The first data set of each split that a name of `datasets` stands for."""
+    found: dict[SplitName, Any] = {}
+    for name, rows in loaded.items():
+        found.setdefault(split_of_folder(name), rows)
+    return found
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `datasets`' save_to_disk."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _cannot_load(source: str, error: Exception) -> str:
+    if Path(source).expanduser().is_dir():
+        return f"data.source {source!r} is a saved data set that cannot be read ({error})"
+    near = nearest_here(source)
+    hint = f"did you mean {near}, which lies here? " if near else ""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+        return (
+            f"data.source {source!r} is no folder or file here, and HF_HUB_OFFLINE forbids to ask "
+            f"the Hub for it; {hint}Otherwise unset HF_HUB_OFFLINE, or give a path"
+        )
+    return (
+        f"data.source {source!r} is no folder or file here and no data set that can be "
+        f"loaded ({reason_of(error)}); {hint}give shapes, emoji, a folder of images, a file or "
+        "shards (docs/data.md), or a datasets name with network access"
+    )

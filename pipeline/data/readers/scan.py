@@ -71,11 +71,11 @@ def scan_images(
     """
     # Not by its name alone: one folder may be two parts of a mixture.
     source = content_fingerprint([rows.name, *rows.columns])
-    kept = (
-        folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows)])}.arrow"
-        if folder
-        else None
-    )
+    content = content_fingerprint([_FORM, rows.stamp, len(rows)])
+    kept = folder / f"examined-{source}-{content}.arrow" if folder else None
+    if folder is not None and kept is not None and not kept.is_file():
+        # The same files under another name: they were moved.
+        kept = next(folder.glob(f"examined-*-{content}.arrow"), kept)
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
         assert found is not None

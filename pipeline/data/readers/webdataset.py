@@ -1,83 +1,125 @@
 """Webdataset shards on this disk, read in any order: .tar files in which NAME.jpg, NAME.txt,
 NAME.json belong together. Decodes nothing.
 
-An index holds the position of each member. Nothing is unpacked to disk.
+A sample's name ends at the first dot of the file's name, and what follows is the member's name:
+`jpg`, or `input.jpg`. An index holds the position of each member. Nothing is unpacked to disk.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.data import CaptionLines
+from pipeline.config.data import CaptionLines, DataConfig
 from pipeline.data.readers.base import (
+    IMAGE_COLUMNS,
     Record,
+    Rows,
     SkipCounter,
+    bytes_signature,
     content_fingerprint,
     existing_column,
-    file_signature,
     is_text,
     listed,
 )
 from pipeline.data.readers.captions import lines_of
 from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.locate import refuse_pointers
+from pipeline.data.readers.splits import rows_by_file
 
-_TEXTS = ("txt", "caption", "cls")
-"""Members that are texts; members in JSON hold columns of their own."""
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+NO_IMAGE = "samples without an image left out"
+SEVERAL = "further images of a sample left out (a sample's name ends at its first dot)"
+_TEXTS = ("txt", "text", "caption", "cls")
+"""Endings of members that are texts; members in JSON hold columns of their own."""
+_ABSENT = (0, 0, 0)
+_COLUMNS_SHOWN = 100
+"""Samples whose JSON says which columns there are."""
 
-
-def is_remote(source: str) -> bool:
-    return "://" in source
-
-
-def shard_names(source: str) -> list[str] | None:
-    """The shards that a folder, a file, a glob or a URL with {000..123} names; None where it names
-    none."""
-    if match := _BRACES.search(source):
-        first, last = match.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [
-            name
-            for n in numbers
-            for name in shard_names(source[: match.start()] + n + source[match.end() :]) or []
-        ]
-    if is_remote(source):
-        return [source] if ".tar" in source else None
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return sorted(str(p) for p in path.glob("*.tar")) or None
-    if path.suffix == ".tar":
-        found = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
-        if not found:
-            raise FileNotFoundError(
-                f"there is no shard {source}; give a .tar file, a folder of them, or a glob in "
-                "quotes ('shards/*.tar')"
-            )
-        return found
-    return None
+Place = tuple[int, int, int]
+"""Where a member lies: shard, start, length."""
 
 
-class ShardRows:
+def member_name(path: str) -> tuple[str, str] | None:
+    """(sample, member) of a file of a shard; None where it belongs to no sample."""
+    file = PurePosixPath(path)
+    stem, dot, member = file.name.partition(".")
+    if not stem or not dot or not member or stem.startswith("__"):
+        return None
+    return (file.parent / stem).as_posix(), member.lower()
+
+
+def is_outside(path: str) -> bool:
+    """Whether a member's name leads out of the shard, or cannot be written."""
+    parts = PurePosixPath(path)
+    return parts.is_absolute() or ".." in parts.parts or not is_text(path)
+
+
+def ending(member: str) -> str:
+    return member.rpartition(".")[2]
+
+
+def is_image(member: str) -> bool:
+    return f".{ending(member)}" in EXTENSIONS
+
+
+def images_of(members: Iterable[str], wanted: str | None) -> list[str]:
+    """The members of a sample that are its image, the one to use first: that of the setting, or
+    those that end as images do."""
+    own = list(members)
+    if wanted is not None:
+        named = [member for member in own if member == wanted.lower()]
+        return named or [member for member in own if member.endswith(f".{wanted.lower()}")]
+    found = [member for member in own if is_image(member)]
+    # Plain endings before named parts, in the order of `data.image_column`.
+    return sorted(found, key=lambda one: one not in IMAGE_COLUMNS)
+
+
+def is_caption(member: str) -> bool:
+    """Whether a member says something of the image."""
+    return ending(member) in (*_TEXTS, "json")
+
+
+def record_of(members: Mapping[str, bytes], lines: CaptionLines) -> Record:
+    """What the members of a sample say of its image, by column: texts by their lines, and the
+    entries of JSON are columns."""
+    record: Record = {}
+    for member, content in members.items():
+        if ending(member) == "json":
+            record = _from_json(content) | record
+    return record | {
+        member: lines_of(content, lines)
+        for member, content in members.items()
+        if ending(member) in _TEXTS
+    }
+
+
+def columns_of(members: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """The columns that captions can be made of."""
+    texts = [member for member in members if ending(member) in _TEXTS]
+    return list(dict.fromkeys([*texts, *(column for record in records for column in record)]))
+
+
+class ShardRows(Rows):
     """Samples of local shards, in the shards' order.
+
+    The members of a sample may lie anywhere in a shard. Where a shard has the images alone and
+    another one the captions, they are joined by name.
 
     Args:
         name: of the source, for messages.
         shards: paths of .tar files.
-        image: extension of the images (`data.image_column`); None takes any.
+        image: member of the images (`data.image_column`); None takes any.
         caption_lines: how the lines of a text become captions.
 
     Raises:
-        ValueError: the shards hold no images, or none of that extension; or they are compressed.
+        ValueError: the shards hold no images, or none of that ending; or they are compressed.
     """
 
     def __init__(
@@ -92,48 +134,44 @@ class ShardRows:
         self.tally = SkipCounter()
         self._shards = list(shards)
         self.stamp = content_fingerprint(
-            [name, image, *(file_signature(Path(shard)) for shard in shards)]
+            [image, *(self._signature(shard) for shard in self._shards)]
         )
-        keys: list[str] = []
-        places: list[tuple[int, int, int]] = []  # shard, start and length of the image
-        texts: dict[str, list[tuple[int, int]]] = {}
-        extensions: set[str] = set()
-        for number, shard in enumerate(shards):
-            for key, members in _samples(shard, self.tally):
-                extensions |= set(members)
-                images = [
-                    e for e in members if (f".{e}" in EXTENSIONS if image is None else e == image)
-                ]
-                if not images:
-                    self.tally.add("samples without an image left out", key)
-                    continue
-                for extension, place in members.items():
-                    if extension in (*_TEXTS, "json"):
-                        column = texts.setdefault(extension, [])
-                        column.extend([(0, 0)] * (len(keys) - len(column)))
-                        column.append(place)
-                places.append((number, *members[images[0]]))
-                keys.append(key)
-        if not keys:
-            if image is not None and extensions:
-                existing_column(name, image, sorted(extensions), "data.image_column")
-            why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(extensions))}"
-            raise ValueError(
-                f"{name} has {len(shards)} shards and no image ({why}); a sample is NAME.jpg "
-                "next to NAME.txt in the .tar"
-            )
-        self._keys = pa.array(keys, pa.large_string())
-        self._places = np.array(places, np.int64)
+        samples: list[tuple[str, dict[str, Place]]] = []
+        counts: Counter[str] = Counter()
+        apart: dict[str, dict[str, Place]] = {}
+        for number in range(len(self._shards)):
+            for key, members in self._grouped(number):
+                counts.update(list(members))
+                if images_of(members, image):
+                    samples.append((key, members))
+                else:
+                    apart.setdefault(key, {}).update(members)
+        self._keys = pa.array([key for key, _ in samples], pa.large_string())
+        self._join(samples, apart)
+        self._images = np.zeros((len(samples), 3), np.int64)
+        texts: dict[str, list[Place]] = {}
+        for row, (key, members) in enumerate(samples):
+            used, *others = images_of(members, image)
+            if others:
+                self.tally.add(SEVERAL, f"{key}: {others[0]}", len(others))
+            self._images[row] = members[used]
+            for member, place in members.items():
+                if is_caption(member):
+                    column = texts.setdefault(member, [])
+                    column.extend([_ABSENT] * (row - len(column)))
+                    column.append(place)
+        if not samples:
+            self._refuse(image, counts)
         self._texts = {
-            extension: np.array(column + [(0, 0)] * (len(keys) - len(column)), np.int64)
-            for extension, column in texts.items()
+            member: np.array(column + [_ABSENT] * (len(samples) - len(column)), np.int64)
+            for member, column in texts.items()
         }
-        self.columns = [extension for extension in self._texts if extension != "json"]
-        if "json" in self._texts:
-            columns: dict[str, None] = {}
-            for row in range(min(len(keys), 100)):
-                columns |= dict.fromkeys(self._json(row))
-            self.columns += [column for column in columns if column not in self.columns]
+        records = [
+            self._record(row, list(texts)) for row in range(min(len(samples), _COLUMNS_SHOWN))
+        ]
+        self.columns = columns_of(list(texts), records)
+        members_of = ", ".join(f"{member} {count:,}" for member, count in counts.most_common(8))
+        self.layout = f"{len(shards)} webdataset shards, members {members_of}"
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -142,32 +180,53 @@ class ShardRows:
         return self._keys[row].as_py()
 
     def image(self, row: int) -> bytes:
-        return self._read(row, *self._places[row, 1:])
+        return self._read(self._images[row])
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
-        plain = [column for column in columns if column in self._texts and column != "json"]
+        members = [member for member in self._texts if member in columns]
+        if len(members) < len(columns):
+            members += [m for m in self._texts if ending(m) == "json" and m not in members]
         for row in range(len(self)):
-            record: Record = {}
-            for column in plain:
-                text = self._read(row, *self._texts[column][row])
-                record[column] = lines_of(text, self._caption_lines)
-            if len(plain) < len(columns):
-                record = self._json(row) | record
-            yield [record]
+            yield [self._record(row, members)]
 
-    def _json(self, row: int) -> dict[str, Any]:
-        try:
-            value = json.loads(self._read(row, *self._texts["json"][row]) or b"{}")
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+    def _record(self, row: int, members: Sequence[str]) -> Record:
+        texts = {member: self._read(self._texts[member][row]) for member in members}
+        return record_of(texts, self._caption_lines)
 
-    def _read(self, row: int, start: int, length: int) -> bytes:
-        shard = int(self._places[row, 0])
+    def _join(
+        self, samples: list[tuple[str, dict[str, Place]]], apart: dict[str, dict[str, Place]]
+    ) -> None:
+        """Gives captions that lie apart from their image to it, and counts the others."""
+        if apart:
+            alone: dict[str, list[dict[str, Place]]] = {}
+            for key, members in samples:
+                if not any(is_caption(member) for member in members):
+                    alone.setdefault(key, []).append(members)
+            for key, members in apart.items():
+                if len(images := alone.get(key, [])) == 1:
+                    images[0].update(members)
+                else:
+                    self.tally.add(NO_IMAGE, key)
+
+    def _refuse(self, image: str | None, counts: Counter[str]) -> None:
+        if image is not None and counts:
+            existing_column(self.name, image, sorted(counts), "data.image_column")
+        why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(counts))}"
+        raise ValueError(
+            f"{self.name} has {len(self._shards)} shards and no image ({why}); a sample is "
+            "NAME.jpg next to NAME.txt in the .tar"
+        )
+
+    def _signature(self, shard: str) -> object:
+        # Without the folder: moving it moves no data. The time, as samples of bytes see not all.
+        return Path(shard).name, bytes_signature(Path(shard)), Path(shard).stat().st_mtime_ns
+
+    def _read(self, place: np.ndarray) -> bytes:
+        shard, start, length = map(int, place)
         # Opened every time, which takes some microseconds: a process may have no more than some
         # thousand open files.
         with open(self._shards[shard], "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), int(length), int(start))
+            content = os.pread(file.fileno(), length, start)
         if len(content) < length:
             raise ValueError(
                 f"{self._shards[shard]} is truncated: at {start} it has {len(content)} of {length} "
@@ -175,41 +234,66 @@ class ShardRows:
             )
         return content
 
+    def _grouped(self, number: int) -> list[tuple[str, dict[str, Place]]]:
+        """(sample, member -> place) of a shard, in the order of the samples' first members. A name
+        that has a member twice begins another sample."""
+        samples: list[tuple[str, dict[str, Place]]] = []
+        by_key: dict[str, dict[str, Place]] = {}
+        for path, start, length in self._members(self._shards[number]):
+            if is_outside(path):
+                self.tally.add(
+                    "members of shards whose names lead out of them left out", ascii(path)
+                )
+                continue
+            if (name := member_name(path)) is None:
+                continue
+            key, member = name
+            if key not in by_key or member in by_key[key]:
+                by_key[key] = {}
+                samples.append((key, by_key[key]))
+            by_key[key][member] = (number, start, length)
+        return samples
 
-def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, extension -> start and length) of each sample of a shard, in order."""
-    held: tuple[str, dict[str, tuple[int, int]]] | None = None
+    def _members(self, shard: str) -> Iterator[tuple[str, int, int]]:
+        """(name, start, length) of each file of a shard that is not hidden."""
+        found = False
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
+                        found = True
+                        yield member.name, member.offset_data, member.size
+                    # It remembers all headers otherwise.
+                    tar.members = []  # type: ignore[attr-defined]
+        except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
+            if not found and _is_compressed(shard):
+                raise ValueError(
+                    f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
+                ) from error
+            self.tally.add("shards that are truncated or corrupted, read up to there", shard)
+
+
+def _from_json(content: bytes) -> Record:
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if not member.isfile() or path.name.startswith("."):
-                    continue
-                if path.is_absolute() or ".." in path.parts or not is_text(member.name):
-                    tally.add(
-                        "members of shards whose names lead out of them left out",
-                        ascii(member.name),
-                    )
-                    continue
-                stem, _, extension = path.name.partition(".")
-                key = (path.parent / stem).as_posix()
-                if held is None or held[0] != key:
-                    if held is not None:
-                        yield held
-                    held = (key, {})
-                held[1][extension.lower()] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # it remembers all headers otherwise
-    except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
-        if held is None and _is_compressed(shard):
-            raise ValueError(
-                f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
-            ) from error
-        tally.add("shards that are truncated or corrupted, read up to there", shard)
-    if held is not None:
-        yield held
+        value = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _is_compressed(shard: str) -> bool:
     with open(shard, "rb") as file:
         start = file.read(6)
     return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+
+
+def shard_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
+    """The rows of local shards, by the splits that their names say. Raises as `ShardRows`, and
+    ValueError where a file is a pointer of Git LFS."""
+    refuse_pointers(files)
+
+    def read(own: list[Path]) -> ShardRows:
+        shards = [str(file) for file in own]
+        return ShardRows(config.source, shards, config.image_column, config.caption_lines)
+
+    return rows_by_file(config.source, files, read, config, prefixed=False)

@@ -1,5 +1,5 @@
-"""Local or remote shards that are read from beginning to end, through `datasets`. Knows samples;
-knows no order and no training.
+"""Images to train on from samples that are read from beginning to end. Knows samples; knows no
+files, no order and no training.
 
 What is read is kept in memory only. The held-out images are the first ones of the stream.
 """
@@ -14,29 +14,28 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
-from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
+from pipeline.config.data import DataConfig, data_settings, settings_beside_content
 from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.readers.base import (
     Record,
+    Rows,
     SkipCounter,
     content_fingerprint,
-    file_signature,
-    image_column,
+    existing_column,
     is_held_out,
     reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader, lines_of
-from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
+from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import header, prepared, square_of
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
-from pipeline.data.readers.tables import TABLE_SUFFIXES
-from pipeline.data.readers.webdataset import is_remote, shard_names
+from pipeline.data.readers.splits import Role, SplitName, split_of_cell
 from pipeline.data.source import ImageBatch, Source
+from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
 
 UNDECODED = "images that cannot be decoded left out"
 _REMEMBERED = 100_000
@@ -58,6 +57,10 @@ class Sample:
     name: str
     content: bytes
     captions: list[str]
+    split: SplitName = ""
+    """The split that `data.split_column` names."""
+    held_out: bool = False
+    """Whether it is of the files or the data set that are held out."""
 
 
 class StreamSource(Source):
@@ -80,32 +83,47 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._files = FileFinder(Path(config.source).expanduser().parent)
-        data, self.shard_names = _opened(config)
-        self._data = data.decode(False)
-        self.num_shards = int(self._data.num_shards)
-        features = self._data.features or {}
-        if not features:
-            raise ValueError(
-                f"{self.name} does not say which columns it has, so it cannot be streamed; set "
-                "data.streaming=false"
-            )
-        # Members in JSON have columns of their own.
-        inner = [
-            column for value in features.values() if isinstance(value, dict) for column in value
-        ]
-        self._image = image_column(self.name, config.image_column, list(features))
-        columns = [column for column in dict.fromkeys([*features, *inner]) if column != self._image]
-        self._reader = CaptionReader(self.name, columns, config)
-        self._named = label_names(features)
-        settings = sorted(data_settings(asdict(config)).items())
+        opened = open_streams(config)
+        self._train = opened.train
+        self._held_out = opened.held_out
+        self.shard_names = opened.shard_names
+        self.num_shards = opened.train.num_shards
+        self.layout = opened.train.layout
+        self.note = opened.note
+        try:
+            self._reader = CaptionReader(self.name, opened.train.columns, config)
+        except ValueError as error:
+            if opened.train.hint:
+                raise ValueError(f"{error}; {opened.train.hint}") from error
+            raise
+        self._column = self._split_column()
+        settings = data_settings(asdict(config))
+        identity = [*opened.identity, self.num_shards, self._column]
         self.fingerprint = content_fingerprint(
-            [*_states(config, self.shard_names), self.num_shards, settings]
+            [*identity, sorted(settings_beside_content(settings).items())]
         )
+        if opened.earlier is not None and not self._column and config.held_out_source is None:
+            self.earlier_fingerprint = content_fingerprint(
+                [*opened.earlier, self.num_shards, sorted(settings.items())]
+            )
+
+    def _split_column(self) -> str | None:
+        """The column that says what is held out. A stream is not read to the end to find out
+        whether a column does, so only one that is named is taken."""
+        wanted = self.config.split_column
+        if wanted in ("auto", "none"):
+            if wanted == "auto" and "split" in self._train.columns and not self.note:
+                self.note = (
+                    "the column split is not used while streaming; data.split_column=split holds "
+                    "out what it says"
+                )
+            return None
+        return existing_column(self.name, wanted, self._train.columns, "data.split_column")
 
     @property
     def problems(self) -> list[str]:
-        """What has been skipped so far."""
-        return self.tally.lines()
+        """What is held out by the data, and what has been skipped so far."""
+        return [*filter(None, [self.note]), *self.tally.lines()]
 
     def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
         each = None if limit is None else ceil(limit / self.num_shards)
@@ -131,11 +149,18 @@ class StreamSource(Source):
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
         accepted = (
-            sample
-            for sample in self._readable(shard)
-            if not is_held_out(sample.name, self.config.val_fraction)
+            sample for sample in self._readable(self._train, shard) if self._role(sample) == "train"
         )
         return itertools.islice(accepted, part, None, parts)
+
+    def _role(self, sample: Sample) -> Role:
+        """What a sample of the streams to train on is for."""
+        if self._column is not None:
+            return "train" if sample.split == "train" else "held_out"
+        if self._held_out is not None or self.config.held_out_source is not None:
+            return "train"
+        held_out = is_held_out(sample.name, self.config.val_fraction)
+        return "held_out" if held_out else "train"
 
     def decode(self, sample: Sample) -> np.ndarray | None:
         """A sample's image, prepared (see `square`). None where it cannot be decoded; those are
@@ -166,38 +191,68 @@ class StreamSource(Source):
         """The square of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
         return square_of(image, self.config, draw)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the data say what is held out."""
+        return self._held_out is not None or self._column is not None
+
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""
-        share = self.config.val_fraction
-        found = (sample for sample in self._everything() if is_held_out(sample.name, share))
-        return list(itertools.islice(found, HELD_OUT))
+        if self._held_out is not None:
+            return list(itertools.islice(self._everything(self._held_out), HELD_OUT))
+        if self._column is None:
+            found = (s for s in self._everything(self._train) if self._role(s) == "held_out")
+            return list(itertools.islice(found, HELD_OUT))
+        # Tests are held out where there is no validation split.
+        by_split: dict[SplitName, list[Sample]] = {"validation": [], "test": []}
+        for sample in self._everything(self._train):
+            own = by_split.get(sample.split, [])
+            own.append(sample)
+            if sample.split in by_split and len(own) == HELD_OUT:
+                break
+        return by_split["validation"] or by_split["test"]
 
     def first(self, most: int) -> Iterator[Sample]:
         """The first samples of either split."""
-        return itertools.islice(self._everything(), most)
+        if self._held_out is None:
+            return itertools.islice(self._everything(self._train), most)
+        few = min(HELD_OUT, max(most // 10, 1))
+        return itertools.chain(
+            itertools.islice(self._everything(self._train), most - few),
+            itertools.islice(self._everything(self._held_out), few),
+        )
 
-    def _everything(self) -> Iterator[Sample]:
-        return itertools.chain.from_iterable(map(self._readable, range(self.num_shards)))
+    def is_sample_held_out(self, sample: Sample) -> bool:
+        """Whether a sample of `first` is held out."""
+        return sample.held_out or self._role(sample) != "train"
 
-    def _readable(self, shard: int) -> Iterator[Sample]:
-        rows = iter(self._data.shard(num_shards=self.num_shards, index=shard))
-        for number in itertools.count():
+    def _everything(self, stream: SampleStream) -> Iterator[Sample]:
+        return itertools.chain.from_iterable(
+            self._readable(stream, shard) for shard in range(stream.num_shards)
+        )
+
+    def _readable(self, stream: SampleStream, shard: int) -> Iterator[Sample]:
+        rows = stream.samples(shard)
+        while True:
             try:
-                row = next(rows, None)
+                raw = next(rows, None)
+            except MembersApart:
+                raise
             except Exception as error:  # networks and readers fail in many ways
-                where = self.shard_names[shard] if shard < len(self.shard_names) else shard
+                known = stream is self._train and shard < len(self.shard_names)
+                where = self.shard_names[shard] if known else shard
                 raise OSError(
                     f"reading shard {where} of {self.name} failed ({reason_of(error)}); run the "
                     "same command again: it resumes from what is saved"
                 ) from error
-            if row is None:
+            if raw is None:
                 return
-            name = str(row.get("__key__") or f"shard {shard} row {number}")
-            if (sample := self._sample(name, row)) is not None:
+            if (sample := self._sample(raw, stream is self._held_out)) is not None:
                 yield sample
 
-    def _sample(self, name: str, row: Record) -> Sample | None:
-        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
+    def _sample(self, raw: RawSample, held_out: bool) -> Sample | None:
+        name = raw.name
+        record = dict(raw.record)
         for value in list(record.values()):
             if isinstance(value, dict):
                 record = value | record
@@ -207,14 +262,22 @@ class StreamSource(Source):
         found = self._reader.of([record])
         for reason in found.reasons:
             self._leave_out(reason, name)
+        if raw.image is None:
+            self._leave_out(
+                f"samples without an image in the column {self._train.image} left out", name
+            )
+            return None
         if not found.texts:
             return None
-        if row[self._image] is None:
-            self._leave_out(f"samples without an image in the column {self._image} left out", name)
+        split = "" if self._column is None else split_of_cell(record.get(self._column))
+        if self._column is not None and not split:
+            self._leave_out(
+                f"images that the column {self._column} puts in no split left out", name
+            )
             return None
         config = self.config
         try:
-            content = content_of(row[self._image], self._files)
+            content = content_of(raw.image, self._files)
             # The pixels are decoded when they are needed.
             width, height = header(io.BytesIO(content)).size
         except Exception:  # see `images.open_image`
@@ -224,7 +287,7 @@ class StreamSource(Source):
             if stands:
                 self._leave_out(reason, name)
                 return None
-        return Sample(name, content, found.texts)
+        return Sample(name, content, found.texts, split, held_out)
 
     def _leave_out(self, reason: str, name: str) -> None:
         """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,
@@ -243,14 +306,16 @@ def as_read(config: DataConfig) -> DataConfig:
     return replace(config, text_column="text", caption_template=None)
 
 
-class HeldRows:
+class HeldRows(Rows):
     """The held-out samples of a stream as rows."""
 
-    def __init__(self, stream: StreamSource) -> None:
+    def __init__(self, stream: StreamSource, samples: list[Sample]) -> None:
         self.name = stream.name
         self.tally = stream.tally
         self.columns = ["text"]
-        self._samples = stream.held_out()
+        self._samples = samples
+        if stream.is_split:
+            self.held_out = np.ones(len(self._samples), bool)
         self.stamp = content_fingerprint(
             [stream.fingerprint, *(sample.name for sample in self._samples)]
         )
@@ -267,43 +332,3 @@ class HeldRows:
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         for sample in self._samples:
             yield [{"text": sample.captions}]
-
-
-def _states(config: DataConfig, shards: Sequence[str]) -> list[object]:
-    """What identifies the files of a stream, as far as they are on this disk."""
-    path = Path(config.source).expanduser()
-    if shards:
-        return [shard if is_remote(shard) else file_signature(Path(shard)) for shard in shards]
-    files = sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
-    return [file_signature(file) for file in files]
-
-
-def _opened(config: DataConfig) -> tuple[Any, list[str]]:
-    """A data set of `datasets`, and the names of its shards as far as they are known."""
-    import datasets
-
-    saved = is_saved_dataset(Path(config.source).expanduser())
-    shards = None if saved else shard_names(config.source)
-    if shards is None:
-        if not streams(config.source):
-            raise ValueError(
-                f"data.streaming is on, and {config.source} is a folder or a table of image files; "
-                "streaming reads shards, Parquet and data sets; set data.streaming=false"
-            )
-        return load(config, streaming=True), []
-    try:
-        files = {"train": shards}
-        data = datasets.load_dataset("webdataset", data_files=files, streaming=True)
-        return data["train"], shards
-    except Exception as error:  # the library and what it reads through raise many kinds
-        raise FileNotFoundError(
-            f"the {len(shards)} shards of {config.source} cannot be read ({reason_of(error)})"
-        ) from error
-
-
-def streams(source: str) -> bool:
-    """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
-    path = Path(source).expanduser()
-    if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
-        return False
-    return not path.is_dir() or is_saved_dataset(path) or shard_names(source) is not None

@@ -512,7 +512,7 @@ def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     fails(
         capsys,
         ["encode", *again],
-        f"made with something else (tokenizer {made} -> {now}); remove that folder",
+        f"made with something else (tokenizer {made} -> {now}); go back to that to keep them",
     )
     fails(capsys, ["train-prior", *again], f"were made by tokenizer {made}")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.base import SkipCounter
 from pipeline.data.readers.folder import folder_rows
@@ -334,11 +335,11 @@ def test_other_files_in_a_folder_are_counted_or_skipped(tmp_path):
     for name in ("d.heic", "e.svg", "._a.png", "._a.heic", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"holds 3 images and no captions; accepted are"):
-        folder_rows(tmp_path, "text", None)
+        folder_rows(tmp_path, DataConfig(source=str(tmp_path)))
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "f.jpg").symlink_to(tmp_path / "gone.jpg")
-    found = folder_rows(tmp_path, "text", None)
+    found = folder_rows(tmp_path, DataConfig(source=str(tmp_path)))
     assert [found.label(row) for row in range(len(found))] == ["a.png", "b.JFIF", "c.avif"]
     kinds = (
         "images of kinds that are not read (.png, .jpg, .jpeg, .jfif, .jpe, .webp, "
@@ -438,7 +439,7 @@ def test_member_names_outside_the_shard_are_skipped(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"there is no shard .*none.*\.tar; give a \.tar file, a folder of them, or a glob",
+        match=r"no files match .*none\*\.tar; .* holds nothing; give .* \.tar shards",
     ):
         load_source(config(tmp_path / "none*.tar"), "train")
     with pytest.raises(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from pipeline.config.data import DataConfig
 from pipeline.data.readers import scan
 from pipeline.data.readers.folder import folder_rows
 from pipeline.data.readers.scan import scan_images
@@ -29,7 +30,7 @@ def folder(tmp_path):
 
 
 def rows(folder):
-    return folder_rows(folder, "text", None)
+    return folder_rows(folder, DataConfig(source=str(folder)))
 
 
 @pytest.fixture
@@ -70,6 +71,15 @@ def test_scan_is_cached_while_files_are_unchanged(folder, tmp_path, monkeypatch,
     file.write_bytes(file.read_bytes()[:100])
     assert scan_images(rows(folder), 2, kept).width[3] == 50 and len(opened) == 10
     assert not [file for file in kept.iterdir() if file.name.startswith(".")]
+
+
+def test_scan_of_a_moved_folder_is_cached(folder, tmp_path, monkeypatch, opened):
+    monkeypatch.setattr(scan, "_SLOW", 5)
+    first = scan_images(rows(folder), 2, tmp_path / "kept")
+    opened.clear()
+    folder.rename(tmp_path / "moved")
+    again = scan_images(rows(tmp_path / "moved"), 2, tmp_path / "kept")
+    assert not opened and np.array_equal(first.digest, again.digest)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

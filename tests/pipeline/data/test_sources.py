@@ -230,7 +230,7 @@ def test_a_source_that_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(
-        FileNotFoundError, match="is no folder or file here and no data set that can be loaded"
+        FileNotFoundError, match=r"there is no .*nothing; .* holds nothing; give shapes"
     ):
         load_source(config(str(tmp_path / "nothing")), "train")
 

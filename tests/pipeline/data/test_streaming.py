@@ -11,17 +11,18 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.config.data import MixPart
+from pipeline.config.data import MixPart, data_settings
 from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.load import load_sources
 from pipeline.data.mixture import MixedSource
-from pipeline.data.readers.base import is_held_out
+from pipeline.data.readers.base import content_fingerprint, file_signature, is_held_out
 from pipeline.data.streaming.feed import (
     ShardLengthCache,
     ShardReader,
@@ -468,11 +469,32 @@ def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
     assert "1 captions that are not UTF-8 left out: 5" in train.problems
 
 
-def test_rewritten_shards_change_the_fingerprint(tmp_path):
+def test_rewritten_shards_change_the_fingerprint_and_moved_ones_do_not(tmp_path, monkeypatch):
+    """A copy has other times, and its path may be spelled otherwise."""
     import os
 
+    write_shards(tmp_path / "here", [5, 5])
+    before = stream(tmp_path / "here").fingerprint
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    os.utime(tmp_path / "there" / "001.tar", ns=(1, 1))
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path)
+    for spelled in (tmp_path / "there", "there", "there/", "./there", "link", "there/*.tar"):
+        assert stream(spelled).fingerprint == before, spelled
+    content = bytearray((tmp_path / "there" / "001.tar").read_bytes())
+    content[-2000] ^= 1
+    (tmp_path / "there" / "001.tar").write_bytes(content)
+    assert stream("there").fingerprint != before
+
+
+def test_a_stream_has_the_fingerprint_that_earlier_versions_recorded(tmp_path):
+    """Of paths, sizes and times, with all settings of that time."""
     write_shards(tmp_path, [5, 5])
-    before = stream(tmp_path).fingerprint
-    assert stream(tmp_path).fingerprint == before
-    os.utime(tmp_path / "001.tar", ns=(1, 1))
-    assert stream(tmp_path).fingerprint != before
+    own = config(tmp_path, streaming=True)
+    source = StreamSource(own)
+    states = [file_signature(tmp_path / name) for name in ("000.tar", "001.tar")]
+    settings = data_settings(asdict(own))
+    assert not {"split_column", "held_out_source"} & set(settings)
+    expected = content_fingerprint([*states, 2, sorted(settings.items())])
+    assert source.earlier_fingerprint == expected != source.fingerprint
+    assert StreamSource(replace(own, split_column="none")).fingerprint == source.fingerprint

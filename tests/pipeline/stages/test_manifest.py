@@ -70,6 +70,51 @@ def test_a_stage_made_before_a_setting_existed_has_its_default(experiment):
         StageRun(experiment, "tokenizer", train, {"model": model}).is_complete()
 
 
+def test_data_are_known_by_their_images_and_not_by_their_path(experiment):
+    data = {"source": "here", "mix": [], "flip": False}
+    inputs = {"data": data, "images": ["a", "b"]}
+    train = experiment.tokenizer.train
+
+    def of(counts: list[int | None], **changes: object) -> StageRun:
+        return StageRun(experiment, "tokenizer", train, inputs | changes, num_images=counts)
+
+    run = of([1000, 10])
+    run.begin()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    assert of([1000, 10], data={**data, "source": "/moved/there"}).is_complete()
+    assert of([1000, 10], data={**data, "split_column": "none"}).is_complete()
+    newer = of([1000, 10], images=["other", "b"])
+    newer.earlier = {"images": ["a", "b"]}  # as an earlier version calls the same images
+    assert newer.is_complete()
+    more = of([1052, 13], images=["c", "d"], data={**data, "source": "there"})
+    with pytest.raises(
+        ValueError,
+        match=r"\(images\): of here -> there: 1,000 -> 1,052 images to train on \(\+52\), "
+        r"10 -> 13 images held out \(\+3\)\. To go on, put the images back .*; or remove",
+    ):
+        more.is_complete()
+    with pytest.raises(ValueError, match="of here: the same number of images, of which files"):
+        of([1000, 10], images=["c", "d"]).is_complete()
+    with pytest.raises(
+        ValueError,
+        match=r"\(data\): data\.flip False -> True\. To go on, give the earlier values to keep",
+    ):
+        of([1000, 10], data={**data, "flip": True}).is_complete()
+
+
+def test_data_inside_recorded_codes_are_known_by_their_images_too(experiment):
+    codes = {"settings": {"data": {"source": "here", "mix": []}}, "sources": {"train": "a"}}
+    train = experiment.tokenizer.train
+    run = StageRun(experiment, "tokenizer", train, {"codes": codes})
+    run.begin()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    moved = {**codes, "settings": {"data": {"source": "there", "mix": []}}}
+    assert StageRun(experiment, "tokenizer", train, {"codes": moved}).is_complete()
+    other = {**codes, "sources": {"train": "b"}}
+    with pytest.raises(ValueError, match=r"\(codes\): codes\.sources\.train a -> b"):
+        StageRun(experiment, "tokenizer", train, {"codes": other}).is_complete()
+
+
 def test_an_interrupted_attempt_keeps_what_auto_chose(experiment):
     stage_run(experiment, batch_size=4).begin()
     assert stage_run(experiment, batch_size="auto").train.batch_size == 4

@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.folder import folder_rows
 from pipeline.data.readers.paths import FOLDED
@@ -36,7 +37,7 @@ def test_caption_files_beside_images_are_read_in_folders_of_repeats(tmp_path):
 def test_a_text_file_is_found_in_another_case_or_form(tmp_path, image, text):
     (tmp_path / image).write_bytes(encoded())
     (tmp_path / text).write_text("a cat")
-    rows = folder_rows(tmp_path, "text", None)
+    rows = folder_rows(tmp_path, DataConfig(source=str(tmp_path)))
     assert [record["text"] for records in rows.records(["text"]) for record in records] == [
         ["a cat"]
     ]
@@ -47,7 +48,7 @@ def test_txt_comes_before_caption(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "a.caption").write_text("second")
-    rows = folder_rows(tmp_path, "text", None)
+    rows = folder_rows(tmp_path, DataConfig(source=str(tmp_path)))
     assert [record["text"] for records in rows.records(["text"]) for record in records] == [
         ["first"]
     ]
@@ -87,6 +88,6 @@ def test_metadata_is_found_in_every_form_and_case(tmp_path, name):
 def test_metadata_in_json_may_be_captions_by_name(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "metadata.json").write_text('{"a.png": "a cat"}')
-    assert [r for r in folder_rows(tmp_path, "text", None).records(["text"])] == [
-        [{"folder": [""], "name": ["a"], "text": "a cat"}]
-    ]
+    assert [
+        r for r in folder_rows(tmp_path, DataConfig(source=str(tmp_path))).records(["text"])
+    ] == [[{"folder": [""], "name": ["a"], "text": "a cat"}]]

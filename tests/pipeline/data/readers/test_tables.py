@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.folder import folder_rows, table_rows
 from pipeline.data.readers.tables import read_table
@@ -202,7 +203,7 @@ def test_rows_say_what_was_understood(images):
         ("image column", "image"),
     ]
     (images / "a.CAPTION").write_text("x")
-    assert folder_rows(images, "text", None).facts == [
+    assert folder_rows(images, DataConfig(source=str(images))).facts == [
         ("caption files", "1 .caption next to the images; each line is a caption")
     ]
     assert read_table(images / "t.tsv").columns == ["image", "text"]

@@ -1,0 +1,331 @@
+"""Samples of shards or of a data set, one after another, undecoded. Knows files and columns; judges
+no image and no caption."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config.data import SYNTHETIC_SOURCES, CaptionLines, DataConfig
+from pipeline.data.readers.base import (
+    Record,
+    bytes_signature,
+    existing_column,
+    file_signature,
+    image_column,
+    reason_of,
+)
+from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
+from pipeline.data.readers.locate import (
+    files_of_rows,
+    in_braces,
+    is_hub_name,
+    is_remote,
+    not_found,
+    refuse_pointers,
+)
+from pipeline.data.readers.splits import Role, SplitName, files_by_split, roles
+from pipeline.data.readers.tables import TABLE_SUFFIXES
+from pipeline.data.readers.webdataset import (
+    columns_of,
+    images_of,
+    is_caption,
+    is_outside,
+    member_name,
+    record_of,
+)
+
+_FIRST = 20
+"""Samples that say which members and columns there are."""
+_KEYS = 100_000
+"""Names of a shard that are remembered, to find members that lie apart."""
+_SHARDS = 64
+"""Shards in which a data set on this disk is streamed."""
+
+
+class MembersApart(ValueError):
+    """The members of a sample do not lie together in a shard."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it was read.
+
+    Attributes:
+        name: unique within its shard.
+        image: its file, a path, or both, as `content_of` takes them; None where there is none.
+        record: what is written of it.
+    """
+
+    name: str
+    image: object
+    record: Record
+
+
+class SampleStream(Protocol):
+    """Samples that are read from beginning to end, shard by shard."""
+
+    columns: list[str]
+    num_shards: int
+    layout: str
+    hint: str
+    """Why there may be no captions, where it is known."""
+    image: str
+    """What is called the image, for messages."""
+
+    def samples(self, shard: int) -> Iterator[RawSample]:
+        """The samples of a shard. Raises whatever networks and readers do, and ValueError where a
+        sample does not lie together."""
+        ...
+
+
+class DatasetStream:
+    """A data set of `datasets`, streamed.
+
+    Raises:
+        ValueError: it does not say which columns it has, or lacks that of the images.
+    """
+
+    hint = ""
+
+    def __init__(self, name: str, data: Any, column: str | None) -> None:
+        self._data = data.decode(False)
+        self.num_shards = int(self._data.num_shards)
+        features = self._data.features or {}
+        if not features:
+            raise ValueError(
+                f"{name} does not say which columns it has, so it cannot be streamed; set "
+                "data.streaming=false"
+            )
+        self.image = image_column(name, column, list(features))
+        # Members in JSON have columns of their own.
+        inner = [own for value in features.values() if isinstance(value, dict) for own in value]
+        self.columns = [own for own in dict.fromkeys([*features, *inner]) if own != self.image]
+        self.layout = f"a data set, images in the column {self.image}"
+        self._named = label_names(features)
+
+    def samples(self, shard: int) -> Iterator[RawSample]:
+        rows = self._data.shard(num_shards=self.num_shards, index=shard)
+        for number, row in enumerate(rows):
+            record = {key: self._named(key, value) for key, value in row.items()}
+            image = record.pop(self.image)
+            name = str(row.get("__key__") or f"shard {shard} row {number}")
+            yield RawSample(name, image, record)
+
+
+class ShardStream:
+    """Webdataset shards, local or remote, by the members of `readers/webdataset.py`.
+
+    Raises:
+        FileNotFoundError: a shard cannot be read.
+        ValueError: the first samples have no image.
+    """
+
+    def __init__(
+        self, name: str, shards: Sequence[str], wanted: str | None, lines: CaptionLines
+    ) -> None:
+        self._shards = shards
+        self._lines = lines
+        self._wanted = wanted
+        self.renames = False
+        """Whether earlier versions had other names for the samples."""
+        self.image = wanted or "of an image"
+        self.num_shards = len(shards)
+        try:
+            if any(map(is_remote, shards)):
+                _check_remote(shards)
+            first = list(itertools.islice(self._groups(0), _FIRST))
+        except Exception as error:  # the library and what it reads through raise many kinds
+            raise FileNotFoundError(
+                f"the {len(shards)} shards of {name} cannot be read ({reason_of(error)})"
+            ) from error
+        members = list(dict.fromkeys(member for _, own in first for member in own))
+        if not images_of(members, wanted):
+            existing_column(name, wanted or "image", members, "data.image_column")
+        self.columns = columns_of(members, [record_of(own, lines) for _, own in first])
+        self.hint = "" if any(map(is_caption, members)) else _apart(shards[0], first[0][0])
+        self.layout = f"{len(shards)} webdataset shards, members {', '.join(members)}"
+
+    def samples(self, shard: int) -> Iterator[RawSample]:
+        known: dict[str, frozenset[str]] = {}
+        for key, members in self._groups(shard):
+            own = frozenset(members)
+            if key in known and known[key].isdisjoint(own):
+                raise MembersApart(_apart(self._shards[shard], key))
+            if len(known) < _KEYS:
+                known[key] = own
+            images = images_of(members, self._wanted)
+            content = members[images[0]] if images else None
+            yield RawSample(key, content, record_of(members, self._lines))
+
+    def _groups(self, shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """(sample, member -> content) of what lies together."""
+        import datasets
+
+        held: tuple[str, dict[str, bytes]] | None = None
+        files = datasets.StreamingDownloadManager().iter_archive(self._shards[shard])
+        for path, file in files:
+            if is_outside(path) or (name := member_name(path)) is None:
+                continue
+            self.renames = self.renames or path.startswith("./")
+            key, member = name
+            if held is None or held[0] != key or member in held[1]:
+                if held is not None:
+                    yield held
+                held = (key, {})
+            held[1][member] = file.read()
+        if held is not None:
+            yield held
+
+
+def _apart(shard: str, key: str) -> str:
+    return (
+        f"the members of {key!r} do not lie together in {shard}, and a stream reads only what "
+        "does; write the shard in the order of its names (tar --sort=name), or set "
+        "data.streaming=false, which joins members wherever they lie"
+    )
+
+
+def _check_remote(shards: Sequence[str]) -> None:
+    """Asks for each remote file, so that a missing one is reported at the start."""
+    from datasets.data_files import DataFilesList
+
+    DataFilesList.from_patterns(list(shards))
+
+
+@dataclass(frozen=True)
+class OpenedStreams:
+    """The samples to train on and, where the data say what is held out, those.
+
+    Attributes:
+        train, held_out: the samples.
+        identity: what identifies the files, wherever they lie.
+        earlier: what earlier versions identified them by.
+        note: what is held out, for the user.
+        shard_names: of the shards to train on, where they are known.
+    """
+
+    train: SampleStream
+    held_out: SampleStream | None
+    identity: list[object]
+    earlier: list[object] | None
+    note: str
+    shard_names: list[str]
+
+
+def open_streams(config: DataConfig) -> OpenedStreams:
+    """Opens the source that `config` names as streams, by the splits that it names.
+
+    Raises:
+        FileNotFoundError: there is no such shard or data set.
+        ValueError: the source cannot be streamed, or lacks the column of the images.
+    """
+    source = config.source
+    if is_remote(source):
+        return _open_files(config, list(in_braces(source)))
+    path = Path(source).expanduser()
+    if not is_saved_dataset(path) and (files := files_of_rows(source)):
+        refuse_pointers(files)
+        return _open_files(config, [str(file) for file in files])
+    if path.is_dir() and not is_saved_dataset(path):
+        raise ValueError(_NOT_STREAMED.format(source))
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        raise ValueError(_NOT_STREAMED.format(source))
+    if not path.is_dir() and (path.exists() or not is_hub_name(source)):
+        raise not_found(source)
+    return _open_named(config, path)
+
+
+_NOT_STREAMED = (
+    "data.streaming is on, and {} is a folder or a table of image files; streaming reads shards, "
+    "Parquet and data sets; set data.streaming=false"
+)
+
+
+def streams(source: str) -> bool:
+    """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
+    path = Path(source).expanduser()
+    if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
+        return False
+    return not path.is_dir() or is_saved_dataset(path) or bool(files_of_rows(source))
+
+
+def _open_files(config: DataConfig, files: list[str]) -> OpenedStreams:
+    """Shards, or Parquet or Arrow files."""
+    groups = files_by_split(files, config)
+    of_split = roles(set(groups))
+
+    def of(role: Role) -> list[str]:
+        if of_split is None:
+            return files if role == "train" else []
+        return [file for split, own in groups.items() if of_split[split] == role for file in own]
+
+    def opened(own: list[str]) -> SampleStream:
+        if Path(own[0].partition("?")[0]).suffix in (".parquet", ".arrow"):
+            data = load_files(config.source, own, streaming=True)
+            return DatasetStream(config.source, data, config.image_column)
+        return ShardStream(config.source, own, config.image_column, config.caption_lines)
+
+    train = opened(of("train"))
+    held_out = opened(of("held_out")) if of("held_out") else None
+    note = "" if of_split is None else _note(of_split, "names of files")
+    identity = [
+        file if is_remote(file) else (Path(file).name, bytes_signature(Path(file)))
+        for file in files
+    ]
+    earlier: list[object] | None = [
+        file if is_remote(file) else file_signature(Path(file)) for file in files
+    ]
+    if of_split is not None or (isinstance(train, ShardStream) and train.renames):
+        earlier = None
+    return OpenedStreams(train, held_out, [*identity, note], earlier, note, of("train"))
+
+
+def _open_named(config: DataConfig, path: Path) -> OpenedStreams:
+    """A data set that was saved, or one of the Hub."""
+    import datasets
+
+    loaded = splits_of(load(config.source, streaming=True))
+    of_split = None if config.split_column == "none" else roles(set(loaded))
+
+    def opened(split: SplitName) -> SampleStream:
+        rows = loaded[split]
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.to_iterable_dataset(num_shards=min(_SHARDS, max(len(rows), 1)))
+        return DatasetStream(config.source, rows, config.image_column)
+
+    def of(role: Role) -> list[SplitName]:
+        return [split for split, own in (of_split or {}).items() if own == role]
+
+    if of_split is None:
+        first: SplitName = "train" if "train" in loaded else next(iter(loaded))
+        train, held_out, note = opened(first), None, ""
+    else:
+        train, held_out = opened(of("train")[0]), opened(of("held_out")[0])
+        note = _note(of_split, "the data set")
+    if path.is_dir():
+        files = sorted(path.rglob("*.arrow"))
+        identity: list[object] = [
+            (file.relative_to(path).as_posix(), bytes_signature(file)) for file in files
+        ]
+        earlier: list[object] = [file_signature(file) for file in files]
+    else:
+        identity = [config.source]
+        earlier = [path]
+    return OpenedStreams(train, held_out, [*identity, note], None if note else earlier, note, [])
+
+
+def _note(of_split: dict[SplitName, Role], named_by: str) -> str:
+    """What is held out, in words."""
+
+    def of(role: Role) -> str:
+        return " and ".join(name or "no split" for name, own in of_split.items() if own == role)
+
+    left_out = of("left_out")
+    return (
+        f"splits by {named_by}: held out is {of('held_out')}, and not data.val_fraction; trained "
+        f"on is {of('train')}" + (f"; left out of both is {left_out}" if left_out else "")
+    )

@@ -1,0 +1,305 @@
+"""Splits that the data name: by folders, files, `datasets`, a column or a second source. The user's
+held-out images are the held-out split, and are never trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.data import MixPart
+from pipeline.data.load import load_sources
+from pipeline.data.readers.splits import (
+    roles,
+    split_of_file,
+    split_of_folder,
+    split_of_value,
+    splits_of_paths,
+)
+from pipeline.data.source import Source
+from tests.helpers.data import config, encoded, write_shard
+
+
+def captions(source: Source) -> set[str]:
+    return set(source.captions(range(len(source))))
+
+
+def splits(source: object, **options: object) -> tuple[set[str], set[str]]:
+    """Captions to train on, and those held out."""
+    train, held_out = load_sources(config(source, **options))
+    return captions(train), captions(held_out)
+
+
+def write_images(folder: Path, first: int, count: int, *, captioned: bool = True) -> list[str]:
+    """Images named by numbers, whose captions say them; returns the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        (folder / f"{number}.png").write_bytes(encoded((number, 0, 9)))
+        if captioned:
+            (folder / f"{number}.txt").write_text(f"number {number}")
+    return [f"{number}.png" for number in range(first, first + count)]
+
+
+def numbers(first: int, count: int) -> set[str]:
+    return {f"number {number}" for number in range(first, first + count)}
+
+
+def write_list(file: Path, names: list[str]) -> None:
+    rows = [{"file_name": name, "text": f"number {Path(name).stem}"} for name in names]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("held_out", ["test", "valid", "validation", "val", "dev", "Test_Images"])
+@pytest.mark.parametrize("layout", ["beside", "in each", "above"])
+def test_folders_of_splits_are_read_with_their_captions(tmp_path, held_out, layout):
+    beside = layout == "beside"
+    train = write_images(tmp_path / "train", 0, 20, captioned=beside)
+    other = write_images(tmp_path / held_out, 100, 5, captioned=beside)
+    if layout == "in each":
+        write_list(tmp_path / "train" / "metadata.jsonl", train)
+        write_list(tmp_path / held_out / "metadata.jsonl", other)
+    if layout == "above":
+        names = [f"train/{name}" for name in train] + [f"{held_out}/{name}" for name in other]
+        write_list(tmp_path / "metadata.jsonl", names)
+    assert splits(tmp_path) == (numbers(0, 20), numbers(100, 5))
+    source, _ = load_sources(config(tmp_path))
+    assert source.problems[-1].startswith("splits by names of folders: held out are 5 of ")
+
+
+def test_validation_is_held_out_and_test_is_left_out(tmp_path):
+    write_images(tmp_path / "train", 0, 10)
+    write_images(tmp_path / "valid", 100, 3)
+    write_images(tmp_path / "test", 200, 4)
+    assert splits(tmp_path) == (numbers(0, 10), numbers(100, 3))
+    source, _ = load_sources(config(tmp_path))
+    assert source.problems[-1].endswith("left out of both are 4 of test")
+
+
+def test_images_beside_a_training_folder_are_left_out_and_counted(tmp_path):
+    write_images(tmp_path / "train", 0, 10)
+    write_images(tmp_path / "test", 100, 3)
+    write_images(tmp_path / "more", 200, 2)
+    assert splits(tmp_path) == (numbers(0, 10), numbers(100, 3))
+    source, _ = load_sources(config(tmp_path))
+    counted = "2 images in no folder of a split left out: more/200.png, more/201.png"
+    assert counted in source.problems
+
+
+def test_without_a_training_folder_all_else_is_trained_on(tmp_path):
+    write_images(tmp_path, 0, 10)
+    write_images(tmp_path / "cats", 50, 3)
+    write_images(tmp_path / "test", 100, 3)
+    assert splits(tmp_path) == (numbers(0, 10) | numbers(50, 3), numbers(100, 3))
+
+
+def test_a_split_in_an_images_own_name_or_a_class_is_none(tmp_path):
+    """Neither `steam train.png` nor a class `train` beside other classes names a split."""
+    for folder in ("bus", "train"):
+        write_images(tmp_path / folder, ord(folder[0]), 8)
+    (tmp_path / "bus" / "the test train.png").write_bytes(encoded())
+    (tmp_path / "bus" / "the test train.txt").write_text("odd")
+    train, held_out = splits(tmp_path)
+    assert train | held_out == numbers(98, 8) | numbers(116, 8) | {"odd"}
+    assert not any("splits by" in line for line in load_sources(config(tmp_path))[0].problems)
+
+
+def test_names_of_splits_can_be_ignored(tmp_path):
+    write_images(tmp_path / "train", 0, 20)
+    write_images(tmp_path / "test", 100, 20)
+    train, held_out = splits(tmp_path, split_column="none")
+    assert train | held_out == numbers(0, 20) | numbers(100, 20)
+    assert held_out & numbers(0, 20) and train & numbers(100, 20)
+
+
+def test_words_of_paths_name_splits():
+    for name in ("train", "Training", "train2017", "train_images", "images-train"):
+        assert split_of_folder(name) == "train", name
+    for name in ("steam train", "trains", "latest", "data", ""):
+        assert split_of_folder(name) == "", name
+    assert split_of_file("data/train-00000-of-00002.parquet") == "train"
+    assert split_of_file("default/validation/0000.parquet") == "validation"
+    assert split_of_file("set-test.arrow") == "test" and split_of_file("contest-0.tar") == ""
+    assert split_of_file("train-test-0.tar") == ""  # both words
+    assert split_of_value(" Valid ") == "validation" and split_of_value(b"test") == "test"
+    assert split_of_value("7") is None
+    assert splits_of_paths(["images/train/1.png", "images/val/2.png"]) == ["train", "validation"]
+    assert splits_of_paths(["a/test/1.png", "a/b/2.png"]) == ["", ""]  # may be a class
+
+
+def test_splits_need_images_of_both_kinds():
+    assert roles({"train"}) is None and roles({"test"}) is None and roles({""}) is None
+    assert roles({"train", "test"}) == {"train": "train", "test": "held_out"}
+    assert roles({"", "test"}) == {"": "train", "test": "held_out"}
+    assert roles({"train", "validation", "test", ""}) == {
+        "train": "train",
+        "validation": "held_out",
+        "test": "left_out",
+        "": "left_out",
+    }
+
+
+def write_parquet(file: Path, first: int, count: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = [encoded((number, 0, 9)) for number in range(first, first + count)]
+    texts = [f"number {number}" for number in range(first, first + count)]
+    pq.write_table(pa.table({"image": images, "text": texts}), file)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """A clone of a data set of the Hub: a card, two files to train on and one of tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "clone"
+    write_parquet(folder / "data" / "train-00000-of-00002.parquet", 0, 8)
+    write_parquet(folder / "data" / "train-00001-of-00002.parquet", 8, 8)
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", 100, 4)
+    (folder / "README.md").write_text("---\n---\n")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.parquet").write_bytes(b"none")
+    return folder
+
+
+def test_a_clone_of_a_data_set_is_read_by_its_files(clone):
+    assert splits(clone) == (numbers(0, 16), numbers(100, 4))
+    assert splits(clone / "data" / "*.parquet") == (numbers(0, 16), numbers(100, 4))
+    train, held_out = splits(clone / "**" / "train-*.parquet")
+    assert train | held_out == numbers(0, 16) and held_out
+
+
+def test_a_clone_of_a_data_set_is_streamed_by_its_files(clone):
+    train, held_out = load_sources(config(clone, streaming=True))
+    assert captions(held_out) == numbers(100, 4)
+    found = [s.captions[0] for shard in range(train.num_shards) for s in train.samples(shard)]
+    assert sorted(found) == sorted(numbers(0, 16))
+    assert train.problems[0].startswith("splits by names of files: held out is test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_are_split_by_their_names(tmp_path, streaming):
+    for name, first in (("train-0", 0), ("train-1", 8), ("val-0", 100), ("test-0", 200)):
+        samples = [
+            (f"{i:04d}", {"png": encoded((i, 0, 9)), "txt": f"number {i}".encode()})
+            for i in range(first, first + 8)
+        ]
+        write_shard(tmp_path / f"{name}.tar", samples)
+    train, held_out = load_sources(config(tmp_path, streaming=streaming))
+    assert captions(held_out) == numbers(100, 8)
+    shards = range(train.num_shards) if streaming else ()
+    found = {s.captions[0] for shard in shards for s in train.samples(shard)}
+    assert (found or captions(train)) == numbers(0, 16)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_a_saved_data_set_are_its_own(tmp_path, streaming):
+    import datasets
+
+    def of(first: int, count: int) -> datasets.Dataset:
+        images = [{"bytes": encoded((n, 0, 9)), "path": None} for n in range(first, first + count)]
+        texts = [f"number {n}" for n in range(first, first + count)]
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        return datasets.Dataset.from_dict({"image": images, "text": texts}, features=features)
+
+    parts = {"train": of(0, 12), "validation": of(100, 3), "test": of(200, 3)}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    train, held_out = load_sources(config(tmp_path / "saved", streaming=streaming))
+    assert captions(held_out) == numbers(100, 3)
+    if not streaming:
+        assert captions(train) == numbers(0, 12)
+
+
+def write_table(file: Path, values: list[str]) -> None:
+    write_images(file.parent / "i", 0, len(values), captioned=False)
+    lines = [f"i/{n}.png,number {n},{value}" for n, value in enumerate(values)]
+    file.write_text("path,text,split\n" + "\n".join(lines))
+
+
+def test_a_column_split_is_taken_where_it_names_splits_alone(tmp_path):
+    write_table(tmp_path / "t.csv", ["train"] * 8 + ["Val"] * 2 + ["test"] * 2)
+    expected = (numbers(0, 8), numbers(8, 2))
+    assert splits(tmp_path / "t.csv") == expected
+    assert splits(tmp_path / "t.csv", split_column="split") == expected
+    source, _ = load_sources(config(tmp_path / "t.csv"))
+    assert source.problems[-1].startswith("splits by the column split: held out are 2 of")
+    write_table(tmp_path / "t.csv", ["train"] * 8 + ["left"] * 4)
+    train, held_out = splits(tmp_path / "t.csv")
+    assert train | held_out == numbers(0, 12)
+    with pytest.raises(ValueError, match=r"has values that name no split \(left\); write train"):
+        splits(tmp_path / "t.csv", split_column="split")
+    with pytest.raises(ValueError, match=r"no column 'fold'; it has .*data\.split_column"):
+        splits(tmp_path / "t.csv", split_column="fold")
+
+
+def test_a_column_of_one_kind_alone_is_refused_when_named(tmp_path):
+    write_table(tmp_path / "t.csv", ["train"] * 8)
+    assert sum(map(len, splits(tmp_path / "t.csv"))) == 8
+    with pytest.raises(ValueError, match="names train alone; it needs images to train on and"):
+        splits(tmp_path / "t.csv", split_column="split")
+
+
+def test_a_streamed_column_holds_out_what_it_says(tmp_path):
+    samples = [
+        (
+            f"{i:04d}",
+            {
+                "png": encoded((i, 0, 9)),
+                "json": json.dumps(
+                    {"text": f"number {i}", "split": "test" if i % 4 == 0 else "train"}
+                ).encode(),
+            },
+        )
+        for i in range(12)
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    tests = {f"number {i}" for i in range(0, 12, 4)}
+    train, held_out = load_sources(config(tmp_path, streaming=True, split_column="split"))
+    assert captions(held_out) == tests
+    assert {s.captions[0] for s in train.samples(0)} == numbers(0, 12) - tests
+    assert splits(tmp_path) == (numbers(0, 12) - tests, tests)
+    ignored, _ = load_sources(config(tmp_path, streaming=True))
+    assert "the column split is not used while streaming" in ignored.problems[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_second_source_is_the_held_out_split(tmp_path, streaming):
+    samples = [
+        (f"{i:04d}", {"png": encoded((i, 0, 9)), "txt": f"number {i}".encode()}) for i in range(12)
+    ]
+    write_shard(tmp_path / "shards" / "0.tar", samples)
+    write_images(tmp_path / "mine", 100, 4)
+    train, held_out = load_sources(
+        config(tmp_path / "shards", held_out_source=str(tmp_path / "mine"), streaming=streaming)
+    )
+    assert captions(held_out) == numbers(100, 4)
+    found = {s.captions[0] for s in train.samples(0)} if streaming else captions(train)
+    assert found == numbers(0, 12)
+
+
+def test_held_out_images_inside_the_source_are_not_trained_on(tmp_path):
+    """By their files, wherever they lie; also the source's own test images are not."""
+    write_images(tmp_path / "all", 0, 10)
+    write_images(tmp_path / "all" / "mine", 100, 3)
+    write_images(tmp_path / "all" / "test", 200, 3)
+    options = {"held_out_source": str(tmp_path / "all" / "mine")}
+    assert splits(tmp_path / "all", **options) == (numbers(0, 10), numbers(100, 3))
+    source, _ = load_sources(config(tmp_path / "all", **options))
+    counted = "3 images to train on that are copies of held-out ones left out"
+    assert any(line.startswith(counted) for line in source.problems)
+
+
+def test_each_part_of_a_mixture_has_its_own_held_out_source(tmp_path):
+    write_images(tmp_path / "a", 0, 10)
+    write_images(tmp_path / "b", 50, 10)
+    write_images(tmp_path / "mine", 100, 3)
+    parts = [
+        MixPart(source=str(tmp_path / "a"), held_out_source=str(tmp_path / "mine")),
+        MixPart(source=str(tmp_path / "b")),
+    ]
+    train, held_out = load_sources(config("", mix=parts))
+    assert captions(train.parts[0]) == numbers(0, 10)
+    assert captions(held_out.parts[0]) == numbers(100, 3)
+    with pytest.raises(ValueError, match=r"data\.held_out_source is x and data\.mix has 2 parts"):
+        config("", mix=parts, held_out_source="x")
