@@ -15,8 +15,8 @@ class CaptionContext(nn.Module):
     """The mean of the embeddings of a caption's ids, through an MLP of one hidden layer.
 
     The mean and the result are normalized, for otherwise captions differ by a few hundredths at
-    first, and a flow learns to ignore them. The order of the words is not seen. An empty caption has its start and end ids alone, so it is
-    one more context: that of the unconditional case.
+    first, and a flow learns to ignore them. The order of the words is not seen. An empty caption
+    has its start and end ids alone, so it is one more context: that of the unconditional case.
 
     Args:
         vocab_size: entries of the text vocabulary.
