@@ -16,6 +16,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
+from pipeline.data.readers.value_range import with_value_range
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
@@ -39,11 +40,11 @@ class SourceIndex:
         share: WorkerInfo = SINGLE_PROCESS,
     ) -> None:
         self.rows = rows
-        self.config = config
         tally = SkipCounter()
         self.captions: Captions = captions_of(rows, config, tally)
-        found = scan_images(rows, config.workers, folder, share)
+        found = scan_images(rows, config.workers, folder, share, config.max_pixels)
         fit = usable(rows, found, config, tally)
+        config = self.config = with_value_range(config, rows, found)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         self.problems = rows.tally.lines() + tally.lines()
         check_usable(rows.name, int(fit.sum()), self.problems)

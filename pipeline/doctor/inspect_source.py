@@ -21,6 +21,7 @@ from pipeline.data.readers.base import Rows, SkipCounter
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
+from pipeline.data.readers.value_range import values_report, with_value_range
 from pipeline.data.source import check_usable
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 from pipeline.doctor.open_source import Opened, open_source, open_without_captions
@@ -108,7 +109,7 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)
     rows = opened.rows
-    found = scan_images(rows, config.workers, folder)
+    found = scan_images(rows, config.workers, folder, max_pixels=config.max_pixels)
     fit = _tried(findings, _fit, rows, found, captions, config, tally)
     if fit is None:
         fit = _fit(rows, found, captions, _tolerant(config), SkipCounter())
@@ -116,10 +117,11 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     if captions is not None and not findings:
         problems = [line for one in tallies for line in one.lines()]
         _tried(findings, check_usable, rows.name, int(fit.sum()), problems)
+    config = _tried(findings, with_value_range, config, rows, found) or config
     held_out = np.array(
         [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
     )
-    report = _report(opened, found, fit, held_out, tallies)
+    report = _report(opened, found, fit, held_out, tallies, values_report(config, found))
     findings += _doubts(report, config)
     return Part(config, opened, found, captions, fit, held_out, report, findings)
 
@@ -158,6 +160,7 @@ def _report(
     fit: np.ndarray,
     held_out: np.ndarray,
     tallies: Sequence[SkipCounter],
+    values: str,
 ) -> SourceReport:
     rows = opened.rows
     readable = np.array([not problem for problem in found.problem], bool)
@@ -190,6 +193,7 @@ def _report(
         sides=[one for one in sides if one.count],
         aspects=[one for one in aspects if one.count],
         modes=_ranked(mode for mode in found.mode if mode),
+        values=values,
         formats=_ranked(ending for ending in endings if ending in EXTENSIONS),
         duplicates=_duplicates(opened, found, readable, fit, held_out),
     )

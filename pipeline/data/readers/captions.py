@@ -9,8 +9,17 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
+from pipeline.data.readers.base import (
+    BAD_CAPTION,
+    LONG_CAPTION,
+    Record,
+    Rows,
+    SkipCounter,
+    existing_column,
+)
 
+LONGEST = 2**16
+"""Most characters of a caption. Tokenizers abort the process on texts of many megabytes."""
 NO_TEXT = "images without a caption left out"
 
 
@@ -73,22 +82,28 @@ class CaptionReader:
             for part in dict.fromkeys(fields)
         ]
 
-    def of(self, records: Sequence[Record]) -> tuple[list[str], bool]:
-        """The captions of one image within the length limits, each once; and whether a text was
-        skipped because it is not UTF-8."""
+    def of(self, records: Sequence[Record]) -> tuple[list[str], list[str]]:
+        """The captions of one image within the length limits, each once; and the reasons why texts
+        were skipped."""
         found: dict[str, None] = {}
-        undecodable = False
+        reasons: dict[str, None] = {}
         for record in records:
             try:
                 texts = self._texts(record)
             except UnicodeDecodeError:
-                undecodable = True
+                reasons[BAD_CAPTION] = None
+                continue
+            except RecursionError:
+                reasons[LONG_CAPTION] = None
                 continue
             for text in texts:
+                if len(text) > LONGEST:
+                    reasons[LONG_CAPTION] = None
+                    continue
                 text = text.strip().encode("utf-8", "replace").decode()
                 if len(text) >= self._least and (self._most is None or len(text) <= self._most):
                     found[text] = None
-        return list(found), undecodable
+        return list(found), list(reasons)
 
     def _texts(self, record: Record) -> list[str]:
         if self.template is None:
@@ -115,9 +130,9 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
 
     def each() -> Iterable[list[str]]:
         for row, records in enumerate(rows.records(reader.columns)):
-            texts, undecodable = reader.of(records)
-            if undecodable:
-                tally.add(BAD_CAPTION, rows.label(row))
+            texts, reasons = reader.of(records)
+            for reason in reasons:
+                tally.add(reason, rows.label(row))
             if not texts:
                 tally.add(NO_TEXT, rows.label(row))
             yield texts

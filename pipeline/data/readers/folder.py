@@ -21,6 +21,9 @@ import pyarrow as pa
 
 from pipeline.data.readers.base import (
     BAD_CAPTION,
+    LONG_CAPTION,
+    NO_FILE,
+    OUTSIDE,
     Record,
     SkipCounter,
     content_fingerprint,
@@ -31,6 +34,16 @@ from pipeline.data.readers.base import (
     listed,
     printable,
     text_of,
+    unread_caption,
+)
+from pipeline.data.readers.files import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    LeavesFolder,
+    check_link,
+    leaves,
+    parse_json,
+    read_file,
 )
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
 
@@ -91,7 +104,7 @@ class FileRows:
     def image(self, row: int) -> bytes:
         image = self._images[row].as_py()
         if not is_inline(image):
-            return (self.root / image).read_bytes()
+            return read_file(self.root / image, MAX_IMAGE_BYTES)
         try:
             return base64.b64decode(image.rpartition("base64,")[2], validate=True)
         except binascii.Error as error:
@@ -107,17 +120,23 @@ class FileRows:
         return image if is_inline(image) else file_signature(self.root / image)
 
 
-def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
+def folder_rows(
+    folder: Path, text_column: str, template: str | None, follow_links: bool = False
+) -> FileRows:
     """A folder in whichever layout it has.
+
+    Args:
+        follow_links: read files outside of the folder that links in it lead to.
 
     Raises:
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
-    images = _images_below(folder, tally)
+    images = _images_below(folder, tally, follow_links)
     columns = ["folder", "name"]
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
+        check_link(metadata, folder, follow_links)
         rows = list(_rows_of(metadata))
         columns = list(dict.fromkeys([*columns, *(column for row in rows for column in row)]))
         columns = [column for column in columns if column != "file_name"]
@@ -136,19 +155,28 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
                 try:
                     record["text"] = [
                         line.strip()
-                        for line in text_of((folder / image).with_suffix(".txt")).splitlines()
+                        for line in text_of(
+                            check_link(
+                                (folder / image).with_suffix(".txt"), folder, follow_links
+                            ),
+                            MAX_TEXT_BYTES,
+                        ).splitlines()
                     ]
                 except FileNotFoundError:
                     tally.add(NO_CAPTION, image)
                     continue
-                except ValueError:
-                    tally.add(BAD_CAPTION, str(path.with_suffix(".txt")))
+                except LeavesFolder:
+                    tally.add(OUTSIDE, str(path.with_suffix(".txt")))
+                    continue
+                except ValueError as error:
+                    tally.add(unread_caption(error), str(path.with_suffix(".txt")))
                     continue
             named[image] = [record]
         if beside:
             columns.append("text")
         if not named:
-            unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
+            why = (BAD_CAPTION, LONG_CAPTION, NO_FILE, OUTSIDE, CLOSED)
+            unread = [line for line in tally.lines() if any(reason in line for reason in why)]
             raise ValueError(
                 f"{folder} holds {len(images)} images and no captions; "
                 f"{'; '.join(unread) or LAYOUTS}"
@@ -192,7 +220,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
+def _images_below(folder: Path, tally: SkipCounter, follow_links: bool) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
@@ -218,6 +246,8 @@ def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
                 tally.add("images whose names are not UTF-8 left out", ascii(image))
             elif not _is_file(Path(where) / name):
                 tally.add("links to images that are not there left out", image)
+            elif not follow_links and leaves(Path(where) / name, folder):
+                tally.add(OUTSIDE, image)
             else:
                 found.append(image)
     return sorted(found)
@@ -282,8 +312,8 @@ def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise ValueError(
                     f"{path} line {number} is no JSON ({error}); each line must be one row"
                 ) from error

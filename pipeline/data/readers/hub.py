@@ -16,6 +16,7 @@ from pipeline.data.readers.base import (
     image_column,
     reason_of,
 )
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, read_file
 
 _BATCH = 1000
 _SHARDS = 64
@@ -85,7 +86,7 @@ def content_of(cell: object, beside: Path) -> bytes:
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell and "\0" not in cell:
-        return (beside / cell).read_bytes()
+        return read_file(beside / cell, MAX_IMAGE_BYTES)
     raise ValueError(f"it holds {type(cell).__name__} and no image")
 
 

@@ -7,10 +7,8 @@ An index holds the position of each member. Nothing is unpacked to disk.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,8 +25,17 @@ from pipeline.data.readers.base import (
     is_text,
     listed,
 )
+from pipeline.data.readers.files import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    TooLarge,
+    parse_json,
+)
 from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.tar_index import tar_members
 
+DAMAGED = "shards that are truncated or corrupted, read up to there"
+LONG_TEXT = f"texts of more than {MAX_TEXT_BYTES:,} bytes left out"
 _TEXTS = ("txt", "caption", "cls")
 """Members that are texts; members in JSON hold columns of their own."""
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -132,24 +139,35 @@ class ShardRows:
         return self._keys[row].as_py()
 
     def image(self, row: int) -> bytes:
-        return self._read(row, *self._places[row, 1:])
+        start, length = self._places[row, 1:]
+        if length > MAX_IMAGE_BYTES:
+            raise TooLarge(f"it has {length:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
+        return self._read(row, start, length)
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         plain = [column for column in columns if column in self._texts and column != "json"]
         for row in range(len(self)):
             record: Record = {}
             for column in plain:
-                record[column] = self._read(row, *self._texts[column][row]).splitlines()
+                record[column] = self._text(row, column).splitlines()
             if len(plain) < len(columns):
                 record = self._json(row) | record
             yield [record]
 
     def _json(self, row: int) -> dict[str, Any]:
         try:
-            value = json.loads(self._read(row, *self._texts["json"][row]) or b"{}")
-        except (ValueError, RecursionError):
+            value = parse_json(self._text(row, "json") or b"{}")
+        except ValueError:
             return {}
         return value if isinstance(value, dict) else {}
+
+    def _text(self, row: int, column: str) -> bytes:
+        """A member that is a text; empty, and counted, where it is too long."""
+        start, length = self._texts[column][row]
+        if length > MAX_TEXT_BYTES:
+            self.tally.add(LONG_TEXT, f"{self.label(row)}.{column}")
+            return b""
+        return self._read(row, start, length)
 
     def _read(self, row: int, start: int, length: int) -> bytes:
         shard = int(self._places[row, 0])
@@ -169,31 +187,29 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
     """(key, extension -> start and length) of each sample of a shard, in order."""
     held: tuple[str, dict[str, tuple[int, int]]] | None = None
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if not member.isfile() or path.name.startswith("."):
-                    continue
-                if path.is_absolute() or ".." in path.parts or not is_text(member.name):
-                    tally.add(
-                        "members of shards whose names lead out of them left out",
-                        ascii(member.name),
-                    )
-                    continue
-                stem, _, extension = path.name.partition(".")
-                key = (path.parent / stem).as_posix()
-                if held is None or held[0] != key:
-                    if held is not None:
-                        yield held
-                    held = (key, {})
-                held[1][extension.lower()] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # it remembers all headers otherwise
-    except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
-        if held is None and _is_compressed(shard):
+        for member in tar_members(shard, tally):
+            path = PurePosixPath(member.name)
+            if path.name.startswith("."):
+                continue
+            if path.is_absolute() or ".." in path.parts or not is_text(member.name):
+                tally.add(
+                    "members of shards whose names lead out of them left out",
+                    ascii(member.name),
+                )
+                continue
+            stem, _, extension = path.name.partition(".")
+            key = (path.parent / stem).as_posix()
+            if held is None or held[0] != key:
+                if held is not None:
+                    yield held
+                held = (key, {})
+            held[1][extension.lower()] = (member.start, member.length)
+    except (ValueError, OSError) as error:
+        if held is None and os.path.isfile(shard) and _is_compressed(shard):
             raise ValueError(
                 f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
             ) from error
-        tally.add("shards that are truncated or corrupted, read up to there", shard)
+        tally.add(DAMAGED, f"{shard} ({error})")
     if held is not None:
         yield held
 

@@ -21,7 +21,6 @@ import numpy as np
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, data_settings
 from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.readers.base import (
-    BAD_CAPTION,
     Record,
     SkipCounter,
     content_fingerprint,
@@ -31,10 +30,12 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader
+from pipeline.data.readers.files import check_regular
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
-from pipeline.data.readers.images import header, prepared, square_of
-from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.readers.deep import depth_of
+from pipeline.data.readers.images import header, pixels_to_decode, prepared, square_of
+from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
 from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
 
@@ -203,9 +204,9 @@ class StreamSource(Source):
         for column in self._reader.columns:
             if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
                 record[column] = text.splitlines()
-        captions, undecodable = self._reader.of([record])
-        if undecodable:
-            self._leave_out(BAD_CAPTION, name)
+        captions, reasons = self._reader.of([record])
+        for reason in reasons:
+            self._leave_out(reason, name)
         if not captions:
             self._leave_out("images without a caption left out", name)
             return None
@@ -216,10 +217,22 @@ class StreamSource(Source):
         try:
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
             # The pixels are decoded when they are needed.
-            width, height = header(io.BytesIO(content)).size
+            image = header(io.BytesIO(content))
+            width, height = image.size
+            fits = pixels_to_decode(image, config) <= config.max_pixels
+            depth = depth_of(image)
         except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
+        if not fits:
+            self._leave_out(too_large(config.max_pixels), name)
+            return None
+        if depth != "8bit" and config.value_range == "auto":
+            raise ValueError(
+                f"{name} of {self.name} has more than 8 bits per value ({image.mode}), and the "
+                "values of a stream cannot be looked at beforehand; set data.value_range: 16bit, "
+                "12bit, or [low, high] (minidalle doctor shows the first ones)"
+            )
         for reason, stands in unwanted_sizes(width, height, config):
             if stands:
                 self._leave_out(reason, name)
@@ -291,6 +304,9 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
                 "streaming reads shards, Parquet and data sets; set data.streaming=false"
             )
         return load(config, streaming=True), []
+    for shard in shards:
+        if not is_remote(shard):
+            check_regular(shard)
     try:
         files = {"train": shards}
         data = datasets.load_dataset("webdataset", data_files=files, streaming=True)
