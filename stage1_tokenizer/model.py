@@ -26,13 +26,7 @@ from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
-from stage1_tokenizer.pixels import (
-    check_model_range,
-    from_pil,
-    to_model_range,
-    to_pil,
-    to_uint8,
-)
+from stage1_tokenizer.pixels import check_model_range, from_pil, to_model_range, to_pil, to_uint8
 from stage1_tokenizer.posterior import GaussianPosterior
 from stage1_tokenizer.quantizers import (
     GaussianQuantizer,

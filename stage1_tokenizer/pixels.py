@@ -146,7 +146,9 @@ def from_pil(images: Sequence[Image.Image], value_range: ValueRange | None = Non
         ValueError: there is no image, or they differ in size; none is resized unasked. Or the
             range of more than 8 bits is in doubt.
     """
-    images = [to_rgb(image, value_range) for image in images]  # which turns some upright: sizes count after it
+    images = [
+        to_rgb(image, value_range) for image in images
+    ]  # which turns some upright: sizes count after it
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"

@@ -251,7 +251,7 @@ class DataConfig:
     def _image_problems(self) -> list[str]:
         smallest = self.filter.min_size
         largest = self.filter.max_size
-        return problems(
+        found = problems(
             (self.image_size < 16, f"data.image_size is {self.image_size}; it must be at least 16"),
             (
                 not 0 < self.val_fraction < 1,
@@ -272,14 +272,13 @@ class DataConfig:
                 f"data.crop_scale is {self.crop_scale}; it must be in (0, 1], and 1 unless "
                 "data.crop is random",
             ),
-        ) + [
+        )
+        if isinstance(self.value_range, list):
+            found += range_problems(self.value_range, "data.value_range")
+        return [
+            *found,
             *out_of_range(self, "data", "[0, inf]", "cache_gb"),
             *out_of_range(self, "data", "[1, inf]", "max_pixels"),
-            *(
-                range_problems(self.value_range, "data.value_range")
-                if isinstance(self.value_range, list)
-                else []
-            ),
         ]
 
     @property

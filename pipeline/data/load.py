@@ -76,9 +76,7 @@ def find_rows(config: DataConfig) -> Rows:
     if shards := shard_names(config.source):
         return ShardRows(config.source, shards, config.image_column)
     if path.is_dir():
-        return folder_rows(
-            path, config.text_column, config.caption_template, config.follow_links
-        )
+        return folder_rows(path, config.text_column, config.caption_template, config.follow_links)
     if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
         return table_rows(path, config.image_column)
     return HubRows(config)

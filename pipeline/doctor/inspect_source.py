@@ -21,7 +21,7 @@ from pipeline.data.readers.base import Rows, SkipCounter
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
-from pipeline.data.readers.value_range import values_report, with_value_range
+from pipeline.data.readers.value_range import dark_images, values_report, with_value_range
 from pipeline.data.source import check_usable
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
 from pipeline.doctor.open_source import Opened, open_source, open_without_captions
@@ -118,6 +118,8 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         problems = [line for one in tallies for line in one.lines()]
         _tried(findings, check_usable, rows.name, int(fit.sum()), problems)
     config = _tried(findings, with_value_range, config, rows, found) or config
+    if dark := dark_images(found, rows):
+        findings.append(Finding("fails", dark))
     held_out = np.array(
         [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
     )

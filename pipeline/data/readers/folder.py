@@ -156,9 +156,7 @@ def folder_rows(
                     record["text"] = [
                         line.strip()
                         for line in text_of(
-                            check_link(
-                                (folder / image).with_suffix(".txt"), folder, follow_links
-                            ),
+                            check_link((folder / image).with_suffix(".txt"), folder, follow_links),
                             MAX_TEXT_BYTES,
                         ).splitlines()
                     ]

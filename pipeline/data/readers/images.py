@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
@@ -59,9 +59,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
 Pillow starts other programs are not among them."""
 _ORIENTATION = 0x0112
 """The EXIF tag that says how to turn an image."""
-# Images that are too large are refused below. Pillow's warnings cannot be caught where several
-# threads read.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -153,10 +150,22 @@ def decoded(
         yield _decoded(content, at_least, most, value_range)
 
 
-def header(source: ImageFile) -> Image.Image:
-    """An undecoded image from a path or a file object. Raises whatever Pillow does."""
+def header(file: BinaryIO) -> Image.Image:
+    """An undecoded image from a file object. Raises whatever Pillow does.
+
+    Not by `Image.open`, which refuses images of many pixels before it is known at which size they
+    are decoded.
+    """
     Image.init()  # registers the formats, once
-    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+    prefix = file.read(16)
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or (accept is not None and accept(prefix) is not True):
+            continue
+        file.seek(0)
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # as `Image.open` does
+            return factory(file, "")
+    raise UnidentifiedImageError("it is of no known format")
 
 
 def _undecoded(source: ImageFile | bytes) -> Image.Image:

@@ -88,11 +88,8 @@ def scan_images(
     """
     # Not by its name alone: one folder may be two parts of a mixture.
     source = content_fingerprint([rows.name, *rows.columns])
-    kept = (
-        folder / f"examined-{source}-{content_fingerprint([_FORM, rows.stamp, len(rows), max_pixels])}.arrow"
-        if folder
-        else None
-    )
+    content = content_fingerprint([_FORM, rows.stamp, len(rows), max_pixels])
+    kept = folder / f"examined-{source}-{content}.arrow" if folder else None
     found = _read(kept) if kept is not None else None
     if all(share.gather(found is not None)):
         assert found is not None
@@ -109,7 +106,9 @@ def scan_images(
         leave=False,
     )
     with bar, ThreadPoolExecutor(workers, thread_name_prefix="examine") as pool:
-        for part in pool.map(lambda chunk: [_examined(rows, int(row), max_pixels) for row in chunk], chunks):
+        for part in pool.map(
+            lambda chunk: [_examined(rows, int(row), max_pixels) for row in chunk], chunks
+        ):
             lines += part
             bar.update(len(part))
     lines = [line for of_process in share.gather(lines) for line in of_process]

@@ -63,15 +63,16 @@ def with_value_range(config: DataConfig, rows: Rows, found: ScanResult) -> DataC
     """The configuration with the range of the source's values in place of `auto`. Logs it.
 
     Raises:
-        ValueError: the values leave doubt, or nearly all images would be black or white.
+        ValueError: the values leave doubt, or most of these images would be nearly black or white.
     """
     deep = deep_values(found)
-    if deep is not None:
-        if config.value_range == "auto":
-            config = replace(config, value_range=_certain(config, rows, deep))
-        _log.info("%s: %s", rows.name, values_report(config, found))
-    if problem := dark_or_bright(config, rows, found):
-        raise ValueError(problem)
+    if deep is None:
+        return config
+    asked = config.value_range != "auto"
+    if not asked:
+        config = replace(config, value_range=_certain(config, rows, deep))
+    _refuse_dark_or_bright(config, rows, found, asked=asked)
+    _log.info("%s: %s", rows.name, values_report(config, found))
     return config
 
 
@@ -104,32 +105,37 @@ def _certain(config: DataConfig, rows: Rows, deep: DeepValues) -> list[float]:
     )
 
 
-def dark_or_bright(config: DataConfig, rows: Rows, found: ScanResult) -> str:
-    """What is wrong where more than half of the images would be nearly black, or more than half of
-    those with more than 8 bits nearly white; '' where neither is so."""
-    readable = np.array([bool(depth) for depth in found.depth], bool)
-    deep = np.array([depth not in ("", "8bit") for depth in found.depth], bool)
-    low, high = config.values or (0.0, 255.0)
-    scale = np.where(deep, 255 / (high - low), 1.0)
-    offset = np.where(deep, low, 0.0)
-    black = readable & ((found.high - offset) * scale < _BLACK)
-    white = deep & ((found.low - offset) * scale > _WHITE)
-    for which, of, name in ((black, readable, "black"), (white, deep, "white")):
-        if of.any() and which.sum() > of.sum() / 2:
-            first = int(np.flatnonzero(which)[0])
-            remedy = (
-                f"choose another data.value_range (now {_shown(config)})"
-                if deep[first]
-                else "scale their values to 0..255 first"
-            )
-            return (
-                f"{rows.name}: {int(which.sum()):,} of {int(of.sum()):,} images are nearly {name} "
-                f"(first {rows.label(first)}, whose values are {found.low[first]:g} to "
-                f"{found.high[first]:g}); {remedy}"
-            )
-    return ""
+def dark_images(found: ScanResult, rows: Rows) -> str:
+    """What is wrong where more than half of the images of 8 bits per value are nearly black; ''
+    where it is not so."""
+    plain = np.array([depth == "8bit" for depth in found.depth], bool)
+    dark = np.flatnonzero(plain & (found.high < _BLACK))
+    if not plain.any() or len(dark) <= plain.sum() / 2:
+        return ""
+    return (
+        f"{rows.name}: {len(dark):,} of {int(plain.sum()):,} images of 8 bits per value are nearly "
+        f"black (first {rows.label(int(dark[0]))}, whose values end at {found.high[dark[0]]:g}); "
+        "scale their values to 0..255 first"
+    )
 
 
-def _shown(config: DataConfig) -> str:
-    given = config.value_range
-    return given if isinstance(given, str) else f"[{given[0]:g}, {given[1]:g}]"
+def _refuse_dark_or_bright(
+    config: DataConfig, rows: Rows, found: ScanResult, *, asked: bool
+) -> None:
+    """Raises ValueError where more than half of the images with more than 8 bits would be nearly
+    black, or nearly white by a range that was asked for."""
+    deep = np.flatnonzero([depth not in ("", "8bit") for depth in found.depth])
+    assert config.values is not None
+    low, high = config.values
+    darkest = (found.low[deep] - low) / (high - low) * 255
+    brightest = (found.high[deep] - low) / (high - low) * 255
+    for which, name in ((brightest < _BLACK, "black"), (asked & (darkest > _WHITE), "white")):
+        if which.sum() > len(deep) / 2:
+            first = int(deep[np.flatnonzero(which)[0]])
+            raise ValueError(
+                f"{rows.name}: with {low:g} shown black and {high:g} white, {int(which.sum()):,} "
+                f"of {len(deep):,} images with more than 8 bits per value are nearly {name} (first "
+                f"{rows.label(first)}, whose values are {found.low[first]:g} to "
+                f"{found.high[first]:g}); choose another data.value_range, such as 12bit or "
+                "[low, high]"
+            )

@@ -25,12 +25,7 @@ from pipeline.data.readers.base import (
     is_text,
     listed,
 )
-from pipeline.data.readers.files import (
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    TooLarge,
-    parse_json,
-)
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TooLarge, parse_json
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.tar_index import tar_members
 
@@ -193,8 +188,7 @@ def _samples(shard: str, tally: SkipCounter) -> Iterator[tuple[str, dict[str, tu
                 continue
             if path.is_absolute() or ".." in path.parts or not is_text(member.name):
                 tally.add(
-                    "members of shards whose names lead out of them left out",
-                    ascii(member.name),
+                    "members of shards whose names lead out of them left out", ascii(member.name)
                 )
                 continue
             stem, _, extension = path.name.partition(".")

@@ -30,10 +30,10 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader
+from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.files import check_regular
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
-from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.images import header, pixels_to_decode, prepared, square_of
 from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
 from pipeline.data.readers.webdataset import is_remote, shard_names
