@@ -7,7 +7,6 @@ The result is kept in a file, so that a source is scanned once and not at every 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -55,7 +54,7 @@ class ScanResult:
             several frames.
         depth: (N), `8bit`, `integers` of more bits, or `floats`; '' where it cannot be read.
         low, high: float64 (N), the smallest and largest value in the file; of 8 bits per value,
-            after transparency was put on white. NaN where it cannot be read.
+            after transparency was put on white. 0 where it cannot be read.
         problem: (N), what is wrong with the image, or ''.
     """
 
@@ -239,7 +238,7 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, TooLarge):
             problem = f"{_TOO_LARGE}{problem}"
-        return 0, 0, digest, 0, "", "", math.nan, math.nan, problem
+        return 0, 0, digest, 0, "", "", 0.0, 0.0, problem
 
 
 def _from_lines(lines: Sequence[_Line]) -> ScanResult:
