@@ -70,7 +70,10 @@ def _regular_size(path: str | Path, state: os.stat_result) -> int:
 def leaves(path: Path, folder: Path) -> bool:
     """Whether a file in a folder is a link to somewhere outside of it. Folders above the file are
     not asked: links to folders are not walked through."""
-    return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())
+    if not path.is_symlink():
+        return False
+    # Not `Path.resolve`, which raises where links lead in a circle.
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def check_link(path: Path, folder: Path, follow_links: bool) -> Path:

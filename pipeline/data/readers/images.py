@@ -99,13 +99,18 @@ def open_image(
         ValueError: it cannot be read, or has more than 8 bits per value whose range is in doubt;
             says why.
     """
-    name = "it" if isinstance(source, bytes) else source
+    name = "it" if isinstance(source, bytes) else str(source)
     try:
-        return _decoded(source, at_least, most, None).image
+        content = source if isinstance(source, bytes) else _content(source)
+        image = _undecoded(content)
+        size = image.size
+        _check_size(image, at_least, most)
+        return _decoded(content, image, size, None).image
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {name}") from None
     except ValueError as error:
-        raise ValueError(f"{name}{str(error).removeprefix('it')}") from error
+        text = str(error)
+        raise ValueError(name + text[2:] if text.startswith("it ") else text) from error
 
 
 def open_8_bit(path: Path) -> Image.Image:
@@ -115,13 +120,13 @@ def open_8_bit(path: Path) -> Image.Image:
         FileNotFoundError, ValueError: as `open_image`, or it has more bits per value.
     """
     try:
-        depth = depth_of(_undecoded(path))
-    except (ValueError, FileNotFoundError):
-        depth = "8bit"  # `open_image` says what is wrong
-    if depth != "8bit":
+        image: Image.Image | None = _undecoded(_content(path))
+    except (OSError, ValueError):
+        image = None  # `open_image` says what is wrong
+    if image is not None and depth_of(image) != "8bit":
+        bits = "16" if "16" in mode_of(image) else "more than 8"
         raise ValueError(
-            f"{path} has more than 8 bits per value, and only 8 can be read exactly; convert it "
-            "first"
+            f"{path} has {bits} bits per value, and only 8 can be read exactly; convert it first"
         )
     return open_image(path)
 
@@ -145,9 +150,11 @@ def decoded(
         TooLarge: it has more pixels.
         ValueError: it cannot be read; says why.
     """
-    pixels = _check_size(_undecoded(content), at_least, most)
+    image = _undecoded(content)
+    size = image.size
+    pixels = _check_size(image, at_least, most)
     with DECODING.taken(pixels * BYTES_PER_PIXEL):
-        yield _decoded(content, at_least, most, value_range)
+        yield _decoded(content, image, size, value_range)
 
 
 def header(file: BinaryIO) -> Image.Image:
@@ -168,13 +175,15 @@ def header(file: BinaryIO) -> Image.Image:
     raise UnidentifiedImageError("it is of no known format")
 
 
-def _undecoded(source: ImageFile | bytes) -> Image.Image:
+def _content(source: ImageFile) -> bytes:
+    if isinstance(source, str | Path):
+        return read_file(source, MAX_IMAGE_BYTES)
+    return source.read()
+
+
+def _undecoded(content: bytes) -> Image.Image:
     try:
-        if isinstance(source, str | Path):
-            source = read_file(source, MAX_IMAGE_BYTES)
-        return header(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise
+        return header(io.BytesIO(content))
     except Exception as error:
         raise _unreadable(error) from error
 
@@ -220,17 +229,13 @@ def _check_size(image: Image.Image, at_least: int | None, most: int) -> int:
 
 
 def _decoded(
-    source: ImageFile | bytes,
-    at_least: int | None,
-    most: int,
+    content: bytes,
+    image: Image.Image,
+    size: tuple[int, int],
     value_range: ValueRange | Literal["own"] | None,
 ) -> Decoded:
-    if isinstance(source, str | Path):
-        source = read_file(source, MAX_IMAGE_BYTES)
-    content = source if isinstance(source, bytes) else source.read()
-    image = _undecoded(content)
-    width, height = image.size
-    _check_size(image, at_least, most)
+    """Decodes an image that is opened. `size` is that of the file."""
+    width, height = size
     depth = depth_of(image)
     mode = mode_of(image)
     animated = is_animated(image)

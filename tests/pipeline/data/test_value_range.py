@@ -170,7 +170,7 @@ def test_a_single_deep_file_is_read_only_where_its_range_is_certain(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray((RAMP * 65535).astype(np.uint16)).save(path)
     assert open_image(path).getextrema() == (0, 255)
-    with pytest.raises(ValueError, match="more than 8 bits per value, and only 8 can be read"):
+    with pytest.raises(ValueError, match=r"a\.png has 16 bits per value, and only 8 can be read"):
         open_8_bit(path)
     Image.fromarray((RAMP * 4095).astype(np.uint16)).save(path)
     with pytest.raises(ValueError, match=r"a\.png has mode I;16 and values from 0 to 4095"):
