@@ -47,11 +47,14 @@ def read_file(path: str | Path, most: int) -> bytes:
     """
     # Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         size = _regular_size(path, os.fstat(descriptor))
         if size > most:
             raise TooLarge(f"{path} has {size:,} bytes; at most {most:,} are read")
-        return file.read(most)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
 
 
 def check_regular(path: str | Path) -> int:

@@ -72,7 +72,7 @@ def brightest(folder: Path, **options: object) -> list[int]:
 def test_a_range_without_doubt_is_taken_once_for_the_whole_source(tmp_path, values, ending):
     found = brightest(save(tmp_path / "a", values, ending=ending))
     # The dim ones stay dim: none has a range of its own.
-    assert found[0] > 240 and 130 < found[-1] < 160 and found == sorted(found, reverse=True)
+    assert found[0] > 225 and 130 < found[-1] < 160 and found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_range_in_doubt_is_asked_for(tmp_path, values, ending, asked):
         load_source(config(folder), "train")
     assert diagnose(config(folder)).fails
     low, high = float(values.min()), float(values.max())
-    assert brightest(folder, value_range=[low, high])[0] > 240
+    assert brightest(folder, value_range=[low, high])[0] > 225
 
 
 def test_a_range_that_makes_images_black_or_white_is_refused(tmp_path):
@@ -187,9 +187,9 @@ def test_a_stream_asks_for_the_range(tmp_path):
         load_sources(config(tmp_path / "a.tar", **streamed))
     assert diagnose(config(tmp_path / "a.tar", **streamed)).fails
     stream, held_out = load_sources(config(tmp_path / "a.tar", **streamed, value_range="12bit"))
-    assert held_out.images([0]).max() > 240
+    assert held_out.images([0]).max() > 225
     sample = next(stream.samples(0))  # type: ignore[attr-defined]
-    assert stream.decode(sample).max() > 240  # type: ignore[attr-defined]
+    assert stream.decode(sample).max() > 225  # type: ignore[attr-defined]
 
 
 def test_settings_of_the_range_are_checked():
