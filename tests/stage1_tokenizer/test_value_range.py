@@ -18,7 +18,7 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 @pytest.fixture(scope="module")
 def tokenizer() -> ImageTokenizer:
     torch.manual_seed(0)
-    config = TokenizerConfig(image_size=16, num_codes=16, width=8, downsample_factor=4)
+    config = TokenizerConfig(image_size=16, num_codes=16, width=16, downsample_factor=4)
     return ImageTokenizer(config).eval()
 
 

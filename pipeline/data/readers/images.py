@@ -189,7 +189,7 @@ def _undecoded(content: bytes) -> Image.Image:
 
 
 def _unreadable(error: Exception) -> Exception:
-    """What is said of an error of Pillow's readers. They raise many kinds for a corrupted file,
+    """How to report an error of Pillow's readers. They raise many kinds for a corrupted file,
     even struct.error and IndexError."""
     if isinstance(error, MemoryError | TooLarge):
         return error
