@@ -230,8 +230,9 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
             image = to_rgb(found.image)
             low, high = found.low, found.high
             if found.depth == "8bit":
-                low = float(min(first for first, _ in image.getextrema()))
-                high = float(max(last for _, last in image.getextrema()))
+                bands = np.array(image.getextrema())
+                low = float(bands.min())
+                high = float(bands.max())
             look = perceptual_hash(image)
             return found.width, found.height, digest, look, mode, found.depth, low, high, ""
     except (OSError, ValueError) as error:

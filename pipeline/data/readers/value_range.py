@@ -45,7 +45,7 @@ class DeepValues:
         )
 
 
-def deep_values(found: ScanResult) -> DeepValues | None:
+def deep_images(found: ScanResult) -> DeepValues | None:
     """What a scan found of images with more than 8 bits per value; None where there are none."""
     from stage1_tokenizer.value_range import possible_ranges  # imports torch
 
@@ -65,7 +65,7 @@ def with_value_range(config: DataConfig, rows: Rows, found: ScanResult) -> DataC
     Raises:
         ValueError: the values leave doubt, or most of these images would be nearly black or white.
     """
-    deep = deep_values(found)
+    deep = deep_images(found)
     if deep is None:
         return config
     asked = config.value_range != "auto"
@@ -79,7 +79,7 @@ def with_value_range(config: DataConfig, rows: Rows, found: ScanResult) -> DataC
 def values_report(config: DataConfig, found: ScanResult) -> str:
     """The values of images with more than 8 bits, and what becomes of them; '' without such
     images."""
-    deep = deep_values(found)
+    deep = deep_images(found)
     if deep is None:
         return ""
     if config.values is None:
