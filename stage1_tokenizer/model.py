@@ -26,7 +26,7 @@ from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
-from stage1_tokenizer.pixels import from_pil, to_model_range, to_pil, to_uint8
+from stage1_tokenizer.pixels import check_model_range, from_pil, to_model_range, to_pil, to_uint8
 from stage1_tokenizer.posterior import GaussianPosterior
 from stage1_tokenizer.quantizers import (
     GaussianQuantizer,
@@ -35,6 +35,7 @@ from stage1_tokenizer.quantizers import (
     build_quantizer,
 )
 from stage1_tokenizer.tiling import by_tiles
+from stage1_tokenizer.value_range import ValueRange
 
 _Config = TypeVar("_Config")
 
@@ -162,11 +163,12 @@ class ImageTokenizer(PreTrainedModel):
         Height and width may be any multiples of the coarsest code's side.
 
         Raises:
-            ValueError: the pixels have other channels, or a size that the grid does not divide; or
-                the latents are Gaussian.
+            ValueError: the pixels have other channels, a size that the grid does not divide, or
+                another range; or the latents are Gaussian.
         """
         self.require_codes("encode")
         self.check_size(pixels.shape)
+        check_model_range(pixels)
         training = self.quantizer.training
         self.quantizer.eval()
         try:
@@ -184,6 +186,7 @@ class ImageTokenizer(PreTrainedModel):
         """
         self.require_codes("log_assignment")
         self.check_size(pixels.shape)
+        check_model_range(pixels)
         if not self.quantizer.relaxed:
             return None
         return self.quantizer.log_assignment(self.encoder(pixels.to(self.dtype)))
@@ -198,6 +201,8 @@ class ImageTokenizer(PreTrainedModel):
         """
         quantizer = self._gaussian("posterior")
         self.check_size(pixels.shape)
+        # Training calls this every step, so a GPU's values are not waited for.
+        check_model_range(pixels, read=not pixels.is_cuda)
         return quantizer.posterior(self.encoder(pixels.to(self.dtype)))
 
     def latent_parameters(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -253,8 +258,11 @@ class ImageTokenizer(PreTrainedModel):
         channels = self.own_config.channels
         stride = self.own_config.stride
         if len(shape) != 4 or shape[1] != channels:
+            last = len(shape) == 4 and shape[3] == channels
+            hint = "; pixels.permute(0, 3, 1, 2) puts channels first" if last else ""
             raise ValueError(
                 f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)"
+                f"{hint}"
             )
         height, width = shape[2:]
         if not height or not width or height % stride or width % stride:
@@ -351,9 +359,12 @@ class ImageTokenizer(PreTrainedModel):
             stride=self.own_config.stride,
         )
 
-    def to_codes(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of one size -> codes, as `encode`."""
-        return self.encode(to_model_range(from_pil(images)).to(self.device))
+    def to_codes(
+        self, images: Sequence[Image.Image], value_range: ValueRange | None = None
+    ) -> Tensor:
+        """Images of one size -> codes, as `encode`. `value_range` is that of images with more than
+        8 bits per value, as in `to_rgb`."""
+        return self.encode(to_model_range(from_pil(images, value_range)).to(self.device))
 
     def to_images(self, codes: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
         """Codes -> images, as `decode`."""

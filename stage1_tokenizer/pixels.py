@@ -6,6 +6,8 @@ is float (B,C,H,W) in [-1,1].
 
 from __future__ import annotations
 
+import logging
+import math
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +19,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stage1_tokenizer.options import STEP
+from stage1_tokenizer.value_range import ValueRange, reduced
 
+_log = logging.getLogger(__name__)
+_warned: list[bool] = []
+_BEYOND = 1.5
+"""Pixels in [-1,1] may overshoot a little after resizing; these do not."""
 LAPLACE_MARGIN = 0.1
 """DALL-E's epsilon: pixels in [0,1] are squeezed into [eps, 1-eps] so that their logit is
 finite."""
@@ -25,8 +32,49 @@ finite."""
 
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1], channels-last in memory (as the images
-    already are)."""
+    already are).
+
+    Raises:
+        ValueError: the images have another type, so that their range is not known.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images have type {images.dtype} and must be uint8 in 0..255, of shape (batch, "
+            "height, width, channels); scale floats in [0, 1] by (255 * images).round().byte()"
+        )
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def check_model_range(pixels: Tensor, *, read: bool = True) -> None:
+    """Warns once per process where float pixels are all in [0,1], which is the range of other
+    libraries.
+
+    Args:
+        read: look at the values, for which a GPU is waited for; otherwise at the type alone.
+
+    Raises:
+        ValueError: pixels are integers, not finite, or far outside of [-1,1].
+    """
+    if not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels have type {pixels.dtype} and must be floats in [-1, 1]; "
+            "stage1_tokenizer.to_model_range converts uint8 (batch, height, width, channels)"
+        )
+    if not read or not pixels.numel():
+        return
+    low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels have values that are not finite (NaN or infinity)")
+    if low < -_BEYOND or high > _BEYOND:
+        hint = "; of 0..255, pass pixels / 127.5 - 1" if low >= 0 and high <= 255 else ""
+        raise ValueError(f"pixels are in [{low:g}, {high:g}] and must be in [-1, 1]{hint}")
+    # One value alone is a plain image, such as white.
+    if 0 <= low < high <= 1 and not _warned:
+        _warned.append(True)
+        _log.warning(
+            "pixels are all in [0, 1], and the tokenizer expects [-1, 1]; pass 2 * pixels - 1 if 0 "
+            "is black (bright images in [-1, 1] need nothing)"
+        )
 
 
 def dequantized(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -60,17 +108,22 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: turned upright by its EXIF, 16 bits scaled to 8, transparency on
-    white."""
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+    """Any PIL image as RGB: turned upright by its EXIF, more than 8 bits per value scaled to 8,
+    transparency on white.
+
+    Args:
+        value_range: the values shown black and white, where there are more than 8 bits. Without it,
+            integers beyond 14 bits are taken as 16-bit, and floats in 0..255 as they are.
+
+    Raises:
+        ValueError: the range of more than 8 bits is in doubt, or values are not finite.
+    """
     # Pillow fails in many ways on a corrupted EXIF block, while the pixels may be whole: such an
     # image stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else 255.0
-        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    image = reduced(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -86,13 +139,16 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
     )
 
 
-def from_pil(images: Sequence[Image.Image]) -> Tensor:
-    """Images of any mode and one size -> uint8 (B,H,W,3).
+def from_pil(images: Sequence[Image.Image], value_range: ValueRange | None = None) -> Tensor:
+    """Images of any mode and one size -> uint8 (B,H,W,3); `value_range` as in `to_rgb`.
 
     Raises:
-        ValueError: there is no image, or they differ in size; none is resized unasked.
+        ValueError: there is no image, or they differ in size; none is resized unasked. Or the
+            range of more than 8 bits is in doubt.
     """
-    images = [to_rgb(image) for image in images]  # which turns some upright: sizes count after it
+    images = [
+        to_rgb(image, value_range) for image in images
+    ]  # which turns some upright: sizes count after it
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         given = " and ".join(f"{width}x{height}" for width, height in sizes[:2]) or "none"

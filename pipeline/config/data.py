@@ -8,10 +8,26 @@ from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
 
+MAX_PIXELS = 64_000_000
+"""Most pixels of an image that is decoded, by default. A small file can declare many more."""
+ValueRange = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
+"""`data.value_range`."""
 SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
 them."""
 CaptionLines = Literal["each", "joined", "first"]
+
+
+def range_problems(values: list[float], name: str) -> list[str]:
+    """What is wrong with the values shown black and white."""
+    numbers = all(isinstance(value, int | float) and abs(value) < float("inf") for value in values)
+    return problems(
+        (
+            len(values) != 2 or not numbers or not values[0] < values[1],
+            f"{name} is {values}; it must be two numbers, the value shown black and then the "
+            "larger one shown white, such as [0, 4095]",
+        )
+    )
 
 
 @dataclass(kw_only=True)
@@ -32,6 +48,8 @@ class MixPart:
     """As `data.split_column`."""
     held_out_source: str | None = None
     """As `data.held_out_source`."""
+    value_range: ValueRange | None = None
+    """As `data.value_range`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -39,6 +57,8 @@ class MixPart:
                 f"data.mix: the weight of {self.source} is {self.weight}; it must be above 0, and "
                 "finite"
             )
+        if isinstance(self.value_range, list):
+            refuse(range_problems(self.value_range, f"data.mix: the value_range of {self.source}"))
 
 
 @dataclass(kw_only=True)
@@ -176,6 +196,15 @@ class DataConfig:
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64
     """Height and width of an image, in pixels; larger ones are cropped and shrunk."""
+    value_range: ValueRange = "auto"
+    """The values shown black and white of images with more than 8 bits per value: a number of bits,
+    or both values, such as [0, 1] or [-1024, 3071]. `auto` takes what the values of the whole
+    source leave no doubt of, and asks otherwise. Images of 8 bits are taken as they are."""
+    max_pixels: int = MAX_PIXELS
+    """Width times height above which images are skipped. JPEGs count as large as they are decoded:
+    at a half, a quarter or an eighth of their size where that is enough."""
+    follow_links: bool = False
+    """Read files outside of a folder that links in it lead to."""
     upscale: bool = False
     """Enlarge images that are smaller than `image_size` instead of skipping them."""
     crop: Literal["centre", "random"] = "centre"
@@ -289,7 +318,7 @@ class DataConfig:
     def _image_problems(self) -> list[str]:
         smallest = self.filter.min_size
         largest = self.filter.max_size
-        return problems(
+        found = problems(
             (self.image_size < 16, f"data.image_size is {self.image_size}; it must be at least 16"),
             (
                 not 0 < self.val_fraction < 1,
@@ -310,12 +339,28 @@ class DataConfig:
                 f"data.crop_scale is {self.crop_scale}; it must be in (0, 1], and 1 unless "
                 "data.crop is random",
             ),
-        ) + out_of_range(self, "data", "[0, inf]", "cache_gb")
+        )
+        if isinstance(self.value_range, list):
+            found += range_problems(self.value_range, "data.value_range")
+        return [
+            *found,
+            *out_of_range(self, "data", "[0, inf]", "cache_gb"),
+            *out_of_range(self, "data", "[1, inf]", "max_pixels"),
+        ]
 
     @property
     def sources(self) -> list[str]:
         """The source, or those of all parts."""
         return [part.source for part in self.mix] or [self.source]
+
+    @property
+    def values(self) -> tuple[float, float] | None:
+        """`value_range` as the values shown black and white; None where it is `auto`."""
+        if isinstance(self.value_range, list):
+            return float(self.value_range[0]), float(self.value_range[1])
+        if self.value_range == "auto":
+            return None
+        return 0.0, 2.0 ** int(self.value_range.removesuffix("bit")) - 1
 
     @property
     def least_size(self) -> int:
@@ -340,38 +385,38 @@ class DataConfig:
 CHANGES_NO_IMAGE = ("workers", "cache_gb", "tags")
 """Fields of `DataConfig` that change neither images nor which captions each has: how fast images
 come, and how a prior's training varies captions."""
-ADDED_LATER = ("caption_lines", "delimiter")
-"""Fields that count only where they differ from their default: there are runs that do not know
-them."""
-
-
 KNOWN_BY_CONTENT = ("source", "split_column", "held_out_source")
 """Fields of `DataConfig` and of its parts that lead to images and splits. A fingerprint of what
 they lead to is compared in their place, so that moved data stay the same data."""
 
 
+_NEWER = {
+    "caption_lines": "each",
+    "delimiter": None,
+    "follow_links": False,
+    "held_out_source": None,
+    "max_pixels": MAX_PIXELS,
+    "split_column": "auto",
+    "value_range": "auto",
+}
+"""Fields that are left out with these values: there are runs and fingerprints of data that do not
+know them."""
+
+
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A `DataConfig` as plain values, without what changes no image. Fields that are newer than
     some runs are left out where they have their defaults."""
-    settings = {name: value for name, value in config.items() if name not in CHANGES_NO_IMAGE}
+    settings = {
+        name: value
+        for name, value in config.items()
+        if name not in CHANGES_NO_IMAGE and not (name in _NEWER and value == _NEWER[name])
+    }
     # A seed of 0 is left out: there are runs and fingerprints of data that know no seed.
-    defaults = {f.name: f.default for f in fields(DataConfig)}
-    for name in ADDED_LATER:
-        if settings.get(name) == defaults[name]:
-            settings.pop(name, None)
     settings["emoji"] = {
         name: value for name, value in config["emoji"].items() if name != "split_seed" or value
     }
-    if settings.get("split_column") == "auto":
-        del settings["split_column"]
-    if settings.get("held_out_source") is None:
-        settings.pop("held_out_source", None)
     settings["mix"] = [
-        {
-            name: value
-            for name, value in part.items()
-            if value is not None or name not in KNOWN_BY_CONTENT
-        }
+        {name: value for name, value in part.items() if value is not None or name not in _NEWER}
         for part in config["mix"]
     ]
     return settings

@@ -4,6 +4,7 @@ layouts and no training."""
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +18,11 @@ from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
+from pipeline.data.readers.value_range import dark_images, with_value_range
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
+_log = logging.getLogger(__name__)
 _TOGETHER = 8
 """Images per task of a thread; with fewer, scheduling takes longer than decoding."""
 
@@ -40,11 +43,13 @@ class SourceIndex:
         share: WorkerInfo = SINGLE_PROCESS,
     ) -> None:
         self.rows = rows
-        self.config = config
         tally = SkipCounter()
         self.captions: Captions = captions_of(rows, config, tally)
-        found = scan_images(rows, config.workers, folder, share)
+        found = scan_images(rows, config.workers, folder, share, config.max_pixels)
         fit = usable(rows, found, config, tally)
+        config = self.config = with_value_range(config, rows, found)
+        if dark := dark_images(found, rows):
+            _log.warning("%s", dark)
         fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         fit &= ~copies_of_held_out(rows, found.digest, tally)
         self.problems = rows.tally.lines() + tally.lines()

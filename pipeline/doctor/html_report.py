@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.readers.images import open_image
+from pipeline.data.readers.images import decoded
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Diagnosis, Group
 from pipeline.doctor.text_report import caption_facts, source_facts
@@ -59,8 +59,12 @@ def _thumbnail(part: Part, row: int) -> str | None:
     """An image as a `data:` URI; None where it cannot be read any more."""
     assert part.opened is not None
     try:
-        image = to_rgb(open_image(part.opened.rows.image(row), at_least=_THUMBNAIL))
+        config = part.config
+        with decoded(
+            part.opened.rows.image(row), _THUMBNAIL, config.max_pixels, config.values or "own"
+        ) as found:
+            image = to_rgb(found.image)
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     except (OSError, ValueError):
         return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return data_uri(image, quality=85)

@@ -23,6 +23,7 @@ from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.paths import FOLDED
 from pipeline.data.readers.scan import ScanResult, scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
+from pipeline.data.readers.value_range import dark_images, values_report, with_value_range
 from pipeline.data.source import check_usable
 from pipeline.doctor.caption_layout import caption_layout_findings, understood
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
@@ -113,7 +114,7 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)
     rows = opened.rows
-    found = scan_images(rows, config.workers, folder)
+    found = scan_images(rows, config.workers, folder, max_pixels=config.max_pixels)
     fit = _tried(findings, _fit, rows, found, captions, config, tally)
     if fit is None:
         fit = _fit(rows, found, captions, _tolerant(config), SkipCounter())
@@ -121,11 +122,15 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     if captions is not None and not findings:
         problems = [line for one in tallies for line in one.lines()]
         _tried(findings, check_usable, rows.name, int(fit.sum()), problems)
+    config = _tried(findings, with_value_range, config, rows, found) or config
+    if dark := dark_images(found, rows):
+        findings.append(Finding("fails", dark))
     held_out = np.array(
         [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
     )
     report = replace(
-        _report(opened, found, fit, held_out, tallies), understood=understood(opened, captions)
+        _report(opened, found, fit, held_out, tallies, values_report(config, found)),
+        understood=understood(opened, captions),
     )
     if captions is not None:
         findings += caption_layout_findings(opened, captions)
@@ -168,6 +173,7 @@ def _report(
     fit: np.ndarray,
     held_out: np.ndarray,
     tallies: Sequence[SkipCounter],
+    values: str,
 ) -> SourceReport:
     rows = opened.rows
     readable = np.array([not problem for problem in found.problem], bool)
@@ -203,6 +209,7 @@ def _report(
         sides=[one for one in sides if one.count],
         aspects=[one for one in aspects if one.count],
         modes=_ranked(mode for mode in found.mode if mode),
+        values=values,
         formats=_ranked(ending for ending in endings if ending in EXTENSIONS),
         duplicates=_duplicates(opened, found, readable, fit, held_out),
     )

@@ -113,11 +113,13 @@ class StreamedRows(Rows):
     live."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
-        # Sizes are judged later: here only samples of no caption or no known format are left out.
+        # Sizes and values are judged later: here only samples of no caption or no known format are
+        # left out.
         stream = StreamSource(
             replace(
                 config,
                 upscale=True,
+                value_range="16bit" if config.value_range == "auto" else config.value_range,
                 filter=replace(config.filter, min_size=None, max_size=None, max_aspect=None),
             )
         )

@@ -50,6 +50,8 @@ def source_facts(source: SourceReport) -> Facts:
     for name, side in (("shorter", source.shorter_side), ("longer", source.longer_side)):
         if side is not None:
             facts.append((f"{name} side", f"{_numbers(side)} pixels"))
+    if source.values:
+        facts.append(("values", source.values))
     return [
         *source.understood,
         *facts,

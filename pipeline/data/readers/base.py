@@ -14,11 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.data.readers.files import MAX_TABLE_BYTES, TooLarge, read_file
+
 Record = dict[str, Any]
 """What is written of an image, by column."""
 IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
 """Columns that hold images where `data.image_column` names none."""
 BAD_CAPTION = "captions that are not UTF-8 left out"
+LONG_CAPTION = "captions that are too long left out"
+NO_FILE = "captions that are no regular files left out"
+OUTSIDE = "links to files outside of the folder left out (data.follow_links=true reads them)"
 _USUAL = {
     "data.text_column": (
         "text",
@@ -161,7 +166,9 @@ def file_signature(path: Path, name: str | None = None) -> object:
 
 def bytes_signature(path: Path) -> object:
     """A file's size and a hash of samples of its bytes, in bounded time: it stays the same when the
-    file is copied or moved. None where the file does not exist."""
+    file is copied or moved. None where there is no such regular file."""
+    if not path.is_file():
+        return None
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -234,13 +241,15 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:_LONG]
 
 
-def text_of(path: Path) -> str:
+def text_of(path: Path, most: int = MAX_TABLE_BYTES) -> str:
     """A text file in UTF-8, or in UTF-16 with a byte-order mark.
 
     Raises:
-        ValueError: it is in another encoding; names the line.
+        FileNotFoundError: there is no such file.
+        ValueError: it is in another encoding, and names the line; it has more than `most` bytes,
+            or is no regular file.
     """
-    content = path.read_bytes()
+    content = read_file(path, most)
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return content.decode("utf-16")
@@ -250,6 +259,13 @@ def text_of(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8 (line {line}: {error}); save it in that encoding"
         ) from error
+
+
+def unread_caption(error: ValueError) -> str:
+    """The reason for a `SkipCounter` why `text_of` could not read a caption."""
+    if isinstance(error, TooLarge):
+        return LONG_CAPTION
+    return BAD_CAPTION if isinstance(error.__cause__, UnicodeDecodeError) else NO_FILE
 
 
 def is_text(name: str) -> bool:

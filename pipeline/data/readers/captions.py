@@ -12,9 +12,18 @@ from typing import AnyStr
 import pyarrow as pa
 
 from pipeline.config.data import CaptionLines, DataConfig
-from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
+from pipeline.data.readers.base import (
+    BAD_CAPTION,
+    LONG_CAPTION,
+    Record,
+    Rows,
+    SkipCounter,
+    existing_column,
+)
 from pipeline.data.readers.written_lists import texts_of_list
 
+LONGEST = 2**16
+"""Most characters of a caption. Tokenizers abort the process on texts of many megabytes."""
 NO_TEXT = "images without a caption left out"
 MISSING = "images whose caption is NaN, null or the like left out"
 LISTS = "images whose caption is a list written as text, read item by item"
@@ -111,7 +120,13 @@ class CaptionReader:
             except UnicodeDecodeError:
                 reasons[BAD_CAPTION] = None
                 continue
+            except RecursionError:
+                reasons[LONG_CAPTION] = None
+                continue
             for text in texts:
+                if len(text) > LONGEST:
+                    reasons[LONG_CAPTION] = None
+                    continue
                 text = text.strip("\ufeff \t\r\n").strip().encode("utf-8", "replace").decode()
                 if len(text) >= self._least and (self._most is None or len(text) <= self._most):
                     found[text] = None

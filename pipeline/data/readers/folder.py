@@ -19,9 +19,12 @@ from typing import TypeGuard
 
 import pyarrow as pa
 
-from pipeline.config.data import CaptionLines, DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import (
     BAD_CAPTION,
+    LONG_CAPTION,
+    NO_FILE,
+    OUTSIDE,
     Record,
     Rows,
     SkipCounter,
@@ -32,8 +35,17 @@ from pipeline.data.readers.base import (
     is_text,
     printable,
     text_of,
+    unread_caption,
 )
 from pipeline.data.readers.captions import lines_of
+from pipeline.data.readers.files import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    LeavesFolder,
+    check_link,
+    leaves,
+    read_file,
+)
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
 from pipeline.data.readers.paths import FOLDED, FileFinder, ImageNames, image_folder, is_file
 from pipeline.data.readers.tables import Table, read_table
@@ -111,7 +123,7 @@ class FileRows(Rows):
     def image(self, row: int) -> bytes:
         image = self._images[row].as_py()
         if not is_inline(image):
-            return (self.root / image).read_bytes()
+            return read_file(self.root / image, MAX_IMAGE_BYTES)
         try:
             return base64.b64decode(image.rpartition("base64,")[2], validate=True)
         except binascii.Error as error:
@@ -137,18 +149,21 @@ def folder_rows(folder: Path, config: DataConfig) -> FileRows:
         ValueError: there are no captions, a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
-    images = _images_below(folder, tally)
+    images = _images_below(folder, tally, config.follow_links)
     if (metadata := _file_of(folder, METADATA)) is not None:
+        check_link(metadata, folder, config.follow_links)
         return _rows_of_metadata(folder, metadata, images, tally, config.delimiter)
     if config.text_column != "text" or config.caption_template is not None:
         named = {image: [_of_path(image)] for image in images}
         facts = [("folders", "their names are the column folder")]
     else:
-        named, facts = _captions_beside(folder, images, tally, config.caption_lines)
+        named, facts = _captions_beside(folder, images, tally, config)
     if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
+        check_link(captions, folder, config.follow_links)
         return table_rows(captions, None, config.delimiter)
     if not named:
-        unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
+        why = (BAD_CAPTION, LONG_CAPTION, NO_FILE, OUTSIDE, CLOSED)
+        unread = [line for line in tally.lines() if any(reason in line for reason in why)]
         raise ValueError(
             f"{folder} holds {len(images)} images and no captions; {_texts_in(folder)}"
             f"{'; '.join(unread) or LAYOUTS}"
@@ -174,7 +189,7 @@ def _rows_of_metadata(
 
 
 def _captions_beside(
-    folder: Path, images: list[str], tally: SkipCounter, caption_lines: CaptionLines
+    folder: Path, images: list[str], tally: SkipCounter, config: DataConfig
 ) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
     """Image -> what the text file next to it says; and which files there are."""
     finder = FileFinder(folder)
@@ -186,12 +201,16 @@ def _captions_beside(
             tally.add(NO_CAPTION, image)
             continue
         try:
-            text = text_of(folder / file)
-        except ValueError:
-            tally.add(BAD_CAPTION, file)
+            check_link(folder / file, folder, config.follow_links)
+            text = text_of(folder / file, MAX_TEXT_BYTES)
+        except LeavesFolder:
+            tally.add(OUTSIDE, file)
+            continue
+        except ValueError as error:
+            tally.add(unread_caption(error), file)
             continue
         endings[PurePosixPath(file).suffix.lower()] += 1
-        named[image] = [_of_path(image) | {"text": lines_of(text, caption_lines)}]
+        named[image] = [_of_path(image) | {"text": lines_of(text, config.caption_lines)}]
     if not named:
         return {}, []
     files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
@@ -200,7 +219,7 @@ def _captions_beside(
         "joined": "lines are joined",
         "first": "the first line counts",
     }
-    return named, [("caption files", f"{files} next to the images; {lines[caption_lines]}")]
+    return named, [("caption files", f"{files} next to the images; {lines[config.caption_lines]}")]
 
 
 def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | None:
@@ -311,7 +330,7 @@ def _is_path(cell: object) -> TypeGuard[str]:
     return isinstance(cell, str) and bool(cell.strip()) and not is_inline(cell)
 
 
-def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
+def _images_below(folder: Path, tally: SkipCounter, follow_links: bool) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
@@ -337,6 +356,8 @@ def _images_below(folder: Path, tally: SkipCounter) -> list[str]:
                 tally.add("images whose names are not UTF-8 left out", ascii(image))
             elif not is_file(Path(where) / name):
                 tally.add("links to images that are not there left out", image)
+            elif not follow_links and leaves(Path(where) / name, folder):
+                tally.add(OUTSIDE, image)
             else:
                 found.append(image)
     return sorted(found)

@@ -18,7 +18,9 @@ from pipeline.data.readers.base import (
     image_column,
     reason_of,
 )
-from pipeline.data.readers.locate import nearest_here, refuse_pointers
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, read_file
+from pipeline.data.readers.locate import is_remote, nearest_here, refuse_pointers
+from pipeline.data.readers.parquet_limits import check_inflated
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.splits import (
     Part,
@@ -143,7 +145,7 @@ def content_of(cell: object, files: FileFinder) -> bytes:
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell and "\0" not in cell:
-        return files.path(cell).read_bytes()
+        return read_file(files.path(cell), MAX_IMAGE_BYTES)
     raise ValueError(f"it holds {type(cell).__name__} and no image")
 
 
@@ -170,6 +172,7 @@ def load(source: str, *, streaming: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it does not exist, or the library cannot read it.
+        ValueError: a Parquet file inflates to many times its size.
     """
     import datasets
 
@@ -189,9 +192,13 @@ def load_files(source: str, files: Sequence[str | Path], *, streaming: bool = Fa
 
     Raises:
         FileNotFoundError: the library cannot read them.
+        ValueError: a Parquet file inflates to many times its size, or is no regular file.
     """
     import datasets
 
+    for file in files:
+        if Path(file).suffix.lower() == ".parquet" and not is_remote(str(file)):
+            check_inflated(Path(file))
     kind = "arrow" if Path(files[0]).suffix.lower() == ".arrow" else "parquet"
     try:
         own = {"train": [str(file) for file in files]}

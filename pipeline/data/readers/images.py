@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import MAX_PIXELS, DataConfig
+from pipeline.data.readers.deep import Depth, deep_values, depth_of, extremes, mode_of, shown
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, TooLarge, read_file
+from pipeline.data.readers.memory import BYTES_PER_PIXEL, DECODING
+
+if TYPE_CHECKING:
+    from stage1_tokenizer.value_range import ValueRange
 
 ImageFile = str | Path | BinaryIO
 EXTENSIONS = (
@@ -48,94 +57,237 @@ UNREAD = (
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
 """Pillow's names of the formats that are read, whatever a file's name is. EPS and others for which
 Pillow starts other programs are not among them."""
-LARGEST = 89_478_485
-"""Most pixels of an image. A small file can declare so many that they fill the memory."""
-
-# Images that are too large are refused below. Pillow's warnings cannot be caught where several
-# threads read.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how to turn an image."""
 
 
-def open_image(source: ImageFile | bytes, *, at_least: int | None = None) -> Image.Image:
+@dataclass(frozen=True)
+class Decoded:
+    """An image of a file.
+
+    Attributes:
+        image: with at most 8 bits per value, perhaps reduced, as it lies in the file.
+        width, height: of the file's image, upright, in pixels.
+        mode: Pillow's, with `;16` for 16-bit colour.
+        animated: whether there are several frames.
+        depth: of the file's values.
+        low, high: the smallest and largest value of more than 8 bits; 0 and 255 otherwise.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    mode: str
+    animated: bool
+    depth: Depth
+    low: float
+    high: float
+
+
+def open_image(
+    source: ImageFile | bytes, *, at_least: int | None = None, most: int = MAX_PIXELS
+) -> Image.Image:
     """A decoded image from a path, a file object or a file's bytes; of several frames the first.
 
     Args:
         at_least: a sufficient shorter side, in pixels. JPEGs are decoded at a half, a quarter or an
             eighth of their size where that leaves so many.
+        most: pixels of an image.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read; says why.
+        ValueError: it cannot be read, or has more than 8 bits per value whose range is in doubt;
+            says why.
     """
-    return _opened(source, at_least)[0]
+    name = "it" if isinstance(source, bytes) else str(source)
+    try:
+        content = source if isinstance(source, bytes) else _content(source)
+        image = _undecoded(content)
+        size = image.size
+        _check_size(image, at_least, most)
+        return _decoded(content, image, size, None).image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {name}") from None
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(name + text[2:] if text.startswith("it ") else text) from error
 
 
 def open_8_bit(path: Path) -> Image.Image:
-    """A decoded image of no more than 8 bits per value. Of more, Pillow drops half where there are
-    colours.
+    """A decoded image of no more than 8 bits per value.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_image`, or it has 16 bits per value.
+        FileNotFoundError, ValueError: as `open_image`, or it has more bits per value.
     """
-    image = open_image(path)
-    # Which bits the file has is known before it is decoded, and not any more after.
-    with header(path) as undecoded:
-        if any("16" in str(tile[3]) for tile in getattr(undecoded, "tile", ())):
-            raise ValueError(
-                f"{path} has 16 bits per value, and only 8 can be read exactly; convert it first"
-            )
-    return image
+    try:
+        image: Image.Image | None = _undecoded(_content(path))
+    except (OSError, ValueError):
+        image = None  # `open_image` says what is wrong
+    if image is not None and depth_of(image) != "8bit":
+        bits = "16" if "16" in mode_of(image) else "more than 8"
+        raise ValueError(
+            f"{path} has {bits} bits per value, and only 8 can be read exactly; convert it first"
+        )
+    return open_image(path)
 
 
-def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[int, int]]:
-    """An image's file, decoded as small as `at_least` allows (see `open_image`), and its full
-    width and height when upright."""
-    image, (width, height) = _opened(content, at_least)
-    sideways = _orientation(image) in (5, 6, 7, 8)
-    return image, (height, width) if sideways else (width, height)
+@contextmanager
+def decoded(
+    content: bytes,
+    at_least: int,
+    most: int = MAX_PIXELS,
+    value_range: ValueRange | Literal["own"] | None = None,
+) -> Iterator[Decoded]:
+    """An image's file, decoded as small as `at_least` allows (see `open_image`). While the block
+    runs, its memory counts against that of all threads (`memory.DECODING`).
+
+    Args:
+        most: pixels of an image.
+        value_range: the values of more than 8 bits that become black and white; `own` takes the
+            image's smallest and largest. None where there is no doubt.
+
+    Raises:
+        TooLarge: it has more pixels.
+        ValueError: it cannot be read; says why.
+    """
+    image = _undecoded(content)
+    size = image.size
+    pixels = _check_size(image, at_least, most)
+    with DECODING.taken(pixels * BYTES_PER_PIXEL):
+        yield _decoded(content, image, size, value_range)
 
 
-def header(source: ImageFile) -> Image.Image:
-    """An undecoded image from a path or a file object. Raises whatever Pillow does."""
+def header(file: BinaryIO) -> Image.Image:
+    """An undecoded image from a file object. Raises whatever Pillow does.
+
+    Not by `Image.open`, which refuses images of many pixels before it is known at which size they
+    are decoded.
+    """
     Image.init()  # registers the formats, once
-    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+    prefix = file.read(16)
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or (accept is not None and accept(prefix) is not True):
+            continue
+        file.seek(0)
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # as `Image.open` does
+            return factory(file, "")
+    raise UnidentifiedImageError("it is of no known format")
 
 
-def _opened(source: ImageFile | bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    name = "it" if isinstance(source, bytes) else source
+def _content(source: ImageFile) -> bytes:
+    if isinstance(source, str | Path):
+        return read_file(source, MAX_IMAGE_BYTES)
+    return source.read()
+
+
+def _undecoded(content: bytes) -> Image.Image:
     try:
-        image = header(io.BytesIO(source) if isinstance(source, bytes) else source)
-        size = image.size
-        if size[0] * size[1] > LARGEST:
-            raise ValueError(
-                f"it declares {size[0]}x{size[1]} pixels; at most {LARGEST:,} are read"
-            )
-        if at_least is not None:
-            reduced = at_least / min(size)
-            image.draft("RGB", (math.ceil(size[0] * reduced), math.ceil(size[1] * reduced)))
-        image.load()
-        return image, size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {name}") from None
-    except MemoryError:
-        raise
+        return header(io.BytesIO(content))
     except Exception as error:
-        # Pillow's readers raise many kinds for a corrupted file, even struct.error and IndexError.
-        why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be read as an image ({why})") from error
+        raise _unreadable(error) from error
 
 
-def frames(image: Image.Image) -> int:
-    """How many frames an image has. Those after the first are not used and may be corrupted."""
+def _unreadable(error: Exception) -> Exception:
+    """How to report an error of Pillow's readers. They raise many kinds for a corrupted file,
+    even struct.error and IndexError."""
+    if isinstance(error, MemoryError | TooLarge):
+        return error
+    why = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"it cannot be read as an image ({why})")
+
+
+def pixels_to_decode(image: Image.Image, config: DataConfig) -> int:
+    """Pixels of an image that is not yet decoded, as `prepared` decodes it."""
+    return _drafted(image, 2 * _wanted(config))
+
+
+def _wanted(config: DataConfig) -> int:
+    """Shorter side, in pixels, that training needs of an image."""
+    return math.ceil(config.image_size / config.crop_scale)
+
+
+def _drafted(image: Image.Image, at_least: int | None) -> int:
+    """Prepares an image to be decoded as small as `at_least` allows; returns its pixels then."""
+    size = image.size
+    if at_least is not None:
+        reduced = at_least / min(size)
+        image.draft("RGB", (math.ceil(size[0] * reduced), math.ceil(size[1] * reduced)))
+    # Progressive JPEGs are kept whole while they are decoded.
+    return math.prod(size if image.info.get("progressive") else image.size)
+
+
+def _check_size(image: Image.Image, at_least: int | None, most: int) -> int:
+    """As `_drafted`. Raises TooLarge where that is more than `most`."""
+    width, height = image.size
+    pixels = _drafted(image, at_least)
+    if pixels > most:
+        raise TooLarge(
+            f"it has {width}x{height} pixels; at most {most:,} are decoded (data.max_pixels)"
+        )
+    return pixels
+
+
+def _decoded(
+    content: bytes,
+    image: Image.Image,
+    size: tuple[int, int],
+    value_range: ValueRange | Literal["own"] | None,
+) -> Decoded:
+    """Decodes an image that is opened. `size` is that of the file."""
+    width, height = size
+    depth = depth_of(image)
+    mode = mode_of(image)
+    animated = is_animated(image)
+    low, high = 0.0, 255.0
     try:
-        return int(getattr(image, "n_frames", 1))
+        if depth == "8bit":
+            image.load()
+        else:
+            values = deep_values(image, lambda: _undecoded(content))
+            low, high = extremes(values)
+    except Exception as error:
+        raise _unreadable(error) from error
+    orientation = _orientation(image)
+    if depth != "8bit":
+        if value_range == "own":
+            value_range = (low, max(high, low + 1e-6))
+        image = shown(values, value_range or _certain_range(low, high, depth, mode))
+        if orientation != 1:
+            exif = Image.Exif()
+            exif[_ORIENTATION] = orientation
+            image.info["exif"] = exif.tobytes()
+    if orientation in (5, 6, 7, 8):
+        width, height = height, width
+    return Decoded(image, width, height, mode, animated, depth, low, high)
+
+
+def _certain_range(low: float, high: float, depth: Depth, mode: str) -> ValueRange:
+    """The range of one image's values that its type leaves no doubt of."""
+    from stage1_tokenizer.value_range import NAMED_RANGES, possible_ranges  # imports torch
+
+    ranges = possible_ranges(low, high, floats=depth == "floats")
+    if ranges not in (["16bit"], ["8bit"]):
+        raise ValueError(
+            f"it has mode {mode} and values from {low:g} to {high:g}, and which of them is white "
+            "is not known; set data.value_range, or convert it to 8 bits first"
+        )
+    return NAMED_RANGES[ranges[0]]
+
+
+def is_animated(image: Image.Image) -> bool:
+    """Whether an image has several frames. Those after the first are not used and may be
+    corrupted."""
+    try:
+        # Not `n_frames`, which reads all of them.
+        return bool(getattr(image, "is_animated", False))
     except Exception:
-        return 1
+        return False
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a corrupted EXIF block; the pixels may be fine
         return 1
 
@@ -149,17 +301,18 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
     size = config.image_size
-    wanted = math.ceil(size / config.crop_scale)
+    wanted = _wanted(config)
     # Twice the size leaves the antialiasing enough to work on.
-    image = to_rgb(open_image(content, at_least=2 * wanted))
-    if config.crop == "centre":
-        return np.asarray(resize_and_crop(image, size))
-    shorter = min(image.size)
-    target = max(size, min(shorter, wanted))
-    if shorter != target:
-        width, height = (max(target, round(side * target / shorter)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.asarray(image)
+    with decoded(content, 2 * wanted, config.max_pixels, config.values) as found:
+        image = to_rgb(found.image)
+        if config.crop == "centre":
+            return np.asarray(resize_and_crop(image, size))
+        shorter = min(image.size)
+        target = max(size, min(shorter, wanted))
+        if shorter != target:
+            width, height = (max(target, round(side * target / shorter)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return np.asarray(image)
 
 
 def square_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:

@@ -18,22 +18,27 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import MAX_PIXELS, DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, content_fingerprint
-from pipeline.data.readers.images import frames, open_for_judging
+from pipeline.data.readers.files import TooLarge
+from pipeline.data.readers.images import decoded
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.log import shows_progress
 
 UNREADABLE = "unreadable images left out"
+_TOO_LARGE = "too large: "
+"""Begins the problem of an image with more than `data.max_pixels`."""
+_TEXTS = ("mode", "depth", "problem")
+"""Columns of the result's file that are texts."""
 _CHUNK = 32
 _SLOW = 2000
 """Fewest images for which a progress bar is shown and the result is kept."""
 _DECODED = 64
 """Shorter side, in pixels, at which images are decoded to be hashed."""
-_Line = tuple[int, int, int, int, str, str]
+_Line = tuple[int, int, int, int, str, str, float, float, str]
 """An entry of each column of `ScanResult`."""
-_FORM = 1
+_FORM = 2
 """Version of the result's file."""
 
 
@@ -47,6 +52,9 @@ class ScanResult:
         look: uint64 (N), `perceptual_hash` of the image.
         mode: (N), Pillow's mode of the file: RGB, L, CMYK, ...; with `, animated` where there are
             several frames.
+        depth: (N), `8bit`, `integers` of more bits, or `floats`; '' where it cannot be read.
+        low, high: float64 (N), the smallest and largest value in the file; of 8 bits per value,
+            after transparency was put on white. 0 where it cannot be read.
         problem: (N), what is wrong with the image, or ''.
     """
 
@@ -55,11 +63,18 @@ class ScanResult:
     digest: np.ndarray
     look: np.ndarray
     mode: list[str]
+    depth: list[str]
+    low: np.ndarray
+    high: np.ndarray
     problem: list[str]
 
 
 def scan_images(
-    rows: Rows, workers: int, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
+    rows: Rows,
+    workers: int,
+    folder: Path | None = None,
+    share: WorkerInfo = SINGLE_PROCESS,
+    max_pixels: int = MAX_PIXELS,
 ) -> ScanResult:
     """Reads every image, or returns the result of an earlier call that `folder` keeps while the
     files are the same.
@@ -68,10 +83,11 @@ def scan_images(
         workers: threads.
         folder: keeps the result.
         share: this process's part of the work; all processes must call.
+        max_pixels: of an image; larger ones are not decoded.
     """
     # Not by its name alone: one folder may be two parts of a mixture.
     source = content_fingerprint([rows.name, *rows.columns])
-    content = content_fingerprint([_FORM, rows.stamp, len(rows)])
+    content = content_fingerprint([_FORM, rows.stamp, len(rows), max_pixels])
     kept = folder / f"examined-{source}-{content}.arrow" if folder else None
     if folder is not None and kept is not None and not kept.is_file():
         # The same files under another name: they were moved.
@@ -92,7 +108,9 @@ def scan_images(
         leave=False,
     )
     with bar, ThreadPoolExecutor(workers, thread_name_prefix="examine") as pool:
-        for part in pool.map(lambda chunk: [_examined(rows, int(row)) for row in chunk], chunks):
+        for part in pool.map(
+            lambda chunk: [_examined(rows, int(row), max_pixels) for row in chunk], chunks
+        ):
             lines += part
             bar.update(len(part))
     lines = [line for of_process in share.gather(lines) for line in of_process]
@@ -113,12 +131,13 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     Raises:
         ValueError: a larger fraction than `data.filter.max_corrupt_fraction` cannot be read.
     """
-    bad = np.array([bool(problem) for problem in found.problem], bool)
+    large = np.array([problem.startswith(_TOO_LARGE) for problem in found.problem], bool)
+    bad = np.array([bool(problem) for problem in found.problem], bool) & ~large
     of_size = [
-        (reason, ~bad & which)
+        (reason, ~bad & ~large & which)
         for reason, which in unwanted_sizes(found.width, found.height, config)
     ]
-    reasons = [(UNREADABLE, bad), *of_size]
+    reasons = [(UNREADABLE, bad), (too_large(config.max_pixels), large), *of_size]
     for reason, rows_of in reasons:
         for row in np.flatnonzero(rows_of):
             tally.add(reason, rows.label(int(row)))
@@ -131,6 +150,11 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
             f"{config.filter.max_corrupt_fraction})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)
+
+
+def too_large(most: int) -> str:
+    """The reason to skip images with more than so many pixels."""
+    return f"images of more than {most:,} pixels left out (data.max_pixels)"
 
 
 def unwanted_sizes(
@@ -197,28 +221,43 @@ _LOWEST = (np.array([0, 0, 1, 1, 0, 2, 1, 2]), np.array([0, 1, 0, 1, 2, 0, 2, 1]
 _FAINT = 0.5
 
 
-def _examined(rows: Rows, row: int) -> _Line:
+def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
     from stage1_tokenizer.pixels import to_rgb  # imports torch
 
     digest = 0
     try:
         content = rows.image(row)
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-        image, (width, height) = open_for_judging(content, _DECODED)
-        mode = image.mode + (", animated" if frames(image) > 1 else "")
-        return width, height, digest, perceptual_hash(to_rgb(image)), mode, ""
+        with decoded(content, _DECODED, max_pixels, "own") as found:
+            mode = found.mode + (", animated" if found.animated else "")
+            image = to_rgb(found.image)
+            low, high = found.low, found.high
+            if found.depth == "8bit":
+                bands = np.array(image.getextrema())
+                low = float(bands.min())
+                high = float(bands.max())
+            look = perceptual_hash(image)
+            return found.width, found.height, digest, look, mode, found.depth, low, high, ""
     except (OSError, ValueError) as error:
-        return 0, 0, digest, 0, "", " ".join(str(error).split())[:200] or type(error).__name__
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, TooLarge):
+            problem = f"{_TOO_LARGE}{problem}"
+        return 0, 0, digest, 0, "", "", 0.0, 0.0, problem
 
 
 def _from_lines(lines: Sequence[_Line]) -> ScanResult:
-    width, height, digest, look, mode, problem = zip(*lines, strict=True) if lines else ((),) * 6
+    width, height, digest, look, mode, depth, low, high, problem = (
+        zip(*lines, strict=True) if lines else ((),) * 9
+    )
     return ScanResult(
         np.array(width, np.int32),
         np.array(height, np.int32),
         np.array(digest, np.uint64),
         np.array(look, np.uint64),
         list(mode),
+        list(depth),
+        np.array(low, np.float64),
+        np.array(high, np.float64),
         list(problem),
     )
 
@@ -229,10 +268,10 @@ def _read(path: Path) -> ScanResult | None:
             table = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowInvalid):  # missing or truncated: images are scanned again
         return None
-    numbers = {name: table[name].to_numpy() for name in ("width", "height", "digest", "look")}
-    return ScanResult(
-        **numbers, mode=table["mode"].to_pylist(), problem=table["problem"].to_pylist()
-    )
+    columns = table.column_names
+    texts = {name: table[name].to_pylist() for name in columns if name in _TEXTS}
+    numbers = {name: table[name].to_numpy() for name in columns if name not in _TEXTS}
+    return ScanResult(**numbers, **texts)
 
 
 def _write(path: Path, found: ScanResult) -> None:

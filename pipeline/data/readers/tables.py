@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from pipeline.data.readers.base import IMAGE_COLUMNS, Record, listed, printable, text_of
 from pipeline.data.readers.coco import CocoFile, coco_file
+from pipeline.data.readers.files import parse_json
 from pipeline.data.readers.images import EXTENSIONS
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
@@ -197,8 +197,8 @@ def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line.strip("\ufeff"))
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = parse_json(line.strip("\ufeff"))
+            except ValueError as error:
                 raise ValueError(
                     f"{path} line {number} is no JSON ({error}); each line must be one row"
                 ) from error
@@ -215,8 +215,8 @@ def _table_of_json(path: Path, text: str) -> Table:
     """COCO captions; a list of rows, alone or as the only list of an object; or an object of
     captions by the names of their images."""
     try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(
             f"{path} is no JSON ({error}); rows that each have a line belong in a .jsonl file"
         ) from error

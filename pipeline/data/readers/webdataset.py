@@ -7,9 +7,7 @@ A sample's name ends at the first dot of the file's name, and what follows is th
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -30,10 +28,14 @@ from pipeline.data.readers.base import (
     listed,
 )
 from pipeline.data.readers.captions import lines_of
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TooLarge, parse_json
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import refuse_pointers
 from pipeline.data.readers.splits import rows_by_file
+from pipeline.data.readers.tar_index import tar_members
 
+DAMAGED = "shards that are truncated or corrupted, read up to there"
+LONG_TEXT = f"texts of more than {MAX_TEXT_BYTES:,} bytes left out"
 NO_IMAGE = "samples without an image left out"
 SEVERAL = "further images of a sample left out (a sample's name ends at its first dot)"
 _TEXTS = ("txt", "text", "caption", "cls")
@@ -180,6 +182,9 @@ class ShardRows(Rows):
         return self._keys[row].as_py()
 
     def image(self, row: int) -> bytes:
+        length = int(self._images[row][2])
+        if length > MAX_IMAGE_BYTES:
+            raise TooLarge(f"it has {length:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
         return self._read(self._images[row])
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
@@ -190,8 +195,16 @@ class ShardRows(Rows):
             yield [self._record(row, members)]
 
     def _record(self, row: int, members: Sequence[str]) -> Record:
-        texts = {member: self._read(self._texts[member][row]) for member in members}
+        texts = {member: self._text(row, member) for member in members}
         return record_of(texts, self._caption_lines)
+
+    def _text(self, row: int, member: str) -> bytes:
+        """A member that is a text; empty, and counted, where it is too long."""
+        place = self._texts[member][row]
+        if place[2] > MAX_TEXT_BYTES:
+            self.tally.add(LONG_TEXT, f"{self.label(row)}.{member}")
+            return b""
+        return self._read(place)
 
     def _join(
         self, samples: list[tuple[str, dict[str, Place]]], apart: dict[str, dict[str, Place]]
@@ -258,25 +271,22 @@ class ShardRows(Rows):
         """(name, start, length) of each file of a shard that is not hidden."""
         found = False
         try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
-                        found = True
-                        yield member.name, member.offset_data, member.size
-                    # It remembers all headers otherwise.
-                    tar.members = []  # type: ignore[attr-defined]
-        except (tarfile.TarError, EOFError, OverflowError, ValueError, OSError) as error:
-            if not found and _is_compressed(shard):
+            for member in tar_members(shard, self.tally):
+                if not PurePosixPath(member.name).name.startswith("."):
+                    found = True
+                    yield member.name, member.start, member.length
+        except (ValueError, OSError) as error:
+            if not found and os.path.isfile(shard) and _is_compressed(shard):
                 raise ValueError(
                     f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
                 ) from error
-            self.tally.add("shards that are truncated or corrupted, read up to there", shard)
+            self.tally.add(DAMAGED, f"{shard} ({error})")
 
 
 def _from_json(content: bytes) -> Record:
     try:
-        value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
+        value = parse_json(content or b"{}")
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -29,10 +29,11 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.captions import CaptionReader, lines_of
+from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
-from pipeline.data.readers.images import header, prepared, square_of
+from pipeline.data.readers.images import header, pixels_to_decode, prepared, square_of
 from pipeline.data.readers.paths import FileFinder
-from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
+from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
 from pipeline.data.readers.splits import Role, SplitName, split_of_cell
 from pipeline.data.source import ImageBatch, Source
 from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
@@ -279,10 +280,22 @@ class StreamSource(Source):
         try:
             content = content_of(raw.image, self._files)
             # The pixels are decoded when they are needed.
-            width, height = header(io.BytesIO(content)).size
+            image = header(io.BytesIO(content))
+            width, height = image.size
+            fits = pixels_to_decode(image, config) <= config.max_pixels
+            depth = depth_of(image)
         except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
+        if not fits:
+            self._leave_out(too_large(config.max_pixels), name)
+            return None
+        if depth != "8bit" and config.value_range == "auto":
+            raise ValueError(
+                f"{name} of {self.name} has more than 8 bits per value ({image.mode}), and the "
+                "values of a stream cannot be looked at beforehand; set data.value_range: 16bit, "
+                "12bit, or [low, high] (minidalle doctor shows the first ones)"
+            )
         for reason, stands in unwanted_sizes(width, height, config):
             if stands:
                 self._leave_out(reason, name)

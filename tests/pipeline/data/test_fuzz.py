@@ -59,7 +59,7 @@ def _files() -> list[bytes]:
     for form, mode, options in FORMS:
         buffer = io.BytesIO()
         image = photo(1, (24, 20))
-        image = Image.new("I;16", (24, 20), 4000) if mode == "I;16" else image.convert(mode)
+        image = Image.new("I;16", (24, 20), 40000) if mode == "I;16" else image.convert(mode)
         if form == "GIF":
             options = {**options, "append_images": [photo(2, (24, 20)).convert("P")]}
         exif = Image.Exif()
@@ -296,18 +296,23 @@ def test_symbolic_links_and_loops_are_handled(links):
 @given(content=damaged(), limit=st.sampled_from([1, 64, 4096]))
 def test_damaged_images_alone(content, limit):
     """Each of the functions that take an image's file."""
-    from pipeline.data.readers.images import open_for_judging, open_image, prepared
+    from pipeline.config.data import MAX_PIXELS
+    from pipeline.data.readers.images import decoded, open_image, prepared
     from pipeline.data.readers.scan import _examined
 
     class One:
         def image(self, row: int) -> bytes:
             return content
 
-    assert len(_examined(One(), 0)) == 6  # type: ignore[arg-type]
+    assert len(_examined(One(), 0, MAX_PIXELS)) == 9  # type: ignore[arg-type]
+
+    def judge() -> None:
+        with decoded(content, limit, value_range="own"):
+            pass
 
     reads: list[Callable[[], object]] = [
         lambda: open_image(content),
-        lambda: open_for_judging(content, limit),
+        judge,
         lambda: prepared(content, config("x", crop="random", crop_scale=0.5)),
         lambda: prepared(content, config("x")),
     ]
@@ -315,4 +320,6 @@ def test_damaged_images_alone(content, limit):
         try:
             read()
         except ValueError as error:
-            assert "cannot be read as an image" in str(error)
+            # Damaged values may be in doubt, and a damaged header may declare any size.
+            known = ("cannot be read as an image", "which of them is white", "are decoded")
+            assert any(words in str(error) for words in known)

@@ -407,11 +407,11 @@ def test_truncated_shard_is_read_until_its_end_and_compressed_one_refused(tmp_pa
             config(tmp_path, filter={"max_corrupt_fraction": 0.5}), "train"
         ).problems
     )
-    # In the middle of an image: its bytes are missed when it is read.
+    # In the middle of an image: its header says more bytes than follow.
     start = whole.rindex(b"\x89PNG")
     (tmp_path / "001.tar").write_bytes(whole[: start + 30])
-    with pytest.raises(ValueError, match=r"001\.tar is truncated: at \d+ it has 30 of \d+ bytes"):
-        load_source(config(tmp_path, filter={"max_corrupt_fraction": 0}), "train")
+    problems = load_source(config(tmp_path), "train").problems
+    assert re.search(r"001\.tar \(the header at \d+ says \d+ bytes, and 30 follow\)", problems[0])
     (tmp_path / "001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(
         ValueError,

@@ -38,7 +38,9 @@ def opened(monkeypatch) -> list[int]:
     """Rows that were really read."""
     read: list[int] = []
     one = scan._examined
-    monkeypatch.setattr(scan, "_examined", lambda source, row: read.append(row) or one(source, row))
+    monkeypatch.setattr(
+        scan, "_examined", lambda source, row, most: read.append(row) or one(source, row, most)
+    )
     return read
 
 
