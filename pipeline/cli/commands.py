@@ -105,7 +105,7 @@ def train_prior_command(*, settings: list[str]) -> None:
     folder = pipeline.train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = pipeline.assemble_bundle(experiment)
-        print(f"wrote {folder} and {bundle}\n{_next_generate(bundle)}")
+        print_rank0(f"wrote {folder} and {bundle}\n{_next_generate(bundle)}")
 
 
 def compare_tokenizers_command(*, settings: list[str], minutes: float | None = None) -> None:

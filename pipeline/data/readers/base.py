@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+from pipeline.runtime.printable import printable as printable  # readers take it from here
+
 Record = dict[str, Any]
 """What is written of an image, by column."""
 IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
@@ -45,7 +47,7 @@ _USUAL = {
 _NAMED = 3
 """Names per reason that are remembered."""
 _LONG = 200
-"""Characters of a name in a message."""
+"""Characters of the message of a library."""
 
 
 class SkipCounter:
@@ -171,12 +173,6 @@ def existing_column(name: str, wanted: str, columns: Sequence[str], setting: str
 
 def listed(names: Sequence[str]) -> str:
     return printable(", ".join(map(str, names))) or "none"
-
-
-def printable(name: str) -> str:
-    """A name in UTF-8, truncated to fit on a line."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return name if len(name) <= _LONG else f"{name[:_LONG]}..."
 
 
 def reason_of(error: Exception) -> str:
