@@ -210,7 +210,7 @@ def codebook_command(
     experiment = parse_experiment(["--config", str(config or settings_of_run(tokenizer))])
     run = existing_tokenizer(tokenizer).parent
     out = out or run / "codebook"
-    source = pipeline.load_source(experiment.data, "held_out")
+    source = pipeline.load_source(experiment.data, "held_out", require_captions=False)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(source):
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
-from pipeline.data.readers.captions import Captions, captions_of
+from pipeline.data.readers.captions import Captions, captions_if_any, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.source import Source, check_usable
@@ -25,7 +25,7 @@ _TOGETHER = 8
 
 class SourceIndex:
     """What both splits share: rows, their captions, which rows are usable, and a cache of decoded
-    images.
+    images. Without `require_captions`, images that have none are used, too.
 
     Raises:
         ValueError: a column is missing, too many images cannot be read, or none can be used.
@@ -37,16 +37,21 @@ class SourceIndex:
         config: DataConfig,
         folder: Path | None = None,
         share: WorkerInfo = SINGLE_PROCESS,
+        *,
+        require_captions: bool = True,
     ) -> None:
         self.rows = rows
         self.config = config
         tally = SkipCounter()
-        self.captions: Captions = captions_of(rows, config, tally)
+        self.captions: Captions = (
+            captions_of(rows, config, tally) if require_captions else captions_if_any(rows, config)
+        )
         found = scan_images(rows, config.workers, folder, share)
         fit = usable(rows, found, config, tally)
-        fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
+        if require_captions:
+            fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         self.problems = rows.tally.lines() + tally.lines()
-        check_usable(rows.name, int(fit.sum()), self.problems)
+        check_usable(rows.name, int(fit.sum()), self.problems, require_captions=require_captions)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
         for row in np.flatnonzero(fit).tolist():

@@ -50,6 +50,10 @@ _LONG = 200
 """Characters of the message of a library."""
 
 
+class NoCaptions(ValueError):
+    """A source of images has no captions, and they are required."""
+
+
 class SkipCounter:
     """Counts what was skipped, by reason, and remembers the first names."""
 

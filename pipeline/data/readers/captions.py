@@ -9,7 +9,14 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import BAD_CAPTION, Record, Rows, SkipCounter, existing_column
+from pipeline.data.readers.base import (
+    BAD_CAPTION,
+    NoCaptions,
+    Record,
+    Rows,
+    SkipCounter,
+    existing_column,
+)
 
 NO_TEXT = "images without a caption left out"
 
@@ -110,7 +117,14 @@ class CaptionReader:
 
 
 def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
-    """The captions of every row; those without any are counted."""
+    """The captions of every row; those without any are counted.
+
+    Raises:
+        NoCaptions: there are images and no columns.
+        ValueError: a column is missing, or the template is invalid.
+    """
+    if not rows.columns:
+        raise NoCaptions(f"{rows.name} holds {len(rows)} images and no column of captions")
     reader = CaptionReader(rows.name, rows.columns, config)
 
     def each() -> Iterable[list[str]]:
@@ -123,6 +137,14 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
             yield texts
 
     return Captions(each())
+
+
+def captions_if_any(rows: Rows, config: DataConfig) -> Captions:
+    """The captions of every row; none at all where they cannot be read."""
+    try:
+        return captions_of(rows, config, SkipCounter())
+    except ValueError:
+        return Captions([] for _ in range(len(rows)))
 
 
 def _plain(value: object) -> str:

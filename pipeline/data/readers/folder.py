@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipeline.data.readers.base import (
     BAD_CAPTION,
+    NoCaptions,
     Record,
     SkipCounter,
     content_fingerprint,
@@ -107,11 +108,15 @@ class FileRows:
         return image if is_inline(image) else file_signature(self.root / image)
 
 
-def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRows:
-    """A folder in whichever layout it has.
+def folder_rows(
+    folder: Path, text_column: str, template: str | None, *, require_captions: bool = True
+) -> FileRows:
+    """A folder in whichever layout it has. Without `require_captions`, images that have none are
+    among its rows.
 
     Raises:
-        ValueError: there are no captions, a column is missing, or a path leads out of the folder.
+        NoCaptions: there are no captions, and they are required.
+        ValueError: a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
     images = _images_below(folder, tally)
@@ -123,8 +128,11 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
         columns = [column for column in columns if column != "file_name"]
         named = _named(metadata, rows, set(images), tally)
         for image in images:
-            if image not in named:
+            if image not in named and require_captions:
                 tally.add(NO_CAPTION, image)
+            elif image not in named:
+                path = PurePosixPath(image)
+                named[image] = [{"folder": path.parent.name, "name": path.stem}]
         named = dict(sorted(named.items()))
     else:
         named = {}
@@ -139,17 +147,19 @@ def folder_rows(folder: Path, text_column: str, template: str | None) -> FileRow
                         for line in text_of((folder / image).with_suffix(".txt")).splitlines()
                     ]
                 except FileNotFoundError:
-                    tally.add(NO_CAPTION, image)
-                    continue
+                    if require_captions:
+                        tally.add(NO_CAPTION, image)
+                        continue
                 except ValueError:
                     tally.add(BAD_CAPTION, str(path.with_suffix(".txt")))
-                    continue
+                    if require_captions:
+                        continue
             named[image] = [record]
         if beside:
             columns.append("text")
         if not named:
             unread = [line for line in tally.lines() if BAD_CAPTION in line or CLOSED in line]
-            raise ValueError(
+            raise NoCaptions(
                 f"{folder} holds {len(images)} images and no captions; "
                 f"{'; '.join(unread) or LAYOUTS}"
             )

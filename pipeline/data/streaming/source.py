@@ -34,6 +34,7 @@ from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
 from pipeline.data.readers.images import header, prepared, square_of
+from pipeline.data.readers.path_list import LIST_SUFFIX
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
 from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
@@ -71,9 +72,10 @@ class StreamSource(Source):
     num_images = None
     number_limit = _SHARDS * _NUMBERS_PER_SHARD
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, *, require_captions: bool = True) -> None:
         self.name = config.source
         self.config = config
+        self._require_captions = require_captions
         self.tally = SkipCounter()
         self._decoded = 0
         self._bad = 0
@@ -94,11 +96,12 @@ class StreamSource(Source):
         ]
         self._image = image_column(self.name, config.image_column, list(features))
         columns = [column for column in dict.fromkeys([*features, *inner]) if column != self._image]
-        self._reader = CaptionReader(self.name, columns, config)
+        self._reader = self._caption_reader(columns)
         self._named = label_names(features)
         settings = sorted(data_settings(asdict(config)).items())
+        everything = [] if require_captions else ["images without captions"]
         self.fingerprint = content_fingerprint(
-            [*_states(config, self.shard_names), self.num_shards, settings]
+            [*_states(config, self.shard_names), self.num_shards, settings, *everything]
         )
 
     @property
@@ -115,13 +118,13 @@ class StreamSource(Source):
         samples = enumerate(itertools.islice(self.samples(unit.shard), unit.most), start)
         while few := list(itertools.islice(samples, size)):
             decoded = [
-                (number, sample.captions, image)
+                (number, sample.captions, sample.name, image)
                 for number, sample in few
                 if (image := self.decode(sample)) is not None
             ]
             if decoded:
-                numbers, captions, images = map(list, zip(*decoded, strict=True))
-                yield ImageBatch(numbers, captions, partial(self._squares, images))
+                numbers, captions, names, images = map(list, zip(*decoded, strict=True))
+                yield ImageBatch(numbers, captions, names, partial(self._squares, images))
 
     def _squares(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
         chosen = [None] * len(images) if draws is None else draws
@@ -195,18 +198,18 @@ class StreamSource(Source):
             if (sample := self._sample(name, row)) is not None:
                 yield sample
 
+    def _caption_reader(self, columns: Sequence[str]) -> CaptionReader | None:
+        """None where no caption can be read and none is required."""
+        try:
+            return CaptionReader(self.name, columns, self.config)
+        except ValueError:
+            if self._require_captions:
+                raise
+            return None
+
     def _sample(self, name: str, row: Record) -> Sample | None:
-        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
-        for value in list(record.values()):
-            if isinstance(value, dict):
-                record = value | record
-        for column in self._reader.columns:
-            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
-                record[column] = text.splitlines()
-        captions, undecodable = self._reader.of([record])
-        if undecodable:
-            self._leave_out(BAD_CAPTION, name)
-        if not captions:
+        captions = self._captions(name, row)
+        if not captions and self._require_captions:
             self._leave_out("images without a caption left out", name)
             return None
         if row[self._image] is None:
@@ -225,6 +228,21 @@ class StreamSource(Source):
                 self._leave_out(reason, name)
                 return None
         return Sample(name, content, captions)
+
+    def _captions(self, name: str, row: Record) -> list[str]:
+        if self._reader is None:
+            return []
+        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
+        for value in list(record.values()):
+            if isinstance(value, dict):
+                record = value | record
+        for column in self._reader.columns:
+            if isinstance(text := record.get(column), str | bytes) and column in ("txt", "caption"):
+                record[column] = text.splitlines()
+        captions, undecodable = self._reader.of([record])
+        if undecodable:
+            self._leave_out(BAD_CAPTION, name)
+        return captions
 
     def _leave_out(self, reason: str, name: str) -> None:
         """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,
@@ -304,6 +322,6 @@ def _opened(config: DataConfig) -> tuple[Any, list[str]]:
 def streams(source: str) -> bool:
     """Whether a source can be read from beginning to end: shards, Parquet and data sets can."""
     path = Path(source).expanduser()
-    if source in SYNTHETIC_SOURCES or path.suffix.lower() in TABLE_SUFFIXES:
+    if source in SYNTHETIC_SOURCES or path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX):
         return False
     return not path.is_dir() or is_saved_dataset(path) or shard_names(source) is not None
