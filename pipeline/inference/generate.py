@@ -165,8 +165,8 @@ def _check_lengths(
     for prompt, length, where in zip(prompts, pipe.text.lengths(prompts), given_in, strict=True):
         if length > pipe.text.length:
             raise ValueError(
-                f"{where or 'a prompt'} needs {length} tokens, and this bundle reads "
-                f"{pipe.text.length} ({prompt[:80]!r}); shorten it, or add --truncate"
+                f"{where or 'a prompt'} needs {length} tokens, and this bundle has "
+                f"{pipe.text.length} text slots ({prompt[:80]!r}); shorten it, or add --truncate"
             )
 
 

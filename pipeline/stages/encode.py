@@ -216,7 +216,7 @@ def _sources(experiment: Experiment, require_captions: bool) -> tuple[Source, So
         try:
             return load()
         except NoCaptions as error:
-            _log.info(f"codes without captions, on which no prior can be trained: {error}")
+            _log.info(f"no prior can be trained on these codes: {str(error).splitlines()[0]}")
     return load(require_captions=False, require_both=False)
 
 
@@ -231,8 +231,9 @@ def _report(sources: Mapping[Split, Source], plan: Mapping[str, Any]) -> None:
         of = f" of {source.num_images:,}" if rows < source.num_images else ""
         limit = f" ({limits[split]})" if of else ""
         _log.info(f"{source.name}: encoding {rows:,}{of} {split} images{limit}")
-    for problem in sources["train"].problems:
-        _log.info(f"  {problem}")
+    if sources["train"].num_images is not None:  # what a stream leaves out comes at its end
+        for problem in sources["train"].problems:
+            _log.info(f"  {problem}")
 
 
 def sources_of(
@@ -292,7 +293,7 @@ def _plan(
         "seed": experiment.seed if options.augmentations_per_image > 1 else None,
         "bf16": bf16,
         "parts": {
-            split: _part_plans(source, weights, limits[split]) for split, source in sources.items()
+            split: part_plans(source, weights, limits[split]) for split, source in sources.items()
         },
         "weights": weights,
         "images_per_shard": options.images_per_shard,
@@ -304,7 +305,7 @@ def _plan(
     }
 
 
-def _part_plans(
+def part_plans(
     source: Source, weights: Sequence[float], limit: int | None
 ) -> list[dict[str, int | None]]:
     """What is encoded of each part: all of it, or by its weight where no more than `limit` images

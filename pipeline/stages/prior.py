@@ -159,19 +159,24 @@ def _build_prior(
         start_id=text.start_id,
         end_id=text.end_id,
     )
-    codes_per_image = sum(level.length for level in stream.levels)
-    steps = experiment.sampling.num_inference_steps
-    if steps is not None and steps > codes_per_image:
-        raise ValueError(
-            f"sampling.num_inference_steps is {steps}; an image has {codes_per_image} codes, so "
-            "it can be at most that"
-        )
+    check_inference_steps(experiment, tokenizer)
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.set_codebook(tokenizer.code_vectors)
     if origin is not None:
         origin.load_into(prior)
     return prior
+
+
+def check_inference_steps(experiment: Experiment, tokenizer: ImageTokenizer) -> None:
+    """Raises ValueError where there are more sampling steps than codes."""
+    codes_per_image = sum(level.length for level in tokenizer.layout)
+    steps = experiment.sampling.num_inference_steps
+    if steps is not None and steps > codes_per_image:
+        raise ValueError(
+            f"sampling.num_inference_steps is {steps}; an image has {codes_per_image} codes, so "
+            "it can be at most that"
+        )
 
 
 class PriorTraining:
