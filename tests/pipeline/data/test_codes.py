@@ -244,10 +244,12 @@ def one_file(folder, *names: str, captions=(), drop: str | None = None):
     shard = write_shard(folder / name, [rows], codes=4, kind="uint16")
     if drop is not None:
         batches = [batch.drop_columns([drop]) for batch in shards.read_batches(folder / name)]
-        with pa.OSFile(str(folder / name), "wb") as sink:
-            with pa.ipc.new_stream(sink, batches[0].schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
+        with (
+            pa.OSFile(str(folder / name), "wb") as sink,
+            pa.ipc.new_stream(sink, batches[0].schema) as writer,
+        ):
+            for batch in batches:
+                writer.write_batch(batch)
         shard = shards.described(folder / name, rows=shard.rows, captions=shard.captions)
     write_manifest(folder, plan, {"train": [shard]})
     return folder

@@ -54,7 +54,7 @@ def test_errors_name_file_and_line(tmp_path, content, message):
 
 
 def test_what_is_no_text_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no prompt file .*none.txt; give a text"):
+    with pytest.raises(FileNotFoundError, match=r"there is no prompt file .*none\.txt; give"):
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="is no text file; give a text file with one prompt"):
         read_prompts(tmp_path)
