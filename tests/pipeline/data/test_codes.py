@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -301,6 +302,20 @@ def test_parquet_rows_carry_names_and_no_number_counted_after_filtering(tmp_path
     table = pq.read_table(file).to_pydict()
     assert set(table) == {"codes", "text", "more_texts", "name"}
     assert table["name"] == ["a.png", "b.png"] and table["text"] == ["one", None]
+
+
+def test_documented_join_finds_every_image(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[3] / "docs" / "reuse.md").read_text()
+    (example,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    codes = one_file(tmp_path / "c", "a.png", "sub/b.png", "c.png")
+    export_codes(codes, tmp_path / "codes", "parquet")
+    (tmp_path / "table.csv").write_text("file_name,price\nc.png,3\nbroken.png,4\nsub/b.png,2\n")
+    monkeypatch.chdir(tmp_path)
+    left: dict = {}
+    exec(example, left)
+    found = [(row["price"], codes) for row, codes in left["joined"]]
+    assert found == [("3", [8, 9, 10, 11]), ("2", [4, 5, 6, 7])]
+    assert left["missing"] == ["broken.png"]
 
 
 def test_failed_write_keeps_the_previous_file(folder):
