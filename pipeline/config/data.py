@@ -133,8 +133,8 @@ class DataConfig:
 
     source: str = ""
     """`shapes`; `emoji`; a folder of images; a .csv, .jsonl or .parquet file; a .txt list of
-    paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets` folder, or a `datasets` name. docs/data.md has
-    an example of each."""
+    paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets` folder, or a
+    `datasets` name. docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64
