@@ -13,7 +13,7 @@ _CONTROL = re.compile(
     "\u2028\u2029"  # line and paragraph separators
     "\ud800-\udfff]"  # undecodable bytes of file names
 )
-_LINES = {"\n": "\\n", "\t": "\\t"}
+_ON_ONE_LINE = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
 def escaped(text: str) -> str:
@@ -24,5 +24,5 @@ def escaped(text: str) -> str:
 
 def printable(name: str) -> str:
     """A name on one line, without control characters, truncated to fit."""
-    line = escaped(name.translate(str.maketrans(_LINES)))
+    line = escaped(name.translate(_ON_ONE_LINE))
     return line if len(line) <= _LONG else f"{line[:_LONG]}..."

@@ -14,9 +14,10 @@ from pipeline.data.readers.base import (
     printable,
     text_of,
 )
-from pipeline.data.readers.folder import NO_CAPTION, NO_IMAGE, FileRows
+from pipeline.data.readers.folder import NO_CAPTION, FileRows
 
 LIST_SUFFIX = ".txt"
+_NOT_THERE = "paths that lead to no file left out"
 _TWICE = "paths that are listed several times read once"
 
 
@@ -38,7 +39,7 @@ def path_list_rows(file: Path, config: DataConfig, *, require_captions: bool = T
     for line in lines:
         image = _existing(file.parent, line)
         if image is None:
-            tally.add(NO_IMAGE, line)
+            tally.add(_NOT_THERE, line)
         elif image in found:
             tally.add(_TWICE, image)
         else:

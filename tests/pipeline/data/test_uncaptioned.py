@@ -108,7 +108,7 @@ def test_lists_of_paths_are_read_as_editors_write_them(tmp_path, encoding, end):
     expected = [str(elsewhere / "02.png"), "gr\u00fcn/00.png", "gr\u00fcn/01.png"]
     assert names(sources) == expected
     assert sources[0].problems == [
-        "1 captions of images that are not there left out: gone.png",
+        "1 paths that lead to no file left out: gone.png",
         "1 paths that are listed several times read once: gr\u00fcn/00.png",
     ]
 
