@@ -120,6 +120,7 @@ def test_datasets_library_reads_the_files(folder):
             "text": "first 5",
             "more_texts": ["second 5", "third 5"],
             "row": 105,
+            "name": "5.png",
         }
         and len(read) == 5
     )

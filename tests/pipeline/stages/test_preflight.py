@@ -14,12 +14,12 @@ from pipeline.stages.preflight import check_run
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty images; one caption is far longer than the text slots."""
+    """Twenty images; the last caption is far longer than the text slots."""
     made = tmp_path / "images"
     made.mkdir()
     for i in range(20):
         Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(made / f"{i:02}.png")
-        details = ", ".join(f"detail {k}" for k in range(60 if i == 7 else 1))
+        details = ", ".join(f"detail {k}" for k in range(60 if i == 19 else 1))
         (made / f"{i:02}.txt").write_text(f"shade {i}, {details}")
     return made
 
