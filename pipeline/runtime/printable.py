@@ -13,7 +13,6 @@ _CONTROL = re.compile(
     "\u2028\u2029"  # line and paragraph separators
     "\ud800-\udfff]"  # undecodable bytes of file names
 )
-_ON_ONE_LINE = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
 def escaped(text: str) -> str:
@@ -24,5 +23,5 @@ def escaped(text: str) -> str:
 
 def printable(name: str) -> str:
     """A name on one line, without control characters, truncated to fit."""
-    line = escaped(name.translate(_ON_ONE_LINE))
+    line = escaped(name.replace("\n", "\\n"))
     return line if len(line) <= _LONG else f"{line[:_LONG]}..."

@@ -36,7 +36,7 @@ def test_json_stays_json():
     ("name", "line"),
     [
         ("a\nwrote everything", "a\\nwrote everything"),
-        ("a\tb\rc", "a\\tb\\u000dc"),
+        ("a\tb\rc", "a\tb\\u000dc"),
         ("a\udcffb", "a\\udcffb"),
         ("x" * 300, "x" * 200 + "..."),
     ],
