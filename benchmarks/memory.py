@@ -116,7 +116,8 @@ def blocks(rows: range) -> Iterator[EncodedRows]:
             [" ".join(WORDS[word] for word in one) for one in two][: 2 if i % 4 == 0 else 1]
             for i, two in enumerate(words)
         ]
-        yield EncodedRows(random.integers(0, NUM_CODES, (len(part), CODES)), captions, part)
+        names = [f"{i}.png" for i in part]
+        yield EncodedRows(random.integers(0, NUM_CODES, (len(part), CODES)), captions, part, names)
 
 
 def read(codes: CodesDataset) -> None:

@@ -105,7 +105,7 @@ def train_prior_command(*, settings: list[str]) -> None:
     folder = pipeline.train_prior(experiment)
     if os.environ.get("RANK", "0") == "0":
         bundle = pipeline.assemble_bundle(experiment)
-        print(f"wrote {folder} and {bundle}\n{_next_generate(experiment, bundle)}")
+        print_rank0(f"wrote {folder} and {bundle}\n{_next_generate(experiment, bundle)}")
 
 
 def compare_tokenizers_command(*, settings: list[str], minutes: float | None = None) -> None:
@@ -214,7 +214,7 @@ def codebook_command(
     experiment = parse_experiment(["--config", str(config or settings_of_run(tokenizer))])
     run = existing_tokenizer(tokenizer).parent
     out = out or run / "codebook"
-    source = pipeline.load_source(experiment.data, "held_out")
+    source = pipeline.load_source(experiment.data, "held_out", require_captions=False)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(source):
         raise ValueError(

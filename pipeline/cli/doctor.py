@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.cli.log import print_rank0
 from pipeline.cli.options import UsageError, as_usage, check_at_least, parse_experiment
 from pipeline.config.option_names import has_config
 
@@ -48,7 +49,7 @@ def doctor_command(
         max_images=max_images,
         largest=max_image_size,
     )
-    print(lines)
+    print_rank0(lines)
     return int(diagnosis.fails)
 
 

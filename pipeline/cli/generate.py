@@ -55,7 +55,7 @@ def generate_command(
     Args:
         prompt: what the images show; '' samples without a caption
         bundle: folder that `minidalle run` made: runs/NAME/bundle
-        prompts: text file with one prompt per line
+        prompts: text file with one prompt per line; empty lines are skipped
         num_images: images per prompt
         out: folder for the images
         seed: the same seed gives the same images
@@ -66,13 +66,18 @@ def generate_command(
         batch_size: images at a time
         truncate: truncate prompts that are too long
     """
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts is not None else []
-    if not prompt and not lines:
+    from pipeline.inference.prompt_file import Prompt, read_prompts
+
+    if not prompt and prompts is None:
         raise UsageError("no prompt was given; add one in quotes, or --prompts FILE")
+    every = [Prompt(text, f"prompt {number}") for number, text in enumerate(prompt, start=1)]
+    if prompts is not None:
+        every += read_prompts(prompts)
     written = pipeline.generate(
         bundle,
-        [*prompt, *lines],
+        [one.text for one in every],
         out,
+        given_in=[one.given_in for one in every],
         num_images=num_images,
         seed=seed,
         best_of=best_of,
@@ -82,7 +87,7 @@ def generate_command(
         truncate=truncate,
         **sampling,
     )
-    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {out}")
+    print_rank0(_wrote(written, out))
 
 
 def edit_command(
@@ -128,7 +133,7 @@ def edit_command(
         truncate=truncate,
         **sampling,
     )
-    print_rank0(f"wrote {written} images, grid.png and samples.jsonl to {out}")
+    print_rank0(_wrote(written, out))
 
 
 def reconstruct_command(
@@ -153,6 +158,14 @@ def reconstruct_command(
         raise UsageError(f"--tile is {tile}; it must be at least 1")
     for line in pipeline.reconstruct(tokenizer, files, out, size=pixels, tile=tile):
         print_rank0(line)
+
+
+def _wrote(count: int, out: Path) -> str:
+    from pipeline.runtime.contact_sheet import sheet_names
+
+    names = sheet_names(count)
+    grid = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return f"wrote {count} images, {grid} and samples.jsonl to {out}"
 
 
 def _size(text: str) -> tuple[int, int]:

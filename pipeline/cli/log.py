@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.runtime.log import on_main_process
+from pipeline.runtime.printable import escaped
 
 PACKAGES = ("pipeline", "stage1_tokenizer", "stage2_prior")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def print_rank0(text: str) -> None:
-    """Prints on the first process alone."""
+    """Prints on the first process alone. Control characters, as names may hold, are escaped."""
     if os.environ.get("RANK", "0") == "0":
-        print(text)
+        print(escaped(text))
+
+
+def print_error(text: str) -> None:
+    """Prints to stderr, with control characters escaped."""
+    print(escaped(text), file=sys.stderr)
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def logging_to_terminal(level: str) -> Iterator[None]:
         if any(Path(filename).is_relative_to(_ROOT / package) for package in PACKAGES):
             loggers[0].warning("%s", message)
         else:
-            shown(message, category, filename, lineno, file, line)
+            shown(escaped(str(message)), category, filename, lineno, file, line)
 
     try:
         for logger in loggers:
@@ -67,6 +73,7 @@ class _Terminal(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addFilter(on_main_process)
+        self.setFormatter(_Escaped())
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -74,5 +81,12 @@ class _Terminal(logging.Handler):
         severe = record.levelno >= logging.WARNING
         before = f"{record.levelname.lower()}: " if severe else ""
         stream = sys.stderr if severe else sys.stdout
-        tqdm.write(before + record.getMessage(), file=stream)
+        tqdm.write(before + self.format(record), file=stream)
         stream.flush()
+
+
+class _Escaped(logging.Formatter):
+    """The message alone, with control characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(record.getMessage())

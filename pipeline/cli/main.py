@@ -30,7 +30,7 @@ from pipeline.cli.compress import compress_command, decompress_command
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
 from pipeline.cli.likelihood import likelihood_command
-from pipeline.cli.log import logging_to_terminal
+from pipeline.cli.log import logging_to_terminal, print_error
 from pipeline.cli.options import UsageError, parse_options
 from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
 
@@ -111,9 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
-        print(
-            f"minidalle: {command!r} is not a command; choose one of: {', '.join(COMMANDS)}",
-            file=sys.stderr,
+        print_error(
+            f"minidalle: {command!r} is not a command; choose one of: {', '.join(COMMANDS)}"
         )
         return 2
     # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens
@@ -142,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
         status, line = _explain(error, arguments)
         if show_traceback:
-            traceback.print_exc()
+            print_error(traceback.format_exc())
         if line:
-            print(line, file=sys.stderr)
+            print_error(line)
         return status
 
 

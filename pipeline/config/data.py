@@ -190,8 +190,8 @@ class DataConfig:
 
     source: str = ""
     """`shapes`; `emoji`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet file; a
-    folder, glob or URL of webdataset .tar shards; a saved `datasets` folder, or a `datasets` name.
-    docs/data.md has an example of each."""
+    .txt list of paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets` folder,
+    or a `datasets` name. docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64

@@ -115,6 +115,22 @@ class TrainConfig:
             )
         return self.batch_size, self.gradient_accumulation_steps
 
+    def check_processes(self, label: str, processes: int) -> None:
+        """Raises ValueError where the batch does not split evenly over this many processes, or a
+        number is still `auto`; `label` as in `resolved_batch`."""
+        batch_size, micro_batches = self.resolved_batch(label)
+        if batch_size % (processes * micro_batches):
+            over = f"{processes} processes" if processes > 1 else "1 process"
+            micro = (
+                f" with {label}.train.gradient_accumulation_steps {micro_batches}"
+                if micro_batches > 1
+                else ""
+            )
+            raise ValueError(
+                f"{label}.train.batch_size {batch_size} does not split evenly over {over}{micro}; "
+                f"choose a multiple of {processes * micro_batches}"
+            )
+
 
 @dataclass(kw_only=True)
 class PriorTrainConfig(TrainConfig):

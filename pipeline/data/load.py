@@ -28,6 +28,7 @@ from pipeline.data.readers.locate import (
     matching,
     not_found,
 )
+from pipeline.data.readers.path_list import is_path_list, path_list_rows
 from pipeline.data.readers.split_folders import split_folder_rows
 from pipeline.data.readers.splits import with_held_out_source, with_named_splits
 from pipeline.data.readers.tables import TABLE_SUFFIXES
@@ -39,7 +40,11 @@ from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
 
 def load_sources(
-    config: DataConfig, folder: Path | None = None, share: WorkerInfo = SINGLE_PROCESS
+    config: DataConfig,
+    folder: Path | None = None,
+    share: WorkerInfo = SINGLE_PROCESS,
+    *,
+    require_captions: bool = True,
 ) -> tuple[Source, Source]:
     """Training and held-out images of the source that `config` names. They are the same in every
     run.
@@ -47,6 +52,8 @@ def load_sources(
     Args:
         folder: keeps the results of scanning the images, so that a later call is quick.
         share: this process's part of the scan.
+        require_captions: leave out images without a caption, as a prior needs one. Otherwise they
+            are used, too.
 
     Returns:
         A source each; with `data.streaming` the first is a stream, or a mixture that has one.
@@ -63,7 +70,10 @@ def load_sources(
             config.of_part(part, streaming=config.streaming and streams(part.source))
             for part in config.mix
         ]
-        train, held_out = zip(*(load_sources(own, folder, share) for own in each), strict=True)
+        loaded = [
+            load_sources(own, folder, share, require_captions=require_captions) for own in each
+        ]
+        train, held_out = zip(*loaded, strict=True)
         weights = [part.weight for part in config.mix]
         return MixedSource(train, weights), MixedSource(held_out, weights)
     if config.source == "shapes":
@@ -71,27 +81,33 @@ def load_sources(
     if config.source == "emoji":
         return EmojiSource(config, "train"), EmojiSource(config, "held_out")
     if config.streaming:
-        stream = StreamSource(config)
+        stream = StreamSource(config, require_captions=require_captions)
         if config.held_out_source is not None:
-            return stream, _all_held_out(second_source(config), folder, share)
+            own = second_source(config)
+            return stream, _all_held_out(own, folder, share, require_captions)
         rows = HeldRows(stream, stream.held_out())
-        return stream, MappedSource(SourceIndex(rows, as_read(config)), "held_out")
-    everything = SourceIndex(find_rows(config), config, folder, share)
+        held = SourceIndex(rows, as_read(config), require_captions=require_captions)
+        return stream, MappedSource(held, "held_out")
+    found = find_rows(config, require_captions=require_captions)
+    everything = SourceIndex(found, config, folder, share, require_captions=require_captions)
     return MappedSource(everything, "train"), MappedSource(everything, "held_out")
 
 
-def load_source(config: DataConfig, split: Split, folder: Path | None = None) -> Source:
+def load_source(
+    config: DataConfig, split: Split, folder: Path | None = None, *, require_captions: bool = True
+) -> Source:
     """One split of `load_sources`."""
-    return load_sources(config, folder)[split == "held_out"]
+    return load_sources(config, folder, require_captions=require_captions)[split == "held_out"]
 
 
-def find_rows(config: DataConfig) -> Rows:
+def find_rows(config: DataConfig, *, require_captions: bool = True) -> Rows:
     """The rows of a source of files, by the kind of what its name leads to, and the splits that
     they name. Raises what `load_sources` does."""
-    rows = with_named_splits(_rows_of(config), config)
+    rows = with_named_splits(_rows_of(config, require_captions), config)
     if config.held_out_source is None:
         return rows
-    return with_held_out_source(rows, _rows_of(second_source(config)), config)
+    second = _rows_of(second_source(config), require_captions)
+    return with_held_out_source(rows, second, config)
 
 
 def second_source(config: DataConfig) -> DataConfig:
@@ -100,20 +116,23 @@ def second_source(config: DataConfig) -> DataConfig:
     return replace(config, source=config.held_out_source, held_out_source=None, split_column="none")
 
 
-def _all_held_out(config: DataConfig, folder: Path | None, share: WorkerInfo) -> MappedSource:
+def _all_held_out(
+    config: DataConfig, folder: Path | None, share: WorkerInfo, require_captions: bool
+) -> MappedSource:
     """All images of a source, held out; the first ones of a remote one."""
     if is_remote(config.source):
-        stream = StreamSource(config)
+        stream = StreamSource(config, require_captions=require_captions)
         rows: Rows = HeldRows(stream, list(stream.first(HELD_OUT)))
         config = as_read(config)
     else:
         config = replace(config, streaming=False)
-        rows = _rows_of(config)
+        rows = _rows_of(config, require_captions)
     rows.held_out = np.ones(len(rows), bool)
-    return MappedSource(SourceIndex(rows, config, folder, share), "held_out")
+    index = SourceIndex(rows, config, folder, share, require_captions=require_captions)
+    return MappedSource(index, "held_out")
 
 
-def _rows_of(config: DataConfig) -> Rows:
+def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
     source = config.source
     if is_remote(source):
         raise ValueError(f"data.source {source} is not on this disk; set data.streaming=true")
@@ -130,8 +149,12 @@ def _rows_of(config: DataConfig) -> Rows:
                 f"{path} holds 0 images and no captions, shards or Parquet; it holds "
                 f"{contents(path)}; {LAYOUTS}"
             )
-        return split_folder_rows(path, config) or folder_rows(path, config)
+        return split_folder_rows(path, config, require_captions) or folder_rows(
+            path, config, require_captions=require_captions
+        )
     files = matching(source)
+    if len(files) == 1 and is_path_list(files[0]):
+        return path_list_rows(files[0], config, require_captions=require_captions)
     if len(files) == 1 and files[0].suffix.lower() in TABLE_SUFFIXES:
         return table_rows(files[0], config.image_column, config.delimiter)
     if files or path.exists():

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
-from pipeline.data.readers.captions import Captions, captions_of
+from pipeline.data.readers.captions import Captions, captions_if_any, captions_of
 from pipeline.data.readers.images import prepared, square_of
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
@@ -29,7 +29,7 @@ _TOGETHER = 8
 
 class SourceIndex:
     """What both splits share: rows, their captions, which rows are usable, and a cache of decoded
-    images.
+    images. Without `require_captions`, images that have none are used, too.
 
     Raises:
         ValueError: a column is missing, too many images cannot be read, or none can be used.
@@ -41,19 +41,24 @@ class SourceIndex:
         config: DataConfig,
         folder: Path | None = None,
         share: WorkerInfo = SINGLE_PROCESS,
+        *,
+        require_captions: bool = True,
     ) -> None:
         self.rows = rows
         tally = SkipCounter()
-        self.captions: Captions = captions_of(rows, config, tally)
+        self.captions: Captions = (
+            captions_of(rows, config, tally) if require_captions else captions_if_any(rows, config)
+        )
         found = scan_images(rows, config.workers, folder, share, config.max_pixels)
         fit = usable(rows, found, config, tally)
         config = self.config = with_value_range(config, rows, found)
         if dark := dark_images(found, rows):
             _log.warning("%s", dark)
-        fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
+        if require_captions:
+            fit &= np.array([bool(self.captions[row]) for row in range(len(rows))], bool)
         fit &= ~copies_of_held_out(rows, found.digest, tally)
         self.problems = rows.tally.lines() + tally.lines()
-        check_usable(rows.name, int(fit.sum()), self.problems)
+        check_usable(rows.name, int(fit.sum()), self.problems, require_captions=require_captions)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
         if rows.note:

@@ -25,6 +25,8 @@ class ImageBatch:
     """Of the images, in the source or in the mixture that it is part of."""
     captions: list[list[str]]
     """Every caption of each image."""
+    names: list[str]
+    """What each image is called in its source."""
     view: Callable[[Sequence[int] | None], np.ndarray]
     """Draws -> images (B,S,S,3) uint8; see `Source.images`."""
 
@@ -82,7 +84,8 @@ class Source:
         raise self._unordered()
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each image; each has at least one."""
+        """Every caption of each image; each has at least one, unless the source was loaded without
+        `require_captions`."""
         raise self._unordered()
 
     def names(self, indices: Sequence[int]) -> list[str]:
@@ -112,7 +115,8 @@ class Source:
         for start in range(0, len(unit.rows), size):
             numbers = list(unit.rows[start : start + size])
             rows = [number - first for number in numbers]
-            yield ImageBatch(numbers, self.all_captions(rows), partial(self.images, rows))
+            captions = self.all_captions(rows)
+            yield ImageBatch(numbers, captions, self.names(rows), partial(self.images, rows))
 
 
 def in_places(found: Iterable[tuple[Sequence[int], Iterable[Item]]]) -> list[Item]:
@@ -123,12 +127,13 @@ def in_places(found: Iterable[tuple[Sequence[int], Iterable[Item]]]) -> list[Ite
     return [by_place[place] for place in range(len(by_place))]
 
 
-def check_usable(name: str, usable: int, problems: Sequence[str]) -> None:
+def check_usable(
+    name: str, usable: int, problems: Sequence[str], *, require_captions: bool = True
+) -> None:
     """Raises ValueError where no image of a source is left, with what was skipped."""
     if not usable:
-        raise ValueError(
-            f"{name} has no usable image with a caption; {'; '.join(problems) or 'it is empty'}"
-        )
+        wanted = "usable image with a caption" if require_captions else "usable image"
+        raise ValueError(f"{name} has no {wanted}; {'; '.join(problems) or 'it is empty'}")
 
 
 def check_splits(

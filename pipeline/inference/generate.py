@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.contact_sheet import contact_sheets, sheet_names
 from pipeline.runtime.distributed import distributed_state
 from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
@@ -37,15 +38,17 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     clip_scorer: str | None = None,
+    given_in: Sequence[str] = (),
     **options: Any,
 ) -> int:
-    """Writes numbered PNGs, `grid.png` and `samples.jsonl`; the prompts are split over the
-    processes. Returns the number of images.
+    """Writes numbered PNGs, sheets of them (`sheet_names`) and `samples.jsonl`; the prompts are
+    split over the processes. Returns the number of images.
 
     The images do not depend on how many processes there are.
 
     Args:
         num_images: images per prompt.
+        given_in: where each prompt stands, for messages ("prompts.txt line 3").
         clip_scorer: name or folder of a CLIP model that `best_of` chooses by.
         options: those of `TextToImagePipeline.__call__`.
 
@@ -54,6 +57,8 @@ def generate(
     """
     state = distributed_state()
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
+    if not options.get("truncate"):
+        _check_lengths(pipe, prompts, given_in or [""] * len(prompts))
     if clip_scorer is not None:
         from pipeline.inference.reranking import CLIPScorer
 
@@ -77,7 +82,7 @@ def generate(
             drawn.append(_Drawn(mine[place // num_images], place % num_images, image, likelihood))
     gathered = sorted(gather_object(drawn), key=lambda row: row[:2])
     if state.is_main_process:
-        _write(out, gathered, prompts, seed, columns=num_images)
+        _write(out, gathered, prompts, seed)
     state.wait_for_everyone()
     return len(gathered)
 
@@ -130,7 +135,7 @@ def edit(
         _Drawn(0, i, *pair)
         for i, pair in enumerate(zip(output.images, output.log_likelihood.tolist(), strict=True))
     ]
-    _write(out, rows, [prompt], seed, columns=min(num_images, 8))
+    _write(out, rows, [prompt], seed)
     return len(rows)
 
 
@@ -153,9 +158,19 @@ def _notes() -> Iterator[None]:
         _log.info(f"note: {message}")
 
 
-def _write(
-    out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int, *, columns: int
+def _check_lengths(
+    pipe: TextToImagePipeline, prompts: Sequence[str], given_in: Sequence[str]
 ) -> None:
+    """Raises ValueError where a prompt does not fit the text slots; names where it stands."""
+    for prompt, length, where in zip(prompts, pipe.text.lengths(prompts), given_in, strict=True):
+        if length > pipe.text.length:
+            raise ValueError(
+                f"{where or 'a prompt'} needs {length} tokens, and this bundle has "
+                f"{pipe.text.length} text slots ({prompt[:80]!r}); shorten it, or add --truncate"
+            )
+
+
+def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, row in enumerate(rows):
@@ -169,9 +184,11 @@ def _write(
             "log_likelihood": round(row.log_likelihood, 4),
         }
         lines.append(json.dumps(line, ensure_ascii=False))
-    grid_image(make_grid([np.asarray(row.image) for row in rows], columns=columns)).save(
-        out / "grid.png"
-    )
+    images = [np.asarray(row.image) for row in rows]
+    captions = [prompts[row.prompt] for row in rows]
+    sheets = contact_sheets(images, captions, together=len(rows) // len(prompts))
+    for name, sheet in zip(sheet_names(len(rows)), sheets, strict=True):
+        sheet.save(out / name)
     (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

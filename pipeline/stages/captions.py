@@ -75,29 +75,57 @@ def text_tokenizer(
         ValueError: captions do not fit their slots and are not to be truncated.
     """
     folder = experiment.folder / "text_tokenizer"
-    config = experiment.text
     resumes = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
     # Every process trains it: that is quick and deterministic, and all see the same error if there
     # is one.
-    learned = chain.from_iterable(caption_batches(captions["train"], CAPTIONS_TO_LEARN))
-    if origin is not None:  # also on resume: new entries and their spelling follow from captions
-        text = origin.extend_vocab(learned, config)
-        _log.info(origin.pieces(text, next(caption_batches(captions["train"], _ROWS_AT_A_TIME))))
-    else:
-        text = TextTokenizer.load(folder) if resumes else TextTokenizer.from_config(config, learned)
-    lengths = LengthReport(text.length)
-    for batch in chain.from_iterable(caption_batches(dataset) for dataset in captions.values()):
-        lengths.add(batch, text.lengths(batch))
-    lengths.check(truncate=config.truncate)
-    if lengths.too_long:
-        _log.info(
-            f"{lengths.too_long} of {lengths.count} captions are truncated to "
-            f"text.max_length={text.length} slots"
-        )
+    if resumes and origin is None:
+        text = TextTokenizer.load(folder)
+        check_lengths(text, captions, truncate=experiment.text.truncate)
+    else:  # with an origin also on resume: new entries and their spelling follow from captions
+        text = learned_tokenizer(experiment.text, captions, origin)
     if accelerator.is_main_process and not resumes:
         atomic_write_dir(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
+
+
+def learned_tokenizer(
+    config: TextConfig, captions: Mapping[str, Captions], origin: PretrainedPrior | None = None
+) -> TextTokenizer:
+    """The text tokenizer that learns from the captions of `train`, or that `origin` or the
+    configuration names; every caption fits it. Writes nothing.
+
+    Raises:
+        ValueError: as `text_tokenizer`; or BPE dropout needs another kind of tokenizer.
+    """
+    learned = chain.from_iterable(caption_batches(captions["train"], CAPTIONS_TO_LEARN))
+    if origin is not None:
+        text = origin.extend_vocab(learned, config)
+        _log.info(origin.pieces(text, next(caption_batches(captions["train"], _ROWS_AT_A_TIME))))
+    else:
+        text = TextTokenizer.from_config(config, learned)
+    check_lengths(text, captions, truncate=config.truncate)
+    if config.bpe_dropout:
+        random = np.random.default_rng(0)
+        text.encode_with_dropout(["a caption"], config.bpe_dropout, random, truncate=True)
+    return text
+
+
+def check_lengths(text: TextTokenizer, captions: Mapping[str, Captions], *, truncate: bool) -> None:
+    """Counts the captions that do not fit their slots: logs how many are truncated.
+
+    Raises:
+        ValueError: captions do not fit and are not to be truncated.
+    """
+    lengths = LengthReport(text.length)
+    for batch in chain.from_iterable(caption_batches(dataset) for dataset in captions.values()):
+        lengths.add(batch, text.lengths(batch))
+    lengths.check(truncate=truncate)
+    if lengths.too_long:
+        _log.info(
+            f"{lengths.too_long} of {lengths.count} captions are truncated to "
+            f"text.max_length={text.length} slots (text.truncate)"
+        )
 
 
 def caption_batches(dataset: Captions, captions: int | None = None) -> Iterator[list[str]]:

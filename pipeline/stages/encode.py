@@ -28,6 +28,7 @@ from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
 from pipeline.data.load import load_sources
+from pipeline.data.readers.base import NoCaptions
 from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import prefetch
 from pipeline.data.source import ImageBatch, Source, Split, check_splits
@@ -55,14 +56,17 @@ def encode_dataset(
     tokenizer_folder: Path | None = None,
     folder: Path | None = None,
     seconds_after: float = 0.0,
+    require_captions: bool = True,
 ) -> Path:
     """Writes the codes of training and validation images, split over the processes; returns their
     folder. An interrupted attempt is resumed, and corrupted files of a finished folder are rebuilt.
+    What of the source is left out is logged.
 
     Args:
         tokenizer_folder: a tokenizer other than the run's own, RUN/tokenizer.
         folder: where to write to in place of RUN/codes.
         seconds_after: estimated seconds that the run takes after this stage, for the progress bar.
+        require_captions: leave out images without a caption, unless no image has one.
 
     Raises:
         ValueError: the folder holds codes, complete or not, that were made with something else;
@@ -71,8 +75,7 @@ def encode_dataset(
     """
     folder = folder or experiment.folder / "codes"
     tokenizer = _load_tokenizer(experiment, tokenizer_folder)
-    loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    sources = dict(zip(_SPLITS, loaded, strict=True))
+    sources = dict(zip(_SPLITS, _sources(experiment, require_captions), strict=True))
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
     bf16 = uses_bf16(experiment.precision, accelerator.device)
     earlier = {split: source.earlier_fingerprint for split, source in sources.items()}
@@ -87,6 +90,7 @@ def encode_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()
+    _report(sources, plan)
     tokenizer.to(accelerator.device).eval()
     # Dealt out at each start: every process has an equal share of what is left, however many
     # processes there were before.
@@ -167,8 +171,9 @@ def _write_shards(
 def encode_for_export(
     experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
 ) -> tuple[dict[str, int], list[str]]:
-    """Codes for other programs, in folder `out`: those of the experiment's data, by its own or
-    another tokenizer; returns the number of images per split and the files' names.
+    """Codes for other programs, in folder `out`: those of the experiment's data, with and without
+    captions, by its own or another tokenizer; returns the number of images per split and the files'
+    names.
 
     Raises:
         FileExistsError: there is something else in `out` already.
@@ -177,7 +182,9 @@ def encode_for_export(
     check_output_dir(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     with run_lock(made, experiment.process_timeout):
-        encode_dataset(experiment, tokenizer_folder=tokenizer_folder, folder=made)
+        encode_dataset(
+            experiment, tokenizer_folder=tokenizer_folder, folder=made, require_captions=False
+        )
         # Otherwise the first could remove the folder before the others find it complete.
         distributed_state().wait_for_everyone()
         if not distributed_state().is_main_process:
@@ -202,12 +209,53 @@ def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> E
     )
 
 
-def sources_of(data: DataConfig, run_dir: Path, timeout: int) -> tuple[Source, Source]:
+def _sources(experiment: Experiment, require_captions: bool) -> tuple[Source, Source]:
+    """The images to encode. Codes that a prior trains on need both splits and captions; where no
+    image has a caption, all are encoded for other programs."""
+    load = partial(sources_of, experiment.data, experiment.folder, experiment.process_timeout)
+    if require_captions:
+        try:
+            return load()
+        except NoCaptions as error:
+            _log.info(f"no prior can be trained on these codes: {str(error).splitlines()[0]}")
+    return load(require_captions=False, require_both=False)
+
+
+def _report(sources: Mapping[Split, Source], plan: Mapping[str, Any]) -> None:
+    """Logs how many images are encoded, and what is left out, by reason and with names."""
+    limits = {"train": "encode.max_images", "held_out": "encode.max_val_images"}
+    for split, source in sources.items():
+        planned = [part.get("rows") for part in plan["parts"][split]]
+        if source.num_images is None or None in planned:
+            continue
+        rows = sum(planned)
+        of = f" of {source.num_images:,}" if rows < source.num_images else ""
+        limit = f" ({limits[split]})" if of else ""
+        _log.info(f"{source.name}: encoding {rows:,}{of} {split} images{limit}")
+    if sources["train"].num_images is not None:  # what a stream leaves out comes at its end
+        for problem in sources["train"].problems:
+            _log.info(f"  {problem}")
+
+
+def sources_of(
+    data: DataConfig,
+    run_dir: Path,
+    timeout: int,
+    *,
+    require_captions: bool = True,
+    require_both: bool = True,
+) -> tuple[Source, Source]:
     """Training and validation images, before anything else is written; every process must call.
 
     Args:
         run_dir: folder of the run; what is found out about the images is kept in its data/.
         timeout: minutes that processes wait for one another.
+        require_captions: leave out images without a caption.
+        require_both: raise ValueError where a split has no image.
+
+    Raises:
+        NoCaptions: no image has a caption, and they are required.
+        ValueError, FileNotFoundError: as `load_sources`.
     """
     state = distributed_state(timeout)
     share = WorkerInfo(
@@ -215,7 +263,11 @@ def sources_of(data: DataConfig, run_dir: Path, timeout: int) -> tuple[Source, S
         state.num_processes,
         lambda own: gather_object([own]) if state.num_processes > 1 else [own],
     )
-    source, held_out = load_sources(data, run_dir / "data", share)
+    source, held_out = load_sources(
+        data, run_dir / "data", share, require_captions=require_captions
+    )
+    if not require_both:
+        return source, held_out
     for part, back in zip(source.parts, held_out.parts, strict=True):
         check_splits(data, part.name, part.num_images, len(back), len(held_out))
     return source, held_out
@@ -244,7 +296,7 @@ def _plan(
         "seed": experiment.seed if options.augmentations_per_image > 1 else None,
         "bf16": bf16,
         "parts": {
-            split: _part_plans(source, weights, limits[split]) for split, source in sources.items()
+            split: part_plans(source, weights, limits[split]) for split, source in sources.items()
         },
         "weights": weights,
         "images_per_shard": options.images_per_shard,
@@ -256,7 +308,7 @@ def _plan(
     }
 
 
-def _part_plans(
+def part_plans(
     source: Source, weights: Sequence[float], limit: int | None
 ) -> list[dict[str, int | None]]:
     """What is encoded of each part: all of it, or by its weight where no more than `limit` images
@@ -405,7 +457,10 @@ def _encoded(
             with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=bf16):
                 found.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
         bar.update(len(batch.numbers))
-        yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers)
+        names = batch.names
+        if len(source.parts) > 1:
+            names = [f"{part.name}: {name}" for name in names]
+        yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers, names)
 
 
 def _views(batch: ImageBatch, views: int, experiment: Experiment) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -117,6 +118,15 @@ class PretrainedPrior:
         return f"{line}; {added} entries more, into {new:.2f}" if added else line
 
 
+def require_peft(section: PriorSection) -> None:
+    """Raises ValueError where LoRA is asked for and peft is not installed."""
+    if section.lora_rank and find_spec("peft") is None:
+        raise ValueError(
+            f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or set "
+            "it to 0"
+        )
+
+
 class LoRAAdapter:
     """What LoRA trains next to the matrices of a prior's blocks. All weights of the prior are
     frozen.
@@ -126,13 +136,9 @@ class LoRAAdapter:
     """
 
     def __init__(self, prior: ImagePrior, section: PriorSection, identity: dict[str, str]) -> None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise ValueError(
-                f"prior.lora_rank is {section.lora_rank}, which needs peft; pip install peft, or "
-                "set it to 0"
-            ) from None
+        require_peft(section)
+        from peft import LoraConfig, get_peft_model
+
         config = LoraConfig(
             r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=list(_ADAPTED)
         )

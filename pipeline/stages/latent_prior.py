@@ -29,6 +29,7 @@ from pipeline.training.task import Task
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import (
     AggregatedPosterior,
+    LatentPriorConfig,
     LatentPriorModel,
     LatentPriorObjective,
     TextTokenizer,
@@ -36,7 +37,7 @@ from stage2_prior import (
 )
 from stage2_prior.objective import PriorLoss
 
-_CAPTIONS = 5_000
+CAPTIONS = 5_000
 """Images whose captions the text tokenizer learns from, and whose lengths are checked."""
 
 
@@ -88,7 +89,7 @@ def latent_prior_training(
     """A new prior of this tokenizer's latents and its captions' tokenizer, which is saved, on the
     accelerator's device."""
     # An unconditional prior reads no caption: its bundle has a vocabulary of bytes.
-    limit = _CAPTIONS if experiment.prior.latent.context_features else 0
+    limit = CAPTIONS if experiment.prior.latent.context_features else 0
     captions = {split: SourceCaptions(source, limit) for split, source in sources.items()}
     text = text_tokenizer(experiment, captions, accelerator)
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
@@ -153,11 +154,7 @@ def _build_prior(
     attach_encoder(model, tokenizer)
     prior = model.prior
     if isinstance(prior, AggregatedPosterior | VampPrior):
-        if len(source) < config.components:
-            raise ValueError(
-                f"prior.latent.components is {config.components} and there are {len(source)} "
-                f"images to train on; {config.kind} takes one per component, set it lower"
-            )
+        check_components(config, len(source))
         images = source.images(range(config.components))
         pixels = to_model_range(torch.from_numpy(images)).to(tokenizer.device)
         if isinstance(prior, VampPrior):
@@ -168,6 +165,15 @@ def _build_prior(
                 torch.cat([one.mean for one in found]), torch.cat([one.log_std for one in found])
             )
     return model
+
+
+def check_components(config: LatentPriorConfig, images: int) -> None:
+    """Raises ValueError where there are fewer images than components that come from images."""
+    if config.kind in ("vamp", "aggregated") and images < config.components:
+        raise ValueError(
+            f"prior.latent.components is {config.components} and there are {images} images to "
+            f"train on; {config.kind} takes one per component, set it lower"
+        )
 
 
 class _OfImages:

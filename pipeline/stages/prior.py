@@ -47,6 +47,7 @@ def train_prior(experiment: Experiment) -> Path:
     codes = {
         split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")
     }
+    _check_captions(codes, experiment)
     check_tokenizer(codes["train"].manifest, tokenizer.fingerprint, experiment.folder / "codes")
     check_init_from(experiment.tokenizer, section, experiment.text.max_length)
     origin = (
@@ -66,6 +67,16 @@ def train_prior(experiment: Experiment) -> Path:
         adapter.merge_and_save(run.folder, accelerator)
     run.finalize(prior, metrics)
     return run.folder
+
+
+def _check_captions(codes: dict[str, CodesDataset], experiment: Experiment) -> None:
+    """Raises ValueError where the images of the codes have no captions."""
+    if any(split.captions_in_all < len(split) for split in codes.values()):
+        raise ValueError(
+            f"{experiment.folder / 'codes'} has images without captions, and a prior is trained on "
+            f"captions; add captions to {' and '.join(experiment.data.sources)} (docs/data.md), "
+            "remove that folder and run `minidalle encode` again"
+        )
 
 
 def new_prior_training(
@@ -151,19 +162,24 @@ def _build_prior(
         start_id=text.start_id,
         end_id=text.end_id,
     )
-    codes_per_image = sum(level.length for level in stream.levels)
-    steps = experiment.sampling.num_inference_steps
-    if steps is not None and steps > codes_per_image:
-        raise ValueError(
-            f"sampling.num_inference_steps is {steps}; an image has {codes_per_image} codes, so "
-            "it can be at most that"
-        )
+    check_inference_steps(experiment, tokenizer)
     torch.manual_seed(experiment.seed + 1)
     prior = ImagePrior(experiment.prior.model, stream)
     prior.set_codebook(tokenizer.code_vectors)
     if origin is not None:
         origin.load_into(prior)
     return prior
+
+
+def check_inference_steps(experiment: Experiment, tokenizer: ImageTokenizer) -> None:
+    """Raises ValueError where there are more sampling steps than codes."""
+    codes_per_image = sum(level.length for level in tokenizer.layout)
+    steps = experiment.sampling.num_inference_steps
+    if steps is not None and steps > codes_per_image:
+        raise ValueError(
+            f"sampling.num_inference_steps is {steps}; an image has {codes_per_image} codes, so "
+            "it can be at most that"
+        )
 
 
 class PriorTraining:
@@ -236,7 +252,7 @@ class PriorTraining:
 
     def _names(self, sampler: BatchSampler, step: int) -> list[str]:
         """What to call the images of a step's batch."""
-        return [f"row {row}" for row in self._rows(sampler, step)]
+        return self.train.names(self._rows(sampler, step))
 
     def _eval_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         device = self.accelerator.device

@@ -21,13 +21,13 @@ from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
-from pipeline.stages.latent_prior import refuse_streams
 from pipeline.stages.manifest import (
     init_from_fingerprint,
     load_complete,
     read_settings,
     require_complete,
 )
+from pipeline.stages.preflight import check_run
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
@@ -69,20 +69,20 @@ def assemble_bundle(experiment: Experiment) -> Path:
 
 @with_run_lock
 def run(experiment: Experiment) -> Path:
-    """All stages, then a grid of images for validation captions; returns the bundle's folder.
-    Gaussian latents are not encoded beforehand, and an unconditional prior of them takes no
-    captions.
+    """All stages, then a grid of images for validation captions; returns the bundle's folder. What
+    would stop a later stage is raised before the first step. Gaussian latents are not encoded
+    beforehand, and an unconditional prior of them takes no captions.
 
     Raises:
         ValueError: what each stage raises.
     """
+    check_run(experiment)
     if experiment.tokenizer.model.has_codes:
         encoded = (experiment.folder / "codes" / MANIFEST).is_file()
         seconds = StageSeconds() if encoded else estimate_seconds(experiment)
         train_tokenizer(experiment, seconds_after=seconds.encode + seconds.prior)
         encode_dataset(experiment, seconds_after=seconds.prior)
     else:
-        refuse_streams(experiment)
         train_tokenizer(experiment)
     train_prior(experiment)
     accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)

@@ -99,14 +99,7 @@ def fit(
         TrainingInterrupted: by a signal, after the step it came in, which is saved.
         RecoverableError: a checkpoint cannot be written, or another process of the job is gone.
     """
-    batch_size, micro_batches = config.resolved_batch(label)
-    if batch_size % (accelerator.num_processes * micro_batches):
-        raise ValueError(
-            f"{label}.train.batch_size {batch_size} does not split evenly over "
-            f"{accelerator.num_processes} processes with "
-            f"{label}.train.gradient_accumulation_steps {micro_batches}; choose a multiple of "
-            "both together"
-        )
+    config.check_processes(label, accelerator.num_processes)
     trainer = Trainer(task, config, accelerator, folder, label, seed=seed, bf16=bf16)
     try:
         return trainer.train(compile_networks=compile_networks, seconds_after=seconds_after)

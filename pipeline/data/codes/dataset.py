@@ -83,8 +83,8 @@ class CodesDataset:
         return self._ends[-1]
 
     def captions(self, indices: Sequence[int], draws: Sequence[float] | None = None) -> list[str]:
-        """One caption per image: the first one. With `draws`, a number in [0, 1) per image chooses
-        among all of its captions, with equal probability."""
+        """One caption per image: the first one, or '' where there is none. With `draws`, a number
+        in [0, 1) per image chooses among all of its captions, with equal probability."""
         if draws is None:
             return [shard.text(row) for shard, row in map(self._find, indices)]
         every = self.all_captions(indices)
@@ -95,8 +95,12 @@ class CodesDataset:
         return [shard.texts(row) for shard, row in map(self._find, indices)]
 
     def source_rows(self, indices: Sequence[int]) -> list[int]:
-        """The images' numbers in their source."""
+        """The images' numbers in their split of the source, where unusable images do not count."""
         return [shard.number(row) for shard, row in map(self._find, indices)]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The images' files or rows in their source."""
+        return [shard.name(row) for shard, row in map(self._find, indices)]
 
     def codes(self, indices: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
         """(B,N) int64; `views` chooses one encoding per image, the first one by default."""

@@ -1,9 +1,10 @@
 """One Arrow file of a codes dataset: written atomically, checked, memory-mapped. Knows rows and
 bytes; knows no tokenizer and not which files belong together.
 
-One row per image: `codes` (all views one after another), `text` (its first caption), `more_texts`
-(its others), `row` (its number in the source). Files are Arrow streams with the schema metadata of
-`datasets`, so `Dataset.from_file` reads them too.
+One row per image: `codes` (all views one after another), `text` (its first caption, null where it
+has none), `more_texts` (its others), `row` (its number in its split of the source, where unusable
+images do not count), `name` (its file or row in the source). Files are Arrow streams with the
+schema metadata of `datasets`, so `Dataset.from_file` reads them too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class EncodedRows:
     codes: np.ndarray
     """(B,N) integers, all views one after another."""
     captions: Sequence[Sequence[str]]
-    """One or more per image."""
+    """Those of each image."""
     numbers: Sequence[int]
     """The images' numbers in the source."""
+    names: Sequence[str]
+    """The images' files or rows in the source."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def write_shard(path: Path, blocks: Iterable[EncodedRows], *, codes: int, kind: 
             for batch in _batches(blocks, schema):
                 writer.write_batch(batch)
                 rows += len(batch)
-                captions += len(batch) + len(batch.column("more_texts").flatten())
+                captions += len(batch) - batch.column("text").null_count
+                captions += len(batch.column("more_texts").flatten())
         written = described(beside, rows=rows, captions=captions)
     return replace(written, name=path.name)
 
@@ -126,6 +130,9 @@ class OpenShard:
                 tuple(batch.column(name) for name in ("text", "more_texts", "row"))
                 for batch in batches
             ]
+            self._names = [
+                batch.column("name") if "name" in batch.schema.names else None for batch in batches
+            ]
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); remove it and run `minidalle encode` again"
@@ -137,18 +144,25 @@ class OpenShard:
         return self._codes[batch][within]
 
     def text(self, row: int) -> str:
+        """The first caption, or '' where there is none."""
         batch, within = self._find(row)
-        return self._columns[batch][0][within].as_py()
+        return self._columns[batch][0][within].as_py() or ""
 
     def texts(self, row: int) -> list[str]:
         """All captions, the first one first."""
         batch, within = self._find(row)
         text, more, _ = self._columns[batch]
-        return [text[within].as_py(), *more[within].as_py()]
+        return [one for one in (text[within].as_py(), *more[within].as_py()) if one is not None]
 
     def number(self, row: int) -> int:
         batch, within = self._find(row)
         return self._columns[batch][2][within].as_py()
+
+    def name(self, row: int) -> str:
+        """The image's file or row in the source; its number where the file has no names."""
+        batch, within = self._find(row)
+        names = self._names[batch]
+        return f"row {self.number(row)}" if names is None else names[within].as_py()
 
     def release(self) -> None:
         """Releases mapped pages to the system, which reads them again when they are needed."""
@@ -164,9 +178,8 @@ def _schema(codes: int, kind: str) -> pa.Schema:
     from datasets import Features, List, Value
 
     texts = {"text": Value("string"), "more_texts": List(Value("string"))}
-    return Features(
-        {"codes": List(Value(kind), length=codes), **texts, "row": Value("int64")}
-    ).arrow_schema
+    source = {"row": Value("int64"), "name": Value("string")}
+    return Features({"codes": List(Value(kind), length=codes), **texts, **source}).arrow_schema
 
 
 def _batches(blocks: Iterable[EncodedRows], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -188,9 +201,10 @@ def _batch(blocks: list[EncodedRows], schema: pa.Schema) -> pa.RecordBatch:
     captions = [texts for block in blocks for texts in block.captions]
     columns = [
         pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=kind),
-        pa.array([texts[0] for texts in captions], pa.string()),
+        pa.array([texts[0] if texts else None for texts in captions], pa.string()),
         pa.array([texts[1:] for texts in captions], schema.field("more_texts").type),
         pa.array([number for block in blocks for number in block.numbers], pa.int64()),
+        pa.array([name for block in blocks for name in block.names], pa.string()),
     ]
     return pa.record_batch(columns, schema=schema)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.data.readers.files import MAX_TABLE_BYTES, TooLarge, read_file
+from pipeline.runtime.printable import printable as printable  # readers take it from here
 
 Record = dict[str, Any]
 """What is written of an image, by column."""
@@ -56,7 +57,11 @@ _SAMPLES = 16
 _SAMPLE = 4096
 """Samples of a large file that identify it, and bytes of each."""
 _LONG = 200
-"""Characters of a name in a message."""
+"""Characters of the message of a library."""
+
+
+class NoCaptions(ValueError):
+    """A source of images has no captions, and they are required."""
 
 
 class SkipCounter:
@@ -228,12 +233,6 @@ def _by_ending(wanted: str, columns: Sequence[str]) -> str | None:
 
 def listed(names: Sequence[str]) -> str:
     return printable(", ".join(map(str, names))) or "none"
-
-
-def printable(name: str) -> str:
-    """A name in UTF-8, truncated to fit on a line."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return name if len(name) <= _LONG else f"{name[:_LONG]}..."
 
 
 def reason_of(error: Exception) -> str:

@@ -15,6 +15,7 @@ from pipeline.config.data import CaptionLines, DataConfig
 from pipeline.data.readers.base import (
     BAD_CAPTION,
     LONG_CAPTION,
+    NoCaptions,
     Record,
     Rows,
     SkipCounter,
@@ -162,7 +163,14 @@ class CaptionReader:
 
 
 def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
-    """The captions of every row; those without any are counted."""
+    """The captions of every row; those without any are counted.
+
+    Raises:
+        NoCaptions: there are images and no columns.
+        ValueError: a column is missing, or the template is invalid.
+    """
+    if not rows.columns:
+        raise NoCaptions(f"{rows.name} holds {len(rows)} images and no column of captions")
     reader = CaptionReader(rows.name, rows.columns, config)
 
     def each() -> Iterable[list[str]]:
@@ -173,6 +181,14 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
             yield found.texts
 
     return Captions(each())
+
+
+def captions_if_any(rows: Rows, config: DataConfig) -> Captions:
+    """The captions of every row; none at all where they cannot be read."""
+    try:
+        return captions_of(rows, config, SkipCounter())
+    except ValueError:
+        return Captions([] for _ in range(len(rows)))
 
 
 def lines_of(text: AnyStr, how: CaptionLines) -> list[AnyStr]:

@@ -25,6 +25,7 @@ from pipeline.data.readers.base import (
     LONG_CAPTION,
     NO_FILE,
     OUTSIDE,
+    NoCaptions,
     Record,
     Rows,
     SkipCounter,
@@ -139,47 +140,54 @@ class FileRows(Rows):
         return image if is_inline(image) else file_signature(self.root / image, image)
 
 
-def folder_rows(folder: Path, config: DataConfig) -> FileRows:
-    """A folder in whichever layout it has.
+def folder_rows(folder: Path, config: DataConfig, *, require_captions: bool = True) -> FileRows:
+    """A folder in whichever layout it has. Without `require_captions`, images that have none are
+    among its rows.
 
     Args:
         config: of the captions.
 
     Raises:
-        ValueError: there are no captions, a column is missing, or a path leads out of the folder.
+        NoCaptions: there are no captions, and they are required.
+        ValueError: a column is missing, or a path leads out of the folder.
     """
     tally = SkipCounter()
     images = _images_below(folder, tally, config.follow_links)
     if (metadata := _file_of(folder, METADATA)) is not None:
         check_link(metadata, folder, config.follow_links)
-        return _rows_of_metadata(folder, metadata, images, tally, config.delimiter)
-    if config.text_column != "text" or config.caption_template is not None:
-        named = {image: [_of_path(image)] for image in images}
-        facts = [("folders", "their names are the column folder")]
-    else:
-        named, facts = _captions_beside(folder, images, tally, config)
+        return _rows_of_metadata(folder, metadata, images, tally, config, require_captions)
+    captions_tally = tally if require_captions else SkipCounter()
+    named, facts = rows_of_paths(folder, images, captions_tally, config)
     if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
         check_link(captions, folder, config.follow_links)
         return table_rows(captions, None, config.delimiter)
+    if not require_captions:
+        named = {image: named.get(image, [of_path(image)]) for image in images}
     if not named:
         why = (BAD_CAPTION, LONG_CAPTION, NO_FILE, OUTSIDE, CLOSED)
         unread = [line for line in tally.lines() if any(reason in line for reason in why)]
-        raise ValueError(
+        raise NoCaptions(
             f"{folder} holds {len(images)} images and no captions; {_texts_in(folder)}"
             f"{'; '.join(unread) or LAYOUTS}"
         )
-    columns = list(dict.fromkeys(column for records in named.values() for column in records[0]))
-    return FileRows(str(folder), folder, named, columns, tally, facts)
+    return FileRows(str(folder), folder, named, columns_of(named), tally, facts)
 
 
 def _rows_of_metadata(
-    folder: Path, metadata: Path, images: list[str], tally: SkipCounter, delimiter: str | None
+    folder: Path,
+    metadata: Path,
+    images: list[str],
+    tally: SkipCounter,
+    config: DataConfig,
+    require_captions: bool,
 ) -> FileRows:
-    table = read_table(metadata, delimiter)
+    table = read_table(metadata, config.delimiter)
     named = _named(metadata, table, set(images), tally)
     for image in images:
-        if image not in named:
+        if image not in named and require_captions:
             tally.add(NO_CAPTION, image)
+        elif image not in named:
+            named[image] = [of_path(image)]
     column = table.image_column or "file_name"
     columns = ["folder", "name", *(c for c in table.columns if c != column)]
     facts = [("table", f"{metadata.name}, {table.kind}"), ("image column", column)]
@@ -188,8 +196,24 @@ def _rows_of_metadata(
     )
 
 
+def columns_of(named: Mapping[str, list[Record]]) -> list[str]:
+    """The columns of rows."""
+    return list(dict.fromkeys(column for records in named.values() for column in records[0]))
+
+
+def rows_of_paths(
+    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig
+) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
+    """Image -> what the text file next to it or its path says; and where that is from. With the
+    default column, images without a text file are left out."""
+    if config.text_column != "text" or config.caption_template is not None:
+        facts = [("folders", "their names are the column folder")]
+        return {image: [of_path(image)] for image in images}, facts
+    return _captions_beside(folder, images, tally, config)
+
+
 def _captions_beside(
-    folder: Path, images: list[str], tally: SkipCounter, config: DataConfig
+    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig
 ) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
     """Image -> what the text file next to it says; and which files there are."""
     finder = FileFinder(folder)
@@ -210,7 +234,7 @@ def _captions_beside(
             tally.add(unread_caption(error), file)
             continue
         endings[PurePosixPath(file).suffix.lower()] += 1
-        named[image] = [_of_path(image) | {"text": lines_of(text, config.caption_lines)}]
+        named[image] = [of_path(image) | {"text": lines_of(text, config.caption_lines)}]
     if not named:
         return {}, []
     files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
@@ -234,7 +258,7 @@ def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | No
     return None
 
 
-def _of_path(image: str) -> Record:
+def of_path(image: str) -> Record:
     """What a path says. Lists, since a name such as "none" is no missing cell."""
     path = PurePosixPath(image)
     return {"folder": [path.parent.name], "name": [path.stem]}
@@ -378,5 +402,5 @@ def _named(
         image = names.find(name, number)
         if image is not None:
             record = {key: value for key, value in row.items() if key != column}
-            named.setdefault(image, []).append(_of_path(image) | record)
+            named.setdefault(image, []).append(of_path(image) | record)
     return named

@@ -30,7 +30,9 @@ _DEPTH = 2
 OTHERS = "images in no folder of a split left out"
 
 
-def split_folder_rows(folder: Path, config: DataConfig) -> Rows | None:
+def split_folder_rows(
+    folder: Path, config: DataConfig, require_captions: bool = True
+) -> Rows | None:
     """The rows of a folder whose folders name splits; None where they name none.
 
     Raises:
@@ -41,22 +43,28 @@ def split_folder_rows(folder: Path, config: DataConfig) -> Rows | None:
     found = list(_split_folders(folder, _DEPTH))
     if roles({split for _, split in found}) is not None and not _has_list(folder):
         try:
-            return _each(folder, found, config)
+            return _each(folder, found, config, require_captions)
         except ValueError as error:
             # The captions may lie in a list of another kind above the splits.
             try:
-                return _together(folder, config)
+                return _together(folder, config, require_captions)
             except ValueError:
                 raise error from None
     if any(split not in ("", "train") for _, split in found):
-        return _together(folder, config)
+        return _together(folder, config, require_captions)
     return None
 
 
-def _each(folder: Path, found: list[tuple[Path, SplitName]], config: DataConfig) -> SplitRows:
+def _each(
+    folder: Path, found: list[tuple[Path, SplitName]], config: DataConfig, require_captions: bool
+) -> SplitRows:
     """Each split's folder read on its own."""
     parts = [
-        Part(folder_rows(own, config), split, f"{own.relative_to(folder).as_posix()}/")
+        Part(
+            folder_rows(own, config, require_captions=require_captions),
+            split,
+            f"{own.relative_to(folder).as_posix()}/",
+        )
         for own, split in found
     ]
     rows = SplitRows(str(folder), parts, _NAMED_BY)
@@ -67,9 +75,9 @@ def _each(folder: Path, found: list[tuple[Path, SplitName]], config: DataConfig)
     return rows
 
 
-def _together(folder: Path, config: DataConfig) -> Rows | None:
+def _together(folder: Path, config: DataConfig, require_captions: bool) -> Rows | None:
     """The folder read at once; its images are in the splits of the folders that they lie in."""
-    rows = folder_rows(folder, config)
+    rows = folder_rows(folder, config, require_captions=require_captions)
     splits = splits_of_paths([rows.label(row) for row in range(len(rows))])
     if roles(set(splits)) is None:
         return rows

@@ -75,9 +75,10 @@ class StreamSource(Source):
     num_images = None
     number_limit = _SHARDS * _NUMBERS_PER_SHARD
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, *, require_captions: bool = True) -> None:
         self.name = config.source
         self.config = config
+        self._require_captions = require_captions
         self.tally = SkipCounter()
         self._decoded = 0
         self._bad = 0
@@ -91,15 +92,11 @@ class StreamSource(Source):
         self.num_shards = opened.train.num_shards
         self.layout = opened.train.layout
         self.note = opened.note
-        try:
-            self._reader = CaptionReader(self.name, opened.train.columns, config)
-        except ValueError as error:
-            if opened.train.hint:
-                raise ValueError(f"{error}; {opened.train.hint}") from error
-            raise
+        self._reader = self._caption_reader()
         self._column = self._split_column()
         settings = data_settings(asdict(config))
-        identity = [*opened.identity, self.num_shards, self._column]
+        everything = [] if require_captions else ["images without captions"]
+        identity = [*opened.identity, self.num_shards, self._column, *everything]
         self.fingerprint = content_fingerprint(
             [*identity, sorted(settings_beside_content(settings).items())]
         )
@@ -135,13 +132,13 @@ class StreamSource(Source):
         samples = enumerate(itertools.islice(self.samples(unit.shard), unit.most), start)
         while few := list(itertools.islice(samples, size)):
             decoded = [
-                (number, sample.captions, image)
+                (number, sample.captions, sample.name, image)
                 for number, sample in few
                 if (image := self.decode(sample)) is not None
             ]
             if decoded:
-                numbers, captions, images = map(list, zip(*decoded, strict=True))
-                yield ImageBatch(numbers, captions, partial(self._squares, images))
+                numbers, captions, names, images = map(list, zip(*decoded, strict=True))
+                yield ImageBatch(numbers, captions, names, partial(self._squares, images))
 
     def _squares(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
         chosen = [None] * len(images) if draws is None else draws
@@ -251,24 +248,30 @@ class StreamSource(Source):
             if (sample := self._sample(raw, stream is self._held_out)) is not None:
                 yield sample
 
+    def _caption_reader(self) -> CaptionReader | None:
+        """None where no caption can be read and none is required."""
+        try:
+            return CaptionReader(self.name, self._train.columns, self.config)
+        except ValueError as error:
+            if not self._require_captions:
+                return None
+            if self._train.hint:
+                raise ValueError(f"{error}; {self._train.hint}") from error
+            raise
+
     def _sample(self, raw: RawSample, held_out: bool) -> Sample | None:
         name = raw.name
         record = dict(raw.record)
         for value in list(record.values()):
             if isinstance(value, dict):
                 record = value | record
-        for column in self._reader.columns:
-            if column in ("txt", "caption") and isinstance(record.get(column), str | bytes):
-                record[column] = lines_of(record[column], self.config.caption_lines)
-        found = self._reader.of([record])
-        for reason in found.reasons:
-            self._leave_out(reason, name)
+        captions = self._captions(name, record)
         if raw.image is None:
             self._leave_out(
                 f"samples without an image in the column {self._train.image} left out", name
             )
             return None
-        if not found.texts:
+        if not captions and self._require_captions:
             return None
         split = "" if self._column is None else split_of_cell(record.get(self._column))
         if self._column is not None and not split:
@@ -300,7 +303,19 @@ class StreamSource(Source):
             if stands:
                 self._leave_out(reason, name)
                 return None
-        return Sample(name, content, found.texts, split, held_out)
+        return Sample(name, content, captions, split, held_out)
+
+    def _captions(self, name: str, record: Record) -> list[str]:
+        if self._reader is None:
+            return []
+        for column in self._reader.columns:
+            if column in ("txt", "caption") and isinstance(record.get(column), str | bytes):
+                record[column] = lines_of(record[column], self.config.caption_lines)
+        found = self._reader.of([record])
+        if self._require_captions:
+            for reason in found.reasons:
+                self._leave_out(reason, name)
+        return found.texts
 
     def _leave_out(self, reason: str, name: str) -> None:
         """Counts a sample once, however often the stream is read. Beyond `_REMEMBERED` samples,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.codes import dataset, shards
 from pipeline.data.codes.dataset import (
+    FORMAT,
     CodesDataset,
     mark_shard_done,
     planned_files,
     recorded_shard,
     write_manifest,
 )
+from pipeline.data.codes.export import export_codes
 from pipeline.data.codes.shards import EncodedRows, write_shard
 
 
@@ -50,6 +56,7 @@ def write(
                 codes[i : min(i + 3, part.stop)],
                 captions[i : min(i + 3, part.stop)],
                 range(100 + i, 100 + min(i + 3, part.stop)),
+                [f"{k}.png" for k in range(i, min(i + 3, part.stop))],
             )
             for i in starts
         )
@@ -91,6 +98,7 @@ def test_written_codes_are_read_back(tmp_path_factory, data):
         assert read.all_captions(order) == [captions[i] for i in order]
         assert read.captions(order) == [captions[i][0] for i in order]
         assert read.source_rows(order) == [100 + i for i in order]
+        assert read.names(order) == [f"{i}.png" for i in order]
         assert read.captions_in_all == sum(map(len, captions))
         for view in range(views):
             seen = read.codes(order, [view] * rows)
@@ -112,6 +120,7 @@ def test_datasets_library_reads_the_files(folder):
             "text": "first 5",
             "more_texts": ["second 5", "third 5"],
             "row": 105,
+            "name": "5.png",
         }
         and len(read) == 5
     )
@@ -220,12 +229,102 @@ def test_corrupted_manifest_is_no_complete_dataset(folder, content):
         CodesDataset(folder, "train")
 
 
+def one_file(folder, *names: str, captions=(), drop: str | None = None):
+    """A codes dataset of these images, all in one file; `drop` removes one of its columns."""
+    plan = {
+        "format": FORMAT,
+        "levels": [{"grid": [2, 2], "num_codes": 16}],
+        "images_per_shard": 100,
+        "augmentations_per_image": 1,
+        "weights": [1.0],
+        "parts": {"train": [{"first": 0, "rows": len(names)}]},
+    }
+    folder.mkdir()
+    codes = np.arange(4 * len(names)).reshape(len(names), 4) % 16
+    rows = EncodedRows(codes, captions or [["a"]] * len(names), range(len(names)), names)
+    (name,) = planned_files(plan)["train"]
+    shard = write_shard(folder / name, [rows], codes=4, kind="uint16")
+    if drop is not None:
+        batches = [batch.drop_columns([drop]) for batch in shards.read_batches(folder / name)]
+        with (
+            pa.OSFile(str(folder / name), "wb") as sink,
+            pa.ipc.new_stream(sink, batches[0].schema) as writer,
+        ):
+            for batch in batches:
+                writer.write_batch(batch)
+        shard = shards.described(folder / name, rows=shard.rows, captions=shard.captions)
+    write_manifest(folder, plan, {"train": [shard]})
+    return folder
+
+
+def test_images_without_captions_are_kept_and_not_counted(tmp_path):
+    codes = one_file(tmp_path / "c", "a.png", "b.png", captions=[[], ["one", "two"]])
+    read = CodesDataset(codes, "train")
+    assert read.captions([0, 1]) == ["", "one"]
+    assert read.all_captions([0, 1]) == [[], ["one", "two"]]
+    assert read.captions_in_all == 2 and len(read) == 2
+
+
+def test_files_without_names_are_still_read(tmp_path):
+    read = CodesDataset(one_file(tmp_path / "c", "a.png", "b.png", drop="name"), "train")
+    assert read.names([1]) == ["row 1"] and read.captions([1]) == ["a"]
+
+
+def test_tar_keys_are_unique_names_without_endings(tmp_path):
+    names = (
+        "cats/1.png",
+        "cats/1.jpg",
+        "v1.2/big.cat.png",
+        "/abs/../x.png",
+        "grün 100%.png",
+        "row 7",
+    )
+    codes = one_file(tmp_path / "c", *names, captions=[["a"]] * 5 + [[]])
+    export_codes(codes, tmp_path / "out", "webdataset")
+    samples: dict[str, dict[str, bytes]] = {}
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")  # as webdataset groups members
+            key, _, ending = base.partition(".")
+            samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[ending] = tar.extractfile(
+                member
+            ).read()  # type: ignore[union-attr]
+    keys = ["cats/1", "cats%2F1%2Ejpg", "v1%2E2/big%2Ecat", "%2Fabs/%2E%2E/x", "grün 100%25"]
+    assert list(samples) == [*keys, "row 7"]
+    assert [json.loads(one["json"])["name"] for one in samples.values()] == list(names)
+    assert ["txt" in one for one in samples.values()] == [True] * 5 + [False]
+
+
+def test_parquet_rows_carry_names_and_no_number_counted_after_filtering(tmp_path):
+    codes = one_file(tmp_path / "c", "a.png", "b.png", captions=[["one"], []])
+    export_codes(codes, tmp_path / "out", "parquet")
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    table = pq.read_table(file).to_pydict()
+    assert set(table) == {"codes", "text", "more_texts", "name"}
+    assert table["name"] == ["a.png", "b.png"] and table["text"] == ["one", None]
+
+
+def test_documented_join_finds_every_image(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[3] / "docs" / "reuse.md").read_text()
+    (example,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    codes = one_file(tmp_path / "c", "a.png", "sub/b.png", "c.png")
+    export_codes(codes, tmp_path / "codes", "parquet")
+    (tmp_path / "table.csv").write_text("file_name,price\nc.png,3\nbroken.png,4\nsub/b.png,2\n")
+    monkeypatch.chdir(tmp_path)
+    left: dict = {}
+    exec(example, left)
+    found = [(row["price"], codes) for row, codes in left["joined"]]
+    assert found == [("3", [8, 9, 10, 11]), ("2", [4, 5, 6, 7])]
+    assert left["missing"] == ["broken.png"]
+
+
 def test_failed_write_keeps_the_previous_file(folder):
     file = folder / "train-00000-of-00003.arrow"
     before = file.read_bytes()
 
     def blocks():
-        yield EncodedRows(np.zeros((3, 4), int), [["a"]] * 3, range(3))
+        yield EncodedRows(np.zeros((3, 4), int), [["a"]] * 3, range(3), ["a", "b", "c"])
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):

@@ -57,7 +57,7 @@ def test_parquet_export_has_codes_and_captions(finished_run, encoded):
     assert (
         np.array_equal(np.array(table["codes"]), codes)
         and table["text"] == captions
-        and table["row"] == list(range(40))
+        and table["name"] == CodesDataset(finished_run[1] / "codes", "train").names(range(40))
     )
     manifest = json.loads((folder / "codes.json").read_text())
     assert manifest["form"] == "parquet" and manifest["levels"] == [
@@ -80,11 +80,12 @@ def test_webdataset_export_has_several_shards(finished_run, encoded):
     rows: dict[str, dict[str, bytes]] = {}
     for name in names:
         with tarfile.open(folder / name) as tar:
-            for member in tar:
+            for member in tar:  # keys are names: "scene 7"
                 key, _, suffix = member.name.partition(".")
                 rows.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
     codes, captions = expected(finished_run)
-    assert list(rows) == [f"{i:09d}" for i in range(40)]
+    names = CodesDataset(finished_run[1] / "codes", "train").names(range(40))
+    assert [json.loads(row["json"])["name"] for row in rows.values()] == names
     assert all(
         np.array_equal(np.load(io.BytesIO(row["codes.npy"]), allow_pickle=False), c)
         for row, c in zip(rows.values(), codes, strict=True)

@@ -37,7 +37,7 @@ CONDITIONAL = {**LATENT, "context_features": 8}
 @pytest.fixture(autouse=True)
 def few_captions(monkeypatch):
     """Rendering scenes takes time."""
-    monkeypatch.setattr(latent_prior, "_CAPTIONS", 40)
+    monkeypatch.setattr(latent_prior, "CAPTIONS", 40)
 
 
 def tiny_values(folder: Path, **prior: Any) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""What would stop a later stage of `minidalle run` is an error before the first step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from pipeline import load_experiment
+from pipeline.stages import preflight, run
+from pipeline.stages.preflight import check_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty images; the last caption is far longer than the text slots."""
+    made = tmp_path / "images"
+    made.mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(made / f"{i:02}.png")
+        details = ", ".join(f"detail {k}" for k in range(60 if i == 19 else 1))
+        (made / f"{i:02}.txt").write_text(f"shade {i}, {details}")
+    return made
+
+
+@pytest.fixture
+def checked(tiny_yaml, folder):
+    """Checks a run on the folder with these settings."""
+
+    def check(*settings: object) -> None:
+        options = [
+            "--data.source",
+            folder,
+            "--data.val_fraction",
+            "0.3",
+            "--encode.max_images=null",
+        ]
+        every = ["--config", tiny_yaml, *options, *settings]
+        check_run(load_experiment([str(one) for one in every]))
+
+    return check
+
+
+def test_long_captions_are_counted_before_the_first_step(checked):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 20 captions need more than text\.max_length=48 slots \(the longest \d+: "
+        r".*set text\.max_length=\d+, or cut them with text\.truncate=true",
+    ):
+        checked()
+
+
+def test_truncated_captions_are_reported_before_the_first_step(checked, caplog):
+    with caplog.at_level("INFO"):
+        checked("--text.truncate", "true")
+    assert "1 of 20 captions are truncated to text.max_length=48 slots" in caplog.text
+
+
+def test_captions_that_are_not_encoded_are_not_checked(checked):
+    checked("--encode.max_images", 2, "--encode.max_val_images", 1, "--data.val_fraction", "0.5")
+
+
+def test_images_without_captions_are_refused_before_the_first_step(checked, folder):
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"(?s)20 images and no captions.*`minidalle encode` work without them"
+    ):
+        checked()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["--sampling.num_inference_steps=17", "--prior.train.code_order=random"],
+            r"sampling\.num_inference_steps is 17; an image has 16 codes",
+        ),
+        (
+            ["--tokenizer.model.quantizer=gaussian", "--prior.latent.kind=vamp"],
+            r"prior\.latent\.components is \d+ and there are \d+ images to train on; vamp",
+        ),
+    ],
+)
+def test_settings_that_stop_the_prior_are_refused_before_the_first_step(checked, settings, message):
+    with pytest.raises(ValueError, match=message):
+        checked("--text.truncate", "true", *settings)
+
+
+def test_batches_that_do_not_split_are_refused_before_the_first_step(checked, monkeypatch):
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr(preflight, "distributed_state", lambda timeout: three)
+    with pytest.raises(
+        ValueError,
+        match=r"^prior\.train\.batch_size 8 does not split evenly over 3 processes; choose",
+    ):
+        checked("--tokenizer.train.batch_size", 9)
+
+
+def test_a_missing_package_is_named_before_the_first_step(checked, monkeypatch):
+    monkeypatch.setattr(preflight, "check_init_from", lambda *options: None)
+    monkeypatch.setattr("pipeline.stages.finetune.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"prior\.lora_rank is 2, which needs peft"):
+        checked(
+            *("--prior.lora_rank=2", "--prior.init_from=b"),
+            *("--tokenizer.init_from=b", "--tokenizer.frozen=true"),
+        )
+
+
+def test_a_run_checks_before_it_trains(tiny_yaml, monkeypatch):
+    def check(experiment):
+        raise ValueError("found early")
+
+    monkeypatch.setattr(run, "check_run", check)
+    monkeypatch.setattr(run, "train_tokenizer", None)
+    with pytest.raises(ValueError, match="found early"):
+        run.run(load_experiment(["--config", str(tiny_yaml)]))
