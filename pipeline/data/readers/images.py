@@ -1,4 +1,5 @@
-"""One image file -> a square RGB image. Knows formats, sizes and crops; knows no captions."""
+"""One image file -> an RGB image of the wanted size. Knows formats, sizes and crops; knows no
+captions."""
 
 from __future__ import annotations
 
@@ -91,8 +92,16 @@ def open_for_judging(content: bytes, at_least: int) -> tuple[Image.Image, tuple[
     """An image's file, decoded as small as `at_least` allows (see `open_image`), and its full
     width and height when upright."""
     image, (width, height) = _opened(content, at_least)
-    sideways = _orientation(image) in (5, 6, 7, 8)
-    return image, (height, width) if sideways else (width, height)
+    return image, (height, width) if _is_sideways(image) else (width, height)
+
+
+def upright_size(content: bytes) -> tuple[int, int]:
+    """Width and height of an image's file when upright, without decoding it. Raises whatever Pillow
+    does."""
+    image = header(io.BytesIO(content))
+    # Where a PNG's EXIF comes after its pixels, these would have to be decoded first.
+    known = image.format != "PNG" or "exif" in image.info
+    return image.size[::-1] if known and _is_sideways(image) else image.size
 
 
 def header(source: ImageFile) -> Image.Image:
@@ -133,73 +142,94 @@ def frames(image: Image.Image) -> int:
         return 1
 
 
-def _orientation(image: Image.Image) -> int:
+def _is_sideways(image: Image.Image) -> bool:
+    """Whether EXIF turns it by a quarter."""
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(0x0112, 1)) in (5, 6, 7, 8)
     except Exception:  # a corrupted EXIF block; the pixels may be fine
-        return 1
+        return False
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     """An image's file as RGB uint8 (H,W,3), shrunk to what training needs.
 
-    That is its largest centred square at `image_size`. For random crops it is the whole image, just
-    large enough that the smallest crop has `image_size` pixels. Raises what `open_image` does.
+    That is its largest centred part of the shape of `image_size`, at that size. For random crops it
+    is the whole image, just large enough that the smallest crop has `image_size` pixels. Raises
+    what `open_image` does.
     """
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
-    size = config.image_size
-    wanted = math.ceil(size / config.crop_scale)
+    rows, columns = config.size
     # Twice the size leaves the antialiasing enough to work on.
-    image = to_rgb(open_image(content, at_least=2 * wanted))
+    enough = 2 * math.ceil(max(config.size) / config.crop_scale)
+    image = to_rgb(open_image(content, at_least=enough))
     if config.crop == "centre":
-        return np.asarray(resize_and_crop(image, size))
-    shorter = min(image.size)
-    target = max(size, min(shorter, wanted))
-    if shorter != target:
-        width, height = (max(target, round(side * target / shorter)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return np.asarray(resize_and_crop(image, (columns, rows)))
+    # The side that limits the size of a crop, and what it must be.
+    width, height = image.size
+    own, goal = (height, rows) if height * columns <= width * rows else (width, columns)
+    target = max(goal, min(own, math.ceil(goal / config.crop_scale)))
+    if own != target:
+        wide = max(columns, round(width * target / own))
+        high = max(rows, round(height * target / own))
+        image = image.resize((wide, high), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return np.asarray(image)
 
 
-def square_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
-    """The square of a prepared image: centred, or chosen by `draw` where the configuration varies
-    it."""
+def crop_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
+    """The part of a prepared image that is seen: centred, or chosen by `draw` where the
+    configuration varies it."""
     if draw is None or not config.varies:
-        return centre_square(image, config.image_size)
-    return random_square(
-        image, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw
+        return centre_crop(image, config.size)
+    return random_crop(
+        image, config.size, crop=config.crop == "random", flip=config.flip, draw=draw
     )
 
 
-def centre_square(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest centred square of (H,W,3) at `size` pixels."""
+def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part of (H,W,3) that has the shape of `size` (height, width), at that
+    size."""
     height, width = image.shape[:2]
-    side = min(height, width)
-    return _resized(image, (height - side) // 2, (width - side) // 2, side, size)
+    part = _largest_part(height, width, size)
+    return _resized(image, (height - part[0]) // 2, (width - part[1]) // 2, part, size)
 
 
-def random_square(image: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int) -> np.ndarray:
-    """A random square of (H,W,3) at `size` pixels, mirrored or not: a function of `draw`."""
+def random_crop(
+    image: np.ndarray, size: tuple[int, int], *, crop: bool, flip: bool, draw: int
+) -> np.ndarray:
+    """A random part of (H,W,3) that has the shape of `size` (height, width), at that size, mirrored
+    or not: a function of `draw`."""
     random = np.random.default_rng(draw)
     height, width = image.shape[:2]
-    shorter = min(height, width)
     if crop:
-        side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
-        top = int(random.integers(0, height - side + 1))
-        left = int(random.integers(0, width - side + 1))
-        image = _resized(image, top, left, side, size)
+        high, wide = _largest_part(height, width, size)
+        if high > size[0]:
+            high = int(random.integers(size[0], high + 1))
+            wide = min(wide, round(high * size[1] / size[0]))
+        top = int(random.integers(0, height - high + 1))
+        left = int(random.integers(0, width - wide + 1))
+        image = _resized(image, top, left, (high, wide), size)
     else:
-        image = centre_square(image, size)
+        image = centre_crop(image, size)
     return image[:, ::-1] if flip and random.integers(2) else image
 
 
-def _resized(image: np.ndarray, top: int, left: int, side: int, size: int) -> np.ndarray:
-    part = image[top : top + side, left : left + side]
-    if side == size:
-        return part
+def _largest_part(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest part of an image that has the shape of `size`."""
+    if height * size[1] <= width * size[0]:
+        return height, min(width, max(round(height * size[1] / size[0]), 1))
+    return min(height, max(round(width * size[0] / size[1]), 1)), width
+
+
+def _resized(
+    image: np.ndarray, top: int, left: int, part: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """A part of an image, of a height and a width, at another height and width."""
+    pixels = image[top : top + part[0], left : left + part[1]]
+    if part == size:
+        return pixels
     return np.asarray(
-        Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC)
+        Image.fromarray(np.ascontiguousarray(pixels)).resize(size[::-1], Image.Resampling.BICUBIC)
     )
 
 

@@ -6,7 +6,6 @@ What is read is kept in memory only. The held-out images are the first ones of t
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.folder import TABLE_SUFFIXES
 from pipeline.data.readers.hub import content_of, is_saved_dataset, label_names, load
-from pipeline.data.readers.images import header, prepared, square_of
+from pipeline.data.readers.images import crop_of, prepared, upright_size
 from pipeline.data.readers.scan import UNREADABLE, unwanted_sizes
 from pipeline.data.readers.webdataset import is_remote, shard_names
 from pipeline.data.source import ImageBatch, Source
@@ -121,11 +120,11 @@ class StreamSource(Source):
             ]
             if decoded:
                 numbers, captions, images = map(list, zip(*decoded, strict=True))
-                yield ImageBatch(numbers, captions, partial(self._squares, images))
+                yield ImageBatch(numbers, captions, partial(self._crops, images))
 
-    def _squares(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
+    def _crops(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
         chosen = [None] * len(images) if draws is None else draws
-        return np.stack([self.square(p, d) for p, d in zip(images, chosen, strict=True)])
+        return np.stack([self.crop(p, d) for p, d in zip(images, chosen, strict=True)])
 
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
@@ -137,7 +136,7 @@ class StreamSource(Source):
         return itertools.islice(accepted, part, None, parts)
 
     def decode(self, sample: Sample) -> np.ndarray | None:
-        """A sample's image, prepared (see `square`). None where it cannot be decoded; those are
+        """A sample's image, prepared (see `crop`). None where it cannot be decoded; those are
         counted.
 
         Raises:
@@ -161,9 +160,10 @@ class StreamSource(Source):
             self._decoded += 1
         return image
 
-    def square(self, image: np.ndarray, draw: int | None) -> np.ndarray:
-        """The square of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
-        return square_of(image, self.config, draw)
+    def crop(self, image: np.ndarray, draw: int | None) -> np.ndarray:
+        """The part of a decoded image that is seen, (H,W,3) uint8; see `Source.images` for
+        `draw`."""
+        return crop_of(image, self.config, draw)
 
     def held_out(self) -> list[Sample]:
         """The first held-out samples."""
@@ -216,7 +216,7 @@ class StreamSource(Source):
         try:
             content = content_of(row[self._image], Path(config.source).expanduser().parent)
             # The pixels are decoded when they are needed.
-            width, height = header(io.BytesIO(content)).size
+            width, height = upright_size(content)
         except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
