@@ -1,0 +1,183 @@
+"""Runs on images that are no squares, from the first command to the last, and frozen tokenizers at
+another size than they were trained at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline import TextToImagePipeline
+from pipeline.cli.main import main
+from pipeline.config.load import load_experiment
+from pipeline.doctor.diagnose import diagnose
+from pipeline.doctor.suggest_config import as_yaml
+from pipeline.stages.estimate import estimate
+from stage1_tokenizer import ImageTokenizer
+from tests.helpers.cli import fails
+from tests.helpers.experiments import TINY
+from tests.helpers.tokenizers import LATENT_KINDS, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+WIDE = [32, 48]
+
+
+def write_images(folder: Path) -> Path:
+    """30 images of 52x36 (width x height): a colour at the left and another at the right."""
+    folder.mkdir()
+    for number in range(30):
+        image = Image.new("RGB", (52, 36), (8 * number, 40, 200))
+        image.paste((250, 250 - 8 * number, 10), (26, 0, 52, 36))
+        image.save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"number {number}")
+    return folder
+
+
+def write_yaml(folder: Path, images: Path, **sections: Any) -> list[str]:
+    """Arguments of a run on the images at 32x48."""
+    values = TINY | {
+        "name": "wide",
+        "output_dir": str(folder / "runs"),
+        "data": {"source": str(images), "image_size": WIDE, "val_fraction": 0.3},
+        "prior": {**TINY["prior"], "train": TINY["prior"]["train"] | {"code_order": "random"}},
+    }
+    (folder / "wide.yaml").write_text(yaml.safe_dump(values | sections))
+    return ["--config", str(folder / "wide.yaml")]
+
+
+def frozen(bundle: Path) -> dict[str, Any]:
+    return {"train": TINY["tokenizer"]["train"], "init_from": str(bundle), "frozen": True}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> tuple[list[str], Path]:
+    """A finished run on rectangles: (arguments, folder). Tests must not change it."""
+    folder = tmp_path_factory.mktemp("wide")
+    arguments = write_yaml(folder, write_images(folder / "images"))
+    assert main(["run", *arguments]) == 0
+    return arguments, folder / "runs" / "wide"
+
+
+def test_a_run_on_rectangles_draws_edits_and_judges_them(wide, tmp_path, capsys):
+    arguments, run = wide
+    bundle = ["--bundle", str(run / "bundle")]
+    assert CodesDataset(run / "codes", "train").levels[0].grid == (4, 6)
+    assert (
+        main(["generate", *bundle, "number 3", "--num-images", "2", "--out", f"{tmp_path}/g"]) == 0
+    )
+    drawn = sorted((tmp_path / "g").glob("0*.png"))
+    assert [Image.open(path).size for path in drawn] == [(48, 32)] * 2
+    mask = Image.new("L", (48, 32))
+    mask.paste(255, (24, 0, 48, 16))
+    mask.save(tmp_path / "mask.png")
+    edit = ["edit", *bundle, "--image", str(drawn[0]), "--prompt", "number 3"]
+    assert main([*edit, "--mask", f"{tmp_path}/mask.png", "--out", f"{tmp_path}/e"]) == 0
+    before = Image.open(drawn[0])
+    after = Image.open(next((tmp_path / "e").glob("0*.png")))
+    for kept in ((0, 0, 24, 32), (0, 16, 48, 32)):
+        assert before.crop(kept).tobytes() == after.crop(kept).tobytes()
+    before.crop((0, 0, 20, 30)).save(tmp_path / "small.png")
+    grown = [*edit[:4], f"{tmp_path}/small.png", *edit[5:], "--outpaint-at", "28", "2"]
+    assert main([*grown, "--out", f"{tmp_path}/o"]) == 0
+    larger = Image.open(next((tmp_path / "o").glob("0*.png")))
+    assert larger.crop((28, 2, 48, 32)).tobytes() == before.crop((0, 0, 20, 30)).tobytes()
+    judged = ["--out", f"{tmp_path}/v"]
+    assert main(["evaluate", *arguments, *bundle, "--images", "4", *judged]) == 0
+    assert json.loads((tmp_path / "v" / "evaluation.json").read_text())
+    assert main(["likelihood", *bundle, str(drawn[0]), "--out", f"{tmp_path}/l"]) == 0
+    fails(
+        capsys,
+        ["evaluate", *arguments, *bundle, "--data.image_size", "[48, 32]"],
+        "makes images of [32, 48] pixels and data.image_size is [48, 32]",
+    )
+    Image.new("RGB", (32, 48)).save(tmp_path / "turned.png")
+    fails(
+        capsys,
+        ["likelihood", *bundle, tmp_path / "turned.png"],
+        "turned.png is 32x48 and this prior draws 48x32",
+    )
+
+
+def test_rectangles_are_compressed_without_loss(wide, tmp_path):
+    pytest.importorskip("constriction")
+    bundle = ["--bundle", str(wide[1] / "bundle")]
+    image = Image.open(wide[1].parents[1] / "images" / "07.png").crop((0, 0, 48, 32))
+    image.save(tmp_path / "a.png")
+    assert main(["compress", *bundle, f"{tmp_path}/a.png", "--out", f"{tmp_path}/a.mdc"]) == 0
+    assert main(["decompress", *bundle, f"{tmp_path}/a.mdc", "--out", f"{tmp_path}/b.png"]) == 0
+    assert Image.open(tmp_path / "b.png").tobytes() == image.tobytes()
+
+
+def test_a_run_on_rectangles_is_not_done_again(wide, capsys):
+    arguments, run = wide
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert main(["run", *arguments]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+def test_a_frozen_square_tokenizer_makes_codes_of_rectangles(finished_run, wide, tmp_path):
+    """Trained at 32x32, used at 32x48: the same weights and codes, and a prior of the new grid."""
+    images = wide[1].parents[1] / "images"
+    square = ImageTokenizer.from_pretrained(finished_run[1] / "tokenizer")
+    section = frozen(finished_run[1] / "bundle")
+    arguments = write_yaml(tmp_path, images, tokenizer=section, name="frozen")
+    assert load_experiment(arguments).tokenizer.model.image_size == (32, 48)
+    assert main(["run", *arguments]) == 0
+    assert main(["run", *arguments]) == 0  # the copy is found again, and nothing is refused
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "runs" / "frozen" / "bundle")
+    assert pipe.tokenizer.size == (32, 48) and pipe.prior.stream.image_length == 4 * 6
+    weights = square.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in pipe.tokenizer.state_dict().items())
+    assert pipe(["number 1"]).images[0].size == (48, 32)
+
+
+def test_a_tokenizer_is_trained_further_on_rectangles(finished_run, wide, tmp_path):
+    images = wide[1].parents[1] / "images"
+    section = frozen(finished_run[1] / "bundle") | {"frozen": False}
+    arguments = write_yaml(tmp_path, images, tokenizer=section, name="further")
+    assert main(["train-tokenizer", *arguments]) == 0
+    assert ImageTokenizer.from_pretrained(tmp_path / "runs/further/tokenizer").size == (32, 48)
+
+
+def test_what_fits_one_size_is_refused_at_another(finished_run, wide, tmp_path, capsys):
+    images = wide[1].parents[1] / "images"
+    bundle = finished_run[1] / "bundle"
+    prior = TINY["prior"] | {"init_from": str(bundle)}
+    arguments = write_yaml(tmp_path, images, tokenizer=frozen(bundle), prior=prior)
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments],
+        "knows grids of 4x4 codes, and data.image_size [32, 48] makes 4x6; set data.image_size=32",
+    )
+    vector = tiny_tokenizer(**LATENT_KINDS["gaussian vector"], image_size=32)
+    vector.save_pretrained(tmp_path / "vector")
+    arguments = write_yaml(tmp_path, images, tokenizer=frozen(tmp_path / "vector"))
+    fails(
+        capsys,
+        ["train-tokenizer", *arguments],
+        "one latent vector is for images of 32x32 (width x height), and 48x32 are asked for",
+    )
+    arguments = write_yaml(tmp_path, images, tokenizer=frozen(bundle))
+    fails(
+        capsys,
+        ["run", *arguments, "--data.image_size", "[36, 48]"],
+        "image_size [36, 48] is not a multiple of 8",
+        "nearest size that fits is [32, 48]",
+        status=2,
+    )
+
+
+def test_memory_is_estimated_and_a_configuration_suggested_for_rectangles(wide, tmp_path):
+    experiment = load_experiment(wide[0])
+    assert set(estimate(experiment)) == {"tokenizer", "prior"}
+    suggestion = diagnose(experiment.data).suggestion
+    (tmp_path / "s.yaml").write_text(as_yaml(suggestion, "minidalle run"))
+    suggested = load_experiment(["--config", str(tmp_path / "s.yaml")])
+    assert suggested.data.image_size == (32, 48) and not suggested.data.upscale
+    assert suggested.tokenizer.model.grid == (8, 12)
