@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.config.load import load_experiment
+from pipeline.data.codes.dataset import read_manifest
 from pipeline.doctor.diagnose import diagnose
 from pipeline.doctor.suggest_config import as_yaml
 from pipeline.stages.estimate import estimate
@@ -67,10 +68,9 @@ def wide(tmp_path_factory) -> tuple[list[str], Path]:
 def test_a_run_on_rectangles_draws_edits_and_judges_them(wide, tmp_path, capsys):
     arguments, run = wide
     bundle = ["--bundle", str(run / "bundle")]
-    assert CodesDataset(run / "codes", "train").levels[0].grid == (4, 6)
-    assert (
-        main(["generate", *bundle, "number 3", "--num-images", "2", "--out", f"{tmp_path}/g"]) == 0
-    )
+    assert read_manifest(run / "codes")["levels"][0]["grid"] == [4, 6]
+    out = ["--out", f"{tmp_path}/g"]
+    assert main(["generate", *bundle, "number 3", "--num-images", "2", *out]) == 0
     drawn = sorted((tmp_path / "g").glob("0*.png"))
     assert [Image.open(path).size for path in drawn] == [(48, 32)] * 2
     mask = Image.new("L", (48, 32))
