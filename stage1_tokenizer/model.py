@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -269,7 +269,8 @@ class ImageTokenizer(PreTrainedModel):
         if height_and_width(image_size) == self.size:
             return self
         self.own_config.require_resizable(image_size)
-        values = dict(self.config.model) | {"image_size": image_size}
+        checked = replace(self.own_config, image_size=image_size).image_size
+        values = dict(self.config.model) | {"image_size": checked}
         other = type(self)(ImageTokenizerConfig(model=values))
         other.load_state_dict(self.state_dict())
         return other.to(self.device, self.dtype).train(self.training)

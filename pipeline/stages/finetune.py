@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.config.data import as_setting
+from pipeline.config.data import as_setting, canonical_size
 from pipeline.config.experiment import (
     Experiment,
     PriorSection,
@@ -32,6 +32,7 @@ from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage1_tokenizer.config import ImageSize
 from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
 
 _ADAPTED = ("query_key_value", "output", "gate_up", "down")
@@ -172,12 +173,13 @@ def _load_tokenizer(given: str) -> ImageTokenizer:
 
 def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or the bundle of the run that it starts from; None where
-    there is none."""
+    there is none, or its images have another size."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
         folder = Path(given)
         for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
             if (place / "pipeline.json").is_file():
-                return place
+                same_size = _trained_at(place / "tokenizer") == experiment.data.image_size
+                return place if same_size else None
     return None
 
 
@@ -230,10 +232,8 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
     if tokenizer.init_from:
         folder = stage_folder(tokenizer.init_from, "tokenizer")
         _check_architecture("tokenizer", tokenizer.model, folder)
-        trained_at = read_json(folder / "config.json")["model"].get("image_size", 64)
-        replace(tokenizer.model, image_size=trained_at).require_resizable(
-            tokenizer.model.image_size
-        )
+        original = replace(tokenizer.model, image_size=_trained_at(folder))
+        original.require_resizable(tokenizer.model.image_size)
     if not prior.init_from:
         return
     folder = stage_folder(prior.init_from, "prior")
@@ -251,6 +251,12 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
             f"text.max_length is {text_length}, and the prior in {folder} has "
             f"{stream['text_length']} text slots; leave it out, or set it higher"
         )
+
+
+def _trained_at(folder: Path) -> ImageSize:
+    """`image_size` of the tokenizer in a folder."""
+    model = read_json(folder / "config.json").get("model") or {}
+    return canonical_size(model.get("image_size", TokenizerConfig.image_size))
 
 
 def _check_grid(model: TokenizerConfig, stream: dict[str, Any], folder: Path) -> None:
