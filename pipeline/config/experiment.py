@@ -234,12 +234,15 @@ def _run_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _image_problems(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    own, of_model = (
+        size if isinstance(size, int) else list(size)
+        for size in (canonical_size(data["image_size"]), canonical_size(model["image_size"]))
+    )
     return problems(
         (
-            canonical_size(data["image_size"]) != canonical_size(model["image_size"]),
-            f"data.image_size is {data['image_size']} and tokenizer.model.image_size is "
-            f"{model['image_size']}; they must agree (leave tokenizer.model.image_size out and it "
-            "follows)",
+            own != of_model,
+            f"data.image_size is {own} and tokenizer.model.image_size is {of_model}; they must "
+            "agree (leave tokenizer.model.image_size out and it follows)",
         ),
         (
             model["channels"] != 3,

@@ -4,7 +4,6 @@ another size than they were trained at."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +140,7 @@ def test_a_frozen_square_tokenizer_makes_codes_of_rectangles(square, images, tmp
     assert all(torch.equal(weights[k], v) for k, v in pipe.tokenizer.state_dict().items())
     # The bundle of squares is no base to measure forgetting by.
     assert parent_bundle(experiment) is None
-    same_size = replace(experiment, data=replace(experiment.data, image_size=32))
-    assert parent_bundle(same_size) == square
+    assert parent_bundle(load_experiment([*arguments, "--data.image_size", "32"])) == square
 
 
 def test_a_tokenizer_is_trained_further_on_rectangles(square, images, tmp_path):
