@@ -42,6 +42,11 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def write_yaml(folder: Path, images: Path, **sections: Any) -> list[str]:
     """Arguments of a run on the images at 32x48."""
     values = TINY | {
@@ -87,24 +92,24 @@ def test_a_run_on_rectangles_draws_edits_and_judges_them(wide, tmp_path, capsys)
     out = ["--out", f"{tmp_path}/g"]
     assert main(["generate", *bundle, "number 3", "--num-images", "2", *out]) == 0
     drawn = sorted((tmp_path / "g").glob("0*.png"))
-    assert [Image.open(path).size for path in drawn] == [(48, 32)] * 2
+    assert [opened(path).size for path in drawn] == [(48, 32)] * 2
     mask = Image.new("L", (48, 32))
     mask.paste(255, (24, 0, 48, 16))
     mask.save(tmp_path / "mask.png")
     edit = ["edit", *bundle, "--image", str(drawn[0]), "--prompt", "number 3"]
     assert main([*edit, "--mask", f"{tmp_path}/mask.png", "--out", f"{tmp_path}/e"]) == 0
-    before = Image.open(drawn[0])
-    after = Image.open(next((tmp_path / "e").glob("0*.png")))
+    before = opened(drawn[0])
+    after = opened(next((tmp_path / "e").glob("0*.png")))
     for kept in ((0, 0, 24, 32), (0, 16, 48, 32)):
         assert before.crop(kept).tobytes() == after.crop(kept).tobytes()
     before.crop((0, 0, 20, 30)).save(tmp_path / "small.png")
     grown = [*edit[:4], f"{tmp_path}/small.png", *edit[5:], "--outpaint-at", "28", "2"]
     assert main([*grown, "--out", f"{tmp_path}/o"]) == 0
-    larger = Image.open(next((tmp_path / "o").glob("0*.png")))
+    larger = opened(next((tmp_path / "o").glob("0*.png")))
     assert larger.crop((28, 2, 48, 32)).tobytes() == before.crop((0, 0, 20, 30)).tobytes()
-    judged = ["--out", f"{tmp_path}/v"]
-    assert main(["evaluate", *arguments, *bundle, "--images", "4", *judged]) == 0
-    assert json.loads((tmp_path / "v" / "evaluation.json").read_text())
+    judged = ["--max-images", "4", "--out", f"{tmp_path}/judged.json"]
+    assert main(["evaluate", *arguments, *bundle, *judged]) == 0
+    assert json.loads((tmp_path / "judged.json").read_text())
     assert main(["likelihood", *bundle, str(drawn[0]), "--out", f"{tmp_path}/l"]) == 0
     fails(
         capsys,
