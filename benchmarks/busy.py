@@ -209,8 +209,7 @@ def training_rate(stage: str, seconds: float) -> float:
     objective: Objective
     if stage == "tokenizer":
         objective = TokenizerObjective(tokenizer, experiment.tokenizer.objective)
-        size = experiment.data.image_size
-        batch = torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8)
+        batch = torch.randint(0, 256, (rows, *experiment.data.size, 3), dtype=torch.uint8)
     else:
         objective, batch = trial_objective(experiment, tokenizer, rows)
     counter = _Counter(seconds)

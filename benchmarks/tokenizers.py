@@ -75,9 +75,9 @@ class PeerTokenizer(nn.Module):
         super().__init__()
         self.own_config = config
         self.vae = peers.discrete_vae(
-            config.image_size, config.downsample_factor.bit_length() - 1, config.num_codes
+            config.size[0], config.downsample_factor.bit_length() - 1, config.num_codes
         )
-        self.image_size = config.image_size
+        self.size = config.size
         self.num_codes = config.num_codes
 
     @property

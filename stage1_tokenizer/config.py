@@ -4,7 +4,7 @@ of tensors or data."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -37,6 +37,24 @@ def nearest_multiple(size: int, step: int) -> int:
     return max(round(size / step), 1) * step
 
 
+ImageSize = int | tuple[int, int]
+"""Height and width, in pixels; one number where they are equal."""
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Both sides of an `ImageSize`.
+
+    Raises:
+        ValueError: it is neither one number nor two.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(
+            f"image_size is {list(sides)}; it must be one number, or [height, width] in pixels"
+        )
+    return sides[0], sides[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """One code book's share of an image's codes: a grid, read row by row."""
@@ -56,8 +74,8 @@ class Level:
 class TokenizerConfig:
     """Architecture, quantizer and likelihood (`tokenizer.model` in a YAML)."""
 
-    image_size: int = 64
-    """Height and width of an image, in pixels."""
+    image_size: ImageSize = 64
+    """Height and width of an image, in pixels; `[height, width]` where they differ."""
     channels: int = 3
     """Colours of a pixel."""
     downsample_factor: int = 8
@@ -119,33 +137,33 @@ class TokenizerConfig:
     """Components of `discretized_logistic`: logistics that are mixed at each pixel."""
 
     def __post_init__(self) -> None:
+        height, width = height_and_width(self.image_size)
+        self.image_size = height if height == width else (height, width)
         problems = [
             f"tokenizer.model.{name} is {getattr(self, name)}; it must be at least 1"
-            for name in (
-                "image_size",
-                "channels",
-                "width",
-                "encoder_depth",
-                "decoder_depth",
-                "code_dim",
-            )
+            for name in ("channels", "width", "encoder_depth", "decoder_depth", "code_dim")
             if getattr(self, name) < 1
         ]
+        if min(self.size) < 1:
+            problems.append(
+                f"tokenizer.model.image_size is {self._given_size}; it must be at least 1"
+            )
         if self.downsample_factor < 1 or self.downsample_factor & (self.downsample_factor - 1):
             problems.append(
                 f"tokenizer.model.downsample_factor is {self.downsample_factor}; it must be a "
                 "power of two (8)"
             )
-        elif self.image_size % self.stride:
+        elif height % self.stride or width % self.stride:
             needed = (
                 f"{self.stride}, which tokenizer.model.downsample_factor "
                 f"{self.downsample_factor} needs"
             )
             if self.quantizer == "hierarchical":
                 needed += f" with hierarchical.levels {self.hierarchical.levels}"
+            nearest = [nearest_multiple(side, self.stride) for side in self.size]
             problems.append(
-                f"tokenizer.model.image_size {self.image_size} is not a multiple of {needed}; "
-                f"the nearest size that fits is {nearest_multiple(self.image_size, self.stride)}"
+                f"tokenizer.model.image_size {self._given_size} is not a multiple of {needed}; the "
+                f"nearest size that fits is {nearest[0] if height == width else nearest}"
             )
         # Below the step of 8-bit images a density of fixed scale gives fewer than 0 bits per
         # dimension.
@@ -244,9 +262,20 @@ class TokenizerConfig:
         return problems
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return height_and_width(self.image_size)
+
+    @property
+    def _given_size(self) -> int | list[int]:
+        """`image_size` as a YAML has it, for messages."""
+        return self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the code grid."""
-        return self.image_size // self.downsample_factor, self.image_size // self.downsample_factor
+        height, width = self.size
+        return height // self.downsample_factor, width // self.downsample_factor
 
     @property
     def stride(self) -> int:
@@ -267,6 +296,42 @@ class TokenizerConfig:
     def fixes_size(self) -> bool:
         """Whether all images must have `image_size`."""
         return not self.has_codes and self.gaussian.latents == "vector"
+
+    def check_pixels(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for pixels of a shape that cannot be encoded; names the nearest that
+        can."""
+        if len(shape) != 4 or shape[1] != self.channels:
+            last = len(shape) == 4 and shape[3] == self.channels
+            hint = "; pixels.permute(0, 3, 1, 2) puts channels first" if last else ""
+            raise ValueError(
+                f"pixels have shape {tuple(shape)} and must be (batch, {self.channels}, height, "
+                f"width){hint}"
+            )
+        stride = self.stride
+        height, width = shape[2:]
+        if not height or not width or height % stride or width % stride:
+            raise ValueError(
+                f"pixels are {width}x{height} (width x height) and both must be multiples of "
+                f"{stride}; the nearest that fits is "
+                f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or "
+                "resize to it first"
+            )
+        if self.fixes_size and (height, width) != self.size:
+            raise ValueError(
+                f"pixels are {width}x{height} (width x height) and this tokenizer's one latent "
+                f"vector is for {self.size[1]}x{self.size[0]}; crop or resize to it first"
+            )
+
+    def require_resizable(self, image_size: ImageSize) -> None:
+        """Raises ValueError where trained weights are for one size, and it is not this one."""
+        size = height_and_width(image_size)
+        if self.fixes_size and size != self.size:
+            raise ValueError(
+                f"the tokenizer's one latent vector is for images of {self.size[1]}x{self.size[0]} "
+                f"(width x height), and {size[1]}x{size[0]} are asked for; set data.image_size="
+                f"{self._given_size}, or train another tokenizer with "
+                "tokenizer.model.gaussian.latents=grid"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -332,12 +397,12 @@ def joint_problems(model: Mapping[str, Any], objective: Mapping[str, Any]) -> li
     if (
         discriminator["weight"]
         and discriminator["layers"] >= 1
-        and model["image_size"] >> discriminator["layers"] < 3
+        and min(height_and_width(model["image_size"])) >> discriminator["layers"] < 3
     ):
         problems.append(
             f"tokenizer.objective.discriminator.layers is {discriminator['layers']}, which leaves "
             "no patch of images of "
-            f"{model['image_size']} pixels; set it lower"
+            f"{min(height_and_width(model['image_size']))} pixels; set it lower"
         )
     if (
         model["quantizer"] == "binary"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from stage1_tokenizer.config import Level, TokenizerConfig, nearest_multiple
+from stage1_tokenizer.config import ImageSize, Level, TokenizerConfig, height_and_width
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
@@ -113,8 +113,14 @@ class ImageTokenizer(PreTrainedModel):
         return self.own_config.grid
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
+        """As in the configuration: one number, or height and width where they differ."""
         return self.own_config.image_size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that it is for, in pixels."""
+        return self.own_config.size
 
     @property
     def layout(self) -> tuple[Level, ...]:
@@ -255,29 +261,24 @@ class ImageTokenizer(PreTrainedModel):
     def check_size(self, shape: Sequence[int]) -> None:
         """Raises ValueError for pixels of a shape that this tokenizer cannot encode; names the
         nearest that it can."""
-        channels = self.own_config.channels
-        stride = self.own_config.stride
-        if len(shape) != 4 or shape[1] != channels:
-            last = len(shape) == 4 and shape[3] == channels
-            hint = "; pixels.permute(0, 3, 1, 2) puts channels first" if last else ""
-            raise ValueError(
-                f"pixels have shape {tuple(shape)} and must be (batch, {channels}, height, width)"
-                f"{hint}"
-            )
-        height, width = shape[2:]
-        if not height or not width or height % stride or width % stride:
-            raise ValueError(
-                f"pixels are {width}x{height} (width x height) and both must be multiples of "
-                f"{stride}; the nearest that fits is "
-                f"{nearest_multiple(width, stride)}x{nearest_multiple(height, stride)}, crop or "
-                "resize to it first"
-            )
-        side = self.image_size
-        if self.own_config.fixes_size and (height, width) != (side, side):
-            raise ValueError(
-                f"pixels are {width}x{height} (width x height) and this tokenizer's one latent "
-                f"vector is for {side}x{side}; crop or resize to it first"
-            )
+        self.own_config.check_pixels(shape)
+
+    def at_size(self, image_size: ImageSize) -> ImageTokenizer:
+        """The same weights for images of another size: itself where that is its own size, else a
+        copy. The grid, and so the layout of the codes, follows.
+
+        Raises:
+            ValueError: a side is not a multiple of the coarsest code's; or one latent vector stands
+                for an image, whose weights are for one size.
+        """
+        if height_and_width(image_size) == self.size:
+            return self
+        self.own_config.require_resizable(image_size)
+        checked = replace(self.own_config, image_size=image_size).image_size
+        values = dict(self.config.model) | {"image_size": checked}
+        other = type(self)(ImageTokenizerConfig(model=values))
+        other.load_state_dict(self.state_dict())
+        return other.to(self.device, self.dtype).train(self.training)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

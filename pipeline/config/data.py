@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class FilterOptions:
     """Which images and captions are skipped (`data.filter`)."""
 
     min_size: int | None = None
-    """Shorter side, in pixels, below which images are skipped (`image_size`, unless `upscale`)."""
+    """Shorter side, in pixels, below which images are skipped, besides those that do not cover
+    `image_size` (which `upscale` keeps)."""
     max_size: int | None = None
     """Longer side, in pixels, above which images are skipped."""
     max_aspect: float | None = None
@@ -194,8 +196,9 @@ class DataConfig:
     or a `datasets` name. docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
-    image_size: int = 64
-    """Height and width of an image, in pixels; larger ones are cropped and shrunk."""
+    image_size: int | tuple[int, int] = 64
+    """Height and width of an image, in pixels, or `[height, width]` where they differ; larger ones
+    are cropped and shrunk."""
     value_range: ValueRange = "auto"
     """The values shown black and white of images with more than 8 bits per value: a number of bits,
     or both values, such as [0, 1] or [-1024, 3071]. `auto` takes what the values of the whole
@@ -208,10 +211,10 @@ class DataConfig:
     upscale: bool = False
     """Enlarge images that are smaller than `image_size` instead of skipping them."""
     crop: Literal["centre", "random"] = "centre"
-    """Which square of an image training sees: the largest one, centred, or one at a random
-    position."""
+    """Which part of an image training sees: the largest one of the shape of `image_size`, centred,
+    or one at a random position."""
     crop_scale: float = 1.0
-    """Smallest side of a random square, as a fraction of the image's shorter side."""
+    """Smallest side of a random part, as a fraction of the largest part's."""
     flip: bool = False
     """Mirror half of the images in training. For captions that do not mention left and right, and
     images without writing."""
@@ -257,6 +260,7 @@ class DataConfig:
     """GiB per process for decoded images that may be needed again; 0 decodes them every time."""
 
     def __post_init__(self) -> None:
+        self.image_size = canonical_size(self.image_size)
         refuse(
             self._source_problems(),
             self._image_problems(),
@@ -264,7 +268,7 @@ class DataConfig:
             self.filter.problems(),
             self.tags.problems(),
             self.stream.problems(),
-            self.shapes.problems(self.image_size),
+            self.shapes.problems(self.size[0]),
         )
 
     def _source_problems(self) -> list[str]:
@@ -286,8 +290,13 @@ class DataConfig:
             ),
             (len(self.mix) > 100, f"data.mix has {len(self.mix)} parts; 100 are the most"),
             (
-                shapes and self.image_size < 32,
-                f"data.image_size is {self.image_size}; the shapes need at least 32",
+                shapes and min(self.size) < 32,
+                f"data.image_size is {as_setting(self.size)}; the shapes need at least 32",
+            ),
+            (
+                self.size[0] != self.size[1] and any(s in SYNTHETIC_SOURCES for s in self.sources),
+                f"data.image_size is {as_setting(self.size)}, and shapes and emoji are drawn as "
+                "squares alone; give one number (64)",
             ),
             (
                 self.crop == "random" and any(s in SYNTHETIC_SOURCES for s in self.sources),
@@ -318,21 +327,25 @@ class DataConfig:
     def _image_problems(self) -> list[str]:
         smallest = self.filter.min_size
         largest = self.filter.max_size
+        least_longer = max(self.least_size, 1 if self.upscale else max(self.size))
         found = problems(
-            (self.image_size < 16, f"data.image_size is {self.image_size}; it must be at least 16"),
+            (
+                min(self.size) < 16,
+                f"data.image_size is {as_setting(self.size)}; it must be at least 16",
+            ),
             (
                 not 0 < self.val_fraction < 1,
                 f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1",
             ),
             (
-                smallest is not None and smallest < self.image_size and not self.upscale,
-                f"data.filter.min_size is {smallest}, below data.image_size {self.image_size}; "
-                "raise it, or set data.upscale=true",
+                smallest is not None and smallest < min(self.size) and not self.upscale,
+                f"data.filter.min_size is {smallest}, below data.image_size "
+                f"{as_setting(self.size)}; raise it, or set data.upscale=true",
             ),
             (
-                largest is not None and largest < self.least_size,
-                f"data.filter.max_size is {largest}; images of at least {self.least_size} are "
-                "wanted (data.filter.min_size)",
+                largest is not None and largest < least_longer,
+                f"data.filter.max_size is {largest}; images of at least {least_longer} are wanted "
+                "(data.filter.min_size)",
             ),
             (
                 not 0 < self.crop_scale <= 1 or (self.crop_scale < 1 and self.crop == "centre"),
@@ -354,6 +367,12 @@ class DataConfig:
         return [part.source for part in self.mix] or [self.source]
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
     def values(self) -> tuple[float, float] | None:
         """`value_range` as the values shown black and white; None where it is `auto`."""
         if isinstance(self.value_range, list):
@@ -365,7 +384,7 @@ class DataConfig:
     @property
     def least_size(self) -> int:
         """Shorter side, in pixels, below which images are skipped."""
-        return self.filter.min_size or (1 if self.upscale else self.image_size)
+        return self.filter.min_size or (1 if self.upscale else min(self.size))
 
     @property
     def varies(self) -> bool:
@@ -380,6 +399,29 @@ class DataConfig:
             if f.name != "weight" and getattr(part, f.name) is not None
         }
         return replace(self, mix=[], streaming=streaming, **own)
+
+
+def canonical_size(image_size: int | Sequence[int]) -> int | tuple[int, int]:
+    """An `image_size` in its one form: a number where height and width are equal, so that settings
+    and fingerprints of squares do not depend on how they were given.
+
+    Raises:
+        ValueError: there are neither one number nor two.
+    """
+    if isinstance(image_size, int):
+        return image_size
+    if len(image_size) != 2:
+        raise ValueError(
+            f"data.image_size is {list(image_size)}; it must be one number, or [height, width]"
+        )
+    height, width = image_size
+    return height if height == width else (height, width)
+
+
+def as_setting(size: tuple[int, int]) -> int | list[int]:
+    """A height and a width as `image_size` in a YAML, for messages."""
+    height, width = size
+    return height if height == width else [height, width]
 
 
 CHANGES_NO_IMAGE = ("workers", "cache_gb", "tags")

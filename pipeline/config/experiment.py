@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, canonical_size
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, joint_problems
 from stage2_prior import (
@@ -239,12 +239,15 @@ def _run_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _image_problems(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    own, of_model = (
+        size if isinstance(size, int) else list(size)
+        for size in (canonical_size(data["image_size"]), canonical_size(model["image_size"]))
+    )
     return problems(
         (
-            data["image_size"] != model["image_size"],
-            f"data.image_size is {data['image_size']} and tokenizer.model.image_size is "
-            f"{model['image_size']}; they must agree (leave tokenizer.model.image_size out and it "
-            "follows)",
+            own != of_model,
+            f"data.image_size is {own} and tokenizer.model.image_size is {of_model}; they must "
+            "agree (leave tokenizer.model.image_size out and it follows)",
         ),
         (
             model["channels"] != 3,

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
 from pipeline.data.readers.captions import Captions, captions_if_any, captions_of
-from pipeline.data.readers.images import prepared, square_of
+from pipeline.data.readers.images import crop_of, prepared
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
 from pipeline.data.readers.value_range import dark_images, with_value_range
@@ -81,12 +81,12 @@ class SourceIndex:
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
     def images(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
-        """(N,S,S,3) uint8, in parallel."""
-        result = np.empty((len(rows), self.config.image_size, self.config.image_size, 3), np.uint8)
+        """(N,H,W,3) uint8, in parallel."""
+        result = np.empty((len(rows), *self.config.size, 3), np.uint8)
 
         def fill(first: int) -> None:
             for i in range(first, min(first + _TOGETHER, len(rows))):
-                result[i] = square_of(
+                result[i] = crop_of(
                     self._prepared(rows[i]), self.config, None if draws is None else draws[i]
                 )
 
@@ -128,7 +128,7 @@ class MappedSource(Source):
         return self._all.problems
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,S,S,3) uint8; see `Source`."""
+        """Images (N,H,W,3) uint8; see `Source`."""
         return self._all.images([int(self._rows[int(i)]) for i in indices], draws)
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:

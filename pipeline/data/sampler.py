@@ -129,7 +129,7 @@ class MapBatchLoader:
         self._place = (process, processes)
 
     def images(self, step: int) -> np.ndarray:
-        """(B,S,S,3) uint8."""
+        """(B,H,W,3) uint8."""
         return self._source.images(
             self._order.share(step, *self._place).tolist(), self._order.draws(step, *self._place)
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
+from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, as_setting
 from pipeline.doctor.caption_stats import count_tokens
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Suggestion
@@ -76,7 +76,7 @@ def suggest(
     first_only = any(part.opened is not None and part.opened.first_only for part in parts)
     world = data.source == "shapes"
     per_pass = _SHAPES if world else images
-    factor = 4 if size < 48 else 8 if size < 256 else 16
+    factor = _factor(size)
     codes = 512 if world else next((n for below, n in _CODES if images < below), _MOST_CODES)
     train = [
         mask & ~_held_out(part, mask, val_fraction) for part, mask in zip(parts, masks, strict=True)
@@ -84,8 +84,8 @@ def suggest(
     length, truncate, why_length = _length(count_tokens(parts, masks, train, text).lengths)
     steps = {stage: _steps(stage, per_pass) for stage in _STEPS}
 
-    own = _changed(data) | {"image_size": size}
-    reasons = [f"data.image_size {size}: {why_size}"]
+    own = _changed(data) | {"image_size": as_setting(size)}
+    reasons = [f"data.image_size {as_setting(size)}: {why_size}"]
     if upscale:
         own["upscale"] = True
     if val_fraction != data.val_fraction:
@@ -94,7 +94,7 @@ def suggest(
             f"data.val_fraction {val_fraction:g}: with {data.val_fraction:g} one split of these "
             "few images is empty"
         )
-    grid = f"{size // factor}x{size // factor}"
+    grid = f"{size[0] // factor}x{size[1] // factor}"
     reasons += [
         f"tokenizer.model.downsample_factor {factor}: {grid} codes per image",
         f"tokenizer.model.num_codes {codes}: for {images:,} images"
@@ -145,18 +145,38 @@ def as_yaml(suggestion: Suggestion, command: str) -> str:
     return head + yaml.safe_dump(suggestion.values, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, bool, str]:
-    """Image size, whether smaller images are enlarged, and why."""
+def _factor(size: tuple[int, int]) -> int:
+    """Pixels a code covers along each axis, for images of a height and a width: fewer where these
+    are few, and a divisor of both."""
+    shorter = min(size)
+    factor = 4 if shorter < 48 else 8 if shorter < 256 else 16
+    while factor > 1 and any(side % factor for side in size):
+        factor //= 2
+    return factor
+
+
+def _size(
+    data: DataConfig, parts: Sequence[Part], largest: int
+) -> tuple[tuple[int, int], bool, str]:
+    """Height and width of an image, whether smaller images are enlarged, and why."""
     if all(source in SYNTHETIC_SOURCES for source in data.sources):
-        return data.image_size, data.upscale, "rendered at any size"
+        return data.size, data.upscale, "rendered at any size"
     # Other filters stay as they are; of what they leave, the shorter sides decide.
     sides = []
+    uncovered = []
     for part in parts:
         if part.config.source not in SYNTHETIC_SOURCES:
             assert part.found is not None
             any_size = replace(part.config.filter, min_size=None)
             fit = part.fit_for(replace(part.config, image_size=16, upscale=True, filter=any_size))
-            sides.append(np.minimum(part.found.width, part.found.height)[fit])
+            height = part.found.height[fit]
+            width = part.found.width[fit]
+            sides.append(np.minimum(width, height))
+            uncovered.append((height < data.size[0]) | (width < data.size[1]))
+    if data.size[0] != data.size[1]:
+        small = float(np.concatenate(uncovered).mean())
+        why = f"the shape that was given; {small:.1%} of the images are smaller"
+        return data.size, data.upscale or small > _LEFT_OUT, why
     shorter = np.concatenate(sides)
     bounds = [largest]
     if data.filter.max_size:
@@ -167,15 +187,15 @@ def _size(data: DataConfig, parts: Sequence[Part], largest: int) -> tuple[int, b
     cells = data.shapes.grid_cells
     sizes = [
         size for size in SIZES if least <= size <= min(bounds) and not (cells and size % cells)
-    ] or [data.image_size]
+    ] or [data.size[0]]
     for size in reversed(sizes):
         small = float((shorter < size).mean()) if len(shorter) else 1.0
         if small <= _LEFT_OUT:
             why = f"{small:.1%} of the images are smaller"
             if size == sizes[-1] == largest:
                 why += f"; larger ones than {largest} by --max-image-size"
-            return size, data.upscale, why
-    return sizes[0], True, "most images are smaller, and are enlarged"
+            return (size, size), data.upscale, why
+    return (sizes[0], sizes[0]), True, "most images are smaller, and are enlarged"
 
 
 def _changed(config: DataclassInstance) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.data import data_settings
+from pipeline.config.data import as_setting, data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.load import load_source
 from pipeline.data.source import Source
@@ -106,11 +106,11 @@ def evaluate(
         raise ValueError(f"images is {images}; it must be at least 1")
     start = time.perf_counter()
     pipe = TextToImagePipeline.from_pretrained(bundle)
-    if pipe.tokenizer.image_size != experiment.data.image_size:
+    if pipe.tokenizer.size != experiment.data.size:
         raise ValueError(
-            f"the bundle {bundle} makes images of {pipe.tokenizer.image_size} pixels and "
-            f"data.image_size is {experiment.data.image_size}; evaluate with the configuration it "
-            "was trained with"
+            f"the bundle {bundle} makes images of {as_setting(pipe.tokenizer.size)} pixels and "
+            f"data.image_size is {as_setting(experiment.data.size)}; evaluate with the "
+            "configuration it was trained with"
         )
     if before:
         # What `forgetting` would find out after the whole evaluation.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, as_setting
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import from_dict
 from pipeline.data.load import load_source
@@ -66,11 +66,11 @@ def forgetting(
     new = TextToImagePipeline.from_pretrained(after)
     for pipe in (old, new):
         pipe.tokenizer.require_codes("comparing bundles (--baseline-bundle)")
-    if old.tokenizer.image_size != new.tokenizer.image_size:
+    if old.tokenizer.size != new.tokenizer.size:
         raise ValueError(
-            f"{before} makes images of {old.tokenizer.image_size} pixels and {after} of "
-            f"{new.tokenizer.image_size}; a bundle is compared with the one that it was started "
-            "from"
+            f"{before} makes images of {as_setting(old.tokenizer.size)} pixels and {after} of "
+            f"{as_setting(new.tokenizer.size)}; a bundle is compared with the one that it was "
+            "started from"
         )
     result = Forgetting()
     sources: dict[str, Source] = {}

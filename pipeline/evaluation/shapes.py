@@ -77,7 +77,7 @@ def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int)
         scene = held_out.world.scene(index)
         if len(scene.items) != 2:
             continue
-        prompt, mask = _edit(scene, index, experiment.data.image_size, cell)
+        prompt, mask = _edit(scene, index, experiment.data.size[0], cell)
         before = Image.fromarray(held_out.images([index])[0])
         after = pipe.edit(before, Image.fromarray(mask), prompt.text, truncate=True).images[0]
         correct.append(check(np.asarray(after), prompt.claims).correct)

@@ -39,16 +39,20 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.convert("L")) >= _WHITE
 
 
-def check_image(image: Image.Image, side: int, name: str = "the image") -> Image.Image:
+def check_image(image: Image.Image, size: tuple[int, int], name: str = "the image") -> Image.Image:
     """The image in RGB.
+
+    Args:
+        size: height and width that it must have.
 
     Raises:
         ValueError: it is not of the prior's size; says so of `name`.
     """
     image = to_rgb(image)
-    if image.size != (side, side):
+    height, width = size
+    if image.size != (width, height):
         raise ValueError(
-            f"{name} is {image.width}x{image.height} and this prior draws {side}x{side}; "
+            f"{name} is {image.width}x{image.height} and this prior draws {width}x{height}; "
             "resize it first (stage1_tokenizer.resize_and_crop)"
         )
     return image
@@ -78,10 +82,10 @@ def composite(
 
 
 def place_on_canvas(
-    image: Image.Image, side: int, at: tuple[int, int]
+    image: Image.Image, size: tuple[int, int], at: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
-    """A smaller image on a canvas of side x side pixels, its top left corner `at` (x, y), and the
-    mask of what is new.
+    """A smaller image on a canvas of the height and width `size`, its top left corner `at` (x, y),
+    and the mask of what is new.
 
     The border's pixels fill the gap, so that codes at the seam continue the image.
 
@@ -89,21 +93,22 @@ def place_on_canvas(
         ValueError: the image does not lie on the canvas, or fills it.
     """
     image = to_rgb(image)
+    height, width = size
     x, y = at
-    right = side - x - image.width
-    below = side - y - image.height
+    right = width - x - image.width
+    below = height - y - image.height
     if min(x, y, right, below) < 0:
         raise ValueError(
             f"an image of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
-            f"{side}x{side}"
+            f"{width}x{height}"
         )
     if not any((x, y, right, below)):
         raise ValueError(
-            f"the image fills the canvas of {side}x{side}, so there is nothing to extend; give a "
-            "smaller one"
+            f"the image fills the canvas of {width}x{height}, so there is nothing to extend; give "
+            "a smaller one"
         )
     canvas = np.pad(np.asarray(image), ((y, below), (x, right), (0, 0)), mode="edge")
-    mask = np.full((side, side), 255, np.uint8)
+    mask = np.full(size, 255, np.uint8)
     mask[y : y + image.height, x : x + image.width] = 0
     return Image.fromarray(canvas), Image.fromarray(mask)
 

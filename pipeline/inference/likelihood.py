@@ -120,7 +120,7 @@ def checked_inputs(
     given = [images] if isinstance(images, Image.Image) else list(images)
     for number, image in enumerate(given):
         check_mode(image, "the image" if len(given) == 1 else f"image {number}")
-    given, prompts = checked_pairs(given, prompts, pipe.tokenizer.image_size)
+    given, prompts = checked_pairs(given, prompts, pipe.tokenizer.size)
     return from_pil(given), text_ids_of(pipe, prompts, truncate)
 
 

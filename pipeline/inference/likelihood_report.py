@@ -71,7 +71,7 @@ def likelihood_report(
     for file in files:
         image = open_8_bit(file)
         check_mode(image, str(file))
-        images.append(check_image(image, pipe.tokenizer.image_size, str(file)))
+        images.append(check_image(image, pipe.tokenizer.size, str(file)))
     captions = list(prompts or [""])
     captions = captions * len(files) if len(captions) == 1 else captions
     found = pipe.likelihood(

@@ -202,7 +202,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 not trained on random orders.
         """
         check_at_least_one("num_images", num_images)
-        original = check_image(image, self.tokenizer.image_size)
+        original = check_image(image, self.tokenizer.size)
         replaced = replaced_pixels(mask, original.size)
         known = keep_mask(replaced, self.tokenizer.layout)
         if warn_if_trivial(known):
@@ -237,7 +237,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         Raises:
             ValueError: the image does not lie on the canvas, or fills it; and what `edit` raises.
         """
-        canvas, mask = place_on_canvas(image, self.tokenizer.image_size, at)
+        canvas, mask = place_on_canvas(image, self.tokenizer.size, at)
         return self.edit(
             canvas, mask, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
@@ -346,7 +346,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 empty and the prior was trained without caption dropout.
         """
         check_at_least_one("batch_size", batch_size)
-        images, prompts = checked_pairs(images, prompts, self.tokenizer.image_size)
+        images, prompts = checked_pairs(images, prompts, self.tokenizer.size)
         ids = self._text_ids(prompts, truncate)
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         codes = torch.cat([self._codes_of(batch).flatten(1) for batch in batches])
@@ -399,10 +399,10 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         prior would see combinations of codes that it was never trained on. A pipeline that was put
         together without `trained_on` uses fp32.
         """
-        side = self.tokenizer.image_size
+        size = self.tokenizer.size
         bf16 = self.trained_on.get("codes_in_bf16", False)
         with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=bf16):
-            return self.tokenizer.to_codes([check_image(image, side) for image in images])
+            return self.tokenizer.to_codes([check_image(image, size) for image in images])
 
     def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
         defaults = asdict(self.defaults)

@@ -15,13 +15,13 @@ from stage2_prior import ImagePrior, score_codes
 
 
 def checked_pairs(
-    images: Image.Image | Sequence[Image.Image], prompts: str | Sequence[str], side: int
+    images: Image.Image | Sequence[Image.Image], prompts: str | Sequence[str], size: tuple[int, int]
 ) -> tuple[list[Image.Image], list[str]]:
     """The images in RGB, and as many prompts.
 
     Raises:
         ValueError: there is no image, there are not as many prompts as images, or an image is not
-            `side` pixels wide and high; names it.
+            of the height and width `size`; names it.
     """
     images = [images] if isinstance(images, Image.Image) else list(images)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -33,7 +33,7 @@ def checked_pairs(
         )
     names = ["the image"] if len(images) == 1 else [f"image {i}" for i in range(len(images))]
     return [
-        check_image(image, side, name) for image, name in zip(images, names, strict=True)
+        check_image(image, size, name) for image, name in zip(images, names, strict=True)
     ], prompts
 
 

@@ -102,7 +102,7 @@ def compress(
             trained without caption dropout, or the package constriction is missing.
     """
     _check_models(tokenizer, prior)
-    _check_image(image, tokenizer.image_size)
+    _check_image(image, tokenizer.size)
     prompt = prompt.strip()
     text_ids = _text_ids(prior, text, prompt)
     pixels = from_pil([image])
@@ -143,11 +143,11 @@ def decompress(
     """
     _check_models(tokenizer, prior)
     stored = _read(data)
-    side = tokenizer.image_size
-    if (stored.height, stored.width) != (side, side):
+    height, width = tokenizer.size
+    if (stored.height, stored.width) != (height, width):
         raise ValueError(
             f"it is an image of {stored.width}x{stored.height}, and this bundle has images of "
-            f"{side}x{side}; decompress it with the bundle that compressed it"
+            f"{width}x{height}; decompress it with the bundle that compressed it"
         )
     # Another bundle may not know such prompts. Its fingerprint says so.
     text_ids = text.encode([stored.prompt], truncate=True)
@@ -315,9 +315,9 @@ def _code_values(
         side = None if given is None else likelihood.side_information(given, parameters)
         equal = torch.full((1, likelihood.side_choices), -likelihood.side_nats)
         likelihood = likelihood.given(coder.code(equal.double(), side))
-    size = tokenizer.image_size
-    values = torch.zeros(1, tokenizer.own_config.channels, size, size, dtype=torch.long)
-    for top in range(0, size, _ROWS):
+    height, width = tokenizer.size
+    values = torch.zeros(1, tokenizer.own_config.channels, height, width, dtype=torch.long)
+    for top in range(0, height, _ROWS):
         rows = slice(top, top + _ROWS)
         for channel in range(values.shape[1]):
             # Not `given`, of which a decoder knows no later channels.
@@ -326,7 +326,7 @@ def _code_values(
             )
             symbols = None if given is None else given[:, channel, rows].flatten()
             found = coder.code(log_p.flatten(0, -2), symbols)
-            values[:, channel, rows] = found.view(1, -1, size)
+            values[:, channel, rows] = found.view(1, -1, width)
     return values
 
 
@@ -340,17 +340,18 @@ def _check_models(tokenizer: ImageTokenizer, prior: ImagePrior) -> None:
         )
 
 
-def _check_image(image: Image.Image, side: int) -> None:
+def _check_image(image: Image.Image, size: tuple[int, int]) -> None:
     if image.mode != "RGB" or "transparency" in image.info:
         mode = image.mode if image.mode != "RGB" else "RGB with a transparent colour"
         raise ValueError(
             f"the image has mode {mode} and would not come back as it is; only RGB of 8 bits can "
             "be compressed, convert it first (image.convert('RGB'))"
         )
-    if image.size != (side, side):
+    height, width = size
+    if image.size != (width, height):
         raise ValueError(
             f"the image is {image.width}x{image.height} and this bundle compresses images of "
-            f"{side}x{side}; crop or resize it first"
+            f"{width}x{height}; crop or resize it first"
         )
 
 

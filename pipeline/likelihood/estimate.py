@@ -145,8 +145,7 @@ def _bound(model: ImageModel, num_samples: int, method: Method) -> Bound:
 def check_probability(model: ImageModel, images: Tensor) -> None:
     """Raises ValueError where the decoder gives one of the images (B,H,W,C) no probability, or
     where they have another form than the model's."""
-    side = model.tokenizer.image_size
-    expected = (side, side, model.tokenizer.own_config.channels)
+    expected = (*model.tokenizer.size, model.tokenizer.own_config.channels)
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
         raise ValueError(
             f"images are {images.dtype} {tuple(images.shape)} and must be torch.uint8 (batch, "

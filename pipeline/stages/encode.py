@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.config.data import DataConfig, data_settings, settings_beside_content
+from pipeline.config.data import DataConfig, as_setting, data_settings, settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
@@ -42,6 +42,7 @@ from pipeline.runtime.threads import free_threads
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer.config import nearest_multiple
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -126,11 +127,14 @@ def _load_tokenizer(experiment: Experiment, folder: Path | None) -> ImageTokeniz
         tokenizer = load_complete(
             ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
         )
-    if experiment.data.image_size % tokenizer.own_config.stride:
+    stride = tokenizer.own_config.stride
+    height, width = experiment.data.size
+    if height % stride or width % stride:
+        nearest = nearest_multiple(height, stride), nearest_multiple(width, stride)
         raise ValueError(
-            f"data.image_size is {experiment.data.image_size} and the tokenizer's code grid needs "
-            f"a multiple of {tokenizer.own_config.stride}; set "
-            f"data.image_size={tokenizer.image_size}"
+            f"data.image_size is {as_setting((height, width))} and the tokenizer's code grid needs "
+            f"a multiple of {stride}; set data.image_size={as_setting(tokenizer.size)}, or "
+            f"{as_setting(nearest)}, the nearest that fits"
         )
     return tokenizer
 
@@ -278,7 +282,8 @@ def _plan(
 ) -> dict[str, Any]:
     """Everything that the content of the files depends on."""
     options = experiment.encode
-    side = experiment.data.image_size // tokenizer.own_config.downsample_factor
+    factor = tokenizer.own_config.downsample_factor
+    height, width = experiment.data.size
     limits = {"train": options.max_images, "held_out": options.max_val_images}
     weights = list(sources["train"].weights)
     return {
@@ -286,7 +291,7 @@ def _plan(
         "tokenizer": tokenizer.fingerprint,
         "levels": [
             {"grid": list(level.grid), "num_codes": level.num_codes}
-            for level in tokenizer.quantizer.layout((side, side))
+            for level in tokenizer.quantizer.layout((height // factor, width // factor))
         ],
         "sources": {split: source.fingerprint for split, source in sources.items()},
         # For messages
@@ -464,7 +469,7 @@ def _encoded(
 
 
 def _views(batch: ImageBatch, views: int, experiment: Experiment) -> list[np.ndarray]:
-    """Images (B,S,S,3) of each view."""
+    """Images (B,H,W,3) of each view."""
     seen = [batch.view(None)]
     for view in range(1, views):
         images = seen[0]

@@ -44,7 +44,7 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
     estimates = {}
     if not experiment.tokenizer.frozen:
         model = experiment.tokenizer.model
-        shape = (8, model.image_size, model.image_size, model.channels)
+        shape = (8, *model.size, model.channels)
         images = torch.randint(256, shape, dtype=torch.uint8)
         latent_prior = (
             LatentPriorModel(experiment.prior.latent, tokenizer.latent_dim)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
+from pipeline.config.data import as_setting, canonical_size
 from pipeline.config.experiment import (
     Experiment,
     PriorSection,
@@ -30,6 +33,7 @@ from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage1_tokenizer.config import ImageSize
 from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
 
 _ADAPTED = ("query_key_value", "output", "gate_up", "down")
@@ -52,8 +56,8 @@ def tokenizer_identity(section: TokenizerSection) -> str | None:
 
 
 def copy_frozen_tokenizer(experiment: Experiment) -> Path:
-    """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run; returns
-    `RUN/tokenizer`.
+    """Copies the tokenizer of `tokenizer.init_from`, which is not trained, into the run, for the
+    run's image size; returns `RUN/tokenizer`.
 
     Raises:
         ValueError: the folder holds another tokenizer; or the prior to start from knows another
@@ -61,6 +65,7 @@ def copy_frozen_tokenizer(experiment: Experiment) -> Path:
     """
     assert experiment.tokenizer.init_from is not None
     tokenizer = _load_tokenizer(experiment.tokenizer.init_from)
+    tokenizer = tokenizer.at_size(experiment.tokenizer.model.image_size)
     if experiment.prior.init_from is not None:  # checked now, not after an hour of encoding
         check_tokenizer_match(experiment.prior.init_from, tokenizer.fingerprint)
     inputs = {"init_from": tokenizer.fingerprint, "frozen": True}
@@ -174,12 +179,13 @@ def _load_tokenizer(given: str) -> ImageTokenizer:
 
 def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or the bundle of the run that it starts from; None where
-    there is none."""
+    there is none, or its images have another size."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
         folder = Path(given)
         for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
             if (place / "pipeline.json").is_file():
-                return place
+                same_size = _trained_at(place / "tokenizer") == experiment.data.image_size
+                return place if same_size else None
     return None
 
 
@@ -232,11 +238,14 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
     if tokenizer.init_from:
         folder = stage_folder(tokenizer.init_from, "tokenizer")
         _check_architecture("tokenizer", tokenizer.model, folder)
+        original = replace(tokenizer.model, image_size=_trained_at(folder))
+        original.require_resizable(tokenizer.model.image_size)
     if not prior.init_from:
         return
     folder = stage_folder(prior.init_from, "prior")
     _check_architecture("prior", prior.model, folder)
     stream = read_json(folder / "config.json").get("stream") or {}
+    _check_grid(tokenizer.model, stream, folder)
     order = prior.train.code_order
     if order != "raster" and not stream.get("any_order"):
         raise ValueError(
@@ -250,8 +259,28 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
         )
 
 
+def _trained_at(folder: Path) -> ImageSize:
+    """`image_size` of the tokenizer in a folder."""
+    model = read_json(folder / "config.json").get("model") or {}
+    return canonical_size(model.get("image_size", TokenizerConfig.image_size))
+
+
+def _check_grid(model: TokenizerConfig, stream: dict[str, Any], folder: Path) -> None:
+    """Refuses a prior of images of another grid of codes."""
+    known = stream["levels"][-1]["grid"] if stream.get("levels") else list(model.grid)
+    if known != list(model.grid):
+        size = [side * model.downsample_factor for side in known]
+        raise ValueError(
+            f"the prior in {folder} knows grids of {known[0]}x{known[1]} codes, and "
+            f"data.image_size {as_setting(model.size)} makes {model.grid[0]}x{model.grid[1]}; set "
+            f"data.image_size={as_setting((size[0], size[1]))}, or leave prior.init_from out and "
+            "train a new prior"
+        )
+
+
 def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
     own = flat(to_dict(model))
+    own.pop("image_size", None)  # the weights of most tokenizers fit any; see `check_init_from`
     written = read_json(folder / "config.json")["model"]
     theirs = flat(with_defaults(written, to_dict(type(model)())))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:

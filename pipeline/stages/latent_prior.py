@@ -147,7 +147,7 @@ def _build_prior(
     model = LatentPriorModel(
         config,
         tokenizer.latent_dim,
-        (own.channels, own.image_size, own.image_size) if config.kind == "vamp" else None,
+        (own.channels, *own.size) if config.kind == "vamp" else None,
         text_vocab_size=text.vocab_size if config.context_features else 0,
         text_pad_id=text.pad_id,
     ).to(tokenizer.device)

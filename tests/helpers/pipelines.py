@@ -71,12 +71,11 @@ def tiny_latent_pipeline(
         width=16,
         context_features=context_features,
     )
-    side = images.image_size
     torch.manual_seed(0)
     prior = LatentPriorModel(
         config,
         images.latent_dim,
-        (3, side, side),
+        (3, *images.size),
         text_vocab_size=text.vocab_size if context_features else 0,
         text_pad_id=text.pad_id,
     )

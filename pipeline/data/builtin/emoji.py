@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.images import random_square
+from pipeline.data.readers.images import random_crop
 from pipeline.data.source import Source
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -192,7 +192,7 @@ class EmojiSource(Source):
     name = "emoji"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        everything = load_emoji(config.image_size, config.emoji.font, config.emoji.annotations)
+        everything = load_emoji(config.size[0], config.emoji.font, config.emoji.annotations)
         kept_back = held_out_names(
             [e.name for e in everything], config.val_fraction, config.emoji.split_seed
         )
@@ -217,7 +217,7 @@ class EmojiSource(Source):
         found = [self._emoji[int(i)].image for i in indices]
         if draws is not None and self._flip:
             found = [
-                random_square(p, len(p), crop=False, flip=True, draw=draw)
+                random_crop(p, (len(p), len(p)), crop=False, flip=True, draw=draw)
                 for p, draw in zip(found, draws, strict=True)
             ]
         return np.stack(found)

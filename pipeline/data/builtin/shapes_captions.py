@@ -132,7 +132,7 @@ class ShapesSource(Source):
     name = "shapes"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        size = config.image_size
+        size = config.size[0]
         options = config.shapes
         fewest = options.min_objects
         most = options.max_objects

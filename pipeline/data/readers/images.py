@@ -1,4 +1,5 @@
-"""One image file -> a square RGB image. Knows formats, sizes and crops; knows no captions."""
+"""One image file -> an RGB image of the wanted size. Knows formats, sizes and crops; knows no
+captions."""
 
 from __future__ import annotations
 
@@ -59,6 +60,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF")
 Pillow starts other programs are not among them."""
 _ORIENTATION = 0x0112
 """The EXIF tag that says how to turn an image."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that turn it by a quarter."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,13 @@ def decoded(
         yield _decoded(content, image, size, value_range)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image when upright; it may be undecoded."""
+    # Where a PNG's EXIF comes after its pixels, these would have to be decoded first.
+    known = image.format != "PNG" or "exif" in image.info
+    return image.size[::-1] if known and _orientation(image) in _SIDEWAYS else image.size
+
+
 def header(file: BinaryIO) -> Image.Image:
     """An undecoded image from a file object. Raises whatever Pillow does.
 
@@ -204,7 +214,7 @@ def pixels_to_decode(image: Image.Image, config: DataConfig) -> int:
 
 def _wanted(config: DataConfig) -> int:
     """Shorter side, in pixels, that training needs of an image."""
-    return math.ceil(config.image_size / config.crop_scale)
+    return math.ceil(max(config.size) / config.crop_scale)
 
 
 def _drafted(image: Image.Image, at_least: int | None) -> int:
@@ -257,7 +267,7 @@ def _decoded(
             exif = Image.Exif()
             exif[_ORIENTATION] = orientation
             image.info["exif"] = exif.tobytes()
-    if orientation in (5, 6, 7, 8):
+    if orientation in _SIDEWAYS:
         width, height = height, width
     return Decoded(image, width, height, mode, animated, depth, low, high)
 
@@ -286,6 +296,7 @@ def is_animated(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
+    """How EXIF says to turn it; 1 is upright."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a corrupted EXIF block; the pixels may be fine
@@ -295,64 +306,84 @@ def _orientation(image: Image.Image) -> int:
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     """An image's file as RGB uint8 (H,W,3), shrunk to what training needs.
 
-    That is its largest centred square at `image_size`. For random crops it is the whole image, just
-    large enough that the smallest crop has `image_size` pixels. Raises what `open_image` does.
+    That is its largest centred part of the shape of `image_size`, at that size. For random crops it
+    is the whole image, just large enough that the smallest crop has `image_size` pixels. Raises
+    what `open_image` does.
     """
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
-    size = config.image_size
-    wanted = _wanted(config)
+    rows, columns = config.size
     # Twice the size leaves the antialiasing enough to work on.
-    with decoded(content, 2 * wanted, config.max_pixels, config.values) as found:
+    enough = 2 * _wanted(config)
+    with decoded(content, enough, config.max_pixels, config.values) as found:
         image = to_rgb(found.image)
         if config.crop == "centre":
-            return np.asarray(resize_and_crop(image, size))
-        shorter = min(image.size)
-        target = max(size, min(shorter, wanted))
-        if shorter != target:
-            width, height = (max(target, round(side * target / shorter)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+            return np.asarray(resize_and_crop(image, (columns, rows)))
+        # The side that limits the size of a crop, and what it must be.
+        width, height = image.size
+        own, goal = (height, rows) if height * columns <= width * rows else (width, columns)
+        target = max(goal, min(own, math.ceil(goal / config.crop_scale)))
+        if own != target:
+            wide = max(columns, round(width * target / own))
+            high = max(rows, round(height * target / own))
+            image = image.resize((wide, high), Image.Resampling.BICUBIC, reducing_gap=2.0)
         return np.asarray(image)
 
 
-def square_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
-    """The square of a prepared image: centred, or chosen by `draw` where the configuration varies
-    it."""
+def crop_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
+    """The part of a prepared image that is seen: centred, or chosen by `draw` where the
+    configuration varies it."""
     if draw is None or not config.varies:
-        return centre_square(image, config.image_size)
-    return random_square(
-        image, config.image_size, crop=config.crop == "random", flip=config.flip, draw=draw
+        return centre_crop(image, config.size)
+    return random_crop(
+        image, config.size, crop=config.crop == "random", flip=config.flip, draw=draw
     )
 
 
-def centre_square(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest centred square of (H,W,3) at `size` pixels."""
+def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part of (H,W,3) that has the shape of `size` (height, width), at that
+    size."""
     height, width = image.shape[:2]
-    side = min(height, width)
-    return _resized(image, (height - side) // 2, (width - side) // 2, side, size)
+    part = _largest_part(height, width, size)
+    return _resized(image, (height - part[0]) // 2, (width - part[1]) // 2, part, size)
 
 
-def random_square(image: np.ndarray, size: int, *, crop: bool, flip: bool, draw: int) -> np.ndarray:
-    """A random square of (H,W,3) at `size` pixels, mirrored or not: a function of `draw`."""
+def random_crop(
+    image: np.ndarray, size: tuple[int, int], *, crop: bool, flip: bool, draw: int
+) -> np.ndarray:
+    """A random part of (H,W,3) that has the shape of `size` (height, width), at that size, mirrored
+    or not: a function of `draw`."""
     random = np.random.default_rng(draw)
     height, width = image.shape[:2]
-    shorter = min(height, width)
     if crop:
-        side = int(random.integers(size, shorter + 1)) if shorter > size else shorter
-        top = int(random.integers(0, height - side + 1))
-        left = int(random.integers(0, width - side + 1))
-        image = _resized(image, top, left, side, size)
+        high, wide = _largest_part(height, width, size)
+        if high > size[0]:
+            high = int(random.integers(size[0], high + 1))
+            wide = min(wide, round(high * size[1] / size[0]))
+        top = int(random.integers(0, height - high + 1))
+        left = int(random.integers(0, width - wide + 1))
+        image = _resized(image, top, left, (high, wide), size)
     else:
-        image = centre_square(image, size)
+        image = centre_crop(image, size)
     return image[:, ::-1] if flip and random.integers(2) else image
 
 
-def _resized(image: np.ndarray, top: int, left: int, side: int, size: int) -> np.ndarray:
-    part = image[top : top + side, left : left + side]
-    if side == size:
-        return part
+def _largest_part(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest part of an image that has the shape of `size`."""
+    if height * size[1] <= width * size[0]:
+        return height, min(width, max(round(height * size[1] / size[0]), 1))
+    return min(height, max(round(width * size[0] / size[1]), 1)), width
+
+
+def _resized(
+    image: np.ndarray, top: int, left: int, part: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """A part of an image, of a height and a width, at another height and width."""
+    pixels = image[top : top + part[0], left : left + part[1]]
+    if part == size:
+        return pixels
     return np.asarray(
-        Image.fromarray(np.ascontiguousarray(part)).resize((size, size), Image.Resampling.BICUBIC)
+        Image.fromarray(np.ascontiguousarray(pixels)).resize(size[::-1], Image.Resampling.BICUBIC)
     )
 
 

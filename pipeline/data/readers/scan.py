@@ -166,8 +166,17 @@ def unwanted_sizes(
     longer = np.maximum(width, height)
     wanted = config.filter
     least = config.least_size
+    rows, columns = config.size
     hint = " (data.upscale=true keeps them)" if wanted.min_size is None else ""
     reasons = [(f"images smaller than {least} pixels left out{hint}", shorter < least)]
+    if rows != columns and not config.upscale:
+        reasons.append(
+            (
+                f"images that do not cover {columns}x{rows} pixels (width x height) left out "
+                "(data.upscale=true keeps them)",
+                (shorter >= least) & ((width < columns) | (height < rows)),
+            )
+        )
     if wanted.max_size is not None:
         reasons.append(
             (f"images larger than {wanted.max_size} pixels left out", longer > wanted.max_size)

@@ -246,7 +246,7 @@ class ShuffleBuffer:
         after = 0
         while (image := self._stream.decode(self._sample(position, after))) is None:
             after += 1
-        return self._stream.square(image, draw)
+        return self._stream.crop(image, draw)
 
 
 class StreamBatchLoader:

@@ -31,7 +31,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.captions import CaptionReader, lines_of
 from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
-from pipeline.data.readers.images import header, pixels_to_decode, prepared, square_of
+from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
 from pipeline.data.readers.splits import Role, SplitName, split_of_cell
@@ -138,11 +138,11 @@ class StreamSource(Source):
             ]
             if decoded:
                 numbers, captions, names, images = map(list, zip(*decoded, strict=True))
-                yield ImageBatch(numbers, captions, names, partial(self._squares, images))
+                yield ImageBatch(numbers, captions, names, partial(self._crops, images))
 
-    def _squares(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
+    def _crops(self, images: Sequence[np.ndarray], draws: Sequence[int] | None) -> np.ndarray:
         chosen = [None] * len(images) if draws is None else draws
-        return np.stack([self.square(p, d) for p, d in zip(images, chosen, strict=True)])
+        return np.stack([self.crop(p, d) for p, d in zip(images, chosen, strict=True)])
 
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
@@ -161,7 +161,7 @@ class StreamSource(Source):
         return "held_out" if held_out else "train"
 
     def decode(self, sample: Sample) -> np.ndarray | None:
-        """A sample's image, prepared (see `square`). None where it cannot be decoded; those are
+        """A sample's image, prepared (see `crop`). None where it cannot be decoded; those are
         counted.
 
         Raises:
@@ -185,9 +185,10 @@ class StreamSource(Source):
             self._decoded += 1
         return image
 
-    def square(self, image: np.ndarray, draw: int | None) -> np.ndarray:
-        """The square of a decoded image, (S,S,3) uint8; see `Source.images` for `draw`."""
-        return square_of(image, self.config, draw)
+    def crop(self, image: np.ndarray, draw: int | None) -> np.ndarray:
+        """The part of a decoded image that is seen, (H,W,3) uint8; see `Source.images` for
+        `draw`."""
+        return crop_of(image, self.config, draw)
 
     @property
     def is_split(self) -> bool:
@@ -284,7 +285,7 @@ class StreamSource(Source):
             content = content_of(raw.image, self._files)
             # The pixels are decoded when they are needed.
             image = header(io.BytesIO(content))
-            width, height = image.size
+            width, height = upright_size(image)
             fits = pixels_to_decode(image, config) <= config.max_pixels
             depth = depth_of(image)
         except Exception:  # see `images.open_image`

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions, StreamOptions
 from pipeline.data import map_source
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.images import centre_square, decoded, open_image, prepared, random_square
+from pipeline.data.readers.images import centre_crop, decoded, open_image, prepared, random_crop
 from stage1_tokenizer import resize_and_crop
 from tests.helpers.data import config, encoded, photo
 
@@ -37,7 +37,10 @@ def test_jpegs_decoded_small_look_as_if_decoded_whole():
         whole = np.asarray(resize_and_crop(open_image(content), 32))
         assert open_image(content, at_least=64).size < (300, 260)
         assert (
-            psnr(whole, centre_square(prepared(content, DataConfig(source="x", image_size=32)), 32))
+            psnr(
+                whole,
+                centre_crop(prepared(content, DataConfig(source="x", image_size=32)), (32, 32)),
+            )
             > 40
         )
 
@@ -74,23 +77,25 @@ def test_any_aspect_ratio_gives_a_square(width, height, scale, draw, flip):
     )
     assert min(image.shape[:2]) >= 16
     for part in (
-        centre_square(image, 16),
-        random_square(image, 16, crop=True, flip=flip, draw=draw),
+        centre_crop(image, (16, 16)),
+        random_crop(image, (16, 16), crop=True, flip=flip, draw=draw),
     ):
         assert part.shape == (16, 16, 3)
-    again = random_square(image, 16, crop=True, flip=flip, draw=draw)
+    again = random_crop(image, (16, 16), crop=True, flip=flip, draw=draw)
     assert np.array_equal(part, again)
 
 
 def test_random_crops_cover_the_image_and_half_are_flipped():
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (16, 64, 3))
     lefts = {
-        int(random_square(ramp, 16, crop=True, flip=False, draw=d)[0, 0, 0]) for d in range(600)
+        int(random_crop(ramp, (16, 16), crop=True, flip=False, draw=d)[0, 0, 0]) for d in range(600)
     }
     assert lefts == set(range(49))
     flipped = [
         bool(
-            np.diff(random_square(ramp, 16, crop=False, flip=True, draw=d)[0, :2, 0].astype(int))[0]
+            np.diff(
+                random_crop(ramp, (16, 16), crop=False, flip=True, draw=d)[0, :2, 0].astype(int)
+            )[0]
             < 0
         )
         for d in range(400)
@@ -98,7 +103,7 @@ def test_random_crops_cover_the_image_and_half_are_flipped():
     assert 160 < sum(flipped) < 240
     large = np.broadcast_to(np.arange(40, dtype=np.uint8)[None, :, None], (40, 40, 3))
     spans = [
-        np.ptp(random_square(large, 20, crop=True, flip=False, draw=d).astype(int))
+        np.ptp(random_crop(large, (20, 20), crop=True, flip=False, draw=d).astype(int))
         for d in range(300)
     ]
     assert min(spans) < 22 and max(spans) > 36  # squares of half the side and of all of it
