@@ -22,7 +22,7 @@ from pipeline.config.experiment import (
     to_dict,
     with_defaults,
 )
-from pipeline.config.inheritance import Stage, stage_folder
+from pipeline.config.inheritance import Stage, read_model_config, stage_folder
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
@@ -230,7 +230,7 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
         return
     folder = stage_folder(prior.init_from, "prior")
     _check_architecture("prior", prior.model, folder)
-    stream = read_json(folder / "config.json").get("stream") or {}
+    stream = read_model_config(folder).get("stream") or {}
     order = prior.train.code_order
     if order != "raster" and not stream.get("any_order"):
         raise ValueError(
@@ -246,7 +246,7 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
 
 def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
     own = flat(to_dict(model))
-    written = read_json(folder / "config.json")["model"]
+    written = read_model_config(folder)["model"]
     theirs = flat(with_defaults(written, to_dict(type(model)())))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [

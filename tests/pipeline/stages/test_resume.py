@@ -364,6 +364,36 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
     )
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_one_flipped_bit_of_a_finished_stage_is_refused_and_rebuilt(run, capsys, stage):
+    arguments, folder = run
+    weights = folder / stage / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    fails(
+        capsys,
+        ["codebook", folder / "tokenizer", "--out", folder / "x"]
+        if stage == "tokenizer"
+        else ["train-prior", *arguments, "--prior.init_from", folder / "prior", "--name", "other"],
+        "was changed or damaged since",
+    )
+    assert main([f"train-{stage}", *arguments]) == 0
+    assert "is delivered again from its last checkpoint" in capsys.readouterr().out
+    assert weights.read_bytes() == whole
+
+
+def test_a_link_in_the_place_of_weights_is_replaced_and_not_followed(run, tmp_path):
+    arguments, folder = run
+    weights = folder / "prior" / "model.safetensors"
+    whole = weights.read_bytes()
+    (tmp_path / "mine").write_text("kept")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "mine")
+    assert main(["train-prior", *arguments]) == 0
+    assert weights.read_bytes() == whole and not weights.is_symlink()
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 def test_corrupted_weights_of_a_finished_stage_are_rebuilt(run, capsys):
     arguments, folder = run
     weights = folder / "tokenizer" / "model.safetensors"
