@@ -43,7 +43,7 @@ class StoredTensor:
 
 MAX_JSON_BYTES = 2**23
 """Of a JSON file; a vocabulary of text has a limit of its own."""
-_MAX_JSON_VALUES = 2**22
+_MAX_JSON_VALUES = 2_500_000
 """Commas and brackets of a JSON file: each value takes up to 100 bytes of memory."""
 _MAX_JSON_DEPTH = 50
 _MAX_HEADER_BYTES = 2**19

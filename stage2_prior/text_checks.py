@@ -22,9 +22,9 @@ from stage2_prior.file_checks import check_file, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-_MAX_BYTES = 2**25
-_MAX_TOKENS = 2**20
-"""Entries of a vocabulary, and merges."""
+MAX_TOKENIZER_BYTES = 2**25
+_MAX_TOKENS = 2**19
+"""Entries of a vocabulary; twice as many merges."""
 _MAX_LETTERS = 1024
 """Of a token."""
 _MAX_PARTS = 16
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ValueError: a file is not safe to read, or holds no tokenizer that is accepted.
     """
     path = folder / TOKENIZER_FILE
-    tokenizer = build_tokenizer(read_json_object(path, _MAX_BYTES), path)
+    tokenizer = build_tokenizer(read_json_object(path, MAX_TOKENIZER_BYTES), path)
     config = read_json_object(folder / CONFIG_FILE)
     roles: dict[str, Any] = {}
     for role in ("pad_token", "bos_token", "eos_token", "unk_token"):
@@ -100,9 +100,9 @@ def check_pretrained(folder: Path) -> None:
     """
     if folder.is_dir():
         for path in folder.glob("*.json"):
-            check_file(path, _MAX_BYTES)
+            check_file(path, MAX_TOKENIZER_BYTES)
         if (path := folder / TOKENIZER_FILE).exists():
-            build_tokenizer(read_json_object(path, _MAX_BYTES), path)
+            build_tokenizer(read_json_object(path, MAX_TOKENIZER_BYTES), path)
 
 
 def build_tokenizer(values: Mapping[str, Any], where: str | Path) -> Tokenizer:
@@ -168,12 +168,14 @@ def _vocabulary_problems(model: Mapping[str, Any], added: object) -> Iterator[st
     else:
         yield "its vocabulary has no number for each token"
         return
+    if not tokens:
+        yield "its vocabulary is empty"
     tokens += [token.get("content") for token in added]
     merges = model.get("merges", [])
-    if not 0 < len(tokens) <= _MAX_TOKENS:
+    if len(tokens) > _MAX_TOKENS:
         yield f"it has {len(tokens):,} tokens, and at most {_MAX_TOKENS:,} are read"
-    if not isinstance(merges, list) or len(merges) > _MAX_TOKENS:
-        yield f"its merges are no list of at most {_MAX_TOKENS:,}"
+    if not isinstance(merges, list) or len(merges) > 2 * _MAX_TOKENS:
+        yield f"its merges are no list of at most {2 * _MAX_TOKENS:,}"
     are_texts = all(isinstance(token, str) and len(token) <= _MAX_LETTERS for token in tokens)
     # An added token that is empty would match everywhere.
     if not are_texts or not all(token.get("content") for token in added):

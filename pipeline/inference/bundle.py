@@ -17,6 +17,7 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.file_checks import build_config, check_file, check_folder
 from stage1_tokenizer.quantizers import GaussianQuantizer
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer, VampPrior
+from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
 
 FORMAT = 1
 _LATENT = LatentPriorModel.config_class.model_type
@@ -146,9 +147,9 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Of a file's content, 16 hexadecimal digits."""
+    """Of the content of a tokenizer.json, 16 hexadecimal digits."""
     try:
-        check_file(path)
+        check_file(path, MAX_TOKENIZER_BYTES)
         return sha256_of(path)[:16]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; copy the bundle again") from None

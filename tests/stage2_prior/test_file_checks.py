@@ -101,8 +101,8 @@ def test_folders_with_code_are_refused_by_name(tmp_path, name):
         ('{"a": ' + "[" * 60 + "]" * 60 + "}", "nested more than 50 deep"),
         ('{"auto_map": {}}', "asks to run code"),
         ('{"a": [' + "[]," * 3_000_000 + "1]}", "bytes, and such a file has at most"),
-        ('{"a": [' + "1," * 4_190_000 + "1]}", "bytes, and such a file has at most"),
-        ('{"a": [' + "," * 4_200_000 + "1]}", "has more than 4,194,304 values"),
+        ('{"a": [' + "1," * 4_300_000 + "1]}", "bytes, and such a file has at most"),
+        ('{"a": [' + "," * 2_500_001 + "1]}", "has more than 2,500,000 values"),
     ],
     ids=["deep", "just too deep", "code", "large", "large numbers", "many values"],
 )

@@ -18,8 +18,8 @@ from stage2_prior.text_checks import build_tokenizer
 
 CAPTIONS = ["a red heart", "two blue stars"]
 TEXT = TextTokenizer.train(CAPTIONS, vocab_size=300, length=20)
-HARMLESS = {"padding", "truncation", "template", "nested"}
-"""Of the changes that the generator has, those that are left out or can do no harm."""
+HARMLESS = {"padding", "truncation", "template"}
+"""Of the changes that the generator has, those of parts that are left out."""
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_published_kinds_of_tokenizers_are_saved_and_loaded(tmp_path, make):
 def test_ids_must_be_those_of_the_vocabulary():
     values = json.loads(TEXT.fast.backend_tokenizer.to_str())
     values["model"]["vocab"]["zz"] = 5000
-    with pytest.raises(ValueError, match="has ids that are not 0 to 300"):
+    with pytest.raises(ValueError, match=r"has ids that are not 0 to \d+"):
         build_tokenizer(values, "here.json")
 
 

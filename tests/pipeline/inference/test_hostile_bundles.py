@@ -18,7 +18,10 @@ def test_changed_bundles_are_refused_in_one_line(tmp_path):
     show an abort, and which is told "y" where it asks."""
     tiny_pipeline(any_order=True).save_pretrained(tmp_path / "bundle")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.attack_bundles", tmp_path / "bundle", "--changes", "60"],
+        [
+            *(sys.executable, "-m", "benchmarks.attack_bundles", tmp_path / "bundle"),
+            *("--changes", "60", "--seconds", "20"),
+        ],
         input="y\n" * 100,
         capture_output=True,
         text=True,
