@@ -478,6 +478,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--changes", type=int, default=0, help="random ones, after each kind once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample", type=int, help="as many of all these changes, by chance")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -489,6 +490,8 @@ def main() -> None:
         *every_change(),
         *(random_change(options.seed * 10**6 + i) for i in range(options.changes)),
     ]
+    if options.sample is not None:
+        changes = random.Random(options.seed).sample(changes, options.sample)
     counts: Counter[str] = Counter()
     for result in attack(options.bundle, iter(changes), options.seconds):
         counts[result.outcome] += 1

@@ -70,7 +70,7 @@ class SavedModel(PreTrainedModel):
             digest.update(name.encode())
             # Flat first: a 0-d tensor cannot be viewed as bytes.
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @classmethod

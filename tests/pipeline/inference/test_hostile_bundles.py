@@ -13,15 +13,20 @@ import pytest
 from tests.helpers.pipelines import tiny_pipeline
 
 
-def test_changed_bundles_are_refused_in_one_line(tmp_path):
-    """Each kind of change to each file, and 60 by chance; in a process of its own, whose end would
-    show an abort, and which is told "y" where it asks."""
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        pytest.param(["--changes", "60", "--sample", "60"], 40, id="60"),
+        pytest.param(["--changes", "300", "--seed", "1"], 250, marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_changed_bundles_are_refused_in_one_line(tmp_path, options, refused):
+    """Each kind of change to each file, and some by chance; in a process of its own, whose end
+    would show an abort, and which is told "y" where it asks."""
     tiny_pipeline(any_order=True).save_pretrained(tmp_path / "bundle")
+    command = [sys.executable, "-m", "benchmarks.attack_bundles", tmp_path / "bundle"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.attack_bundles", tmp_path / "bundle"),
-            *("--changes", "60", "--seconds", "20"),
-        ],
+        [*command, *options, "--seconds", "20"],
         input="y\n" * 100,
         capture_output=True,
         text=True,
@@ -30,7 +35,7 @@ def test_changed_bundles_are_refused_in_one_line(tmp_path):
     last = (done.stderr.splitlines() or [""])[-1]
     assert done.returncode == 0, f"{done.stdout}\nthe last change was {last}"
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert set(counts) == {"works", "refused"} and counts["refused"] > 150
+    assert set(counts) <= {"works", "refused"} and counts["refused"] > refused
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
@@ -62,7 +67,7 @@ def test_models_of_earlier_versions_have_no_fingerprint_and_load(tmp_path):
     ("part", "section", "key", "value", "message"),
     [
         ("tokenizer", "model", "width", 2**62, r"TokenizerConfig.width is about 2\^62"),
-        ("tokenizer", "model", "width", 2**30, "do not fit its config.json"),
+        ("tokenizer", "model", "width", 2**30, "describes no tokenizer that can be built"),
         ("tokenizer", "model", "encoder_depth", 10**5, "describes 100,000 layers"),
         ("tokenizer", "model", "image_size", 2**30, "describes 1,073,741,824 pixels along a side"),
         ("tokenizer", "model", "num_codes", 2**31 - 1, "do not fit its config.json"),
