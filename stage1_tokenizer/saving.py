@@ -154,7 +154,7 @@ class SavedModel(PreTrainedModel):
             config = cls.config_class(**values)
             _refuse_misfit(folder, cls._misfits(config, stored, folder))
             weights = load_file(folder / _WEIGHTS)
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        except (SafetensorError, TypeError) as error:
             raise ValueError(
                 f"{folder} cannot be read: {error}; the file is truncated or not a {cls.noun}'s, "
                 "copy it again"
@@ -189,7 +189,15 @@ class SavedModel(PreTrainedModel):
 
     @classmethod
     def _config_values(cls, path: Path) -> dict[str, Any]:
-        values = read_json_object(path, _MAX_CONFIG_BYTES)
+        try:
+            values = read_json_object(path, _MAX_CONFIG_BYTES)
+        except UnsafeFile:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}; the file is truncated or not a {cls.noun}'s, "
+                "copy it again"
+            ) from error
         if not isinstance(values.get("model"), dict):
             raise ValueError(f"{path} is not a {cls.noun}'s: it has no 'model' section")
         needed = cls.config_class.model_type
