@@ -377,7 +377,7 @@ def test_one_flipped_bit_of_a_finished_stage_is_refused_and_rebuilt(run, capsys,
     with pytest.raises(ValueError, match=f"was changed or damaged since.*{remedy}"):
         assemble_bundle(load_experiment(arguments))
     assert main([f"train-{stage}", *arguments]) == 0
-    assert "is delivered again from its last checkpoint" in capsys.readouterr().out
+    assert "is delivered again from its last checkpoint" in capsys.readouterr().err
     assert weights.read_bytes() == whole
 
 
