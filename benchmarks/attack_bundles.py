@@ -197,7 +197,7 @@ def lengthen(path: Path, bracket: str) -> None:
 
 
 def ask_for_code(path: Path) -> None:
-    """The entry by which transformers is told to run code of the folder, and the code."""
+    """The entry that asks transformers to run code of the folder, and the code."""
     entry = {"AutoTokenizer": ["tok.Evil", "tok.Evil"], "AutoConfig": "tok.Evil"}
     edit(path, lambda content: content.update(auto_map=entry, tokenizer_class="Evil"))
     (path.parent / "tok.py").write_text(

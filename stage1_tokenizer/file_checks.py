@@ -200,7 +200,7 @@ def convert(value: object, hint: Any, name: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
-        # Of several types, that of the value: numbers are told from lists.
+        # Of several types, that of the value, a number or a list.
         is_list = isinstance(value, list | tuple)
         options = [part for part in inner if part is not NoneType]
         alike = [part for part in options if (get_origin(part) in (list, tuple)) == is_list]

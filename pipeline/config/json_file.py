@@ -7,8 +7,6 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from stage1_tokenizer.file_checks import UnsafeFile, read_json_object
-
 
 def read_json(path: Path, remedy: str = "copy it again", *needed: str) -> dict[str, Any]:
     """A JSON object.
@@ -21,6 +19,9 @@ def read_json(path: Path, remedy: str = "copy it again", *needed: str) -> dict[s
         FileNotFoundError: there is no such file.
         ValueError: it is not safe to read, holds no JSON object, or lacks a value.
     """
+    # Here, since the package of stage 1 imports torch, which light modules go without.
+    from stage1_tokenizer.file_checks import UnsafeFile, read_json_object
+
     try:
         content = read_json_object(path)
         for name in needed:

@@ -22,7 +22,7 @@ from tests.helpers.pipelines import tiny_pipeline
 )
 def test_changed_bundles_are_refused_in_one_line(tmp_path, options, refused):
     """Each kind of change to each file, and some by chance; in a process of its own, whose end
-    would show an abort, and which is told "y" where it asks."""
+    would show an abort, and which reads "y" if it asks."""
     tiny_pipeline(any_order=True).save_pretrained(tmp_path / "bundle")
     command = [sys.executable, "-m", "benchmarks.attack_bundles", tmp_path / "bundle"]
     done = subprocess.run(
