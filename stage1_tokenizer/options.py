@@ -324,7 +324,9 @@ class ResidualOptions:
     """One codebook for all depths, instead of one each."""
 
     def problems(self) -> list[str]:
-        return out_of_range(self, "tokenizer.model.residual", "[1, 1024]", "depth")
+        section = "tokenizer.model.residual"
+        too_few = out_of_range(self, section, "[1, inf]", "depth")
+        return too_few or out_of_range(self, section, "[1, 1024]", "depth")
 
 
 @dataclass(kw_only=True)
@@ -344,7 +346,8 @@ class HierarchicalOptions:
 
     def problems(self) -> list[str]:
         section = "tokenizer.model.hierarchical"
-        levels = out_of_range(self, section, f"[2, {MOST_LEVELS}]", "levels")
+        levels = out_of_range(self, section, "[2, inf]", "levels")
+        levels = levels or out_of_range(self, section, f"[2, {MOST_LEVELS}]", "levels")
         width = out_of_range(self, section, "[1, inf]", "width")
         codes = bool(self.coarse_codes) and (
             len(self.coarse_codes) != self.levels - 1
