@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from stage1_tokenizer.options import (
     LARGEST_CODE,
+    MOST_LEVELS,
     OWNERS,
     STEP,
     Architecture,
@@ -282,7 +283,7 @@ class TokenizerConfig:
         """Pixels a code of the coarsest level covers along each axis; an image's sides are
         multiples of it."""
         return (
-            self.downsample_factor * 2 ** (max(self.hierarchical.levels, 1) - 1)
+            self.downsample_factor * 2 ** (min(max(self.hierarchical.levels, 1), MOST_LEVELS) - 1)
             if self.quantizer == "hierarchical"
             else self.downsample_factor
         )

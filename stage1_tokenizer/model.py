@@ -6,24 +6,20 @@ Legend: B batch, C channels, H W pixels, h w code grid, n latent dimensions of a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from stage1_tokenizer.config import ImageSize, Level, TokenizerConfig, height_and_width
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
+from stage1_tokenizer.file_checks import StoredTensor, build_config
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
 from stage1_tokenizer.pixels import check_model_range, from_pil, to_model_range, to_pil, to_uint8
@@ -34,17 +30,18 @@ from stage1_tokenizer.quantizers import (
     VectorQuantizer,
     build_quantizer,
 )
+from stage1_tokenizer.saving import SavedConfig, SavedModel, refuse_larger
 from stage1_tokenizer.tiling import by_tiles
 from stage1_tokenizer.value_range import ValueRange
 
-_Config = TypeVar("_Config")
+_LARGEST_SIDE = 2**15
+"""Pixels of an image, which a file may say a tokenizer is for."""
 
 
-class ImageTokenizerConfig(PreTrainedConfig):
+class ImageTokenizerConfig(SavedConfig):
     """A `TokenizerConfig` in the form that transformers saves: `model` is its dictionary."""
 
     model_type = "mini_dalle_tokenizer"
-    model: dict[str, Any] | None = None
 
 
 @dataclass
@@ -60,7 +57,7 @@ class TokenizerOutput:
     encoded again, in nats per code."""
 
 
-class ImageTokenizer(PreTrainedModel):
+class ImageTokenizer(SavedModel):
     """Encoder, quantizer and decoder.
 
     Args:
@@ -71,8 +68,7 @@ class ImageTokenizer(PreTrainedModel):
     config_class = ImageTokenizerConfig
     base_model_prefix = "tokenizer"
     main_input_name = "pixels"
-    if TYPE_CHECKING:
-        to = nn.Module.to  # type: ignore[assignment]  # transformers' wrapper hides the signature
+    noun = "tokenizer"
 
     def __init__(self, config: TokenizerConfig | ImageTokenizerConfig) -> None:
         hub = (
@@ -81,7 +77,7 @@ class ImageTokenizer(PreTrainedModel):
             else ImageTokenizerConfig(model=asdict(config))
         )
         super().__init__(hub)
-        own = self.own_config = build_config(TokenizerConfig, hub.model or {})
+        own = self.own_config = build_config(TokenizerConfig, hub.model or {}, "config.json")
         self.likelihood = build_likelihood(
             own.likelihood, own.likelihood_scale, own.channels, own.likelihood_mixtures
         )
@@ -133,17 +129,6 @@ class ImageTokenizer(PreTrainedModel):
         """(sum of K, D): the vector of every code of every level, for models that take the codes
         further."""
         return self.quantizer.vectors().detach()
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the configuration or any weight."""
-        digest = hashlib.sha256(json.dumps(self.config.model, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()[:16]
 
     def forward(
         self, pixels: Tensor, temperature: float | None = None, *, reencode: bool = False
@@ -385,63 +370,18 @@ class ImageTokenizer(PreTrainedModel):
         self.decoder.compile(dynamic=False)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name: str | Path, *arguments: Any, **options: Any
-    ) -> Any:
-        """A tokenizer from a folder, or by a name of the Hub.
-
-        Missing or unknown weights are refused; transformers' own method would initialise or ignore
-        them. A name of the Hub, or further options, are passed on to it. `Any`, since it returns a
-        pair with `output_loading_info`.
-
-        Raises:
-            ValueError: a file is missing, truncated or another model's, or the weights do not fit
-                the configuration; names the first keys that differ.
-        """
-        folder = Path(name)
-        if not arguments and not options and (folder.is_dir() or isinstance(name, Path)):
-            return cls._read(folder)
-        with_info = options.pop("output_loading_info", False)
-        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            loaded: Any = super().from_pretrained(name, *arguments, **(options | checked))
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {name} cannot be read: {error}; the file is truncated or "
-                "corrupted, copy it again"
-            ) from error
-        model, info = loaded
-        mismatched = [entry[0] for entry in info["mismatched_keys"]]
-        _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _read(cls, folder: Path) -> ImageTokenizer:
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} holds no {name}; a tokenizer needs config.json and model.safetensors"
-                )
-        try:
-            values = json.loads((folder / "config.json").read_text())
-            if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-                raise ValueError(
-                    f"{folder}/config.json is not a tokenizer's: it has no 'model' section"
-                )
-            tokenizer = cls(ImageTokenizerConfig(model=values["model"]))
-            weights = load_file(folder / "model.safetensors")
-        except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{folder} cannot be read: {error}; the file is truncated or not a tokenizer's, "
-                "copy it again"
-            ) from error
-        own = tokenizer.state_dict()
-        _refuse_misfit(
-            folder,
-            (set(own) ^ set(weights)) or {k for k in own if own[k].shape != weights[k].shape},
+    def check_stored(cls, config: ImageTokenizerConfig, stored: Mapping[str, StoredTensor]) -> None:
+        """Raises ValueError where there are more layers than stored tensors, or for images far
+        beyond those of any tokenizer."""
+        own = build_config(TokenizerConfig, config.model, "its model section")
+        depths = (
+            own.encoder_depth,
+            own.decoder_depth,
+            own.vqgan.blocks * len(own.vqgan.multipliers),
+            own.hierarchical.levels,
         )
-        tokenizer.load_state_dict(weights)
-        return tokenizer.eval()
+        refuse_larger("layers", max(depths), len(stored))
+        refuse_larger("pixels along a side", own.downsample_factor * max(own.grid), _LARGEST_SIDE)
 
     @classmethod
     def from_external(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
@@ -462,29 +402,6 @@ class ImageTokenizer(PreTrainedModel):
             # Or training would start by replacing the codebook.
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
-
-
-def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
-    if differ:
-        raise ValueError(
-            f"the weights of {name} do not fit its config.json; first keys that differ: "
-            f"{sorted(differ)[:3]}"
-        )
-
-
-def build_config(kind: type[_Config], values: dict[str, Any]) -> _Config:
-    """A configuration from saved values, nested ones too; unknown keys are refused."""
-    unknown = set(values) - {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown:
-        raise ValueError(
-            f"the tokenizer's config.json has unknown keys {sorted(unknown)} for {kind.__name__}"
-        )
-    hints = get_type_hints(kind)
-    nested = {
-        k: build_config(hints[k], v) if is_dataclass(hints[k]) and isinstance(v, dict) else v
-        for k, v in values.items()
-    }
-    return kind(**nested)
 
 
 AutoConfig.register(ImageTokenizerConfig.model_type, ImageTokenizerConfig)

@@ -23,6 +23,8 @@ STEP = 2 / 255
 """Between neighbours among the 256 values of 8-bit images, in the model's range [-1, 1]."""
 LARGEST_CODE = 2**31 - 1
 """Codes are stored as 32-bit integers."""
+MOST_LEVELS = 16
+"""Grids of `quantizer: hierarchical`, each of which halves the one before."""
 Architecture = Literal["patch", "transformer", "dalle", "vqgan"]
 LikelihoodName = Literal[
     "l2", "calibrated_l2", "learned_l2", "l1", "logit_laplace", "discretized_logistic", "bernoulli"
@@ -322,7 +324,9 @@ class ResidualOptions:
     """One codebook for all depths, instead of one each."""
 
     def problems(self) -> list[str]:
-        return out_of_range(self, "tokenizer.model.residual", "[1, inf]", "depth")
+        section = "tokenizer.model.residual"
+        too_few = out_of_range(self, section, "[1, inf]", "depth")
+        return too_few or out_of_range(self, section, "[1, 1024]", "depth")
 
 
 @dataclass(kw_only=True)
@@ -343,6 +347,7 @@ class HierarchicalOptions:
     def problems(self) -> list[str]:
         section = "tokenizer.model.hierarchical"
         levels = out_of_range(self, section, "[2, inf]", "levels")
+        levels = levels or out_of_range(self, section, f"[2, {MOST_LEVELS}]", "levels")
         width = out_of_range(self, section, "[1, inf]", "width")
         codes = bool(self.coarse_codes) and (
             len(self.coarse_codes) != self.levels - 1

@@ -53,7 +53,7 @@ class BackboneDistance(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            model = AutoModel.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -157,6 +157,17 @@ class StreamConfig:
                 "num_codes=512),)",
             ),
             (
+                any(min(*level.grid, level.num_codes) < 1 for level in self.levels),
+                "a level of the stream has an empty grid or codebook; each needs at least 1 code",
+            ),
+            (
+                not min(self.pad_id, self.start_id, self.end_id) >= 0
+                or max(self.pad_id, self.start_id, self.end_id) >= self.text_vocab_size,
+                f"pad_id {self.pad_id}, start_id {self.start_id} and end_id {self.end_id} of the "
+                f"stream must be below text_vocab_size {self.text_vocab_size}, from 0",
+            ),
+            (self.code_dim < 0, f"code_dim of the stream is {self.code_dim}; it must be 0 or more"),
+            (
                 self.text_length < 3,
                 f"text.max_length is {self.text_length}; it must be at least 3 (start, one token, "
                 "end)",

@@ -4,18 +4,19 @@ has files."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig
 
 from stage2_prior.config import PriorConfig, StreamConfig
-from stage2_prior.saving import SavedPrior, build_config
+from stage2_prior.file_checks import StoredTensor, build_config
+from stage2_prior.saving import SavedConfig, SavedModel, refuse_larger
 from stage2_prior.sequence import Stream
 from stage2_prior.transformer import (
     Block,
@@ -28,15 +29,14 @@ from stage2_prior.transformer import (
 )
 
 
-class ImagePriorConfig(PreTrainedConfig):
+class ImagePriorConfig(SavedConfig):
     """The two plain configurations in the form that transformers saves: `model` and `stream` are
     dictionaries."""
 
     model_type = "mini_dalle_prior"
-    model: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
     trained_with_caption_dropout: bool = False
-    trained_order: str = "raster"
+    trained_order: Literal["raster", "random"] = "raster"
     trained_image_first: bool = False
 
 
@@ -84,7 +84,7 @@ class CodebookProjection(nn.Module):
         return rows if self.shared is None else rows + vectors @ self.shared
 
 
-class ImagePrior(SavedPrior):
+class ImagePrior(SavedModel):
     """Decoder-only transformer over caption and codes.
 
     Args:
@@ -96,6 +96,7 @@ class ImagePrior(SavedPrior):
 
     config_class = ImagePriorConfig
     base_model_prefix = "prior"
+    noun = "prior"
     described_by = ("model", "stream")
     # Sampling refuses what the training did not allow.
     recorded = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
@@ -118,8 +119,8 @@ class ImagePrior(SavedPrior):
                 model=asdict(model), stream=json.loads(json.dumps(asdict(stream)))
             )
         super().__init__(hub)
-        self.model_config = build_config(PriorConfig, hub.model)
-        self.stream = Stream(build_config(StreamConfig, hub.stream))
+        self.model_config = build_config(PriorConfig, hub.model or {}, "config.json")
+        self.stream = Stream(build_config(StreamConfig, hub.stream or {}, "config.json"))
         width = self.model_config.width
         heads = self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
@@ -153,6 +154,16 @@ class ImagePrior(SavedPrior):
             "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
         )
         self.post_init()
+
+    @classmethod
+    def check_stored(cls, config: ImagePriorConfig, stored: Mapping[str, StoredTensor]) -> None:
+        """Raises ValueError where there are more blocks or positions than the weights have."""
+        model = build_config(PriorConfig, config.model, "its model section")
+        stream = build_config(StreamConfig, config.stream, "its stream section")
+        refuse_larger("blocks", model.depth, len(stored))
+        length = stream.text_length + sum(level.length for level in stream.levels)
+        slots = stored.get("slot_level")
+        refuse_larger("positions", length, math.prod(slots.shape) if slots else 0)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -62,7 +62,7 @@ class SamplingOptions:
         interval = self.guidance_interval
         refuse(
             (
-                self.guidance_scale < 0,
+                not self.guidance_scale >= 0,
                 f"sampling.guidance_scale is {self.guidance_scale}; it must be 0 or more "
                 "(1 is off)",
             ),
@@ -72,12 +72,12 @@ class SamplingOptions:
                 "fractions of the codes, as in (0.1, 0.8)",
             ),
             (
-                self.guidance_power is not None and self.guidance_power <= 0,
+                self.guidance_power is not None and not self.guidance_power > 0,
                 f"sampling.guidance_power is {self.guidance_power}; it must be above 0, or "
                 "absent for constant guidance",
             ),
             (
-                self.temperature < 0,
+                not self.temperature >= 0,
                 f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or more",
             ),
             (

@@ -8,6 +8,7 @@ checkpoint would not see the ids that it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stage2_prior.config import refuse
+from stage2_prior.file_checks import UnsafeFile, check_folder, convert, read_json_object
+from stage2_prior.text_checks import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    build_tokenizer,
+    check_pretrained,
+    load_tokenizer,
+)
 
 CAPTIONS_TO_LEARN = 100_000
 """A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
+_MAX_LENGTH = 2**16
+"""Text slots that a file may ask for."""
 PAD = "<pad>"
 START = "<start>"
 END = "<end>"
@@ -122,10 +133,16 @@ class TextTokenizer:
 
     @classmethod
     def pretrained(cls, name: str, *, length: int) -> TextTokenizer:
-        """Any fast tokenizer by Hub name or folder."""
+        """A fast tokenizer by Hub name or folder, of the kinds that `text_checks` accepts. No code
+        of the folder, or of the Hub, is run."""
         try:
-            fast: Any = AutoTokenizer.from_pretrained(name, use_fast=True)
+            check_pretrained(Path(name))
+            fast: Any = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+            # What a bundle could not hold is refused now, not after the training.
+            build_tokenizer(json.loads(fast.backend_tokenizer.to_str()), name)
             return cls(fast, length)
+        except UnsafeFile:
+            raise
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer "
@@ -307,22 +324,41 @@ class TextTokenizer:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the transformers tokenizer and its text length into a folder."""
+        """Writes the transformers tokenizer, its text length and its hash into a folder."""
         self.fast.save_pretrained(folder)
-        (Path(folder) / "text.json").write_text(json.dumps({"length": self.length}) + "\n")
+        described = {"length": self.length, "sha256": _hash_of(Path(folder))}
+        (Path(folder) / "text.json").write_text(json.dumps(described) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> TextTokenizer:
-        """What `save` wrote; ValueError names what is missing or truncated."""
-        path = Path(folder) / "text.json"
+        """What `save` wrote. ValueError names what is missing, truncated, changed since, or not
+        safe to load."""
+        folder = Path(folder)
+        path = folder / "text.json"
         try:
-            length = json.loads(path.read_text())["length"]
-            fast: Any = AutoTokenizer.from_pretrained(str(folder))
+            check_folder(folder)
+            described = read_json_object(path)
+            length = convert(described["length"], int, f"{path}: length")
+            if not 3 <= length <= _MAX_LENGTH:
+                raise ValueError(f"its length is {length}, and is from 3 to {_MAX_LENGTH}")
+            fast = load_tokenizer(folder)
+            if described.get("sha256") not in (None, _hash_of(folder)):
+                raise ValueError("its files were changed or damaged since they were saved")
+        except UnsafeFile:
+            raise
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
             ) from error
         return cls(fast, length)
+
+
+def _hash_of(folder: Path) -> str:
+    """Of the files of a tokenizer, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in (TOKENIZER_FILE, CONFIG_FILE):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _merge(pieces: list[str], pair: tuple[str, str]) -> None:

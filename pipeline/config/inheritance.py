@@ -69,6 +69,22 @@ def _config(given: str, stage: Stage) -> dict[str, Any]:
     """A stage's config.json; empty where there is none. The stages refuse that when they start, but
     the settings of a finished run can still be read."""
     try:
-        return read_json(stage_folder(given, stage) / "config.json")
+        return read_model_config(stage_folder(given, stage))
     except FileNotFoundError:
         return {}
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What config.json of a stage holds: `model`, and of a prior `stream`, as JSON objects.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no stage's.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "copy it again", "model")
+    stream = config.get("stream") or {}
+    length = stream.get("text_length", 0) if isinstance(stream, dict) else None
+    if not isinstance(config["model"], dict) or type(length) is not int:
+        raise ValueError(f"{path} is not the configuration of a stage; copy it again")
+    return config

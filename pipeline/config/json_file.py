@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -18,12 +17,17 @@ def read_json(path: Path, remedy: str = "copy it again", *needed: str) -> dict[s
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object, or lacks a value.
+        ValueError: it is not safe to read, holds no JSON object, or lacks a value.
     """
+    # Here, since the package of stage 1 imports torch, which light modules go without.
+    from stage1_tokenizer.file_checks import UnsafeFile, read_json_object
+
     try:
-        content = dict(json.loads(path.read_text()))
+        content = read_json_object(path)
         for name in needed:
             reduce(getitem, name.split("."), content)
+    except UnsafeFile:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or corrupted ({error}); {remedy}") from error
     return content

@@ -14,8 +14,10 @@ from pipeline.config.json_file import read_json
 from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
 from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.file_checks import build_config, check_file, check_folder
 from stage1_tokenizer.quantizers import GaussianQuantizer
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer, VampPrior
+from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
 
 FORMAT = 1
 _LATENT = LatentPriorModel.config_class.model_type
@@ -63,6 +65,7 @@ def read_bundle(folder: Path) -> Bundle:
             bundle's; names it.
     """
     description = _description(folder)
+    check_folder(folder)
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
@@ -86,7 +89,7 @@ def read_bundle(folder: Path) -> Bundle:
         tokenizer,
         prior,
         TextTokenizer.load(folder / "text_tokenizer"),
-        SamplingOptions(**description["sampling"]),
+        build_config(SamplingOptions, description["sampling"], folder / "pipeline.json"),
         description["trained_on"],
     )
 
@@ -109,7 +112,7 @@ def attach_encoder(prior: LatentPriorModel, tokenizer: ImageTokenizer) -> None:
 def _read_prior(folder: Path) -> ImagePrior | LatentPriorModel:
     """A prior of the kind that its config.json names."""
     config = folder / "config.json"
-    latent = config.is_file() and (
+    latent = config.exists() and (
         read_json(config, "copy the bundle again").get("model_type") == _LATENT
     )
     prior: ImagePrior | LatentPriorModel = (
@@ -144,8 +147,9 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Of a file's content, 16 hexadecimal digits."""
+    """Of the content of a tokenizer.json, 16 hexadecimal digits."""
     try:
+        check_file(path, MAX_TOKENIZER_BYTES)
         return sha256_of(path)[:16]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; copy the bundle again") from None

@@ -59,10 +59,13 @@ class CLIPScorer:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
-            model = AutoModel.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            # Without a word on it, transformers asks on the terminal whether to run such code.
+            model = AutoModel.from_pretrained(name, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             # The plain backend: the other needs torchvision.
-            self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+            self.processor = AutoImageProcessor.from_pretrained(
+                name, backend="pil", trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the scorer {name!r} cannot be loaded as a CLIP model "

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 
 from pipeline.config.data import DataConfig, as_setting, data_settings, settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict
+from pipeline.config.json_file import read_json
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
@@ -347,12 +348,12 @@ def _load_progress(
             shard.name: shard for shards in codes.shards_of(made).values() for shard in shards
         }
     if (folder / codes.PLAN).is_file():
+        begun = read_json(folder / codes.PLAN, f"remove {folder} and run `minidalle encode` again")
         try:
-            begun = json.loads((folder / codes.PLAN).read_text())
             codes.check_format(begun["format"], folder)
             plan["sources"] = _as_recorded(begun, plan, earlier)
             _refuse_other(begun, plan, f"{folder} holds unfinished codes")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder / codes.PLAN} is corrupted ({error}); remove {folder} and run `minidalle "
                 "encode` again"

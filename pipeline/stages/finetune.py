@@ -26,7 +26,7 @@ from pipeline.config.experiment import (
     to_dict,
     with_defaults,
 )
-from pipeline.config.inheritance import Stage, stage_folder
+from pipeline.config.inheritance import Stage, read_model_config, stage_folder
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
@@ -244,7 +244,7 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
         return
     folder = stage_folder(prior.init_from, "prior")
     _check_architecture("prior", prior.model, folder)
-    stream = read_json(folder / "config.json").get("stream") or {}
+    stream = read_model_config(folder).get("stream") or {}
     _check_grid(tokenizer.model, stream, folder)
     order = prior.train.code_order
     if order != "raster" and not stream.get("any_order"):
@@ -281,7 +281,7 @@ def _check_grid(model: TokenizerConfig, stream: dict[str, Any], folder: Path) ->
 def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
     own = flat(to_dict(model))
     own.pop("image_size", None)  # the weights of most tokenizers fit any; see `check_init_from`
-    written = read_json(folder / "config.json")["model"]
+    written = read_model_config(folder)["model"]
     theirs = flat(with_defaults(written, to_dict(type(model)())))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [

@@ -4,6 +4,7 @@ again, and completed when it is done. Knows folders and the training loop; no mo
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 
 from pipeline.config.data import settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict, with_defaults
@@ -21,13 +21,16 @@ from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.log import hidden_progress_bars
+from pipeline.runtime.log import hidden_progress_bars, on_main_process
 from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, LatentPriorModel
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 Made = TypeVar("Made")
 RESUME_SAFE_FIELDS = (
@@ -131,7 +134,20 @@ class StageRun:
         ]
         if differing and (done or checkpoint):
             raise ValueError(self._refusal(before, now, differing))
-        return done and not longer and _has_readable_weights(self.folder)
+        return done and not longer and self._delivers()
+
+    def _delivers(self) -> bool:
+        """Whether what the stage made can be loaded: each file whole, and as it was saved."""
+        has_codes = self.experiment.tokenizer.model.has_codes
+        prior = ImagePrior if has_codes else LatentPriorModel
+        try:
+            (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
+            if (self.folder / LATENT_PRIOR).exists():
+                LatentPriorModel.from_pretrained(self.folder / LATENT_PRIOR)
+        except (ValueError, OSError) as error:
+            _log.warning(f"{error}; {self.stage} is delivered again from its last checkpoint")
+            return False
+        return True
 
     def _refusal(
         self, before: Mapping[str, Any], now: Mapping[str, Any], differing: list[str]
@@ -242,8 +258,10 @@ class StageRun:
         """
         if self.accelerator.is_main_process:
             with disk_errors(), hidden_progress_bars():
+                _remove_irregular(self.folder)
                 model.to("cpu").save_pretrained(self.folder)
                 if latent_prior is not None:
+                    _remove_irregular(self.folder / LATENT_PRIOR)
                     latent_prior.to("cpu").save_pretrained(self.folder / LATENT_PRIOR)
         self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
         # `end_training` would also end the process group, which the next stage needs.
@@ -290,12 +308,12 @@ def sources_in(data: Mapping[str, Any]) -> list[str]:
     return [str(part.get("source", "unknown")) for part in parts]
 
 
-def _has_readable_weights(folder: Path) -> bool:
-    """Whether there are weights, none of them truncated."""
-    try:
-        return bool([safe_open(path, "pt") for path in folder.glob("*.safetensors")])
-    except (SafetensorError, OSError):
-        return False
+def _remove_irregular(folder: Path) -> None:
+    """Removes links and pipes where a model's files go: writing would follow them."""
+    for name in ("config.json", "model.safetensors"):
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+            path.unlink()
 
 
 def require_complete(folder: Path, command: str) -> Path:

@@ -22,6 +22,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from filelock import BaseFileLock, FileLock, Timeout
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.json_file import read_json
 from pipeline.runtime.log import on_main_process
 
 _log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _write_holder(file: int) -> None:
 
 def _read_holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / _LOCK).read_text())
+        holder = read_json(folder / _LOCK)
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"

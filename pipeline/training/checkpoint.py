@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
+from stage1_tokenizer.file_checks import UnsafeFile, check_file, read_json_object
 
 FORMAT = 1
 """Of run folders and checkpoints."""
@@ -168,10 +169,12 @@ def verify_checkpoint(path: Path) -> str | None:
         UnsupportedFormat: it is of a format that this version does not read.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = read_json_object(path / _MANIFEST)
         check_format(manifest["format"], path)
         step = manifest["step"]
         files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
+        if unknown := set(files) - set(_FILES):
+            raise ValueError(f"it names the files {sorted(unknown)[:3]}")
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except UnsupportedFormat:
@@ -182,13 +185,14 @@ def verify_checkpoint(path: Path) -> str | None:
         return f"{_MANIFEST} is of step {step}"
     for name, (size, digest) in files.items():
         try:
+            check_file(path / name)
             if (now := (path / name).stat().st_size) != size:
                 return f"{name} has {now:,} of {size:,} bytes"
             if sha256_of(path / name) != digest:
                 return f"{name} is not what was written (its hash differs)"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
+        except (OSError, UnsafeFile) as error:
             return f"{name} cannot be read: {error}"
     return None
 
@@ -241,7 +245,7 @@ def load_checkpoint(
     if problem := verify_checkpoint(path):
         raise CorruptedCheckpoint(problem)
     try:
-        values = json.loads((path / "state.json").read_text())
+        values = read_json_object(path / "state.json")
         state = State(
             int(values["step"]),
             dict(values["best"]),

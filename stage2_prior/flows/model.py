@@ -7,26 +7,26 @@ numbers per sample.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
+from stage2_prior.file_checks import StoredTensor, build_config
 from stage2_prior.flows.build import build_latent_prior
 from stage2_prior.flows.config import LatentPriorConfig
 from stage2_prior.flows.context import CaptionContext
 from stage2_prior.flows.transform import Conditioner
-from stage2_prior.saving import SavedPrior, build_config
+from stage2_prior.saving import SavedConfig, SavedModel, refuse_larger
 
 
-class LatentPriorModelConfig(PreTrainedConfig):
+class LatentPriorModelConfig(SavedConfig):
     """A `LatentPriorConfig` in the form that transformers saves: `model` is its dictionary. With
     the sizes that latents and captions give."""
 
     model_type = "mini_dalle_latent_prior"
-    model: dict[str, Any] | None = None
     latent_features: int = 0
     input_shape: list[int] | None = None
     text_vocab_size: int = 0
@@ -34,7 +34,7 @@ class LatentPriorModelConfig(PreTrainedConfig):
     trained_with_caption_dropout: bool = False
 
 
-class LatentPriorModel(SavedPrior):
+class LatentPriorModel(SavedModel):
     """p(z | context) by the prior that a configuration names, which is `prior`.
 
     Args:
@@ -53,6 +53,7 @@ class LatentPriorModel(SavedPrior):
 
     config_class = LatentPriorModelConfig
     base_model_prefix = "latent_prior"
+    noun = "prior"
     main_input_name = "latents"
     described_by = ("model", "latent_features", "input_shape", "text_vocab_size", "text_pad_id")
     # Sampling refuses what the training did not allow.
@@ -79,7 +80,7 @@ class LatentPriorModel(SavedPrior):
             )
         )
         super().__init__(hub)
-        self.prior_config = build_config(LatentPriorConfig, hub.model)
+        self.prior_config = build_config(LatentPriorConfig, hub.model or {}, "config.json")
         shape = None if hub.input_shape is None else tuple(hub.input_shape)
         self.prior = build_latent_prior(self.prior_config, hub.latent_features, shape)
         self.caption_context = (
@@ -88,6 +89,18 @@ class LatentPriorModel(SavedPrior):
             else None
         )
         self.post_init()
+
+    @classmethod
+    def check_stored(
+        cls, config: LatentPriorModelConfig, stored: Mapping[str, StoredTensor]
+    ) -> None:
+        """Raises ValueError where there are more layers than stored tensors, or more dimensions
+        than stored numbers."""
+        own = build_config(LatentPriorConfig, config.model, "its model section")
+        if own.kind in ("realnvp", "maf"):
+            refuse_larger("layers", own.transforms * own.depth, len(stored))
+        numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+        refuse_larger("latent dimensions", config.latent_features, numbers)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every module initialises itself when it is made."""

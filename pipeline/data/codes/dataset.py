@@ -227,7 +227,7 @@ def mark_shard_done(folder: Path, shard: Shard) -> None:
 def recorded_shard(folder: Path, name: str) -> Shard | None:
     """What `mark_shard_done` wrote of a shard, if it did."""
     try:
-        return Shard(**json.loads((folder / name).with_suffix(".json").read_text()))
+        return Shard(**read_json((folder / name).with_suffix(".json")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -311,7 +311,7 @@ def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
             lambda b: (b / "pipeline.json").write_text('{"format": 9}'),
             "bundle format 9, and this version reads 1",
         ),
-        (lambda b: (b / "pipeline.json").write_text("[]"), "does not describe a bundle"),
+        (lambda b: (b / "pipeline.json").write_text("[]"), "corrupted (it holds no JSON object)"),
         (
             lambda b: (b / "pipeline.json").write_text('{"format": 1, "sampling": {}}'),
             "does not describe a bundle",

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.cli.main import main
+from pipeline.config.load import load_experiment
+from pipeline.stages.run import assemble_bundle
 from pipeline.training import trainer
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, TextTokenizer
@@ -362,6 +364,33 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
         ["train-prior", *arguments],
         "holds no complete codes dataset; run `minidalle encode` first",
     )
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_one_flipped_bit_of_a_finished_stage_is_refused_and_rebuilt(run, capsys, stage):
+    """It is not delivered into a bundle; the command that the error names makes it whole."""
+    arguments, folder = run
+    weights = folder / stage / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    remedy = f"or run `minidalle train-{stage}`, which delivers it again"
+    with pytest.raises(ValueError, match=f"was changed or damaged since.*{remedy}"):
+        assemble_bundle(load_experiment(arguments))
+    assert main([f"train-{stage}", *arguments]) == 0
+    assert "is delivered again from its last checkpoint" in capsys.readouterr().err
+    assert weights.read_bytes() == whole
+
+
+def test_a_link_in_the_place_of_weights_is_replaced_and_not_followed(run, tmp_path):
+    arguments, folder = run
+    weights = folder / "prior" / "model.safetensors"
+    whole = weights.read_bytes()
+    (tmp_path / "mine").write_text("kept")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "mine")
+    assert main(["train-prior", *arguments]) == 0
+    assert weights.read_bytes() == whole and not weights.is_symlink()
+    assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_corrupted_weights_of_a_finished_stage_are_rebuilt(run, capsys):

@@ -88,9 +88,11 @@ def test_loading_names_what_is_wrong(tmp_path):
     config.write_text(json.dumps(values | {"latent_features": 4}))
     with pytest.raises(ValueError, match=r"do not fit its config\.json"):
         LatentPriorModel.from_pretrained(tmp_path)
-    for damaged in ("{}", "[]", '{"model": 3}'):
+    section = "no 'model' section"
+    damage = {"{}": section, "[]": "it holds no JSON object", '{"model": 3}': section}
+    for damaged, message in damage.items():
         config.write_text(damaged)
-        with pytest.raises(ValueError, match="no 'model' section"):
+        with pytest.raises(ValueError, match=message):
             LatentPriorModel.from_pretrained(tmp_path)
 
 
