@@ -8,6 +8,7 @@ resumes from it.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -194,4 +195,6 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
         if not is_peer_failure(error):
             raise error
         return 1, f"{name}: another process of this job is gone or no longer answers{resume}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return 1, f"{name}: a file cannot be written ({error.strerror}); free some space"
     return 1, f"{name}: {error}"

@@ -71,7 +71,6 @@ class Report:
     def save(self, path: Path) -> None:
         """Writes JSON, to a temporary file that is then renamed: the metrics by name, `settings`,
         and under `intervals` the bounds and the count of each that has an interval."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         content: dict[str, object] = {**self.metrics, "settings": self.settings}
         if self.estimates:
             content["intervals"] = {

@@ -26,7 +26,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import stacked
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import atomic_write, atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_png, atomic_write_text
 from pipeline.runtime.devices import should_compile
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_table import image_table
@@ -281,7 +281,8 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
     shown = held_out.captions(range(min(_SHOWN, len(held_out))))
-    np.save(experiment.folder / _SAMPLES, _sampled(pipe, shown), allow_pickle=False)
+    with atomic_write(experiment.folder / _SAMPLES) as beside, beside.open("wb") as file:
+        np.save(file, _sampled(pipe, shown), allow_pickle=False)
     times = _times(experiment)
     has_codes = experiment.tokenizer.model.has_codes
     stages = ("tokenizer", "codes", "prior") if has_codes else ("tokenizer", "prior")
@@ -383,5 +384,4 @@ def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
         experiment = zoo.models[name]
         label = name if sees_captions(experiment) else f"{name} (without captions)"
         rows[label] = np.load(experiment.folder / _SAMPLES, allow_pickle=False)
-    with atomic_write(zoo.folder / "samples.png") as beside:
-        image_table(rows, held_out.captions(shown)).save(beside, "PNG")
+    atomic_write_png(zoo.folder / "samples.png", image_table(rows, held_out.captions(shown)))

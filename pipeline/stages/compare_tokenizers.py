@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import Experiment, with_section_defaults
-from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_png, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, make_grid
@@ -195,7 +195,8 @@ def _judge(experiment: Experiment) -> dict[str, float]:
     prior = (read_settings(row / "prior") or {})["held_out"]
     steps = experiment.tokenizer.train.steps
     true, drawn, rate = _reconstructed(experiment, tokenizer)
-    np.save(row / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
+    with atomic_write(row / "reconstructions.npy") as beside, beside.open("wb") as file:
+        np.save(file, drawn[:_SHOWN], allow_pickle=False)
     layout = tokenizer.layout
     metrics = {
         "psnr": held_out["psnr"],
@@ -283,7 +284,7 @@ def write_report(comparison: Comparison) -> None:
     true = held_out.images(range(len(shown[0])))
     alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
     grid = make_grid([image for row in [true, *alike] for image in row], columns=len(true))
-    grid_image(grid).save(comparison.folder / "reconstructions.png")
+    atomic_write_png(comparison.folder / "reconstructions.png", grid_image(grid))
     _plot(metrics, comparison.folder / "comparison.png")
 
 
@@ -326,4 +327,5 @@ def _plot(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
         ylabel="PSNR of reconstructions, dB (held-out)",
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)

@@ -32,7 +32,7 @@ from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import prefetch
 from pipeline.data.source import ImageBatch, Source, Split, check_splits
 from pipeline.data.worker_info import WorkerInfo
-from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
+from pipeline.runtime.atomic_io import WriteError, atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
@@ -83,7 +83,6 @@ def encode_dataset(
     if has_manifest and not pending:
         return folder
     if accelerator.is_main_process and not has_manifest:
-        folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()
     tokenizer.to(accelerator.device).eval()
@@ -152,15 +151,20 @@ def _write_shards(
         disable=not (shards and distributed_state().is_main_process and shows_progress()),
         seconds_after=seconds_after,
     ) as bar:
-        for name, unit in shards.items():
-            with free_threads():
-                shard = write_shard(
-                    folder / name,
-                    encode(unit, views, bar),
-                    codes=views * codes_per_view,
-                    kind=kind_of(plan["levels"]),
-                )
-            codes.mark_shard_done(folder, shard)
+        for number, (name, unit) in enumerate(shards.items()):
+            try:
+                with free_threads():
+                    shard = write_shard(
+                        folder / name,
+                        encode(unit, views, bar),
+                        codes=views * codes_per_view,
+                        kind=kind_of(plan["levels"]),
+                    )
+                codes.mark_shard_done(folder, shard)
+            except WriteError as error:
+                raise WriteError(
+                    f"{error}; {number} of {len(shards)} shards of {split} are complete in {folder}"
+                ) from error
 
 
 def encode_for_export(

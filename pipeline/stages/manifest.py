@@ -17,7 +17,7 @@ from pipeline.config.experiment import Experiment, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
+from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_files, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.log import hidden_progress_bars
@@ -131,7 +131,6 @@ class StageRun:
         if self.accelerator.is_main_process:
             import yaml
 
-            experiment.folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(
                 experiment.folder / "experiment.yaml",
                 yaml.safe_dump(to_dict(experiment), sort_keys=False),
@@ -188,10 +187,12 @@ class StageRun:
                 folder.
         """
         if self.accelerator.is_main_process:
-            with disk_errors(), hidden_progress_bars():
-                model.to("cpu").save_pretrained(self.folder)
+            with hidden_progress_bars():
+                atomic_write_files(self.folder, model.to("cpu").save_pretrained)
                 if latent_prior is not None:
-                    latent_prior.to("cpu").save_pretrained(self.folder / LATENT_PRIOR)
+                    atomic_write_dir(
+                        self.folder / LATENT_PRIOR, latent_prior.to("cpu").save_pretrained
+                    )
         self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
         # `end_training` would also end the process group, which the next stage needs.
         for tracker in self.accelerator.trackers:
@@ -200,7 +201,6 @@ class StageRun:
 
     def _record(self, **metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             content = {"format": FORMAT, "settings": self.settings, **metrics}
             atomic_write_text(self.folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
