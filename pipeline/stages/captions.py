@@ -66,7 +66,7 @@ def text_tokenizer(
     """The text tokenizer of the run, saved once every caption fits.
 
     It is trained on the captions, or is that of the prior to start from, or that of the checkpoint
-    from which the prior resumes.
+    from which the prior resumes. A damaged one is trained on the same captions again.
 
     Args:
         captions: those of `train`, from which it learns, and of other splits.
@@ -77,6 +77,7 @@ def text_tokenizer(
     folder = experiment.folder / "text_tokenizer"
     config = experiment.text
     resumes = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
+    kept = saved_text_tokenizer(experiment) if resumes else None
     # Every process trains it: that is quick and deterministic, and all see the same error if there
     # is one.
     learned = chain.from_iterable(caption_batches(captions["train"], CAPTIONS_TO_LEARN))
@@ -84,7 +85,7 @@ def text_tokenizer(
         text = origin.extend_vocab(learned, config)
         _log.info(origin.pieces(text, next(caption_batches(captions["train"], _ROWS_AT_A_TIME))))
     else:
-        text = TextTokenizer.load(folder) if resumes else TextTokenizer.from_config(config, learned)
+        text = kept or TextTokenizer.from_config(config, learned)
     lengths = LengthReport(text.length)
     for batch in chain.from_iterable(caption_batches(dataset) for dataset in captions.values()):
         lengths.add(batch, text.lengths(batch))
@@ -94,10 +95,19 @@ def text_tokenizer(
             f"{lengths.too_long} of {lengths.count} captions are truncated to "
             f"text.max_length={text.length} slots"
         )
-    if accelerator.is_main_process and not resumes:
+    if accelerator.is_main_process and kept is None:
         atomic_write_dir(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
+
+
+def saved_text_tokenizer(experiment: Experiment) -> TextTokenizer | None:
+    """The text tokenizer of the run; None where it is missing or damaged, which is logged."""
+    try:
+        return TextTokenizer.load(experiment.folder / "text_tokenizer")
+    except ValueError as error:
+        _log.warning(f"{error}, or have it learned from the same captions, as now")
+        return None
 
 
 def caption_batches(dataset: Captions, captions: int | None = None) -> Iterator[list[str]]:

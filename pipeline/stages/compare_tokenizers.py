@@ -53,6 +53,7 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 _TIME = "training.json"
+_TIMES = "times.json"
 _ENCODED = 64
 """Images per batch when the encoding rate is measured."""
 _SHOWN = 12
@@ -66,11 +67,15 @@ COLUMNS = {
     "reencode_agreement": "codes unchanged by re-encoding",
     "bits_per_image": "bits per image",
     "nats_per_image": "nats per image by the prior",
-    "minutes": "minutes",
     "steps": "steps",
+}
+"""Results, which are the same whenever the same tokenizers are judged."""
+TIME_COLUMNS = {
+    "minutes": "minutes",
     "training_rate": "images/s in training",
     "encoding_rate": "images/s encoding",
 }
+"""What differs from time to time, in a file of its own."""
 _FORMATS = {"usage": ".1%", "ssim": ".3f", "psnr": ".1f", "minutes": ".1f"}
 _FORMATS["reencode_agreement"] = ".1%"
 
@@ -188,7 +193,7 @@ def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
 
 
 def _judge(experiment: Experiment) -> dict[str, float]:
-    """Metrics of a row whose stages are done; its first reconstructions are saved."""
+    """Metrics of a row whose stages are done; its first reconstructions and times are saved."""
     row = experiment.folder
     tokenizer = ImageTokenizer.from_pretrained(row / "tokenizer")
     held_out = (read_settings(row / "tokenizer") or {})["held_out"]
@@ -208,16 +213,13 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         "bits_per_image": sum(level.length * math.log2(level.num_codes) for level in layout),
         "nats_per_image": prior["nats_per_code"] * sum(level.length for level in layout),
         "steps": steps,
-        "encoding_rate": rate,
     }
+    times = {"encoding_rate": rate}
     if (row / _TIME).is_file():
         seconds = read_record(row / _TIME)["seconds"]
-        metrics |= {
-            "minutes": seconds / 60,
-            "training_rate": steps
-            * experiment.tokenizer.train.resolved_batch("tokenizer")[0]
-            / seconds,
-        }
+        batch_size = experiment.tokenizer.train.resolved_batch("tokenizer")[0]
+        times |= {"minutes": seconds / 60, "training_rate": steps * batch_size / seconds}
+    atomic_write_text(row / _TIMES, json.dumps(times) + "\n")
     return metrics
 
 
@@ -246,15 +248,16 @@ def _reconstructed(
 
 
 def write_report(comparison: Comparison) -> None:
-    """Writes `comparison.md`, `comparison.json` and two images: the variants in their order, then
-    other rows in the folder. Rows that were judged on other data or by another prior, and rows that
-    failed, are named below the table."""
+    """Writes `comparison.md`, `comparison.json`, `times.md`, `times.json` and two images: the
+    variants in their order, then other rows in the folder. Rows that were judged on other data or
+    by another prior, and rows that failed, are named below the table."""
     found = {p.parent.name: read_record(p) for p in sorted(comparison.folder.glob(f"*/{METRICS}"))}
     if not found:
         return
     first = next(iter(comparison.variants.values()))
     base = made_with(first, {"minutes": comparison.minutes})
     every = {}
+    times = {}
     notes = ""
     names = dict.fromkeys([*comparison.variants, *found])
     for name in filter(found.__contains__, names):
@@ -265,38 +268,50 @@ def write_report(comparison: Comparison) -> None:
                 f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"
             )
         else:
-            every[name] = found[name]["metrics"]
+            # Earlier versions kept times among the metrics.
+            row = comparison.folder / name / _TIMES
+            known = read_record(row) if row.is_file() else found[name]["metrics"]
+            times[name] = {key: known[key] for key in TIME_COLUMNS if key in known}
+            metrics = found[name]["metrics"].items()
+            every[name] = {key: value for key, value in metrics if key not in TIME_COLUMNS}
             if "failed" in every[name]:
                 notes += (
                     f"\n{name} failed: {every[name]['failed']} (to try it again, remove "
                     f"{comparison.folder / name})\n"
                 )
     atomic_write_text(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
-    metrics = {name: row for name, row in every.items() if "failed" not in row}
-    atomic_write_text(comparison.folder / "comparison.md", table(metrics) + notes)
-    if not metrics:
+    judged = {name: row for name, row in every.items() if "failed" not in row}
+    atomic_write_text(comparison.folder / "comparison.md", table(judged) + notes)
+    atomic_write_text(comparison.folder / _TIMES, json.dumps(times, indent=2) + "\n")
+    timed = {name: times[name] for name in judged}
+    atomic_write_text(comparison.folder / "times.md", table(timed, TIME_COLUMNS))
+    if not judged:
         return
     shown = [
         np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False)
-        for name in metrics
+        for name in judged
     ]
     _, held_out = sources_of(first.data, first.folder, first.process_timeout)
     true = held_out.images(range(len(shown[0])))
     alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
     grid = make_grid([image for row in [true, *alike] for image in row], columns=len(true))
     atomic_write_png(comparison.folder / "reconstructions.png", grid_image(grid))
-    _plot(metrics, comparison.folder / "comparison.png")
+    _plot(judged, comparison.folder / "comparison.png")
 
 
-def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown, one tokenizer per row."""
+def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] = COLUMNS) -> str:
+    """Markdown, one tokenizer per row.
+
+    Args:
+        columns: title of each column, by the name of what it shows.
+    """
     lines = [
-        "| tokenizer | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| tokenizer | " + " | ".join(columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in metrics.items():
         lines.append(
-            f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in COLUMNS) + " |"
+            f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |"
         )
     return "\n".join(lines) + "\n"
 

@@ -311,8 +311,8 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     ]
     if changes:
         raise ValueError(
-            f"{what} made with something else ({'; '.join(changes)}); remove that folder and run "
-            "`minidalle encode` again"
+            f"{what} made with something else ({'; '.join(changes)}); choose another name for this "
+            "run (--name), or remove that folder and run `minidalle encode` again"
         )
 
 

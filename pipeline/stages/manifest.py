@@ -4,14 +4,16 @@ again, and completed when it is done. Knows folders and the training loop; no mo
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 
 from pipeline.config.experiment import Experiment, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
@@ -20,13 +22,16 @@ from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_files, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.log import hidden_progress_bars
+from pipeline.runtime.log import hidden_progress_bars, on_main_process
 from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import ImagePrior, LatentPriorModel
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 Made = TypeVar("Made")
 RESUME_SAFE_FIELDS = (
@@ -44,6 +49,8 @@ LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with and, once it is done, its metrics."""
+_BACKUP = "settings.backup.json"
+"""In a stage's folder: the same, from which a damaged or missing `_SETTINGS` is restored."""
 
 
 @dataclass
@@ -97,8 +104,8 @@ class StageRun:
             if checkpoint:
                 raise ValueError(
                     f"{self.folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that "
-                    "says what it was made with; put that file back, or "
-                    f"remove {self.folder} to start over"
+                    "says what it was made with; put that file back, choose another name for this "
+                    f"run (--name), or remove {self.folder} to start over"
                 )
             return False
         defaults = to_dict(type(getattr(self.experiment, self.stage))())
@@ -120,7 +127,20 @@ class StageRun:
                 f"{self.folder} was made with other settings ({', '.join(differing)}); choose "
                 f"another name for this run, or remove {self.folder} and what was built on it"
             )
-        return done and not longer and _has_readable_weights(self.folder)
+        return done and not longer and self._delivers()
+
+    def _delivers(self) -> bool:
+        """Whether what the stage made can be loaded: each file whole, and as it was saved."""
+        has_codes = self.experiment.tokenizer.model.has_codes
+        prior = ImagePrior if has_codes else LatentPriorModel
+        try:
+            (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
+            if (self.folder / LATENT_PRIOR).exists():
+                LatentPriorModel.from_pretrained(self.folder / LATENT_PRIOR)
+        except (ValueError, OSError) as error:
+            _log.warning(f"{error}; {self.stage} is delivered again from its last checkpoint")
+            return False
+        return True
 
     def begin(self) -> Accelerator:
         """Records what the run and the stage are made with, before any weight is written."""
@@ -202,16 +222,9 @@ class StageRun:
     def _record(self, **metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             content = {"format": FORMAT, "settings": self.settings, **metrics}
-            atomic_write_text(self.folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
+            for name in (_SETTINGS, _BACKUP):
+                atomic_write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
-
-
-def _has_readable_weights(folder: Path) -> bool:
-    """Whether there are weights, none of them truncated."""
-    try:
-        return bool([safe_open(path, "pt") for path in folder.glob("*.safetensors")])
-    except (SafetensorError, OSError):
-        return False
 
 
 def require_complete(folder: Path, command: str) -> Path:
@@ -259,17 +272,32 @@ def encode_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings file of a stage; None where there is none.
+    """The settings file of a stage; None where there is none. A damaged or missing one is restored
+    from its backup.
 
     Raises:
-        ValueError: the file is truncated, or has a format that this version does not read.
+        ValueError: the file is truncated and has no backup, or has a format that this version does
+            not read.
     """
     path = folder / _SETTINGS
-    if not path.is_file():
-        return None
-    content = read_json(
-        path, f"put it back from a copy, or remove {folder} to start over", "settings.train.steps"
+    backup = folder / _BACKUP
+    remedy = (
+        f"put it back from a copy, choose another name for this run (--name), or remove {folder} "
+        "to start over"
     )
+    if not path.is_file() and not backup.is_file():
+        return None
+    try:
+        content = read_json(path, remedy, "settings.train.steps")
+    except (ValueError, OSError) as error:
+        if not backup.is_file():
+            raise
+        content = read_json(backup, remedy, "settings.train.steps")
+        _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
+        if os.environ.get("RANK", "0") == "0":
+            # Where nothing can be written, the backup is read again next time.
+            with suppress(OSError):
+                atomic_write_text(path, json.dumps(content, indent=2) + "\n")
     check_format(content.get("format"), folder)
     return content
 

@@ -312,10 +312,9 @@ class Trainer:
         if skipped >= self.config.max_nonfinite_steps:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
-                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
-                "learning rate, and start again under another name "
-                "(--name) or without this run's folder; or continue and skip a few such "
-                f"steps: {self.label}.train.max_nonfinite_steps"
+                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}continue "
+                f"and skip a few such steps ({self.label}.train.max_nonfinite_steps), or lower the "
+                "learning rate and start again under another name (--name)"
             )
         self.buffers.restore()
         self.state.skipped += 1
