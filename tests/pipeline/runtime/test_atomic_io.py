@@ -103,9 +103,9 @@ def test_a_full_disk_at_any_write_leaves_whole_images_and_says_how_many(
             # The sync of the folder comes after the rename: an image may be there and not count.
             assert said <= len(complete) <= said + 1
     assert failures == 5 * 3
-    assert [json.loads(line)["file"] for line in (out / "samples.jsonl").open()] == [
-        path.name for path in sorted(out.glob("0*.png"))
-    ]
+    lines = (out / "samples.jsonl").read_text().splitlines()
+    named = [json.loads(line)["file"] for line in lines]
+    assert named == sorted(path.name for path in out.glob("0*.png"))
 
 
 def test_a_failure_keeps_what_was_there_before(tmp_path, failing_disk):
@@ -118,15 +118,15 @@ def test_a_failure_keeps_what_was_there_before(tmp_path, failing_disk):
         atomic_write_text(tmp_path / "file", "old")
         atomic_write_dir(tmp_path / "dir", lambda folder: (folder / "a").write_text("old"))
         failing_disk(after, errno.ENOSPC)
-        with pytest.raises(WriteError, match="cannot write .*dir .No space left"):
+        with pytest.raises(WriteError, match=r"cannot write .*dir .No space left"):
             atomic_write_dir(tmp_path / "dir", write)
         failing_disk(after, errno.ENOSPC)
-        with pytest.raises(WriteError, match="cannot write .*files .No space left"):
+        with pytest.raises(WriteError, match=r"cannot write .*files .No space left"):
             atomic_write_files(tmp_path / "files", write)
         assert (tmp_path / "dir" / "a").read_text() == "old"
         assert not list((tmp_path / "files").iterdir())
     failing_disk(0, errno.ENOSPC)
-    with pytest.raises(WriteError, match="cannot write .*file .No space left"):
+    with pytest.raises(WriteError, match=r"cannot write .*file .No space left"):
         atomic_write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dir", "file", "files"]

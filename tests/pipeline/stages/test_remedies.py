@@ -1,5 +1,5 @@
-"""Each remedy that an error names cures: a finished run is damaged, the command says what to do, and
-it then works."""
+"""Each remedy that an error names cures: a finished run is damaged, the command says what to do,
+and then works."""
 
 from __future__ import annotations
 
