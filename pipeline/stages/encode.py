@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -81,6 +82,9 @@ def encode_dataset(
     pending = _pending_shards(folder, names, known, accelerator)
     has_manifest = (folder / codes.MANIFEST).is_file()
     if has_manifest and not pending:
+        if accelerator.is_main_process:  # a kill may have come before
+            with suppress(OSError):  # where nothing can be written, nothing is removed
+                codes.remove_progress(folder, names)
         return folder
     if accelerator.is_main_process and not has_manifest:
         atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")

@@ -55,7 +55,7 @@ DAMAGES = (Path.unlink, truncate, empty, flip, replace)
 
 def cure(error: str, folder: Path, original: Path, config: str) -> None:
     """Does what an error says first."""
-    if command := re.search(r"run `minidalle ([a-z-]+)`", error):
+    if command := re.search(r"`minidalle ([a-z-]+)`", error):
         main([command[1], "--config", config, "--output-dir", str(folder.parent)])
     elif "copy the bundle again" in error:
         shutil.rmtree(folder / "bundle")
@@ -66,7 +66,7 @@ def cure(error: str, folder: Path, original: Path, config: str) -> None:
         pytest.fail(f"no remedy is known: {error}")
 
 
-@pytest.mark.parametrize(("number", "file"), enumerate(FILES))
+@pytest.mark.parametrize(("number", "file"), list(enumerate(FILES)))
 def test_the_named_remedy_cures(finished_run, tmp_path, capsys, number, file):
     """Each file is damaged in one of the ways, and each way comes several times."""
     config, original = finished_run
