@@ -1,6 +1,11 @@
-"""Kills trainings at random places, resumes them, and compares the files that they end with.
+"""Kills commands at random places, runs them again, and compares the files that they end with.
 
-    python -m benchmarks.kills --kills 20
+    python -m benchmarks.kills --kills 20 [--stages tokenizer prior] [--commands generate ...]
+
+Both trainings have up to 20 kills each, and so has each other command (encode, generate, edit,
+reconstruct, evaluate, compare, doctor, finetune). `--kills 20` takes minutes on an idle machine.
+After each kill of a command, every file under a final name is opened: none may be torn. Times that
+are measured are no part of the comparison.
 
 The kill is SIGKILL: when a random step is reached, before a random one of the training's file
 operations (checkpoints are written, synced, renamed and removed by them), or after a random time,
@@ -17,12 +22,8 @@ import argparse
 import hashlib
 import io
 import json
-import mmap
-import os
 import random
 import shutil
-import signal
-import struct
 import sys
 import tarfile
 import tempfile
@@ -32,14 +33,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
-from pipeline import cli
+from benchmarks.killing import Kill, attempt
 from pipeline.config.data import DataConfig
 from pipeline.config.load import from_dict
 from pipeline.data.load import load_source
 from pipeline.stages import run as stages  # imported once, for all forks
-from pipeline.training.prefetch import BatchPrefetcher
 
 _TRAIN = {
     "steps": 20,
@@ -69,101 +72,14 @@ EXPERIMENT: dict[str, Any] = {
     "text": {"vocab_size": 320, "max_length": 48},
     "prior": {
         "model": {"width": 32, "depth": 1, "heads": 2, "dropout": 0.2},
-        "train": {**_TRAIN, "optimizer": "muon", "save_best": True},
+        # In random order, as `edit` needs.
+        "train": {**_TRAIN, "optimizer": "muon", "save_best": True, "code_order": "random"},
     },
 }
 _SHARDS = 5
 _SAMPLES = 30
 STAGES = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
 KINDS = ("step", "file", "time")
-_FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-
-class Progress:
-    """What a fork says of itself, in memory that is shared with it: its first and its last step, -1
-    before one, and its file operations."""
-
-    _FORM = "qqq"
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, struct.calcsize(self._FORM))
-        self.write(-1, -1, 0)
-
-    def write(self, *values: int) -> None:
-        self._memory[:] = struct.pack(self._FORM, *values)
-
-    def read(self) -> tuple[int, int, int]:
-        return struct.unpack(self._FORM, self._memory[:])
-
-
-@dataclass
-class Kill:
-    """Where a fork is killed: before step `at`, before file operation `at`, or after `at`
-    milliseconds."""
-
-    kind: str
-    at: int
-
-
-@dataclass
-class Attempt:
-    """What became of a fork."""
-
-    killed: bool
-    status: int
-    first: int
-    last: int
-    operations: int
-    seconds: float
-
-
-def attempt(arguments: Sequence[str], folder: Path, log: Path, kill: Kill | None) -> Attempt:
-    """Runs a command in a fork, which `kill` may end."""
-    progress = Progress()
-    start = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        _watch(folder, progress, kill)
-        status = 70
-        try:
-            status = cli.main(arguments)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    if kill is not None and kill.kind == "time":
-        time.sleep(kill.at / 1000)
-        os.kill(pid, signal.SIGKILL)  # one that ended by itself is still there to be waited for
-    _, ended = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(ended)
-    return Attempt(code == -signal.SIGKILL, code, *progress.read(), time.perf_counter() - start)
-
-
-def _watch(folder: Path, progress: Progress, kill: Kill | None) -> None:
-    take = BatchPrefetcher.get
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def seen_step(batches: BatchPrefetcher, step: int) -> Any:
-        first, _, operations = progress.read()
-        progress.write(step if first < 0 else first, step, operations)
-        if kill is not None and kill.kind == "step" and step == kill.at:
-            die()
-        return take(batches, step)
-
-    def seen_file(event: str, given: tuple[Any, ...]) -> None:
-        if event in _FILE_EVENTS and given and str(folder) in str(given[0]):
-            first, last, operations = progress.read()
-            progress.write(first, last, operations + 1)
-            if kill is not None and kill.kind == "file" and operations == kill.at:
-                die()
-
-    BatchPrefetcher.get = seen_step
-    sys.addaudithook(seen_file)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -268,6 +184,156 @@ def trials(
     return outcome
 
 
+def commands(base: Path, out: Path, config: Path) -> dict[str, list[str]]:
+    """Arguments of each command that is killed besides trainings.
+
+    Args:
+        base: a finished run.
+        out: where the command is to write; `encode` and `compare` are given a run folder there.
+        config: the experiment of the run.
+    """
+    bundle = ["--bundle", str(base / "bundle")]
+    image = str(config.parent / "image.png")
+    run = ["--config", str(config), "--output_dir", str(out)]
+    tuned = [f"--{stage}.init_from={base / 'bundle'}" for stage in ("tokenizer", "prior")]
+    return {
+        "encode": ["encode", *run],
+        "generate": ["generate", *bundle, "--num-images", "8", "--out", str(out), "red", "blue"],
+        "edit": ["edit", *bundle, "--image", image, "--strength", "0.5", "--out", str(out)],
+        "reconstruct": [
+            *("reconstruct", "--tokenizer", str(base / "tokenizer"), "--out", str(out)),
+            *[image] * 8,
+        ],
+        "evaluate": [
+            *("evaluate", "--config", str(config), *bundle, "--max-images", "10"),
+            *("--out", str(out / "evaluation.json")),
+        ],
+        "compare": [
+            *("compare-tokenizers", "--config", str(config.with_name("compare.yaml"))),
+            *("--output_dir", str(out)),
+        ],
+        "doctor": ["doctor", "shapes", "--max-images", "30", "--out", str(out / "doctor")],
+        "finetune": ["run", *run, "--name", "tuned", "--tokenizer.frozen", "true", *tuned],
+    }
+
+
+COMMANDS = (
+    *("encode", "generate", "edit", "reconstruct", "evaluate", "compare", "doctor", "finetune"),
+)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Hash of every file by its path, without logs, measured times and hidden files."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(
+            part.startswith(".") or part in ("logs", "data", "training.json")
+            for part in path.relative_to(folder).parts
+        )
+        and "times" not in path.name
+    }
+
+
+def torn(folder: Path) -> list[str]:
+    """Files under final names that cannot be read. Temporary names begin with a dot."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file() or "logs" in path.parts:
+            continue
+        try:
+            match path.suffix:
+                case ".png":
+                    with Image.open(path) as image:
+                        image.load()
+                case ".json":
+                    json.loads(path.read_text())
+                case ".jsonl":
+                    [json.loads(line) for line in path.read_text().splitlines()]
+                case ".yaml":
+                    yaml.safe_load(path.read_text())
+                case ".npy":
+                    np.load(path)
+                case ".safetensors":
+                    load_file(path)
+                case ".html":
+                    assert path.read_text().rstrip().endswith("</html>")
+            assert path.stat().st_size
+        except Exception as error:
+            found.append(f"{path}: {error!r}")
+    return found
+
+
+def command_trials(
+    name: str, base: Path, config: Path, kinds: Sequence[str], kills: int, seed: int, log: Path
+) -> tuple[int, int, int, list[str]]:
+    """Kills, runs, runs that ended as an uninterrupted one, and torn files of a command."""
+    chance = random.Random(f"{name} {seed}")
+    out = config.parent / f"out-{name}"
+    arguments = commands(base, out, config)[name]
+
+    def fresh() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        if name == "encode":
+            shutil.copytree(base / "tokenizer", out / EXPERIMENT["name"] / "tokenizer")
+
+    fresh()
+    whole = attempt(arguments, out, log, None)
+    if whole.status:
+        raise SystemExit(f"the uninterrupted {name} failed:\n{log.read_text()[-2000:]}")
+    expected = results(out)
+    killed = runs = identical = 0
+    broken: list[str] = []
+    while killed < kills and runs < 2 * kills:
+        fresh()
+        kind = chance.choice(kinds)
+        limit = whole.operations if kind == "file" else int(1000 * whole.seconds)
+        one = attempt(arguments, out, log, Kill(kind, chance.randrange(max(limit, 1))))
+        killed += one.killed
+        broken += torn(out)
+        again = attempt(arguments, out, log, None)
+        if again.status:
+            raise SystemExit(f"{name} failed after a kill:\n{log.read_text()[-2000:]}")
+        runs += 1
+        identical += results(out) == expected
+    return killed, runs, identical, broken
+
+
+def write_inputs(config: Path) -> None:
+    """What commands read beside the run: an image, and a comparison."""
+    source = load_source(from_dict(DataConfig, EXPERIMENT["data"]), "train")
+    Image.fromarray(source.images([0])[0]).save(config.with_name("image.png"))
+    variants = {"plain": {}, "small": {"tokenizer": {"model": {"num_codes": 8}}}}
+    compared = {**EXPERIMENT, "variants": variants}
+    config.with_name("compare.yaml").write_text(json.dumps(compared))
+
+
+def kill_commands(
+    names: Sequence[str], base: Path, config: Path, options: argparse.Namespace, log: Path
+) -> bool:
+    """Kills commands on top of a finished run, and prints a row of each; whether all held."""
+    held = True
+    write_inputs(config)
+    made = attempt(
+        ["run", "--config", str(config), "--output_dir", str(base.parent)], base, log, None
+    )
+    if made.status:
+        raise SystemExit(log.read_text()[-2000:])
+    kinds = [kind for kind in options.kinds if kind != "step"]
+    for name in names:
+        killed, runs, identical, broken = command_trials(
+            name, base, config, kinds, options.kills, options.seed, log
+        )
+        print(f"| {name} | {killed} | {runs} | {identical} | torn: {len(broken)} | |", flush=True)
+        for line in broken:
+            print(line)
+        held &= identical == runs and not broken
+    return held
+
+
 def main() -> int:
     reader = argparse.ArgumentParser(
         prog="python -m benchmarks.kills", description=__doc__.splitlines()[0]
@@ -276,13 +342,20 @@ def main() -> int:
     reader.add_argument(
         "--kills_a_run", type=int, default=1, help="kills before a run is left to end (1)"
     )
-    reader.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    reader.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     reader.add_argument(
         "--kinds",
         nargs="+",
         choices=KINDS,
         default=KINDS,
         help="how the place of a kill is chosen (all)",
+    )
+    reader.add_argument(
+        "--commands",
+        nargs="*",
+        choices=COMMANDS,
+        default=list(COMMANDS),
+        help="what is killed besides trainings (all)",
     )
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument(
@@ -349,6 +422,9 @@ def main() -> int:
                     )
                     if made.status:
                         raise SystemExit(log.read_text()[-2000:])
+        if options.commands:
+            config = folder / "experiment.yaml"
+            failed |= not kill_commands(options.commands, base, config, options, log)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
     return int(failed)
 

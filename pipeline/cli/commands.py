@@ -117,8 +117,8 @@ def compare_tokenizers_command(*, settings: list[str], minutes: float | None = N
     limit = [] if minutes is None else ["--minutes", str(minutes)]
     folder = pipeline.compare_tokenizers(as_usage(pipeline.load_comparison, [*settings, *limit]))
     print_rank0(
-        f"\n{(folder / 'comparison.md').read_text()}\nwrote comparison.md and its images to "
-        f"{folder}"
+        f"\n{(folder / 'comparison.md').read_text()}\n{(folder / 'times.md').read_text()}\n"
+        f"wrote comparison.md, times.md and the images to {folder}"
     )
 
 
@@ -136,8 +136,8 @@ def zoo_command(
     own = [f"--{name}={value}" for name, value in given.items() if value is not None]
     folder = pipeline.train_zoo(as_usage(pipeline.load_zoo, [*settings, *own]))
     print_rank0(
-        f"\n{(folder / 'table.md').read_text()}\nwrote table.md, results.json and samples.png to "
-        f"{folder}"
+        f"\n{(folder / 'table.md').read_text()}\n{(folder / 'times.md').read_text()}\n"
+        f"wrote table.md, results.json, times.md and samples.png to {folder}"
     )
 
 

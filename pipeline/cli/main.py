@@ -1,13 +1,14 @@
 """`minidalle COMMAND`: which commands there are, and how each one ends. Imports nothing heavy until
 a command runs.
 
-Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped
-by SIGTERM. A training that is stopped saves a checkpoint first, and the line says which command
+Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 129 stopped by SIGHUP, 130 stopped
+by Ctrl-C, 143 stopped by SIGTERM. A training that is stopped saves a checkpoint first, and the line says which command
 resumes from it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -32,7 +33,8 @@ from pipeline.cli.generate import edit_command, generate_command, reconstruct_co
 from pipeline.cli.likelihood import likelihood_command
 from pipeline.cli.log import logging_to_terminal, print_error
 from pipeline.cli.options import UsageError, parse_options
-from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, sigterm_raises
+from pipeline.cli.streams import lasting_streams
+from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, interrupts_raise
 
 HELP = """usage: minidalle COMMAND [options]
 
@@ -106,45 +108,49 @@ SINGLE_PROCESS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with lasting_streams():
+        try:
+            with interrupts_raise(lambda error: _explain(error, arguments)[1]):
+                status = _run(arguments)
+                sys.stdout.flush()
+            return status
+        except SystemExit as stop:  # after --help
+            return int(stop.code or 0)
+        except (UsageError, KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
+            status, line = _explain(error, arguments)
+            if "--traceback" in arguments:
+                print_error(traceback.format_exc())
+            if line:
+                print_error(line)
+            return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
-        print_error(
-            f"minidalle: {command!r} is not a command; choose one of: {', '.join(COMMANDS)}"
-        )
-        return 2
+        raise UsageError(f"{command!r} is not a command; choose one of: {', '.join(COMMANDS)}")
     # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens
     # and parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    show_traceback = False
-    try:
-        options = parse_options(command, COMMANDS[command], rest)
-        show_traceback = options.pop("traceback")
-        with logging_to_terminal(options.pop("log_level")), sigterm_raises():
-            if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError(
-                    f"{command} is the work of one process; start it without torchrun or "
-                    "accelerate launch"
-                )
-            if command in RESUMABLE:
-                _keep_freed_memory()
-            status = COMMANDS[command](**options) or 0
-        if "RANK" in os.environ:  # one of several processes
-            from pipeline.runtime.distributed import destroy_process_group
+    options = parse_options(command, COMMANDS[command], rest)
+    del options["traceback"]  # `main` looks for it: it holds for errors of the options, too
+    with logging_to_terminal(options.pop("log_level")):
+        if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"{command} is the work of one process; start it without torchrun or "
+                "accelerate launch"
+            )
+        if command in RESUMABLE:
+            _keep_freed_memory()
+        status = COMMANDS[command](**options) or 0
+    if "RANK" in os.environ:  # one of several processes
+        from pipeline.runtime.distributed import destroy_process_group
 
-            destroy_process_group()
-        return status
-    except SystemExit as stop:  # after --help
-        return int(stop.code or 0)
-    except (UsageError, KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
-        status, line = _explain(error, arguments)
-        if show_traceback:
-            print_error(traceback.format_exc())
-        if line:
-            print_error(line)
-        return status
+        destroy_process_group()
+    return status
 
 
 def _keep_freed_memory() -> None:
@@ -164,11 +170,12 @@ _EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit status and line of an error; raises it again where it is a bug."""
-    name = f"minidalle {arguments[0]}"
+    known = [command for command in arguments[:1] if command in COMMANDS]
+    name = " ".join(["minidalle", *known])
     first_process = os.environ.get("RANK", "0") == "0"
     launcher = ", under the same launcher" if "RANK" in os.environ else ""
     resume = f"; to resume: {shlex.join(['minidalle', *arguments])}{launcher}"
-    if arguments[0] not in RESUMABLE:
+    if not set(known) & set(RESUMABLE):
         resume = ""
     if isinstance(error, UsageError):
         return 2, f"{name}: {error}"
@@ -188,4 +195,6 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
         if not is_peer_failure(error):
             raise error
         return 1, f"{name}: another process of this job is gone or no longer answers{resume}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return 1, f"{name}: a file cannot be written ({error.strerror}); free some space"
     return 1, f"{name}: {error}"

@@ -110,13 +110,12 @@ def codebook_page(
     metrics |= {f"distinct_codes{level}": float(number) for level, number in distinct.items()}
     views = _level_views(model, images, codes, counts, grid, metrics, mode)
 
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(beside: Path) -> None:
         for view in views:
             level = view.name.split(",")[0]
             for title, image in view.images.items():
                 name = f"{title} {level}".strip().replace(" ", "-")
-                Image.fromarray(image).save(folder / f"{name}.png")
+                Image.fromarray(image).save(beside / f"{name}.png")
         page = render(
             Path(__file__).with_suffix(".html"),
             tokenizer=tokenizer,
@@ -127,7 +126,7 @@ def codebook_page(
             data_uri=lambda image: data_uri(Image.fromarray(image)),
             zip=zip,
         )
-        (folder / "index.html").write_text(page, encoding="utf-8")
+        (beside / "index.html").write_text(page, encoding="utf-8")
         levels = [
             {"level": v.name, **asdict(v.statistics), **v.metrics}
             | {"codes": v.codes, "uses": v.counts}
@@ -136,7 +135,7 @@ def codebook_page(
         ]
         whole = {name: metrics[name] for name in METRICS}
         numbers = json.dumps({"images": len(images), **whole, "levels": levels}) + "\n"
-        (folder / NUMBERS).write_text(numbers)
+        (beside / NUMBERS).write_text(numbers)
 
     atomic_write_dir(out, write)
     return views

@@ -45,6 +45,8 @@ class Report:
     """What a fine-tuned bundle lost on the data of its parent, where it has one."""
     estimates: dict[str, Accuracy | Mean] = field(default_factory=dict)
     """Those of the metrics that have an interval, with their counts."""
+    seconds: float = 0.0
+    """What the evaluation took."""
 
     def add(self, metrics: Mapping[str, float | Accuracy | Mean]) -> None:
         """Adds metrics, some of which have an interval."""
@@ -70,8 +72,9 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Writes JSON, to a temporary file that is then renamed: the metrics by name, `settings`,
-        and under `intervals` the bounds and the count of each that has an interval."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        and under `intervals` the bounds and the count of each that has an interval. `seconds` is in
+        a file of its own next to it, NAME.times.json: the metrics of the same bundle are the same
+        file."""
         content: dict[str, object] = {**self.metrics, "settings": self.settings}
         if self.estimates:
             content["intervals"] = {
@@ -81,6 +84,8 @@ class Report:
         if self.forgetting:
             content["forgetting"] = asdict(self.forgetting)
         atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+        times = json.dumps({"seconds": round(self.seconds, 1)}) + "\n"
+        atomic_write_text(path.with_name(f"{path.stem}.times.json"), times)
 
 
 def evaluate(
@@ -144,8 +149,8 @@ def evaluate(
         "sampling": to_dict(pipe.defaults),
         "data": data_settings(to_dict(experiment.data)),
         "trained_on": pipe.trained_on,
-        "seconds": round(time.perf_counter() - start, 1),
     }
+    report.seconds = time.perf_counter() - start
     if out is not None:
         report.save(out)
     return report

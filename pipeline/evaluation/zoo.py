@@ -26,7 +26,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import stacked
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.runtime.atomic_io import atomic_write, atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_png, atomic_write_text
 from pipeline.runtime.devices import should_compile
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_table import image_table
@@ -53,6 +53,9 @@ from stage1_tokenizer.likelihoods import build_likelihood
 _FIXED = ("seed", "data", "encode", "text", "precision")
 """Settings that all models of a zoo share."""
 _TIMES = "times.json"
+"""In a model's folder: seconds of its stages. In the zoo's: what differs from time to time, in a
+file of its own, so that results.json does not."""
+_JUDGED_TIMES = "judged_times.json"
 _SAMPLES = "samples.npy"
 _IMAGES = 500
 """Held-out images that are evaluated, where `encode.max_val_images` is absent."""
@@ -78,8 +81,6 @@ COLUMNS = (
     "marginal KL to the fixed prior, nats",
     "marginal KL to the prior, nats",
     "PSNR, dB",
-    "samples per second",
-    "minutes",
     "steps",
 )
 _CAPTION = (
@@ -88,8 +89,11 @@ _CAPTION = (
     "are in nats per image. Mutual information, which is at most log {images} = {most:.1f}, and "
     "the marginal KL to the prior sum to the rate, up to other samples. If a prior sees captions, "
     "that KL is less what captions tell. A rate of 1 bit per dimension is {nats:,.0f} nats per "
-    "image. Samples per second are those of a call with {batch} prompts. Minutes and steps are "
-    "those of the tokenizer and of the prior; codes are encoded in between."
+    "image. Steps are those of the tokenizer and of the prior."
+)
+_TIMES_CAPTION = (
+    "Samples per second are those of a call with {batch} prompts. Minutes are those of the "
+    "tokenizer and of the prior; codes are encoded in between."
 )
 
 
@@ -276,10 +280,16 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
     shown = held_out.captions(range(min(_SHOWN, len(held_out))))
-    np.save(experiment.folder / _SAMPLES, _sampled(pipe, shown), allow_pickle=False)
+    with atomic_write(experiment.folder / _SAMPLES) as beside, beside.open("wb") as file:
+        np.save(file, _sampled(pipe, shown), allow_pickle=False)
     times = _times(experiment)
     has_codes = experiment.tokenizer.model.has_codes
     stages = ("tokenizer", "codes", "prior") if has_codes else ("tokenizer", "prior")
+    judged = {
+        "samples_per_second": _samples_per_second(pipe, shown),
+        "minutes": {name: times[name] / 60 if name in times else None for name in stages},
+    }
+    atomic_write_text(experiment.folder / _JUDGED_TIMES, json.dumps(judged) + "\n")
     trained = ("tokenizer", "prior") if trains_prior(experiment) else ("tokenizer",)
     return {
         "sees_captions": experiment.sees_captions,
@@ -291,8 +301,6 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
         "nats_per_bit_per_dimension": held_out.images([0]).size * math.log(2),
         **{own: report.metrics[name] for name, own in PARTS.items() if name in report.metrics},
         "psnr": report.metrics["psnr"],
-        "samples_per_second": _samples_per_second(pipe, shown),
-        "minutes": {name: times[name] / 60 if name in times else None for name in stages},
         "steps": {name: getattr(experiment, name).train.steps for name in trained},
     }
 
@@ -321,8 +329,8 @@ def _samples_per_second(
 
 
 def write_report(zoo: Zoo) -> None:
-    """Writes table.md, results.json and samples.png of the models that are done, in the order of
-    the YAML. Models that failed are named below the table."""
+    """Writes table.md, results.json, times.md, times.json and samples.png of the models that are
+    done, in the order of the YAML. Models that failed are named below the table."""
     rows = {
         name: read_record(experiment.folder / METRICS)["metrics"]
         for name, experiment in zoo.models.items()
@@ -330,7 +338,16 @@ def write_report(zoo: Zoo) -> None:
     }
     if not rows:
         return
+    times = {}
+    for name, row in rows.items():
+        path = zoo.models[name].folder / _JUDGED_TIMES
+        # Earlier versions kept times among the metrics.
+        known = read_record(path) if path.is_file() else row
+        keys = ("samples_per_second", "minutes")
+        times[name] = {key: known[key] for key in keys if key in known}
+        rows[name] = {key: value for key, value in row.items() if key not in keys}
     atomic_write_text(zoo.folder / "results.json", json.dumps(rows, indent=2) + "\n")
+    atomic_write_text(zoo.folder / _TIMES, json.dumps(times, indent=2) + "\n")
     done = {name: row for name, row in rows.items() if "failed" not in row}
     failed = "".join(
         f"\n{name} failed: {row['failed']} (to try it again, remove {zoo.folder / name})\n"
@@ -338,6 +355,7 @@ def write_report(zoo: Zoo) -> None:
         if "failed" in row
     )
     atomic_write_text(zoo.folder / "table.md", table(done) + failed)
+    atomic_write_text(zoo.folder / "times.md", times_table({name: times[name] for name in done}))
     if done:
         _draw_samples(zoo, list(done))
 
@@ -354,8 +372,6 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             *(f"{row[key]:.3f}" for key in ("distortion", "rate")),
             *(f"{row[key]:.1f}" if key in row else "" for key in dict.fromkeys(PARTS.values())),
             f"{row['psnr']:.1f}",
-            f"{row['samples_per_second']:,.0f}",
-            " + ".join("?" if m is None else f"{m:.1f}" for m in row["minutes"].values()),
             " + ".join(f"{steps:,}" for steps in row["steps"].values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -363,9 +379,19 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         first = next(iter(rows.values()))
         images = first["images"]
         nats = first["nats_per_bit_per_dimension"]
-        text = _CAPTION.format(images=images, most=math.log(images), nats=nats, batch=_BATCH)
+        text = _CAPTION.format(images=images, most=math.log(images), nats=nats)
         lines += ["", text]
     return "\n".join(lines) + "\n"
+
+
+def times_table(times: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown, one model per row: how fast it samples, and how long its stages were trained."""
+    lines = ["| model | samples per second | minutes |", "|---|---|---|"]
+    for name, row in times.items():
+        stages = row.get("minutes", {}).values()
+        minutes = " + ".join("?" if m is None else f"{m:.1f}" for m in stages)
+        lines.append(f"| {name} | {row.get('samples_per_second', math.nan):,.0f} | {minutes} |")
+    return "\n".join([*lines, "", _TIMES_CAPTION.format(batch=_BATCH)]) + "\n"
 
 
 def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
@@ -378,5 +404,4 @@ def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
         experiment = zoo.models[name]
         label = name if experiment.sees_captions else f"{name} (without captions)"
         rows[label] = np.load(experiment.folder / _SAMPLES, allow_pickle=False)
-    with atomic_write(zoo.folder / "samples.png") as beside:
-        image_table(rows, held_out.captions(shown)).save(beside, "PNG")
+    atomic_write_png(zoo.folder / "samples.png", image_table(rows, held_out.captions(shown)))

@@ -9,7 +9,7 @@ from pipeline.data.readers.images import open_8_bit
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood import compression
 from pipeline.likelihood.compression import CompressedImage
-from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_png
 
 
 def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> CompressedImage:
@@ -37,7 +37,6 @@ def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> Compr
         )
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as beside:
         beside.write_bytes(compressed.data)
     return compressed
@@ -63,9 +62,7 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as beside:
-        compressed.image.save(beside, "PNG")
+    atomic_write_png(out, compressed.image)
     return compressed
 
 

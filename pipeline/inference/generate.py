@@ -18,6 +18,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.atomic_io import (
+    atomic_write_png,
+    atomic_write_text,
+    write_errors,
+    writing_images,
+)
 from pipeline.runtime.contact_sheet import contact_sheets, sheet_names
 from pipeline.runtime.distributed import distributed_state
 from pipeline.runtime.image_grid import grid_image, make_grid
@@ -171,25 +177,28 @@ def _check_lengths(
 
 
 def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    samples = out / "samples.jsonl"
     lines = []
-    for number, row in enumerate(rows):
-        prompt = prompts[row.prompt]
-        file = f"{number:05d}{_slug(prompt)}.png"
-        row.image.save(out / file)
-        line = {
-            "prompt": prompt,
-            "file": file,
-            "seed": seed,
-            "log_likelihood": round(row.log_likelihood, 4),
-        }
-        lines.append(json.dumps(line, ensure_ascii=False))
-    images = [np.asarray(row.image) for row in rows]
-    captions = [prompts[row.prompt] for row in rows]
-    sheets = contact_sheets(images, captions, together=len(rows) // len(prompts))
-    for name, sheet in zip(sheet_names(len(rows)), sheets, strict=True):
-        sheet.save(out / name)
-    (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing_images(out, len(rows)) as written:
+        with write_errors(samples):  # of an earlier command: it would describe other images
+            samples.unlink(missing_ok=True)
+        for number, row in enumerate(rows):
+            prompt = prompts[row.prompt]
+            file = f"{number:05d}{_slug(prompt)}.png"
+            written.save(file, row.image)
+            line = {
+                "prompt": prompt,
+                "file": file,
+                "seed": seed,
+                "log_likelihood": round(row.log_likelihood, 4),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
+        images = [np.asarray(row.image) for row in rows]
+        captions = [prompts[row.prompt] for row in rows]
+        sheets = contact_sheets(images, captions, together=len(rows) // len(prompts))
+        for name, sheet in zip(sheet_names(len(rows)), sheets, strict=True):
+            atomic_write_png(out / name, sheet)
+        atomic_write_text(samples, "\n".join(lines) + "\n")
 
 
 def _slug(prompt: str) -> str:
@@ -238,15 +247,16 @@ def reconstruct(
         ].numpy()
         for one in true
     ]
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
-        name = f"{number:05d}-{file.stem}.png"
-        Image.fromarray(after).save(out / name)
-        lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
-    if len({one.shape for one in true}) == 1:
-        pairs = [one for pair in zip(true, drawn, strict=True) for one in pair]
-        grid_image(make_grid(pairs, columns=2 * min(4, len(files)))).save(out / "grid.png")
+    with writing_images(out, len(files)) as written:
+        for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
+            name = f"{number:05d}-{file.stem}.png"
+            written.save(name, Image.fromarray(after))
+            lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
+        if len({one.shape for one in true}) == 1:
+            pairs = [one for pair in zip(true, drawn, strict=True) for one in pair]
+            grid = make_grid(pairs, columns=2 * min(4, len(files)))
+            atomic_write_png(out / "grid.png", grid_image(grid))
     count = "1 reconstruction" if len(files) == 1 else f"{len(files)} reconstructions"
     return [
         *lines,

@@ -17,7 +17,7 @@ from pipeline.inference.likelihood import check_mode
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import Bound, ImageLikelihood, Method
 from pipeline.likelihood.surprise import Surprise
-from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write_text, writing_images
 from pipeline.runtime.heat_map import beside_heat_maps
 
 _MEANING: dict[Bound, str] = {
@@ -127,27 +127,28 @@ def _write(
     seed: int,
 ) -> None:
     """The JSON and the surprise maps. A parameter per thing that is written."""
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    for i, file in enumerate(files):
-        name = f"{i:05d}-{file.stem}.png"
-        surprise_map(np.asarray(images[i]), maps[i]).save(out / name)
-        row: dict[str, object] = {"file": str(file), "prompt": captions[i], "surprise_map": name}
-        row["nats"] = float(found.nats[i])
-        row["bits_per_dimension"] = float(found.bits_per_dimension[i])
-        if found.distortion is not None and found.rate is not None:
-            row["distortion"] = float(found.distortion[i])
-            row["rate"] = float(found.rate[i])
-        rows.append(row)
-    content = {
-        "bound": found.bound,
-        "num_samples": found.num_samples,
-        "seed": seed,
-        "dimensions": found.dimensions,
-        "images": rows,
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    atomic_write_text(out / "likelihood.json", text)
+    with writing_images(out, len(files)) as written:
+        for i, file in enumerate(files):
+            name = f"{i:05d}-{file.stem}.png"
+            written.save(name, surprise_map(np.asarray(images[i]), maps[i]))
+            row: dict[str, object] = {"file": str(file), "prompt": captions[i]}
+            row["surprise_map"] = name
+            row["nats"] = float(found.nats[i])
+            row["bits_per_dimension"] = float(found.bits_per_dimension[i])
+            if found.distortion is not None and found.rate is not None:
+                row["distortion"] = float(found.distortion[i])
+                row["rate"] = float(found.rate[i])
+            rows.append(row)
+        content = {
+            "bound": found.bound,
+            "num_samples": found.num_samples,
+            "seed": seed,
+            "dimensions": found.dimensions,
+            "images": rows,
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        atomic_write_text(out / "likelihood.json", text)
 
 
 def surprise_map(image: np.ndarray, surprise: Surprise) -> Image.Image:

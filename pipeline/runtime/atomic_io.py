@@ -5,15 +5,60 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from safetensors import SafetensorError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another folder",
+    errno.EACCES: "make its folder writable, or write to another one",
+    errno.EPERM: "make its folder writable, or write to another one",
+    errno.EEXIST: "remove what is in the way, or write to another folder",
+    errno.ENOTDIR: "remove what is in the way, or write to another folder",
+    errno.EISDIR: "remove what is in the way, or write to another folder",
+}
+_ALWAYS_OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class WriteError(OSError):
+    """A file or folder could not be written; the text names it and says what to do."""
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raises an error of the disk as `WriteError`, which names `path`. Errors of files elsewhere,
+    which may be read meanwhile, pass."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except SafetensorError as error:  # its own error for a full disk
+        problem = str(error)
+        remedy = _REMEDIES[errno.ENOSPC]
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+        is_ours = named is not None and (
+            path.is_relative_to(named)
+            or named.is_relative_to(path)
+            or named.is_relative_to(path.with_name(f".{path.name}.writing"))
+        )
+        if error.errno not in _REMEDIES or not (is_ours or error.errno in _ALWAYS_OF_WRITES):
+            raise
+        problem = str(error.strerror)
+        remedy = _REMEDIES[error.errno]
+    else:
+        return
+    raise WriteError(f"cannot write {path} ({problem}); {remedy}")
 
 
 def atomic_write_dir(target: Path, write: Callable[[Path], object]) -> None:
@@ -22,38 +67,66 @@ def atomic_write_dir(target: Path, write: Callable[[Path], object]) -> None:
     A failure on the way (a full disk, a kill) leaves what `target` held before.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        WriteError: the disk is full or the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.writing")
     old = target.with_name(f".{target.name}.old")
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _recover(old)
+        _write_beside(beside, write)
+        if target.exists():
+            # A kill between these two leaves no target; `clean_partial_writes`, or the next call,
+            # restores the old one.
+            target.rename(old)
+        beside.rename(target)
+        _sync(target.parent)
+        _remove(beside)
+        _remove(old)
+
+
+def atomic_write_files(folder: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(folder)` on a temporary folder, and moves each file that it wrote into `folder`
+    once all are synced. What else `folder` holds stays.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written.
+    """
+    beside = folder / ".files.writing"
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_beside(beside, write)
+        for path in sorted(beside.iterdir()):
+            with write_errors(folder / path.name):
+                path.rename(folder / path.name)
+        beside.rmdir()
+        _sync(folder)
+
+
+def _write_beside(beside: Path, write: Callable[[Path], object]) -> None:
+    """Writes and syncs a temporary folder; removes it after a failure."""
     _remove(beside)
-    _recover(old)
-    beside.mkdir()
     try:
-        with disk_errors():
-            write(beside)
+        beside.mkdir()
+        write(beside)
         for path in (*beside.rglob("*"), beside):
             _sync(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    if target.exists():
-        # A kill between these two leaves no target; `clean_partial_writes`, or the next call,
-        # restores the old one.
-        target.rename(old)
-    beside.rename(target)
-    _sync(target.parent)
-    _remove(beside)
-    _remove(old)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary file to write, which is synced and renamed to `path` afterwards; a failure
-    leaves what `path` held before."""
+    leaves what `path` held before. Makes the folder.
+
+    Raises:
+        WriteError: the disk is full or the file cannot be written.
+    """
     beside = path.with_name(f".{path.name}.writing")
-    try:
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield beside
             _sync(beside)
@@ -61,14 +134,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise OSError(
-            f"cannot write {path} ({error.strerror}); free some space, then run the same command "
-            "again"
-        ) from error
-    _sync(path.parent)
+        _sync(path.parent)
 
 
 def clean_partial_writes(folder: Path) -> None:
@@ -106,9 +172,49 @@ def _sync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes a text file by `atomic_write`."""
+    """Writes a text file in UTF-8 by `atomic_write`."""
     with atomic_write(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
+
+
+def atomic_write_png(path: Path, image: Image.Image) -> None:
+    """Writes an image as PNG by `atomic_write`."""
+    # In memory first: PIL's errors of a file do not say that the disk is full.
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    with atomic_write(path) as beside:
+        beside.write_bytes(png.getvalue())
+
+
+@dataclass
+class WrittenImages:
+    """Images of one command in one folder: `done` of `total` are complete."""
+
+    folder: Path
+    total: int
+    done: int = 0
+
+    def save(self, name: str, image: Image.Image) -> None:
+        """Writes an image as PNG and counts it."""
+        atomic_write_png(self.folder / name, image)
+        self.done += 1
+
+
+@contextmanager
+def writing_images(folder: Path, total: int) -> Iterator[WrittenImages]:
+    """Around everything that a command writes to a folder. Removes what a kill left half-written.
+
+    Raises:
+        WriteError: of any file in it; also says how many images are complete.
+    """
+    written = WrittenImages(folder, total)
+    try:
+        clean_partial_writes(folder)
+        yield written
+    except WriteError as error:
+        raise WriteError(
+            f"{error}; {written.done} of {total} images are complete in {folder}"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -122,14 +228,3 @@ def check_output_dir(out: Path, marker: str, what: str) -> None:
     `what` and not ours to replace."""
     if out.exists() and not (out / marker).is_file():
         raise FileExistsError(f"{out} is there already and holds no {what}; choose another folder")
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Raises safetensors' own error for a full disk as the OSError that it is."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(
-            f"cannot write the weights: {error}; free some space, then run the same command again"
-        ) from error

@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    NAMES[signal.SIGHUP] = "SIGHUP"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -22,7 +24,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """Exit status that shells expect: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit status that shells expect: 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
@@ -41,8 +43,8 @@ class SignalState:
 
 @contextmanager
 def catch_signals() -> Iterator[SignalState]:
-    """Catches Ctrl-C and SIGTERM, so that a step can be finished and saved; a second Ctrl-C ends
-    the process at once.
+    """Catches Ctrl-C, SIGTERM and SIGHUP (a closed terminal, a lost connection), so that a step can
+    be finished and saved; a second Ctrl-C ends the process at once.
 
     Only the main thread receives signals: in any other nothing changes. The previous handlers are
     restored at the end.
@@ -52,7 +54,7 @@ def catch_signals() -> Iterator[SignalState]:
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and caught.number == signal.SIGINT:
             # An exception would wait for the threads that read data, however long they take.
-            os.write(2, b"\nCtrl-C twice: nothing more is saved\n")
+            _say("\nCtrl-C twice: nothing more is saved\n")
             os._exit(TrainingInterrupted(number).status)
         if not caught.number:
             caught.number = number
@@ -67,23 +69,76 @@ def catch_signals() -> Iterator[SignalState]:
                     if caught.begun
                     else "stopping after this step, which may take a minute to compile"
                 )
-                # Not print, which is not reentrant: the signal may have interrupted one.
-                os.write(2, f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n".encode())
+                _say(f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n")
 
     with _handled(handler):
         yield caught
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Raises `TrainingInterrupted` on SIGTERM, as Python does KeyboardInterrupt on Ctrl-C, where
-    nothing else catches it."""
+def interrupts_raise(describe: Callable[[TrainingInterrupted], str]) -> Iterator[None]:
+    """Raises `TrainingInterrupted` on SIGTERM, SIGHUP and Ctrl-C, where nothing else catches them.
+
+    A signal during an import ends the process: modules turn the exception into an error of their
+    own, or lose it.
+
+    Args:
+        describe: the line that says so, where the process is ended.
+    """
+    seen: set[int] = set()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise TrainingInterrupted(number)
+        # A closed terminal sends SIGHUP twice: by the kernel and by the shell. The second must not
+        # interrupt what the first one's exception removes.
+        if number in seen and NAMES[signal.Signals(number)] == "SIGHUP":
+            return
+        seen.add(number)
+        error = TrainingInterrupted(number)
+        if _imports(frame):
+            _say(describe(error) + "\n")
+            os._exit(error.status)
+        raise error
 
-    with _handled(handler, signal.SIGTERM):
+    with _handled(handler, *_heeded()):
         yield
+
+
+@contextmanager
+def exits_on_ctrl_c(program: str) -> Iterator[None]:
+    """Ends the process at once on Ctrl-C, with one line."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        error = TrainingInterrupted(number)
+        _say(f"{program}: {error}\n")
+        os._exit(error.status)
+
+    if signal.SIGINT not in _heeded():
+        yield
+        return
+    with _handled(handler, signal.SIGINT):
+        yield
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals, without a Ctrl-C that is ignored or that the caller handles in its own way."""
+    is_own = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return [number for number in NAMES if not (is_own and number == signal.SIGINT)]
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a frame is part of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _say(text: str) -> None:
+    """Writes to stderr, if it is still there. Not by print, which is not reentrant: a signal may
+    have interrupted one."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 @contextmanager
@@ -94,6 +149,8 @@ def _handled(
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers or NAMES}
+    if hasattr(signal, "SIGHUP") and before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]  # nohup asks for this
     try:
         for number in before:
             signal.signal(number, handler)

@@ -66,7 +66,7 @@ def text_tokenizer(
     """The text tokenizer of the run, saved once every caption fits.
 
     It is trained on the captions, or is that of the prior to start from, or that of the checkpoint
-    from which the prior resumes.
+    from which the prior resumes. A damaged one is trained on the same captions again.
 
     Args:
         captions: those of `train`, from which it learns, and of other splits.
@@ -76,14 +76,15 @@ def text_tokenizer(
     """
     folder = experiment.folder / "text_tokenizer"
     resumes = newest_checkpoint(experiment.folder / "prior" / "checkpoints") is not None
+    kept = saved_text_tokenizer(experiment) if resumes else None
     # Every process trains it: that is quick and deterministic, and all see the same error if there
     # is one.
-    if resumes and origin is None:
-        text = TextTokenizer.load(folder)
+    if kept is not None and origin is None:
+        text = kept
         check_lengths(text, captions, truncate=experiment.text.truncate)
     else:  # with an origin also on resume: new entries and their spelling follow from captions
         text = learned_tokenizer(experiment.text, captions, origin)
-    if accelerator.is_main_process and not resumes:
+    if accelerator.is_main_process and kept is None:
         atomic_write_dir(folder, text.save)
     accelerator.wait_for_everyone()
     return TextTokenizer.load(folder)
@@ -126,6 +127,15 @@ def check_lengths(text: TextTokenizer, captions: Mapping[str, Captions], *, trun
             f"{lengths.too_long} of {lengths.count} captions are truncated to "
             f"text.max_length={text.length} slots (text.truncate)"
         )
+
+
+def saved_text_tokenizer(experiment: Experiment) -> TextTokenizer | None:
+    """The text tokenizer of the run; None where it is missing or damaged, which is logged."""
+    try:
+        return TextTokenizer.load(experiment.folder / "text_tokenizer")
+    except ValueError as error:
+        _log.warning(f"{error}, or have it learned from the same captions, as now")
+        return None
 
 
 def caption_batches(dataset: Captions, captions: int | None = None) -> Iterator[list[str]]:

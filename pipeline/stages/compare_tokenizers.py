@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import Experiment, with_section_defaults
-from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_png, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, make_grid
@@ -54,6 +54,7 @@ _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
 
 _TIME = "training.json"
+_TIMES = "times.json"
 _ENCODED = 64
 """Images per batch when the encoding rate is measured."""
 _SHOWN = 12
@@ -67,11 +68,15 @@ COLUMNS = {
     "reencode_agreement": "codes unchanged by re-encoding",
     "bits_per_image": "bits per image",
     "nats_per_image": "nats per image by the prior",
-    "minutes": "minutes",
     "steps": "steps",
+}
+"""Results, which are the same whenever the same tokenizers are judged."""
+TIME_COLUMNS = {
+    "minutes": "minutes",
     "training_rate": "images/s in training",
     "encoding_rate": "images/s encoding",
 }
+"""What differs from time to time, in a file of its own."""
 _FORMATS = {"usage": ".1%", "ssim": ".3f", "psnr": ".1f", "minutes": ".1f"}
 _FORMATS["reencode_agreement"] = ".1%"
 
@@ -189,14 +194,15 @@ def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
 
 
 def _judge(experiment: Experiment) -> dict[str, float]:
-    """Metrics of a row whose stages are done; its first reconstructions are saved."""
+    """Metrics of a row whose stages are done; its first reconstructions and times are saved."""
     row = experiment.folder
     tokenizer = ImageTokenizer.from_pretrained(row / "tokenizer")
     held_out = (read_settings(row / "tokenizer") or {})["held_out"]
     prior = (read_settings(row / "prior") or {})["held_out"]
     steps = experiment.tokenizer.train.steps
     true, drawn, rate = _reconstructed(experiment, tokenizer)
-    np.save(row / "reconstructions.npy", drawn[:_SHOWN], allow_pickle=False)
+    with atomic_write(row / "reconstructions.npy") as beside, beside.open("wb") as file:
+        np.save(file, drawn[:_SHOWN], allow_pickle=False)
     layout = tokenizer.layout
     metrics = {
         "psnr": held_out["psnr"],
@@ -208,16 +214,13 @@ def _judge(experiment: Experiment) -> dict[str, float]:
         "bits_per_image": sum(level.length * math.log2(level.num_codes) for level in layout),
         "nats_per_image": prior["nats_per_code"] * sum(level.length for level in layout),
         "steps": steps,
-        "encoding_rate": rate,
     }
+    times = {"encoding_rate": rate}
     if (row / _TIME).is_file():
         seconds = read_record(row / _TIME)["seconds"]
-        metrics |= {
-            "minutes": seconds / 60,
-            "training_rate": steps
-            * experiment.tokenizer.train.resolved_batch("tokenizer")[0]
-            / seconds,
-        }
+        batch_size = experiment.tokenizer.train.resolved_batch("tokenizer")[0]
+        times |= {"minutes": seconds / 60, "training_rate": steps * batch_size / seconds}
+    atomic_write_text(row / _TIMES, json.dumps(times) + "\n")
     return metrics
 
 
@@ -246,15 +249,16 @@ def _reconstructed(
 
 
 def write_report(comparison: Comparison) -> None:
-    """Writes `comparison.md`, `comparison.json` and two images: the variants in their order, then
-    other rows in the folder. Rows that were judged on other data or by another prior, and rows that
-    failed, are named below the table."""
+    """Writes `comparison.md`, `comparison.json`, `times.md`, `times.json` and two images: the
+    variants in their order, then other rows in the folder. Rows that were judged on other data or
+    by another prior, and rows that failed, are named below the table."""
     found = {p.parent.name: read_record(p) for p in sorted(comparison.folder.glob(f"*/{METRICS}"))}
     if not found:
         return
     first = next(iter(comparison.variants.values()))
     base = made_with(first, {"minutes": comparison.minutes})
     every = {}
+    times = {}
     notes = ""
     names = dict.fromkeys([*comparison.variants, *found])
     for name in filter(found.__contains__, names):
@@ -265,38 +269,50 @@ def write_report(comparison: Comparison) -> None:
                 f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"
             )
         else:
-            every[name] = found[name]["metrics"]
+            # Earlier versions kept times among the metrics.
+            row = comparison.folder / name / _TIMES
+            known = read_record(row) if row.is_file() else found[name]["metrics"]
+            times[name] = {key: known[key] for key in TIME_COLUMNS if key in known}
+            metrics = found[name]["metrics"].items()
+            every[name] = {key: value for key, value in metrics if key not in TIME_COLUMNS}
             if "failed" in every[name]:
                 notes += (
                     f"\n{name} failed: {every[name]['failed']} (to try it again, remove "
                     f"{comparison.folder / name})\n"
                 )
     atomic_write_text(comparison.folder / "comparison.json", json.dumps(every, indent=2) + "\n")
-    metrics = {name: row for name, row in every.items() if "failed" not in row}
-    atomic_write_text(comparison.folder / "comparison.md", table(metrics) + notes)
-    if not metrics:
+    judged = {name: row for name, row in every.items() if "failed" not in row}
+    atomic_write_text(comparison.folder / "comparison.md", table(judged) + notes)
+    atomic_write_text(comparison.folder / _TIMES, json.dumps(times, indent=2) + "\n")
+    timed = {name: times[name] for name in judged}
+    atomic_write_text(comparison.folder / "times.md", table(timed, TIME_COLUMNS))
+    if not judged:
         return
     shown = [
         np.load(comparison.folder / name / "reconstructions.npy", allow_pickle=False)
-        for name in metrics
+        for name in judged
     ]
     _, held_out = sources_of(first.data, first.folder, first.process_timeout)
     true = held_out.images(range(len(shown[0])))
     alike = [row for row in shown if row.shape == true.shape]  # others may be of another comparison
     grid = make_grid([image for row in [true, *alike] for image in row], columns=len(true))
-    grid_image(grid).save(comparison.folder / "reconstructions.png")
-    _plot(metrics, comparison.folder / "comparison.png")
+    atomic_write_png(comparison.folder / "reconstructions.png", grid_image(grid))
+    _plot(judged, comparison.folder / "comparison.png")
 
 
-def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown, one tokenizer per row."""
+def table(metrics: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] = COLUMNS) -> str:
+    """Markdown, one tokenizer per row.
+
+    Args:
+        columns: title of each column, by the name of what it shows.
+    """
     lines = [
-        "| tokenizer | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| tokenizer | " + " | ".join(columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in metrics.items():
         lines.append(
-            f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in COLUMNS) + " |"
+            f"| {name} | " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |"
         )
     return "\n".join(lines) + "\n"
 
@@ -327,4 +343,5 @@ def _plot(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
         ylabel="PSNR of reconstructions, dB (held-out)",
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)

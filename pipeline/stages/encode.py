@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -34,7 +35,7 @@ from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import prefetch
 from pipeline.data.source import ImageBatch, Source, Split, check_splits
 from pipeline.data.worker_info import WorkerInfo
-from pipeline.runtime.atomic_io import atomic_write_text, check_output_dir
+from pipeline.runtime.atomic_io import WriteError, atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
@@ -87,9 +88,11 @@ def encode_dataset(
     pending = _pending_shards(folder, names, known, accelerator)
     has_manifest = (folder / codes.MANIFEST).is_file()
     if has_manifest and not pending:
+        if accelerator.is_main_process:  # a kill may have come before
+            with suppress(OSError):  # where nothing can be written, nothing is removed
+                codes.remove_progress(folder, names)
         return folder
     if accelerator.is_main_process and not has_manifest:
-        folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / codes.PLAN, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()
     _report(sources, plan)
@@ -162,15 +165,20 @@ def _write_shards(
         disable=not (shards and distributed_state().is_main_process and shows_progress()),
         seconds_after=seconds_after,
     ) as bar:
-        for name, unit in shards.items():
-            with free_threads():
-                shard = write_shard(
-                    folder / name,
-                    encode(unit, views, bar),
-                    codes=views * codes_per_view,
-                    kind=kind_of(plan["levels"]),
-                )
-            codes.mark_shard_done(folder, shard)
+        for number, (name, unit) in enumerate(shards.items()):
+            try:
+                with free_threads():
+                    shard = write_shard(
+                        folder / name,
+                        encode(unit, views, bar),
+                        codes=views * codes_per_view,
+                        kind=kind_of(plan["levels"]),
+                    )
+                codes.mark_shard_done(folder, shard)
+            except WriteError as error:
+                raise WriteError(
+                    f"{error}; {number} of {len(shards)} shards of {split} are complete in {folder}"
+                ) from error
 
 
 def encode_for_export(
@@ -393,7 +401,7 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     if changes:
         raise ValueError(
             f"{what} made with something else ({'; '.join(changes)}); go back to that to keep "
-            "them, give these another name or --out folder, or remove that folder and run "
+            "them, give this run or its --out folder another name, or remove that folder and run "
             "`minidalle encode` again"
         )
 

@@ -30,7 +30,7 @@ from pipeline.config.inheritance import Stage, read_model_config, stage_folder
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
-from pipeline.runtime.atomic_io import atomic_write_dir, disk_errors
+from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
 from stage1_tokenizer.config import ImageSize
@@ -165,8 +165,7 @@ class LoRAAdapter:
             (beside / "README.md").unlink(missing_ok=True)  # an empty model card
 
         if accelerator.is_main_process:
-            with disk_errors():
-                atomic_write_dir(folder / _ADAPTER, write)
+            atomic_write_dir(folder / _ADAPTER, write)
         prior = self._model.merge_and_unload()
         prior.requires_grad_(True)
 

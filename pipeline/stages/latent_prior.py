@@ -20,8 +20,14 @@ from pipeline.data.source import Source
 from pipeline.data.tags import varied_tags
 from pipeline.inference.bundle import attach_encoder
 from pipeline.inference.latent_pipeline import LatentPipeline
+from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
-from pipeline.stages.captions import SourceCaptions, text_tokenizer, training_ids
+from pipeline.stages.captions import (
+    SourceCaptions,
+    saved_text_tokenizer,
+    text_tokenizer,
+    training_ids,
+)
 from pipeline.stages.encode import sources_of
 from pipeline.stages.manifest import LATENT_PRIOR, StageRun, load_complete
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
@@ -68,6 +74,9 @@ def train_latent_prior(experiment: Experiment) -> Path:
         num_images=[source.num_images for source in loaded],
     )
     if run.is_complete():
+        if saved_text_tokenizer(experiment) is None:
+            accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+            text_tokenizer(experiment, _captions(experiment, sources), accelerator)
         return run.folder
     accelerator = run.begin()
     training = latent_prior_training(experiment, accelerator, tokenizer, sources)
@@ -88,13 +97,17 @@ def latent_prior_training(
 ) -> LatentPriorTraining:
     """A new prior of this tokenizer's latents and its captions' tokenizer, which is saved, on the
     accelerator's device."""
-    # An unconditional prior reads no caption: its bundle has a vocabulary of bytes.
-    limit = CAPTIONS if experiment.prior.latent.context_features else 0
-    captions = {split: SourceCaptions(source, limit) for split, source in sources.items()}
-    text = text_tokenizer(experiment, captions, accelerator)
+    text = text_tokenizer(experiment, _captions(experiment, sources), accelerator)
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
     prior = _build_prior(experiment, tokenizer, text, sources["train"])
     return LatentPriorTraining(experiment, accelerator, sources, tokenizer, prior, text)
+
+
+def _captions(experiment: Experiment, sources: dict[str, Source]) -> dict[str, SourceCaptions]:
+    """What the text tokenizer learns from, by split. An unconditional prior reads no caption: its
+    bundle has a vocabulary of bytes."""
+    limit = CAPTIONS if experiment.prior.latent.context_features else 0
+    return {split: SourceCaptions(source, limit) for split, source in sources.items()}
 
 
 def refuse_streams(experiment: Experiment) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ from pipeline.config.experiment import Experiment, flat, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.atomic_io import atomic_write_text, disk_errors
+from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_files, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.log import hidden_progress_bars, on_main_process
@@ -50,6 +52,8 @@ LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with and, once it is done, its metrics."""
+_BACKUP = "settings.backup.json"
+"""In a stage's folder: the same, from which a damaged or missing `_SETTINGS` is restored."""
 
 
 @dataclass
@@ -108,8 +112,8 @@ class StageRun:
             if checkpoint:
                 raise ValueError(
                     f"{self.folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that "
-                    "says what it was made with; put that file back, or "
-                    f"remove {self.folder} to start over"
+                    "says what it was made with; put that file back, choose another name for this "
+                    f"run (--name), or remove {self.folder} to start over"
                 )
             return False
         defaults = to_dict(type(getattr(self.experiment, self.stage))())
@@ -200,7 +204,6 @@ class StageRun:
         if self.accelerator.is_main_process:
             import yaml
 
-            experiment.folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(
                 experiment.folder / "experiment.yaml",
                 yaml.safe_dump(to_dict(experiment), sort_keys=False),
@@ -257,12 +260,12 @@ class StageRun:
                 folder.
         """
         if self.accelerator.is_main_process:
-            with disk_errors(), hidden_progress_bars():
-                _remove_irregular(self.folder)
-                model.to("cpu").save_pretrained(self.folder)
+            with hidden_progress_bars():
+                atomic_write_files(self.folder, model.to("cpu").save_pretrained)
                 if latent_prior is not None:
-                    _remove_irregular(self.folder / LATENT_PRIOR)
-                    latent_prior.to("cpu").save_pretrained(self.folder / LATENT_PRIOR)
+                    atomic_write_dir(
+                        self.folder / LATENT_PRIOR, latent_prior.to("cpu").save_pretrained
+                    )
         self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
         # `end_training` would also end the process group, which the next stage needs.
         for tracker in self.accelerator.trackers:
@@ -271,9 +274,9 @@ class StageRun:
 
     def _record(self, **metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             content = {"format": FORMAT, "settings": self.settings, **metrics}
-            atomic_write_text(self.folder / _SETTINGS, json.dumps(content, indent=2) + "\n")
+            for name in (_SETTINGS, _BACKUP):
+                atomic_write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
 
@@ -306,14 +309,6 @@ def sources_in(data: Mapping[str, Any]) -> list[str]:
     """The sources that `data_settings` name."""
     parts = data.get("mix") or [data]
     return [str(part.get("source", "unknown")) for part in parts]
-
-
-def _remove_irregular(folder: Path) -> None:
-    """Removes links and pipes where a model's files go: writing would follow them."""
-    for name in ("config.json", "model.safetensors"):
-        path = folder / name
-        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
-            path.unlink()
 
 
 def require_complete(folder: Path, command: str) -> Path:
@@ -361,17 +356,32 @@ def encode_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings file of a stage; None where there is none.
+    """The settings file of a stage; None where there is none. A damaged or missing one is restored
+    from its backup.
 
     Raises:
-        ValueError: the file is truncated, or has a format that this version does not read.
+        ValueError: the file is truncated and has no backup, or has a format that this version does
+            not read.
     """
     path = folder / _SETTINGS
-    if not path.is_file():
-        return None
-    content = read_json(
-        path, f"put it back from a copy, or remove {folder} to start over", "settings.train.steps"
+    backup = folder / _BACKUP
+    remedy = (
+        f"put it back from a copy, choose another name for this run (--name), or remove {folder} "
+        "to start over"
     )
+    if not path.is_file() and not backup.is_file():
+        return None
+    try:
+        content = read_json(path, remedy, "settings.train.steps")
+    except (ValueError, OSError) as error:
+        if not backup.is_file():
+            raise
+        content = read_json(backup, remedy, "settings.train.steps")
+        _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
+        if os.environ.get("RANK", "0") == "0":
+            # Where nothing can be written, the backup is read again next time.
+            with suppress(OSError):
+                atomic_write_text(path, json.dumps(content, indent=2) + "\n")
     check_format(content.get("format"), folder)
     return content
 

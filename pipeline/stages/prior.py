@@ -17,8 +17,9 @@ from pipeline.data.codes.dataset import CodesDataset, check_tokenizer
 from pipeline.data.sampler import BatchSampler
 from pipeline.data.tags import varied_tags
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
-from pipeline.stages.captions import text_tokenizer, training_ids
+from pipeline.stages.captions import saved_text_tokenizer, text_tokenizer, training_ids
 from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
 from pipeline.stages.latent_prior import (
@@ -56,6 +57,9 @@ def train_prior(experiment: Experiment) -> Path:
     inputs = _inputs(experiment, codes["train"].manifest, origin)
     run = StageRun(experiment, "prior", section.train, inputs)
     if run.is_complete():
+        if saved_text_tokenizer(experiment) is None:
+            accelerator = make_accelerator(experiment.folder, [], experiment.process_timeout)
+            text_tokenizer(experiment, codes, accelerator, origin)
         return run.folder
     accelerator = run.begin()
     text = text_tokenizer(experiment, codes, accelerator, origin)

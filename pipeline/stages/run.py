@@ -21,12 +21,7 @@ from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
-from pipeline.stages.manifest import (
-    init_from_fingerprint,
-    load_complete,
-    read_settings,
-    require_complete,
-)
+from pipeline.stages.manifest import init_from_fingerprint, load_complete, read_settings
 from pipeline.stages.preflight import check_run
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
@@ -46,7 +41,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     )
     kind = ImagePrior if has_codes else LatentPriorModel
     prior = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
-    text = TextTokenizer.load(require_complete(folder / "text_tokenizer", "train-prior"))
+    text = load_complete(TextTokenizer.load, folder / "text_tokenizer", "train-prior")
     trained_on = {
         "experiment": experiment.name,
         "data": to_dict(experiment.data),

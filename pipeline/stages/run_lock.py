@@ -23,6 +23,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.json_file import read_json
+from pipeline.runtime.atomic_io import write_errors
 from pipeline.runtime.log import on_main_process
 
 _log = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ def _acquire(lock: BaseFileLock) -> str | None:
             Path(lock.lock_file).unlink(missing_ok=True)
         # A finished run can be read where nothing can be written; an error of a write says more.
         elif error.errno not in _NOT_WRITABLE:
-            raise
+            with write_errors(folder):
+                raise
     return None
 
 

@@ -17,7 +17,7 @@ from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.sampler import MapBatchLoader
 from pipeline.data.source import Source
 from pipeline.data.streaming.feed import StreamBatchLoader, batch_loader
-from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.atomic_io import atomic_write_png
 from pipeline.runtime.image_grid import bars, grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.encode import sources_of
@@ -175,7 +175,4 @@ def _report(source: Source) -> None:
 
 def save_sample(run_dir: Path, name: str, grid: np.ndarray) -> None:
     """Writes a grid of images (H,W,3) to `RUN/samples/NAME.png`."""
-    folder = run_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / f"{name}.png") as beside:
-        grid_image(grid).save(beside, "PNG")
+    atomic_write_png(run_dir / "samples" / f"{name}.png", grid_image(grid))

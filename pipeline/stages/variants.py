@@ -216,7 +216,6 @@ def write_plan(
     experiment: Experiment, options: Mapping[str, object], plan: Mapping[str, Any]
 ) -> None:
     """Writes what was chosen for a variant, and its settings, into its folder."""
-    experiment.folder.mkdir(parents=True, exist_ok=True)
     written = {**plan, "made_with": made_with(experiment, options)}
     atomic_write_text(experiment.folder / _PLAN, json.dumps(written))
 
@@ -225,7 +224,6 @@ def write_record(
     experiment: Experiment, options: Mapping[str, object], metrics: Mapping[str, Any]
 ) -> None:
     """Writes a variant's metrics and settings into its folder, which marks it as done."""
-    experiment.folder.mkdir(parents=True, exist_ok=True)
     content = {"metrics": metrics, "made_with": made_with(experiment, options)}
     atomic_write_text(experiment.folder / METRICS, json.dumps(content, indent=2) + "\n")
 

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from pipeline.config.train import TrainConfig
-from pipeline.runtime.atomic_io import clean_partial_writes
+from pipeline.runtime.atomic_io import clean_partial_writes, write_errors
 from pipeline.runtime.distributed import broadcast_from_main, is_peer_failure
 from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.progress import ProgressBar
@@ -305,10 +305,9 @@ class Trainer:
         if skipped >= self.config.max_nonfinite_steps:
             after = f"{skipped} such steps were skipped before; " if skipped else ""
             raise FloatingPointError(
-                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}lower the "
-                "learning rate, and start again under another name "
-                "(--name) or without this run's folder; or continue and skip a few such "
-                f"steps: {self.label}.train.max_nonfinite_steps"
+                f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}continue "
+                f"and skip a few such steps ({self.label}.train.max_nonfinite_steps), or lower the "
+                "learning rate and start again under another name (--name)"
             )
         self.buffers.restore()
         self.state.skipped += 1
@@ -357,25 +356,26 @@ class Trainer:
             state.best.update(metrics)
             saved = self.model.checkpoint_state()
         if accelerator.is_main_process:
-            accelerator.log(
-                {f"{self.label}/held_out/{name}": value for name, value in metrics.items()},
-                step=state.step,
-            )
+            self.track({f"held_out/{name}": value for name, value in metrics.items()})
             self.log_images(images)
         with self.main_process_io():
             if better and accelerator.is_main_process:
                 save_checkpoint(self.best, state, replace(saved, optimizers={}), keep=1)
         return metrics
 
+    def track(self, metrics: Mapping[str, float]) -> None:
+        """Gives metrics of the last step to the trackers."""
+        named = {f"{self.label}/{name}": value for name, value in metrics.items()}
+        with write_errors(Path(self.accelerator.logging_dir or ".")):
+            self.accelerator.log(named, step=self.state.step)
+
     def log_images(self, images: Mapping[str, np.ndarray]) -> None:
+        named = {f"{self.label}/{name}": image[None] for name, image in images.items()}
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(
-                    {f"{self.label}/{name}": image[None] for name, image in images.items()},
-                    step=self.state.step,
-                    **layout,
-                )
+                with write_errors(Path(self.accelerator.logging_dir)):
+                    tracker.log_images(named, step=self.state.step, **layout)
 
     def save_checkpoint(self) -> None:
         saved = self.model.checkpoint_state()
@@ -467,8 +467,8 @@ class _Log:
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Logs the means over all processes, and the warnings of the checks."""
         trainer = self.trainer
-        accelerator = trainer.accelerator
-        scalars = mean_over_ranks(self.scalars, accelerator.num_processes) | self.recent.metrics()
+        processes = trainer.accelerator.num_processes
+        scalars = mean_over_ranks(self.scalars, processes) | self.recent.metrics()
         if trainer.config.max_nonfinite_steps:
             scalars["skipped_steps"] = float(trainer.state.skipped)
         self.recent.restart()
@@ -478,9 +478,7 @@ class _Log:
                 trainer.warn(warning)
             self.warned[i] = warning is not None
         self.bar.set_postfix_str(format_metrics(scalars, metrics), refresh=False)
-        accelerator.log(
-            {f"{trainer.label}/{name}": value for name, value in scalars.items()}, step=done
-        )
+        trainer.track(scalars)
 
     def summarize(self) -> None:
         if self.overall.steps:

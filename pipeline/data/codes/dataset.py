@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.config.json_file import read_json
 from pipeline.data.codes.shards import OpenShard, Shard, verify_shard
-from pipeline.runtime.atomic_io import atomic_write_text
+from pipeline.runtime.atomic_io import atomic_write_text, clean_partial_writes
 
 MANIFEST = "codes.json"
 PLAN = "plan.json"
@@ -241,10 +241,19 @@ def write_manifest(
     atomic_write_text(
         folder / MANIFEST, json.dumps({**plan, "rows": rows, "files": files}, indent=2) + "\n"
     )
-    for of_split in shards.values():
-        for shard in of_split:
-            (folder / shard.name).with_suffix(".json").unlink(missing_ok=True)
+    remove_progress(folder, (shard.name for of_split in shards.values() for shard in of_split))
+
+
+def remove_progress(folder: Path, names: Iterable[str]) -> None:
+    """Removes what only an unfinished folder needs, also after a kill.
+
+    Args:
+        names: those of its shards.
+    """
+    for name in names:
+        (folder / name).with_suffix(".json").unlink(missing_ok=True)
     (folder / PLAN).unlink(missing_ok=True)
+    clean_partial_writes(folder)
 
 
 def check_form(manifest: dict[str, Any], folder: Path) -> None:

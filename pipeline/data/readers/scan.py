@@ -284,7 +284,6 @@ def _read(path: Path) -> ScanResult | None:
 
 
 def _write(path: Path, found: ScanResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(vars(found))
     with (
         atomic_write(path) as beside,

@@ -62,7 +62,6 @@ class ShardLengthCache:
                 return
             self._known[key] = count
             if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(self._path, json.dumps(self._known))
 
 

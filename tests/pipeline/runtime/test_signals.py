@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.cli.main import main
-from pipeline.runtime.signals import TrainingInterrupted, catch_signals, sigterm_raises
+from pipeline.runtime.signals import TrainingInterrupted, catch_signals, interrupts_raise
 from pipeline.stages import encode
 from pipeline.training import trainer
 from pipeline.training.checkpoint import newest_checkpoint
@@ -21,7 +24,13 @@ from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
 
-SIGNALS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
+ROOT = Path(__file__).parents[3]
+
+SIGNALS = {
+    signal.SIGINT: ("Ctrl-C", 130),
+    signal.SIGTERM: ("SIGTERM", 143),
+    signal.SIGHUP: ("SIGHUP", 129),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +121,7 @@ def test_signal_handlers_are_always_restored():
         send(signal.SIGTERM)
         assert caught.number == signal.SIGTERM
         raise RuntimeError
-    with pytest.raises(TrainingInterrupted), sigterm_raises():
+    with pytest.raises(TrainingInterrupted), interrupts_raise(str):
         send(signal.SIGTERM)
     assert handlers() == before
 
@@ -180,3 +189,81 @@ def test_signals_outside_training_exit_with_one_line(finished_run, tmp_path, mon
         )
         assert capsys.readouterr().err == f"minidalle generate: stopped by {name}\n"
     assert handlers() == before and not Path(tmp_path / "codes").exists()
+
+
+def test_an_ignored_sighup_stays_ignored():
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts_raise(str), catch_signals() as caught:
+            send(signal.SIGHUP)
+        assert caught.number == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_sighup_does_not_interrupt_the_clean_up(tmp_path):
+    """The kernel sends one and the shell another."""
+    with pytest.raises(TrainingInterrupted), interrupts_raise(str):
+        try:
+            send(signal.SIGHUP)
+        finally:
+            send(signal.SIGHUP)
+            (tmp_path / "done").touch()
+    assert (tmp_path / "done").exists()
+
+
+def test_a_signal_is_said_where_the_terminal_is_gone(tmp_path):
+    """Its lines are lost, and the step is saved all the same."""
+    stderr = os.dup(2)
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+    try:
+        with pytest.raises(TrainingInterrupted, match="after step 6 of 9"):
+            train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGHUP))
+    finally:
+        os.dup2(stderr, 2)
+        os.close(write)
+        os.close(stderr)
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-6"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_imports_ends_with_one_line(number):
+    """Modules may turn an exception into an error of their own, or lose it, as here."""
+    done = _python(
+        SENDS.format(module="pipeline.inference.generate", number=number.value)
+        + "from pipeline.cli import main\n"
+        "sys.exit(main(['generate', '--bundle', 'x', 'a red heart']))"
+    )
+    name, status = SIGNALS[number]
+    assert (done.returncode, done.stderr) == (status, f"minidalle generate: stopped by {name}\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_with_one_line():
+    script = SENDS.format(module="pipeline.cli.commands", number=2) + "import pipeline.cli"
+    done = _python(script)
+    assert (done.returncode, done.stderr) == (130, "minidalle: stopped by Ctrl-C\n")
+
+
+SENDS = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Sends:
+    def find_spec(self, name, *_):
+        try:
+            if name == "{module}":
+                signal.raise_signal({number})
+        except BaseException:
+            pass
+sys.meta_path.insert(0, Sends())
+"""
+
+
+def _python(script: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )

@@ -370,3 +370,17 @@ def test_text_tokenizer_learns_from_evenly_spread_captions(uninterrupted, monkey
     assert np.array_equal(
         [len(b) for b in captions.caption_batches(codes, 99)], [len(b) for b in batches]
     )
+
+
+def test_a_kill_after_the_manifest_leaves_nothing_behind(finished_run, tmp_path):
+    """Its command runs again, and removes what only unfinished codes need."""
+    config, original = finished_run
+    folder = tmp_path / original.name
+    for part in ("tokenizer", "codes"):
+        shutil.copytree(original / part, folder / part)
+    before = sorted(path.name for path in (folder / "codes").iterdir())
+    shard = next((folder / "codes").glob("*.arrow"))
+    for name in ("plan.json", f"{shard.stem}.json", f".{shard.name}.writing"):
+        (folder / "codes" / name).write_text("{}")
+    assert main(["encode", "--config", str(config), "--output-dir", str(tmp_path)]) == 0
+    assert sorted(path.name for path in (folder / "codes").iterdir()) == before

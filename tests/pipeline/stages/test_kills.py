@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[3]
 def test_killed_runs_end_bit_identical():
     """Before random steps and file operations, by SIGKILL; more of them by `python -m
     benchmarks.kills`."""
-    options = ["--kills", "4", "--kills_a_run", "2", "--kinds", "step", "file", "--steps", "10"]
+    options = [
+        "--kills",
+        "4",
+        "--kills_a_run",
+        "2",
+        "--kinds",
+        "step",
+        "file",
+        "--steps",
+        "10",
+        "--commands",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.kills", *options],
