@@ -197,7 +197,9 @@ class StreamSource(Source):
                 yield sample
 
     def _sample(self, name: str, row: Record) -> Sample | None:
-        record = {key: self._named(key, value) for key, value in row.items() if key != self._image}
+        record: Record = {
+            key: self._named(key, value) for key, value in row.items() if key != self._image
+        }
         for value in list(record.values()):
             if isinstance(value, dict):
                 record = value | record
