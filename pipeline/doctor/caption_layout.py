@@ -26,7 +26,7 @@ _OPEN = frozenset(
 
 
 def understood(opened: Opened, captions: Captions | None) -> list[tuple[str, str]]:
-    """Names and values: which table, which columns, how many captions an image has."""
+    """Names and values: which table, which columns, captions per image."""
     facts = list(opened.rows.facts)
     config = opened.config
     if captions is None or config.source in SYNTHETIC_SOURCES:

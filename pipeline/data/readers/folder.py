@@ -266,8 +266,12 @@ def of_path(image: str) -> Record:
 
 def _file_of(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of these files that a folder has, in any letter case."""
-    present = {entry.name.lower(): entry for entry in os.scandir(folder) if entry.is_file()}
-    return next((Path(present[name].path) for name in names if name in present), None)
+    try:
+        present = {name.lower(): folder / name for name in os.listdir(folder)}
+    except OSError:  # it cannot be read, which is counted
+        return None
+    files = (present[name] for name in names if name in present)
+    return next((file for file in files if is_file(file)), None)
 
 
 def _texts_in(folder: Path) -> str:

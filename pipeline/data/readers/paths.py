@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Container, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -218,11 +219,12 @@ def _usual_folders(table: Path) -> list[Path]:
 def _subfolders(folder: Path) -> dict[str, Path]:
     """Folded name -> folder, the first ones in order of their names."""
     try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        entries = sorted(os.listdir(folder))
     except OSError:
         return {}
-    shown = [name for name in entries if not name.startswith(".")][:_SUBFOLDERS]
-    return {folded(name): folder / name for name in shown}
+    shown = (name for name in entries if not name.startswith("."))
+    inside = (name for name in shown if os.path.isdir(folder / name))
+    return {folded(name): folder / name for name in islice(inside, _SUBFOLDERS)}
 
 
 def _has_any(folder: Path, names: Sequence[str]) -> bool:

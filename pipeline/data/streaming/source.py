@@ -262,7 +262,7 @@ class StreamSource(Source):
 
     def _sample(self, raw: RawSample, held_out: bool) -> Sample | None:
         name = raw.name
-        record = dict(raw.record)
+        record: Record = dict(raw.record)
         for value in list(record.values()):
             if isinstance(value, dict):
                 record = value | record

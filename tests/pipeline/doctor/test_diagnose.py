@@ -162,15 +162,15 @@ def test_missing_column_fails_and_images_are_still_inspected(folder):
     for text in folder.glob("*.txt"):
         text.unlink()
     (folder / "metadata.csv").write_text(
-        "file_name,caption\n" + "".join(f"{n:02}.png,{caption(n)}\n" for n in range(40))
+        "file_name,title\n" + "".join(f"{n:02}.png,{caption(n)}\n" for n in range(40))
     )
     found = diagnose(config(folder))
-    assert said(found, "fails") == training_says(
-        config(folder)
-    ) and "did you mean 'caption'" in said(found, "fails")
+    assert said(found, "fails") == training_says(config(folder)) and "did you mean 'title'" in said(
+        found, "fails"
+    )
     assert found.sources[0].readable == 40 and found.sources[0].shorter_side.median == 64
     assert found.captions is None and found.suggestion is None
-    assert not diagnose(config(folder, text_column="caption")).fails
+    assert not diagnose(config(folder, text_column="title")).fails
 
 
 def test_no_captions_is_a_failure(folder):

@@ -82,9 +82,9 @@ def test_the_delimiter_that_is_set_is_used(images, written):
 
 
 def test_a_header_with_several_possible_delimiters_is_refused(images):
-    (images / "t.csv").write_text("picture_file|alt;text\na.png|x;y\n")
+    (images / "t.csv").write_text("photo_file|alt;text\na.png|x;y\n")
     message = (
-        "may separate its columns by semicolon or bar (picture_file|alt;text); set data.delimiter"
+        "may separate its columns by semicolon or bar (photo_file|alt;text); set data.delimiter"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         load_source(config(images / "t.csv"), "train")
