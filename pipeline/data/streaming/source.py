@@ -89,6 +89,11 @@ class StreamSource(Source):
         self.num_shards = opened.train.num_shards
         self.layout = opened.train.layout
         self.note = opened.note
+        if config.held_out_source is not None:
+            self.note = (
+                f"splits by data.held_out_source: held out is {config.held_out_source}, and not "
+                "data.val_fraction"
+            )
         try:
             self._reader = CaptionReader(self.name, opened.train.columns, config)
         except ValueError as error:
