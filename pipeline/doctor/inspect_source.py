@@ -218,7 +218,7 @@ def _report(
 def _splits(rows: Rows, config: DataConfig) -> str:
     """What is held out and why, in words."""
     if rows.note or rows.held_out is not None:
-        return rows.note
+        return rows.note.removeprefix("splits ")
     return f"none named; held out are {config.val_fraction:g} of the images by a hash of names"
 
 

@@ -126,7 +126,7 @@ def parquet_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
     refuse_pointers(files)
 
     def read(own: list[Path]) -> HubRows:
-        layout = f"{len(own)} files of {own[0].suffix}"
+        layout = f"{len(own)} {own[0].suffix} files"
         rows = load_files(config.source, own)
         return HubRows(config.source, rows, config.image_column, own[0].parent, layout)
 

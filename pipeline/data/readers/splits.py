@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
@@ -197,7 +197,13 @@ class SplitRows(Rows):
 
     held_out: np.ndarray
 
-    def __init__(self, name: str, parts: Sequence[Part], named_by: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        named_by: str,
+        called: Mapping[SplitName, str] | None = None,
+    ) -> None:
         self.name = name
         self.tally = SkipCounter()
         self.columns = list(dict.fromkeys(c for part in parts for c in part.rows.columns))
@@ -219,7 +225,7 @@ class SplitRows(Rows):
                 held_out.append(np.array([of_rows[row] == "held_out" for row in kept], bool))
         self._ends = np.cumsum([len(kept) for kept in self._kept])
         self.held_out = np.concatenate(held_out)
-        self.note = _note(counts, of_split, named_by)
+        self.note = _note(counts, of_split, named_by, called or {})
         self.layout = " and ".join(dict.fromkeys(part.rows.layout for part in parts))
         self.facts = parts[0].rows.facts
         stamps = [part.rows.stamp for part in self._parts]
@@ -258,12 +264,19 @@ class SplitRows(Rows):
         return self._parts[number], int(self._kept[number][row - first])
 
 
-def _note(counts: Counter[SplitName], of_split: dict[SplitName, Role], named_by: str) -> str:
+def _note(
+    counts: Counter[SplitName],
+    of_split: dict[SplitName, Role],
+    named_by: str,
+    called: Mapping[SplitName, str],
+) -> str:
     """What is held out and why, in words."""
 
     def of(role: Role) -> str:
         each = [name for name in _ORDER if of_split.get(name) == role]
-        return " and ".join(f"{counts[name]:,} of {name or 'no split'}" for name in each)
+        return " and ".join(
+            f"{counts[name]:,} of {called.get(name, name or 'no split')}" for name in each
+        )
 
     left_out = of("left_out")
     return (
@@ -369,4 +382,10 @@ def with_held_out_source(rows: Rows, second: Rows, config: DataConfig) -> SplitR
         first = Part(rows, own)
     else:
         first = Part(rows, "train")
-    return SplitRows(rows.name, [first, Part(second, "validation")], "data.held_out_source")
+    called: dict[SplitName, str] = {
+        "train": rows.name,
+        "validation": second.name,
+        "test": "its own held-out split",
+    }
+    parts = [first, Part(second, "validation")]
+    return SplitRows(rows.name, parts, "data.held_out_source", called)

@@ -92,6 +92,11 @@ class StreamSource(Source):
         self.num_shards = opened.train.num_shards
         self.layout = opened.train.layout
         self.note = opened.note
+        if config.held_out_source is not None:
+            self.note = (
+                f"splits by data.held_out_source: held out is {config.held_out_source}, and not "
+                "data.val_fraction"
+            )
         self._reader = self._caption_reader()
         self._column = self._split_column()
         settings = data_settings(asdict(config))

@@ -34,7 +34,7 @@ def test_folders_of_splits_are_named(tmp_path):
     found = facts(tmp_path)
     assert found["columns"] == "folder, name, text, colour"
     assert found["splits"] == (
-        "splits by names of folders: held out are 3 of test, and not data.val_fraction; trained "
+        "by names of folders: held out are 3 of test, and not data.val_fraction; trained "
         "on are 10 of train"
     )
     assert "13 usable (10 to train on, 3 held out)" in found["images"]
@@ -55,7 +55,7 @@ def test_a_second_source_is_named_and_its_copies_are_reported(tmp_path):
     write_split(tmp_path / "all", 0, 10)
     write_split(tmp_path / "mine", 8, 3)
     found = facts(tmp_path / "all", held_out_source=str(tmp_path / "mine"))
-    assert found["splits"].startswith("splits by data.held_out_source: held out are 3 of")
+    assert found["splits"].startswith("by data.held_out_source: held out are 3 of")
     assert "(8 to train on, 3 held out)" in found["images"]
 
 

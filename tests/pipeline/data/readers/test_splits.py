@@ -276,6 +276,8 @@ def test_a_second_source_is_the_held_out_split(tmp_path, streaming):
     assert captions(held_out) == numbers(100, 4)
     found = {s.captions[0] for s in train.samples(0)} if streaming else captions(train)
     assert found == numbers(0, 12)
+    assert train.problems[0].startswith("splits by data.held_out_source: held out")
+    assert str(tmp_path / "mine") in train.problems[0]
 
 
 def test_held_out_images_inside_the_source_are_not_trained_on(tmp_path):
