@@ -9,7 +9,7 @@ from pipeline.config.checks import out_of_range, problems, refuse
 
 MAX_PIXELS = 64_000_000
 """Most pixels of an image that is decoded, by default. A small file can declare many more."""
-ValueRange = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
+RangeSetting = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
 """`data.value_range`."""
 SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
@@ -42,7 +42,7 @@ class MixPart:
     """As `data.text_column`."""
     caption_template: str | None = None
     """As `data.caption_template`."""
-    value_range: ValueRange | None = None
+    value_range: RangeSetting | None = None
     """As `data.value_range`."""
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class DataConfig:
     """Several sources in place of `source`, mixed by weight."""
     image_size: int = 64
     """Height and width of an image, in pixels; larger ones are cropped and shrunk."""
-    value_range: ValueRange = "auto"
+    value_range: RangeSetting = "auto"
     """The values shown black and white of images with more than 8 bits per value: a number of bits,
     or both values, such as [0, 1] or [-1024, 3071]. `auto` takes what the values of the whole
     source leave no doubt of, and asks otherwise. Images of 8 bits are taken as they are."""
