@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
 
-MAX_PIXELS = 64_000_000
-"""Most pixels of an image that is decoded, by default. A small file can declare many more."""
 RangeSetting = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
 """`data.value_range`."""
 SYNTHETIC_SOURCES = ("shapes", "emoji")
@@ -163,7 +161,7 @@ class DataConfig:
     """The values shown black and white of images with more than 8 bits per value: a number of bits,
     or both values, such as [0, 1] or [-1024, 3071]. `auto` takes what the values of the whole
     source leave no doubt of, and asks otherwise. Images of 8 bits are taken as they are."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = 64_000_000
     """Width times height above which images are skipped. JPEGs count as large as they are decoded:
     at a half, a quarter or an eighth of their size where that is enough."""
     follow_links: bool = False
@@ -315,6 +313,8 @@ class DataConfig:
         return replace(self, mix=[], streaming=streaming, **own)
 
 
+MAX_PIXELS = DataConfig.max_pixels
+"""Most pixels of an image that is decoded, by default. A small file can declare many more."""
 CHANGES_NO_IMAGE = ("workers", "cache_gb")
 """Fields of `DataConfig` that change how fast images come, and not which."""
 
