@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 from pipeline.config.checks import out_of_range, problems, refuse
 
-MAX_PIXELS = 64_000_000
-"""Most pixels of an image that is decoded, by default. A small file can declare many more."""
-ValueRange = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
+RangeSetting = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
 """`data.value_range`."""
 SYNTHETIC_SOURCES = ("shapes", "emoji")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
@@ -49,7 +47,7 @@ class MixPart:
     """As `data.split_column`."""
     held_out_source: str | None = None
     """As `data.held_out_source`."""
-    value_range: ValueRange | None = None
+    value_range: RangeSetting | None = None
     """As `data.value_range`."""
 
     def __post_init__(self) -> None:
@@ -199,11 +197,11 @@ class DataConfig:
     image_size: int | tuple[int, int] = 64
     """Height and width of an image, in pixels, or `[height, width]` where they differ; larger ones
     are cropped and shrunk."""
-    value_range: ValueRange = "auto"
+    value_range: RangeSetting = "auto"
     """The values shown black and white of images with more than 8 bits per value: a number of bits,
     or both values, such as [0, 1] or [-1024, 3071]. `auto` takes what the values of the whole
     source leave no doubt of, and asks otherwise. Images of 8 bits are taken as they are."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = 64_000_000
     """Width times height above which images are skipped. JPEGs count as large as they are decoded:
     at a half, a quarter or an eighth of their size where that is enough."""
     follow_links: bool = False
@@ -399,6 +397,10 @@ class DataConfig:
             if f.name != "weight" and getattr(part, f.name) is not None
         }
         return replace(self, mix=[], streaming=streaming, **own)
+
+
+MAX_PIXELS = DataConfig.max_pixels
+"""Most pixels of an image that is decoded, by default. A small file can declare many more."""
 
 
 def canonical_size(image_size: int | Sequence[int]) -> int | tuple[int, int]:
