@@ -354,7 +354,7 @@ def test_several_captions_per_image_are_kept(command, tmp_path, monkeypatch, cap
         [f"again\n{table['text'][1]}"],
     ]
     with tarfile.open(tmp_path / "webdataset" / SHARDS[0].replace("arrow", "tar")) as tar:
-        lines = tar.extractfile("000000001.txt").read().decode().split("\n")  # type: ignore[union-attr]
+        lines = tar.extractfile("scene 1.txt").read().decode().split("\n")  # type: ignore[union-attr]
     assert lines == [table["text"][1], f"again {table['text'][1]}"]
 
 
