@@ -130,3 +130,14 @@ def test_parts_of_the_elbo_are_in_fp32_as_the_bits_are(tmp_path, monkeypatch):
     parts = surgery_metrics(pipe.tokenizer, pipe.prior, images, ids, pipe.text.encode([""]))
     assert parts and {name: metrics[name] for name in parts} == pytest.approx(parts, rel=1e-6)
     assert metrics["bits_per_dimension"] > 0
+
+
+@pytest.mark.slow
+def test_evaluating_again_writes_the_same_bytes(finished_run, tmp_path):
+    """What the evaluation took is in a file of its own."""
+    config, folder = finished_run
+    command = ["evaluate", "--config", str(config), "--bundle", str(folder / "bundle")]
+    for name in ("a", "b"):
+        assert main([*command, "--max-images", "10", "--out", str(tmp_path / f"{name}.json")]) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.times.json").read_text())["seconds"] > 0
