@@ -26,6 +26,8 @@ ALLOWED = {
     "pipeline/training/checkpoint.py:_save": "into a folder of atomic_write_dir",
     "pipeline/runtime/atomic_io.py:_sync": "opened to be synced",
     "pipeline/cli/streams.py:_drop": "the null device",
+    "stage1_tokenizer/saving.py:save_pretrained": "as transformers: into a folder of the caller",
+    "stage2_prior/saving.py:save_pretrained": "as transformers: into a folder of the caller",
     "stage2_prior/text.py:save": "into a folder of the caller, as save_pretrained of models",
 }
 """By file and function: why a call that looks like a write is none, or writes whole files."""
@@ -138,7 +140,7 @@ def test_every_file_is_written_under_a_temporary_name():
         "tarfile.open(path, 'w:gz')",
         "os.open(path, os.O_WRONLY | os.O_CREAT)",
         "shutil.copyfile(a, b)",
-        "figure.savefig(path)",
+        "drawing.savefig(path)",
     ],
 )
 def test_a_write_is_seen(line):

@@ -31,9 +31,8 @@ from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
 from pipeline.data.load import load_sources
 from pipeline.data.readers.base import NoCaptions
-from pipeline.data.readers.images import random_shift
 from pipeline.data.sampler import prefetch
-from pipeline.data.source import ImageBatch, Source, Split, check_splits
+from pipeline.data.source import Source, Split, check_splits
 from pipeline.data.worker_info import WorkerInfo
 from pipeline.runtime.atomic_io import WriteError, atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
@@ -41,6 +40,7 @@ from pipeline.runtime.distributed import distributed_state, make_accelerator
 from pipeline.runtime.log import on_main_process, shows_progress
 from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.threads import free_threads
+from pipeline.stages.image_views import image_views
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -464,7 +464,8 @@ def _encoded(
     cropped and mirrored meanwhile."""
     part = source.parts[unit.part]
     batches = part.batches(unit, source.starts[unit.part], experiment.encode.batch_size)
-    for batch, seen in prefetch((batch, _views(batch, views, experiment)) for batch in batches):
+    loaded = ((batch, image_views(batch, views, experiment)) for batch in batches)
+    for batch, seen in prefetch(loaded):
         found = []
         for images in seen:
             pixels = to_model_range(torch.from_numpy(images)).to(tokenizer.device)
@@ -475,27 +476,3 @@ def _encoded(
         if len(source.parts) > 1:
             names = [f"{part.name}: {name}" for name in names]
         yield EncodedRows(np.concatenate(found, axis=1), batch.captions, batch.numbers, names)
-
-
-def _views(batch: ImageBatch, views: int, experiment: Experiment) -> list[np.ndarray]:
-    """Images (B,H,W,3) of each view."""
-    seen = [batch.view(None)]
-    for view in range(1, views):
-        images = seen[0]
-        if experiment.data.varies:
-            images = batch.view([_draw(experiment.seed, row, view) for row in batch.numbers])
-        seen.append(_shifted(images, batch.numbers, view, experiment))
-    return seen
-
-
-def _draw(seed: int, row: int, view: int) -> int:
-    return int(np.random.default_rng([seed, row, view, 1]).integers(2**62))
-
-
-def _shifted(images: np.ndarray, rows: list[int], view: int, experiment: Experiment) -> np.ndarray:
-    options = experiment.encode
-    return (
-        random_shift(images, rows, view, options.shift, experiment.seed, options.flip)
-        if options.shift or options.flip
-        else images
-    )

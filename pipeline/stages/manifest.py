@@ -376,7 +376,10 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     except (ValueError, OSError) as error:
         if not backup.is_file():
             raise
-        content = read_json(backup, remedy, "settings.train.steps")
+        try:
+            content = read_json(backup, remedy, "settings.train.steps")
+        except (ValueError, OSError):
+            raise error from None
         _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
         if os.environ.get("RANK", "0") == "0":
             # Where nothing can be written, the backup is read again next time.

@@ -222,7 +222,7 @@ def _captions_beside(
     for image in images:
         file = _file_beside(finder, image, tally)
         if file is None:
-            tally.add(NO_CAPTION, image)
+            tally.add(*_no_caption(folder, image))
             continue
         try:
             check_link(folder / file, folder, config.follow_links)
@@ -244,6 +244,15 @@ def _captions_beside(
         "first": "the first line counts",
     }
     return named, [("caption files", f"{files} next to the images; {lines[config.caption_lines]}")]
+
+
+def _no_caption(folder: Path, image: str) -> tuple[str, str]:
+    """Why an image has no caption next to it, and what to name."""
+    for ending in CAPTION_ENDINGS:
+        name = PurePosixPath(image).with_suffix(ending)
+        if (folder / name).exists():
+            return NO_FILE, str(name)
+    return NO_CAPTION, image
 
 
 def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | None:

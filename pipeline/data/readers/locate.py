@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.data.readers.base import printable
-from pipeline.data.readers.files import check_regular
 from pipeline.data.readers.images import EXTENSIONS
 
 PARQUET = (".parquet", ".arrow")
@@ -165,10 +164,8 @@ def nearest_here(source: str) -> str | None:
 
 
 def refuse_pointers(files: Sequence[Path]) -> None:
-    """Raises ValueError where a file is what Git LFS leaves of one that it has not fetched, or is
-    no regular file."""
-    for file in files:
-        check_regular(file)
+    """Raises ValueError where a file is what Git LFS leaves of one that it has not fetched."""
+    for file in filter(Path.is_file, files):
         with open(file, "rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise ValueError(

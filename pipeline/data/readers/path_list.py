@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import NoCaptions, SkipCounter, text_of
+from pipeline.data.readers.base import NoCaptions, SkipCounter, printable, text_of
 from pipeline.data.readers.files import MAX_TABLE_BYTES
 from pipeline.data.readers.folder import FileRows, columns_of, of_path, rows_of_paths
 from pipeline.data.readers.paths import FileFinder, ImageNames
+from pipeline.data.readers.tables import MARKS
 
 LIST_SUFFIX = ".txt"
 _TWICE = "paths that are listed several times read once"
-_LOOKED_AT = 20
-"""Lines by which a list of paths is told from a list of captions."""
+_NOT_THERE = "paths that lead to no file left out"
 
 
 def is_path_list(file: Path) -> bool:
-    """Whether a .txt file lists paths: one of its first lines as a whole leads to a file.
+    """Whether a .txt file lists paths, and not captions: its first line has none of the marks that
+    separate a name from its caption, or leads to a file as a whole.
 
     Raises:
-        ValueError: it is no text, or no regular file; or several files match a line.
+        ValueError: it is no text, or no regular file; or several files match the line.
     """
     if file.suffix.lower() != LIST_SUFFIX:
         return False
-    finder = FileFinder(file.parent)
-    first = itertools.islice(_lines(file), _LOOKED_AT)
-    return any("\0" not in line and finder.find(line) is not None for line in first)
+    first = next(iter(_lines(file)), "")
+    if not any(mark in first for mark in MARKS):
+        return True
+    return "\0" not in first and FileFinder(file.parent).find(first) is not None
 
 
 def path_list_rows(file: Path, config: DataConfig, *, require_captions: bool = True) -> FileRows:
@@ -36,17 +37,24 @@ def path_list_rows(file: Path, config: DataConfig, *, require_captions: bool = T
 
     Raises:
         NoCaptions: no image has a caption, and they are required.
-        ValueError: several files match a line.
+        ValueError: the list leads to no image, or several files match a line.
     """
     tally = SkipCounter()
-    names = ImageNames(file, file.parent, tally)
+    names = ImageNames(file, file.parent, tally, missing=_NOT_THERE)
     found: dict[str, None] = {}
-    for number, line in enumerate(_lines(file), start=1):
+    lines = _lines(file)
+    for number, line in enumerate(lines, start=1):
         image = names.find(line, number)
         if image in found:
             tally.add(_TWICE, image)
         elif image is not None:
             found[image] = None
+    if not found:
+        first = f"; the first: {printable(lines[0])}" if lines else ""
+        raise ValueError(
+            f"{file} has {len(lines)} lines and none leads to an image{first}; write one path per "
+            f"line, absolute or relative to {file.parent}"
+        )
     captions_tally = tally if require_captions else SkipCounter()
     named, facts = rows_of_paths(file.parent, list(found), captions_tally, config)
     if not named and require_captions:

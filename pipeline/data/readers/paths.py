@@ -124,15 +124,22 @@ class ImageNames:
         table: for messages.
         root: the folder that names are relative to.
         images: the only files that may be named, as paths relative to `root`; None allows any.
+        missing: the reason to count what is not there by.
     """
 
     def __init__(
-        self, table: Path, root: Path, tally: SkipCounter, images: Container[str] | None = None
+        self,
+        table: Path,
+        root: Path,
+        tally: SkipCounter,
+        images: Container[str] | None = None,
+        missing: str = NO_IMAGE,
     ) -> None:
         self._table = table
         self._root = root
         self._tally = tally
         self._images = images
+        self._missing = missing
         self._finder = FileFinder(root)
 
     def find(self, name: str, row: int) -> str | None:
@@ -155,7 +162,7 @@ class ImageNames:
         except ValueError as error:
             raise ValueError(f"{self._table} row {row}: {error}") from error
         if found is None or (self._images is not None and found not in self._images):
-            self._tally.add(NO_IMAGE, name)
+            self._tally.add(self._missing, name)
             return None
         if found not in (name, normalized(name)):
             self._tally.add(FOLDED, f"{found} for {name}")

@@ -17,7 +17,7 @@ from pipeline.data.readers.files import parse_json
 from pipeline.data.readers.images import EXTENSIONS
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
-_MARKS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+MARKS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 """Delimiters that are recognized, and what to call them."""
 _ENDINGS = "|".join(re.escape(ending) for ending in EXTENSIONS)
 _LISTED = re.compile(
@@ -86,7 +86,7 @@ def _table_of_csv(path: Path, text: str, delimiter: str | None) -> Table:
     delimiter = delimiter or _delimiter_of(path, first)
     rows = _cells(path, text, delimiter)
     header = [cell.strip("\ufeff \t") for cell in rows[0]] if rows else []
-    called = f"columns separated by {_MARKS.get(delimiter, repr(delimiter))}"
+    called = f"columns separated by {MARKS.get(delimiter, repr(delimiter))}"
     if _LISTED.match(first) is not None and not set(header) & set(IMAGE_COLUMNS):
         header = ["image", "text"]
         called += ", without a header line"
@@ -97,7 +97,7 @@ def _table_of_csv(path: Path, text: str, delimiter: str | None) -> Table:
         if len(row) > len(header):
             raise ValueError(
                 f"{path} row {number} has more fields than its columns {listed(header)}; texts "
-                f"with {_MARKS.get(delimiter, repr(delimiter))}s belong in double quotes"
+                f"with {MARKS.get(delimiter, repr(delimiter))}s belong in double quotes"
             )
         records.append(dict(zip_longest(header, row)))
     return Table(records, list(dict.fromkeys(header)), called)
@@ -132,7 +132,7 @@ def _delimiter_of(path: Path, header: str) -> str:
         ValueError: several are possible.
     """
     plain = re.sub(r'"[^"]*"', "x", header)
-    found = [mark for mark in _MARKS if mark in plain]
+    found = [mark for mark in MARKS if mark in plain]
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     if len(found) < 2:
         return found[0] if found else usual
@@ -147,7 +147,7 @@ def _delimiter_of(path: Path, header: str) -> str:
         if len(candidates) == 1:
             return candidates[0]
     raise ValueError(
-        f"{path} may separate its columns by {' or '.join(_MARKS[mark] for mark in found)} "
+        f"{path} may separate its columns by {' or '.join(MARKS[mark] for mark in found)} "
         f"({printable(header)}); set data.delimiter"
     )
 
@@ -170,14 +170,14 @@ def _table_of_list(path: Path, text: str, delimiter: str | None) -> Table:
             continue
         name, mark, caption = line.partition(delimiter)
         if not mark and len(header) > 1:
-            called = _MARKS.get(delimiter, delimiter)
+            called = MARKS.get(delimiter, delimiter)
             raise ValueError(
                 f"{path} line {number} ({printable(line)}) has no {called} between "
                 f"{listed(header)}; add it, or set data.delimiter"
             )
         cells = (_unquoted(re.sub(r"#\d+\s*$", "", name)), _unquoted(caption))
         rows.append(dict(zip(header, cells, strict=False)))
-    called = f"lines separated by {_MARKS.get(delimiter, repr(delimiter))}"
+    called = f"lines separated by {MARKS.get(delimiter, repr(delimiter))}"
     return Table(rows, header, called if len(header) > 1 else "names of images, one per line")
 
 

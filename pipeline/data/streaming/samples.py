@@ -18,6 +18,7 @@ from pipeline.data.readers.base import (
     image_column,
     reason_of,
 )
+from pipeline.data.readers.files import check_regular
 from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
 from pipeline.data.readers.locate import (
     files_of_rows,
@@ -229,6 +230,8 @@ def open_streams(config: DataConfig) -> OpenedStreams:
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):
         refuse_pointers(files)
+        for file in files:
+            check_regular(file)
         return _open_files(config, [str(file) for file in files])
     if path.is_dir() and not is_saved_dataset(path):
         raise ValueError(_NOT_STREAMED.format(source))

@@ -85,7 +85,7 @@ def test_a_full_disk_at_any_write_leaves_whole_images_and_says_how_many(
         out = tmp_path / str(after)
         failing_disk(after, number)
         try:
-            _write(out, rows(3), ["a"], 0, columns=3)
+            _write(out, rows(3), ["a"], 0)
             break
         except OSError as error:
             failures += 1

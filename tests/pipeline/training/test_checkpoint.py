@@ -394,5 +394,6 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
             "reads 1",
         )
     assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
-    settings.write_text('{"settings":')
+    for name in ("settings.json", "settings.backup.json"):
+        (copy / "tokenizer" / name).write_text('{"settings":')
     fails(capsys, ["train-tokenizer", *arguments], "settings.json is truncated or corrupted")
