@@ -36,7 +36,7 @@ class ImagePriorConfig(SavedConfig):
     model_type = "mini_dalle_prior"
     stream: dict[str, Any] | None = None
     trained_with_caption_dropout: bool = False
-    trained_order: Literal["raster", "random"] = "raster"
+    trained_order: Literal["raster", "random", "annealed"] = "raster"
     trained_image_first: bool = False
 
 

@@ -403,4 +403,4 @@ def test_table_leaves_unknown_metrics_empty():
             }
         }
     ).splitlines()
-    assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  | 352 | 78.6% |  |  |  | 2,000 |")
+    assert lines[2].startswith("| one | 25.3 | 0.876 | 95.1% |  | 352 | 78.6% |  |  | 2,000 |")

@@ -298,7 +298,7 @@ def test_other_formats_and_a_corrupted_plan_are_refused(
     fails(capsys, command, f"the codes in {unfinished} were written by a later version (format 3")
     (unfinished / "plan.json").write_text("{")
     fails(
-        capsys, command, f"{unfinished / 'plan.json'} is corrupted", f"remove {unfinished} and run"
+        capsys, command, f"{unfinished / 'plan.json'} is truncated or corrupted", f"remove {unfinished} and run"
     )
     codes = tmp_path / "whole" / "tiny" / "codes"
     (codes / "codes.json").write_text(

@@ -336,11 +336,14 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
     """Truncated, empty or absent: one line each, and nothing is mixed."""
     arguments, folder = run
     settings = folder / "tokenizer" / "settings.json"
+    backup = folder / "tokenizer" / "settings.backup.json"
     whole = settings.read_text()
     for content in ("{}", '{"settings": {}}', whole[:40]):
         settings.write_text(content)
+        backup.write_text(content)
         fails(capsys, ["train-tokenizer", *arguments], "settings.json is truncated or corrupted")
     settings.unlink()
+    backup.unlink()
     fails(
         capsys,
         ["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"],
@@ -357,7 +360,7 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
     )
     manifest.unlink()
     (folder / "codes" / "plan.json").write_text('{"format": 1}')
-    fails(capsys, ["encode", *arguments], "plan.json is corrupted ('tokenizer')")
+    fails(capsys, ["encode", *arguments], "plan.json is corrupted ('sources')")
     shutil.rmtree(folder / "codes")
     fails(
         capsys,
