@@ -87,7 +87,8 @@ def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, na
         raise ValueError(
             f"{name} does not fit {config.architecture} with {config.quantizer}; first keys that "
             f"differ: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}, of another shape {shapes[:3]}"
+            f"unexpected {unexpected[:3]}, of another shape {shapes[:3]}; give the settings that "
+            "it was trained with"
         )
     return kept | weights
 

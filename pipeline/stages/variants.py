@@ -202,7 +202,7 @@ def is_done(experiment: Experiment, options: Mapping[str, object]) -> bool:
     if differing := differing_settings(made, now, sorted(now)):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
-            "another name for this comparison, or remove that folder"
+            "another name for this comparison, or move that folder away"
         )
     return path.is_file()
 

@@ -402,7 +402,7 @@ def _named(
         existing_column(where, column, list(row), "it names the image")
         name = row[column]
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{where} names no image: {column} is {name!r}")
+            raise ValueError(f"{where} names no image: {column} is {name!r}; write a path there")
         image = names.find(name, number)
         if image is not None:
             record = {key: value for key, value in row.items() if key != column}
