@@ -107,7 +107,7 @@ def test_masks_and_images_that_do_not_fit_are_named(pipe, original):
     ):
         pipe.edit(original, Image.new("RGB", (32, 32)), "x")
     with pytest.raises(
-        ValueError, match="the image is 40x32 and this prior draws 32x32; resize it first"
+        ValueError, match="the image is 40x32 and this prior draws 32x32; crop or resize it first"
     ):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
