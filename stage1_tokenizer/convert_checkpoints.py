@@ -97,8 +97,8 @@ def read_weights(path: Path) -> Weights:
     """Named tensors of a file, whatever they are wrapped in."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; weights are a .safetensors file, or one of torch that holds "
-            "tensors only"
+            f"there is no file {path}; give a .safetensors file, or one of torch that holds tensors "
+            "only"
         )
     try:
         if path.suffix == ".safetensors":
@@ -128,7 +128,7 @@ def read_weights(path: Path) -> Weights:
         or not loaded
         or not all(isinstance(value, Tensor) for value in loaded.values())
     ):
-        raise ValueError(f"{path} holds no named tensors; a state dict is needed")
+        raise ValueError(f"{path} holds no named tensors; give a state dict")
     return loaded
 
 

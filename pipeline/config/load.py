@@ -160,12 +160,15 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
         if key == "config":
             if not Path(value).is_file():
                 raise FileNotFoundError(
-                    f"there is no configuration file {value}; the shipped ones are in configs/"
+                    f"there is no configuration file {value}; give another path (the shipped ones are "
+                    "in configs/)"
                 )
             try:
                 loaded = yaml.safe_load(Path(value).read_text())
             except (OSError, yaml.YAMLError) as error:
-                raise ValueError(f"{value} is not readable YAML: {_first_line(error)}") from error
+                raise ValueError(
+                    f"{value} is not readable YAML ({_first_line(error)}); correct it there"
+                ) from error
             if not isinstance(loaded, dict):
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(flat(loaded))

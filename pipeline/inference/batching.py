@@ -158,8 +158,8 @@ def _compiling_pays(seconds: float) -> bool:
     pays = seconds * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
     if pays:
         warn_user(
-            f"{seconds:.0f} seconds of sampling are left, so the steps are compiled; compile=off "
-            "avoids it"
+            f"{seconds:.0f} seconds of sampling are left, so the steps are compiled; set "
+            "compile=off to avoid it"
         )
     return pays
 

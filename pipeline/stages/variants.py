@@ -105,7 +105,8 @@ def _read_yaml(file: Path, example: str) -> dict[str, Any]:
 
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no configuration file {file}; the shipped ones are in configs/"
+            f"there is no configuration file {file}; give another path (the shipped ones are in "
+            "configs/)"
         )
     try:
         values = yaml.safe_load(file.read_text())

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from tests.helpers.architecture import FILES, ROOT
@@ -66,6 +67,8 @@ class Scope:
     path: Path
     parents: list[Function] = field(default_factory=list)
     assigned: dict[str, list[ast.expr]] = field(default_factory=lambda: defaultdict(list))
+    added: dict[str, list[ast.expr]] = field(default_factory=lambda: defaultdict(list))
+    """What is put behind a variable by `+=`."""
 
     def lookup(self, name: str) -> list[ast.expr]:
         own = constants().get((str(self.path), name))
@@ -94,8 +97,17 @@ def _shown(scope: Scope, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
         for row in call.args:
             if isinstance(row, ast.Tuple):
                 yield "problem", row.elts[-1]
-    elif ast.unparse(call.func) == "problems.append":
+    elif name == "append" and _of_problems(call.func):
         yield "problem", call.args[0]
+
+
+def _of_problems(function: ast.expr) -> bool:
+    """Whether this is a method of a list called `problems`."""
+    return (
+        isinstance(function, ast.Attribute)
+        and isinstance(function.value, ast.Name)
+        and function.value.id == "problems"
+    )
 
 
 def _collect(scope: Scope, kind: str, text: ast.expr, seen: set[int]) -> set[Message]:
@@ -111,7 +123,8 @@ def _collect(scope: Scope, kind: str, text: ast.expr, seen: set[int]) -> set[Mes
                 for inner, part in function:
                     found |= _collect(inner, "part", part, seen)
         if isinstance(node, ast.Name):
-            for inner, part in _arguments(scope, node.id):
+            behind = [(scope, part) for part in scope.added[node.id] if _is_text(scope, part)]
+            for inner, part in chain(behind, _arguments(scope, node.id)):
                 found |= _collect(inner, "part", part, seen)
     return found
 
@@ -258,7 +271,9 @@ def _note_assignment(scope: Scope, node: ast.AST) -> None:
         return
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         scope.assigned[node.targets[0].id].append(node.value)
-    if not isinstance(node, ast.AnnAssign | ast.NamedExpr | ast.AugAssign):
+    if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+        scope.added[node.target.id].append(node.value)
+    if not isinstance(node, ast.AnnAssign | ast.NamedExpr):
         return
     if node.value is not None and isinstance(node.target, ast.Name):
         scope.assigned[node.target.id].append(node.value)

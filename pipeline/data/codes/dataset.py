@@ -178,6 +178,14 @@ def shards_of(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
     return {split: [Shard(**file) for file in files] for split, files in manifest["files"].items()}
 
 
+def are_captioned(manifest: Mapping[str, Any]) -> bool:
+    """Whether there are as many captions as images, as a prior needs."""
+    return all(
+        sum(shard.captions for shard in shards) >= sum(shard.rows for shard in shards)
+        for shards in shards_of(manifest).values()
+    )
+
+
 def are_hashed(manifest: Mapping[str, Any]) -> bool:
     """Whether the files are few enough bytes to be hashed."""
     return (

@@ -128,7 +128,9 @@ class FileRows(Rows):
         try:
             return base64.b64decode(image.rpartition("base64,")[2], validate=True)
         except binascii.Error as error:
-            raise ValueError(f"row {row} is neither a path nor base64 ({error})") from error
+            raise ValueError(
+                f"row {row} is neither a path nor base64 ({error}); write one of them"
+            ) from error
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         first = 0

@@ -224,7 +224,7 @@ def test_corrupted_manifest_is_no_complete_dataset(folder, content):
     (folder / "codes.json").write_text(content)
     with pytest.raises(
         ValueError,
-        match=r"codes\.json is truncated or corrupted .*move .* away and run `minidalle encode` again",
+        match=r"codes\.json is truncated or corrupted .*move .* away and run `minidalle encode`",
     ):
         CodesDataset(folder, "train")
 

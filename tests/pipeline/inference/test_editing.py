@@ -78,8 +78,9 @@ def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, original):
 
 
 def test_empty_mask_changes_nothing_and_warns(pipe, original):
-    with pytest.warns(UserWarning, match="the mask is empty"):
+    with pytest.warns(UserWarning, match="the mask is empty") as caught:
         out = pipe.edit(original, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
+    assert caught[0].filename == __file__
     assert [np.array_equal(np.asarray(image), np.asarray(original)) for image in out.images] == [
         True,
         True,
