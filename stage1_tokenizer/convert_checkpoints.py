@@ -69,7 +69,7 @@ def convert(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, W
         raise ValueError(
             f"{name} holds no {kind} weights: it has no {error.args[0]!r}, and its first keys are "
             f"{sorted(weights)[:3]}; "
-            f"the kinds are {', '.join(get_args(Kind))}"
+            f"choose one of the kinds {', '.join(get_args(Kind))}"
         ) from error
 
 
@@ -97,8 +97,8 @@ def read_weights(path: Path) -> Weights:
     """Named tensors of a file, whatever they are wrapped in."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; give a .safetensors file, or one of torch that holds tensors "
-            "only"
+            f"there is no file {path}; give a .safetensors file, or one of torch that holds "
+            "tensors only"
         )
     try:
         if path.suffix == ".safetensors":

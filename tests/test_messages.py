@@ -17,17 +17,18 @@ from tests.helpers.messages import Message, messages
 
 VERBS = """add ask build call change check choose close compare compress continue convert copy
 correct crop decompress evaluate fine-tune flatten free give go have install leave lower make move
-name pass pip put raise rename repair replace resize resuming restart run sample save scale see send
-set shorten split start take train try unpack unset use wait write"""
+name pass pip put raise rename repair replace resize resuming restart run sample save say scale see
+send set shorten split start take train try unpack unset use wait write"""
 REMEDY = re.compile(
-    rf"(?:^|[;:,.(?] |\bor |\band |\bto |\be\.g\. |\binstead )(?:{'|'.join(VERBS.split())})\b"
-    r"|\bmust\b|did you mean|\bneed(?:s|ed)?\b|accepted are|`minidalle|belong in double quotes|\bat most\b",
+    rf"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )(?:{'|'.join(VERBS.split())})\b"
+    r"|\bmust\b|did you mean|\bneed(?:s|ed)?\b|accepted are|`minidalle|\bbelong in\b|\bat most\b",
     re.IGNORECASE,
 )
 """An imperative at the start of a clause, or what is needed."""
 
 FRAGMENT = re.compile(
-    r"^(it|its|the header|there is no header|an extended header|lists and)\b|^is "
+    r"^(it|its|is|the header|there is no header|an extended header|lists and|there are none|"
+    r"the bundle does not describe them)\b"
 )
 """Parts that a caller completes with a name in front and a remedy behind."""
 

@@ -160,8 +160,8 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
         if key == "config":
             if not Path(value).is_file():
                 raise FileNotFoundError(
-                    f"there is no configuration file {value}; give another path (the shipped ones are "
-                    "in configs/)"
+                    f"there is no configuration file {value}; give another path (the shipped ones "
+                    "are in configs/)"
                 )
             try:
                 loaded = yaml.safe_load(Path(value).read_text())

@@ -301,7 +301,8 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         codes = image if isinstance(image, Tensor) else self._codes_of([image])
         if codes.numel() != length:
             raise ValueError(
-                f"the codes are {tuple(codes.shape)}; this prior's images have {length}"
+                f"the codes are {tuple(codes.shape)}; this prior's images have {length}, "
+                "give as many"
             )
         options = self._options(sampling)
         steps = options.num_inference_steps
@@ -407,7 +408,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
         defaults = asdict(self.defaults)
         if unknown := sorted(set(given) - set(defaults)):
-            raise ValueError(f"{unknown} are no sampling options; known are {list(defaults)}")
+            raise ValueError(f"{unknown} are no sampling options; choose among {list(defaults)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         return SamplingOptions(**(defaults | chosen))
 

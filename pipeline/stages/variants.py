@@ -112,7 +112,7 @@ def _read_yaml(file: Path, example: str) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{file} is not readable YAML: {' '.join(str(error).split())[:300]}"
+            f"{file} is not readable YAML ({' '.join(str(error).split())[:300]}); correct it there"
         ) from error
     variants = values.get("variants") if isinstance(values, dict) else None
     if (
@@ -150,7 +150,9 @@ def _variant(
 def refuse_changes(fixed: Sequence[str], changes: Mapping[str, Any], reason: str) -> None:
     """Raises ValueError where a variant changes one of the `fixed` settings."""
     if changed := set(fixed) & set(changes):
-        raise ValueError(f"{', '.join(sorted(changed))} cannot differ between variants; {reason}")
+        raise ValueError(
+            f"{', '.join(sorted(changed))} cannot differ between variants; {reason}, so set it for all"
+        )
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -309,7 +309,7 @@ def test_a_bundle_knows_the_precision_of_its_codes(finished_run):
 
 def test_unknown_sampling_options_are_named(pipe):
     with pytest.raises(
-        ValueError, match=r"\['top_P'\] are no sampling options; known are \['guidance_scale'"
+        ValueError, match=r"\['top_P'\] are no sampling options; choose among \['guidance_scale'"
     ):
         pipe("x", top_P=0.5)
     with pytest.raises(
