@@ -175,8 +175,8 @@ def build_config(kind: type[_Config], values: object, where: str | Path) -> _Con
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(values) - known)):
         raise ValueError(
-            f"{where} has unknown keys {unknown[:5]} for {kind.__name__}; copy it again, or use the "
-            "version that wrote it"
+            f"{where} has unknown keys {unknown[:5]} for {kind.__name__}; copy it again, or use "
+            "the version that wrote it"
         )
     hints = get_type_hints(kind)
     given = {

@@ -151,7 +151,8 @@ def refuse_changes(fixed: Sequence[str], changes: Mapping[str, Any], reason: str
     """Raises ValueError where a variant changes one of the `fixed` settings."""
     if changed := set(fixed) & set(changes):
         raise ValueError(
-            f"{', '.join(sorted(changed))} cannot differ between variants; {reason}, so set it for all"
+            f"{', '.join(sorted(changed))} cannot differ between variants; {reason}, so set it "
+            "for all"
         )
 
 
