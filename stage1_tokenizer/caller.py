@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_SKIPPED = {"pipeline", "stage1_tokenizer", "stage2_prior", "torch", "contextlib"}
+_SKIPPED = {"pipeline", "stage1_tokenizer", "stage2_prior", "torch", "accelerate", "contextlib"}
 """Packages whose lines are not the user's: ours, and the decorators and modules that call them."""
 _COMMANDS = "pipeline.cli"
 """Calls as a user does."""
