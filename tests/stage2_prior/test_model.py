@@ -104,7 +104,7 @@ def test_without_code_vectors_embeddings_are_free(text_ids, codes):
 def test_full_cache_refuses_more_positions(prior, text_ids):
     cache = prior.new_cache(3)
     cache.filled = 14
-    with pytest.raises(ValueError, match="the cache holds 14 tokens; 14 and 1 more do not fit"):
+    with pytest.raises(ValueError, match="the cache holds 14 tokens, and 14 and 1 more do not fit"):
         prior(text_ids[:, :1], torch.tensor([14]), cache)
 
 
