@@ -15,12 +15,12 @@ from pipeline.config.describe import all_settings
 from tests.helpers.architecture import ROOT
 from tests.helpers.messages import Message, messages
 
-VERBS = """add ask build call change check choose close compare compress continue convert copy
+ORDERS = """add ask build call change check choose close compare compress continue convert copy
 correct crop decompress evaluate fine-tune flatten free give go have install leave lower make move
 name pass pip put raise rename repair replace resize resuming restart run sample save say scale see
 send set shorten split start take train try unpack unset use wait write"""
 REMEDY = re.compile(
-    rf"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )(?:{'|'.join(VERBS.split())})\b"
+    rf"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )(?:{'|'.join(ORDERS.split())})\b"
     r"|\bmust\b|did you mean|\bneed(?:s|ed)?\b|accepted are|`minidalle|\bbelong in\b|\bat most\b",
     re.IGNORECASE,
 )
