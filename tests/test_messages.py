@@ -20,7 +20,8 @@ correct crop decompress evaluate fine-tune flatten free give go have install lea
 name pass pip put raise rename repair replace resize resuming restart run sample save say scale see
 send set shorten split start take train try unpack unset use wait write"""
 REMEDY = re.compile(
-    rf"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )(?:{'|'.join(ORDERS.split())})\b"
+    r"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )"
+    rf"(?:{'|'.join(ORDERS.split())})\b"
     r"|\bmust\b|did you mean|\bneed(?:s|ed)?\b|accepted are|`minidalle|\bbelong in\b|\bat most\b",
     re.IGNORECASE,
 )
