@@ -50,7 +50,7 @@ def suggestion(config: TokenizerConfig) -> str:
         case "lfq" | "bsq":
             return (
                 "raise tokenizer.model.sign.entropy_weight (now "
-                f"{config.sign.entropy_weight:g}) or sign.diversity, {fewer}"
+                f"{config.sign.entropy_weight:g}) or tokenizer.model.sign.diversity, {fewer}"
             )
         case "gumbel" | "score_function" | "binary":
             options = getattr(config, config.quantizer)

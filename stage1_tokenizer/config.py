@@ -160,7 +160,7 @@ class TokenizerConfig:
                 f"{self.downsample_factor} needs"
             )
             if self.quantizer == "hierarchical":
-                needed += f" with hierarchical.levels {self.hierarchical.levels}"
+                needed += f" with tokenizer.model.hierarchical.levels {self.hierarchical.levels}"
             nearest = [nearest_multiple(side, self.stride) for side in self.size]
             problems.append(
                 f"tokenizer.model.image_size {self._given_size} is not a multiple of {needed}; the "

@@ -69,7 +69,7 @@ def convert(weights: Weights, kind: Kind, name: str) -> tuple[TokenizerConfig, W
         raise ValueError(
             f"{name} holds no {kind} weights: it has no {error.args[0]!r}, and its first keys are "
             f"{sorted(weights)[:3]}; "
-            f"the kinds are {', '.join(get_args(Kind))}"
+            f"choose one of the kinds {', '.join(get_args(Kind))}"
         ) from error
 
 
@@ -87,7 +87,8 @@ def align_state_dict(config: TokenizerConfig, weights: Weights, own: Weights, na
         raise ValueError(
             f"{name} does not fit {config.architecture} with {config.quantizer}; first keys that "
             f"differ: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}, of another shape {shapes[:3]}"
+            f"unexpected {unexpected[:3]}, of another shape {shapes[:3]}; give the settings that "
+            "it was trained with"
         )
     return kept | weights
 
@@ -96,7 +97,7 @@ def read_weights(path: Path) -> Weights:
     """Named tensors of a file, whatever they are wrapped in."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; weights are a .safetensors file, or one of torch that holds "
+            f"there is no file {path}; give a .safetensors file, or one of torch that holds "
             "tensors only"
         )
     try:
@@ -127,7 +128,7 @@ def read_weights(path: Path) -> Weights:
         or not loaded
         or not all(isinstance(value, Tensor) for value in loaded.values())
     ):
-        raise ValueError(f"{path} holds no named tensors; a state dict is needed")
+        raise ValueError(f"{path} holds no named tensors; give a state dict")
     return loaded
 
 

@@ -228,9 +228,9 @@ class ImageTokenizer(SavedModel):
         """
         if not self.own_config.has_codes:
             raise ValueError(
-                f"this tokenizer has Gaussian latents, and {use} needs codes; use "
-                "posterior(pixels) and decode_latents(latents), or train a tokenizer with "
-                "tokenizer.model.quantizer=vq"
+                f"this tokenizer has Gaussian latents, and {use} needs codes; train one with "
+                "tokenizer.model.quantizer=vq, or use its latents (in Python: posterior and "
+                "decode_latents)"
             )
 
     def _gaussian(self, use: str) -> GaussianQuantizer:

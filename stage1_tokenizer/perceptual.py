@@ -58,7 +58,9 @@ class BackboneDistance(nn.Module):
             first = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"tokenizer.objective.perceptual.distance is {name!r}, which is not ms_ssim and "
-                f"cannot be loaded as a model: {first}"
+                f"cannot be loaded as a model ({first}); give ms_ssim, a folder that holds a "
+                "vision "
+                "model, or a Hub name with network access"
             ) from error
         try:
             known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
@@ -82,12 +84,12 @@ class BackboneDistance(nn.Module):
             raise ValueError(
                 f"tokenizer.objective.perceptual.distance is {name!r}, a "
                 f"{type(self.backbone).__name__}, which does not take images of "
-                f"three colours and give hidden states: {first}"
+                f"three colours and give hidden states ({first}); choose another model"
             ) from error
         if max(layers, default=0) >= states:
             raise ValueError(
                 f"tokenizer.objective.perceptual.layers are {list(layers)} and the backbone has "
-                f"hidden states 0..{states - 1}"
+                f"hidden states 0..{states - 1}; choose among these"
             )
 
     def forward(self, pixels: Tensor, others: Tensor) -> Tensor:

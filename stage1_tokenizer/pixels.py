@@ -64,7 +64,9 @@ def check_model_range(pixels: Tensor, *, read: bool = True) -> None:
         return
     low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixels have values that are not finite (NaN or infinity)")
+        raise ValueError(
+            "pixels have values that are not finite (NaN or infinity); replace them first"
+        )
     if low < -_BEYOND or high > _BEYOND:
         hint = "; of 0..255, pass pixels / 127.5 - 1" if low >= 0 and high <= 255 else ""
         raise ValueError(f"pixels are in [{low:g}, {high:g}] and must be in [-1, 1]{hint}")

@@ -84,7 +84,9 @@ def reduced(image: Image.Image, value_range: ValueRange | None = None) -> Image.
     values = np.asarray(image)
     floats = image.mode == "F"
     if floats and not np.isfinite(values).all():
-        raise ValueError("the image has values that are not finite (NaN or infinity)")
+        raise ValueError(
+            "the image has values that are not finite (NaN or infinity); replace them first"
+        )
     if value_range is None:
         low = float(values.min())
         high = float(values.max())

@@ -174,7 +174,10 @@ def build_config(kind: type[_Config], values: object, where: str | Path) -> _Con
         raise ValueError(f"{where}: {kind.__name__} is {_shown(values)}; it must be a JSON object")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(values) - known)):
-        raise ValueError(f"{where} has unknown keys {unknown[:5]} for {kind.__name__}")
+        raise ValueError(
+            f"{where} has unknown keys {unknown[:5]} for {kind.__name__}; copy it again, or use "
+            "the version that wrote it"
+        )
     hints = get_type_hints(kind)
     given = {
         name: convert(value, hints[name], f"{where}: {kind.__name__}.{name}")

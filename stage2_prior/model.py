@@ -192,8 +192,8 @@ class ImagePrior(SavedModel):
         """
         if vectors.shape != self.code_vectors.shape:
             raise ValueError(
-                f"code vectors have shape {tuple(vectors.shape)}; this prior's stream has "
-                f"{tuple(self.code_vectors.shape)}"
+                f"code vectors have shape {tuple(vectors.shape)} and must be "
+                f"{tuple(self.code_vectors.shape)}, as in the stream"
             )
         centred = vectors.detach().float()
         centred = centred - centred.mean(0)
@@ -225,8 +225,8 @@ class ImagePrior(SavedModel):
             name for name in own if own[name].shape != weights[name].shape
         ]:
             raise ValueError(
-                "the prior to start from is of another architecture; first weights that differ: "
-                f"{differ[:3]}"
+                "the prior to start from is of another architecture (first weights that differ: "
+                f"{differ[:3]}); build this one with its settings"
             )
         self.load_state_dict(weights)
 
@@ -262,7 +262,9 @@ class ImagePrior(SavedModel):
         if cache is not None:
             if first + length > cache.capacity:
                 raise ValueError(
-                    f"the cache holds {cache.capacity} tokens; {first} and {length} more do not fit"
+                    f"the cache holds {cache.capacity} tokens, and {first} and {length} more do "
+                    "not fit; "
+                    "make it larger"
                 )
             cached = torch.arange(first, first + length, device=ids.device)
             past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))

@@ -199,12 +199,15 @@ class SavedModel(PreTrainedModel):
                 "copy it again"
             ) from error
         if not isinstance(values.get("model"), dict):
-            raise ValueError(f"{path} is not a {cls.noun}'s: it has no 'model' section")
+            raise ValueError(
+                f"{path} is not a {cls.noun}'s: it has no 'model' section; give a {cls.noun}'s "
+                "folder"
+            )
         needed = cls.config_class.model_type
         if values.get("model_type", needed) != needed:
             raise ValueError(
                 f"{path} is of the model type {str(values['model_type'])[:60]!r}; {cls.__name__} "
-                f"reads {needed!r} alone"
+                f"reads {needed!r} alone; give a {cls.noun}'s folder"
             )
         hints: dict[str, Any] = {}
         for kind in cls.config_class.__mro__:
@@ -231,5 +234,6 @@ def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
     if differ:
         shown = [key[:100] for key in sorted(differ)[:3]]
         raise ValueError(
-            f"the weights of {name} do not fit its config.json; first keys that differ: {shown}"
+            f"the weights of {name} do not fit its config.json (first keys that differ: {shown}); "
+            "copy the folder again"
         )

@@ -212,8 +212,7 @@ class TextTokenizer:
         caption = caption.strip()
         if inside.pre_tokenizer is None:
             raise ValueError(
-                "the text tokenizer does not say what its words are; a byte-level BPE tokenizer "
-                "does"
+                "the text tokenizer does not say what its words are; use a byte-level BPE tokenizer"
             )
         normal = inside.normalizer.normalize_str(caption) if inside.normalizer else caption
         return [word for word, _ in inside.pre_tokenizer.pre_tokenize_str(normal)] if normal else []
@@ -270,7 +269,7 @@ class TextTokenizer:
         if len(old) != len(self.fast):
             raise ValueError(
                 "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and "
-                "this one has other tokens, too"
+                "this one has other tokens, too; set it to 0"
             )
         counts = Counter(word for caption in captions for word in self.words(caption))
         names = {i: piece for piece, i in old.items()}

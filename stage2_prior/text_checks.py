@@ -83,7 +83,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         if token is None:
             continue
         if not isinstance(token, str) or tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{folder / CONFIG_FILE} has a {role} that {TOKENIZER_FILE} lacks")
+            raise ValueError(
+                f"{folder / CONFIG_FILE} has a {role} that {TOKENIZER_FILE} lacks; use another "
+                "tokenizer"
+            )
         roles[role] = token
     cleans = config.get("clean_up_tokenization_spaces")
     if isinstance(cleans, bool):
@@ -128,10 +131,15 @@ def build_tokenizer(values: Mapping[str, Any], where: str | Path) -> Tokenizer:
     try:
         tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(used))
     except Exception as error:  # the library has no narrower class
-        raise ValueError(f"{where} is no text tokenizer: {str(error)[:200]}") from error
+        raise ValueError(
+            f"{where} is no text tokenizer ({str(error)[:200]}); use another tokenizer"
+        ) from error
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if set(ids) != set(range(len(ids))):
-        raise ValueError(f"{where} has ids that are not 0 to {len(ids) - 1}, each of one token")
+        raise ValueError(
+            f"{where} has ids that are not 0 to {len(ids) - 1}, each of one token; use another "
+            "tokenizer"
+        )
     return tokenizer
 
 

@@ -64,7 +64,8 @@ def encode_command(
         experiment = _experiment_of(tokenizer, settings)
     if out is None:
         folder = pipeline.encode_dataset(experiment)
-        print_rank0(f"wrote {folder}\nnext: minidalle train-prior {shlex.join(settings)}")
+        if os.environ.get("RANK", "0") == "0":
+            print_rank0(f"wrote {folder}\n{_next_prior(folder, settings)}")
         return
     rows, files = pipeline.encode_for_export(experiment, out, format, tokenizer_folder=tokenizer)
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
@@ -234,6 +235,15 @@ def codebook_command(
     print_rank0(f"wrote {out / 'index.html'} and its images")
 
 
+def _next_prior(folder: Path, settings: list[str]) -> str:
+    from pipeline.data.codes.dataset import are_captioned, read_manifest
+
+    if not are_captioned(read_manifest(folder)):
+        return "the images have no captions, which a prior needs; to train one, see docs/data.md"
+    return f"next: minidalle train-prior {shlex.join(settings)}"
+
+
 def _next_generate(experiment: Experiment, bundle: Path) -> str:
     prompt = "your prompt" if experiment.sees_captions else ""
-    return f'next: minidalle generate --bundle {bundle} "{prompt}" --num-images 4 --out images'
+    command = ["generate", "--bundle", str(bundle), prompt, "--num-images", "4", "--out", "images"]
+    return f"next: minidalle {shlex.join(command)}"

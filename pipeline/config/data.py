@@ -84,7 +84,7 @@ class FilterOptions:
                 (
                     self.max_aspect is not None and self.max_aspect < 1,
                     f"data.filter.max_aspect is {self.max_aspect}; it is the longer over the "
-                    "shorter side, at least 1",
+                    "shorter side, so it must be at least 1",
                 ),
                 (
                     self.max_caption is not None and self.max_caption < self.min_caption,
@@ -286,7 +286,7 @@ class DataConfig:
                 self.delimiter is not None and len(self.delimiter.replace("\\t", "\t")) != 1,
                 f"data.delimiter is {self.delimiter!r}; it must be one character, or \\t for a tab",
             ),
-            (len(self.mix) > 100, f"data.mix has {len(self.mix)} parts; 100 are the most"),
+            (len(self.mix) > 100, f"data.mix has {len(self.mix)} parts; give at most 100"),
             (
                 shapes and min(self.size) < 32,
                 f"data.image_size is {as_setting(self.size)}; the shapes need at least 32",
@@ -342,8 +342,8 @@ class DataConfig:
             ),
             (
                 largest is not None and largest < least_longer,
-                f"data.filter.max_size is {largest}; images of at least {least_longer} are wanted "
-                "(data.filter.min_size)",
+                f"data.filter.max_size is {largest} and images of at least {least_longer} are "
+                "wanted; raise it, or lower data.filter.min_size",
             ),
             (
                 not 0 < self.crop_scale <= 1 or (self.crop_scale < 1 and self.crop == "centre"),

@@ -95,7 +95,8 @@ class EncodeConfig:
                 (
                     further and self.augmentations_per_image == 1,
                     f"encode.shift is {self.shift} and encode.flip {self.flip} with "
-                    "encode.augmentations_per_image 1; they are for further encodings",
+                    "encode.augmentations_per_image 1; raise that, or set encode.shift=0 and "
+                    "encode.flip=false",
                 )
             ),
         )
@@ -136,7 +137,7 @@ class PriorSection:
                 (
                     self.lora_rank and self.init_from is None,
                     f"prior.lora_rank is {self.lora_rank} and prior.init_from is absent; LoRA "
-                    "adapts a prior that is there",
+                    "adapts a prior that is there, so set that, or prior.lora_rank=0",
                 ),
                 (
                     self.lora_rank and self.train.optimizer == "muon",

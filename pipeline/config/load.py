@@ -4,6 +4,7 @@ jsonargparse; no stage."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 import tempfile
@@ -106,7 +107,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 def _build(kind: type[T], values: Mapping[str, Any], path: str, problems: list[str]) -> T | None:
     """The dataclass; None where it or a part of it is broken, which `problems` tells."""
     hints = typing.get_type_hints(kind)
-    problems += [f"{path}{key} is not a setting" for key in sorted(set(values) - set(hints))]
+    problems += [_unknown(f"{path}{key}") for key in sorted(set(values) - set(hints))]
     arguments = {
         name: _built_value(hints[name], value, f"{path}{name}.", problems)
         for name, value in values.items()
@@ -159,12 +160,15 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
         if key == "config":
             if not Path(value).is_file():
                 raise FileNotFoundError(
-                    f"there is no configuration file {value}; the shipped ones are in configs/"
+                    f"there is no configuration file {value}; give another path (the shipped ones "
+                    "are in configs/)"
                 )
             try:
                 loaded = yaml.safe_load(Path(value).read_text())
             except (OSError, yaml.YAMLError) as error:
-                raise ValueError(f"{value} is not readable YAML: {_first_line(error)}") from error
+                raise ValueError(
+                    f"{value} is not readable YAML ({_first_line(error)}); correct it there"
+                ) from error
             if not isinstance(loaded, dict):
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(flat(loaded))
@@ -203,10 +207,18 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
                 why = f" ({_first_line(error)})" if isinstance(value, list) else ""
                 problems.append(f"{key} is {text}; it must be {kinds[key]}{why}")
         elif not any(name.startswith(f"{key}.") for name in hints):
-            problems.append(f"{key} is not a setting")
+            problems.append(_unknown(key))
         elif value != {}:
             problems.append(f"{key} is {text}; it must be a section of settings")
     return problems
+
+
+def _unknown(name: str) -> str:
+    """That there is no such setting, and the one with the nearest name."""
+    known = [setting.name for setting in all_settings()]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else "`minidalle run --help` lists all settings"
+    return f"{name} is not a setting; {hint}"
 
 
 def _hints(kind: type, path: str = "") -> dict[str, Any]:

@@ -103,7 +103,7 @@ class SourceIndex:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.rows.label(row)} of {self.rows.name} could be read before and cannot now "
-                f"({error}); the data must not change while it is used"
+                f"({error}); put it back as it was, and run the same command again"
             ) from error
         # Nothing is evicted: in shuffled epochs, each image is equally likely to be next.
         with self._lock:

@@ -133,7 +133,8 @@ def check_usable(
     """Raises ValueError where no image of a source is left, with what was skipped."""
     if not usable:
         wanted = "usable image with a caption" if require_captions else "usable image"
-        raise ValueError(f"{name} has no {wanted}; {'; '.join(problems) or 'it is empty'}")
+        why = "; ".join(problems) or "it is empty"
+        raise ValueError(f"{name} has no {wanted}: {why}; add some, or repair these")
 
 
 def check_splits(

@@ -132,7 +132,8 @@ def _doubts(report: CaptionReport, images: int, config: TextConfig) -> list[Find
             report.shared > 0.5 * images,
             "warns",
             f"{report.shared:,} of {images:,} images share their caption with another one "
-            f"({report.distinct:,} are distinct), so a prompt says little of an image",
+            f"({report.distinct:,} are distinct), so a prompt says little of an image; write "
+            "captions that differ",
         ),
         (
             0 < report.shared <= 0.5 * images,
@@ -143,13 +144,13 @@ def _doubts(report: CaptionReport, images: int, config: TextConfig) -> list[Find
             report.too_long and config.truncate,
             "warns",
             f"{report.too_long:,} of {report.captions:,} captions are truncated to "
-            f"text.max_length={report.length} slots",
+            f"text.max_length={report.length} slots; raise it to keep their ends",
         ),
         (
             longest and longest + 8 <= report.length,
             "notes",
             f"the longest caption needs {longest:.0f} of text.max_length={report.length} slots; "
-            "fewer train and draw faster",
+            "a lower text.max_length trains and samples faster",
         ),
         (
             not config.pretrained and 0 < report.vocabulary < config.vocab_size,

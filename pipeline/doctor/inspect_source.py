@@ -304,12 +304,12 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
             "notes" if synthetic else "warns",
             f"{found.held_out_copies:,} held-out images are copies of training images and "
             f"{found.held_out_alike:,} look like one (at most {NEAR} of 64 bits apart), so "
-            "held-out metrics flatter" + ("" if synthetic else "; remove all but one of each"),
+            "held-out metrics flatter" + ("" if synthetic else "; keep one of each"),
         ),
         (
             found.copies,
             "warns" if many_copies else "notes",
-            f"{found.copies:,} images are copies of others" + ("; remove them" * many_copies),
+            f"{found.copies:,} images are copies of others" + ("; keep one of each" * many_copies),
         ),
         (
             found.alike,
@@ -321,13 +321,14 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
         (
             0 < report.usable < 1000,
             "notes",
-            f"{report.usable:,} usable images are few: a prior remembers rather than learns",
+            f"{report.usable:,} usable images are few: a prior remembers rather than learns; add "
+            "more",
         ),
         (
             report.first_only,
             "notes",
             f"the first {report.rows:,} images were looked at, of a source that goes on "
-            "(--max-images)",
+            "(max_images)",
         ),
     )
     return [replace(one, text=f"{report.name}: {one.text}") for one in doubts]

@@ -193,7 +193,7 @@ def _size(
         if small <= _LEFT_OUT:
             why = f"{small:.1%} of the images are smaller"
             if size == sizes[-1] == largest:
-                why += f"; larger ones than {largest} by --max-image-size"
+                why += f"; larger ones than {largest} by max_image_size"
             return (size, size), data.upscale, why
     return (sizes[0], sizes[0]), True, "most images are smaller, and are enlarged"
 

@@ -62,7 +62,7 @@ def check_split(pipe: TextToImagePipeline, data: DataConfig) -> None:
         raise ValueError(
             f"the bundle was trained with data.emoji.split_seed {seed}, and the evaluation has "
             f"{data.emoji.split_seed}, whose held-out names it has seen; evaluate with "
-            f"--data.emoji.split_seed {seed}"
+            f"data.emoji.split_seed={seed}"
         )
 
 

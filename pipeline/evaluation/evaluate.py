@@ -119,7 +119,7 @@ def evaluate(
         )
     if before:
         # What `forgetting` would find out after the whole evaluation.
-        pipe.tokenizer.require_codes("comparing bundles (--baseline-bundle)")
+        pipe.tokenizer.require_codes("comparing with an earlier bundle")
     if experiment.data.source == "emoji":
         check_split(pipe, experiment.data)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -191,7 +191,7 @@ def _warn_of_few(estimates: Mapping[str, Accuracy | Mean]) -> None:
     name, fewest = min(estimates.items(), key=lambda item: item[1].count)
     if fewest.count < ENOUGH:
         _log.warning(
-            "%s is of few images (%s); evaluate more (--max-images), or raise data.val_fraction",
+            "%s is of few images (%s); evaluate on more images, or raise data.val_fraction",
             name,
             fewest.text(),
         )

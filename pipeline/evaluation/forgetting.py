@@ -65,12 +65,12 @@ def forgetting(
     old = TextToImagePipeline.from_pretrained(before)
     new = TextToImagePipeline.from_pretrained(after)
     for pipe in (old, new):
-        pipe.tokenizer.require_codes("comparing bundles (--baseline-bundle)")
+        pipe.tokenizer.require_codes("comparing with an earlier bundle")
     if old.tokenizer.size != new.tokenizer.size:
         raise ValueError(
             f"{before} makes images of {as_setting(old.tokenizer.size)} pixels and {after} of "
-            f"{as_setting(new.tokenizer.size)}; a bundle is compared with the one that it was "
-            "started from"
+            f"{as_setting(new.tokenizer.size)}; compare it with the bundle that it was started "
+            "from"
         )
     result = Forgetting()
     sources: dict[str, Source] = {}

@@ -350,7 +350,7 @@ def write_report(zoo: Zoo) -> None:
     atomic_write_text(zoo.folder / _TIMES, json.dumps(times, indent=2) + "\n")
     done = {name: row for name, row in rows.items() if "failed" not in row}
     failed = "".join(
-        f"\n{name} failed: {row['failed']} (to try it again, remove {zoo.folder / name})\n"
+        f"\n{name} failed: {row['failed']} (to try it again, move {zoo.folder / name} away)\n"
         for name, row in rows.items()
         if "failed" in row
     )

@@ -4,7 +4,6 @@ seeds, saving. Samples nothing."""
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pipeline.inference.bundle import Bundle, write_bundle
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.caller import warn_user
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
 
 
@@ -80,7 +80,9 @@ class BasePipeline:
         """`_text_ids`, with a warning of empty prompts."""
         ids = self._text_ids(prompts, truncate)
         if any(not prompt.strip() for prompt in prompts):
-            warnings.warn("an empty prompt is sampled without a caption", stacklevel=3)
+            warn_user(
+                "an empty prompt is sampled without a caption; give a prompt to say what to show"
+            )
         return ids
 
 

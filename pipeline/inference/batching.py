@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, free_memory, is_out_of_memory
 from pipeline.runtime.threads import free_threads
+from stage1_tokenizer.caller import warn_user
 from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
 
 Compile = Literal["auto", "on", "off"]
@@ -22,8 +22,6 @@ COMPILE_SECONDS = 20.0
 """Seconds that the first compilation of a step takes on a CPU; later ones take a fifth of it."""
 COMPILED_TIME_FRACTION = 0.5
 """Time of a compiled step as a fraction of a plain one's."""
-_STACKLEVEL = 4
-"""Warnings name the line that called the pipeline."""
 
 
 def bytes_per_image(prior: ImagePrior, options: SamplingOptions) -> int:
@@ -132,9 +130,8 @@ def _fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> 
     if not fitting:
         raise _too_large(prior)
     if fitting < wanted:
-        warnings.warn(
-            f"{wanted} images at a time do not fit the free memory; continuing with {fitting}",
-            stacklevel=_STACKLEVEL,
+        warn_user(
+            f"{wanted} images at a time do not fit the free memory; continuing with {fitting}"
         )
     return min(fitting, wanted)
 
@@ -143,10 +140,7 @@ def _smaller_batch(prior: ImagePrior, failed: int) -> int:
     """Half of a batch that ran out of memory."""
     if failed == 1:
         raise _too_large(prior)
-    warnings.warn(
-        f"out of memory with {failed} images at a time; continuing with {failed // 2}",
-        stacklevel=_STACKLEVEL,
-    )
+    warn_user(f"out of memory with {failed} images at a time; continuing with {failed // 2}")
     if prior.device.type == "cuda":
         torch.cuda.empty_cache()
     return failed // 2
@@ -163,9 +157,9 @@ def _compiling_pays(seconds: float) -> bool:
     """Whether compiling saves more than it costs, of this time that plain steps would take."""
     pays = seconds * (1 - COMPILED_TIME_FRACTION) > COMPILE_SECONDS
     if pays:
-        warnings.warn(
-            f"{seconds:.0f} seconds of sampling are left, so the steps are compiled",
-            stacklevel=_STACKLEVEL,
+        warn_user(
+            f"{seconds:.0f} seconds of sampling are left, so the steps are compiled; set "
+            "compile=off to avoid it"
         )
     return pays
 

@@ -134,14 +134,15 @@ def _description(folder: Path) -> dict[str, Any]:
     if description and description.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has bundle format {description.get('format')!r}, and this version reads "
-            f"{FORMAT}"
+            f"{FORMAT}; use the version that wrote it"
         )
     if not all(isinstance(description.get(part), dict) for part in ("sampling", "trained_on")):
         raise ValueError(f"{path} does not describe a bundle; copy the bundle again")
     known = {option.name for option in fields(SamplingOptions)}
     if unknown := set(description["sampling"]) - known:
         raise ValueError(
-            f"{path} has unknown sampling options {sorted(unknown)}; known are {sorted(known)}"
+            f"{path} has unknown sampling options {sorted(unknown)}; known are {sorted(known)}, "
+            "copy the bundle again"
         )
     return description
 

@@ -53,7 +53,9 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
     if out.suffix.lower() != ".png":
         raise ValueError(f"the image is written as PNG, and {out} has another suffix; name it .png")
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        raise FileNotFoundError(
+            f"there is no file {file}; give one that `minidalle compress` wrote"
+        )
     _refuse_overwriting(file, out)
     pipe = TextToImagePipeline.from_pretrained(bundle)
     try:
@@ -69,4 +71,4 @@ def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
 def _refuse_overwriting(file: Path, out: Path) -> None:
     """Raises ValueError where the result would take the place of what it is made from."""
     if out.resolve() == file.resolve():
-        raise ValueError(f"{out} is the file to read, and would be overwritten; give another --out")
+        raise ValueError(f"{out} is the file to read, and would be overwritten; write to another")

@@ -6,7 +6,6 @@ White in a mask is replaced. A code is kept where no pixel of its cell is white.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_tokenizer import Level, to_rgb
+from stage1_tokenizer.caller import warn_user
 
 _WHITE = 128
 
@@ -28,13 +28,13 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """
     if mask.size != size:
         raise ValueError(
-            f"the mask is {mask.width}x{mask.height} and the image {size[0]}x{size[1]}; they "
-            "must agree"
+            f"the mask is {mask.width}x{mask.height} and the image {size[0]}x{size[1]}; "
+            "resize the mask"
         )
     if mask.mode not in ("1", "L"):
         raise ValueError(
-            f"the mask has mode {mask.mode}; it must be black and white, of mode L or 1 "
-            "(mask.convert('L'))"
+            f"the mask has mode {mask.mode}; it must be black and white, of mode L or 1; "
+            "convert it first"
         )
     return np.asarray(mask.convert("L")) >= _WHITE
 
@@ -53,7 +53,7 @@ def check_image(image: Image.Image, size: tuple[int, int], name: str = "the imag
     if image.size != (width, height):
         raise ValueError(
             f"{name} is {image.width}x{image.height} and this prior draws {width}x{height}; "
-            "resize it first (stage1_tokenizer.resize_and_crop)"
+            "crop or resize it first"
         )
     return image
 
@@ -100,7 +100,7 @@ def place_on_canvas(
     if min(x, y, right, below) < 0:
         raise ValueError(
             f"an image of {image.width}x{image.height} at {x}, {y} does not lie on the canvas of "
-            f"{width}x{height}"
+            f"{width}x{height}; choose another place"
         )
     if not any((x, y, right, below)):
         raise ValueError(
@@ -116,14 +116,15 @@ def place_on_canvas(
 def warn_if_trivial(known: Tensor) -> bool:
     """Whether there is nothing to sample. Warns where a mask is empty or full."""
     if known.all():
-        warnings.warn(
-            "the mask is empty: nothing is replaced, and the image comes back as it is",
-            stacklevel=3,
+        warn_user(
+            "the mask is empty: nothing is replaced, and the image comes back as it is; make what "
+            "is "
+            "to be replaced white"
         )
     elif not known.any():
-        warnings.warn(
-            "the mask touches every code: nothing of the image is kept, so this is plain sampling",
-            stacklevel=3,
+        warn_user(
+            "the mask touches every code: nothing of the image is kept, so this is plain sampling; "
+            "make what is to be kept black"
         )
     return bool(known.all())
 

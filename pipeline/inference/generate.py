@@ -172,7 +172,7 @@ def _check_lengths(
         if length > pipe.text.length:
             raise ValueError(
                 f"{where or 'a prompt'} needs {length} tokens, and this bundle has "
-                f"{pipe.text.length} text slots ({prompt[:80]!r}); shorten it, or add --truncate"
+                f"{pipe.text.length} text slots ({prompt[:80]!r}); shorten it, or set truncate"
             )
 
 
@@ -240,7 +240,7 @@ def reconstruct(
         try:
             model.check_size((1, 3, image.height, image.width))
         except ValueError as error:
-            raise ValueError(f"{file}: {error} (--size WIDTHxHEIGHT does)") from error
+            raise ValueError(f"{file}: {error} (the option size does)") from error
     drawn = [
         to_uint8(model.reconstruct(to_model_range(torch.from_numpy(one)[None]), tile=tile))[
             0

@@ -7,7 +7,6 @@ sample.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import TextToImageOutput
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer, to_uint8
+from stage1_tokenizer.caller import warn_user
 from stage1_tokenizer.pixels import to_pil
 from stage2_prior import LatentPriorModel, SamplingOptions, TextTokenizer
 from stage2_prior.sampling import per_seed_normals
@@ -67,13 +67,13 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         if tokenizer.latent_dim != prior.latent_features:
             raise ValueError(
                 f"the tokenizer has {tokenizer.latent_dim} latent dimensions per image (0 where it "
-                f"has codes) and the prior {prior.latent_features}; they do not belong together"
+                f"has codes) and the prior {prior.latent_features}; give both from one bundle"
             )
         known = prior.config.text_vocab_size
         if prior.context_features and text.vocab_size != known:
             raise ValueError(
-                f"the text tokenizer has {text.vocab_size} entries and the prior {known}; they do "
-                "not belong together"
+                f"the text tokenizer has {text.vocab_size} entries and the prior {known}; "
+                "give both from one bundle"
             )
 
     @torch.no_grad()
@@ -148,10 +148,9 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         if self.prior.context_features:
             return self.prior.encode_text(self._text_ids_to_sample(prompts, truncate))
         if any(prompt.strip() for prompt in prompts):
-            warnings.warn(
+            warn_user(
                 "this bundle's prior is unconditional (prior.latent.context_features is 0) and "
-                "ignores prompts",
-                stacklevel=3,
+                "ignores prompts; give an empty one"
             )
         return None
 

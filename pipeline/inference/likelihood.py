@@ -130,6 +130,6 @@ def check_mode(image: Image.Image, name: str) -> None:
     if image.mode not in _EXACT_MODES or "transparency" in image.info:
         kind = "transparency" if image.mode in _EXACT_MODES else f"mode {image.mode}"
         raise ValueError(
-            f"{name} has {kind}, and a likelihood is that of 8-bit RGB pixels; convert it first "
-            "(stage1_tokenizer.to_rgb puts transparency on white)"
+            f"{name} has {kind}, and a likelihood is that of 8-bit RGB pixels; convert it to "
+            "8-bit RGB first"
         )

@@ -84,13 +84,13 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         if own != expected:
             raise ValueError(
                 f"the tokenizer makes codes (grid, count) {own} and the prior models {expected}; "
-                "they do not belong together"
+                "give both from one bundle"
             )
         if (text.vocab_size, text.length) != (stream.text_vocab_size, stream.text_length):
             raise ValueError(
                 f"the text tokenizer has {text.vocab_size} entries and {text.length} slots, the "
-                f"prior {stream.text_vocab_size} and {stream.text_length}; they do not belong "
-                "together"
+                f"prior {stream.text_vocab_size} and {stream.text_length}; give both from one "
+                "bundle"
             )
 
     def compile(self) -> TextToImagePipeline:
@@ -150,7 +150,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         if best_of > 1 and judge is None and not self.prior.config.trained_with_caption_dropout:
             raise ValueError(
                 f"best_of is {best_of}, and this prior cannot compare images: it was trained "
-                "without caption dropout. Give a scorer (judge, or --clip-scorer), or train with "
+                "without caption dropout; choose by a CLIP model (clip_scorer), or train with "
                 "prior.objective.caption_dropout=0.1"
             )
         options = self._options(sampling)
@@ -301,7 +301,8 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         codes = image if isinstance(image, Tensor) else self._codes_of([image])
         if codes.numel() != length:
             raise ValueError(
-                f"the codes are {tuple(codes.shape)}; this prior's images have {length}"
+                f"the codes are {tuple(codes.shape)}; this prior's images have {length}, "
+                "give as many"
             )
         options = self._options(sampling)
         steps = options.num_inference_steps
@@ -407,7 +408,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
         defaults = asdict(self.defaults)
         if unknown := sorted(set(given) - set(defaults)):
-            raise ValueError(f"{unknown} are no sampling options; known are {list(defaults)}")
+            raise ValueError(f"{unknown} are no sampling options; choose among {list(defaults)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         return SamplingOptions(**(defaults | chosen))
 

@@ -345,7 +345,7 @@ def _check_image(image: Image.Image, size: tuple[int, int]) -> None:
         mode = image.mode if image.mode != "RGB" else "RGB with a transparent colour"
         raise ValueError(
             f"the image has mode {mode} and would not come back as it is; only RGB of 8 bits can "
-            "be compressed, convert it first (image.convert('RGB'))"
+            "be compressed, convert it first"
         )
     height, width = size
     if image.size != (width, height):
@@ -401,7 +401,9 @@ def _read(data: bytes) -> _Stored:
         raise ValueError("it is truncated or damaged; copy it again, or compress the image again")
     _, form, fingerprint, height, width, prompt_size, values_checksum = _HEADER.unpack_from(body)
     if form != _FORMAT:
-        raise ValueError(f"it has format {form}, and this version reads {_FORMAT}")
+        raise ValueError(
+            f"it has format {form}, and this version reads {_FORMAT}; use the one that wrote it"
+        )
     rest = body[_HEADER.size :]
     words = np.frombuffer(rest[prompt_size:], _WORD).astype(np.uint32)
     prompt = rest[:prompt_size].decode()

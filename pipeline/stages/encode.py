@@ -356,16 +356,14 @@ def _load_progress(
             shard.name: shard for shards in codes.shards_of(made).values() for shard in shards
         }
     if (folder / codes.PLAN).is_file():
-        begun = read_json(folder / codes.PLAN, f"remove {folder} and run `minidalle encode` again")
+        remedy = f"move {folder} away and run `minidalle encode` again"
+        begun = read_json(folder / codes.PLAN, remedy)
         try:
             codes.check_format(begun["format"], folder)
             plan["sources"] = _as_recorded(begun, plan, earlier)
             _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder / codes.PLAN} is corrupted ({error}); remove {folder} and run `minidalle "
-                "encode` again"
-            ) from error
+            raise ValueError(f"{folder / codes.PLAN} is corrupted ({error}); {remedy}") from error
         names = (name for units in codes.planned_files(plan).values() for name in units)
         return plan, {
             name: shard for name in names if (shard := codes.recorded_shard(folder, name))
@@ -401,8 +399,8 @@ def _refuse_other(made: Mapping[str, Any], plan: Mapping[str, Any], what: str) -
     if changes:
         raise ValueError(
             f"{what} made with something else ({'; '.join(changes)}); go back to that to keep "
-            "them, give this run or its --out folder another name, or remove that folder and run "
-            "`minidalle encode` again"
+            "them, give this run or the folder of its codes another name, or move that folder away "
+            "and run `minidalle encode` again"
         )
 
 

@@ -113,7 +113,7 @@ class StageRun:
                 raise ValueError(
                     f"{self.folder} has the checkpoint {checkpoint.name} and no {_SETTINGS} that "
                     "says what it was made with; put that file back, choose another name for this "
-                    f"run (--name), or remove {self.folder} to start over"
+                    f"run (setting: name), or move {self.folder} away to start over"
                 )
             return False
         defaults = to_dict(type(getattr(self.experiment, self.stage))())
@@ -167,15 +167,15 @@ class StageRun:
             changes.append(self._other_images(before))
             keep = (
                 "put the images back as they were to keep this run, or train on these in a run of "
-                f"another name (--tokenizer.init_from={self.experiment.folder} starts from its "
+                f"another name (tokenizer.init_from={self.experiment.folder} starts from its "
                 "weights)"
             )
         else:
             keep = "give the earlier values to keep this run, or choose another name for these"
         return (
             f"{self.folder} was made with other settings ({', '.join(differing)}): "
-            f"{'; '.join(changes)}. To go on, {keep}; or remove {self.folder} and what was built "
-            "on it"
+            f"{'; '.join(changes)}. To go on, {keep}; or move {self.folder} and what was built "
+            "on it away"
         )
 
     def _other_images(self, before: Mapping[str, Any]) -> str:
@@ -366,8 +366,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / _SETTINGS
     backup = folder / _BACKUP
     remedy = (
-        f"put it back from a copy, choose another name for this run (--name), or remove {folder} "
-        "to start over"
+        "put it back from a copy, choose another name for this run (setting: name), or move "
+        f"{folder} "
+        "away to start over"
     )
     if not path.is_file() and not backup.is_file():
         return None

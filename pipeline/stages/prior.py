@@ -79,7 +79,7 @@ def _check_captions(codes: dict[str, CodesDataset], experiment: Experiment) -> N
         raise ValueError(
             f"{experiment.folder / 'codes'} has images without captions, and a prior is trained on "
             f"captions; add captions to {' and '.join(experiment.data.sources)} (docs/data.md), "
-            "remove that folder and run `minidalle encode` again"
+            "move that folder away and run `minidalle encode` again"
         )
 
 

@@ -110,7 +110,7 @@ def _acquire(lock: BaseFileLock) -> str | None:
     except Timeout:
         return (
             f"{folder} is in use by {_read_holder(folder)}; wait for it or stop it, or choose "
-            "another name for this run (--name)"
+            "another name for this run (setting: name)"
         )
     except OSError as error:
         if error.errno in _NO_LOCKS:

@@ -105,13 +105,14 @@ def _read_yaml(file: Path, example: str) -> dict[str, Any]:
 
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no configuration file {file}; the shipped ones are in configs/"
+            f"there is no configuration file {file}; give another path (the shipped ones are in "
+            "configs/)"
         )
     try:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{file} is not readable YAML: {' '.join(str(error).split())[:300]}"
+            f"{file} is not readable YAML ({' '.join(str(error).split())[:300]}); correct it there"
         ) from error
     variants = values.get("variants") if isinstance(values, dict) else None
     if (
@@ -149,7 +150,10 @@ def _variant(
 def refuse_changes(fixed: Sequence[str], changes: Mapping[str, Any], reason: str) -> None:
     """Raises ValueError where a variant changes one of the `fixed` settings."""
     if changed := set(fixed) & set(changes):
-        raise ValueError(f"{', '.join(sorted(changed))} cannot differ between variants; {reason}")
+        raise ValueError(
+            f"{', '.join(sorted(changed))} cannot differ between variants; {reason}, so set it "
+            "for all"
+        )
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def is_done(experiment: Experiment, options: Mapping[str, object]) -> bool:
     if differing := differing_settings(made, now, sorted(now)):
         raise ValueError(
             f"{experiment.folder} was made with other settings ({', '.join(differing)}); choose "
-            "another name for this comparison, or remove that folder"
+            "another name for this comparison, or move that folder away"
         )
     return path.is_file()
 

@@ -224,7 +224,7 @@ def load_newest(
         every = ", ".join(f"{path.name} ({why})" for path, why in damaged.items())
         raise ValueError(
             f"every checkpoint in {folder} is corrupted: {every}; put one back from a copy, or "
-            f"remove {folder} to start over"
+            f"move {folder} away to start over"
         )
     return None
 
@@ -290,7 +290,7 @@ def _load_network(network: nn.Module, weights: dict[str, Tensor], path: Path) ->
         raise ValueError(
             f"the checkpoint {path} is of another configuration (first keys that differ: "
             f"{differ[:3]}); "
-            "choose another name for this run, or remove the run folder"
+            "choose another name for this run, or move its folder away"
         )
     network.load_state_dict(weights)
 

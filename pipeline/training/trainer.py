@@ -307,7 +307,7 @@ class Trainer:
             raise FloatingPointError(
                 f"{self.label}: {problem}; {self.last_checkpoint_hint()}; {after}continue "
                 f"and skip a few such steps ({self.label}.train.max_nonfinite_steps), or lower the "
-                "learning rate and start again under another name (--name)"
+                "learning rate and start again under another name (setting: name)"
             )
         self.buffers.restore()
         self.state.skipped += 1

@@ -26,8 +26,8 @@ LOG_STD_BOUND = 8.0
 ACTIVE_ABOVE = 0.01
 """Variance over images of the posterior's mean, above which a dimension is active."""
 _NO_CODES = (
-    "this tokenizer has Gaussian latents and no codes; use its posterior(pixels) and "
-    "decode_latents(latents), or train one with tokenizer.model.quantizer=vq"
+    "this tokenizer has Gaussian latents and no codes; train one with "
+    "tokenizer.model.quantizer=vq, or use its latents (in Python: posterior and decode_latents)"
 )
 
 

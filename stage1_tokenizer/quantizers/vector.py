@@ -11,7 +11,6 @@ assignments.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.caller import warn_user
 from stage1_tokenizer.options import VectorOptions
 from stage1_tokenizer.quantizers.base import (
     Quantized,
@@ -305,10 +305,10 @@ class VectorQuantizer(SingleLevel):
             )
             if rounds:
                 raise ValueError(
-                    f"k-means needs a vector a code: {problem}, or set "
+                    f"k-means needs a vector per code: {problem}, or set "
                     "tokenizer.model.vq.kmeans_iterations to 0"
                 )
-            warnings.warn(f"codes start as copies: {problem}", stacklevel=3)
+            warn_user(f"codes start as copies: {problem}")
         generator = self._generator()
         errors = (pool - pool.mean(0)).square().sum(1)
         there = from_first_process(spread(pool, errors, self.num_codes, generator))

@@ -45,7 +45,7 @@ class AggregatedPosterior(Mixture):
         if means.shape != self.means.shape or log_stds.shape != self.means.shape:
             raise ValueError(
                 f"posteriors have means {tuple(means.shape)} and log_stds {tuple(log_stds.shape)}; "
-                f"this prior holds {tuple(self.means.shape)}"
+                f"both must be {tuple(self.means.shape)}"
             )
         self.means.copy_(means)
         self.log_stds.copy_(log_stds)

@@ -60,8 +60,8 @@ class VampPrior(Mixture):
         """
         if inputs.shape != self.pseudo_inputs.shape:
             raise ValueError(
-                f"inputs have shape {tuple(inputs.shape)}; this prior's pseudo-inputs have "
-                f"{tuple(self.pseudo_inputs.shape)}"
+                f"inputs have shape {tuple(inputs.shape)} and must have that of the "
+                f"pseudo-inputs, {tuple(self.pseudo_inputs.shape)}"
             )
         self.pseudo_inputs.copy_(inputs)
 

@@ -324,7 +324,7 @@ def test_wrong_kind_is_refused_and_kinds_are_listed(tmp_path, kind):
     save_file(small(), tmp_path / "weights.safetensors")
     with pytest.raises(
         ValueError,
-        match=f"holds no {kind} weights: it has no .*; the kinds are openai-dvae, taming-vqgan",
+        match=f"holds no {kind} weights: it has no .*; choose one of the kinds openai-dvae, taming",
     ):
         ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind=kind)
 

@@ -135,8 +135,9 @@ def test_codes_are_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=r"^this tokenizer has Gaussian latents and no codes; use its posterior\(pixels\) "
-            r"and decode_latents\(latents\), or train one with tokenizer\.model\.quantizer=vq$",
+            match=r"^this tokenizer has Gaussian latents and no codes; train one with "
+            r"tokenizer\.model\.quantizer=vq, or use its latents \(in Python: posterior and "
+            r"decode_latents\)$",
         ):
             use()
     assert module.layout(GRID) == () and module.usage() == []

@@ -298,12 +298,12 @@ def test_codes_are_refused_where_latents_are_gaussian(kind):
     for name, use in uses:
         with pytest.raises(
             ValueError,
-            match=rf"^this tokenizer has Gaussian latents, and {name} needs codes; use "
-            r"posterior\(pixels\) and decode_latents\(latents\), or train a tokenizer with "
-            r"tokenizer\.model\.quantizer=vq$",
+            match=rf"^this tokenizer has Gaussian latents, and {name} needs codes; train one "
+            r"with tokenizer\.model\.quantizer=vq, or use its latents \(in Python: posterior and "
+            r"decode_latents\)$",
         ):
             use()
-    with pytest.raises(ValueError, match="this tokenizer has Gaussian latents and no codes; use"):
+    with pytest.raises(ValueError, match="this tokenizer has Gaussian latents and no codes; train"):
         tokenizer.code_vectors  # noqa: B018
 
 

@@ -83,7 +83,7 @@ def test_code_vectors_are_centred_and_checked_for_shape(prior):
     torch.testing.assert_close(prior.code_vectors.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert float(prior.code_vectors.std()) == pytest.approx(1)
     with pytest.raises(
-        ValueError, match=r"code vectors have shape \(11, 4\); this prior's stream has \(11, 5\)"
+        ValueError, match=r"code vectors have shape \(11, 4\) and must be \(11, 5\)"
     ):
         prior.set_codebook(torch.randn(11, 4))
 
@@ -104,7 +104,7 @@ def test_without_code_vectors_embeddings_are_free(text_ids, codes):
 def test_full_cache_refuses_more_positions(prior, text_ids):
     cache = prior.new_cache(3)
     cache.filled = 14
-    with pytest.raises(ValueError, match="the cache holds 14 tokens; 14 and 1 more do not fit"):
+    with pytest.raises(ValueError, match="the cache holds 14 tokens, and 14 and 1 more do not fit"):
         prior(text_ids[:, :1], torch.tensor([14]), cache)
 
 
@@ -175,7 +175,7 @@ def test_loading_names_what_is_wrong(prior, tmp_path):
     values["model"]["depth"] = 3
     config.write_text(json.dumps(values))
     with pytest.raises(
-        ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.2"
+        ValueError, match=r"do not fit its config\.json \(first keys that differ: \['blocks\.2"
     ):
         ImagePrior.from_pretrained(tmp_path)
     values["model"]["dept"] = 2
@@ -272,7 +272,7 @@ def test_weights_that_do_not_fit_are_refused_by_from_pretrained(prior, tmp_path)
     cut = {name: value for name, value in weights.items() if "blocks.1" not in name}
     save_file(cut, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"do not fit its config\.json; first keys that differ: \['blocks\.1"
+        ValueError, match=r"do not fit its config\.json \(first keys that differ: \['blocks\.1"
     ):
         ImagePrior.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10")

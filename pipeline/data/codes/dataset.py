@@ -178,6 +178,14 @@ def shards_of(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
     return {split: [Shard(**file) for file in files] for split, files in manifest["files"].items()}
 
 
+def are_captioned(manifest: Mapping[str, Any]) -> bool:
+    """Whether there are as many captions as images, as a prior needs."""
+    return all(
+        sum(shard.captions for shard in shards) >= sum(shard.rows for shard in shards)
+        for shards in shards_of(manifest).values()
+    )
+
+
 def are_hashed(manifest: Mapping[str, Any]) -> bool:
     """Whether the files are few enough bytes to be hashed."""
     return (
@@ -194,7 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = read_json(path, f"remove {folder} and run `minidalle encode` again", "format")
+        manifest = read_json(path, f"move {folder} away and run `minidalle encode` again", "format")
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no complete codes dataset; run `minidalle encode` first"
@@ -215,7 +223,7 @@ def check_format(made: Any, folder: Path) -> None:
         )
         raise ValueError(
             f"the codes in {folder} were written by {version} (format {made}; this one reads "
-            f"{FORMAT}); remove that folder and run `minidalle encode` again"
+            f"{FORMAT}); move that folder away and run `minidalle encode` again"
         )
 
 
@@ -264,8 +272,8 @@ def check_form(manifest: dict[str, Any], folder: Path) -> None:
     """
     if (form := manifest.get("form", "arrow")) != "arrow":
         raise ValueError(
-            f"the codes in {folder} are {form}, for other programs; remove that folder and run "
-            "`minidalle encode` again"
+            f"the codes in {folder} are {form}, for other programs; move that folder away "
+            "and run `minidalle encode` again"
         )
 
 
@@ -278,5 +286,5 @@ def check_tokenizer(manifest: dict[str, Any], fingerprint: str, folder: Path) ->
     if manifest["tokenizer"] != fingerprint:
         raise ValueError(
             f"the codes in {folder} were made by tokenizer {manifest['tokenizer']}, and this run's "
-            f"tokenizer is {fingerprint}; remove that folder and run `minidalle encode` again"
+            f"tokenizer is {fingerprint}; move that folder away and run `minidalle encode` again"
         )

@@ -135,7 +135,7 @@ class OpenShard:
             ]
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}); remove it and run `minidalle encode` again"
+                f"{path} cannot be read ({error}); move it away and run `minidalle encode` again"
             ) from error
 
     def codes(self, row: int) -> np.ndarray:

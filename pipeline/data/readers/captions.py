@@ -170,7 +170,10 @@ def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
         ValueError: a column is missing, or the template is invalid.
     """
     if not rows.columns:
-        raise NoCaptions(f"{rows.name} holds {len(rows)} images and no column of captions")
+        raise NoCaptions(
+            f"{rows.name} holds {len(rows)} images and no column of captions; add one "
+            "(docs/data.md)"
+        )
     reader = CaptionReader(rows.name, rows.columns, config)
 
     def each() -> Iterable[list[str]]:

@@ -37,7 +37,7 @@ def coco_file(path: Path, content: Mapping[str, object]) -> CocoFile | None:
     names: dict[object, str] = {}
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-            raise ValueError(f"{path}: images[{number}] has no file_name; COCO's images have one")
+            raise ValueError(f"{path}: images[{number}] has no file_name; give every image one")
         names[_key(image.get("id"))] = image["file_name"]
     captions = []
     for number, annotation in enumerate(annotations):

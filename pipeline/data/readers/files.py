@@ -66,7 +66,7 @@ def check_regular(path: str | Path) -> int:
 def _regular_size(path: str | Path, state: os.stat_result) -> int:
     if not stat.S_ISREG(state.st_mode):
         kind = _KINDS.get(stat.S_IFMT(state.st_mode), "no file")
-        raise ValueError(f"{path} is {kind} and no regular file; it is not opened")
+        raise ValueError(f"{path} is {kind} and no regular file; put the file itself there")
     return state.st_size
 
 

@@ -128,7 +128,9 @@ class FileRows(Rows):
         try:
             return base64.b64decode(image.rpartition("base64,")[2], validate=True)
         except binascii.Error as error:
-            raise ValueError(f"row {row} is neither a path nor base64 ({error})") from error
+            raise ValueError(
+                f"row {row} is neither a path nor base64 ({error}); write one of them"
+            ) from error
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
         first = 0
@@ -411,7 +413,7 @@ def _named(
         existing_column(where, column, list(row), "it names the image")
         name = row[column]
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{where} names no image: {column} is {name!r}")
+            raise ValueError(f"{where} names no image: {column} is {name!r}; write a path there")
         image = names.find(name, number)
         if image is not None:
             record = {key: value for key, value in row.items() if key != column}

@@ -225,13 +225,16 @@ def is_saved_dataset(path: Path) -> bool:
 
 def _cannot_load(source: str, error: Exception) -> str:
     if Path(source).expanduser().is_dir():
-        return f"data.source {source!r} is a saved data set that cannot be read ({error})"
+        return (
+            f"data.source {source!r} is a saved data set that cannot be read ({error}); copy it "
+            "again"
+        )
     near = nearest_here(source)
-    hint = f"did you mean {near}, which lies here? " if near else ""
+    hint = f"did you mean {near}, which lies here? Or " if near else ""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
         return (
             f"data.source {source!r} is no folder or file here, and HF_HUB_OFFLINE forbids to ask "
-            f"the Hub for it; {hint}Otherwise unset HF_HUB_OFFLINE, or give a path"
+            f"the Hub for it; {hint}unset HF_HUB_OFFLINE, or give a path"
         )
     return (
         f"data.source {source!r} is no folder or file here and no data set that can be "

@@ -107,10 +107,10 @@ def open_image(
         content = source if isinstance(source, bytes) else _content(source)
         image = _undecoded(content)
         size = image.size
-        _check_size(image, at_least, most)
+        _check_size(image, at_least, most, "scale it down first")
         return _decoded(content, image, size, None).image
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {name}") from None
+        raise FileNotFoundError(f"there is no image {name}; give the path of a file") from None
     except ValueError as error:
         text = str(error)
         raise ValueError(name + text[2:] if text.startswith("it ") else text) from error
@@ -227,13 +227,15 @@ def _drafted(image: Image.Image, at_least: int | None) -> int:
     return math.prod(size if image.info.get("progressive") else image.size)
 
 
-def _check_size(image: Image.Image, at_least: int | None, most: int) -> int:
+def _check_size(
+    image: Image.Image, at_least: int | None, most: int, remedy: str = "raise data.max_pixels"
+) -> int:
     """As `_drafted`. Raises TooLarge where that is more than `most`."""
     width, height = image.size
     pixels = _drafted(image, at_least)
     if pixels > most:
         raise TooLarge(
-            f"it has {width}x{height} pixels; at most {most:,} are decoded (data.max_pixels)"
+            f"it has {width}x{height} pixels, and at most {most:,} are decoded; {remedy}"
         )
     return pixels
 
@@ -280,7 +282,7 @@ def _certain_range(low: float, high: float, depth: Depth, mode: str) -> ValueRan
     if ranges not in (["16bit"], ["8bit"]):
         raise ValueError(
             f"it has mode {mode} and values from {low:g} to {high:g}, and which of them is white "
-            "is not known; set data.value_range, or convert it to 8 bits first"
+            "is not known; convert it to 8 bits first, or set data.value_range for training"
         )
     return NAMED_RANGES[ranges[0]]
 

@@ -142,12 +142,12 @@ def not_found(source: str) -> FileNotFoundError:
     folder = missing.parent
     names = _names_in(folder)
     near = nearest(missing.name, names)
-    hint = f"; did you mean {printable(str(folder / near))}?" if near else ""
+    hint = f"; did you mean {printable(str(folder / near))}? Or" if near else ";"
     some = printable(", ".join(names[:10])) + (", ..." if len(names) > 10 else "")
     what = "no files match" if glob.has_magic(source) or _BRACES.search(source) else "there is no"
     return FileNotFoundError(
         f"data.source: {what} {printable(source)}; {printable(str(folder))} holds "
-        f"{some or 'nothing'}{hint}; {ACCEPTED}"
+        f"{some or 'nothing'}{hint} {ACCEPTED}"
     )
 
 

@@ -32,6 +32,5 @@ def check_inflated(path: Path) -> None:
             if inflated > _MOST_BYTES and inflated > _MOST_RATIO * stored:
                 raise ValueError(
                     f"{path}: column {column.path_in_schema} of row group {group} inflates from "
-                    f"{stored:,} to {inflated:,} bytes; write it with less in a row group if that "
-                    "is meant"
+                    f"{stored:,} to {inflated:,} bytes; if that is meant, write smaller row groups"
                 )

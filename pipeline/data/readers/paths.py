@@ -176,7 +176,8 @@ class ImageNames:
             return path.removeprefix(folder)
         if path.startswith(("/", "../")) or path == "..":
             raise ValueError(
-                f"{self._table} row {row} names {name!r}, which lies outside the folder"
+                f"{self._table} row {row} names {name!r}, which lies outside the folder; copy the "
+                "image into the folder, and name it there"
             )
         return path
 

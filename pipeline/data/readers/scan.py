@@ -146,7 +146,7 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
         raise ValueError(
             f"{int(bad.sum())} of {len(rows)} images in {rows.name} cannot be read "
             f"({tally.first(UNREADABLE)}: {found.problem[first]}); "
-            "repair or remove them, or raise data.filter.max_corrupt_fraction (now "
+            "repair them, or raise data.filter.max_corrupt_fraction (now "
             f"{config.filter.max_corrupt_fraction})"
         )
     return ~np.any([rows_of for _, rows_of in reasons], axis=0)

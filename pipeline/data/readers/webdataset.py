@@ -243,7 +243,7 @@ class ShardRows(Rows):
         if len(content) < length:
             raise ValueError(
                 f"{self._shards[shard]} is truncated: at {start} it has {len(content)} of {length} "
-                "bytes"
+                "bytes; copy it again"
             )
         return content
 

@@ -121,8 +121,9 @@ class ShardReader:
             if self._lengths.empty(self._parts) == self._order.length:
                 why = "; ".join(self._stream.problems)
                 raise ValueError(
-                    f"no shard of {self._stream.name} has an image to train on; "
-                    f"{why or 'all are held out or missing'}"
+                    f"no shard of {self._stream.name} has an image to train on: "
+                    f"{why or 'all are held out or missing'}; add shards, or lower "
+                    "data.val_fraction"
                 )
             self._number += 1
         self._samples = self._open(self._number)

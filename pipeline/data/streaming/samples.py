@@ -141,7 +141,8 @@ class ShardStream:
             first = list(itertools.islice(self._groups(0), _FIRST))
         except Exception as error:  # the library and what it reads through raise many kinds
             raise FileNotFoundError(
-                f"the {len(shards)} shards of {name} cannot be read ({reason_of(error)})"
+                f"the {len(shards)} shards of {name} cannot be read ({reason_of(error)}); "
+                "check data.source, or copy them again"
             ) from error
         members = list(dict.fromkeys(member for _, own in first for member in own))
         if not images_of(members, wanted):

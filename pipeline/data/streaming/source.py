@@ -182,7 +182,7 @@ class StreamSource(Source):
             if self._bad > allowed * max(self._decoded, _SURE):
                 raise ValueError(
                     f"{self._bad} of {self._decoded + self._bad} images of {self.name} cannot be "
-                    f"decoded (the last: {sample.name}, {error}); repair or remove them, or raise "
+                    f"decoded (the last: {sample.name}, {error}); repair them, or raise "
                     f"data.filter.max_corrupt_fraction (now {allowed})"
                 ) from error
             return None

@@ -360,7 +360,7 @@ def test_mismatched_bundle_parts_are_refused(bundle):
 
     pipe = TextToImagePipeline.from_pretrained(bundle)
     other = ImageTokenizer(TokenizerConfig(image_size=32, num_codes=8, width=32))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="give both from one bundle"):
         TextToImagePipeline(other, pipe.prior, pipe.text)
     pipe.text.length = 9
     with pytest.raises(ValueError, match="9 slots"):
@@ -382,7 +382,7 @@ def test_reconstruct_writes_originals_and_reconstructions(finished_run, tmp_path
         both,
         "grey.png: pixels are 50x40",
         "multiples of 8; the nearest that fits is 48x40",
-        "(--size WIDTHxHEIGHT does)",
+        "(the option size does)",
     )
     assert main([*both, "--size", "32"]) == 0 and size_of(out / "00001-grey.png") == (32, 32)
     assert main([*both, "--size", "48x40"]) == 0 and size_of(out / "00001-grey.png") == (48, 40)

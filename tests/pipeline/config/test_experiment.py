@@ -141,7 +141,7 @@ def test_what_is_wrong_with_each_setting_is_plain(tiny_yaml):
     assert sorted(str(caught.value).splitlines()) == [
         "data.crop is left; it must be 'centre' | 'random'",
         "encode is 5; it must be a section of settings",
-        "prior.model.dept is not a setting",
+        "prior.model.dept is not a setting; did you mean prior.model.depth?",
         "prior.train.betas is [0.1]; it must be tuple[float, float]",
         "tokenizer.model.num_codes is many; it must be int",
         "tokenizer.train.batch_size is some; it must be int | 'auto'",

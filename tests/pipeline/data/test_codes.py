@@ -197,7 +197,7 @@ def test_large_folders_are_checked_by_file_size_only(folder, monkeypatch):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     file = tmp_path / "train-00000-of-00001.arrow"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} cannot be read .*; remove it and run"):
+    with pytest.raises(ValueError, match=f"{file} cannot be read .*; move it away and run"):
         shards.OpenShard(file)
 
 
@@ -214,7 +214,7 @@ def test_other_formats_are_refused(folder, made, message):
     (folder / "codes.json").write_text(json.dumps({**manifest, "format": made}))
     with pytest.raises(
         ValueError,
-        match=f"the codes in {folder} were written by {message}.*remove that folder and run",
+        match=f"the codes in {folder} were written by {message}.*move that folder away and run",
     ):
         CodesDataset(folder, "train")
 
@@ -224,7 +224,7 @@ def test_corrupted_manifest_is_no_complete_dataset(folder, content):
     (folder / "codes.json").write_text(content)
     with pytest.raises(
         ValueError,
-        match=r"codes\.json is truncated or corrupted .*remove .* and run `minidalle encode` again",
+        match=r"codes\.json is truncated or corrupted .*move .* away and run `minidalle encode`",
     ):
         CodesDataset(folder, "train")
 

@@ -270,5 +270,8 @@ def test_memory_of_decoding_does_not_grow_with_workers(tmp_path):
 
 
 def test_prepared_images_are_bounded_by_their_configuration():
-    with pytest.raises(files.TooLarge, match="it has 20x20 pixels; at most 100 are decoded"):
+    with pytest.raises(
+        files.TooLarge,
+        match=r"it has 20x20 pixels, and at most 100 are decoded; raise data\.max_pixels",
+    ):
         prepared(encoded(), DataConfig(source="x", image_size=16, max_pixels=100))

@@ -130,7 +130,8 @@ def test_decompression_bombs_animations_and_odd_modes_are_handled(tmp_path):
         # As outside of tests, where Pillow's warning would not stop it
         warnings.simplefilter("ignore")
         with pytest.raises(
-            ValueError, match=r"it has 10000x10000 pixels; at most 64,000,000 are decoded"
+            ValueError,
+            match=r"10000x10000 pixels, and at most 64,000,000 are decoded; scale it down",
         ):
             open_image(bomb())
     (tmp_path / "bomb.png").write_bytes(bomb())
@@ -240,8 +241,7 @@ def test_an_image_that_vanishes_while_training_is_named(tmp_path):
     for file in tmp_path.glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(
-        ValueError,
-        match=r"\.png of .* could be read before and cannot now .*the data must not change",
+        ValueError, match=r"\.png of .* could be read before and cannot now .*put it back as it was"
     ):
         source.images(range(len(source)))
 

@@ -359,7 +359,7 @@ def test_stream_without_usable_samples_raises(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": encoded(), "txt": b" "})])
     with pytest.raises(
         ValueError,
-        match=r"no shard of .* has an image to train on; .*without a caption left out: a",
+        match=r"no shard of .* has an image to train on: .*without a caption left out: a; add",
     ):
         StreamBatchLoader(stream(tmp_path), 2, 0, 0, 1, None).images(0)
 

@@ -226,7 +226,7 @@ def test_captions_that_are_too_long_fail_unless_truncated(folder):
         cut, "warns"
     )
     long = diagnose(config(folder), text=TextConfig(max_length=500))
-    assert "of text.max_length=500 slots; fewer train and draw faster" in said(long, "notes")
+    assert "of text.max_length=500 slots; a lower text.max_length trains" in said(long, "notes")
 
 
 def test_caption_lengths_and_vocabulary_are_reported(folder):
@@ -317,7 +317,7 @@ def test_many_copies_warn_and_plain_images_are_no_copies(folder):
         (folder / f"c{number}.txt").write_text("copied")
         add(folder, f"p{number}.png", Image.new("RGB", (64, 64), (40 * number, 90, 200)), "plain")
     found = diagnose(config(folder))
-    assert "5 images are copies of others; remove them" in said(found, "warns")
+    assert "5 images are copies of others; keep one of each" in said(found, "warns")
     assert found.sources[0].duplicates.plain == 5 and found.sources[0].duplicates.alike == 0
     assert "5 images are one plain surface" in said(found, "notes")
 
@@ -362,7 +362,7 @@ def test_stream_is_inspected_from_its_start(folder, tmp_path):
     assert whole.sources[0].rows == 40 and not whole.sources[0].first_only and not whole.fails
     first = diagnose(streamed, images=25)
     assert (first.sources[0].rows, first.sources[0].first_only) == (25, True)
-    assert "the first 25 images were looked at, of a source that goes on (--max-images)" in said(
+    assert "the first 25 images were looked at, of a source that goes on (max_images)" in said(
         first, "notes"
     )
     assert whole.suggestion.values["data"]["streaming"] is True

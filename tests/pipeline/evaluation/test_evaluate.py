@@ -102,7 +102,7 @@ def test_an_accuracy_of_few_images_is_warned_of_in_one_line(
     lines = [line for line in captured.err.splitlines() if line.startswith("warning")]
     assert len(lines) == warnings
     for line in lines:
-        assert "is of few images (95% interval " in line and "--max-images" in line
+        assert "is of few images (95% interval " in line and "evaluate on more images" in line
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["intervals"]["prompt_accuracy"][2] == images
     assert written["settings"]["seed"] == 0

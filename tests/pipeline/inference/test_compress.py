@@ -77,7 +77,7 @@ def test_an_image_that_would_not_come_back_is_refused(bundle, image, tmp_path, c
     fails(capsys, folder, f"{tmp_path} is a folder; name a file in it")
     before = image.read_bytes()
     itself = ["compress", image, "--bundle", bundle, "--out", image.parent / "." / image.name]
-    fails(capsys, itself, "is the file to read, and would be overwritten; give another --out")
+    fails(capsys, itself, "is the file to read, and would be overwritten; write to another")
     assert image.read_bytes() == before
     two = ["compress", image, image, "--bundle", bundle, "--out", out]
     fails(capsys, two, "2 images were given; give one", status=2)

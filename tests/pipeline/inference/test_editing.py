@@ -78,8 +78,9 @@ def test_an_edit_keeps_codes_and_pixels_outside_the_mask(pipe, original):
 
 
 def test_empty_mask_changes_nothing_and_warns(pipe, original):
-    with pytest.warns(UserWarning, match="the mask is empty"):
+    with pytest.warns(UserWarning, match="the mask is empty") as caught:
         out = pipe.edit(original, Image.new("1", (32, 32), 0), "a red circle", num_images=2)
+    assert caught[0].filename == __file__
     assert [np.array_equal(np.asarray(image), np.asarray(original)) for image in out.images] == [
         True,
         True,
@@ -103,11 +104,11 @@ def test_masks_and_images_that_do_not_fit_are_named(pipe, original):
     with pytest.raises(ValueError, match="the mask is 16x32 and the image 32x32"):
         pipe.edit(original, Image.new("L", (16, 32)), "x")
     with pytest.raises(
-        ValueError, match=r"the mask has mode RGB; it must be black and white.*convert\('L'\)"
+        ValueError, match=r"the mask has mode RGB; it must be black and white.*convert it first"
     ):
         pipe.edit(original, Image.new("RGB", (32, 32)), "x")
     with pytest.raises(
-        ValueError, match="the image is 40x32 and this prior draws 32x32; resize it first"
+        ValueError, match="the image is 40x32 and this prior draws 32x32; crop or resize it first"
     ):
         pipe.edit(Image.new("RGB", (40, 32)), Image.new("L", (40, 32)), "x")
 
@@ -308,7 +309,7 @@ def test_a_bundle_knows_the_precision_of_its_codes(finished_run):
 
 def test_unknown_sampling_options_are_named(pipe):
     with pytest.raises(
-        ValueError, match=r"\['top_P'\] are no sampling options; known are \['guidance_scale'"
+        ValueError, match=r"\['top_P'\] are no sampling options; choose among \['guidance_scale'"
     ):
         pipe("x", top_P=0.5)
     with pytest.raises(

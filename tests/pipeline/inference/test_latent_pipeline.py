@@ -70,14 +70,16 @@ def test_an_unconditional_prior_ignores_prompts_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = pipe("")
-    with pytest.warns(UserWarning, match="this bundle's prior is unconditional"):
+    with pytest.warns(UserWarning, match="this bundle's prior is unconditional") as caught:
         assert torch.equal(pipe(CAPTIONS[0]).latents, plain.latents)
+    assert caught[0].filename == __file__
 
 
 def test_an_empty_prompt_needs_caption_dropout():
     pipe = tiny_latent_pipeline()
-    with pytest.warns(UserWarning, match="an empty prompt is sampled without a caption"):
+    with pytest.warns(UserWarning, match="an empty prompt is sampled without") as caught:
         pipe("")
+    assert caught[0].filename == __file__
     pipe.prior.config.trained_with_caption_dropout = False
     with pytest.raises(ValueError, match="an empty prompt needs a prior trained with caption"):
         pipe("")

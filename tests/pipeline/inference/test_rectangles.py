@@ -82,7 +82,7 @@ def test_gaussian_latents_draw_rectangles():
 
 
 def test_a_tokenizer_and_a_prior_of_unlike_sizes_are_refused(pipe):
-    with pytest.raises(ValueError, match="they do not belong together"):
+    with pytest.raises(ValueError, match="give both from one bundle"):
         type(pipe)(pipe.tokenizer.at_size(16), pipe.prior, pipe.text)
 
 

@@ -139,7 +139,7 @@ def test_images_and_prompts_that_cannot_be_scored_are_named(pipe, images):
         ((images, CAPTIONS[:3]), "^there are 4 images and 3 prompts; give one prompt per image$"),
         ((images, "a red star"), "^there are 4 images and 1 prompts; give one prompt per image$"),
         ((images[0], CAPTIONS), "^there are 1 images and 4 prompts; give one prompt per image$"),
-        ((small, "x"), "^the image is 16x12 and this prior draws 16x16; resize it first"),
+        ((small, "x"), "^the image is 16x12 and this prior draws 16x16; crop or resize it first"),
         (([images[0], small], ["x", "x"]), "^image 1 is 16x12 and this prior draws 16x16"),
         ((images[0], long), "^the caption 'word word .*' needs 1[0-9]+ tokens and there are 24"),
     ):
@@ -162,11 +162,13 @@ def test_best_of_a_prior_that_cannot_be_scored_is_refused_before_sampling(
     monkeypatch.setattr(
         "pipeline.inference.pipeline.sample_codes_batched", lambda *_, **__: sampled.append(1)
     )
-    with pytest.raises(ValueError, match=r"best_of is 2.* Give a scorer .*caption_dropout=0\.1$"):
+    with pytest.raises(
+        ValueError, match=r"best_of is 2.*choose by a CLIP model .*caption_dropout=0\.1$"
+    ):
         pipe("a red star", best_of=2)
     pipe.save_pretrained(tmp_path / "bundle")
     command = ["generate", "--bundle", tmp_path / "bundle", "a red star", "--best-of", 2]
-    fails(capsys, [*command, "--out", tmp_path / "out"], "best_of is 2", "--clip-scorer")
+    fails(capsys, [*command, "--out", tmp_path / "out"], "best_of is 2", "clip_scorer")
     assert not sampled and not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert main([str(a) for a in [*command[:-2], "--out", tmp_path / "out"]]) == 0

@@ -190,7 +190,7 @@ def test_failing_variant_is_named_and_other_metrics_are_kept(bakeoff, capsys):
     }
     bakeoff.write_text(yaml.safe_dump(values))
     assert main(["compare-tokenizers", "--config", str(bakeoff)]) == 1
-    assert "variant unfit: k-means needs a vector a code" in capsys.readouterr().err
+    assert "variant unfit: k-means needs a vector per code" in capsys.readouterr().err
     written = (bakeoff.parent / "runs" / "tiny" / "comparison.md").read_text()
     assert "| plain |" in written and "| two levels |" in written
 

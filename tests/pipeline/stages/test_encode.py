@@ -231,7 +231,7 @@ def test_codes_with_other_settings_are_refused_with_the_difference(
         [*command, *CHANGES[change]],
         f"{unfinished} holds unfinished codes made with something else (",
         change,
-        "remove that folder",
+        "move that folder away",
     )
     assert contents(unfinished) == before
     fails(
@@ -239,7 +239,7 @@ def test_codes_with_other_settings_are_refused_with_the_difference(
         [*whole_elsewhere, *CHANGES[change]],
         "holds codes made with something else (",
         change,
-        "remove that folder",
+        "move that folder away",
     )
 
 
@@ -298,7 +298,10 @@ def test_other_formats_and_a_corrupted_plan_are_refused(
     fails(capsys, command, f"the codes in {unfinished} were written by a later version (format 3")
     (unfinished / "plan.json").write_text("{")
     fails(
-        capsys, command, f"{unfinished / 'plan.json'} is truncated or corrupted", f"remove {unfinished} and run"
+        capsys,
+        command,
+        f"{unfinished / 'plan.json'} is truncated or corrupted",
+        f"move {unfinished} away and run",
     )
     codes = tmp_path / "whole" / "tiny" / "codes"
     (codes / "codes.json").write_text(
@@ -308,7 +311,7 @@ def test_other_formats_and_a_corrupted_plan_are_refused(
         fails(
             capsys,
             [stage, *whole_elsewhere[1:]],
-            "written by an earlier version (format 0; this one reads 1); remove that folder and "
+            "written by an earlier version (format 0; this one reads 1); move that folder away and "
             "run",
         )
 

@@ -271,7 +271,8 @@ def test_exported_codes_are_refused_by_the_prior(finished_run, tmp_path, capsys)
         fails(
             capsys,
             [stage, *command],
-            "are parquet, for other programs; remove that folder and run `minidalle encode` again",
+            "are parquet, for other programs; move that folder away and run `minidalle encode` "
+            "again",
         )
 
 

@@ -51,7 +51,7 @@ def test_gaussian_tokenizer_trains_and_reconstructs(options, tiny_yaml, tmp_path
             capsys,
             reconstruct,
             "noise.png: pixels are 48x32 (width x height) and this tokenizer's one latent vector "
-            "is for 32x32; crop or resize to it first (--size WIDTHxHEIGHT does)",
+            "is for 32x32; crop or resize to it first (the option size does)",
         )
         reconstruct += ["--size", "32"]
     assert main(reconstruct) == 0
@@ -93,9 +93,9 @@ def test_commands_refuse_the_folder_of_a_gaussian_tokenizer(tiny_yaml, tmp_path,
         fails(
             capsys,
             command,
-            f"this tokenizer has Gaussian latents, and `minidalle {command[0]}` needs codes; use "
-            "posterior(pixels) and decode_latents(latents), or train a tokenizer with "
-            "tokenizer.model.quantizer=vq",
+            f"this tokenizer has Gaussian latents, and `minidalle {command[0]}` needs codes; "
+            "train one with tokenizer.model.quantizer=vq, or use its latents (in Python: posterior "
+            "and decode_latents)",
         )
     assert not (tmp_path / "c").exists()
 

@@ -105,7 +105,7 @@ def test_a_run_ends_with_a_bundle_that_generates_and_is_evaluated(tmp_path, caps
     fails(
         capsys,
         [*evaluate, "--baseline-bundle", folder / "bundle"],
-        "and comparing bundles (--baseline-bundle) needs codes",
+        "and comparing with an earlier bundle needs codes",
     )
 
 

@@ -90,7 +90,7 @@ def test_data_are_known_by_their_images_and_not_by_their_path(experiment):
     with pytest.raises(
         ValueError,
         match=r"\(images\): of here -> there: 1,000 -> 1,052 images to train on \(\+52\), "
-        r"10 -> 13 images held out \(\+3\)\. To go on, put the images back .*; or remove",
+        r"10 -> 13 images held out \(\+3\)\. To go on, put the images back .*; or move .* away$",
     ):
         more.is_complete()
     with pytest.raises(ValueError, match="of here: the same number of images, of which files"):

@@ -356,7 +356,7 @@ def test_missing_or_truncated_manifests_are_named(run, capsys):
         capsys,
         ["encode", *arguments],
         "codes.json is truncated or corrupted",
-        f"remove {folder / 'codes'} and run `minidalle encode` again",
+        f"move {folder / 'codes'} away and run `minidalle encode` again",
     )
     manifest.unlink()
     (folder / "codes" / "plan.json").write_text('{"format": 1}')

@@ -168,10 +168,10 @@ def test_probe_restores_a_codebook_parameter():
 
 
 def test_probe_retries_with_more_rows():
-    """k-means needs a vector a code: 16 of each image for 80 codes."""
+    """k-means needs a vector per code: 16 of each image for 80 codes."""
     made = tokenizer(num_codes=80, kmeans_iterations=1)
     assert fit_memory_model(probe(made, 0), images, most=8).row > 0
-    with pytest.raises(ValueError, match="k-means needs a vector a code"):
+    with pytest.raises(ValueError, match="k-means needs a vector per code"):
         fit_memory_model(probe(made, 0), images, most=4)
 
 

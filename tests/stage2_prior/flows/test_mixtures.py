@@ -97,7 +97,7 @@ def test_vamp_prior_starts_at_given_inputs():
     inputs = torch.randn(4, 2, 2)
     prior.set_pseudo_inputs(inputs)
     assert prior.pseudo_inputs.equal(inputs) and prior.pseudo_inputs.requires_grad
-    with pytest.raises(ValueError, match=r"inputs have shape \(3, 2, 2\); .* \(4, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"inputs have shape \(3, 2, 2\) .* \(4, 2, 2\)"):
         prior.set_pseudo_inputs(inputs[:3])
 
 
