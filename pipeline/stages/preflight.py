@@ -11,16 +11,17 @@ from pipeline.data.readers.base import NoCaptions
 from pipeline.data.source import Source
 from pipeline.runtime.distributed import distributed_state
 from pipeline.stages.captions import Captions, SourceCaptions, learned_tokenizer
-from pipeline.stages.encode import part_plans, sources_of
+from pipeline.stages.encode import part_plans
 from pipeline.stages.finetune import (
     PretrainedPrior,
     check_init_from,
     require_peft,
     tokenizer_identity,
 )
-from pipeline.stages.latent_prior import CAPTIONS, check_components, refuse_streams
+from pipeline.stages.latent_prior import CAPTIONS, check_components, latent_sources, refuse_streams
 from pipeline.stages.manifest import read_settings
 from pipeline.stages.prior import check_inference_steps
+from pipeline.stages.sources import sources_of
 from pipeline.training.auto_batch import has_auto_batch
 from stage1_tokenizer import ImageTokenizer
 
@@ -50,11 +51,10 @@ def check_run(experiment: Experiment) -> None:
             _check_captions(experiment)
         return
     refuse_streams(experiment)
-    source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    check_components(section.latent, len(source))
+    sources = latent_sources(experiment)
+    check_components(section.latent, len(sources["train"]))
     if section.latent.context_features:
-        splits = {"train": source, "held_out": held_out}
-        captions = {split: SourceCaptions(own, CAPTIONS) for split, own in splits.items()}
+        captions = {split: SourceCaptions(own, CAPTIONS) for split, own in sources.items()}
         learned_tokenizer(experiment.text, captions)
 
 

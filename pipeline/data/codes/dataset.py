@@ -178,6 +178,12 @@ def shards_of(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
     return {split: [Shard(**file) for file in files] for split, files in manifest["files"].items()}
 
 
+def captioned(folder: Path) -> bool:
+    """Whether no shard of a complete codes dataset has fewer captions than images."""
+    shards = shards_of(read_manifest(folder)).values()
+    return all(shard.captions >= shard.rows for own in shards for shard in own)
+
+
 def are_hashed(manifest: Mapping[str, Any]) -> bool:
     """Whether the files are few enough bytes to be hashed."""
     return (

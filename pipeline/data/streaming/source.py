@@ -85,7 +85,7 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._files = FileFinder(Path(config.source).expanduser().parent)
-        opened = open_streams(config)
+        opened = open_streams(config, self.tally)
         self._train = opened.train
         self._held_out = opened.held_out
         self.shard_names = opened.shard_names

@@ -19,8 +19,8 @@ from pipeline.cli.main import main
 from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.load import load_sources
 from pipeline.doctor.report import Diagnosis
-from pipeline.stages.encode import sources_of
 from pipeline.stages.run import run
+from pipeline.stages.sources import sources_of
 from stage2_prior import TextConfig
 from tests.helpers.cli import fails
 from tests.helpers.data import config as small
