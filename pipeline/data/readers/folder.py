@@ -110,7 +110,7 @@ class FileRows(Rows):
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
         )
-        self.layout = f"{len(named):,} image files with captions"
+        self.layout = f"{len(named):,} image files"
         # Names relative to the root: moving it changes nothing.
         self.stamp = content_fingerprint(self._state(image) for image in named)
 

@@ -181,6 +181,7 @@ def test_no_captions_is_a_failure(folder):
         config(folder)
     ) and "40 images and no captions" in said(found, "fails")
     assert found.sources[0].rows == 40 and found.suggestion is None
+    assert "can be used by `minidalle train-tokenizer`, `encode`" in said(found, "notes")
 
 
 def test_images_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
