@@ -207,7 +207,7 @@ def test_members_of_streamed_shards_have_a_size_limit(tmp_path, monkeypatch, com
     names = [one.name for one in train.samples(0)]  # type: ignore[attr-defined]
     assert sorted([*names, *held_out.names(range(len(held_out)))]) == [f"{i}" for i in range(8)]
     left_out = "; ".join(train.problems)
-    assert ("'8.bmp' has 24,354 bytes" in left_out) == compressed
+    assert ("'8.bmp' has " in left_out) == compressed
     assert ("texts of more than" in left_out) != compressed
 
 

@@ -100,9 +100,10 @@ def test_a_stopped_training_on_shuffled_tags_ends_with_the_same_weights(tmp_path
             "val_fraction": 0.3,
             "tags": tags,
         }
-        made = from_dict(Experiment, values)
         options = values["tokenizer"]["model"]
-        tiny_tokenizer(**options, image_size=32).save_pretrained(made.folder / "tokenizer")
+        options["image_size"] = 32
+        made = from_dict(Experiment, values)
+        tiny_tokenizer(**options).save_pretrained(made.folder / "tokenizer")
         pipeline.encode_dataset(made)
         return made
 
