@@ -320,7 +320,13 @@ def test_encoding_without_captions_does_not_advise_training_a_prior(finished_run
     for i in range(12):
         Image.effect_noise((40, 36), 20 + 9 * i).convert("RGB").save(tmp_path / "own" / f"{i}.png")
     settings = [
-        *("--config", finished_run[0], "--output_dir", str(tmp_path), "--data.val_fraction=0.3"),
+        *(
+            "--config",
+            str(finished_run[0]),
+            "--output_dir",
+            str(tmp_path),
+            "--data.val_fraction=0.3",
+        ),
         *("--data.source", str(tmp_path / "own")),
     ]
     assert main(["encode", *settings]) == 0, capsys.readouterr().err
