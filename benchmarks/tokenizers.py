@@ -29,7 +29,7 @@ from benchmarks import peers
 from pipeline.config.experiment import Experiment
 from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.devices import uses_bf16
-from pipeline.stages.encode import sources_of
+from pipeline.stages.sources import sources_of
 from stage1_tokenizer import (
     ImageTokenizer,
     Level,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,7 +49,8 @@ def encode_command(
     out: Path | None = None,
     format: Literal["arrow", "parquet", "webdataset"] = "arrow",
 ) -> None:
-    """Encodes every image once; run again, it resumes.
+    """Encodes every image once; run again, it resumes. `minidalle encode FILES... --tokenizer DIR
+    --out DIR` encodes these images.
 
     Args:
         tokenizer: another tokenizer than the run's; without --config, the settings of its own run
@@ -58,7 +60,13 @@ def encode_command(
     """
     if out is None and (tokenizer is not None or format != "arrow"):
         raise UsageError("--tokenizer and --format are for codes outside a run; add --out DIR")
-    if tokenizer is None or has_config(settings):
+    images = [Path(one) for one in takewhile(lambda one: not one.startswith("-"), settings)]
+    settings = settings[len(images) :]
+    if images:
+        if tokenizer is None or out is None or has_config(settings):
+            raise UsageError("images as arguments take --tokenizer DIR and --out DIR, not --config")
+        experiment = _experiment_of_files(images[0], tokenizer, out, settings)
+    elif tokenizer is None or has_config(settings):
         experiment = parse_experiment(settings)
     else:
         experiment = _experiment_of(tokenizer, settings)
@@ -67,12 +75,39 @@ def encode_command(
         if os.environ.get("RANK", "0") == "0":
             print_rank0(f"wrote {folder}\n{_next_prior(folder, settings)}")
         return
-    rows, files = pipeline.encode_for_export(experiment, out, format, tokenizer_folder=tokenizer)
+    rows, files = pipeline.encode_for_export(
+        experiment, out, format, tokenizer_folder=tokenizer, images=images
+    )
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     print_rank0(
         f"wrote {out}: {counts} images in {', '.join(files[:3])}"
         f"{' ...' if len(files) > 3 else ''}, and codes.json"
     )
+
+
+def _experiment_of_files(
+    first: Path, tokenizer: Path, out: Path, settings: list[str]
+) -> Experiment:
+    """An experiment that encodes all images given as arguments, of which the first is known, at the
+    tokenizer's size. The tokenizer's run and its data are not needed."""
+    from pipeline.config.experiment import to_dict
+    from pipeline.config.load import load_values
+    from pipeline.runtime.run_paths import existing_tokenizer
+    from pipeline.stages.encode import without_augmentation
+    from stage1_tokenizer import ImageTokenizer
+
+    model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer))
+    model.require_codes("`minidalle encode`")
+    config = to_dict(model.own_config)
+    data = {
+        "source": str(first),
+        "image_size": config.pop("image_size"),
+        "val_fraction": 1e-9,  # all in one table
+    }
+    # What is found out about the images lies where the codes are made, and goes with it.
+    run = {"name": f".{out.name}.arrow", "output_dir": str(out.parent)}
+    values = {**run, "data": data, "tokenizer": {"model": config}}
+    return without_augmentation(as_usage(load_values, values, settings))
 
 
 def _experiment_of(tokenizer: Path, settings: list[str]) -> Experiment:

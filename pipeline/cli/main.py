@@ -47,7 +47,7 @@ before training:
 training, each with --config FILE [--key.path VALUE ...]; run again, it resumes from what is there:
   run               all of the below, in order, then a grid of images
   train-tokenizer   stage 1: images <-> codes
-  encode            the codes of every image, once
+  encode            the codes of every image, once; FILES... --tokenizer DIR --out DIR: of these
   train-prior       stage 2: caption and codes as one stream, or Gaussian latents
   compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
   zoo               several generative models at equal time, by the probability of held-out images (configs/zoo.yaml)

@@ -43,6 +43,8 @@ class MixPart:
     """As `data.text_column`."""
     caption_template: str | None = None
     """As `data.caption_template`."""
+    delimiter: str | None = None
+    """As `data.delimiter`."""
     split_column: str | None = None
     """As `data.split_column`."""
     held_out_source: str | None = None

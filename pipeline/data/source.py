@@ -93,8 +93,8 @@ class Source:
         raise self._unordered()
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """The first caption of each image."""
-        return [captions[0] for captions in self.all_captions(indices)]
+        """The first caption of each image; empty where it has none."""
+        return [captions[0] if captions else "" for captions in self.all_captions(indices)]
 
     def encoding_plan(self, first: int, limit: int | None) -> dict[str, int | None]:
         """What a codes dataset holds of this source; see `planned_files`.

@@ -50,6 +50,10 @@ _GROUPS = 50
 """Groups of copies that are listed."""
 _MEMBERS = 8
 """Images that each group names."""
+_WITHOUT_CAPTIONS = (
+    "images without captions can be used by `minidalle train-tokenizer`, `encode` and `codebook`, "
+    "and by priors of Gaussian latents with prior.latent.context_features=0"
+)
 _SIDES = (1, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 _ASPECTS = {
     "square": 1.05,
@@ -132,7 +136,9 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         _report(opened, found, fit, held_out, tallies, values_report(config, found)),
         understood=understood(opened, captions),
     )
-    if captions is not None:
+    if captions is None:
+        findings.append(Finding("notes", f"{rows.name}: {_WITHOUT_CAPTIONS}"))
+    else:
         findings += caption_layout_findings(opened, captions)
     findings += _doubts(report, config)
     return Part(config, opened, found, captions, fit, held_out, report, findings)

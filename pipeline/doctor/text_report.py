@@ -36,6 +36,7 @@ def source_facts(source: SourceReport) -> Facts:
     counts = f"{source.rows:,}{' looked at (of more)' if source.first_only else ''}"
     understood = [
         ("layout", source.layout),
+        *source.understood,
         ("columns", ", ".join(map(printable, source.columns))),
         ("splits", source.splits),
     ]
@@ -53,7 +54,6 @@ def source_facts(source: SourceReport) -> Facts:
     if source.values:
         facts.append(("values", source.values))
     return [
-        *source.understood,
         *facts,
         (
             "copies of other files",

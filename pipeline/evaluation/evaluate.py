@@ -123,7 +123,7 @@ def evaluate(
     if experiment.data.source == "emoji":
         check_split(pipe, experiment.data)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
+    held_out = _held_out(experiment)
     count = min(images, len(held_out))
     if not count:
         raise ValueError(
@@ -171,6 +171,17 @@ def _codes_metrics(
     if experiment.data.source == "emoji":
         metrics |= emoji_metrics(pipe, experiment)
     return metrics
+
+
+def _held_out(experiment: Experiment) -> Source:
+    """Validation images with captions; where no image has one and the prior reads none, all."""
+    try:
+        return load_source(experiment.data, "held_out", experiment.folder / "data")
+    except ValueError:
+        if experiment.sees_captions:
+            raise
+        folder = experiment.folder / "data"
+        return load_source(experiment.data, "held_out", folder, require_captions=False)
 
 
 def _parts_of_elbo(

@@ -26,10 +26,11 @@ from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
-from pipeline.stages.encode import encode_dataset, sources_of
+from pipeline.stages.encode import encode_dataset
 from pipeline.stages.manifest import read_settings
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import run_lock
+from pipeline.stages.sources import sources_of
 from pipeline.stages.time_budget import steps_in_budget
 from pipeline.stages.tokenizer import train_tokenizer
 from pipeline.stages.variants import (

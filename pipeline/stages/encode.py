@@ -23,17 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pipeline.config.data import DataConfig, as_setting, data_settings, settings_beside_content
+from pipeline.config.data import as_setting, data_settings, settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict
 from pipeline.config.json_file import read_json
 from pipeline.data.codes import dataset as codes
 from pipeline.data.codes.export import Format, export_codes
 from pipeline.data.codes.shards import EncodedRows, Shard, kind_of, verify_shard, write_shard
-from pipeline.data.load import load_sources
-from pipeline.data.readers.base import NoCaptions
+from pipeline.data.readers.base import NoCaptions, listed
+from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.sampler import prefetch
-from pipeline.data.source import Source, Split, check_splits
-from pipeline.data.worker_info import WorkerInfo
+from pipeline.data.source import Source, Split
 from pipeline.runtime.atomic_io import WriteError, atomic_write_text, check_output_dir
 from pipeline.runtime.devices import uses_bf16
 from pipeline.runtime.distributed import distributed_state, make_accelerator
@@ -43,6 +42,7 @@ from pipeline.runtime.threads import free_threads
 from pipeline.stages.image_views import image_views
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
+from pipeline.stages.sources import sources_of
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage1_tokenizer.config import nearest_multiple
 
@@ -182,19 +182,32 @@ def _write_shards(
 
 
 def encode_for_export(
-    experiment: Experiment, out: Path, form: Format, *, tokenizer_folder: Path | None = None
+    experiment: Experiment,
+    out: Path,
+    form: Format,
+    *,
+    tokenizer_folder: Path | None = None,
+    images: Sequence[Path] = (),
 ) -> tuple[dict[str, int], list[str]]:
     """Codes for other programs, in folder `out`: those of the experiment's data, with and without
     captions, by its own or another tokenizer; returns the number of images per split and the files'
     names.
 
+    Args:
+        images: files, or one folder or other source, in place of the source that the experiment
+            names. Codes of files are named by their absolute paths.
+
     Raises:
         FileExistsError: there is something else in `out` already.
+        FileNotFoundError: one of `images` is not there.
         ValueError: as `encode_dataset`, of the temporary folder next to `out`.
     """
     check_output_dir(out, codes.MANIFEST, "codes")
     made = out.parent / f".{out.name}.arrow"
     with run_lock(made, experiment.process_timeout):
+        if images:
+            source = _source_of(images, made)
+            experiment = replace(experiment, data=replace(experiment.data, source=source))
         encode_dataset(
             experiment, tokenizer_folder=tokenizer_folder, folder=made, require_captions=False
         )
@@ -205,6 +218,23 @@ def encode_for_export(
         files = export_codes(made, out, form)
         shutil.rmtree(made)
     return codes.read_manifest(out)["rows"], files
+
+
+def _source_of(images: Sequence[Path], folder: Path) -> str:
+    """The `data.source` of one argument, or of several files: a list of them, written to a
+    folder."""
+    if len(images) == 1 and images[0].suffix.lower() not in EXTENSIONS:
+        return str(images[0])
+    if missing := [str(one) for one in images if not one.is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(images)} images are no files: {listed(missing[:3])}; give "
+            "files, or one folder"
+        )
+    listing = folder / "images.txt"
+    if distributed_state().is_main_process:
+        atomic_write_text(listing, "".join(f"{one.absolute()}\n" for one in images))
+    distributed_state().wait_for_everyone()
+    return str(listing)
 
 
 def without_augmentation(experiment: Experiment, but: Collection[str] = ()) -> Experiment:
@@ -248,42 +278,6 @@ def _report(sources: Mapping[Split, Source], plan: Mapping[str, Any]) -> None:
     if sources["train"].num_images is not None:  # what a stream leaves out comes at its end
         for problem in sources["train"].problems:
             _log.info(f"  {problem}")
-
-
-def sources_of(
-    data: DataConfig,
-    run_dir: Path,
-    timeout: int,
-    *,
-    require_captions: bool = True,
-    require_both: bool = True,
-) -> tuple[Source, Source]:
-    """Training and validation images, before anything else is written; every process must call.
-
-    Args:
-        run_dir: folder of the run; what is found out about the images is kept in its data/.
-        timeout: minutes that processes wait for one another.
-        require_captions: leave out images without a caption.
-        require_both: raise ValueError where a split has no image.
-
-    Raises:
-        NoCaptions: no image has a caption, and they are required.
-        ValueError, FileNotFoundError: as `load_sources`.
-    """
-    state = distributed_state(timeout)
-    share = WorkerInfo(
-        state.process_index,
-        state.num_processes,
-        lambda own: gather_object([own]) if state.num_processes > 1 else [own],
-    )
-    source, held_out = load_sources(
-        data, run_dir / "data", share, require_captions=require_captions
-    )
-    if not require_both:
-        return source, held_out
-    for part, back in zip(source.parts, held_out.parts, strict=True):
-        check_splits(data, part.name, part.num_images, len(back), len(held_out))
-    return source, held_out
 
 
 def _plan(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config.data import data_settings, tag_settings
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.readers.base import NoCaptions
 from pipeline.data.sampler import BatchSampler, order_of
 from pipeline.data.source import Source
 from pipeline.data.tags import varied_tags
@@ -28,8 +29,8 @@ from pipeline.stages.captions import (
     text_tokenizer,
     training_ids,
 )
-from pipeline.stages.encode import sources_of
 from pipeline.stages.manifest import LATENT_PRIOR, StageRun, load_complete
+from pipeline.stages.sources import every_image, sources_of
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.task import Task
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -64,14 +65,13 @@ def train_latent_prior(experiment: Experiment) -> Path:
     tokenizer = load_complete(
         ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
-    loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    sources = dict(zip(("train", "held_out"), loaded, strict=True))
+    sources = latent_sources(experiment)
     run = StageRun(
         experiment,
         "prior",
         section.train,
         _inputs(experiment, tokenizer, sources),
-        num_images=[source.num_images for source in loaded],
+        num_images=[source.num_images for source in sources.values()],
     )
     if run.is_complete():
         if saved_text_tokenizer(experiment) is None:
@@ -101,6 +101,27 @@ def latent_prior_training(
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
     prior = _build_prior(experiment, tokenizer, text, sources["train"])
     return LatentPriorTraining(experiment, accelerator, sources, tokenizer, prior, text)
+
+
+def latent_sources(experiment: Experiment) -> dict[str, Source]:
+    """Images of `train` and `held_out`. Only a conditional prior leaves out those without captions.
+
+    Raises:
+        NoCaptions: the prior is conditional, and there are none.
+        ValueError, FileNotFoundError: as `sources_of`.
+    """
+    try:
+        found = (
+            sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+            if experiment.sees_captions
+            else every_image(experiment, "prior")
+        )
+    except NoCaptions as error:
+        raise NoCaptions(
+            f"{error}\nprior.latent.context_features is "
+            f"{experiment.prior.latent.context_features}; a prior with 0 needs no captions"
+        ) from error
+    return dict(zip(("train", "held_out"), found, strict=True))
 
 
 def _captions(experiment: Experiment, sources: dict[str, Source]) -> dict[str, SourceCaptions]:

@@ -116,6 +116,7 @@ class StageRun:
                     f"run (setting: name), or move {self.folder} away to start over"
                 )
             return False
+        _compare_backup(self.folder, written)
         defaults = to_dict(type(getattr(self.experiment, self.stage))())
         made = with_defaults(written["settings"], defaults)
         done = "held_out" in written
@@ -388,6 +389,23 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
                 atomic_write_text(path, json.dumps(content, indent=2) + "\n")
     check_format(content.get("format"), folder)
     return content
+
+
+def _compare_backup(folder: Path, written: Mapping[str, Any]) -> None:
+    """Logs where the backup of a stage's settings says something else, as after a flipped bit. A
+    kill between the two writes leaves it without the metrics, which counts as the same."""
+    try:
+        backup = read_json(folder / _BACKUP)
+    except (ValueError, OSError):
+        return
+    both = [{k: v for k, v in one.items() if k in backup} for one in (backup, written)]
+    changes = changed("", *both)
+    if changes:
+        _log.warning(
+            f"{folder / _SETTINGS} is used and differs from {_BACKUP} "
+            f"({'; '.join(one.lstrip('.') for one in changes)}); if the backup is right, copy it "
+            f"to {_SETTINGS}"
+        )
 
 
 def init_from_fingerprint(folder: Path) -> str | dict[str, str] | None:

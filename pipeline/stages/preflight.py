@@ -3,6 +3,7 @@ captions and earlier stages; trains nothing."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from pipeline.config.experiment import Experiment
@@ -10,19 +11,24 @@ from pipeline.data.codes.dataset import MANIFEST
 from pipeline.data.readers.base import NoCaptions
 from pipeline.data.source import Source
 from pipeline.runtime.distributed import distributed_state
+from pipeline.runtime.log import on_main_process
 from pipeline.stages.captions import Captions, SourceCaptions, learned_tokenizer
-from pipeline.stages.encode import part_plans, sources_of
+from pipeline.stages.encode import part_plans
 from pipeline.stages.finetune import (
     PretrainedPrior,
     check_init_from,
     require_peft,
     tokenizer_identity,
 )
-from pipeline.stages.latent_prior import CAPTIONS, check_components, refuse_streams
+from pipeline.stages.latent_prior import CAPTIONS, check_components, latent_sources, refuse_streams
 from pipeline.stages.manifest import read_settings
 from pipeline.stages.prior import check_inference_steps
+from pipeline.stages.sources import sources_of
 from pipeline.training.auto_batch import has_auto_batch
 from stage1_tokenizer import ImageTokenizer
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
 
 _AT_A_TIME = 1000
 
@@ -50,11 +56,10 @@ def check_run(experiment: Experiment) -> None:
             _check_captions(experiment)
         return
     refuse_streams(experiment)
-    source, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    check_components(section.latent, len(source))
+    sources = latent_sources(experiment)
+    check_components(section.latent, len(sources["train"]))
     if section.latent.context_features:
-        splits = {"train": source, "held_out": held_out}
-        captions = {split: SourceCaptions(own, CAPTIONS) for split, own in splits.items()}
+        captions = {split: SourceCaptions(own, CAPTIONS) for split, own in sources.items()}
         learned_tokenizer(experiment.text, captions)
 
 
@@ -88,7 +93,7 @@ def _check_longer_tokenizer(experiment: Experiment) -> None:
 
 def _check_captions(experiment: Experiment) -> None:
     """Learns the text tokenizer of the captions that will be encoded, and counts those that do not
-    fit it. A stream's captions are not known yet."""
+    fit it. Of a stream, the first held-out captions are known."""
     try:
         loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     except NoCaptions as error:
@@ -109,6 +114,14 @@ def _check_captions(experiment: Experiment) -> None:
             for split, source, limit in splits
         }
         learned_tokenizer(experiment.text, captions, origin)
+        return
+    try:
+        learned_tokenizer(experiment.text, {"train": SourceCaptions(loaded[1], CAPTIONS)}, origin)
+    except ValueError as error:
+        if experiment.text.pretrained or origin:
+            raise
+        # One that learns from more captions may need fewer slots.
+        _log.warning("of the first %d held-out images of the stream: %s", len(loaded[1]), error)
 
 
 class _PlannedCaptions:

@@ -20,11 +20,11 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.captions import saved_text_tokenizer, text_tokenizer, training_ids
-from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import LoRAAdapter, PretrainedPrior, check_init_from
 from pipeline.stages.latent_prior import (
     LatentPriorTraining,
     latent_prior_training,
+    latent_sources,
     train_latent_prior,
 )
 from pipeline.stages.manifest import StageRun, load_complete
@@ -92,8 +92,7 @@ def new_prior_training(
         ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
     if not experiment.tokenizer.model.has_codes:
-        loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-        sources = dict(zip(("train", "held_out"), loaded, strict=True))
+        sources = latent_sources(experiment)
         return latent_prior_training(experiment, accelerator, tokenizer, sources)
     codes = {
         split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")

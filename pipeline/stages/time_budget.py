@@ -16,8 +16,8 @@ from pipeline.config.inheritance import Stage
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.stages.encode import sources_of
 from pipeline.stages.prior import new_prior_training
+from pipeline.stages.sources import sources_of
 from pipeline.stages.tokenizer import TokenizerTraining
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit

@@ -17,8 +17,8 @@ from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.log import shows_progress
 from pipeline.runtime.threads import free_threads
-from pipeline.stages.encode import sources_of
 from pipeline.stages.estimate import trial_objective
+from pipeline.stages.sources import sources_of
 from pipeline.training.auto_batch import has_auto_batch
 from pipeline.training.batch import to_device
 from pipeline.training.fsdp import fsdp_requested

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +19,15 @@ from pipeline.data.streaming.feed import StreamBatchLoader, batch_loader
 from pipeline.runtime.atomic_io import atomic_write_png
 from pipeline.runtime.image_grid import bars, grid_image, make_grid
 from pipeline.runtime.log import on_main_process
-from pipeline.stages.encode import sources_of
 from pipeline.stages.finetune import (
     check_init_from,
     copy_frozen_tokenizer,
     new_tokenizer,
     tokenizer_identity,
 )
-from pipeline.stages.manifest import StageRun, read_settings
+from pipeline.stages.manifest import StageRun
 from pipeline.stages.run_lock import with_run_lock
+from pipeline.stages.sources import every_image
 from pipeline.training.task import Task
 from stage1_tokenizer import TokenizerObjective, to_model_range, to_uint8
 from stage2_prior import LatentPriorModel
@@ -50,7 +49,7 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
     check_init_from(section, experiment.prior, experiment.text.max_length)
     if section.frozen:
         return copy_frozen_tokenizer(experiment)
-    source, held_out = _sources(experiment)
+    source, held_out = every_image(experiment, "tokenizer")
     inputs = {
         "seed": experiment.seed,
         "precision": experiment.precision,
@@ -76,21 +75,6 @@ def train_tokenizer(experiment: Experiment, *, seconds_after: float = 0.0) -> Pa
     metrics = run.fit(training.task, images=source.num_images, seconds_after=seconds_after)
     run.finalize(training.tokenizer, metrics, training.latent_prior)
     return run.folder
-
-
-def _sources(experiment: Experiment) -> tuple[Source, Source]:
-    """All images, with and without captions; those with captions alone where the stage was begun
-    with these."""
-    load = partial(sources_of, experiment.data, experiment.folder, experiment.process_timeout)
-    sources = load(require_captions=False)
-    written = (read_settings(experiment.folder / "tokenizer") or {}).get("settings", {})
-    begun_with = written.get("images")
-    if begun_with is not None and begun_with != [one.fingerprint for one in sources]:
-        with suppress(ValueError):
-            captioned = load()
-            if begun_with == [one.fingerprint for one in captioned]:
-                return captioned
-    return sources
 
 
 class TokenizerTraining:

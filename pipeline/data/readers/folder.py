@@ -45,6 +45,7 @@ from pipeline.data.readers.files import (
     LeavesFolder,
     check_link,
     leaves,
+    parse_json,
     read_file,
 )
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
@@ -59,7 +60,7 @@ LAYOUTS = """accepted are
   images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
-CAPTION_ENDINGS = (".txt", ".caption")
+CAPTION_ENDINGS = (".txt", ".caption", ".json")
 """Of the text file next to an image; the first that is there counts."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
 """Lists of a folder's images and their captions; the first that is there counts."""
@@ -70,6 +71,8 @@ _TEXT_ENDINGS = (
     *(".ndjson", ".xml", ".yaml", ".yml", ".xlsx", ".parquet", ".tar", ".list", ".lst", ".token"),
 )
 """Files that an error names where no caption is found."""
+_JSON_KEYS = ("text", "caption", "captions", "prompt")
+"""Of the caption in the JSON file next to an image; the first that is there counts."""
 _SAMPLED = 100
 """Names of a table by which its folder of images is found."""
 _LONGEST_PATH = 1024
@@ -110,7 +113,7 @@ class FileRows(Rows):
             [json.dumps(record) for records in named.values() for record in records],
             pa.large_string(),
         )
-        self.layout = f"{len(named):,} image files with captions"
+        self.layout = f"{len(named):,} image files"
         # Names relative to the root: moving it changes nothing.
         self.stamp = content_fingerprint(self._state(image) for image in named)
 
@@ -235,17 +238,37 @@ def _captions_beside(
         except ValueError as error:
             tally.add(unread_caption(error), file)
             continue
-        endings[PurePosixPath(file).suffix.lower()] += 1
-        named[image] = [of_path(image) | {"text": lines_of(text, config.caption_lines)}]
+        ending = PurePosixPath(file).suffix.lower()
+        texts = _texts_of_json(text) if ending == ".json" else [text]
+        if not texts:
+            tally.add(NO_CAPTION, image)
+            continue
+        endings[ending] += 1
+        lines = [line for one in texts for line in lines_of(one, config.caption_lines)]
+        named[image] = [of_path(image) | {"text": lines}]
     if not named:
         return {}, []
     files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
-    lines = {
+    how = {
         "each": "each line is a caption",
         "joined": "lines are joined",
         "first": "the first line counts",
-    }
-    return named, [("caption files", f"{files} next to the images; {lines[config.caption_lines]}")]
+    }[config.caption_lines]
+    return named, [("caption files", f"{files} next to the images; {how}")]
+
+
+def _texts_of_json(text: str) -> list[str]:
+    """The captions in the JSON file next to an image; none where it has no such key."""
+    try:
+        content = parse_json(text)
+    except ValueError:
+        return []
+    values = (
+        [content[key] for key in _JSON_KEYS if key in content] if isinstance(content, dict) else []
+    )
+    first = values[0] if values else None
+    texts = first if isinstance(first, list) else [first]
+    return [one for one in texts if isinstance(one, str) and one.strip()]
 
 
 def _no_caption(folder: Path, image: str) -> tuple[str, str]:

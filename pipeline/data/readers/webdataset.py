@@ -35,6 +35,7 @@ from pipeline.data.readers.splits import rows_by_file
 from pipeline.data.readers.tar_index import tar_members
 
 DAMAGED = "shards that are truncated or corrupted, read up to there"
+LEADS_OUT = "members of shards whose names lead out of them left out"
 LONG_TEXT = f"texts of more than {MAX_TEXT_BYTES:,} bytes left out"
 NO_IMAGE = "samples without an image left out"
 SEVERAL = "further images of a sample left out (a sample's name ends at its first dot)"
@@ -224,11 +225,8 @@ class ShardRows(Rows):
     def _refuse(self, image: str | None, counts: Counter[str]) -> None:
         if image is not None and counts:
             existing_column(self.name, image, sorted(counts), "data.image_column")
-        why = "; ".join(self.tally.lines()) or f"members: {listed(sorted(counts))}"
-        raise ValueError(
-            f"{self.name} has {len(self._shards)} shards and no image ({why}); a sample is "
-            "NAME.jpg next to NAME.txt in the .tar"
-        )
+        why = self.tally.lines() or [f"members: {listed(sorted(counts))}"]
+        raise no_image(self.name, len(self._shards), why)
 
     def _signature(self, shard: str) -> object:
         # Without the folder: moving it moves no data. The time, as samples of bytes see not all.
@@ -254,9 +252,7 @@ class ShardRows(Rows):
         by_key: dict[str, dict[str, Place]] = {}
         for path, start, length in self._members(self._shards[number]):
             if is_outside(path):
-                self.tally.add(
-                    "members of shards whose names lead out of them left out", ascii(path)
-                )
+                self.tally.add(LEADS_OUT, ascii(path))
                 continue
             if (name := member_name(path)) is None:
                 continue
@@ -276,11 +272,19 @@ class ShardRows(Rows):
                     found = True
                     yield member.name, member.start, member.length
         except (ValueError, OSError) as error:
-            if not found and os.path.isfile(shard) and _is_compressed(shard):
+            if not found and os.path.isfile(shard) and is_compressed(shard):
                 raise ValueError(
                     f"{shard} is compressed; unpack it to a plain .tar, or set data.streaming=true"
                 ) from error
             self.tally.add(DAMAGED, f"{shard} ({error})")
+
+
+def no_image(name: str, shards: int, why: Sequence[str]) -> ValueError:
+    """The error for shards without any image."""
+    return ValueError(
+        f"{name} has {shards} shards and no image ({'; '.join(why)}); a sample is NAME.jpg next to "
+        "NAME.txt in the .tar"
+    )
 
 
 def _from_json(content: bytes) -> Record:
@@ -291,7 +295,8 @@ def _from_json(content: bytes) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def _is_compressed(shard: str) -> bool:
+def is_compressed(shard: str) -> bool:
+    """Whether a regular file begins as compressed ones do."""
     with open(shard, "rb") as file:
         start = file.read(6)
     return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))

@@ -4,21 +4,22 @@ no image and no caption."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pipeline.config.data import SYNTHETIC_SOURCES, CaptionLines, DataConfig
 from pipeline.data.readers.base import (
     Record,
+    SkipCounter,
     bytes_signature,
     existing_column,
     file_signature,
     image_column,
     reason_of,
 )
-from pipeline.data.readers.files import check_regular
+from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_regular
 from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
 from pipeline.data.readers.locate import (
     files_of_rows,
@@ -30,12 +31,18 @@ from pipeline.data.readers.locate import (
 )
 from pipeline.data.readers.splits import Role, SplitName, files_by_split, roles
 from pipeline.data.readers.tables import TABLE_SUFFIXES
+from pipeline.data.readers.tar_index import tar_members
 from pipeline.data.readers.webdataset import (
+    DAMAGED,
+    LEADS_OUT,
+    LONG_TEXT,
     columns_of,
     images_of,
     is_caption,
+    is_compressed,
     is_outside,
     member_name,
+    no_image,
     record_of,
 )
 
@@ -120,35 +127,55 @@ class DatasetStream:
 class ShardStream:
     """Webdataset shards, local or remote, by the members of `readers/webdataset.py`.
 
+    Local shards that are not compressed are read by their checked headers, as those that are read
+    in any order: one that is damaged is read up to there. Of all shards, no member takes more
+    memory than its kind may have.
+
+    Args:
+        tally: counts what of the shards is left out, once each.
+
     Raises:
         FileNotFoundError: a shard cannot be read.
-        ValueError: the first samples have no image.
+        ValueError: no shard has a sample, or the first samples have no image.
     """
 
     def __init__(
-        self, name: str, shards: Sequence[str], wanted: str | None, lines: CaptionLines
+        self,
+        name: str,
+        shards: Sequence[str],
+        wanted: str | None,
+        lines: CaptionLines,
+        tally: SkipCounter,
     ) -> None:
         self._shards = shards
         self._lines = lines
         self._wanted = wanted
+        self._tally = tally
+        self._counted: set[str] = set()
         self.renames = False
         """Whether earlier versions had other names for the samples."""
         self.image = wanted or "of an image"
         self.num_shards = len(shards)
+        start = 0
+        first: list[tuple[str, dict[str, bytes]]] = []
         try:
             if any(map(is_remote, shards)):
                 _check_remote(shards)
-            first = list(itertools.islice(self._groups(0), _FIRST))
+            for start in range(self.num_shards):
+                if first := list(itertools.islice(self._groups(start), _FIRST)):
+                    break
         except Exception as error:  # the library and what it reads through raise many kinds
             raise FileNotFoundError(
                 f"the {len(shards)} shards of {name} cannot be read ({reason_of(error)}); "
                 "check data.source, or copy them again"
             ) from error
+        if not first:
+            raise no_image(name, len(shards), tally.lines() or ["they are empty"])
         members = list(dict.fromkeys(member for _, own in first for member in own))
         if not images_of(members, wanted):
             existing_column(name, wanted or "image", members, "data.image_column")
         self.columns = columns_of(members, [record_of(own, lines) for _, own in first])
-        self.hint = "" if any(map(is_caption, members)) else _apart(shards[0], first[0][0])
+        self.hint = "" if any(map(is_caption, members)) else _apart(shards[start], first[0][0])
         self.layout = f"{len(shards)} webdataset shards, members {', '.join(members)}"
 
     def samples(self, shard: int) -> Iterator[RawSample]:
@@ -165,12 +192,13 @@ class ShardStream:
 
     def _groups(self, shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(sample, member -> content) of what lies together."""
-        import datasets
-
         held: tuple[str, dict[str, bytes]] | None = None
-        files = datasets.StreamingDownloadManager().iter_archive(self._shards[shard])
-        for path, file in files:
-            if is_outside(path) or (name := member_name(path)) is None:
+        tally = SkipCounter()
+        for path, length, read in self._members(self._shards[shard], tally):
+            if is_outside(path):
+                tally.add(LEADS_OUT, ascii(path))
+                continue
+            if (name := member_name(path)) is None:
                 continue
             self.renames = self.renames or path.startswith("./")
             key, member = name
@@ -178,9 +206,46 @@ class ShardStream:
                 if held is not None:
                     yield held
                 held = (key, {})
-            held[1][member] = file.read()
+            most = MAX_TEXT_BYTES if is_caption(member) else MAX_IMAGE_BYTES
+            if length > most and is_caption(member):
+                tally.add(LONG_TEXT, f"{key}.{member}")
+            # An empty image counts as unreadable.
+            held[1][member] = read(length) if length <= most else b""
         if held is not None:
             yield held
+        if self._shards[shard] not in self._counted:  # shards are read several times
+            self._counted.add(self._shards[shard])
+            self._tally.merge(tally)
+
+    def _members(
+        self, shard: str, tally: SkipCounter
+    ) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
+        """(name, length, how to read so many bytes) of each file of a shard that is not hidden."""
+        if is_remote(shard) or (Path(shard).is_file() and is_compressed(shard)):
+            yield from _unpacked(shard, tally)
+            return
+        try:
+            check_regular(shard)
+            with open(shard, "rb") as file:
+                for one in tar_members(shard, tally):
+                    if not PurePosixPath(one.name).name.startswith("."):
+                        file.seek(one.start)
+                        yield one.name, one.length, file.read
+        except ValueError as error:
+            tally.add(DAMAGED, f"{shard} ({error})")
+
+
+def _unpacked(shard: str, tally: SkipCounter) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
+    """As `_members`, of a shard that is remote or compressed: one byte after another."""
+    import datasets
+
+    for path, file in datasets.StreamingDownloadManager().iter_archive(shard):
+        length = file.raw.size
+        if not 0 <= length <= MAX_IMAGE_BYTES:
+            # To go on, all of it would be unpacked.
+            tally.add(DAMAGED, f"{shard} ({path!a} has {length:,} bytes)")
+            return
+        yield path, length, file.read
 
 
 def _apart(shard: str, key: str) -> str:
@@ -218,8 +283,11 @@ class OpenedStreams:
     shard_names: list[str]
 
 
-def open_streams(config: DataConfig) -> OpenedStreams:
+def open_streams(config: DataConfig, tally: SkipCounter) -> OpenedStreams:
     """Opens the source that `config` names as streams, by the splits that it names.
+
+    Args:
+        tally: counts what shards leave out.
 
     Raises:
         FileNotFoundError: there is no such shard or data set.
@@ -227,13 +295,11 @@ def open_streams(config: DataConfig) -> OpenedStreams:
     """
     source = config.source
     if is_remote(source):
-        return _open_files(config, list(in_braces(source)))
+        return _open_files(config, list(in_braces(source)), tally)
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):
         refuse_pointers(files)
-        for file in files:
-            check_regular(file)
-        return _open_files(config, [str(file) for file in files])
+        return _open_files(config, [str(file) for file in files], tally)
     if path.is_dir() and not is_saved_dataset(path):
         raise ValueError(_NOT_STREAMED.format(source))
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
@@ -257,7 +323,7 @@ def streams(source: str) -> bool:
     return not path.is_dir() or is_saved_dataset(path) or bool(files_of_rows(source))
 
 
-def _open_files(config: DataConfig, files: list[str]) -> OpenedStreams:
+def _open_files(config: DataConfig, files: list[str], tally: SkipCounter) -> OpenedStreams:
     """Shards, or Parquet or Arrow files."""
     groups = files_by_split(files, config)
     of_split = roles(set(groups))
@@ -271,7 +337,7 @@ def _open_files(config: DataConfig, files: list[str]) -> OpenedStreams:
         if Path(own[0].partition("?")[0]).suffix in (".parquet", ".arrow"):
             data = load_files(config.source, own, streaming=True)
             return DatasetStream(config.source, data, config.image_column)
-        return ShardStream(config.source, own, config.image_column, config.caption_lines)
+        return ShardStream(config.source, own, config.image_column, config.caption_lines, tally)
 
     train = opened(of("train"))
     held_out = opened(of("held_out")) if of("held_out") else None

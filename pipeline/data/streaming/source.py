@@ -6,6 +6,7 @@ What is read is kept in memory only. The held-out images are the first ones of t
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
-from pipeline.data.readers.splits import Role, SplitName, split_of_cell
+from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
 from pipeline.data.source import ImageBatch, Source
 from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
 
@@ -84,8 +85,9 @@ class StreamSource(Source):
         self._bad = 0
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
+        self._held_digests: set[bytes] = set()
         self._files = FileFinder(Path(config.source).expanduser().parent)
-        opened = open_streams(config)
+        opened = open_streams(config, self.tally)
         self._train = opened.train
         self._held_out = opened.held_out
         self.shard_names = opened.shard_names
@@ -152,9 +154,18 @@ class StreamSource(Source):
     def samples(self, shard: int, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """The training samples of one shard, or every `parts`-th of them from number `part` on."""
         accepted = (
-            sample for sample in self._readable(self._train, shard) if self._role(sample) == "train"
+            sample
+            for sample in self._readable(self._train, shard)
+            if self._role(sample) == "train" and not self._is_copy(sample)
         )
         return itertools.islice(accepted, part, None, parts)
+
+    def _is_copy(self, sample: Sample) -> bool:
+        """Whether a sample's image is one of those that the data hold out; copies are counted."""
+        if not self._held_digests or _digest(sample.content) not in self._held_digests:
+            return False
+        self._leave_out(COPIES, sample.name)
+        return True
 
     def _role(self, sample: Sample) -> Role:
         """What a sample of the streams to train on is for."""
@@ -201,7 +212,14 @@ class StreamSource(Source):
         return self._held_out is not None or self._column is not None
 
     def held_out(self) -> list[Sample]:
-        """The first held-out samples."""
+        """The first held-out samples. Where the data say what is held out, copies of them are left
+        out of `samples` from then on."""
+        found = self._first_held_out()
+        if self.is_split:
+            self._held_digests = {_digest(sample.content) for sample in found}
+        return found
+
+    def _first_held_out(self) -> list[Sample]:
         if self._held_out is not None:
             return list(itertools.islice(self._everything(self._held_out), HELD_OUT))
         if self._column is None:
@@ -332,6 +350,10 @@ class StreamSource(Source):
                 self._left_out.add((reason, name))
         if not known:
             self.tally.add(reason, name)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def as_read(config: DataConfig) -> DataConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import socket
@@ -18,13 +19,14 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import DataConfig
-from pipeline.data.load import load_source
+from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers import base, captions, files, parquet_limits
 from pipeline.data.readers.base import SkipCounter
 from pipeline.data.readers.files import check_regular, parse_json, read_file
 from pipeline.data.readers.images import prepared
 from pipeline.data.readers.memory import MemoryBudget
 from pipeline.data.readers.tar_index import tar_members
+from pipeline.data.streaming import samples
 from tests.helpers.data import config, encoded, photo, write_shard
 
 
@@ -152,26 +154,61 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_header_ends_its_shard_in_one_line(tmp_path, kind):
     image = {"png": encoded((9, 200, 9)), "txt": b"green"}
-    write_shard(tmp_path / "a.tar", [(f"{i}", image) for i in range(9)])
+    samples_of = [(f"{i}", image | {"png": encoded((9, 200, i))}) for i in range(9)]
+    write_shard(tmp_path / "a.tar", samples_of)
     content = (tmp_path / "a.tar").read_bytes()
     end = content.rindex(b"green") + 512 - content.rindex(b"green") % 512
     (tmp_path / "a.tar").write_bytes(content[:end] + HOSTILE[kind] + content[:1024])
     (line,) = [one for one in problems(tmp_path / "a.tar") if "a.tar" in one]
     assert line.startswith("1 shards that are truncated or corrupted") and "\n" not in line
-    if kind not in ("huge", "negative"):  # streams are slow to open
-        return
-    done = threading.Event()
+    mapped = load_sources(config(tmp_path / "a.tar"))
+    train, held_out = load_sources(config(tmp_path / "a.tar", streaming=True))
+    streamed = [one.name for one in train.samples(0)]  # type: ignore[attr-defined]
+    assert streamed == mapped[0].names(range(len(mapped[0])))
+    assert held_out.names(range(len(held_out))) == mapped[1].names(range(len(mapped[1])))
+    list(train.samples(0))  # type: ignore[attr-defined]
+    assert line in train.problems
+
+
+@pytest.mark.parametrize("kind", ["huge", "negative", "lies"])
+def test_a_hostile_header_in_a_compressed_shard_ends_it(tmp_path, kind):
+    image = {"png": encoded((9, 200, 9)), "txt": b"green"}
+    write_shard(tmp_path / "a.tar", [(f"{i}", image) for i in range(9)])
+    content = (tmp_path / "a.tar").read_bytes()
+    end = content.rindex(b"green") + 512 - content.rindex(b"green") % 512
+    content = content[:end] + HOSTILE[kind] + content[:1024]
+    (tmp_path / "a.tar").write_bytes(gzip.compress(content))
+    ended = threading.Event()
 
     def stream() -> None:
         try:
-            source = load_source(config(tmp_path / "a.tar", streaming=True), "train")
-            list(source.samples(0))  # type: ignore[attr-defined]
+            train, _ = load_sources(config(tmp_path / "a.tar", streaming=True))
+            list(train.samples(0))  # type: ignore[attr-defined]
         except (OSError, ValueError) as error:
             assert "a.tar" in str(error) and "\n" not in str(error)
-        done.set()
+        ended.set()
 
     threading.Thread(target=stream, daemon=True).start()
-    assert done.wait(60)
+    assert ended.wait(60)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_members_of_streamed_shards_have_a_size_limit(tmp_path, monkeypatch, compressed):
+    """A compressed shard ends there, as the rest of the member would be unpacked."""
+    small = {"png": encoded((9, 200, 9)), "txt": b"green"}
+    large = {"bmp": encoded((9, 9, 9), (90, 90), "BMP"), "txt": b"x" * 3000}
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{i}", large if i == 8 else small) for i in range(9)])
+    if compressed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setattr(samples, "MAX_TEXT_BYTES", 1000)
+    train, held_out = load_sources(config(path, streaming=True))
+    names = [one.name for one in train.samples(0)]  # type: ignore[attr-defined]
+    assert sorted([*names, *held_out.names(range(len(held_out)))]) == [f"{i}" for i in range(8)]
+    left_out = "; ".join(train.problems)
+    assert ("'8.bmp' has " in left_out) == compressed
+    assert ("texts of more than" in left_out) != compressed
 
 
 def test_extensions_of_extensions_are_read_without_recursion(tmp_path):

@@ -12,7 +12,7 @@ from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.load import load_sources
 from pipeline.data.mixture import MixtureSchedule
 from pipeline.data.sampler import BatchSampler, order_of
-from tests.helpers.data import number_of, write_shards
+from tests.helpers.data import encoded, number_of, write_shards
 
 
 @given(
@@ -120,3 +120,19 @@ def test_a_mixture_is_configured_in_yaml(tmp_path):
     )
     with pytest.raises(ValueError, match="the weight of photos is -3"):
         load_experiment(["--config", str(tmp_path / "mix.yaml")])
+
+
+def test_a_part_of_a_mixture_has_its_own_delimiter(tmp_path):
+    for name, delimiter in (("a", "|"), ("b", "^")):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            (tmp_path / name / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+        rows = [f"{i}.png{delimiter}{name} {i}, red" for i in range(8)]
+        (tmp_path / name / "t.csv").write_text("\n".join([f"image{delimiter}text", *rows]))
+    mix = [
+        MixPart(source=str(tmp_path / "a" / "t.csv")),
+        MixPart(source=str(tmp_path / "b" / "t.csv"), delimiter="^"),
+    ]
+    sources = load_sources(DataConfig(mix=mix, image_size=16, val_fraction=0.3))
+    found = [text for one in sources for text in one.captions(range(len(one)))]
+    assert sorted(found) == sorted(f"{name} {i}, red" for name in "ab" for i in range(8))

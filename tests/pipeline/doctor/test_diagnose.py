@@ -19,8 +19,8 @@ from pipeline.cli.main import main
 from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.load import load_sources
 from pipeline.doctor.report import Diagnosis
-from pipeline.stages.encode import sources_of
 from pipeline.stages.run import run
+from pipeline.stages.sources import sources_of
 from stage2_prior import TextConfig
 from tests.helpers.cli import fails
 from tests.helpers.data import config as small
@@ -181,6 +181,7 @@ def test_no_captions_is_a_failure(folder):
         config(folder)
     ) and "40 images and no captions" in said(found, "fails")
     assert found.sources[0].rows == 40 and found.suggestion is None
+    assert "can be used by `minidalle train-tokenizer`, `encode`" in said(found, "notes")
 
 
 def test_images_that_are_all_too_small_fail_and_a_size_is_suggested(folder):

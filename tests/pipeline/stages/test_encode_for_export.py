@@ -285,3 +285,56 @@ def test_damaged_settings_of_the_tokenizers_run_are_named(finished_run, tmp_path
         ["encode", "--tokenizer", run / "tokenizer", "--out", tmp_path / "c"],
         "experiment.yaml is truncated or corrupted; add --config FILE",
     )
+
+
+def test_files_as_arguments_are_encoded_without_a_run(finished_run, tmp_path, capsys):
+    """By a tokenizer that was copied alone; with the caption next to an image, if there is one."""
+    tokenizer = shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "own").mkdir()
+    files = [tmp_path / "own" / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        Image.effect_noise((40, 36), 20 + 30 * i).convert("RGB").save(file)
+    files[0].with_suffix(".txt").write_text("fine noise")
+    out = tmp_path / "codes"
+    options = ["--tokenizer", tokenizer, "--out", out, "--format", "parquet"]
+    given = ["encode", *files[::-1], *options]
+    assert main([str(one) for one in given]) == 0, capsys.readouterr().err
+    manifest = json.loads((out / "codes.json").read_text())
+    table = pq.read_table(out / manifest["files"]["train"][0]["name"]).to_pydict()
+    assert table["name"] == [str(file) for file in files[::-1]]
+    assert table["text"] == [None, None, "fine noise"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["codes", "own", "tokenizer"]
+
+    folder = ["encode", tmp_path / "own", *options[:2], "--out", tmp_path / "of_folder"]
+    assert main([str(one) for one in folder]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "of_folder" / "codes.json").read_text())["rows"]
+    assert rows == {"train": 3, "held_out": 0}
+
+    missing = ["encode", files[0], tmp_path / "none.png", *options[:2], "--out", tmp_path / "c"]
+    fails(capsys, missing, "1 of 2 images are no files: ", "none.png")
+    fails(capsys, ["encode", files[0], "--out", out], "take --tokenizer DIR", status=2)
+
+
+def test_encoding_without_captions_does_not_advise_training_a_prior(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tiny" / "tokenizer")
+    (tmp_path / "own").mkdir()
+    for i in range(12):
+        Image.effect_noise((40, 36), 20 + 9 * i).convert("RGB").save(tmp_path / "own" / f"{i}.png")
+    settings = [
+        *(
+            "--config",
+            str(finished_run[0]),
+            "--output_dir",
+            str(tmp_path),
+            "--data.val_fraction=0.3",
+        ),
+        *("--data.source", str(tmp_path / "own")),
+    ]
+    assert main(["encode", *settings]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "next: add captions" in said and "minidalle train-prior" not in said
+    for i in range(12):
+        (tmp_path / "own" / f"{i}.txt").write_text(f"noise {i}")
+    shutil.rmtree(tmp_path / "tiny" / "codes")
+    assert main(["encode", *settings]) == 0, capsys.readouterr().err
+    assert "next: minidalle train-prior" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from pipeline.cli.main import main
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import from_dict, load_experiment
 from pipeline.data.load import load_source
+from pipeline.data.readers.base import NoCaptions
 from pipeline.stages import latent_prior
+from pipeline.stages.sources import sources_of
 from pipeline.training.trainer import Trainer
 from stage1_tokenizer import ImageTokenizer, to_model_range
 from stage2_prior import LatentPriorModel
 from tests.helpers.cli import fails
+from tests.helpers.data import encoded
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, WATCHED, launch, settings
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -273,3 +277,46 @@ def test_two_processes_train_one_conditional_prior(tmp_path):
     first, second = (torch.load(tmp_path / f"prior-{rank}-of-2.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert TextToImagePipeline.from_pretrained(tmp_path / "runs" / "tiny" / "bundle")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_an_unconditional_prior_needs_no_captions(joint, tmp_path):
+    """All images are used where some have captions, and a stage that was begun with those alone
+    resumes with them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.png").write_bytes(encoded((6 * i, 0, 0), (32, 32)))
+    values = tiny_values(tmp_path, joint=joint)
+    values["data"] = {"source": str(folder), "image_size": 32, "val_fraction": 0.3}
+    experiment = from_dict(Experiment, values)
+    bundle = pipeline.run(experiment)
+    assert pipeline.evaluate(bundle, experiment, tmp_path / "evaluation.json").metrics
+
+    conditional = copy.deepcopy(values) | {"name": "conditional"}
+    conditional["prior"] |= {"latent": CONDITIONAL, "joint": False}
+    with pytest.raises(
+        NoCaptions, match=r"context_features is 8; a prior with 0 needs no captions"
+    ):
+        pipeline.run(from_dict(Experiment, conditional))
+
+
+def test_a_prior_that_began_with_captioned_images_resumes_with_them(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.png").write_bytes(encoded((6 * i, 0, 0), (32, 32)))
+        if i % 2:
+            (folder / f"{i:02}.txt").write_text(f"shade {i}")
+    values = tiny_values(tmp_path)
+    values["data"] = {"source": str(folder), "image_size": 32, "val_fraction": 0.3}
+    experiment = with_tokenizer(values)
+    every = latent_prior.latent_sources(experiment)
+    with monkeypatch.context() as earlier:
+        captioned = partial(sources_of, experiment.data, experiment.folder, 10)
+        earlier.setattr(latent_prior, "every_image", lambda *_: captioned())
+        pipeline.train_prior(experiment)
+    assert sum(len(source) for source in every.values()) == 40
+    resumed = latent_prior.latent_sources(experiment)
+    assert sum(len(source) for source in resumed.values()) == 20
+    pipeline.train_prior(experiment)  # is not refused

@@ -152,3 +152,20 @@ def test_auto_trains_the_tokenizer_that_the_chosen_numbers_train(tiny_yaml, tmp_
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert value.equal(weights[1][name]), name
+
+
+def test_a_backup_of_other_settings_is_reported_with_both_values(experiment, caplog):
+    """As after a flipped bit that leaves valid JSON. A backup without metrics is of a kill."""
+    run = stage_run(experiment)
+    run.begin()
+    before_metrics = (run.folder / "settings.backup.json").read_text()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0})
+    (run.folder / "settings.backup.json").write_text(before_metrics)
+    assert stage_run(experiment).is_complete() and not caplog.messages
+    settings = run.folder / "settings.json"
+    settings.write_text(settings.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match=r"\(seed\)"):
+        stage_run(experiment).is_complete()
+    (line,) = caplog.messages
+    assert "settings.json is used and differs from settings.backup.json" in line
+    assert "(settings.seed 0 -> 1)" in line

@@ -10,6 +10,8 @@ from PIL import Image
 from pipeline import load_experiment
 from pipeline.stages import preflight, run
 from pipeline.stages.preflight import check_run
+from stage2_prior import TextTokenizer
+from tests.helpers.data import encoded, write_shard
 
 
 @pytest.fixture
@@ -68,6 +70,25 @@ def test_images_without_captions_are_refused_before_the_first_step(checked, fold
         ValueError, match=r"(?s)20 images and no captions.*`minidalle encode` work without them"
     ):
         checked()
+
+
+def test_long_captions_of_a_streams_first_images_are_reported_before_the_first_step(
+    checked, tmp_path, caplog
+):
+    """A text tokenizer that is given refuses them; one that learns from all may need fewer
+    slots."""
+    samples = [
+        (f"{i:02}", {"png": encoded((9 * i, 0, 0), (32, 32)), "txt": b"a long shade, " * 30})
+        for i in range(20)
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    stream = ["--data.source", tmp_path / "0.tar", "--data.streaming", "true"]
+    TextTokenizer.train(["a shade"], vocab_size=300, length=48).save(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"captions need more than text\.max_length=48 slots"):
+        checked(*stream, "--text.pretrained", tmp_path / "text")
+    checked(*stream)
+    assert "held-out images of the stream: " in caplog.text
+    assert "captions need more than text.max_length=48 slots" in caplog.text
 
 
 @pytest.mark.parametrize(

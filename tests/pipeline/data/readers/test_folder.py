@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.folder import folder_rows
+from pipeline.data.readers.folder import NO_CAPTION, folder_rows
 from pipeline.data.readers.paths import FOLDED
 from tests.helpers.data import config, encoded
 
@@ -91,3 +92,18 @@ def test_metadata_in_json_may_be_captions_by_name(tmp_path):
     assert [
         r for r in folder_rows(tmp_path, DataConfig(source=str(tmp_path))).records(["text"])
     ] == [[{"folder": [""], "name": ["a"], "text": "a cat"}]]
+
+
+def test_the_json_file_next_to_an_image_has_its_caption(tmp_path):
+    """Under one of the usual keys; a text file comes first, and other JSON says nothing."""
+    contents = [{"caption": "a"}, {"prompt": "b", "seed": 3}, {"captions": ["c", "d"]}, {"x": 1}, 5]
+    for i, content in enumerate(contents):
+        (tmp_path / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+        (tmp_path / f"{i}.json").write_text(json.dumps(content))
+    (tmp_path / "5.png").write_bytes(encoded((5, 0, 0)))
+    (tmp_path / "5.json").write_text("{")
+    (tmp_path / "0.txt").write_text("first")
+    rows = folder_rows(tmp_path, config(tmp_path))
+    found = [record["text"] for (record,) in rows.records(["text"])]
+    assert found == [["first"], ["b"], ["c", "d"]]
+    assert rows.tally.count(NO_CAPTION) == 3

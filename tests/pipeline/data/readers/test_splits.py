@@ -292,6 +292,20 @@ def test_held_out_images_inside_the_source_are_not_trained_on(tmp_path):
     assert any(line.startswith(counted) for line in source.problems)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_copies_of_held_out_samples_of_shards_are_not_trained_on(tmp_path, streaming):
+    for name, rows in (("train", range(12)), ("val", range(9, 15))):
+        samples = [
+            (f"{name}{i}", {"png": encoded((i, 0, 9)), "txt": f"number {i}".encode()}) for i in rows
+        ]
+        write_shard(tmp_path / f"{name}-000.tar", samples)
+    train, held_out = load_sources(config(tmp_path, streaming=streaming))
+    found = {s.captions[0] for s in train.samples(0)} if streaming else captions(train)
+    assert (found, captions(held_out)) == (numbers(0, 9), numbers(9, 6))
+    counted = "3 images to train on that are copies of held-out ones left out"
+    assert any(line.startswith(counted) for line in train.problems)
+
+
 def test_each_part_of_a_mixture_has_its_own_held_out_source(tmp_path):
     write_images(tmp_path / "a", 0, 10)
     write_images(tmp_path / "b", 50, 10)

@@ -207,3 +207,25 @@ def test_rows_say_what_was_understood(images):
         ("caption files", "1 .caption next to the images; each line is a caption")
     ]
     assert read_table(images / "t.tsv").columns == ["image", "text"]
+
+
+def test_the_first_answer_of_a_conversation_is_the_caption(tmp_path):
+    """As in the data of LLaVA; a conversation without an answer has no caption."""
+    rows = [
+        {
+            "id": f"{i}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                *([{"from": "gpt", "value": f"shade {i}"}] if i else []),
+                {"from": "human", "value": "Is it large?"},
+            ],
+        }
+        for i in range(12)
+    ]
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    sources = load_sources(config(tmp_path / "chat.json"))
+    found = [text for one in sources for text in one.captions(range(len(one)))]
+    assert sorted(found) == sorted(f"shade {i}" for i in range(1, 12))
