@@ -37,6 +37,7 @@ from pipeline.data.readers.webdataset import (
     member_name,
     record_of,
 )
+from pipeline.runtime.network import require_online
 
 _FIRST = 20
 """Samples that say which members and columns there are."""
@@ -225,6 +226,7 @@ def open_streams(config: DataConfig) -> OpenedStreams:
     """
     source = config.source
     if is_remote(source):
+        require_online(f"data.source {source}", "download the shards and give their path")
         return _open_files(config, list(in_braces(source)))
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):
