@@ -59,16 +59,16 @@ def model_folder(name: str | Path, patterns: Sequence[str], **options: Any) -> P
     """The folder of a model: itself, or where the cache of the Hub has the files that match.
 
     Args:
-        name: a path, or the name of a model on the Hub. What is plainly a path is never looked up.
+        name: a path, or the name of a model on the Hub. A `Path`, or what is plainly a path, is
+            never looked up.
         options: of `huggingface_hub.snapshot_download`.
 
     Raises:
         FileNotFoundError: there is no such folder, and no such model can be had.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if path.exists() or isinstance(name, Path):
         return path
-    name = str(name)
     if not _NAME.fullmatch(name) or ("/" in name and path.parent.is_dir()):
         raise FileNotFoundError(f"there is no {name}")
     options["local_files_only"] = not hub_answers(name, "model")

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from stage1_tokenizer.hub import is_offline
+
+
+@contextmanager
+def network_forbidden(named_by: str) -> Iterator[None]:
+    """Forbids the network, as HF_HUB_OFFLINE=1 does, for data that a file names and no user: a
+    bundle or run from elsewhere could name any address.
+
+    Raises:
+        ValueError: the data cannot be read; says that `named_by` names them.
+    """
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{named_by} names data that are read from this disk alone: {error}"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
 
 
 def require_online(what: str, remedy: str) -> None:

@@ -77,3 +77,4 @@ def test_a_path_is_never_looked_up(cache, name, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("was looked up"))
     with pytest.raises(FileNotFoundError, match="there is no"):
         model_folder(name, ["config.json"])
+    assert model_folder(Path("user/model"), ["config.json"]) == Path("user/model")
