@@ -92,10 +92,7 @@ def test_old_data_that_changed_are_noted_and_measured(tmp_path, old_data, experi
     [
         ({}, "does not describe them"),
         ({"data": {"sourse": "x"}}, "sourse"),
-        (
-            {"data": {"source": "user/set", "image_size": 16}},
-            "the bundle names data that are read from this",
-        ),
+        ({"data": {"source": "user/set", "image_size": 16}}, "the bundle names data that"),
         (
             {"data": {"source": "https://a.test/0.tar", "image_size": 16, "streaming": True}},
             "https://a.test/0.tar needs the network",
