@@ -23,6 +23,7 @@ from pipeline.stages.manifest import read_settings
 from pipeline.stages.prior import check_inference_steps
 from pipeline.training.auto_batch import has_auto_batch
 from stage1_tokenizer import ImageTokenizer
+from stage2_prior import TextTokenizer
 
 _AT_A_TIME = 1000
 
@@ -88,7 +89,7 @@ def _check_longer_tokenizer(experiment: Experiment) -> None:
 
 def _check_captions(experiment: Experiment) -> None:
     """Learns the text tokenizer of the captions that will be encoded, and counts those that do not
-    fit it. A stream's captions are not known yet."""
+    fit it. A stream's captions are not known yet, but a pretrained tokenizer can be loaded."""
     try:
         loaded = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     except NoCaptions as error:
@@ -109,6 +110,8 @@ def _check_captions(experiment: Experiment) -> None:
             for split, source, limit in splits
         }
         learned_tokenizer(experiment.text, captions, origin)
+    elif experiment.text.pretrained and origin is None:
+        TextTokenizer.from_config(experiment.text, ())
 
 
 class _PlannedCaptions:
