@@ -38,9 +38,9 @@ def checked_folder(name: str) -> Path:
         FileNotFoundError: there is none.
         ValueError: its config.json is not safe to read.
     """
-    folder = model_folder(name, (*_TEXTS, _WEIGHTS[0]))
+    folder = model_folder(name, [*_TEXTS, _WEIGHTS[0]])
     if not any(folder.glob("*.safetensors")) and not Path(name).expanduser().exists():
-        folder = model_folder(name, (*_TEXTS, _WEIGHTS[1]))
+        folder = model_folder(name, [*_TEXTS, _WEIGHTS[1]])
     if (folder / "config.json").exists():
         read_json_object(folder / "config.json")
     return folder

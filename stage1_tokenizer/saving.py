@@ -33,7 +33,7 @@ from stage1_tokenizer.hub import model_folder
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**20
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 """Options of `from_pretrained` that say what is downloaded."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
@@ -55,7 +54,7 @@ def hub_answers(name: str, kind: Literal["model", "dataset"]) -> bool:
     return answered.is_set()
 
 
-def model_folder(name: str | Path, patterns: Sequence[str], **options: Any) -> Path:
+def model_folder(name: str | Path, patterns: list[str], **options: Any) -> Path:
     """The folder of a model: itself, or where the cache of the Hub has the files that match.
 
     Args:
@@ -71,9 +70,11 @@ def model_folder(name: str | Path, patterns: Sequence[str], **options: Any) -> P
         return path
     if not _NAME.fullmatch(name) or ("/" in name and path.parent.is_dir()):
         raise FileNotFoundError(f"there is no {name}")
-    options["local_files_only"] = not hub_answers(name, "model")
+    here = options.pop("local_files_only", False) or not hub_answers(name, "model")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, local_files_only=here, **options)
+        )
     except HfHubHTTPError as error:
         reason = f"the Hub refuses it: {' '.join(str(error).split())[:200]}"
     except FileNotFoundError:

@@ -145,7 +145,7 @@ class TextTokenizer:
         """A fast tokenizer by Hub name or folder, of the kinds that `text_checks` accepts. No code
         of the folder, or of the Hub, is run."""
         try:
-            folder = model_folder(name, _TOKENIZER_FILES)
+            folder = model_folder(name, list(_TOKENIZER_FILES))
             check_pretrained(folder)
             fast: Any = AutoTokenizer.from_pretrained(
                 folder, use_fast=True, trust_remote_code=False
