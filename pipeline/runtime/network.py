@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stage1_tokenizer.hub import is_offline
-
 
 @contextmanager
 def network_forbidden(named_by: str) -> Iterator[None]:
@@ -39,6 +37,8 @@ def require_online(what: str, remedy: str) -> None:
         what: asks for the network.
         remedy: what does without.
     """
+    from stage1_tokenizer.hub import is_offline  # not above: it imports torch
+
     if is_offline():
         raise ValueError(
             f"{what} needs the network, and --offline or HF_HUB_OFFLINE forbids it; {remedy}"

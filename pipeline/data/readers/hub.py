@@ -30,7 +30,6 @@ from pipeline.data.readers.splits import (
     rows_by_file,
     split_of_folder,
 )
-from stage1_tokenizer.hub import hub_answers, is_offline
 
 _BATCH = 1000
 
@@ -177,6 +176,8 @@ def load(source: str, *, streaming: bool = False) -> dict[str, Any]:
     """
     import datasets
 
+    from stage1_tokenizer.hub import hub_answers  # not above: it imports torch
+
     path = Path(source).expanduser()
     answers = not path.is_dir() and hub_answers(source, "dataset")
     try:
@@ -243,6 +244,8 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _cannot_load(source: str, error: Exception, answers: bool) -> str:
+    from stage1_tokenizer.hub import is_offline
+
     if Path(source).expanduser().is_dir():
         return f"data.source {source!r} is a saved data set that cannot be read ({error})"
     near = nearest_here(source)

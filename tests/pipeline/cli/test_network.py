@@ -90,8 +90,9 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
     bundle = ["--bundle", str(place / "bundle")]
     tokenizer = ["--tokenizer", str(place / "bundle" / "tokenizer")]
     image = str(place / "images" / "3.png")
-    rows = ["--data.source", str(place / "rows.parquet")]
-    stream = ["--data.source", str(place / "shards"), "--data.streaming", "true"]
+    held_out = ["--data.val-fraction", "0.4"]
+    rows = ["--data.source", str(place / "rows.parquet"), *held_out]
+    stream = ["--data.source", str(place / "shards"), "--data.streaming", "true", *held_out]
     variants = {name: {"prior": {"train": {"steps": 2}}} for name in ("one", "two")}
     several = tmp_path / "several.yaml"
     several.write_text(
