@@ -11,7 +11,7 @@ DEVICE ?= cuda
 WHEELS_PYTHON ?= 3.12
 WHEELS := datasets dill multiprocess jsonargparse filelock
 
-.PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels clean
+.PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels audit lower-bounds clean
 
 help:
 	@echo "make demo    set up, train both stages on shapes and generate images (about 15 minutes on two cores)"
@@ -20,6 +20,8 @@ help:
 	@echo "make check   lint, format and types alone; make fmt mends the first two"
 	@echo "make docs    build the documentation site into site/"
 	@echo "make fonts   how to install the emoji font and names"
+	@echo "make audit   known vulnerabilities of the constrained versions, by pip-audit (asks the network)"
+	@echo "make lower-bounds   the fast tests with the oldest versions that pyproject.toml allows, in .venv-lower"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
 	@echo "make gpu     test and measure everything on a GPU in nine minutes; DEVICE=cpu runs it at a tiny size (see benchmarks/README.md)"
 
@@ -87,5 +89,18 @@ gpu-wheels:
 		$(foreach name,$(WHEELS),"$$(grep -m1 '^$(name)==' constraints.txt)")
 	@ls -l .whl
 
+# In an environment of its own: its packages are none of this project's.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet "pip-audit>=2.9"
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+lower-bounds:
+	$(PYTHON) -m venv .venv-lower
+	$(PYTHON) -m tests.helpers.lower_bounds > .venv-lower/constraints.txt
+	.venv-lower/bin/python -m pip install --quiet "$$(grep '^torch==' .venv-lower/constraints.txt)"
+	.venv-lower/bin/python -m pip install --quiet -c .venv-lower/constraints.txt -e ".[dev,emoji]"
+	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -q -n auto -m "not slow and not distributed"
+
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-audit .venv-lower build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

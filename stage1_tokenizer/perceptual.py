@@ -11,16 +11,39 @@ weights of channels, for any backbone that transformers loads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.file_checks import read_json_object
+from stage1_tokenizer.hub import model_folder
 from stage1_tokenizer.metrics import multi_scale_distance
 from stage1_tokenizer.options import PerceptualOptions
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+_TEXTS = ("*.json", "*.txt")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+def checked_folder(name: str) -> Path:
+    """The folder of any model of transformers, by path or name of the Hub. Of the Hub, safetensors
+    are downloaded, or else the pickle, of which transformers reads tensors alone.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its config.json is not safe to read.
+    """
+    folder = model_folder(name, [*_TEXTS, _WEIGHTS[0]])
+    if not any(folder.glob("*.safetensors")) and not Path(name).expanduser().exists():
+        folder = model_folder(name, [*_TEXTS, _WEIGHTS[1]])
+    if (folder / "config.json").exists():
+        read_json_object(folder / "config.json")
+    return folder
 
 
 class Distance(Protocol):
@@ -53,7 +76,8 @@ class BackboneDistance(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            model = AutoModel.from_pretrained(name, trust_remote_code=False)
+            folder = checked_folder(name)
+            model = AutoModel.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -63,7 +87,7 @@ class BackboneDistance(nn.Module):
                 "model, or a Hub name with network access"
             ) from error
         try:
-            known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
+            known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
         except OSError:
             known = {}
         self.backbone = getattr(model, "vision_model", model).eval().requires_grad_(False)

@@ -28,10 +28,13 @@ from stage1_tokenizer.file_checks import (
     read_json_object,
     stored_tensors,
 )
+from stage1_tokenizer.hub import model_folder
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**20
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+"""Options of `from_pretrained` that say what is downloaded."""
 
 
 class SavedConfig(PreTrainedConfig):
@@ -92,18 +95,27 @@ class SavedModel(PreTrainedModel):
         """A model from a folder, or by a name of the Hub.
 
         Missing or unknown weights are refused; transformers' own method would initialise or ignore
-        them. A name of the Hub, or further options, are passed on to it, but for files that could
-        run code. `Any`, since it returns a pair with `output_loading_info`.
+        them. Of a name of the Hub, config.json and the weights are downloaded into its cache, and
+        checked there. Further options are passed on to transformers, but for those that could run
+        code. `Any`, since it returns a pair with `output_loading_info`.
 
         Raises:
             ValueError: a file is missing, truncated, changed since it was saved or another model's,
                 or the weights do not fit the configuration; names the first keys that differ.
         """
-        folder = Path(name)
-        if not arguments and not options and (folder.is_dir() or isinstance(name, Path)):
+        wanted = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
+        inside = options.get("subfolder") or ""
+        try:
+            files = [f"{Path(inside) / file}" for file in (_CONFIG, _WEIGHTS)]
+            folder = model_folder(name, files, **wanted)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"no {cls.noun} can be loaded: {error}; give a folder that holds {_CONFIG} and "
+                f"{_WEIGHTS}, or a Hub name with network access"
+            ) from error
+        if not arguments and not options:
             return cls._read(folder)
-        if (folder / _CONFIG).exists():
-            cls._checked(folder)
+        cls._checked(folder / inside)
         with_info = options.pop("output_loading_info", False)
         checked = {
             "output_loading_info": True,
@@ -112,7 +124,7 @@ class SavedModel(PreTrainedModel):
             "trust_remote_code": False,
         }
         try:
-            loaded: Any = super().from_pretrained(name, *arguments, **(options | checked))
+            loaded: Any = super().from_pretrained(folder, *arguments, **(options | checked))
         except SafetensorError as error:
             raise ValueError(
                 f"the weights of {name} cannot be read: {error}; the file is truncated or "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -48,6 +49,8 @@ _MAX_JSON_VALUES = 2_500_000
 _MAX_JSON_DEPTH = 50
 _MAX_HEADER_BYTES = 2**19
 """Of a safetensors file: some 5,000 tensors."""
+_MIN_SPARSE_BYTES = 2**26
+"""Smaller files of weights may be sparse."""
 _MAX_ITEMS = 1024
 """Of a list in a configuration."""
 _MAX_NUMBER = 2**31 - 1
@@ -84,6 +87,42 @@ def check_file(path: Path, most: int | None = None) -> None:
             f"{path} has {found.st_size:,} bytes, and such a file has at most {most:,}; copy it "
             "again"
         )
+
+
+def check_part(folder: Path, part: str) -> None:
+    """Raises UnsafeFile where a folder in a folder of saved files is a link that leaves it."""
+    if not (folder / part).resolve().is_relative_to(folder.resolve()):
+        raise UnsafeFile(
+            f"{folder / part} is a link to a folder outside of {folder}; replace the link by a "
+            "copy of the folder"
+        )
+
+
+def check_weights(path: Path) -> None:
+    """Checks the size of a file of weights before it is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnsafeFile: what `check_file` refuses; it has more bytes than this machine has memory, or is
+            sparse, and so takes far more memory than it took to send.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    check_file(path)
+    found = path.stat()
+    if found.st_size > memory:
+        raise UnsafeFile(
+            f"{path} has {found.st_size:,} bytes, and this machine has memory for {memory:,}; use "
+            "a machine with more memory"
+        )
+    if found.st_size < _MIN_SPARSE_BYTES or found.st_blocks * 512 > found.st_size / 2:
+        return
+    # Compressed and remote disks count fewer blocks, too, and have no holes.
+    with path.open("rb") as file:
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < found.st_size:
+            raise UnsafeFile(
+                f"{path} is a sparse file: {found.st_blocks * 512:,} of its {found.st_size:,} "
+                "bytes are stored; download it again, or copy it with cp --sparse=never"
+            )
 
 
 def check_folder(folder: Path) -> None:
@@ -145,10 +184,10 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnsafeFile: what `check_file` refuses.
+        UnsafeFile: what `check_weights` refuses.
         SafetensorError: the file is truncated, or its header damaged or too large.
     """
-    check_file(path)
+    check_weights(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER_BYTES:

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stage2_prior.config import refuse
 from stage2_prior.file_checks import UnsafeFile, check_folder, convert, read_json_object
+from stage2_prior.hub import model_folder
 from stage2_prior.text_checks import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -36,6 +37,14 @@ from stage2_prior.text_checks import (
 
 CAPTIONS_TO_LEARN = 100_000
 """A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
+_TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _MAX_LENGTH = 2**16
 """Text slots that a file may ask for."""
 PAD = "<pad>"
@@ -136,8 +145,11 @@ class TextTokenizer:
         """A fast tokenizer by Hub name or folder, of the kinds that `text_checks` accepts. No code
         of the folder, or of the Hub, is run."""
         try:
-            check_pretrained(Path(name))
-            fast: Any = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+            folder = model_folder(name, list(_TOKENIZER_FILES))
+            check_pretrained(folder)
+            fast: Any = AutoTokenizer.from_pretrained(
+                folder, use_fast=True, trust_remote_code=False
+            )
             # What a bundle could not hold is refused now, not after the training.
             build_tokenizer(json.loads(fast.backend_tokenizer.to_str()), name)
             return cls(fast, length)

@@ -95,8 +95,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def check_pretrained(folder: Path) -> None:
-    """Checks the JSON of a folder that transformers is to load a tokenizer from; a name of the Hub
-    is no folder, and passes.
+    """Checks the JSON of a folder that transformers is to load a tokenizer from.
 
     Raises:
         ValueError: a file is not safe to read, or holds no tokenizer that is accepted.

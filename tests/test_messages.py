@@ -66,7 +66,7 @@ FILE = re.compile(r"\.(?:json|md|py|yaml|txt|tar|safetensors)$")
 OPTIONS_OF_LIBRARY = {
     "--config": "`load_experiment` takes arguments as the command line does",
     "--help": "every command has it",
-    "--sort": "tar's own",
+    "--offline", "--sort": "tar's own",
 }
 """Options that messages outside of the command line name, and why."""
 

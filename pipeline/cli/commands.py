@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -244,13 +245,16 @@ def codebook_command(
     """
     from pipeline.evaluation.codebook_report import NUMBERS
     from pipeline.runtime.atomic_io import check_output_dir
+    from pipeline.runtime.network import network_forbidden
     from pipeline.runtime.run_paths import existing_tokenizer, settings_of_run
 
     check_at_least("--max-images", max_images, 1)
-    experiment = parse_experiment(["--config", str(config or settings_of_run(tokenizer))])
+    settings = config or settings_of_run(tokenizer)
+    experiment = parse_experiment(["--config", str(settings)])
     run = existing_tokenizer(tokenizer).parent
     out = out or run / "codebook"
-    source = pipeline.load_source(experiment.data, "held_out", require_captions=False)
+    with network_forbidden(str(settings)) if config is None else nullcontext():
+        source = pipeline.load_source(experiment.data, "held_out", require_captions=False)
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(source):
         raise ValueError(

@@ -63,7 +63,8 @@ using what was trained:
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
 `minidalle COMMAND --help` lists a command's options. Every command takes --log-level LEVEL, the least severe messages
-to show: debug, info (the default), warning or error; and --traceback, which shows where in the code an error arose.
+to show: debug, info (the default), warning or error; --traceback, which shows where in the code an error arose; and
+--offline, which forbids every network call (docs/security.md).
 Several processes: accelerate launch (GPUs) or torchrun (CPU) before `-m pipeline.cli COMMAND ...`.
 Start with: minidalle run --config configs/shapes.yaml
 """
@@ -132,10 +133,8 @@ def _run(arguments: list[str]) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UsageError(f"{command!r} is not a command; choose one of: {', '.join(COMMANDS)}")
-    # The Hub is asked for nothing unless a name is given; without this, libraries warn about tokens
-    # and parallelism.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = parse_options(command, COMMANDS[command], rest)
+    _set_environment(options.pop("offline"))
     del options["traceback"]  # `main` looks for it: it holds for errors of the options, too
     with logging_to_terminal(options.pop("log_level")):
         if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -151,6 +150,16 @@ def _run(arguments: list[str]) -> int:
 
         destroy_process_group()
     return status
+
+
+def _set_environment(offline: bool) -> None:
+    """Sets what libraries read when they are imported: no telemetry, no warnings of parallelism,
+    and no network where none is allowed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _keep_freed_memory() -> None:

@@ -67,7 +67,8 @@ def parse_experiment(settings: Sequence[str]) -> Experiment:
 def parse_options(
     name: str, function: Callable[..., object], arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """The arguments to call a command's function with, and `log_level` and `traceback`.
+    """The arguments to call a command's function with, and `log_level`, `traceback` and
+    `offline`.
 
     Parameters in front of `*` take any number of positional arguments, all others are options. An
     option of type `tuple[T, ...]` takes one value or more. The `Args` of the docstring describe
@@ -102,12 +103,15 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{text}; see {self.prog} --help")
 
 
-def _every_command(*, log_level: LogLevel = "info", traceback: bool = False) -> None:
+def _every_command(
+    *, log_level: LogLevel = "info", traceback: bool = False, offline: bool = False
+) -> None:
     """Options of every command.
 
     Args:
         log_level: least severe messages to show; above info, progress bars are hidden, too
         traceback: show where in the code an error arose
+        offline: make no network call; what needs one is refused, as by HF_HUB_OFFLINE=1
     """
 
 

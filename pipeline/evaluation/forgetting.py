@@ -15,6 +15,7 @@ from pipeline.data.load import load_source
 from pipeline.data.source import Source
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.runtime.network import network_forbidden
 
 OLD = "old data"
 NEW = "new data"
@@ -112,7 +113,8 @@ def _old_source(old: TextToImagePipeline, experiment: Experiment) -> Source:
         config = from_dict(DataConfig, old.trained_on["data"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"the bundle does not describe them ({error!r})") from error
-    return load_source(config, "held_out", experiment.folder / "data-before")
+    with network_forbidden("the bundle"):
+        return load_source(config, "held_out", experiment.folder / "data-before")
 
 
 def _metrics(

@@ -14,7 +14,7 @@ from pipeline.config.json_file import read_json
 from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
 from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.file_checks import build_config, check_file, check_folder
+from stage1_tokenizer.file_checks import build_config, check_file, check_folder, check_part
 from stage1_tokenizer.quantizers import GaussianQuantizer
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer, VampPrior
 from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
@@ -69,6 +69,7 @@ def read_bundle(folder: Path) -> Bundle:
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
+        check_part(folder, part)
     tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
     prior = _read_prior(folder / "prior")
     fingerprints = {

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stage1_tokenizer.perceptual import checked_folder
+
 PMI_WEIGHT = 0.6
 """Weight of the rank by PMI against the rank by log-likelihood in `choice_scores`."""
 _BATCH = 32
@@ -59,12 +61,13 @@ class CLIPScorer:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
+            folder = checked_folder(name)
             # Without a word on it, transformers asks on the terminal whether to run such code.
-            model = AutoModel.from_pretrained(name, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModel.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # The plain backend: the other needs torchvision.
             self.processor = AutoImageProcessor.from_pretrained(
-                name, backend="pil", trust_remote_code=False
+                folder, backend="pil", trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(

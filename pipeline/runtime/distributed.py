@@ -17,6 +17,8 @@ from accelerate import (
 )
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
+from pipeline.runtime.network import require_online
+
 
 def make_accelerator(run_dir: Path, trackers: Sequence[str], timeout: int) -> Accelerator:
     """One accelerator for a stage.
@@ -27,8 +29,10 @@ def make_accelerator(run_dir: Path, trackers: Sequence[str], timeout: int) -> Ac
         timeout: minutes that processes wait for one another.
 
     Raises:
-        ValueError: a tracker is not installed.
+        ValueError: a tracker is not installed, or may need the network, which is forbidden.
     """
+    if remote := [name for name in trackers if name != "tensorboard"]:
+        require_online(f"trackers {remote}", "set trackers=[tensorboard], or []")
     with warnings.catch_warnings():
         # Accelerate warns where no tracker is installed and is silent where some are missing. Both
         # are an error below.

@@ -19,6 +19,7 @@ from stage2_prior.file_checks import (
     build_config,
     check_file,
     check_folder,
+    check_part,
     read_json_object,
     stored_tensors,
 )
@@ -47,7 +48,7 @@ class Outer:
             raise ValueError(f"size is {self.size}; it must be at least 1")
 
 
-@pytest.mark.parametrize("name", ["file_checks.py", "saving.py"])
+@pytest.mark.parametrize("name", ["file_checks.py", "hub.py", "saving.py"])
 def test_both_stages_have_the_same_checks(name):
     one = (ROOT / "stage1_tokenizer" / name).read_text()
     other = (ROOT / "stage2_prior" / name).read_text()
@@ -159,6 +160,44 @@ def test_tensors_are_known_by_their_header(tmp_path):
     path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(SafetensorError, match="its header has 1,099,511,627,776 bytes"):
         stored_tensors(path)
+
+
+def test_a_large_sparse_file_of_weights_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    side = 2**12 + 1  # just above the size from which it matters
+    header = {"a": {"dtype": "F32", "shape": [side, side], "data_offsets": [0, side * side * 4]}}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + side * side * 4)
+    with pytest.raises(UnsafeFile, match=r"is a sparse file: .* of its 67,1.* bytes are stored"):
+        stored_tensors(path)
+    with path.open("r+b") as file:  # more than half of it is stored
+        file.seek(8 + len(text))
+        file.write(b"\1" * (2**25 + 2**20))
+    assert stored_tensors(path)["a"].shape == (side, side)
+
+
+def test_weights_may_not_be_larger_than_the_memory(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2000)}, path)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(UnsafeFile, match="and this machine has memory for 4,096"):
+        stored_tensors(path)
+
+
+def test_a_folder_inside_may_not_be_a_link_that_leaves(tmp_path):
+    bundle = tmp_path / "bundle"
+    for folder in (bundle / "real", tmp_path / "other"):
+        folder.mkdir(parents=True)
+    (bundle / "inside").symlink_to("real")
+    (bundle / "out").symlink_to("../other")
+    check_part(bundle, "real")
+    check_part(bundle, "inside")
+    (tmp_path / "link").symlink_to("bundle")
+    check_part(tmp_path / "link", "real")
+    with pytest.raises(UnsafeFile, match=r"out is a link to a folder outside of .*bundle; replace"):
+        check_part(bundle, "out")
 
 
 def test_a_json_file_that_is_truncated_is_no_unsafe_one(tmp_path):

@@ -3,8 +3,8 @@ decodes nothing."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +176,18 @@ def load(source: str, *, streaming: bool = False) -> dict[str, Any]:
     """
     import datasets
 
+    from stage1_tokenizer.hub import hub_answers  # not above: it imports torch
+
     path = Path(source).expanduser()
+    answers = not path.is_dir() and hub_answers(source, "dataset")
     try:
-        if path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(source, streaming=streaming)
+        with _library_online(answers):
+            if path.is_dir():
+                loaded = datasets.load_from_disk(str(path))
+            else:
+                loaded = datasets.load_dataset(source, streaming=streaming)
     except Exception as error:  # the library raises many kinds for a name that cannot be had
-        raise FileNotFoundError(_cannot_load(source, error)) from error
+        raise FileNotFoundError(_cannot_load(source, error, answers)) from error
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
 
 
@@ -202,12 +206,28 @@ def load_files(source: str, files: Sequence[str | Path], *, streaming: bool = Fa
     kind = "arrow" if Path(files[0]).suffix.lower() == ".arrow" else "parquet"
     try:
         own = {"train": [str(file) for file in files]}
-        return datasets.load_dataset(kind, data_files=own, streaming=streaming)["train"]
+        with _library_online(any(is_remote(str(file)) for file in files)):
+            return datasets.load_dataset(kind, data_files=own, streaming=streaming)["train"]
     except Exception as error:  # as in `load`
         raise FileNotFoundError(
             f"data.source {source!r}: the {len(files)} {kind} files cannot be read "
             f"({reason_of(error)}), e.g. {files[0]}; they must have the same columns"
         ) from error
+
+
+@contextmanager
+def _library_online(online: bool) -> Iterator[None]:
+    """Lets `datasets` use the network, or its cache alone. It reports each load to a server
+    otherwise, also of local files."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = not online
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def splits_of(loaded: Mapping[str, Any]) -> dict[SplitName, Any]:
@@ -223,21 +243,24 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _cannot_load(source: str, error: Exception) -> str:
+def _cannot_load(source: str, error: Exception, answers: bool) -> str:
+    from stage1_tokenizer.hub import is_offline
+
     if Path(source).expanduser().is_dir():
         return (
             f"data.source {source!r} is a saved data set that cannot be read ({error}); copy it "
             "again"
         )
     near = nearest_here(source)
-    hint = f"did you mean {near}, which lies here? Or " if near else ""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+    hint = f"did you mean {near}, which lies here? " if near else ""
+    if is_offline():
         return (
-            f"data.source {source!r} is no folder or file here, and HF_HUB_OFFLINE forbids to ask "
-            f"the Hub for it; {hint}unset HF_HUB_OFFLINE, or give a path"
+            f"data.source {source!r} is no folder or file here, and --offline or HF_HUB_OFFLINE "
+            f"forbids to ask the Hub for it; {hint}give a path, or allow the network"
         )
+    reason = reason_of(error) if answers else "the Hub does not answer"
     return (
         f"data.source {source!r} is no folder or file here and no data set that can be "
-        f"loaded ({reason_of(error)}); {hint}give shapes, emoji, a folder of images, a file or "
+        f"loaded ({reason}); {hint}give shapes, emoji, a folder of images, a file or "
         "shards (docs/data.md), or a datasets name with network access"
     )

@@ -45,6 +45,7 @@ from pipeline.data.readers.webdataset import (
     no_image,
     record_of,
 )
+from pipeline.runtime.network import require_online
 
 _FIRST = 20
 """Samples that say which members and columns there are."""
@@ -295,6 +296,7 @@ def open_streams(config: DataConfig, tally: SkipCounter) -> OpenedStreams:
     """
     source = config.source
     if is_remote(source):
+        require_online(f"data.source {source}", "download the shards and give their path")
         return _open_files(config, list(in_braces(source)), tally)
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):

@@ -88,7 +88,16 @@ def test_old_data_that_changed_are_noted_and_measured(tmp_path, old_data, experi
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "why"), [({}, "does not describe them"), ({"data": {"sourse": "x"}}, "sourse")]
+    ("trained_on", "why"),
+    [
+        ({}, "does not describe them"),
+        ({"data": {"sourse": "x"}}, "sourse"),
+        ({"data": {"source": "user/set", "image_size": 16}}, "the bundle names data that"),
+        (
+            {"data": {"source": "https://a.test/0.tar", "image_size": 16, "streaming": True}},
+            "https://a.test/0.tar needs the network",
+        ),
+    ],
 )
 def test_a_bundle_without_its_data_is_noted(tmp_path, experiment, trained_on, why):
     tiny_pipeline(trained_on=trained_on).save_pretrained(tmp_path / "before")

@@ -22,6 +22,7 @@ def no_hub(monkeypatch):
         raise AssertionError(f"{names} was looked up")
 
     monkeypatch.setattr("datasets.load_dataset", looked_up)
+    monkeypatch.setattr("stage1_tokenizer.hub.hub_answers", looked_up)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "user/set", "user/set-v1.0", "a.b/c_d"])
@@ -94,6 +95,7 @@ def test_a_name_that_is_not_on_the_hub_names_the_nearest_folder(tmp_path, monkey
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", fails)
+    monkeypatch.setattr("stage1_tokenizer.hub.hub_answers", lambda *names: True)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
