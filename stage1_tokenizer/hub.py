@@ -81,4 +81,7 @@ def model_folder(name: str | Path, patterns: list[str], **options: Any) -> Path:
         reason = "the Hub does not answer"
         if is_offline():
             reason = "--offline or HF_HUB_OFFLINE forbids to ask the Hub"
-    raise FileNotFoundError(f"{name} is neither here nor in the cache of the Hub, and {reason}")
+    raise FileNotFoundError(
+        f"{name} is neither here nor in the cache of the Hub, and {reason}; give the path of a "
+        "folder, or try again with the network"
+    )

@@ -121,7 +121,7 @@ def check_weights(path: Path) -> None:
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < found.st_size:
             raise UnsafeFile(
                 f"{path} is a sparse file: {found.st_blocks * 512:,} of its {found.st_size:,} "
-                "bytes are stored; download it again, or copy it with cp --sparse=never"
+                "bytes are stored; download it again, or make a plain copy of it"
             )
 
 

@@ -36,6 +36,7 @@ FRAGMENT = re.compile(
 NO_REMEDY = {
     "continuing with": "says what is done instead",
     "is restored from": "says what is done instead",
+    "held-out images of the stream:": "ends with an error that says what to do",
     "is delivered again": "says what is done instead",
     "take the place of the best": "says what is done instead",
     "chosen from here on alone": "says what is done instead",
@@ -66,7 +67,8 @@ FILE = re.compile(r"\.(?:json|md|py|yaml|txt|tar|safetensors)$")
 OPTIONS_OF_LIBRARY = {
     "--config": "`load_experiment` takes arguments as the command line does",
     "--help": "every command has it",
-    "--offline", "--sort": "tar's own",
+    "--offline": "named beside HF_HUB_OFFLINE, which is for Python",
+    "--sort": "tar's own",
 }
 """Options that messages outside of the command line name, and why."""
 
@@ -139,7 +141,7 @@ def test_commands_in_messages_exist():
 
 def options() -> set[str]:
     """Options of all commands, as they are typed."""
-    found = {"--config", "--print-config", "--log-level", "--traceback"}
+    found = {"--config", "--print-config", "--log-level", "--offline", "--traceback"}
     for command in COMMANDS.values():
         for parameter in inspect.signature(command).parameters.values():
             found.add(parameter.name)

@@ -65,7 +65,9 @@ def encode_command(
     settings = settings[len(images) :]
     if images:
         if tokenizer is None or out is None or has_config(settings):
-            raise UsageError("images as arguments take --tokenizer DIR and --out DIR, not --config")
+            raise UsageError(
+                "images as arguments take --tokenizer DIR and --out DIR; leave --config out"
+            )
         experiment = _experiment_of_files(images[0], tokenizer, out, settings)
     elif tokenizer is None or has_config(settings):
         experiment = parse_experiment(settings)
