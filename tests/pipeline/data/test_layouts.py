@@ -242,7 +242,7 @@ def test_a_template_takes_no_attributes_and_skips_rows_without_its_columns(tmp_p
         (
             "t.csv",
             "image,text\ngone.png,x\n",
-            "no usable image with a caption; 1 captions of images that are not there left out: "
+            "no usable image with a caption: 1 captions of images that are not there left out: "
             "gone.png",
         ),
         ("t.jsonl", '{"image": 3, "text": "x"}\n', "1 rows that name no image left out: row 1"),

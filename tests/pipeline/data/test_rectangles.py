@@ -53,7 +53,7 @@ def test_a_square_given_as_two_numbers_is_one_number(given):
         ),
         (
             {"image_size": [64, 96], "filter": {"max_size": 80}},
-            "max_size is 80; images of at least 96 are wanted",
+            "max_size is 80 and images of at least 96 are wanted",
         ),
     ],
 )

@@ -168,7 +168,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         (
             "metadata.csv",
             "file_name,text\na.png,\n",
-            "no usable image with a caption; 1 images without a caption",
+            "no usable image with a caption: 1 images without a caption",
         ),
     ],
 )
