@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.folder import folder_rows
+from pipeline.data.readers.folder import LINKED, folder_rows
 from pipeline.data.readers.paths import FOLDED
 from tests.helpers.data import config, encoded
 
@@ -91,3 +91,19 @@ def test_metadata_in_json_may_be_captions_by_name(tmp_path):
     assert [
         r for r in folder_rows(tmp_path, DataConfig(source=str(tmp_path))).records(["text"])
     ] == [[{"folder": [""], "name": ["a"], "text": "a cat"}]]
+
+
+def test_links_to_folders_are_counted_or_named_by_the_error(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    source = tmp_path / "source"
+    for folder in (elsewhere, source):
+        folder.mkdir()
+    (elsewhere / "a.png").write_bytes(encoded())
+    (source / "images").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"links to folders, which are not followed \(images\)"):
+        load_source(config(source), "train")
+    for name in ("b", "c"):
+        (source / f"{name}.png").write_bytes(encoded())
+        (source / f"{name}.txt").write_text(name)
+    rows = folder_rows(source, DataConfig(source=str(source)))
+    assert rows.tally.first(LINKED) == "images"
