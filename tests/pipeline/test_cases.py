@@ -26,7 +26,6 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.data.load import load_sources
-from stage1_tokenizer import ImageTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.data import config, encoded
 
@@ -59,15 +58,17 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 def read(source: Path, **options: object) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Red of each image -> its captions: of the images to train on, and of those held out."""
-    train, held_out = (
-        {
-            round(int(pixels[0, 0, 0]) / 20) * 20: captions
-            for pixels, captions in zip(split.images(rows), split.all_captions(rows), strict=True)
-        }
-        for split in load_sources(config(source, **options))
-        if (rows := range(len(split)))
-    )
-    return train, held_out
+    found = []
+    for split in load_sources(config(source, **options)):
+        rows = range(len(split))
+        shades = split.images(rows)[:, 0, 0, 0].tolist() if rows else []
+        found.append(
+            {
+                20 * round(shade / 20): split.all_captions([row])[0]
+                for row, shade in enumerate(shades)
+            }
+        )
+    return found[0], found[1]
 
 
 def read_all(source: Path, **options: object) -> dict[int, list[str]]:
@@ -282,6 +283,8 @@ def test_exported_codes_are_joined_with_ones_own_table_by_name(
 ):
     """Beside images that are broken, small or without a caption, and of equal names in two
     folders; across splits and shards."""
+    from stage1_tokenizer import ImageTokenizer
+
     folder = tmp_path / "own"
     for i in range(24):
         size = 20 if i % 5 == 4 else 32
