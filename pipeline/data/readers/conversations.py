@@ -10,7 +10,7 @@ from __future__ import annotations
 from pipeline.data.readers.base import Record
 
 _TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
-_ANSWERS = ("gpt", "assistant")
+_ANSWERS = ("gpt", "assistant", "model")
 _CAPTIONS = ("text", "txt", "caption", "captions")
 """Columns beside which a conversation is not asked for a caption."""
 

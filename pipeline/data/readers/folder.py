@@ -57,9 +57,9 @@ LAYOUTS = """accepted are
   images/cat.png next to images/cat.txt or cat.caption     (a cat on a mat)
   images/captions.txt, one caption per line                (cat.png,a cat on a mat)
   images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
+LINKED = "links to folders not followed (give each as a part of data.mix, or copy it there)"
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
-LINKED = "links to folders not followed (give each as a part of data.mix, or copy it there)"
 CAPTION_ENDINGS = (".txt", ".caption")
 """Of the text file next to an image; the first that is there counts."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")

@@ -77,7 +77,7 @@ def _table(rows: list[Record], kind: str, image_column: str | None = None) -> Ta
     if (turns := conversation_column(columns)) is not None:
         rows = [with_first_answer(row, turns) for row in rows]
         columns = [*(column for column in columns if column != turns), "text"]
-        kind += f", captions are the first answers of {turns}"
+        kind += f", captions from the first answers of {turns}"
     return Table(rows, columns, kind, image_column)
 
 

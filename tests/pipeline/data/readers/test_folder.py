@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.folder import LINKED, folder_rows
+from pipeline.data.readers.folder import folder_rows
 from pipeline.data.readers.paths import FOLDED
 from tests.helpers.data import config, encoded
 
@@ -42,6 +42,22 @@ def test_a_text_file_is_found_in_another_case_or_form(tmp_path, image, text):
         ["a cat"]
     ]
     assert rows.tally.counts() == {FOLDED: 1}
+
+
+def test_links_to_folders_are_counted_or_named_by_the_error(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    source = tmp_path / "source"
+    for folder in (elsewhere, source):
+        folder.mkdir()
+    (elsewhere / "a.png").write_bytes(encoded())
+    (source / "images").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"links to folders, which are not followed \(images\)"):
+        load_source(config(source), "train")
+    for name in ("b", "c"):
+        (source / f"{name}.png").write_bytes(encoded())
+        (source / f"{name}.txt").write_text(name)
+    rows = folder_rows(source, DataConfig(source=str(source)))
+    assert any("1 links to folders not followed" in line for line in rows.tally.lines())
 
 
 def test_txt_comes_before_caption(tmp_path):
@@ -91,19 +107,3 @@ def test_metadata_in_json_may_be_captions_by_name(tmp_path):
     assert [
         r for r in folder_rows(tmp_path, DataConfig(source=str(tmp_path))).records(["text"])
     ] == [[{"folder": [""], "name": ["a"], "text": "a cat"}]]
-
-
-def test_links_to_folders_are_counted_or_named_by_the_error(tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    source = tmp_path / "source"
-    for folder in (elsewhere, source):
-        folder.mkdir()
-    (elsewhere / "a.png").write_bytes(encoded())
-    (source / "images").symlink_to(elsewhere)
-    with pytest.raises(ValueError, match=r"links to folders, which are not followed \(images\)"):
-        load_source(config(source), "train")
-    for name in ("b", "c"):
-        (source / f"{name}.png").write_bytes(encoded())
-        (source / f"{name}.txt").write_text(name)
-    rows = folder_rows(source, DataConfig(source=str(source)))
-    assert rows.tally.first(LINKED) == "images"

@@ -210,6 +210,27 @@ def test_coco_captions_are_read_with_their_folder(tmp_path, file, folder, kind):
     ]
 
 
+def test_karpathys_splits_are_taken_and_restval_is_trained_on(images):
+    rows = [("a", "restval"), ("b", "val"), ("c", "test"), ("d", "train")]
+    for name, _ in rows:
+        (images / f"{name}.png").write_bytes(encoded((ord(name), 0, 0)))
+    content = [
+        {"filename": f"{name}.png", "split": split, "sentences": raw([f"of {name}"])}
+        for name, split in rows
+    ]
+    (images / "dataset.json").write_text(json.dumps({"images": content, "dataset": "coco"}))
+    train, held_out = load_sources(config(images / "dataset.json"))
+    assert train.names(range(len(train))) == ["a.png", "d.png"]
+    assert held_out.names(range(len(held_out))) == ["b.png"]
+
+
+def test_a_conversation_without_an_answer_has_no_caption(images):
+    turns = [{"from": "human", "value": "Describe it."}]
+    rows = [{"image": "a.png", **llava("a cat")}, {"image": "b.png", "conversations": turns}]
+    (images / "t.json").write_text(json.dumps(rows))
+    assert captions(images / "t.json") == {"a.png": ["a cat"]}
+
+
 def test_coco_without_its_images_says_where_they_were_looked_for(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "captions_val2017.json").write_text(coco(["1.jpg", "2.jpg"]))
@@ -231,24 +252,3 @@ def test_rows_say_what_was_understood(images):
         ("caption files", "1 .caption next to the images; each line is a caption")
     ]
     assert read_table(images / "t.tsv").columns == ["image", "text"]
-
-
-def test_karpathys_splits_are_taken_and_restval_is_trained_on(images):
-    rows = [("a", "restval"), ("b", "val"), ("c", "test"), ("d", "train")]
-    for name, _ in rows:
-        (images / f"{name}.png").write_bytes(encoded((ord(name), 0, 0)))
-    content = [
-        {"filename": f"{name}.png", "split": split, "sentences": raw([f"of {name}"])}
-        for name, split in rows
-    ]
-    (images / "dataset.json").write_text(json.dumps({"images": content, "dataset": "coco"}))
-    train, held_out = load_sources(config(images / "dataset.json"))
-    assert train.names(range(len(train))) == ["a.png", "d.png"]
-    assert held_out.names(range(len(held_out))) == ["b.png"]
-
-
-def test_a_conversation_without_an_answer_has_no_caption(images):
-    turns = [{"from": "human", "value": "Describe it."}]
-    rows = [{"image": "a.png", **llava("a cat")}, {"image": "b.png", "conversations": turns}]
-    (images / "t.json").write_text(json.dumps(rows))
-    assert captions(images / "t.json") == {"a.png": ["a cat"]}
