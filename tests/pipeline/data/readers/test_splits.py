@@ -242,7 +242,7 @@ def test_a_column_that_names_splits_in_some_rows_alone_is_reported(tmp_path):
 
 
 def source_note(source: Path) -> str:
-    """What is said of the splits."""
+    """The note of the splits."""
     problems = load_sources(config(source))[0].problems
     return next((line for line in problems if line.startswith("splits ")), "")
 
