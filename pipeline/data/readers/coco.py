@@ -60,14 +60,14 @@ def karpathy_rows(content: Mapping[str, object]) -> list[Record] | None:
     images = content.get("images")
     if not isinstance(images, list) or not images:
         return None
-    rows = []
+    rows: list[Record] = []
     for image in images:
         sentences = image.get("sentences") if isinstance(image, dict) else None
         if not isinstance(sentences, list) or not isinstance(image.get("filename"), str):
             return None
         texts = [one.get("raw") for one in sentences if isinstance(one, dict)]
         name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
-        row = {"image": name, "text": texts}
+        row: Record = {"image": name, "text": texts}
         if "split" in image:
             row["split"] = "train" if image["split"] == "restval" else image["split"]
         rows.append(row)
