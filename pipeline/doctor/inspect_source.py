@@ -165,7 +165,7 @@ def _fit(
     fit &= ~copies_of_held_out(rows, found.digest, tally)
     if captions is None:
         return fit
-    return np.asarray(fit & [bool(captions[row]) for row in range(len(rows))])
+    return fit & np.array([bool(captions[row]) for row in range(len(rows))], bool)
 
 
 def _tolerant(config: DataConfig) -> DataConfig:

@@ -148,7 +148,7 @@ class CaptionReader:
                 return [_plain(item) for item in value]
             text = _plain(value)
             if (listed := texts_of_list(text)) is not None:
-                reasons[LISTS] = None
+                reasons[LISTS if listed else MISSING] = None
                 return listed
             return [text]
         values = {column: _plain(record.get(column)) for column in self.columns}

@@ -1,5 +1,6 @@
 """Captions in the format of COCO (Lin et al. 2014, arXiv:1405.0312; cocodataset.org/#format-data):
-a JSON object of `images` and of `annotations`, which name images by their ids. Opens nothing."""
+a JSON object of `images` and of `annotations`, which name images by their ids; and as Karpathy and
+Fei-Fei (2015, arXiv:1412.2306) split them, with the `sentences` of each image. Opens nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.readers.base import listed
+from pipeline.data.readers.base import Record, listed
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,26 @@ def coco_file(path: Path, content: Mapping[str, object]) -> CocoFile | None:
         name = names.get(_key(image_id), f"the image with id {image_id}")
         captions.append((name, annotation["caption"]))
     return CocoFile(list(names.values()), captions)
+
+
+def karpathy_rows(content: Mapping[str, object]) -> list[Record] | None:
+    """The rows of a file such as `dataset_coco.json`, with the columns image, text and split; None
+    where it has not the form. As in its users' code, `restval` is trained on."""
+    images = content.get("images")
+    if not isinstance(images, list) or not images:
+        return None
+    rows: list[Record] = []
+    for image in images:
+        sentences = image.get("sentences") if isinstance(image, dict) else None
+        if not isinstance(sentences, list) or not isinstance(image.get("filename"), str):
+            return None
+        texts = [one.get("raw") for one in sentences if isinstance(one, dict)]
+        name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+        row: Record = {"image": name, "text": texts}
+        if "split" in image:
+            row["split"] = "train" if image["split"] == "restval" else image["split"]
+        rows.append(row)
+    return rows
 
 
 def _key(image_id: object) -> str:

@@ -58,6 +58,7 @@ LAYOUTS = """accepted are
   images/cat.png next to images/cat.txt or cat.caption     (a cat on a mat)
   images/captions.txt, one caption per line                (cat.png,a cat on a mat)
   images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
+LINKED = "links to folders not followed (give each as a part of data.mix, or copy it there)"
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"
 CAPTION_ENDINGS = (".txt", ".caption", ".json")
@@ -339,7 +340,7 @@ def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> 
     """
     table = read_table(file, delimiter)
     column = table.image_column or image_column(str(file), column, table.columns)
-    cells = [row.get(column) for row in table.rows]
+    cells = [_only(row.get(column)) for row in table.rows]
     paths = [cell for cell in table.images or cells if _is_path(cell)]
     root, tried = image_folder(file, paths[:_SAMPLED])
     if root is None and table.images:
@@ -388,6 +389,11 @@ def is_inline(cell: str) -> bool:
     return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
 
 
+def _only(cell: object) -> object:
+    """What a cell holds, where it is a list of one."""
+    return cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
+
+
 def _is_path(cell: object) -> TypeGuard[str]:
     return isinstance(cell, str) and bool(cell.strip()) and not is_inline(cell)
 
@@ -402,6 +408,9 @@ def _images_below(folder: Path, tally: SkipCounter, follow_links: bool) -> list[
     for where, folders, files in os.walk(folder, onerror=closed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(where).relative_to(folder)
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                tally.add(LINKED, (below / name).as_posix())
         for name in files:
             extension = Path(name).suffix.lower()
             image = (below / name).as_posix()

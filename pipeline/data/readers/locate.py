@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from pipeline.data.readers.base import printable
@@ -111,6 +112,15 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield Path(where) / name
 
 
+def linked_folders(folder: Path) -> Iterator[Path]:
+    """The links to folders in a folder, at any depth; they are not followed."""
+    for where, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                yield Path(where) / name
+
+
 def described(files: Sequence[Path], root: Path) -> str:
     """How many files of each ending there are, and the first names."""
     if not files:
@@ -124,12 +134,11 @@ def described(files: Sequence[Path], root: Path) -> str:
 
 def contents(folder: Path) -> str:
     """What lies in a folder, at any depth, in words."""
-    files = []
-    for file in files_below(folder):
-        files.append(file)
-        if len(files) == _LISTED:
-            break
-    return described(files, folder)
+    files = list(islice(files_below(folder), _LISTED))
+    links = list(islice(linked_folders(folder), _NAMED))
+    names = ", ".join(printable(os.path.relpath(link, folder)) for link in links)
+    said = f", and links to folders, which are not followed ({names})" if links else ""
+    return described(files, folder) + said
 
 
 def not_found(source: str) -> FileNotFoundError:

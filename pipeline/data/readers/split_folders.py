@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Rows
+from pipeline.data.readers.base import NoCaptions, Rows
 from pipeline.data.readers.folder import METADATA, folder_rows
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import files_below
@@ -48,8 +48,10 @@ def split_folder_rows(
             # The captions may lie in a list of another kind above the splits.
             try:
                 return _together(folder, config, require_captions)
-            except ValueError:
-                raise error from None
+            except ValueError as above:
+                # Files above the splits are named only by the second error.
+                uncaptioned = isinstance(error, NoCaptions) and isinstance(above, NoCaptions)
+                raise (above if uncaptioned else error) from None
     if any(split not in ("", "train") for _, split in found):
         return _together(folder, config, require_captions)
     return None

@@ -350,7 +350,22 @@ def with_named_splits(rows: Rows, config: DataConfig) -> Rows:
         named = column_splits(rows, "split", strict=False)
         if named is not None and roles(set(named)) is not None:
             return SplitRows(rows.name, [Part(rows, named)], "the column split")
+        if others := _values_beside_splits(rows):
+            rows.note = (
+                f"splits by a hash of names: the column split is not used, since {others} name no "
+                "split; write train, validation or test into each row"
+            )
     return rows
+
+
+def _values_beside_splits(rows: Rows) -> str:
+    """The values of a column `split` that name none, where others name one to hold out; or ''."""
+    values = Counter(
+        str(value) for records in rows.records(["split"]) for value in _values(records, "split")
+    )
+    others = [value for value, _ in values.most_common() if split_of_value(value) is None]
+    held_out = {split_of_value(value) for value in values} & {"validation", "test"}
+    return ", ".join(printable(value) for value in others[:5]) if held_out else ""
 
 
 def copies_of_held_out(rows: Rows, digest: np.ndarray, tally: SkipCounter) -> np.ndarray:

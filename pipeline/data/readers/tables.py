@@ -12,7 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.data.readers.base import IMAGE_COLUMNS, Record, listed, printable, text_of
-from pipeline.data.readers.coco import CocoFile, coco_file
+from pipeline.data.readers.coco import CocoFile, coco_file, karpathy_rows
+from pipeline.data.readers.conversations import conversation_column, with_first_answer
 from pipeline.data.readers.files import parse_json
 from pipeline.data.readers.images import EXTENSIONS
 
@@ -78,6 +79,10 @@ def _table(rows: list[Record], kind: str, image_column: str | None = None) -> Ta
         rows = [{"text": _answer(row.get("conversations"))} | row for row in rows]
         kind = f"{kind}, captions from the first answers of conversations"
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    if (turns := conversation_column(columns)) is not None:
+        rows = [with_first_answer(row, turns) for row in rows]
+        columns = [*(column for column in columns if column != turns), "text"]
+        kind += f", captions from the first answers of {turns}"
     return Table(rows, columns, kind, image_column)
 
 
@@ -226,16 +231,20 @@ def _rows_of_jsonl(path: Path, text: str) -> list[Record]:
 
 
 def _table_of_json(path: Path, text: str) -> Table:
-    """COCO captions; a list of rows, alone or as the only list of an object; or an object of
-    captions by the names of their images."""
+    """COCO captions, also by Karpathy's splits; a list of rows, alone or as the only list of an
+    object; an object of captions by the names of their images; or rows that each have a line."""
     try:
         content = parse_json(text)
     except ValueError as error:
+        if _is_jsonl(text):
+            return _table(_rows_of_jsonl(path, text), "rows in JSON, one per line")
         raise ValueError(
             f"{path} is no JSON ({error}); rows that each have a line belong in a .jsonl file"
         ) from error
     if isinstance(content, dict) and (coco := coco_file(path, content)) is not None:
         return _table_of_coco(coco)
+    if isinstance(content, dict) and (split := karpathy_rows(content)) is not None:
+        return _table(split, "captions by Karpathy's splits", "image")
     if isinstance(content, dict) and _is_named(content):
         return _table([_named_row(*item) for item in content.items()], "captions by name", "image")
     lists = [content] if isinstance(content, list) else []
@@ -249,6 +258,14 @@ def _table_of_json(path: Path, text: str) -> Table:
             'and captions by name ({"cat.png": "a cat"})'
         )
     return _table(lists[0], "a list of rows in JSON")
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether the first line is a row by itself."""
+    try:
+        return isinstance(parse_json(_first_line(text)), dict)
+    except ValueError:
+        return False
 
 
 def _table_of_coco(coco: CocoFile) -> Table:

@@ -47,11 +47,11 @@ class DeepValues:
 
 def deep_images(found: ScanResult) -> DeepValues | None:
     """What a scan found of images with more than 8 bits per value; None where there are none."""
-    from stage1_tokenizer.value_range import possible_ranges  # imports torch
-
     rows = np.flatnonzero([depth not in ("", "8bit") for depth in found.depth])
     if not len(rows):
         return None
+    from stage1_tokenizer.value_range import possible_ranges  # imports torch
+
     low = float(found.low[rows].min())
     high = float(found.high[rows].max())
     kinds = sorted({found.depth[row] for row in rows})

@@ -10,7 +10,7 @@ _LONGEST = 100_000
 """Characters of a list; longer texts are left as they are."""
 _STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LIST = re.compile(
-    rf"[\[(]\s*(?:(?:{_STRING}|None|nan|null)(?:\s*,\s*|\s+|(?=[\])])))+[\])]", re.DOTALL
+    rf"[\[(]\s*(?:(?:{_STRING}|None|nan|null)(?:\s*,\s*|\s+|(?=[\])])))*[\])]", re.DOTALL
 )
 """Numpy separates items by spaces."""
 _ITEM = re.compile(_STRING, re.DOTALL)
@@ -19,7 +19,8 @@ _CONTROL = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 def texts_of_list(text: str) -> list[str] | None:
-    """The texts of a list, without items that are missing; None where it is no list of texts."""
+    """The texts of a list, without items that are missing; None where it is no list of texts.
+    A list without any text, such as `[]` and `[None]`, has none."""
     text = text.strip()
     if not text.startswith(("[", "(")) or not text.endswith(("]", ")")) or len(text) > _LONGEST:
         return None
@@ -29,11 +30,11 @@ def texts_of_list(text: str) -> list[str] | None:
         items = None
     if isinstance(items, list):
         texts = [item for item in items if isinstance(item, str)]
-        return texts if texts and all(isinstance(item, str | None) for item in items) else None
+        missing = [item for item in items if item is None or item != item]
+        return texts if len(texts) + len(missing) == len(items) else None
     if not _LIST.fullmatch(text):
         return None
-    found = [_ESCAPE.sub(_character, item[1:-1]) for item in _ITEM.findall(text)]
-    return found or None
+    return [_ESCAPE.sub(_character, item[1:-1]) for item in _ITEM.findall(text)]
 
 
 def _character(escape: re.Match[str]) -> str:

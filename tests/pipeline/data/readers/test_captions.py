@@ -45,6 +45,8 @@ def test_other_cells_are_captions(cell):
 def test_a_written_list_is_several_captions():
     found = reader().of([{"text": "['a cat', 'a tabby']"}])
     assert found.texts == ["a cat", "a tabby"] and found.reasons == [LISTS]
+    for empty in ("[]", "[None]", "[nan]"):
+        assert reader().of([{"text": empty}]).reasons == [MISSING]
 
 
 @pytest.mark.parametrize(

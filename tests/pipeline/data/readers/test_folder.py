@@ -45,6 +45,22 @@ def test_a_text_file_is_found_in_another_case_or_form(tmp_path, image, text):
     assert rows.tally.counts() == {FOLDED: 1}
 
 
+def test_links_to_folders_are_counted_or_named_by_the_error(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    source = tmp_path / "source"
+    for folder in (elsewhere, source):
+        folder.mkdir()
+    (elsewhere / "a.png").write_bytes(encoded())
+    (source / "images").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"links to folders, which are not followed \(images\)"):
+        load_source(config(source), "train")
+    for name in ("b", "c"):
+        (source / f"{name}.png").write_bytes(encoded())
+        (source / f"{name}.txt").write_text(name)
+    rows = folder_rows(source, DataConfig(source=str(source)))
+    assert any("1 links to folders not followed" in line for line in rows.tally.lines())
+
+
 def test_txt_comes_before_caption(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded())
     (tmp_path / "a.txt").write_text("first")

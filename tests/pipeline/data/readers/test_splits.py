@@ -227,10 +227,24 @@ def test_a_column_split_is_taken_where_it_names_splits_alone(tmp_path):
     write_table(tmp_path / "t.csv", ["train"] * 8 + ["left"] * 4)
     train, held_out = splits(tmp_path / "t.csv")
     assert train | held_out == numbers(0, 12)
+    assert source_note(tmp_path / "t.csv") == ""
     with pytest.raises(ValueError, match=r"has values that name no split \(left\); write train"):
         splits(tmp_path / "t.csv", split_column="split")
     with pytest.raises(ValueError, match=r"no column 'fold'; it has .*data\.split_column"):
         splits(tmp_path / "t.csv", split_column="fold")
+
+
+def test_a_column_that_names_splits_in_some_rows_alone_is_reported(tmp_path):
+    write_table(tmp_path / "t.csv", ["train"] * 8 + ["test"] * 2 + ["extra"] * 2)
+    assert "the column split is not used, since extra name no split" in source_note(
+        tmp_path / "t.csv"
+    )
+
+
+def source_note(source: Path) -> str:
+    """The note of the splits."""
+    problems = load_sources(config(source))[0].problems
+    return next((line for line in problems if line.startswith("splits ")), "")
 
 
 def test_a_column_of_one_kind_alone_is_refused_when_named(tmp_path):
@@ -319,3 +333,12 @@ def test_each_part_of_a_mixture_has_its_own_held_out_source(tmp_path):
     assert captions(held_out.parts[0]) == numbers(100, 3)
     with pytest.raises(ValueError, match=r"data\.held_out_source is x and data\.mix has 2 parts"):
         config("", mix=parts, held_out_source="x")
+
+
+def test_an_error_of_no_captions_names_the_tables_above_the_splits(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.png").write_bytes(encoded())
+        (tmp_path / f"{split}.csv").write_text(f"image,text\n{split}/0.png,a cat\n")
+    with pytest.raises(ValueError, match=r"other files there: 2 \.csv \(test\.csv, \.\.\.\)"):
+        load_sources(config(tmp_path))

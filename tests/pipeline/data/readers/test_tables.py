@@ -34,6 +34,21 @@ def images(tmp_path) -> Path:
 TWO = {"a.png": ["a cat, asleep"], "b.png": ['the "old" dog']}
 
 
+def llava(caption: str) -> object:
+    """A conversation as LLaVA has it, with a question after the caption."""
+    asked = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": caption}]
+    return {"id": "7", "conversations": [*asked, {"from": "human", "value": "Why?"}]}
+
+
+def chat(caption: str) -> object:
+    said = [("system", "Be brief."), ("user", "<image>"), ("assistant", caption)]
+    return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+
+def raw(captions: list[str]) -> object:
+    return [{"raw": caption, "tokens": caption.split()} for caption in captions]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -63,6 +78,14 @@ TWO = {"a.png": ["a cat, asleep"], "b.png": ['the "old" dog']}
         ("t.json", json.dumps({n: c[0] for n, c in TWO.items()})),
         ("t.json", json.dumps(TWO)),
         ("t.json", json.dumps({n: {"caption": c[0], "tags": "x"} for n, c in TWO.items()})),
+        ("t.json", "\n".join(json.dumps({"image": n, "text": c[0]}) for n, c in TWO.items())),
+        ("t.json", json.dumps([{"image": [n], "caption": c[0]} for n, c in TWO.items()])),
+        ("t.json", json.dumps([{"image": n, **llava(c[0])} for n, c in TWO.items()])),
+        ("t.jsonl", "\n".join(json.dumps({"image": n, **chat(c[0])}) for n, c in TWO.items())),
+        (
+            "t.json",
+            json.dumps({"images": [{"filename": n, "sentences": raw(c)} for n, c in TWO.items()]}),
+        ),
     ],
 )
 def test_every_form_of_a_table_gives_the_same_captions(images, name, content):
@@ -131,7 +154,8 @@ def test_a_list_of_paths_has_images_and_no_captions(images):
         ("t.txt", "a.png,x\nb.png\n", "line 2 (b.png) has no comma between image, text; add it"),
         ("t.json", "[1, 2]", "holds no rows (list); accepted are a list of rows"),
         ("t.json", '{"x": 1}', "holds no rows (x); accepted are a list of rows"),
-        ("t.json", '{"a": 1}\n{"a": 2}', "is no JSON (Extra data"),
+        ("t.json", '{"a": 1}\n{"a": 2', "line 2 is no JSON"),
+        ("t.json", '{\n"a": 1}\n{"a": 2}', "is no JSON (Extra data"),
         ("t.json", "[" * 100_000, "is no JSON ("),
         ("t.json", "[]", "holds no rows (list)"),
         ("t.csv", "", "has no column 'image'; it has none"),
@@ -184,6 +208,27 @@ def test_coco_captions_are_read_with_their_folder(tmp_path, file, folder, kind):
         "1 captions of images that are not there left out: the image with id 7",
         "1 images that no caption names left out: 000000000003.jpg",
     ]
+
+
+def test_karpathys_splits_are_taken_and_restval_is_trained_on(images):
+    rows = [("a", "restval"), ("b", "val"), ("c", "test"), ("d", "train")]
+    for name, _ in rows:
+        (images / f"{name}.png").write_bytes(encoded((ord(name), 0, 0)))
+    content = [
+        {"filename": f"{name}.png", "split": split, "sentences": raw([f"of {name}"])}
+        for name, split in rows
+    ]
+    (images / "dataset.json").write_text(json.dumps({"images": content, "dataset": "coco"}))
+    train, held_out = load_sources(config(images / "dataset.json"))
+    assert train.names(range(len(train))) == ["a.png", "d.png"]
+    assert held_out.names(range(len(held_out))) == ["b.png"]
+
+
+def test_a_conversation_without_an_answer_has_no_caption(images):
+    turns = [{"from": "human", "value": "Describe it."}]
+    rows = [{"image": "a.png", **llava("a cat")}, {"image": "b.png", "conversations": turns}]
+    (images / "t.json").write_text(json.dumps(rows))
+    assert captions(images / "t.json") == {"a.png": ["a cat"]}
 
 
 def test_coco_without_its_images_says_where_they_were_looked_for(tmp_path):

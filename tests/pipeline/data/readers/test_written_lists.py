@@ -51,18 +51,21 @@ def test_one_text_is_a_list_of_one():
         "[a cat]",
         "(a cat)",
         "[1, 2]",
-        "[]",
         "[['a'], ['b']]",
         '["a", 1]',
         "['a', open('x')]",
         "['a' + 'b']",
         "['a'",
         "'a', 'b'",
-        "[nan]",
     ],
 )
 def test_other_texts_are_no_lists(text):
     assert texts_of_list(text) is None
+
+
+@pytest.mark.parametrize("text", ["[]", "[ ]", "()", "[nan]", "[None]", "[null, NaN]", "(None,)"])
+def test_a_list_of_missing_items_has_no_texts(text):
+    assert texts_of_list(text) == []
 
 
 @pytest.mark.parametrize(
