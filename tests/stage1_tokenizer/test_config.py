@@ -203,8 +203,8 @@ def test_every_wrong_option_of_a_section_is_named_and_no_right_one():
                 "hierarchical": HierarchicalOptions(levels=4),
                 "image_size": 96,
             },
-            r"image_size 96 is not a multiple of 64, .*factor 8 needs with tokenizer.model.hierarchical\.levels 4; "
-            r"the nearest size that fits is 128",
+            r"image_size 96 is not a multiple of 64, .*factor 8 needs with "
+            r"tokenizer\.model\.hierarchical\.levels 4; the nearest size that fits is 128",
         ),
         (
             {"quantizer": "gaussian", "gaussian": GaussianOptions(free_bits=-0.1)},

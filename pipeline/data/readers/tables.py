@@ -29,8 +29,6 @@ _LISTED = re.compile(
 Flickr8k's `1.jpg#0`."""
 _SEPARATOR_LINE = re.compile(r"""sep=(.)\s*\n""")
 """Excel's first line, which names the delimiter."""
-_ANSWERING = ("gpt", "assistant", "model")
-"""Who answers in a conversation."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +73,12 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
 
 
 def _table(rows: list[Record], kind: str, image_column: str | None = None) -> Table:
-    if any("conversations" in row and "text" not in row for row in rows):
-        rows = [{"text": _answer(row.get("conversations"))} | row for row in rows]
-        kind = f"{kind}, captions from the first answers of conversations"
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if (turns := conversation_column(columns)) is not None:
         rows = [with_first_answer(row, turns) for row in rows]
         columns = [*(column for column in columns if column != turns), "text"]
         kind += f", captions from the first answers of {turns}"
     return Table(rows, columns, kind, image_column)
-
-
-def _answer(conversation: object) -> str | None:
-    """The first answer of a conversation in the form of LLaVA."""
-    turns = conversation if isinstance(conversation, list) else []
-    for turn in turns:
-        if isinstance(turn, dict) and turn.get("from") in _ANSWERING:
-            return str(turn.get("value") or "") or None
-    return None
 
 
 def _table_of_csv(path: Path, text: str, delimiter: str | None) -> Table:
