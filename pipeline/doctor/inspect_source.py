@@ -165,8 +165,8 @@ def _fit(
     fit &= ~copies_of_held_out(rows, found.digest, tally)
     if captions is None:
         return fit
-    captioned = np.array([bool(captions[row]) for row in range(len(rows))], bool)
-    return np.logical_and(fit, captioned)
+    fit &= np.array([bool(captions[row]) for row in range(len(rows))], bool)
+    return fit
 
 
 def _tolerant(config: DataConfig) -> DataConfig:
