@@ -18,6 +18,7 @@ from pipeline.config.experiment import Experiment, flat, relation_problems
 from pipeline.config.inheritance import inherited_config
 from pipeline.config.option_names import has_config, spelled
 from pipeline.config.train import TrainConfig
+from pipeline.config.yaml_file import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -149,22 +150,13 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
         ValueError: a file is no YAML, or holds no settings.
         FileNotFoundError: there is no such file.
     """
-    import yaml
-
     leaves: dict[str, object] = {}
     pairs = iter(arguments)
     for argument in pairs:
         key, equals, value = argument.removeprefix("--").partition("=")
         value = value if equals else next(pairs, "")
         if key == "config":
-            if not Path(value).is_file():
-                raise FileNotFoundError(
-                    f"there is no configuration file {value}; the shipped ones are in configs/"
-                )
-            try:
-                loaded = yaml.safe_load(Path(value).read_text())
-            except (OSError, yaml.YAMLError) as error:
-                raise ValueError(f"{value} is not readable YAML: {_first_line(error)}") from error
+            loaded = read_yaml(Path(value))
             if not isinstance(loaded, dict):
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(flat(loaded))
@@ -176,11 +168,9 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
 
 def _section(text: str) -> dict[str, object]:
     """A section of settings that is given as one JSON or YAML mapping; empty for other values."""
-    import yaml
-
     try:
-        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
-    except yaml.YAMLError:
+        value = parse_yaml(text) if text.lstrip().startswith("{") else None
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
