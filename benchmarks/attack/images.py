@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -49,16 +49,14 @@ def make(chance: Random, folder: Path) -> Input:
     if chance.random() < 0.5:
         (folder / "good.png").write_bytes(plain_image())
         (folder / "good.txt").write_text("a caption")
-    alone = chance.random() < 0.3
-
-    def use() -> Sequence[str]:
-        if alone:
-            return _opened(folder / name)
-        value_range = chance.choice(("auto", "auto", "16bit", (0.0, 1.0)))
-        crop = chance.choice(("centre", "random"))
-        return read_everything(folder, value_range=value_range, crop=crop, crop_scale=0.5)
-
-    return Input(what, use)
+    if chance.random() < 0.3:
+        return Input(f"{what}, alone", partial(_opened, folder / name))
+    options: dict[str, object] = {
+        "value_range": chance.choice(("auto", "auto", "16bit", [0.0, 1.0])),
+        "crop": chance.choice(("centre", "random")),
+        "crop_scale": 0.5,
+    }
+    return Input(what, partial(read_everything, folder, **options))
 
 
 def _opened(path: Path) -> list[str]:

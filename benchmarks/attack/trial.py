@@ -191,8 +191,8 @@ class Watch:
         self._seen = ""
         real = os.path.realpath(scratch)
         tempfile.tempdir = f"{real}/tmp"
-        cache = os.environ["HF_HOME"]
-        own = (f"{real}/data", f"{real}/out", f"{real}/tmp", cache)
+        shared = os.path.dirname(os.environ["HF_HOME"])  # the small bundles, and a cache
+        own = (f"{real}/data", f"{real}/out", f"{real}/tmp", shared)
         self._allowed = (*own, *self._CODE, *self._SYSTEM)
 
     def end(self) -> str:
@@ -210,5 +210,5 @@ class Watch:
             arguments[0], str | bytes | os.PathLike
         ):
             path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not path.startswith(self._allowed):
+            if not path.startswith(self._allowed) or path.endswith("/environ"):
                 self._seen = f"{event} {path}"

@@ -52,6 +52,9 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         raise ValueError(
             "no configuration was given; add --config configs/shapes.yaml (or your own copy of it)"
         )
+    # The parser would open a file that stands in the place of a section.
+    if any(isinstance(given.get(name), str) for name in _sections()):
+        raise ValueError("\n".join(_every_problem(given)))
     try:
         values = _parsed(arguments)
     except ArgumentError as error:
@@ -162,17 +165,23 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
             leaves.update(flat(loaded))
         else:
             section = _section(value)
-            leaves.update(flat(section, f"{key}.") if section else {key: value})
+            leaves.update({key: value} if section is None else flat({key: section}))
     return leaves
 
 
-def _section(text: str) -> dict[str, object]:
-    """A section of settings that is given as one JSON or YAML mapping; empty for other values."""
+def _section(text: str) -> dict[str, object] | None:
+    """A section of settings that is given as one JSON or YAML mapping; None for other values."""
     try:
         value = parse_yaml(text) if text.lstrip().startswith("{") else None
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _sections() -> set[str]:
+    """Dotted names of all sections."""
+    parents = (name.split(".")[:-1] for name in _hints(Experiment))
+    return {".".join(parts[:n]) for parts in parents for n in range(1, len(parts) + 1)}
 
 
 def _every_problem(given: Mapping[str, object]) -> list[str]:
