@@ -13,7 +13,7 @@ from random import Random
 import yaml
 
 from benchmarks.attack.parts import NAMES, damaged, encoded_text, misplace, nested, text, value
-from benchmarks.attack.trial import Input
+from benchmarks.attack.trial import MODULE, Input
 from benchmarks.attack_bundles import VALUES, places
 
 _SHIPPED = Path(__file__).parents[2] / "configs"
@@ -63,6 +63,10 @@ _DOCUMENTS = (
     "name: a\\nFORGED\n",
     'name: "a\\nFORGED: x"\n"b\\nFORGED": 1\n',
     'data: {"a\\nFORGED": "\\e[2J\\nFORGED"}\n',
+    f"data: {{mix: [{MODULE}.s]}}\n",
+    f"data: {{mix: [{{class_path: {MODULE}.s}}]}}\n",
+    f"prior: {{train: {{class_path: {MODULE}.s}}}}\n",
+    f"name: !!python/name:{MODULE}.s\n",
     "data: {source: shapes, source: emoji}\n",
     "---\nname: a\n---\nname: b\n",
     "%YAML 9.9\n---\nname: a\n",

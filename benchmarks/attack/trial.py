@@ -24,10 +24,12 @@ MIB = 2048
 """Memory that a process may take, with torch and all libraries in it."""
 _BLOCK = 250
 """Inputs per process. Its largest memory is that of all of them."""
-_IDLE = 6
+_IDLE = 18
 """Hangs that use no processor are waited for so many times as long, as the machine may be busy."""
 FORGED = "FORGED"
 """Hostile texts hold it after a line end. A line of a message must not begin with it."""
+MODULE = "this"
+"""A module that hostile inputs name, and nothing else imports."""
 CANARY = "CANARY"
 """What files outside of the inputs hold. It must not be read."""
 
@@ -204,7 +206,7 @@ class Watch:
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
         if self._allowed is None or self._seen:
             return
-        if event in self._NEVER:
+        if event in self._NEVER or (event == "import" and arguments[0] == MODULE):
             self._seen = f"{event} {arguments!r}"
         elif event in ("open", "os.remove", "os.rename", "os.mkdir") and isinstance(
             arguments[0], str | bytes | os.PathLike

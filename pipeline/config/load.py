@@ -52,8 +52,7 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         raise ValueError(
             "no configuration was given; add --config configs/shapes.yaml (or your own copy of it)"
         )
-    # The parser would open a file that stands in the place of a section.
-    if any(isinstance(given.get(name), str) for name in _sections()):
+    if _is_unsafe(given):
         raise ValueError("\n".join(_every_problem(given)))
     try:
         values = _parsed(arguments)
@@ -178,10 +177,35 @@ def _section(text: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _sections() -> set[str]:
-    """Dotted names of all sections."""
-    parents = (name.split(".")[:-1] for name in _hints(Experiment))
-    return {".".join(parts[:n]) for parts in parents for n in range(1, len(parts) + 1)}
+def _is_unsafe(given: Mapping[str, object]) -> bool:
+    """Whether the parser would open a file or import a module that the settings name. It takes a
+    text for a file where a section is needed, and imports what stands in a list of sections as a
+    text or as `class_path`."""
+    hints = _hints(Experiment)
+    parents = [name.split(".")[:-1] for name in hints]
+    sections = {".".join(own[:n]) for own in parents for n in range(1, len(own) + 1)}
+    lists = tuple(name for name, hint in hints.items() if _is_list_of_sections(hint))
+    return any(
+        (name in sections and isinstance(value, str))
+        or (name.startswith(lists) and not (name in lists and _are_sections(value)))
+        for name, value in given.items()
+    )
+
+
+def _is_list_of_sections(hint: Any) -> bool:
+    return any(dataclasses.is_dataclass(inner) for inner in typing.get_args(hint))
+
+
+def _are_sections(value: object) -> bool:
+    """Whether a value is a list of sections of settings, or one as YAML."""
+    try:
+        entries = parse_yaml(value) if isinstance(value, str) else value
+    except ValueError:
+        return False
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and not {"class_path", "init_args"} & set(entry)
+        for entry in entries
+    )
 
 
 def _every_problem(given: Mapping[str, object]) -> list[str]:
@@ -193,7 +217,9 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
     problems = []
     for key, value in given.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        if key in hints:
+        if key in hints and _is_list_of_sections(hints[key]) and not _are_sections(value):
+            problems.append(f"{key} is {text}; it must be a list of sections: [{{source: FOLDER}}]")
+        elif key in hints:
             reader = ArgumentParser(exit_on_error=False)
             reader.add_argument("--value", type=hints[key])
             try:

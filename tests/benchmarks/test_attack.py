@@ -62,6 +62,7 @@ def waits() -> None:
         (lambda folder: (folder / "../outside/secret.txt").read_text() and [], "outside"),
         (lambda folder: open("/etc/passwd").close() or [], "outside"),
         (lambda folder: os.system("true") and [], "outside"),
+        (lambda folder: __import__("this") and [], "outside"),
         (lambda folder: (folder / "new").touch() or [], "wrote"),
     ],
 )

@@ -64,3 +64,24 @@ def test_a_section_is_read_from_no_other_file(tmp_path, text):
     config.write_text(text.format(tmp_path / "secret.yaml"))
     with pytest.raises(ValueError, match=r"secret.yaml; it must be a section of settings"):
         load_experiment(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    "entry", ["attacker.Part", "{class_path: attacker.Part}", "{class_path: attacker.Part, a: 1}"]
+)
+def test_settings_import_no_code(tmp_path, monkeypatch, entry):
+    """The parser of settings imports the classes that a list of sections names."""
+    (tmp_path / "attacker.py").write_text("raise SystemExit('code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data: {{mix: [{entry}]}}")
+    shipped = ["--config", "configs/shapes.yaml"]
+    for arguments in (
+        ["--config", str(config)],
+        [*shipped, "--data.mix", f"[{entry}]"],
+        [*shipped, f"--data.mix=[{entry}]"],
+    ):
+        with pytest.raises(ValueError, match=r"data.mix is .*; it must be a list of sections"):
+            load_experiment(arguments)
+    with pytest.raises(ValueError, match=r"data.mix\+ is not a setting"):
+        load_experiment([*shipped, "--data.mix+", entry])
