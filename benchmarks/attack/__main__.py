@@ -48,6 +48,7 @@ def kinds(folder: Path) -> dict[str, Make]:
 
     assert datasets and transformers
     datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     bundle = folder / "bundle"
     tiny_pipeline(any_order=True).save_pretrained(bundle)
     coder = folder / "coder"

@@ -136,7 +136,7 @@ def make(chance: Random, folder: Path) -> Input:
     if what == "damaged":
         path.write_bytes(damaged(chance, path.read_bytes()))
     if chance.random() < 0.03:
-        what += f", {misplace(chance, path)}"
+        what += f", {misplace(chance, path, named=True)}"
     return Input(f"{what} {content!r:.60} {options}", partial(_loaded, path, options))
 
 

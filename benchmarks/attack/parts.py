@@ -154,9 +154,14 @@ def write_images(folder: Path, *, odd: bool) -> None:
         os.mkfifo(folder / "fifo.png")
 
 
-def misplace(chance: Random, file: Path) -> str:
-    """Puts something that is no regular file in the place of a file; returns what."""
-    kind = chance.choice(("fifo", "zeros", "outside", "loop", "folder", "huge", "closed"))
+def misplace(chance: Random, file: Path, *, named: bool = False) -> str:
+    """Puts something that is no regular file in the place of a file; returns what.
+
+    Args:
+        named: the user names the file itself, which may be a link to anywhere.
+    """
+    kinds = ("fifo", "zeros", "loop", "folder", "huge", "closed", "outside")
+    kind = chance.choice(kinds[:-1] if named else kinds)
     content = file.read_bytes()
     file.unlink()
     match kind:

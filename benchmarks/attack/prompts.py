@@ -20,15 +20,16 @@ from benchmarks.attack.parts import (
 from benchmarks.attack.trial import Input
 from pipeline.inference.pipeline import TextToImagePipeline
 
+_WHOLE = (0, -1, 1, 3, 2**31, 2**62, 2**64, 10**400)
 _OPTIONS: dict[str, tuple[object, ...]] = {
     "guidance_scale": NUMBERS,
     "guidance_interval": ((0.0, 1.0), (1.0, 0.0), (float("nan"), 2.0), (-1.0, 1e308)),
     "guidance_power": NUMBERS,
     "temperature": NUMBERS,
-    "top_k": NUMBERS,
+    "top_k": _WHOLE,
     "top_p": NUMBERS,
     "min_p": NUMBERS,
-    "num_inference_steps": NUMBERS,
+    "num_inference_steps": _WHOLE,
     "seed": (0, -1, 2**63, 2**64, 10**30),
     "best_of": (1, 2, 0, -1),
     "batch_size": (1, 0, -1, 2**62),
@@ -56,7 +57,7 @@ def make(bundle: Path, chance: Random, folder: Path) -> Input:
     path = folder / "prompts.txt"
     ends = chance.choice(("\n", "\r\n", "\r", "\u2028", "\n\n"))
     path.write_bytes(encoded_text(chance, ends.join(text(chance) for _ in range(3))))
-    what = misplace(chance, path) if chance.random() < 0.1 else "file"
+    what = misplace(chance, path, named=True) if chance.random() < 0.1 else "file"
     out = folder.parent / "out"
     return Input(f"{what} {options}", partial(_drawn_from_file, bundle, path, out, options))
 

@@ -47,19 +47,21 @@ def make(chance: Random, folder: Path) -> Input:
     )
     write_images(folder, odd=chance.random() < 0.3)
     source = _WRITERS[form](chance, folder)
+    of_folder = source.stem in ("metadata", "captions")
     what = form
     if source.is_file() and chance.random() < 0.25:
         source.write_bytes(damaged(chance, source.read_bytes()))
         what += ", damaged"
     elif source.is_file() and chance.random() < 0.06:
-        what += f", {misplace(chance, source)}"
+        what += f", {misplace(chance, source, named=not of_folder)}"
     options = {
         name: chance.choice(choices)
         for name, choices in _OPTIONS.items()
         if chance.random() < 0.3 or name == "streaming"
     }
-    whole = folder if source.stem in ("metadata", "captions") else source
-    return Input(f"{what}, {options}", partial(read_everything, whole, **options))
+    return Input(
+        f"{what}, {options}", partial(read_everything, folder if of_folder else source, **options)
+    )
 
 
 def _cells(chance: Random) -> list[str]:

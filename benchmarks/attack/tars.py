@@ -84,8 +84,9 @@ def make(chance: Random, folder: Path) -> Input:
             content = content * chance.choice((2, 20))
             what += ", repeated"
     path.write_bytes(content)
+    source = chance.choice((folder, path, f"{folder}/*.tar", f"{folder}/{{0..1}}.tar"))
     if chance.random() < 0.03:
-        what += f", {misplace(chance, path)}"
+        what += f", {misplace(chance, path, named=source != folder)}"
     if chance.random() < 0.1:
         (folder / "1.tar").write_bytes(_shard(chance))
     options: dict[str, object] = {"streaming": chance.random() < 0.25}
@@ -93,7 +94,6 @@ def make(chance: Random, folder: Path) -> Input:
         options["image_column"] = chance.choice(("png", "jpg", "missing", "a.png"))
     if chance.random() < 0.2:
         options["text_column"] = chance.choice(("text", "txt", "json", "caption", ""))
-    source = chance.choice((folder, path, f"{folder}/*.tar", f"{folder}/{{0..1}}.tar"))
     return Input(f"{what}, {options}", partial(read_everything, source, **options))
 
 

@@ -194,8 +194,8 @@ class Watch:
         real = os.path.realpath(scratch)
         tempfile.tempdir = f"{real}/tmp"
         shared = os.path.dirname(os.environ["HF_HOME"])  # the small bundles, and a cache
-        own = (f"{real}/data", f"{real}/out", f"{real}/tmp", shared)
-        self._allowed = (*own, *self._CODE, *self._SYSTEM)
+        own = (f"{real}/data", f"{real}/out", f"{real}/tmp", shared, *self._CODE)
+        self._allowed = (*(f"{folder}/" for folder in own), *self._SYSTEM)
 
     def end(self) -> str:
         """What was seen; '' where nothing was."""
@@ -212,5 +212,5 @@ class Watch:
             arguments[0], str | bytes | os.PathLike
         ):
             path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not path.startswith(self._allowed) or path.endswith("/environ"):
+            if not f"{path}/".startswith(self._allowed) or path.endswith("/environ"):
                 self._seen = f"{event} {path}"
