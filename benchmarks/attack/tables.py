@@ -47,6 +47,7 @@ def make(chance: Random, folder: Path) -> Input:
     )
     write_images(folder, odd=chance.random() < 0.3)
     source = _WRITERS[form](chance, folder)
+    named = form != "saved" and source.stem == "table"
     of_folder = source.stem in ("metadata", "captions")
     what = form
     if source.is_file() and chance.random() < 0.25:
@@ -59,9 +60,8 @@ def make(chance: Random, folder: Path) -> Input:
         for name, choices in _OPTIONS.items()
         if chance.random() < 0.3 or name == "streaming"
     }
-    return Input(
-        f"{what}, {options}", partial(read_everything, folder if of_folder else source, **options)
-    )
+    read = partial(read_everything, folder if of_folder else source, **options)
+    return Input(f"{what}, {options}", read, names=named)
 
 
 def _cells(chance: Random) -> list[str]:

@@ -42,10 +42,12 @@ class Input:
         name: what it is.
         use: what a command does with it; may write to `out` next to the folder. Returns the
             texts that were read.
+        names: whether it may name any file as an image, as tables may (docs/data.md).
     """
 
     name: str
     use: Callable[[], Sequence[str]]
+    names: bool = False
 
 
 Make = Callable[[random.Random, Path], Input]
@@ -130,10 +132,11 @@ def attempt(
         (scratch / name).mkdir()
     (scratch / "outside" / "secret.txt").write_text(CANARY)
     (scratch / "outside" / "secret.csv").write_text(f"image,text\n0.png,{CANARY}\n")
+    (scratch / "outside" / "named.txt").write_text(CANARY)
     given = make(chance, scratch / "data")
     before = _listing(scratch)
     message = ""
-    watch.begin(scratch)
+    watch.begin(scratch, names=given.names)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, _IDLE * seconds)
     try:
@@ -186,16 +189,20 @@ class Watch:
 
     def __init__(self) -> None:
         self._allowed: tuple[str, ...] | None = None
+        self._names = False
         self._seen = ""
 
-    def begin(self, scratch: Path) -> None:
-        """Watches from now on; only what lies in the folder may be opened, `outside` excepted."""
+    def begin(self, scratch: Path, *, names: bool = False) -> None:
+        """Watches from now on. What lies in the folder may be opened, `outside` excepted, and where
+        the input `names` files, those that it can name."""
         self._seen = ""
         real = os.path.realpath(scratch)
         tempfile.tempdir = f"{real}/tmp"
         shared = os.path.dirname(os.environ["HF_HOME"])  # the small bundles, and a cache
         own = (f"{real}/data", f"{real}/out", f"{real}/tmp", shared, *self._CODE)
-        self._allowed = (*(f"{folder}/" for folder in own), *self._SYSTEM)
+        named = (f"{real}/outside/named.txt", "/etc/passwd", "/dev/zero") if names else ()
+        self._names = names
+        self._allowed = (*named, *(f"{folder}/" for folder in own), *self._SYSTEM)
 
     def end(self) -> str:
         """What was seen; '' where nothing was."""
@@ -212,5 +219,7 @@ class Watch:
             arguments[0], str | bytes | os.PathLike
         ):
             path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not f"{path}/".startswith(self._allowed) or path.endswith("/environ"):
+            if not f"{path}/".startswith(self._allowed) or (
+                path.endswith("/environ") and not self._names
+            ):
                 self._seen = f"{event} {path}"
