@@ -140,7 +140,11 @@ def attempt(
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, _IDLE * seconds)
     try:
-        texts = given.use()
+        try:
+            texts = given.use()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
         outcome = f"read {CANARY}" if any(CANARY in text for text in texts) else "works"
     except Hang:
         outcome = "hang"
@@ -151,9 +155,6 @@ def attempt(
     except BaseException as error:  # what is looked for
         outcome = f"traceback {type(error).__name__}"
         message = str(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
     if seen := watch.end():
         outcome, message = "outside", seen
     elif _listing(scratch) != before:

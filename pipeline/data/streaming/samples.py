@@ -20,6 +20,7 @@ from pipeline.data.readers.base import (
 )
 from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
 from pipeline.data.readers.locate import (
+    check_links,
     files_of_rows,
     in_braces,
     is_hub_name,
@@ -228,6 +229,7 @@ def open_streams(config: DataConfig) -> OpenedStreams:
         return _open_files(config, list(in_braces(source)))
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):
+        check_links(source, files, config.follow_links)
         refuse_pointers(files)
         return _open_files(config, [str(file) for file in files])
     if path.is_dir() and not is_saved_dataset(path):

@@ -56,10 +56,12 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
         read_yaml(long)
 
 
-@pytest.mark.parametrize("text", ["data: {}", "prior: {{train: {}}}"])
-def test_a_section_is_read_from_no_other_file(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "content"), [("data: {}", "source: shapes"), ("prior: {{train: {}}}", "steps: 7")]
+)
+def test_a_section_is_read_from_no_other_file(tmp_path, text, content):
     """The parser of settings takes a path for a file of the section's settings."""
-    (tmp_path / "secret.yaml").write_text("steps: 7\nsource: shapes\n")
+    (tmp_path / "secret.yaml").write_text(content)
     config = tmp_path / "a.yaml"
     config.write_text(text.format(tmp_path / "secret.yaml"))
     with pytest.raises(ValueError, match=r"secret.yaml; it must be a section of settings"):
