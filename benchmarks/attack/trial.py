@@ -113,7 +113,7 @@ def _work(
     """Tries inputs one after another, in this process."""
     for descriptor in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # not the whole machine's
+    resource.setrlimit(resource.RLIMIT_DATA, (2**34, 2**34))  # not the whole machine's
     signal.signal(signal.SIGALRM, _stop)
     signal.signal(signal.SIGPROF, _stop)
     watch = Watch()

@@ -216,7 +216,8 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
     hints = _hints(Experiment)
     problems = []
     for key, value in given.items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        # On one line, whatever the value holds.
+        text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
         if key in hints and _is_list_of_sections(hints[key]) and not _are_sections(value):
             problems.append(f"{key} is {text}; it must be a list of sections: [{{source: FOLDER}}]")
         elif key in hints:

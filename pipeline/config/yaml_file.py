@@ -69,6 +69,8 @@ def _check(value: object) -> None:
             for key in one:
                 if not isinstance(key, str | int | float):
                     raise ValueError(f"{where} has the name {key!r}; names of settings are text")
+                if not str(key).isprintable():
+                    raise ValueError(f"{where} has the name {key!a}; names of settings are words")
             left += [(str(key), inner, depth + 1) for key, inner in one.items()]
         elif isinstance(one, list):
             left += [(where, inner, depth + 1) for inner in one]

@@ -4,10 +4,11 @@ no image and no caption."""
 from __future__ import annotations
 
 import itertools
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
 
 from pipeline.config.data import SYNTHETIC_SOURCES, CaptionLines, DataConfig
 from pipeline.data.readers.base import (
@@ -43,6 +44,8 @@ _FIRST = 20
 """Samples that say which members and columns there are."""
 _KEYS = 100_000
 """Names of a shard that are remembered, to find members that lie apart."""
+_MOST_BYTES = 2**33
+"""Most bytes of a member of a shard."""
 _SHARDS = 64
 """Shards in which a data set on this disk is streamed."""
 
@@ -164,11 +167,8 @@ class ShardStream:
 
     def _groups(self, shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(sample, member -> content) of what lies together."""
-        import datasets
-
         held: tuple[str, dict[str, bytes]] | None = None
-        files = datasets.StreamingDownloadManager().iter_archive(self._shards[shard])
-        for path, file in files:
+        for path, file in _files_of(self._shards[shard]):
             if is_outside(path) or (name := member_name(path)) is None:
                 continue
             self.renames = self.renames or path.startswith("./")
@@ -180,6 +180,35 @@ class ShardStream:
             held[1][member] = file.read()
         if held is not None:
             yield held
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose size is checked: Python would step over 2^80 bytes in small reads, past the
+    end of the file."""
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if not 0 <= size <= _MOST_BYTES:
+            raise ValueError(f"a member says {size:,} bytes; at most {_MOST_BYTES:,} are read")
+        self._size = size
+
+
+def _files_of(shard: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each file of a shard, as `datasets` iterates archives, in order."""
+    from datasets.utils.file_utils import xopen
+
+    with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            if member.isreg() and not member.issparse() and not name.startswith((".", "__")):
+                content = tar.extractfile(member)
+                assert content is not None
+                yield member.name, content
+            tar.members = []  # type: ignore[attr-defined]  # they would be kept
 
 
 def _apart(shard: str, key: str) -> str:

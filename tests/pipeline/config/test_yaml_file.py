@@ -32,6 +32,7 @@ def bomb(first: str, entry: str) -> str:
         ("data: !!set {source}", "data is a set"),
         ("? [a, b]\n: 1", "unhashable key|has the name"),
         ("null: 1", "the file has the name None"),
+        ('data: {"a\\nb is fine": 1}', r"data has the name 'a\\nb is fine'; names of settings are"),
         ("data: {image_size: " + "9" * 5000 + "}", "digits"),
         ("data: !!python/object/apply:os.system [x]", "could not determine a constructor"),
     ],
@@ -39,6 +40,14 @@ def bomb(first: str, entry: str) -> str:
 def test_what_is_no_settings_is_refused_in_one_line(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_yaml(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_makes_no_line_of_its_own_in_a_message(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text('prior: {train: {steps: "a\\nall is well"}}')
+    with pytest.raises(ValueError, match=r'steps is "a\\\\nall is well"; it must be int') as caught:
+        load_experiment(["--config", str(config)])
     assert "\n" not in str(caught.value)
 
 

@@ -314,3 +314,16 @@ def test_a_list_in_a_folder_names_images_of_that_folder_alone(tmp_path, outside)
     (folder / "link.png").symlink_to("../secret.png")
     (folder / "captions.csv").write_text(f"image,text\n{rows}link.png,a secret\n")
     assert "links to files outside of the folder" in str(problems(folder))
+
+
+@pytest.mark.parametrize("size", [2**80, -1])
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_streams_do_not_step_over_sizes_that_no_file_has(tmp_path, size, format):
+    members = {"png": encoded(), "txt": b"a caption"}
+    write_shard(tmp_path / "0.tar", [(str(n), members) for n in range(9)])
+    header = tarfile.TarInfo("9.png")
+    header.size = size
+    content = (tmp_path / "0.tar").read_bytes()[: -tarfile.RECORDSIZE // 2]
+    (tmp_path / "0.tar").write_bytes(header.tobuf(format) + content)
+    with pytest.raises(OSError, match=f"cannot be read .a member says {size:,} bytes"):
+        load_source(config(tmp_path / "0.tar", streaming=True), "train")
