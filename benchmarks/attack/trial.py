@@ -201,7 +201,8 @@ class Watch:
         tempfile.tempdir = f"{real}/tmp"
         shared = os.path.dirname(os.environ["HF_HOME"])  # the small bundles, and a cache
         own = (f"{real}/data", f"{real}/out", f"{real}/tmp", shared, *self._CODE)
-        named = (f"{real}/outside/named.txt", "/etc/passwd", "/dev/zero") if names else ()
+        near = (f"{real}/outside/named.txt", f"{real}/outside/secret.txt")
+        named = (*near, "/etc/passwd", "/dev/zero") if names else ()
         self._names = names
         self._allowed = (*named, *(f"{folder}/" for folder in own), *self._SYSTEM)
 
