@@ -186,7 +186,7 @@ def _is_unsafe(given: Mapping[str, object]) -> bool:
     sections = {".".join(own[:n]) for own in parents for n in range(1, len(own) + 1)}
     lists = tuple(name for name, hint in hints.items() if _is_list_of_sections(hint))
     return any(
-        (name in sections and isinstance(value, str))
+        (name in sections and value != {})
         or (name.startswith(lists) and not (name in lists and _are_sections(value)))
         for name, value in given.items()
     )

@@ -46,9 +46,17 @@ def test_what_is_no_settings_is_refused_in_one_line(text, message):
 def test_a_value_makes_no_line_of_its_own_in_a_message(tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text('prior: {train: {steps: "a\\nall is well"}}')
-    with pytest.raises(ValueError, match=r'steps is "a\\\\nall is well"; it must be int') as caught:
+    with pytest.raises(ValueError, match=r'steps is "a\\nall is well"; it must be int') as caught:
         load_experiment(["--config", str(config)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1.5", "[]", "[{steps: 7}]", "a"])
+def test_a_section_is_a_section(tmp_path, value):
+    config = tmp_path / "a.yaml"
+    config.write_text(f"tokenizer: {value}")
+    with pytest.raises(ValueError, match=r"tokenizer is .*; it must be a section of settings"):
+        load_experiment(["--config", str(config)])
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
