@@ -102,7 +102,7 @@ def load_variants(
 
 def _read_yaml(file: Path, example: str) -> dict[str, Any]:
     """A file with a mapping of `variants` in it."""
-    values = read_yaml(file)
+    values: Any = read_yaml(file)
     variants = values.get("variants") if isinstance(values, dict) else None
     if (
         not isinstance(variants, dict)
