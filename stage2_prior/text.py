@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ _TOKENIZER_FILES = (
 )
 _MAX_LENGTH = 2**16
 """Text slots that a file may ask for."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 PAD = "<pad>"
 START = "<start>"
 END = "<end>"
@@ -325,8 +327,17 @@ class TextTokenizer:
         ]
 
     def token_ids(self, captions: Sequence[str]) -> list[list[int]]:
-        """The tokens of each caption, without start and end."""
+        """The tokens of each caption, without start and end.
+
+        Raises:
+            ValueError: a caption holds surrogates, as arguments that are not UTF-8 do.
+        """
         texts = [caption.strip() for caption in captions]
+        for text in texts:
+            if _SURROGATE.search(text):
+                raise ValueError(
+                    f"the caption {text[:80]!a} is not UTF-8; give it in that encoding"
+                )
         # A caption that spells "<end>" means these five letters and not the token.
         return (
             self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pipeline
 from pipeline.cli.log import print_rank0
@@ -115,17 +115,16 @@ def _experiment_of_files(
 
 def _experiment_of(tokenizer: Path, settings: list[str]) -> Experiment:
     """The experiment of the run that a tokenizer lies in, with all of its data encoded once."""
-    import yaml
-
     from pipeline.config.load import load_values
+    from pipeline.config.yaml_file import read_yaml
     from pipeline.runtime.run_paths import settings_of_run
     from pipeline.stages.encode import without_augmentation
 
     written = settings_of_run(tokenizer)
     try:
-        values = yaml.safe_load(written.read_text())
+        values: Any = read_yaml(written)
         values["tokenizer"]["model"].pop("image_size", None)  # it follows that of other data
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{written} is truncated or corrupted; add --config FILE, which takes its place"
         ) from error

@@ -19,6 +19,7 @@ from pipeline.config.experiment import Experiment, flat, relation_problems
 from pipeline.config.inheritance import inherited_config
 from pipeline.config.option_names import has_config, spelled
 from pipeline.config.train import TrainConfig
+from pipeline.config.yaml_file import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -52,6 +53,8 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         raise ValueError(
             "no configuration was given; add --config configs/shapes.yaml (or your own copy of it)"
         )
+    if _is_unsafe(given):
+        raise ValueError("\n".join(_every_problem(given)))
     try:
         values = _parsed(arguments)
     except ArgumentError as error:
@@ -150,43 +153,60 @@ def _given_settings(arguments: Sequence[str]) -> dict[str, object]:
         ValueError: a file is no YAML, or holds no settings.
         FileNotFoundError: there is no such file.
     """
-    import yaml
-
     leaves: dict[str, object] = {}
     pairs = iter(arguments)
     for argument in pairs:
         key, equals, value = argument.removeprefix("--").partition("=")
         value = value if equals else next(pairs, "")
         if key == "config":
-            if not Path(value).is_file():
-                raise FileNotFoundError(
-                    f"there is no configuration file {value}; give another path (the shipped ones "
-                    "are in configs/)"
-                )
-            try:
-                loaded = yaml.safe_load(Path(value).read_text())
-            except (OSError, yaml.YAMLError) as error:
-                raise ValueError(
-                    f"{value} is not readable YAML ({_first_line(error)}); correct it there"
-                ) from error
+            loaded = read_yaml(Path(value))
             if not isinstance(loaded, dict):
                 raise ValueError(f"{value} holds no settings; see configs/shapes.yaml for the form")
             leaves.update(flat(loaded))
         else:
             section = _section(value)
-            leaves.update(flat(section, f"{key}.") if section else {key: value})
+            leaves.update({key: value} if section is None else flat({key: section}))
     return leaves
 
 
-def _section(text: str) -> dict[str, object]:
-    """A section of settings that is given as one JSON or YAML mapping; empty for other values."""
-    import yaml
-
+def _section(text: str) -> dict[str, object] | None:
+    """A section of settings that is given as one JSON or YAML mapping; None for other values."""
     try:
-        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
-    except yaml.YAMLError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = parse_yaml(text) if text.lstrip().startswith("{") else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_unsafe(given: Mapping[str, object]) -> bool:
+    """Whether the parser would open a file or import a module that the settings name. It takes a
+    text for a file where a section is needed, and imports what stands in a list of sections as a
+    text or as `class_path`."""
+    hints = _hints(Experiment)
+    parents = [name.split(".")[:-1] for name in hints]
+    sections = {".".join(own[:n]) for own in parents for n in range(1, len(own) + 1)}
+    lists = tuple(name for name, hint in hints.items() if _is_list_of_sections(hint))
+    return any(
+        (name in sections and value != {})
+        or (name.startswith(lists) and not (name in lists and _are_sections(value)))
+        for name, value in given.items()
+    )
+
+
+def _is_list_of_sections(hint: Any) -> bool:
+    return any(dataclasses.is_dataclass(inner) for inner in typing.get_args(hint))
+
+
+def _are_sections(value: object) -> bool:
+    """Whether a value is a list of sections of settings, or one as YAML."""
+    try:
+        entries = parse_yaml(value) if isinstance(value, str) else value
+    except ValueError:
+        return False
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and not {"class_path", "init_args"} & set(entry)
+        for entry in entries
+    )
 
 
 def _every_problem(given: Mapping[str, object]) -> list[str]:
@@ -197,8 +217,11 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
     hints = _hints(Experiment)
     problems = []
     for key, value in given.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        if key in hints:
+        # On one line, whatever the value holds.
+        text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+        if key in hints and _is_list_of_sections(hints[key]) and not _are_sections(value):
+            problems.append(f"{key} is {text}; it must be a list of sections: [{{source: FOLDER}}]")
+        elif key in hints:
             reader = ArgumentParser(exit_on_error=False)
             reader.add_argument("--value", type=hints[key])
             try:

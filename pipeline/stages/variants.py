@@ -23,6 +23,7 @@ from pipeline.config.data import data_settings, settings_by_place
 from pipeline.config.experiment import Experiment, to_dict, with_section_defaults
 from pipeline.config.json_file import read_json
 from pipeline.config.load import load_values
+from pipeline.config.yaml_file import read_yaml
 from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.log import on_main_process
 from pipeline.stages.manifest import encode_settings
@@ -101,19 +102,7 @@ def load_variants(
 
 def _read_yaml(file: Path, example: str) -> dict[str, Any]:
     """A file with a mapping of `variants` in it."""
-    import yaml
-
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no configuration file {file}; give another path (the shipped ones are in "
-            "configs/)"
-        )
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{file} is not readable YAML ({' '.join(str(error).split())[:300]}); correct it there"
-        ) from error
+    values: Any = read_yaml(file)
     variants = values.get("variants") if isinstance(values, dict) else None
     if (
         not isinstance(variants, dict)

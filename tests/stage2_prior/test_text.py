@@ -37,6 +37,14 @@ def test_any_unicode_can_be_encoded(text):
     assert int(ids.max()) < TEXT.vocab_size
 
 
+@pytest.mark.parametrize("caption", ["\ud800", "a red \udcff heart"])
+def test_captions_that_are_not_utf_8_are_refused(caption):
+    """Python gives bytes of an argument that are not UTF-8 as surrogates."""
+    for use in (TEXT.encode, TEXT.lengths, TEXT.token_ids):
+        with pytest.raises(ValueError, match=r"the caption '.*\\ud.* is not UTF-8"):
+            use(["a star", caption])
+
+
 @pytest.mark.parametrize("caption", ["a small red circle", "étoile bleue", "赤い円", "🌞 sun"])
 def test_round_trip(caption):
     assert TEXT.decode(TEXT.encode([caption])) == [caption]

@@ -13,7 +13,8 @@ import binascii
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
@@ -166,7 +167,8 @@ def folder_rows(folder: Path, config: DataConfig, *, require_captions: bool = Tr
     named, facts = rows_of_paths(folder, images, captions_tally, config)
     if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
         check_link(captions, folder, config.follow_links)
-        return table_rows(captions, None, config.delimiter)
+        inside = partial(check_inside, captions, folder, config.follow_links)
+        return table_rows(captions, None, config.delimiter, check=inside)
     if not require_captions:
         named = {image: named.get(image, [of_path(image)]) for image in images}
     if not named:
@@ -327,16 +329,32 @@ def _texts_in(folder: Path) -> str:
     return f"other files there: {', '.join(kinds)}; "
 
 
-def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> FileRows:
+def check_inside(table: Path, folder: Path, follow_links: bool, image: str) -> None:
+    """Raises ValueError where an image that a table of a folder names lies outside of the folder,
+    or LeavesFolder where it is a link to there. The table came with the folder, and is not trusted
+    as one that the user names."""
+    path = Path(os.path.abspath(folder / image))
+    if not path.is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"{table} names {image!r}, which lies outside the folder")
+    check_link(path, folder, follow_links)
+
+
+def table_rows(
+    file: Path,
+    column: str | None,
+    delimiter: str | None = None,
+    check: Callable[[str], None] | None = None,
+) -> FileRows:
     """A table of images by paths relative to its own folder, or to a folder of images next to it.
 
     Args:
         column: of the images; None takes whichever is known.
         delimiter: between the columns; None finds it.
+        check: raises LeavesFolder for an image to leave out, and ValueError for one to refuse.
 
     Raises:
         ValueError: the column of the images is missing, or a row is corrupted; or a COCO file's
-            images are not there.
+            images are not there; or what `check` raises.
     """
     table = read_table(file, delimiter)
     column = table.image_column or image_column(str(file), column, table.columns)
@@ -363,6 +381,12 @@ def table_rows(file: Path, column: str | None, delimiter: str | None = None) -> 
         if not is_inline(cell):
             image = image if beside == "." else os.path.join(beside, image)
             image = spelled.setdefault(os.path.normpath(image), image)
+            try:
+                if check is not None:
+                    check(image)
+            except LeavesFolder:
+                tally.add(OUTSIDE, image)
+                continue
         named.setdefault(image, []).append(
             {key: value for key, value in row.items() if key != column}
         )

@@ -19,7 +19,7 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, read_file
-from pipeline.data.readers.locate import is_remote, nearest_here, refuse_pointers
+from pipeline.data.readers.locate import check_links, is_remote, nearest_here, refuse_pointers
 from pipeline.data.readers.parquet_limits import check_inflated
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.splits import (
@@ -123,6 +123,7 @@ def parquet_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
         ValueError: a file is a pointer of Git LFS.
         FileNotFoundError: the library cannot read them.
     """
+    check_links(config.source, files, config.follow_links)
     refuse_pointers(files)
 
     def read(own: list[Path]) -> HubRows:

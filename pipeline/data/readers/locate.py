@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.data.readers.base import printable
+from pipeline.data.readers.files import check_link
 from pipeline.data.readers.images import EXTENSIONS
 
 PARQUET = (".parquet", ".arrow")
@@ -181,6 +182,13 @@ def refuse_pointers(files: Sequence[Path]) -> None:
                     f"{printable(str(file))} is a pointer of Git LFS and no data; run `git lfs "
                     "pull` in that clone"
                 )
+
+
+def check_links(source: str, files: Sequence[Path], follow_links: bool) -> None:
+    """Raises LeavesFolder where a file of rows in a folder is a link to somewhere outside of it."""
+    folder = Path(source).expanduser()
+    for file in files if folder.is_dir() else ():
+        check_link(file, folder, follow_links)
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -30,7 +30,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.captions import lines_of
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TooLarge, parse_json
 from pipeline.data.readers.images import EXTENSIONS
-from pipeline.data.readers.locate import refuse_pointers
+from pipeline.data.readers.locate import check_links, refuse_pointers
 from pipeline.data.readers.splits import rows_by_file
 from pipeline.data.readers.tar_index import tar_members
 
@@ -305,6 +305,7 @@ def is_compressed(shard: str) -> bool:
 def shard_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
     """The rows of local shards, by the splits that their names say. Raises as `ShardRows`, and
     ValueError where a file is a pointer of Git LFS."""
+    check_links(config.source, files, config.follow_links)
     refuse_pointers(files)
 
     def read(own: list[Path]) -> ShardRows:

@@ -4,6 +4,7 @@ no image and no caption."""
 from __future__ import annotations
 
 import itertools
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_regular
 from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
 from pipeline.data.readers.locate import (
+    check_links,
     files_of_rows,
     in_braces,
     is_hub_name,
@@ -51,6 +53,8 @@ _FIRST = 20
 """Samples that say which members and columns there are."""
 _KEYS = 100_000
 """Names of a shard that are remembered, to find members that lie apart."""
+_MOST_BYTES = 2**33
+"""Most bytes of a member of a shard."""
 _SHARDS = 64
 """Shards in which a data set on this disk is streamed."""
 
@@ -236,17 +240,37 @@ class ShardStream:
             tally.add(DAMAGED, f"{shard} ({error})")
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose size is checked: Python would step over 2^80 bytes in small reads, past the
+    end of the file."""
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if not 0 <= size <= _MOST_BYTES:
+            raise ValueError(f"a member says {size:,} bytes; at most {_MOST_BYTES:,} are read")
+        self._size = size
+
+
 def _unpacked(shard: str, tally: SkipCounter) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
     """As `_members`, of a shard that is remote or compressed: one byte after another."""
-    import datasets
+    from datasets.utils.file_utils import xopen
 
-    for path, file in datasets.StreamingDownloadManager().iter_archive(shard):
-        length = file.raw.size
-        if not 0 <= length <= MAX_IMAGE_BYTES:
-            # To go on, all of it would be unpacked.
-            tally.add(DAMAGED, f"{shard} ({path!a} has {length:,} bytes)")
-            return
-        yield path, length, file.read
+    with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            if member.isreg() and not member.issparse() and not name.startswith((".", "__")):
+                if member.size > MAX_IMAGE_BYTES:
+                    # To go on, all of it would be unpacked.
+                    tally.add(DAMAGED, f"{shard} ({member.name!a} has {member.size:,} bytes)")
+                    return
+                content = tar.extractfile(member)
+                assert content is not None
+                yield member.name, member.size, content.read
+            tar.members = []  # type: ignore[attr-defined]  # they would be kept
 
 
 def _apart(shard: str, key: str) -> str:
@@ -300,6 +324,7 @@ def open_streams(config: DataConfig, tally: SkipCounter) -> OpenedStreams:
         return _open_files(config, list(in_braces(source)), tally)
     path = Path(source).expanduser()
     if not is_saved_dataset(path) and (files := files_of_rows(source)):
+        check_links(source, files, config.follow_links)
         refuse_pointers(files)
         return _open_files(config, [str(file) for file in files], tally)
     if path.is_dir() and not is_saved_dataset(path):

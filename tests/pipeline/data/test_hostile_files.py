@@ -313,3 +313,58 @@ def test_prepared_images_are_bounded_by_their_configuration():
         match=r"it has 20x20 pixels, and at most 100 are decoded; raise data\.max_pixels",
     ):
         prepared(encoded(), DataConfig(source="x", image_size=16, max_pixels=100))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_that_are_links_out_of_their_folder_are_refused(tmp_path, streaming):
+    members = {"png": encoded(), "txt": b"a caption"}
+    write_shard(tmp_path / "elsewhere" / "0.tar", [(str(n), members) for n in range(9)])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.tar").symlink_to("../elsewhere/0.tar")
+    with pytest.raises(ValueError, match=r"0.tar is a link to a file outside.*follow_links=true"):
+        load_source(config(tmp_path / "data", streaming=streaming), "train")
+    load_source(config(tmp_path / "data", streaming=streaming, follow_links=True), "train")
+    # The user names the link itself.
+    load_source(config(tmp_path / "data" / "0.tar", streaming=streaming), "train")
+
+
+def test_the_cache_of_the_hub_may_link_to_its_own_files(tmp_path):
+    blobs = tmp_path / "datasets--user--name" / "blobs"
+    write_shard(blobs / "abc", [(str(n), {"png": encoded(), "txt": b"x"}) for n in range(9)])
+    snapshot = blobs.parent / "snapshots" / "1f0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "0.tar").symlink_to("../../blobs/abc")
+    assert load_source(config(snapshot), "train").problems == []
+
+
+@pytest.mark.parametrize("outside", ["/secret.png", "../secret.png"])
+def test_a_list_in_a_folder_names_images_of_that_folder_alone(tmp_path, outside):
+    (tmp_path / "secret.png").write_bytes(encoded())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(encoded())
+    if outside.startswith("/"):
+        outside = str(tmp_path / "secret.png")
+    rows = "".join(f"{n}.png,number {n}\n" for n in range(5))
+    (folder / "captions.csv").write_text(f"image,text\n{rows}{outside},a secret\n")
+    with pytest.raises(ValueError, match=r"secret.png', which lies outside the folder"):
+        load_source(config(folder), "train")
+    # One that the user names is trusted.
+    load_source(config(folder / "captions.csv"), "train")
+    (folder / "link.png").symlink_to("../secret.png")
+    (folder / "captions.csv").write_text(f"image,text\n{rows}link.png,a secret\n")
+    assert "links to files outside of the folder" in str(problems(folder))
+
+
+@pytest.mark.parametrize("size", [2**80, -1])
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_streams_do_not_step_over_sizes_that_no_file_has(tmp_path, size, format):
+    members = {"png": encoded(), "txt": b"a caption"}
+    write_shard(tmp_path / "0.tar", [(str(n), members) for n in range(9)])
+    header = tarfile.TarInfo("9.png")
+    header.size = size
+    content = (tmp_path / "0.tar").read_bytes()[: -tarfile.RECORDSIZE // 2]
+    (tmp_path / "0.tar").write_bytes(header.tobuf(format) + content)
+    with pytest.raises(OSError, match=f"cannot be read .a member says {size:,} bytes"):
+        load_source(config(tmp_path / "0.tar", streaming=True), "train")
