@@ -80,10 +80,10 @@ def _check(value: object) -> None:
                 f"{where} is a {type(one).__name__} ({one!s:.40}); put it in quotes if it is text"
             )
         if count + len(left) > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES:,} values; remove its aliases")
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values; write it without aliases")
 
 
 def _too_deep() -> ValueError:
     return ValueError(
-        f"sections and lists are more than {MAX_DEPTH} deep in each other; remove some levels"
+        f"sections and lists are more than {MAX_DEPTH} deep in each other; write fewer"
     )

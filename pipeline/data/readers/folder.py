@@ -335,7 +335,10 @@ def check_inside(table: Path, folder: Path, follow_links: bool, image: str) -> N
     as one that the user names."""
     path = Path(os.path.abspath(folder / image))
     if not path.is_relative_to(os.path.abspath(folder)):
-        raise ValueError(f"{table} names {image!r}, which lies outside the folder")
+        raise ValueError(
+            f"{table} names {image!r}, which lies outside the folder; move the image into it, or "
+            "give the table itself as data.source"
+        )
     check_link(path, folder, follow_links)
 
 

@@ -32,7 +32,10 @@ def bomb(first: str, entry: str) -> str:
         ("data: !!set {source}", "data is a set"),
         ("? [a, b]\n: 1", "unhashable key|has the name"),
         ("null: 1", "the file has the name None"),
-        ('data: {"a\\nb is fine": 1}', r"data has the name 'a\\nb is fine'; names of settings are"),
+        (
+            'data: {"a\\nb is fine": 1}',
+            r"data has the name 'a\\nb is fine'; name settings by words",
+        ),
         ("data: {image_size: " + "9" * 5000 + "}", "digits"),
         ("data: !!python/object/apply:os.system [x]", "could not determine a constructor"),
     ],
