@@ -77,8 +77,9 @@ class SamplingOptions:
                 "absent for constant guidance",
             ),
             (
-                not self.temperature >= 0,
-                f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or more",
+                not 0 <= self.temperature <= 1e6,
+                f"sampling.temperature is {self.temperature}; it must be 0 (greedy) or more, and "
+                "at most 1e6",
             ),
             (
                 self.top_k is not None and self.top_k < 1,

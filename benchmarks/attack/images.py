@@ -50,7 +50,7 @@ def make(chance: Random, folder: Path) -> Input:
         (folder / "good.png").write_bytes(plain_image())
         (folder / "good.txt").write_text("a caption")
     if chance.random() < 0.3:
-        return Input(f"{what}, alone", partial(_opened, folder / name))
+        return Input(f"{what}, alone", partial(_opened, folder / name), names=True)
     options: dict[str, object] = {
         "value_range": chance.choice(("auto", "auto", "16bit", [0.0, 1.0])),
         "crop": chance.choice(("centre", "random")),

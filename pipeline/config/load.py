@@ -57,7 +57,7 @@ def load_experiment(arguments: Sequence[str]) -> Experiment:
         raise ValueError("\n".join(_every_problem(given)))
     try:
         values = _parsed(arguments)
-    except ArgumentError as error:
+    except (ArgumentError, RecursionError) as error:
         raise ValueError("\n".join(_every_problem(given) or [_first_line(error)])) from error
     if inherited := inherited_config(values):
         with _as_file(inherited) as path:
@@ -110,7 +110,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 def _build(kind: type[T], values: Mapping[str, Any], path: str, problems: list[str]) -> T | None:
     """The dataclass; None where it or a part of it is broken, which `problems` tells."""
     hints = typing.get_type_hints(kind)
-    problems += [_unknown(f"{path}{key}") for key in sorted(set(values) - set(hints))]
+    problems += _unknown([f"{path}{key}" for key in sorted(set(values) - set(hints))])
     arguments = {
         name: _built_value(hints[name], value, f"{path}{name}.", problems)
         for name, value in values.items()
@@ -180,14 +180,15 @@ def _section(text: str) -> dict[str, object] | None:
 
 def _is_unsafe(given: Mapping[str, object]) -> bool:
     """Whether the parser would open a file or import a module that the settings name. It takes a
-    text for a file where a section is needed, and imports what stands in a list of sections as a
-    text or as `class_path`."""
+    text for a file where a section is needed, and imports what a section names as `class_path`, or
+    what stands as a text in a list of sections."""
     hints = _hints(Experiment)
     parents = [name.split(".")[:-1] for name in hints]
     sections = {".".join(own[:n]) for own in parents for n in range(1, len(own) + 1)}
     lists = tuple(name for name, hint in hints.items() if _is_list_of_sections(hint))
     return any(
-        (name in sections and value != {})
+        not {"class_path", "init_args"}.isdisjoint(name.split("."))
+        or (name in sections and value != {})
         or (name.startswith(lists) and not (name in lists and _are_sections(value)))
         for name, value in given.items()
     )
@@ -216,6 +217,7 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
     kinds = {setting.name: setting.kind for setting in all_settings()}
     hints = _hints(Experiment)
     problems = []
+    unknown = []
     for key, value in given.items():
         # On one line, whatever the value holds.
         text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
@@ -226,22 +228,36 @@ def _every_problem(given: Mapping[str, object]) -> list[str]:
             reader.add_argument("--value", type=hints[key])
             try:
                 reader.parse_args([f"--value={text}"])
-            except ArgumentError as error:
+            except (ArgumentError, RecursionError) as error:
                 why = f" ({_first_line(error)})" if isinstance(value, list) else ""
-                problems.append(f"{key} is {text}; it must be {kinds[key]}{why}")
+                problems.append(f"{key} is {text[:_LONG]}; it must be {kinds[key]}{why}")
         elif not any(name.startswith(f"{key}.") for name in hints):
-            problems.append(_unknown(key))
+            unknown.append(key)
         elif value != {}:
             problems.append(f"{key} is {text}; it must be a section of settings")
-    return problems
+    return problems + _unknown(unknown)
 
 
-def _unknown(name: str) -> str:
-    """That there is no such setting, and the one with the nearest name."""
-    known = [setting.name for setting in all_settings()]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else "`minidalle run --help` lists all settings"
-    return f"{name} is not a setting; {hint}"
+_LONG = 200
+"""Characters of a value that an error shows."""
+_NAMED = 10
+"""Unknown names that an error lists."""
+_LONGEST = 100
+"""Characters of a name by which the nearest setting is looked for."""
+
+
+def _unknown(names: Sequence[str]) -> list[str]:
+    """That there are no such settings, and for the first ones the setting with the nearest name."""
+    known = [setting.name for setting in all_settings()] if names else []
+    found = []
+    for name in names[:_NAMED]:
+        near = difflib.get_close_matches(name[:_LONGEST], known, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "`minidalle run --help` lists all settings"
+        found.append(f"{name} is not a setting; {hint}")
+    if len(names) > _NAMED:
+        more = len(names) - _NAMED
+        found.append(f"{more} more names are no settings; `minidalle run --help` lists all")
+    return found
 
 
 def _hints(kind: type, path: str = "") -> dict[str, Any]:

@@ -84,7 +84,9 @@ def load_sources(
         stream = StreamSource(config, require_captions=require_captions)
         if config.held_out_source is not None:
             own = second_source(config)
-            return stream, _all_held_out(own, folder, share, require_captions)
+            second = _all_held_out(own, folder, share, require_captions)
+            stream.leave_out_copies(second.files())
+            return stream, second
         rows = HeldRows(stream, stream.held_out())
         held = SourceIndex(rows, as_read(config), require_captions=require_captions)
         return stream, MappedSource(held, "held_out")
@@ -141,7 +143,9 @@ def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
         return hub_rows(config)
     if files := files_of_rows(source):
         return (
-            shard_rows(config, files) if files[0].suffix == ".tar" else parquet_rows(config, files)
+            shard_rows(config, files)
+            if files[0].suffix.lower() == ".tar"
+            else parquet_rows(config, files)
         )
     if path.is_dir():
         if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -130,6 +130,10 @@ class MappedSource(Source):
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,H,W,3) uint8; see `Source`."""
         return self._all.images([int(self._rows[int(i)]) for i in indices], draws)
+
+    def files(self) -> Iterator[bytes]:
+        """The images' files, in order."""
+        return (self._all.rows.image(int(row)) for row in self._rows)
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         return [self._all.captions[int(self._rows[int(i)])] for i in indices]

@@ -202,14 +202,18 @@ class WrittenImages:
 
 @contextmanager
 def writing_images(folder: Path, total: int) -> Iterator[WrittenImages]:
-    """Around everything that a command writes to a folder. Removes what a kill left half-written.
+    """Around everything that a command writes to a folder of the user's. Removes the images and
+    lists that a kill left half-written, and no other hidden file.
 
     Raises:
         WriteError: of any file in it; also says how many images are complete.
     """
     written = WrittenImages(folder, total)
     try:
-        clean_partial_writes(folder)
+        for kind in ("png", "json", "jsonl"):
+            for beside in folder.glob(f".*.{kind}.writing"):
+                if beside.is_file():
+                    beside.unlink()
         yield written
     except WriteError as error:
         raise WriteError(

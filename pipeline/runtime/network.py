@@ -15,6 +15,8 @@ def network_forbidden(named_by: str) -> Iterator[None]:
     Raises:
         ValueError: the data cannot be read; says that `named_by` names them.
     """
+    from stage1_tokenizer.hub import is_offline  # not above: it imports torch
+
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -28,6 +30,7 @@ def network_forbidden(named_by: str) -> Iterator[None]:
             del os.environ["HF_HUB_OFFLINE"]
         else:
             os.environ["HF_HUB_OFFLINE"] = before
+        is_offline()  # passes it on to the libraries again
 
 
 def require_online(what: str, remedy: str) -> None:

@@ -48,6 +48,8 @@ RESUME_SAFE_FIELDS = (
 _CHANGES_NO_CODE = ("images_per_shard",)
 _IMAGES = ("images", "sources")
 """Inputs that are fingerprints of images."""
+_NOT_TRAINED = ("standard", "aggregated")
+"""Kinds of a prior of latents that have nothing to train."""
 LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
@@ -145,11 +147,20 @@ class StageRun:
         """Whether what the stage made can be loaded: each file whole, and as it was saved."""
         has_codes = self.experiment.tokenizer.model.has_codes
         prior = ImagePrior if has_codes else LatentPriorModel
+        section = self.experiment.prior
+        # These have no checkpoints, and are built again.
+        is_built = not has_codes and (section.joint or section.latent.kind in _NOT_TRAINED)
         try:
             (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
             if (self.folder / LATENT_PRIOR).exists():
                 LatentPriorModel.from_pretrained(self.folder / LATENT_PRIOR)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            saved = newest_checkpoint(self.folder / "checkpoints")
+            if saved is None and not (self.stage == "prior" and is_built):
+                raise ValueError(
+                    f"{error}; {self.folder} has no checkpoint to deliver it from, so put that "
+                    "file back from a copy"
+                ) from error
             _log.warning(f"{error}; {self.stage} is delivered again from its last checkpoint")
             return False
         return True

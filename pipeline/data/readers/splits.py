@@ -70,7 +70,7 @@ def split_of_cell(cell: object) -> SplitName:
 
 def split_of_folder(name: str) -> SplitName:
     """The split that a folder's name is: train, Valid, test2017, train_images."""
-    words = re.findall(r"[a-z]+", name.lower())
+    words = _words(name)
     own = [word for word in words if word not in _GENERIC]
     return _NAMES.get(own[0], "") if len(own) == 1 else ""
 
@@ -81,9 +81,14 @@ def split_of_file(path: str) -> SplitName:
     for folder in folders:
         if split := split_of_folder(folder):
             return split
-    words = re.findall(r"[a-z]+", name.partition(".")[0].lower())
+    words = _words(name.partition(".")[0])
     found = {_NAMES[word] for word in words if word in _NAMES}
     return found.pop() if len(found) == 1 else ""
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name; held_out and the like are one."""
+    return re.findall(r"[a-z]+", re.sub(r"(held|hold)[ _-]out", "heldout", name.lower()))
 
 
 def splits_of_paths(paths: Sequence[str]) -> list[SplitName]:

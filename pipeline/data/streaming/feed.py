@@ -42,7 +42,7 @@ class ShardLengthCache:
         self._lock = Lock()
         if path is not None and path.is_file():
             # A truncated file is ignored: the shards are counted again.
-            with suppress(ValueError, AttributeError, TypeError):
+            with suppress(ValueError, AttributeError, TypeError, RecursionError, OSError):
                 self._known = {
                     str(key): int(value) for key, value in json.loads(path.read_text()).items()
                 }

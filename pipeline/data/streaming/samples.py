@@ -361,7 +361,7 @@ def _open_files(config: DataConfig, files: list[str], tally: SkipCounter) -> Ope
         return [file for split, own in groups.items() if of_split[split] == role for file in own]
 
     def opened(own: list[str]) -> SampleStream:
-        if Path(own[0].partition("?")[0]).suffix in (".parquet", ".arrow"):
+        if Path(own[0].partition("?")[0]).suffix.lower() in (".parquet", ".arrow"):
             data = load_files(config.source, own, streaming=True)
             return DatasetStream(config.source, data, config.image_column)
         return ShardStream(config.source, own, config.image_column, config.caption_lines, tally)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
@@ -29,7 +29,7 @@ from pipeline.data.readers.base import (
     is_held_out,
     reason_of,
 )
-from pipeline.data.readers.captions import CaptionReader, lines_of
+from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
@@ -123,7 +123,9 @@ class StreamSource(Source):
                     "out what it says"
                 )
             return None
-        return existing_column(self.name, wanted, self._train.columns, "data.split_column")
+        column = existing_column(self.name, wanted, self._train.columns, "data.split_column")
+        self.note = f"splits by the column {column}, and not by data.val_fraction"
+        return column
 
     @property
     def problems(self) -> list[str]:
@@ -216,8 +218,12 @@ class StreamSource(Source):
         out of `samples` from then on."""
         found = self._first_held_out()
         if self.is_split:
-            self._held_digests = {_digest(sample.content) for sample in found}
+            self.leave_out_copies(sample.content for sample in found)
         return found
+
+    def leave_out_copies(self, images: Iterable[bytes]) -> None:
+        """Leaves these images' copies out of `samples` from now on."""
+        self._held_digests = {_digest(content) for content in images}
 
     def _first_held_out(self) -> list[Sample]:
         if self._held_out is not None:
@@ -229,8 +235,9 @@ class StreamSource(Source):
         by_split: dict[SplitName, list[Sample]] = {"validation": [], "test": []}
         for sample in self._everything(self._train):
             own = by_split.get(sample.split, [])
-            own.append(sample)
-            if sample.split in by_split and len(own) == HELD_OUT:
+            if len(own) < HELD_OUT:
+                own.append(sample)
+            if len(by_split["validation"]) == HELD_OUT:
                 break
         return by_split["validation"] or by_split["test"]
 
@@ -332,9 +339,6 @@ class StreamSource(Source):
     def _captions(self, name: str, record: Record) -> list[str]:
         if self._reader is None:
             return []
-        for column in self._reader.columns:
-            if column in ("txt", "caption") and isinstance(record.get(column), str | bytes):
-                record[column] = lines_of(record[column], self.config.caption_lines)
         found = self._reader.of([record])
         if self._require_captions:
             for reason in found.reasons:

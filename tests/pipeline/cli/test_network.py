@@ -20,12 +20,13 @@ from tests.helpers.pipelines import tiny_pipeline
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, images of several layouts, and experiments."""
     folder = tmp_path_factory.mktemp("place")
-    tiny_pipeline(trained_on={"source": "shapes"}).save_pretrained(folder / "bundle")
+    tiny_pipeline(any_order=True, trained_on={"source": "shapes"}).save_pretrained(folder / "bundle")
     images = [encoded((20 * i, 0, 0), (40, 40)) for i in range(12)]
     (folder / "images").mkdir()
     for i, image in enumerate(images):
         (folder / "images" / f"{i}.png").write_bytes(image)
         (folder / "images" / f"{i}.txt").write_text(f"shade {i}")
+    (folder / "own.png").write_bytes(encoded((60, 0, 0), (16, 16)))
     rows = {"image": images, "text": [f"shade {i}" for i in range(12)]}
     pq.write_table(pa.table(rows), folder / "rows.parquet")
     write_shards(folder / "shards", [6, 6])
@@ -89,8 +90,8 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
     config = ["--config", str(place / "tiny.yaml"), "--output-dir", str(tmp_path / "runs")]
     bundle = ["--bundle", str(place / "bundle")]
     tokenizer = ["--tokenizer", str(place / "bundle" / "tokenizer")]
-    image = str(place / "images" / "3.png")
-    held_out = ["--data.val-fraction", "0.4"]
+    image = str(place / "own.png")
+    held_out = ["--data.val-fraction", "0.4", "--data.upscale", "true"]
     rows = ["--data.source", str(place / "rows.parquet"), *held_out]
     stream = ["--data.source", str(place / "shards"), "--data.streaming", "true", *held_out]
     variants = {name: {"prior": {"train": {"steps": 2}}} for name in ("one", "two")}

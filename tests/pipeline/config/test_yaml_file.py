@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import yaml
 
 from pipeline.config.load import load_experiment
 from pipeline.config.yaml_file import MAX_BYTES, parse_yaml, read_yaml
@@ -107,3 +108,28 @@ def test_settings_import_no_code(tmp_path, monkeypatch, entry):
             load_experiment(arguments)
     with pytest.raises(ValueError, match=r"data.mix\+\S* is not a setting"):
         load_experiment([*shipped, "--data.mix+", entry])
+
+
+@pytest.mark.parametrize("section", ["prior.train", "data", "tokenizer.model.vq"])
+def test_no_section_names_code(tmp_path, section, monkeypatch):
+    """A module that is named is not imported."""
+    (tmp_path / "imported_by_settings.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    inner: object = {"class_path": "imported_by_settings.Name"}
+    for name in reversed(section.split(".")):
+        inner = {name: inner}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(inner))
+    with pytest.raises(ValueError, match=rf"{section}.class_path is not a setting"):
+        load_experiment(["--config", str(tmp_path / "x.yaml")])
+
+
+def test_many_unknown_names_are_counted(tmp_path):
+    (tmp_path / "x.yaml").write_text("".join(f"k{i}: {i}\n" for i in range(2000)))
+    with pytest.raises(ValueError, match=r"k9 is not a setting.*\n1990 more names are no settings"):
+        load_experiment(["--config", str(tmp_path / "x.yaml")])
+
+
+def test_a_value_of_many_brackets_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("data: {source: shapes}\n")
+    with pytest.raises(ValueError, match=r"prior\.train\.steps is"):
+        load_experiment(["--config", str(tmp_path / "x.yaml"), "--prior.train.steps", "[" * 9000])

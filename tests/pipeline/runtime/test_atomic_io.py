@@ -20,6 +20,7 @@ from pipeline.runtime.atomic_io import (
     atomic_write_files,
     atomic_write_text,
     write_errors,
+    writing_images,
 )
 
 REMEDIES = {
@@ -155,3 +156,13 @@ def test_errors_of_what_is_read_meanwhile_pass(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/image.png")
     with pytest.raises(WriteError, match="make its folder writable"), write_errors(tmp_path / "a"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+
+def test_hidden_files_of_a_users_folder_stay(tmp_path):
+    own = [".bashrc.old", ".config.writing", ".notes.txt.writing"]
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".00000-a.png.writing").write_bytes(b"half")
+    with writing_images(tmp_path, 0):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == own

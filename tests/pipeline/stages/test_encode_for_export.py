@@ -332,7 +332,10 @@ def test_encoding_without_captions_does_not_advise_training_a_prior(finished_run
     ]
     assert main(["encode", *settings]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "next: add captions" in said and "minidalle train-prior" not in said
+    assert (
+        "the images have no captions, which a prior needs" in said
+        and "minidalle train-prior" not in said
+    )
     for i in range(12):
         (tmp_path / "own" / f"{i}.txt").write_text(f"noise {i}")
     shutil.rmtree(tmp_path / "tiny" / "codes")

@@ -34,9 +34,8 @@ def run(finished_run, tmp_path) -> tuple[list[str], Path]:
 
 def unfinished(stage: Path) -> None:
     settings = json.loads((stage / "settings.json").read_text())
-    (stage / "settings.json").write_text(
-        json.dumps({"format": 1, "settings": settings["settings"]})
-    )
+    for name in ("settings.json", "settings.backup.json"):
+        (stage / name).write_text(json.dumps({"format": 1, "settings": settings["settings"]}))
 
 
 def test_changed_settings_after_a_kill_are_refused(run, capsys):
@@ -295,9 +294,9 @@ def test_a_held_out_caption_that_is_too_long_is_counted(own_folder, tmp_path, ca
 def test_another_optimizer_after_a_kill_is_refused(run, capsys):
     arguments, folder = run
     path = folder / "tokenizer" / "settings.json"
-    path.write_text(
-        path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {')
-    )
+    written = path.read_text().replace('"adamw"', '"muon"').replace('"held_out": {', '"other": {')
+    for name in ("settings.json", "settings.backup.json"):
+        (folder / "tokenizer" / name).write_text(written)
     fails(
         capsys,
         ["train-tokenizer", *arguments, "--tokenizer.train.optimizer", "muon"],
