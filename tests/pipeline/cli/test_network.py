@@ -20,7 +20,10 @@ from tests.helpers.pipelines import tiny_pipeline
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, images of several layouts, and experiments."""
     folder = tmp_path_factory.mktemp("place")
-    tiny_pipeline(any_order=True, trained_on={"source": "shapes"}).save_pretrained(folder / "bundle")
+    pipe = tiny_pipeline(
+        any_order=True, trained_on={"source": "shapes"}, likelihood="discretized_logistic"
+    )
+    pipe.save_pretrained(folder / "bundle")
     images = [encoded((20 * i, 0, 0), (40, 40)) for i in range(12)]
     (folder / "images").mkdir()
     for i, image in enumerate(images):
@@ -115,11 +118,15 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
         ["generate", *bundle, "a red star", "--out", str(tmp_path / "images")],
         [*("edit", *bundle, "--image", image, "--prompt", "a red star"), "--strength", "0.5"],
         ["reconstruct", *tokenizer, image, "--out", str(tmp_path / "again")],
-        ["likelihood", *bundle, image],
-        ["compress", image, *bundle, "--out", str(tmp_path / "packed")],
+        ["likelihood", image, *bundle, "--prompt", "a red star"],
+        [
+            *("compress", image, *bundle, "--prompt", "a red star"),
+            "--out",
+            str(tmp_path / "packed"),
+        ],
         ["decompress", str(tmp_path / "packed"), *bundle, "--out", str(tmp_path / "back.png")],
-        ["evaluate", *config, *bundle, "--out", str(tmp_path / "e.json"), "--max-images", "4"],
-        ["codebook", *tokenizer, "--out", str(tmp_path / "codebook")],
+        ["evaluate", *config, "--name", "tiny", "--max-images", "4"],
+        ["codebook", "--tokenizer", str(tmp_path / "runs" / "tiny" / "tokenizer")],
     ]
     assert {command[0] for command in commands} == set(COMMANDS) - {"zoo"}  # a run of each variant
     results = run_counted([[*command, *option] for command in commands], place / "home")
