@@ -66,7 +66,7 @@ CAPTION_ENDINGS = (".txt", ".caption", ".json")
 """Of the text file next to an image; the first that is there counts."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
 """Lists of a folder's images and their captions; the first that is there counts."""
-_CAPTION_LISTS = tuple(f"captions.{ending}" for ending in ("txt", "csv", "tsv", "jsonl", "json"))
+CAPTION_LISTS = tuple(f"captions.{ending}" for ending in ("txt", "csv", "tsv", "jsonl", "json"))
 """Tables in a folder that are read where no image has a caption next to it."""
 _TEXT_ENDINGS = (
     *(".txt", ".caption", ".captions", ".cap", ".text", ".csv", ".tsv", ".json", ".jsonl"),
@@ -160,12 +160,12 @@ def folder_rows(folder: Path, config: DataConfig, *, require_captions: bool = Tr
     """
     tally = SkipCounter()
     images = _images_below(folder, tally, config.follow_links)
-    if (metadata := _file_of(folder, METADATA)) is not None:
+    if (metadata := file_of(folder, METADATA)) is not None:
         check_link(metadata, folder, config.follow_links)
         return _rows_of_metadata(folder, metadata, images, tally, config, require_captions)
     captions_tally = tally if require_captions else SkipCounter()
     named, facts = rows_of_paths(folder, images, captions_tally, config)
-    if not named and (captions := _file_of(folder, _CAPTION_LISTS)) is not None:
+    if not named and (captions := file_of(folder, CAPTION_LISTS)) is not None:
         check_link(captions, folder, config.follow_links)
         inside = partial(check_inside, captions, folder, config.follow_links)
         return table_rows(captions, None, config.delimiter, check=inside)
@@ -301,7 +301,7 @@ def of_path(image: str) -> Record:
     return {"folder": [path.parent.name], "name": [path.stem]}
 
 
-def _file_of(folder: Path, names: Sequence[str]) -> Path | None:
+def file_of(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of these files that a folder has, in any letter case."""
     try:
         present = {name.lower(): folder / name for name in os.listdir(folder)}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import NoCaptions, Rows
-from pipeline.data.readers.folder import METADATA, folder_rows
+from pipeline.data.readers.folder import CAPTION_LISTS, METADATA, file_of, folder_rows
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import files_below
 from pipeline.data.readers.splits import (
@@ -47,11 +47,15 @@ def split_folder_rows(
         except ValueError as error:
             # The captions may lie in a list of another kind above the splits.
             try:
-                return _together(folder, config, require_captions)
+                rows = _together(folder, config, require_captions)
             except ValueError as above:
                 # Files above the splits are named only by the second error.
                 uncaptioned = isinstance(error, NoCaptions) and isinstance(above, NoCaptions)
                 raise (above if uncaptioned else error) from None
+            if rows is None or rows.held_out is None:
+                # A split without captions is not dropped unsaid: its images would be trained on.
+                raise
+            return rows
     if any(split not in ("", "train") for _, split in found):
         return _together(folder, config, require_captions)
     return None
@@ -87,7 +91,7 @@ def _together(folder: Path, config: DataConfig, require_captions: bool) -> Rows 
 
 
 def _has_list(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in METADATA)
+    return file_of(folder, (*METADATA, *CAPTION_LISTS)) is not None
 
 
 def _split_folders(folder: Path, depth: int) -> Iterator[tuple[Path, SplitName]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import MixPart
-from pipeline.data.load import load_sources
+from pipeline.config.data import DataConfig, MixPart
+from pipeline.data.load import find_rows, load_sources
 from pipeline.data.readers.splits import (
     roles,
     split_of_file,
@@ -342,3 +342,28 @@ def test_an_error_of_no_captions_names_the_tables_above_the_splits(tmp_path):
         (tmp_path / f"{split}.csv").write_text(f"image,text\n{split}/0.png,a cat\n")
     with pytest.raises(ValueError, match=r"other files there: 2 \.csv \(test\.csv, \.\.\.\)"):
         load_sources(config(tmp_path))
+
+
+def test_a_split_without_captions_is_an_error_and_not_dropped(tmp_path):
+    for split, count in (("train", 8), ("test", 4)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            (tmp_path / split / f"{i}.png").write_bytes(encoded((i, 9, 99)))
+            if split == "train":
+                (tmp_path / split / f"{i}.txt").write_text("a caption")
+    wanted = DataConfig(source=str(tmp_path), image_size=16)
+    with pytest.raises(ValueError, match=r"test holds 4 images and no captions"):
+        find_rows(wanted)
+    rows = find_rows(wanted, require_captions=False)
+    assert rows.held_out is not None and rows.held_out.sum() == 4
+
+
+def test_a_held_out_folder_is_held_out(tmp_path):
+    for split in ("train", "Held-Out"):
+        (tmp_path / split).mkdir()
+        for i in range(4):
+            (tmp_path / split / f"{i}.png").write_bytes(encoded((i, 9, 99)))
+            (tmp_path / split / f"{i}.txt").write_text("a caption")
+    rows = find_rows(DataConfig(source=str(tmp_path), image_size=16))
+    held_out = [rows.label(row) for row in range(8) if rows.held_out[row]]
+    assert len(held_out) == 4 and all(name.startswith("Held-Out/") for name in held_out)
