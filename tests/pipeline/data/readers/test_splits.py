@@ -4,8 +4,11 @@ held-out images are the held-out split, and are never trained on."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.data import DataConfig, MixPart
@@ -18,6 +21,7 @@ from pipeline.data.readers.splits import (
     splits_of_paths,
 )
 from pipeline.data.source import Source
+from pipeline.data.streaming.source import Sample, StreamSource
 from tests.helpers.data import config, encoded, write_shard
 
 
@@ -367,3 +371,44 @@ def test_a_held_out_folder_is_held_out(tmp_path):
     rows = find_rows(DataConfig(source=str(tmp_path), image_size=16))
     held_out = [rows.label(row) for row in range(8) if rows.held_out[row]]
     assert len(held_out) == 4 and all(name.startswith("Held-Out/") for name in held_out)
+
+
+def parquet(path: Path, **columns: list[object]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def streamed(settings: DataConfig) -> list[Sample]:
+    stream = load_sources(settings)[0]
+    assert isinstance(stream, StreamSource)
+    return [one for shard in range(stream.num_shards) for one in stream.samples(shard)]
+
+
+def test_streamed_captions_follow_the_rules_of_mapped_ones(tmp_path):
+    captions = [
+        "line one\nline two",
+        "['a cat', 'a dog']",
+        "nan",
+        *[f"number {i}" for i in range(9)],
+    ]
+    images = [encoded((i, 9, 99)) for i in range(len(captions))]
+    source = parquet(tmp_path / "rows" / "a.parquet", image=images, caption=captions)
+    own = DataConfig(source=str(source), image_size=16, val_fraction=0.3)
+    expected = sorted(
+        captions
+        for split in load_sources(own)
+        for captions in split.all_captions(range(len(split)))
+    )
+    stream = StreamSource(replace(own, streaming=True))
+    assert sorted(one.captions for one in stream.first(20)) == expected
+    assert ["a cat", "a dog"] in expected and ["nan"] not in expected
+
+
+def test_streams_leave_out_copies_of_a_held_out_source(tmp_path):
+    images = [encoded((i, 9, 99)) for i in range(12)]
+    texts = [f"number {i}" for i in range(12)]
+    source = parquet(tmp_path / "rows" / "a.parquet", image=images, text=texts)
+    second = parquet(tmp_path / "second" / "b.parquet", image=images[:4], text=texts[:4])
+    own = DataConfig(source=str(source), held_out_source=str(second), image_size=16, streaming=True)
+    assert sorted(one.captions[0] for one in streamed(own)) == sorted(texts[4:])
