@@ -152,7 +152,8 @@ class StageRun:
         is_built = not has_codes and (section.joint or section.latent.kind in _NOT_TRAINED)
         try:
             (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
-            if (self.folder / LATENT_PRIOR).exists():
+            has_latent_prior = self.stage == "tokenizer" and section.joint
+            if has_latent_prior or (self.folder / LATENT_PRIOR).exists():
                 LatentPriorModel.from_pretrained(self.folder / LATENT_PRIOR)
         except ValueError as error:
             saved = newest_checkpoint(self.folder / "checkpoints")
@@ -385,12 +386,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     if not path.is_file() and not backup.is_file():
         return None
     try:
-        content = read_json(path, remedy, "settings.train.steps")
+        content = _read(path, remedy)
     except (ValueError, OSError) as error:
         if not backup.is_file():
             raise
         try:
-            content = read_json(backup, remedy, "settings.train.steps")
+            content = _read(backup, remedy)
         except (ValueError, OSError):
             raise error from None
         _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
@@ -417,6 +418,16 @@ def _compare_backup(folder: Path, written: Mapping[str, Any]) -> None:
             f"({'; '.join(one.lstrip('.') for one in changes)}); if the backup is right, copy it "
             f"to {_SETTINGS}"
         )
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(path, remedy, "settings.train.steps")
+    steps = content["settings"]["train"]["steps"]
+    if not isinstance(steps, int):
+        raise ValueError(
+            f"{path} is truncated or corrupted (settings.train.steps is {steps!a:.80}); {remedy}"
+        )
+    return content
 
 
 def init_from_fingerprint(folder: Path) -> str | dict[str, str] | None:

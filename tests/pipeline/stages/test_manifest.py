@@ -3,6 +3,7 @@ chose. Probing for `auto` changes no weight."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -169,3 +170,14 @@ def test_a_backup_of_other_settings_is_reported_with_both_values(experiment, cap
     (line,) = caplog.messages
     assert "settings.json is used and differs from settings.backup.json" in line
     assert "(settings.seed 0 -> 1)" in line
+
+
+def test_settings_of_another_type_are_restored_from_the_backup(experiment, caplog):
+    run = stage_run(experiment)
+    run.begin()
+    path = run.folder / "settings.json"
+    content = json.loads(path.read_text())
+    content["settings"]["train"]["steps"] = "many"
+    path.write_text(json.dumps(content))
+    assert read_settings(run.folder)["settings"] == run.settings
+    assert "settings.train.steps is 'many'" in caplog.text
