@@ -53,7 +53,7 @@ def split_folder_rows(
                 uncaptioned = isinstance(error, NoCaptions) and isinstance(above, NoCaptions)
                 raise (above if uncaptioned else error) from None
             if rows is None or rows.held_out is None:
-                # A split without captions is not dropped unsaid: its images would be trained on.
+                # A split without captions is not dropped silently: its images would be trained on.
                 raise
             return rows
     if any(split not in ("", "train") for _, split in found):
