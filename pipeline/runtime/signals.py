@@ -88,9 +88,9 @@ def interrupts_raise(describe: Callable[[TrainingInterrupted], str]) -> Iterator
     seen: set[int] = set()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        # A closed terminal sends SIGHUP twice: by the kernel and by the shell. The second must not
-        # interrupt what the first one's exception removes.
-        if number in seen and NAMES[signal.Signals(number)] == "SIGHUP":
+        # A closed terminal sends SIGHUP twice, by the kernel and by the shell; others SIGTERM and
+        # SIGHUP. The second must not interrupt what the first one's exception removes.
+        if seen and number != signal.SIGINT:
             return
         seen.add(number)
         error = TrainingInterrupted(number)

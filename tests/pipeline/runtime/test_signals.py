@@ -203,13 +203,14 @@ def test_an_ignored_sighup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_sighup_does_not_interrupt_the_clean_up(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGHUP, signal.SIGTERM])
+def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path, second):
     """The kernel sends one and the shell another."""
     with pytest.raises(TrainingInterrupted), interrupts_raise(str):
         try:
             send(signal.SIGHUP)
         finally:
-            send(signal.SIGHUP)
+            send(second)
             (tmp_path / "done").touch()
     assert (tmp_path / "done").exists()
 
