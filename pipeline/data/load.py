@@ -85,7 +85,7 @@ def load_sources(
         if config.held_out_source is not None:
             own = second_source(config)
             second = _all_held_out(own, folder, share, require_captions)
-            stream.leave_out_copies(second.files())
+            stream.leave_out_copies(second.digests)
             return stream, second
         rows = HeldRows(stream, stream.held_out())
         held = SourceIndex(rows, as_read(config), require_captions=require_captions)

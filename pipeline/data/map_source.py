@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -50,6 +50,7 @@ class SourceIndex:
             captions_of(rows, config, tally) if require_captions else captions_if_any(rows, config)
         )
         found = scan_images(rows, config.workers, folder, share, config.max_pixels)
+        self.digests = found.digest
         fit = usable(rows, found, config, tally)
         config = self.config = with_value_range(config, rows, found)
         if dark := dark_images(found, rows):
@@ -131,9 +132,10 @@ class MappedSource(Source):
         """Images (N,H,W,3) uint8; see `Source`."""
         return self._all.images([int(self._rows[int(i)]) for i in indices], draws)
 
-    def files(self) -> Iterator[bytes]:
-        """The images' files, in order."""
-        return (self._all.rows.image(int(row)) for row in self._rows)
+    @property
+    def digests(self) -> list[int]:
+        """By which copies of the images' files are found (`file_digest`)."""
+        return [int(self._all.digests[row]) for row in self._rows]
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         return [self._all.captions[int(self._rows[int(i)])] for i in indices]

@@ -69,6 +69,11 @@ class ScanResult:
     problem: list[str]
 
 
+def file_digest(content: bytes) -> int:
+    """64 bits by which copies of an image's file are found."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
 def scan_images(
     rows: Rows,
     workers: int,
@@ -236,7 +241,7 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
     digest = 0
     try:
         content = rows.image(row)
-        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        digest = file_digest(content)
         with decoded(content, _DECODED, max_pixels, "own") as found:
             mode = found.mode + (", animated" if found.animated else "")
             image = to_rgb(found.image)

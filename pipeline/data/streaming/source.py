@@ -6,7 +6,6 @@ What is read is kept in memory only. The held-out images are the first ones of t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
 from pipeline.data.readers.paths import FileFinder
-from pipeline.data.readers.scan import UNREADABLE, too_large, unwanted_sizes
+from pipeline.data.readers.scan import UNREADABLE, file_digest, too_large, unwanted_sizes
 from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
 from pipeline.data.source import ImageBatch, Source
 from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
@@ -85,7 +84,7 @@ class StreamSource(Source):
         self._bad = 0
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
-        self._held_digests: set[bytes] = set()
+        self._held_digests: set[int] = set()
         self._files = FileFinder(Path(config.source).expanduser().parent)
         opened = open_streams(config, self.tally)
         self._train = opened.train
@@ -164,7 +163,7 @@ class StreamSource(Source):
 
     def _is_copy(self, sample: Sample) -> bool:
         """Whether a sample's image is one of those that the data hold out; copies are counted."""
-        if not self._held_digests or _digest(sample.content) not in self._held_digests:
+        if not self._held_digests or file_digest(sample.content) not in self._held_digests:
             return False
         self._leave_out(COPIES, sample.name)
         return True
@@ -218,12 +217,12 @@ class StreamSource(Source):
         out of `samples` from then on."""
         found = self._first_held_out()
         if self.is_split:
-            self.leave_out_copies(sample.content for sample in found)
+            self.leave_out_copies(file_digest(sample.content) for sample in found)
         return found
 
-    def leave_out_copies(self, images: Iterable[bytes]) -> None:
-        """Leaves these images' copies out of `samples` from now on."""
-        self._held_digests = {_digest(content) for content in images}
+    def leave_out_copies(self, digests: Iterable[int]) -> None:
+        """Leaves images with these digests (`file_digest`) out of `samples` from now on."""
+        self._held_digests = set(digests)
 
     def _first_held_out(self) -> list[Sample]:
         if self._held_out is not None:
@@ -354,10 +353,6 @@ class StreamSource(Source):
                 self._left_out.add((reason, name))
         if not known:
             self.tally.add(reason, name)
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def as_read(config: DataConfig) -> DataConfig:
