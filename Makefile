@@ -93,7 +93,7 @@ gpu-wheels:
 audit:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet "pip-audit>=2.9"
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lower-bounds:
 	$(PYTHON) -m venv .venv-lower

@@ -298,7 +298,11 @@ def command_trials(
         if again.status:
             raise SystemExit(f"{name} failed after a kill:\n{log.read_text()[-2000:]}")
         runs += 1
-        identical += results(out) == expected
+        found = results(out)
+        identical += found == expected
+        if found != expected:
+            differ = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+            print(f"{name}, killed ({kind}): {', '.join(differ)} differ", file=sys.stderr)
     return killed, runs, identical, broken
 
 
