@@ -395,17 +395,22 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         except (ValueError, OSError):
             raise error from None
         _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
-        if os.environ.get("RANK", "0") == "0":
-            # Where nothing can be written, the backup is read again next time.
-            with suppress(OSError):
-                atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+        _restore(path, content)
     check_format(content.get("format"), folder)
     return content
 
 
+def _restore(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes one of the two files from the other. Where nothing can be written, the other is read
+    again next time."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def _compare_backup(folder: Path, written: Mapping[str, Any]) -> None:
-    """Logs where the backup of a stage's settings says something else, as after a flipped bit. A
-    kill between the two writes leaves it without the metrics, which counts as the same."""
+    """Logs where the backup of a stage's settings says something else, as after a flipped bit. One
+    that a kill between the two writes left without the metrics is completed."""
     try:
         backup = read_json(folder / _BACKUP)
     except (ValueError, OSError):
@@ -418,6 +423,8 @@ def _compare_backup(folder: Path, written: Mapping[str, Any]) -> None:
             f"({'; '.join(one.lstrip('.') for one in changes)}); if the backup is right, copy it "
             f"to {_SETTINGS}"
         )
+    elif backup != written:
+        _restore(folder / _BACKUP, written)
 
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:

@@ -156,14 +156,16 @@ def test_auto_trains_the_tokenizer_that_the_chosen_numbers_train(tiny_yaml, tmp_
 
 
 def test_a_backup_of_other_settings_is_reported_with_both_values(experiment, caplog):
-    """As after a flipped bit that leaves valid JSON. A backup without metrics is of a kill."""
+    """As after a flipped bit that leaves valid JSON. A kill leaves a backup without metrics, which
+    is completed."""
     run = stage_run(experiment)
     run.begin()
     before_metrics = (run.folder / "settings.backup.json").read_text()
     run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0})
     (run.folder / "settings.backup.json").write_text(before_metrics)
-    assert stage_run(experiment).is_complete() and not caplog.messages
     settings = run.folder / "settings.json"
+    assert stage_run(experiment).is_complete() and not caplog.messages
+    assert (run.folder / "settings.backup.json").read_bytes() == settings.read_bytes()
     settings.write_text(settings.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ValueError, match=r"\(seed\)"):
         stage_run(experiment).is_complete()
