@@ -3,6 +3,8 @@ read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +85,10 @@ def load_sources(
     if config.streaming:
         stream = StreamSource(config, require_captions=require_captions)
         if config.held_out_source is not None:
-            own = second_source(config)
-            second = _all_held_out(own, folder, share, require_captions)
+            found, own = held_out_rows(config, require_captions=require_captions)
+            found.held_out = np.ones(len(found), bool)
+            index = SourceIndex(found, own, folder, share, require_captions=require_captions)
+            second = MappedSource(index, "held_out")
             stream.leave_out_copies(second.digests)
             return stream, second
         rows = HeldRows(stream, stream.held_out())
@@ -108,36 +112,47 @@ def find_rows(config: DataConfig, *, require_captions: bool = True) -> Rows:
     rows = with_named_splits(_rows_of(config, require_captions), config)
     if config.held_out_source is None:
         return rows
-    second = _rows_of(second_source(config), require_captions)
-    return with_held_out_source(rows, second, config)
+    with _errors_of_second():
+        second = _rows_of(_second(config), require_captions)
+    return with_held_out_source(rows, second, config, require_captions=require_captions)
 
 
-def second_source(config: DataConfig) -> DataConfig:
+def held_out_rows(config: DataConfig, *, require_captions: bool = True) -> tuple[Rows, DataConfig]:
+    """All rows of the held-out source of a stream, the first ones of a remote one; and the
+    configuration that reads their captions. Raises what `load_sources` does."""
+    config = _second(config)
+    with _errors_of_second():
+        if is_remote(config.source):
+            stream = StreamSource(config, require_captions=require_captions)
+            return HeldRows(stream, list(stream.first(HELD_OUT))), as_read(config)
+        config = replace(config, streaming=False)
+        return _rows_of(config, require_captions), config
+
+
+def _second(config: DataConfig) -> DataConfig:
     """The configuration of the held-out source: all of it is held out, whatever splits it has."""
     assert config.held_out_source is not None
     return replace(config, source=config.held_out_source, held_out_source=None, split_column="none")
 
 
-def _all_held_out(
-    config: DataConfig, folder: Path | None, share: WorkerInfo, require_captions: bool
-) -> MappedSource:
-    """All images of a source, held out; the first ones of a remote one."""
-    if is_remote(config.source):
-        stream = StreamSource(config, require_captions=require_captions)
-        rows: Rows = HeldRows(stream, list(stream.first(HELD_OUT)))
-        config = as_read(config)
-    else:
-        config = replace(config, streaming=False)
-        rows = _rows_of(config, require_captions)
-    rows.held_out = np.ones(len(rows), bool)
-    index = SourceIndex(rows, config, folder, share, require_captions=require_captions)
-    return MappedSource(index, "held_out")
+@contextmanager
+def _errors_of_second() -> Iterator[None]:
+    """Errors that name the setting of the held-out source: readers know `data.source` alone."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "data.source" in str(error):
+            error.args = (str(error).replace("data.source", "data.held_out_source"),)
+        raise
 
 
 def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
     source = config.source
     if is_remote(source):
-        raise ValueError(f"data.source {source} is not on this disk; set data.streaming=true")
+        raise ValueError(
+            f"data.source {source} is not on this disk; set data.streaming=true, or download "
+            "it and give its path"
+        )
     path = Path(source).expanduser()
     if path.is_dir() and is_saved_dataset(path):
         return hub_rows(config)
@@ -157,10 +172,10 @@ def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
             path, config, require_captions=require_captions
         )
     files = matching(source)
-    if len(files) == 1 and is_path_list(files[0]):
+    if len(files) == 1 and is_path_list(files[0], config.delimiter):
         return path_list_rows(files[0], config, require_captions=require_captions)
     if len(files) == 1 and files[0].suffix.lower() in TABLE_SUFFIXES:
-        return table_rows(files[0], config.image_column, config.delimiter)
+        return table_rows(files[0], config, require_captions=require_captions)
     if files or path.exists():
         raise ValueError(
             f"data.source {printable(source)} is {described(files, Path())}, which is no source; "

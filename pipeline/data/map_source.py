@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
-from pipeline.data.readers.captions import Captions, captions_if_any, captions_of
+from pipeline.data.readers.captions import captions_of
 from pipeline.data.readers.images import crop_of, prepared
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
@@ -46,9 +46,7 @@ class SourceIndex:
     ) -> None:
         self.rows = rows
         tally = SkipCounter()
-        self.captions: Captions = (
-            captions_of(rows, config, tally) if require_captions else captions_if_any(rows, config)
-        )
+        self.captions = captions_of(rows, config, tally, required=require_captions)
         found = scan_images(rows, config.workers, folder, share, config.max_pixels)
         self.digests = found.digest
         fit = usable(rows, found, config, tally)

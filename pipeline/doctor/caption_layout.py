@@ -10,8 +10,7 @@ import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES
 from pipeline.data.readers.base import printable
-from pipeline.data.readers.captions import CaptionReader, Captions
-from pipeline.data.readers.webdataset import ShardRows
+from pipeline.data.readers.captions import CAPTION_FILES, CaptionReader, Captions
 from pipeline.doctor.open_source import Opened
 from pipeline.doctor.report import Finding, findings_that_apply
 
@@ -51,9 +50,7 @@ def caption_layout_findings(opened: Opened, captions: Captions) -> list[Finding]
     rows = range(0, len(captions), max(len(captions) // _LOOKED_AT, 1))
     some = [texts for row in rows if (texts := captions[row])]
     several = [texts for texts in some if len(texts) > 1]
-    by_line = opened.config.caption_lines == "each" and (
-        opened.config.streaming or _from_files(opened)
-    )
+    by_line = opened.config.caption_lines == "each" and _from_files(opened)
     wrapped = wrapped_fraction(several) if by_line else 0.0
     brackets = [texts[0] for texts in some if texts[0][0] in "[{" and texts[0][-1] in "]}"]
     tags = sum(_is_tag_list(texts[0]) for texts in some)
@@ -120,6 +117,8 @@ def _is_tag_list(caption: str) -> bool:
 
 
 def _from_files(opened: Opened) -> bool:
-    """Whether captions are lines of text files."""
-    beside = any(name == "caption files" for name, _ in opened.rows.facts)
-    return beside or (isinstance(opened.rows, ShardRows) and opened.config.caption_template is None)
+    """Whether captions are lines of text files, and not cells of a column that is named."""
+    config = opened.config
+    if config.caption_template is not None or config.text_column != "text":
+        return False
+    return any(name == CAPTION_FILES for name, _ in opened.rows.facts)

@@ -111,9 +111,9 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     opened = _tried(findings, open_source, config, most)
     if opened is not None:
         captions = _tried(findings, captions_of, opened.rows, opened.config, tally)
-    elif not config.streaming:
+    else:
         # What is wrong may be the captions alone.
-        opened = _tried([], open_without_captions, config)
+        opened = _tried([], open_without_captions, config, most)
     if opened is None:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)

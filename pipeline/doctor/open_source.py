@@ -6,7 +6,6 @@ Knows how each kind is opened; judges nothing.
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
-from pipeline.data.load import find_rows, load_sources, second_source
+from pipeline.data.load import find_rows, held_out_rows, load_sources
 from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint, is_held_out
-from pipeline.data.readers.captions import captions_of
+from pipeline.data.readers.captions import Captions, captions_of
+from pipeline.data.readers.splits import with_held_out_source
 from pipeline.data.source import Source
-from pipeline.data.streaming.source import HELD_OUT, Sample, StreamSource, as_read
+from pipeline.data.streaming.source import StreamSource, as_read
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Opened:
         return is_held_out(self.rows.label(row), fraction)
 
 
-def open_source(config: DataConfig, most: int) -> Opened:
+def open_source(config: DataConfig, most: int, *, require_captions: bool = True) -> Opened:
     """Opens the source that `config` names.
 
     Args:
@@ -57,14 +57,53 @@ def open_source(config: DataConfig, most: int) -> Opened:
         synthetic = SyntheticRows(config, most)
         return Opened(synthetic, config, synthetic.first_only)
     if config.streaming:
-        streamed = StreamedRows(config, most)
-        return Opened(streamed, as_read(config), len(streamed) == most)
-    return Opened(find_rows(config), config)
+        streamed = StreamedRows(config, most, require_captions=require_captions)
+        opened = Opened(streamed, as_read(config), len(streamed) == most)
+        if config.held_out_source is None:
+            return opened
+        found, own = held_out_rows(config, require_captions=require_captions)
+        captions = captions_of(found, own, streamed.tally, required=require_captions)
+        rows = with_held_out_source(
+            streamed,
+            CaptionedRows(found, captions),
+            opened.config,
+            require_captions=require_captions,
+        )
+        return replace(opened, rows=rows)
+    return Opened(find_rows(config, require_captions=require_captions), config)
 
 
-def open_without_captions(config: DataConfig) -> Opened:
+def open_without_captions(config: DataConfig, most: int) -> Opened:
     """A source whose captions cannot be read, as images alone. Raises as `open_source`."""
-    return Opened(find_rows(replace(config, text_column="name", caption_template="{name}")), config)
+    config = replace(config, text_column="text", caption_template=None)
+    return open_source(config, most, require_captions=False)
+
+
+class CaptionedRows(Rows):
+    """Rows whose captions have been read already, whatever column they came from."""
+
+    def __init__(self, rows: Rows, captions: Captions) -> None:
+        self.name = rows.name
+        self.columns = ["text"]
+        self.tally = rows.tally
+        self.layout = rows.layout
+        self.facts = rows.facts
+        self.stamp = rows.stamp
+        self._rows = rows
+        self._captions = captions
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def label(self, row: int) -> str:
+        return self._rows.label(row)
+
+    def image(self, row: int) -> bytes:
+        return self._rows.image(row)
+
+    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
+        for row in range(len(self)):
+            yield [{"text": self._captions[row]}]
 
 
 class SyntheticRows(Rows):
@@ -112,7 +151,7 @@ class StreamedRows(Rows):
     """The first samples of a stream. A temporary file holds their images as long as these rows
     live."""
 
-    def __init__(self, config: DataConfig, most: int) -> None:
+    def __init__(self, config: DataConfig, most: int, *, require_captions: bool) -> None:
         # Sizes and values are judged later: here only samples of no caption or no known format are
         # left out.
         stream = StreamSource(
@@ -121,25 +160,27 @@ class StreamedRows(Rows):
                 upscale=True,
                 value_range="16bit" if config.value_range == "auto" else config.value_range,
                 filter=replace(config.filter, min_size=None, max_size=None, max_aspect=None),
-            )
+            ),
+            require_captions=require_captions,
         )
         self.name = stream.name
         self.columns = ["text"]
         self.tally = stream.tally
         self.layout = stream.layout
+        self.facts = stream.facts
         self.note = stream.note
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the rows live
         self._names: list[str] = []
         self._captions: list[list[str]] = []
         ends = [0]
         held_out = []
-        for sample in itertools.chain(stream.first(most), _held_out_samples(config, self.tally)):
+        for sample in stream.first(most):
             self._file.write(sample.content)
             ends.append(ends[-1] + len(sample.content))
             self._names.append(sample.name)
             self._captions.append(sample.captions)
-            held_out.append(sample.held_out or stream.is_sample_held_out(sample))
-        if stream.is_split or config.held_out_source is not None:
+            held_out.append(stream.is_sample_held_out(sample))
+        if stream.is_split:
             self.held_out = np.array(held_out, bool)
         self._file.flush()
         self._ends = np.array(ends, np.int64)
@@ -162,14 +203,3 @@ class StreamedRows(Rows):
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
-
-
-def _held_out_samples(config: DataConfig, tally: SkipCounter) -> Iterator[Sample]:
-    """The first images of `data.held_out_source`."""
-    if config.held_out_source is None:
-        return
-    second = second_source(config)
-    rows = find_rows(second)
-    captions = captions_of(rows, second, tally)
-    for row in range(min(len(rows), HELD_OUT)):
-        yield Sample(rows.label(row), rows.image(row), captions[row], held_out=True)

@@ -87,6 +87,11 @@ class SkipCounter:
                 self.add(reason, name)
             self.add(reason, names[-1], count - len(names) + 1)
 
+    def drop(self, reason: str) -> None:
+        """Forgets a reason: what was counted by it is used after all."""
+        self._counts.pop(reason, None)
+        self._names.pop(reason, None)
+
     def count(self, reason: str) -> int:
         return self._counts.get(reason, 0)
 

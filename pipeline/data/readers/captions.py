@@ -28,9 +28,19 @@ LONGEST = 2**16
 NO_TEXT = "images without a caption left out"
 MISSING = "images whose caption is NaN, null or the like left out"
 LISTS = "images whose caption is a list written as text, read item by item"
-_TEXT_COLUMNS = ("text", "txt", "caption", "captions")
+UNCAPTIONED = (NO_TEXT, MISSING)
+"""Reasons for which images are left out only where captions are required."""
+TEXT_COLUMNS = ("text", "txt", "caption", "captions")
 """Columns of captions where `data.text_column` has its default; the first that is there counts. In
 shards, columns are file extensions."""
+LINES_READ: dict[CaptionLines, str] = {
+    "each": "each line is a caption",
+    "joined": "lines are joined",
+    "first": "the first line counts",
+}
+"""What `data.caption_lines` does, for the user."""
+CAPTION_FILES = "caption files"
+"""The name of the fact (`Rows.facts`) that captions are lines of text files."""
 _MISSING = frozenset(
     (
         *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
@@ -62,6 +72,11 @@ class Captions:
     def __len__(self) -> int:
         return len(self._lists)
 
+    @property
+    def total(self) -> int:
+        """Captions of all images together."""
+        return len(self._lists.flatten())
+
     def __getitem__(self, index: int) -> list[str]:
         return self._lists[index].as_py()
 
@@ -75,7 +90,8 @@ class CaptionReader:
         config: names the column or the template.
 
     Raises:
-        ValueError: a column is missing, or the template is invalid.
+        NoCaptions: no column is named, and none that is known is there.
+        ValueError: a named column is missing, or the template is invalid.
     """
 
     def __init__(self, name: str, columns: Sequence[str], config: DataConfig) -> None:
@@ -83,12 +99,7 @@ class CaptionReader:
         self._least = config.filter.min_caption
         self._most = config.filter.max_caption
         if self.template is None:
-            column = config.text_column
-            if column == "text":
-                column = next((name for name in _TEXT_COLUMNS if name in columns), column)
-                if column not in columns and any(str(one).endswith(".txt") for one in columns):
-                    column = "txt"  # a named part of a shard's samples, found by its ending
-            self.columns = [existing_column(name, column, columns, "data.text_column")]
+            self.columns = [_text_column(name, columns, config.text_column)]
             return
         try:
             fields = [
@@ -162,36 +173,63 @@ class CaptionReader:
         ]
 
 
-def captions_of(rows: Rows, config: DataConfig, tally: SkipCounter) -> Captions:
-    """The captions of every row; those without any are counted.
+def captions_of(
+    rows: Rows, config: DataConfig, tally: SkipCounter, *, required: bool = True
+) -> Captions:
+    """The captions of every row; those without any are counted where captions are required.
 
     Raises:
-        NoCaptions: there are images and no columns.
-        ValueError: a column is missing, or the template is invalid.
+        NoCaptions: no row has one, and they are required.
+        ValueError: a named column is missing, or the template is invalid.
     """
-    if not rows.columns:
-        raise NoCaptions(
-            f"{rows.name} holds {len(rows)} images and no column of captions; add one "
-            "(docs/data.md)"
-        )
-    reader = CaptionReader(rows.name, rows.columns, config)
+    reader = caption_reader(rows.name, rows.columns, config, required=required)
+    if reader is None:
+        return Captions([] for _ in range(len(rows)))
+
+    own = SkipCounter()
 
     def each() -> Iterable[list[str]]:
         for row, records in enumerate(rows.records(reader.columns)):
             found = reader.of(records)
             for reason in found.reasons:
-                tally.add(reason, rows.label(row))
+                if required or reason not in UNCAPTIONED:
+                    own.add(reason, rows.label(row))
             yield found.texts
 
-    return Captions(each())
+    captions = Captions(each())
+    if required and len(rows) and not captions.total:
+        why = "; ".join(rows.tally.lines() + own.lines())
+        raise NoCaptions(
+            f"{rows.name} holds {len(rows)} images and no captions: {why}; add some (docs/data.md)"
+        )
+    tally.merge(own)
+    return captions
 
 
-def captions_if_any(rows: Rows, config: DataConfig) -> Captions:
-    """The captions of every row; none at all where they cannot be read."""
+def caption_reader(
+    name: str, columns: Sequence[str], config: DataConfig, *, required: bool
+) -> CaptionReader | None:
+    """How captions are read; None where none are required, no column is named, and none is known.
+    Raises as `CaptionReader`."""
     try:
-        return captions_of(rows, config, SkipCounter())
-    except ValueError:
-        return Captions([] for _ in range(len(rows)))
+        return CaptionReader(name, columns, config)
+    except NoCaptions:
+        if required:
+            raise
+        return None
+
+
+def _text_column(name: str, columns: Sequence[str], wanted: str) -> str:
+    if wanted != "text":
+        return existing_column(name, wanted, columns, "data.text_column")
+    wanted = next((known for known in TEXT_COLUMNS if known in columns), wanted)
+    if wanted not in columns and any(str(one).endswith(".txt") for one in columns):
+        wanted = "txt"  # a named part of a shard's samples, found by its ending
+    try:
+        lacks = f"{name} holds images and no column of captions: it"
+        return existing_column(lacks, wanted, columns, "data.text_column")
+    except ValueError as error:
+        raise NoCaptions(f"{error}; add one (docs/data.md)") from error
 
 
 def lines_of(text: AnyStr, how: CaptionLines) -> list[AnyStr]:

@@ -8,17 +8,12 @@ NAME.png, from a list such as captions.txt, or from the names of its subfolders 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard
-
-import pyarrow as pa
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import (
@@ -28,27 +23,17 @@ from pipeline.data.readers.base import (
     OUTSIDE,
     NoCaptions,
     Record,
-    Rows,
     SkipCounter,
-    content_fingerprint,
     existing_column,
-    file_signature,
     image_column,
     is_text,
     printable,
     text_of,
     unread_caption,
 )
-from pipeline.data.readers.captions import lines_of
-from pipeline.data.readers.files import (
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    LeavesFolder,
-    check_link,
-    leaves,
-    parse_json,
-    read_file,
-)
+from pipeline.data.readers.captions import CAPTION_FILES, LINES_READ, CaptionReader, lines_of
+from pipeline.data.readers.file_rows import FileRows, is_inline, of_path
+from pipeline.data.readers.files import MAX_TEXT_BYTES, LeavesFolder, check_link, leaves, parse_json
 from pipeline.data.readers.images import EXTENSIONS, UNREAD
 from pipeline.data.readers.paths import FOLDED, FileFinder, ImageNames, image_folder, is_file
 from pipeline.data.readers.tables import Table, read_table
@@ -77,99 +62,40 @@ _JSON_KEYS = ("text", "caption", "captions", "prompt")
 """Of the caption in the JSON file next to an image; the first that is there counts."""
 _SAMPLED = 100
 """Names of a table by which its folder of images is found."""
-_LONGEST_PATH = 1024
-_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-"""First characters of PNG, JPEG, GIF, WebP and TIFF in base64, and of a data URI."""
 
 
-class FileRows(Rows):
-    """Images of a folder, or of a table of paths.
-
-    Args:
-        name: of the source, for messages.
-        root: the folder that paths are relative to.
-        named: image -> what is written of it, in order. An image is a path relative to `root`, or
-            base64.
-        facts: what was understood of the layout, as names and values for the user.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        named: dict[str, list[Record]],
-        columns: list[str],
-        tally: SkipCounter,
-        facts: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self.name = name
-        self.root = root
-        self.columns = columns
-        self.tally = tally
-        self.facts = list(facts)
-        # A million paths take a tenth of the memory of Python strings.
-        self._images = pa.array(list(named), pa.large_string())
-        self._counts = pa.array([len(records) for records in named.values()], pa.int32())
-        # As JSON, since a column may hold a text in one row and a list in the next.
-        self._records = pa.array(
-            [json.dumps(record) for records in named.values() for record in records],
-            pa.large_string(),
-        )
-        self.layout = f"{len(named):,} image files"
-        # Names relative to the root: moving it changes nothing.
-        self.stamp = content_fingerprint(self._state(image) for image in named)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def label(self, row: int) -> str:
-        image = self._images[row].as_py()
-        return f"row {row}" if is_inline(image) else image
-
-    def image(self, row: int) -> bytes:
-        image = self._images[row].as_py()
-        if not is_inline(image):
-            return read_file(self.root / image, MAX_IMAGE_BYTES)
-        try:
-            return base64.b64decode(image.rpartition("base64,")[2], validate=True)
-        except binascii.Error as error:
-            raise ValueError(
-                f"row {row} is neither a path nor base64 ({error}); write one of them"
-            ) from error
-
-    def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:
-        first = 0
-        for count in self._counts:
-            yield [json.loads(self._records[first + i].as_py()) for i in range(count.as_py())]
-            first += count.as_py()
-
-    def _state(self, image: str) -> object:
-        return image if is_inline(image) else file_signature(self.root / image, image)
-
-
-def folder_rows(folder: Path, config: DataConfig, *, require_captions: bool = True) -> FileRows:
+def folder_rows(
+    folder: Path, config: DataConfig, *, require_captions: bool = True, root: Path | None = None
+) -> FileRows:
     """A folder in whichever layout it has. Without `require_captions`, images that have none are
     among its rows.
 
     Args:
         config: of the captions.
+        root: the whole source, which links may not leave; the folder itself where absent.
 
     Raises:
         NoCaptions: there are no captions, and they are required.
-        ValueError: a column is missing, or a path leads out of the folder.
+        ValueError: a column is missing, or a path leads out of the source.
     """
     tally = SkipCounter()
-    images = _images_below(folder, tally, config.follow_links)
+    root = root or folder
+    images = _images_below(folder, root, tally, config.follow_links)
     if (metadata := file_of(folder, METADATA)) is not None:
-        check_link(metadata, folder, config.follow_links)
+        check_link(metadata, root, config.follow_links)
         return _rows_of_metadata(folder, metadata, images, tally, config, require_captions)
-    captions_tally = tally if require_captions else SkipCounter()
-    named, facts = rows_of_paths(folder, images, captions_tally, config)
-    if not named and (captions := file_of(folder, CAPTION_LISTS)) is not None:
-        check_link(captions, folder, config.follow_links)
-        inside = partial(check_inside, captions, folder, config.follow_links)
-        return table_rows(captions, None, config.delimiter, check=inside)
+    captions = file_of(folder, CAPTION_LISTS)
+    named: dict[str, list[Record]] = {}
+    facts: list[tuple[str, str]] = []
+    if captions is None or not _needs_table(config):
+        named, facts = rows_of_paths(folder, images, tally, config, root)
+    if not named and captions is not None:
+        check_link(captions, root, config.follow_links)
+        tally.drop(NO_CAPTION)  # those without a text file
+        inside = InFolder(root, images, tally)
+        return table_rows(captions, config, require_captions=require_captions, inside=inside)
     if not require_captions:
+        tally.drop(NO_CAPTION)
         named = {image: named.get(image, [of_path(image)]) for image in images}
     if not named:
         why = (BAD_CAPTION, LONG_CAPTION, NO_FILE, OUTSIDE, CLOSED)
@@ -179,6 +105,21 @@ def folder_rows(folder: Path, config: DataConfig, *, require_captions: bool = Tr
             f"{'; '.join(unread) or LAYOUTS}"
         )
     return FileRows(str(folder), folder, named, columns_of(named), tally, facts)
+
+
+def _needs_table(config: DataConfig) -> bool:
+    """Whether the settings name columns that no path says."""
+    if not _names_columns(config):
+        return False
+    try:
+        CaptionReader("", list(of_path("")), config)
+    except ValueError:
+        return True
+    return False
+
+
+def _names_columns(config: DataConfig) -> bool:
+    return config.text_column != "text" or config.caption_template is not None
 
 
 def _rows_of_metadata(
@@ -210,18 +151,18 @@ def columns_of(named: Mapping[str, list[Record]]) -> list[str]:
 
 
 def rows_of_paths(
-    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig
+    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig, root: Path
 ) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
     """Image -> what the text file next to it or its path says; and where that is from. With the
-    default column, images without a text file are left out."""
-    if config.text_column != "text" or config.caption_template is not None:
+    default column, images without a text file are left out. Links may not leave `root`."""
+    if _names_columns(config):
         facts = [("folders", "their names are the column folder")]
         return {image: [of_path(image)] for image in images}, facts
-    return _captions_beside(folder, images, tally, config)
+    return _captions_beside(folder, images, tally, config, root)
 
 
 def _captions_beside(
-    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig
+    folder: Path, images: Sequence[str], tally: SkipCounter, config: DataConfig, root: Path
 ) -> tuple[dict[str, list[Record]], list[tuple[str, str]]]:
     """Image -> what the text file next to it says; and which files there are."""
     finder = FileFinder(folder)
@@ -233,7 +174,7 @@ def _captions_beside(
             tally.add(*_no_caption(folder, image))
             continue
         try:
-            check_link(folder / file, folder, config.follow_links)
+            check_link(folder / file, root, config.follow_links)
             text = text_of(folder / file, MAX_TEXT_BYTES)
         except LeavesFolder:
             tally.add(OUTSIDE, file)
@@ -252,12 +193,8 @@ def _captions_beside(
     if not named:
         return {}, []
     files = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
-    how = {
-        "each": "each line is a caption",
-        "joined": "lines are joined",
-        "first": "the first line counts",
-    }[config.caption_lines]
-    return named, [("caption files", f"{files} next to the images; {how}")]
+    how = LINES_READ[config.caption_lines]
+    return named, [(CAPTION_FILES, f"{files} next to the images; {how}")]
 
 
 def _texts_of_json(text: str) -> list[str]:
@@ -295,12 +232,6 @@ def _file_beside(finder: FileFinder, image: str, tally: SkipCounter) -> str | No
     return None
 
 
-def of_path(image: str) -> Record:
-    """What a path says. Lists, since a name such as "none" is no missing cell."""
-    path = PurePosixPath(image)
-    return {"folder": [path.parent.name], "name": [path.stem]}
-
-
 def file_of(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of these files that a folder has, in any letter case."""
     try:
@@ -329,38 +260,37 @@ def _texts_in(folder: Path) -> str:
     return f"other files there: {', '.join(kinds)}; "
 
 
-def check_inside(table: Path, folder: Path, follow_links: bool, image: str) -> None:
-    """Raises ValueError where an image that a table of a folder names lies outside of the folder,
-    or LeavesFolder where it is a link to there. The table came with the folder, and is not trusted
-    as one that the user names."""
-    path = Path(os.path.abspath(folder / image))
-    if not path.is_relative_to(os.path.abspath(folder)):
-        raise ValueError(
-            f"{table} names {image!r}, which lies outside the folder; move the image into it, or "
-            "give the table itself as data.source"
-        )
-    check_link(path, folder, follow_links)
+@dataclass(frozen=True)
+class InFolder:
+    """The folder that a table came with. Such a table is not trusted as one that the user names.
+
+    Attributes:
+        root: the source, outside of which it may name no image.
+        images: all images of the folder, relative to it.
+        tally: what was left out of them.
+    """
+
+    root: Path
+    images: Sequence[str]
+    tally: SkipCounter
 
 
 def table_rows(
-    file: Path,
-    column: str | None,
-    delimiter: str | None = None,
-    check: Callable[[str], None] | None = None,
+    file: Path, config: DataConfig, *, require_captions: bool = True, inside: InFolder | None = None
 ) -> FileRows:
     """A table of images by paths relative to its own folder, or to a folder of images next to it.
 
     Args:
-        column: of the images; None takes whichever is known.
-        delimiter: between the columns; None finds it.
-        check: raises LeavesFolder for an image to leave out, and ValueError for one to refuse.
+        config: names the column of the images and the delimiter, or neither.
+        require_captions: count images that no row names, rather than keep them.
+        inside: the folder whose table it is.
 
     Raises:
         ValueError: the column of the images is missing, or a row is corrupted; or a COCO file's
-            images are not there; or what `check` raises.
+            images are not there; or an image lies outside of the folder.
     """
-    table = read_table(file, delimiter)
-    column = table.image_column or image_column(str(file), column, table.columns)
+    table = read_table(file, config.delimiter)
+    column = table.image_column or image_column(str(file), config.image_column, table.columns)
     cells = [_only(row.get(column)) for row in table.rows]
     paths = [cell for cell in table.images or cells if _is_path(cell)]
     root, tried = image_folder(file, paths[:_SAMPLED])
@@ -369,7 +299,7 @@ def table_rows(
             f"{file} names {printable(', '.join(paths[:3]))}, ..., and none is in "
             f"{', '.join(map(str, tried))}; put the images into a folder images next to the file"
         )
-    tally = SkipCounter()
+    tally = inside.tally if inside is not None else SkipCounter()
     names = ImageNames(file, root or file.parent, tally)
     beside = os.path.relpath(root or file.parent, file.parent)
     named: dict[str, list[Record]] = {}
@@ -384,36 +314,48 @@ def table_rows(
         if not is_inline(cell):
             image = image if beside == "." else os.path.join(beside, image)
             image = spelled.setdefault(os.path.normpath(image), image)
-            try:
-                if check is not None:
-                    check(image)
-            except LeavesFolder:
-                tally.add(OUTSIDE, image)
+            if inside is not None and _leaves(file, image, inside.root, config.follow_links):
                 continue
-        named.setdefault(image, []).append(
-            {key: value for key, value in row.items() if key != column}
-        )
-    _count_uncaptioned(table, named, beside, tally)
+        of_row = {key: value for key, value in row.items() if key != column}
+        named.setdefault(image, []).append((of_path(image) if inside else {}) | of_row)
+    for image in _unnamed(file, table, root or file.parent, inside, named):
+        if require_captions:
+            tally.add(NO_CAPTION, image)
+        else:
+            named[image] = [of_path(image) if inside else {}]
     facts = [("table", f"{file.name}, {table.kind}"), ("image column", column)]
     if beside != ".":
         facts.append(("images in", beside))
-    columns = [c for c in table.columns if c != column]
-    return FileRows(str(file), file.parent, named, columns, tally, facts)
+    columns = [*(of_path("") if inside else ()), *(c for c in table.columns if c != column)]
+    return FileRows(str(file), file.parent, named, list(dict.fromkeys(columns)), tally, facts)
 
 
-def _count_uncaptioned(
-    table: Table, named: Mapping[str, object], beside: str, tally: SkipCounter
-) -> None:
-    """Counts images that a file lists and no caption names."""
-    captioned = {row["image"] for row in table.rows} if table.images else set()
-    for image in table.images:
-        if image not in captioned:
-            tally.add(NO_CAPTION, image)
+def _leaves(table: Path, image: str, root: Path, follow_links: bool) -> bool:
+    """Whether an image that a table of a folder names is a link to outside of the source, which was
+    counted before. Raises ValueError where the name itself lies outside."""
+    path = Path(os.path.abspath(table.parent / image))
+    if not path.is_relative_to(os.path.abspath(root)):
+        raise ValueError(
+            f"{table} names {image!r}, which lies outside the folder; move the image into it, or "
+            "give the table itself as data.source"
+        )
+    return not follow_links and leaves(path, root)
 
 
-def is_inline(cell: str) -> bool:
-    """Whether a cell of images holds one in base64 rather than a path."""
-    return cell.startswith(_BASE64) or len(cell) > _LONGEST_PATH
+def _unnamed(
+    file: Path, table: Table, root: Path, inside: InFolder | None, named: Mapping[str, object]
+) -> list[str]:
+    """The images that no row names: of the table's folder, or of those that a COCO file lists."""
+    if inside is not None:
+        images = list(inside.images)
+    else:
+        finder = ImageNames(file, root, SkipCounter())
+        found = (finder.find(name, number) for number, name in enumerate(table.images, start=1))
+        images = [
+            os.path.relpath(root / image, file.parent) for image in found if image is not None
+        ]
+    known = {os.path.abspath(file.parent / image) for image in named if not is_inline(image)}
+    return [image for image in images if os.path.abspath(file.parent / image) not in known]
 
 
 def _only(cell: object) -> object:
@@ -425,7 +367,7 @@ def _is_path(cell: object) -> TypeGuard[str]:
     return isinstance(cell, str) and bool(cell.strip()) and not is_inline(cell)
 
 
-def _images_below(folder: Path, tally: SkipCounter, follow_links: bool) -> list[str]:
+def _images_below(folder: Path, root: Path, tally: SkipCounter, follow_links: bool) -> list[str]:
     found = []
 
     def closed(error: OSError) -> None:
@@ -454,7 +396,7 @@ def _images_below(folder: Path, tally: SkipCounter, follow_links: bool) -> list[
                 tally.add("images whose names are not UTF-8 left out", ascii(image))
             elif not is_file(Path(where) / name):
                 tally.add("links to images that are not there left out", image)
-            elif not follow_links and leaves(Path(where) / name, folder):
+            elif not follow_links and leaves(Path(where) / name, root):
                 tally.add(OUTSIDE, image)
             else:
                 found.append(image)

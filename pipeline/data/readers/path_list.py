@@ -6,19 +6,23 @@ from pathlib import Path
 
 from pipeline.config.data import DataConfig
 from pipeline.data.readers.base import NoCaptions, SkipCounter, printable, text_of
+from pipeline.data.readers.file_rows import FileRows, of_path
 from pipeline.data.readers.files import MAX_TABLE_BYTES
-from pipeline.data.readers.folder import FileRows, columns_of, of_path, rows_of_paths
+from pipeline.data.readers.folder import NO_CAPTION, columns_of, rows_of_paths
 from pipeline.data.readers.paths import FileFinder, ImageNames
-from pipeline.data.readers.tables import MARKS
+from pipeline.data.readers.tables import MARKS, as_character
 
 LIST_SUFFIX = ".txt"
 _TWICE = "paths that are listed several times read once"
 _NOT_THERE = "paths that lead to no file left out"
 
 
-def is_path_list(file: Path) -> bool:
+def is_path_list(file: Path, delimiter: str | None = None) -> bool:
     """Whether a .txt file lists paths, and not captions: its first line has none of the marks that
     separate a name from its caption, or leads to a file as a whole.
+
+    Args:
+        delimiter: the only mark (`data.delimiter`).
 
     Raises:
         ValueError: it is no text, or no regular file; or several files match the line.
@@ -26,7 +30,8 @@ def is_path_list(file: Path) -> bool:
     if file.suffix.lower() != LIST_SUFFIX:
         return False
     first = next(iter(_lines(file)), "")
-    if not any(mark in first for mark in MARKS):
+    marks = MARKS if delimiter is None else (as_character(delimiter),)
+    if not any(mark in first for mark in marks):
         return True
     return "\0" not in first and FileFinder(file.parent).find(first) is not None
 
@@ -55,14 +60,14 @@ def path_list_rows(file: Path, config: DataConfig, *, require_captions: bool = T
             f"{file} has {len(lines)} lines and none leads to an image{first}; write one path per "
             f"line, absolute or relative to {file.parent}"
         )
-    captions_tally = tally if require_captions else SkipCounter()
-    named, facts = rows_of_paths(file.parent, list(found), captions_tally, config)
+    named, facts = rows_of_paths(file.parent, list(found), tally, config, file.parent)
     if not named and require_captions:
         raise NoCaptions(
             f"{file} lists {len(found)} images and no caption; put NAME.txt next to NAME.png, or "
             "set data.caption_template"
         )
     if not require_captions:
+        tally.drop(NO_CAPTION)
         named = {image: named.get(image, [of_path(image)]) for image in found}
     return FileRows(str(file), file.parent, named, columns_of(named), tally, facts)
 

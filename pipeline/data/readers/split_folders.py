@@ -67,7 +67,7 @@ def _each(
     """Each split's folder read on its own."""
     parts = [
         Part(
-            folder_rows(own, config, require_captions=require_captions),
+            folder_rows(own, config, require_captions=require_captions, root=folder),
             split,
             f"{own.relative_to(folder).as_posix()}/",
         )

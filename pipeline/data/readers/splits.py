@@ -28,7 +28,7 @@ from pipeline.data.readers.base import (
     existing_column,
     printable,
 )
-from pipeline.data.readers.captions import CaptionReader
+from pipeline.data.readers.captions import TEXT_COLUMNS, caption_reader
 
 SplitName = Literal["train", "validation", "test", ""]
 """A split that data name; '' for rows that no split names."""
@@ -51,7 +51,6 @@ _NAMES: dict[str, SplitName] = {
 }
 _GENERIC = ("image", "images", "img", "imgs", "set", "data", "split", "dataset")
 """Words beside a split's name in the name of a folder, such as test_images."""
-_TEXT = ("text", "txt")
 COPIES = "images to train on that are copies of held-out ones left out"
 _ORDER: tuple[SplitName, ...] = ("", "train", "validation", "test")
 
@@ -125,7 +124,8 @@ def roles(present: Collection[SplitName]) -> dict[SplitName, Role] | None:
 
 def column_splits(rows: Rows, column: str, *, strict: bool) -> list[SplitName] | None:
     """The split of each row by a column. An image that is listed several times is in the split
-    that is furthest from training.
+    that is furthest from training. One whose records lack the column, such as an image that no row
+    of a list names, is in no split.
 
     Args:
         strict: whether values that name no split are an error; otherwise None is returned.
@@ -137,6 +137,9 @@ def column_splits(rows: Rows, column: str, *, strict: bool) -> list[SplitName] |
     found: list[SplitName] = []
     unknown: Counter[str] = Counter()
     for records in rows.records([column]):
+        if not any(column in record for record in records):
+            found.append("")
+            continue
         names = [split_of_value(value) for value in _values(records, column)]
         if None in names or not names:
             if not strict:
@@ -177,8 +180,10 @@ class Part:
         return of_split[self.splits if isinstance(self.splits, str) else self.splits[row]]
 
     def column(self, wanted: str) -> str | None:
-        """What the part itself calls a column of all parts: captions are `txt` in shards."""
-        for name in (wanted, "text", "txt") if wanted.rpartition(".")[2] in _TEXT else (wanted,):
+        """What the part itself calls a column of all parts: captions are `txt` in shards, and
+        `caption` elsewhere."""
+        captions = TEXT_COLUMNS if wanted.rpartition(".")[2] in TEXT_COLUMNS else ()
+        for name in (wanted, *captions):
             try:
                 return existing_column(self.rows.name, name, self.rows.columns, "")
             except ValueError:
@@ -232,7 +237,7 @@ class SplitRows(Rows):
         self.held_out = np.concatenate(held_out)
         self.note = _note(counts, of_split, named_by, called or {})
         self.layout = " and ".join(dict.fromkeys(part.rows.layout for part in parts))
-        self.facts = parts[0].rows.facts
+        self.facts = _facts(parts)
         stamps = [part.rows.stamp for part in self._parts]
         self.stamp = content_fingerprint([*stamps, self.held_out.tobytes().hex()])
 
@@ -267,6 +272,18 @@ class SplitRows(Rows):
         number = int(np.searchsorted(self._ends, row, side="right"))
         first = int(self._ends[number - 1]) if number else 0
         return self._parts[number], int(self._kept[number][row - first])
+
+
+def _facts(parts: Sequence[Part]) -> list[tuple[str, str]]:
+    """The details of all parts; those that are not of all alike name their part."""
+    own = [[(name, fact) for name, fact in part.rows.facts] for part in parts]
+    common = [one for one in own[0] if all(one in others for others in own)]
+    return common + [
+        (name, f"{part.prefix or part.rows.name}: {fact}")
+        for part, facts in zip(parts, own, strict=True)
+        for name, fact in facts
+        if (name, fact) not in common
+    ]
 
 
 def _note(
@@ -388,15 +405,18 @@ def copies_of_held_out(rows: Rows, digest: np.ndarray, tally: SkipCounter) -> np
     return copies
 
 
-def with_held_out_source(rows: Rows, second: Rows, config: DataConfig) -> SplitRows:
+def with_held_out_source(
+    rows: Rows, second: Rows, config: DataConfig, *, require_captions: bool
+) -> SplitRows:
     """The rows of a source with all of a second one as the held-out ones. What the first source
     itself names as validation or test is not trained on.
 
     Raises:
-        ValueError: one of the two lacks the column of the captions.
+        NoCaptions: one of the two has none, and they are required.
+        ValueError: one of the two lacks the column of captions that the settings name.
     """
     for own_rows in (rows, second):
-        CaptionReader(own_rows.name, own_rows.columns, config)
+        caption_reader(own_rows.name, own_rows.columns, config, required=require_captions)
     if rows.held_out is not None:
         own: list[SplitName] = ["test" if held_out else "train" for held_out in rows.held_out]
         first = Part(rows, own)

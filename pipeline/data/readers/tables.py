@@ -21,14 +21,19 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 MARKS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 """Delimiters that are recognized, and what to call them."""
 _ENDINGS = "|".join(re.escape(ending) for ending in EXTENSIONS)
-_LISTED = re.compile(
-    rf"""\s*(?P<quote>"?)(?P<name>[^,;|\t"]+?({_ENDINGS}))(\#\d+)?(?P=quote)\s*(?P<mark>[,;|\t]|$)""",
-    re.IGNORECASE,
-)
-"""A line that starts with the name of an image, with or without the number of its caption as in
-Flickr8k's `1.jpg#0`."""
 _SEPARATOR_LINE = re.compile(r"""sep=(.)\s*\n""")
 """Excel's first line, which names the delimiter."""
+
+
+def _image_first(line: str, delimiter: str | None) -> re.Match[str] | None:
+    """Matches a line that starts with the name of an image, with or without the number of its
+    caption as in Flickr8k's `1.jpg#0`."""
+    marks = re.escape("".join(MARKS) if delimiter is None else delimiter)
+    return re.match(
+        rf"""\s*(?P<quote>"?)(?P<name>[^{marks}"]+?({_ENDINGS}))(\#\d+)?(?P=quote)\s*(?P<mark>[{marks}]|$)""",
+        line,
+        re.IGNORECASE,
+    )
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
         ValueError: a row is corrupted, or the file holds no rows; names the line or what it holds.
     """
     text = text_of(path)
-    delimiter = "\t" if delimiter == r"\t" else delimiter
+    delimiter = delimiter and as_character(delimiter)
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
             return _table(_rows_of_jsonl(path, text), "rows in JSON, one per line")
@@ -70,6 +75,11 @@ def read_table(path: Path, delimiter: str | None = None) -> Table:
             return _table_of_list(path, text, delimiter)
         case _:
             return _table_of_csv(path, text, delimiter)
+
+
+def as_character(delimiter: str) -> str:
+    """The character that a delimiter in settings stands for."""
+    return "\t" if delimiter == r"\t" else delimiter
 
 
 def _table(rows: list[Record], kind: str, image_column: str | None = None) -> Table:
@@ -86,13 +96,14 @@ def _table_of_csv(path: Path, text: str, delimiter: str | None) -> Table:
         delimiter = delimiter or stated[1]
         text = text[stated.end() :]
     first = _first_line(text)
-    if delimiter is None and (found := _LISTED.match(first)) is not None and found["mark"]:
-        delimiter = found["mark"]
+    listed_first = _image_first(first, delimiter)
+    if delimiter is None and listed_first is not None and listed_first["mark"]:
+        delimiter = listed_first["mark"]
     delimiter = delimiter or _delimiter_of(path, first)
     rows = _cells(path, text, delimiter)
     header = [cell.strip("\ufeff \t") for cell in rows[0]] if rows else []
     called = f"columns separated by {MARKS.get(delimiter, repr(delimiter))}"
-    if _LISTED.match(first) is not None and not set(header) & set(IMAGE_COLUMNS):
+    if listed_first is not None and not set(header) & set(IMAGE_COLUMNS):
         header = ["image", "text"]
         called += ", without a header line"
     else:
@@ -160,7 +171,7 @@ def _delimiter_of(path: Path, header: str) -> str:
 def _table_of_list(path: Path, text: str, delimiter: str | None) -> Table:
     """Lines of `1.jpg,a cat`, `1.jpg#0<TAB>a cat` or `1.jpg|a cat`, or a table with a header."""
     first = _first_line(text)
-    found = _LISTED.match(first)
+    found = _image_first(first, delimiter)
     if found is not None:
         delimiter = delimiter or found["mark"] or ","
         header = ["image", "text"] if found["mark"] else ["image"]

@@ -27,7 +27,7 @@ from pipeline.data.readers.base import (
     is_text,
     listed,
 )
-from pipeline.data.readers.captions import lines_of
+from pipeline.data.readers.captions import CAPTION_FILES, LINES_READ, lines_of
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TooLarge, parse_json
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import check_links, refuse_pointers
@@ -109,6 +109,12 @@ def columns_of(members: Sequence[str], records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys([*texts, *(column for record in records for column in record)]))
 
 
+def facts_of(members: Sequence[str], lines: CaptionLines) -> list[tuple[str, str]]:
+    """Which members are texts whose lines are captions, for the user."""
+    texts = [member for member in members if ending(member) in _TEXTS]
+    return [(CAPTION_FILES, f"members {', '.join(texts)}; {LINES_READ[lines]}")] if texts else []
+
+
 class ShardRows(Rows):
     """Samples of local shards, in the shards' order.
 
@@ -160,6 +166,8 @@ class ShardRows(Rows):
             self._images[row] = members[used]
             for member, place in members.items():
                 if is_caption(member):
+                    if place[2] > MAX_TEXT_BYTES:
+                        self.tally.add(LONG_TEXT, f"{key}.{member}")
                     column = texts.setdefault(member, [])
                     column.extend([_ABSENT] * (row - len(column)))
                     column.append(place)
@@ -175,6 +183,7 @@ class ShardRows(Rows):
         self.columns = columns_of(list(texts), records)
         members_of = ", ".join(f"{member} {count:,}" for member, count in counts.most_common(8))
         self.layout = f"{len(shards)} webdataset shards, members {members_of}"
+        self.facts = facts_of(list(texts), caption_lines)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -200,12 +209,9 @@ class ShardRows(Rows):
         return record_of(texts, self._caption_lines)
 
     def _text(self, row: int, member: str) -> bytes:
-        """A member that is a text; empty, and counted, where it is too long."""
+        """A member that is a text; empty where it is too long."""
         place = self._texts[member][row]
-        if place[2] > MAX_TEXT_BYTES:
-            self.tally.add(LONG_TEXT, f"{self.label(row)}.{member}")
-            return b""
-        return self._read(place)
+        return b"" if place[2] > MAX_TEXT_BYTES else self._read(place)
 
     def _join(
         self, samples: list[tuple[str, dict[str, Place]]], apart: dict[str, dict[str, Place]]

@@ -39,6 +39,7 @@ from pipeline.data.readers.webdataset import (
     LEADS_OUT,
     LONG_TEXT,
     columns_of,
+    facts_of,
     images_of,
     is_caption,
     is_compressed,
@@ -84,14 +85,19 @@ class SampleStream(Protocol):
     columns: list[str]
     num_shards: int
     layout: str
-    hint: str
-    """Why there may be no captions, where it is known."""
+    facts: list[tuple[str, str]]
+    """As `Rows.facts`."""
     image: str
     """What is called the image, for messages."""
 
     def samples(self, shard: int) -> Iterator[RawSample]:
         """The samples of a shard. Raises whatever networks and readers do, and ValueError where a
         sample does not lie together."""
+        ...
+
+    def captions_apart(self) -> str:
+        """Where the captions of the first samples lie, and what to do, where they have them
+        elsewhere in their shard; or ''."""
         ...
 
 
@@ -101,8 +107,6 @@ class DatasetStream:
     Raises:
         ValueError: it does not say which columns it has, or lacks that of the images.
     """
-
-    hint = ""
 
     def __init__(self, name: str, data: Any, column: str | None) -> None:
         self._data = data.decode(False)
@@ -118,6 +122,7 @@ class DatasetStream:
         inner = [own for value in features.values() if isinstance(value, dict) for own in value]
         self.columns = [own for own in dict.fromkeys([*features, *inner]) if own != self.image]
         self.layout = f"a data set, images in the column {self.image}"
+        self.facts: list[tuple[str, str]] = []
         self._named = label_names(features)
 
     def samples(self, shard: int) -> Iterator[RawSample]:
@@ -127,6 +132,9 @@ class DatasetStream:
             image = record.pop(self.image)
             name = str(row.get("__key__") or f"shard {shard} row {number}")
             yield RawSample(name, image, record)
+
+    def captions_apart(self) -> str:
+        return ""
 
 
 class ShardStream:
@@ -180,8 +188,9 @@ class ShardStream:
         if not images_of(members, wanted):
             existing_column(name, wanted or "image", members, "data.image_column")
         self.columns = columns_of(members, [record_of(own, lines) for _, own in first])
-        self.hint = "" if any(map(is_caption, members)) else _apart(shards[start], first[0][0])
+        self._first = (start, {key for key, _ in first})
         self.layout = f"{len(shards)} webdataset shards, members {', '.join(members)}"
+        self.facts = facts_of(members, lines)
 
     def samples(self, shard: int) -> Iterator[RawSample]:
         known: dict[str, frozenset[str]] = {}
@@ -194,6 +203,14 @@ class ShardStream:
             images = images_of(members, self._wanted)
             content = members[images[0]] if images else None
             yield RawSample(key, content, record_of(members, self._lines))
+
+    def captions_apart(self) -> str:
+        start, keys = self._first
+        for path, _, _ in self._members(self._shards[start], SkipCounter()):
+            name = member_name(path)
+            if name is not None and name[0] in keys and is_caption(name[1]):
+                return _apart(self._shards[start], name[0])
+        return ""
 
     def _groups(self, shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(sample, member -> content) of what lies together."""

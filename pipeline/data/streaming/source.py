@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.config.data import DataConfig, data_settings, settings_beside_content
 from pipeline.data.codes.dataset import ShardPlan
 from pipeline.data.readers.base import (
+    NoCaptions,
     Record,
     Rows,
     SkipCounter,
@@ -28,7 +29,7 @@ from pipeline.data.readers.base import (
     is_held_out,
     reason_of,
 )
-from pipeline.data.readers.captions import CaptionReader
+from pipeline.data.readers.captions import UNCAPTIONED, CaptionReader, caption_reader
 from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
@@ -92,6 +93,7 @@ class StreamSource(Source):
         self.shard_names = opened.shard_names
         self.num_shards = opened.train.num_shards
         self.layout = opened.train.layout
+        self.facts = opened.train.facts
         self.note = opened.note
         if config.held_out_source is not None:
             self.note = (
@@ -281,12 +283,11 @@ class StreamSource(Source):
     def _caption_reader(self) -> CaptionReader | None:
         """None where no caption can be read and none is required."""
         try:
-            return CaptionReader(self.name, self._train.columns, self.config)
-        except ValueError as error:
-            if not self._require_captions:
-                return None
-            if self._train.hint:
-                raise ValueError(f"{error}; {self._train.hint}") from error
+            columns = self._train.columns
+            return caption_reader(self.name, columns, self.config, required=self._require_captions)
+        except NoCaptions as error:
+            if apart := self._train.captions_apart():
+                raise ValueError(f"{error}; {apart}") from error
             raise
 
     def _sample(self, raw: RawSample, held_out: bool) -> Sample | None:
@@ -339,8 +340,8 @@ class StreamSource(Source):
         if self._reader is None:
             return []
         found = self._reader.of([record])
-        if self._require_captions:
-            for reason in found.reasons:
+        for reason in found.reasons:
+            if self._require_captions or reason not in UNCAPTIONED:
                 self._leave_out(reason, name)
         return found.texts
 

@@ -168,7 +168,7 @@ def test_a_folder_without_captions_says_what_is_needed(tmp_path):
         (
             "metadata.csv",
             "file_name,text\na.png,\n",
-            "no usable image with a caption: 1 images without a caption",
+            "holds 1 images and no captions: 1 images without a caption left out: a.png; add",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from pipeline.doctor.caption_layout import wrapped_fraction
 from pipeline.doctor.diagnose import diagnose
 from pipeline.doctor.report import Diagnosis
 from pipeline.doctor.text_report import as_table
-from tests.helpers.data import config, encoded
+from tests.helpers.data import config, encoded, write_shard
 
 LONG = (
     "The image shows a small {} thing on a plain ground. It is without any writing, and the thing "
@@ -109,3 +109,16 @@ def test_doctor_notes_tag_lists_that_do_not_vary(tmp_path):
     folder(tmp_path, [f"1girl, {c} hair, outdoors, smile, day" for c in COLOURS])
     noted = "6 of 6 captions look like lists of tags; data.tags can shuffle them"
     assert any(noted in text for text in texts_of(diagnose(config(tmp_path)), "notes"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_doctor_warns_of_wrapped_captions_in_shards_of_splits(tmp_path, streaming):
+    for split in ("train", "val"):
+        samples = [
+            (f"{i}", {"png": encoded((i, 9, len(split))), "txt": "\n".join(wrapped(LONG)).encode()})
+            for i in range(6)
+        ]
+        write_shard(tmp_path / f"{split}-0.tar", samples)
+    found = diagnose(config(tmp_path, streaming=streaming))
+    assert any("set data.caption_lines=joined" in text for text in texts_of(found, "warns"))
+    assert not any(name == "caption column" for name, _ in found.sources[0].understood)

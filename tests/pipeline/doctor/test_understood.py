@@ -66,3 +66,52 @@ def test_held_out_images_of_a_second_source_are_counted(tmp_path, streaming):
     write_split(tmp_path / "mine", 100, 3)
     found = facts(tmp_path / "shards", held_out_source=str(tmp_path / "mine"), streaming=streaming)
     assert "(12 to train on, 3 held out)" in found["images"]
+
+
+def test_details_that_differ_name_their_part(tmp_path):
+    for split, ending in (("train", "txt"), ("test", "caption")):
+        for i in range(4):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / f"{i}.png").write_bytes(encoded((i, 9, len(split))))
+            (tmp_path / split / f"{i}.{ending}").write_text("a caption")
+    details = diagnose(config(tmp_path)).sources[0].understood
+    assert details[:2] == [
+        ("caption files", "test/: 4 .caption next to the images; each line is a caption"),
+        ("caption files", "train/: 4 .txt next to the images; each line is a caption"),
+    ]
+    (tmp_path / "shards").mkdir()
+    for shard in ("train-0", "test-0"):
+        samples = [(f"{i}", {"png": encoded((i, 9, len(shard))), "txt": b"x"}) for i in range(6)]
+        write_shard(tmp_path / "shards" / f"{shard}.tar", samples)
+    details = diagnose(config(tmp_path / "shards")).sources[0].understood
+    assert details[:1] == [("caption files", "members txt; each line is a caption")]
+
+
+def test_a_streams_second_source_is_looked_at_as_files_are(tmp_path):
+    """By its own columns, with those that cannot be read; copies in the stream are counted."""
+    samples = [(f"{i}", {"png": encoded((i, 0, 9)), "txt": b"x"}) for i in range(12)]
+    write_shard(tmp_path / "shards" / "0.tar", samples)
+    (tmp_path / "mine").mkdir()
+    for i in (11, 100, 101):
+        (tmp_path / "mine" / f"{i}.png").write_bytes(encoded((i, 0, 9)))
+    (tmp_path / "mine" / "bad.png").write_bytes(b"no image")
+    rows = "".join(f"{name}.png,a caption\n" for name in (11, 100, 101, "bad"))
+    (tmp_path / "mine" / "t.csv").write_text("path,caption\n" + rows)
+    held_out = str(tmp_path / "mine" / "t.csv")
+    options = {"streaming": True, "filter": {"max_corrupt_fraction": 0.5}}
+    found = diagnose(config(tmp_path / "shards", held_out_source=held_out, **options))
+    (source,) = found.sources
+    assert (source.train, source.held_out) == (11, 3)
+    assert [one.name for one in source.unreadable] == ["bad.png"]
+    assert source.splits.startswith(f"by data.held_out_source: held out are 4 of {held_out}")
+    assert ("table", f"{held_out}: t.csv, columns separated by comma") in source.understood
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_without_captions_are_looked_at_all_the_same(tmp_path, streaming):
+    samples = [(f"{i}", {"png": encoded((i, 0, 9))}) for i in range(12)]
+    write_shard(tmp_path / "0.tar", samples)
+    found = diagnose(config(tmp_path / "0.tar", streaming=streaming))
+    assert found.sources[0].usable == 12
+    fails = [finding.text for finding in found.findings if finding.level == "fails"]
+    assert "holds images and no column of captions" in fails[0]

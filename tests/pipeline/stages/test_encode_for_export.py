@@ -19,6 +19,8 @@ from pipeline.cli.main import main
 from pipeline.data.codes.dataset import CodesDataset
 from stage1_tokenizer import ImageTokenizer
 from tests.helpers.cli import fails
+from tests.helpers.data import encoded as small_image
+from tests.helpers.data import write_shard
 
 pytestmark = pytest.mark.slow
 
@@ -341,3 +343,26 @@ def test_encoding_without_captions_does_not_advise_training_a_prior(finished_run
     shutil.rmtree(tmp_path / "tiny" / "codes")
     assert main(["encode", *settings]) == 0, capsys.readouterr().err
     assert "next: minidalle train-prior" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["other columns", "empty cells", "shards", "streamed shards"])
+def test_sources_without_captions_are_encoded_whole(finished_run, tmp_path, capsys, layout):
+    shutil.copytree(finished_run[1] / "tokenizer", tmp_path / "tiny" / "tokenizer")
+    images = {f"{i:02}": small_image((9 * i, 80, 200), (40, 36)) for i in range(12)}
+    source = tmp_path / ("0.tar" if "shards" in layout else "t.csv")
+    if "shards" in layout:
+        write_shard(source, [(name, {"png": content}) for name, content in images.items()])
+    else:
+        for name, content in images.items():
+            (tmp_path / f"{name}.png").write_bytes(content)
+        column, cell = ("width", "40") if layout == "other columns" else ("text", "")
+        rows = "".join(f"{name}.png,{cell}\n" for name in images)
+        source.write_text(f"image,{column}\n{rows}")
+    data = ["--data.source", str(source), "--data.val_fraction=0.3"]
+    data += ["--data.streaming=true"] if "streamed" in layout else []
+    command = ["encode", "--config", str(finished_run[0]), "--output_dir", str(tmp_path), *data]
+    assert main(command) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no prior can be trained on these codes: " in said.out + said.err
+    rows = json.loads((tmp_path / "tiny" / "codes" / "codes.json").read_text())["rows"]
+    assert rows["train"] + rows["held_out"] == 12 and rows["held_out"]

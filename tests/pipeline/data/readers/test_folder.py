@@ -123,3 +123,37 @@ def test_the_json_file_next_to_an_image_has_its_caption(tmp_path):
     found = [record["text"] for (record,) in rows.records(["text"])]
     assert found == [["first"], ["b"], ["c", "d"]]
     assert rows.tally.count(NO_CAPTION) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "count"),
+    [
+        ({"text_column": "title"}, "title {}", 3),
+        ({"caption_template": "{colour} {folder}: {title}"}, "red own: title {}", 3),
+        ({"caption_template": "{folder} {name}"}, "own {}", 4),
+    ],
+)
+def test_a_list_of_captions_in_a_folder_has_columns(tmp_path, options, expected, count):
+    """Those that the settings name, and those of the path; paths alone need no list."""
+    (tmp_path / "own").mkdir()
+    rows = []
+    for i in range(4):
+        (tmp_path / "own" / f"{i}.png").write_bytes(encoded((i, 0, 0)))
+        rows += [f"own/{i}.png,title {i},red\n"] if i < 3 else []
+    (tmp_path / "captions.csv").write_text("image,title,colour\n" + "".join(rows))
+    sources = load_sources(config(tmp_path, **options))
+    found = sorted(c for one in sources for c in one.captions(range(len(one))))
+    assert found == [expected.format(i) for i in range(count)]
+    left_out = [f"1 {NO_CAPTION}: own/3.png"] if count == 3 else []
+    assert sources[0].problems == left_out
+
+
+def test_columns_that_a_list_of_captions_lacks_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "captions.csv").write_text("image,title\na.png,x\n")
+    message = "no column 'titel'; it has folder, name, title; did you mean 'title'?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_source(config(tmp_path, text_column="titel"), "train")
+    message = "no column 'img'; it has image, title"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_source(config(tmp_path, image_column="img"), "train")

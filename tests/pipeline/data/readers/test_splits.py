@@ -412,3 +412,60 @@ def test_streams_leave_out_copies_of_a_held_out_source(tmp_path):
     second = parquet(tmp_path / "second" / "b.parquet", image=images[:4], text=texts[:4])
     own = DataConfig(source=str(source), held_out_source=str(second), image_size=16, streaming=True)
     assert sorted(one.captions[0] for one in streamed(own)) == sorted(texts[4:])
+
+
+def test_captions_of_a_second_source_may_be_in_another_column(tmp_path):
+    for name, column, first in (("all", "text", 0), ("mine", "caption", 100)):
+        files = write_images(tmp_path / name, first, 4, captioned=False)
+        rows = [f"{file},number {Path(file).stem}\n" for file in files]
+        (tmp_path / name / "t.csv").write_text(f"image,{column}\n" + "".join(rows))
+    held_out = str(tmp_path / "mine" / "t.csv")
+    found = splits(tmp_path / "all" / "t.csv", held_out_source=held_out)
+    assert found == (numbers(0, 4), numbers(100, 4))
+
+
+def test_images_that_no_row_names_are_in_no_split(tmp_path):
+    """The split is the same, whether captions are required or not."""
+    files = write_images(tmp_path, 0, 12, captioned=False)
+    rows = [
+        {"file_name": name, "text": name, "split": "test" if i % 5 == 0 else "train"}
+        for i, name in enumerate(files[:10])
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for column in ("auto", "split"):
+        for required in (True, False):
+            wanted = config(tmp_path, split_column=column)
+            train, held_out = load_sources(wanted, require_captions=required)
+            assert (len(train), len(held_out)) == (8, 2)
+    assert train.problems[-1].endswith("left out of both are 2 of no split")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_folders_of_splits_may_link_to_files_of_the_source_alone(tmp_path, listed):
+    source = tmp_path / "source"
+    write_images(source / "images", 0, 12, captioned=False)
+    write_images(tmp_path / "elsewhere", 50, 1, captioned=False)
+    for split, rows in (("train", range(9)), ("test", range(9, 12))):
+        (source / split).mkdir()
+        for i in rows:
+            (source / split / f"{i}.png").symlink_to(f"../images/{i}.png")
+            if not listed:
+                (source / split / f"{i}.txt").write_text(f"number {i}")
+        if listed:
+            write_list(source / split / "metadata.jsonl", [f"{i}.png" for i in rows])
+    (source / "train" / "50.png").symlink_to("../../elsewhere/50.png")
+    assert splits(source) == (numbers(0, 9), numbers(9, 3))
+    problems = load_sources(config(source))[0].problems
+    assert "1 links to files outside of the folder left out" in problems[0]
+    assert problems[0].endswith(": train/50.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_errors_of_a_second_source_name_its_setting(tmp_path, streaming):
+    write_shard(tmp_path / "0.tar", [(f"{i}", {"png": encoded(), "txt": b"x"}) for i in range(9)])
+    missing = {"held_out_source": str(tmp_path / "nope"), "streaming": streaming}
+    with pytest.raises(FileNotFoundError, match=r"^data\.held_out_source: there is no .*nope"):
+        load_sources(config(tmp_path / "0.tar", **missing))
+    remote = {"held_out_source": "https://host/0.tar"}
+    with pytest.raises(ValueError, match=r"^data\.held_out_source https.*or download it"):
+        load_sources(config(tmp_path / "0.tar", **remote))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.load import load_sources
+from pipeline.data.readers import webdataset
+from pipeline.data.readers.base import NoCaptions
 from pipeline.data.readers.webdataset import ShardRows, images_of, member_name
 from tests.helpers.data import config, encoded, write_shard
 
@@ -158,3 +160,20 @@ def test_further_images_of_a_sample_are_counted(tmp_path):
     rows = ShardRows("x", [str(tmp_path / "0.tar")], None)
     expected = "1 further images of a sample left out (a sample's name ends at its first dot)"
     assert len(rows) == 1 and re.escape(rows.tally.lines()[0]).startswith(re.escape(expected))
+
+
+def test_a_text_that_is_too_long_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "MAX_TEXT_BYTES", 9)
+    write_members(tmp_path / "0.tar", [*IMAGES[:2], ("000.txt", b"x" * 10), ("001.txt", b"x")])
+    rows = ShardRows("x", [str(tmp_path / "0.tar")], None)
+    for _ in range(2):
+        assert [record for (record,) in rows.records(["txt"])] == [{"txt": []}, {"txt": [b"x"]}]
+    assert rows.tally.counts() == {webdataset.LONG_TEXT: 1}
+
+
+def test_streamed_shards_whose_first_samples_alone_lack_captions_do_not_lie_apart(tmp_path):
+    later = [(f"{i}.{end}", IMAGES[0][1]) for i in range(200, 203) for end in ("jpg", "txt")]
+    images = [(f"{i:03d}.jpg", IMAGES[0][1]) for i in range(25)]
+    write_members(tmp_path / "0.tar", images + later)
+    with pytest.raises(NoCaptions, match="holds images and no column of captions"):
+        load_sources(config(tmp_path, streaming=True))
