@@ -1,5 +1,5 @@
-"""Hostile and damaged inputs by the seed: bundles, model folders, tables, tars, images, prompts, compressed images
-and configurations, given to the functions that the commands call.
+"""Hostile and damaged inputs by the seed: bundles, model folders, tables, tars, images, prompts,
+compressed images and configurations, given to the functions that the commands call.
 
 An input is right where it works, or is refused by an error that a command shows as one message.
 Findings are: another error, more than 10 s of processor time, a process that ends, more than

@@ -106,9 +106,7 @@ def _change(chance: Random) -> tuple[str, Callable[[Path], object]]:
         case _:
             place = chance.randrange(10**9)
             value = chance.choice(VALUES)
-            return f"{place} = {str(value)[:20]}", partial(
-                replace_value, place=place, value=value
-            )
+            return f"{place} = {str(value)[:20]}", partial(replace_value, place=place, value=value)
 
 
 def _use_text(folder: Path) -> Sequence[str]:
@@ -148,7 +146,8 @@ def _use_init_from(folder: Path) -> Sequence[str]:
     )
 
     given = {"init_from": str(folder)}
-    values = {"tokenizer": {**given, "frozen": True}, "prior": given}
+    values = {"name": "tuned", "data": {"source": "images"}, "prior": given}
+    values["tokenizer"] = {**given, "frozen": True}
     experiment = load_values(values, [])
     check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
     parent_bundle(experiment)

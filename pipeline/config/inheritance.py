@@ -69,7 +69,10 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(FileNotFoundError):
             folder = stage_folder(given, "prior")
             prior, stream = saved_prior_config(folder)
-            found |= {"prior": {"model": to_dict(prior)}, "text": {"max_length": stream.text_length}}
+            found |= {
+                "prior": {"model": to_dict(prior)},
+                "text": {"max_length": stream.text_length},
+            }
             # What was trained on random orders can edit, and would forget it.
             if read_json(folder / _CONFIG).get("trained_order") == "random":
                 found["prior"]["train"] = {"code_order": "random"}

@@ -66,14 +66,17 @@ class CLIPScorer:
             # Without a word on it, transformers asks on the terminal whether to run such code.
             model = AutoModel.from_pretrained(folder, trust_remote_code=False)
             if not hasattr(model, "get_image_features"):
-                raise ValueError(f"it is a {type(model).__name__}, which compares no images with text")
+                raise ValueError(
+                    f"it is a {type(model).__name__}, which compares no images with text"
+                )
             self.model = model.eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # The plain backend: the other needs torchvision.
             self.processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False
             )
-            self([Image.new("RGB", (32, 32))], ["a \u2603Z"])  # what else is wrong shows now
+            # What else is wrong shows now; two lengths, since the shorter one is padded.
+            self([Image.new("RGB", (32, 32))] * 2, ["a", "a \u2603Z"])
         except UnsafeFile:
             raise
         except Exception as error:  # transformers raises all kinds for damaged files

@@ -13,18 +13,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from pipeline.config.data import as_setting
-from pipeline.config.experiment import (
-    Experiment,
-    PriorSection,
-    TokenizerSection,
-    flat,
-    to_dict,
-)
+from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, flat, to_dict
 from pipeline.config.inheritance import (
     Stage,
     saved_prior_config,
