@@ -256,7 +256,7 @@ def check_plan(made: Mapping[str, Any], path: Path) -> None:
         check_types(made, _PLAN_TYPES | (_FILE_TYPES if path.name == MANIFEST else {}))
         for split, parts in made["parts"].items():
             if not all({"first", "rows"} <= part.keys() or "shards" in part for part in parts):
-                raise ValueError(f"parts.{split} lack their rows")
+                raise ValueError(f"parts.{split} lack rows: {parts!a:.80}")
             count = sum(
                 part["shards"]
                 if "shards" in part
@@ -264,7 +264,9 @@ def check_plan(made: Mapping[str, Any], path: Path) -> None:
                 for part in parts
             )
             if path.name == MANIFEST and count != len(made["files"][split]):
-                raise ValueError(f"files.{split} are not the {count} of its parts")
+                raise ValueError(
+                    f"files.{split} are {len(made['files'][split])} in place of {count}"
+                )
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise ValueError(
             f"{path} is truncated or corrupted ({error}); move {path.parent} away and run "
