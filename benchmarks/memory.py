@@ -85,13 +85,13 @@ def write(folder: Path, rows: int, each: int) -> None:
         "format": FORMAT,
         "tokenizer": "none",
         "levels": levels,
-        "sources": {},
+        "sources": {"train": "none", "held_out": "none"},
         "augmentations_per_image": 1,
         "bf16": False,
         "images_per_shard": each,
         "parts": {"train": [{"first": 0, "rows": rows}], "held_out": [{"first": 0, "rows": 1000}]},
         "weights": [1.0],
-        "settings": {},
+        "settings": {"data": {}},
     }
     folder.mkdir(parents=True)
     files = planned_files(plan)

@@ -44,6 +44,8 @@ class StoredTensor:
 
 MAX_JSON_BYTES = 2**23
 """Of a JSON file; a vocabulary of text has a limit of its own."""
+_MAX_LIBRARY_BYTES = 2**26
+"""Of a text that a library reads, vocabularies with it."""
 _MAX_JSON_VALUES = 2_500_000
 """Commas and brackets of a JSON file: each value takes up to 100 bytes of memory."""
 _MAX_JSON_DEPTH = 50
@@ -55,6 +57,8 @@ _MAX_ITEMS = 1024
 """Of a list in a configuration."""
 _MAX_NUMBER = 2**31 - 1
 _MAX_FLOAT = 1e30
+_TEXTS = (".json", ".txt", ".jinja", ".model")
+"""Endings of files beside the weights that a library reads."""
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that are code, or can run code when they are loaded."""
 
@@ -136,6 +140,26 @@ def check_folder(folder: Path) -> None:
             )
 
 
+def check_library_folder(folder: Path) -> None:
+    """Checks the texts that a library may read of a model's folder: regular files alone, sizes, and
+    the depth of JSON. Not what they hold, which the library checks.
+
+    Raises:
+        OSError: it is no folder, or a file cannot be read.
+        UnsafeFile: what `check_file` refuses; JSON is nested too deeply.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _TEXTS:
+            check_file(path, _MAX_LIBRARY_BYTES)
+        if path.suffix == ".json":
+            try:
+                _read_json(path, _MAX_LIBRARY_BYTES)
+            except UnsafeFile:
+                raise
+            except ValueError:
+                continue  # truncated; the library says so where it needs the file
+
+
 def read_json_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """One JSON object.
 
@@ -144,17 +168,7 @@ def read_json_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
         UnsafeFile: what `check_file` refuses; it is nested too deeply, or asks for code to be run.
         ValueError: it is truncated, or holds something else.
     """
-    check_file(path, most)
-    text = path.read_text(encoding="utf-8")
-    if sum(map(text.count, ",[{")) > _MAX_JSON_VALUES:
-        raise UnsafeFile(f"{path} has more than {_MAX_JSON_VALUES:,} values; copy it again")
-    try:
-        content = json.loads(text)
-        too_deep = _depth_exceeds(content, _MAX_JSON_DEPTH)
-    except RecursionError:
-        too_deep = True
-    if too_deep:
-        raise UnsafeFile(f"{path} is nested more than {_MAX_JSON_DEPTH} deep; copy it again")
+    content = _read_json(path, most)
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     if "auto_map" in content:
@@ -162,6 +176,21 @@ def read_json_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
             f"{path} has the entry 'auto_map', which asks to run code, and no such code is run; "
             "take that entry out of the file"
         )
+    return content
+
+
+def _read_json(path: Path, most: int) -> object:
+    check_file(path, most)
+    text = path.read_text(encoding="utf-8")
+    if sum(map(text.count, ",[{")) > _MAX_JSON_VALUES:
+        raise UnsafeFile(f"{path} has more than {_MAX_JSON_VALUES:,} values; copy it again")
+    try:
+        content: object = json.loads(text)
+        too_deep = _depth_exceeds(content, _MAX_JSON_DEPTH)
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise UnsafeFile(f"{path} is nested more than {_MAX_JSON_DEPTH} deep; copy it again")
     return content
 
 

@@ -10,7 +10,8 @@ weights of channels, for any backbone that transformers loads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.file_checks import read_json_object
+from stage1_tokenizer.file_checks import (
+    UnsafeFile,
+    check_library_folder,
+    check_weights,
+    convert,
+    read_json_object,
+)
 from stage1_tokenizer.hub import model_folder
 from stage1_tokenizer.metrics import multi_scale_distance
 from stage1_tokenizer.options import PerceptualOptions
@@ -27,6 +34,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 _TEXTS = ("*.json", "*.txt")
+_MAX_LAYERS = 1000
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -36,14 +44,52 @@ def checked_folder(name: str) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: its config.json is not safe to read.
+        OSError: a file cannot be read, or it is no folder.
+        ValueError: a file is not safe to read.
     """
     folder = model_folder(name, [*_TEXTS, _WEIGHTS[0]])
     if not any(folder.glob("*.safetensors")) and not Path(name).expanduser().exists():
         folder = model_folder(name, [*_TEXTS, _WEIGHTS[1]])
+    check_library_folder(folder)
+    for pattern in _WEIGHTS:
+        for path in folder.glob(pattern):
+            check_weights(path)
     if (folder / "config.json").exists():
-        read_json_object(folder / "config.json")
+        _check_layers(read_json_object(folder / "config.json"))
     return folder
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration asks for more layers than any published model has,
+    which would take long to build."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(value)
+        if re.search("layer|depth|block", key):
+            counts = value if isinstance(value, list) else [value]
+            if any(isinstance(count, int) and count > _MAX_LAYERS for count in counts):
+                raise ValueError(f"{key} in its config.json is above {_MAX_LAYERS}")
+
+
+def _pixel_statistics(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,1,1) by which a model's images are normalised.
+
+    Raises:
+        ValueError: they are no three numbers each.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    except OSError:
+        known = {}
+    mean, deviation = (
+        convert(known.get(name) or default, tuple[float, float, float], name)
+        for name, default in zip(("image_mean", "image_std"), _IMAGENET, strict=True)
+    )
+    if min(deviation) <= 0:
+        raise ValueError(f"image_std is {list(deviation)}; each must be above 0")
+    return torch.tensor(mean)[:, None, None], torch.tensor(deviation)[:, None, None]
 
 
 class Distance(Protocol):
@@ -73,12 +119,14 @@ class BackboneDistance(nn.Module):
     def __init__(self, name: str, layers: tuple[int, ...]) -> None:
         super().__init__()
         from transformers import AutoModel
-        from transformers.image_processing_base import ImageProcessingMixin
 
         try:
             folder = checked_folder(name)
             model = AutoModel.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            mean, deviation = _pixel_statistics(folder)
+        except UnsafeFile:
+            raise
+        except Exception as error:  # transformers raises all kinds for damaged files
             first = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"tokenizer.objective.perceptual.distance is {name!r}, which is not ms_ssim and "
@@ -86,24 +134,16 @@ class BackboneDistance(nn.Module):
                 "vision "
                 "model, or a Hub name with network access"
             ) from error
-        try:
-            known: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-        except OSError:
-            known = {}
         self.backbone = getattr(model, "vision_model", model).eval().requires_grad_(False)
         self.layers = layers
         size = getattr(self.backbone.config, "image_size", None)
         self.size = (size, size) if isinstance(size, int) else tuple(size) if size else None
         """Height and width that the backbone was made for; None where it takes any."""
-        for part, default, given in zip(
-            ("mean", "deviation"), _IMAGENET, ("image_mean", "image_std"), strict=True
-        ):
-            self.register_buffer(
-                part, torch.tensor(known.get(given) or default)[:, None, None], persistent=False
-            )
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
         try:
             states = len(self._states(torch.zeros(1, 3, 64, 64)))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # of any architecture
             first = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"tokenizer.objective.perceptual.distance is {name!r}, a "

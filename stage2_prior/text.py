@@ -31,7 +31,9 @@ from stage2_prior.hub import model_folder
 from stage2_prior.text_checks import (
     CONFIG_FILE,
     TOKENIZER_FILE,
+    UnsupportedTokenizer,
     build_tokenizer,
+    check_encodes,
     check_pretrained,
     load_tokenizer,
 )
@@ -154,13 +156,14 @@ class TextTokenizer:
             )
             # What a bundle could not hold is refused now, not after the training.
             build_tokenizer(json.loads(fast.backend_tokenizer.to_str()), name)
+            check_encodes(fast, name)
             return cls(fast, length)
         except UnsafeFile:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises all kinds for damaged files
+            first = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer "
-                f"({str(error).splitlines()[0]}); "
+                f"text.pretrained {name!r} cannot be loaded as a transformers tokenizer ({first}); "
                 "give a folder that holds tokenizer.json, or a Hub name with network access"
             ) from error
 
@@ -368,6 +371,11 @@ class TextTokenizer:
                 raise ValueError("its files were changed or damaged since they were saved")
         except UnsafeFile:
             raise
+        except UnsupportedTokenizer as error:  # which an earlier version accepted
+            raise ValueError(
+                f"{error}: train a new prior with tokenizer.init_from={folder.parent} and "
+                "tokenizer.frozen=true, or go on with the version that wrote it"
+            ) from error
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from stage2_prior.file_checks import check_file, read_json_object
+from stage2_prior.file_checks import check_library_folder, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -65,6 +65,10 @@ _PLAIN = {
 """A template that adds nothing."""
 
 
+class UnsupportedTokenizer(ValueError):
+    """A tokenizer of a kind that is not accepted."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers saved in a folder, by one fixed class: no code of the folder
     is looked for.
@@ -91,20 +95,39 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     cleans = config.get("clean_up_tokenization_spaces")
     if isinstance(cleans, bool):
         roles["clean_up_tokenization_spaces"] = cleans
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    check_encodes(fast, path)
+    return fast
+
+
+def check_encodes(fast: PreTrainedTokenizerFast, where: str | Path) -> None:
+    """Encodes a text with rare letters, which shows what is left to be wrong.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        UnsupportedTokenizer: it cannot be encoded.
+    """
+    try:
+        fast(["a \u2603Z"], add_special_tokens=False, split_special_tokens=True)
+    except Exception as error:  # the library has no narrower class
+        raise UnsupportedTokenizer(
+            f"{where} cannot encode every text ({' '.join(str(error).split())[:200]}); use another "
+            "tokenizer"
+        ) from error
 
 
 def check_pretrained(folder: Path) -> None:
     """Checks the JSON of a folder that transformers is to load a tokenizer from.
 
     Raises:
+        OSError: it is no folder, or a file cannot be read.
         ValueError: a file is not safe to read, or holds no tokenizer that is accepted.
     """
-    if folder.is_dir():
-        for path in folder.glob("*.json"):
-            check_file(path, MAX_TOKENIZER_BYTES)
-        if (path := folder / TOKENIZER_FILE).exists():
-            build_tokenizer(read_json_object(path, MAX_TOKENIZER_BYTES), path)
+    check_library_folder(folder)
+    if (path := folder / TOKENIZER_FILE).exists():
+        build_tokenizer(read_json_object(path, MAX_TOKENIZER_BYTES), path)
 
 
 def build_tokenizer(values: Mapping[str, Any], where: str | Path) -> Tokenizer:
@@ -115,10 +138,10 @@ def build_tokenizer(values: Mapping[str, Any], where: str | Path) -> Tokenizer:
         where: the file, for messages.
 
     Raises:
-        ValueError: a part is of a kind that is not accepted, or out of bounds.
+        UnsupportedTokenizer: a part is of a kind that is not accepted, or out of bounds.
     """
     if problem := next(_problems(values), None):
-        raise ValueError(
+        raise UnsupportedTokenizer(
             f"{where} is no text tokenizer that is accepted: {problem}; use another tokenizer"
         )
     after = values.get("post_processor")
@@ -130,12 +153,12 @@ def build_tokenizer(values: Mapping[str, Any], where: str | Path) -> Tokenizer:
     try:
         tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(used))
     except Exception as error:  # the library has no narrower class
-        raise ValueError(
+        raise UnsupportedTokenizer(
             f"{where} is no text tokenizer ({str(error)[:200]}); use another tokenizer"
         ) from error
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if set(ids) != set(range(len(ids))):
-        raise ValueError(
+        raise UnsupportedTokenizer(
             f"{where} has ids that are not 0 to {len(ids) - 1}, each of one token; use another "
             "tokenizer"
         )

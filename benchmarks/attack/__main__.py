@@ -1,5 +1,5 @@
-"""Hostile and damaged inputs by the seed: bundles, tables, tars, images, prompts, compressed images
-and configurations, given to the functions that the commands call.
+"""Hostile and damaged inputs by the seed: bundles, model folders, tables, tars, images, prompts,
+compressed images and configurations, given to the functions that the commands call.
 
 An input is right where it works, or is refused by an error that a command shows as one message.
 Findings are: another error, more than 10 s of processor time, a process that ends, more than
@@ -23,7 +23,8 @@ from pathlib import Path
 from benchmarks.attack.trial import Make, results
 
 SHARES = {
-    "bundles": 0.12,
+    "bundles": 0.08,
+    "folders": 0.04,
     "tables": 0.28,
     "tars": 0.2,
     "images": 0.24,
@@ -43,7 +44,7 @@ def kinds(folder: Path) -> dict[str, Make]:
     import datasets
     import transformers
 
-    from benchmarks.attack import bundles, configurations, images, prompts, tables, tars
+    from benchmarks.attack import bundles, configurations, folders, images, prompts, tables, tars
     from tests.helpers.pipelines import tiny_pipeline
 
     assert datasets and transformers
@@ -51,10 +52,13 @@ def kinds(folder: Path) -> dict[str, Make]:
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     bundle = folder / "bundle"
     tiny_pipeline(any_order=True).save_pretrained(bundle)
+    folders.write_text(folder / "text")
+    folders.write_clip(folder / "clip")
     coder = folder / "coder"
     tiny_pipeline(likelihood="discretized_logistic").save_pretrained(coder)
     return {
         "bundles": partial(bundles.make, bundle),
+        "folders": partial(folders.make, folder),
         "tables": tables.make,
         "tars": tars.make,
         "images": images.make,

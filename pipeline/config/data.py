@@ -480,14 +480,14 @@ def settings_beside_content(settings: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in settings.items() if name not in KNOWN_BY_CONTENT}
     own["mix"] = [
         {name: value for name, value in part.items() if name not in KNOWN_BY_CONTENT}
-        for part in settings.get("mix", [])
+        for part in settings.get("mix") or []
     ]
     return own
 
 
 def settings_by_place(settings: dict[str, Any]) -> dict[str, Any]:
     """`data_settings` in which every spelling of a path that exists is the same."""
-    own = {**settings, "mix": [settings_by_place(part) for part in settings.get("mix", [])]}
+    own = {**settings, "mix": [settings_by_place(part) for part in settings.get("mix") or []]}
     for name in ("source", "held_out_source"):
         if own.get(name) and Path(own[name]).expanduser().exists():
             own[name] = str(Path(own[name]).expanduser().resolve())

@@ -4,12 +4,19 @@ and their JSON; loads no weights."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.experiment import to_dict
 from pipeline.config.json_file import read_json
+from stage1_tokenizer import TokenizerConfig
+from stage1_tokenizer.file_checks import build_config
+from stage2_prior import PriorConfig, StreamConfig
 
 Stage = Literal["tokenizer", "prior"]
+_CONFIG = "config.json"
+_REMEDY = "copy it again"
 
 
 def stage_folder(given: str | Path, stage: Stage) -> Path:
@@ -20,14 +27,14 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
         ValueError: it is the other stage's folder, or has a prior of Gaussian latents.
     """
     folder = Path(given)
-    if not (folder / "config.json").is_file():
+    if not (folder / _CONFIG).is_file():
         folder = folder / stage
-    if not (folder / "config.json").is_file():
+    if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(
             f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the "
             f"folder of a run or of a {stage}"
         )
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    kind = str(read_json(folder / _CONFIG).get("model_type"))
     if stage == "prior" and kind == "mini_dalle_latent_prior":
         raise ValueError(
             f"prior.init_from is {given}, whose prior is one of Gaussian latents; such a prior "
@@ -43,48 +50,52 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
 
 def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that the weights of `init_from` have to fit. A configuration has them, unless it
-    gives others.
+    gives others. Where there are no weights, there are none: the stages refuse that when they
+    start, but the settings of a finished run can still be read.
 
     Args:
         values: an experiment as plain values.
+
+    Raises:
+        ValueError: a config.json is damaged, or of another version.
     """
     found: dict[str, Any] = {}
     if given := values["tokenizer"]["init_from"]:
-        model = dict(_config(given, "tokenizer").get("model") or {})
-        size = model.pop("image_size", None)  # the tokenizer's follows the data's
-        found |= {"tokenizer": {"model": model}} | ({"data": {"image_size": size}} if size else {})
+        with suppress(FileNotFoundError):
+            model = to_dict(saved_tokenizer_config(stage_folder(given, "tokenizer")))
+            size = model.pop("image_size")  # the tokenizer's follows the data's
+            found |= {"tokenizer": {"model": model}, "data": {"image_size": size}}
     if given := values["prior"]["init_from"]:
-        config = _config(given, "prior")
-        stream = config.get("stream") or {}
-        # What was trained on random orders can edit, and would forget it.
-        order = (
-            {"train": {"code_order": "random"}} if config.get("trained_order") == "random" else {}
-        )
-        found |= {"prior": {"model": config.get("model") or {}} | order}
-        found |= {"text": {"max_length": stream["text_length"]}} if "text_length" in stream else {}
+        with suppress(FileNotFoundError):
+            folder = stage_folder(given, "prior")
+            prior, stream = saved_prior_config(folder)
+            found |= {
+                "prior": {"model": to_dict(prior)},
+                "text": {"max_length": stream.text_length},
+            }
+            # What was trained on random orders can edit, and would forget it.
+            if read_json(folder / _CONFIG).get("trained_order") == "random":
+                found["prior"]["train"] = {"code_order": "random"}
     return found
 
 
-def _config(given: str, stage: Stage) -> dict[str, Any]:
-    """A stage's config.json; empty where there is none. The stages refuse that when they start, but
-    the settings of a finished run can still be read."""
-    try:
-        return read_model_config(stage_folder(given, stage))
-    except FileNotFoundError:
-        return {}
-
-
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """What config.json of a stage holds: `model`, and of a prior `stream`, as JSON objects.
+def saved_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """The configuration of the tokenizer in a folder, as loading it reads it.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no stage's.
+        ValueError: it is no tokenizer's, or has a value of another type or out of its range.
     """
-    path = folder / "config.json"
-    config = read_json(path, "copy it again", "model")
-    stream = config.get("stream") or {}
-    length = stream.get("text_length", 0) if isinstance(stream, dict) else None
-    if not isinstance(config["model"], dict) or type(length) is not int:
-        raise ValueError(f"{path} is not the configuration of a stage; copy it again")
-    return config
+    path = folder / _CONFIG
+    return build_config(TokenizerConfig, read_json(path, _REMEDY, "model")["model"], path)
+
+
+def saved_prior_config(folder: Path) -> tuple[PriorConfig, StreamConfig]:
+    """The configuration and the stream of the prior in a folder. Raises as
+    `saved_tokenizer_config`."""
+    path = folder / _CONFIG
+    saved = read_json(path, _REMEDY, "model", "stream")
+    return (
+        build_config(PriorConfig, saved["model"], path),
+        build_config(StreamConfig, saved["stream"], path),
+    )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stage1_tokenizer.file_checks import UnsafeFile
 from stage1_tokenizer.perceptual import checked_folder
 
 PMI_WEIGHT = 0.6
@@ -64,23 +65,27 @@ class CLIPScorer:
             folder = checked_folder(name)
             # Without a word on it, transformers asks on the terminal whether to run such code.
             model = AutoModel.from_pretrained(folder, trust_remote_code=False)
+            if not hasattr(model, "get_image_features"):
+                raise ValueError(
+                    f"it is a {type(model).__name__}, which compares no images with text"
+                )
+            self.model = model.eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # The plain backend: the other needs torchvision.
             self.processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+            # What else is wrong shows now; two lengths, since the shorter one is padded.
+            self([Image.new("RGB", (32, 32))] * 2, ["a", "a \u2603Z"])
+        except UnsafeFile:
+            raise
+        except Exception as error:  # transformers raises all kinds for damaged files
+            first = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"the scorer {name!r} cannot be loaded as a CLIP model "
-                f"({str(error).splitlines()[0]}); give a folder that holds one with "
-                "its processor, or a Hub name with network access"
+                f"the scorer {name!r} cannot be loaded as a CLIP model ({first}); give a folder "
+                "that holds one with its processor, or a Hub name with network access"
             ) from error
-        if not hasattr(model, "get_image_features"):
-            raise ValueError(
-                f"the scorer {name!r} is {type(model).__name__}, which does not compare images "
-                "with text; give a CLIP model"
-            )
-        self.model = model.to(device).eval()
+        self.model.to(device)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -352,12 +352,9 @@ def _load_progress(
     if (folder / codes.PLAN).is_file():
         remedy = f"move {folder} away and run `minidalle encode` again"
         begun = read_json(folder / codes.PLAN, remedy)
-        try:
-            codes.check_format(begun["format"], folder)
-            plan["sources"] = _as_recorded(begun, plan, earlier)
-            _refuse_other(begun, plan, f"{folder} holds unfinished codes")
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / codes.PLAN} is corrupted ({error}); {remedy}") from error
+        codes.check_plan(begun, folder / codes.PLAN)
+        plan["sources"] = _as_recorded(begun, plan, earlier)
+        _refuse_other(begun, plan, f"{folder} holds unfinished codes")
         names = (name for units in codes.planned_files(plan).values() for name in units)
         return plan, {
             name: shard for name in names if (shard := codes.recorded_shard(folder, name))

@@ -13,28 +13,24 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.config.data import as_setting, canonical_size
-from pipeline.config.experiment import (
-    Experiment,
-    PriorSection,
-    TokenizerSection,
-    flat,
-    to_dict,
-    with_defaults,
+from pipeline.config.data import as_setting
+from pipeline.config.experiment import Experiment, PriorSection, TokenizerSection, flat, to_dict
+from pipeline.config.inheritance import (
+    Stage,
+    saved_prior_config,
+    saved_tokenizer_config,
+    stage_folder,
 )
-from pipeline.config.inheritance import Stage, read_model_config, stage_folder
 from pipeline.config.json_file import read_json
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
-from stage1_tokenizer.config import ImageSize
-from stage2_prior import ImagePrior, PriorConfig, TextConfig, TextTokenizer
+from stage2_prior import ImagePrior, PriorConfig, StreamConfig, TextConfig, TextTokenizer
 
 _ADAPTED = ("query_key_value", "output", "gate_up", "down")
 """The matrices of a block."""
@@ -183,8 +179,8 @@ def parent_bundle(experiment: Experiment) -> Path | None:
         folder = Path(given)
         for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
             if (place / "pipeline.json").is_file():
-                same_size = _trained_at(place / "tokenizer") == experiment.data.image_size
-                return place if same_size else None
+                trained_at = saved_tokenizer_config(place / "tokenizer").image_size
+                return place if trained_at == experiment.data.image_size else None
     return None
 
 
@@ -236,38 +232,33 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
     """
     if tokenizer.init_from:
         folder = stage_folder(tokenizer.init_from, "tokenizer")
-        _check_architecture("tokenizer", tokenizer.model, folder)
-        original = replace(tokenizer.model, image_size=_trained_at(folder))
+        saved = saved_tokenizer_config(folder)
+        _check_architecture("tokenizer", tokenizer.model, saved, folder)
+        original = replace(tokenizer.model, image_size=saved.image_size)
         original.require_resizable(tokenizer.model.image_size)
     if not prior.init_from:
         return
     folder = stage_folder(prior.init_from, "prior")
-    _check_architecture("prior", prior.model, folder)
-    stream = read_model_config(folder).get("stream") or {}
+    saved_model, stream = saved_prior_config(folder)
+    _check_architecture("prior", prior.model, saved_model, folder)
     _check_grid(tokenizer.model, stream, folder)
     order = prior.train.code_order
-    if order != "raster" and not stream.get("any_order"):
+    if order != "raster" and not stream.any_order:
         raise ValueError(
             f"prior.train.code_order is {order}, and the prior in {folder} knows raster order "
             "alone; leave it out"
         )
-    if text_length < stream.get("text_length", 0):
+    if text_length < stream.text_length:
         raise ValueError(
             f"text.max_length is {text_length}, and the prior in {folder} has "
-            f"{stream['text_length']} text slots; leave it out, or set it higher"
+            f"{stream.text_length} text slots; leave it out, or set it higher"
         )
 
 
-def _trained_at(folder: Path) -> ImageSize:
-    """`image_size` of the tokenizer in a folder."""
-    model = read_json(folder / "config.json").get("model") or {}
-    return canonical_size(model.get("image_size", TokenizerConfig.image_size))
-
-
-def _check_grid(model: TokenizerConfig, stream: dict[str, Any], folder: Path) -> None:
+def _check_grid(model: TokenizerConfig, stream: StreamConfig, folder: Path) -> None:
     """Refuses a prior of images of another grid of codes."""
-    known = stream["levels"][-1]["grid"] if stream.get("levels") else list(model.grid)
-    if known != list(model.grid):
+    known = stream.levels[-1].grid
+    if known != model.grid:
         size = [side * model.downsample_factor for side in known]
         raise ValueError(
             f"the prior in {folder} knows grids of {known[0]}x{known[1]} codes, and "
@@ -277,11 +268,15 @@ def _check_grid(model: TokenizerConfig, stream: dict[str, Any], folder: Path) ->
         )
 
 
-def _check_architecture(stage: Stage, model: TokenizerConfig | PriorConfig, folder: Path) -> None:
+def _check_architecture(
+    stage: Stage,
+    model: TokenizerConfig | PriorConfig,
+    saved: TokenizerConfig | PriorConfig,
+    folder: Path,
+) -> None:
     own = flat(to_dict(model))
     own.pop("image_size", None)  # the weights of most tokenizers fit any; see `check_init_from`
-    written = read_model_config(folder)["model"]
-    theirs = flat(with_defaults(written, to_dict(type(model)())))
+    theirs = flat(to_dict(saved))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [
             f"{stage}.model.{name} is {own[name]} and {theirs.get(name)} there"

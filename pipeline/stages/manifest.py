@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from pipeline.config.data import settings_beside_content
 from pipeline.config.experiment import Experiment, flat, to_dict, with_defaults
 from pipeline.config.inheritance import Stage
-from pipeline.config.json_file import read_json
+from pipeline.config.json_file import Types, read_json
 from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_files, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
@@ -54,6 +55,26 @@ LATENT_PRIOR = "latent_prior"
 """In a tokenizer's folder: the prior that was trained together with it."""
 _SETTINGS = "settings.json"
 """In a stage's folder: the settings it is made with and, once it is done, its metrics."""
+_TYPES: Types = {
+    "settings": dict,
+    "settings.train": dict,
+    "settings.train.steps": int,
+    "settings.train.batch_size": (int, str, NoneType),
+    "settings.train.gradient_accumulation_steps": (int, str, NoneType),
+    "settings.images": (list, NoneType),
+    "settings.sources": (dict, NoneType),
+    "settings.codes": (dict, NoneType),
+    "settings.codes.tokenizer": (str, NoneType),
+    "settings.init_from": (str, dict, NoneType),
+    "settings.data": (dict, NoneType),
+    "settings.data.mix": (list, NoneType),
+    "settings.data.mix.*": dict,
+    "settings.num_images": (list, NoneType),
+    "settings.num_images.*": (int, NoneType),
+    "held_out": (dict, NoneType),
+    "held_out.*": (int, float),
+}
+"""What is read of `_SETTINGS`. Other values are only compared."""
 _BACKUP = "settings.backup.json"
 """In a stage's folder: the same, from which a damaged or missing `_SETTINGS` is restored."""
 
@@ -83,9 +104,9 @@ class StageRun:
     def __post_init__(self) -> None:
         written = (read_settings(self.folder) or {}).get("settings", {}).get("train", {})
         chosen = {
-            name: written.get(name, "auto")
+            name: written[name]
             for name in ("batch_size", "gradient_accumulation_steps")
-            if getattr(self.train, name) == "auto"
+            if getattr(self.train, name) == "auto" and isinstance(written.get(name), int)
         }
         self.train = replace(self.train, **chosen)
 
@@ -386,12 +407,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     if not path.is_file() and not backup.is_file():
         return None
     try:
-        content = _read(path, remedy)
+        content = read_json(path, remedy, types=_TYPES)
     except (ValueError, OSError) as error:
         if not backup.is_file():
             raise
         try:
-            content = _read(backup, remedy)
+            content = read_json(backup, remedy, types=_TYPES)
         except (ValueError, OSError):
             raise error from None
         _log.warning(f"{path} is missing or corrupted ({error}); it is restored from {_BACKUP}")
@@ -425,16 +446,6 @@ def _compare_backup(folder: Path, written: Mapping[str, Any]) -> None:
         )
     elif backup != written:
         _restore(folder / _BACKUP, written)
-
-
-def _read(path: Path, remedy: str) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(path, remedy, "settings.train.steps")
-    steps = content["settings"]["train"]["steps"]
-    if not isinstance(steps, int):
-        raise ValueError(
-            f"{path} is truncated or corrupted (settings.train.steps is {steps!a:.80}); {remedy}"
-        )
-    return content
 
 
 def init_from_fingerprint(folder: Path) -> str | dict[str, str] | None:

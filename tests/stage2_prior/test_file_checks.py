@@ -19,6 +19,7 @@ from stage2_prior.file_checks import (
     build_config,
     check_file,
     check_folder,
+    check_library_folder,
     check_part,
     read_json_object,
     stored_tensors,
@@ -209,3 +210,22 @@ def test_a_json_file_that_is_truncated_is_no_unsafe_one(tmp_path):
         assert not isinstance(raised.value, UnsafeFile)
     path.write_text(json.dumps({"a": 1}))
     assert read_json_object(path) == {"a": 1}
+
+
+def test_texts_that_a_library_reads_are_regular_files_of_bounded_size_and_depth(tmp_path):
+    for name, content in {"modules.json": "[1]", "a.json": '{"cut', "merges.txt": "a b"}.items():
+        (tmp_path / name).write_text(content)
+    os.mkfifo(tmp_path / "other.log")  # which no library reads
+    check_library_folder(tmp_path)
+    path = tmp_path / "special_tokens_map.json"
+    path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UnsafeFile, match=r"special_tokens_map\.json is nested more than 50 deep"):
+        check_library_folder(tmp_path)
+    path.unlink()
+    os.truncate(tmp_path / "merges.txt", 2**36)
+    with pytest.raises(UnsafeFile, match=r"merges\.txt has 68,719,476,736 bytes"):
+        check_library_folder(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(UnsafeFile, match=r"chat_template\.jinja is no regular file"):
+        check_library_folder(tmp_path)

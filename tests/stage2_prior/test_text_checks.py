@@ -127,3 +127,39 @@ def test_no_code_is_run_whatever_stdin_says(folder, call):
     refusal = {"load": "'tok.py', which may be code", "pretrained": "text.pretrained"}[call]
     assert done.returncode == 1 and refusal in done.stderr.splitlines()[-1]
     assert not (folder.parent / "code-ran").exists() and "[y/N]" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("special_tokens_map.json", '{"bos_token": []}'),
+        ("special_tokens_map.json", "[1, 2]"),
+        ("added_tokens.json", '{"a": {}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", '{"model_max_length": ""}'),
+        ("config.json", '{"model_type": []}'),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_damaged_folder_of_a_pretrained_tokenizer_is_one_error_that_names_it(
+    folder, name, content
+):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}") as raised:
+        TextTokenizer.pretrained(str(folder), length=20).encode(CAPTIONS)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_tokenizer_without_its_token_for_unknown_letters_is_refused(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"] |= {
+        "vocab": {"a": 0, "<pad>": 1, "<start>": 2, "<end>": 3},
+        "merges": [],
+        "unk_token": "[UNK]",
+    }
+    values["added_tokens"] = []
+    path.write_text(json.dumps(values))
+    for load in (TextTokenizer.load, lambda own: TextTokenizer.pretrained(str(own), length=20)):
+        with pytest.raises(ValueError, match="cannot encode every text"):
+            load(folder)

@@ -11,17 +11,19 @@ hash next to it.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
-from pipeline.config.json_file import read_json
+from pipeline.config.json_file import check_types, read_json
 from pipeline.data.codes.shards import OpenShard, Shard, verify_shard
 from pipeline.runtime.atomic_io import atomic_write_text, clean_partial_writes
 
@@ -29,6 +31,37 @@ MANIFEST = "codes.json"
 PLAN = "plan.json"
 FORMAT = 1
 """Of the folder."""
+_PLAN_TYPES: dict[str, type | tuple[type, ...]] = {
+    "tokenizer": str,
+    "levels": list,
+    "levels.*": dict,
+    "levels.*.num_codes": int,
+    "sources": dict,
+    "sources.train": str,
+    "sources.held_out": str,
+    "num_images": (dict, NoneType),
+    "augmentations_per_image": int,
+    "bf16": bool,
+    "parts": dict,
+    "parts.*": list,
+    "parts.*.*": dict,
+    "parts.*.*.*": (int, NoneType),
+    "weights": list,
+    "weights.*": (int, float),
+    "images_per_shard": int,
+    "settings": dict,
+    "settings.data": dict,
+    "settings.data.mix": (list, NoneType),
+    "settings.data.mix.*": dict,
+}
+"""What is read of a plan or a manifest."""
+_SHARD_TYPES = {"name": str, "rows": int, "captions": int, "bytes": int, "sha256": str}
+_FILE_TYPES = {
+    "files": dict,
+    "files.*": list,
+    "files.*.*": dict,
+    **{f"files.*.*.{name}": kind for name, kind in _SHARD_TYPES.items()},
+}
 HASHED_BYTES = 4 * 2**30
 """Folders of at most so many bytes are hashed when they are opened, which takes two seconds. Of
 larger folders only sizes are checked."""
@@ -205,8 +238,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds no complete codes dataset; run `minidalle encode` first"
         ) from None
-    check_format(manifest["format"], folder)
+    check_plan(manifest, path)
     return manifest
+
+
+def check_plan(made: Mapping[str, Any], path: Path) -> None:
+    """Checks a manifest, or the plan of an unfinished folder.
+
+    Args:
+        path: its file.
+
+    Raises:
+        ValueError: it is of another format, or damaged.
+    """
+    check_format(made.get("format"), path.parent)
+    try:
+        check_types(made, _PLAN_TYPES | (_FILE_TYPES if path.name == MANIFEST else {}))
+        for split, parts in made["parts"].items():
+            if not all({"first", "rows"} <= part.keys() or "shards" in part for part in parts):
+                raise ValueError(f"parts.{split} lack rows: {parts!a:.80}")
+            count = sum(
+                part["shards"]
+                if "shards" in part
+                else math.ceil(part["rows"] / made["images_per_shard"])
+                for part in parts
+            )
+            if path.name == MANIFEST and count != len(made["files"][split]):
+                raise ValueError(
+                    f"files.{split} are {len(made['files'][split])} in place of {count}"
+                )
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} is truncated or corrupted ({error}); move {path.parent} away and run "
+            "`minidalle encode` again"
+        ) from error
 
 
 def check_format(made: Any, folder: Path) -> None:
@@ -233,7 +298,8 @@ def mark_shard_done(folder: Path, shard: Shard) -> None:
 def recorded_shard(folder: Path, name: str) -> Shard | None:
     """What `mark_shard_done` wrote of a shard, if it did."""
     try:
-        return Shard(**read_json((folder / name).with_suffix(".json")))
+        recorded = read_json((folder / name).with_suffix(".json"), types=_SHARD_TYPES)
+        return Shard(**recorded)
     except (OSError, ValueError, TypeError):
         return None
 

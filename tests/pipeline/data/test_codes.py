@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,10 @@ def write(
     levels = [{"grid": [1, codes.shape[1] // views], "num_codes": num_codes}]
     plan: dict = {
         "format": 1,
+        "tokenizer": "a",
+        "sources": {"train": "b", "held_out": "c"},
+        "bf16": False,
+        "settings": {"data": {}},
         "levels": levels,
         "augmentations_per_image": views,
         "images_per_shard": each,
@@ -226,6 +232,33 @@ def test_corrupted_manifest_is_no_complete_dataset(folder, content):
         ValueError,
         match=r"codes\.json is truncated or corrupted .*move .* away and run `minidalle encode`",
     ):
+        CodesDataset(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("files", 1.5, "files is 1.5"),
+        ("files.train", None, "files.train is None"),
+        ("files.train.0.rows", {}, r"files\.train\.0\.rows is \{\}"),
+        ("files.train.0.bytes", -1, r"files\.train\.0\.bytes is -1"),
+        ("parts.train", 3, "parts.train is 3"),
+        ("parts.train.0", {"rows": 12}, "parts.train lack rows"),
+        ("parts.train.0.rows", 2**62, "files.train are 3 in place of 9"),
+        ("parts.train.0.first", 1e308, r"parts\.train\.0\.first is 1e\+308"),
+        ("images_per_shard", 0, "division by zero"),
+        ("weights.0", float("nan"), "weights.0 is nan"),
+        ("settings.data.mix", 0, "settings.data.mix is 0"),
+        ("tokenizer", None, "tokenizer is None"),
+    ],
+)
+def test_a_manifest_with_values_of_another_type_is_refused(folder, place, value, message):
+    path = folder / "codes.json"
+    manifest = json.loads(path.read_text())
+    keys = [int(key) if key.isdigit() else key for key in place.split(".")]
+    reduce(getitem, keys[:-1], manifest)[keys[-1]] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{message}.*move .* away and run `minidalle encode`"):
         CodesDataset(folder, "train")
 
 

@@ -1,4 +1,4 @@
-"""`CLIPScorer` on a small model that the test makes."""
+"""`CLIPScorer` and a perceptual backbone on a small model that the test makes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline import CLIPScorer
+from stage1_tokenizer.perceptual import BackboneDistance
 
 WORDS = ["<pad>", "<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "blue</w>", "circle</w>"]
 
@@ -73,3 +74,44 @@ def test_invalid_scorer_is_named(folder, tmp_path):
         ValueError, match=r"cannot be loaded as a CLIP model|does not compare images with text"
     ):
         CLIPScorer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "clip", "bos_token_id": ""}', "cannot be loaded"),
+        ("config.json", '{"text_config": {"num_hidden_layers": 100000}}', "num_hidden_layers in"),
+        ("merges.txt", "[1]", "cannot be loaded as a CLIP model"),
+        ("vocab.json", "[1]", "cannot be loaded as a CLIP model"),
+        ("vocab.json", '{"a</w>": 0, "<|endoftext|>": "x"}', "cannot be loaded as a CLIP model"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "cannot be loaded as a CLIP model"),
+        ("special_tokens_map.json", '{"pad_token": -1}', "cannot be loaded as a CLIP model"),
+        ("special_tokens_map.json", "[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("preprocessor_config.json", '{"image_mean": [{}]}', "cannot be loaded as a CLIP model"),
+        ("model.safetensors", "", "cannot be loaded as a CLIP model"),
+    ],
+)
+def test_a_damaged_folder_of_a_scorer_is_one_error_that_names_it(folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        CLIPScorer(str(folder))
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "clip", "bos_token_id": ""}', "cannot be loaded"),
+        ("config.json", '{"vision_config": {"num_hidden_layers": 100000}}', "num_hidden_layers in"),
+        ("preprocessor_config.json", '{"image_mean": [{}, 1, 1]}', r"image_mean\[0\] is a JSON"),
+        ("preprocessor_config.json", '{"image_std": [1, 1, 0]}', "each must be above 0"),
+        ("preprocessor_config.json", "[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("model.safetensors", "", "cannot be loaded as a model"),
+    ],
+)
+def test_a_damaged_folder_of_a_backbone_is_one_error_that_names_it(folder, name, content, message):
+    BackboneDistance(str(folder), ())
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        BackboneDistance(str(folder), ())
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)

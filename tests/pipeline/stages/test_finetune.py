@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import warnings
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.attack_bundles import edit, sign_text
 from pipeline import TextToImagePipeline, forgetting
 from pipeline.cli.main import main
 from pipeline.config.experiment import PriorSection, TokenizerSection
-from pipeline.config.load import load_experiment
+from pipeline.config.load import load_experiment, load_values
 from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
@@ -30,6 +33,7 @@ from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextT
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, launch
+from tests.helpers.pipelines import tiny_pipeline
 from tests.helpers.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -108,6 +112,58 @@ def test_weights_from_before_a_setting_existed_can_be_started_from(tmp_path):
         ValueError, match=r"of another architecture: tokenizer\.model\.code_dim is 5"
     ):
         check_init_from(section, PriorSection(), 48)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "message"),
+    [
+        ("tokenizer", "model.score_function", 3, "ScoreFunctionOptions is 3"),
+        ("tokenizer", "model.class_path", "this", r"unknown keys \['class_path'\]"),
+        ("tokenizer", "model.image_size", [], "it must be a list: 2 values"),
+        ("prior", "model", 3, "PriorConfig is 3; it must be a JSON object"),
+        ("prior", "stream.levels", [{"grid": 0, "num_codes": 16}], "it must be a list: 2 values"),
+        ("prior", "stream.text_length", "x", "StreamConfig.text_length is 'x'"),
+        ("prior", "stream", None, "StreamConfig is None; it must be a JSON object"),
+    ],
+)
+def test_a_changed_config_cannot_be_started_from(tmp_path, part, place, value, message):
+    bundle = tmp_path / "bundle"
+    tiny_pipeline().save_pretrained(bundle)
+    path = bundle / part / "config.json"
+    content = json.loads(path.read_text())
+    *outer, last = place.split(".")
+    reduce(getitem, outer, content)[last] = value
+    path.write_text(json.dumps(content))
+    section = {"init_from": str(bundle)}
+    values = {"name": "tuned", "data": {"source": "images"}}
+    values |= {"tokenizer": section | {"frozen": True}, "prior": section}
+    with pytest.raises(ValueError, match=message) as raised:
+        load_values(values, [])
+    assert str(path) in str(raised.value)
+
+
+def test_a_bundle_with_a_text_tokenizer_that_is_no_longer_accepted_names_what_cures(
+    tmp_path, bundle, capsys
+):
+    """As earlier versions wrote it: without a hash in text.json."""
+    old = tmp_path / "old"
+    shutil.copytree(bundle, old)
+    sign = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}}
+    edit(old / "text_tokenizer" / "tokenizer.json", lambda content: content.update(sign))
+    sign_text(old)
+    generate = ["generate", "--bundle", str(old), "a red heart", "--out", str(tmp_path / "out")]
+    message = (
+        "its normalizer is 'Precompiled'",
+        f"train a new prior with tokenizer.init_from={old} and tokenizer.frozen=true",
+    )
+    fails(capsys, generate, *message)
+    values = {key: value for key, value in TINY.items() if key != "name"}
+    train = {"train": TINY["tokenizer"]["train"], "init_from": str(old), "frozen": True}
+    values |= {"name": "cured", "output_dir": str(tmp_path / "runs"), "tokenizer": train}
+    (tmp_path / "cured.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", "--config", str(tmp_path / "cured.yaml")]) == 0
+    generate[2] = str(tmp_path / "runs" / "cured" / "bundle")
+    assert main(generate) == 0
 
 
 def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run):

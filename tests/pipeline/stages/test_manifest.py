@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
 import pytest
 from safetensors.torch import load_file
@@ -174,12 +176,36 @@ def test_a_backup_of_other_settings_is_reported_with_both_values(experiment, cap
     assert "(settings.seed 0 -> 1)" in line
 
 
-def test_settings_of_another_type_are_restored_from_the_backup(experiment, caplog):
-    run = stage_run(experiment)
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("settings.train.steps", "many"),
+        ("settings.train.steps", True),
+        ("settings.train.steps", -6),
+        ("settings.train.batch_size", []),
+        ("settings.train", None),
+        ("settings.images", "a"),
+        ("settings.sources", []),
+        ("settings.codes", 3),
+        ("settings.codes.tokenizer", 3),
+        ("settings.data.mix", {}),
+        ("settings.num_images", [1, "x"]),
+        ("settings.init_from", 3),
+        ("settings", []),
+        ("held_out", "done"),
+        ("held_out.nll", float("nan")),
+    ],
+)
+def test_settings_of_another_type_are_restored_from_the_backup(experiment, caplog, place, value):
+    inputs = {"data": {"mix": []}, "codes": {"tokenizer": "a"}, "seed": 0}
+    run = StageRun(experiment, "tokenizer", experiment.tokenizer.train, inputs)
     run.begin()
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0})
     path = run.folder / "settings.json"
     content = json.loads(path.read_text())
-    content["settings"]["train"]["steps"] = "many"
+    *outer, last = place.split(".")
+    reduce(getitem, outer, content)[last] = value
     path.write_text(json.dumps(content))
     assert read_settings(run.folder)["settings"] == run.settings
-    assert "settings.train.steps is 'many'" in caplog.text
+    assert f"({place}" in caplog.text and "it is restored from settings.backup.json" in caplog.text
+    assert run.is_complete()
