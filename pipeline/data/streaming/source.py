@@ -31,7 +31,15 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.deep import depth_of
 from pipeline.data.readers.hub import content_of
-from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
+from pipeline.data.readers.images import (
+    crop_of,
+    enough,
+    header,
+    pixels_decoded,
+    prepared,
+    shrinks,
+    upright_size,
+)
 from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, file_digest, too_large, unwanted_sizes
 from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
@@ -315,12 +323,12 @@ class StreamSource(Source):
             # The pixels are decoded when they are needed.
             image = header(io.BytesIO(content))
             width, height = upright_size(image)
-            fits = pixels_to_decode(image, config) <= config.max_pixels
+            pixels = pixels_decoded(width, height, shrinks(image), enough(config))
             depth = depth_of(image)
         except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
-        if not fits:
+        if pixels > config.max_pixels:
             self._leave_out(too_large(config.max_pixels), name)
             return None
         if depth != "8bit" and config.value_range == "auto":

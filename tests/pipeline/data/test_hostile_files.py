@@ -27,6 +27,7 @@ from pipeline.data.readers.images import prepared
 from pipeline.data.readers.memory import MemoryBudget
 from pipeline.data.readers.tar_index import tar_members
 from pipeline.data.streaming import samples
+from pipeline.data.streaming.source import StreamSource
 from tests.helpers.data import config, encoded, photo, write_shard
 
 
@@ -259,6 +260,31 @@ def test_images_of_many_pixels_are_skipped_and_counted(tmp_path):
     assert problems(folder, max_pixels=10_000) == [
         "1 images of more than 10,000 pixels left out (data.max_pixels): 0.png"
     ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_judged_at_the_size_that_training_decodes(tmp_path, streaming):
+    """A scan decodes them smaller. Its result is kept and holds at any image size."""
+    photos = {"progressive": {"progressive": True}, "plain": {}}
+    members = [(f"small {n}", {"jpg": encoded(n), "txt": b"small"}) for n in range(9)]
+    for name, options in photos.items():
+        content = encoded((9, 9, 9), (300, 300), "JPEG", **options)
+        members.append((name, {"jpg": content, "txt": name.encode()}))
+    write_shard(tmp_path / "shards" / "0.tar", members)
+    reason = "images of more than 10,000 pixels left out (data.max_pixels)"
+    for size, count, said in ((16, 10, "1"), (128, 9, "2")):
+        found = config(
+            tmp_path / "shards", image_size=size, upscale=True, max_pixels=10_000, streaming=streaming
+        )
+        sources = load_sources(found, tmp_path / "kept")
+        stream = sources[0]
+        if isinstance(stream, StreamSource):
+            assert len(list(stream.first(20))) == count
+        else:
+            assert sum(map(len, sources)) == count
+            for source in sources:
+                source.images(range(len(source)))
+        assert any(line.startswith(f"{said} {reason}") for line in stream.problems)
 
 
 def test_a_budget_bounds_what_is_taken_together():
