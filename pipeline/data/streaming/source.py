@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -30,7 +29,6 @@ from pipeline.data.readers.base import (
 )
 from pipeline.data.readers.captions import CaptionReader
 from pipeline.data.readers.deep import depth_of
-from pipeline.data.readers.hub import content_of
 from pipeline.data.readers.images import (
     crop_of,
     enough,
@@ -40,7 +38,6 @@ from pipeline.data.readers.images import (
     shrinks,
     upright_size,
 )
-from pipeline.data.readers.paths import FileFinder
 from pipeline.data.readers.scan import UNREADABLE, file_digest, too_large, unwanted_sizes
 from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
 from pipeline.data.source import ImageBatch, Source
@@ -93,7 +90,6 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._held_digests: set[int] = set()
-        self._files = FileFinder(Path(config.source).expanduser().parent)
         opened = open_streams(config, self.tally)
         self._train = opened.train
         self._held_out = opened.held_out
@@ -319,7 +315,7 @@ class StreamSource(Source):
             return None
         config = self.config
         try:
-            content = content_of(raw.image, self._files)
+            content = raw.image()
             # The pixels are decoded when they are needed.
             image = header(io.BytesIO(content))
             width, height = upright_size(image)

@@ -274,7 +274,11 @@ def test_images_are_judged_at_the_size_that_training_decodes(tmp_path, streaming
     reason = "images of more than 10,000 pixels left out (data.max_pixels)"
     for size, count, said in ((16, 10, "1"), (128, 9, "2")):
         found = config(
-            tmp_path / "shards", image_size=size, upscale=True, max_pixels=10_000, streaming=streaming
+            tmp_path / "shards",
+            image_size=size,
+            upscale=True,
+            max_pixels=10_000,
+            streaming=streaming,
         )
         sources = load_sources(found, tmp_path / "kept")
         stream = sources[0]
