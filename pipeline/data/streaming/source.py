@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +40,14 @@ from pipeline.data.readers.images import (
     upright_size,
 )
 from pipeline.data.readers.scan import UNREADABLE, file_digest, too_large, unwanted_sizes
-from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
+from pipeline.data.readers.splits import (
+    COPIES,
+    Role,
+    SplitName,
+    check_column,
+    split_of_image,
+    values_of_no_split,
+)
 from pipeline.data.source import ImageBatch, Source
 from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
 
@@ -90,6 +98,7 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._held_digests: set[int] = set()
+        self._of_no_split: Counter[str] = Counter()
         opened = open_streams(config, self.tally)
         self._train = opened.train
         self._held_out = opened.held_out
@@ -234,15 +243,25 @@ class StreamSource(Source):
         if self._column is None:
             found = (s for s in self._everything(self._train) if self._role(s) == "held_out")
             return list(itertools.islice(found, HELD_OUT))
-        # Tests are held out where there is no validation split.
-        by_split: dict[SplitName, list[Sample]] = {"validation": [], "test": []}
+        return self._held_out_by_column(self._column)
+
+    def _held_out_by_column(self, column: str) -> list[Sample]:
+        """The first images of the validation split, or else of the test split.
+
+        Raises:
+            ValueError: a value read on the way names no split, or none names what is needed.
+        """
+        by_split: dict[SplitName, list[Sample]] = {}
         for sample in self._everything(self._train):
-            own = by_split.get(sample.split, [])
-            if len(own) < HELD_OUT:
+            own = by_split.setdefault(sample.split, [])
+            if sample.split != "train" and len(own) < HELD_OUT:
                 own.append(sample)
-            if len(by_split["validation"]) == HELD_OUT:
+            if len(by_split.get("validation", [])) == HELD_OUT:
+                by_split.setdefault("train", [])  # it may come later
                 break
-        return by_split["validation"] or by_split["test"]
+        if by_split or self._of_no_split:
+            check_column(self.name, column, set(by_split), self._of_no_split)
+        return by_split.get("validation") or by_split.get("test") or []
 
     def first(self, most: int) -> Iterator[Sample]:
         """The first samples of either split."""
@@ -307,11 +326,7 @@ class StreamSource(Source):
             return None
         if not captions and self._require_captions:
             return None
-        split = "" if self._column is None else split_of_cell(record.get(self._column))
-        if self._column is not None and not split:
-            self._leave_out(
-                f"images that the column {self._column} puts in no split left out", name
-            )
+        if (split := self._split(name, record)) is None:
             return None
         config = self.config
         try:
@@ -338,6 +353,19 @@ class StreamSource(Source):
                 self._leave_out(reason, name)
                 return None
         return Sample(name, content, captions, split, held_out)
+
+    def _split(self, name: str, record: Record) -> SplitName | None:
+        """The split that `data.split_column` names; None where it names none, which is counted."""
+        if self._column is None:
+            return ""
+        split = split_of_image([record], self._column)
+        if split is None:
+            if len(self._of_no_split) < _REMEMBERED:
+                self._of_no_split.update(values_of_no_split([record], self._column))
+            self._leave_out(
+                f"images that the column {self._column} puts in no split left out", name
+            )
+        return split
 
     def _captions(self, name: str, record: Record) -> list[str]:
         if self._reader is None:
