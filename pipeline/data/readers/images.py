@@ -274,6 +274,7 @@ def _decoded(
         raise _unreadable(error) from error
     orientation = _orientation(image)
     if depth != "8bit":
+        image.close()  # its values have been copied
         if value_range == "own":
             value_range = (low, max(high, low + 1e-6))
         image = shown(values, value_range or _certain_range(low, high, depth, mode))
@@ -328,9 +329,9 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
 
     rows, columns = config.size
     with decoded(content, enough(config), config.max_pixels, config.values) as found:
-        image = to_rgb(found.image)
         if config.crop == "centre":
-            return np.asarray(resize_and_crop(image, (columns, rows)))
+            return np.asarray(resize_and_crop(found.image, (columns, rows)))
+        image = to_rgb(found.image)
         # The side that limits the size of a crop, and what it must be.
         width, height = image.size
         own, goal = (height, rows) if height * columns <= width * rows else (width, columns)

@@ -212,7 +212,7 @@ def perceptual_hash(image: Image.Image) -> int:
     count as 0.
     """
     small = (
-        image.convert("RGB")
+        (image if image.mode == "RGB" else image.convert("RGB"))
         .resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0)
         .convert("YCbCr")
     )
