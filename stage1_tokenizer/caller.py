@@ -1,4 +1,5 @@
-"""Warnings that point at the line of the user's call. Knows the names of our packages alone."""
+"""Warnings that point at the line of the user's call, or are meant for it alone. Knows the names of
+our modules alone."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import warnings
 
 _SKIPPED = {"pipeline", "stage1_tokenizer", "stage2_prior", "torch", "accelerate", "contextlib"}
 """Packages whose lines are not the user's: ours, and the decorators and modules that call them."""
+_MODEL = {f"stage1_tokenizer.{name}" for name in ("caller", "pixels", "model")}
 _COMMANDS = "pipeline.cli"
 """Calls as a user does."""
 
@@ -20,6 +22,20 @@ def warn_user(message: str) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(message, stacklevel=level)
+
+
+def model_called_by_user() -> bool:
+    """Whether the innermost call of a method of `ImageTokenizer` comes from outside of our
+    packages."""
+    frame = sys._getframe()
+    while frame.f_back is not None and _is_of_the_model(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in _SKIPPED
+
+
+def _is_of_the_model(module: str) -> bool:
+    """Whether a module is a part of such a call: the methods, what they ask, and decorators."""
+    return module in _MODEL or module.partition(".")[0] in ("torch", "contextlib")
 
 
 def _is_skipped(module: str) -> bool:

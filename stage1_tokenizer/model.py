@@ -337,6 +337,7 @@ class ImageTokenizer(SavedModel):
 
         if tile is None or max(pixels.shape[2:]) <= tile:
             return through(pixels)
+        check_model_range(pixels)  # all of them: a tile alone may be bright
         return by_tiles(
             pixels,
             through,

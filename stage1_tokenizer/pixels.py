@@ -15,9 +15,10 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from stage1_tokenizer.caller import model_called_by_user
 from stage1_tokenizer.options import STEP
 from stage1_tokenizer.value_range import ValueRange, reduced
 
@@ -46,8 +47,8 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def check_model_range(pixels: Tensor, *, read: bool = True) -> None:
-    """Warns once per process where float pixels are all in [0,1], which is the range of other
-    libraries.
+    """Warns once per process where float pixels of the user are all in [0,1], which is the range of
+    other libraries. Our own modules convert pixels themselves, and an image may be as bright.
 
     Args:
         read: look at the values, for which a GPU is waited for; otherwise at the type alone.
@@ -71,7 +72,7 @@ def check_model_range(pixels: Tensor, *, read: bool = True) -> None:
         hint = "; of 0..255, pass pixels / 127.5 - 1" if low >= 0 and high <= 255 else ""
         raise ValueError(f"pixels are in [{low:g}, {high:g}] and must be in [-1, 1]{hint}")
     # One value alone is a plain image, such as white.
-    if 0 <= low < high <= 1 and not _warned:
+    if 0 <= low < high <= 1 and not _warned and model_called_by_user():
         _warned.append(True)
         _log.warning(
             "pixels are all in [0, 1], and the tokenizer expects [-1, 1]; pass 2 * pixels - 1 if 0 "
@@ -112,7 +113,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
     """Any PIL image as RGB: turned upright by its EXIF, more than 8 bits per value scaled to 8,
-    transparency on white.
+    transparency on white. An upright RGB image is returned itself and not copied.
 
     Args:
         value_range: the values shown black and white, where there are more than 8 bits. Without it,
@@ -124,13 +125,14 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.I
     # Pillow fails in many ways on a corrupted EXIF block, while the pixels may be whole: such an
     # image stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     image = reduced(image, value_range)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:

@@ -339,13 +339,9 @@ def write_report(zoo: Zoo) -> None:
     if not rows:
         return
     times = {}
-    for name, row in rows.items():
+    for name in rows:
         path = zoo.models[name].folder / _JUDGED_TIMES
-        # Earlier versions kept times among the metrics.
-        known = read_record(path) if path.is_file() else row
-        keys = ("samples_per_second", "minutes")
-        times[name] = {key: known[key] for key in keys if key in known}
-        rows[name] = {key: value for key, value in row.items() if key not in keys}
+        times[name] = read_record(path) if path.is_file() else {}  # a model that failed has none
     atomic_write_text(zoo.folder / "results.json", json.dumps(rows, indent=2) + "\n")
     atomic_write_text(zoo.folder / _TIMES, json.dumps(times, indent=2) + "\n")
     done = {name: row for name, row in rows.items() if "failed" not in row}

@@ -270,12 +270,9 @@ def write_report(comparison: Comparison) -> None:
                 f"\n{name} is left out: it was made with other settings ({', '.join(differing)})\n"
             )
         else:
-            # Earlier versions kept times among the metrics.
-            row = comparison.folder / name / _TIMES
-            known = read_record(row) if row.is_file() else found[name]["metrics"]
-            times[name] = {key: known[key] for key in TIME_COLUMNS if key in known}
-            metrics = found[name]["metrics"].items()
-            every[name] = {key: value for key, value in metrics if key not in TIME_COLUMNS}
+            path = comparison.folder / name / _TIMES
+            times[name] = read_record(path) if path.is_file() else {}  # a row that failed has none
+            every[name] = found[name]["metrics"]
             if "failed" in every[name]:
                 notes += (
                     f"\n{name} failed: {every[name]['failed']} (to try it again, remove "

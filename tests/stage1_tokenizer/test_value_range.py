@@ -107,6 +107,20 @@ def test_pixels_of_other_libraries_are_warned_of_once(tokenizer, caplog, monkeyp
     assert "pass 2 * pixels - 1" in record.getMessage()
 
 
+def test_bright_images_that_we_convert_are_not_warned_of(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(pixels, "_warned", [])
+    bright = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    part = torch.cat([bright, bright - 1], dim=3)  # tiles of it are all in [0, 1]
+    with caplog.at_level(logging.WARNING):
+        # As a module of ours would call it
+        exec("tokenizer.encode(bright)", {"__name__": "pipeline.x"} | locals())
+        tokenizer.reconstruct(part, tile=16)
+        assert not caplog.records
+        tokenizer.reconstruct(bright, tile=16)
+    (record,) = caplog.records
+    assert "pass 2 * pixels - 1" in record.getMessage()
+
+
 def test_only_uint8_images_are_put_in_the_models_range():
     with pytest.raises(ValueError, match="must be uint8"):
         to_model_range(torch.rand(1, 4, 4, 3))

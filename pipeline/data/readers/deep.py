@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Depth = Literal["8bit", "integers", "floats"]
 """8 bits per value, more, or floats."""
 _COLOURS = ("RGB", "RGBA", "RGBX", "LA")
+_ROWS = 256
+"""Rows that are copied at a time."""
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 """Orders of two bytes, and the other one of each; N is the machine's own."""
 
@@ -48,7 +50,7 @@ def deep_values(image: Image.Image, again: Callable[[], Image.Image]) -> np.ndar
     """
     raw = _colour(image)
     if not raw:
-        values = np.asarray(image)
+        values = _copied(image)
         if image.mode == "F" and not np.isfinite(values).all():
             raise ValueError("it has values that are not finite (NaN or infinity)")
         return values
@@ -58,8 +60,9 @@ def deep_values(image: Image.Image, again: Callable[[], Image.Image]) -> np.ndar
         return both[..., ::2] * 256 + both[..., 1::2]
     lower = again()
     _set_raw_mode(lower, raw[:-1] + _SWAPPED[raw[-1]])
-    values = np.asarray(image).astype(np.uint16) * 256
-    values += np.asarray(lower)
+    values = _copied(image, np.uint16)
+    values *= 256
+    values += _copied(lower)
     return values
 
 
@@ -81,6 +84,18 @@ def extremes(values: np.ndarray) -> tuple[float, float]:
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]
     return float(values.min()), float(values.max())
+
+
+def _copied(image: Image.Image, dtype: type[np.uint16] | None = None) -> np.ndarray:
+    """The values of an image, a strip at a time: at once, Pillow copies the image three times."""
+    image.load()
+    width, height = image.size
+    first = np.asarray(image.crop((0, 0, width, 1)))
+    values = np.empty((height, *first.shape[1:]), dtype or first.dtype)
+    for top in range(0, height, _ROWS):
+        bottom = min(top + _ROWS, height)
+        values[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return values
 
 
 def _raw_modes(image: Image.Image) -> set[str]:

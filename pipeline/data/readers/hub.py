@@ -21,7 +21,7 @@ from pipeline.data.readers.base import (
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, read_file
 from pipeline.data.readers.locate import check_links, is_remote, nearest_here, refuse_pointers
 from pipeline.data.readers.parquet_limits import check_inflated
-from pipeline.data.readers.paths import FileFinder
+from pipeline.data.readers.paths import NamedFiles
 from pipeline.data.readers.splits import (
     Part,
     SplitName,
@@ -41,12 +41,17 @@ class HubRows(Rows):
         name: of the source, for messages.
         rows: the data set; the library's types are not known here.
         column: of the images (`data.image_column`).
-        beside: the folder that paths in it are relative to.
+        files: that its paths name.
         layout: what it was read from, for the user.
     """
 
     def __init__(
-        self, name: str, rows: Any, column: str | None, beside: Path, layout: str = "a data set"
+        self,
+        name: str,
+        rows: Any,
+        column: str | None,
+        files: NamedFiles,
+        layout: str = "a data set",
     ) -> None:
         from datasets import Image
 
@@ -65,17 +70,17 @@ class HubRows(Rows):
         self._rows = rows
         # A table of its own, so that reading captions does not read images.
         self._images = rows.select_columns([self._image])
-        self._files = FileFinder(beside)
+        self._files = files
         # The library's fingerprint does not cover files that rows only name.
-        files = (
+        named = (
             (
-                file_signature(self._files.path(str(self._images[row][self._image])))
+                file_signature(files.path(str(self._images[row][self._image])))
                 for row in range(len(rows))
             )
             if paths
             else ()
         )
-        self.stamp = content_fingerprint([rows._fingerprint, self._image, *files])
+        self.stamp = content_fingerprint([rows._fingerprint, self._image, *named])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -101,11 +106,11 @@ def hub_rows(config: DataConfig) -> Rows:
         FileNotFoundError: it cannot be loaded.
     """
     loaded = splits_of(load(config.source))
-    beside = Path(config.source).expanduser().parent
+    files = NamedFiles([Path(config.source).expanduser()])
     of_split = None if config.split_column == "none" else roles(set(loaded))
 
     def rows(split: SplitName) -> HubRows:
-        return HubRows(config.source, loaded[split], config.image_column, beside)
+        return HubRows(config.source, loaded[split], config.image_column, files)
 
     if of_split is None:
         return rows("train" if "train" in loaded else next(iter(loaded)))
@@ -129,12 +134,12 @@ def parquet_rows(config: DataConfig, files: Sequence[Path]) -> Rows:
     def read(own: list[Path]) -> HubRows:
         layout = f"{len(own)} {own[0].suffix} files"
         rows = load_files(config.source, own)
-        return HubRows(config.source, rows, config.image_column, own[0].parent, layout)
+        return HubRows(config.source, rows, config.image_column, NamedFiles(own), layout)
 
     return rows_by_file(config.source, files, read, config, prefixed=True)
 
 
-def content_of(cell: object, files: FileFinder) -> bytes:
+def content_of(cell: object, files: NamedFiles) -> bytes:
     """The file in a cell of images: bytes, a path, or the pair of both that `datasets` uses.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from pipeline.config.data import MAX_PIXELS, DataConfig
 from pipeline.data.readers.deep import Depth, deep_values, depth_of, extremes, mode_of, shown
@@ -71,6 +71,7 @@ class Decoded:
     Attributes:
         image: with at most 8 bits per value, perhaps reduced, as it lies in the file.
         width, height: of the file's image, upright, in pixels.
+        shrinks: whether it can be decoded at a part of its size (see `pixels_decoded`).
         mode: Pillow's, with `;16` for 16-bit colour.
         animated: whether there are several frames.
         depth: of the file's values.
@@ -80,6 +81,7 @@ class Decoded:
     image: Image.Image
     width: int
     height: int
+    shrinks: bool
     mode: str
     animated: bool
     depth: Depth
@@ -207,32 +209,41 @@ def _unreadable(error: Exception) -> Exception:
     return ValueError(f"it cannot be read as an image ({why})")
 
 
-def pixels_to_decode(image: Image.Image, config: DataConfig) -> int:
-    """Pixels of an image that is not yet decoded, as `prepared` decodes it."""
-    return _drafted(image, 2 * _wanted(config))
-
-
-def _wanted(config: DataConfig) -> int:
-    """Shorter side, in pixels, that training needs of an image."""
-    return math.ceil(max(config.size) / config.crop_scale)
-
-
-def _drafted(image: Image.Image, at_least: int | None) -> int:
-    """Prepares an image to be decoded as small as `at_least` allows; returns its pixels then."""
-    size = image.size
-    if at_least is not None:
-        reduced = at_least / min(size)
-        image.draft("RGB", (math.ceil(size[0] * reduced), math.ceil(size[1] * reduced)))
+def shrinks(image: Image.Image) -> bool:
+    """Whether an image that is not yet decoded can be decoded at a part of its size."""
     # Progressive JPEGs are kept whole while they are decoded.
-    return math.prod(size if image.info.get("progressive") else image.size)
+    return isinstance(image, JpegImagePlugin.JpegImageFile) and not image.info.get("progressive")
+
+
+def pixels_decoded(
+    width: int | np.ndarray, height: int | np.ndarray, shrinks: bool | np.ndarray, at_least: int
+) -> np.ndarray:
+    """Pixels of images of these sizes when they are decoded as small as `at_least` allows, as in
+    `decoded`: those that shrink, at a half, a quarter or an eighth of their sides."""
+    sides = np.maximum(np.array([width, height], np.int64), 1)
+    # As Pillow chooses for the size that `_check_size` gives to `draft`
+    scale = (sides // np.ceil(sides * (at_least / sides.min(0)))).min(0)
+    part = np.where(shrinks, np.select([scale >= 8, scale >= 4, scale >= 2], [8, 4, 2], 1), 1)
+    return np.ceil(sides / part).prod(0)
+
+
+def enough(config: DataConfig) -> int:
+    """Shorter side, in pixels, at which training decodes an image: twice what it needs leaves the
+    antialiasing enough to work on."""
+    return 2 * math.ceil(max(config.size) / config.crop_scale)
 
 
 def _check_size(
     image: Image.Image, at_least: int | None, most: int, remedy: str = "raise data.max_pixels"
 ) -> int:
-    """As `_drafted`. Raises TooLarge where that is more than `most`."""
+    """Prepares an image to be decoded as small as `at_least` allows; returns its pixels then.
+    Raises TooLarge where they are more than `most`."""
     width, height = image.size
-    pixels = _drafted(image, at_least)
+    pixels = width * height
+    if at_least is not None:
+        reduced = at_least / min(width, height)
+        image.draft("RGB", (math.ceil(width * reduced), math.ceil(height * reduced)))
+        pixels = int(pixels_decoded(width, height, shrinks(image), at_least))
     if pixels > most:
         raise TooLarge(
             f"it has {width}x{height} pixels, and at most {most:,} are decoded; {remedy}"
@@ -248,6 +259,7 @@ def _decoded(
 ) -> Decoded:
     """Decodes an image that is opened. `size` is that of the file."""
     width, height = size
+    shrunk = shrinks(image)
     depth = depth_of(image)
     mode = mode_of(image)
     animated = is_animated(image)
@@ -262,6 +274,7 @@ def _decoded(
         raise _unreadable(error) from error
     orientation = _orientation(image)
     if depth != "8bit":
+        image.close()  # its values have been copied
         if value_range == "own":
             value_range = (low, max(high, low + 1e-6))
         image = shown(values, value_range or _certain_range(low, high, depth, mode))
@@ -271,7 +284,7 @@ def _decoded(
             image.info["exif"] = exif.tobytes()
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return Decoded(image, width, height, mode, animated, depth, low, high)
+    return Decoded(image, width, height, shrunk, mode, animated, depth, low, high)
 
 
 def _certain_range(low: float, high: float, depth: Depth, mode: str) -> ValueRange:
@@ -315,12 +328,10 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
 
     rows, columns = config.size
-    # Twice the size leaves the antialiasing enough to work on.
-    enough = 2 * _wanted(config)
-    with decoded(content, enough, config.max_pixels, config.values) as found:
-        image = to_rgb(found.image)
+    with decoded(content, enough(config), config.max_pixels, config.values) as found:
         if config.crop == "centre":
-            return np.asarray(resize_and_crop(image, (columns, rows)))
+            return np.asarray(resize_and_crop(found.image, (columns, rows)))
+        image = to_rgb(found.image)
         # The side that limits the size of a crop, and what it must be.
         width, height = image.size
         own, goal = (height, rows) if height * columns <= width * rows else (width, columns)

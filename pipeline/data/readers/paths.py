@@ -78,10 +78,6 @@ class FileFinder:
                 return path
         return self._matching(normalized(name))
 
-    def path(self, name: str) -> Path:
-        """As `find`, joined with `root`; the name itself where there is no such file."""
-        return self.root / (self.find(name) or name)
-
     def _matching(self, path: str) -> str | None:
         found = [""]
         for part in PurePosixPath(path).parts:
@@ -115,6 +111,35 @@ class FileFinder:
                 listing.setdefault(folded(entry), []).append(entry)
             self._listings[where] = listing
         return self._listings[where].get(folded(name), [])
+
+
+class NamedFiles:
+    """The files that names in other files mean: absolute names, and those relative to a folder in
+    which one of these other files lies.
+
+    Args:
+        beside: the other files.
+    """
+
+    def __init__(self, beside: Sequence[Path]) -> None:
+        folders = dict.fromkeys(file.parent for file in beside)
+        self._finders = [FileFinder(folder) for folder in folders]
+
+    def path(self, name: str) -> Path:
+        """The path of a file; the name in the first folder where there is none.
+
+        Raises:
+            ValueError: several files match; names them.
+        """
+        found = {
+            finder.root / own for finder in self._finders if (own := finder.find(name)) is not None
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"{name!r} may mean {printable(' or '.join(sorted(map(str, found))[:_MATCHES]))}; "
+                "write absolute paths, or read the files of one folder alone"
+            )
+        return found.pop() if found else self._finders[0].root / name
 
 
 class ImageNames:

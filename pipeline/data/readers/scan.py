@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline.config.data import MAX_PIXELS, DataConfig
 from pipeline.data.readers.base import Rows, SkipCounter, content_fingerprint
 from pipeline.data.readers.files import TooLarge
-from pipeline.data.readers.images import decoded
+from pipeline.data.readers.images import decoded, enough, pixels_decoded
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.log import shows_progress
@@ -36,9 +36,9 @@ _SLOW = 2000
 """Fewest images for which a progress bar is shown and the result is kept."""
 _DECODED = 64
 """Shorter side, in pixels, at which images are decoded to be hashed."""
-_Line = tuple[int, int, int, int, str, str, float, float, str]
+_Line = tuple[int, int, bool, int, int, str, str, float, float, str]
 """An entry of each column of `ScanResult`."""
-_FORM = 2
+_FORM = 3
 """Version of the result's file."""
 
 
@@ -48,6 +48,7 @@ class ScanResult:
 
     Attributes:
         width, height: int32 (N), in pixels, upright; 0 where the image cannot be read.
+        shrinks: bool (N), whether it can be decoded at a part of its size.
         digest: uint64 (N), a hash of the file.
         look: uint64 (N), `perceptual_hash` of the image.
         mode: (N), Pillow's mode of the file: RGB, L, CMYK, ...; with `, animated` where there are
@@ -60,6 +61,7 @@ class ScanResult:
 
     width: np.ndarray
     height: np.ndarray
+    shrinks: np.ndarray
     digest: np.ndarray
     look: np.ndarray
     mode: list[str]
@@ -88,7 +90,7 @@ def scan_images(
         workers: threads.
         folder: keeps the result.
         share: this process's part of the work; all processes must call.
-        max_pixels: of an image; larger ones are not decoded.
+        max_pixels: of an image as it is decoded here, small; larger ones are not.
     """
     # Not by its name alone: one folder may be two parts of a mixture.
     source = content_fingerprint([rows.name, *rows.columns])
@@ -133,11 +135,15 @@ def usable(rows: Rows, found: ScanResult, config: DataConfig, tally: SkipCounter
     """Whether each row is usable (N): it can be read and passes the size filters. The others are
     counted.
 
+    Images count as too large by the pixels at which training decodes them, at any `image_size`.
+
     Raises:
         ValueError: a larger fraction than `data.filter.max_corrupt_fraction` cannot be read.
     """
     large = np.array([problem.startswith(_TOO_LARGE) for problem in found.problem], bool)
     bad = np.array([bool(problem) for problem in found.problem], bool) & ~large
+    pixels = pixels_decoded(found.width, found.height, found.shrinks, enough(config))
+    large |= pixels > config.max_pixels
     of_size = [
         (reason, ~bad & ~large & which)
         for reason, which in unwanted_sizes(found.width, found.height, config)
@@ -206,7 +212,7 @@ def perceptual_hash(image: Image.Image) -> int:
     count as 0.
     """
     small = (
-        image.convert("RGB")
+        (image if image.mode == "RGB" else image.convert("RGB"))
         .resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0)
         .convert("YCbCr")
     )
@@ -251,21 +257,23 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
                 low = float(bands.min())
                 high = float(bands.max())
             look = perceptual_hash(image)
-            return found.width, found.height, digest, look, mode, found.depth, low, high, ""
+            size = (found.width, found.height, found.shrinks)
+            return *size, digest, look, mode, found.depth, low, high, ""
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, TooLarge):
             problem = f"{_TOO_LARGE}{problem}"
-        return 0, 0, digest, 0, "", "", 0.0, 0.0, problem
+        return 0, 0, False, digest, 0, "", "", 0.0, 0.0, problem
 
 
 def _from_lines(lines: Sequence[_Line]) -> ScanResult:
-    width, height, digest, look, mode, depth, low, high, problem = (
-        zip(*lines, strict=True) if lines else ((),) * 9
+    width, height, shrinks, digest, look, mode, depth, low, high, problem = (
+        zip(*lines, strict=True) if lines else ((),) * 10
     )
     return ScanResult(
         np.array(width, np.int32),
         np.array(height, np.int32),
+        np.array(shrinks, bool),
         np.array(digest, np.uint64),
         np.array(look, np.uint64),
         list(mode),

@@ -61,10 +61,13 @@ def split_of_value(value: object) -> SplitName | None:
     return _NAMES.get(text.strip().lower())
 
 
-def split_of_cell(cell: object) -> SplitName:
-    """The split of the first value of a cell; '' where it names none."""
-    first = next(iter(cell), None) if isinstance(cell, list) else cell
-    return split_of_value(first) or ""
+def split_of_image(records: Sequence[Record], column: str) -> SplitName | None:
+    """The split that a column names for an image: of several, that furthest from training. None
+    where a value names none, or all cells are empty."""
+    names = [split_of_value(value) for value in _values(records, column)]
+    if None in names or not names:
+        return None
+    return max((name for name in names if name is not None), key=_ORDER.index)
 
 
 def split_of_folder(name: str) -> SplitName:
@@ -123,15 +126,14 @@ def roles(present: Collection[SplitName]) -> dict[SplitName, Role] | None:
 
 
 def column_splits(rows: Rows, column: str, *, strict: bool) -> list[SplitName] | None:
-    """The split of each row by a column. An image that is listed several times is in the split
-    that is furthest from training. One whose records lack the column, such as an image that no row
-    of a list names, is in no split.
+    """The split of each row by a column (`split_of_image`). One whose records lack the column, such
+    as an image that no row of a list names, is in no split.
 
     Args:
         strict: whether values that name no split are an error; otherwise None is returned.
 
     Raises:
-        ValueError: the column does not exist, or has values that name no split.
+        ValueError: the column does not exist, or `check_column` does not pass.
     """
     existing_column(rows.name, column, rows.columns, "data.split_column")
     found: list[SplitName] = []
@@ -140,20 +142,44 @@ def column_splits(rows: Rows, column: str, *, strict: bool) -> list[SplitName] |
         if not any(column in record for record in records):
             found.append("")
             continue
-        names = [split_of_value(value) for value in _values(records, column)]
-        if None in names or not names:
-            if not strict:
-                return None
-            unknown.update(str(value) for value in _values(records, column) or ["(empty)"])
-            continue
-        found.append(max((name for name in names if name is not None), key=_ORDER.index))
+        split = split_of_image(records, column)
+        if split is not None:
+            found.append(split)
+        elif strict:
+            unknown.update(values_of_no_split(records, column))
+        else:
+            return None
+    if strict:
+        check_column(rows.name, column, set(found), unknown)
+    return found
+
+
+def values_of_no_split(records: Sequence[Record], column: str) -> list[str]:
+    """The values of an image for which `split_of_image` is None, as text."""
+    return [str(value) for value in _values(records, column)] or ["(empty)"]
+
+
+def check_column(
+    name: str, column: str, found: Collection[SplitName], unknown: Counter[str]
+) -> None:
+    """Raises ValueError where a column that is to name the splits does not.
+
+    Args:
+        name: of the source.
+        found: the splits that it names.
+        unknown: its values that name none.
+    """
     if unknown:
         some = ", ".join(printable(value) for value, _ in unknown.most_common(5))
         raise ValueError(
-            f"{rows.name}: the column {column!r} has values that name no split ({some}); write "
+            f"{name}: the column {column!r} has values that name no split ({some}); write "
             "train, validation or test, or choose another column (data.split_column)"
         )
-    return found
+    if roles(found) is None:
+        raise ValueError(
+            f"{name}: the column {column!r} names {', '.join(sorted(found))} alone; "
+            "it needs images to train on and images to hold out (data.split_column)"
+        )
 
 
 def _values(records: Sequence[Record], column: str) -> list[object]:
@@ -362,11 +388,6 @@ def with_named_splits(rows: Rows, config: DataConfig) -> Rows:
     if column != "auto":
         named = column_splits(rows, column, strict=True)
         assert named is not None
-        if roles(set(named)) is None:
-            raise ValueError(
-                f"{rows.name}: the column {column!r} names {', '.join(sorted(set(named)))} alone; "
-                "it needs images to train on and images to hold out (data.split_column)"
-            )
         return SplitRows(rows.name, [Part(rows, named)], f"the column {column}")
     if "split" in rows.columns and config.text_column != "split":
         named = column_splits(rows, "split", strict=False)

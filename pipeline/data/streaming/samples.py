@@ -7,6 +7,7 @@ import itertools
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -21,7 +22,14 @@ from pipeline.data.readers.base import (
     reason_of,
 )
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_regular
-from pipeline.data.readers.hub import is_saved_dataset, label_names, load, load_files, splits_of
+from pipeline.data.readers.hub import (
+    content_of,
+    is_saved_dataset,
+    label_names,
+    load,
+    load_files,
+    splits_of,
+)
 from pipeline.data.readers.locate import (
     check_links,
     files_of_rows,
@@ -31,6 +39,7 @@ from pipeline.data.readers.locate import (
     not_found,
     refuse_pointers,
 )
+from pipeline.data.readers.paths import NamedFiles
 from pipeline.data.readers.splits import Role, SplitName, files_by_split, roles
 from pipeline.data.readers.tables import TABLE_SUFFIXES
 from pipeline.data.readers.tar_index import tar_members
@@ -70,12 +79,12 @@ class RawSample:
 
     Attributes:
         name: unique within its shard.
-        image: its file, a path, or both, as `content_of` takes them; None where there is none.
+        image: reads its file, and raises what `content_of` does; None where there is none.
         record: what is written of it.
     """
 
     name: str
-    image: object
+    image: Callable[[], bytes] | None
     record: Record
 
 
@@ -104,11 +113,15 @@ class SampleStream(Protocol):
 class DatasetStream:
     """A data set of `datasets`, streamed.
 
+    Args:
+        files: that its paths name.
+
     Raises:
         ValueError: it does not say which columns it has, or lacks that of the images.
     """
 
-    def __init__(self, name: str, data: Any, column: str | None) -> None:
+    def __init__(self, name: str, data: Any, column: str | None, files: NamedFiles) -> None:
+        self._files = files
         self._data = data.decode(False)
         self.num_shards = int(self._data.num_shards)
         features = self._data.features or {}
@@ -129,7 +142,8 @@ class DatasetStream:
         rows = self._data.shard(num_shards=self.num_shards, index=shard)
         for number, row in enumerate(rows):
             record = {key: self._named(key, value) for key, value in row.items()}
-            image = record.pop(self.image)
+            cell = record.pop(self.image)
+            image = None if cell is None else partial(content_of, cell, self._files)
             name = str(row.get("__key__") or f"shard {shard} row {number}")
             yield RawSample(name, image, record)
 
@@ -201,8 +215,8 @@ class ShardStream:
             if len(known) < _KEYS:
                 known[key] = own
             images = images_of(members, self._wanted)
-            content = members[images[0]] if images else None
-            yield RawSample(key, content, record_of(members, self._lines))
+            image = partial(members.__getitem__, images[0]) if images else None
+            yield RawSample(key, image, record_of(members, self._lines))
 
     def captions_apart(self) -> str:
         start, keys = self._first
@@ -380,7 +394,8 @@ def _open_files(config: DataConfig, files: list[str], tally: SkipCounter) -> Ope
     def opened(own: list[str]) -> SampleStream:
         if Path(own[0].partition("?")[0]).suffix.lower() in (".parquet", ".arrow"):
             data = load_files(config.source, own, streaming=True)
-            return DatasetStream(config.source, data, config.image_column)
+            named = NamedFiles(list(map(Path, own)))
+            return DatasetStream(config.source, data, config.image_column, named)
         return ShardStream(config.source, own, config.image_column, config.caption_lines, tally)
 
     train = opened(of("train"))
@@ -404,12 +419,13 @@ def _open_named(config: DataConfig, path: Path) -> OpenedStreams:
 
     loaded = splits_of(load(config.source, streaming=True))
     of_split = None if config.split_column == "none" else roles(set(loaded))
+    files = NamedFiles([path])
 
     def opened(split: SplitName) -> SampleStream:
         rows = loaded[split]
         if isinstance(rows, datasets.Dataset):
             rows = rows.to_iterable_dataset(num_shards=min(_SHARDS, max(len(rows), 1)))
-        return DatasetStream(config.source, rows, config.image_column)
+        return DatasetStream(config.source, rows, config.image_column, files)
 
     def of(role: Role) -> list[SplitName]:
         return [split for split, own in (of_split or {}).items() if own == role]
@@ -421,11 +437,11 @@ def _open_named(config: DataConfig, path: Path) -> OpenedStreams:
         train, held_out = opened(of("train")[0]), opened(of("held_out")[0])
         note = _note(of_split, "the data set")
     if path.is_dir():
-        files = sorted(path.rglob("*.arrow"))
+        arrow = sorted(path.rglob("*.arrow"))
         identity: list[object] = [
-            (file.relative_to(path).as_posix(), bytes_signature(file)) for file in files
+            (file.relative_to(path).as_posix(), bytes_signature(file)) for file in arrow
         ]
-        earlier: list[object] = [file_signature(file) for file in files]
+        earlier: list[object] = [file_signature(file) for file in arrow]
     else:
         identity = [config.source]
         earlier = [path]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -31,11 +31,24 @@ from pipeline.data.readers.base import (
 )
 from pipeline.data.readers.captions import UNCAPTIONED, CaptionReader, caption_reader
 from pipeline.data.readers.deep import depth_of
-from pipeline.data.readers.hub import content_of
-from pipeline.data.readers.images import crop_of, header, pixels_to_decode, prepared, upright_size
-from pipeline.data.readers.paths import FileFinder
+from pipeline.data.readers.images import (
+    crop_of,
+    enough,
+    header,
+    pixels_decoded,
+    prepared,
+    shrinks,
+    upright_size,
+)
 from pipeline.data.readers.scan import UNREADABLE, file_digest, too_large, unwanted_sizes
-from pipeline.data.readers.splits import COPIES, Role, SplitName, split_of_cell
+from pipeline.data.readers.splits import (
+    COPIES,
+    Role,
+    SplitName,
+    check_column,
+    split_of_image,
+    values_of_no_split,
+)
 from pipeline.data.source import ImageBatch, Source
 from pipeline.data.streaming.samples import MembersApart, RawSample, SampleStream, open_streams
 
@@ -86,7 +99,7 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._held_digests: set[int] = set()
-        self._files = FileFinder(Path(config.source).expanduser().parent)
+        self._of_no_split: Counter[str] = Counter()
         opened = open_streams(config, self.tally)
         self._train = opened.train
         self._held_out = opened.held_out
@@ -232,15 +245,25 @@ class StreamSource(Source):
         if self._column is None:
             found = (s for s in self._everything(self._train) if self._role(s) == "held_out")
             return list(itertools.islice(found, HELD_OUT))
-        # Tests are held out where there is no validation split.
-        by_split: dict[SplitName, list[Sample]] = {"validation": [], "test": []}
+        return self._held_out_by_column(self._column)
+
+    def _held_out_by_column(self, column: str) -> list[Sample]:
+        """The first images of the validation split, or else of the test split.
+
+        Raises:
+            ValueError: a value read on the way names no split, or none names what is needed.
+        """
+        by_split: dict[SplitName, list[Sample]] = {}
         for sample in self._everything(self._train):
-            own = by_split.get(sample.split, [])
-            if len(own) < HELD_OUT:
+            own = by_split.setdefault(sample.split, [])
+            if sample.split != "train" and len(own) < HELD_OUT:
                 own.append(sample)
-            if len(by_split["validation"]) == HELD_OUT:
+            if len(by_split.get("validation", [])) == HELD_OUT:
+                by_split.setdefault("train", [])  # it may come later
                 break
-        return by_split["validation"] or by_split["test"]
+        if by_split or self._of_no_split:
+            check_column(self.name, column, set(by_split), self._of_no_split)
+        return by_split.get("validation") or by_split.get("test") or []
 
     def first(self, most: int) -> Iterator[Sample]:
         """The first samples of either split."""
@@ -304,24 +327,20 @@ class StreamSource(Source):
             return None
         if not captions and self._require_captions:
             return None
-        split = "" if self._column is None else split_of_cell(record.get(self._column))
-        if self._column is not None and not split:
-            self._leave_out(
-                f"images that the column {self._column} puts in no split left out", name
-            )
+        if (split := self._split(name, record)) is None:
             return None
         config = self.config
         try:
-            content = content_of(raw.image, self._files)
+            content = raw.image()
             # The pixels are decoded when they are needed.
             image = header(io.BytesIO(content))
             width, height = upright_size(image)
-            fits = pixels_to_decode(image, config) <= config.max_pixels
+            pixels = pixels_decoded(width, height, shrinks(image), enough(config))
             depth = depth_of(image)
         except Exception:  # see `images.open_image`
             self._leave_out(UNREADABLE, name)
             return None
-        if not fits:
+        if pixels > config.max_pixels:
             self._leave_out(too_large(config.max_pixels), name)
             return None
         if depth != "8bit" and config.value_range == "auto":
@@ -335,6 +354,19 @@ class StreamSource(Source):
                 self._leave_out(reason, name)
                 return None
         return Sample(name, content, captions, split, held_out)
+
+    def _split(self, name: str, record: Record) -> SplitName | None:
+        """The split that `data.split_column` names; None where it names none, which is counted."""
+        if self._column is None:
+            return ""
+        split = split_of_image([record], self._column)
+        if split is None:
+            if len(self._of_no_split) < _REMEMBERED:
+                self._of_no_split.update(values_of_no_split([record], self._column))
+            self._leave_out(
+                f"images that the column {self._column} puts in no split left out", name
+            )
+        return split
 
     def _captions(self, name: str, record: Record) -> list[str]:
         if self._reader is None:

@@ -16,7 +16,14 @@ from PIL import Image
 from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions, StreamOptions
 from pipeline.data import map_source
 from pipeline.data.load import load_source, load_sources
-from pipeline.data.readers.images import centre_crop, decoded, open_image, prepared, random_crop
+from pipeline.data.readers.images import (
+    centre_crop,
+    decoded,
+    open_image,
+    pixels_decoded,
+    prepared,
+    random_crop,
+)
 from stage1_tokenizer import resize_and_crop
 from tests.helpers.data import config, encoded, photo
 
@@ -61,6 +68,20 @@ def test_an_image_is_judged_by_its_full_size_when_upright():
     exif[0x0112] = 6  # lies on its side
     with decoded(as_file(photo(0, (640, 320)), "JPEG", exif=exif.tobytes()), 40) as found:
         assert (found.width, found.height) == (320, 640)
+
+
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    at_least=st.integers(1, 300),
+    form=st.sampled_from(["JPEG", "PNG"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_pixels_decoded_are_known_beforehand(width, height, at_least, form):
+    content = encoded((9, 9, 9), (width, height), form)
+    with decoded(content, at_least) as found:
+        pixels = pixels_decoded(found.width, found.height, found.shrinks, at_least)
+        assert pixels == found.image.width * found.image.height
 
 
 @given(

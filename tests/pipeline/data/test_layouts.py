@@ -18,6 +18,8 @@ from pipeline.config.data import DataConfig
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.base import SkipCounter
 from pipeline.data.readers.folder import folder_rows
+from pipeline.data.readers.paths import NamedFiles
+from pipeline.data.streaming.source import StreamSource
 from tests.helpers.data import config, encoded, write_shard, write_shards
 
 ROWS = [("red", 200), ("dim", 50), ("mid", 120)]
@@ -302,6 +304,41 @@ def test_image_paths_in_parquet_are_part_of_the_fingerprint(tmp_path, monkeypatc
     os.utime(tmp_path / "3.png", ns=(1, 1))
     (tmp_path / "4.png").write_bytes(encoded((99, 0, 0)))
     assert load_source(config(tmp_path / "t.parquet"), "train").fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_paths_in_parquet_are_relative_to_its_own_folder(tmp_path, monkeypatch, streaming):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for place, numbers in (("one", range(9)), ("two", range(9, 18))):
+        (tmp_path / place / "images").mkdir(parents=True)
+        (tmp_path / place / "lists").mkdir()
+        for number in numbers:
+            path = tmp_path / place / "images" / f"{number}.png"
+            path.write_bytes(encoded((number, 0, 0)))
+        table = {"image": [f"../images/{n}.png" for n in numbers], "text": list(map(str, numbers))}
+        pq.write_table(pa.table(table), tmp_path / place / "lists" / "0.parquet")
+
+    def found(source: Path) -> set[str]:
+        train, held_out = load_sources(config(source, streaming=streaming))
+        captions = set(held_out.captions(range(len(held_out))))
+        if isinstance(train, StreamSource):
+            samples = (one for shard in range(train.num_shards) for one in train.samples(shard))
+            return captions | {sample.captions[0] for sample in samples}
+        return captions | set(train.captions(range(len(train))))
+
+    assert found(tmp_path / "one" / "lists" / "0.parquet") == set(map(str, range(9)))
+    assert found(tmp_path / "one" / "lists") == set(map(str, range(9)))
+    assert found(tmp_path / "*" / "lists" / "*.parquet") == set(map(str, range(18)))
+    # The name of another file would be a wrong image.
+    (tmp_path / "two" / "images" / "0.png").write_bytes(encoded())
+    named = NamedFiles(sorted(tmp_path.glob("*/lists/*")))
+    with pytest.raises(
+        ValueError, match=r"may mean .*one.*0\.png or .*two.*0\.png; write absolute"
+    ):
+        named.path("../images/0.png")
 
 
 def test_file_names_with_lone_surrogates_are_reported(tmp_path):

@@ -281,6 +281,48 @@ def test_a_streamed_column_holds_out_what_it_says(tmp_path):
     assert "the column split is not used while streaming" in ignored.problems[0]
 
 
+def write_folds(shard: Path, values: list[object]) -> None:
+    """A shard whose samples have these values in the column `fold`."""
+    samples = [
+        (
+            f"{i:04d}",
+            {
+                "png": encoded((i, 0, 9)),
+                "json": json.dumps({"text": f"number {i}", "fold": value}).encode(),
+            },
+        )
+        for i, value in enumerate(values)
+    ]
+    write_shard(shard, samples)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (["train", "val", "left"], r"has values that name no split \(left\); write train"),
+        (["train", "val", ""], r"has values that name no split \(\(empty\)\); write train"),
+        (["train", "train"], "names train alone; it needs images to train on and"),
+        (["test", "test"], "names test alone; it needs images to train on and"),
+    ],
+)
+def test_a_column_that_does_not_name_the_splits_is_refused(tmp_path, streaming, values, error):
+    write_folds(tmp_path / "0.tar", [values[i % len(values)] for i in range(12)])
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*: the column 'fold' {error}"):
+        load_sources(config(tmp_path, streaming=streaming, split_column="fold"))
+
+
+def test_a_stream_counts_values_of_no_split_after_its_held_out_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.data.streaming.source.HELD_OUT", 2)
+    values = ["val", "val", "train", "left", ["train", "test"]]
+    write_folds(tmp_path / "0.tar", values)
+    train, held_out = load_sources(config(tmp_path, streaming=True, split_column="fold"))
+    assert captions(held_out) == numbers(0, 2)
+    # Of several splits, the one furthest from training counts, as in a table.
+    assert {sample.captions[0] for sample in train.samples(0)} == {"number 2"}
+    assert "1 images that the column fold puts in no split left out: 0003" in train.problems
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_second_source_is_the_held_out_split(tmp_path, streaming):
     samples = [
