@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -110,21 +111,25 @@ def check_weights(path: Path) -> None:
         UnsafeFile: what `check_file` refuses; it has more bytes than this machine has memory, or is
             sparse, and so takes far more memory than it took to send.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     check_file(path)
     found = path.stat()
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        memory = sys.maxsize
     if found.st_size > memory:
         raise UnsafeFile(
             f"{path} has {found.st_size:,} bytes, and this machine has memory for {memory:,}; use "
             "a machine with more memory"
         )
-    if found.st_size < _MIN_SPARSE_BYTES or found.st_blocks * 512 > found.st_size / 2:
+    stored = getattr(found, "st_blocks", found.st_size) * 512  # Windows counts no blocks
+    if found.st_size < _MIN_SPARSE_BYTES or stored > found.st_size / 2:
         return
     # Compressed and remote disks count fewer blocks, too, and have no holes.
     with path.open("rb") as file:
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < found.st_size:
             raise UnsafeFile(
-                f"{path} is a sparse file: {found.st_blocks * 512:,} of its {found.st_size:,} "
+                f"{path} is a sparse file: {stored:,} of its {found.st_size:,} "
                 "bytes are stored; download it again, or make a plain copy of it"
             )
 

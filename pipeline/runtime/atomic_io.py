@@ -7,12 +7,17 @@ import errno
 import hashlib
 import io
 import os
+import platform
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import psutil
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -28,6 +33,12 @@ _REMEDIES = {
     errno.EISDIR: "remove what is in the way, or write to another folder",
 }
 _ALWAYS_OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+"""Names this machine, whose processes alone can be looked up."""
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+))?\.(?:writing|old)"
+)
+"""A name of `_beside`. Earlier versions wrote none of host and process."""
 
 
 class WriteError(OSError):
@@ -50,7 +61,7 @@ def write_errors(path: Path) -> Iterator[None]:
         is_ours = named is not None and (
             path.is_relative_to(named)
             or named.is_relative_to(path)
-            or named.is_relative_to(path.with_name(f".{path.name}.writing"))
+            or named.is_relative_to(_beside(path, "writing"))
         )
         if error.errno not in _REMEDIES or not (is_ours or error.errno in _ALWAYS_OF_WRITES):
             raise
@@ -64,25 +75,38 @@ def write_errors(path: Path) -> Iterator[None]:
 def atomic_write_dir(target: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(folder)` on a temporary folder, syncs what it wrote and replaces `target` by it.
 
-    A failure on the way (a full disk, a kill) leaves what `target` held before.
+    A failure on the way (a full disk, a kill) leaves what `target` held before. Of two processes
+    that write it at the same time, the later replaces what the earlier wrote.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written.
     """
-    beside = target.with_name(f".{target.name}.writing")
-    old = target.with_name(f".{target.name}.old")
+    beside = _beside(target, "writing")
+    old = _beside(target, "old")
     with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         _recover(old)
         _write_beside(beside, write)
-        if target.exists():
-            # A kill between these two leaves no target; `clean_partial_writes`, or the next call,
-            # restores the old one.
-            target.rename(old)
-        beside.rename(target)
+        while not _replaced(target, beside, old):
+            _remove(old)
         _sync(target.parent)
-        _remove(beside)
         _remove(old)
+
+
+def _replaced(target: Path, beside: Path, old: Path) -> bool:
+    """Replaces `target` by `beside`; false where another process wrote it in between."""
+    if target.exists():
+        with suppress(FileNotFoundError):
+            target.rename(old)
+    # A kill here leaves no target; `clean_partial_writes`, or the next command, restores the old
+    # one.
+    try:
+        beside.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def atomic_write_files(folder: Path, write: Callable[[Path], object]) -> None:
@@ -92,9 +116,9 @@ def atomic_write_files(folder: Path, write: Callable[[Path], object]) -> None:
     Raises:
         WriteError: the disk is full or the folder cannot be written.
     """
-    beside = folder / ".files.writing"
+    beside = _beside(folder / "files", "writing")
     with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         _write_beside(beside, write)
         for path in sorted(beside.iterdir()):
             with write_errors(folder / path.name):
@@ -124,9 +148,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full or the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    beside = _beside(path, "writing")
     with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             yield beside
             _sync(beside)
@@ -138,16 +162,46 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def clean_partial_writes(folder: Path) -> None:
-    """Removes what killed runs left half-written in a folder, and restores what they had
-    replaced."""
-    for beside in folder.glob(".*.writing"):
-        _remove(beside)
-    for old in folder.glob(".*.old"):
-        _recover(old)
+    """Removes what killed runs left half-written in a folder, and restores what they had replaced:
+    of every process, so only where this one holds the lock of the run."""
+    for path in _temporary_in(folder):
+        _clean(path)
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _clean_after_others(folder)
+
+
+@cache
+def _clean_after_others(folder: Path) -> None:
+    """Cleans up, once, after processes of this machine that are gone. Others may be writing."""
+    for path, made in _temporary_in(folder).items():
+        if made["host"] == _HOST and not psutil.pid_exists(int(made["pid"])):
+            _clean(path)
+
+
+def _temporary_in(folder: Path) -> dict[Path, re.Match[str]]:
+    found = {path: _TEMPORARY.fullmatch(path.name) for path in folder.glob(".*")}
+    return {path: made for path, made in found.items() if made}
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """The name under which this process writes `path`, or keeps what it replaces."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{ending}")
+
+
+def _clean(path: Path) -> None:
+    if path.suffix == ".old":
+        _recover(path)
+    else:
+        _remove(path)
 
 
 def _recover(old: Path) -> None:
-    target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    made = _TEMPORARY.fullmatch(old.name)
+    assert made is not None
+    target = old.with_name(made["name"])
     if old.exists() and not target.exists():
         old.rename(target)
     _remove(old)
@@ -202,18 +256,13 @@ class WrittenImages:
 
 @contextmanager
 def writing_images(folder: Path, total: int) -> Iterator[WrittenImages]:
-    """Around everything that a command writes to a folder of the user's. Removes the images and
-    lists that a kill left half-written, and no other hidden file.
+    """Around everything that a command writes to a folder of the user's.
 
     Raises:
         WriteError: of any file in it; also says how many images are complete.
     """
     written = WrittenImages(folder, total)
     try:
-        for kind in ("png", "json", "jsonl"):
-            for beside in folder.glob(f".*.{kind}.writing"):
-                if beside.is_file():
-                    beside.unlink()
         yield written
     except WriteError as error:
         raise WriteError(

@@ -44,7 +44,7 @@ class SignalState:
 @contextmanager
 def catch_signals() -> Iterator[SignalState]:
     """Catches Ctrl-C, SIGTERM and SIGHUP (a closed terminal, a lost connection), so that a step can
-    be finished and saved; a second Ctrl-C ends the process at once.
+    be finished and saved; a second signal may end the process at once (`_ends_at_once`).
 
     Only the main thread receives signals: in any other nothing changes. The previous handlers are
     restored at the end.
@@ -52,24 +52,21 @@ def catch_signals() -> Iterator[SignalState]:
     caught = SignalState()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and caught.number == signal.SIGINT:
+        name = NAMES[signal.Signals(number)]
+        if _ends_at_once(caught.number, number):
             # An exception would wait for the threads that read data, however long they take.
-            _say("\nCtrl-C twice: nothing more is saved\n")
+            _say(f"\n{name}: stopping at once, nothing more is saved\n")
             os._exit(TrainingInterrupted(number).status)
         if not caught.number:
             caught.number = number
             if os.environ.get("RANK", "0") == "0":
-                again = (
-                    "; Ctrl-C again stops at once, without saving"
-                    if number == signal.SIGINT
-                    else ""
-                )
+                again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
                 does = (
                     "saving after this step"
                     if caught.begun
                     else "stopping after this step, which may take a minute to compile"
                 )
-                _say(f"\n{NAMES[signal.Signals(number)]}: {does}{again}\n")
+                _say(f"\n{name}: {does}; {again} stops at once, without saving\n")
 
     with _handled(handler):
         yield caught
@@ -85,18 +82,17 @@ def interrupts_raise(describe: Callable[[TrainingInterrupted], str]) -> Iterator
     Args:
         describe: the line that says so, where the process is ended.
     """
-    seen: set[int] = set()
+    first = 0
 
     def handler(number: int, frame: FrameType | None) -> None:
-        # A closed terminal sends SIGHUP twice, by the kernel and by the shell; others SIGTERM and
-        # SIGHUP. The second must not interrupt what the first one's exception removes.
-        if seen and number != signal.SIGINT:
-            return
-        seen.add(number)
+        nonlocal first
+        if first and not _ends_at_once(first, number):
+            return  # it must not interrupt what the first one's exception removes
         error = TrainingInterrupted(number)
-        if _imports(frame):
+        if first or _imports(frame):
             _say(describe(error) + "\n")
             os._exit(error.status)
+        first = number
         raise error
 
     with _handled(handler, *_heeded()):
@@ -117,6 +113,18 @@ def exits_on_ctrl_c(program: str) -> Iterator[None]:
         return
     with _handled(handler, signal.SIGINT):
         yield
+
+
+def _ends_at_once(first: int, second: int) -> bool:
+    """Whether a signal after another (0: none) asks to stop without saving: Ctrl-C after any, and
+    SIGTERM after Ctrl-C.
+
+    SIGTERM and SIGHUP also come in pairs, for one request: `timeout` sends SIGTERM twice, Slurm
+    again before it kills; a closed terminal SIGHUP by the kernel and by the shell; systemd both.
+    """
+    if second == signal.SIGINT:
+        return first != 0
+    return (first, second) == (signal.SIGINT, signal.SIGTERM)
 
 
 def _heeded() -> list[signal.Signals]:

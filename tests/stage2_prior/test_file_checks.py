@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -185,6 +186,17 @@ def test_weights_may_not_be_larger_than_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}[name])
     with pytest.raises(UnsafeFile, match="and this machine has memory for 4,096"):
         stored_tensors(path)
+
+
+def test_weights_are_read_where_the_system_counts_no_pages_and_blocks(tmp_path, monkeypatch):
+    """As Windows."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2**24 + 1)}, path)  # from this size on, blocks are counted
+    found = path.stat()
+    monkeypatch.delattr("os.sysconf")
+    bare = SimpleNamespace(st_mode=found.st_mode, st_size=found.st_size)
+    monkeypatch.setattr(type(path), "stat", lambda *_, **__: bare)
+    assert stored_tensors(path)["a"].shape == (2**24 + 1,)
 
 
 def test_a_folder_inside_may_not_be_a_link_that_leaves(tmp_path):

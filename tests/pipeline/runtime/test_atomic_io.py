@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,9 @@ from pipeline.runtime.atomic_io import (
     atomic_write_files,
     atomic_write_text,
     write_errors,
-    writing_images,
 )
+
+ROOT = Path(__file__).parents[3]
 
 REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -159,10 +163,92 @@ def test_errors_of_what_is_read_meanwhile_pass(tmp_path):
 
 
 def test_hidden_files_of_a_users_folder_stay(tmp_path):
-    own = [".bashrc.old", ".config.writing", ".notes.txt.writing"]
+    own = [".bashrc.old", ".config.writing", ".notes.txt.writing", ".b.01234567-1.writing"]
     for name in own:
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".00000-a.png.writing").write_bytes(b"half")
-    with writing_images(tmp_path, 0):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == own
+    atomic_write_text(tmp_path / "a", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, "a"])
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from pipeline.runtime.atomic_io import atomic_write, atomic_write_dir
+path = Path(sys.argv[1])
+def write(beside):
+    if beside.name.startswith(".folder"):
+        beside = beside / "a"
+    beside.write_text(sys.argv[2][:1])
+    print("half-written", flush=True)
+    sys.stdin.readline()
+    beside.write_text(sys.argv[2])
+if path.name == "folder":
+    atomic_write_dir(path, write)
+else:
+    with atomic_write(path) as beside:
+        write(beside)
+"""
+
+
+@contextmanager
+def writer(path: Path, text: str) -> Iterator[subprocess.Popen]:
+    """A process that has half-written `path`, and goes on when it is told."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES, str(path), text],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "half-written\n"
+        yield process
+        if process.poll() is None:
+            process.communicate("go on\n")
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_two_processes_that_write_one_path_leave_a_whole_one(tmp_path, name):
+    """Each to a temporary name of its own; the last that ends is there."""
+    path = tmp_path / name
+    with writer(path, "first") as first, writer(path, "second") as second:
+        assert len(list(tmp_path.glob(".*.writing"))) == 2
+        first.communicate("go on\n")
+        inside = path / "a" if name == "folder" else path
+        assert inside.read_text() == "first"
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert inside.read_text() == "second"
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_stays(tmp_path, name):
+    with writer(tmp_path / name, "killed") as killed:
+        killed.kill()
+    assert len(list(tmp_path.iterdir())) == 1
+    with writer(tmp_path / name, "new") as running:
+        (left,) = tmp_path.iterdir()
+        assert str(running.pid) in left.name
+        atomic_write_text(tmp_path / "b", "text")
+        assert left.exists()
+    assert running.returncode == 0
+
+
+def test_a_folder_written_in_between_is_replaced(tmp_path, monkeypatch):
+    """Another process may write it between the two renames."""
+    target = tmp_path / "folder"
+    atomic_write_dir(target, lambda folder: (folder / "a").write_text("old"))
+    rename = Path.rename
+
+    def renames(path: Path, to: Path) -> Path:
+        moved = rename(path, to)
+        if path == target:
+            monkeypatch.setattr(Path, "rename", rename)
+            target.mkdir()
+            (target / "b").write_text("another's")
+        return moved
+
+    monkeypatch.setattr(Path, "rename", renames)
+    atomic_write_dir(target, lambda folder: (folder / "a").write_text("new"))
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (target / "a").read_text() == "new"

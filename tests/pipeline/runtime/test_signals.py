@@ -60,7 +60,8 @@ def test_signal_saves_after_the_step_and_resumes_bit_identically(tmp_path, capfd
     ) as caught:
         train(tmp_path / "cut", on_step=lambda now: now == step and send(number), **options)
     assert caught.value.status == SIGNALS[number][1] and handlers() == before
-    assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+    again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
+    assert f"; {again} stops at once, without saving" in capfd.readouterr().err
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints").name == f"step-{step + 1}"
     again, metrics_again = train(tmp_path / "cut", **options)
     assert all(
@@ -80,15 +81,69 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit, match="130"):
         train(tmp_path, on_step=lambda step: step == 5 and send(signal.SIGINT, signal.SIGINT))
     assert newest_checkpoint(tmp_path / "checkpoints").name == "step-4" and handlers() == before
-    assert "Ctrl-C twice: nothing more is saved" in capfd.readouterr().err
+    assert "Ctrl-C: stopping at once, nothing more is saved" in capfd.readouterr().err
 
 
 def test_repeated_other_signals_are_ignored(tmp_path):
+    """`timeout` sends SIGTERM twice, a closed terminal SIGHUP."""
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 6"):
         train(
             tmp_path,
-            on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGINT),
+            on_step=lambda step: step == 5 and send(signal.SIGTERM, signal.SIGTERM, signal.SIGHUP),
         )
+
+
+ENDS_AT_ONCE = [
+    (signal.SIGINT, signal.SIGINT),
+    (signal.SIGTERM, signal.SIGINT),
+    (signal.SIGHUP, signal.SIGINT),
+    (signal.SIGINT, signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_two_signals_to_a_process_that_saves(tmp_path, first, second):
+    """The second one comes while the file is half-written: it ends the process or changes nothing,
+    and leaves no torn file."""
+    path = tmp_path / "weights"
+    path.write_text("old")
+    ends = (first, second) in ENDS_AT_ONCE
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVES, str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == "half-written\n"
+        process.send_signal(second)
+        process.communicate("" if ends else "go on\n")
+    number = second if ends else first
+    assert process.returncode == SIGNALS[number][1]
+    assert path.read_text() == ("old" if ends else "new")
+
+
+SAVES = """
+import signal, sys
+from pathlib import Path
+from pipeline.runtime.atomic_io import atomic_write
+from pipeline.runtime.signals import TrainingInterrupted, catch_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with catch_signals() as caught:
+    print("ready", flush=True)
+    while not caught.number:
+        signal.pause()
+    with atomic_write(Path(sys.argv[1])) as beside:
+        beside.write_text("n")
+        print("half-written", flush=True)
+        if not sys.stdin.readline():
+            sys.exit("the second signal did not end the process")
+        beside.write_text("new")
+sys.exit(TrainingInterrupted(caught.number).status)
+"""
 
 
 def test_signal_during_the_last_evaluation_is_handled(tmp_path):
@@ -213,6 +268,23 @@ def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path, second):
             send(second)
             (tmp_path / "done").touch()
     assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("first", "second"), ENDS_AT_ONCE)
+def test_a_second_request_ends_the_clean_up(monkeypatch, capfd, first, second):
+    """Threads that are waited for may take long."""
+
+    def left(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("pipeline.runtime.signals.os._exit", left)
+    name, status = SIGNALS[second]
+    with pytest.raises(SystemExit, match=str(status)), interrupts_raise(str):
+        try:
+            send(first)
+        finally:
+            send(second)
+    assert capfd.readouterr().err == f"stopped by {name}\n"
 
 
 def test_a_signal_is_said_where_the_terminal_is_gone(tmp_path):
