@@ -13,12 +13,12 @@ from threading import Lock
 import numpy as np
 
 from pipeline.config.data import DataConfig
-from pipeline.data.readers.base import Rows, SkipCounter, is_held_out
+from pipeline.data.readers.base import Rows, SkipCounter, held_out_of
 from pipeline.data.readers.captions import captions_of
 from pipeline.data.readers.images import crop_of, prepared
 from pipeline.data.readers.scan import scan_images, usable
 from pipeline.data.readers.splits import copies_of_held_out
-from pipeline.data.readers.value_range import dark_images, with_value_range
+from pipeline.data.readers.value_range import dark_images, values_report, with_value_range
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
@@ -60,19 +60,16 @@ class SourceIndex:
         check_usable(rows.name, int(fit.sum()), self.problems, require_captions=require_captions)
         digest = hashlib.sha256()
         kept: dict[bool, list[int]] = {False: [], True: []}
-        if rows.note:
-            self.problems.append(rows.note)
-        named = rows.held_out
+        self.problems += [note for note in (rows.note, values_report(config, found)) if note]
+        held_out = held_out_of(rows, fit, config.val_fraction)
         for row in np.flatnonzero(fit).tolist():
-            label = rows.label(row)
-            held_out = is_held_out(label, config.val_fraction) if named is None else named[row]
-            kept[bool(held_out)].append(row)
-            entry = [label, *self.captions[row], str(int(found.digest[row]))]
-            # A split by hash follows from the label.
-            if named is not None:
-                entry.append("held out" if held_out else "train")
+            kept[bool(held_out[row])].append(row)
+            entry = [rows.label(row), *self.captions[row], str(int(found.digest[row]))]
+            # A split by hash follows from the labels.
+            if rows.held_out is not None:
+                entry.append("held out" if held_out[row] else "train")
             digest.update("\0".join(entry).encode() + b"\n")
-        self.kept = {held_out: np.array(rows_of, np.int64) for held_out, rows_of in kept.items()}
+        self.kept = {split: np.array(rows_of, np.int64) for split, rows_of in kept.items()}
         self.fingerprint = digest.hexdigest()[:16]
         self._decoded: dict[int, np.ndarray] = {}
         self._free = config.cache_gb * 2**30

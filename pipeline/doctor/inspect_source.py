@@ -17,7 +17,7 @@ from typing import Literal, ParamSpec, TypeVar
 import numpy as np
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
-from pipeline.data.readers.base import Rows, SkipCounter
+from pipeline.data.readers.base import Rows, SkipCounter, held_out_of
 from pipeline.data.readers.captions import LISTS, Captions, captions_of
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.paths import FOLDED
@@ -129,9 +129,7 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
     config = _tried(findings, with_value_range, config, rows, found) or config
     if dark := dark_images(found, rows):
         findings.append(Finding("fails", dark))
-    held_out = np.array(
-        [opened.held_out(row, config.val_fraction) for row in range(len(rows))], bool
-    )
+    held_out = held_out_of(rows, fit, config.val_fraction)
     report = replace(
         _report(opened, found, fit, held_out, tallies, values_report(config, found)),
         understood=understood(opened, captions),

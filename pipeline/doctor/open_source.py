@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.data.load import find_rows, held_out_rows, load_sources
-from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint, is_held_out
+from pipeline.data.readers.base import Record, Rows, SkipCounter, content_fingerprint
 from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.splits import with_held_out_source
 from pipeline.data.source import Source
@@ -36,12 +36,6 @@ class Opened:
     rows: Rows
     config: DataConfig
     first_only: bool = False
-
-    def held_out(self, row: int, fraction: float) -> bool:
-        """Whether a row is held out."""
-        if self.rows.held_out is not None:
-            return bool(self.rows.held_out[row])
-        return is_held_out(self.rows.label(row), fraction)
 
 
 def open_source(config: DataConfig, most: int, *, require_captions: bool = True) -> Opened:

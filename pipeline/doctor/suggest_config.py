@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig, as_setting
+from pipeline.data.readers.base import Rows, held_out_of
 from pipeline.doctor.caption_stats import count_tokens
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Suggestion
@@ -79,7 +80,8 @@ def suggest(
     factor = _factor(size)
     codes = 512 if world else next((n for below, n in _CODES if images < below), _MOST_CODES)
     train = [
-        mask & ~_held_out(part, mask, val_fraction) for part, mask in zip(parts, masks, strict=True)
+        mask & ~held_out_of(_rows(part), mask, val_fraction)
+        for part, mask in zip(parts, masks, strict=True)
     ]
     length, truncate, why_length = _length(count_tokens(parts, masks, train, text).lengths)
     steps = {stage: _steps(stage, per_pass) for stage in _STEPS}
@@ -216,7 +218,7 @@ def _val_fraction(given: float, parts: Sequence[Part], masks: Sequence[np.ndarra
     """The fraction that was given, or the first of others with which no split is empty."""
     for fraction in (given, 0.05, 0.1, 0.2, 0.3, 0.5):
         held_out = [
-            int(_held_out(part, mask, fraction).sum())
+            int((mask & held_out_of(_rows(part), mask, fraction)).sum())
             for part, mask in zip(parts, masks, strict=True)
         ]
         if any(held_out) and all(
@@ -226,13 +228,9 @@ def _val_fraction(given: float, parts: Sequence[Part], masks: Sequence[np.ndarra
     return None
 
 
-def _held_out(part: Part, mask: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows of a part are held out at this fraction (N)."""
+def _rows(part: Part) -> Rows:
     assert part.opened is not None
-    held_out = np.zeros(len(mask), bool)
-    for row in np.flatnonzero(mask):
-        held_out[row] = part.opened.held_out(int(row), fraction)
-    return held_out
+    return part.opened.rows
 
 
 def _length(lengths: np.ndarray) -> tuple[int, bool, str]:

@@ -21,7 +21,7 @@ Record = dict[str, Any]
 """What is written of an image, by column."""
 IMAGE_COLUMNS = ("image", "file_name", "path", "jpg", "jpeg", "png", "webp")
 """Columns that hold images where `data.image_column` names none."""
-BAD_CAPTION = "captions that are not UTF-8 left out"
+BAD_CAPTION = "captions that are not UTF-8 left out (save them as UTF-8)"
 LONG_CAPTION = "captions that are too long left out"
 NO_FILE = "captions that are no regular files left out"
 OUTSIDE = "links to files outside of the folder left out (data.follow_links=true reads them)"
@@ -147,10 +147,27 @@ class Rows(Protocol):
 
 def is_held_out(name: str, share: float) -> bool:
     """Whether a name is held out, by its hash: adding images moves no other image."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-        < share * 2**64
-    )
+    return _split_hash(name) < share * 2**64
+
+
+def _split_hash(name: str) -> int:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def held_out_of(rows: Rows, used: np.ndarray, share: float) -> np.ndarray:
+    """Which rows are held out (N,): those that the data name, or a share of the rows that are
+    `used` (N,), by the hash of their names. Of few rows the hash may choose none; then the one with
+    the lowest is held out."""
+    if rows.held_out is not None:
+        return np.asarray(rows.held_out, bool)
+    hashes = {row: _split_hash(rows.label(row)) for row in np.flatnonzero(used).tolist()}
+    chosen = [row for row, value in hashes.items() if value < share * 2**64]
+    if not chosen and share > 0 and len(hashes) > 1:
+        chosen = [min(hashes, key=hashes.__getitem__)]
+    held_out = np.zeros(len(rows), bool)
+    held_out[chosen] = True
+    return held_out
 
 
 def content_fingerprint(parts: Iterable[object]) -> str:
@@ -237,7 +254,7 @@ def _by_ending(wanted: str, columns: Sequence[str]) -> str | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    return printable(", ".join(map(str, names))) or "none"
+    return printable(", ".join(str(name) or "''" for name in names)) or "none"
 
 
 def reason_of(error: Exception) -> str:

@@ -43,7 +43,8 @@ LAYOUTS = """accepted are
   images/metadata.jsonl, one row per line                  ({"file_name": "cat.png", "text": "a cat on a mat"})
   images/cat.png next to images/cat.txt or cat.caption     (a cat on a mat)
   images/captions.txt, one caption per line                (cat.png,a cat on a mat)
-  images/cat/1.png with data.caption_template              ("a photo of a {folder}")"""
+  images/cat/1.png with data.caption_template              ("a photo of a {folder}")
+  a COCO or other .json of captions, given as data.source itself"""
 LINKED = "links to folders not followed (give each as a part of data.mix, or copy it there)"
 NO_CAPTION = "images that no caption names left out"
 CLOSED = "folders that cannot be read left out"

@@ -3,7 +3,6 @@ Knows what a scan found; opens no files."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,6 @@ _BLACK = 16
 """Brightest value of 0..255 below which an image is nearly black."""
 _WHITE = 239
 """Darkest value of 0..255 above which an image is nearly white."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def deep_images(found: ScanResult) -> DeepValues | None:
 
 
 def with_value_range(config: DataConfig, rows: Rows, found: ScanResult) -> DataConfig:
-    """The configuration with the range of the source's values in place of `auto`. Logs it.
+    """The configuration with the range of the source's values in place of `auto`.
 
     Raises:
         ValueError: the values leave doubt, or most of these images would be nearly black or white.
@@ -72,7 +70,6 @@ def with_value_range(config: DataConfig, rows: Rows, found: ScanResult) -> DataC
     if not asked:
         config = replace(config, value_range=_certain(config, rows, deep))
     _refuse_dark_or_bright(config, rows, found, asked=asked)
-    _log.info("%s: %s", rows.name, values_report(config, found))
     return config
 
 

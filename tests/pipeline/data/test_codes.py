@@ -29,6 +29,16 @@ from pipeline.data.codes.export import export_codes
 from pipeline.data.codes.shards import EncodedRows, write_shard
 
 
+MADE_BY: dict = {
+    "format": FORMAT,
+    "tokenizer": "a",
+    "sources": {"train": "b", "held_out": "c"},
+    "bf16": False,
+    "settings": {"data": {}},
+}
+"""What a manifest says of how its codes were made."""
+
+
 def write(
     folder: Path,
     codes: np.ndarray,
@@ -41,11 +51,7 @@ def write(
     """A whole folder of training rows with codes (rows, N), in blocks of three."""
     levels = [{"grid": [1, codes.shape[1] // views], "num_codes": num_codes}]
     plan: dict = {
-        "format": 1,
-        "tokenizer": "a",
-        "sources": {"train": "b", "held_out": "c"},
-        "bf16": False,
-        "settings": {"data": {}},
+        **MADE_BY,
         "levels": levels,
         "augmentations_per_image": views,
         "images_per_shard": each,
@@ -265,7 +271,7 @@ def test_a_manifest_with_values_of_another_type_is_refused(folder, place, value,
 def one_file(folder, *names: str, captions=(), drop: str | None = None):
     """A codes dataset of these images, all in one file; `drop` removes one of its columns."""
     plan = {
-        "format": FORMAT,
+        **MADE_BY,
         "levels": [{"grid": [2, 2], "num_codes": 16}],
         "images_per_shard": 100,
         "augmentations_per_image": 1,

@@ -191,7 +191,9 @@ def test_a_caption_in_another_encoding_is_counted_and_utf16_is_read(tmp_path):
     for name in "ab":
         write_image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"1 captions that are not UTF-8 left out: a\.txt"):
+    with pytest.raises(
+        ValueError, match=r"1 captions that are not UTF-8 left out \(save them as UTF-8\): a\.txt"
+    ):
         load_source(config(tmp_path), "train")
     (tmp_path / "b.txt").write_bytes("caf\u00e9".encode("utf-16"))
     assert set(everything(tmp_path)) == {"caf\u00e9"}

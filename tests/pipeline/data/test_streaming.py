@@ -466,7 +466,7 @@ def test_captions_that_are_no_utf8_are_counted(tmp_path, streaming):
         config(tmp_path, streaming=streaming, text_column="caption", val_fraction=0.2)
     )
     assert set(batch_loader(train, 4, 0, 0, 1).names(0)) <= {str(i) for i in range(12)} - {"5"}
-    assert "1 captions that are not UTF-8 left out: 5" in train.problems
+    assert "1 captions that are not UTF-8 left out (save them as UTF-8): 5" in train.problems
 
 
 def test_rewritten_shards_change_the_fingerprint_and_moved_ones_do_not(tmp_path, monkeypatch):

@@ -163,7 +163,9 @@ def test_what_is_wrong_with_optional_captions_is_counted(tmp_path):
     (folder / "00.txt").write_bytes(b"\xff\xfe\xfd")
     sources = load_sources(config(folder), require_captions=False)
     assert len(names(sources)) == 12
-    assert sources[0].problems == ["1 captions that are not UTF-8 left out: 00.txt"]
+    assert sources[0].problems == [
+        "1 captions that are not UTF-8 left out (save them as UTF-8): 00.txt"
+    ]
     rows = ["00.png,\"['a', 'b']\"", "01.png,nan", "02.png," + "x" * (LONGEST + 1)]
     (folder / "t.csv").write_text("\n".join(["image,text", *rows]))
     sources = load_sources(config(folder / "t.csv"), require_captions=False)

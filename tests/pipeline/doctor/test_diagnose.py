@@ -192,23 +192,41 @@ def test_images_that_are_all_too_small_fail_and_a_size_is_suggested(folder):
 
 
 def test_empty_validation_split_fails(tmp_path):
-    folder = tmp_path / "two"
+    folder = tmp_path / "one"
     folder.mkdir()
-    for seed in range(2):
-        add(folder, f"{seed}.png", image(seed), caption(seed))
-    path = tmp_path / "two.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "two",
-                "data": {"source": str(folder), "image_size": 32, "val_fraction": 0.001},
-            }
-        )
-    )
+    add(folder, "0.png", image(0), caption(0))
+    path = tmp_path / "one.yaml"
+    data = {"source": str(folder), "image_size": 32}
+    path.write_text(yaml.safe_dump({"name": "one", "data": data}))
     experiment = load_experiment(["--config", str(path)])
-    with pytest.raises(ValueError, match="2 images to train on and 0 held out") as raised:
+    with pytest.raises(ValueError, match="1 images to train on and 0 held out") as raised:
         sources_of(experiment.data, experiment.folder, experiment.process_timeout)
     assert said(diagnose(experiment.data), "fails") == str(raised.value)
+
+
+def test_of_few_images_one_is_held_out(tmp_path):
+    """At 0.001, the hash of no name is low enough."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for seed in range(5):
+        add(folder, f"{seed}.png", image(seed), caption(seed))
+    experiment = load_experiment(_few(tmp_path, folder))
+    train, held_out = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
+    assert (len(train), len(held_out)) == (4, 1)
+    found = diagnose(experiment.data)
+    assert not said(found, "fails")
+    assert (found.sources[0].train, found.sources[0].held_out) == (4, 1)
+    # A wider split holds the same image out.
+    wider = load_experiment([*_few(tmp_path, folder), "--data.val_fraction", "0.5"])
+    _, more = sources_of(wider.data, wider.folder, wider.process_timeout)
+    assert set(held_out.names([0])) <= set(more.names(range(len(more))))
+
+
+def _few(tmp_path, folder) -> list[str]:
+    path = tmp_path / "few.yaml"
+    data = {"source": str(folder), "image_size": 32, "val_fraction": 0.001}
+    path.write_text(yaml.safe_dump({"name": "few", "data": data}))
+    return ["--config", str(path)]
 
 
 def test_captions_that_are_too_long_fail_unless_truncated(folder):
@@ -237,7 +255,9 @@ def test_caption_lengths_and_vocabulary_are_reported(folder):
     (folder / "06.txt").write_bytes(b"caf\xe9")
     found = diagnose(config(folder))
     assert "1 images without a caption left out: 03.png" in said(found, "notes")
-    assert "1 captions that are not UTF-8 left out: 06.txt" in said(found, "notes")
+    assert "1 captions that are not UTF-8 left out (save them as UTF-8): 06.txt" in said(
+        found, "notes"
+    )
     captions = found.captions
     assert (captions.captions, captions.distinct, captions.shared) == (38, 37, 2)
     assert [asdict(one) for one in captions.repeated] == [{"label": "twice", "count": 2}]
@@ -275,7 +295,7 @@ def test_captions_that_lost_characters_are_warned_of(tmp_path, folder):
         "1 captions hold characters that are not UTF-8" in said(found, "warns")
         and found.captions.damaged == 1
     )
-    assert "1 captions that are not UTF-8 left out: 06" in said(found, "notes")
+    assert "1 captions that are not UTF-8 left out (save them as UTF-8): 06" in said(found, "notes")
 
 
 def split(folder: Path) -> tuple[list[str], list[str]]:

@@ -121,7 +121,8 @@ def test_steps_are_those_of_the_shipped_experiment_and_bounded():
 
 def test_few_images_give_two_nonempty_splits(tmp_path):
     experiment = suggested(tmp_path, [64] * 4, val_fraction=0.0001)
-    assert experiment.data.val_fraction > 0.0001
+    train, held_out = load_sources(experiment.data, require_captions=False)
+    assert (len(train), len(held_out)) == (3, 1)
     one = make(tmp_path / "one", [64])
     assert diagnose(DataConfig(source=str(one))).suggestion is None
 

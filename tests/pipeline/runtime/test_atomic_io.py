@@ -192,7 +192,7 @@ else:
 
 @contextmanager
 def writer(path: Path, text: str) -> Iterator[subprocess.Popen]:
-    """A process that has half-written `path`, and goes on when it is told."""
+    """A process that has half-written `path`, and goes on when it reads a line."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITES, str(path), text],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
