@@ -28,7 +28,6 @@ from pipeline.data.codes.dataset import (
 from pipeline.data.codes.export import export_codes
 from pipeline.data.codes.shards import EncodedRows, write_shard
 
-
 MADE_BY: dict = {
     "format": FORMAT,
     "tokenizer": "a",
