@@ -52,7 +52,10 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if given := values["tokenizer"]["init_from"]:
         model = dict(_config(given, "tokenizer").get("model") or {})
         size = model.pop("image_size", None)  # the tokenizer's follows the data's
-        found |= {"tokenizer": {"model": model}} | ({"data": {"image_size": size}} if size else {})
+        data = {"image_size": size} if size else {}
+        if model.get("channels") == 4:
+            data["alpha"] = "keep"
+        found |= {"tokenizer": {"model": model}} | ({"data": data} if data else {})
     if given := values["prior"]["init_from"]:
         config = _config(given, "prior")
         stream = config.get("stream") or {}
