@@ -23,7 +23,6 @@ from stage1_tokenizer.options import STEP
 from stage1_tokenizer.transparency import (
     WHITE,
     Colour,
-    as_filterable,
     filtered,
     from_white,
     on_background,
@@ -139,7 +138,10 @@ def has_alpha(image: Image.Image) -> bool:
 
 def is_transparent(image: Image.Image) -> bool:
     """Whether some pixel of a PIL image is not opaque."""
-    return has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    if not has_alpha(image):
+        return False
+    straight = image if image.mode == "RGBA" else image.convert("RGBA")
+    return bool(straight.getchannel("A").getextrema()[0] < 255)
 
 
 def to_rgb(
@@ -166,6 +168,12 @@ def to_rgba(image: Image.Image, value_range: ValueRange | None = None) -> Image.
     """Any PIL image as straight RGBA, as `to_rgb` otherwise. Images without transparency are
     opaque."""
     return _upright_8_bit(image, value_range).convert("RGBA")
+
+
+def to_filterable(image: Image.Image) -> Image.Image:
+    """Any PIL image as premultiplied RGBA, which Pillow filters channel by channel;
+    `transparency.filtered` gives the array."""
+    return to_rgba(image).convert("RGBa")
 
 
 def to_channels(
@@ -202,9 +210,8 @@ def resize_and_crop(
     wanted = (size, size) if isinstance(size, int) else size
     if channels != 4:
         return ImageOps.fit(to_rgb(image), wanted, Image.Resampling.BICUBIC)
-    whole = as_filterable(premultiplied(np.asarray(to_rgba(image))))
-    part = filtered(ImageOps.fit(whole, wanted, Image.Resampling.BICUBIC))
-    return Image.fromarray(straightened(part))
+    part = ImageOps.fit(to_filterable(image), wanted, Image.Resampling.BICUBIC)
+    return Image.fromarray(straightened(filtered(part)))
 
 
 def from_pil(

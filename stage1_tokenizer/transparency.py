@@ -20,9 +20,15 @@ WHITE: Colour = (255, 255, 255)
 
 def premultiplied(straight: np.ndarray) -> np.ndarray:
     """Straight uint8 (...,4) -> premultiplied, each colour rounded to the nearest value."""
-    alpha = straight[..., 3:].astype(np.uint32)
-    colours = (straight[..., :3] * (2 * alpha) + 255) // 510
-    return np.concatenate([colours.astype(np.uint8), straight[..., 3:]], axis=-1)
+    alpha = straight[..., 3:]
+    return np.concatenate([_times(straight[..., :3], alpha), alpha], axis=-1)
+
+
+def _times(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """values * alpha / 255 of uint8, rounded to the nearest value; in 16 bits, since images may be
+    large."""
+    product = values.astype(np.uint16) * alpha + np.uint16(128)
+    return ((product + (product >> 8)) >> 8).astype(np.uint8)
 
 
 def straightened(images: np.ndarray) -> np.ndarray:
@@ -38,8 +44,9 @@ def on_background(images: np.ndarray, background: Colour | np.ndarray = WHITE) -
     Images of other channels come back as they are."""
     if images.shape[-1] != 4:
         return images
-    below = (2 * (255 - images[..., 3:].astype(np.uint32)) * np.asarray(background) + 255) // 510
-    return np.minimum(images[..., :3] + below, 255).astype(np.uint8)
+    alpha = images[..., 3:]
+    below = _times(np.asarray(background, np.uint8), 255 - alpha)
+    return np.minimum(images[..., :3], alpha) + below
 
 
 def from_white(images: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -22,8 +22,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config.data import DataConfig, background
 from pipeline.data.readers.images import random_crop
 from pipeline.data.source import Source
-from stage1_tokenizer.pixels import image_array, to_rgb
-from stage1_tokenizer.transparency import as_filterable, filtered
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ANNOTATIONS = "/usr/share/unicode/cldr/common"
@@ -187,9 +185,11 @@ def _draw(
     ImageDraw.Draw(canvas).text(
         ((side - _GLYPH[0]) // 2 - box[0], top), text, font=face, embedded_color=True
     )
+    from stage1_tokenizer.pixels import to_filterable, to_rgb  # imports torch
+    from stage1_tokenizer.transparency import filtered
+
     colour = background(alpha)
-    shown = canvas if colour is None else to_rgb(canvas, background=colour)
-    pixels = as_filterable(image_array(shown))
+    pixels = to_filterable(canvas) if colour is None else to_rgb(canvas, background=colour)
     return filtered(pixels.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config.data import MAX_PIXELS, DataConfig, background
 from pipeline.data.readers.deep import Depth, deep_values, depth_of, extremes, mode_of, shown
@@ -314,26 +314,27 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     what `open_image` does.
     """
     # Imports torch
-    from stage1_tokenizer.pixels import image_array, resize_and_crop, to_rgb, to_rgba
+    from stage1_tokenizer.pixels import to_filterable, to_rgb
+    from stage1_tokenizer.transparency import filtered
 
     rows, columns = config.size
     # Twice the size leaves the antialiasing enough to work on.
     enough = 2 * _wanted(config)
     colour = background(config.alpha)
     with decoded(content, enough, config.max_pixels, config.values) as found:
-        image = to_rgba(found.image) if colour is None else to_rgb(found.image, background=colour)
+        image = found.image
+        image = to_filterable(image) if colour is None else to_rgb(image, background=colour)
         if config.crop == "centre":
-            return image_array(resize_and_crop(image, (columns, rows), config.channels))
+            return filtered(ImageOps.fit(image, (columns, rows), Image.Resampling.BICUBIC))
         # The side that limits the size of a crop, and what it must be.
         width, height = image.size
         own, goal = (height, rows) if height * columns <= width * rows else (width, columns)
         target = max(goal, min(own, math.ceil(goal / config.crop_scale)))
-        pixels = image_array(image)
         if own != target:
             wide = max(columns, round(width * target / own))
             high = max(rows, round(height * target / own))
-            pixels = _scaled(pixels, (wide, high), reducing_gap=2.0)
-        return pixels
+            image = image.resize((wide, high), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return filtered(image)
 
 
 def crop_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
@@ -386,17 +387,11 @@ def _resized(
 ) -> np.ndarray:
     """A part of an image, of a height and a width, at another height and width."""
     pixels = image[top : top + part[0], left : left + part[1]]
-    return pixels if part == size else _scaled(pixels, size[::-1])
-
-
-def _scaled(
-    pixels: np.ndarray, size: tuple[int, int], reducing_gap: float | None = None
-) -> np.ndarray:
-    """An image at another width and height."""
+    if part == size:
+        return pixels
     from stage1_tokenizer.transparency import as_filterable, filtered  # imports torch
 
-    whole = as_filterable(pixels)
-    return filtered(whole.resize(size, Image.Resampling.BICUBIC, reducing_gap=reducing_gap))
+    return filtered(as_filterable(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def random_shift(
