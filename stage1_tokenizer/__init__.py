@@ -24,7 +24,16 @@ from stage1_tokenizer.options import (
     VectorOptions,
     VqganOptions,
 )
-from stage1_tokenizer.pixels import resize_and_crop, to_model_range, to_rgb, to_uint8
+from stage1_tokenizer.pixels import (
+    from_pil,
+    resize_and_crop,
+    to_channels,
+    to_model_range,
+    to_pil,
+    to_rgb,
+    to_rgba,
+    to_uint8,
+)
 from stage1_tokenizer.posterior import GaussianPosterior
 from stage1_tokenizer.quantizers import (
     CodebookStatistics,
@@ -66,13 +75,17 @@ __all__ = [
     "codebook_statistics",
     "count_codes",
     "distinct_codes",
+    "from_pil",
     "joint_problems",
     "reencoding_metrics",
     "resize_and_crop",
     "statistics_by_level",
     "structural_similarity",
+    "to_channels",
     "to_model_range",
+    "to_pil",
     "to_rgb",
+    "to_rgba",
     "to_uint8",
     "unchanged_codes",
 ]

@@ -78,7 +78,7 @@ class TokenizerConfig:
     image_size: ImageSize = 64
     """Height and width of an image, in pixels; `[height, width]` where they differ."""
     channels: int = 3
-    """Colours of a pixel."""
+    """Values of a pixel: 3 for RGB; 4 keeps transparency, as premultiplied RGBA."""
     downsample_factor: int = 8
     """Pixels a code covers along each axis; a power of two."""
     width: int = 192

@@ -350,11 +350,13 @@ class ImageTokenizer(SavedModel):
         self, images: Sequence[Image.Image], value_range: ValueRange | None = None
     ) -> Tensor:
         """Images of one size -> codes, as `encode`. `value_range` is that of images with more than
-        8 bits per value, as in `to_rgb`."""
-        return self.encode(to_model_range(from_pil(images, value_range)).to(self.device))
+        8 bits per value, as in `to_rgb`. Transparency is kept by a tokenizer of four channels, and
+        laid on white for others."""
+        values = from_pil(images, value_range, self.own_config.channels)
+        return self.encode(to_model_range(values).to(self.device))
 
     def to_images(self, codes: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Codes -> images, as `decode`."""
+        """Codes -> images, as `decode`: RGBA of a tokenizer of four channels, otherwise RGB."""
         return to_pil(to_uint8(self.decode(codes.to(self.device), grid)))
 
     def hidden_matrices(self) -> list[nn.Parameter]:

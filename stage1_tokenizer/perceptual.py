@@ -29,6 +29,7 @@ from stage1_tokenizer.file_checks import (
 from stage1_tokenizer.hub import model_folder
 from stage1_tokenizer.metrics import multi_scale_distance
 from stage1_tokenizer.options import PerceptualOptions
+from stage1_tokenizer.pixels import laid_on_white
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -107,7 +108,8 @@ class BackboneDistance(nn.Module):
         name: a folder with a model of transformers, or a name of the Hub.
         layers: which hidden states to compare (0 is the embedding); all but that where empty.
 
-    Of a model of images and text (CLIP) the part for images is taken.
+    Of a model of images and text (CLIP) the part for images is taken. Images of four channels are
+    laid on white first: backbones know three colours.
 
     Raises:
         ValueError: nothing can be loaded from there, it takes no images, or a layer is not there.
@@ -177,6 +179,7 @@ class BackboneDistance(nn.Module):
 
     def _states(self, pixels: Tensor) -> Sequence[Tensor]:
         """All hidden states for pixels (B,C,H,W) in the model's range."""
+        pixels = laid_on_white(pixels)
         if self.size:
             pixels = F.interpolate(
                 pixels, self.size, mode="bilinear", antialias=True, align_corners=False

@@ -1,7 +1,8 @@
 """Images <-> the model's range. The only file that knows pixel units; knows nothing of networks.
 
 Legend: B batch, C channels, H W pixels. Images are uint8 (B,H,W,C) in 0..255; the model's range
-is float (B,C,H,W) in [-1,1].
+is float (B,C,H,W) in [-1,1]. Of four channels, the last is alpha and the colours are premultiplied
+by it; PIL images are straight.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from torch import Tensor
 
 from stage1_tokenizer.caller import model_called_by_user
 from stage1_tokenizer.options import STEP
+from stage1_tokenizer.transparency import (
+    WHITE,
+    Colour,
+    filtered,
+    from_white,
+    on_background,
+    premultiplied,
+    straightened,
+)
 from stage1_tokenizer.value_range import ValueRange, reduced
 
 _log = logging.getLogger(__name__)
 _warned: list[bool] = []
+_laid_on_white: list[bool] = []
 _BEYOND = 1.5
 """Pixels in [-1,1] may overshoot a little after resizing; these do not."""
 LAPLACE_MARGIN = 0.1
@@ -107,13 +118,38 @@ def step_edges(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and clamped to 0..255."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    """float (B,C,H,W) -> uint8 (B,H,W,C), rounded and clamped to 0..255; premultiplied colours to
+    at most their alpha."""
+    values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    if values.shape[1] == 4:
+        values = torch.cat([values[:, :3].minimum(values[:, 3:]), values[:, 3:]], dim=1)
+    return values.permute(0, 2, 3, 1)
 
 
-def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+def laid_on_white(pixels: Tensor) -> Tensor:
+    """float (B,4,H,W) in the model's range, premultiplied -> (B,3,H,W) on white; other channels as
+    they are."""
+    return pixels if pixels.shape[1] != 4 else pixels[:, :3] - pixels[:, 3:] + 1
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a PIL image has room for transparency."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether some pixel of a PIL image is not opaque."""
+    if not has_alpha(image):
+        return False
+    straight = image if image.mode == "RGBA" else image.convert("RGBA")
+    return bool(np.asarray(straight.getchannel("A")).min() < 255)
+
+
+def to_rgb(
+    image: Image.Image, value_range: ValueRange | None = None, background: Colour = WHITE
+) -> Image.Image:
     """Any PIL image as RGB: turned upright by its EXIF, more than 8 bits per value scaled to 8,
-    transparency on white. An upright RGB image is returned itself and not copied.
+    transparency on a background. An upright RGB image is returned itself and not copied.
 
     Args:
         value_range: the values shown black and white, where there are more than 8 bits. Without it,
@@ -122,36 +158,76 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.I
     Raises:
         ValueError: the range of more than 8 bits is in doubt, or values are not finite.
     """
+    image = _upright_8_bit(image, value_range)
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_rgba(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+    """Any PIL image as straight RGBA, as `to_rgb` otherwise. Images without transparency are
+    opaque."""
+    return _upright_8_bit(image, value_range).convert("RGBA")
+
+
+def to_filterable(image: Image.Image) -> Image.Image:
+    """Any PIL image as premultiplied RGBA, which Pillow filters channel by channel;
+    `transparency.filtered` gives the array."""
+    return to_rgba(image).convert("RGBa")
+
+
+def to_channels(
+    image: Image.Image, channels: int, value_range: ValueRange | None = None
+) -> Image.Image:
+    """Any PIL image as a tokenizer of so many channels takes it: RGBA for four, otherwise RGB. Says
+    once per process where transparency is laid on white. Raises as `to_rgb`."""
+    if channels == 4:
+        return to_rgba(image, value_range)
+    if not _laid_on_white and is_transparent(image):
+        _laid_on_white.append(True)
+        _log.warning(
+            "an image has transparency and the tokenizer has %d channels: it is laid on white "
+            "(tokenizer.model.channels=4 with data.alpha=keep would keep it)",
+            channels,
+        )
+    return to_rgb(image, value_range)
+
+
+def _upright_8_bit(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
     # Pillow fails in many ways on a corrupted EXIF block, while the pixels may be whole: such an
     # image stays as it is.
     with suppress(SyntaxError, struct.error, ValueError, TypeError, KeyError):
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    image = reduced(image, value_range)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return reduced(image, value_range)
 
 
-def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, size: int | tuple[int, int], channels: int = 3
+) -> Image.Image:
     """The largest centred part of an image that has the shape of `size` (a square's side, or width
-    and height), at that size, with antialiasing; upright and in RGB."""
-    return ImageOps.fit(
-        to_rgb(image), (size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC
-    )
+    and height), at that size, with antialiasing; upright, and in RGB, or in RGBA for 4
+    channels."""
+    wanted = (size, size) if isinstance(size, int) else size
+    if channels != 4:
+        return ImageOps.fit(to_rgb(image), wanted, Image.Resampling.BICUBIC)
+    part = ImageOps.fit(to_filterable(image), wanted, Image.Resampling.BICUBIC)
+    return Image.fromarray(straightened(filtered(part)))
 
 
-def from_pil(images: Sequence[Image.Image], value_range: ValueRange | None = None) -> Tensor:
-    """Images of any mode and one size -> uint8 (B,H,W,3); `value_range` as in `to_rgb`.
+def from_pil(
+    images: Sequence[Image.Image], value_range: ValueRange | None = None, channels: int = 3
+) -> Tensor:
+    """Images of any mode and one size -> uint8 (B,H,W,3), or with 4 channels (B,H,W,4);
+    `value_range` as in `to_rgb`.
 
     Raises:
         ValueError: there is no image, or they differ in size; none is resized unasked. Or the
             range of more than 8 bits is in doubt.
     """
     images = [
-        to_rgb(image, value_range) for image in images
+        to_channels(image, channels, value_range) for image in images
     ]  # which turns some upright: sizes count after it
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
@@ -160,23 +236,42 @@ def from_pil(images: Sequence[Image.Image], value_range: ValueRange | None = Non
             f"images of one size are needed and given were {given}; use "
             "stage1_tokenizer.resize_and_crop(image, size) first"
         )
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return torch.from_numpy(np.stack([image_array(image) for image in images]))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """uint8 (B,H,W,3) -> PIL images."""
-    return [Image.fromarray(image) for image in images.cpu().numpy()]
+    """uint8 (B,H,W,3) or (B,H,W,4) -> PIL images in RGB or straight RGBA. `from_pil` gives the same
+    values again."""
+    return [pil_image(image) for image in images.cpu().numpy()]
+
+
+def pil_image(image: np.ndarray) -> Image.Image:
+    """As `to_pil`, of one image uint8 (H,W,3) or (H,W,4)."""
+    return Image.fromarray(straightened(image) if image.shape[-1] == 4 else image)
+
+
+def image_array(image: Image.Image) -> np.ndarray:
+    """A PIL image in RGB or straight RGBA -> uint8 (H,W,3) or (H,W,4)."""
+    values = np.asarray(image)
+    return premultiplied(values) if image.mode == "RGBA" else values
 
 
 def through_jpeg(images: Tensor, quality: int) -> Tensor:
-    """uint8 (B,H,W,3) -> the same images after JPEG of a quality of 1 to 100, with Pillow's
-    defaults for the rest."""
+    """uint8 (B,H,W,C) -> the same images after JPEG of a quality of 1 to 100, with Pillow's
+    defaults for the rest. JPEG has no transparency: images of four channels are laid on white, and
+    alpha is kept beside."""
+    values = images.cpu().numpy()
     stored = []
-    for image in to_pil(images):
+    for image in on_background(values):
         buffer = BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         stored.append(Image.open(buffer))
-    return from_pil(stored)
+    after = from_pil(stored)
+    return (
+        torch.from_numpy(from_white(after.numpy(), values[..., 3:]))
+        if images.shape[3] == 4
+        else after
+    )
 
 
 def to_squeezed_unit(pixels: Tensor) -> Tensor:

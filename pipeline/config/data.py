@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.builtin import EmojiOptions, IconOptions, ShapesOptions
 from pipeline.config.checks import out_of_range, problems, refuse
 
 RangeSetting = Literal["auto", "8bit", "10bit", "12bit", "14bit", "16bit"] | list[float]
 """`data.value_range`."""
-SYNTHETIC_SOURCES = ("shapes", "emoji")
+SYNTHETIC_SOURCES = ("shapes", "emoji", "icons")
 """Sources that are rendered here. Settings of files (filters, columns, crops) do not concern
 them."""
 CaptionLines = Literal["each", "joined", "first"]
+
+
+def background(alpha: str) -> tuple[int, int, int] | None:
+    """The colour that `data.alpha` lays transparent images on; None keeps their transparency.
+
+    Raises:
+        ValueError: it is neither `keep`, `white` nor a colour.
+    """
+    if alpha == "keep":
+        return None
+    if alpha == "white":
+        return (255, 255, 255)
+    if re.fullmatch(r"#[0-9a-fA-F]{6}", alpha) is None:
+        raise ValueError(f"data.alpha is {alpha!r}; give keep, white, or a colour such as #e0e0e0")
+    red, green, blue = bytes.fromhex(alpha[1:])
+    return (red, green, blue)
 
 
 def range_problems(values: list[float], name: str) -> list[str]:
@@ -144,54 +162,11 @@ class StreamOptions:
 
 
 @dataclass(kw_only=True)
-class ShapesOptions:
-    """The scenes of the source `shapes` (`data.shapes`)."""
-
-    min_objects: int = 1
-    """Fewest objects in an image."""
-    max_objects: int = 3
-    """Most objects in an image."""
-    grid_cells: int = 0
-    """Evenly spaced positions per axis where objects can stand. Fewer positions make the scenes
-    easier to learn; 0 allows any pixel."""
-    num_scenes: int = 1_000_000
-    """Images after which the scenes repeat."""
-
-    def problems(self, image_size: int) -> list[str]:
-        return problems(
-            (
-                not 1 <= self.min_objects <= self.max_objects <= 3,
-                f"data.shapes.min_objects {self.min_objects} and data.shapes.max_objects "
-                f"{self.max_objects} must satisfy 1 <= min <= max <= 3",
-            ),
-            (
-                self.grid_cells != 0 and (self.grid_cells < 8 or image_size % self.grid_cells > 0),
-                f"data.shapes.grid_cells is {self.grid_cells}; it must be 0 or a divisor of "
-                f"data.image_size {image_size}, at least 8",
-            ),
-        ) + out_of_range(self, "data.shapes", "[1, inf]", "num_scenes")
-
-
-@dataclass(kw_only=True)
-class EmojiOptions:
-    """Files and split of the source `emoji` (`data.emoji`)."""
-
-    font: str | None = None
-    """Path of NotoColorEmoji.ttf, where it is not in its usual place."""
-    annotations: str | None = None
-    """Folder `common` of the Unicode CLDR, with annotations/en.xml, where it is not in its usual
-    place."""
-    split_seed: int = 0
-    """Chooses the names that are held out. To report metrics on names that no setting was chosen
-    by, choose the settings in a run with another seed."""
-
-
-@dataclass(kw_only=True)
 class DataConfig:
     """The source of images (`data` in a YAML)."""
 
     source: str = ""
-    """`shapes`; `emoji`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet file; a
+    """`shapes`; `emoji`; `icons`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet file; a
     .txt list of paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets` folder,
     or a `datasets` name. docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
@@ -215,6 +190,9 @@ class DataConfig:
     or one at a random position."""
     crop_scale: float = 1.0
     """Smallest side of a random part, as a fraction of the largest part's."""
+    alpha: str = "white"
+    """What becomes of transparency: `keep` it as a fourth channel (with
+    `tokenizer.model.channels: 4`), or lay images on `white` or on a colour such as `#e0e0e0`."""
     flip: bool = False
     """Mirror half of the images in training. For captions that do not mention left and right, and
     images without writing."""
@@ -254,12 +232,20 @@ class DataConfig:
     """The scenes of `source: shapes`."""
     emoji: EmojiOptions = field(default_factory=EmojiOptions)
     """Files and split of `source: emoji`."""
+    icons: IconOptions = field(default_factory=IconOptions)
+    """Sets and names of `source: icons`."""
     workers: int = 2
     """Threads per process that read, decode and shrink images."""
     cache_gb: float = 1.0
     """GiB per process for decoded images that may be needed again; 0 decodes them every time."""
 
+    @property
+    def channels(self) -> int:
+        """Of the images: 4 where transparency is kept."""
+        return 4 if background(self.alpha) is None else 3
+
     def __post_init__(self) -> None:
+        background(self.alpha)
         self.image_size = canonical_size(self.image_size)
         refuse(
             self._source_problems(),
@@ -269,6 +255,7 @@ class DataConfig:
             self.tags.problems(),
             self.stream.problems(),
             self.shapes.problems(self.size[0]),
+            self.icons.problems(),
         )
 
     def _source_problems(self) -> list[str]:
@@ -276,7 +263,7 @@ class DataConfig:
         return problems(
             (
                 not self.source and not self.mix,
-                "data.source is empty; give shapes, emoji, a folder, a file, shards or a datasets "
+                "data.source is empty; give shapes, emoji, icons, a folder, a file, shards or a datasets "
                 "name (docs/data.md)",
             ),
             (
@@ -295,12 +282,12 @@ class DataConfig:
             ),
             (
                 self.size[0] != self.size[1] and any(s in SYNTHETIC_SOURCES for s in self.sources),
-                f"data.image_size is {as_setting(self.size)}, and shapes and emoji are drawn as "
+                f"data.image_size is {as_setting(self.size)}, and shapes, emoji and icons are drawn as "
                 "squares alone; give one number (64)",
             ),
             (
                 self.crop == "random" and any(s in SYNTHETIC_SOURCES for s in self.sources),
-                "data.crop is random, and shapes and emoji fill their images; set it to centre",
+                "data.crop is random, and shapes, emoji and icons fill their images; set it to centre",
             ),
             (
                 self.flip and shapes,
@@ -316,7 +303,7 @@ class DataConfig:
                 self.held_out_source is not None
                 and not {self.source, self.held_out_source}.isdisjoint(SYNTHETIC_SOURCES),
                 f"data.held_out_source is {self.held_out_source} and data.source {self.source}; "
-                "shapes and emoji have splits of their own, leave it out",
+                "shapes, emoji and icons have splits of their own, leave it out",
             ),
             (
                 self.streaming and self.source in SYNTHETIC_SOURCES,
@@ -437,6 +424,7 @@ they lead to is compared in their place, so that moved data stay the same data."
 
 
 _NEWER = {
+    "alpha": "white",
     "caption_lines": "each",
     "delimiter": None,
     "follow_links": False,
@@ -461,6 +449,8 @@ def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     settings["emoji"] = {
         name: value for name, value in config["emoji"].items() if name != "split_seed" or value
     }
+    # Icons are known by a fingerprint of their names and pixels.
+    settings.pop("icons", None)
     settings["mix"] = [
         {name: value for name, value in part.items() if value is not None or name not in _NEWER}
         for part in config["mix"]

@@ -244,6 +244,7 @@ def _image_problems(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[s
         size if isinstance(size, int) else list(size)
         for size in (canonical_size(data["image_size"]), canonical_size(model["image_size"]))
     )
+    channels = 4 if data["alpha"] == "keep" else 3
     return problems(
         (
             own != of_model,
@@ -251,9 +252,11 @@ def _image_problems(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[s
             "agree (leave tokenizer.model.image_size out and it follows)",
         ),
         (
-            model["channels"] != 3,
-            f"tokenizer.model.channels is {model['channels']}; every data source gives RGB, so it "
-            "must be 3",
+            channels != model["channels"],
+            f"data.alpha is {data['alpha']}, which gives images of {channels} channels, and "
+            f"tokenizer.model.channels is {model['channels']}; transparency needs "
+            "data.alpha=keep and tokenizer.model.channels=4, images without it data.alpha=white "
+            "and tokenizer.model.channels=3",
         ),
     )
 

@@ -63,8 +63,10 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if given := values["tokenizer"]["init_from"]:
         with suppress(FileNotFoundError):
             model = to_dict(saved_tokenizer_config(stage_folder(given, "tokenizer")))
-            size = model.pop("image_size")  # the tokenizer's follows the data's
-            found |= {"tokenizer": {"model": model}, "data": {"image_size": size}}
+            data = {"image_size": model.pop("image_size")}  # the tokenizer's follows the data's
+            if model["channels"] == 4:
+                data["alpha"] = "keep"
+            found |= {"tokenizer": {"model": model}, "data": data}
     if given := values["prior"]["init_from"]:
         with suppress(FileNotFoundError):
             folder = stage_folder(given, "prior")

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.emoji import EmojiSource
+from pipeline.data.builtin.icons import IconSource
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.map_source import MappedSource, SourceIndex
 from pipeline.data.mixture import MixedSource
@@ -82,6 +83,8 @@ def load_sources(
         return ShapesSource(config, "train"), ShapesSource(config, "held_out")
     if config.source == "emoji":
         return EmojiSource(config, "train"), EmojiSource(config, "held_out")
+    if config.source == "icons":
+        return IconSource(config, "train"), IconSource(config, "held_out")
     if config.streaming:
         stream = StreamSource(config, require_captions=require_captions)
         if config.held_out_source is not None:

@@ -77,8 +77,8 @@ class SourceIndex:
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
     def images(self, rows: Sequence[int], draws: Sequence[int] | None) -> np.ndarray:
-        """(N,H,W,3) uint8, in parallel."""
-        result = np.empty((len(rows), *self.config.size, 3), np.uint8)
+        """(N,H,W,C) uint8, in parallel."""
+        result = np.empty((len(rows), *self.config.size, self.config.channels), np.uint8)
 
         def fill(first: int) -> None:
             for i in range(first, min(first + _TOGETHER, len(rows))):
@@ -124,7 +124,7 @@ class MappedSource(Source):
         return self._all.problems
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,H,W,3) uint8; see `Source`."""
+        """Images (N,H,W,C) uint8; see `Source`."""
         return self._all.images([int(self._rows[int(i)]) for i in indices], draws)
 
     @property

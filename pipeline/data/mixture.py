@@ -38,7 +38,7 @@ class MixedSource(Source):
         return [f"{part.name}: {problem}" for part in self.parts for problem in part.problems]
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,H,W,3) uint8; see `Source`."""
+        """Images (N,H,W,C) uint8; see `Source`."""
         found = (
             (places, part.images(rows, None if draws is None else [draws[i] for i in places]))
             for part, places, rows in self._by_part(indices)

@@ -28,7 +28,7 @@ class ImageBatch:
     names: list[str]
     """What each image is called in its source."""
     view: Callable[[Sequence[int] | None], np.ndarray]
-    """Draws -> images (B,H,W,3) uint8; see `Source.images`."""
+    """Draws -> images (B,H,W,C) uint8; see `Source.images`."""
 
 
 class Source:
@@ -78,9 +78,10 @@ class Source:
         )
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,H,W,3) uint8. One number per image in `draws` chooses its crop and whether it
-        is mirrored, where the configuration varies them. Without `draws`, each is its largest
-        centred part of the shape of `image_size`."""
+        """Images (N,H,W,C) uint8; with four channels, alpha is the last and colours are
+        premultiplied by it. One number per image in `draws` chooses its crop and whether it is
+        mirrored, where the configuration varies them. Without `draws`, each is its largest centred
+        part of the shape of `image_size`."""
         raise self._unordered()
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pipeline.data.readers.images import decoded
 from pipeline.doctor.inspect_source import Part
 from pipeline.doctor.report import Diagnosis, Group
 from pipeline.doctor.text_report import caption_facts, source_facts
+from pipeline.runtime.checkerboard import on_checkerboard
 from pipeline.runtime.html_page import data_uri, render
-from stage1_tokenizer.pixels import to_rgb
+from stage1_tokenizer.pixels import to_filterable
+from stage1_tokenizer.transparency import filtered
 
 _THUMBNAIL = 96
 _GROUPS = 20
@@ -63,8 +66,9 @@ def _thumbnail(part: Part, row: int) -> str | None:
         with decoded(
             part.opened.rows.image(row), _THUMBNAIL, config.max_pixels, config.values or "own"
         ) as found:
-            image = to_rgb(found.image)
+            image = to_filterable(found.image)
             image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            shown = Image.fromarray(on_checkerboard(filtered(image)))
     except (OSError, ValueError):
         return None
-    return data_uri(image, quality=85)
+    return data_uri(shown, quality=85)

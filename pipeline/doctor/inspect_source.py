@@ -214,6 +214,7 @@ def _report(
         sides=[one for one in sides if one.count],
         aspects=[one for one in aspects if one.count],
         modes=_ranked(mode for mode in found.mode if mode),
+        transparent=int(found.transparent.sum()),
         values=values,
         formats=_ranked(ending for ending in endings if ending in EXTENSIONS),
         duplicates=_duplicates(opened, found, readable, fit, held_out),
@@ -322,6 +323,12 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
             f"{found.alike:,} images look like others without being the same file",
         ),
         (found.plain, "notes", f"{found.plain:,} images are one plain surface"),
+        (
+            report.transparent and config.alpha != "keep",
+            "notes",
+            f"{report.transparent:,} images have transparency, which is laid on {config.alpha}; "
+            "data.alpha=keep with tokenizer.model.channels=4 keeps it",
+        ),
         (animated, "notes", f"of {animated:,} images with several frames the first is used"),
         (
             0 < report.usable < 1000,

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image
 
 from pipeline.config.data import SYNTHETIC_SOURCES, DataConfig
 from pipeline.data.load import find_rows, held_out_rows, load_sources
@@ -21,6 +20,7 @@ from pipeline.data.readers.captions import Captions, captions_of
 from pipeline.data.readers.splits import with_held_out_source
 from pipeline.data.source import Source
 from pipeline.data.streaming.source import StreamSource, as_read
+from stage1_tokenizer.pixels import pil_image
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class SyntheticRows(Rows):
     def image(self, row: int) -> bytes:
         source, index = self._of(row)
         buffer = io.BytesIO()
-        Image.fromarray(source.images([index])[0]).save(buffer, "BMP")
+        image = pil_image(source.images([index])[0])
+        image.save(buffer, "PNG" if image.mode == "RGBA" else "BMP")
         return buffer.getvalue()
 
     def records(self, columns: Sequence[str]) -> Iterator[list[Record]]:

@@ -134,6 +134,7 @@ class SourceReport:
         sides: histogram of shorter sides.
         aspects: histogram of the longer over the shorter side.
         modes: Pillow's modes, the most frequent first.
+        transparent: images of which some pixel is not opaque.
         values: those of images with more than 8 bits per value, and which are black and white; ''
             where there are no such images.
         formats: by file ending.
@@ -158,6 +159,7 @@ class SourceReport:
     sides: list[Bin] = field(default_factory=list)
     aspects: list[Bin] = field(default_factory=list)
     modes: list[Bin] = field(default_factory=list)
+    transparent: int = 0
     values: str = ""
     formats: list[Bin] = field(default_factory=list)
     duplicates: Duplicates = field(default_factory=Duplicates)

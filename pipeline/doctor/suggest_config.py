@@ -32,6 +32,8 @@ LARGEST = 256
 """Largest image size that is suggested by default: the number of codes, and so the prior's time,
 grows with its square."""
 _LEFT_OUT = 0.1
+_TRANSPARENT = 0.25
+"""Fraction of images with transparency from which on it is kept."""
 _CODES = ((1_000, 256), (3_000, 512), (30_000, 1024), (100_000, 2048), (1_000_000, 4096))
 """(images below which, codes). 3,400 images used 95% of 1,024 codes, and a simple world nearly all
 of 512 (docs/tokenizers.md). A larger codebook needs more images."""
@@ -96,6 +98,13 @@ def suggest(
             f"data.val_fraction {val_fraction:g}: with {data.val_fraction:g} one split of these "
             "few images is empty"
         )
+    transparent = _transparent(parts, masks)
+    if data.alpha == "white" and transparent >= _TRANSPARENT:
+        own["alpha"] = "keep"
+        reasons.append(
+            f"data.alpha keep, tokenizer.model.channels 4: {transparent:.1%} of the images have "
+            "transparency"
+        )
     grid = f"{size[0] // factor}x{size[1] // factor}"
     reasons += [
         f"tokenizer.model.downsample_factor {factor}: {grid} codes per image",
@@ -109,11 +118,23 @@ def suggest(
             f"in batches of {_BATCH}"
         )
     model = {"num_codes": codes, "downsample_factor": factor}
+    if own.get("alpha") == "keep":
+        model["channels"] = 4
     slots = {"vocab_size": text.vocab_size, "max_length": length, "truncate": truncate}
     values = {"name": name_of(data), "data": own} | _settings(model, _changed(text) | slots, steps)
     if "shapes" in data.sources:  # they are unlimited
         values["encode"] = {"max_images": _SHAPES}
     return Suggestion(values, reasons)
+
+
+def _transparent(parts: Sequence[Part], masks: Sequence[np.ndarray]) -> float:
+    """The fraction of usable images that have transparency."""
+    found = [
+        part.found.transparent[mask]
+        for part, mask in zip(parts, masks, strict=True)
+        if part.found is not None
+    ]
+    return float(np.concatenate(found).mean()) if found else 0.0
 
 
 def _settings(

@@ -51,6 +51,8 @@ def source_facts(source: SourceReport) -> Facts:
     for name, side in (("shorter", source.shorter_side), ("longer", source.longer_side)):
         if side is not None:
             facts.append((f"{name} side", f"{_numbers(side)} pixels"))
+    if source.transparent:
+        facts.append(("transparency", f"{source.transparent:,} images"))
     if source.values:
         facts.append(("values", source.values))
     return [

@@ -34,6 +34,7 @@ from stage1_tokenizer import (
 )
 from stage1_tokenizer.code_views import CodeViews, check_gumbel, gumbel_views, naive_views
 from stage1_tokenizer.codebook_redundancy import JPEG_QUALITY, common_codes, decode_middle
+from stage1_tokenizer.transparency import on_background
 
 NUMBERS = "codebook.json"
 """The page's numbers, for programs."""
@@ -226,7 +227,8 @@ def _in_context(
             if number not in shown and len(shown) < _EXAMPLES:
                 rows = slice(i * height, (i + 3) * height)
                 shown[number] = padded[number, rows, j * width : (j + 3) * width]
-        grey = np.full((3 * height, 3 * width, 3), 224, np.uint8)
+        grey = np.full((3 * height, 3 * width, images.shape[3]), 224, np.uint8)
+        grey[..., 3:] = 255
         cells.append(np.concatenate([*shown.values(), *[grey] * (_EXAMPLES - len(shown))]))
     return make_grid(cells, columns=_COLUMNS, gap=1)
 
@@ -244,5 +246,5 @@ def _map(vectors: Tensor, drawn: np.ndarray) -> np.ndarray:
     for (x, y), image in reversed(list(zip(places.tolist(), drawn, strict=True))):
         top = int(y * (_MAP - height))
         left = int(x * (_MAP - width))
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + height, left : left + width] = on_background(image)
     return canvas

@@ -1,8 +1,8 @@
 """How often an emoji that a pipeline draws is the one of its prompt: nearest by pixel distance.
 Knows images, not how they are drawn.
 
-Distance is the mean squared error over all pixels and channels, at the experiment's size. One image
-is drawn per name, seed 0. The accuracies, the strictest first:
+Distance is the mean squared error over all pixels and channels, at the experiment's size, of images
+on white. One image is drawn per name, seed 0. The accuracies, the strictest first:
 
 - `retrieval_among_siblings_held_out`: over all held-out names with siblings, the fraction of drawn
   images whose nearest among the images of the same base name, in all tones and genders, is their
@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
@@ -28,6 +27,8 @@ from pipeline.data.builtin.emoji import EmojiSource
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.metrics import sampled
 from pipeline.inference.pipeline import TextToImagePipeline
+from stage1_tokenizer.pixels import pil_image
+from stage1_tokenizer.transparency import on_background
 
 CANDIDATES = 100
 
@@ -68,13 +69,13 @@ def check_split(pipe: TextToImagePipeline, data: DataConfig) -> None:
 
 def captions_found(pipe: TextToImagePipeline, images: np.ndarray, captions: list[str]) -> Accuracy:
     """Images whose own caption has the highest log p(caption | codes) among all of the captions."""
-    best = [pipe.caption(Image.fromarray(image), captions, truncate=True)[0][0] for image in images]
+    best = [pipe.caption(pil_image(image), captions, truncate=True)[0][0] for image in images]
     return Accuracy.of(found == own for found, own in zip(best, captions, strict=True))
 
 
 def squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared errors (len(a), len(b)) between two sets of images."""
-    x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (a, b))
+    """Mean squared errors (len(a), len(b)) between two sets of images, transparency on white."""
+    x, y = (on_background(v).reshape(len(v), -1).astype(np.float64) for v in (a, b))
     return np.asarray(((x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)) / x.shape[1])
 
 

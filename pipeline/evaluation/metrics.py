@@ -23,6 +23,8 @@ from stage1_tokenizer import (
     to_model_range,
 )
 from stage1_tokenizer.metrics import psnr, ssim
+from stage1_tokenizer.pixels import image_array
+from stage1_tokenizer.transparency import on_background
 from stage2_prior import OrderSchedule, PriorObjective, PriorObjectiveConfig
 
 BATCH = 64
@@ -35,9 +37,9 @@ class Reconstructions:
     """Images of a source beside what a tokenizer makes of them."""
 
     real: np.ndarray
-    """(N,H,W,3) uint8."""
+    """(N,H,W,C) uint8."""
     drawn: np.ndarray
-    """(N,H,W,3) uint8."""
+    """(N,H,W,C) uint8."""
     metrics: dict[str, float]
     """PSNR (mean over images), SSIM, codebook usage and perplexity, distinct codes, and the
     fraction of codes unchanged by encoding again, directly and after JPEG."""
@@ -74,7 +76,7 @@ def tokenizer_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> 
 
 
 def mean_psnr(real: np.ndarray, drawn: np.ndarray) -> float:
-    """Mean over images (N,H,W,3) uint8, in dB."""
+    """Mean over images (N,H,W,C) uint8, in dB."""
     decibels = [psnr(a, b) for a, b in zip(real, drawn, strict=True)]
     return float(np.minimum(decibels, _HIGHEST_PSNR).mean())
 
@@ -104,14 +106,14 @@ def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict
 def sampled(
     pipe: TextToImagePipeline, prompts: Sequence[str], num_inference_steps: int | None = None
 ) -> np.ndarray:
-    """One image per prompt, seed 0: (N,H,W,3) uint8."""
+    """One image per prompt, seed 0: (N,H,W,3) uint8, transparency on white."""
     output = pipe(prompts, truncate=True, num_inference_steps=num_inference_steps)
-    return stacked(output.images)
+    return on_background(stacked(output.images))
 
 
 def stacked(images: Sequence[Image.Image]) -> np.ndarray:
-    """Images of one size as (N,H,W,3) uint8."""
-    return np.stack([np.asarray(image) for image in images])
+    """Images of one size as (N,H,W,C) uint8, with four channels premultiplied."""
+    return np.stack([image_array(image) for image in images])
 
 
 def _encoded(

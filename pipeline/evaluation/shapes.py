@@ -20,6 +20,8 @@ from pipeline.data.builtin.shapes_oracle import Verdict, check
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.metrics import Reconstructions, sampled
 from pipeline.inference.pipeline import TextToImagePipeline
+from stage1_tokenizer.pixels import pil_image, to_rgb
+from stage1_tokenizer.transparency import on_background
 
 STEPS = 16
 """Steps of parallel decoding in its evaluation."""
@@ -78,9 +80,9 @@ def edit_accuracy(pipe: TextToImagePipeline, experiment: Experiment, count: int)
         if len(scene.items) != 2:
             continue
         prompt, mask = _edit(scene, index, experiment.data.size[0], cell)
-        before = Image.fromarray(held_out.images([index])[0])
+        before = pil_image(held_out.images([index])[0])
         after = pipe.edit(before, Image.fromarray(mask), prompt.text, truncate=True).images[0]
-        correct.append(check(np.asarray(after), prompt.claims).correct)
+        correct.append(check(np.asarray(to_rgb(after)), prompt.claims).correct)
         if len(correct) == count:
             break
     return Accuracy.of(correct)
@@ -106,7 +108,8 @@ def _edit(scene: Scene, index: int, size: int, cell: int) -> tuple[Prompt, np.nd
 
 
 def _judge(images: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
-    return [check(image, prompt.claims) for image, prompt in zip(images, prompts, strict=True)]
+    shown = on_background(images)
+    return [check(image, prompt.claims) for image, prompt in zip(shown, prompts, strict=True)]
 
 
 def accuracies_by_kind(verdicts: Sequence[Verdict]) -> dict[str, Accuracy]:

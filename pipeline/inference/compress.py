@@ -16,7 +16,7 @@ def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> Compr
     """Compresses an image without loss by the models of a bundle, and writes it to `out`.
 
     Args:
-        image: RGB of 8 bits, of the bundle's size.
+        image: RGB of 8 bits, of the bundle's size; or RGBA, where its tokenizer has four channels.
         prompt: what the image shows; it may save bits, and costs its own bytes.
 
     Raises:

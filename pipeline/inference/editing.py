@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stage1_tokenizer import Level, to_rgb
+from stage1_tokenizer import Level, to_channels
 from stage1_tokenizer.caller import warn_user
 
 _WHITE = 128
@@ -39,16 +39,19 @@ def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.convert("L")) >= _WHITE
 
 
-def check_image(image: Image.Image, size: tuple[int, int], name: str = "the image") -> Image.Image:
-    """The image in RGB.
+def check_image(
+    image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image"
+) -> Image.Image:
+    """The image in RGB, or RGBA for a tokenizer of four channels.
 
     Args:
         size: height and width that it must have.
+        channels: of the tokenizer.
 
     Raises:
         ValueError: it is not of the prior's size; says so of `name`.
     """
-    image = to_rgb(image)
+    image = to_channels(image, channels)
     height, width = size
     if image.size != (width, height):
         raise ValueError(
@@ -82,17 +85,18 @@ def composite(
 
 
 def place_on_canvas(
-    image: Image.Image, size: tuple[int, int], at: tuple[int, int]
+    image: Image.Image, size: tuple[int, int], channels: int, at: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
     """A smaller image on a canvas of the height and width `size`, its top left corner `at` (x, y),
     and the mask of what is new.
 
-    The border's pixels fill the gap, so that codes at the seam continue the image.
+    The border's pixels fill the gap, so that codes at the seam continue the image. `channels` are
+    the tokenizer's.
 
     Raises:
         ValueError: the image does not lie on the canvas, or fills it.
     """
-    image = to_rgb(image)
+    image = to_channels(image, channels)
     height, width = size
     x, y = at
     right = width - x - image.width

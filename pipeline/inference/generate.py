@@ -30,6 +30,7 @@ from pipeline.runtime.image_grid import grid_image, make_grid
 from pipeline.runtime.log import on_main_process
 from pipeline.runtime.run_paths import existing_tokenizer
 from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.pixels import image_array, pil_image
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -193,7 +194,7 @@ def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int)
                 "log_likelihood": round(row.log_likelihood, 4),
             }
             lines.append(json.dumps(line, ensure_ascii=False))
-        images = [np.asarray(row.image) for row in rows]
+        images = [image_array(row.image) for row in rows]
         captions = [prompts[row.prompt] for row in rows]
         sheets = contact_sheets(images, captions, together=len(rows) // len(prompts))
         for name, sheet in zip(sheet_names(len(rows)), sheets, strict=True):
@@ -229,16 +230,23 @@ def reconstruct(
         FileNotFoundError: a file or the tokenizer is not there.
     """
     from pipeline.data.readers.images import open_image
-    from stage1_tokenizer import ImageTokenizer, resize_and_crop, to_model_range, to_rgb, to_uint8
+    from stage1_tokenizer import (
+        ImageTokenizer,
+        resize_and_crop,
+        to_channels,
+        to_model_range,
+        to_uint8,
+    )
 
     model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()
+    channels = model.own_config.channels
     true = []
     for file in files:
-        image = to_rgb(open_image(file))
-        image = image if size is None else resize_and_crop(image, size)
-        true.append(np.array(image))
+        image = to_channels(open_image(file), channels)
+        image = image if size is None else resize_and_crop(image, size, channels)
+        true.append(image_array(image).copy())
         try:
-            model.check_size((1, 3, image.height, image.width))
+            model.check_size((1, channels, image.height, image.width))
         except ValueError as error:
             raise ValueError(f"{file}: {error} (the option size does)") from error
     drawn = [
@@ -251,7 +259,7 @@ def reconstruct(
     with writing_images(out, len(files)) as written:
         for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
             name = f"{number:05d}-{file.stem}.png"
-            written.save(name, Image.fromarray(after))
+            written.save(name, pil_image(after))
             lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
         if len({one.shape for one in true}) == 1:
             pairs = [one for pair in zip(true, drawn, strict=True) for one in pair]

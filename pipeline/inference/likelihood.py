@@ -19,6 +19,8 @@ from stage2_prior import ImagePrior, LatentPriorModel, TextTokenizer
 
 _EXACT_MODES = ("RGB", "L", "P", "1")
 """Modes whose pixels have one value in RGB, unless some are transparent."""
+_EXACT_WITH_ALPHA = (*_EXACT_MODES, "RGBA", "LA")
+"""The same in RGBA."""
 
 
 class HasStages(Protocol):
@@ -48,13 +50,14 @@ class LikelihoodMixin:
         batch_size: int = 64,
         truncate: bool = False,
     ) -> ImageLikelihood:
-        """Bounds of log p(image | prompt) of exact 8-bit pixels, in nats. A result depends on the
+        """Bounds of log p(image | prompt) of exact 8-bit pixels, in nats; of four channels, of the
+        premultiplied values. A result depends on the
         seed, the image and its prompt, not on the other images of the call.
 
         The parameters are eight because each is an option of its own that users name.
 
         Args:
-            images: RGB images of the pipeline's size.
+            images: RGB images of the pipeline's size; RGBA ones, too, of four channels.
             prompts: one per image. An empty one stands for no caption.
             num_samples: samples of a posterior that is a distribution, or of the prior (`naive`).
             method: `bound` is by the posterior: the description length, the ELBO or, with several
@@ -112,22 +115,29 @@ def checked_inputs(
     prompts: str | Sequence[str],
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 (B,H,W,3) and text ids (B,T).
+    """Pixels uint8 (B,H,W,C) and text ids (B,T).
 
     Raises:
         ValueError: as `LikelihoodMixin.likelihood`.
     """
+    config = pipe.tokenizer.own_config
     given = [images] if isinstance(images, Image.Image) else list(images)
     for number, image in enumerate(given):
-        check_mode(image, "the image" if len(given) == 1 else f"image {number}")
-    given, prompts = checked_pairs(given, prompts, pipe.tokenizer.size)
-    return from_pil(given), text_ids_of(pipe, prompts, truncate)
+        check_mode(image, config.channels, "the image" if len(given) == 1 else f"image {number}")
+    given, prompts = checked_pairs(given, prompts, config)
+    return from_pil(given, channels=config.channels), text_ids_of(pipe, prompts, truncate)
 
 
-def check_mode(image: Image.Image, name: str) -> None:
-    """Raises ValueError where the pixels of an image have no one value in 8-bit RGB; says so of
-    `name`."""
-    if image.mode not in _EXACT_MODES or "transparency" in image.info:
+def check_mode(image: Image.Image, channels: int, name: str) -> None:
+    """Raises ValueError where the pixels of an image have no one value in 8-bit RGB, or RGBA for a
+    tokenizer of four channels; says so of `name`."""
+    if channels == 4:
+        if image.mode not in _EXACT_WITH_ALPHA:
+            raise ValueError(
+                f"{name} has mode {image.mode}, and a likelihood is that of 8-bit RGBA pixels; "
+                "convert it to 8-bit RGBA first"
+            )
+    elif image.mode not in _EXACT_MODES or "transparency" in image.info:
         kind = "transparency" if image.mode in _EXACT_MODES else f"mode {image.mode}"
         raise ValueError(
             f"{name} has {kind}, and a likelihood is that of 8-bit RGB pixels; convert it to "

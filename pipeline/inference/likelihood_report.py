@@ -19,6 +19,7 @@ from pipeline.likelihood.estimate import Bound, ImageLikelihood, Method
 from pipeline.likelihood.surprise import Surprise
 from pipeline.runtime.atomic_io import atomic_write_text, writing_images
 from pipeline.runtime.heat_map import beside_heat_maps
+from stage1_tokenizer.pixels import image_array
 
 _MEANING: dict[Bound, str] = {
     "description_length": "description length, -log p(image|codes) - log p(codes|caption), no less "
@@ -67,11 +68,12 @@ def likelihood_report(
         raise NotADirectoryError(f"{out} is a file; name a folder for the surprise maps")
     pipe = TextToImagePipeline.from_pretrained(bundle)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    own = pipe.tokenizer.own_config
     images = []
     for file in files:
         image = open_8_bit(file)
-        check_mode(image, str(file))
-        images.append(check_image(image, pipe.tokenizer.size, str(file)))
+        check_mode(image, own.channels, str(file))
+        images.append(check_image(image, own.size, own.channels, str(file)))
     captions = list(prompts or [""])
     captions = captions * len(files) if len(captions) == 1 else captions
     found = pipe.likelihood(
@@ -131,7 +133,7 @@ def _write(
     with writing_images(out, len(files)) as written:
         for i, file in enumerate(files):
             name = f"{i:05d}-{file.stem}.png"
-            written.save(name, surprise_map(np.asarray(images[i]), maps[i]))
+            written.save(name, surprise_map(image_array(images[i]), maps[i]))
             row: dict[str, object] = {"file": str(file), "prompt": captions[i]}
             row["surprise_map"] = name
             row["nats"] = float(found.nats[i])
@@ -152,7 +154,7 @@ def _write(
 
 
 def surprise_map(image: np.ndarray, surprise: Surprise) -> Image.Image:
-    """An image (H,W,3) beside heat maps of its bits per code, a map per level, and per pixel."""
+    """An image (H,W,C) beside heat maps of its bits per code, a map per level, and per pixel."""
     names = [f"bits per code, level {i}" for i in range(1, len(surprise.codes) + 1)]
     if len(names) == 1:
         names = ["bits per code"]

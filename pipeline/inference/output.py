@@ -26,6 +26,7 @@ class TextToImageOutput:
     """Images in prompt-major order: all of the first prompt, then all of the second."""
 
     images: list[Image.Image]
+    """RGB, or straight RGBA where the tokenizer has four channels."""
     codes: Tensor
     """(N,h,w) int64; (N, codes) where the tokenizer has several levels; (N,0) where latents are
     Gaussian."""

@@ -202,7 +202,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 not trained on random orders.
         """
         check_at_least_one("num_images", num_images)
-        original = check_image(image, self.tokenizer.size)
+        original = check_image(image, self.tokenizer.size, self.tokenizer.own_config.channels)
         replaced = replaced_pixels(mask, original.size)
         known = keep_mask(replaced, self.tokenizer.layout)
         if warn_if_trivial(known):
@@ -237,7 +237,8 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         Raises:
             ValueError: the image does not lie on the canvas, or fills it; and what `edit` raises.
         """
-        canvas, mask = place_on_canvas(image, self.tokenizer.size, at)
+        channels = self.tokenizer.own_config.channels
+        canvas, mask = place_on_canvas(image, self.tokenizer.size, channels, at)
         return self.edit(
             canvas, mask, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
@@ -336,8 +337,8 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         raster order. A score does not depend on the other images of the call.
 
         Args:
-            images: images of the prior's size, of any mode; transparency is put on white, as in
-                training.
+            images: images of the prior's size, of any mode. Transparency is kept by a tokenizer of
+                four channels, and put on white for others.
             prompts: one per image. An empty one scores without a caption.
             batch_size: images at a time.
 
@@ -347,7 +348,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 empty and the prior was trained without caption dropout.
         """
         check_at_least_one("batch_size", batch_size)
-        images, prompts = checked_pairs(images, prompts, self.tokenizer.size)
+        images, prompts = checked_pairs(images, prompts, self.tokenizer.own_config)
         ids = self._text_ids(prompts, truncate)
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         codes = torch.cat([self._codes_of(batch).flatten(1) for batch in batches])
@@ -400,10 +401,12 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         prior would see combinations of codes that it was never trained on. A pipeline that was put
         together without `trained_on` uses fp32.
         """
-        size = self.tokenizer.size
+        own = self.tokenizer.own_config
         bf16 = self.trained_on.get("codes_in_bf16", False)
         with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=bf16):
-            return self.tokenizer.to_codes([check_image(image, size) for image in images])
+            return self.tokenizer.to_codes(
+                [check_image(image, own.size, own.channels) for image in images]
+            )
 
     def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
         defaults = asdict(self.defaults)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stage1_tokenizer.file_checks import UnsafeFile
 from stage1_tokenizer.perceptual import checked_folder
+from stage1_tokenizer.pixels import to_rgb
 
 PMI_WEIGHT = 0.6
 """Weight of the rank by PMI against the rank by log-likelihood in `choice_scores`."""
@@ -89,14 +90,15 @@ class CLIPScorer:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """A score in [-1,1] for each image with its prompt: (N,)."""
+        """A score in [-1,1] for each image, transparency on white, with its prompt: (N,)."""
         scores = []
         for first in range(0, len(images), _BATCH):
             part = slice(first, first + _BATCH)
             text = self.tokenizer(
                 list(prompts[part]), padding=True, truncation=True, return_tensors="pt"
             )
-            pixels = self.processor(images=list(images[part]), return_tensors="pt")
+            shown = [to_rgb(image) for image in images[part]]
+            pixels = self.processor(images=shown, return_tensors="pt")
             out = self.model(**text.to(self.model.device), **pixels.to(self.model.device))
             scores.append(torch.cosine_similarity(out.image_embeds, out.text_embeds))
         return torch.cat(scores).cpu()

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from pipeline.inference.editing import check_image
 from pipeline.runtime.threads import free_threads
+from stage1_tokenizer import TokenizerConfig
 from stage2_prior import ImagePrior, score_codes
 
 
 def checked_pairs(
-    images: Image.Image | Sequence[Image.Image], prompts: str | Sequence[str], size: tuple[int, int]
+    images: Image.Image | Sequence[Image.Image],
+    prompts: str | Sequence[str],
+    config: TokenizerConfig,
 ) -> tuple[list[Image.Image], list[str]]:
-    """The images in RGB, and as many prompts.
+    """The images in the channels of a tokenizer, and as many prompts.
 
     Raises:
         ValueError: there is no image, there are not as many prompts as images, or an image is not
-            of the height and width `size`; names it.
+            of the tokenizer's size; names it.
     """
     images = [images] if isinstance(images, Image.Image) else list(images)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -33,7 +36,8 @@ def checked_pairs(
         )
     names = ["the image"] if len(images) == 1 else [f"image {i}" for i in range(len(images))]
     return [
-        check_image(image, size, name) for image, name in zip(images, names, strict=True)
+        check_image(image, config.size, config.channels, name)
+        for image, name in zip(images, names, strict=True)
     ], prompts
 
 

@@ -9,7 +9,7 @@ probability p. It codes, in this order:
 
     codes             p(code | prompt, earlier codes), in the prior's order
     side information  of the likelihood, if it has any
-    values            p(value | codes), 16 rows at a time, red, green and blue in turn
+    values            p(value | codes), 16 rows at a time, channel after channel
 
 A decoder needs the encoder's numbers to the last bit. Both directions are therefore one program
 (`_code_image`), with the same shapes, in fp32, on one thread, nothing compiled. Another processor
@@ -19,6 +19,7 @@ or another version of torch may round differently. A checksum of the values dete
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import struct
 import zlib
@@ -31,11 +32,12 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.runtime.threads import FreeThreads
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import ImageTokenizer, TokenizerConfig, to_model_range
 from stage1_tokenizer.pixels import from_pil, to_pil
 from stage2_prior import ImagePrior, TextTokenizer
 from stage2_prior.order import seeded_orders
 
+_log = logging.getLogger(__name__)
 _MAGIC = b"mdci"
 _FORMAT = 1
 _HEADER = struct.Struct("<4sB8sHHHI")
@@ -74,7 +76,9 @@ class CompressedImage:
     @property
     def bits_per_dimension(self) -> float:
         """Of all data, header and prompt included."""
-        return 8 * len(self.data) / (self.image.width * self.image.height * 3)
+        return (
+            8 * len(self.data) / (self.image.width * self.image.height * len(self.image.getbands()))
+        )
 
 
 def compress(
@@ -89,6 +93,10 @@ def compress(
     """Compresses an RGB image of the tokenizer's size, so that `decompress` returns it exactly. The
     models are on the CPU, in evaluation mode.
 
+    A tokenizer of four channels takes RGBA images, too. Their premultiplied values come back
+    exactly, and so does how they look. Straight colours that transparency hides come back
+    otherwise, which is logged.
+
     The codes are the posterior's likeliest ones.
 
     Args:
@@ -102,10 +110,10 @@ def compress(
             trained without caption dropout, or the package constriction is missing.
     """
     _check_models(tokenizer, prior)
-    _check_image(image, tokenizer.size)
+    _check_image(image, tokenizer.own_config)
     prompt = prompt.strip()
     text_ids = _text_ids(prior, text, prompt)
-    pixels = from_pil([image])
+    pixels = from_pil([image], channels=tokenizer.own_config.channels)
     values = pixels.permute(0, 3, 1, 2).long()
     if not tokenizer.likelihood.covers(values):
         raise ValueError(
@@ -128,7 +136,13 @@ def compress(
     )
     body = header + prompt.encode() + coder.words().astype(_WORD).tobytes()
     data = body + _CHECKSUM.pack(zlib.crc32(body))
-    return CompressedImage(image, data, prompt, coded.rate_bits, coded.distortion_bits)
+    returned = to_pil(pixels)[0]
+    if image.mode == "RGBA" and image.tobytes() != returned.tobytes():
+        _log.warning(
+            "the image has colours that its transparency hides in part; they come back only as "
+            "exactly as they show (its premultiplied values are kept without loss)"
+        )
+    return CompressedImage(returned, data, prompt, coded.rate_bits, coded.distortion_bits)
 
 
 def decompress(
@@ -340,14 +354,15 @@ def _check_models(tokenizer: ImageTokenizer, prior: ImagePrior) -> None:
         )
 
 
-def _check_image(image: Image.Image, size: tuple[int, int]) -> None:
-    if image.mode != "RGB" or "transparency" in image.info:
-        mode = image.mode if image.mode != "RGB" else "RGB with a transparent colour"
+def _check_image(image: Image.Image, config: TokenizerConfig) -> None:
+    modes = ["RGB", "RGBA"] if config.channels == 4 else ["RGB"]
+    if image.mode not in modes or "transparency" in image.info:
+        mode = image.mode if image.mode not in modes else "RGB with a transparent colour"
         raise ValueError(
-            f"the image has mode {mode} and would not come back as it is; only RGB of 8 bits can "
-            "be compressed, convert it first"
+            f"the image has mode {mode} and would not come back as it is; only "
+            f"{' and '.join(modes)} of 8 bits can be compressed, convert it first"
         )
-    height, width = size
+    height, width = config.size
     if image.size != (width, height):
         raise ValueError(
             f"the image is {image.width}x{image.height} and this bundle compresses images of "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.runtime.checkerboard import on_checkerboard
 from pipeline.runtime.printable import printable
 
 IMAGES_PER_SHEET = 100
@@ -40,7 +41,8 @@ def contact_sheets(
     """Sheets of at most `IMAGES_PER_SHEET` images on light grey, one for each of `sheet_names`.
 
     Args:
-        images: uint8 (H,W,3), all of one size.
+        images: uint8 (H,W,3), or (H,W,4) premultiplied, all of one size. The latter are laid on a
+            checkerboard.
         captions: one per image; wrapped, and shortened to three lines.
         together: images that follow each other and should be in one row, as those of one prompt.
     """
@@ -99,7 +101,7 @@ def _shown_size(height: int, width: int) -> tuple[int, int]:
 def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
     enlarged = size[0] >= image.shape[1]
     filter = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    return Image.fromarray(image).resize(size, filter)
+    return Image.fromarray(on_checkerboard(image)).resize(size, filter)
 
 
 def _columns(count: int, aspect: float, together: int) -> int:

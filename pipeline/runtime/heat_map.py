@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.runtime.checkerboard import on_checkerboard
+
 _ANCHORS = np.array(
     [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64
 )
@@ -34,8 +36,8 @@ def colours(values: np.ndarray) -> np.ndarray:
 def beside_heat_maps(
     image: np.ndarray, title: str, maps: Sequence[tuple[str, np.ndarray]]
 ) -> Image.Image:
-    """An image (H,W,3) and, to its right, heat maps of the same size, each with its title and a
-    scale from 0 to its largest number.
+    """An image (H,W,C), premultiplied if it has four channels, and, to its right, heat maps of the
+    same size, each with its title and a scale from 0 to its largest number.
 
     Args:
         maps: titles and numbers (h,w) of 0 or more, where h and w divide H and W.
@@ -54,7 +56,7 @@ def beside_heat_maps(
         left = _GAP + number * (size[0] + _GAP)
         draw.text((left, _GAP), name, fill="black", font=font)
         if values is None:
-            sheet.paste(_enlarged(image, size), (left, top))
+            sheet.paste(_enlarged(on_checkerboard(image), size), (left, top))
             continue
         most = max(float(values.max()), 1e-12)
         sheet.paste(_enlarged(colours(values / most), size), (left, top))

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from pipeline.runtime.checkerboard import on_checkerboard
+
 
 def make_grid(images: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np.ndarray:
-    """Images (H,W,3) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
-    columns*(W+gap)+gap, 3)."""
+    """Images (H,W,C) of one size, row by row on light grey -> uint8 (rows*(H+gap)+gap,
+    columns*(W+gap)+gap, 3). Of four channels, they are premultiplied and are laid on a
+    checkerboard."""
     height, width = images[0].shape[:2]
     rows = math.ceil(len(images) / columns)
     grid = np.full(
@@ -20,7 +23,7 @@ def make_grid(images: Sequence[np.ndarray], *, columns: int, gap: int = 2) -> np
     for i, image in enumerate(images):
         top = gap + (i // columns) * (height + gap)
         left = gap + (i % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = image
+        grid[top : top + height, left : left + width] = on_checkerboard(image)
     return grid
 
 

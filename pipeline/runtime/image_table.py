@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.runtime.checkerboard import on_checkerboard
+
 _SIDE = 96
 """Least side of an image in pixels."""
 _GAP = 6
@@ -22,7 +24,7 @@ def image_table(rows: Mapping[str, np.ndarray], columns: Sequence[str]) -> Image
     """Draws images on white.
 
     Args:
-        rows: label -> uint8 (columns,H,W,3), images of one size.
+        rows: label -> uint8 (columns,H,W,C), images of one size; of four channels premultiplied.
         columns: labels, which are wrapped.
     """
     height, width = next(iter(rows.values())).shape[1:3]
@@ -43,7 +45,7 @@ def image_table(rows: Mapping[str, np.ndarray], columns: Sequence[str]) -> Image
         middle = top + row * cell_height + (height * factor - _LINE) // 2
         draw.text((_GAP, middle), label, fill="black", font=font)
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize(
+            enlarged = Image.fromarray(on_checkerboard(image)).resize(
                 (width * factor, height * factor), Image.Resampling.NEAREST
             )
             sheet.paste(enlarged, (left + column * cell_width, top + row * cell_height))

@@ -34,6 +34,7 @@ from pipeline.stages.sources import every_image, sources_of
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.task import Task
 from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer.pixels import image_array
 from stage2_prior import (
     AggregatedPosterior,
     LatentPriorConfig,
@@ -344,6 +345,6 @@ class LatentPriorTraining:
         with torch.autocast(self.prior.device.type, enabled=False):
             count = 2 if self.prior.context_features else 16
             images = pipe(prompts, num_images_per_prompt=count, truncate=True).images
-        grid = make_grid([np.asarray(image) for image in images], columns=4)
+        grid = make_grid([image_array(image) for image in images], columns=4)
         save_sample(self.experiment.folder, "prior", grid)
         return {"samples": grid}

@@ -32,6 +32,7 @@ from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.task import Task
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.pixels import image_array
 from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
 
 
@@ -276,6 +277,6 @@ class PriorTraining:
         with torch.autocast(device.type, enabled=False):
             images = pipe(prompts, num_images_per_prompt=2, truncate=True).images
         self.prior.train()
-        grid = make_grid([np.asarray(image) for image in images], columns=4)
+        grid = make_grid([image_array(image) for image in images], columns=4)
         save_sample(self.experiment.folder, "prior", grid)
         return {"samples": grid}

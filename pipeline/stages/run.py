@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.data.load import load_source
@@ -28,6 +26,7 @@ from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 from pipeline.stages.tokenizer import save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.pixels import image_array
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
 
 
@@ -87,7 +86,7 @@ def run(experiment: Experiment) -> Path:
         pipe = TextToImagePipeline.from_pretrained(bundle).to(accelerator.device)
         count = 64 if prompts == [""] else 4
         images = [
-            np.asarray(image)
+            image_array(image)
             for image in pipe(prompts, num_images_per_prompt=count, truncate=True).images
         ]
         save_sample(experiment.folder, "held-out-prompts", make_grid(images, columns=8))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, background
 from pipeline.data.readers.images import random_crop
 from pipeline.data.source import Source
 
@@ -59,7 +59,7 @@ class Emoji:
     text: str
     name: str
     image: np.ndarray
-    """uint8 (S,S,3)."""
+    """uint8 (S,S,C)."""
 
 
 def tone_of(name: str) -> tuple[str, str | None]:
@@ -135,8 +135,11 @@ def names_of_package() -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tuple[Emoji, ...]:
-    """Every distinct image of the font that has a name, in the order of the names' list.
+def load_emoji(
+    image_size: int, font: str | None, annotations: str | None, alpha: str = "white"
+) -> tuple[Emoji, ...]:
+    """Every distinct image of the font that has a name, in the order of the names' list. Around
+    them is what `alpha` says (`data.alpha`).
 
     Raises:
         FileNotFoundError: the font or the names are missing; says how to install them.
@@ -163,14 +166,16 @@ def load_emoji(image_size: int, font: str | None, annotations: str | None) -> tu
         ) from error
     found: dict[bytes, Emoji] = {}
     for text, name in names.items():
-        image = _draw(face, text, image_size)
+        image = _draw(face, text, image_size, alpha)
         if image is not None:
             found.setdefault(image.tobytes(), Emoji(text, name, image))
     return tuple(found.values())
 
 
-def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarray | None:
-    """One glyph on white; None where the font has no single image for the text."""
+def _draw(
+    face: ImageFont.FreeTypeFont, text: str, image_size: int, alpha: str
+) -> np.ndarray | None:
+    """One glyph; None where the font has no single image for the text."""
     box = face.getbbox(text)
     if (box[2] - box[0], box[3] - box[1]) != _GLYPH:
         return None  # an unknown letter is empty, and an unknown sequence is several glyphs wide
@@ -180,10 +185,12 @@ def _draw(face: ImageFont.FreeTypeFont, text: str, image_size: int) -> np.ndarra
     ImageDraw.Draw(canvas).text(
         ((side - _GLYPH[0]) // 2 - box[0], top), text, font=face, embedded_color=True
     )
-    flat = Image.alpha_composite(Image.new("RGBA", canvas.size, "white"), canvas).convert("RGB")
-    return np.asarray(
-        flat.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=None)
-    )
+    from stage1_tokenizer.pixels import to_filterable, to_rgb  # imports torch
+    from stage1_tokenizer.transparency import filtered
+
+    colour = background(alpha)
+    pixels = to_filterable(canvas) if colour is None else to_rgb(canvas, background=colour)
+    return filtered(pixels.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 class EmojiSource(Source):
@@ -192,7 +199,9 @@ class EmojiSource(Source):
     name = "emoji"
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        everything = load_emoji(config.size[0], config.emoji.font, config.emoji.annotations)
+        everything = load_emoji(
+            config.size[0], config.emoji.font, config.emoji.annotations, config.alpha
+        )
         kept_back = held_out_names(
             [e.name for e in everything], config.val_fraction, config.emoji.split_seed
         )
@@ -213,7 +222,7 @@ class EmojiSource(Source):
         self.fingerprint = digest.hexdigest()[:16]
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,S,S,3) uint8; see `Source`."""
+        """Images (N,S,S,C) uint8; see `Source`."""
         found = [self._emoji[int(i)].image for i in indices]
         if draws is not None and self._flip:
             found = [
@@ -229,20 +238,20 @@ class EmojiSource(Source):
         return [self._emoji[int(i)].name for i in indices]
 
     def siblings(self, index: int) -> tuple[np.ndarray, int]:
-        """The images (n,S,S,3) of an image's base name in all tones and genders, of both splits,
+        """The images (n,S,S,C) of an image's base name in all tones and genders, of both splits,
         and the index of its own; n is 1 without siblings."""
         own = self._emoji[index]
         return _among(self._siblings[base_name(own.name)], own)
 
     def tone_siblings(self, index: int) -> tuple[np.ndarray, int]:
-        """The images (n,S,S,3) of an image's name in all its tones, and the index of its own tone;
+        """The images (n,S,S,C) of an image's name in all its tones, and the index of its own tone;
         n is 1 without tones."""
         own = self._emoji[index]
         return _among(self._families.get(tone_of(own.name)[0], [own]), own)
 
 
 def _among(candidates: Sequence[Emoji], own: Emoji) -> tuple[np.ndarray, int]:
-    """The images (n,S,S,3) of all candidates, and the index of one of them."""
+    """The images (n,S,S,C) of all candidates, and the index of one of them."""
     names = [one.name for one in candidates]
     return np.stack([one.image for one in candidates]), names.index(own.name)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import Item, Scene, ShapesWorld
+from pipeline.data.readers.transparency import as_channels
 from pipeline.data.source import Source
 
 SIZE_WORDS = {
@@ -140,12 +141,13 @@ class ShapesSource(Source):
         self.world = ShapesWorld(
             size, min_objects=fewest, max_objects=most, grid_cells=cells, split=split
         )
+        self._alpha = config.alpha
         self.num_images = options.num_scenes
         self.fingerprint = f"shapes1-{size}-{fewest}{most}-{cells}-{split}"
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
-        """Images (N,S,S,3) uint8; each is seen as it is, whatever the draws."""
-        return self.world.images(indices)
+        """Images (N,S,S,C) uint8; each is seen as it is, whatever the draws."""
+        return as_channels(self.world.images(indices), self._alpha)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [prompt.text for prompt in self.prompts(indices)]

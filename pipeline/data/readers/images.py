@@ -1,5 +1,5 @@
-"""One image file -> an RGB image of the wanted size. Knows formats, sizes and crops; knows no
-captions."""
+"""One image file -> an image of the wanted size and channels. Knows formats, sizes and crops; knows
+no captions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from pipeline.config.data import MAX_PIXELS, DataConfig
+from pipeline.config.data import MAX_PIXELS, DataConfig, background
 from pipeline.data.readers.deep import Depth, deep_values, depth_of, extremes, mode_of, shown
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, TooLarge, read_file
 from pipeline.data.readers.memory import BYTES_PER_PIXEL, DECODING
@@ -319,19 +319,24 @@ def _orientation(image: Image.Image) -> int:
 
 
 def prepared(content: bytes, config: DataConfig) -> np.ndarray:
-    """An image's file as RGB uint8 (H,W,3), shrunk to what training needs.
+    """An image's file as uint8 (H,W,C), shrunk to what training needs, transparency as `data.alpha`
+    says.
 
     That is its largest centred part of the shape of `image_size`, at that size. For random crops it
     is the whole image, just large enough that the smallest crop has `image_size` pixels. Raises
     what `open_image` does.
     """
-    from stage1_tokenizer.pixels import resize_and_crop, to_rgb  # imports torch
+    # Imports torch
+    from stage1_tokenizer.pixels import to_filterable, to_rgb
+    from stage1_tokenizer.transparency import filtered
 
     rows, columns = config.size
+    colour = background(config.alpha)
     with decoded(content, enough(config), config.max_pixels, config.values) as found:
+        image = found.image
+        image = to_filterable(image) if colour is None else to_rgb(image, background=colour)
         if config.crop == "centre":
-            return np.asarray(resize_and_crop(found.image, (columns, rows)))
-        image = to_rgb(found.image)
+            return filtered(ImageOps.fit(image, (columns, rows), Image.Resampling.BICUBIC))
         # The side that limits the size of a crop, and what it must be.
         width, height = image.size
         own, goal = (height, rows) if height * columns <= width * rows else (width, columns)
@@ -340,7 +345,7 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
             wide = max(columns, round(width * target / own))
             high = max(rows, round(height * target / own))
             image = image.resize((wide, high), Image.Resampling.BICUBIC, reducing_gap=2.0)
-        return np.asarray(image)
+        return filtered(image)
 
 
 def crop_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarray:
@@ -354,7 +359,7 @@ def crop_of(image: np.ndarray, config: DataConfig, draw: int | None) -> np.ndarr
 
 
 def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The largest centred part of (H,W,3) that has the shape of `size` (height, width), at that
+    """The largest centred part of (H,W,C) that has the shape of `size` (height, width), at that
     size."""
     height, width = image.shape[:2]
     part = _largest_part(height, width, size)
@@ -364,7 +369,7 @@ def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def random_crop(
     image: np.ndarray, size: tuple[int, int], *, crop: bool, flip: bool, draw: int
 ) -> np.ndarray:
-    """A random part of (H,W,3) that has the shape of `size` (height, width), at that size, mirrored
+    """A random part of (H,W,C) that has the shape of `size` (height, width), at that size, mirrored
     or not: a function of `draw`."""
     random = np.random.default_rng(draw)
     height, width = image.shape[:2]
@@ -395,15 +400,15 @@ def _resized(
     pixels = image[top : top + part[0], left : left + part[1]]
     if part == size:
         return pixels
-    return np.asarray(
-        Image.fromarray(np.ascontiguousarray(pixels)).resize(size[::-1], Image.Resampling.BICUBIC)
-    )
+    from stage1_tokenizer.transparency import as_filterable, filtered  # imports torch
+
+    return filtered(as_filterable(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def random_shift(
     images: np.ndarray, rows: list[int], view: int, shift: int, seed: int, flip: bool = False
 ) -> np.ndarray:
-    """Images (B,H,W,3) moved by up to `shift` pixels along each axis, with the border repeated into
+    """Images (B,H,W,C) moved by up to `shift` pixels along each axis, with the border repeated into
     the gap. `flip` mirrors half of them."""
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     height, width = images.shape[1:3]

@@ -36,7 +36,7 @@ _SLOW = 2000
 """Fewest images for which a progress bar is shown and the result is kept."""
 _DECODED = 64
 """Shorter side, in pixels, at which images are decoded to be hashed."""
-_Line = tuple[int, int, bool, int, int, str, str, float, float, str]
+_Line = tuple[int, int, bool, int, int, str, str, bool, float, float, str]
 """An entry of each column of `ScanResult`."""
 _FORM = 3
 """Version of the result's file."""
@@ -54,6 +54,7 @@ class ScanResult:
         mode: (N), Pillow's mode of the file: RGB, L, CMYK, ...; with `, animated` where there are
             several frames.
         depth: (N), `8bit`, `integers` of more bits, or `floats`; '' where it cannot be read.
+        transparent: bool (N), whether some pixel is not opaque.
         low, high: float64 (N), the smallest and largest value in the file; of 8 bits per value,
             after transparency was put on white. 0 where it cannot be read.
         problem: (N), what is wrong with the image, or ''.
@@ -66,6 +67,7 @@ class ScanResult:
     look: np.ndarray
     mode: list[str]
     depth: list[str]
+    transparent: np.ndarray
     low: np.ndarray
     high: np.ndarray
     problem: list[str]
@@ -242,7 +244,7 @@ _FAINT = 0.5
 
 
 def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
-    from stage1_tokenizer.pixels import to_rgb  # imports torch
+    from stage1_tokenizer.pixels import is_transparent, to_rgb  # imports torch
 
     digest = 0
     try:
@@ -250,6 +252,7 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
         digest = file_digest(content)
         with decoded(content, _DECODED, max_pixels, "own") as found:
             mode = found.mode + (", animated" if found.animated else "")
+            transparent = is_transparent(found.image)
             image = to_rgb(found.image)
             low, high = found.low, found.high
             if found.depth == "8bit":
@@ -258,17 +261,17 @@ def _examined(rows: Rows, row: int, max_pixels: int) -> _Line:
                 high = float(bands.max())
             look = perceptual_hash(image)
             size = (found.width, found.height, found.shrinks)
-            return *size, digest, look, mode, found.depth, low, high, ""
+            return *size, digest, look, mode, found.depth, transparent, low, high, ""
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, TooLarge):
             problem = f"{_TOO_LARGE}{problem}"
-        return 0, 0, False, digest, 0, "", "", 0.0, 0.0, problem
+        return 0, 0, False, digest, 0, "", "", False, 0.0, 0.0, problem
 
 
 def _from_lines(lines: Sequence[_Line]) -> ScanResult:
-    width, height, shrinks, digest, look, mode, depth, low, high, problem = (
-        zip(*lines, strict=True) if lines else ((),) * 10
+    width, height, shrinks, digest, look, mode, depth, transparent, low, high, problem = (
+        zip(*lines, strict=True) if lines else ((),) * 11
     )
     return ScanResult(
         np.array(width, np.int32),
@@ -278,6 +281,7 @@ def _from_lines(lines: Sequence[_Line]) -> ScanResult:
         np.array(look, np.uint64),
         list(mode),
         list(depth),
+        np.array(transparent, bool),
         np.array(low, np.float64),
         np.array(high, np.float64),
         list(problem),

@@ -218,7 +218,7 @@ class StreamSource(Source):
         return image
 
     def crop(self, image: np.ndarray, draw: int | None) -> np.ndarray:
-        """The part of a decoded image that is seen, (H,W,3) uint8; see `Source.images` for
+        """The part of a decoded image that is seen, (H,W,C) uint8; see `Source.images` for
         `draw`."""
         return crop_of(image, self.config, draw)
 

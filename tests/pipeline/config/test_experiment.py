@@ -201,7 +201,12 @@ def test_every_violated_relation_is_named(tiny_yaml):
             "data.image_size is 32 and tokenizer.model.image_size is 64",
         ),  # its default
         (["--encode.max_images", "null"], "the shapes are unlimited"),
-        (["--tokenizer.model.channels", "1"], "every data source gives RGB"),
+        (["--tokenizer.model.channels", "1"], "data.alpha is white, which gives images of 3"),
+        (["--tokenizer.model.channels", "4"], "data.alpha is white, which gives images of 3"),
+        (
+            ["--data.alpha", "keep"],
+            r"data\.alpha is keep.* 4 channels, and tokenizer\.model\.channels is 3; .*channels=4",
+        ),
         (["--seed", "-1"], "seed is -1"),
         (["--process_timeout", "0"], "process_timeout is 0; it must be at least 1 minute"),
         (

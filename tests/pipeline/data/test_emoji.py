@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.data import DataConfig, EmojiOptions, data_settings
+from pipeline.config.builtin import EmojiOptions
+from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import to_dict
 from pipeline.data.builtin.emoji import (
     ANNOTATIONS,

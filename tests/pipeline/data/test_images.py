@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions, StreamOptions
+from pipeline.config.builtin import ShapesOptions
+from pipeline.config.data import DataConfig, FilterOptions, StreamOptions
 from pipeline.data import map_source
 from pipeline.data.load import load_source, load_sources
 from pipeline.data.readers.images import (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from pipeline.config.data import DataConfig, ShapesOptions
+from pipeline.config.builtin import ShapesOptions
+from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import (
     BACKGROUNDS,
     COLOURS,

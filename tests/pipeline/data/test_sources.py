@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig, FilterOptions, ShapesOptions
+from pipeline.config.builtin import ShapesOptions
+from pipeline.config.data import DataConfig, FilterOptions
 from pipeline.data.load import load_source
 from tests.helpers.data import config
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig, FilterOptions, MixPart, ShapesOptions
+from pipeline.config.builtin import ShapesOptions
+from pipeline.config.data import DataConfig, FilterOptions, MixPart
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_experiment
 from pipeline.data.load import load_sources

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig, EmojiOptions
+from pipeline.config.builtin import EmojiOptions
+from pipeline.config.data import DataConfig
 from pipeline.config.load import load_values
 from pipeline.data.builtin.emoji import ANNOTATIONS, FONT, EmojiSource
 from pipeline.evaluation import emoji

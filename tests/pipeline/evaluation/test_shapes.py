@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import DataConfig, ShapesOptions
+from pipeline.config.builtin import ShapesOptions
+from pipeline.config.data import DataConfig
 from pipeline.data.builtin.shapes import NEW_PAIRS
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.evaluation.accuracy import Accuracy

@@ -147,7 +147,7 @@ def test_an_image_is_extended_on_a_larger_canvas(pipe):
     with pytest.raises(ValueError, match="16x24 at 9, 9 does not lie on the canvas of 32x32"):
         pipe.outpaint(small.rotate(90, expand=True), "x", at=(9, 9))
     with pytest.raises(ValueError, match="fills the canvas"):
-        place_on_canvas(Image.new("RGB", (32, 32)), (32, 32), (0, 0))
+        place_on_canvas(Image.new("RGB", (32, 32)), (32, 32), 3, (0, 0))
 
 
 def test_variation_resamples_the_given_fraction_of_codes(pipe, original):

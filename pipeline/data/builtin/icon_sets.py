@@ -1,0 +1,246 @@
+"""Sets of icons: Iconify JSON files and folders of SVGs. Knows files, names and code points; knows
+no pixels and no splits.
+
+The format: https://iconify.design/docs/types/iconify-json.html. `chars.json` beside `icons.json`
+gives the code points of names. An icon's key is its code points in hexadecimal, such as
+`1f469-1f3fd-200d-1f373`, by which drawings of several designers are joined. Variation selectors are
+left out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.builtin.emoji import TONES
+from pipeline.data.readers.files import MAX_TEXT_BYTES, parse_json, read_file
+from pipeline.runtime.printable import printable
+
+MAX_SET_BYTES = 2**26
+"""Of an Iconify JSON file; the largest set of emoji has 25 MB."""
+STYLES = {"fluent-emoji-flat": "fluent", "noto-v1": "blob"}
+"""Styles that captions call otherwise than the set's prefix."""
+_SELECTORS = "\ufe0e\ufe0f"
+
+
+@dataclass(frozen=True)
+class IconSet:
+    """The drawings of one designer."""
+
+    style: str
+    """What captions call it."""
+    licence: str | None
+    """SPDX identifier or title."""
+    author: str | None
+    drawings: dict[str, str]
+    """SVG by key: code points, or the icon's own name where it has none."""
+    own_names: dict[str, str]
+    """Name in words by key, as the set has it."""
+    problems: list[str] = field(default_factory=list)
+    """What was left out, one line each."""
+
+
+def key_of(text: str) -> str:
+    """The key of an emoji: '👩\u200d🍳' -> '1f469-200d-1f373'."""
+    return "-".join(f"{ord(letter):x}" for letter in text if letter not in _SELECTORS)
+
+
+def name_of_slug(slug: str) -> str:
+    """A name in words: 'woman-cook-medium-dark-skin-tone' -> 'woman cook: medium-dark skin tone',
+    as the CLDR writes it."""
+    for tone in sorted(TONES, key=len, reverse=True):
+        ending = "-" + tone.replace(" ", "-")
+        if slug.endswith(ending):
+            return f"{name_of_slug(slug.removesuffix(ending))}: {tone}"
+    return slug.replace("-", " ").replace("_", " ").strip()
+
+
+def key_index(names: Mapping[str, str]) -> dict[str, str]:
+    """Keys by the letters of names, in words and as in Unicode, for `read_set`."""
+    single = [key for key in names if re.fullmatch(r"[0-9a-f]+", key)]
+    older = {
+        letters_of(found): key
+        for key in single
+        if (found := unicodedata.name(chr(int(key, 16)), ""))
+    }
+    return older | {letters_of(name): key for key, name in names.items()}
+
+
+def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
+    """A set from an Iconify JSON file, from a folder that has one as `icons.json`, or from a folder
+    of SVGs.
+
+    Args:
+        known: keys by the letters of names, for icons that come without code points.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: a file is corrupted or too large; says which.
+    """
+    if path.is_file():
+        return _read_iconify(path, known)
+    if (path / "icons.json").is_file():
+        return _read_iconify(path / "icons.json", known)
+    files = sorted(path.glob("*.svg")) if path.is_dir() else []
+    if not files:
+        raise FileNotFoundError(
+            f"{path} has no icons: give an Iconify JSON file, a folder with icons.json, or a "
+            "folder of .svg files"
+        )
+    problems: list[str] = []
+    drawings: dict[str, str] = {}
+    for file in files:
+        try:
+            drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
+        except (OSError, ValueError) as error:
+            problems.append(f"{printable(file.name)} is skipped ({error})")
+    return _joined(path.name, None, None, drawings, {}, known, problems)
+
+
+def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
+    content = _read_object(path)
+    prefix = content.get("prefix")
+    icons = content.get("icons")
+    if not isinstance(prefix, str) or not isinstance(icons, dict):
+        raise ValueError(
+            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; download "
+            "the set again"
+        )
+    problems: list[str] = []
+    drawings: dict[str, str] = {}
+    for name in [*icons, *content.get("aliases", {})]:
+        try:
+            drawings[name] = _drawing(content, name)
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"{prefix}:{printable(name)} is skipped ({error})")
+    info = _beside(path, "info.json", content.get("info"))
+    licence = info.get("license")
+    author = info.get("author")
+    return _joined(
+        prefix,
+        _title(licence, "spdx") or _title(licence, "title"),
+        _title(author, "name"),
+        drawings,
+        _beside(path, "chars.json", content.get("chars")),
+        known,
+        problems,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(read_file(path, MAX_SET_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); download the set again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download the set again")
+    return content
+
+
+def _title(value: object, name: str) -> str | None:
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _beside(path: Path, name: str, inside: object) -> dict[str, Any]:
+    """An object that is a file of its own beside `icons.json`, or part of it."""
+    file = path.with_name(name)
+    if path.name == "icons.json" and file.is_file():
+        return _read_object(file)
+    return inside if isinstance(inside, dict) else {}
+
+
+def _drawing(content: Mapping[str, Any], name: str) -> str:
+    """The SVG of an icon or of an alias, which may mirror or turn another icon."""
+    turns = 0
+    mirrors = [False, False]
+    for _ in range(10):
+        if name in content["icons"]:
+            break
+        alias = content["aliases"][name]
+        turns += int(alias.get("rotate", 0))
+        mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
+        name = alias["parent"]
+    icon = content["icons"][name]
+    left, top, width, height = (
+        float(icon.get(field, content.get(field, default)))
+        for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
+    body = icon["body"]
+    if not isinstance(body, str):
+        raise TypeError("its body is no text")
+    centre = f"{left + width / 2} {top + height / 2}"
+    if mirrors != [False, False]:
+        scale = f"{-1 if mirrors[0] else 1} {-1 if mirrors[1] else 1}"
+        back = f"{-(left + width / 2)} {-(top + height / 2)}"
+        body = f'<g transform="translate({centre}) scale({scale}) translate({back})">{body}</g>'
+    if turns % 4:
+        body = f'<g transform="rotate({90 * (turns % 4)} {centre})">{body}</g>'
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
+    )
+
+
+def _joined(
+    prefix: str,
+    licence: str | None,
+    author: str | None,
+    drawings: Mapping[str, str],
+    chars: Mapping[str, Any],
+    known: Mapping[str, str],
+    problems: list[str],
+) -> IconSet:
+    """A set whose drawings are known by key. Without code points of its own, names are looked up;
+    where half of them are emoji, the others are left out, and else they are keys themselves."""
+    slugs: dict[str, str] = {}  # key -> name in the set
+    if chars:
+        for points, slug in chars.items():
+            if slug in drawings:
+                slugs.setdefault(_normal(points), slug)
+        left_out = len(set(drawings) - set(slugs.values()))
+        if left_out:
+            problems.append(f"{prefix}: {left_out} icons without code points in chars.json")
+    else:
+        for slug in drawings:
+            key = _normal(slug) if _is_points(slug) else known.get(letters_of(slug))
+            if key is not None:
+                slugs.setdefault(key, slug)
+        unknown = [slug for slug in drawings if slug not in set(slugs.values())]
+        if 2 * len(slugs) >= len(drawings):
+            if unknown:
+                problems.append(
+                    f"{prefix} has no chars.json: {len(slugs)} icons are known by their names, and "
+                    f"{len(unknown)} names are those of no emoji, such as {unknown[0]}"
+                )
+        else:
+            slugs |= {slug: slug for slug in unknown}
+    return IconSet(
+        style=STYLES.get(prefix, prefix.replace("_", "-").lower()),
+        licence=licence,
+        author=author,
+        drawings={key: drawings[slug] for key, slug in sorted(slugs.items())},
+        own_names={key: name_of_slug(slug) for key, slug in slugs.items()},
+        problems=problems,
+    )
+
+
+def _is_points(slug: str) -> bool:
+    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600."""
+    return re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower()) is not None
+
+
+def _normal(points: str) -> str:
+    parts = re.split(r"[-_]", points.lower().removeprefix("emoji_u").removeprefix("u"))
+    return "-".join(part.lstrip("0") for part in parts if part not in ("fe0f", "fe0e"))
+
+
+def letters_of(name: str) -> str:
+    """A name's letters and digits, as names are compared."""
+    plain = unicodedata.normalize("NFKD", name.lower()).replace("&", "and")
+    plain = re.sub(r"^flag-for-(flag-)?", "flag ", plain)
+    return re.sub(r"[^a-z0-9]", "", plain)

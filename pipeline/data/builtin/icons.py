@@ -1,0 +1,237 @@
+"""The source `icons`: the same names drawn by several designers. Knows captions, splits and
+rendered images; knows no file formats and no training.
+
+The held-out split that training is validated by has the tuning cells alone; `reported` gives the
+others (see `icon_split`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.builtin import IconOptions
+from pipeline.config.data import DataConfig
+from pipeline.data.builtin.emoji import ANNOTATIONS, names_of_package, read_names
+from pipeline.data.builtin.icon_sets import IconSet, key_index, key_of, letters_of, read_set
+from pipeline.data.builtin.icon_split import Cell, Kind, cell_of
+from pipeline.data.builtin.svg import UnusableSvg, render
+from pipeline.data.readers.images import random_crop
+from pipeline.data.readers.transparency import composed
+from pipeline.data.source import Source
+from pipeline.runtime.atomic_io import atomic_write
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One drawing."""
+
+    style: str
+    key: str
+    """Code points, or the name of an icon that has none."""
+    name: str
+    image: np.ndarray
+    """(S,S,4) uint8: red, green, blue and alpha, not premultiplied."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.style}/{self.name}"
+
+
+@lru_cache(maxsize=2)
+def load_icons(
+    folder: str, sets: tuple[str, ...], annotations: str | None, size: int, workers: int
+) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
+    """Every drawing of the sets that can be rendered, in the order of the sets, and what was left
+    out, one line each. Drawings that are the same pixels in one style count once.
+
+    Raises:
+        FileNotFoundError: a set is not there; says how to get it.
+        ValueError: a set is corrupted, or two have one style.
+        ModuleNotFoundError: resvg-py is not installed.
+    """
+    names = emoji_names(annotations)
+    found: list[Icon] = []
+    problems: list[str] = []
+    known = key_index(names)
+    loaded: list[IconSet] = []
+    for entry in sets:
+        one = read_set(locate_set(Path(folder).expanduser(), entry), known)
+        loaded.append(one)
+        # Names of one set find the code points of a later set that has none.
+        known = {letters_of(name): key for key, name in one.own_names.items()} | known
+    styles = Counter(one.style for one in loaded)
+    if twice := [style for style, count in styles.items() if count > 1]:
+        raise ValueError(f"data.icons.sets has the style {twice[0]} twice; name each set once")
+    for one in loaded:
+        problems += one.problems
+        if one.licence is None:
+            problems.append(f"{one.style} states no licence; ask before you share what it trains")
+        images = _rendered(one, size, Path(folder).expanduser(), workers, problems)
+        distinct = {image.tobytes(): (key, image) for key, image in reversed(images.items())}
+        for key, image in reversed(distinct.values()):
+            name = names.get(key) or _first_name(loaded, key)
+            found.append(Icon(one.style, key, name, image))
+    return tuple(found), tuple(problems)
+
+
+def emoji_names(annotations: str | None) -> dict[str, str]:
+    """English names by key, from the Unicode CLDR or the package `emoji`; empty without either,
+    where icons keep the names of their sets."""
+    named = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
+    return {key_of(text): name for text, name in named.items()}
+
+
+def _first_name(sets: Sequence[IconSet], key: str) -> str:
+    return next(one.own_names[key] for one in sets if key in one.own_names)
+
+
+def locate_set(folder: Path, entry: str) -> Path:
+    """The path of a set: its name in the folder of sets, or a path of its own.
+
+    Raises:
+        FileNotFoundError: neither exists; says what the folder has.
+    """
+    for path in (folder / entry, folder / f"{entry}.json", Path(entry).expanduser()):
+        if path.exists():
+            return path
+    there = sorted(path.stem for path in folder.glob("*") if not path.name.startswith("."))
+    raise FileNotFoundError(
+        f"data.icons.sets names {entry!r}, which is neither in {folder} (it has "
+        f"{', '.join(there) or 'nothing'}) nor a path; run `make icons`, or give the path of an "
+        "Iconify JSON file or of a folder of .svg files"
+    )
+
+
+def _rendered(
+    icons: IconSet, size: int, folder: Path, workers: int, problems: list[str]
+) -> dict[str, np.ndarray]:
+    """Images by key. They are rendered once and kept in the folder of sets."""
+    digest = hashlib.sha256(f"{size}\n".encode())
+    for key, svg in icons.drawings.items():
+        digest.update(f"{key}\0{svg}\n".encode())
+    path = folder / ".rendered" / f"{icons.style}-{size}-{digest.hexdigest()[:16]}.npz"
+    if path.is_file():
+        with np.load(path) as kept:
+            problems += kept["problems"].tolist()
+            return dict(zip(kept["keys"].tolist(), kept["images"], strict=True))
+    _log.info("rendering %d icons of %s at %dx%d", len(icons.drawings), icons.style, size, size)
+
+    def one(item: tuple[str, str]) -> np.ndarray | str:
+        key, svg = item
+        try:
+            return render(svg, size)
+        except UnusableSvg as error:
+            return f"{icons.style}: the drawing of {icons.own_names[key]} is skipped: {error}"
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(one, icons.drawings.items()))
+    images = {
+        key: result
+        for key, result in zip(icons.drawings, results, strict=True)
+        if isinstance(result, np.ndarray)
+    }
+    own = [result for result in results if isinstance(result, str)]
+    if images:
+        with atomic_write(path) as beside, beside.open("wb") as file:
+            np.savez_compressed(
+                file,
+                keys=np.array(list(images)),
+                images=np.stack(list(images.values())),
+                problems=np.array(own, dtype=str),
+            )
+    problems += own
+    return images
+
+
+def captions_of_icon(name: str, style: str) -> list[str]:
+    """Wordings of one drawing. The first is the one that metrics ask for; the last leaves the style
+    open."""
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    return [
+        f"{name}, {style} style",
+        f"{article} {name}, {style} style",
+        f"{style} {name}",
+        f"{article} {name} in {style} style",
+        name,
+    ]
+
+
+class IconSource(Source):
+    """One split of the icons. `images` has three channels, or four with `data.alpha: keep`."""
+
+    name = "icons"
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        everything, problems = _icons_of(config)
+        self._problems = list(problems)
+        self.everything = everything
+        self._setup(config, [icon for icon in everything if _belongs(icon, split)])
+
+    def _setup(self, config: DataConfig, icons: Sequence[Icon]) -> None:
+        self.icons = list(icons)
+        self.num_images = len(self.icons)
+        self._config = config
+        digest = hashlib.sha256(f"{config.alpha}\n".encode())
+        for icon in self.icons:
+            digest.update(f"{icon.label}\0{icon.key}\n".encode() + icon.image.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    @property
+    def problems(self) -> list[str]:
+        return self._problems
+
+    def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
+        """Images (N,S,S,C) uint8; see `Source`."""
+        found = [composed(self.icons[int(i)].image, self._config.alpha) for i in indices]
+        if draws is not None and self._config.flip:
+            found = [
+                random_crop(p, (len(p), len(p)), crop=False, flip=True, draw=draw)
+                for p, draw in zip(found, draws, strict=True)
+            ]
+        return np.stack(found)
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        own = [self.icons[int(i)] for i in indices]
+        return [captions_of_icon(icon.name, icon.style) for icon in own]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self.icons[int(i)].label for i in indices]
+
+
+def _icons_of(config: DataConfig) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
+    own: IconOptions = config.icons
+    return load_icons(own.folder, tuple(own.sets), own.annotations, config.size[0], config.workers)
+
+
+def _belongs(icon: Icon, split: str) -> bool:
+    cell = cell_of(icon.key, icon.style)
+    if split == "train":
+        return cell.kind == "train"
+    return cell.kind != "train" and cell.tuning
+
+
+def reported(config: DataConfig) -> dict[Kind, list[Icon]]:
+    """The drawings that no setting was chosen by, by kind, for `evaluate`. Of the kinds `cell` and
+    `tone`, those alone whose name is trained on in another style."""
+    everything, _ = _icons_of(config)
+    cells: Mapping[Icon, Cell]
+    kinds: dict[Kind, list[Icon]] = {"cell": [], "tone": [], "name": []}
+    trained = {icon.key for icon in everything if cell_of(icon.key, icon.style).kind == "train"}
+    for icon in everything:
+        cell = cell_of(icon.key, icon.style)
+        if cell.kind == "train" or cell.tuning:
+            continue
+        if cell.kind == "name" or icon.key in trained:
+            kinds[cell.kind].append(icon)
+    return kinds

@@ -1,0 +1,140 @@
+"""SVG drawings as pixels with transparency, by resvg. Knows no names and no files.
+
+Drawings come from others. One that needs a file or an address, that holds a script, or that unfolds
+into very many shapes is refused before it is rendered: resvg opens local files that `href` names.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from importlib import import_module
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+MAX_BYTES = 2**20
+"""Of a drawing's text."""
+MAX_SHAPES = 20_000
+"""Elements of a drawing, those that `use` repeats counted each time."""
+_MAX_DEPTH = 100
+_REFUSED = ("script", "foreignObject", "animate", "set", "image", "feImage", "text")
+"""Elements that run, load, move, or need a font of this machine."""
+_ADDRESS = re.compile(r"url\(\s*['\"]?(?!\s*['\"]?#)|@import|expression\(", re.IGNORECASE)
+
+
+class UnusableSvg(ValueError):
+    """A drawing that is not rendered. The message says why."""
+
+
+def render(svg: str, size: int) -> np.ndarray:
+    """A drawing, centred in a square.
+
+    Args:
+        size: side of the image in pixels.
+
+    Returns:
+        (S,S,4) uint8: red, green, blue and alpha, not premultiplied.
+
+    Raises:
+        UnusableSvg: it is no SVG, or one that is not safe to render.
+        ModuleNotFoundError: resvg-py is not installed; says how to install it.
+    """
+    check_svg(svg)
+    resvg = _resvg()
+    try:
+        png = resvg.svg_to_bytes(svg_string=svg, height=size, skip_system_fonts=True)
+        image = Image.open(io.BytesIO(png)).convert("RGBA")
+        if image.width > size:
+            png = resvg.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)
+            image = Image.open(io.BytesIO(png)).convert("RGBA")
+    except ValueError as error:
+        raise UnusableSvg(f"resvg cannot render it ({error})") from error
+    canvas = Image.new("RGBA", (size, size))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return np.asarray(canvas)
+
+
+def _resvg():  # type: ignore[no-untyped-def]
+    try:
+        return import_module("resvg_py")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "drawings in SVG need the package resvg-py; pip install 'mini-dalle[icons]'"
+        ) from error
+
+
+def check_svg(svg: str) -> None:
+    """Raises UnusableSvg where a drawing could read files, load addresses, run, or take very long.
+
+    Only `href="#..."` and `url(#...)` are followed, both within the drawing.
+    """
+    if len(svg) > MAX_BYTES:
+        raise UnusableSvg(f"it has {len(svg):,} characters, and at most {MAX_BYTES:,} are read")
+    if "<!DOCTYPE" in svg or "<!ENTITY" in svg:
+        raise UnusableSvg("it declares a document type; remove <!DOCTYPE ...>")
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise UnusableSvg(f"it is no XML ({error})") from error
+    if _local(root.tag) != "svg":
+        raise UnusableSvg(f"it begins with <{_local(root.tag)}> and must begin with <svg>")
+    by_id: dict[str, ElementTree.Element] = {}
+    for element in root.iter():
+        if _local(element.tag) in _REFUSED:
+            raise UnusableSvg(f"it has an element <{_local(element.tag)}>, which is not rendered")
+        for attribute, value in element.attrib.items():
+            _check_attribute(_local(attribute), value)
+        if _ADDRESS.search(element.text or ""):
+            raise UnusableSvg("its style loads an address")
+        if "id" in element.attrib:
+            by_id[element.attrib["id"]] = element
+    shapes = _Unfolding(by_id).count(root, 0)
+    if shapes > MAX_SHAPES:
+        raise UnusableSvg(f"it unfolds into more than {MAX_SHAPES:,} shapes")
+
+
+def _check_attribute(name: str, value: str) -> None:
+    if name.startswith("on"):
+        raise UnusableSvg(f"its attribute {name} would run a script")
+    if name == "href" and not value.startswith("#"):
+        raise UnusableSvg(
+            f"it refers to {value[:60]!r}, and only references within it are followed"
+        )
+    if _ADDRESS.search(value):
+        raise UnusableSvg(f"its attribute {name} loads an address")
+
+
+class _Unfolding:
+    """Counts elements as `use` and patterns repeat them; nested repetition multiplies."""
+
+    def __init__(self, by_id: dict[str, ElementTree.Element]) -> None:
+        self._by_id = by_id
+        self._counts: dict[ElementTree.Element, int] = {}
+
+    def count(self, element: ElementTree.Element, depth: int) -> int:
+        """Elements of one element's drawing, at most slightly more than MAX_SHAPES."""
+        if depth > _MAX_DEPTH:
+            raise UnusableSvg(f"its elements are nested more than {_MAX_DEPTH} deep")
+        if element in self._counts:
+            return self._counts[element]
+        total = 1
+        for child in [*element, *self._referenced(element)]:
+            total += self.count(child, depth + 1)
+            if total > MAX_SHAPES:
+                break
+        self._counts[element] = total
+        return total
+
+    def _referenced(self, element: ElementTree.Element) -> list[ElementTree.Element]:
+        """What an element draws by reference."""
+        names = [
+            value[1:] for name, value in element.attrib.items() if _local(name) == "href"
+        ] + re.findall(r"url\(\s*['\"]?#([^)'\"]+)", " ".join(element.attrib.values()))
+        return [self._by_id[name] for name in names if name in self._by_id]
+
+
+def _local(name: object) -> str:
+    """A name without its namespace; comments have none."""
+    return name.rpartition("}")[2] if isinstance(name, str) else ""
