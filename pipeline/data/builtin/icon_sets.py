@@ -162,6 +162,8 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
         if name in content["icons"]:
             break
         alias = content["aliases"][name]
+        if not isinstance(alias, dict):
+            raise TypeError("it is no object")
         turns += int(alias.get("rotate", 0))
         mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
         name = alias["parent"]
@@ -230,8 +232,10 @@ def _joined(
 
 
 def _is_points(slug: str) -> bool:
-    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600."""
-    return re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower()) is not None
+    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600. A
+    word such as `face` is none."""
+    points = re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower())
+    return points is not None and len(slug) > 3 and any(map(str.isdigit, slug))
 
 
 def _normal(points: str) -> str:
