@@ -63,6 +63,11 @@ def test_a_set_that_is_no_emoji_keeps_its_own_names(tmp_path):
     assert not found.problems
 
 
+def test_a_word_of_hexadecimal_letters_is_a_name(tmp_path):
+    path = write_set(tmp_path, "set", {"face": body("red"), "a0": body("blue")})
+    assert set(read_set(path, {}).own_names.values()) == {"face", "a0"}
+
+
 def test_aliases_are_mirrored_and_turned(tmp_path):
     aliases = {
         "same": {"parent": "left"},
@@ -93,12 +98,12 @@ def test_a_folder_of_svgs_is_a_set(tmp_path):
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{body("red")}</svg>'
     folder = tmp_path / "My Drawings"
     folder.mkdir()
-    for name in ("emoji_u1f600", "red-house", "1F9D1-200D-1F373", "face"):
+    for name in ("emoji_u1f600", "red-house", "1F9D1-200D-1F373", "23f0"):
         (folder / f"{name}.svg").write_text(svg)
     (folder / "broken.svg").write_bytes(b"\xff\xfe\x00")
     found = read_set(folder, key_index(NAMES))
     assert found.style == "my drawings" and found.licence is None
-    assert set(found.drawings) == {"1f600", "1f9d1-200d-1f373"}
+    assert set(found.drawings) == set(NAMES)
     assert any("broken.svg is skipped" in line for line in found.problems)
     assert any("red-house" in line for line in found.problems)
 
