@@ -46,7 +46,7 @@ SIBLINGS: dict[str, Same] = {
     ),
     "all_siblings": lambda a, b: base_of(a.key) == base_of(b.key),
 }
-"""Which icons a drawn one is told from, by metric."""
+"""The candidates of each metric."""
 
 
 def icon_metrics(

@@ -97,7 +97,7 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
         try:
             drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
         except (OSError, ValueError) as error:
-            problems.append(f"{printable(file.name)} is skipped ({error})")
+            problems.append(f"{printable(file.name)} is left out: {error}")
     return _joined(path.name, None, None, drawings, {}, known, problems)
 
 
@@ -116,7 +116,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
         try:
             drawings[name] = _drawing(content, name)
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{prefix}:{printable(name)} is skipped ({error})")
+            problems.append(f"{prefix}:{printable(name)} is left out: {error}")
     info = _beside(path, "info.json", content.get("info"))
     licence = info.get("license")
     author = info.get("author")
@@ -135,9 +135,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_file(path, MAX_SET_BYTES))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); download the set again") from error
+        raise ValueError(f"{path} cannot be read ({error}); fetch the set again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; download the set again")
+        raise ValueError(f"{path} holds no JSON object; fetch the set again")
     return content
 
 
@@ -206,7 +206,9 @@ def _joined(
                 slugs.setdefault(_normal(points), slug)
         left_out = len(set(drawings) - set(slugs.values()))
         if left_out:
-            problems.append(f"{prefix}: {left_out} icons without code points in chars.json")
+            problems.append(
+                f"{prefix}: {left_out} icons without code points in chars.json left out"
+            )
     else:
         for slug in drawings:
             key = _normal(slug) if _is_points(slug) else known.get(letters_of(slug))

@@ -131,7 +131,7 @@ def _rendered(
         try:
             return render(svg, size)
         except UnusableSvg as error:
-            return f"{icons.style}: the drawing of {icons.own_names[key]} is skipped: {error}"
+            return f"{icons.style}: the drawing of {icons.own_names[key]} is left out: {error}"
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(one, icons.drawings.items()))

@@ -46,7 +46,7 @@ def render(svg: str, size: int) -> np.ndarray:
         if image.width > size:
             image = _drawn(svg, width=size)
     except ValueError as error:
-        raise UnusableSvg(f"resvg cannot render it ({error})") from error
+        raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(canvas)
@@ -71,7 +71,7 @@ def check_svg(svg: str) -> None:
     if len(svg) > MAX_BYTES:
         raise UnusableSvg(f"it has {len(svg):,} characters, and at most {MAX_BYTES:,} are read")
     if "<!DOCTYPE" in svg or "<!ENTITY" in svg:
-        raise UnusableSvg("it declares a document type; remove <!DOCTYPE ...>")
+        raise UnusableSvg("it has a document type, <!DOCTYPE ...>; save it without")
     try:
         root = ElementTree.fromstring(svg)
     except ElementTree.ParseError as error:

@@ -91,7 +91,7 @@ def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias):
     path = write_set(tmp_path, "set", {"a": body("red")}, aliases={"loop": alias})
     found = read_set(path, {})
     assert list(found.drawings) == ["a"]
-    assert len(found.problems) == 1 and "set:loop is skipped" in found.problems[0]
+    assert len(found.problems) == 1 and "set:loop is left out" in found.problems[0]
 
 
 def test_a_folder_of_svgs_is_a_set(tmp_path):
@@ -104,7 +104,7 @@ def test_a_folder_of_svgs_is_a_set(tmp_path):
     found = read_set(folder, key_index(NAMES))
     assert found.style == "my drawings" and found.licence is None
     assert set(found.drawings) == set(NAMES)
-    assert any("broken.svg is skipped" in line for line in found.problems)
+    assert any("broken.svg is left out" in line for line in found.problems)
     assert any("red-house" in line for line in found.problems)
 
 
@@ -122,7 +122,7 @@ def test_a_corrupted_set_is_one_clear_error(tmp_path, text, reason):
     (tmp_path / "icons.json").write_text(text)
     with pytest.raises(ValueError, match=reason) as caught:
         read_set(tmp_path, {})
-    assert "download the set again" in str(caught.value)
+    assert "fetch the set again" in str(caught.value)
 
 
 def test_an_empty_folder_says_what_a_set_is(tmp_path):

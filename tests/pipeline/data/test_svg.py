@@ -84,7 +84,7 @@ def test_what_loads_or_runs_is_refused(body, reason):
         ("<svg>" + "a" * 2**20 + "</svg>", "characters"),
         (svg("<g>" * 101 + "</g>" * 101), "nested more than 100 deep"),
         (svg('<g id="a"><use href="#a"/></g>'), "nested more than 100 deep"),
-        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "cannot render"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "cannot be rendered"),
     ],
 )
 def test_what_is_no_usable_drawing_is_refused(text, reason):
