@@ -16,9 +16,9 @@ from tests.helpers.architecture import ROOT
 from tests.helpers.messages import Message, messages
 
 ORDERS = """add ask build call change check choose close compare compress continue convert copy
-correct crop decompress evaluate fetch fine-tune flatten free give go have install leave lower make move
-name pass pip put raise rename repair replace resize resuming restart run sample save say scale see
-send set shorten split start take train try unpack unset use wait write"""
+correct crop decompress evaluate fetch fine-tune flatten free give go have install leave lower make
+move name pass pip put raise rename repair replace resize resuming restart run sample save say scale
+see send set shorten split start take train try unpack unset use wait write"""
 REMEDY = re.compile(
     r"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )"
     rf"(?:{'|'.join(ORDERS.split())})\b"

@@ -107,7 +107,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     icons = content.get("icons")
     if not isinstance(prefix, str) or not isinstance(icons, dict):
         raise ValueError(
-            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; download "
+            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; fetch "
             "the set again"
         )
     problems: list[str] = []

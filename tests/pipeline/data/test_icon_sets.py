@@ -39,7 +39,7 @@ def test_icons_are_known_by_the_code_points_of_the_set(tmp_path):
     assert list(found.drawings) == ["1f600", "2764"]
     assert found.own_names == {"1f600": "grin", "2764": "heart"}
     assert (found.style, found.licence, found.author) == ("some", "MIT", "A. Painter")
-    assert found.problems == ["some: 1 icons without code points in chars.json"]
+    assert found.problems == ["some: 1 icons without code points in chars.json left out"]
 
 
 def test_without_code_points_names_are_looked_up_in_words_and_as_in_unicode(tmp_path):
