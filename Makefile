@@ -11,7 +11,7 @@ DEVICE ?= cuda
 WHEELS_PYTHON ?= 3.12
 WHEELS := datasets dill multiprocess jsonargparse filelock
 
-.PHONY: help setup demo test test-fast fmt check docs fonts bench gpu gpu-wheels audit lower-bounds clean
+.PHONY: help setup demo test test-fast fmt check docs fonts icons bench gpu gpu-wheels audit lower-bounds clean
 
 help:
 	@echo "make demo    set up, train both stages on shapes and generate images (about 15 minutes on two cores)"
@@ -22,6 +22,7 @@ help:
 	@echo "make fonts   how to install the emoji font and names"
 	@echo "make audit   known vulnerabilities of the constrained versions, by pip-audit (asks the network)"
 	@echo "make lower-bounds   the fast tests with the oldest versions that pyproject.toml allows, in .venv-lower"
+	@echo "make icons   fetch the sets of icons by npm into ~/.cache/mini-dalle/icons"
 	@echo "make bench   ours against peers, side by side (see benchmarks/README.md)"
 	@echo "make gpu     test and measure everything on a GPU in nine minutes; DEVICE=cpu runs it at a tiny size (see benchmarks/README.md)"
 
@@ -69,6 +70,9 @@ docs: $(VENV)/docs-ready
 fonts:
 	@echo "Debian and Ubuntu: apt-get install fonts-noto-color-emoji unicode-cldr-core"
 	@echo "elsewhere: give data.emoji.font=PATH/NotoColorEmoji.ttf, and pip install emoji for the names"
+
+icons: setup
+	$(BIN)/python -m pipeline.data.builtin.fetch_icons
 
 bench:
 	benchmarks/setup_peers.sh

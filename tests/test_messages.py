@@ -16,9 +16,9 @@ from tests.helpers.architecture import ROOT
 from tests.helpers.messages import Message, messages
 
 ORDERS = """add ask build call change check choose close compare compress continue convert copy
-correct crop decompress evaluate fine-tune flatten free give go have install leave lower make move
-name pass pip put raise rename repair replace resize resuming restart run sample save say scale see
-send set shorten split start take train try unpack unset use wait write"""
+correct crop decompress evaluate fetch fine-tune flatten free give go have install leave lower make
+move name pass pip put raise rename repair replace resize resuming restart run sample save say scale
+see send set shorten split start take train try unpack unset use wait write"""
 REMEDY = re.compile(
     r"(?:^|[;:,.(?] |\bor |\band |\bto |\bso |\be\.g\. |\binstead )"
     rf"(?:{'|'.join(ORDERS.split())})\b"
@@ -41,6 +41,8 @@ NO_REMEDY = {
     "take the place of the best": "says what is done instead",
     "chosen from here on alone": "says what is done instead",
     "skipped, {": "says what is done instead",
+    "is left out: {": "says what is done instead",
+    "in chars.json left out": "says what is done instead",
     "another process of this job": "the command line adds how to resume",
     "could not be written": "the command line adds how to resume",
     "shards of {split} are complete": "adds a count to a message with a remedy",

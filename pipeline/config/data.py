@@ -166,9 +166,9 @@ class DataConfig:
     """The source of images (`data` in a YAML)."""
 
     source: str = ""
-    """`shapes`; `emoji`; `icons`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet file; a
-    .txt list of paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets` folder,
-    or a `datasets` name. docs/data.md has an example of each."""
+    """`shapes`; `emoji`; `icons`; a folder of images; a .csv, .tsv, .json, .jsonl, .txt or .parquet
+    file; a .txt list of paths; a folder, glob or URL of webdataset .tar shards; a saved `datasets`
+    folder, or a `datasets` name. docs/data.md has an example of each."""
     mix: list[MixPart] = field(default_factory=list)
     """Several sources in place of `source`, mixed by weight."""
     image_size: int | tuple[int, int] = 64
@@ -263,8 +263,8 @@ class DataConfig:
         return problems(
             (
                 not self.source and not self.mix,
-                "data.source is empty; give shapes, emoji, icons, a folder, a file, shards or a datasets "
-                "name (docs/data.md)",
+                "data.source is empty; give shapes, emoji, icons, a folder, a file, shards or a "
+                "datasets name (docs/data.md)",
             ),
             (
                 bool(self.source and self.mix),
@@ -282,12 +282,13 @@ class DataConfig:
             ),
             (
                 self.size[0] != self.size[1] and any(s in SYNTHETIC_SOURCES for s in self.sources),
-                f"data.image_size is {as_setting(self.size)}, and shapes, emoji and icons are drawn as "
-                "squares alone; give one number (64)",
+                f"data.image_size is {as_setting(self.size)}, and shapes, emoji and icons are "
+                "drawn as squares alone; give one number (64)",
             ),
             (
                 self.crop == "random" and any(s in SYNTHETIC_SOURCES for s in self.sources),
-                "data.crop is random, and shapes, emoji and icons fill their images; set it to centre",
+                "data.crop is random, and shapes, emoji and icons fill their images; set it to "
+                "centre",
             ),
             (
                 self.flip and shapes,

@@ -20,6 +20,7 @@ from pipeline.evaluation.accuracy import ENOUGH, Accuracy
 from pipeline.evaluation.elbo_surgery import is_stochastic, surgery_metrics
 from pipeline.evaluation.emoji import check_split, emoji_metrics
 from pipeline.evaluation.forgetting import Forgetting, forgetting
+from pipeline.evaluation.icons import icon_metrics
 from pipeline.evaluation.latents import latent_metrics
 from pipeline.evaluation.likelihood import likelihood_metrics
 from pipeline.evaluation.mean import Mean
@@ -170,6 +171,8 @@ def _codes_metrics(
         metrics |= shapes_metrics(pipe, experiment, reconstructions)
     if experiment.data.source == "emoji":
         metrics |= emoji_metrics(pipe, experiment)
+    if experiment.data.source == "icons":
+        metrics |= icon_metrics(pipe, experiment, count)
     return metrics
 
 

@@ -97,7 +97,7 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
         try:
             drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
         except (OSError, ValueError) as error:
-            problems.append(f"{printable(file.name)} is skipped ({error})")
+            problems.append(f"{printable(file.name)} is left out: {error}")
     return _joined(path.name, None, None, drawings, {}, known, problems)
 
 
@@ -107,7 +107,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     icons = content.get("icons")
     if not isinstance(prefix, str) or not isinstance(icons, dict):
         raise ValueError(
-            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; download "
+            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; fetch "
             "the set again"
         )
     problems: list[str] = []
@@ -116,7 +116,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
         try:
             drawings[name] = _drawing(content, name)
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{prefix}:{printable(name)} is skipped ({error})")
+            problems.append(f"{prefix}:{printable(name)} is left out: {error}")
     info = _beside(path, "info.json", content.get("info"))
     licence = info.get("license")
     author = info.get("author")
@@ -135,9 +135,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_file(path, MAX_SET_BYTES))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); download the set again") from error
+        raise ValueError(f"{path} cannot be read ({error}); fetch the set again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; download the set again")
+        raise ValueError(f"{path} holds no JSON object; fetch the set again")
     return content
 
 
@@ -162,6 +162,8 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
         if name in content["icons"]:
             break
         alias = content["aliases"][name]
+        if not isinstance(alias, dict):
+            raise TypeError("it is no object")
         turns += int(alias.get("rotate", 0))
         mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
         name = alias["parent"]
@@ -204,7 +206,9 @@ def _joined(
                 slugs.setdefault(_normal(points), slug)
         left_out = len(set(drawings) - set(slugs.values()))
         if left_out:
-            problems.append(f"{prefix}: {left_out} icons without code points in chars.json")
+            problems.append(
+                f"{prefix}: {left_out} icons without code points in chars.json left out"
+            )
     else:
         for slug in drawings:
             key = _normal(slug) if _is_points(slug) else known.get(letters_of(slug))
@@ -230,8 +234,10 @@ def _joined(
 
 
 def _is_points(slug: str) -> bool:
-    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600."""
-    return re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower()) is not None
+    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600. A
+    word such as `face` is none."""
+    points = re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower())
+    return points is not None and len(slug) > 3 and any(map(str.isdigit, slug))
 
 
 def _normal(points: str) -> str:

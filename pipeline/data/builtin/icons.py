@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.emoji import ANNOTATIONS, names_of_package, read_names
 from pipeline.data.builtin.icon_sets import IconSet, key_index, key_of, letters_of, read_set
-from pipeline.data.builtin.icon_split import Cell, Kind, cell_of
+from pipeline.data.builtin.icon_split import Kind, cell_of
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.readers.images import random_crop
 from pipeline.data.readers.transparency import composed
@@ -32,7 +31,7 @@ from pipeline.runtime.atomic_io import atomic_write
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Icon:
     """One drawing."""
 
@@ -132,7 +131,7 @@ def _rendered(
         try:
             return render(svg, size)
         except UnusableSvg as error:
-            return f"{icons.style}: the drawing of {icons.own_names[key]} is skipped: {error}"
+            return f"{icons.style}: the drawing of {icons.own_names[key]} is left out: {error}"
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(one, icons.drawings.items()))
@@ -210,7 +209,7 @@ class IconSource(Source):
 
 
 def _icons_of(config: DataConfig) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
-    own: IconOptions = config.icons
+    own = config.icons
     return load_icons(own.folder, tuple(own.sets), own.annotations, config.size[0], config.workers)
 
 
@@ -221,16 +220,15 @@ def _belongs(icon: Icon, split: str) -> bool:
     return cell.kind != "train" and cell.tuning
 
 
-def reported(config: DataConfig) -> dict[Kind, list[Icon]]:
-    """The drawings that no setting was chosen by, by kind, for `evaluate`. Of the kinds `cell` and
-    `tone`, those alone whose name is trained on in another style."""
+def reported(config: DataConfig, *, tuning: bool = False) -> dict[Kind, list[Icon]]:
+    """The drawings that no setting was chosen by, by kind, for `evaluate`; or the tuning cells. Of
+    the kinds `cell` and `tone`, those alone whose name is trained on in another style."""
     everything, _ = _icons_of(config)
-    cells: Mapping[Icon, Cell]
     kinds: dict[Kind, list[Icon]] = {"cell": [], "tone": [], "name": []}
     trained = {icon.key for icon in everything if cell_of(icon.key, icon.style).kind == "train"}
     for icon in everything:
         cell = cell_of(icon.key, icon.style)
-        if cell.kind == "train" or cell.tuning:
+        if cell.kind == "train" or cell.tuning != tuning:
             continue
         if cell.kind == "name" or icon.key in trained:
             kinds[cell.kind].append(icon)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-from importlib import import_module
 from xml.etree import ElementTree
 
 import numpy as np
@@ -42,27 +41,26 @@ def render(svg: str, size: int) -> np.ndarray:
         ModuleNotFoundError: resvg-py is not installed; says how to install it.
     """
     check_svg(svg)
-    resvg = _resvg()
     try:
-        png = resvg.svg_to_bytes(svg_string=svg, height=size, skip_system_fonts=True)
-        image = Image.open(io.BytesIO(png)).convert("RGBA")
+        image = _drawn(svg, height=size)
         if image.width > size:
-            png = resvg.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)
-            image = Image.open(io.BytesIO(png)).convert("RGBA")
+            image = _drawn(svg, width=size)
     except ValueError as error:
-        raise UnusableSvg(f"resvg cannot render it ({error})") from error
+        raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(canvas)
 
 
-def _resvg():  # type: ignore[no-untyped-def]
+def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Image.Image:
     try:
-        return import_module("resvg_py")
+        import resvg_py
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "drawings in SVG need the package resvg-py; pip install 'mini-dalle[icons]'"
         ) from error
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def check_svg(svg: str) -> None:
@@ -73,7 +71,7 @@ def check_svg(svg: str) -> None:
     if len(svg) > MAX_BYTES:
         raise UnusableSvg(f"it has {len(svg):,} characters, and at most {MAX_BYTES:,} are read")
     if "<!DOCTYPE" in svg or "<!ENTITY" in svg:
-        raise UnusableSvg("it declares a document type; remove <!DOCTYPE ...>")
+        raise UnusableSvg("it has a document type, <!DOCTYPE ...>; save it without")
     try:
         root = ElementTree.fromstring(svg)
     except ElementTree.ParseError as error:

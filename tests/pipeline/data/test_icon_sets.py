@@ -1,0 +1,130 @@
+"""Sets of icons: code points, names, aliases, and what is left out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.data.builtin.icon_sets import key_index, key_of, name_of_slug, read_set
+from pipeline.data.builtin.svg import render
+from tests.helpers.icons import body, write_set
+
+NAMES = {"1f600": "grinning face", "1f9d1-200d-1f373": "cook", "23f0": "alarm clock"}
+
+
+def test_keys_are_code_points_without_variation_selectors():
+    assert key_of("\u2764\ufe0f") == "2764"
+    assert key_of("\U0001f469\U0001f3fd\u200d\U0001f373") == "1f469-1f3fd-200d-1f373"
+
+
+@pytest.mark.parametrize(
+    ("slug", "name"),
+    [
+        ("red-heart", "red heart"),
+        ("woman-cook-medium-dark-skin-tone", "woman cook: medium-dark skin tone"),
+        ("hand_dark-skin-tone", "hand dark skin tone"),
+    ],
+)
+def test_names_of_sets_are_written_as_words(slug, name):
+    assert name_of_slug(slug) == name
+
+
+def test_icons_are_known_by_the_code_points_of_the_set(tmp_path):
+    """Names differ between sets; a name without code points is counted."""
+    icons = {"grin": body("red"), "digit-eight": body("blue"), "heart": body("green")}
+    path = write_set(tmp_path, "some", icons, {"1f600": "grin", "2764-fe0f": "heart"})
+    found = read_set(path, {})
+    assert list(found.drawings) == ["1f600", "2764"]
+    assert found.own_names == {"1f600": "grin", "2764": "heart"}
+    assert (found.style, found.licence, found.author) == ("some", "MIT", "A. Painter")
+    assert found.problems == ["some: 1 icons without code points in chars.json left out"]
+
+
+def test_without_code_points_names_are_looked_up_in_words_and_as_in_unicode(tmp_path):
+    icons = {"grinningface": body("red"), "cook": body("blue"), "Alarm-Clock": body("green")}
+    path = write_set(tmp_path, "old", {**icons, "bunnyside": body("black")})
+    found = read_set(path, key_index(NAMES))
+    assert set(found.drawings) == set(NAMES)
+    (line,) = found.problems
+    assert line == (
+        "old has no chars.json: 3 icons are known by their names, and 1 names are those of no "
+        "emoji, such as bunnyside"
+    )
+
+
+def test_a_set_that_is_no_emoji_keeps_its_own_names(tmp_path):
+    path = write_set(
+        tmp_path, "mdi", {"home": body("red"), "cook": body("blue"), "cog": body("red")}
+    )
+    found = read_set(path, key_index(NAMES))
+    assert found.own_names == {"home": "home", "cog": "cog", "1f9d1-200d-1f373": "cook"}
+    assert not found.problems
+
+
+def test_a_word_of_hexadecimal_letters_is_a_name(tmp_path):
+    path = write_set(tmp_path, "set", {"face": body("red"), "a0": body("blue")})
+    assert set(read_set(path, {}).own_names.values()) == {"face", "a0"}
+
+
+def test_aliases_are_mirrored_and_turned(tmp_path):
+    aliases = {
+        "same": {"parent": "left"},
+        "right": {"parent": "left", "hFlip": True},
+        "low": {"parent": "same", "vFlip": True},
+        "turned": {"parent": "left", "rotate": 1},
+    }
+    path = write_set(tmp_path, "set", {"left": body("red")}, aliases=aliases)
+    found = read_set(path, {})
+    alpha = {name: render(svg, 8)[..., 3] for name, svg in found.drawings.items()}
+    assert np.array_equal(alpha["same"], alpha["left"])
+    assert np.array_equal(alpha["right"], alpha["left"][:, ::-1])
+    assert np.array_equal(alpha["low"], alpha["left"][::-1])
+    assert np.array_equal(alpha["turned"], np.rot90(alpha["left"], -1))
+
+
+@pytest.mark.parametrize(
+    "alias", [{"parent": "missing"}, {"parent": "loop"}, {}, "text", {"parent": "a", "rotate": "x"}]
+)
+def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias):
+    path = write_set(tmp_path, "set", {"a": body("red")}, aliases={"loop": alias})
+    found = read_set(path, {})
+    assert list(found.drawings) == ["a"]
+    assert len(found.problems) == 1 and "set:loop is left out" in found.problems[0]
+
+
+def test_a_folder_of_svgs_is_a_set(tmp_path):
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{body("red")}</svg>'
+    folder = tmp_path / "My Drawings"
+    folder.mkdir()
+    for name in ("emoji_u1f600", "red-house", "1F9D1-200D-1F373", "23f0"):
+        (folder / f"{name}.svg").write_text(svg)
+    (folder / "broken.svg").write_bytes(b"\xff\xfe\x00")
+    found = read_set(folder, key_index(NAMES))
+    assert found.style == "my drawings" and found.licence is None
+    assert set(found.drawings) == set(NAMES)
+    assert any("broken.svg is left out" in line for line in found.problems)
+    assert any("red-house" in line for line in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "holds no JSON object"),
+        ("{}", "is no Iconify set"),
+        (json.dumps({"prefix": 1, "icons": {}}), "is no Iconify set"),
+        ('{"a":' * 200 + "1" + "}" * 200, "cannot be read"),
+    ],
+)
+def test_a_corrupted_set_is_one_clear_error(tmp_path, text, reason):
+    (tmp_path / "icons.json").write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_set(tmp_path, {})
+    assert "fetch the set again" in str(caught.value)
+
+
+def test_an_empty_folder_says_what_a_set_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give an Iconify JSON file, a folder with icons"):
+        read_set(tmp_path, {})

@@ -1,0 +1,135 @@
+"""The source `icons`: captions, splits, and what is kept between runs."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from pipeline.config.builtin import IconOptions
+from pipeline.config.data import DataConfig, data_settings
+from pipeline.config.experiment import to_dict
+from pipeline.data.builtin import icons
+from pipeline.data.builtin.icon_split import cell_of
+from pipeline.data.builtin.icons import captions_of_icon, load_icons, locate_set, reported
+from pipeline.data.load import load_sources
+from tests.helpers.icons import body, write_names, write_set, write_styles
+
+
+def config(folder, sets, **more) -> DataConfig:
+    own = IconOptions(folder=str(folder), sets=sets, annotations=str(folder / "names"))
+    return DataConfig(source="icons", image_size=16, icons=own, **more)
+
+
+@pytest.fixture
+def two_styles(tmp_path) -> DataConfig:
+    write_names(tmp_path / "names", {"\U0001f400": "grey rat"})
+    return config(tmp_path, write_styles(tmp_path))
+
+
+def test_names_are_those_of_the_cldr_and_else_of_the_first_set(two_styles):
+    train, _ = load_sources(two_styles)
+    names = {icon.key: icon.name for icon in train.everything}
+    assert names["1f400"] == "grey rat" and names["1f401"] == "thing 1"
+
+
+def test_captions_name_the_style_in_several_wordings_and_once_not_at_all():
+    assert captions_of_icon("red heart", "twemoji") == [
+        "red heart, twemoji style",
+        "a red heart, twemoji style",
+        "twemoji red heart",
+        "a red heart in twemoji style",
+        "red heart",
+    ]
+    assert captions_of_icon("owl", "noto")[1] == "an owl, noto style"
+
+
+def test_no_cell_is_in_two_splits(two_styles):
+    train, held_out = load_sources(two_styles)
+    tested = reported(two_styles)
+    labels = [
+        set(train.names(range(len(train)))),
+        set(held_out.names(range(len(held_out)))),
+        {icon.label for kind in tested.values() for icon in kind},
+    ]
+    assert all(labels)
+    assert not labels[0] & labels[1] | labels[0] & labels[2] | labels[1] & labels[2]
+    for icon in train.icons:
+        assert cell_of(icon.key, icon.style).kind == "train"
+    for kind, cells in tested.items():
+        assert {cell_of(icon.key, icon.style).kind for icon in cells} <= {kind}
+    trained = {icon.key for icon in train.icons}
+    assert all(icon.key in trained for icon in tested["cell"])
+
+
+def test_images_are_laid_on_the_background_that_is_asked_for(two_styles):
+    train, _ = load_sources(two_styles)
+    assert train.images([0]).shape == (1, 16, 16, 3)
+    assert train.images([0])[0, 15, 15].tolist() == [255, 255, 255]
+    two_styles.alpha = "#102030"
+    other, _ = load_sources(two_styles)
+    assert other.images([0])[0, 15, 15].tolist() == [16, 32, 48]
+    assert other.fingerprint != train.fingerprint
+
+
+def test_rendered_images_are_kept_and_read_again(two_styles, monkeypatch, caplog):
+    first, _ = load_sources(two_styles)
+    load_icons.cache_clear()
+    monkeypatch.setattr(icons, "render", None)
+    caplog.set_level(logging.INFO)
+    again, _ = load_sources(two_styles)
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.images([3]), first.images([3]))
+    assert "rendering" not in caplog.text
+
+
+def test_the_images_are_known_by_content_and_not_by_folder(two_styles, tmp_path):
+    moved = tmp_path / "moved"
+    write_styles(moved)
+    write_names(moved / "names", {"\U0001f400": "grey rat"})
+    other = config(moved, two_styles.icons.sets)
+    assert load_sources(other)[0].fingerprint == load_sources(two_styles)[0].fingerprint
+    assert data_settings(to_dict(other)) == data_settings(to_dict(two_styles))
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    drawings = {f"a{i}": body("red", i) for i in range(3)}
+    write_set(tmp_path, "set", {**drawings, "bad": "<script/>", "cut": "<g>"}, licence=None)
+    train, _ = load_sources(config(tmp_path, ["set"]))
+    assert len(train.everything) == 3
+    problems = "\n".join(train.problems)
+    assert "set states no licence" in problems
+    assert "set: the drawing of bad is left out: it has an element <script>" in problems
+    assert "set: the drawing of cut is left out: it is no XML" in problems
+
+
+def test_equal_drawings_of_a_style_count_once(tmp_path):
+    write_set(tmp_path, "set", {"a": body("red"), "b": body("red"), "c": body("blue")})
+    train, _ = load_sources(config(tmp_path, ["set"]))
+    assert [icon.name for icon in train.everything] == ["a", "c"]
+
+
+def test_a_set_that_is_not_there_says_which_are(two_styles, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        locate_set(tmp_path, "twemojj")
+    assert "it has names, style0, style1" in str(caught.value)
+    assert "`make icons`" in str(caught.value)
+
+
+def test_two_sets_of_one_style_are_refused(two_styles):
+    two_styles.icons.sets.append("style0")
+    with pytest.raises(ValueError, match="has the style style0 twice"):
+        load_sources(two_styles)
+
+
+def test_without_sets_the_error_says_so():
+    with pytest.raises(ValueError, match=r"data\.icons\.sets is empty"):
+        DataConfig(source="icons", icons=IconOptions(sets=[]))
+
+
+def test_without_the_renderer_the_error_says_what_to_install(two_styles, monkeypatch):
+    load_icons.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mini-dalle\[icons\]'"):
+        load_sources(two_styles)

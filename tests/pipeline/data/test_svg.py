@@ -1,0 +1,104 @@
+"""Rendering SVG: pixels, and what is refused before it is rendered."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from pipeline.data.builtin.svg import MAX_SHAPES, UnusableSvg, check_svg, render
+
+HEAD = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'viewBox="0 0 8 8" width="8" height="8">'
+)
+
+
+def svg(body: str) -> str:
+    return f"{HEAD}{body}</svg>"
+
+
+def test_colours_and_transparency_are_kept():
+    image = render(svg('<rect width="4" height="8" fill="#ff8000" fill-opacity="0.5"/>'), 16)
+    assert image.shape == (16, 16, 4) and image.dtype == np.uint8
+    assert image[8, 2].tolist()[3] == 128
+    assert np.abs(image[8, 2, :3].astype(int) - (255, 128, 0)).max() <= 1
+    assert image[8, 12].tolist()[3] == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(4, 8), (8, 4)])
+def test_a_drawing_that_is_no_square_is_centred(width, height):
+    drawing = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><rect width="{width}" height="{height}"/></svg>'
+    )
+    alpha = render(drawing, 16)[..., 3]
+    wide, high = 2 * width, 2 * height
+    expected = np.zeros((16, 16), np.uint8)
+    expected[(16 - high) // 2 : (16 + high) // 2, (16 - wide) // 2 : (16 + wide) // 2] = 255
+    assert np.array_equal(alpha, expected)
+
+
+def test_references_within_a_drawing_are_followed():
+    image = render(
+        svg(
+            '<defs><linearGradient id="a"><stop stop-color="#0000ff"/></linearGradient>'
+            '<rect id="b" width="8" height="8" fill="url(#a)"/></defs><use xlink:href="#b"/>'
+        ),
+        8,
+    )
+    assert image[4, 4].tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ('<image href="/etc/hostname"/>', "<image>"),
+        ('<image href="data:image/png;base64,AA"/>', "<image>"),
+        ('<use href="file:///etc/passwd#a"/>', "refers to 'file:///etc/passwd#a'"),
+        ('<use xlink:href="http://127.0.0.1/a.svg#a"/>', "refers to 'http"),
+        ("<script>alert(1)</script>", "<script>"),
+        ('<rect onload="alert(1)"/>', "attribute onload would run a script"),
+        ('<rect fill="url(http://127.0.0.1/a)"/>', "attribute fill loads an address"),
+        ("<rect style=\"fill: url( 'a.svg#b')\"/>", "attribute style loads an address"),
+        ("<style>@import 'a.css';</style>", "style loads an address"),
+        ("<style>rect { fill: url(file:///a) }</style>", "style loads an address"),
+        ("<foreignObject><p/></foreignObject>", "<foreignObject>"),
+        ("<text>a</text>", "<text>"),
+    ],
+)
+def test_what_loads_or_runs_is_refused(body, reason):
+    with pytest.raises(UnusableSvg) as caught:
+        render(svg(body), 8)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no XML"),
+        ("<svg", "no XML"),
+        ("<html/>", "begins with <html>"),
+        ('<!DOCTYPE svg [<!ENTITY a "b">]><svg/>', "document type"),
+        ("<svg>" + "a" * 2**20 + "</svg>", "characters"),
+        (svg("<g>" * 101 + "</g>" * 101), "nested more than 100 deep"),
+        (svg('<g id="a"><use href="#a"/></g>'), "nested more than 100 deep"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "cannot be rendered"),
+    ],
+)
+def test_what_is_no_usable_drawing_is_refused(text, reason):
+    with pytest.raises(UnusableSvg, match=reason):
+        render(text, 8)
+
+
+def test_a_drawing_that_unfolds_without_bound_is_refused_at_once():
+    """Ten references to ten references ...: 10^12 shapes."""
+    body = '<rect id="g0" width="1" height="1"/>'
+    for level in range(12):
+        uses = f'<use href="#g{level}"/>' * 10
+        body += f'<g id="g{level + 1}">{uses}</g>'
+    start = time.process_time()
+    with pytest.raises(UnusableSvg, match=f"more than {MAX_SHAPES:,} shapes"):
+        check_svg(svg(body))
+    assert time.process_time() - start < 5
