@@ -296,7 +296,7 @@ def test_all_invalid_settings_are_named():
         assert f"data.{part}" in str(error.value)
     for options, message in (
         ({"source": "shapes", "flip": True}, "captions of the shapes say what is left and right"),
-        ({"source": "emoji", "crop": "random"}, "shapes and emoji fill their images"),
+        ({"source": "emoji", "crop": "random"}, "shapes, emoji and icons fill their images"),
         ({"source": "emoji", "streaming": True}, "emoji are drawn here"),
         (
             {"source": "a", "mix": [mapped_part()]},
