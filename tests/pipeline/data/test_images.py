@@ -178,7 +178,9 @@ def test_decompression_bombs_animations_and_odd_modes_are_handled(tmp_path):
     assert found == {"animated": [255, 0, 0], "deep": white, "print": white, "clear": white}
     # Too large is a limit of ours, and no damage.
     assert split.problems == [
-        "1 images of more than 64,000,000 pixels left out (data.max_pixels): bomb.png"
+        "1 images of more than 64,000,000 pixels left out (data.max_pixels): bomb.png",
+        "1 images have more than 8 bits per value (integers from 65535 to 65535); 0 is shown black "
+        "and 65535 white (data.value_range)",
     ]
 
 
