@@ -127,15 +127,16 @@ def test_two_signals_to_a_process_that_saves(tmp_path, first, second):
 
 
 SAVES = """
-import signal, sys
+import signal, sys, time
 from pathlib import Path
 from pipeline.runtime.atomic_io import atomic_write
 from pipeline.runtime.signals import TrainingInterrupted, catch_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 with catch_signals() as caught:
     print("ready", flush=True)
     while not caught.number:
-        signal.pause()
+        time.sleep(0.01)  # signal.pause would miss a signal that came before it
     with atomic_write(Path(sys.argv[1])) as beside:
         beside.write_text("n")
         print("half-written", flush=True)
