@@ -73,3 +73,10 @@ def test_invalid_scorer_is_named(folder, tmp_path):
         ValueError, match=r"cannot be loaded as a CLIP model|does not compare images with text"
     ):
         CLIPScorer(str(folder))
+
+
+def test_transparent_images_are_scored_on_white(folder):
+    judge = CLIPScorer(str(folder))
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    white = Image.new("RGB", (32, 32), "white")
+    torch.testing.assert_close(judge([clear], ["a"]), judge([white], ["a"]))
