@@ -141,7 +141,7 @@ def is_transparent(image: Image.Image) -> bool:
     if not has_alpha(image):
         return False
     straight = image if image.mode == "RGBA" else image.convert("RGBA")
-    return bool(straight.getchannel("A").getextrema()[0] < 255)
+    return bool(np.asarray(straight.getchannel("A")).min() < 255)
 
 
 def to_rgb(
