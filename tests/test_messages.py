@@ -41,6 +41,7 @@ NO_REMEDY = {
     "take the place of the best": "says what is done instead",
     "chosen from here on alone": "says what is done instead",
     "skipped, {": "says what is done instead",
+    "the straight ones rounded": "says what is done instead",
     "another process of this job": "the command line adds how to resume",
     "could not be written": "the command line adds how to resume",
     "shards of {split} are complete": "adds a count to a message with a remedy",

@@ -184,7 +184,7 @@ def test_transparency_is_kept_where_a_quarter_of_the_images_has_it(
     assert diagnosis.sources[0].transparent == transparent
     assert f"transparency           {transparent} images" in as_table(diagnosis)
     found = [one.text for one in diagnosis.findings if "have transparency" in one.text]
-    assert len(found) == 1 and "data.alpha=keep with tokenizer.model.channels=4" in found[0]
+    assert len(found) == 1 and "set data.alpha=keep and tokenizer.model.channels=4" in found[0]
 
 
 def test_a_colour_that_was_given_for_transparency_stays(tmp_path):
