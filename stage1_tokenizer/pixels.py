@@ -187,8 +187,8 @@ def to_channels(
     if not _laid_on_white and is_transparent(image):
         _laid_on_white.append(True)
         _log.warning(
-            "an image has transparency and the tokenizer has %d channels: it is laid on white "
-            "(tokenizer.model.channels=4 with data.alpha=keep would keep it)",
+            "an image has transparency and the tokenizer has %d channels: it is laid on white; set "
+            "tokenizer.model.channels=4 and data.alpha=keep to train one that keeps it",
             channels,
         )
     return to_rgb(image, value_range)

@@ -43,6 +43,7 @@ NO_REMEDY = {
     "skipped, {": "says what is done instead",
     "is left out: {": "says what is done instead",
     "in chars.json left out": "says what is done instead",
+    "the straight ones rounded": "says what is done instead",
     "another process of this job": "the command line adds how to resume",
     "could not be written": "the command line adds how to resume",
     "shards of {split} are complete": "adds a count to a message with a remedy",

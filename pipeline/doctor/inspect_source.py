@@ -327,7 +327,7 @@ def _doubts(report: SourceReport, config: DataConfig) -> list[Finding]:
             report.transparent and config.alpha != "keep",
             "notes",
             f"{report.transparent:,} images have transparency, which is laid on {config.alpha}; "
-            "data.alpha=keep with tokenizer.model.channels=4 keeps it",
+            "set data.alpha=keep and tokenizer.model.channels=4 to keep it",
         ),
         (animated, "notes", f"of {animated:,} images with several frames the first is used"),
         (

@@ -139,8 +139,8 @@ def compress(
     returned = to_pil(pixels)[0]
     if image.mode == "RGBA" and image.tobytes() != returned.tobytes():
         _log.warning(
-            "the image has colours that its transparency hides in part; they come back only as "
-            "exactly as they show (its premultiplied values are kept without loss)"
+            "transparency hides a part of this image's colours, and that part is not kept: the "
+            "premultiplied values come back without loss, the straight ones rounded"
         )
     return CompressedImage(returned, data, prompt, coded.rate_bits, coded.distortion_bits)
 

@@ -97,10 +97,11 @@ def test_colours_are_at_most_their_alpha():
 def test_resizing_lets_no_hidden_colour_through():
     """Red pixels that are clear beside blue ones that are opaque."""
     image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    image.paste((0, 0, 255, 255), (16, 0, 32, 32))
+    image.paste((0, 0, 100, 255), (16, 0, 32, 32))
     small = np.asarray(resize_and_crop(image, 9, channels=4))
     assert small[..., 0].max() == 0
-    assert set(small[..., 2][small[..., 3] > 0]) == {255}
+    shown = small[..., 2][small[..., 3] > 100]
+    assert np.abs(shown.astype(int) - 100).max() <= 1
     assert 0 < small[0, 4, 3] < 255
 
 

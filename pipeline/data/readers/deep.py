@@ -39,7 +39,7 @@ def mode_of(image: Image.Image) -> str:
 
 
 def deep_values(image: Image.Image, again: Callable[[], Image.Image]) -> np.ndarray:
-    """The values of a deep image: (H,W), or (H,W,C) of colour, whose alpha comes last.
+    """The values of a deep image: (H,W), or (H,W,C) of colour or with alpha, which comes last.
 
     Args:
         image: not yet decoded.
@@ -53,7 +53,7 @@ def deep_values(image: Image.Image, again: Callable[[], Image.Image]) -> np.ndar
         values = _copied(image)
         if image.mode == "F" and not np.isfinite(values).all():
             raise ValueError("it has values that are not finite (NaN or infinity)")
-        return values
+        return _with_clear_colour(values, image)
     if raw.startswith("LA"):
         _set_raw_mode(image, "RGBA")  # the four bytes of grey and alpha
         both = np.asarray(image).astype(np.uint16)
@@ -63,7 +63,17 @@ def deep_values(image: Image.Image, again: Callable[[], Image.Image]) -> np.ndar
     values = _copied(image, np.uint16)
     values *= 256
     values += _copied(lower)
-    return values
+    return _with_clear_colour(values, image)
+
+
+def _with_clear_colour(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The values with an alpha of 16 bits, where a PNG names one colour that is transparent."""
+    clear = image.info.get("transparency")
+    if clear is None:
+        return values
+    coloured = values if values.ndim == 3 else values[..., None]
+    opaque = (coloured != np.array(clear)).any(axis=2, keepdims=True)
+    return np.concatenate([coloured, np.where(opaque, 65535, 0).astype(values.dtype)], axis=2)
 
 
 def shown(values: np.ndarray, value_range: ValueRange) -> Image.Image:

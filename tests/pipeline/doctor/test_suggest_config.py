@@ -14,6 +14,7 @@ from pipeline.data.load import load_sources
 from pipeline.doctor.diagnose import diagnose
 from pipeline.doctor.report import Suggestion
 from pipeline.doctor.suggest_config import _CODES, _length, _steps, as_yaml, name_of
+from pipeline.doctor.text_report import as_table
 from stage2_prior import TextConfig
 
 
@@ -166,3 +167,32 @@ def test_mixtures_and_synthetic_sources_are_suggested_unchanged(tmp_path):
 )
 def test_the_run_is_named_after_the_source(source, name):
     assert name_of(DataConfig(source=source)) == name
+
+
+@pytest.mark.parametrize(("transparent", "alpha", "channels"), [(10, "keep", 4), (5, "white", 3)])
+def test_transparency_is_kept_where_a_quarter_of_the_images_has_it(
+    tmp_path, transparent, alpha, channels
+):
+    folder = make(tmp_path / "images", [40] * 30)
+    for number in range(transparent):
+        path = folder / f"{number:03}.png"
+        with Image.open(path) as image:
+            image.putalpha(100)
+            image.save(path)
+    diagnosis = diagnose(DataConfig(source=str(folder)))
+    experiment = loaded(diagnosis.suggestion, tmp_path)
+    assert (experiment.data.alpha, experiment.tokenizer.model.channels) == (alpha, channels)
+    assert diagnosis.sources[0].transparent == transparent
+    assert f"transparency           {transparent} images" in as_table(diagnosis)
+    found = [one.text for one in diagnosis.findings if "have transparency" in one.text]
+    assert len(found) == 1 and "set data.alpha=keep and tokenizer.model.channels=4" in found[0]
+
+
+def test_a_colour_that_was_given_for_transparency_stays(tmp_path):
+    folder = make(tmp_path / "images", [40] * 30)
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            image.putalpha(100)
+            image.save(path)
+    data = DataConfig(source=str(folder), alpha="#203040")
+    assert loaded(diagnose(data).suggestion, tmp_path).data.alpha == "#203040"

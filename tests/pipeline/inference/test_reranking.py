@@ -115,3 +115,10 @@ def test_a_damaged_folder_of_a_backbone_is_one_error_that_names_it(folder, name,
     with pytest.raises(ValueError, match=message) as raised:
         BackboneDistance(str(folder), ())
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_transparent_images_are_scored_on_white(folder):
+    judge = CLIPScorer(str(folder))
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    white = Image.new("RGB", (32, 32), "white")
+    torch.testing.assert_close(judge([clear], ["a"]), judge([white], ["a"]))
