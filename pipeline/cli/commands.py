@@ -105,7 +105,7 @@ def _experiment_of_files(
     data = {
         "source": str(first),
         "image_size": config.pop("image_size"),
-        "val_fraction": 1e-9,  # all in one table
+        "val_fraction": 0,  # all in one table
         "alpha": "keep" if model.own_config.channels == 4 else "white",
     }
     # What is found out about the images lies where the codes are made, and goes with it.

@@ -197,8 +197,8 @@ class DataConfig:
     """Mirror half of the images in training. For captions that do not mention left and right, and
     images without writing."""
     val_fraction: float = 0.05
-    """Fraction of the images held out from training, chosen by a hash of each image's name. Not
-    used where the data name what is held out."""
+    """Fraction of the images held out from training, chosen by a hash of each image's name; at
+    least one image, unless it is 0. Not used where the data name what is held out."""
     split_column: str = "auto"
     """Column that says which images are held out: train, validation or test. `auto` takes the
     splits that folders, files, `datasets` or a column `split` name; `none` takes no such names."""
@@ -322,8 +322,8 @@ class DataConfig:
                 f"data.image_size is {as_setting(self.size)}; it must be at least 16",
             ),
             (
-                not 0 < self.val_fraction < 1,
-                f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1",
+                not 0 <= self.val_fraction < 1,
+                f"data.val_fraction is {self.val_fraction}; it must be 0 or more, and below 1",
             ),
             (
                 smallest is not None and smallest < min(self.size) and not self.upscale,

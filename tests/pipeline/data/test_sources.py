@@ -242,12 +242,12 @@ def test_configuration_errors_are_all_named():
     with pytest.raises(
         ValueError,
         match=r"(?s)data\.source is empty.*image_size is 4.*val_fraction is "
-        r"0.*max_corrupt_fraction is 2.*min_objects 3.*num_scenes",
+        r"1.*max_corrupt_fraction is 2.*min_objects 3.*num_scenes",
     ):
         DataConfig(
             source="",
             image_size=4,
-            val_fraction=0,
+            val_fraction=1,
             filter=FilterOptions(max_corrupt_fraction=2),
             shapes=ShapesOptions(min_objects=3, max_objects=2, num_scenes=0),
         )
