@@ -61,9 +61,8 @@ def test_equal_images_have_a_psnr_of_99_in_the_mean(monkeypatch):
     source = Noise()
     fixed = source.images([5])
     monkeypatch.setattr(source, "images", lambda rows: fixed.repeat(len(rows), 0))
-    monkeypatch.setattr(
-        pipe.tokenizer, "to_images", lambda codes: list(fixed.repeat(len(codes), 0))
-    )
+    image = Image.fromarray(fixed[0])
+    monkeypatch.setattr(pipe.tokenizer, "to_images", lambda codes: [image] * len(codes))
     assert tokenizer_metrics(pipe, source, 3).metrics["psnr"] == 99.0
 
 
