@@ -179,6 +179,7 @@ def test_files_beside_the_code_are_installed():
         for package, patterns in settings["package-data"].items()
         for pattern in patterns
         for path in (ROOT / package.replace(".", "/")).glob(pattern)
+        if path.is_file()
     }
     beside = {
         path

@@ -29,6 +29,7 @@ from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
+from pipeline.inference.shipped_bundles import bundle_folder
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
@@ -453,11 +454,15 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     def from_pretrained(cls, folder: str | Path) -> Any:
         """Loads a bundle. `Any`, since it is a `LatentPipeline` where latents are Gaussian.
 
+        Args:
+            folder: of a bundle, or the name of one that comes with the package (`icons`). A bundle
+                of that name in the working directory comes first.
+
         Raises:
-            FileNotFoundError: the folder is no bundle.
+            FileNotFoundError: the folder is no bundle, or the installation lacks that of the name.
             ValueError: a part is missing, truncated, of another format, or swapped for another
                 bundle's; names it.
         """
-        bundle = read_bundle(Path(folder))
+        bundle = read_bundle(bundle_folder(folder))
         kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
         return kind(*bundle)

@@ -87,3 +87,9 @@ def tiny_latent_pipeline(
     attach_encoder(prior, images)
     prior.config.trained_with_caption_dropout = True
     return LatentPipeline(images, prior.eval(), text, trained_on=trained_on)
+
+
+def tiny_icons_pipeline() -> TextToImagePipeline:
+    """As `tiny_pipeline`, of transparent icons in two styles."""
+    captions = [f"{caption}, {style} style" for caption in CAPTIONS for style in ("noto", "blob")]
+    return tiny_pipeline(captions=captions, channels=4)
