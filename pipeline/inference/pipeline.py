@@ -24,6 +24,7 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
@@ -61,6 +62,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         text: caption -> text ids.
         defaults: sampling options where a call gives none.
         trained_on: the bundle's description of its data.
+        known_prompts: styles and names of icons, by which prompts are checked.
 
     Raises:
         ValueError: there are no codes, or the prior models others, or another vocabulary.
@@ -75,9 +77,10 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
+        known_prompts: KnownPrompts | None = None,
     ) -> None:
         tokenizer.require_codes("TextToImagePipeline")
-        super().__init__(tokenizer, prior, text, defaults, trained_on)
+        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts)
         self._compile: Compile = "auto"
         stream = prior.stream.config
         own = [(tuple(level.grid), level.num_codes) for level in tokenizer.layout]

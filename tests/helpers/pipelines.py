@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.inference.bundle import attach_encoder
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage2_prior import (
@@ -89,7 +90,9 @@ def tiny_latent_pipeline(
     return LatentPipeline(images, prior.eval(), text, trained_on=trained_on)
 
 
-def tiny_icons_pipeline() -> TextToImagePipeline:
+def tiny_icons_pipeline(known_prompts: KnownPrompts | None = None) -> TextToImagePipeline:
     """As `tiny_pipeline`, of transparent icons in two styles."""
     captions = [f"{caption}, {style} style" for caption in CAPTIONS for style in ("noto", "blob")]
-    return tiny_pipeline(captions=captions, channels=4)
+    pipe = tiny_pipeline(captions=captions, channels=4)
+    pipe.known_prompts = known_prompts
+    return pipe
