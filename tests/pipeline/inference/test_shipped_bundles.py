@@ -88,7 +88,7 @@ def test_an_installation_without_the_bundle_is_one_clear_error(package_data, cap
 
 def test_other_names_stay_paths(package_data):
     assert bundle_folder("runs/icons/bundle") == Path("runs/icons/bundle")
-    with pytest.raises(FileNotFoundError, match="holds no pipeline.json, so it is no bundle"):
+    with pytest.raises(FileNotFoundError, match=r"holds no pipeline\.json, so it is no bundle"):
         TextToImagePipeline.from_pretrained("emoji")
 
 
