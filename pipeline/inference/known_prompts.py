@@ -97,7 +97,8 @@ def as_json(known: KnownPrompts) -> str:
     if len(content.encode()) <= MAX_BYTES:
         return content
     _log.warning(
-        "%s names take more than %s bytes and are left out of %s: names of prompts are not checked",
+        "%s names take more than %s bytes and are left out of %s, so names of prompts are not "
+        "checked; use fewer sets to have them checked",
         f"{len(known.names):,}",
         f"{MAX_BYTES:,}",
         FILE,

@@ -1,4 +1,4 @@
-"""What no training saw of a prompt is said, with the nearest that exist, and drawn all the same."""
+"""What no training saw of a prompt is reported, with the nearest that exist, and still drawn."""
 
 from __future__ import annotations
 
