@@ -8,6 +8,7 @@ resumes from what is there.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.builtin.icons import licences, styles_and_names
@@ -44,7 +45,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     kind = ImagePrior if has_codes else LatentPriorModel
     prior = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
     text = load_complete(TextTokenizer.load, folder / "text_tokenizer", "train-prior")
-    trained_on = {
+    trained_on: dict[str, Any] = {
         "experiment": experiment.name,
         "data": to_dict(experiment.data),
         "configuration": {
