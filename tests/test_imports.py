@@ -107,6 +107,19 @@ def test_there_are_no_import_circles():
     assert circles({module_of(path): imported_modules(path) for path in FILES}) == []
 
 
+def test_generate_imports_no_readers_of_data_and_no_trackers():
+    """What costs seconds before the first image, and sampling does not need."""
+    unneeded = ("datasets", "tensorboard", "pyarrow", "pandas", "matplotlib", "jsonargparse")
+    code = (
+        "import sys, pipeline.cli.main, pipeline.inference.generate, pipeline.inference.prompt_file"
+        f"; print([m for m in {unneeded} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_stages_do_not_know_each_other_or_the_pipeline(path):
     package = path.relative_to(ROOT).parts[0]
@@ -179,6 +192,7 @@ def test_files_beside_the_code_are_installed():
         for package, patterns in settings["package-data"].items()
         for pattern in patterns
         for path in (ROOT / package.replace(".", "/")).glob(pattern)
+        if path.is_file()
     }
     beside = {
         path

@@ -38,7 +38,7 @@ class Sampling(TypedDict, total=False):
 def generate_command(
     prompt: tuple[str, ...] = (),
     *,
-    bundle: Path,
+    bundle: Path | None = None,
     prompts: Path | None = None,
     num_images: int = 4,
     out: Path = Path("images"),
@@ -54,7 +54,8 @@ def generate_command(
 
     Args:
         prompt: what the images show; '' samples without a caption
-        bundle: folder that `minidalle run` made: runs/NAME/bundle
+        bundle: folder that `minidalle run` made: runs/NAME/bundle (icons, which comes with the
+            package)
         prompts: text file with one prompt per line; empty lines are skipped
         num_images: images per prompt
         out: folder for the images
@@ -67,6 +68,7 @@ def generate_command(
         truncate: truncate prompts that are too long
     """
     from pipeline.inference.prompt_file import Prompt, read_prompts
+    from pipeline.inference.shipped_bundles import shipped_bundle
 
     if not prompt and prompts is None:
         raise UsageError("no prompt was given; add one in quotes, or --prompts FILE")
@@ -74,7 +76,7 @@ def generate_command(
     if prompts is not None:
         every += read_prompts(prompts)
     written = pipeline.generate(
-        bundle,
+        bundle or shipped_bundle(),
         [one.text for one in every],
         out,
         given_in=[one.given_in for one in every],

@@ -53,7 +53,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it resumes 
   zoo               several generative models at equal time, by the probability of held-out images (configs/zoo.yaml)
 
 using what was trained:
-  generate          --bundle DIR "prompt" ["prompt" ...]   images for prompts
+  generate          "prompt" ["prompt" ...] [--bundle DIR] images for prompts; without DIR by icons, which comes with the package
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
   reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
   likelihood        --bundle DIR FILES... [--prompt TEXT]  how likely images are: nats and bits per dimension, surprise maps

@@ -26,6 +26,7 @@ from pipeline.evaluation.likelihood import likelihood_metrics
 from pipeline.evaluation.mean import Mean
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
 from pipeline.evaluation.shapes import shapes_metrics
+from pipeline.inference.bundle import add_metrics
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
@@ -101,7 +102,8 @@ def evaluate(
 
     Sampling uses the bundle's own defaults and seed 0. One process computes everything. Where the
     experiment starts from a bundle (`init_from`), or one is given as `before`, forgetting is
-    measured too.
+    measured too. The metrics of the experiment's own bundle, if written to `out`, are added to its
+    model card.
 
     Raises:
         ValueError: `images` is below 1, the bundle's images are of another size than the
@@ -145,6 +147,7 @@ def evaluate(
         report.forgetting = forgetting(before, bundle, experiment, images=images)
     report.settings = {
         "bundle": str(bundle),
+        "fingerprints": {"tokenizer": pipe.tokenizer.fingerprint, "prior": pipe.prior.fingerprint},
         "images": count,
         "seed": 0,  # the default of the pipeline, which every image of an evaluation has
         "sampling": to_dict(pipe.defaults),
@@ -154,6 +157,8 @@ def evaluate(
     report.seconds = time.perf_counter() - start
     if out is not None:
         report.save(out)
+        if bundle == experiment.folder / "bundle":
+            add_metrics(bundle, out)
     return report
 
 

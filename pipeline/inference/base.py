@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.bundle import Bundle, write_bundle
+from pipeline.inference.known_prompts import KnownPrompts
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.caller import warn_user
 from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
@@ -38,6 +39,7 @@ class BasePipeline:
         text: caption -> text ids.
         defaults: sampling options where a call gives none.
         trained_on: the bundle's description of its data.
+        known_prompts: styles and names of icons, by which prompts are checked.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class BasePipeline:
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
+        known_prompts: KnownPrompts | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.prior = prior
         self.text = text
         self.defaults = defaults or SamplingOptions()
         self.trained_on = trained_on or {}
+        self.known_prompts = known_prompts
 
     def to(self, device: torch.device | str) -> Self:
         """Moves both stages; returns itself."""
@@ -64,7 +68,14 @@ class BasePipeline:
         """Writes the bundle, whole or not at all."""
         write_bundle(
             Path(folder),
-            Bundle(self.tokenizer, self.prior, self.text, self.defaults, self.trained_on),
+            Bundle(
+                self.tokenizer,
+                self.prior,
+                self.text,
+                self.defaults,
+                self.trained_on,
+                self.known_prompts,
+            ),
         )
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
@@ -77,12 +88,16 @@ class BasePipeline:
         return self.text.encode(prompts, truncate=truncate)
 
     def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        """`_text_ids`, with a warning of empty prompts."""
+        """`_text_ids`, with a warning of empty prompts, and of what no training saw."""
         ids = self._text_ids(prompts, truncate)
         if any(not prompt.strip() for prompt in prompts):
             warn_user(
                 "an empty prompt is sampled without a caption; give a prompt to say what to show"
             )
+        if self.known_prompts:
+            for prompt in dict.fromkeys(prompts):
+                for problem in self.known_prompts.problems(prompt):
+                    warn_user(problem)
         return ids
 
 

@@ -4,6 +4,7 @@ samples nothing."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pipeline.config.json_file import read_json
-from pipeline.runtime.atomic_io import atomic_write_dir, sha256_of
+from pipeline.inference.known_prompts import FILE as PROMPTS_FILE
+from pipeline.inference.known_prompts import KnownPrompts, as_json, read_known_prompts
+from pipeline.inference.model_card import FILE as CARD
+from pipeline.inference.model_card import model_card, with_metrics
+from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_text, sha256_of
 from pipeline.runtime.log import hidden_progress_bars
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.file_checks import build_config, check_file, check_folder, check_part
@@ -31,6 +36,8 @@ class Bundle(NamedTuple):
     text: TextTokenizer
     defaults: SamplingOptions
     trained_on: dict[str, Any]
+    known_prompts: KnownPrompts | None = None
+    """Styles and names of icons."""
 
 
 def write_bundle(folder: Path, bundle: Bundle) -> None:
@@ -41,6 +48,9 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
             bundle.tokenizer.save_pretrained(beside / "tokenizer")
             bundle.prior.save_pretrained(beside / "prior")
         bundle.text.save(beside / "text_tokenizer")
+        if bundle.known_prompts:
+            prompts = as_json(bundle.known_prompts)
+            (beside / PROMPTS_FILE).write_text(prompts, encoding="utf-8")
         description = {
             "format": FORMAT,
             "tokenizer_fingerprint": bundle.tokenizer.fingerprint,
@@ -52,8 +62,24 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
             "trained_on": bundle.trained_on,
         }
         (beside / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
+        (beside / CARD).write_text(_card(bundle, description), encoding="utf-8")
 
     atomic_write_dir(folder, write)
+
+
+def _card(bundle: Bundle, description: Mapping[str, Any]) -> str:
+    tokenizer = bundle.tokenizer
+    channels = tokenizer.own_config.channels
+    parts = {
+        "kind": {1: "gray", 3: "RGB", 4: "transparent (RGBA)"}.get(channels, ""),
+        "height": tokenizer.size[0],
+        "width": tokenizer.size[1],
+        "quantizer": tokenizer.own_config.quantizer,
+        "codes": [(level.grid, level.num_codes) for level in tokenizer.layout],
+        "tokenizer_parameters": tokenizer.num_parameters(),
+        "prior_parameters": bundle.prior.num_parameters(),
+    }
+    return model_card(description, bundle.known_prompts, parts)
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -92,7 +118,22 @@ def read_bundle(folder: Path) -> Bundle:
         TextTokenizer.load(folder / "text_tokenizer"),
         build_config(SamplingOptions, description["sampling"], folder / "pipeline.json"),
         description["trained_on"],
+        read_known_prompts(folder),
     )
+
+
+def add_metrics(folder: Path, evaluation: Path) -> None:
+    """Writes the results of `evaluate` into a bundle's model card; does nothing where there are
+    none, or they are of other weights."""
+    if not (evaluation.is_file() and (folder / CARD).is_file()):
+        return
+    types = {"settings": dict, "intervals.*": list}
+    metrics = read_json(evaluation, "delete it and evaluate again", types=types)
+    measured = metrics["settings"].get("fingerprints")
+    description = _description(folder)
+    if measured == {part: description[f"{part}_fingerprint"] for part in ("tokenizer", "prior")}:
+        card = (folder / CARD).read_text(encoding="utf-8")
+        atomic_write_text(folder / CARD, with_metrics(card, metrics))
 
 
 def attach_encoder(prior: LatentPriorModel, tokenizer: ImageTokenizer) -> None:

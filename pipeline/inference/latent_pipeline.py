@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import TextToImageOutput
 from pipeline.runtime.threads import free_threads
@@ -48,6 +49,7 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         text: caption -> text ids.
         defaults: sampling options where a call gives none, of which `temperature` is read.
         trained_on: the bundle's description of its data.
+        known_prompts: styles and names of icons, by which prompts are checked.
 
     Raises:
         ValueError: there are codes, or the prior is one of other latents, or of another vocabulary.
@@ -62,8 +64,9 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
+        known_prompts: KnownPrompts | None = None,
     ) -> None:
-        super().__init__(tokenizer, prior, text, defaults, trained_on)
+        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts)
         if tokenizer.latent_dim != prior.latent_features:
             raise ValueError(
                 f"the tokenizer has {tokenizer.latent_dim} latent dimensions per image (0 where it "

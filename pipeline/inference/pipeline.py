@@ -24,11 +24,13 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
+from pipeline.inference.shipped_bundles import bundle_folder
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
@@ -60,6 +62,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         text: caption -> text ids.
         defaults: sampling options where a call gives none.
         trained_on: the bundle's description of its data.
+        known_prompts: styles and names of icons, by which prompts are checked.
 
     Raises:
         ValueError: there are no codes, or the prior models others, or another vocabulary.
@@ -74,9 +77,10 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
+        known_prompts: KnownPrompts | None = None,
     ) -> None:
         tokenizer.require_codes("TextToImagePipeline")
-        super().__init__(tokenizer, prior, text, defaults, trained_on)
+        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts)
         self._compile: Compile = "auto"
         stream = prior.stream.config
         own = [(tuple(level.grid), level.num_codes) for level in tokenizer.layout]
@@ -453,11 +457,15 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     def from_pretrained(cls, folder: str | Path) -> Any:
         """Loads a bundle. `Any`, since it is a `LatentPipeline` where latents are Gaussian.
 
+        Args:
+            folder: of a bundle, or the name of one that comes with the package (`icons`). A bundle
+                of that name in the working directory comes first.
+
         Raises:
-            FileNotFoundError: the folder is no bundle.
+            FileNotFoundError: the folder is no bundle, or the installation lacks that of the name.
             ValueError: a part is missing, truncated, of another format, or swapped for another
                 bundle's; names it.
         """
-        bundle = read_bundle(Path(folder))
+        bundle = read_bundle(bundle_folder(folder))
         kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
         return kind(*bundle)

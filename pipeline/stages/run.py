@@ -8,11 +8,15 @@ resumes from what is there.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.builtin.icons import licences, styles_and_names
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.data.load import load_source
 from pipeline.data.source import Source
+from pipeline.inference.bundle import add_metrics
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import atomic_write_text
@@ -41,23 +45,39 @@ def assemble_bundle(experiment: Experiment) -> Path:
     kind = ImagePrior if has_codes else LatentPriorModel
     prior = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
     text = load_complete(TextTokenizer.load, folder / "text_tokenizer", "train-prior")
-    trained_on = {
+    trained_on: dict[str, Any] = {
         "experiment": experiment.name,
         "data": to_dict(experiment.data),
+        "configuration": {
+            name: value
+            for name, value in to_dict(experiment).items()
+            if name not in ("output_dir", "trackers")
+        },
         "started_from": {
             stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
         },
     }
+    known_prompts = None
+    if experiment.data.source == "icons":
+        trained_on["licences"] = licences(experiment.data)
+        known_prompts = KnownPrompts(*map(tuple, styles_and_names(experiment.data)))
     pipe: TextToImagePipeline | LatentPipeline
     if has_codes:
         manifest = read_manifest(folder / "codes")
-        trained_on |= {"sources": manifest["sources"], "codes_in_bf16": manifest["bf16"]}
-        pipe = TextToImagePipeline(tokenizer, prior, text, experiment.sampling, trained_on)
+        trained_on |= {
+            "sources": manifest["sources"],
+            "num_images": manifest["num_images"],
+            "codes_in_bf16": manifest["bf16"],
+        }
+        pipe = TextToImagePipeline(
+            tokenizer, prior, text, experiment.sampling, trained_on, known_prompts
+        )
     else:
         trained_on["sources"] = (read_settings(folder / "prior") or {})["settings"]["sources"]
         sampling = SamplingOptions(temperature=experiment.sampling.temperature)
-        pipe = LatentPipeline(tokenizer, prior, text, sampling, trained_on)
+        pipe = LatentPipeline(tokenizer, prior, text, sampling, trained_on, known_prompts)
     pipe.save_pretrained(folder / "bundle")
+    add_metrics(folder / "bundle", folder / "evaluation.json")
     return folder / "bundle"
 
 

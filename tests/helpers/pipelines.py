@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.inference.bundle import attach_encoder
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage2_prior import (
@@ -87,3 +88,11 @@ def tiny_latent_pipeline(
     attach_encoder(prior, images)
     prior.config.trained_with_caption_dropout = True
     return LatentPipeline(images, prior.eval(), text, trained_on=trained_on)
+
+
+def tiny_icons_pipeline(known_prompts: KnownPrompts | None = None) -> TextToImagePipeline:
+    """As `tiny_pipeline`, of transparent icons in two styles."""
+    captions = [f"{caption}, {style} style" for caption in CAPTIONS for style in ("noto", "blob")]
+    pipe = tiny_pipeline(captions=captions, channels=4)
+    pipe.known_prompts = known_prompts
+    return pipe

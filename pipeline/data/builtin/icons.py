@@ -233,3 +233,17 @@ def reported(config: DataConfig, *, tuning: bool = False) -> dict[Kind, list[Ico
         if cell.kind == "name" or icon.key in trained:
             kinds[cell.kind].append(icon)
     return kinds
+
+
+def styles_and_names(config: DataConfig) -> tuple[list[str], list[str]]:
+    """The styles that are trained on, and every name, held-out ones too; each in order."""
+    everything, _ = _icons_of(config)
+    styles = {icon.style for icon in everything if _belongs(icon, "train")}
+    return sorted(styles), sorted({icon.name for icon in everything})
+
+
+def licences(config: DataConfig) -> list[dict[str, str | None]]:
+    """Style, licence and author of each set, None where a set does not state them."""
+    own = config.icons
+    sets = [read_set(locate_set(Path(own.folder).expanduser(), entry), {}) for entry in own.sets]
+    return [{"style": one.style, "licence": one.licence, "author": one.author} for one in sets]

@@ -86,11 +86,11 @@ def test_settings_are_all_that_is_no_option():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "x"], "the following arguments are required: --bundle; see"),
+        (["edit", "--image", "i"], "the following arguments are required: --bundle; see"),
         (["generate", "--bundle", "b", "--num-images", "few"], "--num-images: invalid int value"),
         (["generate", "--bundle", "b", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["generate", "--bundle", "b", "--compile", "no"], "--compile is 'no'; choose one of:"),
-        (["generate", "--bundl", "b", "x"], "required: --bundle; see minidalle generate --help"),
+        (["generate", "--bundl", "b", "x"], "arguments: --bundl; see minidalle generate --help"),
         (["edit", "--bundle", "b", "--image", "i"], "give one of --mask, --outpaint-at and --stre"),
         (["reconstruct", "--tokenizer", "t"], "required: files"),
         (["compare-tokenizers", "--minutes", "few"], "--minutes: invalid float value: 'few'"),

@@ -1,0 +1,99 @@
+"""What no training saw of a prompt is reported, with the nearest that exist, and still drawn."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from pipeline.cli.main import main
+from pipeline.inference.known_prompts import FILE, MAX_BYTES, KnownPrompts, as_json
+from pipeline.inference.pipeline import TextToImagePipeline
+from tests.helpers.pipelines import tiny_icons_pipeline
+
+KNOWN = KnownPrompts(
+    ("blob", "fluent", "noto"),
+    ("A button (blood type)", "man in suit: dark skin tone", "red heart", "red star", "kiss: man"),
+)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "red heart",
+        "a red heart, noto style",
+        "A  RED heart, Blob style.",
+        "noto red heart",
+        "a red heart in fluent style",
+        "a button (blood type), noto style",
+        "man in suit: dark skin tone in noto style",
+        "",
+    ],
+)
+def test_trained_wordings_are_no_problem(prompt):
+    assert KNOWN.problems(prompt) == []
+
+
+def test_a_style_that_was_not_trained_is_named_with_all_styles_the_nearest_first():
+    (line,) = KNOWN.problems("a red heart, notto style")
+    assert "the style 'notto' was not trained" in line
+    assert line.endswith("the nearest first: noto, fluent, blob")
+
+
+def test_a_name_that_no_set_has_is_named_with_the_nearest():
+    (line,) = KNOWN.problems("a red hart, noto style")
+    assert line.startswith("no icon is named 'red hart'; the nearest names: 'red heart'")
+    (line,) = KNOWN.problems("buton")
+    assert "'A button (blood type)'" in line
+
+
+def test_both_are_two_lines():
+    assert len(KNOWN.problems("a dragon in pixel art style")) == 2
+
+
+def test_names_are_not_checked_without_any():
+    assert KnownPrompts(("noto",), ()).problems("a dragon, noto style") == []
+
+
+def test_a_bundle_keeps_its_prompts_and_says_once_per_prompt_what_is_new(tmp_path):
+    tiny_icons_pipeline(KNOWN).save_pretrained(tmp_path / "bundle")
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "bundle")
+    assert pipe.known_prompts == KNOWN
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = pipe(["red heart, pixar style"] * 2)
+    assert len(output.images) == 2
+    assert [str(one.message)[:30] for one in caught] == ["the style 'pixar' was not trai"]
+
+
+def test_generate_notes_what_is_new_and_draws(tmp_path, capsys):
+    tiny_icons_pipeline(KNOWN).save_pretrained(tmp_path / "bundle")
+    command = ["generate", "--bundle", str(tmp_path / "bundle"), "a red hart", "--num-images", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "note: no icon is named 'red hart'; the nearest names: 'red heart'" in (
+        capsys.readouterr().out
+    )
+    assert (tmp_path / "out" / "00000-a-red-hart.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "truncated or corrupted"),
+        ('{"styles": ["noto"]}', "names is None"),
+        ('{"styles": [1], "names": []}', "styles.0 is 1"),
+        (" " * (MAX_BYTES + 1), "bytes"),
+    ],
+)
+def test_damaged_prompts_are_refused(tmp_path, content, message):
+    tiny_icons_pipeline(KNOWN).save_pretrained(tmp_path / "bundle")
+    (tmp_path / "bundle" / FILE).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        TextToImagePipeline.from_pretrained(tmp_path / "bundle")
+
+
+def test_too_many_names_are_left_out():
+    names = tuple(f"name {number} of very many" for number in range(20_000))
+    content = as_json(KnownPrompts(("noto",), names))
+    assert json.loads(content) == {"styles": ["noto"], "names": []}

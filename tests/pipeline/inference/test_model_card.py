@@ -1,0 +1,110 @@
+"""README.md of a bundle says what it is, what it learned from, and how it was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import pipeline
+from pipeline.inference.bundle import add_metrics
+from pipeline.inference.known_prompts import KnownPrompts
+from tests.helpers.icons import write_styles
+from tests.helpers.pipelines import tiny_icons_pipeline, tiny_pipeline
+
+KNOWN = KnownPrompts(("blob", "noto"), ("red heart", "red star"))
+EVALUATION = {
+    "psnr": 21.25,
+    "retrieval": 0.5,
+    "intervals": {"retrieval": [0.4, 0.6, 100]},
+    "settings": {"images": 100},
+}
+
+
+def evaluation_of(pipe, **changed):
+    measured = {"tokenizer": pipe.tokenizer.fingerprint, "prior": pipe.prior.fingerprint}
+    settings = EVALUATION["settings"] | {"fingerprints": measured | changed}
+    return json.dumps(EVALUATION | {"settings": settings})
+
+
+def test_a_card_tells_parts_use_and_fingerprints(tmp_path):
+    pipe = tiny_icons_pipeline(KNOWN)
+    pipe.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "transparent (RGBA) images of 16x16 pixels" in card
+    assert '"red heart, noto style"' in card and "blob, noto, the names 2" in card
+    assert f"`{pipe.prior.fingerprint}`" in card and f"`{pipe.tokenizer.fingerprint}`" in card
+    assert f"{pipe.prior.num_parameters():,} parameters" in card
+    assert "Not evaluated yet" in card and "{{" not in card
+
+
+def test_licences_are_listed_and_cannot_break_the_page(tmp_path):
+    sets = [
+        {"style": "noto", "licence": "Apache-2.0", "author": "A <b>|Painter\n# x"},
+        {"style": "mine", "licence": None, "author": None},
+    ]
+    tiny_pipeline(trained_on={"licences": sets}).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| noto | Apache-2.0 | A &lt;b>&#124;Painter\\n# x |" in card
+    assert "| mine | not stated | not stated |" in card
+
+
+def test_metrics_are_added_and_the_rest_of_the_card_stays(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "bundle")
+    card = tmp_path / "bundle" / "README.md"
+    card.write_text(card.read_text() + "\n## Failures\n\nHands.\n")
+    (tmp_path / "evaluation.json").write_text(evaluation_of(pipe))
+    for _ in range(2):
+        add_metrics(tmp_path / "bundle", tmp_path / "evaluation.json")
+    text = card.read_text()
+    assert text.count("| psnr | 21.25 |  |  |") == 1 and "Hands." in text
+    assert "| retrieval | 0.5 | 0.4 to 0.6 | 100 |" in text and "Not evaluated" not in text
+
+
+def test_metrics_of_other_weights_are_not_added(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "bundle")
+    (tmp_path / "evaluation.json").write_text(evaluation_of(pipe, prior="0" * 16))
+    add_metrics(tmp_path / "bundle", tmp_path / "evaluation.json")
+    assert "Not evaluated yet" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+@pytest.fixture
+def icons_run(finished_run, tmp_path):
+    """A finished run whose configuration names icons."""
+    pytest.importorskip("resvg_py")
+    path, folder = finished_run
+    shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    sets = write_styles(tmp_path / "sets")
+    options = {
+        "output_dir": str(tmp_path / "runs"),
+        "data.source": "icons",
+        "data.icons.folder": str(tmp_path / "sets"),
+        "data.icons.sets": json.dumps(sets),
+        "data.icons.annotations": str(tmp_path),
+    }
+    settings = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return pipeline.load_experiment(["--config", str(path), *settings])
+
+
+def test_a_bundle_of_icons_has_styles_names_licences_and_configuration(icons_run):
+    bundle = pipeline.assemble_bundle(icons_run)
+    known = json.loads((bundle / "prompts.json").read_text())
+    assert known["styles"] == ["style0", "style1"] and len(known["names"]) == 40
+    card = (bundle / "README.md").read_text()
+    assert "| style1 | MIT | A. Painter |" in card and "source: icons" in card
+    assert str(icons_run.folder.parent) not in card.replace(icons_run.data.icons.folder, "")
+
+
+def test_evaluating_a_run_writes_the_metrics_into_its_card(finished_run, tmp_path):
+    path, folder = finished_run
+    shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    settings = ["--config", str(path), "--output_dir", str(tmp_path / "runs")]
+    experiment = pipeline.load_experiment(settings)
+    bundle = experiment.folder / "bundle"
+    pipeline.evaluate(bundle, experiment, experiment.folder / "evaluation.json", images=4)
+    assert "on 4 held-out images" in (bundle / "README.md").read_text()
+    pipeline.assemble_bundle(experiment)  # as `run` again does
+    assert "on 4 held-out images" in (bundle / "README.md").read_text()
