@@ -61,7 +61,8 @@ class SavedModel(PreTrainedModel):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the configuration or any weight."""
+        """16 hex digits that change with the configuration or any weight. Weights count with the
+        values that they have in fp32, in which they are loaded."""
         return self._fingerprint_of(self.config, self.state_dict())
 
     @classmethod
@@ -71,8 +72,9 @@ class SavedModel(PreTrainedModel):
         digest = hashlib.sha256(text.encode())
         for name, tensor in sorted(weights.items()):
             digest.update(name.encode())
+            values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             # Flat first: a 0-d tensor cannot be viewed as bytes.
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = values.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -161,6 +161,8 @@ class Experiment:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of training: `auto` is bf16 where the device computes it natively. Parameters stay
     fp32."""
+    bundle_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights in the bundle; bf16 halves its size."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of accelerate by name (tensorboard, wandb, ...); [] for none."""
     process_timeout: int = 30

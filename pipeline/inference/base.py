@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -64,8 +64,15 @@ class BasePipeline:
         self.prior.to(device)
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the bundle, whole or not at all."""
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: Literal["fp32", "bf16"] = "fp32"
+    ) -> None:
+        """Writes the bundle, whole or not at all.
+
+        Args:
+            dtype: bf16 halves its size. Weights are rounded to 8 bits of precision, and loaded in
+                fp32 again.
+        """
         write_bundle(
             Path(folder),
             Bundle(
@@ -76,6 +83,7 @@ class BasePipeline:
                 self.trained_on,
                 self.known_prompts,
             ),
+            dtype,
         )
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:

@@ -3,12 +3,14 @@ samples nothing."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from pipeline.config.json_file import read_json
@@ -25,6 +27,7 @@ from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextToke
 from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
 
 FORMAT = 1
+_Model = TypeVar("_Model", ImageTokenizer, ImagePrior | LatentPriorModel)
 _LATENT = LatentPriorModel.config_class.model_type
 
 
@@ -40,8 +43,10 @@ class Bundle(NamedTuple):
     """Styles and names of icons."""
 
 
-def write_bundle(folder: Path, bundle: Bundle) -> None:
-    """Writes the bundle, completely or not at all."""
+def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    """Writes the bundle, completely or not at all, with weights of this precision."""
+    if dtype == "bf16":
+        bundle = bundle._replace(tokenizer=rounded(bundle.tokenizer), prior=rounded(bundle.prior))
 
     def write(beside: Path) -> None:
         with hidden_progress_bars():
@@ -65,6 +70,14 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         (beside / CARD).write_text(_card(bundle, description), encoding="utf-8")
 
     atomic_write_dir(folder, write)
+
+
+def rounded(model: _Model) -> _Model:
+    """A copy with its parameters in bf16. Buffers, such as codebooks and rotations, stay fp32."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return copied
 
 
 def _card(bundle: Bundle, description: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
         trained_on["sources"] = (read_settings(folder / "prior") or {})["settings"]["sources"]
         sampling = SamplingOptions(temperature=experiment.sampling.temperature)
         pipe = LatentPipeline(tokenizer, prior, text, sampling, trained_on, known_prompts)
-    pipe.save_pretrained(folder / "bundle")
+    pipe.save_pretrained(folder / "bundle", dtype=experiment.bundle_dtype)
     add_metrics(folder / "bundle", folder / "evaluation.json")
     return folder / "bundle"
 

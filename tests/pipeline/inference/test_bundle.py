@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.inference.bundle import Bundle, read_bundle, write_bundle
-from pipeline.inference.pipeline import SamplingOptions
+from pipeline.inference.pipeline import SamplingOptions, TextToImagePipeline
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 
 
@@ -32,6 +32,31 @@ def test_a_bundle_is_read_as_it_was_written(folder):
     assert torch.equal(read.text.encode(CAPTIONS), pipe.text.encode(CAPTIONS))
     assert read.defaults == SamplingOptions(top_p=0.9, guidance_interval=(0.1, 0.8))
     assert read.trained_on == {"experiment": "tiny"} and not read.tokenizer.training
+
+
+def test_bf16_halves_a_bundle_that_is_loaded_in_fp32(tmp_path):
+    """Its parameters are rounded, its buffers (codebook, rotations) are not; the pipeline that is
+    saved stays as it is."""
+    pipe = tiny_pipeline()
+    before = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
+    for dtype in ("fp32", "bf16"):
+        pipe.save_pretrained(tmp_path / dtype, dtype=dtype)
+    half = read_bundle(tmp_path / "bf16")
+    parameters = dict(half.prior.named_parameters())
+    for name, value in half.prior.state_dict().items():
+        if name in parameters:
+            assert value.dtype == torch.float32
+            assert torch.equal(value, before[name].to(torch.bfloat16).float()), name
+        else:
+            assert torch.equal(value, before[name]), name
+    assert all(value.equal(before[name]) for name, value in pipe.prior.state_dict().items())
+    sizes = [(tmp_path / d / "prior/model.safetensors").stat().st_size for d in ("fp32", "bf16")]
+    saved = sum(2 * one.numel() for one in parameters.values())
+    assert abs(sizes[0] - sizes[1] - saved) < 2_000  # of the header
+    again = TextToImagePipeline(half.tokenizer, half.prior, half.text)
+    again.save_pretrained(tmp_path / "again", dtype="bf16")
+    assert read_bundle(tmp_path / "again").prior.fingerprint == half.prior.fingerprint
+    assert again(["a red square"]).images[0].size == (half.tokenizer.size[::-1])
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior", "text_tokenizer"])
