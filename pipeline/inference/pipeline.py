@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.batching import Compile, sample_codes_batched
-from pipeline.inference.bundle import read_bundle
 from pipeline.inference.editing import (
     check_image,
     composite,
@@ -24,6 +23,7 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.hub import load_bundle
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
@@ -450,14 +450,22 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Any:
-        """Loads a bundle. `Any`, since it is a `LatentPipeline` where latents are Gaussian.
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Any:
+        """Loads a bundle from a folder, or from the repository `user/name` of the Hub. `Any`, since
+        it is a `LatentPipeline` where latents are Gaussian.
+
+        Args:
+            name: a folder of that name is never looked up, nor is a `Path`.
+            revision: branch, tag or commit of a repository (main).
+            token: of the Hub; None takes the one of `hf auth login`, or of HF_TOKEN.
 
         Raises:
-            FileNotFoundError: the folder is no bundle.
+            FileNotFoundError: the folder is no bundle, or no such repository can be had.
             ValueError: a part is missing, truncated, of another format, or swapped for another
                 bundle's; names it.
         """
-        bundle = read_bundle(Path(folder))
+        bundle = load_bundle(name, revision=revision, token=token)
         kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
         return kind(*bundle)
