@@ -110,6 +110,7 @@ RESUMABLE = (
 SINGLE_PROCESS = (
     "compare-tokenizers",
     "zoo",
+    "finetune",
     "edit",
     "reconstruct",
     "likelihood",

@@ -47,10 +47,9 @@ def load_bundle(
     except (ValueError, FileNotFoundError) as error:
         if folder == Path(name).expanduser():
             raise
-        cache = folder.parents[1]
-        raise type(error)(
-            f"{name} of the Hub: {error}; to download it again, remove {cache}"
-        ) from error
+        cached = folder.parents[1]
+        again = f"; to download it again, remove {cached}" if cached.is_dir() else ""
+        raise type(error)(f"{name} of the Hub: {error}{again}") from error
 
 
 def push_bundle(

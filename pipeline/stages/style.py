@@ -22,6 +22,8 @@ from pipeline.data.builtin.icons import captions_of_icon, emoji_names
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.load import find_rows
 from pipeline.data.map_source import SourceIndex
+from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.locate import files_below
 from pipeline.inference.bundle import Bundle, read_bundle
 from pipeline.runtime.atomic_io import atomic_write_dir
 from stage2_prior import TextTokenizer
@@ -118,7 +120,7 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
     """
     if path.is_file() or any(path.glob("*.svg")) or (path / "icons.json").is_file():
         return _rendered(path, size)
-    if not path.is_dir():
+    if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
         raise FileNotFoundError(
             f"there are no drawings in {path}; give a folder of .svg or .png files, or an Iconify "
             "JSON file"
@@ -207,10 +209,16 @@ def _values(
 
 
 def _new_tokens(text: TextTokenizer, style: str) -> int:
-    """Merges that make the style's name one token, behind a space and at the start."""
-    behind, without = text.lengths([f"a {style}", "a"])
-    first, empty = text.lengths([style, ""])
-    return max(behind - without - 1, 0) + max(first - empty - 1, 0)
+    """Merges that make each word of the style's name one token, behind a space and at the start."""
+    count = 0
+    for before, caption in (("a", f"a {style}"), ("", style)):
+        try:
+            words = len(text.words(caption)) - len(text.words(before))
+        except ValueError:  # no BPE that can be extended; pieces of the old vocabulary spell it
+            return 0
+        shorter, longer = text.lengths([before, caption])
+        count += max(longer - shorter - words, 0)
+    return count
 
 
 def _write(folder: Path, drawings: Sequence[Drawing], style: str) -> None:

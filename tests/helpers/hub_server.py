@@ -145,12 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "repos", "create"]:
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
+                address = json.dumps({"url": f"{self.own.address}/{name}"}).encode()
                 if name in self.own.repos:
-                    raise _Refused(409, "")
+                    return self._send(address, 409)
                 self.own.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
                 if asked.get("visibility") == "private" or asked.get("private"):
                     self.own.private.add(name)
-                return self._send_json({"url": f"{self.own.address}/{name}"})
+                return self._send(address)
             case ["api", "validate-yaml"]:
                 return self._send_json({"errors": [], "warnings": []})
             case ["api", "models", user, model, "branch", branch]:

@@ -45,7 +45,10 @@ def test_a_square_given_as_two_numbers_is_one_number(given):
         ({"image_size": [64]}, r"data.image_size is \[64\]; it must be one number, or \[height, w"),
         ({"image_size": [64, 64, 3]}, r"data.image_size is \[64, 64, 3\]; it must be one number"),
         ({"image_size": [64, 8]}, r"data.image_size is \[64, 8\]; it must be at least 16"),
-        ({"image_size": [64, 96], "source": "shapes"}, r"\[64, 96\], and shapes, emoji and icons are"),
+        (
+            {"image_size": [64, 96], "source": "shapes"},
+            r"\[64, 96\], and shapes, emoji and icons are",
+        ),
         ({"image_size": [64, 96], "source": "emoji"}, "drawn as squares alone; give one number"),
         (
             {"image_size": [64, 96], "filter": {"min_size": 48}},

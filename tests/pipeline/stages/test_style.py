@@ -11,7 +11,9 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
+from pipeline.stages.prior import stream_config
 from pipeline.stages.style import DRAWINGS, known_styles, read_drawings
+from stage2_prior import ImagePrior, PriorConfig
 from tests.helpers.cli import fails
 from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
 
@@ -39,9 +41,18 @@ def write_svgs(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a prior that sees the vectors of codes, as trained ones do."""
     folder = tmp_path_factory.mktemp("parent") / "bundle"
     data = {"source": "icons", "icons": {"sets": ["noto", "fluent-emoji-flat"]}}
-    tiny_pipeline(captions=CAPTIONS, trained_on={"data": data}, channels=4).save_pretrained(folder)
+    plain = tiny_pipeline(captions=CAPTIONS, trained_on={"data": data}, channels=4)
+    text = plain.text
+    stream = stream_config(plain.tokenizer, text.vocab_size, text.length, any_order=False)
+    torch.manual_seed(0)
+    prior = ImagePrior(PriorConfig(width=32, depth=1, heads=2), stream)
+    prior.set_codebook(plain.tokenizer.code_vectors)
+    prior.config.trained_order = "raster"
+    pipe = TextToImagePipeline(plain.tokenizer, prior, text, trained_on=plain.trained_on)
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -127,7 +138,7 @@ def test_what_no_style_can_be_learned_from_is_one_line(bundle, tmp_path, capsys)
     latent = tmp_path / "latent"
     tiny_latent_pipeline().save_pretrained(latent)
     for given, said in {
-        (str(bundle), str(empty), "ink"): "no image",
+        (str(bundle), str(empty), "ink"): "there are no drawings in",
         (str(bundle), str(tmp_path / "none"), "ink"): "there are no drawings in",
         (str(bundle), str(few), "ink"): "has 4 drawings that can be used, and a style needs at",
         (str(bundle), str(enough), "Noto"): "has the style noto already (it has noto, fluent)",
