@@ -150,7 +150,7 @@ def _rendered(path: Path, size: int) -> list[Drawing]:
         try:
             image = render(svg, size)
         except UnusableSvg as error:
-            _log.warning("the drawing of %s is left out: %s", icons.own_names[key], error)
+            _log.warning(f"the drawing of {icons.own_names[key]} is left out: {error}")
             continue
         png = io.BytesIO()
         Image.fromarray(image).save(png, "PNG")
