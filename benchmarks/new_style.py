@@ -1,7 +1,7 @@
 """How well a bundle of icons draws in a style that it learned from a few drawings.
 
     python -m benchmarks.new_style --bundle runs/icons/bundle --set fxemoji --out runs/new-style
-        [--counts 20 50 200] [--images 200] [--style NAME] [--prior.train.steps 300 ...]
+        [--counts 20 50 200] [--images 200] [--prior.train.steps 300 ...]
 
 The bundle must not have been trained on the set. Of its drawings whose name the bundle knows from
 other styles, `--images` are judged and never given, the same for every count. The table has the
@@ -85,10 +85,16 @@ def main() -> None:
         drawings = asked.out / f"drawings-{count}"
         _write_drawings(drawings, free[:count], own)
         start = time.perf_counter()
-        more = ["--output-dir", str(asked.out / "runs"), "--trackers", "[]", *settings]
-        experiment = style_experiment(
-            asked.bundle, drawings, style=own.style, name=f"style-{count}", settings=more
-        )
+        more = [
+            "--name",
+            f"style-{count}",
+            "--output-dir",
+            str(asked.out / "runs"),
+            "--trackers",
+            "[]",
+            *settings,
+        ]
+        experiment = style_experiment(asked.bundle, drawings, style=own.style, settings=more)
         made = TextToImagePipeline.from_pretrained(pipeline.run(experiment))
         label = f"after {count} drawings"
         line = _row(label, sampled(made, prompts), tested, everything, asked.out)

@@ -47,12 +47,7 @@ class Drawing(NamedTuple):
 
 
 def style_experiment(
-    bundle: Path,
-    drawings: Path,
-    *,
-    style: str | None = None,
-    name: str | None = None,
-    settings: Sequence[str] = (),
+    bundle: Path, drawings: Path, *, style: str | None = None, settings: Sequence[str] = ()
 ) -> Experiment:
     """The experiment that teaches a bundle a style; `pipeline.run` does the rest. Writes the
     drawings with their captions into the run's folder.
@@ -60,7 +55,6 @@ def style_experiment(
     Args:
         drawings: a folder of images or SVGs, or an Iconify JSON file.
         style: what prompts call it; the name of `drawings` without one.
-        name: of the run; the style's without one.
         settings: as on the command line, before the defaults of this function.
 
     Raises:
@@ -88,7 +82,7 @@ def style_experiment(
             f"{drawings} has {len(found)} drawings that can be used, and a style needs at least "
             f"{MIN_DRAWINGS}, better 20 to 50; add some"
         )
-    values = _values(bundle, parent, style, name or style, found)
+    values = _values(bundle, parent, style)
     experiment = load_values(values, settings)
     folder = experiment.folder / DRAWINGS
     values["data"]["source"] = str(folder)
@@ -181,12 +175,10 @@ def _captions(drawing: Drawing, style: str) -> list[str]:
     return captions_of_icon(drawing.name, style)[:-1]
 
 
-def _values(
-    bundle: Path, parent: Bundle, style: str, name: str, drawings: Sequence[Drawing]
-) -> dict[str, Any]:
+def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
     """The settings of the experiment, with a learning rate, steps and a rank for few drawings."""
     return {
-        "name": name,
+        "name": style,
         "data": {"source": "style", "upscale": True},
         "tokenizer": {"init_from": str(bundle), "frozen": True},
         "text": {"num_new_tokens": _new_tokens(parent.text, style)},
