@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from inspect import get_annotations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -28,7 +29,7 @@ from stage2_prior.file_checks import (
     read_json_object,
     stored_tensors,
 )
-from stage2_prior.hub import model_folder
+from stage2_prior.hub import model_folder, push_folder
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -89,6 +90,22 @@ class SavedModel(PreTrainedModel):
         is_own = not arguments and "state_dict" not in options
         self.config.saved_fingerprint = self.fingerprint if is_own else None
         super().save_pretrained(save_directory, *arguments, **options)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Uploads the model to the Hub, as `push_folder` does, which has the arguments and the
+        errors. Returns the address of the commit."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                Path(folder), repo_id, private=private, revision=revision, token=token
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -183,15 +183,16 @@ def zoo_command(
 def evaluate_command(
     *,
     settings: list[str],
-    bundle: Path | None = None,
+    bundle: str | None = None,
     out: Path | None = None,
     max_images: int = 500,
-    baseline_bundle: Path | None = None,
+    baseline_bundle: str | None = None,
 ) -> None:
     """Measures the quality of both stages and of the whole.
 
     Args:
-        bundle: bundle to evaluate (that of the configuration's run)
+        bundle: bundle to evaluate, a folder or user/name of the Hub (that of the configuration's
+            run)
         out: JSON file for the metrics (evaluation.json in the run folder)
         max_images: validation images and prompts to evaluate on
         baseline_bundle: bundle to compare with on the old data and the new (that of init_from)
@@ -225,6 +226,20 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     if "prior" not in estimates:
         print_rank0("prior: of Gaussian latents, not estimated on its own")
     print_rank0(f"next: minidalle run {shlex.join(settings)}")
+
+
+def push_command(*, bundle: Path, to: str, private: bool = False) -> None:
+    """Uploads a bundle to the Hub: safetensors, JSON, Markdown and PNG files.
+
+    Args:
+        bundle: folder of a bundle: runs/NAME/bundle
+        to: repository user/name; made where there is none
+        private: make it a private one
+    """
+    from pipeline.inference.hub import push_bundle
+
+    address = push_bundle(bundle, to, private=private or None)
+    print_rank0(f"pushed to {address}\nnext: minidalle generate --bundle {to} 'your prompt'")
 
 
 def codebook_command(

@@ -9,12 +9,13 @@ from pipeline.cli.log import print_rank0
 from pipeline.cli.options import UsageError
 
 
-def compress_command(image: tuple[Path, ...], *, bundle: Path, out: Path, prompt: str = "") -> None:
+def compress_command(image: tuple[Path, ...], *, bundle: str, out: Path, prompt: str = "") -> None:
     """Compresses an image without loss: its codes by the prior, its pixels by the decoder.
 
     Args:
         image: an RGB image of 8 bits, of the bundle's size
-        bundle: folder of a bundle, best with a tokenizer of likelihood discretized_logistic
+        bundle: folder of a bundle, or user/name of the Hub, best with a tokenizer of likelihood
+            discretized_logistic
         out: file for the compressed image
         prompt: what the image shows; it is stored, and makes the codes cheaper
     """
@@ -27,7 +28,7 @@ def compress_command(image: tuple[Path, ...], *, bundle: Path, out: Path, prompt
     )
 
 
-def decompress_command(file: tuple[Path, ...], *, bundle: Path, out: Path) -> None:
+def decompress_command(file: tuple[Path, ...], *, bundle: str, out: Path) -> None:
     """Writes the image of a compressed file.
 
     Args:

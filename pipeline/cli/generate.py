@@ -38,7 +38,7 @@ class Sampling(TypedDict, total=False):
 def generate_command(
     prompt: tuple[str, ...] = (),
     *,
-    bundle: Path | None = None,
+    bundle: str | None = None,
     prompts: Path | None = None,
     num_images: int = 4,
     out: Path = Path("images"),
@@ -54,8 +54,8 @@ def generate_command(
 
     Args:
         prompt: what the images show; '' samples without a caption
-        bundle: folder that `minidalle run` made: runs/NAME/bundle (icons, which comes with the
-            package)
+        bundle: folder that `minidalle run` made (runs/NAME/bundle), or user/name of the Hub (icons,
+            which comes with the package)
         prompts: text file with one prompt per line; empty lines are skipped
         num_images: images per prompt
         out: folder for the images
@@ -94,7 +94,7 @@ def generate_command(
 
 def edit_command(
     *,
-    bundle: Path,
+    bundle: str,
     image: Path,
     mask: Path | None = None,
     outpaint_at: tuple[int, int] | None = None,
@@ -109,7 +109,8 @@ def edit_command(
     """Resamples a part of an image: one of --mask, --outpaint-at and --strength says which.
 
     Args:
-        bundle: folder of a bundle whose prior was trained with prior.train.code_order=random
+        bundle: folder of a bundle, or user/name of the Hub, whose prior was trained with
+            prior.train.code_order=random
         image: image of the size that the prior samples; smaller with --outpaint-at
         mask: black and white image of the same size: white is replaced
         outpaint_at: extend a smaller image; its top left corner comes to this x and y

@@ -13,7 +13,7 @@ from pipeline.cli.options import UsageError, check_at_least
 def likelihood_command(
     files: tuple[Path, ...],
     *,
-    bundle: Path,
+    bundle: str,
     prompt: tuple[str, ...] = (),
     samples: int = 1,
     naive: bool = False,
@@ -26,7 +26,7 @@ def likelihood_command(
 
     Args:
         files: images of the bundle's size
-        bundle: folder that `minidalle run` made: runs/NAME/bundle
+        bundle: folder that `minidalle run` made (runs/NAME/bundle), or user/name of the Hub
         prompt: what each image shows, or one prompt for all; without it images have no caption
         samples: samples per image; several of a posterior that is a distribution give the
             importance-weighted bound

@@ -22,6 +22,7 @@ from pipeline.cli.commands import (
     encode_command,
     estimate_command,
     evaluate_command,
+    push_command,
     run_command,
     train_prior_command,
     train_tokenizer_command,
@@ -29,6 +30,7 @@ from pipeline.cli.commands import (
 )
 from pipeline.cli.compress import compress_command, decompress_command
 from pipeline.cli.doctor import doctor_command
+from pipeline.cli.finetune import finetune_command
 from pipeline.cli.generate import edit_command, generate_command, reconstruct_command
 from pipeline.cli.likelihood import likelihood_command
 from pipeline.cli.log import logging_to_terminal, print_error
@@ -52,6 +54,8 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it resumes 
   compare-tokenizers  several tokenizers side by side (configs/bakeoff-*.yaml; --minutes for equal time)
   zoo               several generative models at equal time, by the probability of held-out images (configs/zoo.yaml)
 
+  finetune          --bundle DIR --data FOLDER             a new style from 20 to 50 drawings; other names are drawn in it, too
+
 using what was trained:
   generate          "prompt" ["prompt" ...] [--bundle DIR] images for prompts; without DIR by icons, which comes with the package
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
@@ -60,6 +64,7 @@ using what was trained:
   compress          IMAGE --bundle DIR --out FILE          an image without loss, by the bundle's probabilities
   decompress        FILE --bundle DIR --out IMAGE.png      the same image again
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
+  push              --bundle DIR --to user/name            a bundle to the Hub; every --bundle takes user/name, too
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
 `minidalle COMMAND --help` lists a command's options. Every command takes --log-level LEVEL, the least severe messages
@@ -76,6 +81,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train-prior": train_prior_command,
     "compare-tokenizers": compare_tokenizers_command,
     "zoo": zoo_command,
+    "finetune": finetune_command,
     "generate": generate_command,
     "edit": edit_command,
     "reconstruct": reconstruct_command,
@@ -83,23 +89,34 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "compress": compress_command,
     "decompress": decompress_command,
     "evaluate": evaluate_command,
+    "push": push_command,
     "codebook": codebook_command,
     "doctor": doctor_command,
     "estimate": estimate_command,
 }
 """Functions whose signatures are the options. They return the exit status, or None for 0."""
 
-RESUMABLE = ("run", "train-tokenizer", "encode", "train-prior", "compare-tokenizers", "zoo")
+RESUMABLE = (
+    "run",
+    "train-tokenizer",
+    "encode",
+    "train-prior",
+    "compare-tokenizers",
+    "zoo",
+    "finetune",
+)
 """Commands that resume from what is there."""
 
 SINGLE_PROCESS = (
     "compare-tokenizers",
     "zoo",
+    "finetune",
     "edit",
     "reconstruct",
     "likelihood",
     "compress",
     "decompress",
+    "push",
     "codebook",
     "doctor",
     "estimate",

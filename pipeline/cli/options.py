@@ -84,8 +84,15 @@ def parse_options(
     _add_options(parser, function)
     _add_options(parser, _every_command)
     given = spelled(arguments, "-")
-    if "settings" in inspect.signature(function).parameters:
-        parser.usage = f"{parser.prog} [options] --config FILE [--key.path VALUE ...]"
+    own = inspect.signature(function).parameters
+    if "settings" in own:
+        needed = [
+            f"--{key} {key.upper()}"
+            for key, parameter in own.items()
+            if key != "settings" and parameter.default is inspect.Parameter.empty
+        ]
+        given_by = " ".join(needed or ["--config FILE"])
+        parser.usage = f"{parser.prog} [options] {given_by} [--key.path VALUE ...]"
         if not {"-h", "--help"}.isdisjoint(given):
             _add_settings(parser)
         options, settings = parser.parse_known_args(given)

@@ -303,9 +303,9 @@ def _init_problems(
             "vocabulary, leave it out",
         ),
         (
-            text["num_new_tokens"] and (start is None or prior["lora_rank"]),
-            f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from, and "
-            "prior.lora_rank=0: LoRA trains no embeddings",
+            text["num_new_tokens"] and start is None,
+            f"text.num_new_tokens is {text['num_new_tokens']}, which needs prior.init_from; set "
+            "that, or leave it out",
         ),
     )
 

@@ -91,12 +91,12 @@ class Report:
 
 
 def evaluate(
-    bundle: Path,
+    bundle: str | Path,
     experiment: Experiment,
     out: Path | None = None,
     *,
     images: int = 500,
-    before: Path | None = None,
+    before: str | Path | None = None,
 ) -> Report:
     """Evaluates a bundle on up to `images` held-out images and prompts of an experiment's source.
 

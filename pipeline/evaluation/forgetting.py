@@ -44,7 +44,7 @@ class Forgetting:
 
 
 def forgetting(
-    before: Path, after: Path, experiment: Experiment, *, images: int = 500
+    before: str | Path, after: str | Path, experiment: Experiment, *, images: int = 500
 ) -> Forgetting:
     """Compares a bundle with its parent on up to `images` held-out images of each one's data.
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from pipeline.inference.bundle import Bundle, write_bundle
+from pipeline.inference.hub import push_bundle
 from pipeline.inference.known_prompts import KnownPrompts
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.caller import warn_user
@@ -85,6 +87,21 @@ class BasePipeline:
             ),
             dtype,
         )
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Uploads the bundle to the repository `name`, as `push_bundle` does, which has the
+        arguments and the errors. Returns the address of the commit."""
+        with TemporaryDirectory() as folder:
+            bundle = Path(folder) / "bundle"
+            self.save_pretrained(bundle)
+            return push_bundle(bundle, name, private=private, revision=revision, token=token)
 
     def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
         empty = any(not prompt.strip() for prompt in prompts)

@@ -183,8 +183,8 @@ def _description(folder: Path) -> dict[str, Any]:
         description = read_json(path, "copy the bundle again")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no pipeline.json, so it is no bundle; `minidalle run` makes one in "
-            "runs/NAME/bundle"
+            f"{folder} holds no pipeline.json, so it is no bundle; give a folder that `minidalle "
+            "run` made (runs/NAME/bundle), or user/name of the Hub"
         ) from None
     if description and description.get("format") != FORMAT:
         raise ValueError(

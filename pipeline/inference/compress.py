@@ -12,7 +12,7 @@ from pipeline.likelihood.compression import CompressedImage
 from pipeline.runtime.atomic_io import atomic_write, atomic_write_png
 
 
-def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> CompressedImage:
+def compress(bundle: str | Path, image: Path, out: Path, *, prompt: str = "") -> CompressedImage:
     """Compresses an image without loss by the models of a bundle, and writes it to `out`.
 
     Args:
@@ -42,7 +42,7 @@ def compress(bundle: Path, image: Path, out: Path, *, prompt: str = "") -> Compr
     return compressed
 
 
-def decompress(bundle: Path, file: Path, out: Path) -> CompressedImage:
+def decompress(bundle: str | Path, file: Path, out: Path) -> CompressedImage:
     """Writes the image that `compress` made a file of, as PNG.
 
     Raises:

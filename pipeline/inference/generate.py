@@ -37,7 +37,7 @@ _log.addFilter(on_main_process)
 
 
 def generate(
-    bundle: Path,
+    bundle: str | Path,
     prompts: Sequence[str],
     out: Path,
     *,
@@ -95,7 +95,7 @@ def generate(
 
 
 def edit(
-    bundle: Path,
+    bundle: str | Path,
     image: Path,
     prompt: str,
     out: Path,

@@ -35,7 +35,7 @@ _MEANING: dict[Bound, str] = {
 
 
 def likelihood_report(
-    bundle: Path,
+    bundle: str | Path,
     files: Sequence[Path],
     prompts: Sequence[str] = (),
     out: Path | None = None,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.batching import Compile, sample_codes_batched
-from pipeline.inference.bundle import read_bundle
 from pipeline.inference.editing import (
     check_image,
     composite,
@@ -24,13 +23,13 @@ from pipeline.inference.editing import (
     replaced_pixels,
     warn_if_trivial,
 )
+from pipeline.inference.hub import load_bundle
 from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.reranking import ImageTextScorer, choice_scores
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
-from pipeline.inference.shipped_bundles import bundle_folder
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
@@ -454,18 +453,25 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Any:
-        """Loads a bundle. `Any`, since it is a `LatentPipeline` where latents are Gaussian.
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Any:
+        """Loads a bundle from a folder, by its name in the package (`icons`), or from the
+        repository `user/name` of the Hub. `Any`, since it is a `LatentPipeline` where latents are
+        Gaussian.
 
         Args:
-            folder: of a bundle, or the name of one that comes with the package (`icons`). A bundle
-                of that name in the working directory comes first.
+            name: a bundle of that name in the working directory comes first. A folder of the name
+                of a repository is never looked up, nor is a `Path`.
+            revision: branch, tag or commit of a repository (main).
+            token: of the Hub; None takes the one of `hf auth login`, or of HF_TOKEN.
 
         Raises:
-            FileNotFoundError: the folder is no bundle, or the installation lacks that of the name.
+            FileNotFoundError: the folder is no bundle, the installation lacks that of the name, or
+                no such repository can be had.
             ValueError: a part is missing, truncated, of another format, or swapped for another
                 bundle's; names it.
         """
-        bundle = read_bundle(bundle_folder(folder))
+        bundle = load_bundle(name, revision=revision, token=token)
         kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
         return kind(*bundle)

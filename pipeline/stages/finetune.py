@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from pipeline.config.data import as_setting
@@ -130,13 +131,22 @@ def require_peft(section: PriorSection) -> None:
 
 class LoRAAdapter:
     """What LoRA trains next to the matrices of a prior's blocks. All weights of the prior are
-    frozen.
+    frozen, but for the embeddings of new entries of the vocabulary.
+
+    Args:
+        old_entries: size of the vocabulary that is frozen; None where no entry is new.
 
     Raises:
         ValueError: peft is not installed.
     """
 
-    def __init__(self, prior: ImagePrior, section: PriorSection, identity: dict[str, str]) -> None:
+    def __init__(
+        self,
+        prior: ImagePrior,
+        section: PriorSection,
+        identity: dict[str, str],
+        old_entries: int | None = None,
+    ) -> None:
         require_peft(section)
         from peft import LoraConfig, get_peft_model
 
@@ -149,6 +159,12 @@ class LoRAAdapter:
                 "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
             )
             self._model = get_peft_model(prior, config)  # changes the prior in place
+        rows = prior.text_embedding.weight
+        if old_entries is not None and old_entries < len(rows):
+            rows.requires_grad_(True)
+            is_new = torch.arange(len(rows)) >= old_entries
+            rows.register_hook(lambda gradient: gradient * is_new[:, None].to(gradient))
+            rows.no_weight_decay = True  # type: ignore[attr-defined]  # it has no gradient either
         # For readers of the adapter alone.
         config.base_model_name_or_path = f"prior {identity['prior']}"
 

@@ -65,7 +65,9 @@ def train_prior(experiment: Experiment) -> Path:
     accelerator = run.begin()
     text = text_tokenizer(experiment, codes, accelerator, origin)
     prior = _build_prior(experiment, tokenizer, text, origin)
-    adapter = LoRAAdapter(prior, section, origin.identity) if origin and section.lora_rank else None
+    adapter = None
+    if origin and section.lora_rank:
+        adapter = LoRAAdapter(prior, section, origin.identity, origin.text.vocab_size)
     training = PriorTraining(experiment, accelerator, codes, tokenizer, prior, text)
     metrics = run.fit(training.task, images=len(codes["train"]))
     if adapter is not None:

@@ -31,7 +31,7 @@ def optimizers_for(
     group: str, network: nn.Module, config: TrainConfig
 ) -> dict[str, torch.optim.Optimizer]:
     """A group's optimizers by name, `GROUP/KIND`. AdamW decays tensors of two or more dimensions
-    only."""
+    only, and none that is marked `no_weight_decay`."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
@@ -42,9 +42,11 @@ def optimizers_for(
             optimizers[f"{group}/muon"] = Muon(
                 matrices, lr=config.learning_rate, weight_decay=config.weight_decay
             )
+    decayed = [p for p in parameters if p.ndim >= 2 and not hasattr(p, "no_weight_decay")]
+    chosen = {id(p) for p in decayed}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in chosen], "weight_decay": 0.0},
     ]
     optimizers[f"{group}/adamw"] = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, fused=True

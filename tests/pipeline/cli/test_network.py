@@ -57,6 +57,7 @@ def names_of_the_hub(place: Path) -> dict[str, list[str]]:
         ],
         "a tracker": ["train-tokenizer", *config, "--trackers", "[wandb]"],
         "a bundle": ["generate", "--bundle", "user/bundle", "red"],
+        "a repository to push to": ["push", *bundle, "--to", "user/bundle"],
         "a tokenizer": ["codebook", "--tokenizer", "user/tokenizer"],
     }
 
@@ -71,14 +72,14 @@ def test_offline_refuses_what_needs_the_network_in_one_line_and_asks_for_nothing
         assert result["status"] == 1 and result["asked"] == [], (name, result)
         last = result["error"].strip().splitlines()[-1]
         assert last.startswith("minidalle ") and "Traceback" not in result["error"], (name, result)
-        if name not in ("a bundle", "a tokenizer"):  # which are folders alone
+        if name != "a tokenizer":  # which is a folder alone
             assert "--offline or HF_HUB_OFFLINE forbids" in last, (name, last)
 
 
 def test_names_that_need_the_network_ask_for_them_without_offline(place):
     """What is counted is counted."""
     given = names_of_the_hub(place)
-    asking = ("a data set", "a scorer", "a text tokenizer", "a backbone")
+    asking = ("a data set", "a scorer", "a text tokenizer", "a backbone", "a bundle")
     results = run_counted([given[name] for name in asking], place / "home")
     for name, result in zip(asking, results, strict=True):
         assert result["status"] == 1 and result["asked"], (name, result)
@@ -128,7 +129,10 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
         ["evaluate", *config, "--name", "tiny", "--max-images", "4"],
         ["codebook", "--tokenizer", str(tmp_path / "runs" / "tiny" / "tokenizer")],
     ]
-    assert {command[0] for command in commands} == set(COMMANDS) - {"zoo"}  # a run of each variant
+    assert {command[0] for command in commands} == set(COMMANDS) - {
+        "zoo",
+        "push",
+    }  # a run of each variant; asks
     results = run_counted([[*command, *option] for command in commands], place / "home")
     for command, result in zip(commands, results, strict=True):
         assert result["asked"] == [], (command, result)

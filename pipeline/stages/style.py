@@ -1,0 +1,242 @@
+"""`minidalle finetune`: the prior of a bundle learns a new style from a few drawings, by LoRA and a
+token for the style's name. Knows drawings, captions and settings; the stages train."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config.data import DataConfig
+from pipeline.config.experiment import Experiment
+from pipeline.config.load import load_values
+from pipeline.data.builtin.icon_sets import STYLES, key_index, name_of_slug, read_set
+from pipeline.data.builtin.icons import captions_of_icon, emoji_names
+from pipeline.data.builtin.svg import UnusableSvg, render
+from pipeline.data.load import find_rows
+from pipeline.data.map_source import SourceIndex
+from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.locate import files_below
+from pipeline.inference.bundle import Bundle, read_bundle
+from pipeline.runtime.atomic_io import atomic_write_dir
+from stage2_prior import TextTokenizer
+
+_log = logging.getLogger(__name__)
+
+MIN_DRAWINGS = 5
+DRAWINGS = "style-drawings"
+"""In a run's folder: the drawings and their captions, as the stages read them."""
+_HELD_OUT = 10
+"""One of so many drawings is held out, to choose the best weights by."""
+
+
+class Drawing(NamedTuple):
+    """A drawing of the new style."""
+
+    name: str
+    suffix: str
+    content: bytes
+    """Its image file."""
+
+
+def style_experiment(
+    bundle: Path, drawings: Path, *, style: str | None = None, settings: Sequence[str] = ()
+) -> Experiment:
+    """The experiment that teaches a bundle a style; `pipeline.run` does the rest. Writes the
+    drawings with their captions into the run's folder.
+
+    Args:
+        drawings: a folder of images or SVGs, or an Iconify JSON file.
+        style: what prompts call it; the name of `drawings` without one.
+        settings: as on the command line, before the defaults of this function.
+
+    Raises:
+        FileNotFoundError: there is no such bundle, or there are no drawings.
+        ValueError: the bundle cannot learn it or has the style, or there are too few drawings.
+    """
+    parent = read_bundle(bundle)
+    parent.tokenizer.require_codes("`minidalle finetune`")
+    height, width = parent.tokenizer.size
+    if height != width:
+        raise ValueError(
+            f"{bundle} makes images of {width}x{height} pixels, and drawings are squares; give a "
+            "bundle of square images"
+        )
+    style = _checked_style(style or drawings.expanduser().resolve().stem)
+    known = known_styles(parent.trained_on)
+    if style in known:
+        raise ValueError(
+            f"{bundle} has the style {style} already (it has {', '.join(known)}); name the new "
+            "one otherwise, by the option style"
+        )
+    found = read_drawings(drawings.expanduser(), height)
+    if len(found) < MIN_DRAWINGS:
+        raise ValueError(
+            f"{drawings} has {len(found)} drawings that can be used, and a style needs at least "
+            f"{MIN_DRAWINGS}, better 20 to 50; add some"
+        )
+    values = _values(bundle, parent, style)
+    experiment = load_values(values, settings)
+    folder = experiment.folder / DRAWINGS
+    values["data"]["source"] = str(folder)
+    _write(folder, found, style)
+    values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
+    return load_values(values, settings)
+
+
+def known_styles(trained_on: dict[str, Any]) -> list[str]:
+    """The styles of a bundle, by its description of its data; none where it has none."""
+    data = trained_on.get("data", {})
+    source = str(data.get("source", ""))
+    if source != "icons" and Path(source).name != DRAWINGS:
+        return []
+    stems = [Path(entry).stem for entry in data.get("icons", {}).get("sets", [])]
+    return [STYLES.get(stem, stem.replace("_", "-").lower()) for stem in stems]
+
+
+def read_drawings(path: Path, size: int) -> list[Drawing]:
+    """The drawings of a folder, each with its name: its first caption, where the folder has
+    captions, or its file's name. SVGs are rendered; other images stay as they are, and are resized
+    where they are read.
+
+    Args:
+        size: side of rendered drawings in pixels.
+
+    Raises:
+        FileNotFoundError: there are no drawings.
+    """
+    if path.is_file() or any(path.glob("*.svg")) or (path / "icons.json").is_file():
+        return _rendered(path, size)
+    if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+        raise FileNotFoundError(
+            f"there are no drawings in {path}; give a folder of .svg or .png files, or an Iconify "
+            "JSON file"
+        )
+    config = DataConfig(source=str(path), image_size=size, upscale=True, split_column="none")
+    rows = find_rows(config, require_captions=False)
+    read = SourceIndex(rows, config, require_captions=False)
+    for problem in read.problems:
+        _log.warning("%s", problem)
+    return [
+        Drawing(
+            read.captions[row][0] if read.captions[row] else _name_of(rows.label(row)),
+            Path(rows.label(row)).suffix.lower(),
+            rows.image(row),
+        )
+        for row in sorted(np.concatenate(list(read.kept.values())).tolist())
+    ]
+
+
+def _rendered(path: Path, size: int) -> list[Drawing]:
+    names = emoji_names(None)
+    icons = read_set(path, key_index(names))
+    for problem in icons.problems:
+        _log.warning("%s", problem)
+    found = []
+    for key, svg in icons.drawings.items():
+        try:
+            image = render(svg, size)
+        except UnusableSvg as error:
+            _log.warning(f"the drawing of {icons.own_names[key]} is left out: {error}")
+            continue
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        found.append(Drawing(names.get(key, icons.own_names[key]), ".png", png.getvalue()))
+    return found
+
+
+def _name_of(label: str) -> str:
+    """The name of a drawing by its file's: '1f600.png' -> 'grinning face', where names of emoji are
+    installed; 'red-heart.png' -> 'red heart'."""
+    stem = Path(label).stem
+    return emoji_names(None).get(stem.lower(), name_of_slug(stem))
+
+
+def _checked_style(given: str) -> str:
+    """A style's name as captions write it."""
+    style = re.sub(r"[_ ]+", "-", given.strip().lower())
+    if re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", style) is None:
+        raise ValueError(
+            f"the style is called {given!r}; give a name of letters, digits and hyphens, by the "
+            "option style"
+        )
+    return style
+
+
+def _captions(drawing: Drawing, style: str) -> list[str]:
+    """Those that name the style."""
+    return captions_of_icon(drawing.name, style)[:-1]
+
+
+def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
+    """The settings of the experiment, with a learning rate, steps and a rank for few drawings."""
+    return {
+        "name": style,
+        "data": {"source": "style", "upscale": True},
+        "tokenizer": {"init_from": str(bundle), "frozen": True},
+        "text": {"num_new_tokens": _new_tokens(parent.text, style)},
+        "prior": {
+            "init_from": str(bundle),
+            "lora_rank": 16,
+            "lora_alpha": 32.0,
+            "train": {
+                "steps": 300,
+                "batch_size": 32,
+                "optimizer": "adamw",
+                "learning_rate": 2e-3,
+                "warmup_steps": 20,
+                "eval_every": 100,
+                "save_every": 100,
+            },
+        },
+        "sampling": asdict(parent.defaults),
+    }
+
+
+def _new_tokens(text: TextTokenizer, style: str) -> int:
+    """Merges that make each word of the style's name one token, behind a space and at the start."""
+    count = 0
+    for before, caption in (("a", f"a {style}"), ("", style)):
+        try:
+            words = len(text.words(caption)) - len(text.words(before))
+        except ValueError:  # no BPE that can be extended; pieces of the old vocabulary spell it
+            return 0
+        shorter, longer = text.lengths([before, caption])
+        count += max(longer - shorter - words, 0)
+    return count
+
+
+def _write(folder: Path, drawings: Sequence[Drawing], style: str) -> None:
+    """The drawings, each with a file of captions, one in ten of them in the folder of held-out
+    ones. What an earlier call wrote stays, where it is the same."""
+    files = {}
+    for number, drawing in enumerate(drawings):
+        split = "valid" if number % _HELD_OUT == MIN_DRAWINGS - 1 else "train"
+        stem = f"{split}/{number:05d}"
+        files[f"{stem}{drawing.suffix}"] = drawing.content
+        files[f"{stem}.txt"] = "\n".join(_captions(drawing, style)).encode()
+    if folder.is_dir():
+        there = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        if there == files:
+            return
+        raise ValueError(
+            f"{folder} has other drawings, of an earlier run of this name; choose another name"
+        )
+
+    def write(beside: Path) -> None:
+        for name, content in files.items():
+            (beside / name).parent.mkdir(exist_ok=True, parents=True)
+            (beside / name).write_bytes(content)
+
+    atomic_write_dir(folder, write)

@@ -1,0 +1,161 @@
+"""A bundle learns a new style from a few drawings: its token, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import TextToImagePipeline
+from pipeline.cli.main import main
+from pipeline.stages.prior import stream_config
+from pipeline.stages.style import DRAWINGS, known_styles, read_drawings
+from stage2_prior import ImagePrior, PriorConfig
+from tests.helpers.cli import fails
+from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
+
+CAPTIONS = ["a red heart", "a blue star, old style", "a star in old style", "two green rings"]
+SHORT = [
+    *("--prior.train.steps", "4", "--prior.train.eval-every", "2", "--trackers", "[]"),
+    *("--prior.train.save-every", "4", "--prior.train.weight-decay", "0.5"),
+]
+
+
+def svg(colour: str, size: int = 8) -> str:
+    square = f'<rect width="{size // 2}" height="{size // 2}" fill="{colour}"/>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" '
+        f'viewBox="0 0 {size} {size}">{square}</svg>'
+    )
+
+
+def write_svgs(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"thing-{i}.svg").write_text(svg(f"#{i * 20:02x}40c0"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a prior that sees the vectors of codes, as trained ones do."""
+    folder = tmp_path_factory.mktemp("parent") / "bundle"
+    data = {"source": "icons", "icons": {"sets": ["noto", "fluent-emoji-flat"]}}
+    plain = tiny_pipeline(captions=CAPTIONS, trained_on={"data": data}, channels=4)
+    text = plain.text
+    stream = stream_config(plain.tokenizer, text.vocab_size, text.length, any_order=False)
+    torch.manual_seed(0)
+    prior = ImagePrior(PriorConfig(width=32, depth=1, heads=2), stream)
+    with torch.no_grad():
+        for parameter in prior.parameters():  # new ones have zeros, which pass no gradient
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    prior.set_codebook(plain.tokenizer.code_vectors)
+    prior.config.trained_order = "raster"
+    pipe = TextToImagePipeline(plain.tokenizer, prior, text, trained_on=plain.trained_on)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_style_becomes_a_token_and_nothing_else_of_the_vocabulary_moves(bundle, tmp_path, capsys):
+    drawings = write_svgs(tmp_path / "drawings", 8)
+    command = ["finetune", "--bundle", str(bundle), "--data", str(drawings), "--style", "Ink Pen"]
+    command += ["--name", "ink", "--output-dir", str(tmp_path / "runs"), *SHORT]
+    assert main(command) == 0
+    made = tmp_path / "runs" / "ink" / "bundle"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert f"--bundle {made} 'a red heart, ink-pen style'" in said
+    before = TextToImagePipeline.from_pretrained(bundle)
+    after = TextToImagePipeline.from_pretrained(made)
+    assert (
+        after.text.lengths(["a red heart, ink-pen style"])[0]
+        < before.text.lengths(["a red heart, ink-pen style"])[0]
+    )
+    old = before.text.vocab_size
+    own = after.prior.text_embedding.weight
+    assert torch.equal(own[:old], before.prior.text_embedding.weight)
+    assert len(own) > old
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert known_styles(after.trained_on) == ["noto", "fluent", "ink-pen"]
+    assert main(command) == 0  # resumes: nothing is left to do
+    capsys.readouterr()
+    again = [*command[:2], str(made), *command[3:]]
+    fails(capsys, again, "has the style ink-pen already (it has noto, fluent, ink-pen)")
+    write_svgs(tmp_path / "others", 6)
+    other = [*command[:4], str(tmp_path / "others"), *command[5:]]
+    fails(capsys, other, "has other drawings, of an earlier run of this name; choose another")
+
+
+@pytest.mark.slow
+def test_embeddings_of_new_entries_are_trained_beside_lora(bundle, tmp_path):
+    drawings = write_svgs(tmp_path / "ink", 8)
+    command = ["finetune", "--bundle", str(bundle), "--data", str(drawings), *SHORT]
+    command += ["--output-dir", str(tmp_path / "runs"), "--prior.train.learning-rate"]
+    ends = []
+    for name, rate in (("slow", "1e-9"), ("fast", "1e-2")):
+        assert main([*command, rate, "--name", name]) == 0
+        prior = TextToImagePipeline.from_pretrained(tmp_path / "runs" / name / "bundle").prior
+        ends.append(prior.text_embedding.weight)
+    old = TextToImagePipeline.from_pretrained(bundle).text.vocab_size
+    moved = (ends[0] - ends[1]).abs().amax(1)
+    assert (moved[:old] == 0).all() and (moved[old:] > 1e-3).any()
+
+
+def test_drawings_are_named_by_captions_or_files_and_keep_their_alpha(tmp_path):
+    folder = tmp_path / "drawings"
+    folder.mkdir()
+    for i, size in enumerate([(16, 16), (64, 64), (8, 8)]):
+        Image.new("RGBA", size, (200, 0, 0, 40 * i)).save(folder / f"green-cat_{i}.png")
+    (folder / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "green-cat_1.png", "text": "a lion"}) + "\n"
+    )
+    found = read_drawings(folder, 16)
+    assert [drawing.name for drawing in found] == ["green cat 0", "a lion", "green cat 2"]
+    assert found[2].content == (folder / "green-cat_2.png").read_bytes()
+
+
+def test_a_drawing_that_may_run_something_is_left_out_and_named(tmp_path, caplog):
+    folder = write_svgs(tmp_path / "drawings", 2)
+    (folder / "bad.svg").write_text(svg("red").replace("<rect", "<script/><rect"))
+    assert [drawing.name for drawing in read_drawings(folder, 16)] == ["thing 0", "thing 1"]
+    assert "the drawing of bad is left out" in caplog.text
+
+
+@pytest.mark.slow
+def test_images_of_any_size_are_learned_from(bundle, tmp_path):
+    folder = tmp_path / "ink"
+    folder.mkdir()
+    for i in range(6):
+        size = (8 + 8 * i, 8 + 8 * i)
+        Image.new("RGBA", size, (200, 0, 0, 40 * i)).save(folder / f"cat {i}.png")
+    command = ["finetune", "--bundle", str(bundle), "--data", str(folder), *SHORT]
+    assert main([*command, "--output-dir", str(tmp_path / "runs")]) == 0
+    kept = tmp_path / "runs" / "ink" / DRAWINGS
+    held_out = [path.read_text() for path in (kept / "valid").glob("*.txt")]
+    assert held_out == ["cat 4, ink style\na cat 4, ink style\nink cat 4\na cat 4 in ink style"]
+    assert len(list((kept / "train").glob("*.png"))) == 5
+
+
+def test_what_no_style_can_be_learned_from_is_one_line(bundle, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    few = write_svgs(tmp_path / "few", 4)
+    enough = write_svgs(tmp_path / "enough", 6)
+    latent = tmp_path / "latent"
+    tiny_latent_pipeline().save_pretrained(latent)
+    for given, said in {
+        (str(bundle), str(empty), "ink"): "there are no drawings in",
+        (str(bundle), str(tmp_path / "none"), "ink"): "there are no drawings in",
+        (str(bundle), str(few), "ink"): "has 4 drawings that can be used, and a style needs at",
+        (str(bundle), str(enough), "Noto"): "has the style noto already (it has noto, fluent)",
+        (str(bundle), str(enough), "a/b"): "the style is called 'a/b'; give a name of letters",
+        (str(latent), str(enough), "ink"): "needs codes",
+        (str(tmp_path), str(enough), "ink"): "so it is no bundle",
+    }.items():
+        command = ["finetune", "--bundle", given[0], "--data", given[1], "--style", given[2]]
+        fails(capsys, [*command, "--output-dir", str(tmp_path / "runs")], said)
+    assert not (tmp_path / "runs").exists()
