@@ -86,8 +86,8 @@ def test_only_a_bundle_is_downloaded_of_a_repository_with_code(hub, saved):
 def test_a_link_to_a_file_outside_is_not_uploaded(hub, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "own")
     (tmp_path / "secret.txt").write_text("secret")
-    (tmp_path / "own" / "README.md").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match=r"README\.md is a link to a file outside"):
+    (tmp_path / "own" / "NOTES.md").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"NOTES\.md is a link to a file outside"):
         push_bundle(tmp_path / "own", NAME, token=hub.token)
     assert NAME not in hub.repos
 
@@ -224,4 +224,4 @@ def test_commands_take_names_of_the_hub(hub, saved, tmp_path, monkeypatch, capsy
 def test_a_bundle_of_the_cache_can_be_pushed_to_another_name(hub, saved):
     hub.add(NAME, contents(saved))
     push_bundle(find_bundle(NAME), "user/copy", token=hub.token)
-    assert set(hub.files("user/copy")) == {*PARTS, ".gitattributes"}
+    assert set(hub.files("user/copy")) == {*PARTS, "README.md", ".gitattributes"}
