@@ -37,8 +37,9 @@ def test_a_shipped_bundle_is_loaded_by_its_name(package_data):
     assert pipe("a red heart").images[0].mode == "RGBA"
 
 
-def test_generate_uses_icons_where_no_bundle_is_given(package_data, capsys):
-    assert main(["generate", "a red heart", "--num-images", "1", "--offline"]) == 0
+def test_generate_uses_icons_where_no_bundle_is_given(package_data, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which --offline would set for later tests, too
+    assert main(["generate", "a red heart", "--num-images", "1"]) == 0
     assert main(["generate", "a red heart", "--num-images", "1", "--bundle", "icons"]) == 0
     capsys.readouterr()
     assert main(["generate", "--help"]) == 0
