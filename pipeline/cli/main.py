@@ -57,7 +57,7 @@ training, each with --config FILE [--key.path VALUE ...]; run again, it resumes 
   finetune          --bundle DIR --data FOLDER             a new style from 20 to 50 drawings; other names are drawn in it, too
 
 using what was trained:
-  generate          "prompt" ["prompt" ...] [--bundle DIR] images for prompts; without DIR by icons, which comes with the package
+  generate          "prompt" ["prompt" ...] [--bundle DIR] images for prompts; without DIR by icons of the package
   edit              --bundle DIR --image FILE --mask FILE --prompt "..."   a part of an image, resampled
   reconstruct       --tokenizer DIR FILES...               images through the tokenizer and back
   likelihood        --bundle DIR FILES... [--prompt TEXT]  how likely images are: nats and bits per dimension, surprise maps

@@ -25,8 +25,8 @@ def shipped_bundle(name: str = SHIPPED[0]) -> Path:
     folder = FOLDER / name
     if not (folder / "pipeline.json").is_file():
         raise FileNotFoundError(
-            f"this installation lacks the bundle {name!r}, which comes with the package: {folder} "
-            "holds no pipeline.json; install the package again, or give the folder of a bundle"
+            f"this installation lacks the bundle {name!r}: {folder} holds no pipeline.json; give "
+            f"the folder of a bundle, or train configs/{name}.yaml and copy its bundle there"
         )
     return folder
 

@@ -60,26 +60,3 @@ def test_language_model_samples_codes(examples):
     assert drawn.shape == (1, 16) and first <= int(drawn.min()) <= int(drawn.max()) < first + 16
     assert [image.size for image in examples["drawn"]] == [(32, 32)]
     assert examples["language_model"].get_input_embeddings().num_embeddings == first + 16
-
-
-def test_pushed_tokenizer_is_configuration_and_safetensors(finished_run, monkeypatch):
-    """Offline: what would be uploaded is looked at instead."""
-    from transformers.utils import hub
-
-    pushed: dict[str, list[str]] = {}
-
-    class Api:
-        def create_repo(self, repo_id: str, **_: object):
-            return type("Url", (), {"repo_id": repo_id})
-
-        def create_commit(self, repo_id: str, operations, **_: object) -> None:
-            pushed[repo_id] = sorted(operation.path_in_repo for operation in operations)
-
-    monkeypatch.setattr(hub, "hf_api", Api)
-    monkeypatch.setattr(
-        hub,
-        "create_and_tag_model_card",
-        lambda *_, **__: type("Card", (), {"save": lambda self, path: None})(),
-    )
-    ImageTokenizer.from_pretrained(finished_run[1] / "tokenizer").push_to_hub("me/shapes")
-    assert pushed == {"me/shapes": ["config.json", "model.safetensors"]}

@@ -105,6 +105,8 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
             {**TINY, "name": "several", "output_dir": str(tmp_path), "variants": variants}
         )
     )
+    made = ["--bundle", str(tmp_path / "runs" / "tiny" / "bundle")]
+    quick = ["--output-dir", str(tmp_path), "--prior.train.steps", "2", "--trackers", "[]"]
     commands = [
         ["doctor", str(place / "images")],
         ["doctor", str(place / "rows.parquet")],
@@ -128,6 +130,7 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
         ["decompress", str(tmp_path / "packed"), *bundle, "--out", str(tmp_path / "back.png")],
         ["evaluate", *config, "--name", "tiny", "--max-images", "4"],
         ["codebook", "--tokenizer", str(tmp_path / "runs" / "tiny" / "tokenizer")],
+        ["finetune", *made, "--data", str(place / "images"), "--style", "new", *quick],
     ]
     assert {command[0] for command in commands} == set(COMMANDS) - {
         "zoo",

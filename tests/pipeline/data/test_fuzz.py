@@ -304,7 +304,7 @@ def test_damaged_images_alone(content, limit):
         def image(self, row: int) -> bytes:
             return content
 
-    assert len(_examined(One(), 0, MAX_PIXELS)) == 10  # type: ignore[arg-type]
+    assert len(_examined(One(), 0, MAX_PIXELS)) == 11  # type: ignore[arg-type]
 
     def judge() -> None:
         with decoded(content, limit, value_range="own"):
