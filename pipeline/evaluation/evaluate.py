@@ -137,7 +137,7 @@ def evaluate(
         with autocast(pipe, experiment.precision):
             report.add(latent_metrics(pipe, held_out, count))
     else:
-        report.add(_codes_metrics(pipe, experiment, held_out, count))
+        report.add(_codes_metrics(pipe, experiment, held_out, count, images))
         before = before or parent_bundle(experiment)
     report.add(likelihood_metrics(pipe, held_out, count))
     # In fp32, as the bits per dimension, of which these are the parts.
@@ -163,9 +163,10 @@ def evaluate(
 
 
 def _codes_metrics(
-    pipe: TextToImagePipeline, experiment: Experiment, held_out: Source, count: int
+    pipe: TextToImagePipeline, experiment: Experiment, held_out: Source, count: int, images: int
 ) -> dict[str, float | Accuracy]:
-    """Metrics of a bundle with codes."""
+    """Metrics of a bundle with codes, on `count` held-out images; of icons, whose reported cells
+    are others, on up to `images` of each kind."""
     with autocast(pipe, experiment.precision):
         reconstructions = tokenizer_metrics(pipe, held_out, count)
         metrics: dict[str, float | Accuracy] = {
@@ -177,7 +178,7 @@ def _codes_metrics(
     if experiment.data.source == "emoji":
         metrics |= emoji_metrics(pipe, experiment)
     if experiment.data.source == "icons":
-        metrics |= icon_metrics(pipe, experiment, count)
+        metrics |= icon_metrics(pipe, experiment, images)
     return metrics
 
 

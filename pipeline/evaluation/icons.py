@@ -35,18 +35,15 @@ from pipeline.evaluation.metrics import sampled
 from pipeline.inference.pipeline import TextToImagePipeline
 
 CANDIDATES = 100
-Same = Callable[[Icon, Icon], bool]
-SIBLINGS: dict[str, Same] = {
-    "own_among_siblings": lambda a, b: a.style == b.style and base_of(a.key) == base_of(b.key),
-    "style": lambda a, b: a.key == b.key,
-    "tone": lambda a, b: (
-        a.style == b.style
-        and tone_of(b.key) is not None
-        and without_tones(a.key) == without_tones(b.key)
+SIBLINGS: dict[str, Callable[[Icon], tuple[str, ...] | None]] = {
+    "own_among_siblings": lambda icon: (icon.style, base_of(icon.key)),
+    "style": lambda icon: (icon.key,),
+    "tone": lambda icon: (
+        None if tone_of(icon.key) is None else (icon.style, without_tones(icon.key))
     ),
-    "all_siblings": lambda a, b: base_of(a.key) == base_of(b.key),
+    "all_siblings": lambda icon: (base_of(icon.key),),
 }
-"""The candidates of each metric."""
+"""What an icon shares with those that it is compared with, by metric; None where it has none."""
 
 
 def icon_metrics(
@@ -83,9 +80,13 @@ def judged(
     found: dict[str, Accuracy | float] = {}
     hits, _ = _hits(drawn, icons, lambda icon: _hundred(icon, everything))
     found["retrieval_at_1_of_100"] = Accuracy.of(hits)
-    for name, same in SIBLINGS.items():
-        siblings = {icon: [one for one in everything if same(icon, one)] for icon in icons}
-        hits, sizes = _hits(drawn, icons, siblings.__getitem__)
+    for name, shared in SIBLINGS.items():
+        groups: dict[tuple[str, ...] | None, list[Icon]] = {None: []}
+        for one in everything:
+            if (group := shared(one)) is not None:
+                groups.setdefault(group, []).append(one)
+        candidates = {icon: groups.get(shared(icon), []) for icon in icons}
+        hits, sizes = _hits(drawn, icons, candidates.__getitem__)
         if hits:
             found[name] = Accuracy.of(hits)
             found[f"{name}_chance"] = float(np.mean([1 / size for size in sizes]))

@@ -175,10 +175,7 @@ class IconSource(Source):
         everything, problems = _icons_of(config)
         self._problems = list(problems)
         self.everything = everything
-        self._setup(config, [icon for icon in everything if _belongs(icon, split)])
-
-    def _setup(self, config: DataConfig, icons: Sequence[Icon]) -> None:
-        self.icons = list(icons)
+        self.icons = [icon for icon in everything if _belongs(icon, split)]
         self.num_images = len(self.icons)
         self._config = config
         digest = hashlib.sha256(f"{config.alpha}\n".encode())
