@@ -4,6 +4,7 @@ channels encode, train and score them."""
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_codes_see_transparency():
     assert not torch.equal(tokenizer.to_codes([black]), tokenizer.to_codes([clear]))
 
 
-def test_a_discriminator_and_perceptual_distances_take_four_channels(tmp_path):
+def save_backbone(folder: Path) -> None:
     ViTModel(
         ViTConfig(
             hidden_size=8,
@@ -192,7 +193,11 @@ def test_a_discriminator_and_perceptual_distances_take_four_channels(tmp_path):
             patch_size=8,
         ),
         add_pooling_layer=False,
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
+
+
+def test_a_discriminator_and_perceptual_distances_take_four_channels(tmp_path):
+    save_backbone(tmp_path)
     images = premultiplied_images(2, 32)
     for distance in ("ms_ssim", str(tmp_path)):
         objective = TokenizerObjective(
@@ -209,17 +214,7 @@ def test_a_discriminator_and_perceptual_distances_take_four_channels(tmp_path):
 
 def test_a_backbone_sees_images_on_white(tmp_path):
     torch.manual_seed(0)
-    ViTModel(
-        ViTConfig(
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            image_size=16,
-            patch_size=8,
-        ),
-        add_pooling_layer=False,
-    ).save_pretrained(tmp_path)
+    save_backbone(tmp_path)
     distance = BackboneDistance(str(tmp_path), ())
     images = premultiplied_images(1)
     shown = torch.from_numpy(on_background(images.numpy()))
