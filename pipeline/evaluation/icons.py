@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.builtin.icon_split import base_of, tone_of, without_tones
-from pipeline.data.builtin.icons import Icon, IconSource, captions_of_icon, reported
+from pipeline.data.builtin.icons import Icon, IconSource, reported, styled_captions
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.emoji import squared_errors
@@ -60,7 +60,7 @@ def icon_metrics(
         chosen = some(cells, limit)
         if not chosen:
             continue
-        drawn = sampled(pipe, [captions_of_icon(icon.name, icon.style)[0] for icon in chosen])
+        drawn = sampled(pipe, [styled_captions(icon.name, icon.style)[0] for icon in chosen])
         metrics |= {
             f"{name}_{kind}": value for name, value in judged(drawn, chosen, everything).items()
         }

@@ -103,7 +103,7 @@ def read_bundle(folder: Path) -> Bundle:
         ValueError: a part is missing, truncated, of another format, or swapped for another
             bundle's; names it.
     """
-    description = _description(folder)
+    description = read_description(folder)
     check_folder(folder)
     for part in ("tokenizer", "prior", "text_tokenizer"):
         if not (folder / part).is_dir():
@@ -143,7 +143,7 @@ def add_metrics(folder: Path, evaluation: Path) -> None:
     types = {"settings": dict, "intervals.*": list}
     metrics = read_json(evaluation, "delete it and evaluate again", types=types)
     measured = metrics["settings"].get("fingerprints")
-    description = _description(folder)
+    description = read_description(folder)
     if measured == {part: description[f"{part}_fingerprint"] for part in ("tokenizer", "prior")}:
         card = (folder / CARD).read_text(encoding="utf-8")
         atomic_write_text(folder / CARD, with_metrics(card, metrics))
@@ -176,8 +176,13 @@ def _read_prior(folder: Path) -> ImagePrior | LatentPriorModel:
     return prior
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    """What `pipeline.json` holds."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `pipeline.json` holds.
+
+    Raises:
+        FileNotFoundError: the folder is no bundle.
+        ValueError: the file is corrupted or of another format.
+    """
     path = folder / "pipeline.json"
     try:
         description = read_json(path, "copy the bundle again")

@@ -27,6 +27,7 @@ from pipeline.stages.manifest import init_from_fingerprint, load_complete, read_
 from pipeline.stages.preflight import check_run
 from pipeline.stages.prior import train_prior
 from pipeline.stages.run_lock import with_run_lock
+from pipeline.stages.style import teaches_style, with_new_style
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 from pipeline.stages.tokenizer import save_sample, train_tokenizer
 from stage1_tokenizer import ImageTokenizer
@@ -57,10 +58,9 @@ def assemble_bundle(experiment: Experiment) -> Path:
             stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
         },
     }
-    known_prompts = None
-    if experiment.data.source == "icons":
-        trained_on["licences"] = licences(experiment.data)
-        known_prompts = KnownPrompts(*map(tuple, styles_and_names(experiment.data)))
+    known_prompts, found_licences = _prompts_and_licences(experiment)
+    if found_licences:
+        trained_on["licences"] = found_licences
     pipe: TextToImagePipeline | LatentPipeline
     if has_codes:
         manifest = read_manifest(folder / "codes")
@@ -79,6 +79,19 @@ def assemble_bundle(experiment: Experiment) -> Path:
     pipe.save_pretrained(folder / "bundle", dtype=experiment.bundle_dtype)
     add_metrics(folder / "bundle", folder / "evaluation.json")
     return folder / "bundle"
+
+
+def _prompts_and_licences(
+    experiment: Experiment,
+) -> tuple[KnownPrompts | None, list[dict[str, str | None]]]:
+    """What prompts may ask of icons, and the licences of their sets; None and none for other data.
+    A bundle that learned a style keeps those of its parent."""
+    if experiment.data.source == "icons":
+        styles, names = styles_and_names(experiment.data)
+        return KnownPrompts(tuple(styles), tuple(names)), licences(experiment.data)
+    if experiment.prior.init_from and teaches_style(experiment.data):
+        return with_new_style(Path(experiment.prior.init_from), experiment.data)
+    return None, []
 
 
 @with_run_lock

@@ -18,13 +18,14 @@ from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_values
 from pipeline.data.builtin.icon_sets import STYLES, key_index, name_of_slug, read_set
-from pipeline.data.builtin.icons import captions_of_icon, emoji_names
+from pipeline.data.builtin.icons import emoji_names, styled_captions
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.load import find_rows
 from pipeline.data.map_source import SourceIndex
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import files_below
-from pipeline.inference.bundle import Bundle, read_bundle
+from pipeline.inference.bundle import Bundle, read_bundle, read_description
+from pipeline.inference.known_prompts import KnownPrompts, read_known_prompts
 from pipeline.runtime.atomic_io import atomic_write_dir
 from stage2_prior import TextTokenizer
 
@@ -89,6 +90,34 @@ def style_experiment(
     _write(folder, found, style)
     values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
     return load_values(values, settings)
+
+
+def teaches_style(data: DataConfig) -> bool:
+    """Whether data are the drawings that `style_experiment` wrote."""
+    return Path(data.source).name == DRAWINGS
+
+
+def with_new_style(
+    parent: Path, data: DataConfig
+) -> tuple[KnownPrompts | None, list[dict[str, str | None]]]:
+    """What prompts may ask of a bundle that learned a style: its parent's names and those of the
+    drawings, in the old styles and the new one; and the licences of all styles, of which the new
+    one's is not known. None and none where the parent has none, or is there no more."""
+    if not (parent / "pipeline.json").is_file():
+        return None, []
+    style = data.icons.sets[-1]
+    licences = read_description(parent)["trained_on"].get("licences", [])
+    if licences:
+        licences = [*licences, {"style": style, "licence": None, "author": None}]
+    known = read_known_prompts(parent)
+    if known:
+        first = styled_captions("", style)[0]
+        own = {
+            path.read_text(encoding="utf-8").partition("\n")[0].removesuffix(first)
+            for path in Path(data.source).rglob("*.txt")
+        }
+        known = KnownPrompts((*known.styles, style), tuple(sorted({*known.names, *own})))
+    return known, licences
 
 
 def known_styles(trained_on: dict[str, Any]) -> list[str]:
@@ -170,11 +199,6 @@ def _checked_style(given: str) -> str:
     return style
 
 
-def _captions(drawing: Drawing, style: str) -> list[str]:
-    """Those that name the style."""
-    return captions_of_icon(drawing.name, style)[:-1]
-
-
 def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
     """The settings of the experiment, with a learning rate, steps and a rank for few drawings."""
     return {
@@ -223,7 +247,7 @@ def _write(folder: Path, drawings: Sequence[Drawing], style: str) -> None:
         split = "valid" if number % _HELD_OUT == MIN_DRAWINGS - 1 else "train"
         stem = f"{split}/{number:05d}"
         files[f"{stem}{drawing.suffix}"] = drawing.content
-        files[f"{stem}.txt"] = "\n".join(_captions(drawing, style)).encode()
+        files[f"{stem}.txt"] = "\n".join(styled_captions(drawing.name, style)).encode()
     if folder.is_dir():
         there = {
             path.relative_to(folder).as_posix(): path.read_bytes()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from pipeline.runtime.devices import uses_bf16
 from pipeline.training.fsdp import full_tensor, shard_like
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -24,11 +25,13 @@ _ITERATIONS = 5
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (N,R,C) -> (N,R,C) with all singular values near 1 (0.7 to 1.2), by Newton-Schulz
-    iterations in bf16."""
+    iterations: in bf16 on devices that compute it natively, and in fp32 on others, where emulated
+    bf16 takes longer than the network.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if uses_bf16("auto", matrices.device) else matrices.float()
     x = x.mT if tall else x
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.icon_split import cell_of
-from pipeline.data.builtin.icons import Icon, IconSource, captions_of_icon
+from pipeline.data.builtin.icons import Icon, IconSource, styled_captions
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation import icons
 from pipeline.evaluation.icons import SIBLINGS, icon_metrics, judged, some
@@ -92,7 +92,7 @@ def test_prompts_are_the_first_wording_of_cells_that_are_reported(tmp_path, monk
     metrics = icon_metrics(None, SimpleNamespace(data=data), limit=4)  # type: ignore[arg-type]
     assert any(name.startswith("style_cell") for name in metrics)
     cells = {
-        captions_of_icon(icon.name, icon.style)[0]: cell_of(icon.key, icon.style)
+        styled_captions(icon.name, icon.style)[0]: cell_of(icon.key, icon.style)
         for icon in IconSource(data, "train").everything
     }
     assert asked

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.stages.prior import stream_config
 from pipeline.stages.style import DRAWINGS, known_styles, read_drawings
 from stage2_prior import ImagePrior, PriorConfig
@@ -44,7 +45,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a prior that sees the vectors of codes, as trained ones do."""
     folder = tmp_path_factory.mktemp("parent") / "bundle"
     data = {"source": "icons", "icons": {"sets": ["noto", "fluent-emoji-flat"]}}
-    plain = tiny_pipeline(captions=CAPTIONS, trained_on={"data": data}, channels=4)
+    licences = [{"style": "noto", "licence": "Apache-2.0", "author": None}]
+    trained_on = {"data": data, "licences": licences}
+    plain = tiny_pipeline(captions=CAPTIONS, trained_on=trained_on, channels=4)
     text = plain.text
     stream = stream_config(plain.tokenizer, text.vocab_size, text.length, any_order=False)
     torch.manual_seed(0)
@@ -55,7 +58,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     prior.set_codebook(plain.tokenizer.code_vectors)
     prior.config.trained_order = "raster"
-    pipe = TextToImagePipeline(plain.tokenizer, prior, text, trained_on=plain.trained_on)
+    known = KnownPrompts(("noto", "fluent"), ("red heart", "star"))
+    pipe = TextToImagePipeline(
+        plain.tokenizer, prior, text, trained_on=plain.trained_on, known_prompts=known
+    )
     pipe.save_pretrained(folder)
     return folder
 
@@ -75,6 +81,11 @@ def test_a_style_becomes_a_token_and_nothing_else_of_the_vocabulary_moves(bundle
         after.text.lengths(["a red heart, ink-pen style"])[0]
         < before.text.lengths(["a red heart, ink-pen style"])[0]
     )
+    known = after.known_prompts
+    assert known is not None and known.styles == ("noto", "fluent", "ink-pen")
+    assert known.names == ("red heart", "star", *(f"thing {i}" for i in range(8)))
+    licences = [one["licence"] for one in after.trained_on["licences"]]
+    assert licences == ["Apache-2.0", None]
     old = before.text.vocab_size
     own = after.prior.text_embedding.weight
     assert torch.equal(own[:old], before.prior.text_embedding.weight)

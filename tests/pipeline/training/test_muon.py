@@ -24,6 +24,14 @@ def test_batched_orthogonalisation_equals_one_by_one():
         torch.testing.assert_close(result, orthogonalize(matrix[None])[0], atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_iterations_are_in_bf16_only_where_the_device_computes_it(native, monkeypatch):
+    monkeypatch.setattr("pipeline.training.muon.uses_bf16", lambda precision, device: native)
+    result = orthogonalize(torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(5)))
+    assert result.dtype == torch.float32
+    assert torch.equal(result, result.bfloat16().float()) == native
+
+
 def test_steps_equal_torchs_muon():
     start = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
