@@ -238,6 +238,7 @@ class ImagePrior(SavedModel):
         *,
         targets: Tensor | None = None,
         image_first: bool = False,
+        text_logits: bool = True,
         activation_checkpointing: bool = False,
     ) -> PriorLogits:
         """Logits for the token after each of the given ones.
@@ -249,6 +250,8 @@ class ImagePrior(SavedModel):
             targets: (S,) or (B,S) the position id of the token after each. A prior for any order
                 needs it, others ignore it.
             image_first: whether the codes come before the text, all of them in this pass.
+            text_logits: without them `text` of the result is (B,0,V), which spares the product with
+                the whole vocabulary.
             activation_checkpointing: whether training stores each block's input alone and
                 recomputes the rest for the gradient: less memory, a third more time.
 
@@ -285,6 +288,8 @@ class ImagePrior(SavedModel):
             num_text = min(max(self.stream.text_length - 1 - first, 0), length)
             text = features[:, :num_text]
             codes = features[:, num_text:]
+        if not text_logits:
+            text = text[:, :0]
         return PriorLogits(text=self.text_head(text), image=F.linear(codes, tables.head))
 
     def tables(self) -> CodebookTables:

@@ -117,15 +117,14 @@ class PriorObjective:
                 len(codes), self.stream.image_length, self.schedule.random_share(step), codes.device
             )
         words = _over_processes(self._words(text_ids))
+        with_text = self.config.text_weight > 0
         text_loss, image_loss, smoothed = self._cross_entropies(
-            prior, text_ids, codes, words, orders, self._corrupted(codes)
+            prior, text_ids, codes, words, orders, self._corrupted(codes), with_text=with_text
         )
-        value = smoothed + self.config.text_weight * text_loss
-        yield PriorLoss(
-            "prior",
-            value,
-            {"nats_per_code": image_loss.detach(), "nats_per_text_token": text_loss.detach()},
-        )
+        metrics = {"nats_per_code": image_loss.detach()}
+        if with_text:
+            metrics["nats_per_text_token"] = text_loss.detach()
+        yield PriorLoss("prior", smoothed + self.config.text_weight * text_loss, metrics)
 
     def _caption_loss(self, prior: nn.Module, text_ids: Tensor, codes: Tensor) -> PriorLoss:
         words = _over_processes(self._words(text_ids))
@@ -209,13 +208,17 @@ class PriorObjective:
         words: Tensor,
         orders: Tensor | None,
         read: Tensor | None = None,
+        *,
+        with_text: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats per text token, of which there are `words`; nats per code; nats per code with label
-        smoothing. `read` (B,N) are the codes that the prior reads, by default those that it
-        predicts."""
+        """Nats per text token, of which there are `words`, or 0 where the text is not asked for;
+        nats per code; nats per code with label smoothing. `read` (B,N) are the codes that the prior
+        reads, by default those that it predicts."""
         fed = self.stream.text_first(text_ids, codes if read is None else read, orders)
-        logits = self._call(prior, fed)
-        text = self._text_cross_entropy(logits.text, text_ids, words)
+        logits = self._call(prior, fed, text_logits=with_text)
+        text = logits.text.sum()  # of no logits: 0. DDP needs a gradient of every parameter.
+        if with_text:
+            text = self._text_cross_entropy(logits.text, text_ids, words)
         image_logits, targets = self.stream.in_order(logits.image.float(), codes, orders)
         flat = image_logits.flatten(0, 1)
         image = self._cross_entropy(flat, targets.flatten())
@@ -237,13 +240,19 @@ class PriorObjective:
         return self._text_cross_entropy(logits.text, text_ids, words), logits
 
     def _call(
-        self, prior: nn.Module, fed: TokenSequence, *, image_first: bool = False
+        self,
+        prior: nn.Module,
+        fed: TokenSequence,
+        *,
+        image_first: bool = False,
+        text_logits: bool = True,
     ) -> PriorLogits:
         logits: PriorLogits = prior(
             fed.ids,
             fed.position_ids,
             targets=fed.targets,
             image_first=image_first,
+            text_logits=text_logits,
             activation_checkpointing=self.activation_checkpointing,
         )
         return logits

@@ -54,6 +54,24 @@ def test_losses_equal_the_token_by_token_reference(levels, text_ids):
     assert metrics["nats_per_text_token"] == pytest.approx(float(text.detach()), rel=1e-5)
 
 
+def test_without_a_text_loss_no_text_logits_are_computed(prior, text_ids, codes):
+    sizes = []
+    prior.text_head.register_forward_hook(lambda layer, given, made: sizes.append(made.shape[1]))
+    batch = {"text_ids": text_ids, "codes": codes}
+    gradients = []
+    for weight in (0.0, 1e-12):
+        prior.zero_grad()
+        objective = PriorObjective(prior, PriorObjectiveConfig(text_weight=weight))
+        torch.manual_seed(0)
+        loss = next(objective.losses(batch, 0))
+        assert ("nats_per_text_token" in loss.metrics) == (weight > 0)
+        loss.value.backward()
+        gradients.append({name: one.grad for name, one in prior.named_parameters()})
+    assert sizes == [0, text_ids.shape[1] - 1]
+    for name, gradient in gradients[0].items():  # also of the text's head: DDP needs each
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
 def test_label_smoothing_mixes_in_the_uniform_cross_entropy(prior, text_ids, codes):
     batch = {"text_ids": text_ids, "codes": codes}
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
