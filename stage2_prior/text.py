@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +75,9 @@ class TextConfig:
     pieces too."""
     num_new_tokens: int = 0
     """Maximum number of tokens to add to the pretrained vocabulary, for words that it splits."""
+    new_tokens_like: list[str] = field(default_factory=list)
+    """Words of the pretrained vocabulary whose mean embedding new tokens start from. Without any, a
+    new token starts from the pieces that spelled it."""
 
     def __post_init__(self) -> None:
         refuse(
@@ -91,6 +94,11 @@ class TextConfig:
             (
                 self.num_new_tokens < 0,
                 f"text.num_new_tokens is {self.num_new_tokens}; it must be 0 or more",
+            ),
+            (
+                bool(self.new_tokens_like) and not self.num_new_tokens,
+                f"text.new_tokens_like is {self.new_tokens_like} and text.num_new_tokens is 0; set "
+                "how many tokens are new",
             ),
             (
                 not 0 <= self.bpe_dropout < 1,

@@ -95,10 +95,15 @@ class PretrainedPrior:
 
     def extend_vocab(self, captions: Iterable[str], config: TextConfig) -> TextTokenizer:
         """The text tokenizer with `config.max_length` slots and up to `config.num_new_tokens` new
-        entries for these captions."""
+        entries for these captions, which start like the pieces that spelled them, or like the
+        words of `config.new_tokens_like`."""
         text = self.text
         if config.num_new_tokens:
             text, self._spelled = text.extend_vocab(captions, config.num_new_tokens)
+        if config.new_tokens_like:
+            before, *like = self.text.token_ids(["a", *(f"a {w}" for w in config.new_tokens_like)])
+            alike = [i for ids in like for i in ids[len(before) :]]
+            self._spelled = [alike] * len(self._spelled)
         return TextTokenizer(text.fast, config.max_length)
 
     def load_into(self, prior: ImagePrior) -> None:

@@ -200,12 +200,17 @@ def _checked_style(given: str) -> str:
 
 
 def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
-    """The settings of the experiment, with a learning rate, steps and a rank for few drawings."""
+    """The settings of the experiment, with a learning rate, steps and a rank for few drawings. The
+    style's token starts as the mean of the styles that the bundle has."""
+    new_tokens = _new_tokens(parent.text, style)
     return {
         "name": style,
         "data": {"source": "style", "upscale": True},
         "tokenizer": {"init_from": str(bundle), "frozen": True},
-        "text": {"num_new_tokens": _new_tokens(parent.text, style)},
+        "text": {
+            "num_new_tokens": new_tokens,
+            "new_tokens_like": known_styles(parent.trained_on) if new_tokens else [],
+        },
         "prior": {
             "init_from": str(bundle),
             "lora_rank": 16,

@@ -89,6 +89,9 @@ def test_a_style_becomes_a_token_and_nothing_else_of_the_vocabulary_moves(bundle
     old = before.text.vocab_size
     own = after.prior.text_embedding.weight
     assert torch.equal(own[:old], before.prior.text_embedding.weight)
+    article, *styles = before.text.token_ids(["a", "a noto", "a fluent"])
+    alike = own[[i for ids in styles for i in ids[len(article) :]]].mean(0)
+    assert (own[old:] - alike).abs().max() < 0.01  # where it started, four small steps away
     assert len(own) > old
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
     assert known_styles(after.trained_on) == ["noto", "fluent", "ink-pen"]
