@@ -3,6 +3,7 @@ knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
 from stage2_prior.decoding import Samples, sample
+from stage2_prior.engine import Engine, Finished, SampleRequest
 from stage2_prior.flows import (
     AggregatedPosterior,
     Flow,
@@ -32,6 +33,8 @@ from stage2_prior.text import TextConfig, TextTokenizer
 __all__ = [
     "AggregatedPosterior",
     "CodeOrder",
+    "Engine",
+    "Finished",
     "Flow",
     "GaussianMixture",
     "ImagePrior",
@@ -46,6 +49,7 @@ __all__ = [
     "PriorLoss",
     "PriorObjective",
     "PriorObjectiveConfig",
+    "SampleRequest",
     "Samples",
     "SamplingOptions",
     "StandardNormal",

@@ -99,16 +99,11 @@ def sample(
             are more steps than codes to sample.
         FloatingPointError: the logits are not finite; names the step.
     """
-    if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
-        raise ValueError(
-            f"guidance_scale {options.guidance_scale} needs a prior trained with caption dropout, "
-            "and this one was not; "
-            "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
-        )
+    check_guidance(prior, options)
     count = prior.stream.image_length
-    num_kept = _num_kept(known, codes, count)
+    num_kept = count_kept(known, codes, count)
     step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
-    orders = _orders(prior, seeds, known, orders, options.num_inference_steps)
+    orders = sampling_orders(prior, seeds, known, orders, options.num_inference_steps)
     noise = per_seed_uniforms(seeds, count)
     decoder = _Decoder(prior, text_ids, orders, noise, step_sizes, options, compiled=compiled)
     if codes is not None and num_kept:
@@ -330,7 +325,17 @@ class _Decoder:
         return Samples(codes, totals[0], totals[1] if self.fully_guided else None, orders)
 
 
-def _num_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int:
+def check_guidance(prior: ImagePrior, options: SamplingOptions) -> None:
+    """Raises ValueError where guidance is asked of a prior trained without caption dropout."""
+    if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
+        raise ValueError(
+            f"guidance_scale {options.guidance_scale} needs a prior trained with caption dropout, "
+            "and this one was not; "
+            "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
+        )
+
+
+def count_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int:
     """How many of the `count` codes of each image are kept.
 
     Raises:
@@ -351,7 +356,7 @@ def _num_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int
     return number
 
 
-def _orders(
+def sampling_orders(
     prior: ImagePrior,
     seeds: Sequence[int],
     keep_mask: Tensor | None,

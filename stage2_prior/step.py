@@ -183,14 +183,20 @@ def compiled_decode_step(prior: ImagePrior, inputs: StepInput, spec: SamplingSpe
     """`decode_step` for single codes, compiled for this prior, these shapes and this spec: some
     seconds at its first call, then far less per code. Steps of several codes are not compiled:
     their number of codes varies, and they compute so much that it would save little."""
-    key = (spec, inputs.ids.shape[0], inputs.position_ids.ndim, *_computed(prior))
-    # The key holds all that guards would check before every code: shapes, types, options. On the
-    # CPU a step is so short that calling its kernels from Python would take a tenth of its time.
+    key = (spec, inputs.ids.shape[0], inputs.position_ids.ndim)
+    return compile_step(prior, key, decode_step)
+
+
+def compile_step(prior: ImagePrior, key: tuple[Hashable, ...], function: _Function) -> _Function:
+    """A step compiled for this prior and key, which must hold all that guards would check before
+    every code: shapes, types, options."""
+    # On the CPU a step is so short that calling its kernels from Python would take a tenth of its
+    # time.
     options: dict[str, str | int | bool | Callable[..., object]] = {
         "guard_filter_fn": lambda guards: [False] * len(guards),
         "cpp_wrapper": prior.device.type == "cpu",
     }
-    return _compile_once(prior, key, decode_step, options, dynamic=False)
+    return _compile_once(prior, (*key, *_computed(prior)), function, options, dynamic=False)
 
 
 def _compile_once(

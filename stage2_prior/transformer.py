@@ -146,10 +146,15 @@ class KeyValueCache:
     def put(
         self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B,G,S,D) at cache positions (S,); returns those of all M."""
+        """Stores keys and values (B,G,S,D) at cache positions (S,), or (B,S) where each row has its
+        own; returns those of all M."""
         for held, new in ((self.keys[layer], keys), (self.values[layer], values)):
             # Under autocast their dtype is not that of the weights.
-            held.index_copy_(2, positions, new.to(held.dtype))
+            if positions.ndim == 1:
+                held.index_copy_(2, positions, new.to(held.dtype))
+            else:
+                at = positions[:, None, :, None].expand(new.shape)
+                held.scatter_(2, at, new.to(held.dtype))
         return self.keys[layer], self.values[layer]
 
 
@@ -158,16 +163,17 @@ class CacheView(NamedTuple):
 
     cache: KeyValueCache
     positions: Tensor
-    """(S,) cache positions of the new tokens."""
+    """(S,) or (B,S) cache positions of the new tokens."""
     allowed: Tensor
-    """(S,M) the cache positions that each of them may attend to (`attention_mask`)."""
+    """(S,M) or (B,1,S,M) the cache positions that each of them may attend to
+    (`attention_mask`)."""
 
 
 def attention_mask(positions: Tensor, before: Tensor, capacity: int) -> Tensor:
-    """(S,M): a token at cache position positions[s] attends to itself and to all positions below
-    before[s]."""
+    """(...,S,M): a token at cache position positions[...,s] attends to itself and to all positions
+    below before[...,s]."""
     every = torch.arange(capacity, device=positions.device)
-    return (every < before[:, None]) | (every == positions[:, None])
+    return (every < before[..., None]) | (every == positions[..., None])
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
@@ -184,8 +190,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor |
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) is true; by
-    default causal, S = M.
+    """Attention of queries (B,H,S,D) to keys and values (B,G,M,D) where `allowed` (S,M) or
+    (B,1,S,M) is true; by default causal, S = M.
 
     Query head h looks at key-value head h // (H/G) (grouped-query attention, Ainslie et al. 2023).
     On the CPU the plain product beats the fused kernel for the short sequences here (its backward
@@ -200,7 +206,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
     shared = query.shape[1] // groups
     if shared > 1:  # all queries of one key-value head in a row, so that its keys are read once
         query = query.unflatten(1, (groups, shared)).flatten(2, 3)
-        allowed = allowed.repeat(shared, 1)
+        allowed = torch.cat([allowed] * shared, -2)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     seen = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
     return seen.unflatten(2, (shared, length)).flatten(1, 2) if shared > 1 else seen

@@ -8,10 +8,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pipeline.inference.shipped_bundles as shipped
 from pipeline.cli.main import main
+from pipeline.config.experiment import to_dict
+from pipeline.config.load import load_experiment
+from pipeline.inference.bundle import read_description
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.shipped_bundles import bundle_folder
 from tests.helpers.cli import fails
@@ -110,3 +114,22 @@ def test_the_wheel_has_the_shipped_bundles(tmp_path):
     there = (project / "pipeline/bundles").rglob("*")
     assert packed == {str(path.relative_to(project)) for path in there if path.is_file()}
     assert "pipeline/bundles/icons/prior/model.safetensors" in packed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("colour", "channel"), [("red", 0), ("green", 1), ("blue", 2)])
+def test_the_bundle_in_the_package_draws_what_prompts_say(colour, channel):
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    (heart,) = pipe(f"a {colour} heart, twemoji style").images
+    image = np.asarray(heart, dtype=float)
+    assert image.shape == (64, 64, 4) and image[0, 0, 3] < 64 < 192 < image[28, 32, 3]
+    solid = image[image[..., 3] > 128][:, :3].mean(0)
+    assert solid.argmax() == channel
+
+
+def test_the_bundle_in_the_package_is_that_of_the_shipped_configuration():
+    folder = ROOT / "pipeline/bundles/icons"
+    recorded = read_description(folder)["trained_on"]["configuration"]
+    shipped_yaml = to_dict(load_experiment([str(ROOT / "configs/icons.yaml")]))
+    assert recorded == {name: shipped_yaml[name] for name in recorded}
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 15e6

@@ -1,0 +1,227 @@
+"""Requests that join and leave a running table: the same codes as alone, order, cancelling."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+import stage2_prior.engine
+from stage2_prior import (
+    Engine,
+    Finished,
+    ImagePrior,
+    Level,
+    SampleRequest,
+    Samples,
+    SamplingOptions,
+    sample,
+)
+from tests.helpers.priors import any_order_prior, tiny_prior
+
+TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
+CAPTIONS = torch.tensor(
+    [[0, 3, 4, 1, 2, 2], [0, 5, 1, 2, 2, 2], [0, 6, 7, 8, 1, 2], [0, 9, 9, 1, 2, 2]]
+)
+
+
+def random_options(draw: random.Random) -> SamplingOptions:
+    return SamplingOptions(
+        guidance_scale=draw.choice([1.0, 1.0, 2.0, 3.0]),
+        guidance_interval=draw.choice([(0.0, 1.0), (0.2, 0.7)]),
+        guidance_power=draw.choice([None, 1.5]),
+        temperature=draw.choice([0.0, 0.5, 1.0]),
+        top_k=draw.choice([None, None, 3, 40]),
+        top_p=draw.choice([None, None, 0.8, 1.0]),
+        min_p=draw.choice([None, None, 0.05]),
+    )
+
+
+def random_request(draw: random.Random, prior: ImagePrior, seed: int) -> SampleRequest:
+    """Of any options; one in three has known codes: anywhere, or the first ones."""
+    length = prior.stream.image_length
+    given = {}
+    if not draw.randrange(3):
+        number = draw.randrange(1, length)
+        known = torch.zeros(length, dtype=torch.bool)
+        any_order = prior.config.trained_order == "random"
+        known[draw.sample(range(length), number) if any_order else list(range(number))] = True
+        given = {"known": known, "codes": torch.tensor(draw.choices(range(4), k=length))}
+    caption = CAPTIONS[draw.randrange(len(CAPTIONS))]
+    return SampleRequest(text_ids=caption, seed=seed, options=random_options(draw), **given)
+
+
+def alone(prior: ImagePrior, request: SampleRequest) -> Samples:
+    """By `sample`."""
+    return sample(
+        prior,
+        request.text_ids[None],
+        [request.seed],
+        request.options,
+        known=None if request.known is None else request.known[None],
+        codes=None if request.codes is None else request.codes[None],
+    )
+
+
+def assert_same(finished: Finished, expected: Samples) -> None:
+    found = finished.samples
+    assert found is not None and torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.orders, expected.orders)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
+    assert (found.null_log_likelihood is None) == (expected.null_log_likelihood is None)
+    if found.null_log_likelihood is not None:
+        torch.testing.assert_close(found.null_log_likelihood, expected.null_log_likelihood)
+
+
+@pytest.mark.parametrize(
+    ("prior", "count"),
+    [
+        (any_order_prior(), 200),
+        (tiny_prior(kv_heads=1), 20),
+        (tiny_prior(TWO), 20),
+        (any_order_prior(TWO, kv_heads=1), 20),
+    ],
+    ids=["any-order", "shared-heads", "two-levels", "any-order-two-levels"],
+)
+def test_codes_do_not_depend_on_what_else_is_sampled(prior, count):
+    draw = random.Random(0)
+    engine = Engine(prior, 8)
+    requests: dict[int, SampleRequest] = {}
+    finished: list[Finished] = []
+    cancelled = set()
+    for seed in range(count):
+        request = random_request(draw, prior, seed)
+        requests[engine.submit(request)] = request
+        if not draw.randrange(8):
+            gone = draw.choice(list(requests))
+            if engine.cancel(gone):
+                cancelled.add(gone)
+        for _ in range(draw.randrange(6)):
+            finished += engine.step()
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    assert cancelled and engine.step() == []
+    assert sorted(one.ticket for one in finished) == sorted(set(requests) - cancelled)
+    for one in finished:
+        assert_same(one, alone(prior, requests[one.ticket]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_steps_sample_the_same_codes(prior):
+    draw = random.Random(1)
+    engine = Engine(prior, 4, compiled=True)
+    options = SamplingOptions(guidance_scale=2.0, top_k=5)
+    requests = {}
+    finished = []
+    for seed in range(6):
+        request = SampleRequest(text_ids=CAPTIONS[seed % 4], seed=seed, options=options)
+        requests[engine.submit(request)] = request
+        for _ in range(draw.randrange(4)):
+            finished += engine.step()
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    for one in finished:
+        assert_same(one, alone(prior, requests[one.ticket]))
+    assert len(finished) == 6
+
+
+def plain(seed: int, guidance_scale: float = 1.0) -> SampleRequest:
+    return SampleRequest(
+        text_ids=CAPTIONS[0], seed=seed, options=SamplingOptions(guidance_scale=guidance_scale)
+    )
+
+
+def test_requests_are_served_in_order_and_a_large_one_is_not_passed(prior):
+    engine = Engine(prior, 2)
+    first, wide, third = (engine.submit(plain(i, scale)) for i, scale in enumerate((1, 2, 1)))
+    engine.step()
+    # The second needs two rows and one is free; the third would fit, and waits behind it.
+    assert (engine.num_active, engine.num_waiting) == (1, 2)
+    finished = []
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    assert [one.ticket for one in finished] == [first, wide, third]
+
+
+def test_a_cancelled_request_frees_its_rows_for_the_next_step(prior):
+    engine = Engine(prior, 2)
+    first = engine.submit(plain(0, 2.0))
+    second = engine.submit(plain(1, 2.0))
+    engine.step()
+    assert engine.cancel(first) and not engine.cancel(first)
+    for _ in range(prior.stream.image_length):
+        finished = engine.step()
+    assert [one.ticket for one in finished] == [second]
+    waiting = [engine.submit(plain(i, 2.0)) for i in range(2)]
+    engine.step()
+    assert engine.cancel(waiting[1]) and engine.num_waiting == 0
+
+
+def test_a_caption_is_read_once(prior, monkeypatch):
+    read = []
+    fill = stage2_prior.engine.prefill
+    monkeypatch.setattr(
+        stage2_prior.engine,
+        "prefill",
+        lambda *given: (read.append(given[3][0].tolist()), fill(*given)),
+    )
+    engine = Engine(prior, 16)
+    for seed in range(6):
+        engine.submit(plain(seed, 2.0))
+        engine.step()
+    null = prior.stream.null_caption(1)[0, :-1].tolist()
+    assert read == [CAPTIONS[0, :-1].tolist(), null]
+
+
+def test_codes_so_far_are_the_first_of_the_finished_image(prior):
+    engine = Engine(prior, 2)
+    ticket = engine.submit(plain(3))
+    for _ in range(4):
+        engine.step()
+    codes, there = engine.codes_so_far(ticket)
+    assert there.tolist() == [True] * 4 + [False] * 5 and not codes[4:].any()
+    finished = []
+    while not finished:
+        finished = engine.step()
+    assert torch.equal(finished[0].samples.codes[0, :4], codes[:4])
+    with pytest.raises(KeyError, match=f"no active image has the ticket {ticket}"):
+        engine.codes_so_far(ticket)
+
+
+def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
+    engine = Engine(prior, 4)
+    good = engine.submit(plain(5))
+    engine.step()
+    bad = engine.submit(plain(6))
+    engine.step()
+    with torch.inference_mode():
+        engine._cache.values[0][1, :, 0] = float("nan")
+    finished = []
+    while engine.num_active:
+        finished += engine.step()
+    again = engine.submit(plain(5))
+    other = engine.submit(plain(6))
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    by_ticket = {one.ticket: one for one in finished}
+    assert by_ticket[bad].samples is None
+    for ticket, seed in ((good, 5), (again, 5), (other, 6)):
+        assert_same(by_ticket[ticket], alone(prior, plain(seed)))
+
+
+def test_what_an_engine_cannot_do_is_refused_when_it_is_asked(prior):
+    with pytest.raises(ValueError, match=r"num_rows is 3; it must be one of \[2, 4, 8"):
+        Engine(prior, 3)
+    engine = Engine(prior, 2)
+    several = SampleRequest(
+        text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(num_inference_steps=2)
+    )
+    with pytest.raises(ValueError, match="an engine samples one code per step"):
+        engine.submit(several)
+    prior.config.trained_with_caption_dropout = False
+    with pytest.raises(ValueError, match="needs a prior trained with caption dropout"):
+        engine.submit(plain(0, 2.0))
+    assert engine.num_waiting == 0
