@@ -130,6 +130,6 @@ def test_the_bundle_in_the_package_draws_what_prompts_say(colour, channel):
 def test_the_bundle_in_the_package_is_that_of_the_shipped_configuration():
     folder = ROOT / "pipeline/bundles/icons"
     recorded = read_description(folder)["trained_on"]["configuration"]
-    shipped_yaml = to_dict(load_experiment([str(ROOT / "configs/icons.yaml")]))
+    shipped_yaml = to_dict(load_experiment(["--config", str(ROOT / "configs/icons.yaml")]))
     assert recorded == {name: shipped_yaml[name] for name in recorded}
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 15e6
