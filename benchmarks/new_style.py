@@ -21,7 +21,7 @@ import numpy as np
 import pipeline
 from pipeline import TextToImagePipeline
 from pipeline.data.builtin.icon_sets import IconSet, key_index, read_set
-from pipeline.data.builtin.icons import Icon, captions_of_icon, emoji_names, load_icons, locate_set
+from pipeline.data.builtin.icons import Icon, emoji_names, load_icons, locate_set, styled_captions
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.icons import judged, some
@@ -79,7 +79,7 @@ def main() -> None:
     free = order[asked.images :]
     if len(tested) < _SHOWN or len(free) < max(asked.counts):
         parser.error(f"{asked.set} has {len(order)} drawings of known names; ask for fewer")
-    prompts = [captions_of_icon(icon.name, own.style)[0] for icon in tested]
+    prompts = [styled_captions(icon.name, own.style)[0] for icon in tested]
     print(_row("before", sampled(parent, prompts), tested, everything, asked.out), flush=True)
     for count in asked.counts:
         drawings = asked.out / f"drawings-{count}"

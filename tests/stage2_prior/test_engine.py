@@ -42,15 +42,15 @@ def random_options(draw: random.Random) -> SamplingOptions:
 def random_request(draw: random.Random, prior: ImagePrior, seed: int) -> SampleRequest:
     """Of any options; one in three has known codes: anywhere, or the first ones."""
     length = prior.stream.image_length
-    given = {}
+    kept = {}
     if not draw.randrange(3):
         number = draw.randrange(1, length)
         known = torch.zeros(length, dtype=torch.bool)
         any_order = prior.config.trained_order == "random"
         known[draw.sample(range(length), number) if any_order else list(range(number))] = True
-        given = {"known": known, "codes": torch.tensor(draw.choices(range(4), k=length))}
+        kept = {"known": known, "codes": torch.tensor(draw.choices(range(4), k=length))}
     caption = CAPTIONS[draw.randrange(len(CAPTIONS))]
-    return SampleRequest(text_ids=caption, seed=seed, options=random_options(draw), **given)
+    return SampleRequest(text_ids=caption, seed=seed, options=random_options(draw), **kept)
 
 
 def alone(prior: ImagePrior, request: SampleRequest) -> Samples:
@@ -166,7 +166,10 @@ def test_a_caption_is_read_once(prior, monkeypatch):
     monkeypatch.setattr(
         stage2_prior.engine,
         "prefill",
-        lambda *given: (read.append(given[3][0].tolist()), fill(*given)),
+        lambda prior, tables, cache, ids: (
+            read.append(ids[0].tolist()),
+            fill(prior, tables, cache, ids),
+        ),
     )
     engine = Engine(prior, 16)
     for seed in range(6):
