@@ -133,7 +133,11 @@ def _write_beside(beside: Path, write: Callable[[Path], object]) -> None:
     try:
         beside.mkdir()
         write(beside)
+        # safetensors writes files that their owner alone can read, whatever the umask is.
+        readable = beside.stat().st_mode & 0o666
         for path in (*beside.rglob("*"), beside):
+            if path.is_file():
+                path.chmod(readable)
             _sync(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

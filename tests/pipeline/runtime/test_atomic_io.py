@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.inference.generate import _Drawn, _write
 from pipeline.runtime.atomic_io import (
@@ -145,6 +147,22 @@ def test_files_join_those_that_a_folder_holds(tmp_path):
         "kept": "kept",
         "a": "new",
     }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    def write(folder):
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+
+    before = os.umask(umask)
+    try:
+        atomic_write_dir(tmp_path / "bundle", write)
+        atomic_write_files(tmp_path / "files", write)
+    finally:
+        os.umask(before)
+    for folder in ("bundle", "files"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_what_is_in_the_way_is_named(tmp_path):
