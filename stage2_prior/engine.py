@@ -118,6 +118,11 @@ class Engine:
         """Requests for which no row was free yet."""
         return len(self._queue)
 
+    @property
+    def codes_left(self) -> dict[int, int]:
+        """Codes that each active image still needs, by its ticket."""
+        return {image.ticket: image.codes_left for image in self._images}
+
     def submit(self, request: SampleRequest) -> int:
         """Queues a request; it joins at the next step that has rows for it. Returns its ticket.
 

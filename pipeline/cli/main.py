@@ -35,6 +35,7 @@ from pipeline.cli.generate import edit_command, generate_command, reconstruct_co
 from pipeline.cli.likelihood import likelihood_command
 from pipeline.cli.log import logging_to_terminal, print_error
 from pipeline.cli.options import UsageError, parse_options
+from pipeline.cli.serve import serve_command
 from pipeline.cli.streams import lasting_streams
 from pipeline.runtime.signals import RecoverableError, TrainingInterrupted, interrupts_raise
 
@@ -64,6 +65,7 @@ using what was trained:
   compress          IMAGE --bundle DIR --out FILE          an image without loss, by the bundle's probabilities
   decompress        FILE --bundle DIR --out IMAGE.png      the same image again
   evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
+  serve             [--bundle DIR] [--port 8000]           a web page and an HTTP API over a bundle
   push              --bundle DIR --to user/name            a bundle to the Hub; every --bundle takes user/name, too
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
@@ -89,6 +91,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "compress": compress_command,
     "decompress": decompress_command,
     "evaluate": evaluate_command,
+    "serve": serve_command,
     "push": push_command,
     "codebook": codebook_command,
     "doctor": doctor_command,
@@ -116,6 +119,7 @@ SINGLE_PROCESS = (
     "likelihood",
     "compress",
     "decompress",
+    "serve",
     "push",
     "codebook",
     "doctor",

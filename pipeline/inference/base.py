@@ -103,7 +103,13 @@ class BasePipeline:
             self.save_pretrained(bundle)
             return push_bundle(bundle, name, private=private, revision=revision, token=token)
 
-    def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
+    def text_ids(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
+        """Prompts (B) as ids (B,T).
+
+        Raises:
+            ValueError: a prompt is too long (unless `truncate`), or empty where the prior was
+                trained without caption dropout.
+        """
         empty = any(not prompt.strip() for prompt in prompts)
         if empty and not self.prior.config.trained_with_caption_dropout:
             raise ValueError(
@@ -113,8 +119,8 @@ class BasePipeline:
         return self.text.encode(prompts, truncate=truncate)
 
     def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        """`_text_ids`, with a warning of empty prompts, and of what no training saw."""
-        ids = self._text_ids(prompts, truncate)
+        """`text_ids`, with a warning of empty prompts, and of what no training saw."""
+        ids = self.text_ids(prompts, truncate)
         if any(not prompt.strip() for prompt in prompts):
             warn_user(
                 "an empty prompt is sampled without a caption; give a prompt to say what to show"

@@ -106,7 +106,7 @@ def sample_codes_batched(
             # The first batch's time predicts that of the others.
             compiled = _compiling_pays((len(batches) - 1) * (time.perf_counter() - start))
             undecided = False
-    return _joined(done)
+    return joined_samples(done)
 
 
 def _checked_compile(compile: Compile, device: torch.device) -> Compile:
@@ -164,7 +164,8 @@ def _compiling_pays(seconds: float) -> bool:
     return pays
 
 
-def _joined(parts: list[Samples]) -> Samples:
+def joined_samples(parts: Sequence[Samples]) -> Samples:
+    """The images of all parts, in order."""
     null = [part.null_log_likelihood for part in parts if part.null_log_likelihood is not None]
     return Samples(
         torch.cat([part.codes for part in parts]),

@@ -33,7 +33,7 @@ class HasStages(Protocol):
     @property
     def prior(self) -> ImagePrior | LatentPriorModel: ...
 
-    def _text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor: ...
+    def text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor: ...
 
 
 class LikelihoodMixin:
@@ -105,7 +105,7 @@ def model_of(pipe: HasStages) -> CodeModel | LatentModel:
 def text_ids_of(pipe: HasStages, prompts: Sequence[str], truncate: bool) -> Tensor:
     """Text ids (B,T). A prior that takes no caption takes any."""
     if isinstance(pipe.prior, ImagePrior) or pipe.prior.context_features:
-        return pipe._text_ids(prompts, truncate)
+        return pipe.text_ids(prompts, truncate)
     return pipe.text.encode(prompts, truncate=True)
 
 

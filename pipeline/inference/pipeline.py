@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
-from pipeline.inference.batching import Compile, sample_codes_batched
+from pipeline.inference.batching import Compile
 from pipeline.inference.editing import (
     check_image,
     composite,
@@ -28,7 +28,8 @@ from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
-from pipeline.inference.reranking import ImageTextScorer, choice_scores
+from pipeline.inference.plan import SamplingPlan
+from pipeline.inference.reranking import ImageTextScorer, best_rows, highest
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
@@ -39,17 +40,11 @@ from stage2_prior import (
     SamplingOptions,
     TextTokenizer,
     caption_log_likelihood,
-    code_log_likelihood,
     sample_captions,
 )
 
 SamplingValue = float | tuple[float, float] | None
 """A field of `SamplingOptions`; None takes the bundle's default."""
-
-
-def _best(scores: Tensor) -> Tensor:
-    """Scores (B,N) -> (B,) the place of the highest of each row among all B*N."""
-    return scores.argmax(1) + torch.arange(0, scores.numel(), scores.shape[1])
 
 
 class TextToImagePipeline(LikelihoodMixin, BasePipeline):
@@ -150,27 +145,18 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             raise ValueError(
                 "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
-        if best_of > 1 and judge is None and not self.prior.config.trained_with_caption_dropout:
-            raise ValueError(
-                f"best_of is {best_of}, and this prior cannot compare images: it was trained "
-                "without caption dropout; choose by a CLIP model (clip_scorer), or train with "
-                "prior.objective.caption_dropout=0.1"
-            )
-        options = self._options(sampling)
-        count = num_images_per_prompt * best_of
-        ids = self._text_ids_to_sample(prompts, truncate).repeat_interleave(count, dim=0)
-        seeds = [image_seed(seed, i) for _ in prompts for i in range(count)]
-        drawn = sample_codes_batched(
-            self.prior, ids, seeds, options, batch_size=batch_size, compile=compile or self._compile
-        )
-        if best_of == 1:
-            return self._output(drawn, seeds)
         if judge is None:
-            given = drawn.log_likelihood.cpu().view(-1, best_of)
-            null = self._null_log_likelihood(drawn, batch_size).view(-1, best_of)
-            best = _best(choice_scores(given, null))
-            return self._output(drawn.rows(best), [seeds[i] for i in best])
-        output = self._output(drawn, seeds)
+            self.check_best_of(best_of)
+        count = num_images_per_prompt * best_of
+        plan = self.plan(prompts, num_images=count, seed=seed, truncate=truncate, **sampling)
+        drawn = plan.sample(self.prior, batch_size=batch_size, compile=compile or self._compile)
+        seeds = plan.seeds
+        if best_of == 1:
+            return self.decode(drawn, seeds)
+        if judge is None:
+            best = best_rows(self.prior, drawn, best_of, batch_size=batch_size)
+            return self.decode(drawn.rows(best), [seeds[i] for i in best])
+        output = self.decode(drawn, seeds)
         asked = [prompt for prompt in prompts for _ in range(count)]
         scores = torch.as_tensor(judge(output.images, asked)).flatten().cpu()
         if len(scores) != len(seeds):
@@ -178,7 +164,30 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 f"the scorer gave {len(scores)} scores for {len(seeds)} images; it must give one "
                 "for each"
             )
-        return output.rows(_best(scores.view(-1, best_of)).tolist())
+        return output.rows(highest(scores.view(-1, best_of)).tolist())
+
+    def plan(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        truncate: bool = False,
+        **sampling: SamplingValue,
+    ) -> SamplingPlan:
+        """What `__call__` samples, of `num_images` per prompt. Options and errors as there."""
+        ids = self._text_ids_to_sample(prompts, truncate).repeat_interleave(num_images, dim=0)
+        seeds = [image_seed(seed, i) for _ in prompts for i in range(num_images)]
+        return SamplingPlan(ids, seeds, self._options(sampling))
+
+    def check_best_of(self, best_of: int) -> None:
+        """Raises ValueError where the prior cannot choose among `best_of` images."""
+        if best_of > 1 and not self.prior.config.trained_with_caption_dropout:
+            raise ValueError(
+                f"best_of is {best_of}, and this prior cannot compare images: it was trained "
+                "without caption dropout; choose by a CLIP model (clip_scorer), or train with "
+                "prior.objective.caption_dropout=0.1"
+            )
 
     def edit(
         self,
@@ -209,7 +218,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         replaced = replaced_pixels(mask, original.size)
         known = keep_mask(replaced, self.tokenizer.layout)
         if warn_if_trivial(known):
-            codes = self._codes_of([original] * num_images)
+            codes = self.codes_of([original] * num_images)
             zeros = torch.zeros(num_images)
             return TextToImageOutput(
                 [original.copy() for _ in range(num_images)],
@@ -295,6 +304,23 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             ValueError: `known` or the codes have another shape, or `known` is not what the prior's
                 order allows.
         """
+        plan = self.plan_completion(
+            image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        )
+        return self.decode(plan.sample(self.prior, compile=self._compile), plan.seeds)
+
+    def plan_completion(
+        self,
+        image: Image.Image | Tensor,
+        known: Tensor,
+        prompt: str,
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        truncate: bool = False,
+        **sampling: SamplingValue,
+    ) -> SamplingPlan:
+        """What `complete` samples. Options and errors as there."""
         check_at_least_one("num_images", num_images)
         length = self.prior.stream.image_length
         if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
@@ -302,7 +328,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
                 f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of "
                 f"the {length} codes if it is kept"
             )
-        codes = image if isinstance(image, Tensor) else self._codes_of([image])
+        codes = image if isinstance(image, Tensor) else self.codes_of([image])
         if codes.numel() != length:
             raise ValueError(
                 f"the codes are {tuple(codes.shape)}; this prior's images have {length}, "
@@ -314,18 +340,13 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             # The bundle's default is for whole images.
             unknown = length - int(known.reshape(-1, length)[0].sum())
             options = replace(options, num_inference_steps=max(min(steps, unknown), 1))
-        seeds = [image_seed(seed, i) for i in range(num_images)]
-        drawn = sample_codes_batched(
-            self.prior,
+        return SamplingPlan(
             self._text_ids_to_sample([prompt], truncate).repeat(num_images, 1),
-            seeds,
+            [image_seed(seed, i) for i in range(num_images)],
             options,
-            batch_size=64,
-            compile=self._compile,
             known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),
             codes=codes.reshape(1, length).cpu().repeat(num_images, 1),
         )
-        return self._output(drawn, seeds)
 
     def score(
         self,
@@ -352,9 +373,9 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         """
         check_at_least_one("batch_size", batch_size)
         images, prompts = checked_pairs(images, prompts, self.tokenizer.own_config)
-        ids = self._text_ids(prompts, truncate)
+        ids = self.text_ids(prompts, truncate)
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        codes = torch.cat([self._codes_of(batch).flatten(1) for batch in batches])
+        codes = torch.cat([self.codes_of(batch).flatten(1) for batch in batches])
         given = score_codes_batched(self.prior, ids, codes, batch_size)
         if not self.prior.config.trained_with_caption_dropout:
             return Scores(given, None)
@@ -380,7 +401,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             ValueError: the prior was not trained with codes first (`sequence.captioning_fraction`),
                 or the image has another size.
         """
-        codes = self._codes_of([image]).flatten(1)
+        codes = self.codes_of([image]).flatten(1)
         if candidates is not None:
             captions = list(candidates)
             check_at_least_one("the number of candidates", len(captions))
@@ -397,8 +418,8 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
 
     @free_threads()
-    def _codes_of(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes in the precision of the codes that the prior was trained on.
+    def codes_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """Codes in the tokenizer's form, in the precision of those that the prior was trained on.
 
         In another precision near ties fall the other way, in plain areas for most of an image. The
         prior would see combinations of codes that it was never trained on. A pipeline that was put
@@ -419,34 +440,13 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         return SamplingOptions(**(defaults | chosen))
 
     @free_threads()
-    def _output(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
-        grid = self._as_grid(drawn.codes)
+    def decode(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
+        """Images of sampled codes; `seeds` are theirs."""
+        grid = self.in_layout(drawn.codes)
         images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
         return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
 
-    def _null_log_likelihood(self, drawn: Samples, batch_size: int) -> Tensor:
-        """log p(codes) (B,) in the order drawn. Sampling gives it where every code was guided; else
-        it is computed."""
-        if drawn.null_log_likelihood is not None:
-            return drawn.null_log_likelihood.cpu()
-        null = self.prior.stream.null_caption(len(drawn.codes))
-        return self._log_likelihood(null, drawn.codes, drawn.orders, batch_size)
-
-    @free_threads()
-    def _log_likelihood(
-        self, ids: Tensor, codes: Tensor, orders: Tensor | None, batch_size: int
-    ) -> Tensor:
-        """(B,) in nats."""
-        parts = [slice(first, first + batch_size) for first in range(0, len(ids), batch_size)]
-        totals = [
-            code_log_likelihood(
-                self.prior, ids[p], codes[p], None if orders is None else orders[p]
-            ).sum(1)
-            for p in parts
-        ]
-        return torch.cat(totals).cpu()
-
-    def _as_grid(self, codes: Tensor) -> Tensor:
+    def in_layout(self, codes: Tensor) -> Tensor:
         """Flat codes of the stream in the tokenizer's form: (B,h,w) of one level, flat of
         several."""
         levels = self.tokenizer.layout

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.runtime.threads import free_threads
 from stage1_tokenizer.file_checks import UnsafeFile
 from stage1_tokenizer.perceptual import checked_folder
 from stage1_tokenizer.pixels import to_rgb
+from stage2_prior import ImagePrior, Samples, code_log_likelihood
 
 PMI_WEIGHT = 0.6
 """Weight of the rank by PMI against the rank by log-likelihood in `choice_scores`."""
@@ -31,6 +33,38 @@ def choice_scores(log_likelihood: Tensor, null_log_likelihood: Tensor) -> Tensor
     """
     pmi = log_likelihood - null_log_likelihood
     return _rank(log_likelihood) + PMI_WEIGHT * _rank(pmi)
+
+
+def best_rows(prior: ImagePrior, drawn: Samples, best_of: int, *, batch_size: int = 64) -> Tensor:
+    """Which of B*N samples the prior chooses (B,): one of each N = `best_of` that follow one
+    another."""
+    given = drawn.log_likelihood.cpu().view(-1, best_of)
+    null = _null_log_likelihood(prior, drawn, batch_size).view(-1, best_of)
+    return highest(choice_scores(given, null))
+
+
+def highest(scores: Tensor) -> Tensor:
+    """Scores (B,N) -> (B,) the place of the highest of each row among all B*N."""
+    return scores.argmax(1) + torch.arange(0, scores.numel(), scores.shape[1])
+
+
+@free_threads()
+def _null_log_likelihood(prior: ImagePrior, drawn: Samples, batch_size: int) -> Tensor:
+    """log p(codes) (B,) in nats, in the order drawn. Sampling gives it where every code was guided;
+    else it is computed."""
+    if drawn.null_log_likelihood is not None:
+        return drawn.null_log_likelihood.cpu()
+    null = prior.stream.null_caption(len(drawn.codes))
+    totals = [
+        code_log_likelihood(prior, *part).sum(1)
+        for part in zip(
+            null.split(batch_size),
+            drawn.codes.split(batch_size),
+            drawn.orders.split(batch_size),
+            strict=True,
+        )
+    ]
+    return torch.cat(totals).cpu()
 
 
 def _rank(values: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def test_best_of_a_prior_that_cannot_be_scored_is_refused_before_sampling(
     pipe = scoring_pipe(caption_dropout=False)
     sampled = []
     monkeypatch.setattr(
-        "pipeline.inference.pipeline.sample_codes_batched", lambda *_, **__: sampled.append(1)
+        "pipeline.inference.plan.sample_codes_batched", lambda *_, **__: sampled.append(1)
     )
     with pytest.raises(
         ValueError, match=r"best_of is 2.*choose by a CLIP model .*caption_dropout=0\.1$"

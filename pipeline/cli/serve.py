@@ -1,0 +1,67 @@
+"""The command `serve`. A command has as many parameters as options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cli.options import UsageError
+
+
+def serve_command(
+    *,
+    bundle: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    slots: int = 32,
+    max_waiting: int = 256,
+    max_images: int = 16,
+    max_prompt: int = 1000,
+    max_body_mb: float = 8.0,
+    timeout: float = 300.0,
+    grace: float = 30.0,
+    token_file: Path | None = None,
+    log_prompts: bool = False,
+    compile: bool = False,
+) -> None:
+    """Serves a bundle: a web page, and an HTTP API in the shape of OpenAI's.
+
+    Args:
+        bundle: folder that `minidalle run` made (runs/NAME/bundle), or user/name of the Hub (icons,
+            which comes with the package)
+        host: address to listen at; others than loopback can be reached from other machines
+        port: number of the port
+        slots: images that are sampled at a time with guidance, a power of two; twice as many
+            without
+        max_waiting: images that wait for a slot at most; further requests get 429
+        max_images: images per request at most
+        max_prompt: characters of a prompt at most
+        max_body_mb: MB of a request's body at most
+        timeout: seconds that a request may take
+        grace: seconds that running requests have after a signal to stop
+        token_file: file with one token per line, of which clients show one
+        log_prompts: write prompts into the log
+        compile: compile the sampling steps; each number of images takes seconds at its first use
+    """
+    try:
+        from pipeline.serving.server import serve
+        from pipeline.serving.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"a server needs the package {error.name}; install it: pip install 'mini-dalle[serve]'"
+        ) from error
+    from pipeline.inference.shipped_bundles import shipped_bundle
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        slots=slots,
+        max_waiting=max_waiting,
+        max_images=max_images,
+        max_prompt=max_prompt,
+        max_body_mb=max_body_mb,
+        timeout=timeout,
+        grace=grace,
+        log_prompts=log_prompts,
+        compiled=compile,
+    )
+    serve(bundle or shipped_bundle(), settings, token_file=token_file)

@@ -1,0 +1,90 @@
+"""The web application: routes, errors, middleware and the page put together. Starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from pipeline.serving.errors import install_handlers
+from pipeline.serving.image_routes import image_router
+from pipeline.serving.images import ImageService
+from pipeline.serving.metrics import Metrics
+from pipeline.serving.middleware import Limits, RequestLog, Tokens
+from pipeline.serving.own_routes import own_router
+from pipeline.serving.state import ServerState
+
+PAGE = Path(__file__).parent / "page"
+_SECURITY = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+"""Headers of the page: it loads nothing from other hosts."""
+
+
+def create_app(
+    service: ImageService,
+    metrics: Metrics,
+    *,
+    tokens: Sequence[str] = (),
+    state: ServerState | None = None,
+) -> FastAPI:
+    """The application over one service.
+
+    Args:
+        tokens: those that clients may show; none for no check.
+        state: what `/readyz` shows; ready from the start where absent.
+    """
+    state = state or ServerState()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state.status = "ready"
+        yield
+        state.status = "stopping"
+        service.close()
+
+    app = FastAPI(
+        title="mini-dalle",
+        version=version("mini-dalle"),
+        summary="Images of one bundle: an image tokenizer and a prior over captions and codes.",
+        docs_url=None,  # FastAPI's pages load scripts from another host
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    install_handlers(app)
+    app.include_router(image_router(service, metrics))
+    app.include_router(own_router(service, metrics, state))
+
+    def page(name: str) -> FileResponse:
+        return FileResponse(PAGE / name, headers=_SECURITY)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return page("docs.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    settings = service.settings
+    # The last one that is added sees a request first.
+    app.add_middleware(Limits, max_bytes=int(settings.max_body_mb * 1e6))
+    app.add_middleware(Tokens, tokens=tokens)
+    if settings.is_loopback:
+        # A page of another site whose name leads here would have this site's rights.
+        hosts = ["localhost", "127.0.0.1", "[::1]", settings.host, "testserver"]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(RequestLog, metrics=metrics)
+    return app

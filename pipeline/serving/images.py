@@ -1,0 +1,411 @@
+"""Requests for images -> plans -> images in bytes, as they become ready. Knows the pipeline and the
+sampler; no HTTP.
+
+Work of more than a millisecond runs in threads, so that the event loop stays free. At most one
+thread decodes at a time: it competes with the sampling steps for the same cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pipeline.data.readers.images import open_image
+from pipeline.inference.base import image_seed
+from pipeline.inference.batching import joined_samples
+from pipeline.inference.editing import (
+    check_image,
+    composite,
+    keep_mask,
+    place_on_canvas,
+    random_keep_mask,
+    replaced_pixels,
+)
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.inference.plan import SamplingPlan
+from pipeline.inference.reranking import best_rows
+from pipeline.serving.errors import ApiError
+from pipeline.serving.sampler import Job, Preview, Sampled, Sampler
+from pipeline.serving.schemas import EditFields, Format, ImageFields, Usage, VariationFields
+from pipeline.serving.settings import ServerSettings
+from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
+from stage2_prior import Samples
+
+_GREY = 128
+_MAX_UPLOAD_PIXELS = 2**24
+METADATA = "minidalle"
+"""Key of a PNG's text that holds the settings, as JSON."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A preview of an image."""
+
+    image: int
+    number: int
+    """Previews of this image before it."""
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Complete:
+    """An image."""
+
+    image: int
+    content: bytes
+    codes: list[int]
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images of one request, before they are sampled."""
+
+    plan: SamplingPlan
+    fields: ImageFields
+    seed: int
+    """Of the request."""
+    settings: dict[str, Any]
+    """What the images' metadata say."""
+    best_of: int = 1
+    finish: Callable[[list[Image.Image]], list[Image.Image]] = lambda images: images
+    """What happens to decoded images: edits keep the pixels outside the mask."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> Format:
+        return self.fields.output_format or "png"
+
+    @property
+    def num_images(self) -> int:
+        return len(self.plan.seeds) // self.best_of
+
+
+class ImageService:
+    """Images for requests.
+
+    Args:
+        pipe: over codes.
+        sampler: of its prior.
+        name: of the bundle, for metadata.
+    """
+
+    def __init__(
+        self, pipe: TextToImagePipeline, sampler: Sampler, settings: ServerSettings, name: str
+    ) -> None:
+        self.pipe = pipe
+        self.sampler = sampler
+        self.settings = settings
+        self.name = name
+        self.started = now()
+        # Its warnings would put prompts into the log; responses have them instead.
+        self.known_prompts = pipe.known_prompts
+        pipe.known_prompts = None
+        self._pool = ThreadPoolExecutor(1, "images")
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether images have transparency."""
+        return self.pipe.tokenizer.own_config.channels == 4
+
+    @property
+    def size(self) -> str:
+        """Width and height of images, as 64x64."""
+        height, width = self.pipe.tokenizer.size
+        return f"{width}x{height}"
+
+    async def in_thread(
+        self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """A call of the pipeline in the thread of images."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.sampler.close()
+        self._pool.shutdown()
+
+    # Requests -> work
+
+    async def generation(self, fields: ImageFields, prompt: str, best_of: int = 1) -> Work:
+        """Images for a prompt.
+
+        Raises:
+            ApiError, ValueError: a field is not what this bundle or server can do.
+        """
+        self._check(fields, prompt, best_of)
+        if best_of > 1:
+            self.pipe.check_best_of(best_of)
+        seed = _seed(fields)
+        plan = await self.in_thread(
+            self.pipe.plan,
+            [prompt],
+            num_images=(fields.n or 1) * best_of,
+            seed=seed,
+            **fields.sampling(),
+        )
+        settings = {"prompt": prompt, "best_of": best_of}
+        return await self._work(plan, fields, seed, settings, best_of=best_of)
+
+    async def edit(self, fields: EditFields, content: bytes, mask: bytes | None) -> Work:
+        """An image whose white or, in a mask with transparency, transparent part is resampled."""
+        self._check(fields, fields.prompt)
+        if (mask is None) == (fields.outpaint_at is None):
+            raise ApiError(
+                400,
+                "an edit needs one of mask and outpaint_at; give the part that is to be replaced",
+                param="mask",
+                code="missing",
+            )
+        config = self.pipe.tokenizer.own_config
+        image = await self.in_thread(opened, content, "image")
+        if fields.outpaint_at is not None:
+            x, y = map(int, fields.outpaint_at.split(","))
+            image, white = place_on_canvas(image, config.size, config.channels, (x, y))
+        else:
+            assert mask is not None
+            white = _as_mask(await self.in_thread(opened, mask, "mask"))
+        image = check_image(image, config.size, config.channels)
+        replaced = replaced_pixels(white, image.size)
+        known = keep_mask(replaced, self.pipe.tokenizer.layout)
+        if known.all():
+            message = "the mask is empty, so that nothing is replaced; mark what is to be replaced"
+            raise ApiError(400, message, param="mask", code="empty_mask")
+
+        def finish(drawn: list[Image.Image]) -> list[Image.Image]:
+            return composite(image, drawn, replaced)
+
+        return await self._completion(
+            fields, _seed(fields), image, known, fields.prompt, finish=finish
+        )
+
+    async def variation(self, fields: VariationFields, content: bytes) -> Work:
+        """An image of whose codes a fraction, scattered, is resampled."""
+        self._check(fields, fields.prompt)
+        config = self.pipe.tokenizer.own_config
+        image = await self.in_thread(opened, content, "image")
+        image = check_image(image, config.size, config.channels)
+        seed = _seed(fields)
+        seeds = [image_seed(seed, i) for i in range(fields.n or 1)]
+        length = self.pipe.prior.stream.image_length
+        known = random_keep_mask(seeds, length, fields.strength)
+        return await self._completion(fields, seed, image, known, fields.prompt)
+
+    async def _completion(
+        self,
+        fields: ImageFields,
+        seed: int,
+        image: Image.Image,
+        known: torch.Tensor,
+        prompt: str,
+        **options: Any,
+    ) -> Work:
+        if self.pipe.prior.config.trained_order != "random":
+            raise ApiError(
+                400,
+                f"the bundle {self.name} samples codes in raster order, and an edit needs a prior "
+                "of random orders; serve a bundle of prior.train.code_order=random",
+                code="not_supported",
+            )
+        plan = await self.in_thread(
+            self.pipe.plan_completion,
+            image,
+            known,
+            prompt,
+            num_images=fields.n or 1,
+            seed=seed,
+            **fields.sampling(),
+        )
+        return await self._work(plan, fields, seed, {"prompt": prompt}, **options)
+
+    async def _work(
+        self,
+        plan: SamplingPlan,
+        fields: ImageFields,
+        seed: int,
+        settings: dict[str, Any],
+        **options: Any,
+    ) -> Work:
+        prompt = settings["prompt"]
+        warnings = ()
+        if self.known_prompts is not None:
+            warnings = tuple(await self.in_thread(self.known_prompts.problems, prompt))
+        settings = settings | {"bundle": self.name, "seed": seed}
+        settings |= {k: v for k, v in fields.sampling().items() if v is not None}
+        return Work(plan, fields, seed, settings, warnings=warnings, **options)
+
+    def _check(self, fields: ImageFields, prompt: str, best_of: int = 1) -> None:
+        most = self.settings.max_images
+        if fields.model not in (None, self.name):
+            message = f"there is no model {fields.model!r}; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if (count := (fields.n or 1) * best_of) > most:
+            message = f"n * best_of is {count}; this server samples at most {most} per request"
+            raise ApiError(400, message, param="n", code="too_many_images")
+        self.check_prompt(prompt)
+        if fields.size not in (None, "auto", self.size):
+            message = f"size is {fields.size!r}; the bundle {self.name} draws {self.size} alone"
+            raise ApiError(400, message, param="size", code="invalid_size")
+        if fields.background == "transparent" and not self.has_alpha:
+            message = f"the bundle {self.name} draws no transparency; leave background out"
+            raise ApiError(400, message, param="background", code="not_supported")
+        if fields.background == "transparent" and fields.output_format == "jpeg":
+            message = "a JPEG has no transparency; ask for output_format png or webp"
+            raise ApiError(400, message, param="output_format", code="invalid_value")
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises ApiError where a prompt is longer than the server takes."""
+        if len(prompt) > (most := self.settings.max_prompt):
+            message = f"the prompt has {len(prompt)} characters; this server takes at most {most}"
+            raise ApiError(400, message, param="prompt", code="prompt_too_long")
+
+    # Work -> images
+
+    def start(self, work: Work) -> Job:
+        """Begins to sample.
+
+        Raises:
+            QueueFull, ShuttingDown: of the sampler.
+        """
+        return self.sampler.submit(work.plan, self._preview_every(work.fields))
+
+    async def images(self, work: Work, job: Job) -> AsyncIterator[Partial | Complete]:
+        """Images as they become ready, and previews where the request streams.
+
+        Raises:
+            ValueError, ShuttingDown, SamplingFailed: of the job.
+            TimeoutError: the images take longer than the server's limit.
+        """
+        numbers = [0] * len(work.plan.seeds)
+        done: dict[int, Samples] = {}
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                async for update in job.updates():
+                    if isinstance(update, Sampled):
+                        done[update.image] = update.samples
+                        if work.best_of == 1:
+                            yield await self._complete(work, update.image, update.samples)
+                    elif work.best_of == 1:
+                        content = await self.in_thread(self._preview, work, update)
+                        yield Partial(update.image, numbers[update.image], content)
+                        numbers[update.image] += 1
+                if work.best_of > 1:
+                    every = joined_samples([done[i] for i in range(len(done))])
+                    best = await self.in_thread(best_rows, self.pipe.prior, every, work.best_of)
+                    for image, row in enumerate(best.tolist()):
+                        yield await self._complete(work, image, done[row])
+        finally:
+            self.sampler.cancel(job)
+
+    async def _complete(self, work: Work, image: int, samples: Samples) -> Complete:
+        content = await self.in_thread(self._encoded, work, image, samples)
+        codes = samples.codes[0].tolist()
+        return Complete(image, content, codes, float(samples.log_likelihood[0]))
+
+    def _encoded(self, work: Work, image: int, samples: Samples) -> bytes:
+        drawn = work.finish(self.pipe.decode(samples, [0]).images)[0]
+        settings = work.settings | {"image": image}
+        return encoded(drawn, work.format, work.fields.background, settings)
+
+    def _preview_every(self, fields: ImageFields) -> int | None:
+        if not fields.stream:
+            return None
+        if fields.preview_every is not None or not fields.partial_images:
+            return fields.preview_every
+        length = self.pipe.prior.stream.image_length
+        return math.ceil(length / (fields.partial_images + 1))
+
+    def _preview(self, work: Work, update: Preview) -> bytes:
+        codes = self.pipe.in_layout(update.codes[None])
+        image = self.pipe.tokenizer.to_images(codes)[0]
+        pixels = image_array(image).copy()
+        level = self.pipe.tokenizer.layout[-1]
+        there = update.known[-level.length :].view(level.grid).numpy()
+        cell = [pixels.shape[axis] // level.grid[axis] for axis in (0, 1)]
+        shown = there.repeat(cell[0], axis=0).repeat(cell[1], axis=1)
+        pixels[~shown] = 0 if self.has_alpha else _GREY
+        drawn = work.finish([Image.fromarray(pixels)])[0]
+        return encoded(drawn, work.format, work.fields.background, None)
+
+    def usage(self, work: Work) -> Usage:
+        """Tokens of a request: of the caption once, and of all codes that were sampled."""
+        pad = self.pipe.prior.stream.config.pad_id
+        text = int((work.plan.text_ids[0] != pad).sum())
+        sampled = len(work.plan.seeds) * self.pipe.prior.stream.image_length
+        return Usage(
+            input_tokens=text,
+            output_tokens=sampled,
+            total_tokens=text + sampled,
+            input_tokens_details={"text_tokens": text, "image_tokens": 0},
+        )
+
+
+def encoded(
+    image: Image.Image, format: Format, background: str | None, settings: dict[str, Any] | None
+) -> bytes:
+    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on
+    white."""
+    if has_alpha(image) and (background == "opaque" or format == "jpeg"):
+        image = to_rgb(image)
+    file = io.BytesIO()
+    if format == "png":
+        text = PngInfo()
+        if settings is not None:
+            text.add_text(METADATA, json.dumps(settings))
+        image.save(file, "PNG", pnginfo=text)
+    elif format == "webp":
+        image.save(file, "WEBP", lossless=True)
+    else:
+        image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def opened(content: bytes, param: str) -> Image.Image:
+    """An uploaded image.
+
+    Args:
+        param: the field that it is in, for the message.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    try:
+        return open_image(content, most=_MAX_UPLOAD_PIXELS)
+    except ValueError as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from error
+
+
+def _as_mask(mask: Image.Image) -> Image.Image:
+    """White where pixels are replaced: the transparent ones of a mask that has any transparency,
+    otherwise the white ones."""
+    if has_alpha(mask):
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
+    return mask.convert("L")
+
+
+def _seed(fields: ImageFields) -> int:
+    return secrets.randbits(48) if fields.seed is None else fields.seed
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())

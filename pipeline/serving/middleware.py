@@ -1,0 +1,155 @@
+"""What happens to every request: an id, a line in the log, metrics, a bearer token, limits on the
+body and on slow clients. Knows HTTP; nothing of images."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.serving.errors import ApiError
+from pipeline.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/", "/docs", "/healthz", "/readyz", "/openapi.json")
+"""What needs no token, and everything in `/page/`: they tell nothing of anybody's images."""
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_READ_SECONDS = 30.0
+"""Seconds between two parts of a request's body at most."""
+_WRITE_SECONDS = 60.0
+"""Seconds that a client takes to read a part of a response at most."""
+
+
+class RequestLog:
+    """Gives each request an id, in `x-request-id`, and counts and logs it at its end."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = name
+        start = time.perf_counter()
+        status = 499  # where the client is gone before the response begins
+
+        async def marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, marked)
+        finally:
+            seconds = time.perf_counter() - start
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self.metrics.requests.labels(path, scope["method"], str(status)).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            _log.info("%s %s %s %d in %.0f ms", name, scope["method"], path, status, seconds * 1e3)
+
+
+class Tokens:
+    """Lets requests with one of the tokens through, and all to `OPEN_PATHS`."""
+
+    def __init__(self, app: ASGIApp, tokens: Sequence[str]) -> None:
+        self.app = app
+        self.tokens = [token.encode() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.tokens and not self._is_open(scope["path"]):
+            header = dict(scope["headers"]).get(b"authorization", b"")
+            kind, _, given = header.partition(b" ")
+            # Every one is compared, so that the time tells nothing.
+            known = [hmac.compare_digest(given.strip(), token) for token in self.tokens]
+            if kind.lower() != b"bearer" or not any(known):
+                message = (
+                    "this server needs a token: send the header 'Authorization: Bearer TOKEN' with "
+                    "one of its --token-file"
+                )
+                error = ApiError(401, message, code="invalid_api_key")
+                headers = {"WWW-Authenticate": "Bearer"}
+                await JSONResponse(error.body(), 401, headers)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    def _is_open(path: str) -> bool:
+        return path in OPEN_PATHS or path.startswith("/page/")
+
+
+class Limits:
+    """Refuses bodies that are too large, and clients that send or read too slowly."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.max_bytes:
+            await self._refuse(self._too_large())(scope, receive, send)
+            return
+        read = 0
+        complete = False
+        started = False
+
+        async def limited() -> Message:
+            nonlocal read, complete
+            if complete:
+                return await receive()  # which waits for the client to go
+            try:
+                message = await asyncio.wait_for(receive(), _READ_SECONDS)
+            except TimeoutError:
+                text = f"no part of the body came for {_READ_SECONDS:.0f} s; send it again"
+                raise _Refused(ApiError(408, text, code="timeout")) from None
+            read += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if read > self.max_bytes:
+                raise _Refused(self._too_large())
+            return message
+
+        async def timed(message: Message) -> None:
+            nonlocal started
+            started = True
+            await asyncio.wait_for(send(message), _WRITE_SECONDS)
+
+        try:
+            await self.app(scope, limited, timed)
+        except _Refused as refused:
+            if started:
+                raise
+            await self._refuse(refused.error)(scope, receive, send)
+
+    def _too_large(self) -> ApiError:
+        text = f"the body is larger than {self.max_bytes / 1e6:g} MB; send less"
+        return ApiError(413, text, code="body_too_large")
+
+    @staticmethod
+    def _refuse(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, headers={"Connection": "close"})
+
+
+class _Refused(BaseException):
+    """Passes through the app's handlers of errors, which would answer for it."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(str(error))
+        self.error = error

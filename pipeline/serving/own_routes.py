@@ -1,0 +1,187 @@
+"""The endpoints of this project: scores, captions, tokens, the bundle's description, health. Knows
+bodies; computing is the pipeline's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from torch import Tensor
+
+from pipeline.inference.editing import check_image
+from pipeline.serving.errors import ApiError
+from pipeline.serving.images import ImageService, encoded, opened
+from pipeline.serving.metrics import CONTENT_TYPE, Metrics
+from pipeline.serving.schemas import (
+    Caption,
+    CaptionRequest,
+    CaptionResponse,
+    Model,
+    ModelList,
+    ScoreRequest,
+    ScoreResponse,
+    TokensRequest,
+    TokensResponse,
+)
+from pipeline.serving.state import ServerState
+from stage2_prior import score_each_code
+
+
+def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> APIRouter:
+    """Routes over one service."""
+    router = APIRouter()
+    pipe = service.pipe
+
+    @router.get("/healthz", tags=["server"])
+    async def healthz() -> dict[str, str]:
+        """200 while the process answers."""
+        return {"status": "ok"}
+
+    @router.get("/readyz", tags=["server"])
+    async def readyz() -> Response:
+        """200 while requests are accepted; 503 before the bundle is ready and at the end."""
+        return JSONResponse({"status": state.status}, 200 if state.status == "ready" else 503)
+
+    @router.get("/metrics", tags=["server"])
+    async def show_metrics() -> Response:
+        """Counters in Prometheus' format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @router.get("/v1/models", tags=["models"])
+    async def models() -> ModelList:
+        """The bundle, with what it can do."""
+        return ModelList(data=[model])
+
+    @router.get("/v1/models/{name}", tags=["models"])
+    async def one_model(name: str) -> Model:
+        """The bundle by its name."""
+        if name != model.id:
+            message = f"there is no model {name[:60]!r}; this server has {model.id!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return model
+
+    @router.post("/v1/score", tags=["codes"])
+    async def score(body: ScoreRequest) -> ScoreResponse:
+        """How likely an image, or its codes, are given a prompt."""
+        service.check_prompt(body.prompt)
+        codes = await codes_of(body.image, body.codes)
+        return await service.in_thread(scored, codes, body.prompt)
+
+    @router.post("/v1/captions", tags=["codes"])
+    async def captions(body: CaptionRequest) -> CaptionResponse:
+        """Captions of an image: candidates by their likelihood, or new ones."""
+        for one in body.candidates or []:
+            service.check_prompt(one)
+        image = await service.in_thread(decoded, body.image)
+        found = await service.in_thread(
+            pipe.caption,
+            image,
+            body.candidates,
+            num=body.n,
+            seed=body.seed,
+            temperature=body.temperature,
+            top_p=body.top_p,
+        )
+        return CaptionResponse(data=[Caption(text=t, log_likelihood=value) for t, value in found])
+
+    @router.post("/v1/tokens", tags=["codes"])
+    async def tokens(body: TokensRequest) -> TokensResponse:
+        """The codes of an image, or the image of codes."""
+        codes = await codes_of(body.image, body.codes)
+        return await service.in_thread(as_tokens, codes)
+
+    async def codes_of(image: str | None, codes: list[int] | None) -> Tensor:
+        """(1,N)"""
+        if (image is None) == (codes is None):
+            message = "give one of image and codes"
+            raise ApiError(400, message, param="image", code="missing")
+        if image is not None:
+            return await service.in_thread(lambda: pipe.codes_of([decoded(image)]).flatten(1))
+        assert codes is not None
+        return checked_codes(codes)
+
+    def checked_codes(codes: list[int]) -> Tensor:
+        layout = pipe.tokenizer.layout
+        length = sum(level.length for level in layout)
+        if len(codes) != length:
+            message = f"there are {len(codes)} codes; an image of {service.name} has {length}"
+            raise ApiError(400, message, param="codes", code="invalid_value")
+        at = 0
+        for level in layout:
+            part = codes[at : at + level.length]
+            at += level.length
+            if not all(0 <= code < level.num_codes for code in part):
+                message = f"a code is out of range; codes here are 0 to {level.num_codes - 1}"
+                raise ApiError(400, message, param="codes", code="invalid_value")
+        return torch.tensor([codes])
+
+    def decoded(content: str) -> Image.Image:
+        try:
+            data = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            message = f"image is not base64 ({error}); encode the file's bytes"
+            raise ApiError(400, message, param="image", code="invalid_image") from error
+        config = pipe.tokenizer.own_config
+        return check_image(opened(data, "image"), config.size, config.channels)
+
+    def scored(codes: Tensor, prompt: str) -> ScoreResponse:
+        ids = pipe.text_ids([prompt])
+        each = score_each_code(pipe.prior, ids, codes)[0]
+        null = None
+        if pipe.prior.config.trained_with_caption_dropout:
+            empty = pipe.prior.stream.null_caption(1)
+            null = float(score_each_code(pipe.prior, empty, codes).sum())
+        total = float(each.sum())
+        return ScoreResponse(
+            log_likelihood=total,
+            pmi=None if null is None else total - null,
+            codes=codes[0].tolist(),
+            nats=(-each).tolist(),
+        )
+
+    def as_tokens(codes: Tensor) -> TokensResponse:
+        image = pipe.tokenizer.to_images(pipe.in_layout(codes))[0]
+        return TokensResponse(
+            codes=codes[0].tolist(),
+            grids=[level.grid for level in pipe.tokenizer.layout],
+            b64_json=base64.b64encode(encoded(image, "png", None, None)).decode(),
+        )
+
+    model = _model(service)
+    return router
+
+
+_NUM_EXAMPLES = 200
+"""Names that the page suggests."""
+
+
+def _model(service: ImageService) -> Model:
+    pipe = service.pipe
+    height, width = pipe.tokenizer.size
+    known = service.known_prompts
+    names = [] if known is None else list(known.names)
+    config = pipe.prior.config
+    settings = service.settings
+    defaults: dict[str, Any] = asdict(pipe.defaults)
+    return Model(
+        id=service.name,
+        created=service.started,
+        owned_by="mini-dalle",
+        width=width,
+        height=height,
+        transparent=service.has_alpha,
+        grids=[level.grid for level in pipe.tokenizer.layout],
+        can_edit=config.trained_order == "random",
+        can_caption=config.trained_image_first,
+        can_guide=config.trained_with_caption_dropout,
+        styles=[] if known is None else list(known.styles),
+        examples=names[:: max(len(names) // _NUM_EXAMPLES, 1)],
+        defaults=defaults,
+        limits={"n": settings.max_images, "prompt": settings.max_prompt},
+    )

@@ -1,0 +1,361 @@
+"""The thread that samples: an engine of the prior, and what its jobs report to an event loop. Knows
+plans and codes; no HTTP, no prompts, no images.
+
+The event loop hands commands to the thread; the thread hands updates back. A job keeps the newest
+preview of each image alone, so a client that reads slowly costs no memory. Previews are codes; who
+shows them decodes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.inference.plan import SamplingPlan
+from pipeline.runtime.devices import is_out_of_memory
+from pipeline.runtime.threads import FreeThreads
+from stage2_prior import Engine, Finished, ImagePrior, Samples
+
+_log = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """There is no room for a job's images.
+
+    Args:
+        retry_after: seconds until there may be.
+    """
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(
+            f"{waiting} images are waiting to be sampled, which is the most that this server lets "
+            f"wait; try again in {retry_after} seconds"
+        )
+        self.retry_after = retry_after
+
+
+class ShuttingDown(Exception):
+    """The server stops, and does not sample the rest."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; send the request to another one")
+
+
+class SamplingFailed(Exception):
+    """The images of a job cannot be sampled, for a reason that is not the client's."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An image in the making."""
+
+    image: int
+    """Its place in the plan."""
+    codes: Tensor
+    """(N,) 0 where there is none yet."""
+    known: Tensor
+    """(N,) bool, which codes are there."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An image whose codes are complete."""
+
+    image: int
+    samples: Samples
+
+
+@dataclass(eq=False)
+class Job:
+    """A plan that is being sampled.
+
+    Args:
+        plan: its images.
+        preview_every: codes between two previews of an image; None for none.
+    """
+
+    plan: SamplingPlan
+    preview_every: int | None
+    _loop: asyncio.AbstractEventLoop
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _previews: dict[int, Preview] = field(default_factory=dict)
+    _sampled: list[Sampled] = field(default_factory=list)
+    _error: Exception | None = None
+    left: int = 0
+    """Images whose end was not reported yet."""
+
+    def __post_init__(self) -> None:
+        self.left = len(self.plan.seeds)
+
+    async def updates(self) -> AsyncIterator[Preview | Sampled]:
+        """What happens to the images, until all are complete.
+
+        Raises:
+            ValueError: the plan asks for what the prior cannot do.
+            SamplingFailed: the logits were not finite, or the memory is too small.
+            ShuttingDown: the server stops.
+        """
+        remaining = len(self.plan.seeds)
+        while remaining:
+            await self._changed.wait()
+            self._changed.clear()
+            previews, self._previews = self._previews, {}
+            sampled, self._sampled = self._sampled, []
+            for preview in previews.values():
+                yield preview
+            for one in sampled:
+                remaining -= 1
+                yield one
+            if self._error is not None:
+                raise self._error
+
+    # Called in the event loop
+
+    def _receive(self, update: Preview | Sampled | Exception) -> None:
+        if isinstance(update, Exception):
+            self._error = self._error or update
+        elif isinstance(update, Preview):
+            self._previews[update.image] = update
+        else:
+            self._previews.pop(update.image, None)
+            self._sampled.append(update)
+        self._changed.set()
+
+    # Called in the sampling thread
+
+    def report(self, update: Preview | Sampled | Exception) -> None:
+        """Hands an update to the event loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, update)
+        except RuntimeError:  # the loop is closed, and nobody waits
+            _log.debug("an update was dropped, since the event loop is closed")
+
+
+class Sampler:
+    """Samples jobs in a thread of its own, first come, first served.
+
+    Args:
+        prior: evaluated as it is, on its device.
+        num_rows: rows of the engine's table: half as many guided images at a time.
+        max_waiting: images that wait at most, beyond those being sampled.
+        compiled: whether the engine's steps are compiled.
+        on_step: called after each step with its seconds and the images that it advanced, in the
+            sampling thread.
+    """
+
+    def __init__(
+        self,
+        prior: ImagePrior,
+        *,
+        num_rows: int = 64,
+        max_waiting: int = 256,
+        compiled: bool = False,
+        on_step: Callable[[float, int], object] = lambda seconds, images: None,
+    ) -> None:
+        self.prior = prior
+        self.num_rows = num_rows
+        self.max_waiting = max_waiting
+        self._compiled = compiled
+        self._on_step = on_step
+        self._engine = Engine(prior, num_rows, compiled=compiled)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[int, tuple[Job, int]] = {}
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._step_seconds = 0.0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_pending(self) -> int:
+        """Images that are sampled or wait."""
+        return self._pending
+
+    @property
+    def num_active(self) -> int:
+        """Images that are sampled now."""
+        return self._engine.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for rows."""
+        return max(self._pending - self.num_active, 0)
+
+    def submit(self, plan: SamplingPlan, preview_every: int | None = None) -> Job:
+        """Starts a job; called in an event loop, which gets the updates.
+
+        Raises:
+            QueueFull: too many images wait.
+            ShuttingDown: `close` was called.
+        """
+        count = len(plan.seeds)
+        with self._lock:
+            if self._closing:
+                raise ShuttingDown
+            room = self.num_rows // 2 + self.max_waiting
+            if self._pending + count > room:
+                raise QueueFull(self.num_waiting, self._seconds_to_wait())
+            self._pending += count
+        job = Job(plan, preview_every, asyncio.get_running_loop())
+        self._commands.put(lambda: self._start(job))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Forgets what is left of a job; its rows are free at the next step."""
+        self._commands.put(lambda: self._drop(job))
+
+    def stop(self) -> None:
+        """Tells the thread to end. Jobs that are left fail with `ShuttingDown`."""
+        with self._lock:
+            self._closing = True
+        self._commands.put(lambda: None)
+
+    def close(self) -> None:
+        """Ends the thread, as `stop`, and waits for it."""
+        self.stop()
+        self._thread.join()
+
+    def _seconds_to_wait(self) -> int:
+        """About when a row is free: the images before it, at the pace of the last steps."""
+        rounds = math.ceil(self._pending / (self.num_rows // 2))
+        return max(math.ceil(rounds * self._step_seconds * self.prior.stream.image_length), 1)
+
+    # All below runs in the thread
+
+    def _run(self) -> None:
+        with FreeThreads() as threads:
+            while not self._closing:
+                self._take_commands()
+                if self._tickets and not self._closing:
+                    threads.update()
+                    self._step()
+        for job in {job for job, _ in self._tickets.values()}:
+            self._fail(job, ShuttingDown())
+        while not self._commands.empty():  # jobs that had not started
+            self._commands.get()()
+        for job in {job for job, _ in self._tickets.values()}:
+            self._fail(job, ShuttingDown())
+
+    def _take_commands(self) -> None:
+        """Carries out all commands; waits for one where nothing is being sampled."""
+        if not self._tickets:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _start(self, job: Job) -> None:
+        options = job.plan.options
+        if options.num_inference_steps is not None:
+            self._sample_at_once(job)
+            return
+        try:
+            for image, request in enumerate(job.plan.requests()):
+                self._tickets[self._engine.submit(request)] = (job, image)
+        except ValueError as error:
+            self._fail(job, error)
+
+    def _sample_at_once(self, job: Job) -> None:
+        """Several codes per step, which an engine does not do: the other jobs wait meanwhile."""
+        try:
+            samples = job.plan.sample(self.prior)
+        except ValueError as error:
+            self._fail(job, error)
+        except Exception as error:
+            self._fail(job, self._failure(error))
+        else:
+            for image in range(len(job.plan.seeds)):
+                self._end(job, Sampled(image, samples.rows(torch.tensor([image]))))
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        active = self._engine.num_active
+        try:
+            finished = self._engine.step()
+        except Exception as error:
+            self._recover(error)
+            return
+        seconds = time.perf_counter() - start
+        self._step_seconds = 0.9 * (self._step_seconds or seconds) + 0.1 * seconds
+        self._on_step(seconds, max(active, self._engine.num_active))
+        for one in finished:
+            self._finish(one)
+        self._preview()
+
+    def _finish(self, one: Finished) -> None:
+        job, image = self._tickets.pop(one.ticket)
+        if one.samples is None:
+            self._fail(
+                job, SamplingFailed("the prior's logits were not finite; the bundle is damaged")
+            )
+        else:
+            self._end(job, Sampled(image, one.samples))
+
+    def _preview(self) -> None:
+        length = self.prior.stream.image_length
+        for ticket, left in self._engine.codes_left.items():
+            job, image = self._tickets[ticket]
+            if job.preview_every and (length - left) % job.preview_every == 0:
+                job.report(Preview(image, *self._engine.codes_so_far(ticket)))
+
+    def _recover(self, error: Exception) -> None:
+        """After a step that failed: all jobs start again in half as many rows where memory was
+        short, and fail otherwise. Images depend on their seeds alone, so they stay the same."""
+        jobs = list(dict.fromkeys(job for job, _ in self._tickets.values()))
+        images = {job: [i for other, i in self._tickets.values() if other is job] for job in jobs}
+        self._tickets.clear()
+        rows = self._engine.num_rows
+        if is_out_of_memory(error) and rows > 2:
+            rows //= 2
+            _log.warning("out of memory in a step; sampling goes on with %d rows", rows)
+        else:
+            _log.error("a sampling step failed", exc_info=error)
+            for job in jobs:
+                self._fail(job, self._failure(error))
+            jobs = []
+        del self._engine  # before another one takes its memory
+        if self.prior.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._engine = Engine(self.prior, rows, compiled=self._compiled)
+        for job in jobs:
+            requests = job.plan.requests()
+            for image in images[job]:
+                self._tickets[self._engine.submit(requests[image])] = (job, image)
+
+    @staticmethod
+    def _failure(error: Exception) -> Exception:
+        if is_out_of_memory(error):
+            return SamplingFailed("there is not enough memory to sample one image")
+        return SamplingFailed("sampling failed; the server's log says why")
+
+    def _drop(self, job: Job) -> None:
+        tickets = [ticket for ticket, (other, _) in self._tickets.items() if other is job]
+        for ticket in tickets:
+            self._engine.cancel(ticket)
+            del self._tickets[ticket]
+        self._release(job, job.left)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Ends all that is left of a job."""
+        if job.left:
+            self._drop(job)
+            job.report(error)
+
+    def _end(self, job: Job, update: Sampled) -> None:
+        """Reports an image that is complete."""
+        self._release(job, 1)
+        job.report(update)
+
+    def _release(self, job: Job, count: int) -> None:
+        job.left -= count
+        with self._lock:
+            self._pending -= count

@@ -1,0 +1,64 @@
+"""`ServerSettings`: how a server listens and what it lets clients ask. Knows numbers alone."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+MAX_SLOTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What `minidalle serve` sets."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Others than loopback can be reached from other machines."""
+    port: int = 8000
+    slots: int = 32
+    """Guided images that are sampled at a time, a power of two."""
+    max_waiting: int = 256
+    """Images that wait for a slot at most; further requests get 429."""
+    max_images: int = 16
+    """Images per request, those that `best_of` drops included."""
+    max_prompt: int = 1000
+    """Characters of a prompt."""
+    max_body_mb: float = 8.0
+    """MB of a request's body."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    grace: float = 30.0
+    """Seconds that running requests have after a signal to stop."""
+    log_prompts: bool = False
+    """Write prompts into the log."""
+    compiled: bool = False
+    """Compile the sampling steps at the start."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.slots > MAX_SLOTS or self.slots & (self.slots - 1):
+            raise ValueError(
+                f"slots is {self.slots}; it must be a power of two from 1 to {MAX_SLOTS}"
+            )
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must be a number from 1 to 65535")
+        for name in ("max_waiting", "max_images", "max_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_body_mb", "timeout", "grace"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.max_images > self.slots + self.max_waiting:
+            raise ValueError(
+                f"max_images is {self.max_images}, and {self.slots} slots with {self.max_waiting} "
+                "waiting images never hold as many; raise max_waiting"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether this machine alone can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
