@@ -62,6 +62,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.state.service = service
     install_handlers(app)
     app.include_router(image_router(service, metrics))
     app.include_router(own_router(service, metrics, state))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import math
 import secrets
 import time
@@ -43,6 +44,8 @@ from pipeline.serving.schemas import EditFields, Format, ImageFields, Usage, Var
 from pipeline.serving.settings import ServerSettings
 from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
 from stage2_prior import Samples
+
+_log = logging.getLogger(__name__)
 
 _GREY = 128
 _MAX_UPLOAD_PIXELS = 2**24
@@ -247,6 +250,8 @@ class ImageService:
         warnings = ()
         if self.known_prompts is not None:
             warnings = tuple(await self.in_thread(self.known_prompts.problems, prompt))
+        if self.settings.log_prompts:
+            _log.info("prompt %r", prompt)
         settings = settings | {"bundle": self.name, "seed": seed}
         settings |= {k: v for k, v in fields.sampling().items() if v is not None}
         return Work(plan, fields, seed, settings, warnings=warnings, **options)

@@ -235,10 +235,13 @@ class Sampler:
     def _run(self) -> None:
         with FreeThreads() as threads:
             while not self._closing:
-                self._take_commands()
-                if self._tickets and not self._closing:
-                    threads.update()
-                    self._step()
+                try:
+                    self._take_commands()
+                    if self._tickets and not self._closing:
+                        threads.update()
+                        self._step()
+                except Exception as error:  # the thread must not end
+                    self._recover(error)
         for job in {job for job, _ in self._tickets.values()}:
             self._fail(job, ShuttingDown())
         while not self._commands.empty():  # jobs that had not started
@@ -261,15 +264,13 @@ class Sampler:
         try:
             for image, request in enumerate(job.plan.requests()):
                 self._tickets[self._engine.submit(request)] = (job, image)
-        except ValueError as error:
-            self._fail(job, error)
+        except Exception as error:
+            self._fail(job, self._failure(error))
 
     def _sample_at_once(self, job: Job) -> None:
         """Several codes per step, which an engine does not do: the other jobs wait meanwhile."""
         try:
             samples = job.plan.sample(self.prior)
-        except ValueError as error:
-            self._fail(job, error)
         except Exception as error:
             self._fail(job, self._failure(error))
         else:
@@ -279,11 +280,7 @@ class Sampler:
     def _step(self) -> None:
         start = time.perf_counter()
         active = self._engine.num_active
-        try:
-            finished = self._engine.step()
-        except Exception as error:
-            self._recover(error)
-            return
+        finished = self._engine.step()
         seconds = time.perf_counter() - start
         self._step_seconds = 0.9 * (self._step_seconds or seconds) + 0.1 * seconds
         self._on_step(seconds, max(active, self._engine.num_active))
@@ -292,6 +289,8 @@ class Sampler:
         self._preview()
 
     def _finish(self, one: Finished) -> None:
+        if one.ticket not in self._tickets:
+            return  # another image of its job failed in this step
         job, image = self._tickets.pop(one.ticket)
         if one.samples is None:
             self._fail(
@@ -318,7 +317,6 @@ class Sampler:
             rows //= 2
             _log.warning("out of memory in a step; sampling goes on with %d rows", rows)
         else:
-            _log.error("a sampling step failed", exc_info=error)
             for job in jobs:
                 self._fail(job, self._failure(error))
             jobs = []
@@ -333,6 +331,10 @@ class Sampler:
 
     @staticmethod
     def _failure(error: Exception) -> Exception:
+        """What a job ends with. A ValueError is for the client, others for the log."""
+        if isinstance(error, ValueError):
+            return error
+        _log.error("sampling failed", exc_info=error)
         if is_out_of_memory(error):
             return SamplingFailed("there is not enough memory to sample one image")
         return SamplingFailed("sampling failed; the server's log says why")

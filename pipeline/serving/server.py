@@ -44,7 +44,19 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
             "reaches it can use it",
             settings.host,
         )
-    listener = listen(settings.host, settings.port)
+    with listen(settings.host, settings.port) as listener:
+        service, metrics = _service(bundle, settings)
+        state = ServerState()
+        app = create_app(service, metrics, tokens=tokens, state=state)
+        # No limit of uvicorn's on the end: after `grace` the sampler ends, and whoever still waits
+        # is told so.
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=15
+        )
+        _Server(config, settings.grace, state, service).run(sockets=[listener])
+
+
+def _service(bundle: str | Path, settings: ServerSettings) -> tuple[ImageService, Metrics]:
     pipe = TextToImagePipeline.from_pretrained(bundle)
     if not isinstance(pipe, TextToImagePipeline):
         raise ValueError(
@@ -61,19 +73,7 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
         on_step=metrics.on_step,
     )
     metrics.watch(sampler)
-    service = ImageService(pipe, sampler, settings, Path(bundle).name)
-    state = ServerState()
-    app = create_app(service, metrics, tokens=tokens, state=state)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=15,
-        # After it the sampler ends, and whoever still waits is told so.
-        timeout_graceful_shutdown=None,
-    )
-    _Server(config, settings.grace, state, service).run(sockets=[listener])
+    return ImageService(pipe, sampler, settings, Path(bundle).name), metrics
 
 
 class _Server(uvicorn.Server):
@@ -106,7 +106,9 @@ class _Server(uvicorn.Server):
                 self._grace,
             )
             asyncio.get_running_loop().call_later(self._grace, self._service.sampler.stop)
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own, which raises the signal again once the server has ended.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

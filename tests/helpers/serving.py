@@ -1,0 +1,92 @@
+"""Servers of tiny pipelines: in this process without a network, or at a port of the loopback."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.serving.app import create_app
+from pipeline.serving.images import ImageService
+from pipeline.serving.metrics import Metrics
+from pipeline.serving.sampler import Sampler
+from pipeline.serving.settings import ServerSettings
+from tests.helpers.pipelines import tiny_pipeline
+
+
+def serving_pipeline(**options: Any) -> TextToImagePipeline:
+    """As `tiny_pipeline`, with guidance allowed."""
+    pipe = tiny_pipeline(**options)
+    pipe.prior.config.trained_with_caption_dropout = True
+    return pipe
+
+
+def tiny_app(
+    pipe: TextToImagePipeline, *, num_rows: int = 8, tokens: tuple[str, ...] = (), **settings: Any
+) -> FastAPI:
+    """The application of a pipeline, under the name `tiny`."""
+    given = ServerSettings(**{"slots": num_rows // 2, "timeout": 60.0, **settings})
+    metrics = Metrics()
+    sampler = Sampler(
+        pipe.prior, num_rows=num_rows, max_waiting=given.max_waiting, on_step=metrics.on_step
+    )
+    metrics.watch(sampler)
+    return create_app(ImageService(pipe, sampler, given, "tiny"), metrics, tokens=tokens)
+
+
+@contextmanager
+def client_of(pipe: TextToImagePipeline | None = None, **settings: Any) -> Iterator[TestClient]:
+    """A client whose calls reach the application without a network."""
+    app = tiny_app(pipe or serving_pipeline(), **settings)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of a server in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def image_of(data: dict[str, Any]) -> Image.Image:
+    """The image of an entry of a response."""
+    image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))
+    image.load()
+    return image
+
+
+def png_of(image: Image.Image) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and bodies of a stream of server-sent events."""
+    found = []
+    for block in filter(None, text.split("\n\n")):
+        name, data = block.split("\n")
+        assert name.startswith("event: ") and data.startswith("data: ")
+        found.append((name[7:], json.loads(data[6:])))
+    return found

@@ -1,0 +1,122 @@
+"""Edits, extensions and variations: those of an offline call; masks, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage1_tokenizer.pixels import image_array
+from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
+
+EDITS = "/v1/images/edits"
+VARIATIONS = "/v1/images/variations"
+FIELDS = {"prompt": "a red heart", "seed": "3", "n": "2"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return serving_pipeline(any_order=True)
+
+
+@pytest.fixture(scope="module")
+def client(pipe):
+    with client_of(pipe) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def image(pipe):
+    return pipe("a blue star", seed=1).images[0]
+
+
+def black(size=(16, 16)):
+    return Image.new("L", size, 0)
+
+
+def left_half():
+    mask = black()
+    mask.paste(255, (0, 0, 8, 16))
+    return mask
+
+
+def transparent_half(image):
+    mask = image.convert("RGBA")
+    mask.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    return mask
+
+
+def post(client, url, image, mask=None, **fields):
+    files = {"image": png_of(image)} | ({} if mask is None else {"mask": png_of(mask)})
+    return client.post(url, data=FIELDS | fields, files=files)
+
+
+def codes_of(response):
+    assert response.status_code == 200, response.text
+    return [data["codes"] for data in response.json()["data"]]
+
+
+@pytest.mark.parametrize("kind", ["white", "transparent"])
+def test_an_edit_is_that_of_an_offline_call(client, pipe, image, kind):
+    mask = left_half() if kind == "white" else transparent_half(image)
+    response = post(client, EDITS, image, mask)
+    expected = pipe.edit(image, left_half(), "a red heart", num_images=2, seed=3)
+    assert codes_of(response) == expected.codes.flatten(1).tolist()
+    edited = image_array(image_of(response.json()["data"][0]))
+    assert np.array_equal(edited[:, 8:], image_array(image)[:, 8:])
+    assert not np.array_equal(edited[:, :8], image_array(image)[:, :8])
+
+
+def test_an_extension_is_that_of_an_offline_call(client, pipe, image):
+    small = image.crop((0, 0, 8, 8))
+    response = post(client, EDITS, small, outpaint_at="4,8")
+    expected = pipe.outpaint(small, "a red heart", at=(4, 8), num_images=2, seed=3)
+    assert codes_of(response) == expected.codes.flatten(1).tolist()
+
+
+def test_a_variation_is_that_of_an_offline_call(client, pipe, image):
+    response = post(client, VARIATIONS, image, strength="0.3")
+    expected = pipe.vary(image, 0.3, "a red heart", num_images=2, seed=3)
+    assert codes_of(response) == expected.codes.flatten(1).tolist()
+
+
+def test_steps_of_several_codes_are_those_of_an_offline_call(client, pipe):
+    body = {"prompt": "a red heart", "seed": 3, "n": 2, "steps": 4}
+    response = client.post("/v1/images/generations", json=body)
+    expected = pipe("a red heart", num_images_per_prompt=2, seed=3, num_inference_steps=4)
+    assert codes_of(response) == expected.codes.flatten(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "fields", "param", "words"),
+    [
+        (black((8, 8)), {}, None, "the mask is 8x8 and the image 16x16"),
+        (black(), {}, "mask", "the mask is empty"),
+        (None, {}, "mask", "one of mask and outpaint_at"),
+        (left_half(), {"outpaint_at": "0,0"}, "mask", "one of mask and outpaint_at"),
+        (None, {"outpaint_at": "0,0"}, None, "fills the canvas"),
+        (None, {"outpaint_at": "north"}, "outpaint_at", "pattern"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(client, image, mask, fields, param, words):
+    response = post(client, EDITS, image, mask, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+def test_images_that_do_not_fit_are_refused(client, image):
+    large = post(client, EDITS, image.resize((32, 32)), left_half().resize((32, 32)))
+    assert large.status_code == 400
+    assert "the image is 32x32 and this prior draws 16x16" in large.json()["error"]["message"]
+    files = {"image": b"no image", "mask": png_of(left_half())}
+    broken = client.post(EDITS, data=FIELDS, files=files)
+    assert broken.status_code == 400 and broken.json()["error"]["param"] == "image"
+    assert broken.json()["error"]["code"] == "invalid_image"
+
+
+def test_a_prior_in_raster_order_says_so(image):
+    with client_of(serving_pipeline()) as client:
+        response = post(client, EDITS, image, left_half())
+    assert response.status_code == 400
+    assert "raster order" in response.json()["error"]["message"]

@@ -1,0 +1,282 @@
+"""`POST /v1/images/generations`: the codes of an offline call, formats, previews, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import random
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from stage1_tokenizer.pixels import image_array
+from tests.helpers.serving import client_of, events_of, image_of, serving_pipeline, tiny_app
+
+URL = "/v1/images/generations"
+HEART = {"prompt": "a red heart", "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return serving_pipeline()
+
+
+@pytest.fixture(scope="module")
+def client(pipe):
+    with client_of(pipe) as client:
+        yield client
+
+
+def codes_of(response):
+    assert response.status_code == 200, response.text
+    return [data["codes"] for data in response.json()["data"]]
+
+
+def offline(pipe, prompt="a red heart", **options):
+    return pipe(prompt, **options).codes.flatten(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 3.0, "temperature": 0.7},
+        {"top_k": 3, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 0.0},
+    ],
+)
+def test_images_are_those_of_an_offline_call(client, pipe, options):
+    response = client.post(URL, json=HEART | {"n": 3} | options)
+    output = pipe("a red heart", num_images_per_prompt=3, seed=7, **options)
+    assert codes_of(response) == output.codes.flatten(1).tolist()
+    body = response.json()
+    for data, image, value in zip(body["data"], output.images, output.log_likelihood, strict=True):
+        difference = image_array(image_of(data)).astype(int) - image_array(image)
+        assert np.abs(difference).max() <= 1
+        assert data["log_likelihood"] == pytest.approx(float(value), abs=1e-3)
+    assert body["size"] == "16x16" and body["seed"] == 7
+    assert body["usage"]["output_tokens"] == 3 * 16
+
+
+def test_best_of_returns_the_images_of_an_offline_call(client, pipe):
+    response = client.post(URL, json=HEART | {"n": 2, "best_of": 4})
+    expected = offline(pipe, num_images_per_prompt=2, seed=7, best_of=4)
+    assert codes_of(response) == expected
+    assert expected != offline(pipe, num_images_per_prompt=2, seed=7)
+
+
+def test_without_a_seed_images_differ_and_can_be_sampled_again(client, pipe):
+    first, second = (client.post(URL, json={"prompt": "a blue star"}).json() for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert [first["data"][0]["codes"]] == offline(pipe, "a blue star", seed=first["seed"])
+
+
+@pytest.mark.parametrize("ending", ["png", "jpeg", "webp"])
+def test_formats(client, ending):
+    body = client.post(URL, json=HEART | {"output_format": ending}).json()
+    image = image_of(body["data"][0])
+    assert image.format == ending.upper() and image.size == (16, 16)
+    assert body["output_format"] == ending
+
+
+def test_a_png_holds_its_settings(client):
+    body = client.post(URL, json=HEART | {"temperature": 0.5, "n": 2}).json()
+    settings = json.loads(image_of(body["data"][1]).text["minidalle"])
+    assert settings == {
+        "prompt": "a red heart",
+        "best_of": 1,
+        "bundle": "tiny",
+        "seed": 7,
+        "temperature": 0.5,
+        "image": 1,
+    }
+
+
+def test_transparency_is_kept_or_laid_on_white():
+    pipe = serving_pipeline(channels=4)
+    with client_of(pipe) as client:
+        found = {
+            background: client.post(URL, json=HEART | {"background": background}).json()
+            for background in ("auto", "transparent", "opaque")
+        }
+    modes = {name: image_of(body["data"][0]).mode for name, body in found.items()}
+    assert modes == {"auto": "RGBA", "transparent": "RGBA", "opaque": "RGB"}
+    said = {name: body["background"] for name, body in found.items()}
+    assert said == {"auto": "transparent", "transparent": "transparent", "opaque": "opaque"}
+
+
+def test_urls_give_the_image_once_it_is_there(client):
+    body = client.post(URL, json=HEART | {"response_format": "url"}).json()
+    url = body["data"][0]["url"]
+    content = client.get(url)
+    assert content.headers["content-type"] == "image/png"
+    expected = client.post(URL, json=HEART).json()["data"][0]["b64_json"]
+    assert content.content == base64.b64decode(expected)
+    gone = client.get(url.replace("/v1/files/", "/v1/files/x"))
+    assert gone.status_code == 404 and "or no longer" in gone.json()["error"]["message"]
+
+
+def test_a_stream_has_previews_and_the_image(client, pipe):
+    body = HEART | {"stream": True, "partial_images": 3, "n": 2}
+    found = events_of(client.post(URL, json=body).text)
+    names = [name for name, _ in found]
+    assert names[-1] == "image_generation.completed" and names.count(names[-1]) == 2
+    done = {data["image_index"]: data["codes"] for name, data in found if name == names[-1]}
+    assert [done[0], done[1]] == offline(pipe, num_images_per_prompt=2, seed=7)
+    assert "image_generation.partial_image" in names
+    for name, data in found:
+        assert data["type"] == name and image_of(data).size == (16, 16)
+
+
+def test_a_preview_shows_the_codes_so_far_and_grey(pipe):
+    """By the service itself: a client may be too slow to see all previews."""
+    from pipeline.serving.images import Complete, Partial
+    from pipeline.serving.schemas import GenerationRequest
+
+    app = tiny_app(pipe)
+    with client_of(pipe):
+        pass
+    service = app.state.service
+
+    async def run():
+        fields = GenerationRequest(**HEART, stream=True, preview_every=4)
+        work = await service.generation(fields, fields.prompt)
+        job = service.start(work)
+        return [one async for one in service.images(work, job)]
+
+    found = asyncio.run(run())
+    service.close()
+    complete = image_array(image_of_bytes(found[-1].content))
+    assert isinstance(found[-1], Complete) and all(isinstance(one, Partial) for one in found[:-1])
+    for one in found[:-1]:
+        shown = image_array(image_of_bytes(one.content))
+        grey = (shown == 128).all(-1)
+        rows = grey.all(axis=1)
+        assert rows[-4:].all() and not rows[:4].any()
+    assert not (complete == 128).all(-1).all(axis=1).any()
+
+
+def image_of_bytes(content):
+    return image_of({"b64_json": base64.b64encode(content)})
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "words"),
+    [
+        ({"prompt": None}, 400, "prompt", "string"),
+        ({"size": "32x32"}, 400, "size", "draws 16x16 alone"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1"),
+        ({"n": 17}, 400, "n", "at most 16"),
+        ({"n": 4, "best_of": 5}, 400, "n", r"n \* best_of is 20"),
+        ({"prompt": "x" * 1001}, 400, "prompt", "1001 characters"),
+        ({"prompt": "a red heart " * 20}, 400, None, "tokens"),
+        ({"model": "dall-e-3"}, 404, "model", "this server has 'tiny'"),
+        ({"background": "transparent"}, 400, "background", "no transparency"),
+        ({"quality": "hd"}, 400, "quality", "not permitted"),
+        ({"temperature": -1}, 400, "temperature", "greater"),
+        ({"seed": -1}, 400, "seed", "greater"),
+        ({"steps": 4}, 400, None, "random"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client, change, status, param, words):
+    response = client.post(URL, json=HEART | change)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+    import re
+
+    assert re.search(words, error["message"]), error
+
+
+def test_no_guidance_from_a_prior_without_caption_dropout():
+    pipe = serving_pipeline()
+    pipe.prior.config.trained_with_caption_dropout = False
+    with client_of(pipe) as client:
+        for change in ({"guidance_scale": 2.0}, {"best_of": 2}):
+            response = client.post(URL, json=HEART | change)
+            assert response.status_code == 400
+            assert "caption dropout" in response.json()["error"]["message"]
+        streamed = client.post(URL, json=HEART | {"guidance_scale": 2.0, "stream": True})
+        ((name, error),) = events_of(streamed.text)
+        assert name == "error" and "caption dropout" in error["error"]["message"]
+
+
+def test_a_style_that_was_not_trained_is_reported():
+    from pipeline.inference.known_prompts import KnownPrompts
+
+    pipe = serving_pipeline(captions=["a red heart, noto style"])
+    pipe.known_prompts = KnownPrompts(styles=("noto",), names=("red heart",))
+    with client_of(pipe) as client:
+        body = client.post(URL, json={"prompt": "red heart, cubist style"}).json()
+    assert len(body["warnings"]) == 1 and "'cubist' was not trained" in body["warnings"][0]
+
+
+def test_weights_that_give_nan_fail_and_the_server_stays():
+    pipe = serving_pipeline()
+    kept = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
+    with client_of(pipe) as client:
+        with torch.no_grad():
+            for parameter in pipe.prior.parameters():
+                parameter.fill_(float("nan"))
+        broken = client.post(URL, json=HEART | {"n": 3})
+        assert broken.status_code == 500
+        assert "not finite" in broken.json()["error"]["message"]
+        pipe.prior.load_state_dict(kept)
+        again = client.post(URL, json={"prompt": "a blue star", "seed": 1})
+        assert codes_of(again) == offline(pipe, "a blue star", seed=1)
+        assert "minidalle_images_active 0.0" in client.get("/metrics").text
+
+
+def random_request(draw):
+    return {
+        "prompt": draw.choice(["a red heart", "a blue star", "two green rings", "a red star"]),
+        "seed": draw.randrange(1000),
+        "n": draw.choice([1, 1, 2, 3]),
+        "guidance_scale": draw.choice([1.0, 2.0, 3.5]),
+        "temperature": draw.choice([0.0, 0.5, 1.0]),
+        "top_k": draw.choice([None, 4]),
+        "top_p": draw.choice([None, 0.8]),
+        "min_p": draw.choice([None, 0.05]),
+        "best_of": draw.choice([1, 1, 1, 2]),
+    }
+
+
+def test_two_hundred_requests_under_load_give_the_codes_of_offline_calls():
+    draw = random.Random(0)
+    bodies = [random_request(draw) for _ in range(200)]
+    gone = set(draw.sample(range(200), 40))
+    waits = [draw.random() * 2 for _ in bodies]
+    pipe = serving_pipeline()
+    app = tiny_app(pipe, max_waiting=1000)
+
+    async def one(client, number):
+        await asyncio.sleep(waits[number])
+        call = asyncio.ensure_future(client.post(URL, json=bodies[number]))
+        if number in gone:
+            await asyncio.sleep(waits[number] / 20)
+            call.cancel()
+        return await call
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
+        ):
+            calls = (one(client, number) for number in range(200))
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            metrics = (await client.get("/metrics")).text
+            return found, metrics
+
+    found, metrics = asyncio.run(run())
+    done = [i for i, response in enumerate(found) if isinstance(response, httpx.Response)]
+    assert set(range(200)) - gone <= set(done)
+    for i in done:
+        body = dict(bodies[i])
+        prompt, n = body.pop("prompt"), body.pop("n")
+        assert codes_of(found[i]) == offline(pipe, prompt, num_images_per_prompt=n, **body), body
+    assert "minidalle_images_active 0.0" in metrics
+    assert "minidalle_images_waiting 0.0" in metrics

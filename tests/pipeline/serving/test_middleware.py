@@ -1,0 +1,160 @@
+"""Ids, tokens, limits and hosts; malformed bodies never fail the server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections import deque
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pipeline.serving.middleware
+from pipeline.serving.store import MAX_BYTES, MAX_SECONDS, ImageStore
+from tests.helpers.serving import client_of, running, serving_pipeline, tiny_app
+
+URL = "/v1/images/generations"
+HEART = {"prompt": "a red heart", "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def client():
+    with client_of(max_body_mb=0.01) as client:
+        yield client
+
+
+def test_a_request_has_an_id_in_its_response_and_in_the_log(client, caplog):
+    caplog.set_level(logging.INFO, "pipeline.serving")
+    given_id = client.get("/healthz", headers={"x-request-id": "mine-1"})
+    assert given_id.headers["x-request-id"] == "mine-1"
+    odd = client.post(URL, json=HEART, headers={"x-request-id": "a b\x7f"})
+    assert len(odd.headers["x-request-id"]) == 32
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("mine-1 GET /healthz 200 in ") for line in lines)
+    assert any(f"{odd.headers['x-request-id']} POST {URL} 200" in line for line in lines)
+
+
+def test_prompts_are_not_logged_unless_asked(caplog):
+    caplog.set_level(logging.INFO, "pipeline.serving")
+    with client_of() as client:
+        client.post(URL, json=HEART)
+        assert "heart" not in caplog.text
+    with client_of(log_prompts=True) as client:
+        client.post(URL, json=HEART)
+    assert "prompt 'a red heart'" in caplog.text
+
+
+def test_tokens_are_needed_but_for_the_page_and_health():
+    with client_of(tokens=("secret", "other")) as client:
+        for path in ("/", "/docs", "/healthz", "/readyz", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for header in ("", "Bearer wrong", "Basic secret", "Bearer"):
+            response = client.post(URL, json=HEART, headers={"Authorization": header})
+            error = response.json()["error"]
+            assert response.status_code == 401 and error["type"] == "authentication_error"
+            assert "Bearer TOKEN" in error["message"]
+        assert client.get("/metrics").status_code == 401
+        for token in ("secret", "other"):
+            response = client.post(URL, json=HEART, headers={"Authorization": f"Bearer {token}"})
+            assert response.status_code == 200
+
+
+def test_large_bodies_are_refused_with_and_without_a_length(client):
+    body = json.dumps({"prompt": "x" * 20_000})
+    for content in (body, iter([body[:5000].encode(), body[5000:].encode()])):
+        headers = {"content-type": "application/json"}
+        response = client.post(URL, content=content, headers=headers)
+        assert response.status_code == 413
+        assert "larger than 0.01 MB" in response.json()["error"]["message"]
+
+
+def test_other_hosts_are_refused_on_the_loopback(client):
+    response = client.get("/healthz", headers={"host": "evil.example"})
+    assert response.status_code == 400
+
+
+def test_unknown_paths_and_methods(client):
+    assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    wrong = client.get(URL)
+    assert wrong.status_code == 405 and wrong.json()["error"]["message"].startswith(f"GET {URL}")
+
+
+def test_the_page_may_load_nothing_from_other_hosts(client):
+    assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
+    assert "access-control-allow-origin" not in client.get("/v1/models").headers
+
+
+def test_a_body_that_never_comes_ends_in_408(monkeypatch):
+    monkeypatch.setattr(pipeline.serving.middleware, "_READ_SECONDS", 0.2)
+    with running(tiny_app(serving_pipeline())) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 90\r\n"
+            slow.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+            answer = b"".join(iter(lambda: slow.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 408") and "no part of the body came" in answer
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+PATHS = (URL, "/v1/score", "/v1/captions", "/v1/tokens")
+FIELDS = (
+    "prompt", "n", "seed", "size", "stream", "steps", "top_k", "top_p", "min_p", "temperature",
+    "guidance_scale", "best_of", "output_format", "background", "preview_every", "partial_images",
+    "image", "codes", "candidates", "model", "unknown",
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_malformed_bodies_are_refused_and_never_fail_the_server(client, path, body):
+    whole = {"prompt": "a red heart"} if path == URL else {}
+    content = json.dumps(whole | body)
+    headers = {"content-type": "application/json"}
+    response = client.post(path, content=content, headers=headers)
+    assert response.status_code < 500, (path, content, response.text)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}" * 9])
+def test_bodies_that_are_no_objects(client, content):
+    for path in PATHS:
+        response = client.post(path, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400 and "message" in response.json()["error"]
+
+
+def test_a_client_that_leaves_frees_its_place():
+    """Its images are cancelled, streaming or not."""
+    app = tiny_app(serving_pipeline(), num_rows=2)
+    sampler = app.state.service.sampler
+    with running(app) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for stream in (True, False):
+            body = json.dumps(HEART | {"n": 16, "stream": stream})
+            head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n"
+            with socket.create_connection((host, int(port)), timeout=30) as client:
+                client.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
+                while not sampler.num_pending:
+                    time.sleep(0.001)
+            deadline = time.monotonic() + 60
+            while sampler.num_pending and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert sampler.num_pending == 0
+
+
+def test_the_store_drops_the_oldest_by_size_and_by_age():
+    times = deque([0.0])
+    store = ImageStore(clock=lambda: times[0])
+    first = store.add(b"x" * (MAX_BYTES // 2), "png")
+    second = store.add(b"y" * (MAX_BYTES // 2), "png")
+    assert first != second and store.get(first) is not None
+    third = store.add(b"z", "webp")
+    assert store.get(first) is None and store.get(second) is not None
+    times[0] = MAX_SECONDS + 1
+    assert store.get(second) is None and store.get(third) is None
+    assert third.endswith(".webp")

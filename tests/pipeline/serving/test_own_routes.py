@@ -1,0 +1,136 @@
+"""Scores, captions, tokens, the bundle's description and health."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+
+from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = serving_pipeline(any_order=True)
+    pipe.prior.config.trained_image_first = True
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def client(pipe):
+    with client_of(pipe) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def sampled(pipe):
+    return pipe("a red heart", seed=2)
+
+
+@pytest.fixture(scope="module")
+def content(sampled):
+    return base64.b64encode(png_of(sampled.images[0])).decode()
+
+
+def test_a_score_is_that_of_an_offline_call(client, pipe, sampled, content):
+    body = client.post("/v1/score", json={"prompt": "a red heart", "image": content}).json()
+    expected = pipe.score(sampled.images, "a red heart")
+    assert body["log_likelihood"] == pytest.approx(float(expected.log_likelihood[0]), abs=1e-3)
+    assert body["pmi"] == pytest.approx(float(expected.pmi[0]), abs=1e-3)
+    assert sum(body["nats"]) == pytest.approx(-body["log_likelihood"], abs=1e-3)
+    again = client.post("/v1/score", json={"prompt": "a red heart", "codes": body["codes"]}).json()
+    assert again == body
+
+
+def test_captions_are_those_of_an_offline_call(client, pipe, sampled, content):
+    asked = ["a blue star", "a red heart"]
+    body = client.post("/v1/captions", json={"image": content, "candidates": asked}).json()
+    expected = pipe.caption(sampled.images[0], asked)
+    assert [one["text"] for one in body["data"]] == [text for text, _ in expected]
+    drawn = client.post("/v1/captions", json={"image": content, "n": 2, "seed": 5}).json()
+    assert [one["text"] for one in drawn["data"]] == [
+        text for text, _ in pipe.caption(sampled.images[0], num=2, seed=5)
+    ]
+
+
+def test_tokens_go_both_ways(client, pipe, sampled, content):
+    body = client.post("/v1/tokens", json={"image": content}).json()
+    assert body["codes"] == pipe.codes_of(sampled.images).flatten().tolist()
+    assert body["grids"] == [[4, 4]]
+    decoded = client.post("/v1/tokens", json={"codes": sampled.codes.flatten().tolist()}).json()
+    assert image_of(decoded).tobytes() == sampled.images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "words"),
+    [
+        ("/v1/tokens", {}, "one of image and codes"),
+        ("/v1/tokens", {"codes": [1, 2]}, "there are 2 codes; an image of tiny has 16"),
+        ("/v1/tokens", {"codes": [99] * 16}, "codes here are 0 to 11"),
+        ("/v1/tokens", {"codes": [-1] * 16}, "codes here are 0 to 11"),
+        ("/v1/tokens", {"image": "???"}, "not base64"),
+        ("/v1/tokens", {"image": base64.b64encode(b"no").decode()}, "cannot be read as an image"),
+        ("/v1/score", {"prompt": "x" * 2000, "codes": [0] * 16}, "2000 characters"),
+        ("/v1/captions", {"image": ""}, "cannot be read as an image"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(client, url, body, words):
+    response = client.post(url, json=body)
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
+def test_captions_need_a_prior_of_codes_first(content):
+    with client_of(serving_pipeline()) as client:
+        response = client.post("/v1/captions", json={"image": content})
+    assert response.status_code == 400 and "codes first" in response.json()["error"]["message"]
+
+
+def test_a_model_says_what_it_can_do(client):
+    listed = client.get("/v1/models").json()
+    (model,) = listed["data"]
+    assert listed["object"] == "list" and model["id"] == "tiny"
+    assert (model["width"], model["height"], model["grids"]) == (16, 16, [[4, 4]])
+    assert (model["can_edit"], model["can_caption"], model["can_guide"]) == (True, True, True)
+    assert model["defaults"]["guidance_scale"] == 1.0
+    assert client.get("/v1/models/tiny").json() == model
+    missing = client.get("/v1/models/other")
+    assert (
+        missing.status_code == 404
+        and "this server has 'tiny'" in missing.json()["error"]["message"]
+    )
+
+
+def test_health_and_metrics(client):
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    client.post("/v1/images/generations", json={"prompt": "a red heart", "n": 2})
+    text = client.get("/metrics").text
+    route = 'path="/v1/images/generations"'
+    assert f'minidalle_requests_total{{method="POST",{route},status="200"}} 1.0' in text
+    for name in ("minidalle_images_total 2.0", "minidalle_codes_total 32.0"):
+        assert name in text
+    assert "minidalle_step_seconds_count" in text and "minidalle_request_seconds_bucket" in text
+
+
+def test_readyz_is_503_after_the_server_began_to_stop(pipe):
+    from fastapi.testclient import TestClient
+
+    from pipeline.serving.app import create_app
+    from pipeline.serving.metrics import Metrics
+    from pipeline.serving.state import ServerState
+    from tests.helpers.serving import tiny_app
+
+    service = tiny_app(pipe).state.service
+    state = ServerState()
+    app = create_app(service, Metrics(), state=state)
+    before = TestClient(app).get("/readyz")
+    assert (before.status_code, before.json()) == (503, {"status": "starting"})
+    with TestClient(app) as client:
+        state.status = "stopping"
+        assert client.get("/readyz").status_code == 503
+
+
+def test_the_interface_is_described(client):
+    described = client.get("/openapi.json").json()
+    assert {"/v1/images/generations", "/v1/images/edits", "/v1/score"} <= set(described["paths"])
+    assert "best_of" in described["components"]["schemas"]["GenerationRequest"]["properties"]

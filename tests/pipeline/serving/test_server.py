@@ -1,0 +1,197 @@
+"""`minidalle serve`: what it says at the start, refuses, and does after a signal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pipeline.cli import main
+from pipeline.serving.server import listen, read_tokens
+from pipeline.serving.settings import ServerSettings
+from tests.helpers.serving import serving_pipeline
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    serving_pipeline().save_pretrained(folder)
+    return folder
+
+
+class Serving:
+    """A process of `minidalle serve` at a free port."""
+
+    def __init__(self, folder, bundle, *options):
+        port = str(free_port())
+        command = [sys.executable, "-m", "pipeline.cli", "serve", "--bundle", str(bundle)]
+        # A pipe that nobody reads would stop the server once it is full.
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", port, *options],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        self.address = f"http://127.0.0.1:{port}"
+        while f"serving tiny at {self.address}\n" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def wait_until_sampling(self):
+        while "minidalle_codes_total 0.0" in httpx.get(f"{self.address}/metrics").text:
+            time.sleep(0.01)
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(timeout=120), self.log.read_text()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_server_answers_and_finishes_what_runs_after_a_signal(tmp_path, bundle):
+    serving = Serving(tmp_path, bundle)
+    results = []
+
+    def ask(seed):
+        body = {"prompt": "a red heart", "n": 8, "seed": seed}
+        url = f"{serving.address}/v1/images/generations"
+        results.append(httpx.post(url, json=body, timeout=120))
+
+    assert httpx.get(f"{serving.address}/readyz").json() == {"status": "ready"}
+    asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for one in asking:
+        one.start()
+    serving.wait_until_sampling()
+    status, rest = serving.stop()
+    for one in asking:
+        one.join()
+    assert status == 0 and "SIGTERM: finishing" in rest
+    assert [len(one.json()["data"]) for one in results] == [8] * 4
+
+
+@pytest.mark.slow
+def test_what_is_not_finished_in_time_gets_503(tmp_path, bundle):
+    serving = Serving(
+        tmp_path, bundle, "--grace", "0.01", "--max-waiting", "2000", "--max-images", "1000"
+    )
+    results = []
+
+    def ask():
+        body = {"prompt": "a red heart", "n": 1000}
+        url = f"{serving.address}/v1/images/generations"
+        results.append(httpx.post(url, json=body, timeout=120))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    serving.wait_until_sampling()
+    status, _ = serving.stop(signal.SIGINT)
+    asking.join()
+    assert status == 0
+    assert results[0].status_code == 503
+    assert results[0].json()["error"]["code"] == "shutting_down"
+
+
+def refused(capsys, *arguments):
+    status = main(["serve", *map(str, arguments)])
+    return status, capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_one_line(bundle, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, error = refused(capsys, "--bundle", bundle, "--port", port)
+    assert status == 1 and error.count("\n") == 1
+    assert f"cannot listen at 127.0.0.1:{port}" in error and "--port" in error
+
+
+def test_a_bundle_that_is_not_there(tmp_path, capsys):
+    status, error = refused(capsys, "--bundle", tmp_path / "none", "--port", free_port())
+    assert status == 1 and "no bundle" in error
+
+
+def test_a_bundle_of_gaussian_latents_is_refused(tmp_path, capsys):
+    from tests.helpers.pipelines import tiny_latent_pipeline
+
+    tiny_latent_pipeline().save_pretrained(tmp_path / "latent")
+    status, error = refused(capsys, "--bundle", tmp_path / "latent", "--port", free_port())
+    assert status == 1 and "has Gaussian latents" in error
+
+
+def test_missing_packages_name_the_command(bundle, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipeline.serving.server", None)
+    status, error = refused(capsys, "--bundle", bundle)
+    assert status == 2 and "pip install 'mini-dalle[serve]'" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slots": 3}, "power of two from 1 to 64"),
+        ({"slots": 128}, "power of two from 1 to 64"),
+        ({"port": 0}, "from 1 to 65535"),
+        ({"max_images": 0}, "at least 1"),
+        ({"timeout": 0.0}, "above 0"),
+        ({"max_images": 100, "max_waiting": 10}, "raise max_waiting"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        ServerSettings(**change)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)],
+)
+def test_loopback(host, expected):
+    assert ServerSettings(host=host).is_loopback is expected
+
+
+def test_tokens_of_a_file(tmp_path, caplog):
+    path = tmp_path / "tokens"
+    path.write_text("one\n\ntwo\n")
+    path.chmod(0o600)
+    assert read_tokens(path) == ["one", "two"] and not caplog.text
+    path.chmod(0o644)
+    read_tokens(path)
+    assert f"others can read the tokens in {path}; run chmod 600" in caplog.text
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no token"):
+        read_tokens(path)
+    path.write_text("schlüssel")
+    with pytest.raises(ValueError, match="beyond ASCII"):
+        read_tokens(path)
+    with pytest.raises(FileNotFoundError, match="there is no token file"):
+        read_tokens(tmp_path / "none")
+
+
+def test_an_open_address_without_tokens_is_reported(bundle, caplog, monkeypatch):
+    import pipeline.serving.server as server
+
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(server._Server, "run", lambda self, sockets: sockets[0].close())
+    server.serve(bundle, ServerSettings(host="0.0.0.0", port=free_port()))
+    assert "0.0.0.0 can be reached from other machines" in caplog.text
+
+
+def test_listen_names_an_address_that_is_not_ours():
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1:8000"):
+        listen("192.0.2.1", 8000)
