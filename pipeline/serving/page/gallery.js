@@ -35,14 +35,14 @@ export class Gallery {
     this.#root.prepend(run.element);
     run.reserve(count);
     this.refresh();
+    run.element.scrollIntoView({ block: "nearest" });
     return run;
   }
 
   /** Shows records of the history, the oldest first. */
   restore(records) {
-    const runs = Map.groupBy
-      ? Map.groupBy(records, (record) => record.run)
-      : grouped(records, (record) => record.run);
+    const runs = new Map(records.map(({ run }) => [run, []]));
+    for (const record of records) runs.get(record.run).push(record);
     for (const images of runs.values()) {
       const run = new RunView(images[0].kind, images[0].prompt, this.#open);
       this.#root.prepend(run.element);
@@ -146,10 +146,4 @@ class RunView {
     this.#warnings.replaceChildren(...warnings.map((text) => el("li", {}, text)));
     show(this.#warnings, warnings.length > 0);
   }
-}
-
-function grouped(items, key) {
-  const found = new Map();
-  for (const item of items) found.set(key(item), [...(found.get(key(item)) ?? []), item]);
-  return found;
 }

@@ -38,15 +38,18 @@ class Page {
 
   /** Samples images and shows them as they come. */
   async sample(run) {
-    if (this.#running) return;
+    if (this.#running) {
+      showError(byId("alert"), new Error("images are being drawn; wait for them, or cancel"));
+      return;
+    }
     this.#running = new AbortController();
     const count = run.fields.n ?? 1;
     const view = this.gallery.begin(run, count);
     let ready = 0;
     this.#begin(count);
     try {
-      const found = sampled(this.model, { ...run, id: crypto.randomUUID?.() ?? `${Date.now()}` },
-        this.#running.signal);
+      const id = `${Date.now()}-${Math.random()}`;
+      const found = sampled(this.model, { ...run, id }, this.#running.signal);
       for await (const { index, preview, record } of found) {
         if (preview) view.preview(index, preview);
         if (!record) continue;

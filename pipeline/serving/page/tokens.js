@@ -41,8 +41,10 @@ export class TokensView {
     const scored = await requestJson("/v1/score", { json });
     this.#scored = scored;
     const each = -scored.log_likelihood / scored.codes.length;
+    // A prior of random orders sampled in another order than the one of scores.
+    const total = this.#model.can_edit ? "Log-likelihood in raster order" : "Log-likelihood";
     facts(byId("scores"), {
-      "Log-likelihood": `${scored.log_likelihood.toFixed(2)} nats`,
+      [total]: `${scored.log_likelihood.toFixed(2)} nats`,
       "Surprise per code": `${each.toFixed(2)} nats, ${(each / Math.LN2).toFixed(2)} bits`,
       PMI: scored.pmi === null ? undefined : `${scored.pmi.toFixed(2)} nats`,
     });

@@ -28,7 +28,7 @@ export class Viewer {
     byId("viewer-close").addEventListener("click", () => this.#dialog.close());
     this.#dialog.addEventListener("close", () => this.#release());
     this.#dialog.addEventListener("click", (event) => {
-      if (event.target === this.#dialog) this.#dialog.close();
+      if (event.target === this.#dialog && this.#isOutside(event)) this.#dialog.close();
     });
     document.addEventListener("token-needed", () => this.#dialog.close());
     byId("modes").addEventListener("click", (event) => {
@@ -97,7 +97,7 @@ export class Viewer {
     const json = { image: await base64Of(this.#record.blob), n: NUM_CAPTIONS };
     const { data } = await requestJson("/v1/captions", { json });
     const lines = data.map(({ text, log_likelihood }) =>
-      el("li", {}, text, el("span", { class: "nats" }, `${log_likelihood.toFixed(1)} nats`)),
+      el("li", {}, text || "no words", el("span", { class: "nats" }, `${log_likelihood.toFixed(1)} nats`)),
     );
     byId("captions").replaceChildren(...lines);
   }
@@ -118,6 +118,12 @@ export class Viewer {
     } catch (error) {
       showError(byId("viewer-alert"), error);
     }
+  }
+
+  /** Whether a click is beside the dialog, on what it covers. */
+  #isOutside({ clientX, clientY }) {
+    const { left, right, top, bottom } = this.#dialog.getBoundingClientRect();
+    return clientX < left || clientX > right || clientY < top || clientY > bottom;
   }
 
   #release() {
