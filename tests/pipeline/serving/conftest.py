@@ -71,7 +71,8 @@ def open_page(browser) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def page(open_page, any_order) -> Any:
+def page(open_page, any_order) -> Iterator[Any]:
     page = open_page(any_order.url)
     page.locator("#form").wait_for()
-    return page
+    yield page
+    any_order.gate.open()  # where a test failed before it did
