@@ -1,0 +1,47 @@
+// The images of this browser, in IndexedDB. Knows records; shows nothing.
+
+const NAME = "minidalle";
+const STORE = "images";
+const MOST = 200;
+
+/** Images that stay after a reload. Where the browser refuses, nothing is kept. */
+export class History {
+  #base = null;
+
+  async open() {
+    const opening = indexedDB.open(NAME, 1);
+    opening.onupgradeneeded = () => {
+      opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
+    };
+    this.#base = await done(opening).catch(() => null);
+  }
+
+  /** Keeps a record, and drops the oldest ones beyond the limit. */
+  async add(record) {
+    if (!this.#base) return;
+    const store = this.#store("readwrite");
+    await done(store.add(record));
+    const keys = await done(store.getAllKeys());
+    await Promise.all(keys.slice(0, -MOST).map((key) => done(store.delete(key))));
+  }
+
+  /** All records, the oldest first. */
+  async all() {
+    return this.#base ? done(this.#store("readonly").getAll()) : [];
+  }
+
+  async clear() {
+    if (this.#base) await done(this.#store("readwrite").clear());
+  }
+
+  #store(mode) {
+    return this.#base.transaction(STORE, mode).objectStore(STORE);
+  }
+}
+
+function done(asked) {
+  return new Promise((resolve, reject) => {
+    asked.onsuccess = () => resolve(asked.result);
+    asked.onerror = () => reject(asked.error);
+  });
+}

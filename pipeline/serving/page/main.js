@@ -1,0 +1,167 @@
+// The page put together: the bundle is asked for, then form, gallery, viewer and history are joined.
+
+import { requestJson, setToken } from "/page/api.js";
+import { announce, byId, el, hideUnsupported, show, showError } from "/page/dom.js";
+import { Form } from "/page/form.js";
+import { Gallery } from "/page/gallery.js";
+import { History } from "/page/history.js";
+import { settingsOf } from "/page/png.js";
+import { sampled, settingsOfRecord } from "/page/runs.js";
+import { Viewer } from "/page/viewer.js";
+
+const NUM_IDEAS = 8;
+
+/** Everything that needs to know the bundle. */
+class Page {
+  #running = null;
+
+  constructor(model, history) {
+    this.model = model;
+    this.history = history;
+    hideUnsupported(model);
+    byId("bundle").textContent = `${model.id} · ${model.width} × ${model.height}`;
+    this.form = new Form(model);
+    this.viewer = new Viewer(model, {
+      sample: (run) => this.sample({ ...run, fields: { ...this.form.options(), ...run.fields } }),
+      reuse: (record) => this.fill(settingsOfRecord(record)),
+    });
+    this.gallery = new Gallery(model, (record) => this.viewer.open(record));
+    byId("form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.sample({ kind: "image", fields: this.form.generation() });
+    });
+    byId("cancel").addEventListener("click", () => this.#running?.abort());
+    byId("clear").addEventListener("click", () => this.clear());
+    this.#addIdeas();
+    this.#takeFiles();
+  }
+
+  /** Samples images and shows them as they come. */
+  async sample(run) {
+    if (this.#running) {
+      showError(byId("alert"), new Error("images are being drawn; wait for them, or cancel"));
+      return;
+    }
+    this.#running = new AbortController();
+    const count = run.fields.n ?? 1;
+    const view = this.gallery.begin(run, count);
+    let ready = 0;
+    this.#begin(count);
+    try {
+      const id = `${Date.now()}-${Math.random()}`;
+      const found = sampled(this.model, { ...run, id }, this.#running.signal);
+      for await (const { index, preview, record } of found) {
+        if (preview) view.preview(index, preview);
+        if (!record) continue;
+        view.complete(index, record);
+        ready++;
+        announce(`${ready} of ${count} ${count === 1 ? "image is" : "images are"} ready.`);
+        await this.history.add(record);
+      }
+    } catch (error) {
+      const cancelled = error.name === "AbortError";
+      announce(cancelled ? `Cancelled. ${ready} of ${count} images are ready.` : "");
+      if (!cancelled) showError(byId("alert"), error);
+    } finally {
+      this.#running = null;
+      view.end();
+      this.gallery.refresh();
+      this.#end();
+    }
+  }
+
+  /** Fills the form and says what the settings give. */
+  fill(settings) {
+    announce(this.form.fill(settings));
+    byId("prompt").focus();
+  }
+
+  async clear() {
+    if (!confirm("Remove all images from this browser?")) return;
+    await this.history.clear();
+    this.gallery.clear();
+    announce("The history is empty.");
+  }
+
+  #begin(count) {
+    showError(byId("alert"));
+    announce(`Drawing ${count} ${count === 1 ? "image" : "images"} …`);
+    byId("draw").disabled = true;
+    show(byId("cancel"));
+    byId("gallery").setAttribute("aria-busy", "true");
+  }
+
+  #end() {
+    const focused = [byId("cancel"), document.body].includes(document.activeElement);
+    byId("draw").disabled = false;
+    show(byId("cancel"), false);
+    byId("gallery").removeAttribute("aria-busy");
+    if (focused) byId("draw").focus({ preventScroll: true });
+  }
+
+  #addIdeas() {
+    const { examples } = this.model;
+    const step = Math.max(1, Math.floor(examples.length / NUM_IDEAS));
+    const ideas = examples.filter((_, i) => i % step === 0).slice(0, NUM_IDEAS);
+    const buttons = ideas.map((text) =>
+      el("button", { type: "button", click: () => this.#choose(text) }, text),
+    );
+    byId("ideas").replaceChildren(...buttons);
+  }
+
+  #choose(prompt) {
+    byId("prompt").value = prompt;
+    byId("prompt").focus();
+  }
+
+  #takeFiles() {
+    byId("file").addEventListener("change", (event) => this.#read(event.target.files[0]));
+    document.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      document.body.classList.add("dropping");
+    });
+    document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+    document.addEventListener("drop", (event) => {
+      event.preventDefault();
+      document.body.classList.remove("dropping");
+      this.#read(event.dataTransfer.files[0]);
+    });
+  }
+
+  async #read(file) {
+    if (!file) return;
+    showError(byId("alert"));
+    const settings = settingsOf(await file.arrayBuffer());
+    if (settings) this.fill(settings);
+    else showError(byId("alert"), new Error(`${file.name} holds no settings of this program`));
+  }
+}
+
+let page = null;
+
+async function start() {
+  showError(byId("alert"));
+  try {
+    const { data } = await requestJson("/v1/models");
+    show(byId("token-form"), false);
+    if (page) return;
+    const history = new History();
+    await history.open();
+    page = new Page(data[0], history);
+    page.gallery.restore(await history.all());
+    document.documentElement.dataset.ready = "true";
+  } catch (error) {
+    showError(byId("alert"), error);
+  }
+}
+
+document.addEventListener("token-needed", () => {
+  show(byId("token-form"));
+  byId("token").focus();
+});
+byId("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setToken(byId("token").value.trim());
+  start();
+});
+start();

@@ -1,0 +1,70 @@
+// One request for images: what is sent, and what the stream of its answer says. Knows bodies; shows
+// nothing.
+
+import { errorOf, request } from "/page/api.js";
+import { blobOf } from "/page/png.js";
+import { events } from "/page/sse.js";
+
+const PREVIEWS = 16;
+const PATHS = {
+  image: "/v1/images/generations",
+  variation: "/v1/images/variations",
+  edit: "/v1/images/edits",
+  extension: "/v1/images/edits",
+};
+
+/** Codes of an image, over all levels. */
+export function numCodes(model) {
+  return model.grids.reduce((sum, [height, width]) => sum + height * width, 0);
+}
+
+/**
+ * Yields `{index, preview}` with base64 of a PNG while codes arrive, and `{index, record}` for each
+ * image that is complete.
+ *
+ * `run` has an `id`, a `kind`, the `fields`, and `files` by their name where the kind needs some.
+ */
+export async function* sampled(model, run, signal) {
+  const every = Math.max(1, Math.round(numCodes(model) / PREVIEWS));
+  const fields = { ...run.fields, stream: true, preview_every: every };
+  const body = run.files ? { form: formOf(fields, run.files) } : { json: fields };
+  const response = await request(PATHS[run.kind], { ...body, signal });
+  for await (const event of events(response)) {
+    if (event.type === "error") throw errorOf(event);
+    const index = event.image_index;
+    if (event.type.endsWith(".partial_image")) yield { index, preview: event.b64_json };
+    if (event.type.endsWith(".completed")) yield { index, record: recordOf(model, run, event) };
+  }
+}
+
+function recordOf(model, run, event) {
+  const { n, prompt, ...options } = run.fields;
+  return {
+    run: run.id,
+    kind: run.kind,
+    prompt: prompt ?? "",
+    bundle: model.id,
+    created: Date.now(),
+    seed: event.seed,
+    index: event.image_index,
+    codes: event.codes,
+    logLikelihood: event.log_likelihood,
+    warnings: event.warnings,
+    options: { ...options, seed: event.seed },
+    blob: blobOf(event.b64_json),
+  };
+}
+
+function formOf(fields, files) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, String(value));
+  for (const [name, blob] of Object.entries(files)) form.append(name, blob, `${name}.png`);
+  return form;
+}
+
+/** What fills the form again with the settings of a record, named as in a PNG. */
+export function settingsOfRecord(record) {
+  const best = record.kind === "image" ? { best_of: record.options.best_of ?? 1 } : {};
+  const { bundle, prompt, index } = record;
+  return { ...record.options, ...best, bundle, prompt, image: index };
+}
