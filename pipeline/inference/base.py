@@ -118,9 +118,8 @@ class BasePipeline:
             )
         return self.text.encode(prompts, truncate=truncate)
 
-    def _text_ids_to_sample(self, prompts: Sequence[str], truncate: bool) -> Tensor:
-        """`text_ids`, with a warning of empty prompts, and of what no training saw."""
-        ids = self.text_ids(prompts, truncate)
+    def _warn_of(self, prompts: Sequence[str]) -> None:
+        """Warns of empty prompts, and of what no training saw."""
         if any(not prompt.strip() for prompt in prompts):
             warn_user(
                 "an empty prompt is sampled without a caption; give a prompt to say what to show"
@@ -129,7 +128,6 @@ class BasePipeline:
             for prompt in dict.fromkeys(prompts):
                 for problem in self.known_prompts.problems(prompt):
                     warn_user(problem)
-        return ids
 
 
 def checked_prompts(prompts: str | Sequence[str]) -> list[str]:

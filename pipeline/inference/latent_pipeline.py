@@ -149,7 +149,9 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
     def _context(self, prompts: Sequence[str], truncate: bool) -> Tensor | None:
         """A context (prompts,C); None for an unconditional prior."""
         if self.prior.context_features:
-            return self.prior.encode_text(self._text_ids_to_sample(prompts, truncate))
+            ids = self.text_ids(prompts, truncate)
+            self._warn_of(prompts)
+            return self.prior.encode_text(ids)
         if any(prompt.strip() for prompt in prompts):
             warn_user(
                 "this bundle's prior is unconditional (prior.latent.context_features is 0) and "

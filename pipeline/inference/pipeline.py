@@ -149,6 +149,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             self.check_best_of(best_of)
         count = num_images_per_prompt * best_of
         plan = self.plan(prompts, num_images=count, seed=seed, truncate=truncate, **sampling)
+        self._warn_of(prompts)
         drawn = plan.sample(self.prior, batch_size=batch_size, compile=compile or self._compile)
         seeds = plan.seeds
         if best_of == 1:
@@ -175,8 +176,9 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         truncate: bool = False,
         **sampling: SamplingValue,
     ) -> SamplingPlan:
-        """What `__call__` samples, of `num_images` per prompt. Options and errors as there."""
-        ids = self._text_ids_to_sample(prompts, truncate).repeat_interleave(num_images, dim=0)
+        """What `__call__` samples, of `num_images` per prompt, without its warnings. Options and
+        errors as there."""
+        ids = self.text_ids(prompts, truncate).repeat_interleave(num_images, dim=0)
         seeds = [image_seed(seed, i) for _ in prompts for i in range(num_images)]
         return SamplingPlan(ids, seeds, self._options(sampling))
 
@@ -307,6 +309,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         plan = self.plan_completion(
             image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
+        self._warn_of([prompt])
         return self.decode(plan.sample(self.prior, compile=self._compile), plan.seeds)
 
     def plan_completion(
@@ -320,7 +323,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         truncate: bool = False,
         **sampling: SamplingValue,
     ) -> SamplingPlan:
-        """What `complete` samples. Options and errors as there."""
+        """What `complete` samples, without its warnings. Options and errors as there."""
         check_at_least_one("num_images", num_images)
         length = self.prior.stream.image_length
         if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
@@ -341,7 +344,7 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             unknown = length - int(known.reshape(-1, length)[0].sum())
             options = replace(options, num_inference_steps=max(min(steps, unknown), 1))
         return SamplingPlan(
-            self._text_ids_to_sample([prompt], truncate).repeat(num_images, 1),
+            self.text_ids([prompt], truncate).repeat(num_images, 1),
             [image_seed(seed, i) for i in range(num_images)],
             options,
             known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),

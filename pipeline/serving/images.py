@@ -117,9 +117,6 @@ class ImageService:
         self.settings = settings
         self.name = name
         self.started = now()
-        # Its warnings would put prompts into the log; responses have them instead.
-        self.known_prompts = pipe.known_prompts
-        pipe.known_prompts = None
         self._pool = ThreadPoolExecutor(1, "images")
 
     @property
@@ -248,8 +245,8 @@ class ImageService:
     ) -> Work:
         prompt = settings["prompt"]
         warnings = ()
-        if self.known_prompts is not None:
-            warnings = tuple(await self.in_thread(self.known_prompts.problems, prompt))
+        if self.pipe.known_prompts is not None:
+            warnings = tuple(await self.in_thread(self.pipe.known_prompts.problems, prompt))
         if self.settings.log_prompts:
             _log.info("prompt %r", prompt)
         settings = settings | {"bundle": self.name, "seed": seed}

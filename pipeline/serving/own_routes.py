@@ -164,7 +164,7 @@ _NUM_EXAMPLES = 200
 def _model(service: ImageService) -> Model:
     pipe = service.pipe
     height, width = pipe.tokenizer.size
-    known = service.known_prompts
+    known = pipe.known_prompts
     names = [] if known is None else list(known.names)
     config = pipe.prior.config
     settings = service.settings

@@ -94,7 +94,7 @@ def test_edit(client, pipe, image):
     assert last.codes == expected.codes.flatten().tolist()
 
 
-@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning", "ignore:an empty prompt")
 def test_variation(client, pipe, image):
     found = client.images.create_variation(
         image=("image.png", png_of(image)), n=2, extra_body={"seed": 5}
