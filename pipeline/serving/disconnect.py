@@ -28,7 +28,7 @@ async def until_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> 
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone("the client closed the connection")
+        raise ClientGone("the client closed the connection; send the request again")
     finally:
         for one in (task, gone):
             one.cancel()

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from pipeline.serving.disconnect import ClientGone
 from pipeline.serving.sampler import QueueFull, SamplingFailed, ShuttingDown
 
 _TYPES = {
@@ -74,6 +75,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers=headers)
     if isinstance(error, ShuttingDown):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, ClientGone):
+        return ApiError(499, str(error), code="client_gone")  # for the log: nobody reads it
     if isinstance(error, TimeoutError):
         message = "the images were not ready in time; ask for fewer, or try again later"
         return ApiError(504, message, code="timeout")
@@ -81,7 +84,7 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(500, str(error), code="sampling_failed")
     if isinstance(error, ValueError):
         return ApiError(400, str(error), code="invalid_value")
-    return ApiError(500, "the server failed; its log says why", code="internal_error")
+    return ApiError(500, "the server failed; see its log, and try again", code="internal_error")
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -105,7 +108,15 @@ def install_handlers(app: FastAPI) -> None:
         found = ApiError(400, message, param=param, code=code)
         return JSONResponse(found.body(), found.status)
 
-    for kind in (ApiError, QueueFull, ShuttingDown, SamplingFailed, TimeoutError, ValueError):
+    for kind in (
+        ApiError,
+        ClientGone,
+        QueueFull,
+        ShuttingDown,
+        SamplingFailed,
+        TimeoutError,
+        ValueError,
+    ):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(Exception, known)
     app.add_exception_handler(HTTPException, of_http)  # type: ignore[arg-type]

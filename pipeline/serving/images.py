@@ -14,7 +14,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -186,7 +186,9 @@ class ImageService:
         replaced = replaced_pixels(white, image.size)
         known = keep_mask(replaced, self.pipe.tokenizer.layout)
         if known.all():
-            message = "the mask is empty, so that nothing is replaced; mark what is to be replaced"
+            message = (
+                "the mask is empty, so that nothing is replaced; make what is to be replaced white"
+            )
             raise ApiError(400, message, param="mask", code="empty_mask")
 
         def finish(drawn: list[Image.Image]) -> list[Image.Image]:
@@ -244,7 +246,7 @@ class ImageService:
         **options: Any,
     ) -> Work:
         prompt = settings["prompt"]
-        warnings = ()
+        warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
             warnings = tuple(await self.in_thread(self.pipe.known_prompts.problems, prompt))
         if self.settings.log_prompts:
@@ -263,7 +265,10 @@ class ImageService:
             raise ApiError(400, message, param="n", code="too_many_images")
         self.check_prompt(prompt)
         if fields.size not in (None, "auto", self.size):
-            message = f"size is {fields.size!r}; the bundle {self.name} draws {self.size} alone"
+            message = (
+                f"size is {fields.size!r}, and the bundle {self.name} draws {self.size} alone; "
+                "leave size out"
+            )
             raise ApiError(400, message, param="size", code="invalid_size")
         if fields.background == "transparent" and not self.has_alpha:
             message = f"the bundle {self.name} draws no transparency; leave background out"
@@ -288,7 +293,7 @@ class ImageService:
         """
         return self.sampler.submit(work.plan, self._preview_every(work.fields))
 
-    async def images(self, work: Work, job: Job) -> AsyncIterator[Partial | Complete]:
+    async def images(self, work: Work, job: Job) -> AsyncGenerator[Partial | Complete]:
         """Images as they become ready, and previews where the request streams.
 
         Raises:

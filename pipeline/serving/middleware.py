@@ -77,10 +77,7 @@ class Tokens:
             # Every one is compared, so that the time tells nothing.
             known = [hmac.compare_digest(given.strip(), token) for token in self.tokens]
             if kind.lower() != b"bearer" or not any(known):
-                message = (
-                    "this server needs a token: send the header 'Authorization: Bearer TOKEN' with "
-                    "one of its --token-file"
-                )
+                message = "this server needs a token; send the header 'Authorization: Bearer TOKEN'"
                 error = ApiError(401, message, code="invalid_api_key")
                 headers = {"WWW-Authenticate": "Bearer"}
                 await JSONResponse(error.body(), 401, headers)(scope, receive, send)

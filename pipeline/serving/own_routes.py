@@ -125,7 +125,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         try:
             data = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError) as error:
-            message = f"image is not base64 ({error}); encode the file's bytes"
+            message = f"image is not base64 ({error}); give the bytes of a file in base64"
             raise ApiError(400, message, param="image", code="invalid_image") from error
         config = pipe.tokenizer.own_config
         return check_image(opened(data, "image"), config.size, config.channels)

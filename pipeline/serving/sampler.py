@@ -294,7 +294,10 @@ class Sampler:
         job, image = self._tickets.pop(one.ticket)
         if one.samples is None:
             self._fail(
-                job, SamplingFailed("the prior's logits were not finite; the bundle is damaged")
+                job,
+                SamplingFailed(
+                    "the prior's logits were not finite, so the bundle is damaged; copy it again"
+                ),
             )
         else:
             self._end(job, Sampled(image, one.samples))
@@ -315,7 +318,7 @@ class Sampler:
         rows = self._engine.num_rows
         if is_out_of_memory(error) and rows > 2:
             rows //= 2
-            _log.warning("out of memory in a step; sampling goes on with %d rows", rows)
+            _log.warning("out of memory in a step; continuing with %d rows", rows)
         else:
             for job in jobs:
                 self._fail(job, self._failure(error))
@@ -337,7 +340,7 @@ class Sampler:
         _log.error("sampling failed", exc_info=error)
         if is_out_of_memory(error):
             return SamplingFailed("there is not enough memory to sample one image")
-        return SamplingFailed("sampling failed; the server's log says why")
+        return SamplingFailed("sampling failed; see the server's log, and try again")
 
     def _drop(self, job: Job) -> None:
         tickets = [ticket for ticket, (other, _) in self._tickets.items() if other is job]

@@ -40,16 +40,16 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
     tokens = [] if token_file is None else read_tokens(token_file)
     if not settings.is_loopback and not tokens:
         _log.warning(
-            "%s can be reached from other machines, and there is no --token-file: whoever "
-            "reaches it can use it",
+            "%s can be reached from other machines, and whoever reaches it can use it; give a file "
+            "of tokens (token_file)",
             settings.host,
         )
     with listen(settings.host, settings.port) as listener:
         service, metrics = _service(bundle, settings)
         state = ServerState()
         app = create_app(service, metrics, tokens=tokens, state=state)
-        # No limit of uvicorn's on the end: after `grace` the sampler ends, and whoever still waits
-        # is told so.
+        # No limit of uvicorn's on the end: after `grace` the sampler ends, and requests that
+        # still wait get 503.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=15
         )
@@ -127,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise OSError(
             f"cannot listen at {host}:{port} ({error.strerror or error}); stop what uses the port, "
-            "or choose another --port"
+            "or choose another port"
         ) from error
     return listener
 

@@ -119,7 +119,7 @@ def test_a_port_that_is_taken_is_one_line(bundle, capsys):
         port = taken.getsockname()[1]
         status, error = refused(capsys, "--bundle", bundle, "--port", port)
     assert status == 1 and error.count("\n") == 1
-    assert f"cannot listen at 127.0.0.1:{port}" in error and "--port" in error
+    assert f"cannot listen at 127.0.0.1:{port}" in error and "another port" in error
 
 
 def test_a_bundle_that_is_not_there(tmp_path, capsys):
