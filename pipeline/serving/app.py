@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
@@ -28,8 +29,16 @@ _SECURITY = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
 }
-"""Headers of the page: it loads nothing from other hosts."""
+"""Headers of the page: it loads nothing from other hosts, and nothing that is out of date."""
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(_SECURITY)
+        return response
 
 
 def create_app(
@@ -78,7 +87,7 @@ def create_app(
     async def docs() -> Response:
         return page("docs.html")
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", _PageFiles(directory=PAGE), name="page")
     settings = service.settings
     # The last one that is added sees a request first.
     app.add_middleware(Limits, max_bytes=int(settings.max_body_mb * 1e6))

@@ -83,7 +83,10 @@ def test_unknown_paths_and_methods(client):
 
 
 def test_the_page_may_load_nothing_from_other_hosts(client):
-    assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
+    for path in ("/", "/docs", "/page/main.js"):
+        headers = client.get(path).headers
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert headers["cache-control"] == "no-cache"
     assert "access-control-allow-origin" not in client.get("/v1/models").headers
 
 
