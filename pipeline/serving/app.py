@@ -94,7 +94,7 @@ def create_app(
     app.add_middleware(Tokens, tokens=tokens)
     if settings.is_loopback:
         # A page of another site whose name leads here would have this site's rights.
-        hosts = ["localhost", "127.0.0.1", "[::1]", settings.host, "testserver"]
+        hosts = ["localhost", "127.0.0.1", "[::1]", settings.host]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(RequestLog, metrics=metrics)
     return app

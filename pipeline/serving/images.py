@@ -95,10 +95,6 @@ class Work:
     def format(self) -> Format:
         return self.fields.output_format or "png"
 
-    @property
-    def num_images(self) -> int:
-        return len(self.plan.seeds) // self.best_of
-
 
 class ImageService:
     """Images for requests.

@@ -41,7 +41,6 @@ class RequestLog:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = name
         start = time.perf_counter()
         status = 499  # where the client is gone before the response begins
 

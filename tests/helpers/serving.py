@@ -50,7 +50,7 @@ def tiny_app(
 def client_of(pipe: TextToImagePipeline | None = None, **settings: Any) -> Iterator[TestClient]:
     """A client whose calls reach the application without a network."""
     app = tiny_app(pipe or serving_pipeline(), **settings)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

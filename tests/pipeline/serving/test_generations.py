@@ -264,7 +264,7 @@ def test_two_hundred_requests_under_load_give_the_codes_of_offline_calls():
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             calls = (one(client, number) for number in range(200))
             found = await asyncio.gather(*calls, return_exceptions=True)

@@ -123,9 +123,9 @@ def test_readyz_is_503_after_the_server_began_to_stop(pipe):
     service = tiny_app(pipe).state.service
     state = ServerState()
     app = create_app(service, Metrics(), state=state)
-    before = TestClient(app).get("/readyz")
+    before = TestClient(app, "http://localhost").get("/readyz")
     assert (before.status_code, before.json()) == (503, {"status": "starting"})
-    with TestClient(app) as client:
+    with TestClient(app, "http://localhost") as client:
         state.status = "stopping"
         assert client.get("/readyz").status_code == 503
 
