@@ -3,16 +3,13 @@ page."""
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import uvicorn
 
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.serving.app import create_app
@@ -20,6 +17,7 @@ from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.sampler import Sampler
 from pipeline.serving.settings import ServerSettings
+from tests.helpers.serving import running
 
 ARGS = (
     "--no-sandbox",
@@ -76,17 +74,9 @@ def served(pipe: TextToImagePipeline, tokens: tuple[str, ...] = ()) -> Iterator[
     sampler = Sampler(pipe.prior, num_rows=8, on_step=gate.on_step)
     service = ImageService(pipe, sampler, ServerSettings(slots=4), "tiny")
     app = create_app(service, Metrics(), tokens=tokens)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", pipe, gate)
-    gate.open()
-    server.should_exit = True
-    thread.join()
+    with running(app) as url:
+        yield Served(url, pipe, gate)
+        gate.open()
 
 
 def options(page: Any, **values: Any) -> None:
@@ -105,10 +95,12 @@ def draw(page: Any, prompt: str = "a red heart", count: int = 1, **values: Any) 
     ready(page, count)
 
 
-def ready(page: Any, count: int, run: int = 0) -> None:
-    """Waits until all images of a run are there; 0 is the newest one."""
+def ready(page: Any, count: int, run: int = 0, *, runs: int = 1) -> None:
+    """Waits until all images of a run are there; 0 is the newest one of at least `runs`. A run
+    that needs files begins some time after the click."""
     from playwright.sync_api import expect
 
+    page.locator(".run").nth(runs - 1).wait_for()
     expect(page.locator(".run").nth(run).locator(".open")).to_have_count(count)
     expect(page.locator("#cancel")).to_be_hidden()
 

@@ -34,10 +34,15 @@ def serving_pipeline(**options: Any) -> TextToImagePipeline:
 
 
 def tiny_app(
-    pipe: TextToImagePipeline, *, num_rows: int = 8, tokens: tuple[str, ...] = (), **settings: Any
+    pipe: TextToImagePipeline,
+    *,
+    num_rows: int = 8,
+    tokens: tuple[str, ...] = (),
+    timeout: float = 60.0,
+    **settings: Any,
 ) -> FastAPI:
     """The application of a pipeline, under the name `tiny`."""
-    given = ServerSettings(**{"slots": num_rows // 2, "timeout": 60.0, **settings})
+    given = ServerSettings(slots=num_rows // 2, timeout=timeout, **settings)
     metrics = Metrics()
     sampler = Sampler(
         pipe.prior, num_rows=num_rows, max_waiting=given.max_waiting, on_step=metrics.on_step
@@ -58,7 +63,7 @@ def client_of(pipe: TextToImagePipeline | None = None, **settings: Any) -> Itera
 def running(app: FastAPI) -> Iterator[str]:
     """The address of a server in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
