@@ -2,7 +2,7 @@
 knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
-from stage2_prior.decoding import Samples, sample
+from stage2_prior.decoding import Samples, StepwiseSampling, sample
 from stage2_prior.engine import Engine, Finished, SampleRequest
 from stage2_prior.flows import (
     AggregatedPosterior,
@@ -53,6 +53,7 @@ __all__ = [
     "Samples",
     "SamplingOptions",
     "StandardNormal",
+    "StepwiseSampling",
     "Stream",
     "StreamConfig",
     "TextConfig",

@@ -14,6 +14,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from pipeline.inference.plan import SamplingPlan
 from pipeline.runtime.devices import is_out_of_memory
 from pipeline.runtime.threads import FreeThreads
-from stage2_prior import Engine, Finished, ImagePrior, Samples
+from stage2_prior import Engine, Finished, ImagePrior, Samples, StepwiseSampling
 
 _log = logging.getLogger(__name__)
 
@@ -140,8 +141,18 @@ class Job:
             _log.debug("an update was dropped, since the event loop is closed")
 
 
+@dataclass(eq=False)
+class _StepwiseJob:
+    """A job of several codes per step, which an engine does not sample."""
+
+    job: Job
+    sampling: StepwiseSampling | None = None
+    """None before its first step."""
+
+
 class Sampler:
-    """Samples jobs in a thread of its own, first come, first served.
+    """Samples jobs in a thread of its own, first come, first served. Jobs of several codes per step
+    take turns with the engine: a step of the oldest such job, then one of the engine.
 
     Args:
         prior: evaluated as it is, on its device.
@@ -169,6 +180,7 @@ class Sampler:
         self._engine = Engine(prior, num_rows, compiled=compiled)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
+        self._stepwise: deque[_StepwiseJob] = deque()
         self._lock = threading.Lock()
         self._pending = 0
         self._step_seconds = 0.0
@@ -184,7 +196,8 @@ class Sampler:
     @property
     def num_active(self) -> int:
         """Images that are sampled now."""
-        return self._engine.num_active
+        stepwise = sum(one.job.left for one in list(self._stepwise)[:1])
+        return self._engine.num_active + stepwise
 
     @property
     def num_waiting(self) -> int:
@@ -237,21 +250,28 @@ class Sampler:
             while not self._closing:
                 try:
                     self._take_commands()
-                    if self._tickets and not self._closing:
-                        threads.update()
+                    if self._closing:
+                        break
+                    threads.update()
+                    if self._stepwise:
+                        self._step_stepwise(self._stepwise[0])
+                    if self._tickets:
                         self._step()
                 except Exception as error:  # the thread must not end
                     self._recover(error)
-        for job in {job for job, _ in self._tickets.values()}:
-            self._fail(job, ShuttingDown())
         while not self._commands.empty():  # jobs that had not started
             self._commands.get()()
-        for job in {job for job, _ in self._tickets.values()}:
+        for job in self._jobs():
             self._fail(job, ShuttingDown())
+
+    def _jobs(self) -> list[Job]:
+        """Jobs of which an image is left, by their arrival at the engine, then the others."""
+        jobs = [job for job, _ in self._tickets.values()] + [one.job for one in self._stepwise]
+        return list(dict.fromkeys(jobs))
 
     def _take_commands(self) -> None:
         """Carries out all commands; waits for one where nothing is being sampled."""
-        if not self._tickets:
+        if not self._tickets and not self._stepwise:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
@@ -259,7 +279,7 @@ class Sampler:
     def _start(self, job: Job) -> None:
         options = job.plan.options
         if options.num_inference_steps is not None:
-            self._sample_at_once(job)
+            self._stepwise.append(_StepwiseJob(job))
             return
         try:
             for image, request in enumerate(job.plan.requests()):
@@ -267,15 +287,23 @@ class Sampler:
         except Exception as error:
             self._fail(job, self._failure(error))
 
-    def _sample_at_once(self, job: Job) -> None:
-        """Several codes per step, which an engine does not do: the other jobs wait meanwhile."""
+    def _step_stepwise(self, one: _StepwiseJob) -> None:
+        """Takes a step of a job of several codes per step."""
+        job = one.job
+        start = time.perf_counter()
         try:
-            samples = job.plan.sample(self.prior)
+            one.sampling = one.sampling or job.plan.stepwise(self.prior)
+            samples = one.sampling.step()
         except Exception as error:
             self._fail(job, self._failure(error))
-        else:
-            for image in range(len(job.plan.seeds)):
-                self._end(job, Sampled(image, samples.rows(torch.tensor([image]))))
+            return
+        self._on_step(time.perf_counter() - start, job.left)
+        if samples is None:
+            self._preview_stepwise(job, one.sampling)
+            return
+        self._stepwise.remove(one)
+        for image in range(len(job.plan.seeds)):
+            self._end(job, Sampled(image, samples.rows(torch.tensor([image]))))
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -308,6 +336,13 @@ class Sampler:
             job, image = self._tickets[ticket]
             if job.preview_every and (length - left) % job.preview_every == 0:
                 job.report(Preview(image, *self._engine.codes_so_far(ticket)))
+
+    @staticmethod
+    def _preview_stepwise(job: Job, sampling: StepwiseSampling) -> None:
+        """Previews after each step, whatever the number of its codes."""
+        if job.preview_every:
+            for image, pair in enumerate(zip(*sampling.codes_so_far(), strict=True)):
+                job.report(Preview(image, *pair))
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed: all jobs start again in half as many rows where memory was
@@ -347,6 +382,7 @@ class Sampler:
         for ticket in tickets:
             self._engine.cancel(ticket)
             del self._tickets[ticket]
+        self._stepwise = deque(one for one in self._stepwise if one.job is not job)
         self._release(job, job.left)
 
     def _fail(self, job: Job, error: Exception) -> None:

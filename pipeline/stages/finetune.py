@@ -297,6 +297,7 @@ def _check_architecture(
 ) -> None:
     own = flat(to_dict(model))
     own.pop("image_size", None)  # the weights of most tokenizers fit any; see `check_init_from`
+    own.pop("dropout", None)  # weights do not depend on it
     theirs = flat(to_dict(saved))
     if differing := [name for name in sorted(own) if own[name] != theirs.get(name)]:
         named = [

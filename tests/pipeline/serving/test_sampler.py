@@ -173,6 +173,93 @@ def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
     assert "broken" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def any_order():
+    return serving_pipeline(any_order=True)
+
+
+def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, monkeypatch):
+    gate = Gate(monkeypatch)
+    steps = []
+
+    async def run():
+        sampler = Sampler(
+            any_order.prior, num_rows=8, on_step=lambda seconds, images: steps.append(images)
+        )
+        plans = [
+            plan(any_order, n=1),
+            plan(any_order, n=2, num_inference_steps=4),
+            plan(any_order, n=3, num_inference_steps=4),
+        ]
+        jobs = [sampler.submit(one) for one in plans]
+        gate.open.set()
+        found = [codes_of(await all_of(job)) for job in jobs]
+        assert not sampler.num_active
+        sampler.close()
+        return found, [one.sample(any_order.prior).codes.tolist() for one in plans]
+
+    found, offline = asyncio.run(run())
+    assert found == offline
+    of_two = [i for i, images in enumerate(steps) if images == 2]
+    of_three = [i for i, images in enumerate(steps) if images == 3]
+    assert len(of_two) == len(of_three) == 4
+    assert of_two[-1] < of_three[0]  # the oldest first
+    assert all(steps[i + 1] == 1 for i in of_two + of_three[:-1])
+
+
+def test_several_codes_per_step_have_previews_after_each_step(any_order):
+    async def run():
+        sampler = Sampler(any_order.prior, num_rows=2)
+        job = sampler.submit(plan(any_order, num_inference_steps=4), preview_every=100)
+        found = await all_of(job)
+        sampler.close()
+        return found
+
+    *previews, last = asyncio.run(run())
+    assert isinstance(last, Sampled)
+    counts = [int(one.known.sum()) for one in previews]
+    assert counts and counts == sorted(counts)
+    assert all(not one.codes[~one.known].any() for one in previews)
+
+
+def test_a_cancelled_job_of_several_codes_per_step_leaves_at_once(any_order, monkeypatch):
+    gate = Gate(monkeypatch)
+
+    async def run():
+        sampler = Sampler(any_order.prior, num_rows=2, max_waiting=1)
+        running = sampler.submit(plan(any_order))  # its step waits for the gate
+        cancelled = sampler.submit(plan(any_order, seed=1, num_inference_steps=4))
+        sampler.cancel(cancelled)
+        gate.open.set()
+        await all_of(running)
+        after = codes_of(await all_of(sampler.submit(plan(any_order, 2, num_inference_steps=2))))
+        assert not sampler.num_pending
+        sampler.close()
+        return after
+
+    assert (
+        asyncio.run(run())
+        == plan(any_order, 2, num_inference_steps=2).sample(any_order.prior).codes.tolist()
+    )
+
+
+def test_closing_ends_jobs_of_several_codes_per_step(any_order, monkeypatch):
+    gate = Gate(monkeypatch)
+
+    async def run():
+        sampler = Sampler(any_order.prior, num_rows=2)
+        running = sampler.submit(plan(any_order))
+        waiting = sampler.submit(plan(any_order, num_inference_steps=4))
+        sampler.stop()
+        gate.open.set()
+        for job in (running, waiting):
+            with pytest.raises(ShuttingDown):
+                await all_of(job)
+        sampler.close()
+
+    asyncio.run(run())
+
+
 def test_what_the_prior_cannot_do_is_a_value_error(pipe):
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)

@@ -114,6 +114,13 @@ def test_weights_from_before_a_setting_existed_can_be_started_from(tmp_path):
         check_init_from(section, PriorSection(), 48)
 
 
+def test_weights_can_be_started_from_with_another_dropout(bundle, tmp_path):
+    arguments = [*settings(tmp_path, bundle), "--prior.model.dropout", "0.25"]
+    experiment = load_experiment(arguments)
+    check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+    assert experiment.prior.model.dropout == 0.25
+
+
 @pytest.mark.parametrize(
     ("part", "place", "value", "message"),
     [
