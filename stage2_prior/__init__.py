@@ -28,12 +28,15 @@ from stage2_prior.scoring import (
     score_each_code,
 )
 from stage2_prior.sequence import Stream
+from stage2_prior.slots import CompiledSteps, Filters
 from stage2_prior.text import TextConfig, TextTokenizer
 
 __all__ = [
     "AggregatedPosterior",
     "CodeOrder",
+    "CompiledSteps",
     "Engine",
+    "Filters",
     "Finished",
     "Flow",
     "GaussianMixture",

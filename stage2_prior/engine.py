@@ -23,7 +23,7 @@ from torch import Tensor
 from stage2_prior.decoding import Samples, check_guidance, count_kept, sampling_orders
 from stage2_prior.model import ImagePrior
 from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
-from stage2_prior.slots import Filters, Rows, advance, compiled_advance
+from stage2_prior.slots import CompiledSteps, Filters, Rows
 from stage2_prior.step import prefill
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
@@ -87,18 +87,20 @@ class Engine:
     Args:
         prior: evaluated as it is, on its device.
         num_rows: rows of the table, a power of two from 2 to 128: half as many guided images.
-        compiled: whether steps are compiled, once for each number of rows and each kind of filter.
+        compiled: steps that were compiled; the others are not.
 
     Raises:
         ValueError: `num_rows` is another number.
     """
 
-    def __init__(self, prior: ImagePrior, num_rows: int = 64, *, compiled: bool = False) -> None:
+    def __init__(
+        self, prior: ImagePrior, num_rows: int = 64, *, compiled: CompiledSteps | None = None
+    ) -> None:
         if num_rows not in _SIZES[1:]:
             raise ValueError(f"num_rows is {num_rows}; it must be one of {list(_SIZES[1:])}")
         self.prior = prior
         self.num_rows = num_rows
-        self.compiled = compiled
+        self.compiled = compiled or CompiledSteps(prior)
         with torch.inference_mode():
             self._tables = prior.tables()
             self._cache = prior.new_cache(num_rows)
@@ -186,10 +188,10 @@ class Engine:
             return []
         used = sum(len(image.rows) for image in self._images)
         count = next(size for size in _SIZES if size >= used)
-        filters = self._filters()
-        advanced = compiled_advance(self.prior, count, filters) if self.compiled else advance
+        filters = Filters.of(image.request.options for image in self._images)
+        advance = self.compiled.get(count, filters)
         cache = self._cache.rows(slice(0, count))
-        advanced(self.prior, self._tables, cache, self._rows.first(count), filters)
+        advance(self.prior, self._tables, cache, self._rows.first(count), filters)
         for image in self._images:
             image.codes_left -= 1
         done = [image for image in self._images if not image.codes_left]
@@ -197,14 +199,6 @@ class Engine:
         for image in done:
             self._leave(image)
         return finished
-
-    def _filters(self) -> Filters:
-        every = [image.request.options for image in self._images]
-        return Filters(
-            any(options.top_k is not None for options in every),
-            any(options.top_p is not None and options.top_p < 1 for options in every),
-            any(options.min_p is not None for options in every),
-        )
 
     def _admit(self) -> None:
         """Gives rows to waiting requests, in order, while there are enough."""

@@ -11,14 +11,20 @@ that is off has the number that changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stage2_prior.model import CodebookTables, ImagePrior
-from stage2_prior.sampling import cumulative_sum, guide, keep_min_p, sample_from_uniform
+from stage2_prior.sampling import (
+    SamplingOptions,
+    cumulative_sum,
+    guide,
+    keep_min_p,
+    sample_from_uniform,
+)
 from stage2_prior.step import compile_step
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
 
@@ -29,6 +35,16 @@ class Filters(NamedTuple):
     top_k: bool
     top_p: bool
     min_p: bool
+
+    @classmethod
+    def of(cls, options: Iterable[SamplingOptions]) -> Filters:
+        """The filters that any of these uses."""
+        every = list(options)
+        return cls(
+            any(one.top_k is not None for one in every),
+            any(one.top_p is not None and one.top_p < 1 for one in every),
+            any(one.min_p is not None for one in every),
+        )
 
 
 class Rows(NamedTuple):
@@ -123,10 +139,26 @@ def advance(
     rows.filled.add_(rows.active)
 
 
-def compiled_advance(prior: ImagePrior, count: int, filters: Filters) -> Advance:
-    """`advance`, compiled once for so many rows and these filters: some seconds at its first
-    call."""
-    return compile_step(prior, ("rows", filters, count), advance)
+class CompiledSteps:
+    """Steps of a prior that were compiled, by their number of rows and their filters."""
+
+    def __init__(self, prior: ImagePrior) -> None:
+        self.prior = prior
+        self._ready: dict[tuple[int, Filters], Advance] = {}
+
+    @torch.inference_mode()
+    def compile(self, num_rows: int, filters: Filters) -> None:
+        """Compiles the step for so many rows: seconds to a minute. No other thread may call modules
+        meanwhile: torch's compiler replaces what calls them."""
+        step = compile_step(self.prior, ("rows", filters, num_rows), advance)
+        cache = self.prior.new_cache(num_rows)
+        # Compiled at its first call, here on rows that stand still.
+        step(self.prior, self.prior.tables(), cache, Rows.empty(self.prior, num_rows), filters)
+        self._ready[num_rows, filters] = step
+
+    def get(self, num_rows: int, filters: Filters) -> Advance:
+        """The compiled step, or the plain one where none was compiled."""
+        return self._ready.get((num_rows, filters), advance)
 
 
 def _sampled(

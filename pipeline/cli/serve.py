@@ -40,7 +40,8 @@ def serve_command(
         grace: seconds that running requests have after a signal to stop
         token_file: file with one token per line, of which clients show one
         log_prompts: write prompts into the log
-        compile: compile the sampling steps; each number of images takes seconds at its first use
+        compile: compile the steps of one image, so that one alone takes less than half of the time;
+            the server then starts some half a minute later
     """
     try:
         from pipeline.serving.server import serve

@@ -75,7 +75,7 @@ def sample_codes_batched(
         ValueError: `compile` is unknown, or is `on` without a compiler.
         MemoryError: not even one image fits.
     """
-    compile = _checked_compile(compile, prior.device)
+    compile = checked_compile(compile, prior.device)
     size = _fitting_batch(prior, options, min(batch_size, len(text_ids)))
     compiled = compile == "on"
     # Steps of several codes are never compiled.
@@ -109,7 +109,7 @@ def sample_codes_batched(
     return joined_samples(done)
 
 
-def _checked_compile(compile: Compile, device: torch.device) -> Compile:
+def checked_compile(compile: Compile, device: torch.device) -> Compile:
     """`off` where it is `auto` and the device has no compiler."""
     if compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is {compile!r}; choose auto, on or off")

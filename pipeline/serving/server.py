@@ -70,6 +70,7 @@ def _service(bundle: str | Path, settings: ServerSettings) -> tuple[ImageService
         num_rows=2 * settings.slots,
         max_waiting=settings.max_waiting,
         compiled=settings.compiled,
+        options=pipe.defaults,
         on_step=metrics.on_step,
     )
     metrics.watch(sampler)

@@ -32,7 +32,7 @@ class ServerSettings:
     log_prompts: bool = False
     """Write prompts into the log."""
     compiled: bool = False
-    """Compile the sampling steps at the start."""
+    """Compile the steps of one image at the start."""
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.slots > MAX_SLOTS or self.slots & (self.slots - 1):

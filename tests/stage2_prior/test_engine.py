@@ -10,7 +10,9 @@ import torch
 
 import stage2_prior.engine
 from stage2_prior import (
+    CompiledSteps,
     Engine,
+    Filters,
     Finished,
     ImagePrior,
     Level,
@@ -19,6 +21,7 @@ from stage2_prior import (
     SamplingOptions,
     sample,
 )
+from stage2_prior.slots import advance
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -111,21 +114,32 @@ def test_codes_do_not_depend_on_what_else_is_sampled(prior, count):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_steps_sample_the_same_codes(prior):
+    """Steps are compiled while images are in the table; the engine then takes these steps."""
     draw = random.Random(1)
-    engine = Engine(prior, 4, compiled=True)
     options = SamplingOptions(guidance_scale=2.0, top_k=5)
+    filters = Filters.of([options])
+    compiled = CompiledSteps(prior)
+    engine = Engine(prior, 4, compiled=compiled)
     requests = {}
     finished = []
     for seed in range(6):
         request = SampleRequest(text_ids=CAPTIONS[seed % 4], seed=seed, options=options)
         requests[engine.submit(request)] = request
+        if seed == 1:
+            compiled.compile(2, filters)
+            compiled.compile(4, filters)
         for _ in range(draw.randrange(4)):
             finished += engine.step()
+    assert compiled.get(2, filters) is not advance and compiled.get(4, filters) is not advance
     while engine.num_active or engine.num_waiting:
         finished += engine.step()
     for one in finished:
         assert_same(one, alone(prior, requests[one.ticket]))
     assert len(finished) == 6
+
+
+def test_rows_and_filters_that_were_not_compiled_take_the_plain_step(prior):
+    assert CompiledSteps(prior).get(2, Filters(False, False, False)) is advance
 
 
 def plain(seed: int, guidance_scale: float = 1.0) -> SampleRequest:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 
 import pytest
 import torch
 
+from pipeline.inference import batching
 from pipeline.serving.sampler import (
     Preview,
     QueueFull,
@@ -16,7 +18,7 @@ from pipeline.serving.sampler import (
     SamplingFailed,
     ShuttingDown,
 )
-from stage2_prior import Engine
+from stage2_prior import CompiledSteps, Engine, SamplingOptions
 from tests.helpers.serving import serving_pipeline
 
 
@@ -258,6 +260,47 @@ def test_closing_ends_jobs_of_several_codes_per_step(any_order, monkeypatch):
         sampler.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_steps_of_one_image_sample_the_same_codes(pipe, caplog):
+    caplog.set_level("INFO", "pipeline.serving")
+    options = SamplingOptions(guidance_scale=2.0)
+
+    async def run():
+        sampler = Sampler(pipe.prior, num_rows=4, compiled=True, options=options)
+        assert "compiled the steps of one image in" in caplog.text
+        jobs = [sampler.submit(plan(pipe, seed, guidance_scale=2.0)) for seed in range(3)]
+        found = [codes_of(await all_of(job)) for job in jobs]
+        sampler.close()
+        return found
+
+    expected = [plan(pipe, seed, guidance_scale=2.0).sample(pipe.prior) for seed in range(3)]
+    assert asyncio.run(run()) == [one.codes.tolist() for one in expected]
+
+
+def test_where_the_compiler_fails_plain_steps_are_taken(pipe, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("g++ ended with 1")
+
+    monkeypatch.setattr(CompiledSteps, "compile", fail)
+
+    async def run():
+        sampler = Sampler(pipe.prior, num_rows=2, compiled=True)
+        found = codes_of(await all_of(sampler.submit(plan(pipe, seed=4))))
+        sampler.close()
+        return found
+
+    monkeypatch.setattr(batching, "can_compile", lambda device: True)
+    assert asyncio.run(run()) == plan(pipe, seed=4).sample(pipe.prior).codes.tolist()
+    assert "steps are not compiled, so one image takes longer: g++ ended with 1" in caplog.text
+
+
+def test_compiled_steps_need_a_compiler(pipe, monkeypatch):
+    monkeypatch.setattr(batching, "can_compile", lambda device: False)
+    with pytest.raises(ValueError, match="install them"):
+        Sampler(pipe.prior, num_rows=2, compiled=True)
 
 
 def test_what_the_prior_cannot_do_is_a_value_error(pipe):
