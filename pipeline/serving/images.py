@@ -20,21 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.data.readers.images import open_image
-from pipeline.inference.base import image_seed
 from pipeline.inference.batching import joined_samples
-from pipeline.inference.editing import (
-    check_image,
-    composite,
-    keep_mask,
-    place_on_canvas,
-    random_keep_mask,
-    replaced_pixels,
-)
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.reranking import best_rows
@@ -150,13 +140,7 @@ class ImageService:
         if best_of > 1:
             self.pipe.check_best_of(best_of)
         seed = _seed(fields)
-        plan = await self.in_thread(
-            self.pipe.plan,
-            [prompt],
-            num_images=(fields.n or 1) * best_of,
-            seed=seed,
-            **fields.sampling(),
-        )
+        plan = await self.in_thread(self.pipe.plan, [prompt], **_options(fields, seed, best_of))
         settings = {"prompt": prompt, "best_of": best_of}
         return await self._work(plan, fields, seed, settings, best_of=best_of)
 
@@ -170,51 +154,43 @@ class ImageService:
                 param="mask",
                 code="missing",
             )
-        config = self.pipe.tokenizer.own_config
+        self._check_can_edit()
         image = await self.in_thread(opened, content, "image")
+        seed = _seed(fields)
+        options = _options(fields, seed)
         if fields.outpaint_at is not None:
             x, y = map(int, fields.outpaint_at.split(","))
-            image, white = place_on_canvas(image, config.size, config.channels, (x, y))
+            plan = await self.in_thread(
+                self.pipe.plan_outpaint, image, fields.prompt, at=(x, y), **options
+            )
         else:
             assert mask is not None
             white = _as_mask(await self.in_thread(opened, mask, "mask"))
-        image = check_image(image, config.size, config.channels)
-        replaced = replaced_pixels(white, image.size)
-        known = keep_mask(replaced, self.pipe.tokenizer.layout)
-        if known.all():
+            plan = await self.in_thread(self.pipe.plan_edit, image, white, fields.prompt, **options)
+        if plan.known.all():
             message = (
                 "the mask is empty, so that nothing is replaced; make what is to be replaced white"
             )
             raise ApiError(400, message, param="mask", code="empty_mask")
-
-        def finish(drawn: list[Image.Image]) -> list[Image.Image]:
-            return composite(image, drawn, replaced)
-
-        return await self._completion(
-            fields, _seed(fields), image, known, fields.prompt, finish=finish
-        )
+        settings = {"prompt": fields.prompt}
+        return await self._work(plan, fields, seed, settings, finish=plan.composite)
 
     async def variation(self, fields: VariationFields, content: bytes) -> Work:
         """An image of whose codes a fraction, scattered, is resampled."""
         self._check(fields, fields.prompt)
-        config = self.pipe.tokenizer.own_config
+        self._check_can_edit()
         image = await self.in_thread(opened, content, "image")
-        image = check_image(image, config.size, config.channels)
         seed = _seed(fields)
-        seeds = [image_seed(seed, i) for i in range(fields.n or 1)]
-        length = self.pipe.prior.stream.image_length
-        known = random_keep_mask(seeds, length, fields.strength)
-        return await self._completion(fields, seed, image, known, fields.prompt)
+        plan = await self.in_thread(
+            self.pipe.plan_variation,
+            image,
+            fields.strength,
+            fields.prompt,
+            **_options(fields, seed),
+        )
+        return await self._work(plan, fields, seed, {"prompt": fields.prompt})
 
-    async def _completion(
-        self,
-        fields: ImageFields,
-        seed: int,
-        image: Image.Image,
-        known: torch.Tensor,
-        prompt: str,
-        **options: Any,
-    ) -> Work:
+    def _check_can_edit(self) -> None:
         if self.pipe.prior.config.trained_order != "random":
             raise ApiError(
                 400,
@@ -222,16 +198,6 @@ class ImageService:
                 "of random orders; serve a bundle of prior.train.code_order=random",
                 code="not_supported",
             )
-        plan = await self.in_thread(
-            self.pipe.plan_completion,
-            image,
-            known,
-            prompt,
-            num_images=fields.n or 1,
-            seed=seed,
-            **fields.sampling(),
-        )
-        return await self._work(plan, fields, seed, {"prompt": prompt}, **options)
 
     async def _work(
         self,
@@ -407,6 +373,11 @@ def _as_mask(mask: Image.Image) -> Image.Image:
 
 def _seed(fields: ImageFields) -> int:
     return secrets.randbits(48) if fields.seed is None else fields.seed
+
+
+def _options(fields: ImageFields, seed: int, best_of: int = 1) -> dict[str, Any]:
+    """Options of the pipeline's plans."""
+    return {"num_images": (fields.n or 1) * best_of, "seed": seed} | fields.sampling()
 
 
 def now() -> int:
