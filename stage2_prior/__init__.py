@@ -2,7 +2,7 @@
 knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
-from stage2_prior.decoding import Samples, sample
+from stage2_prior.decoding import Samples, SamplingSchedule, sample, sampling_schedule
 from stage2_prior.engine import Engine, Finished, SampleRequest
 from stage2_prior.flows import (
     AggregatedPosterior,
@@ -52,6 +52,7 @@ __all__ = [
     "SampleRequest",
     "Samples",
     "SamplingOptions",
+    "SamplingSchedule",
     "StandardNormal",
     "Stream",
     "StreamConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "code_log_likelihood",
     "sample",
     "sample_captions",
+    "sampling_schedule",
     "score_codes",
     "score_each_code",
 ]

@@ -70,6 +70,16 @@ class Samples:
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
 
 
+@dataclass(frozen=True)
+class SamplingSchedule:
+    """When the codes of B images are decided."""
+
+    orders: Tensor
+    """(B,N) image positions: kept codes, then those to sample."""
+    step_sizes: list[int]
+    """How many codes each step samples first."""
+
+
 # Eight parameters: the four by keyword are independent of each other and have defaults.
 @torch.inference_mode()
 def sample(
@@ -99,34 +109,49 @@ def sample(
             are more steps than codes to sample.
         FloatingPointError: the logits are not finite; names the step.
     """
+    schedule = sampling_schedule(prior, seeds, options, known=known, codes=codes, orders=orders)
+    noise = per_seed_uniforms(seeds, prior.stream.image_length)
+    decoder = _Decoder(prior, text_ids, schedule, noise, options, compiled=compiled)
+    if codes is not None and decoder.num_kept:
+        decoder.keep(codes)
+    return decoder.run()
+
+
+def sampling_schedule(
+    prior: ImagePrior,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    known: Tensor | None = None,
+    codes: Tensor | None = None,
+    orders: Tensor | None = None,
+) -> SamplingSchedule:
+    """The schedule of `sample`, whose arguments these are. Takes no step.
+
+    Raises:
+        ValueError: as `sample`.
+    """
     check_guidance(prior, options)
     count = prior.stream.image_length
     num_kept = count_kept(known, codes, count)
     step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
     orders = sampling_orders(prior, seeds, known, orders, options.num_inference_steps)
-    noise = per_seed_uniforms(seeds, count)
-    decoder = _Decoder(prior, text_ids, orders, noise, step_sizes, options, compiled=compiled)
-    if codes is not None and num_kept:
-        decoder.keep(codes)
-    return decoder.run()
+    return SamplingSchedule(orders, step_sizes)
 
 
 class _Decoder:
     """The state of one call of `sample`.
 
     Args:
-        orders: (B,N) the image positions of kept codes, then of those to sample.
-        noise: (B,N) uniform numbers, in the same order.
-        step_sizes: how many codes each step samples first.
+        noise: (B,N) uniform numbers, in the schedule's order.
     """
 
     def __init__(
         self,
         prior: ImagePrior,
         text_ids: Tensor,
-        orders: Tensor,
+        schedule: SamplingSchedule,
         noise: Tensor,
-        step_sizes: Sequence[int],
         options: SamplingOptions,
         *,
         compiled: bool,
@@ -135,13 +160,13 @@ class _Decoder:
         device = prior.device
         self.prior = prior
         self.options = options
-        self.orders = orders
+        self.orders = schedule.orders
         self.noise = noise.to(device)
-        self.step_sizes = step_sizes
-        self.compiled = compiled and max(step_sizes) == 1
+        self.step_sizes = schedule.step_sizes
+        self.compiled = compiled and max(self.step_sizes) == 1
         self.batch = len(text_ids)
         self.text_length = stream.text_length
-        self.num_kept = stream.image_length - sum(step_sizes)
+        self.num_kept = stream.image_length - sum(self.step_sizes)
         scales = [guidance_at(i / stream.image_length, options) for i in range(stream.image_length)]
         self.scales = torch.tensor(scales, device=device)
         self.guided = [scale != 1 for scale in scales]

@@ -96,7 +96,7 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
                         metrics.images.inc()
                     yield event(request, work, kind, one)
         except Exception as error:
-            yield _event("error", api_error(error).body())
+            yield _event("error", api_error(error, request.state.request_id).body())
 
     def event(request: Request, work: Work, kind: str, one: Partial | Complete) -> str:
         body: dict[str, Any] = {

@@ -123,6 +123,19 @@ class ImageService:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
 
+    async def from_input(
+        self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """As `in_thread`, for what reads or plans a request.
+
+        Raises:
+            ApiError: a ValueError of the function, which refuses what the client gave.
+        """
+        try:
+            return await self.in_thread(function, *arguments, **options)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_value") from error
+
     def close(self) -> None:
         """Ends the threads."""
         self.sampler.close()
@@ -134,13 +147,12 @@ class ImageService:
         """Images for a prompt.
 
         Raises:
-            ApiError, ValueError: a field is not what this bundle or server can do.
+            ApiError: a field is not what this bundle or server can do.
         """
         self._check(fields, prompt, best_of)
-        if best_of > 1:
-            self.pipe.check_best_of(best_of)
+        await self.from_input(self.pipe.check_best_of, best_of)
         seed = _seed(fields)
-        plan = await self.in_thread(self.pipe.plan, [prompt], **_options(fields, seed, best_of))
+        plan = await self.from_input(self.pipe.plan, [prompt], **_options(fields, seed, best_of))
         settings = {"prompt": prompt, "best_of": best_of}
         return await self._work(plan, fields, seed, settings, best_of=best_of)
 
@@ -160,13 +172,15 @@ class ImageService:
         options = _options(fields, seed)
         if fields.outpaint_at is not None:
             x, y = map(int, fields.outpaint_at.split(","))
-            plan = await self.in_thread(
+            plan = await self.from_input(
                 self.pipe.plan_outpaint, image, fields.prompt, at=(x, y), **options
             )
         else:
             assert mask is not None
             white = _as_mask(await self.in_thread(opened, mask, "mask"))
-            plan = await self.in_thread(self.pipe.plan_edit, image, white, fields.prompt, **options)
+            plan = await self.from_input(
+                self.pipe.plan_edit, image, white, fields.prompt, **options
+            )
         if plan.known.all():
             message = (
                 "the mask is empty, so that nothing is replaced; make what is to be replaced white"
@@ -181,7 +195,7 @@ class ImageService:
         self._check_can_edit()
         image = await self.in_thread(opened, content, "image")
         seed = _seed(fields)
-        plan = await self.in_thread(
+        plan = await self.from_input(
             self.pipe.plan_variation,
             image,
             fields.strength,
@@ -207,6 +221,7 @@ class ImageService:
         settings: dict[str, Any],
         **options: Any,
     ) -> Work:
+        await self.from_input(plan.check, self.pipe.prior)
         prompt = settings["prompt"]
         warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
@@ -259,7 +274,7 @@ class ImageService:
         """Images as they become ready, and previews where the request streams.
 
         Raises:
-            ValueError, ShuttingDown, SamplingFailed: of the job.
+            ShuttingDown, SamplingFailed: of the job.
             TimeoutError: the images take longer than the server's limit.
         """
         numbers = [0] * len(work.plan.seeds)

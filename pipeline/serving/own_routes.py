@@ -70,15 +70,24 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     async def score(body: ScoreRequest) -> ScoreResponse:
         """How likely an image, or its codes, are given a prompt."""
         service.check_prompt(body.prompt)
+        ids = await service.from_input(pipe.text_ids, [body.prompt])
         codes = await codes_of(body.image, body.codes)
-        return await service.in_thread(scored, codes, body.prompt)
+        return await service.in_thread(scored, codes, ids)
 
     @router.post("/v1/captions", tags=["codes"])
     async def captions(body: CaptionRequest) -> CaptionResponse:
         """Captions of an image: candidates by their likelihood, or new ones."""
-        for one in body.candidates or []:
-            service.check_prompt(one)
-        image = await service.in_thread(decoded, body.image)
+        if not pipe.prior.config.trained_image_first:
+            message = (
+                f"the bundle {service.name} was not trained with codes first, which captions need; "
+                "serve a bundle of sequence.captioning_fraction=0.2"
+            )
+            raise ApiError(400, message, code="not_supported")
+        if body.candidates is not None:
+            for one in body.candidates:
+                service.check_prompt(one)
+            await service.from_input(pipe.text.encode, body.candidates)
+        image = await service.from_input(decoded, body.image)
         found = await service.in_thread(
             pipe.caption,
             image,
@@ -102,7 +111,8 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             message = "give one of image and codes"
             raise ApiError(400, message, param="image", code="missing")
         if image is not None:
-            return await service.in_thread(lambda: pipe.codes_of([decoded(image)]).flatten(1))
+            given = await service.from_input(decoded, image)
+            return await service.in_thread(lambda: pipe.codes_of([given]).flatten(1))
         assert codes is not None
         return checked_codes(codes)
 
@@ -130,8 +140,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         config = pipe.tokenizer.own_config
         return check_image(opened(data, "image"), config.size, config.channels)
 
-    def scored(codes: Tensor, prompt: str) -> ScoreResponse:
-        ids = pipe.text_ids([prompt])
+    def scored(codes: Tensor, ids: Tensor) -> ScoreResponse:
         each = score_each_code(pipe.prior, ids, codes)[0]
         null = None
         if pipe.prior.config.trained_with_caption_dropout:

@@ -63,8 +63,22 @@ def test_a_plan_of_a_variation_samples_the_variation(pipe, image):
 def test_an_empty_mask_leaves_nothing_to_sample(pipe, image):
     plan = pipe.plan_edit(image, Image.new("L", (16, 16), 0), "a red heart")
     assert plan.known.all()
-    with pytest.raises(ValueError, match="all 16 codes are known"):
-        plan.sample(pipe.prior)
+    for call in (plan.check, plan.sample):
+        with pytest.raises(ValueError, match="all 16 codes are known"):
+            call(pipe.prior)
+
+
+def test_a_plan_is_checked_without_sampling(pipe):
+    pipe.plan(["x"], num_inference_steps=4).check(pipe.prior)
+    raster = tiny_pipeline()
+    for change, words in (
+        ({"num_inference_steps": 4}, "several codes per step"),
+        ({"guidance_scale": 2.0}, "caption dropout"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            raster.plan(["x"], **change).check(raster.prior)
+    with pytest.raises(ValueError, match="at most the 16 codes"):
+        pipe.plan(["x"], num_inference_steps=17).check(pipe.prior)
 
 
 def test_plans_refuse_what_the_calls_refuse(pipe, image, mask):

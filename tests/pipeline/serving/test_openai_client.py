@@ -10,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
+from pipeline.inference.pipeline import TextToImagePipeline
 from tests.helpers.serving import png_of, running, serving_pipeline, tiny_app
 
 
@@ -118,7 +119,16 @@ def test_errors(client):
         client.with_options(api_key="wrong").images.generate(prompt="a red heart")
 
 
-def test_an_error_within_a_stream(client):
-    stream = client.images.generate(prompt="a red heart", stream=True, extra_body={"steps": 99})
-    with pytest.raises(openai.APIError, match="num_inference_steps"):
+def test_an_error_within_a_stream(client, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(TextToImagePipeline, "decode", broken)
+    stream = client.images.generate(prompt="a red heart", stream=True)
+    with pytest.raises(openai.APIError, match="see its log"):
         list(stream)
+
+
+def test_a_stream_that_is_refused_does_not_begin(client):
+    with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
+        client.images.generate(prompt="a red heart", stream=True, extra_body={"steps": 99})

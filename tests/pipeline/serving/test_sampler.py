@@ -162,8 +162,9 @@ def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
         sampler = Sampler(pipe.prior, num_rows=8)
         failed = [sampler.submit(plan(pipe, seed, n=2)) for seed in range(2)]
         for job in failed:
-            with pytest.raises(SamplingFailed, match="see the server's log"):
+            with pytest.raises(SamplingFailed, match="see the server's log") as failure:
                 await all_of(job)
+            assert str(failure.value.__cause__) == "broken"
         assert sampler.num_pending == 0
         found = codes_of(await all_of(sampler.submit(plan(pipe, 9))))
         sampler.close()
@@ -173,11 +174,12 @@ def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
     assert "broken" in caplog.text
 
 
-def test_what_the_prior_cannot_do_is_a_value_error(pipe):
+def test_a_plan_that_was_not_checked_fails_with_its_cause(pipe):
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)
-        with pytest.raises(ValueError, match="random"):
+        with pytest.raises(SamplingFailed, match="see the server's log") as failure:
             await all_of(sampler.submit(plan(pipe, num_inference_steps=3)))
+        assert "random" in str(failure.value.__cause__)
         sampler.close()
 
     asyncio.run(run())
