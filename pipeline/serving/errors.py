@@ -109,7 +109,10 @@ def install_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         places = [str(place) for place in first["loc"] if place not in ("body", "query", "path")]
         param = ".".join(places) or None
-        message = f"{param or 'the request'}: {first['msg']}"
+        reason = first["msg"]
+        if first["type"] == "extra_forbidden":
+            reason = "this server has no such field; leave it out"
+        message = f"{param or 'the request'}: {reason}"
         code = "missing" if first["type"] == "missing" else "invalid_value"
         found = ApiError(400, message, param=param, code=code)
         return JSONResponse(found.body(), found.status)

@@ -253,6 +253,12 @@ class ImageService:
         if fields.background == "transparent" and fields.output_format == "jpeg":
             message = "a JPEG has no transparency; ask for output_format png or webp"
             raise ApiError(400, message, param="output_format", code="invalid_value")
+        if fields.output_compression is not None and fields.output_format in (None, "png"):
+            message = (
+                "output_compression is the quality of a jpeg or webp, and a PNG is lossless; leave "
+                "it out, or ask for output_format jpeg or webp"
+            )
+            raise ApiError(400, message, param="output_compression", code="invalid_value")
 
     def check_prompt(self, prompt: str) -> None:
         """Raises ApiError where a prompt is longer than the server takes."""
@@ -306,7 +312,9 @@ class ImageService:
     def _encoded(self, work: Work, image: int, samples: Samples) -> bytes:
         drawn = work.finish(self.pipe.decode(samples, [0]).images)[0]
         settings = work.settings | {"image": image}
-        return encoded(drawn, work.format, work.fields.background, settings)
+        return encoded(
+            drawn, work.format, work.fields.background, settings, work.fields.output_compression
+        )
 
     def _preview_every(self, fields: ImageFields) -> int | None:
         if not fields.stream:
@@ -326,7 +334,9 @@ class ImageService:
         shown = there.repeat(cell[0], axis=0).repeat(cell[1], axis=1)
         pixels[~shown] = 0 if self.has_alpha else _GREY
         drawn = work.finish([Image.fromarray(pixels)])[0]
-        return encoded(drawn, work.format, work.fields.background, None)
+        return encoded(
+            drawn, work.format, work.fields.background, None, work.fields.output_compression
+        )
 
     def usage(self, work: Work) -> Usage:
         """Tokens of a request: of the caption once, and of all codes that were sampled."""
@@ -342,10 +352,17 @@ class ImageService:
 
 
 def encoded(
-    image: Image.Image, format: Format, background: str | None, settings: dict[str, Any] | None
+    image: Image.Image,
+    format: Format,
+    background: str | None,
+    settings: dict[str, Any] | None,
+    quality: int | None = None,
 ) -> bytes:
-    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on
-    white."""
+    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on white.
+
+    Args:
+        quality: 0 to 100, of a JPEG (95 where absent) or WebP (lossless where absent).
+    """
     if has_alpha(image) and (background == "opaque" or format == "jpeg"):
         image = to_rgb(image)
     file = io.BytesIO()
@@ -355,9 +372,11 @@ def encoded(
             text.add_text(METADATA, json.dumps(settings))
         image.save(file, "PNG", pnginfo=text)
     elif format == "webp":
-        image.save(file, "WEBP", lossless=True)
+        image.save(
+            file, "WEBP", lossless=quality is None, quality=80 if quality is None else quality
+        )
     else:
-        image.save(file, "JPEG", quality=95)
+        image.save(file, "JPEG", quality=95 if quality is None else quality)
     return file.getvalue()
 
 

@@ -45,6 +45,12 @@ class ImageFields(SamplingFields):
     size: str | None = Field(None, max_length=20, description="auto, or the bundle's, as 64x64")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
+    output_compression: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="quality of a jpeg or webp; 95 where absent, and a webp is lossless then",
+    )
     background: Literal["transparent", "opaque", "auto"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=64, description="previews per image")
@@ -52,6 +58,15 @@ class ImageFields(SamplingFields):
         None, ge=1, description="codes between two previews, in place of partial_images"
     )
     user: str | None = Field(None, max_length=1000, description="ignored")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+        None, description="ignored: a bundle draws in one quality"
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="ignored: prompts are not moderated"
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="ignored: what an edit keeps is kept exactly"
+    )
 
 
 class GenerationRequest(ImageFields):

@@ -82,6 +82,22 @@ def test_formats(client, ending):
     assert body["output_format"] == ending
 
 
+@pytest.mark.parametrize("ending", ["jpeg", "webp"])
+def test_compression_makes_smaller_files(client, ending):
+    files = {}
+    for quality in (None, 100, 0):
+        change = {"output_format": ending, "output_compression": quality}
+        body = client.post(URL, json=HEART | change).json()
+        files[quality] = base64.b64decode(body["data"][0]["b64_json"])
+        assert image_of_bytes(files[quality]).format == ending.upper()
+    assert len(files[0]) < min(len(files[100]), len(files[None]))
+
+
+def test_fields_without_a_meaning_here_change_nothing(client):
+    fields = {"quality": "high", "moderation": "low", "input_fidelity": "high", "user": "me"}
+    assert codes_of(client.post(URL, json=HEART | fields)) == codes_of(client.post(URL, json=HEART))
+
+
 def test_a_png_holds_its_settings(client):
     body = client.post(URL, json=HEART | {"temperature": 0.5, "n": 2}).json()
     settings = json.loads(image_of(body["data"][1]).text["minidalle"])
@@ -175,7 +191,10 @@ def image_of_bytes(content):
         ({"prompt": "a red heart " * 20}, 400, None, "tokens"),
         ({"model": "dall-e-3"}, 404, "model", "this server has 'tiny'"),
         ({"background": "transparent"}, 400, "background", "no transparency"),
-        ({"quality": "hd"}, 400, "quality", "not permitted"),
+        ({"style": "vivid"}, 400, "style", "no such field; leave it out"),
+        ({"quality": "best"}, 400, "quality", "'auto', 'low'"),
+        ({"output_compression": 50}, 400, "output_compression", "a PNG is lossless"),
+        ({"output_compression": 101}, 400, "output_compression", "less than or equal to 100"),
         ({"temperature": -1}, 400, "temperature", "greater"),
         ({"seed": -1}, 400, "seed", "greater"),
         ({"steps": 4}, 400, None, "random"),
