@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from pipeline.serving.schemas import (
     ModelList,
     ScoreRequest,
     ScoreResponse,
+    Status,
     TokensRequest,
     TokensResponse,
 )
@@ -39,16 +40,18 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     pipe = service.pipe
 
     @router.get("/healthz", tags=["server"])
-    async def healthz() -> dict[str, str]:
+    async def healthz() -> Status:
         """200 while the process answers."""
-        return {"status": "ok"}
+        return Status(status="ok")
 
-    @router.get("/readyz", tags=["server"])
+    @router.get(
+        "/readyz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]
+    )
     async def readyz() -> Response:
         """200 while requests are accepted; 503 before the bundle is ready and at the end."""
         return JSONResponse({"status": state.status}, 200 if state.status == "ready" else 503)
 
-    @router.get("/metrics", tags=["server"])
+    @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
     async def show_metrics() -> Response:
         """Counters in Prometheus' format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -158,7 +161,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         image = pipe.tokenizer.to_images(pipe.in_layout(codes))[0]
         return TokensResponse(
             codes=codes[0].tolist(),
-            grids=[level.grid for level in pipe.tokenizer.layout],
+            grids=[list(level.grid) for level in pipe.tokenizer.layout],
             b64_json=base64.b64encode(encoded(image, "png", None, None)).decode(),
         )
 
@@ -185,7 +188,7 @@ def _model(service: ImageService) -> Model:
         width=width,
         height=height,
         transparent=service.has_alpha,
-        grids=[level.grid for level in pipe.tokenizer.layout],
+        grids=[list(level.grid) for level in pipe.tokenizer.layout],
         can_edit=config.trained_order == "random",
         can_caption=config.trained_image_first,
         can_guide=config.trained_with_caption_dropout,

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Prompt = Annotated[str, StringConstraints(max_length=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Format = Literal["png", "jpeg", "webp"]
+Grid = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""Height and width. No tuple, whose schema not every reader of OpenAPI knows."""
 
 
 class Request(BaseModel):
@@ -118,6 +120,28 @@ class TokensRequest(Request):
     codes: list[int] | None = None
 
 
+class ErrorDetail(BaseModel):
+    """Why a request failed."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field that is wrong."""
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """What a request that failed gets."""
+
+    error: ErrorDetail
+
+
+class Status(BaseModel):
+    """What `/healthz` and `/readyz` say."""
+
+    status: Literal["ok", "starting", "ready", "stopping"]
+
+
 class ImageData(BaseModel):
     """One image of a response."""
 
@@ -169,7 +193,7 @@ class CaptionResponse(BaseModel):
 
 class TokensResponse(BaseModel):
     codes: list[int]
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     """Height and width of each level, coarse ones first."""
     b64_json: str
     """The image of the codes, as PNG."""
@@ -186,7 +210,7 @@ class Model(BaseModel):
     height: int
     transparent: bool
     """Whether images have transparency."""
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     can_edit: bool
     """Whether the prior was trained on random orders, so that any part can be resampled."""
     can_caption: bool
