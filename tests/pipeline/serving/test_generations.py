@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import random
+import re
 
 import httpx
 import numpy as np
@@ -68,6 +69,12 @@ def test_best_of_returns_the_images_of_an_offline_call(client, pipe):
     assert expected != offline(pipe, num_images_per_prompt=2, seed=7)
 
 
+@pytest.mark.parametrize("change", [{"seed": 0}, {"seed": 0, "size": "auto"}])
+def test_a_seed_of_zero_is_a_seed(client, pipe, change):
+    response = client.post(URL, json=HEART | change)
+    assert codes_of(response) == offline(pipe, seed=0) and response.json()["seed"] == 0
+
+
 def test_without_a_seed_images_differ_and_can_be_sampled_again(client, pipe):
     first, second = (client.post(URL, json={"prompt": "a blue star"}).json() for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -118,6 +125,10 @@ def test_transparency_is_kept_or_laid_on_white():
             background: client.post(URL, json=HEART | {"background": background}).json()
             for background in ("auto", "transparent", "opaque")
         }
+        both = {"background": "transparent", "output_format": "jpeg"}
+        refused = client.post(URL, json=HEART | both)
+    assert refused.status_code == 400
+    assert "a JPEG has no transparency" in refused.json()["error"]["message"]
     modes = {name: image_of(body["data"][0]).mode for name, body in found.items()}
     assert modes == {"auto": "RGBA", "transparent": "RGBA", "opaque": "RGB"}
     said = {name: body["background"] for name, body in found.items()}
@@ -135,7 +146,12 @@ def test_urls_give_the_image_once_it_is_there(client):
     assert gone.status_code == 404 and "or no longer" in gone.json()["error"]["message"]
 
 
+def images_counted(client):
+    return float(re.search(r"(?m)^minidalle_images_total (\S+)", client.get("/metrics").text)[1])
+
+
 def test_a_stream_has_previews_and_the_image(client, pipe):
+    before = images_counted(client)
     body = HEART | {"stream": True, "partial_images": 3, "n": 2}
     found = events_of(client.post(URL, json=body).text)
     names = [name for name, _ in found]
@@ -143,6 +159,7 @@ def test_a_stream_has_previews_and_the_image(client, pipe):
     done = {data["image_index"]: data["codes"] for name, data in found if name == names[-1]}
     assert [done[0], done[1]] == offline(pipe, num_images_per_prompt=2, seed=7)
     assert "image_generation.partial_image" in names
+    assert images_counted(client) == before + 2
     for name, data in found:
         assert data["type"] == name and image_of(data).size == (16, 16)
 
@@ -167,6 +184,7 @@ def test_a_preview_shows_the_codes_so_far_and_grey(pipe):
     service.close()
     complete = image_array(image_of_bytes(found[-1].content))
     assert isinstance(found[-1], Complete) and all(isinstance(one, Partial) for one in found[:-1])
+    assert [one.number for one in found[:-1]] == list(range(len(found) - 1))
     for one in found[:-1]:
         shown = image_array(image_of_bytes(one.content))
         grey = (shown == 128).all(-1)
@@ -205,8 +223,6 @@ def test_what_cannot_be_done_is_refused_by_name(client, change, status, param, w
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (status, param), error
     assert set(error) == {"message", "type", "param", "code"}
-    import re
-
     assert re.search(words, error["message"]), error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 import torch
@@ -17,26 +16,12 @@ from pipeline.serving.sampler import (
     ShuttingDown,
 )
 from stage2_prior import Engine
-from tests.helpers.serving import serving_pipeline
+from tests.helpers.serving import StepGate, serving_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return serving_pipeline()
-
-
-class Gate:
-    """Holds the steps of all engines until it is opened."""
-
-    def __init__(self, monkeypatch):
-        self.open = threading.Event()
-        plain = Engine.step
-
-        def step(engine):
-            self.open.wait()
-            return plain(engine)
-
-        monkeypatch.setattr(Engine, "step", step)
 
 
 def plan(pipe, seed=0, n=1, **options):
@@ -53,7 +38,7 @@ def codes_of(updates):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2, max_waiting=2)
@@ -88,7 +73,7 @@ def test_first_come_first_served(pipe):
 
 
 def test_a_cancelled_job_frees_its_place(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2, max_waiting=1)
@@ -186,7 +171,7 @@ def test_a_plan_that_was_not_checked_fails_with_its_cause(pipe):
 
 
 def test_closing_ends_what_is_left(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)
