@@ -2,7 +2,13 @@
 knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
-from stage2_prior.decoding import Samples, StepwiseSampling, sample
+from stage2_prior.decoding import (
+    Samples,
+    SamplingSchedule,
+    StepwiseSampling,
+    sample,
+    sampling_schedule,
+)
 from stage2_prior.engine import Engine, Finished, SampleRequest
 from stage2_prior.flows import (
     AggregatedPosterior,
@@ -55,6 +61,7 @@ __all__ = [
     "SampleRequest",
     "Samples",
     "SamplingOptions",
+    "SamplingSchedule",
     "StandardNormal",
     "StepwiseSampling",
     "Stream",
@@ -67,6 +74,7 @@ __all__ = [
     "code_log_likelihood",
     "sample",
     "sample_captions",
+    "sampling_schedule",
     "score_codes",
     "score_each_code",
 ]

@@ -70,6 +70,16 @@ class Samples:
         return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
 
 
+@dataclass(frozen=True)
+class SamplingSchedule:
+    """When the codes of B images are decided."""
+
+    orders: Tensor
+    """(B,N) image positions: kept codes, then those to sample."""
+    step_sizes: list[int]
+    """How many codes each step samples first."""
+
+
 # Eight parameters: the four by keyword are independent of each other and have defaults.
 @torch.inference_mode()
 def sample(
@@ -124,16 +134,10 @@ class StepwiseSampling:
         orders: Tensor | None = None,
         compiled: bool = False,
     ) -> None:
-        check_guidance(prior, options)
-        count = prior.stream.image_length
-        num_kept = count_kept(known, codes, count)
-        step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
-        orders = sampling_orders(prior, seeds, known, orders, options.num_inference_steps)
-        noise = per_seed_uniforms(seeds, count)
-        self._decoder = _Decoder(
-            prior, text_ids, orders, noise, step_sizes, options, compiled=compiled
-        )
-        if codes is not None and num_kept:
+        schedule = sampling_schedule(prior, seeds, options, known=known, codes=codes, orders=orders)
+        noise = per_seed_uniforms(seeds, prior.stream.image_length)
+        self._decoder = _Decoder(prior, text_ids, schedule, noise, options, compiled=compiled)
+        if codes is not None and self._decoder.num_kept:
             self._decoder.keep(codes)
         self._steps = self._decoder.steps()
 
@@ -152,22 +156,41 @@ class StepwiseSampling:
         return self._decoder.codes_so_far()
 
 
+def sampling_schedule(
+    prior: ImagePrior,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    known: Tensor | None = None,
+    codes: Tensor | None = None,
+    orders: Tensor | None = None,
+) -> SamplingSchedule:
+    """The schedule of `sample`, whose arguments these are. Takes no step.
+
+    Raises:
+        ValueError: as `sample`.
+    """
+    check_guidance(prior, options)
+    count = prior.stream.image_length
+    num_kept = count_kept(known, codes, count)
+    step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
+    orders = sampling_orders(prior, seeds, known, orders, options.num_inference_steps)
+    return SamplingSchedule(orders, step_sizes)
+
+
 class _Decoder:
     """The state of one call of `sample`.
 
     Args:
-        orders: (B,N) the image positions of kept codes, then of those to sample.
-        noise: (B,N) uniform numbers, in the same order.
-        step_sizes: how many codes each step samples first.
+        noise: (B,N) uniform numbers, in the schedule's order.
     """
 
     def __init__(
         self,
         prior: ImagePrior,
         text_ids: Tensor,
-        orders: Tensor,
+        schedule: SamplingSchedule,
         noise: Tensor,
-        step_sizes: Sequence[int],
         options: SamplingOptions,
         *,
         compiled: bool,
@@ -176,13 +199,13 @@ class _Decoder:
         device = prior.device
         self.prior = prior
         self.options = options
-        self.orders = orders
+        self.orders = schedule.orders
         self.noise = noise.to(device)
-        self.step_sizes = step_sizes
-        self.compiled = compiled and max(step_sizes) == 1
+        self.step_sizes = schedule.step_sizes
+        self.compiled = compiled and max(self.step_sizes) == 1
         self.batch = len(text_ids)
         self.text_length = stream.text_length
-        self.num_kept = stream.image_length - sum(step_sizes)
+        self.num_kept = stream.image_length - sum(self.step_sizes)
         scales = [guidance_at(i / stream.image_length, options) for i in range(stream.image_length)]
         self.scales = torch.tensor(scales, device=device)
         self.guided = [scale != 1 for scale in scales]

@@ -7,16 +7,36 @@ White in a mask is replaced. A code is kept where no pixel of its cell is white.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.inference.plan import SamplingPlan
 from stage1_tokenizer import Level, to_channels
 from stage1_tokenizer.caller import warn_user
 
 _WHITE = 128
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EditPlan(SamplingPlan):
+    """B images that differ from one image inside of a mask alone."""
+
+    known: Tensor
+    codes: Tensor
+    original: Image.Image
+    """In the channels of the tokenizer."""
+    replaced: np.ndarray
+    """(H,W) bool, true inside the mask."""
+
+    def composite(self, drawn: Sequence[Image.Image]) -> list[Image.Image]:
+        """The drawn images inside the mask, the original's own pixels everywhere else."""
+        before = np.asarray(self.original)
+        inside = self.replaced[..., None]
+        return [Image.fromarray(np.where(inside, np.asarray(image), before)) for image in drawn]
 
 
 def replaced_pixels(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -72,16 +92,6 @@ def keep_mask(replaced: np.ndarray, levels: Sequence[Level]) -> Tensor:
         )
         kept.append(~cells.any(axis=(1, 3)).ravel())
     return torch.from_numpy(np.concatenate(kept))
-
-
-def composite(
-    original: Image.Image, drawn: Sequence[Image.Image], replaced: np.ndarray
-) -> list[Image.Image]:
-    """The drawn images inside the mask, the original's own pixels everywhere else."""
-    before = np.asarray(original)
-    return [
-        Image.fromarray(np.where(replaced[..., None], np.asarray(image), before)) for image in drawn
-    ]
 
 
 def place_on_canvas(

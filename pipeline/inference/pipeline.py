@@ -4,7 +4,6 @@ interfaces, not their insides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
+from pipeline.inference.base import check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.batching import Compile
-from pipeline.inference.editing import (
-    check_image,
-    composite,
-    keep_mask,
-    place_on_canvas,
-    random_keep_mask,
-    replaced_pixels,
-    warn_if_trivial,
-)
+from pipeline.inference.editing import EditPlan, warn_if_trivial
 from pipeline.inference.hub import load_bundle
 from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.plan import SamplingPlan
+from pipeline.inference.planning import PlanningPipeline, SamplingValue
 from pipeline.inference.reranking import ImageTextScorer, best_rows, highest
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from pipeline.runtime.threads import free_threads
@@ -36,18 +28,14 @@ from stage1_tokenizer import ImageTokenizer
 from stage2_prior import (
     ImagePrior,
     LatentPriorModel,
-    Samples,
     SamplingOptions,
     TextTokenizer,
     caption_log_likelihood,
     sample_captions,
 )
 
-SamplingValue = float | tuple[float, float] | None
-"""A field of `SamplingOptions`; None takes the bundle's default."""
 
-
-class TextToImagePipeline(LikelihoodMixin, BasePipeline):
+class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
     """Both stages chained.
 
     Args:
@@ -61,8 +49,6 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
     Raises:
         ValueError: there are no codes, or the prior models others, or another vocabulary.
     """
-
-    prior: ImagePrior
 
     def __init__(
         self,
@@ -167,21 +153,6 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             )
         return output.rows(highest(scores.view(-1, best_of)).tolist())
 
-    def plan(
-        self,
-        prompts: Sequence[str],
-        *,
-        num_images: int = 1,
-        seed: int = 0,
-        truncate: bool = False,
-        **sampling: SamplingValue,
-    ) -> SamplingPlan:
-        """What `__call__` samples, of `num_images` per prompt, without its warnings. Options and
-        errors as there."""
-        ids = self.text_ids(prompts, truncate).repeat_interleave(num_images, dim=0)
-        seeds = [image_seed(seed, i) for _ in prompts for i in range(num_images)]
-        return SamplingPlan(ids, seeds, self._options(sampling))
-
     def check_best_of(self, best_of: int) -> None:
         """Raises ValueError where the prior cannot choose among `best_of` images."""
         if best_of > 1 and not self.prior.config.trained_with_caption_dropout:
@@ -215,24 +186,10 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             ValueError: the mask's size or mode, or the image's size, does not fit; or the prior was
                 not trained on random orders.
         """
-        check_at_least_one("num_images", num_images)
-        original = check_image(image, self.tokenizer.size, self.tokenizer.own_config.channels)
-        replaced = replaced_pixels(mask, original.size)
-        known = keep_mask(replaced, self.tokenizer.layout)
-        if warn_if_trivial(known):
-            codes = self.codes_of([original] * num_images)
-            zeros = torch.zeros(num_images)
-            return TextToImageOutput(
-                [original.copy() for _ in range(num_images)],
-                codes.cpu(),
-                zeros,
-                [seed] * num_images,
-            )
-        output = self.complete(
-            original, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        plan = self.plan_edit(
+            image, mask, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
-        output.images = composite(original, output.images, replaced)
-        return output
+        return self._edited(plan, prompt, seed)
 
     def outpaint(
         self,
@@ -251,11 +208,20 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         Raises:
             ValueError: the image does not lie on the canvas, or fills it; and what `edit` raises.
         """
-        channels = self.tokenizer.own_config.channels
-        canvas, mask = place_on_canvas(image, self.tokenizer.size, channels, at)
-        return self.edit(
-            canvas, mask, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        plan = self.plan_outpaint(
+            image, prompt, at=at, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
+        return self._edited(plan, prompt, seed)
+
+    def _edited(self, plan: EditPlan, prompt: str, seed: int) -> TextToImageOutput:
+        if warn_if_trivial(plan.known):
+            count = len(plan.seeds)
+            images = [plan.original.copy() for _ in range(count)]
+            codes = self.in_layout(plan.codes)
+            return TextToImageOutput(images, codes, torch.zeros(count), [seed] * count)
+        output = self._sampled(plan, prompt)
+        output.images = plan.composite(output.images)
+        return output
 
     def vary(
         self,
@@ -274,12 +240,10 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         Raises:
             ValueError: the strength is not above 0 and at most 1; and what `complete` raises.
         """
-        check_at_least_one("num_images", num_images)
-        seeds = [image_seed(seed, i) for i in range(num_images)]
-        known = random_keep_mask(seeds, self.prior.stream.image_length, strength)
-        return self.complete(
-            image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
+        plan = self.plan_variation(
+            image, strength, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
+        return self._sampled(plan, prompt)
 
     def complete(
         self,
@@ -309,47 +273,11 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
         plan = self.plan_completion(
             image, known, prompt, num_images=num_images, seed=seed, truncate=truncate, **sampling
         )
+        return self._sampled(plan, prompt)
+
+    def _sampled(self, plan: SamplingPlan, prompt: str) -> TextToImageOutput:
         self._warn_of([prompt])
         return self.decode(plan.sample(self.prior, compile=self._compile), plan.seeds)
-
-    def plan_completion(
-        self,
-        image: Image.Image | Tensor,
-        known: Tensor,
-        prompt: str,
-        *,
-        num_images: int = 1,
-        seed: int = 0,
-        truncate: bool = False,
-        **sampling: SamplingValue,
-    ) -> SamplingPlan:
-        """What `complete` samples, without its warnings. Options and errors as there."""
-        check_at_least_one("num_images", num_images)
-        length = self.prior.stream.image_length
-        if known.dtype != torch.bool or known.numel() not in (length, length * num_images):
-            raise ValueError(
-                f"known is {known.dtype} {tuple(known.shape)}; it must be bool and say for each of "
-                f"the {length} codes if it is kept"
-            )
-        codes = image if isinstance(image, Tensor) else self.codes_of([image])
-        if codes.numel() != length:
-            raise ValueError(
-                f"the codes are {tuple(codes.shape)}; this prior's images have {length}, "
-                "give as many"
-            )
-        options = self._options(sampling)
-        steps = options.num_inference_steps
-        if sampling.get("num_inference_steps") is None and steps is not None:
-            # The bundle's default is for whole images.
-            unknown = length - int(known.reshape(-1, length)[0].sum())
-            options = replace(options, num_inference_steps=max(min(steps, unknown), 1))
-        return SamplingPlan(
-            self.text_ids([prompt], truncate).repeat(num_images, 1),
-            [image_seed(seed, i) for i in range(num_images)],
-            options,
-            known=known.reshape(-1, length) if known.numel() > length else known.reshape(length),
-            codes=codes.reshape(1, length).cpu().repeat(num_images, 1),
-        )
 
     def score(
         self,
@@ -419,41 +347,6 @@ class TextToImagePipeline(LikelihoodMixin, BasePipeline):
             )
             captions = self.text.decode(ids)
         return sorted(zip(captions, values.tolist(), strict=True), key=lambda pair: -pair[1])
-
-    @free_threads()
-    def codes_of(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes in the tokenizer's form, in the precision of those that the prior was trained on.
-
-        In another precision near ties fall the other way, in plain areas for most of an image. The
-        prior would see combinations of codes that it was never trained on. A pipeline that was put
-        together without `trained_on` uses fp32.
-        """
-        own = self.tokenizer.own_config
-        bf16 = self.trained_on.get("codes_in_bf16", False)
-        with torch.autocast(self.tokenizer.device.type, torch.bfloat16, enabled=bf16):
-            return self.tokenizer.to_codes(
-                [check_image(image, own.size, own.channels) for image in images]
-            )
-
-    def _options(self, given: dict[str, SamplingValue]) -> SamplingOptions:
-        defaults = asdict(self.defaults)
-        if unknown := sorted(set(given) - set(defaults)):
-            raise ValueError(f"{unknown} are no sampling options; choose among {list(defaults)}")
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return SamplingOptions(**(defaults | chosen))
-
-    @free_threads()
-    def decode(self, drawn: Samples, seeds: list[int]) -> TextToImageOutput:
-        """Images of sampled codes; `seeds` are theirs."""
-        grid = self.in_layout(drawn.codes)
-        images = [image for part in grid.split(64) for image in self.tokenizer.to_images(part)]
-        return TextToImageOutput(images, grid.cpu(), drawn.log_likelihood.cpu(), seeds)
-
-    def in_layout(self, codes: Tensor) -> Tensor:
-        """Flat codes of the stream in the tokenizer's form: (B,h,w) of one level, flat of
-        several."""
-        levels = self.tokenizer.layout
-        return codes.reshape(len(codes), *levels[0].grid) if len(levels) == 1 else codes
 
     @classmethod
     def from_pretrained(

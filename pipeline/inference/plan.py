@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.inference.batching import Compile, sample_codes_batched
-from stage2_prior import ImagePrior, SampleRequest, Samples, SamplingOptions, StepwiseSampling
+from stage2_prior import (
+    ImagePrior,
+    SampleRequest,
+    Samples,
+    SamplingOptions,
+    StepwiseSampling,
+    sampling_schedule,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +30,10 @@ class SamplingPlan:
     """(N,) or (B,N) bool, which codes are given."""
     codes: Tensor | None = None
     """(B,N) the given codes."""
+
+    def check(self, prior: ImagePrior) -> None:
+        """Raises ValueError, as `sample` does, where the prior cannot sample this."""
+        sampling_schedule(prior, self.seeds, self.options, known=self.known, codes=self.codes)
 
     def sample(
         self, prior: ImagePrior, *, batch_size: int = 64, compile: Compile = "auto"

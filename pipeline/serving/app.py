@@ -19,6 +19,7 @@ from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.middleware import Limits, RequestLog, Tokens
 from pipeline.serving.own_routes import own_router
+from pipeline.serving.schemas import ErrorResponse
 from pipeline.serving.state import ServerState
 
 PAGE = Path(__file__).parent / "page"
@@ -70,6 +71,10 @@ def create_app(
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
         lifespan=lifespan,
+        responses={
+            "4XX": {"model": ErrorResponse, "description": "The request was refused"},
+            "5XX": {"model": ErrorResponse, "description": "The server failed, or stops"},
+        },
     )
     app.state.service = service
     install_handlers(app)

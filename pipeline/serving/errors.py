@@ -1,8 +1,13 @@
 """Errors as OpenAI's API words them: `{"error": {message, type, param, code}}`. Knows statuses and
-messages alone."""
+messages; what is the server's fault is logged here.
+
+A ValueError is the client's fault where a request is read and planned alone
+(`ImageService.from_input`). Anywhere else it is one of the server's.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from pipeline.serving.disconnect import ClientGone
 from pipeline.serving.sampler import QueueFull, SamplingFailed, ShuttingDown
+
+_log = logging.getLogger(__name__)
 
 _TYPES = {
     401: "authentication_error",
@@ -65,9 +72,9 @@ class ApiError(Exception):
         }
 
 
-def api_error(error: Exception) -> ApiError:
-    """Any error as the client sees it. What is neither the client's nor foreseen says nothing of
-    the server's inside."""
+def api_error(error: Exception, request_id: str) -> ApiError:
+    """Any error as the client sees it. One of the server's is logged, and the client sees nothing
+    of the server's inside."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -80,18 +87,17 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, TimeoutError):
         message = "the images were not ready in time; ask for fewer, or try again later"
         return ApiError(504, message, code="timeout")
+    _log.error("%s failed", request_id, exc_info=error)
     if isinstance(error, SamplingFailed):
         return ApiError(500, str(error), code="sampling_failed")
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, "the server failed; see its log, and try again", code="internal_error")
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Makes an app answer every error in this shape."""
+    """Makes an app answer foreseen errors in this shape. `RequestLog` answers the others."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        found = api_error(error)
+        found = api_error(error, request.state.request_id)
         return JSONResponse(found.body(), found.status, headers=found.headers)
 
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -103,21 +109,15 @@ def install_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         places = [str(place) for place in first["loc"] if place not in ("body", "query", "path")]
         param = ".".join(places) or None
-        message = f"{param or 'the request'}: {first['msg']}"
+        reason = first["msg"]
+        if first["type"] == "extra_forbidden":
+            reason = "this server has no such field; leave it out"
+        message = f"{param or 'the request'}: {reason}"
         code = "missing" if first["type"] == "missing" else "invalid_value"
         found = ApiError(400, message, param=param, code=code)
         return JSONResponse(found.body(), found.status)
 
-    for kind in (
-        ApiError,
-        ClientGone,
-        QueueFull,
-        ShuttingDown,
-        SamplingFailed,
-        TimeoutError,
-        ValueError,
-    ):
+    for kind in (ApiError, ClientGone, QueueFull, ShuttingDown, SamplingFailed, TimeoutError):
         app.add_exception_handler(kind, known)
-    app.add_exception_handler(Exception, known)
     app.add_exception_handler(HTTPException, of_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, of_validation)  # type: ignore[arg-type]

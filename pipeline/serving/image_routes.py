@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import Response, StreamingResponse
@@ -19,6 +19,7 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.sampler import Job
 from pipeline.serving.schemas import (
     EditFields,
+    Format,
     GenerationRequest,
     ImageData,
     ImagesResponse,
@@ -26,19 +27,28 @@ from pipeline.serving.schemas import (
 )
 from pipeline.serving.store import ImageStore
 
+_IMAGES: dict[str, Any] = {
+    "response_model": ImagesResponse,
+    "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    "tags": ["images"],
+}
+_FILES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {f"image/{ending}": {} for ending in get_args(Format)}}
+}
+
 
 def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     """Routes over one service."""
     router = APIRouter()
     store = ImageStore()
 
-    @router.post("/v1/images/generations", response_model=ImagesResponse, tags=["images"])
+    @router.post("/v1/images/generations", **_IMAGES)
     async def generations(request: Request, body: GenerationRequest) -> Response:
         """Images for a prompt."""
         work = service.generation(body, body.prompt, body.best_of or 1)
         return await respond(request, work, "image_generation")
 
-    @router.post("/v1/images/edits", response_model=ImagesResponse, tags=["images"])
+    @router.post("/v1/images/edits", **_IMAGES)
     async def edits(request: Request, body: Annotated[EditForm, Form()]) -> Response:
         """A part of an image, resampled: the white part of a mask, or its transparent part; or what
         lies around a smaller image."""
@@ -47,14 +57,14 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
         work = service.edit(fields, await body.image.read(), mask)
         return await respond(request, work, "image_edit")
 
-    @router.post("/v1/images/variations", response_model=ImagesResponse, tags=["images"])
+    @router.post("/v1/images/variations", **_IMAGES)
     async def variations(request: Request, body: Annotated[VariationForm, Form()]) -> Response:
         """Images like a given one."""
         fields = VariationFields(**body.model_dump(exclude={"image"}))
         work = service.variation(fields, await body.image.read())
         return await respond(request, work, "image_edit")
 
-    @router.get("/v1/files/{name}", tags=["images"])
+    @router.get("/v1/files/{name}", response_class=Response, responses=_FILES, tags=["images"])
     async def files(name: str) -> Response:
         """An image of a response with `response_format: url`."""
         content = store.get(name)
@@ -96,7 +106,7 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
                         metrics.images.inc()
                     yield event(request, work, kind, one)
         except Exception as error:
-            yield _event("error", api_error(error).body())
+            yield _event("error", api_error(error, request.state.request_id).body())
 
     def event(request: Request, work: Work, kind: str, one: Partial | Complete) -> str:
         body: dict[str, Any] = {

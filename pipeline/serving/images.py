@@ -20,21 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.data.readers.images import open_image
-from pipeline.inference.base import image_seed
 from pipeline.inference.batching import joined_samples
-from pipeline.inference.editing import (
-    check_image,
-    composite,
-    keep_mask,
-    place_on_canvas,
-    random_keep_mask,
-    replaced_pixels,
-)
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.reranking import best_rows
@@ -133,6 +123,19 @@ class ImageService:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
 
+    async def from_input(
+        self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """As `in_thread`, for what reads or plans a request.
+
+        Raises:
+            ApiError: a ValueError of the function, which refuses what the client gave.
+        """
+        try:
+            return await self.in_thread(function, *arguments, **options)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_value") from error
+
     def close(self) -> None:
         """Ends the threads."""
         self.sampler.close()
@@ -144,19 +147,12 @@ class ImageService:
         """Images for a prompt.
 
         Raises:
-            ApiError, ValueError: a field is not what this bundle or server can do.
+            ApiError: a field is not what this bundle or server can do.
         """
         self._check(fields, prompt, best_of)
-        if best_of > 1:
-            self.pipe.check_best_of(best_of)
+        await self.from_input(self.pipe.check_best_of, best_of)
         seed = _seed(fields)
-        plan = await self.in_thread(
-            self.pipe.plan,
-            [prompt],
-            num_images=(fields.n or 1) * best_of,
-            seed=seed,
-            **fields.sampling(),
-        )
+        plan = await self.from_input(self.pipe.plan, [prompt], **_options(fields, seed, best_of))
         settings = {"prompt": prompt, "best_of": best_of}
         return await self._work(plan, fields, seed, settings, best_of=best_of)
 
@@ -170,51 +166,45 @@ class ImageService:
                 param="mask",
                 code="missing",
             )
-        config = self.pipe.tokenizer.own_config
+        self._check_can_edit()
         image = await self.in_thread(opened, content, "image")
+        seed = _seed(fields)
+        options = _options(fields, seed)
         if fields.outpaint_at is not None:
             x, y = map(int, fields.outpaint_at.split(","))
-            image, white = place_on_canvas(image, config.size, config.channels, (x, y))
+            plan = await self.from_input(
+                self.pipe.plan_outpaint, image, fields.prompt, at=(x, y), **options
+            )
         else:
             assert mask is not None
             white = _as_mask(await self.in_thread(opened, mask, "mask"))
-        image = check_image(image, config.size, config.channels)
-        replaced = replaced_pixels(white, image.size)
-        known = keep_mask(replaced, self.pipe.tokenizer.layout)
-        if known.all():
+            plan = await self.from_input(
+                self.pipe.plan_edit, image, white, fields.prompt, **options
+            )
+        if plan.known.all():
             message = (
                 "the mask is empty, so that nothing is replaced; make what is to be replaced white"
             )
             raise ApiError(400, message, param="mask", code="empty_mask")
-
-        def finish(drawn: list[Image.Image]) -> list[Image.Image]:
-            return composite(image, drawn, replaced)
-
-        return await self._completion(
-            fields, _seed(fields), image, known, fields.prompt, finish=finish
-        )
+        settings = {"prompt": fields.prompt}
+        return await self._work(plan, fields, seed, settings, finish=plan.composite)
 
     async def variation(self, fields: VariationFields, content: bytes) -> Work:
         """An image of whose codes a fraction, scattered, is resampled."""
         self._check(fields, fields.prompt)
-        config = self.pipe.tokenizer.own_config
+        self._check_can_edit()
         image = await self.in_thread(opened, content, "image")
-        image = check_image(image, config.size, config.channels)
         seed = _seed(fields)
-        seeds = [image_seed(seed, i) for i in range(fields.n or 1)]
-        length = self.pipe.prior.stream.image_length
-        known = random_keep_mask(seeds, length, fields.strength)
-        return await self._completion(fields, seed, image, known, fields.prompt)
+        plan = await self.from_input(
+            self.pipe.plan_variation,
+            image,
+            fields.strength,
+            fields.prompt,
+            **_options(fields, seed),
+        )
+        return await self._work(plan, fields, seed, {"prompt": fields.prompt})
 
-    async def _completion(
-        self,
-        fields: ImageFields,
-        seed: int,
-        image: Image.Image,
-        known: torch.Tensor,
-        prompt: str,
-        **options: Any,
-    ) -> Work:
+    def _check_can_edit(self) -> None:
         if self.pipe.prior.config.trained_order != "random":
             raise ApiError(
                 400,
@@ -222,16 +212,6 @@ class ImageService:
                 "of random orders; serve a bundle of prior.train.code_order=random",
                 code="not_supported",
             )
-        plan = await self.in_thread(
-            self.pipe.plan_completion,
-            image,
-            known,
-            prompt,
-            num_images=fields.n or 1,
-            seed=seed,
-            **fields.sampling(),
-        )
-        return await self._work(plan, fields, seed, {"prompt": prompt}, **options)
 
     async def _work(
         self,
@@ -241,6 +221,7 @@ class ImageService:
         settings: dict[str, Any],
         **options: Any,
     ) -> Work:
+        await self.from_input(plan.check, self.pipe.prior)
         prompt = settings["prompt"]
         warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
@@ -272,6 +253,12 @@ class ImageService:
         if fields.background == "transparent" and fields.output_format == "jpeg":
             message = "a JPEG has no transparency; ask for output_format png or webp"
             raise ApiError(400, message, param="output_format", code="invalid_value")
+        if fields.output_compression is not None and fields.output_format in (None, "png"):
+            message = (
+                "output_compression is the quality of a jpeg or webp, and a PNG is lossless; leave "
+                "it out, or ask for output_format jpeg or webp"
+            )
+            raise ApiError(400, message, param="output_compression", code="invalid_value")
 
     def check_prompt(self, prompt: str) -> None:
         """Raises ApiError where a prompt is longer than the server takes."""
@@ -293,7 +280,7 @@ class ImageService:
         """Images as they become ready, and previews where the request streams.
 
         Raises:
-            ValueError, ShuttingDown, SamplingFailed: of the job.
+            ShuttingDown, SamplingFailed: of the job.
             TimeoutError: the images take longer than the server's limit.
         """
         numbers = [0] * len(work.plan.seeds)
@@ -325,7 +312,9 @@ class ImageService:
     def _encoded(self, work: Work, image: int, samples: Samples) -> bytes:
         drawn = work.finish(self.pipe.decode(samples, [0]).images)[0]
         settings = work.settings | {"image": image}
-        return encoded(drawn, work.format, work.fields.background, settings)
+        return encoded(
+            drawn, work.format, work.fields.background, settings, work.fields.output_compression
+        )
 
     def _preview_every(self, fields: ImageFields) -> int | None:
         if not fields.stream:
@@ -345,7 +334,9 @@ class ImageService:
         shown = there.repeat(cell[0], axis=0).repeat(cell[1], axis=1)
         pixels[~shown] = 0 if self.has_alpha else _GREY
         drawn = work.finish([Image.fromarray(pixels)])[0]
-        return encoded(drawn, work.format, work.fields.background, None)
+        return encoded(
+            drawn, work.format, work.fields.background, None, work.fields.output_compression
+        )
 
     def usage(self, work: Work) -> Usage:
         """Tokens of a request: of the caption once, and of all codes that were sampled."""
@@ -361,10 +352,17 @@ class ImageService:
 
 
 def encoded(
-    image: Image.Image, format: Format, background: str | None, settings: dict[str, Any] | None
+    image: Image.Image,
+    format: Format,
+    background: str | None,
+    settings: dict[str, Any] | None,
+    quality: int | None = None,
 ) -> bytes:
-    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on
-    white."""
+    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on white.
+
+    Args:
+        quality: 0 to 100, of a JPEG (95 where absent) or WebP (lossless where absent).
+    """
     if has_alpha(image) and (background == "opaque" or format == "jpeg"):
         image = to_rgb(image)
     file = io.BytesIO()
@@ -374,9 +372,11 @@ def encoded(
             text.add_text(METADATA, json.dumps(settings))
         image.save(file, "PNG", pnginfo=text)
     elif format == "webp":
-        image.save(file, "WEBP", lossless=True)
+        image.save(
+            file, "WEBP", lossless=quality is None, quality=80 if quality is None else quality
+        )
     else:
-        image.save(file, "JPEG", quality=95)
+        image.save(file, "JPEG", quality=95 if quality is None else quality)
     return file.getvalue()
 
 
@@ -407,6 +407,11 @@ def _as_mask(mask: Image.Image) -> Image.Image:
 
 def _seed(fields: ImageFields) -> int:
     return secrets.randbits(48) if fields.seed is None else fields.seed
+
+
+def _options(fields: ImageFields, seed: int, best_of: int = 1) -> dict[str, Any]:
+    """Options of the pipeline's plans."""
+    return {"num_images": (fields.n or 1) * best_of, "seed": seed} | fields.sampling()
 
 
 def now() -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.serving.errors import ApiError
+from pipeline.serving.errors import ApiError, api_error
 from pipeline.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ _WRITE_SECONDS = 60.0
 
 
 class RequestLog:
-    """Gives each request an id, in `x-request-id`, and counts and logs it at its end."""
+    """Gives each request an id, in `x-request-id`, and counts and logs it at its end. Answers
+    errors that nothing else foresees."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -41,18 +42,26 @@ class RequestLog:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = name
         start = time.perf_counter()
+        started = False
         status = 499  # where the client is gone before the response begins
 
         async def marked(message: Message) -> None:
-            nonlocal status
+            nonlocal started, status
             if message["type"] == "http.response.start":
+                started = True
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
             await send(message)
 
         try:
             await self.app(scope, receive, marked)
+        except Exception as error:
+            found = api_error(error, name)
+            if started:
+                raise
+            await JSONResponse(found.body(), found.status)(scope, receive, marked)
         finally:
             seconds = time.perf_counter() - start
             route = scope.get("route")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from pipeline.serving.schemas import (
     ModelList,
     ScoreRequest,
     ScoreResponse,
+    Status,
     TokensRequest,
     TokensResponse,
 )
@@ -39,16 +40,18 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     pipe = service.pipe
 
     @router.get("/healthz", tags=["server"])
-    async def healthz() -> dict[str, str]:
+    async def healthz() -> Status:
         """200 while the process answers."""
-        return {"status": "ok"}
+        return Status(status="ok")
 
-    @router.get("/readyz", tags=["server"])
+    @router.get(
+        "/readyz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]
+    )
     async def readyz() -> Response:
         """200 while requests are accepted; 503 before the bundle is ready and at the end."""
         return JSONResponse({"status": state.status}, 200 if state.status == "ready" else 503)
 
-    @router.get("/metrics", tags=["server"])
+    @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
     async def show_metrics() -> Response:
         """Counters in Prometheus' format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -70,15 +73,24 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     async def score(body: ScoreRequest) -> ScoreResponse:
         """How likely an image, or its codes, are given a prompt."""
         service.check_prompt(body.prompt)
+        ids = await service.from_input(pipe.text_ids, [body.prompt])
         codes = await codes_of(body.image, body.codes)
-        return await service.in_thread(scored, codes, body.prompt)
+        return await service.in_thread(scored, codes, ids)
 
     @router.post("/v1/captions", tags=["codes"])
     async def captions(body: CaptionRequest) -> CaptionResponse:
         """Captions of an image: candidates by their likelihood, or new ones."""
-        for one in body.candidates or []:
-            service.check_prompt(one)
-        image = await service.in_thread(decoded, body.image)
+        if not pipe.prior.config.trained_image_first:
+            message = (
+                f"the bundle {service.name} was not trained with codes first, which captions need; "
+                "serve a bundle of sequence.captioning_fraction=0.2"
+            )
+            raise ApiError(400, message, code="not_supported")
+        if body.candidates is not None:
+            for one in body.candidates:
+                service.check_prompt(one)
+            await service.from_input(pipe.text.encode, body.candidates)
+        image = await service.from_input(decoded, body.image)
         found = await service.in_thread(
             pipe.caption,
             image,
@@ -102,7 +114,8 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             message = "give one of image and codes"
             raise ApiError(400, message, param="image", code="missing")
         if image is not None:
-            return await service.in_thread(lambda: pipe.codes_of([decoded(image)]).flatten(1))
+            given = await service.from_input(decoded, image)
+            return await service.in_thread(lambda: pipe.codes_of([given]).flatten(1))
         assert codes is not None
         return checked_codes(codes)
 
@@ -130,8 +143,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         config = pipe.tokenizer.own_config
         return check_image(opened(data, "image"), config.size, config.channels)
 
-    def scored(codes: Tensor, prompt: str) -> ScoreResponse:
-        ids = pipe.text_ids([prompt])
+    def scored(codes: Tensor, ids: Tensor) -> ScoreResponse:
         each = score_each_code(pipe.prior, ids, codes)[0]
         null = None
         if pipe.prior.config.trained_with_caption_dropout:
@@ -149,7 +161,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         image = pipe.tokenizer.to_images(pipe.in_layout(codes))[0]
         return TokensResponse(
             codes=codes[0].tolist(),
-            grids=[level.grid for level in pipe.tokenizer.layout],
+            grids=[list(level.grid) for level in pipe.tokenizer.layout],
             b64_json=base64.b64encode(encoded(image, "png", None, None)).decode(),
         )
 
@@ -176,7 +188,7 @@ def _model(service: ImageService) -> Model:
         width=width,
         height=height,
         transparent=service.has_alpha,
-        grids=[level.grid for level in pipe.tokenizer.layout],
+        grids=[list(level.grid) for level in pipe.tokenizer.layout],
         can_edit=config.trained_order == "random",
         can_caption=config.trained_image_first,
         can_guide=config.trained_with_caption_dropout,

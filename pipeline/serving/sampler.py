@@ -115,8 +115,8 @@ class Job:
         """What happens to the images, until all are complete.
 
         Raises:
-            ValueError: the plan asks for what the prior cannot do.
-            SamplingFailed: the logits were not finite, or the memory is too small.
+            SamplingFailed: the logits were not finite, the memory is too small, or a step failed;
+                has its cause.
             ShuttingDown: the server stops.
         """
         remaining = len(self.plan.seeds)
@@ -388,6 +388,7 @@ class Sampler:
             rows //= 2
             _log.warning("out of memory in a step; continuing with %d rows", rows)
         else:
+            _log.error("a step failed, and the images in it", exc_info=error)
             for job in jobs:
                 self._fail(job, self._failure(error))
             jobs = []
@@ -401,14 +402,14 @@ class Sampler:
                 self._tickets[self._engine.submit(requests[image])] = (job, image)
 
     @staticmethod
-    def _failure(error: Exception) -> Exception:
-        """What a job ends with. A ValueError is for the client, others for the log."""
-        if isinstance(error, ValueError):
-            return error
-        _log.error("sampling failed", exc_info=error)
+    def _failure(error: Exception) -> SamplingFailed:
+        """What a job ends with. Plans were checked before, so that no error is the client's."""
+        message = "sampling failed; see the server's log, and try again"
         if is_out_of_memory(error):
-            return SamplingFailed("there is not enough memory to sample one image")
-        return SamplingFailed("sampling failed; see the server's log, and try again")
+            message = "there is not enough memory to sample one image"
+        failure = SamplingFailed(message)
+        failure.__cause__ = error
+        return failure
 
     def _drop(self, job: Job) -> None:
         tickets = [ticket for ticket, (other, _) in self._tickets.items() if other is job]

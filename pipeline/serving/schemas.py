@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Prompt = Annotated[str, StringConstraints(max_length=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Format = Literal["png", "jpeg", "webp"]
+Grid = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""Height and width. No tuple, whose schema not every reader of OpenAPI knows."""
 
 
 class Request(BaseModel):
@@ -45,6 +47,12 @@ class ImageFields(SamplingFields):
     size: str | None = Field(None, max_length=20, description="auto, or the bundle's, as 64x64")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
+    output_compression: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="quality of a jpeg or webp; 95 where absent, and a webp is lossless then",
+    )
     background: Literal["transparent", "opaque", "auto"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=64, description="previews per image")
@@ -52,6 +60,15 @@ class ImageFields(SamplingFields):
         None, ge=1, description="codes between two previews, in place of partial_images"
     )
     user: str | None = Field(None, max_length=1000, description="ignored")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+        None, description="ignored: a bundle draws in one quality"
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="ignored: prompts are not moderated"
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="ignored: what an edit keeps is kept exactly"
+    )
 
 
 class GenerationRequest(ImageFields):
@@ -101,6 +118,28 @@ class TokensRequest(Request):
 
     image: str | None = Field(None, description="in base64")
     codes: list[int] | None = None
+
+
+class ErrorDetail(BaseModel):
+    """Why a request failed."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field that is wrong."""
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """What a request that failed gets."""
+
+    error: ErrorDetail
+
+
+class Status(BaseModel):
+    """What `/healthz` and `/readyz` say."""
+
+    status: Literal["ok", "starting", "ready", "stopping"]
 
 
 class ImageData(BaseModel):
@@ -154,7 +193,7 @@ class CaptionResponse(BaseModel):
 
 class TokensResponse(BaseModel):
     codes: list[int]
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     """Height and width of each level, coarse ones first."""
     b64_json: str
     """The image of the codes, as PNG."""
@@ -171,7 +210,7 @@ class Model(BaseModel):
     height: int
     transparent: bool
     """Whether images have transparency."""
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     can_edit: bool
     """Whether the prior was trained on random orders, so that any part can be resampled."""
     can_caption: bool

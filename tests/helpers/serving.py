@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -23,6 +24,7 @@ from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.sampler import Sampler
 from pipeline.serving.settings import ServerSettings
+from stage2_prior import Engine, Finished
 from tests.helpers.pipelines import tiny_pipeline
 
 
@@ -71,6 +73,20 @@ def running(app: FastAPI) -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+class StepGate:
+    """Holds the steps of all engines until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        plain = Engine.step
+
+        def step(engine: Engine) -> list[Finished]:
+            self.open.wait()
+            return plain(engine)
+
+        monkeypatch.setattr(Engine, "step", step)
 
 
 def image_of(data: dict[str, Any]) -> Image.Image:

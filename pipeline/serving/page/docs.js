@@ -99,7 +99,6 @@ function typeName(field) {
   if (field.$ref) return field.$ref.split("/").pop();
   if (field.enum) return field.enum.map((value) => JSON.stringify(value)).join(", ");
   if (field.const !== undefined) return JSON.stringify(field.const);
-  if (field.prefixItems) return `[${field.prefixItems.map(typeName).join(", ")}]`;
   if (field.type === "array") return `array of ${typeOf(field.items ?? {})}`;
   if (field.format === "binary" || field.contentMediaType) return "file";
   return field.type ?? "any";

@@ -1,16 +1,13 @@
-"""Ids, tokens, limits and hosts; malformed bodies never fail the server."""
+"""Ids, tokens, sizes of bodies, slow bodies and hosts."""
 
 from __future__ import annotations
 
 import json
 import logging
 import socket
-import time
 from collections import deque
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import pipeline.serving.middleware
 from pipeline.serving.store import MAX_BYTES, MAX_SECONDS, ImageStore
@@ -101,53 +98,19 @@ def test_a_body_that_never_comes_ends_in_408(monkeypatch):
     assert answer.startswith("HTTP/1.1 408") and "no part of the body came" in answer
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
 PATHS = (URL, "/v1/score", "/v1/captions", "/v1/tokens")
-FIELDS = (
-    "prompt", "n", "seed", "size", "stream", "steps", "top_k", "top_p", "min_p", "temperature",
-    "guidance_scale", "best_of", "output_format", "background", "preview_every", "partial_images",
-    "image", "codes", "candidates", "model", "unknown",
-)  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
-def test_malformed_bodies_are_refused_and_never_fail_the_server(client, path, body):
-    whole = {"prompt": "a red heart"} if path == URL else {}
-    content = json.dumps(whole | body)
-    headers = {"content-type": "application/json"}
-    response = client.post(path, content=content, headers=headers)
-    assert response.status_code < 500, (path, content, response.text)
+NO_OBJECTS = (b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}" * 9)
+NO_NUMBERS = (b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "n": Infinity}')
+NO_TEXT = (b'{"prompt": "\\ud800"}',)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}" * 9])
-def test_bodies_that_are_no_objects(client, content):
+@pytest.mark.parametrize("content", NO_OBJECTS + NO_NUMBERS + NO_TEXT)
+def test_malformed_bodies_are_refused(client, content):
     for path in PATHS:
         response = client.post(path, content=content, headers={"content-type": "application/json"})
         assert response.status_code == 400 and "message" in response.json()["error"]
-
-
-def test_a_client_that_leaves_frees_its_place():
-    """Its images are cancelled, streaming or not."""
-    app = tiny_app(serving_pipeline(), num_rows=2)
-    sampler = app.state.service.sampler
-    with running(app) as address:
-        host, port = address.removeprefix("http://").split(":")
-        for stream in (True, False):
-            body = json.dumps(HEART | {"n": 16, "stream": stream})
-            head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n"
-            with socket.create_connection((host, int(port)), timeout=30) as client:
-                client.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
-                while not sampler.num_pending:
-                    time.sleep(0.001)
-            deadline = time.monotonic() + 60
-            while sampler.num_pending and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert sampler.num_pending == 0
 
 
 def test_the_store_drops_the_oldest_by_size_and_by_age():

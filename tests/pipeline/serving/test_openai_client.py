@@ -10,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
+from pipeline.inference.pipeline import TextToImagePipeline
 from tests.helpers.serving import png_of, running, serving_pipeline, tiny_app
 
 
@@ -51,6 +52,22 @@ def test_generate(client, pipe):
     assert pixels_of(found.data[0].b64_json) == expected.images[0].tobytes()
 
 
+def test_fields_that_clients_of_openai_send(client, pipe):
+    found = client.images.generate(
+        prompt="a red heart",
+        quality="standard",
+        moderation="auto",
+        output_format="jpeg",
+        output_compression=90,
+        extra_body={"seed": 5},
+    )
+    assert found.data[0].codes == pipe("a red heart", seed=5).codes.flatten().tolist()
+    image = Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json)))
+    assert image.format == "JPEG"
+    with pytest.raises(openai.BadRequestError, match="style: this server has no such field"):
+        client.images.generate(prompt="a red heart", style="vivid")
+
+
 def test_generate_with_urls(client):
     found = client.images.generate(prompt="a red heart", response_format="url")
     headers = {"Authorization": "Bearer secret"}
@@ -79,6 +96,8 @@ def test_edit(client, pipe, image):
         image=("image.png", png_of(image)),
         mask=("mask.png", png_of(mask)),
         prompt="a red heart",
+        input_fidelity="high",
+        quality="high",
         extra_body={"seed": 5},
     )
     expected = pipe.edit(image, mask, "a red heart", seed=5)
@@ -118,7 +137,16 @@ def test_errors(client):
         client.with_options(api_key="wrong").images.generate(prompt="a red heart")
 
 
-def test_an_error_within_a_stream(client):
-    stream = client.images.generate(prompt="a red heart", stream=True, extra_body={"steps": 99})
-    with pytest.raises(openai.APIError, match="num_inference_steps"):
+def test_an_error_within_a_stream(client, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(TextToImagePipeline, "decode", broken)
+    stream = client.images.generate(prompt="a red heart", stream=True)
+    with pytest.raises(openai.APIError, match="see its log"):
         list(stream)
+
+
+def test_a_stream_that_is_refused_does_not_begin(client):
+    with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
+        client.images.generate(prompt="a red heart", stream=True, extra_body={"steps": 99})

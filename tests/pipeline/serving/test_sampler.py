@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
 
 import pytest
 import torch
@@ -19,26 +18,12 @@ from pipeline.serving.sampler import (
     ShuttingDown,
 )
 from stage2_prior import CompiledSteps, Engine, SamplingOptions
-from tests.helpers.serving import serving_pipeline
+from tests.helpers.serving import StepGate, serving_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return serving_pipeline()
-
-
-class Gate:
-    """Holds the steps of all engines until it is opened."""
-
-    def __init__(self, monkeypatch):
-        self.open = threading.Event()
-        plain = Engine.step
-
-        def step(engine):
-            self.open.wait()
-            return plain(engine)
-
-        monkeypatch.setattr(Engine, "step", step)
 
 
 def plan(pipe, seed=0, n=1, **options):
@@ -55,7 +40,7 @@ def codes_of(updates):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2, max_waiting=2)
@@ -90,7 +75,7 @@ def test_first_come_first_served(pipe):
 
 
 def test_a_cancelled_job_frees_its_place(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2, max_waiting=1)
@@ -164,8 +149,9 @@ def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
         sampler = Sampler(pipe.prior, num_rows=8)
         failed = [sampler.submit(plan(pipe, seed, n=2)) for seed in range(2)]
         for job in failed:
-            with pytest.raises(SamplingFailed, match="see the server's log"):
+            with pytest.raises(SamplingFailed, match="see the server's log") as failure:
                 await all_of(job)
+            assert str(failure.value.__cause__) == "broken"
         assert sampler.num_pending == 0
         found = codes_of(await all_of(sampler.submit(plan(pipe, 9))))
         sampler.close()
@@ -181,7 +167,7 @@ def any_order():
 
 
 def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
     steps = []
 
     async def run():
@@ -225,7 +211,7 @@ def test_several_codes_per_step_have_previews_after_each_step(any_order):
 
 
 def test_a_cancelled_job_of_several_codes_per_step_leaves_at_once(any_order, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(any_order.prior, num_rows=2, max_waiting=1)
@@ -246,7 +232,7 @@ def test_a_cancelled_job_of_several_codes_per_step_leaves_at_once(any_order, mon
 
 
 def test_closing_ends_jobs_of_several_codes_per_step(any_order, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(any_order.prior, num_rows=2)
@@ -303,18 +289,19 @@ def test_compiled_steps_need_a_compiler(pipe, monkeypatch):
         Sampler(pipe.prior, num_rows=2, compiled=True)
 
 
-def test_what_the_prior_cannot_do_is_a_value_error(pipe):
+def test_a_plan_that_was_not_checked_fails_with_its_cause(pipe):
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)
-        with pytest.raises(ValueError, match="random"):
+        with pytest.raises(SamplingFailed, match="see the server's log") as failure:
             await all_of(sampler.submit(plan(pipe, num_inference_steps=3)))
+        assert "random" in str(failure.value.__cause__)
         sampler.close()
 
     asyncio.run(run())
 
 
 def test_closing_ends_what_is_left(pipe, monkeypatch):
-    gate = Gate(monkeypatch)
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)

@@ -122,6 +122,15 @@ def test_a_port_that_is_taken_is_one_line(bundle, capsys):
     assert f"cannot listen at 127.0.0.1:{port}" in error and "another port" in error
 
 
+def test_a_second_server_at_a_port_is_refused_at_once():
+    port = free_port()
+    with (
+        listen("127.0.0.1", port),
+        pytest.raises(OSError, match=rf"cannot listen at 127\.0\.0\.1:{port}"),
+    ):
+        listen("127.0.0.1", port)
+
+
 def test_a_bundle_that_is_not_there(tmp_path, capsys):
     status, error = refused(capsys, "--bundle", tmp_path / "none", "--port", free_port())
     assert status == 1 and "no bundle" in error

@@ -1,0 +1,89 @@
+"""A queue that is full, a request that takes too long, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from stage2_prior import Engine
+from tests.helpers.serving import StepGate, client_of, running, serving_pipeline, tiny_app
+
+URL = "/v1/images/generations"
+HEART = {"prompt": "a red heart", "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return serving_pipeline()
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_again(pipe, monkeypatch):
+    gate = StepGate(monkeypatch)
+    with client_of(pipe, num_rows=2, max_waiting=1, max_images=2) as client:
+        sampler = client.app.state.service.sampler
+        first = []
+        asking = threading.Thread(
+            target=lambda: first.append(client.post(URL, json=HEART | {"n": 2}))
+        )
+        asking.start()
+        while sampler.num_pending < 2:
+            time.sleep(0.001)
+        full = client.post(URL, json=HEART)
+        gate.open.set()
+        asking.join()
+        again = client.post(URL, json=HEART)
+    assert full.status_code == 429 and full.headers["retry-after"] == "1"
+    assert full.json()["error"]["type"] == "rate_limit_error"
+    assert "try again in 1 seconds" in full.json()["error"]["message"]
+    assert (first[0].status_code, again.status_code) == (200, 200)
+
+
+def test_images_that_take_too_long_are_504_and_cancelled(pipe, monkeypatch):
+    gate = StepGate(monkeypatch)
+    in_any_case = threading.Timer(20, gate.open.set)
+    in_any_case.start()
+    with client_of(pipe, timeout=0.1) as client:
+        late = client.post(URL, json=HEART | {"n": 4})
+        gate.open.set()
+        in_any_case.cancel()
+        sampler = client.app.state.service.sampler
+        deadline = time.monotonic() + 60
+        while sampler.num_pending and time.monotonic() < deadline:
+            time.sleep(0.001)
+        metrics = client.get("/metrics").text
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+    # One step may be under way.
+    assert "minidalle_step_seconds_count 1.0" in metrics or "step_seconds_count 0.0" in metrics
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(pipe, monkeypatch, stream):
+    """Its images are cancelled long before they are complete."""
+    plain = Engine.step
+    taken = []
+
+    def slow(engine):
+        time.sleep(0.05)
+        taken.append(engine.num_active)
+        return plain(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    app = tiny_app(pipe, num_rows=2)
+    sampler = app.state.service.sampler
+    with running(app) as address:
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps(HEART | {"n": 16, "stream": stream})
+        head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n"
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            client.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
+            while not sampler.num_pending:
+                time.sleep(0.001)
+        deadline = time.monotonic() + 60
+        while sampler.num_pending and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert sampler.num_pending == 0
+    assert len(taken) < 64  # of 128 that 16 images take, two at a time
