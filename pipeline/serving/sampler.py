@@ -272,7 +272,9 @@ class Sampler:
             for num_rows in _COMPILED_ROWS:
                 self._compiled.compile(num_rows, filters)
         except Exception as error:  # of the compiler: plain steps do the same
-            _log.warning("steps are not compiled, so one image takes longer: %s", error)
+            _log.warning(
+                "compiling failed (%s), and continues without; check the C++ compiler", error
+            )
         else:
             _log.info("compiled the steps of one image in %.0f s", time.perf_counter() - start)
 
