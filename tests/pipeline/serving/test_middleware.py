@@ -68,6 +68,16 @@ def test_large_bodies_are_refused_with_and_without_a_length(client):
         assert "larger than 0.01 MB" in response.json()["error"]["message"]
 
 
+def test_a_body_whose_length_is_too_large_is_refused_before_it_comes():
+    with running(tiny_app(serving_pipeline(), max_body_mb=0.01)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as sender:
+            head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 20000\r\n"
+            sender.sendall(f"{head}content-type: application/json\r\n\r\n".encode())
+            answer = sender.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
 def test_other_hosts_are_refused_on_the_loopback(client):
     response = client.get("/healthz", headers={"host": "evil.example"})
     assert response.status_code == 400
