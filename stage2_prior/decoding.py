@@ -141,6 +141,11 @@ class StepwiseSampling:
             self._decoder.keep(codes)
         self._steps = self._decoder.steps()
 
+    @property
+    def codes_left(self) -> int:
+        """Codes that each image still needs."""
+        return self._decoder.codes_left
+
     @torch.inference_mode()
     def step(self) -> Samples | None:
         """Takes one step; returns the samples after the last one.
@@ -376,6 +381,11 @@ class _Decoder:
         self.filled = [
             valid if i == 0 or guided else filled for i, filled in enumerate(self.filled)
         ]
+
+    @property
+    def codes_left(self) -> int:
+        """See `StepwiseSampling`."""
+        return self.prior.stream.length - self.position
 
     def codes_so_far(self) -> tuple[Tensor, Tensor]:
         """See `StepwiseSampling`."""

@@ -38,10 +38,10 @@ class Metrics:
         )
         self.codes = Counter("minidalle_codes", "Codes sampled", registry=self.registry)
 
-    def on_step(self, seconds: float, images: int) -> None:
+    def on_step(self, seconds: float, codes: int) -> None:
         """Counts a sampling step."""
         self.steps.observe(seconds)
-        self.codes.inc(images)
+        self.codes.inc(codes)
 
     def watch(self, sampler: Sampler) -> None:
         """Adds the sampler's queue and slots, read when they are asked for."""

@@ -175,8 +175,8 @@ class Sampler:
         compiled: whether the steps of one image are compiled, before the constructor returns. Later
             would be wrong: torch's compiler changes modules that other threads call.
         options: what most jobs sample with; steps are compiled for its filters.
-        on_step: called after each step with its seconds and the images that it advanced, in the
-            sampling thread.
+        on_step: called after each step with its seconds and the number of codes that it sampled, in
+            the sampling thread.
 
     Raises:
         ValueError: steps are to be compiled and there is no compiler.
@@ -190,7 +190,7 @@ class Sampler:
         max_waiting: int = 256,
         compiled: bool = False,
         options: SamplingOptions | None = None,
-        on_step: Callable[[float, int], object] = lambda seconds, images: None,
+        on_step: Callable[[float, int], object] = lambda seconds, codes: None,
     ) -> None:
         self.prior = prior
         self.num_rows = num_rows
@@ -328,11 +328,13 @@ class Sampler:
         start = time.perf_counter()
         try:
             one.sampling = one.sampling or job.plan.stepwise(self.prior)
+            before = one.sampling.codes_left
             samples = one.sampling.step()
         except Exception as error:
             self._fail(job, self._failure(error))
             return
-        self._on_step(time.perf_counter() - start, job.left)
+        codes = before - one.sampling.codes_left
+        self._on_step(time.perf_counter() - start, codes * job.left)
         if samples is None:
             self._preview_stepwise(job, one.sampling)
             return

@@ -246,6 +246,7 @@ def test_steps_that_the_caller_takes_give_the_same_samples(text_ids, codes, step
         assert there[:, :3].all() and torch.equal(so_far[:, :3], codes[:, :3])
         assert not so_far[~there].any()
         counts.append(int(there[0].sum()))
+        assert sampling.codes_left == 9 - counts[-1]
         samples = sampling.step()
     assert counts[0] == 3 and counts == sorted(set(counts)) and len(counts) == (steps or 6)
     assert torch.equal(samples.codes, expected.codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.serving.sampler import (
     SamplingFailed,
     ShuttingDown,
 )
-from stage2_prior import CompiledSteps, Engine, SamplingOptions
+from stage2_prior import CompiledSteps, Engine, SamplingOptions, StepwiseSampling
 from tests.helpers.serving import StepGate, serving_pipeline
 
 
@@ -169,10 +170,20 @@ def any_order():
 def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, monkeypatch):
     gate = StepGate(monkeypatch)
     steps = []
+    codes = []
+    for kind in (Engine, StepwiseSampling):
+
+        def step(stepped, plain=kind.step):
+            found = plain(stepped)
+            is_engine = isinstance(stepped, Engine)
+            steps.append("engine" if is_engine else len(stepped.codes_so_far()[0]))
+            return found
+
+        monkeypatch.setattr(kind, "step", step)
 
     async def run():
         sampler = Sampler(
-            any_order.prior, num_rows=8, on_step=lambda seconds, images: steps.append(images)
+            any_order.prior, num_rows=8, on_step=lambda seconds, count: codes.append(count)
         )
         plans = [
             plan(any_order, n=1),
@@ -184,15 +195,15 @@ def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, mo
         found = [codes_of(await all_of(job)) for job in jobs]
         assert not sampler.num_active
         sampler.close()
-        return found, [one.sample(any_order.prior).codes.tolist() for one in plans]
+        return found, plans
 
-    found, offline = asyncio.run(run())
-    assert found == offline
-    of_two = [i for i, images in enumerate(steps) if images == 2]
-    of_three = [i for i, images in enumerate(steps) if images == 3]
-    assert len(of_two) == len(of_three) == 4
-    assert of_two[-1] < of_three[0]  # the oldest first
-    assert all(steps[i + 1] == 1 for i in of_two + of_three[:-1])
+    found, plans = asyncio.run(run())
+    taken = steps[:]
+    assert found == [one.sample(any_order.prior).codes.tolist() for one in plans]
+    assert [one for one in taken if one != "engine"] == [2] * 4 + [3] * 4  # the oldest first
+    pairs = itertools.pairwise(taken)
+    assert all("engine" in pair for pair in pairs)
+    assert sum(codes) == 6 * any_order.prior.stream.image_length
 
 
 def test_several_codes_per_step_have_previews_after_each_step(any_order):
