@@ -4,6 +4,7 @@ ports and no signals."""
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def read_tokens(path: Path) -> list[str]:
         raise ValueError(f"{path} holds no token; write one per line")
     if not all(token.isascii() and token.isprintable() for token in tokens):
         raise ValueError(f"{path} holds a token with letters beyond ASCII; write another one")
-    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+    status = path.stat()
+    # The group of another one's file may be what lets this process read it.
+    is_own = status.st_uid == os.geteuid()
+    if status.st_mode & (stat.S_IRGRP | stat.S_IROTH if is_own else stat.S_IROTH):
         _log.warning("others can read the tokens in %s; run chmod 600 %s", path, path)
     return tokens

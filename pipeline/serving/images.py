@@ -266,7 +266,7 @@ class ImageService:
                 "leave size out"
             )
             raise ApiError(400, message, param="size", code="invalid_size")
-        if fields.response_format == "url" and not self.settings.has_urls:
+        if fields.response_format == "url" and self.settings.refuse_urls:
             message = (
                 "response_format is 'url', and this server is one of several, which know no "
                 "URLs of one another; ask for b64_json"

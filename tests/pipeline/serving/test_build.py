@@ -26,13 +26,25 @@ def test_every_metric_of_a_replica_has_its_name(tmp_path):
 
 
 def test_urls_are_refused_where_another_replica_may_be_asked_for_them():
-    with client_of(has_urls=False) as client:
+    with client_of(refuse_urls=True) as client:
         body = {"prompt": "a red heart", "response_format": "url"}
         refused = client.post(URL, json=body)
         assert client.post(URL, json=body | {"response_format": "b64_json"}).status_code == 200
     error = refused.json()["error"]
     assert refused.status_code == 400 and error["param"] == "response_format"
     assert "ask for b64_json" in error["message"]
+
+
+def test_a_file_of_another_owner_may_be_read_by_its_group(tmp_path, caplog, monkeypatch):
+    """As secrets of containers are."""
+    path = tmp_path / "tokens"
+    path.write_text("one")
+    path.chmod(0o440)
+    monkeypatch.setattr("os.geteuid", lambda: path.stat().st_uid + 1)
+    assert read_tokens(path) == ["one"] and not caplog.text
+    path.chmod(0o444)
+    read_tokens(path)
+    assert "others can read" in caplog.text
 
 
 def test_tokens_of_a_file(tmp_path, caplog):
