@@ -7,7 +7,6 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
@@ -81,9 +80,8 @@ def test_the_configuration_is_of_this_application():
     assert Arguments(**one["args"]).host == config["http_options"]["host"] == "127.0.0.1"
 
 
-def ask(url, **change):
-    body = HEART | change
-    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=SECONDS)
+def ask(server, **change):
+    return server.client.post("/v1/images/generations", json=HEART | change)
 
 
 @pytest.mark.slow
@@ -91,16 +89,14 @@ def ask(url, **change):
 def test_two_replicas(tmp_path):
     pipe = serving_pipeline()
     pipe.save_pretrained(tmp_path / "tiny")
-    bundle = str(tmp_path / "tiny")
-    with (
-        ray_serve(tmp_path, bundle=bundle, min_replicas=2, max_replicas=2, cpus=0.5) as server,
-        ThreadPoolExecutor(8) as pool,
-    ):
+    arguments = {"bundle": str(tmp_path / "tiny"), "slots": 4, "max_images": 200, "grace": 300}
+    arguments |= {"min_replicas": 2, "max_replicas": 2, "cpus": 0.5}
+    with ray_serve(tmp_path, **arguments) as server, ThreadPoolExecutor(8) as pool:
         before = server.wait_for_replicas(2)
 
         # Each replica returns images, and the same ones.
         for _ in range(10):
-            answers = list(pool.map(lambda _: ask(server.url), range(8)))
+            answers = list(pool.map(lambda _: ask(server), range(8)))
             assert {one.status_code for one in answers} == {200}
             images = {tuple(data["b64_json"] for data in one.json()["data"]) for one in answers}
             codes = {str([data["codes"] for data in one.json()["data"]]) for one in answers}
@@ -112,22 +108,23 @@ def test_two_replicas(tmp_path):
         assert codes == {str(expected.tolist())}
 
         # The API is that of one server.
-        streamed = events_of(ask(server.url, stream=True, partial_images=2).text)
+        streamed = events_of(ask(server, stream=True, partial_images=2).text)
         assert [name for name, _ in streamed][-1] == "image_generation.completed"
-        refused = ask(server.url, response_format="url")
+        refused = ask(server, response_format="url")
         assert refused.status_code == 400 and "ask for b64_json" in refused.text
-        other = httpx.get(f"{server.url}/v1/models", headers={"host": "other.example"})
+        other = server.client.get("/v1/models", headers={"host": "other.example"})
         assert other.status_code == 400
 
         # A replica that is killed is replaced, and others answer meanwhile.
         server.processes()[0].kill()
-        assert [ask(server.url).status_code for _ in range(8)] == [200] * 8
-        after = server.wait_for_replicas(1, besides=set(before))
+        assert [ask(server).status_code for _ in range(8)] == [200] * 8
+        after = server.wait_for_replicas(1, besides=before)
         assert len(after.keys() & before.keys()) == 1
 
         # What runs at the end is answered.
-        answers = [pool.submit(ask, server.url, n=16) for _ in range(4)]
+        answers = [pool.submit(ask, server, n=200) for _ in range(2)]
+        server.wait_until_sampling()
         server.run.send_signal(signal.SIGINT)
-        assert [len(one.result().json()["data"]) for one in answers] == [16] * 4
+        assert [len(one.result().json()["data"]) for one in answers] == [200] * 2
         server.run.wait(timeout=SECONDS)
         assert not server.processes()

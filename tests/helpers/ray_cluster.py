@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ class RayServe:
     """An application that runs."""
 
     url: str
+    client: httpx.Client
+    """Of that address."""
     head: psutil.Process
     """All processes of the cluster descend from it."""
     run: subprocess.Popen[bytes]
@@ -50,22 +52,29 @@ class RayServe:
         """Images that each replica returned, by its name, of those that answer now."""
         found = {}
         for _ in range(20):
-            text = httpx.get(f"{self.url}/metrics", timeout=SECONDS).text
+            text = self.client.get("/metrics").text
             found |= re.findall(r'minidalle_images_total\{replica="(\w+)"\} (\S+)', text)
         return {name: float(count) for name, count in found.items()}
 
-    def wait_for_replicas(self, count: int, besides: set[str] = frozenset()) -> dict[str, float]:
+    def wait_for_replicas(self, count: int, besides: Collection[str] = ()) -> dict[str, float]:
         """The replicas once there are as many, other than given ones."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             assert self.run.poll() is None, self.log.read_text()
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz", timeout=SECONDS).status_code == 200:
+                if self.client.get("/readyz").status_code == 200:
                     found = self.replicas()
-                    if len(found.keys() - besides) >= count:
+                    if len(found.keys() - set(besides)) >= count:
                         return found
             time.sleep(0.2)
         raise TimeoutError(f"there are no {count} replicas:\n{self.log.read_text()}")
+
+    def wait_until_sampling(self) -> None:
+        """Returns once a replica samples images."""
+        while not re.search(
+            r"minidalle_images_active\{.*\} [1-9]", self.client.get("/metrics").text
+        ):
+            time.sleep(0.02)
 
     def processes(self) -> list[psutil.Process]:
         """Those of replicas."""
@@ -95,7 +104,8 @@ def ray_serve(folder: Path, **arguments: Any) -> Iterator[RayServe]:
         log = folder / "serve.log"
         run = _started(stack, log, "serve", "run", f"--address=127.0.0.1:{port}", path)
         url = f"http://127.0.0.1:{config['http_options']['port']}"
-        yield RayServe(url, psutil.Process(head.pid), run, log)
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=SECONDS))
+        yield RayServe(url, client, psutil.Process(head.pid), run, log)
 
 
 def _started(stack: ExitStack, log: Path, *command: str | Path) -> subprocess.Popen[bytes]:
