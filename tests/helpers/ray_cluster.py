@@ -69,13 +69,6 @@ class RayServe:
             time.sleep(0.2)
         raise TimeoutError(f"there are no {count} replicas:\n{self.log.read_text()}")
 
-    def wait_until_sampling(self) -> None:
-        """Returns once a replica samples images."""
-        while not re.search(
-            r"minidalle_images_active\{.*\} [1-9]", self.client.get("/metrics").text
-        ):
-            time.sleep(0.02)
-
     def processes(self) -> list[psutil.Process]:
         """Those of replicas."""
         every = self.head.children(recursive=True)
@@ -117,8 +110,6 @@ def _started(stack: ExitStack, log: Path, *command: str | Path) -> subprocess.Po
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | ENVIRONMENT,
-            # A shell's background jobs ignore SIGINT, and so would what they start.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     stack.callback(_end, process)
     if command[1] == "start":
