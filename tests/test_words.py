@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.architecture import PACKAGES, ROOT
 
-FOLDERS = (*PACKAGES, "tests", "benchmarks", "configs", "docs", "examples")
+FOLDERS = (*PACKAGES, "tests", "benchmarks", "configs", "deploy", "docs", "examples")
 SUFFIXES = {".py", ".md", ".yaml", ".toml", ".ipynb", ".sh", ".html"}
 
 COUNTED = (
@@ -64,7 +64,7 @@ def sources() -> dict[str, str]:
     return {
         str(path.relative_to(ROOT)): path.read_text()
         for path in sorted(files)
-        if path.suffix in {*SUFFIXES, ".yml"} or path.name == "Makefile"
+        if path.suffix in {*SUFFIXES, ".yml"} or path.name in ("Makefile", "Dockerfile")
     }
 
 

@@ -20,6 +20,7 @@ def serve_command(
     timeout: float = 300.0,
     grace: float = 30.0,
     token_file: Path | None = None,
+    refuse_urls: bool = False,
     log_prompts: bool = False,
     compile: bool = False,
 ) -> None:
@@ -39,6 +40,8 @@ def serve_command(
         timeout: seconds that a request may take
         grace: seconds that running requests have after a signal to stop
         token_file: file with one token per line, of which clients show one
+        refuse_urls: refuse response_format=url; give it to each of several servers behind one
+            address, which do not have one another's images
         log_prompts: write prompts into the log
         compile: compile the steps of one image, so that one alone takes less than half of the time;
             the server then starts some half a minute later
@@ -62,6 +65,7 @@ def serve_command(
         max_body_mb=max_body_mb,
         timeout=timeout,
         grace=grace,
+        refuse_urls=refuse_urls,
         log_prompts=log_prompts,
         compiled=compile,
     )

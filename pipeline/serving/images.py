@@ -247,6 +247,12 @@ class ImageService:
                 "leave size out"
             )
             raise ApiError(400, message, param="size", code="invalid_size")
+        if fields.response_format == "url" and self.settings.refuse_urls:
+            message = (
+                "response_format is 'url', and this server is one of several, which know no "
+                "URLs of one another; ask for b64_json"
+            )
+            raise ApiError(400, message, param="response_format", code="not_supported")
         if fields.background == "transparent" and not self.has_alpha:
             message = f"the bundle {self.name} draws no transparency; leave background out"
             raise ApiError(400, message, param="background", code="not_supported")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
 
 from pipeline.serving.sampler import Sampler
 
@@ -12,9 +15,15 @@ _REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """Counters of one server."""
+    """Counters of one server.
 
-    def __init__(self) -> None:
+    Args:
+        replica: its name among several servers behind one address. Each sample then has it as a
+            label, so that a counter that is read from one after another never falls.
+    """
+
+    def __init__(self, replica: str | None = None) -> None:
+        self._replica = replica
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "minidalle_requests",
@@ -54,4 +63,12 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics as text."""
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What `generate_latest` reads of a registry."""
+        for metric in self.registry.collect():
+            if self._replica is not None:
+                own = {"replica": self._replica}
+                metric.samples = [one._replace(labels=one.labels | own) for one in metric.samples]
+            yield metric

@@ -1,5 +1,5 @@
-"""`serve`: loads a bundle and runs the application until a signal stops it. Knows processes, ports
-and files of tokens."""
+"""`serve`: runs the application of a bundle until a signal stops it. Knows the process, its port
+and its signals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import asyncio
 import logging
 import signal
 import socket
-import stat
 from pathlib import Path
 from types import FrameType
 
-import torch
 import uvicorn
 
-from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.serving.app import create_app
+from pipeline.serving.build import build_app
 from pipeline.serving.images import ImageService
-from pipeline.serving.metrics import Metrics
-from pipeline.serving.sampler import Sampler
 from pipeline.serving.settings import ServerSettings
 from pipeline.serving.state import ServerState
 
@@ -37,44 +32,15 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
         FileNotFoundError: there is no such bundle or file.
         OSError: the port is taken.
     """
-    tokens = [] if token_file is None else read_tokens(token_file)
-    if not settings.is_loopback and not tokens:
-        _log.warning(
-            "%s can be reached from other machines, and whoever reaches it can use it; give a file "
-            "of tokens (token_file)",
-            settings.host,
-        )
     with listen(settings.host, settings.port) as listener:
-        service, metrics = _service(bundle, settings)
         state = ServerState()
-        app = create_app(service, metrics, tokens=tokens, state=state)
+        app = build_app(bundle, settings, token_file=token_file, state=state)
         # No limit of uvicorn's on the end: after `grace` the sampler ends, and requests that
         # still wait get 503.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=15
         )
-        _Server(config, settings.grace, state, service).run(sockets=[listener])
-
-
-def _service(bundle: str | Path, settings: ServerSettings) -> tuple[ImageService, Metrics]:
-    pipe = TextToImagePipeline.from_pretrained(bundle)
-    if not isinstance(pipe, TextToImagePipeline):
-        raise ValueError(
-            f"the bundle {bundle} has Gaussian latents, and a server samples codes; give a bundle "
-            "of a tokenizer with codes"
-        )
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = Metrics()
-    sampler = Sampler(
-        pipe.prior,
-        num_rows=2 * settings.slots,
-        max_waiting=settings.max_waiting,
-        compiled=settings.compiled,
-        options=pipe.defaults,
-        on_step=metrics.on_step,
-    )
-    metrics.watch(sampler)
-    return ImageService(pipe, sampler, settings, Path(bundle).name), metrics
+        _Server(config, settings.grace, state, app.state.service).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -131,26 +97,3 @@ def listen(host: str, port: int) -> socket.socket:
             "or choose another port"
         ) from error
     return listener
-
-
-def read_tokens(path: Path) -> list[str]:
-    """The tokens of a file, one per line. Warns where others can read it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no token, or one that a header cannot carry.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"there is no token file {path}; write one token per line into it"
-        ) from None
-    tokens = text.split()
-    if not tokens:
-        raise ValueError(f"{path} holds no token; write one per line")
-    if not all(token.isascii() and token.isprintable() for token in tokens):
-        raise ValueError(f"{path} holds a token with letters beyond ASCII; write another one")
-    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        _log.warning("others can read the tokens in %s; run chmod 600 %s", path, path)
-    return tokens

@@ -33,6 +33,8 @@ class ServerSettings:
     """Write prompts into the log."""
     compiled: bool = False
     """Compile the steps of one image at the start."""
+    refuse_urls: bool = False
+    """Refuse to name images by URL: another server behind the same address does not have them."""
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.slots > MAX_SLOTS or self.slots & (self.slots - 1):

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from pipeline.cli import main
-from pipeline.serving.server import listen, read_tokens
+from pipeline.serving.server import listen
 from pipeline.serving.settings import ServerSettings
 from tests.helpers.serving import serving_pipeline
 
@@ -172,24 +172,6 @@ def test_settings_that_make_no_sense_are_refused(change, words):
 )
 def test_loopback(host, expected):
     assert ServerSettings(host=host).is_loopback is expected
-
-
-def test_tokens_of_a_file(tmp_path, caplog):
-    path = tmp_path / "tokens"
-    path.write_text("one\n\ntwo\n")
-    path.chmod(0o600)
-    assert read_tokens(path) == ["one", "two"] and not caplog.text
-    path.chmod(0o644)
-    read_tokens(path)
-    assert f"others can read the tokens in {path}; run chmod 600" in caplog.text
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no token"):
-        read_tokens(path)
-    path.write_text("schlüssel")
-    with pytest.raises(ValueError, match="beyond ASCII"):
-        read_tokens(path)
-    with pytest.raises(FileNotFoundError, match="there is no token file"):
-        read_tokens(tmp_path / "none")
 
 
 def test_an_open_address_without_tokens_is_reported(bundle, caplog, monkeypatch):
