@@ -1,4 +1,4 @@
-"""A browser, and servers of tiny pipelines that it opens."""
+"""Tiny pipelines, clients of their servers, and a browser."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from pipeline.inference.known_prompts import KnownPrompts
+from pipeline.inference.pipeline import TextToImagePipeline
 from tests.helpers.page import ARGS, TIMEOUT, Served, served
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
+from tests.helpers.serving import client_of, serving_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImagePipeline:
+    """One that can do everything. Modules that need another one have a fixture of this name."""
+    pipe = serving_pipeline(any_order=True)
+    pipe.prior.config.trained_image_first = True
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def client(pipe) -> Iterator[TestClient]:
+    with client_of(pipe) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,6 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def client(pipe):
-    with client_of(pipe) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def image(pipe):
     return pipe("a blue star", seed=1).images[0]
 

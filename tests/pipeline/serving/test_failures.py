@@ -10,23 +10,10 @@ import pytest
 import pipeline.serving.own_routes
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage2_prior import Engine, StepwiseSampling
-from tests.helpers.serving import client_of, events_of, png_of, serving_pipeline
+from tests.helpers.serving import events_of, png_of
 
 URL = "/v1/images/generations"
 HEART = {"prompt": "a red heart", "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = serving_pipeline(any_order=True)
-    pipe.prior.config.trained_image_first = True
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def client(pipe):
-    with client_of(pipe) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,6 @@ def pipe():
     return serving_pipeline()
 
 
-@pytest.fixture(scope="module")
-def client(pipe):
-    with client_of(pipe) as client:
-        yield client
-
-
 def codes_of(response):
     assert response.status_code == 200, response.text
     return [data["codes"] for data in response.json()["data"]]

@@ -17,7 +17,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from tests.helpers.serving import png_of, running, serving_pipeline, tiny_app
+from tests.helpers.serving import png_of, running, tiny_app
 
 CHECKS = [
     not_a_server_error,
@@ -35,13 +35,6 @@ KINDS = [
     *((path, "GET", GenerationMode.POSITIVE, 8) for path in NAMES),  # every name is a valid one
 ]
 """Paths, valid or invalid requests, and how many: 496, besides one to each of `PLAIN`."""
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = serving_pipeline(any_order=True)
-    pipe.prior.config.trained_image_first = True
-    return pipe
 
 
 @pytest.fixture(scope="module")

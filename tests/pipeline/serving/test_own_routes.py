@@ -10,19 +10,6 @@ from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = serving_pipeline(any_order=True)
-    pipe.prior.config.trained_image_first = True
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def client(pipe):
-    with client_of(pipe) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def sampled(pipe):
     return pipe("a red heart", seed=2)
 
