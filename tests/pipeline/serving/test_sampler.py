@@ -11,6 +11,7 @@ import torch
 
 from pipeline.inference import batching
 from pipeline.serving.sampler import (
+    Job,
     Preview,
     QueueFull,
     Sampled,
@@ -206,18 +207,48 @@ def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, mo
     assert sum(codes) == 6 * any_order.prior.stream.image_length
 
 
-def test_several_codes_per_step_have_previews_after_each_step(any_order):
+@pytest.fixture
+def reported(monkeypatch):
+    """All that the sampling thread reports; a job that is read late drops previews."""
+    reports = []
+    plain = Job.report
+
+    def report(job, update):
+        reports.append(update)
+        plain(job, update)
+
+    monkeypatch.setattr(Job, "report", report)
+    return reports
+
+
+def test_previews_have_codes_of_their_image(pipe, reported):
+    async def run():
+        sampler = Sampler(pipe.prior, num_rows=8)
+        await all_of(sampler.submit(plan(pipe, n=3), preview_every=4))
+        sampler.close()
+
+    asyncio.run(run())
+    done = codes_of(reported)
+    previews = [one for one in reported if isinstance(one, Preview)]
+    assert sorted((one.image, int(one.known.sum())) for one in previews) == [
+        (image, count) for image in range(3) for count in (4, 8, 12)
+    ]
+    for one in previews:
+        assert one.codes[one.known].tolist() == done[one.image][: int(one.known.sum())]
+
+
+def test_several_codes_per_step_have_previews_after_each_step(any_order, reported):
     async def run():
         sampler = Sampler(any_order.prior, num_rows=2)
-        job = sampler.submit(plan(any_order, num_inference_steps=4), preview_every=100)
-        found = await all_of(job)
+        job = sampler.submit(plan(any_order, n=2, num_inference_steps=4), preview_every=100)
+        await all_of(job)
         sampler.close()
-        return found
 
-    *previews, last = asyncio.run(run())
-    assert isinstance(last, Sampled)
+    asyncio.run(run())
+    previews = [one for one in reported if isinstance(one, Preview)]
+    assert [one.image for one in previews] == [0, 1] * 3
     counts = [int(one.known.sum()) for one in previews]
-    assert counts and counts == sorted(counts)
+    assert counts == sorted(counts)
     assert all(not one.codes[~one.known].any() for one in previews)
 
 
