@@ -333,10 +333,14 @@ class Sampler:
         except Exception as error:
             self._fail(job, self._failure(error))
             return
-        codes = before - one.sampling.codes_left
-        self._on_step(time.perf_counter() - start, codes * job.left)
+        after = one.sampling.codes_left
+        self._on_step(time.perf_counter() - start, (before - after) * job.left)
         if samples is None:
-            self._preview_stepwise(job, one.sampling)
+            every = job.preview_every
+            length = self.prior.stream.image_length
+            if every and (length - before) // every < (length - after) // every:
+                for image, pair in enumerate(zip(*one.sampling.codes_so_far(), strict=True)):
+                    job.report(Preview(image, *pair))
             return
         self._stepwise.remove(one)
         for image in range(len(job.plan.seeds)):
@@ -373,13 +377,6 @@ class Sampler:
             job, image = self._tickets[ticket]
             if job.preview_every and (length - left) % job.preview_every == 0:
                 job.report(Preview(image, *self._engine.codes_so_far(ticket)))
-
-    @staticmethod
-    def _preview_stepwise(job: Job, sampling: StepwiseSampling) -> None:
-        """Previews after each step, whatever the number of its codes."""
-        if job.preview_every:
-            for image, pair in enumerate(zip(*sampling.codes_so_far(), strict=True)):
-                job.report(Preview(image, *pair))
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed: all jobs start again in half as many rows where memory was

@@ -237,18 +237,21 @@ def test_previews_have_codes_of_their_image(pipe, reported):
         assert one.codes[one.known].tolist() == done[one.image][: int(one.known.sum())]
 
 
-def test_several_codes_per_step_have_previews_after_each_step(any_order, reported):
+@pytest.mark.parametrize(("every", "count"), [(1, 3), (8, 1), (16, 0)])
+def test_several_codes_per_step_have_previews_after_so_many_codes(
+    any_order, reported, every, count
+):
     async def run():
         sampler = Sampler(any_order.prior, num_rows=2)
-        job = sampler.submit(plan(any_order, n=2, num_inference_steps=4), preview_every=100)
+        job = sampler.submit(plan(any_order, n=2, num_inference_steps=4), preview_every=every)
         await all_of(job)
         sampler.close()
 
     asyncio.run(run())
     previews = [one for one in reported if isinstance(one, Preview)]
-    assert [one.image for one in previews] == [0, 1] * 3
-    counts = [int(one.known.sum()) for one in previews]
-    assert counts == sorted(counts)
+    assert [one.image for one in previews] == [0, 1] * count
+    known = [int(one.known.sum()) for one in previews]
+    assert known == sorted(known) and all(number >= every for number in known)
     assert all(not one.codes[~one.known].any() for one in previews)
 
 
