@@ -125,7 +125,7 @@ def main() -> None:
         try:
             asker = _Asker(asked.port)
             asker.wait(server)
-            asker.images_per_second(32, 64)  # where steps are compiled, every number of rows
+            asker.images_per_second(32, 64)  # warm-up
             found["alone_s"] = _median([asker.image(seed) for seed in range(_REPEATS)])
             found["first_preview_s"] = _median([asker.first_preview() for _ in range(_REPEATS)])
             found["one_at_a_time_images_per_s"] = asker.images_per_second(1, 20)

@@ -44,7 +44,7 @@ def serve_command(
             address, which do not have one another's images
         log_prompts: write prompts into the log
         compile: compile the steps of one image, so that one alone takes less than half of the time;
-            the server then starts some half a minute later
+            the server starts that much later, a minute or two
     """
     try:
         from pipeline.serving.server import serve

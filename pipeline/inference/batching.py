@@ -110,7 +110,11 @@ def sample_codes_batched(
 
 
 def checked_compile(compile: Compile, device: torch.device) -> Compile:
-    """`off` where it is `auto` and the device has no compiler."""
+    """`off` where it is `auto` and the device has no compiler.
+
+    Raises:
+        ValueError: `compile` is unknown, or is `on` without a compiler.
+    """
     if compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is {compile!r}; choose auto, on or off")
     if compile == "off" or can_compile(device):

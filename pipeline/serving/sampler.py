@@ -39,8 +39,8 @@ from stage2_prior import (
 _log = logging.getLogger(__name__)
 
 _COMPILED_ROWS = (2, 1)
-"""Rows of the steps that are compiled on a CPU: those of one image, with and without guidance. They
-take a third of the time of plain ones. Steps of 4 to 32 rows take as long, of 64 longer."""
+"""Rows of the steps that are compiled: those of one image, with and without guidance. On a CPU they
+take a third of the time of plain ones; steps of 8 and 32 rows gain little, of 64 they lose."""
 
 
 class QueueFull(Exception):
@@ -296,13 +296,9 @@ class Sampler:
                     self._recover(error)
         while not self._commands.empty():  # jobs that had not started
             self._commands.get()()
-        for job in self._jobs():
-            self._fail(job, ShuttingDown())
-
-    def _jobs(self) -> list[Job]:
-        """Jobs of which an image is left, by their arrival at the engine, then the others."""
         jobs = [job for job, _ in self._tickets.values()] + [one.job for one in self._stepwise]
-        return list(dict.fromkeys(jobs))
+        for job in jobs:  # one whose images all failed before is left alone
+            self._fail(job, ShuttingDown())
 
     def _take_commands(self) -> None:
         """Carries out all commands; waits for one where nothing is being sampled."""
@@ -331,7 +327,10 @@ class Sampler:
             before = one.sampling.codes_left
             samples = one.sampling.step()
         except Exception as error:
-            self._fail(job, self._failure(error))
+            if is_out_of_memory(error) and len(job.plan.seeds) > 1:
+                self._sample_in_parts(one)
+            else:
+                self._fail(job, self._failure(error))
             return
         after = one.sampling.codes_left
         self._on_step(time.perf_counter() - start, (before - after) * job.left)
@@ -342,9 +341,22 @@ class Sampler:
                 for image, pair in enumerate(zip(*one.sampling.codes_so_far(), strict=True)):
                     job.report(Preview(image, *pair))
             return
+        self._end_all(one, samples)
+
+    def _sample_in_parts(self, one: _StepwiseJob) -> None:
+        """Samples a job in batches that fit the memory; the other jobs wait meanwhile."""
+        one.sampling = None
+        try:
+            samples = one.job.plan.sample(self.prior)
+        except Exception as error:
+            self._fail(one.job, self._failure(error))
+        else:
+            self._end_all(one, samples)
+
+    def _end_all(self, one: _StepwiseJob, samples: Samples) -> None:
         self._stepwise.remove(one)
-        for image in range(len(job.plan.seeds)):
-            self._end(job, Sampled(image, samples.rows(torch.tensor([image]))))
+        for image in range(len(one.job.plan.seeds)):
+            self._end(one.job, Sampled(image, samples.rows(torch.tensor([image]))))
 
     def _step(self) -> None:
         start = time.perf_counter()

@@ -207,6 +207,31 @@ def test_jobs_of_several_codes_per_step_take_turns_with_the_engine(any_order, mo
     assert sum(codes) == 6 * any_order.prior.stream.image_length
 
 
+@pytest.mark.filterwarnings("ignore:out of memory with 4 images")
+def test_several_codes_per_step_are_sampled_in_parts_where_memory_is_short(any_order, monkeypatch):
+    plain = StepwiseSampling.step
+    sizes = []
+
+    def step(sampling):
+        sizes.append(len(sampling.codes_so_far()[0]))
+        if sizes[-1] > 2:
+            raise MemoryError
+        return plain(sampling)
+
+    monkeypatch.setattr(StepwiseSampling, "step", step)
+    wanted = plan(any_order, n=4, num_inference_steps=4)
+
+    async def run():
+        sampler = Sampler(any_order.prior, num_rows=8)
+        found = codes_of(await all_of(sampler.submit(wanted)))
+        assert not sampler.num_pending
+        sampler.close()
+        return found
+
+    assert asyncio.run(run()) == wanted.sample(any_order.prior).codes.tolist()
+    assert max(sizes) == 4 and sizes.count(2) >= 8
+
+
 @pytest.fixture
 def reported(monkeypatch):
     """All that the sampling thread reports; a job that is read late drops previews."""
