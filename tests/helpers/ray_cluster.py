@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+
+from tests.helpers.serving import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -79,18 +80,18 @@ class RayServe:
 def ray_serve(folder: Path, **arguments: Any) -> Iterator[RayServe]:
     """Runs deploy/ray_serve.yaml with changed arguments at a free port; ends all afterwards."""
     config = yaml.safe_load((ROOT / "deploy" / "ray_serve.yaml").read_text())
-    config["http_options"]["port"] = _free_port()
+    config["http_options"]["port"] = free_port()
     config["applications"][0]["args"] |= arguments
     path = folder / "ray_serve.yaml"
     path.write_text(yaml.safe_dump(config))
-    port = _free_port()
+    port = free_port()
     # The paths of Ray's sockets must be short.
     sockets = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     start = ["--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
     start += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={sockets}"]
     start += ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
-    start += [f"--{name}-port={_free_port()}" for name in ("ray-client-server", "metrics-export")]
-    start += [f"--dashboard-agent-{name}-port={_free_port()}" for name in ("listen", "grpc")]
+    start += [f"--{name}-port={free_port()}" for name in ("ray-client-server", "metrics-export")]
+    start += [f"--dashboard-agent-{name}-port={free_port()}" for name in ("listen", "grpc")]
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
         head = _started(stack, folder / "ray.log", "ray", "start", *start)
@@ -131,8 +132,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             one.kill()
     process.kill()
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])

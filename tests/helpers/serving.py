@@ -75,6 +75,12 @@ def running(app: FastAPI) -> Iterator[str]:
     thread.join()
 
 
+def free_port() -> int:
+    """A port of the loopback that nothing listens at now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 class StepGate:
     """Holds the steps of all engines until it is opened."""
 

@@ -18,7 +18,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.serving.server import listen
 from pipeline.serving.settings import ServerSettings
-from tests.helpers.serving import serving_pipeline
+from tests.helpers.serving import free_port, serving_pipeline
 
 ROOT = Path(__file__).parents[3]
 
@@ -58,11 +58,6 @@ class Serving:
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
         return self.process.wait(timeout=120), self.log.read_text()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow
