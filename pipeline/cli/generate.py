@@ -44,6 +44,7 @@ def generate_command(
     out: Path = Path("images"),
     seed: int = 0,
     best_of: int = 1,
+    judge: Literal["likelihood", "consensus"] = "likelihood",
     clip_scorer: str | None = None,
     compile: Literal["auto", "on", "off"] = "auto",
     batch_size: int = 64,
@@ -61,8 +62,9 @@ def generate_command(
         out: folder for the images
         seed: the same seed gives the same images
         best_of: sample this many per image and keep the one that shows the prompt best
-        clip_scorer: name or folder of a CLIP model that --best-of chooses by; without it the
-            prior itself does
+        judge: what --best-of chooses by: the prior's likelihoods, or the image nearest to the mean
+            of all
+        clip_scorer: name or folder of a CLIP model that --best-of chooses by instead
         compile: compile the steps; auto where it pays
         batch_size: images at a time
         truncate: truncate prompts that are too long
@@ -83,6 +85,7 @@ def generate_command(
         num_images=num_images,
         seed=seed,
         best_of=best_of,
+        judge=judge,
         clip_scorer=clip_scorer,
         compile=compile,
         batch_size=batch_size,

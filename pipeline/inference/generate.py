@@ -67,6 +67,11 @@ def generate(
     if not options.get("truncate"):
         _check_lengths(pipe, prompts, given_in or [""] * len(prompts))
     if clip_scorer is not None:
+        if options.get("judge", "likelihood") != "likelihood":
+            raise ValueError(
+                f"best_of is to choose by {options['judge']} and by a CLIP model; give one of "
+                "judge and clip_scorer"
+            )
         from pipeline.inference.reranking import CLIPScorer
 
         options["judge"] = CLIPScorer(clip_scorer, state.device)

@@ -24,7 +24,11 @@ from stage1_tokenizer.pixels import to_pil
 from stage2_prior import LatentPriorModel, SamplingOptions, TextTokenizer
 from stage2_prior.sampling import per_seed_normals
 
-_OFF: dict[str, tuple[object, ...]] = {"best_of": (1,), "compile": ("auto", "off")}
+_OFF: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "judge": ("likelihood",),
+    "compile": ("auto", "off"),
+}
 """Values that ask for nothing, of options that only pipelines over codes have."""
 
 

@@ -21,7 +21,7 @@ from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.planning import PlanningPipeline, SamplingValue
-from pipeline.inference.reranking import ImageTextScorer, best_rows, highest
+from pipeline.inference.reranking import Judge, best_rows, consensus_scores, highest
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
@@ -96,7 +96,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         *,
         num_images_per_prompt: int = 1,
         best_of: int = 1,
-        judge: ImageTextScorer | None = None,
+        judge: Judge = "likelihood",
         seed: int = 0,
         batch_size: int = 64,
         truncate: bool = False,
@@ -109,10 +109,10 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         The parameters are eight because each is an option of its own that users name.
 
         Args:
-            best_of: images sampled for each one returned; the prior's likelihoods choose
-                (`reranking.choice_scores`).
-            judge: (images, prompts) -> a score each, by which `best_of` chooses instead, such as
-                `pipeline.CLIPScorer`.
+            best_of: images sampled for each one returned.
+            judge: what chooses: the prior's likelihoods (`reranking.choice_scores`); "consensus",
+                the image nearest to the mean of all (`reranking.consensus_scores`); or (images,
+                prompts) -> a score each, such as `pipeline.CLIPScorer`.
             batch_size: images at a time; fewer where memory is short.
             compile: whether the steps are compiled; `auto` does so where many images make it pay.
             sampling: fields of `SamplingOptions`; one left out, or None, takes the bundle's
@@ -127,11 +127,16 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         check_at_least_one("num_images_per_prompt", num_images_per_prompt)
         check_at_least_one("batch_size", batch_size)
         check_at_least_one("best_of", best_of)
-        if judge is not None and best_of == 1:
+        if judge != "likelihood" and best_of == 1:
             raise ValueError(
                 "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
-        if judge is None:
+        if isinstance(judge, str) and judge not in ("likelihood", "consensus"):
+            raise ValueError(
+                f"judge is {judge!r}; give 'likelihood', 'consensus', or a function of images and "
+                "prompts"
+            )
+        if judge == "likelihood":
             self.check_best_of(best_of)
         count = num_images_per_prompt * best_of
         plan = self.plan(prompts, num_images=count, seed=seed, truncate=truncate, **sampling)
@@ -140,10 +145,12 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         seeds = plan.seeds
         if best_of == 1:
             return self.decode(drawn, seeds)
-        if judge is None:
+        if judge == "likelihood":
             best = best_rows(self.prior, drawn, best_of, batch_size=batch_size)
             return self.decode(drawn.rows(best), [seeds[i] for i in best])
         output = self.decode(drawn, seeds)
+        if judge == "consensus":
+            return output.rows(highest(consensus_scores(output.images, best_of)).tolist())
         asked = [prompt for prompt in prompts for _ in range(count)]
         scores = torch.as_tensor(judge(output.images, asked)).flatten().cpu()
         if len(scores) != len(seeds):
@@ -158,8 +165,8 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         if best_of > 1 and not self.prior.config.trained_with_caption_dropout:
             raise ValueError(
                 f"best_of is {best_of}, and this prior cannot compare images: it was trained "
-                "without caption dropout; choose by a CLIP model (clip_scorer), or train with "
-                "prior.objective.caption_dropout=0.1"
+                "without caption dropout; choose by judge consensus or by a CLIP model "
+                "(clip_scorer), or train with prior.objective.caption_dropout=0.1"
             )
 
     def edit(

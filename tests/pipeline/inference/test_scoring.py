@@ -163,7 +163,7 @@ def test_best_of_a_prior_that_cannot_be_scored_is_refused_before_sampling(
         "pipeline.inference.plan.sample_codes_batched", lambda *_, **__: sampled.append(1)
     )
     with pytest.raises(
-        ValueError, match=r"best_of is 2.*choose by a CLIP model .*caption_dropout=0\.1$"
+        ValueError, match=r"best_of is 2.*judge consensus .* CLIP model .*caption_dropout=0\.1$"
     ):
         pipe("a red star", best_of=2)
     pipe.save_pretrained(tmp_path / "bundle")
