@@ -228,17 +228,18 @@ def estimate_command(*, settings: list[str], processes: int = 1) -> None:
     print_rank0(f"next: minidalle run {shlex.join(settings)}")
 
 
-def push_command(*, bundle: Path, to: str, private: bool = False) -> None:
+def push_command(*, bundle: str, to: str, private: bool = False) -> None:
     """Uploads a bundle to the Hub: safetensors, JSON, Markdown and PNG files.
 
     Args:
-        bundle: folder of a bundle: runs/NAME/bundle
+        bundle: folder of a bundle (runs/NAME/bundle), or icons, which comes with the package
         to: repository user/name; made where there is none
         private: make it a private one
     """
     from pipeline.inference.hub import push_bundle
+    from pipeline.inference.shipped_bundles import bundle_folder
 
-    address = push_bundle(bundle, to, private=private or None)
+    address = push_bundle(bundle_folder(bundle), to, private=private or None)
     print_rank0(f"pushed to {address}\nnext: minidalle generate --bundle {to} 'your prompt'")
 
 

@@ -16,7 +16,7 @@ def finetune_command(
     again, it resumes. Settings of `minidalle run` may be given, too: --name is the style's.
 
     Args:
-        bundle: folder of a bundle, or user/name of the Hub
+        bundle: folder of a bundle, user/name of the Hub, or icons, which comes with the package
         data: folder of .svg or .png files, or an Iconify JSON file; names of files are names of
             drawings, unless captions lie beside them
         style: what prompts call it (the name of --data)

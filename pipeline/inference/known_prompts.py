@@ -24,7 +24,10 @@ _SHOWN = 3
 """Names that a message shows."""
 _MAX_LETTERS = 100
 """Of a prompt that are compared with names."""
-_STYLE = re.compile(r"(?P<name>.+)(?:,| in)\s+(?:(?:the|an?)\s+)?(?P<style>[^,]+?)\s+style")
+_STYLE = re.compile(
+    r"(?P<name>.+)(?:,| in| with)\s+(?:(?:the|an?)\s+)?(?P<style>[^,]+?)\s+style"
+    r"|(?P<name_before>.+?),?(?: drawn)? in the style of (?:the\s+)?(?P<style_after>[^,]+)"
+)
 _ARTICLE = re.compile(r"(?:the|an?)\s+")
 
 
@@ -44,17 +47,28 @@ class KnownPrompts:
         if not text:
             return []
         lines = []
-        found = _STYLE.fullmatch(text)
-        if found and found["style"] not in self._styles:
-            nearest = sorted(self.styles, key=lambda s: -_likeness(found["style"], s.casefold()))
+        name, style = self._parts(text)
+        if style is not None and style not in self._styles:
+            nearest = sorted(self.styles, key=lambda s: -_likeness(style, s.casefold()))
             lines.append(
-                f"the style {found['style'][:_MAX_LETTERS]!r} was not trained; trained styles, the "
-                f"nearest first: {', '.join(nearest)}"
+                f"the style {style[:_MAX_LETTERS]!r} was not trained, and some other is drawn; "
+                f"trained styles, the nearest first: {', '.join(nearest)}"
             )
-        name = found["name"] if found else text
         if line := self._name_problem(name):
             lines.append(line)
         return lines
+
+    def _parts(self, text: str) -> tuple[str, str | None]:
+        """The name and the style that a prompt asks for."""
+        for style in self._styles:
+            for ending in (f", {style}", f" {style} style"):
+                if text.endswith(ending) and not text.endswith(f" in the style of {style}"):
+                    name = text.removesuffix(ending)
+                    return re.sub(r"(?:,| in| with)(?: (?:the|an?))?$", "", name), style
+        found = _STYLE.fullmatch(text)
+        if found is None:
+            return text, None
+        return found["name"] or found["name_before"], found["style"] or found["style_after"]
 
     def _name_problem(self, name: str) -> str | None:
         """A line where no set has a name."""
@@ -70,7 +84,9 @@ class KnownPrompts:
         alike = [one for one in self._names if words & set(re.findall(r"\w{3,}", one))]
         nearest = get_close_matches(plain, alike or list(self._names), _SHOWN, 0.0)
         shown = ", ".join(repr(self._names[one]) for one in nearest)
-        return f"no icon is named {plain!r}; the nearest names: {shown}"
+        return (
+            f"no icon is named {plain!r}; the nearest names: {shown}; the image may show anything"
+        )
 
     @cached_property
     def _styles(self) -> frozenset[str]:

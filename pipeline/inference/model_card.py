@@ -39,6 +39,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
+    environment.filters["address"] = _address
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     trained_on = description["trained_on"]
     sampling = {name: one for name, one in description["sampling"].items() if one is not None}
@@ -97,6 +98,11 @@ def _example(known: KnownPrompts | None) -> str:
 
 def _started_from(parents: Mapping[str, Any]) -> str:
     return ", ".join(f"{stage} from `{parent}`" for stage, parent in parents.items() if parent)
+
+
+def _address(url: str | None) -> str:
+    """An address behind what it belongs to; nothing where there is none."""
+    return f", {_cell(url)}" if url else ""
 
 
 def _cell(text: str | None) -> str:

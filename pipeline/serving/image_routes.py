@@ -45,7 +45,7 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     @router.post("/v1/images/generations", **_IMAGES)
     async def generations(request: Request, body: GenerationRequest) -> Response:
         """Images for a prompt."""
-        work = service.generation(body, body.prompt, body.best_of or 1)
+        work = service.generation(body)
         return await respond(request, work, "image_generation")
 
     @router.post("/v1/images/edits", **_IMAGES)

@@ -17,20 +17,28 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from pipeline.data.readers.images import open_image
 from pipeline.inference.batching import joined_samples
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
-from pipeline.inference.reranking import best_rows
+from pipeline.inference.reranking import best_rows, consensus_scores, highest
 from pipeline.serving.errors import ApiError
 from pipeline.serving.sampler import Job, Preview, Sampled, Sampler
-from pipeline.serving.schemas import EditFields, Format, ImageFields, Usage, VariationFields
+from pipeline.serving.schemas import (
+    EditFields,
+    Format,
+    GenerationRequest,
+    ImageFields,
+    Usage,
+    VariationFields,
+)
 from pipeline.serving.settings import ServerSettings
 from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
 from stage2_prior import Samples
@@ -77,6 +85,7 @@ class Work:
     settings: dict[str, Any]
     """What the images' metadata say."""
     best_of: int = 1
+    judge: Literal["likelihood", "consensus"] = "likelihood"
     finish: Callable[[list[Image.Image]], list[Image.Image]] = lambda images: images
     """What happens to decoded images: edits keep the pixels outside the mask."""
     warnings: tuple[str, ...] = ()
@@ -143,18 +152,23 @@ class ImageService:
 
     # Requests -> work
 
-    async def generation(self, fields: ImageFields, prompt: str, best_of: int = 1) -> Work:
+    async def generation(self, request: GenerationRequest) -> Work:
         """Images for a prompt.
 
         Raises:
             ApiError: a field is not what this bundle or server can do.
         """
-        self._check(fields, prompt, best_of)
-        await self.from_input(self.pipe.check_best_of, best_of)
-        seed = _seed(fields)
-        plan = await self.from_input(self.pipe.plan, [prompt], **_options(fields, seed, best_of))
+        prompt = request.prompt
+        best_of = request.best_of or 1
+        self._check(request, prompt, best_of)
+        if request.judge == "likelihood":
+            await self.from_input(self.pipe.check_best_of, best_of)
+        seed = _seed(request)
+        plan = await self.from_input(self.pipe.plan, [prompt], **_options(request, seed, best_of))
         settings = {"prompt": prompt, "best_of": best_of}
-        return await self._work(plan, fields, seed, settings, best_of=best_of)
+        if best_of > 1:
+            settings["judge"] = request.judge
+        return await self._work(plan, request, seed, settings, best_of=best_of, judge=request.judge)
 
     async def edit(self, fields: EditFields, content: bytes, mask: bytes | None) -> Work:
         """An image whose white or, in a mask with transparency, transparent part is resampled."""
@@ -304,11 +318,18 @@ class ImageService:
                         numbers[update.image] += 1
                 if work.best_of > 1:
                     every = joined_samples([done[i] for i in range(len(done))])
-                    best = await self.in_thread(best_rows, self.pipe.prior, every, work.best_of)
+                    best = await self.in_thread(self._best, work, every)
                     for image, row in enumerate(best.tolist()):
                         yield await self._complete(work, image, done[row])
         finally:
             self.sampler.cancel(job)
+
+    def _best(self, work: Work, every: Samples) -> Tensor:
+        """Which of all sampled images are returned, by number."""
+        if work.judge == "likelihood":
+            return best_rows(self.pipe.prior, every, work.best_of)
+        images = self.pipe.decode(every, work.plan.seeds).images
+        return highest(consensus_scores(images, work.best_of))
 
     async def _complete(self, work: Work, image: int, samples: Samples) -> Complete:
         content = await self.in_thread(self._encoded, work, image, samples)

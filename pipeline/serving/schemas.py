@@ -76,6 +76,11 @@ class GenerationRequest(ImageFields):
 
     prompt: Prompt
     best_of: int | None = Field(None, ge=1, description="images sampled for each one returned")
+    judge: Literal["likelihood", "consensus"] = Field(
+        "likelihood",
+        description="what best_of chooses by: the prior's likelihoods, or the image nearest to the "
+        "mean of all",
+    )
 
 
 class EditFields(ImageFields):

@@ -4,6 +4,7 @@ token for the style's name. Knows drawings, captions and settings; the stages tr
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -17,16 +18,18 @@ from PIL import Image
 from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_values
-from pipeline.data.builtin.icon_sets import STYLES, key_index, name_of_slug, read_set
+from pipeline.data.builtin.icon_sets import STYLES, key_index, key_of_slug, name_of_slug, read_set
 from pipeline.data.builtin.icons import emoji_names, styled_captions
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.load import find_rows
 from pipeline.data.map_source import SourceIndex
+from pipeline.data.readers.files import MAX_TEXT_BYTES, read_file
 from pipeline.data.readers.images import EXTENSIONS
 from pipeline.data.readers.locate import files_below
 from pipeline.inference.bundle import Bundle, read_bundle, read_description
 from pipeline.inference.known_prompts import KnownPrompts, read_known_prompts
 from pipeline.runtime.atomic_io import atomic_write_dir
+from pipeline.runtime.printable import printable
 from stage2_prior import TextTokenizer
 
 _log = logging.getLogger(__name__)
@@ -34,6 +37,8 @@ _log = logging.getLogger(__name__)
 MIN_DRAWINGS = 5
 DRAWINGS = "style-drawings"
 """In a run's folder: the drawings and their captions, as the stages read them."""
+_TERMS = ".licence.json"
+"""Beside the drawings: `IconSet.terms`. Readers of images pass over hidden files."""
 _HELD_OUT = 10
 """One of so many drawings is held out, to choose the best weights by."""
 
@@ -71,7 +76,7 @@ def style_experiment(
             "bundle of square images"
         )
     style = _checked_style(style or drawings.expanduser().resolve().stem)
-    known = known_styles(parent.trained_on)
+    known = known_styles(bundle, parent.trained_on)
     if style in known:
         raise ValueError(
             f"{bundle} has the style {style} already (it has {', '.join(known)}); name the new "
@@ -87,7 +92,7 @@ def style_experiment(
     experiment = load_values(values, settings)
     folder = experiment.folder / DRAWINGS
     values["data"]["source"] = str(folder)
-    _write(folder, found, style)
+    _write(folder, found, style, _terms_of(drawings.expanduser(), style))
     values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
     return load_values(values, settings)
 
@@ -101,14 +106,15 @@ def with_new_style(
     parent: Path, data: DataConfig
 ) -> tuple[KnownPrompts | None, list[dict[str, str | None]]]:
     """What prompts may ask of a bundle that learned a style: its parent's names and those of the
-    drawings, in the old styles and the new one; and the licences of all styles, of which the new
-    one's is not known. None and none where the parent has none, or is there no more."""
+    drawings, in the old styles and the new one; and the licences of all styles. None and none where
+    the parent has none, or is there no more."""
     if not (parent / "pipeline.json").is_file():
         return None, []
     style = data.icons.sets[-1]
     licences = read_description(parent)["trained_on"].get("licences", [])
     if licences:
-        licences = [*licences, {"style": style, "licence": None, "author": None}]
+        terms = json.loads((Path(data.source) / _TERMS).read_text(encoding="utf-8"))
+        licences = [*licences, terms]
     known = read_known_prompts(parent)
     if known:
         first = styled_captions("", style)[0]
@@ -120,8 +126,11 @@ def with_new_style(
     return known, licences
 
 
-def known_styles(trained_on: dict[str, Any]) -> list[str]:
-    """The styles of a bundle, by its description of its data; none where it has none."""
+def known_styles(bundle: Path, trained_on: dict[str, Any]) -> list[str]:
+    """The styles that prompts may ask of a bundle; of one without prompts.json those of its sets'
+    names; none where it has none."""
+    if (known := read_known_prompts(bundle)) is not None:
+        return list(known.styles)
     data = trained_on.get("data", {})
     source = str(data.get("source", ""))
     if source != "icons" and Path(source).name != DRAWINGS:
@@ -131,9 +140,9 @@ def known_styles(trained_on: dict[str, Any]) -> list[str]:
 
 
 def read_drawings(path: Path, size: int) -> list[Drawing]:
-    """The drawings of a folder, each with its name: its first caption, where the folder has
-    captions, or its file's name. SVGs are rendered; other images stay as they are, and are resized
-    where they are read.
+    """The drawings of an Iconify file or of a folder, at any depth, each with its name: its first
+    caption, where it has captions, or its file's name. SVGs are rendered; other images stay as they
+    are, and are resized where they are read.
 
     Args:
         size: side of rendered drawings in pixels.
@@ -141,13 +150,63 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
     Raises:
         FileNotFoundError: there are no drawings.
     """
-    if path.is_file() or any(path.glob("*.svg")) or (path / "icons.json").is_file():
-        return _rendered(path, size)
-    if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+    if path.is_file() or (path / "icons.json").is_file():
+        return _of_set(path, size)
+    endings = {file.suffix.lower() for file in files_below(path)}
+    if not endings & {".svg", *EXTENSIONS}:
         raise FileNotFoundError(
             f"there are no drawings in {path}; give a folder of .svg or .png files, or an Iconify "
             "JSON file"
         )
+    images = _images(path, size) if endings & set(EXTENSIONS) else []
+    return [*_of_svgs(path, size), *images]
+
+
+def _of_set(path: Path, size: int) -> list[Drawing]:
+    names = emoji_names(None)
+    icons = read_set(path, key_index(names))
+    for problem in icons.problems:
+        _log.warning("%s", problem)
+    return [
+        Drawing(names.get(key, icons.own_names[key]), ".png", content)
+        for key, svg in icons.drawings.items()
+        if (content := _rendered(svg, size, icons.own_names[key])) is not None
+    ]
+
+
+def _of_svgs(folder: Path, size: int) -> list[Drawing]:
+    """SVGs at any depth. A text file beside one, NAME.txt, has its name in the first line."""
+    found = []
+    for file in files_below(folder):
+        if file.suffix.lower() != ".svg":
+            continue
+        caption = file.with_suffix(".txt")
+        try:
+            svg = read_file(file, MAX_TEXT_BYTES).decode()
+            said = read_file(caption, MAX_TEXT_BYTES).decode() if caption.is_file() else ""
+        except (OSError, ValueError) as error:
+            _log.warning("%s is left out: %s", printable(file.name), error)
+            continue
+        content = _rendered(svg, size, printable(file.stem))
+        if content is not None:
+            name = said.strip().partition("\n")[0].strip()
+            found.append(Drawing(name or _name_of(file.name), ".png", content))
+    return found
+
+
+def _rendered(svg: str, size: int, name: str) -> bytes | None:
+    """A drawing as PNG; None, with a warning, where it cannot be rendered."""
+    try:
+        image = render(svg, size)
+    except UnusableSvg as error:
+        _log.warning("the drawing of %s is left out: %s", name, error)
+        return None
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    return png.getvalue()
+
+
+def _images(path: Path, size: int) -> list[Drawing]:
     config = DataConfig(source=str(path), image_size=size, upscale=True, split_column="none")
     rows = find_rows(config, require_captions=False)
     read = SourceIndex(rows, config, require_captions=False)
@@ -163,29 +222,20 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
     ]
 
 
-def _rendered(path: Path, size: int) -> list[Drawing]:
-    names = emoji_names(None)
-    icons = read_set(path, key_index(names))
-    for problem in icons.problems:
-        _log.warning("%s", problem)
-    found = []
-    for key, svg in icons.drawings.items():
-        try:
-            image = render(svg, size)
-        except UnusableSvg as error:
-            _log.warning(f"the drawing of {icons.own_names[key]} is left out: {error}")
-            continue
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, "PNG")
-        found.append(Drawing(names.get(key, icons.own_names[key]), ".png", png.getvalue()))
-    return found
+def _terms_of(path: Path, style: str) -> dict[str, str | None]:
+    """`IconSet.terms` under the new style's name; a folder of files states none."""
+    if not path.is_file() and not (path / "icons.json").is_file():
+        return {"style": style, "licence": None, "author": None}
+    return read_set(path, {}).terms | {"style": style}
 
 
 def _name_of(label: str) -> str:
     """The name of a drawing by its file's: '1f600.png' -> 'grinning face', where names of emoji are
     installed; 'red-heart.png' -> 'red heart'."""
+    names = emoji_names(None)
     stem = Path(label).stem
-    return emoji_names(None).get(stem.lower(), name_of_slug(stem))
+    key = key_of_slug(stem, {})
+    return names[key] if key in names else name_of_slug(stem)
 
 
 def _checked_style(given: str) -> str:
@@ -209,7 +259,7 @@ def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
         "tokenizer": {"init_from": str(bundle), "frozen": True},
         "text": {
             "num_new_tokens": new_tokens,
-            "new_tokens_like": known_styles(parent.trained_on) if new_tokens else [],
+            "new_tokens_like": known_styles(bundle, parent.trained_on) if new_tokens else [],
         },
         "prior": {
             "init_from": str(bundle),
@@ -244,10 +294,12 @@ def _new_tokens(text: TextTokenizer, style: str) -> int:
     return count
 
 
-def _write(folder: Path, drawings: Sequence[Drawing], style: str) -> None:
+def _write(
+    folder: Path, drawings: Sequence[Drawing], style: str, terms: dict[str, str | None]
+) -> None:
     """The drawings, each with a file of captions, one in ten of them in the folder of held-out
     ones. What an earlier call wrote stays, where it is the same."""
-    files = {}
+    files = {_TERMS: json.dumps(terms).encode()}
     for number, drawing in enumerate(drawings):
         split = "valid" if number % _HELD_OUT == MIN_DRAWINGS - 1 else "train"
         stem = f"{split}/{number:05d}"

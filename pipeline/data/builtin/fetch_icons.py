@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 from pipeline.config.builtin import IconOptions
+from pipeline.data.builtin.icon_sets import MAX_SET_BYTES
+from pipeline.data.readers.files import parse_json, read_file
 from pipeline.runtime.atomic_io import atomic_write_dir
 
 _log = logging.getLogger(__name__)
@@ -51,18 +53,23 @@ def fetch(name: str, folder: Path) -> None:
     version, expected = PACKAGES[name]
     package = f"@iconify-json/{name}@{version}"
     npm = shutil.which("npm")
+    by_hand = f"unpack {', '.join(FILES)} of the npm package {package} into {folder / name}"
     if npm is None:
-        raise FileNotFoundError(
-            f"npm is not installed; install it, or unpack {', '.join(FILES)} of the npm package "
-            f"{package} into {folder / name}"
-        )
+        raise FileNotFoundError(f"npm is not installed; install it, or {by_hand}")
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [npm, "pack", "--silent", package], cwd=scratch, capture_output=True, text=True
+            [npm, "pack", "--loglevel", "error", package],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
         )
         tarballs = list(Path(scratch).glob("*.tgz"))
         if done.returncode or len(tarballs) != 1:
-            raise OSError(f"npm could not download {package}: {done.stderr.strip()[-500:]}")
+            said = " ".join(done.stderr.split())[:300] or "npm says no more"
+            raise OSError(
+                f"npm could not download {package} ({said}); see to the network and run this "
+                f"again, or {by_hand}"
+            )
         found = hashlib.sha256(tarballs[0].read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
@@ -80,6 +87,17 @@ def fetch(name: str, folder: Path) -> None:
     atomic_write_dir(folder / name, write)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a set is there and can be read."""
+    try:
+        for file in FILES:
+            if not isinstance(parse_json(read_file(folder / file, MAX_SET_BYTES)), dict):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     reader = argparse.ArgumentParser(
@@ -90,7 +108,7 @@ def main() -> int:
     reader.add_argument("--folder", type=Path, default=Path(IconOptions().folder).expanduser())
     options = reader.parse_args()
     for name in options.sets:
-        if all((options.folder / name / file).is_file() for file in FILES):
+        if is_whole(options.folder / name):
             _log.info("%s is there", options.folder / name)
             continue
         try:

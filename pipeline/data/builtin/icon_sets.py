@@ -10,9 +10,10 @@ left out.
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ MAX_SET_BYTES = 2**26
 STYLES = {"fluent-emoji-flat": "fluent", "noto-v1": "blob"}
 """Styles that captions call otherwise than the set's prefix."""
 _SELECTORS = "\ufe0e\ufe0f"
+_SHORT_POINTS = {"23", "2a", "a9", "ae", *(f"3{digit}" for digit in range(10))}
+"""Code points of fewer than four digits that begin an emoji: keycaps, and two signs."""
+_REPLACE = "replace it by a whole copy, which `make icons` does for its own sets"
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,29 @@ class IconSet:
 
     style: str
     """What captions call it."""
-    licence: str | None
-    """SPDX identifier or title."""
-    author: str | None
     drawings: dict[str, str]
     """SVG by key: code points, or the icon's own name where it has none."""
     own_names: dict[str, str]
     """Name in words by key, as the set has it."""
     problems: list[str] = field(default_factory=list)
     """What was left out, one line each."""
+    licence: str | None = None
+    """SPDX identifier or title."""
+    licence_url: str | None = None
+    author: str | None = None
+    author_url: str | None = None
+
+    @property
+    def terms(self) -> dict[str, str | None]:
+        """Who drew the style and under what licence, as a model card lists it; None where the set
+        does not say."""
+        return {
+            "style": self.style,
+            "licence": self.licence,
+            "licence_url": self.licence_url,
+            "author": self.author,
+            "author_url": self.author_url,
+        }
 
 
 def key_of(text: str) -> str:
@@ -98,7 +116,7 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
             drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
         except (OSError, ValueError) as error:
             problems.append(f"{printable(file.name)} is left out: {error}")
-    return _joined(path.name, None, None, drawings, {}, known, problems)
+    return _joined(path.name, drawings, {}, known, problems)
 
 
 def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
@@ -107,8 +125,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     icons = content.get("icons")
     if not isinstance(prefix, str) or not isinstance(icons, dict):
         raise ValueError(
-            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; fetch "
-            "the set again"
+            f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; {_REPLACE}"
         )
     problems: list[str] = []
     drawings: dict[str, str] = {}
@@ -120,14 +137,15 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     info = _beside(path, "info.json", content.get("info"))
     licence = info.get("license")
     author = info.get("author")
-    return _joined(
-        prefix,
-        _title(licence, "spdx") or _title(licence, "title"),
-        _title(author, "name"),
-        drawings,
-        _beside(path, "chars.json", content.get("chars")),
-        known,
-        problems,
+    joined = _joined(
+        prefix, drawings, _beside(path, "chars.json", content.get("chars")), known, problems
+    )
+    return replace(
+        joined,
+        licence=_title(licence, "spdx") or _title(licence, "title"),
+        licence_url=_title(licence, "url"),
+        author=_title(author, "name"),
+        author_url=_title(author, "url"),
     )
 
 
@@ -135,9 +153,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_file(path, MAX_SET_BYTES))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch the set again") from error
+        raise ValueError(f"{path} cannot be read ({error}); {_REPLACE}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the set again")
+        raise ValueError(f"{path} holds no JSON object; {_REPLACE}")
     return content
 
 
@@ -190,15 +208,13 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
 
 def _joined(
     prefix: str,
-    licence: str | None,
-    author: str | None,
     drawings: Mapping[str, str],
     chars: Mapping[str, Any],
     known: Mapping[str, str],
     problems: list[str],
 ) -> IconSet:
     """A set whose drawings are known by key. Without code points of its own, names are looked up;
-    where half of them are emoji, the others are left out, and else they are keys themselves."""
+    those that are no emoji's are keys themselves."""
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
         for points, slug in chars.items():
@@ -211,33 +227,45 @@ def _joined(
             )
     else:
         for slug in drawings:
-            key = _normal(slug) if _is_points(slug) else known.get(letters_of(slug))
-            if key is not None:
+            if (key := key_of_slug(slug, known)) is not None:
                 slugs.setdefault(key, slug)
-        unknown = [slug for slug in drawings if slug not in set(slugs.values())]
-        if 2 * len(slugs) >= len(drawings):
-            if unknown:
-                problems.append(
-                    f"{prefix} has no chars.json: {len(slugs)} icons are known by their names, and "
-                    f"{len(unknown)} names are those of no emoji, such as {unknown[0]}"
-                )
-        else:
-            slugs |= {slug: slug for slug in unknown}
+        found = set(slugs.values())
+        unknown = [slug for slug in drawings if slug not in found]
+        if unknown and 2 * len(slugs) >= len(drawings):
+            problems.append(
+                f"{prefix} has no chars.json: {len(slugs)} icons are joined with other sets by "
+                f"their names, and {len(unknown)} keep names of their own, such as "
+                f"{printable(unknown[0])}; add chars.json if these are emoji"
+            )
+        slugs |= {slug: slug for slug in unknown}
     return IconSet(
         style=STYLES.get(prefix, prefix.replace("_", "-").lower()),
-        licence=licence,
-        author=author,
         drawings={key: drawings[slug] for key, slug in sorted(slugs.items())},
         own_names={key: name_of_slug(slug) for key, slug in slugs.items()},
         problems=problems,
     )
 
 
+def key_of_slug(slug: str, known: Mapping[str, str]) -> str | None:
+    """The key of a drawing by its file's name: code points (emoji_u1f600, 1f600), or the name of an
+    emoji; None where it is neither."""
+    return _normal(slug) if _is_points(slug) else known.get(letters_of(slug))
+
+
 def _is_points(slug: str) -> bool:
-    """Whether a name is code points, as in the files of Noto and Twemoji: emoji_u1f600, 1f600. A
-    word such as `face` is none."""
-    points = re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", slug.lower())
-    return points is not None and len(slug) > 3 and any(map(str.isdigit, slug))
+    """Whether a name is code points of symbols, as in the files of Noto and Twemoji. Words such as
+    `face` and `bed-01` are none."""
+    plain = slug.lower()
+    if re.fullmatch(r"(emoji_)?u?[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", plain) is None:
+        return False
+    parts = re.split(r"[-_]", plain.removeprefix("emoji_u").removeprefix("u"))
+    if len(slug) < 4 or any(len(part) < 4 and part not in _SHORT_POINTS for part in parts):
+        return False
+    # ASCII, symbols, joiners, and what this Python does not know yet; no letters of any script.
+    points = [int(part, 16) for part in parts]
+    return max(points) <= sys.maxunicode and all(
+        point < 128 or unicodedata.category(chr(point))[0] in "SCMP" for point in points
+    )
 
 
 def _normal(points: str) -> str:

@@ -2,19 +2,22 @@
 rendered images; knows no file formats and no training.
 
 The held-out split that training is validated by has the tuning cells alone; `reported` gives the
-others (see `icon_split`).
+others (see `icon_split`). Where so few drawings are there that none is a tuning cell, one in twenty
+of those to train on, one at least, is held out in their place, by a hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -29,6 +32,9 @@ from pipeline.data.source import Source
 from pipeline.runtime.atomic_io import atomic_write
 
 _log = logging.getLogger(__name__)
+
+_FEW_HELD_OUT = 20
+"""Of few drawings one in so many is held out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,8 @@ def load_icons(
 
     Raises:
         FileNotFoundError: a set is not there; says how to get it.
-        ValueError: a set is corrupted, or two have one style.
+        ValueError: a set is corrupted, or has no drawing that can be rendered, or two have one
+            style.
         ModuleNotFoundError: resvg-py is not installed.
     """
     names = emoji_names(annotations)
@@ -76,7 +83,15 @@ def load_icons(
         problems += one.problems
         if one.licence is None:
             problems.append(f"{one.style} states no licence; ask before you share what it trains")
-        images = _rendered(one, size, Path(folder).expanduser(), workers, problems)
+        images, left_out = _rendered(one, size, Path(folder).expanduser(), workers)
+        if not images:
+            reasons = [*one.problems, *left_out]
+            raise ValueError(
+                f"the style {one.style} has no drawing that can be rendered"
+                f"{f' ({reasons[0]})' if reasons else ''}; mend its set, or leave it out of "
+                "data.icons.sets"
+            )
+        problems += left_out
         distinct = {image.tobytes(): (key, image) for key, image in reversed(images.items())}
         for key, image in reversed(distinct.values()):
             name = names.get(key) or _first_name(loaded, key)
@@ -113,17 +128,16 @@ def locate_set(folder: Path, entry: str) -> Path:
 
 
 def _rendered(
-    icons: IconSet, size: int, folder: Path, workers: int, problems: list[str]
-) -> dict[str, np.ndarray]:
-    """Images by key. They are rendered once and kept in the folder of sets."""
+    icons: IconSet, size: int, folder: Path, workers: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images by key, and what was left out, one line each. Both are kept in the folder of sets,
+    where it can be written."""
     digest = hashlib.sha256(f"{size}\n".encode())
     for key, svg in icons.drawings.items():
         digest.update(f"{key}\0{svg}\n".encode())
     path = folder / ".rendered" / f"{icons.style}-{size}-{digest.hexdigest()[:16]}.npz"
-    if path.is_file():
-        with np.load(path) as kept:
-            problems += kept["problems"].tolist()
-            return dict(zip(kept["keys"].tolist(), kept["images"], strict=True))
+    if (kept := _kept(path)) is not None:
+        return kept
     _log.info("rendering %d icons of %s at %dx%d", len(icons.drawings), icons.style, size, size)
 
     def one(item: tuple[str, str]) -> np.ndarray | str:
@@ -140,17 +154,32 @@ def _rendered(
         for key, result in zip(icons.drawings, results, strict=True)
         if isinstance(result, np.ndarray)
     }
-    own = [result for result in results if isinstance(result, str)]
+    problems = [result for result in results if isinstance(result, str)]
     if images:
-        with atomic_write(path) as beside, beside.open("wb") as file:
-            np.savez_compressed(
-                file,
-                keys=np.array(list(images)),
-                images=np.stack(list(images.values())),
-                problems=np.array(own, dtype=str),
-            )
-    problems += own
-    return images
+        try:
+            with atomic_write(path) as beside, beside.open("wb") as file:
+                np.savez_compressed(
+                    file,
+                    keys=np.array(list(images)),
+                    images=np.stack(list(images.values())),
+                    problems=np.array(problems, dtype=str),
+                )
+        except OSError as error:
+            _log.warning("rendered icons are not kept for the next run: %s", error)
+    return images, problems
+
+
+def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
+    """What `_rendered` kept; None where it is not there, or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as kept:
+            images = dict(zip(kept["keys"].tolist(), kept["images"], strict=True))
+            return images, kept["problems"].tolist()
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        _log.warning("%s is damaged, so its icons are rendered again: %s", path, error)
+        return None
 
 
 def styled_captions(name: str, style: str) -> list[str]:
@@ -179,7 +208,7 @@ class IconSource(Source):
         everything, problems = _icons_of(config)
         self._problems = list(problems)
         self.everything = everything
-        self.icons = [icon for icon in everything if _belongs(icon, split)]
+        self.icons = list(_split(everything, split))
         self.num_images = len(self.icons)
         self._config = config
         digest = hashlib.sha256(f"{config.alpha}\n".encode())
@@ -214,10 +243,20 @@ def _icons_of(config: DataConfig) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
     return load_icons(own.folder, tuple(own.sets), own.annotations, config.size[0], config.workers)
 
 
-def _belongs(icon: Icon, split: str) -> bool:
+def _split(everything: Sequence[Icon], split: str) -> Sequence[Icon]:
+    """The drawings of a split: those to train on, or those that training is validated by."""
+    trained = [icon for icon in everything if cell_of(icon.key, icon.style).kind == "train"]
+    validation = [icon for icon in everything if _is_tuning(icon)]
+    if not validation:  # few drawings, of a user's own
+        by_hash = sorted(trained, key=lambda icon: hashlib.sha256(icon.label.encode()).digest())
+        validation = by_hash[: max(len(by_hash) // _FEW_HELD_OUT, 1)]
+        chosen = set(validation)
+        trained = [icon for icon in trained if icon not in chosen]
+    return trained if split == "train" else validation
+
+
+def _is_tuning(icon: Icon) -> bool:
     cell = cell_of(icon.key, icon.style)
-    if split == "train":
-        return cell.kind == "train"
     return cell.kind != "train" and cell.tuning
 
 
@@ -239,12 +278,12 @@ def reported(config: DataConfig, *, tuning: bool = False) -> dict[Kind, list[Ico
 def styles_and_names(config: DataConfig) -> tuple[list[str], list[str]]:
     """The styles that are trained on, and every name, held-out ones too; each in order."""
     everything, _ = _icons_of(config)
-    styles = {icon.style for icon in everything if _belongs(icon, "train")}
+    styles = {icon.style for icon in _split(everything, "train")}
     return sorted(styles), sorted({icon.name for icon in everything})
 
 
 def licences(config: DataConfig) -> list[dict[str, str | None]]:
-    """Style, licence and author of each set, None where a set does not state them."""
+    """`IconSet.terms` of each set."""
     own = config.icons
-    sets = [read_set(locate_set(Path(own.folder).expanduser(), entry), {}) for entry in own.sets]
-    return [{"style": one.style, "licence": one.licence, "author": one.author} for one in sets]
+    folder = Path(own.folder).expanduser()
+    return [read_set(locate_set(folder, entry), {}).terms for entry in own.sets]

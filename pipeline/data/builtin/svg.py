@@ -17,6 +17,11 @@ MAX_BYTES = 2**20
 """Of a drawing's text."""
 MAX_SHAPES = 20_000
 """Elements of a drawing, those that `use` repeats counted each time."""
+MAX_ASPECT = 20
+"""Longer side per shorter side."""
+_PIXELS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
+"""Pixels per unit of length."""
+_LENGTH = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([a-z%]*)")
 _MAX_DEPTH = 100
 _REFUSED = ("script", "foreignObject", "animate", "set", "image", "feImage", "text")
 """Elements that run, load, move, or need a font of this machine."""
@@ -41,15 +46,46 @@ def render(svg: str, size: int) -> np.ndarray:
         ModuleNotFoundError: resvg-py is not installed; says how to install it.
     """
     check_svg(svg)
+    wide = _aspect(svg) > 1
     try:
-        image = _drawn(svg, height=size)
-        if image.width > size:
-            image = _drawn(svg, width=size)
+        # The longer side is given, since resvg makes the other as long as the drawing has it.
+        image = _drawn(svg, width=size) if wide else _drawn(svg, height=size)
     except ValueError as error:
         raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(canvas)
+
+
+def _aspect(svg: str) -> float:
+    """Width per height of a drawing, as resvg reads them.
+
+    Raises:
+        UnusableSvg: one side is very much longer than the other, or a size is no number.
+    """
+    root = ElementTree.fromstring(svg)
+    box = re.split(r"[\s,]+", root.get("viewBox", "").strip())
+    sides = box[2:] if len(box) == 4 else ["100", "100"]
+    width, height = (
+        _pixels(root.get(name, "100%"), side)
+        for name, side in zip(("width", "height"), sides, strict=True)
+    )
+    if not (0 < width < MAX_ASPECT * height and 0 < height < MAX_ASPECT * width):
+        raise UnusableSvg(
+            f"it has {width:g}x{height:g} pixels, and one side may have at most {MAX_ASPECT} times "
+            "the other"
+        )
+    return width / height
+
+
+def _pixels(length: str, side: str) -> float:
+    """A length in pixels, given the side of the view box that it may be a part of."""
+    found = _LENGTH.fullmatch(length.strip())
+    whole = _LENGTH.fullmatch(side)
+    if found is None or whole is None:
+        raise UnusableSvg(f"its size {(length if found is None else side)[:20]!r} is no length")
+    number = float(found[1])
+    return number * float(whole[1]) / 100 if found[2] == "%" else number * _PIXELS.get(found[2], 1)
 
 
 def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Image.Image:
@@ -59,7 +95,10 @@ def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Ima
         raise ModuleNotFoundError(
             "drawings in SVG need the package resvg-py; pip install 'mini-dalle[icons]'"
         ) from error
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True)
+    # Without dots per inch it refuses sizes in millimetres and the like.
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=width, height=height, dpi=96, skip_system_fonts=True
+    )
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 

@@ -4,6 +4,7 @@ no captions."""
 from __future__ import annotations
 
 import io
+import logging
 import math
 import struct
 from collections.abc import Iterator
@@ -19,9 +20,15 @@ from pipeline.config.data import MAX_PIXELS, DataConfig, background
 from pipeline.data.readers.deep import Depth, deep_values, depth_of, extremes, mode_of, shown
 from pipeline.data.readers.files import MAX_IMAGE_BYTES, TooLarge, read_file
 from pipeline.data.readers.memory import BYTES_PER_PIXEL, DECODING
+from pipeline.runtime.log import on_main_process
 
 if TYPE_CHECKING:
     from stage1_tokenizer.value_range import ValueRange
+
+_log = logging.getLogger(__name__)
+_log.addFilter(on_main_process)
+_laid_on_background: list[bool] = []
+"""Whether this process has said that transparency is laid on a background."""
 
 ImageFile = str | Path | BinaryIO
 EXTENSIONS = (
@@ -327,13 +334,20 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     what `open_image` does.
     """
     # Imports torch
-    from stage1_tokenizer.pixels import to_filterable, to_rgb
+    from stage1_tokenizer.pixels import is_transparent, to_filterable, to_rgb
     from stage1_tokenizer.transparency import filtered
 
     rows, columns = config.size
     colour = background(config.alpha)
     with decoded(content, enough(config), config.max_pixels, config.values) as found:
         image = found.image
+        if colour is not None and not _laid_on_background and is_transparent(image):
+            _laid_on_background.append(True)
+            _log.info(
+                "some images have transparency, which is laid on %s; data.alpha=keep and "
+                "tokenizer.model.channels=4 keep it",
+                config.alpha,
+            )
         image = to_filterable(image) if colour is None else to_rgb(image, background=colour)
         if config.crop == "centre":
             return filtered(ImageOps.fit(image, (columns, rows), Image.Resampling.BICUBIC))

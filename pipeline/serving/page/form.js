@@ -74,7 +74,10 @@ export class Form {
   generation() {
     const fields = { prompt: this.prompt, ...this.options() };
     const best = byId("best_of");
-    if (!best.closest("[hidden]") && Number(best.value) > 1) fields.best_of = Number(best.value);
+    if (!best.closest("[hidden]") && Number(best.value) > 1) {
+      fields.best_of = Number(best.value);
+      fields.judge = byId("judge").value;
+    }
     return fields;
   }
 
@@ -88,6 +91,7 @@ export class Form {
     for (const name of NUMBERS) if (settings[name] !== undefined) setNumber(byId(name), settings[name]);
     if (settings.num_inference_steps !== undefined) byId("steps").value = settings.num_inference_steps;
     if (settings.best_of) byId("best_of").value = settings.best_of;
+    if (settings.judge) byId("judge").value = settings.judge;
     byId("n").value = Math.max(Number(byId("n").value), image + 1);
     setNumber(byId("n"), byId("n").value);
     byId("random").checked = seed === undefined;
@@ -135,6 +139,7 @@ export class Form {
     for (const name of NUMBERS) setNumber(byId(name), defaults[name]);
     byId("steps").value = defaults.num_inference_steps ?? "";
     byId("best_of").value = 1;
+    byId("judge").value = "likelihood";
   }
 
   #showSeed() {

@@ -50,8 +50,22 @@ def test_another_tarball_is_refused_and_nothing_is_left(npm, monkeypatch):
 
 def test_a_failed_download_shows_what_npm_said(npm):
     (npm / "bin" / "npm").write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
-    with pytest.raises(OSError, match=r"could not download @iconify-json/noto@1\.2\.9: no such"):
+    with pytest.raises(OSError, match=r"@iconify-json/noto@1\.2\.9 \(no such package\)") as caught:
         fetch("noto", npm / "icons")
+    assert "run this again, or unpack icons.json" in str(caught.value)
+    (npm / "bin" / "npm").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(OSError, match="npm says no more"):
+        fetch("noto", npm / "icons")
+
+
+def test_a_damaged_set_is_fetched_again(npm, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fetch_icons", "noto", "--folder", str(npm / "icons")])
+    assert fetch_icons.main() == 0
+    whole = (npm / "icons/noto/icons.json").read_text()
+    for damage in (whole[:-3], "[]", ""):
+        (npm / "icons/noto/icons.json").write_text(damage)
+        assert fetch_icons.main() == 0
+        assert (npm / "icons/noto/icons.json").read_text() == whole
 
 
 def test_without_npm_the_error_says_what_to_put_where(tmp_path, monkeypatch):

@@ -46,11 +46,11 @@ def test_without_code_points_names_are_looked_up_in_words_and_as_in_unicode(tmp_
     icons = {"grinningface": body("red"), "cook": body("blue"), "Alarm-Clock": body("green")}
     path = write_set(tmp_path, "old", {**icons, "bunnyside": body("black")})
     found = read_set(path, key_index(NAMES))
-    assert set(found.drawings) == set(NAMES)
+    assert set(found.drawings) == {*NAMES, "bunnyside"}
     (line,) = found.problems
     assert line == (
-        "old has no chars.json: 3 icons are known by their names, and 1 names are those of no "
-        "emoji, such as bunnyside"
+        "old has no chars.json: 3 icons are joined with other sets by their names, and 1 keep "
+        "names of their own, such as bunnyside; add chars.json if these are emoji"
     )
 
 
@@ -64,8 +64,23 @@ def test_a_set_that_is_no_emoji_keeps_its_own_names(tmp_path):
 
 
 def test_a_word_of_hexadecimal_letters_is_a_name(tmp_path):
-    path = write_set(tmp_path, "set", {"face": body("red"), "a0": body("blue")})
-    assert set(read_set(path, {}).own_names.values()) == {"face", "a0"}
+    names = ("face", "a0", "bed-01", "cafe-2024", "0bed", "123456")
+    path = write_set(tmp_path, "set", {name: body("red") for name in names})
+    assert set(read_set(path, {}).drawings) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("emoji_u1f600", "1f600"),
+        ("1F9D1-200D-1F373", "1f9d1-200d-1f373"),
+        ("0023-fe0f-20e3", "23-20e3"),
+        ("23-20e3", "23-20e3"),
+        ("u1f1e9_1f1ea", "1f1e9-1f1ea"),
+    ],
+)
+def test_names_of_files_that_are_code_points(tmp_path, name, key):
+    assert list(read_set(write_set(tmp_path, "set", {name: body("red")}), {}).drawings) == [key]
 
 
 def test_aliases_are_mirrored_and_turned(tmp_path):
@@ -103,7 +118,7 @@ def test_a_folder_of_svgs_is_a_set(tmp_path):
     (folder / "broken.svg").write_bytes(b"\xff\xfe\x00")
     found = read_set(folder, key_index(NAMES))
     assert found.style == "my drawings" and found.licence is None
-    assert set(found.drawings) == set(NAMES)
+    assert set(found.drawings) == {*NAMES, "red-house"}
     assert any("broken.svg is left out" in line for line in found.problems)
     assert any("red-house" in line for line in found.problems)
 
@@ -122,7 +137,7 @@ def test_a_corrupted_set_is_one_clear_error(tmp_path, text, reason):
     (tmp_path / "icons.json").write_text(text)
     with pytest.raises(ValueError, match=reason) as caught:
         read_set(tmp_path, {})
-    assert "fetch the set again" in str(caught.value)
+    assert "replace it by a whole copy, which `make icons` does" in str(caught.value)
 
 
 def test_an_empty_folder_says_what_a_set_is(tmp_path):

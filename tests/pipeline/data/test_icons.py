@@ -11,7 +11,7 @@ from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import to_dict
 from pipeline.data.builtin import icons
-from pipeline.data.builtin.icon_split import cell_of
+from pipeline.data.builtin.icon_split import Cell, cell_of
 from pipeline.data.builtin.icons import captions_of_icon, load_icons, locate_set, reported
 from pipeline.data.load import load_sources
 from tests.helpers.icons import body, write_names, write_set, write_styles
@@ -82,6 +82,58 @@ def test_rendered_images_are_kept_and_read_again(two_styles, monkeypatch, caplog
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.images([3]), first.images([3]))
     assert "rendering" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
+def test_damaged_kept_images_are_rendered_again(two_styles, tmp_path, caplog, damage):
+    first, _ = load_sources(two_styles)
+    load_icons.cache_clear()
+    kept = sorted((tmp_path / ".rendered").glob("*.npz"))
+    whole = kept[0].read_bytes()
+    damaged = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no archive"}
+    kept[0].write_bytes(damaged[damage])
+    again, _ = load_sources(two_styles)
+    assert again.fingerprint == first.fingerprint
+    assert "is damaged, so its icons are rendered again" in caplog.text
+    assert kept[0].read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_images_and_says_so(
+    two_styles, monkeypatch, caplog
+):
+    load_icons.cache_clear()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(icons, "atomic_write", full)
+    train, _ = load_sources(two_styles)
+    assert len(train) > 0
+    assert "rendered icons are not kept for the next run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("drawings", "reason"), [({}, ""), ({"a": "<script/>"}, " (bare: the drawing of a is left out")]
+)
+def test_a_style_without_a_usable_drawing_is_refused(two_styles, tmp_path, drawings, reason):
+    write_set(tmp_path, "bare", drawings)
+    two_styles.icons.sets.append("bare")
+    with pytest.raises(ValueError) as caught:
+        load_sources(two_styles)
+    said = str(caught.value)
+    assert said.startswith(f"the style bare has no drawing that can be rendered{reason}")
+    assert said.endswith("mend its set, or leave it out of data.icons.sets")
+
+
+@pytest.mark.parametrize("count", [2, 6, 45])
+def test_of_few_drawings_some_are_held_out_and_not_trained_on(tmp_path, monkeypatch, count):
+    drawings = {f"logo-{i}": body(f"#{i * 5:02x}8040") for i in range(count)}
+    write_set(tmp_path, "own", drawings)
+    monkeypatch.setattr(icons, "cell_of", lambda key, style: Cell("train"))
+    train, held_out = load_sources(config(tmp_path, ["own"]))
+    assert len(held_out) == max(count // 20, 1)
+    assert len(train) + len(held_out) == count
+    assert not {icon.key for icon in train.icons} & {icon.key for icon in held_out.icons}
 
 
 def test_the_images_are_known_by_content_and_not_by_folder(two_styles, tmp_path):

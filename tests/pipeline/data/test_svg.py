@@ -40,6 +40,44 @@ def test_a_drawing_that_is_no_square_is_centred(width, height):
     assert np.array_equal(alpha, expected)
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        'viewBox="0 0 1000 1"',
+        'width="1" height="100000" viewBox="0 0 1 1"',
+        'width="1000%" height="1%" viewBox="0 0 9 9"',
+        'width="90in" height="1mm"',
+        'width="-4" height="8"',
+    ],
+)
+def test_a_drawing_with_one_very_long_side_is_refused_before_it_is_rendered(size, monkeypatch):
+    monkeypatch.setattr("pipeline.data.builtin.svg._drawn", None)
+    with pytest.raises(UnusableSvg, match="one side may have at most 20 times the other"):
+        render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}/>', 16)
+
+
+@pytest.mark.parametrize("size", ['width="wide"', 'viewBox="0 0 a 1"', 'height="--1"'])
+def test_a_size_that_is_no_length_is_named(size):
+    with pytest.raises(UnusableSvg, match="is no length"):
+        render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}/>', 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "height"),
+    [
+        ('width="2in" height="96" viewBox="0 0 8 8"', 16, 8),
+        ('width="100%" height="50%" viewBox="0,0,8,8"', 16, 8),
+        ('viewBox="0 0 4 8"', 8, 16),
+        ('width="3pc" height="1in" viewBox="0 0 8 8" preserveAspectRatio="none"', 8, 16),
+    ],
+)
+def test_sizes_in_units_and_percents_are_read_as_the_renderer_does(size, width, height):
+    rect = '<rect x="-99" y="-99" width="999" height="999"/>'
+    alpha = render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{rect}</svg>', 16)[..., 3]
+    rows, columns = (alpha.max(1) > 0).sum(), (alpha.max(0) > 0).sum()
+    assert (columns, rows) == (width, height)
+
+
 def test_references_within_a_drawing_are_followed():
     image = render(
         svg(
@@ -84,7 +122,7 @@ def test_what_loads_or_runs_is_refused(body, reason):
         ("<svg>" + "a" * 2**20 + "</svg>", "characters"),
         (svg("<g>" * 101 + "</g>" * 101), "nested more than 100 deep"),
         (svg('<g id="a"><use href="#a"/></g>'), "nested more than 100 deep"),
-        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "cannot be rendered"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "one side may"),
     ],
 )
 def test_what_is_no_usable_drawing_is_refused(text, reason):

@@ -28,6 +28,11 @@ KNOWN = KnownPrompts(
         "a red heart in fluent style",
         "a button (blood type), noto style",
         "man in suit: dark skin tone in noto style",
+        "a red heart with noto style",
+        "red heart noto style",
+        "red heart, noto",
+        "a red heart in the style of noto",
+        "a red heart, in the style of noto",
         "",
     ],
 )
@@ -39,6 +44,14 @@ def test_a_style_that_was_not_trained_is_named_with_all_styles_the_nearest_first
     (line,) = KNOWN.problems("a red heart, notto style")
     assert "the style 'notto' was not trained" in line
     assert line.endswith("the nearest first: noto, fluent, blob")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red heart with pixel style", "a red heart drawn in the style of pixel"]
+)
+def test_an_unknown_style_is_told_from_the_name_in_other_wordings(prompt):
+    (line,) = KNOWN.problems(prompt)
+    assert line.startswith("the style 'pixel' was not trained, and some other is drawn")
 
 
 def test_a_name_that_no_set_has_is_named_with_the_nearest():

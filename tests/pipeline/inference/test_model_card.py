@@ -42,11 +42,19 @@ def test_a_card_tells_parts_use_and_fingerprints(tmp_path):
 def test_licences_are_listed_and_cannot_break_the_page(tmp_path):
     sets = [
         {"style": "noto", "licence": "Apache-2.0", "author": "A <b>|Painter\n# x"},
+        {
+            "style": "blob",
+            "licence": "MIT",
+            "licence_url": "https://licences/mit",
+            "author": "B",
+            "author_url": "https://b/|",
+        },
         {"style": "mine", "licence": None, "author": None},
     ]
     tiny_pipeline(trained_on={"licences": sets}).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| noto | Apache-2.0 | A &lt;b>&#124;Painter\\n# x |" in card
+    assert "| blob | MIT, https://licences/mit | B, https://b/&#124; |" in card
     assert "| mine | not stated | not stated |" in card
 
 

@@ -63,6 +63,14 @@ def test_best_of_returns_the_images_of_an_offline_call(client, pipe):
     assert expected != offline(pipe, num_images_per_prompt=2, seed=7)
 
 
+def test_best_of_by_consensus_returns_the_images_of_an_offline_call(client, pipe):
+    response = client.post(URL, json=HEART | {"n": 2, "best_of": 4, "judge": "consensus"})
+    assert codes_of(response) == offline(
+        pipe, num_images_per_prompt=2, seed=7, best_of=4, judge="consensus"
+    )
+    assert codes_of(response) != offline(pipe, num_images_per_prompt=2, seed=7, best_of=4)
+
+
 @pytest.mark.parametrize("change", [{"seed": 0}, {"seed": 0, "size": "auto"}])
 def test_a_seed_of_zero_is_a_seed(client, pipe, change):
     response = client.post(URL, json=HEART | change)
@@ -170,7 +178,7 @@ def test_a_preview_shows_the_codes_so_far_and_grey(pipe):
 
     async def run():
         fields = GenerationRequest(**HEART, stream=True, preview_every=4)
-        work = await service.generation(fields, fields.prompt)
+        work = await service.generation(fields)
         job = service.start(work)
         return [one async for one in service.images(work, job)]
 

@@ -133,6 +133,21 @@ def test_settings_are_read_back_from_a_downloaded_file(page, open_page, any_orde
     assert np.array_equal(pixels(other, image=1), np.asarray(Image.open(file).convert("RGB")))
 
 
+def test_what_best_of_chose_by_is_read_back(page, open_page, any_order, tmp_path):
+    options(page)
+    page.locator("#judge").select_option("consensus")
+    draw(page, "a blue star", 1, seed=5, best_of=3)
+    with page.expect_download() as download:
+        page.locator(".tile a").click()
+    file = tmp_path / "image.png"
+    download.value.save_as(file)
+    other = open_page(any_order.url)
+    expect(other.locator("#form")).to_be_visible()
+    chosen(other, file)
+    expect(other.locator("#best_of")).to_have_value("3")
+    expect(other.locator("#judge")).to_have_value("consensus")
+
+
 def chosen(page: Any, file: Path) -> None:
     page.locator("#file").set_input_files(file)
 

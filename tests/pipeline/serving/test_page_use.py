@@ -33,7 +33,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(open_page, raster):
 
 
 def test_what_a_bundle_cannot_do_is_not_shown(page, open_page, raster):
-    names = ["#guidance_scale", "#steps", "#best_of", "#styles"]
+    names = ["#guidance_scale", "#steps", "#best_of", "#judge", "#styles"]
     inside = ["#caption", "#vary", "[data-mode=edit]", "[data-mode=extend]"]
     options(page)
     draw(page)

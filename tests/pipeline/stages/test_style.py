@@ -13,9 +13,16 @@ from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.stages.prior import stream_config
-from pipeline.stages.style import DRAWINGS, known_styles, read_drawings
+from pipeline.stages.style import (
+    DRAWINGS,
+    known_styles,
+    read_drawings,
+    style_experiment,
+    with_new_style,
+)
 from stage2_prior import ImagePrior, PriorConfig
 from tests.helpers.cli import fails
+from tests.helpers.icons import body, write_set
 from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
 
 CAPTIONS = ["a red heart", "a blue star, old style", "a star in old style", "two green rings"]
@@ -94,7 +101,7 @@ def test_a_style_becomes_a_token_and_nothing_else_of_the_vocabulary_moves(bundle
     assert (own[old:] - alike).abs().max() < 0.01  # where it started, four small steps away
     assert len(own) > old
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
-    assert known_styles(after.trained_on) == ["noto", "fluent", "ink-pen"]
+    assert known_styles(made, after.trained_on) == ["noto", "fluent", "ink-pen"]
     assert main(command) == 0  # resumes: nothing is left to do
     capsys.readouterr()
     again = [*command[:2], str(made), *command[3:]]
@@ -130,6 +137,36 @@ def test_drawings_are_named_by_captions_or_files_and_keep_their_alpha(tmp_path):
     found = read_drawings(folder, 16)
     assert [drawing.name for drawing in found] == ["green cat 0", "a lion", "green cat 2"]
     assert found[2].content == (folder / "green-cat_2.png").read_bytes()
+
+
+def test_svgs_are_found_at_any_depth_beside_images_and_named_by_their_captions(tmp_path):
+    folder = write_svgs(tmp_path / "drawings", 1)
+    (folder / "more").mkdir()
+    (folder / "more" / "UPPER.SVG").write_text(svg("red"))
+    (folder / "more" / "b.svg").write_text(svg("blue"))
+    (folder / "more" / "b.txt").write_text("\n a lion \nof two lines\n")
+    (folder / "c.txt").write_bytes(b"\xff")
+    (folder / "c.svg").write_text(svg("green"))
+    Image.new("RGB", (8, 8)).save(folder / "cat.png")
+    names = {drawing.name for drawing in read_drawings(folder, 16)}
+    assert names == {"thing 0", "UPPER", "a lion", "cat"}
+
+
+def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path):
+    drawings = {f"thing-{i}": body("red", i) for i in range(6)}
+    path = write_set(tmp_path, "ink", drawings) / "icons.json"
+    for data, expected in ((path, "MIT"), (write_svgs(tmp_path / "svgs", 6), None)):
+        name = ["--name", data.stem, "--output-dir", str(tmp_path / "runs")]
+        experiment = style_experiment(bundle, data, style="ink", settings=name)
+        _, licences = with_new_style(bundle, experiment.data)
+        assert [one["licence"] for one in licences] == ["Apache-2.0", expected]
+
+
+def test_styles_of_a_bundle_are_those_that_prompts_may_ask_for(bundle):
+    """Not the names of its sets' files, which may be others."""
+    trained_on = {"data": {"source": "icons", "icons": {"sets": ["mine.json"]}}}
+    assert known_styles(bundle, trained_on) == ["noto", "fluent"]
+    assert known_styles(bundle / "none", trained_on) == ["mine"]
 
 
 def test_a_drawing_that_may_run_something_is_left_out_and_named(tmp_path, caplog):
