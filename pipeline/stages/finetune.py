@@ -40,11 +40,25 @@ _ADAPTER = "adapter"
 
 
 def new_tokenizer(section: TokenizerSection) -> ImageTokenizer:
-    """A tokenizer to train: random, or with the weights of `init_from`."""
+    """A tokenizer to train: random, or with the weights of `init_from`. The codebook of one of
+    quantizer `vq` becomes the first one of quantizer `residual`."""
     tokenizer = ImageTokenizer(section.model)
     if section.init_from is not None:
-        tokenizer.load_state_dict(_load_tokenizer(section.init_from).state_dict())
+        origin = _load_tokenizer(section.init_from)
+        weights = origin.state_dict()
+        if _adds_depths(section.model, origin.own_config):
+            renamed = {
+                name.replace("quantizer.", "quantizer.books.0.", 1): weight
+                for name, weight in weights.items()
+            }
+            weights = tokenizer.state_dict() | renamed
+        tokenizer.load_state_dict(weights)
     return tokenizer
+
+
+def _adds_depths(model: TokenizerConfig, saved: TokenizerConfig) -> bool:
+    """Whether a tokenizer quantizes what the vectors of a saved one leave over."""
+    return model.quantizer == "residual" and saved.quantizer == "vq"
 
 
 def tokenizer_identity(section: TokenizerSection) -> str | None:
@@ -254,7 +268,10 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
     if tokenizer.init_from:
         folder = stage_folder(tokenizer.init_from, "tokenizer")
         saved = saved_tokenizer_config(folder)
-        _check_architecture("tokenizer", tokenizer.model, saved, folder)
+        compared = saved
+        if _adds_depths(tokenizer.model, saved) and not tokenizer.frozen:
+            compared = replace(saved, quantizer="residual", residual=tokenizer.model.residual)
+        _check_architecture("tokenizer", tokenizer.model, compared, folder)
         original = replace(tokenizer.model, image_size=saved.image_size)
         original.require_resizable(tokenizer.model.image_size)
     if not prior.init_from:

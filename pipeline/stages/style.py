@@ -185,7 +185,9 @@ def _of_svgs(folder: Path, size: int) -> list[Drawing]:
             svg = read_file(file, MAX_TEXT_BYTES).decode()
             said = read_file(caption, MAX_TEXT_BYTES).decode() if caption.is_file() else ""
         except (OSError, ValueError) as error:
-            _log.warning("%s is left out: %s", printable(file.name), error)
+            _log.warning(
+                "%s is left out (%s); replace it by a whole copy", printable(file.name), error
+            )
             continue
         content = _rendered(svg, size, printable(file.stem))
         if content is not None:
@@ -199,7 +201,7 @@ def _rendered(svg: str, size: int, name: str) -> bytes | None:
     try:
         image = render(svg, size)
     except UnusableSvg as error:
-        _log.warning("the drawing of %s is left out: %s", name, error)
+        _log.warning("the drawing of %s is left out (%s); save it as a plain SVG", name, error)
         return None
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")

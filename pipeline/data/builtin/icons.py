@@ -165,7 +165,11 @@ def _rendered(
                     problems=np.array(problems, dtype=str),
                 )
         except OSError as error:
-            _log.warning("rendered icons are not kept for the next run: %s", error)
+            _log.warning(
+                "rendered icons are not kept for the next run (%s); give a data.icons.folder that "
+                "can be written",
+                error,
+            )
     return images, problems
 
 
@@ -178,7 +182,7 @@ def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
             images = dict(zip(kept["keys"].tolist(), kept["images"], strict=True))
             return images, kept["problems"].tolist()
     except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
-        _log.warning("%s is damaged, so its icons are rendered again: %s", path, error)
+        _log.info("%s is damaged (%s); its icons are rendered again", path, error)
         return None
 
 

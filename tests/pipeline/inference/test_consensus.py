@@ -35,7 +35,7 @@ def test_transparent_pixels_count_as_white_whatever_colour_they_hide():
 
 def test_the_image_that_samples_agree_on_is_right_more_often_than_one_of_them():
     """Ten shapes; of the samples of a prompt 55% show its own shape, the others any one, each with
-    noise. The right image is told by its nearest shape."""
+    noise."""
     rng = np.random.default_rng(0)
     shapes = rng.integers(0, 256, (10, 8, 8, 3))
     asked = rng.integers(0, 10, 200)

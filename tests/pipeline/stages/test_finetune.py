@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipeline.config.load import load_experiment, load_values
 from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
-from pipeline.stages.finetune import LoRAAdapter, check_init_from
+from pipeline.stages.finetune import LoRAAdapter, check_init_from, new_tokenizer
 from pipeline.stages.manifest import read_settings
 from pipeline.training import trainer
 from stage1_tokenizer import ImageTokenizer, to_model_range
@@ -111,6 +112,25 @@ def test_weights_from_before_a_setting_existed_can_be_started_from(tmp_path):
     with pytest.raises(
         ValueError, match=r"of another architecture: tokenizer\.model\.code_dim is 5"
     ):
+        check_init_from(section, PriorSection(), 48)
+
+
+def test_a_residual_tokenizer_can_start_from_one_with_a_single_codebook(tmp_path):
+    """Its first codes are those of that one; what they leave over is quantized by new codebooks."""
+    origin = tiny_tokenizer(quantizer="vq", num_codes=16).eval()
+    origin.save_pretrained(tmp_path)
+    model = replace(origin.own_config, quantizer="residual")
+    section = TokenizerSection(model=model, init_from=str(tmp_path))
+    check_init_from(section, PriorSection(), 48)
+    started = new_tokenizer(section).eval()
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    first = started.encode(pixels)[:, : origin.layout[0].length]
+    assert torch.equal(first, origin.encode(pixels).flatten(1))
+    assert started.layout == origin.layout * 2
+    kept = {n: w for n, w in origin.state_dict().items() if not n.startswith("quantizer.")}
+    assert all(torch.equal(started.state_dict()[name], weight) for name, weight in kept.items())
+    section.frozen = True  # a copy has the codes of what it is copied from
+    with pytest.raises(ValueError, match="quantizer is residual and vq there"):
         check_init_from(section, PriorSection(), 48)
 
 
