@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import Scores, TextToImageOutput
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.planning import PlanningPipeline, SamplingValue
-from pipeline.inference.reranking import Judge, best_rows, consensus_scores, highest
+from pipeline.inference.reranking import Judge, JudgeName, best_rows, consensus_scores, highest
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import ImageTokenizer
@@ -131,7 +131,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
             raise ValueError(
                 "a scorer chooses among several images, and best_of is 1; ask for more (best_of=4)"
             )
-        if isinstance(judge, str) and judge not in ("likelihood", "consensus"):
+        if isinstance(judge, str) and judge not in get_args(JudgeName):
             raise ValueError(
                 f"judge is {judge!r}; give 'likelihood', 'consensus', or a function of images and "
                 "prompts"

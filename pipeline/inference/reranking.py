@@ -97,7 +97,8 @@ class ImageTextScorer(Protocol):
     ) -> Sequence[float] | Tensor: ...
 
 
-Judge = ImageTextScorer | Literal["likelihood", "consensus"]
+JudgeName = Literal["likelihood", "consensus"]
+Judge = ImageTextScorer | JudgeName
 """What chooses among images: `choice_scores`, `consensus_scores`, or a scorer."""
 
 

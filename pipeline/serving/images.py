@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ from pipeline.data.readers.images import open_image
 from pipeline.inference.batching import joined_samples
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
-from pipeline.inference.reranking import best_rows, consensus_scores, highest
+from pipeline.inference.reranking import JudgeName, best_rows, consensus_scores, highest
 from pipeline.serving.errors import ApiError
 from pipeline.serving.sampler import Job, Preview, Sampled, Sampler
 from pipeline.serving.schemas import (
@@ -85,7 +85,7 @@ class Work:
     settings: dict[str, Any]
     """What the images' metadata say."""
     best_of: int = 1
-    judge: Literal["likelihood", "consensus"] = "likelihood"
+    judge: JudgeName = "likelihood"
     finish: Callable[[list[Image.Image]], list[Image.Image]] = lambda images: images
     """What happens to decoded images: edits keep the pixels outside the mask."""
     warnings: tuple[str, ...] = ()

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from pipeline.inference.reranking import JudgeName
+
 Prompt = Annotated[str, StringConstraints(max_length=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Format = Literal["png", "jpeg", "webp"]
@@ -76,7 +78,7 @@ class GenerationRequest(ImageFields):
 
     prompt: Prompt
     best_of: int | None = Field(None, ge=1, description="images sampled for each one returned")
-    judge: Literal["likelihood", "consensus"] = Field(
+    judge: JudgeName = Field(
         "likelihood",
         description="what best_of chooses by: the prior's likelihoods, or the image nearest to the "
         "mean of all",

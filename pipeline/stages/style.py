@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,20 +150,33 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
     Raises:
         FileNotFoundError: there are no drawings.
     """
-    if path.is_file() or (path / "icons.json").is_file():
-        return _of_set(path, size)
+    names = emoji_names(None)
+    if _is_set(path):
+        return _of_set(path, size, names)
     endings = {file.suffix.lower() for file in files_below(path)}
     if not endings & {".svg", *EXTENSIONS}:
         raise FileNotFoundError(
             f"there are no drawings in {path}; give a folder of .svg or .png files, or an Iconify "
             "JSON file"
         )
-    images = _images(path, size) if endings & set(EXTENSIONS) else []
-    return [*_of_svgs(path, size), *images]
+    known = key_index(names)
+
+    def name_of(file: str) -> str:
+        """'1f600.png' -> 'grinning face', where names of emoji are installed; 'red-heart.png' ->
+        'red heart'."""
+        stem = Path(file).stem
+        return names.get(key_of_slug(stem, known) or "", name_of_slug(stem))
+
+    images = _images(path, size, name_of) if endings & set(EXTENSIONS) else []
+    return [*_of_svgs(path, size, name_of), *images]
 
 
-def _of_set(path: Path, size: int) -> list[Drawing]:
-    names = emoji_names(None)
+def _is_set(path: Path) -> bool:
+    """Whether it is an Iconify file, or a folder that has one."""
+    return path.is_file() or (path / "icons.json").is_file()
+
+
+def _of_set(path: Path, size: int, names: dict[str, str]) -> list[Drawing]:
     icons = read_set(path, key_index(names))
     for problem in icons.problems:
         _log.warning("%s", problem)
@@ -174,7 +187,7 @@ def _of_set(path: Path, size: int) -> list[Drawing]:
     ]
 
 
-def _of_svgs(folder: Path, size: int) -> list[Drawing]:
+def _of_svgs(folder: Path, size: int, name_of: Callable[[str], str]) -> list[Drawing]:
     """SVGs at any depth. A text file beside one, NAME.txt, has its name in the first line."""
     found = []
     for file in files_below(folder):
@@ -192,7 +205,7 @@ def _of_svgs(folder: Path, size: int) -> list[Drawing]:
         content = _rendered(svg, size, printable(file.stem))
         if content is not None:
             name = said.strip().partition("\n")[0].strip()
-            found.append(Drawing(name or _name_of(file.name), ".png", content))
+            found.append(Drawing(name or name_of(file.name), ".png", content))
     return found
 
 
@@ -208,7 +221,7 @@ def _rendered(svg: str, size: int, name: str) -> bytes | None:
     return png.getvalue()
 
 
-def _images(path: Path, size: int) -> list[Drawing]:
+def _images(path: Path, size: int, name_of: Callable[[str], str]) -> list[Drawing]:
     config = DataConfig(source=str(path), image_size=size, upscale=True, split_column="none")
     rows = find_rows(config, require_captions=False)
     read = SourceIndex(rows, config, require_captions=False)
@@ -216,7 +229,7 @@ def _images(path: Path, size: int) -> list[Drawing]:
         _log.warning("%s", problem)
     return [
         Drawing(
-            read.captions[row][0] if read.captions[row] else _name_of(rows.label(row)),
+            read.captions[row][0] if read.captions[row] else name_of(rows.label(row)),
             Path(rows.label(row)).suffix.lower(),
             rows.image(row),
         )
@@ -226,18 +239,9 @@ def _images(path: Path, size: int) -> list[Drawing]:
 
 def _terms_of(path: Path, style: str) -> dict[str, str | None]:
     """`IconSet.terms` under the new style's name; a folder of files states none."""
-    if not path.is_file() and not (path / "icons.json").is_file():
+    if not _is_set(path):
         return {"style": style, "licence": None, "author": None}
     return read_set(path, {}).terms | {"style": style}
-
-
-def _name_of(label: str) -> str:
-    """The name of a drawing by its file's: '1f600.png' -> 'grinning face', where names of emoji are
-    installed; 'red-heart.png' -> 'red heart'."""
-    names = emoji_names(None)
-    stem = Path(label).stem
-    key = key_of_slug(stem, {})
-    return names[key] if key in names else name_of_slug(stem)
 
 
 def _checked_style(given: str) -> str:

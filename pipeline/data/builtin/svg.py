@@ -45,8 +45,7 @@ def render(svg: str, size: int) -> np.ndarray:
         UnusableSvg: it is no SVG, or one that is not safe to render.
         ModuleNotFoundError: resvg-py is not installed; says how to install it.
     """
-    check_svg(svg)
-    wide = _aspect(svg) > 1
+    wide = _aspect(check_svg(svg)) > 1
     try:
         # The longer side is given, since resvg makes the other as long as the drawing has it.
         image = _drawn(svg, width=size) if wide else _drawn(svg, height=size)
@@ -57,13 +56,12 @@ def render(svg: str, size: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _aspect(svg: str) -> float:
+def _aspect(root: ElementTree.Element) -> float:
     """Width per height of a drawing, as resvg reads them.
 
     Raises:
         UnusableSvg: one side is very much longer than the other, or a size is no number.
     """
-    root = ElementTree.fromstring(svg)
     box = re.split(r"[\s,]+", root.get("viewBox", "").strip())
     sides = box[2:] if len(box) == 4 else ["100", "100"]
     width, height = (
@@ -102,8 +100,9 @@ def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Ima
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def check_svg(svg: str) -> None:
-    """Raises UnusableSvg where a drawing could read files, load addresses, run, or take very long.
+def check_svg(svg: str) -> ElementTree.Element:
+    """The root of a drawing. Raises UnusableSvg where it could read files, load addresses, run, or
+    take very long.
 
     Only `href="#..."` and `url(#...)` are followed, both within the drawing.
     """
@@ -130,6 +129,7 @@ def check_svg(svg: str) -> None:
     shapes = _Unfolding(by_id).count(root, 0)
     if shapes > MAX_SHAPES:
         raise UnusableSvg(f"it unfolds into more than {MAX_SHAPES:,} shapes")
+    return root
 
 
 def _check_attribute(name: str, value: str) -> None:

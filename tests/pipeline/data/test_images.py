@@ -317,3 +317,17 @@ def mapped_part():
 
 def test_images_of_few_bytes_are_read():
     assert resize_and_crop(open_image(encoded(size=(16, 16))), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize(("alpha", "said"), [("white", 1), ("keep", 0)])
+def test_training_says_once_that_transparency_is_laid_on_a_background(
+    monkeypatch, caplog, alpha, said
+):
+    monkeypatch.setattr("pipeline.data.readers.images._laid_on_background", [])
+    caplog.set_level("INFO")
+    own = DataConfig(source="images", image_size=16, alpha=alpha)
+    for mode, colour in (("RGB", "red"), ("RGBA", (9, 9, 9, 0)), ("RGBA", (9, 9, 9, 0))):
+        file = io.BytesIO()
+        Image.new(mode, (8, 8), colour).save(file, "PNG")
+        prepared(file.getvalue(), own)
+    assert caplog.text.count("some images have transparency, which is laid on white") == said

@@ -139,17 +139,23 @@ def test_drawings_are_named_by_captions_or_files_and_keep_their_alpha(tmp_path):
     assert found[2].content == (folder / "green-cat_2.png").read_bytes()
 
 
-def test_svgs_are_found_at_any_depth_beside_images_and_named_by_their_captions(tmp_path):
+def test_svgs_are_found_at_any_depth_beside_images_and_named_by_their_captions(
+    tmp_path, monkeypatch
+):
+    names = {"1f600": "grinning face", "2764": "red heart"}
+    monkeypatch.setattr("pipeline.stages.style.emoji_names", lambda _: names)
     folder = write_svgs(tmp_path / "drawings", 1)
     (folder / "more").mkdir()
     (folder / "more" / "UPPER.SVG").write_text(svg("red"))
     (folder / "more" / "b.svg").write_text(svg("blue"))
     (folder / "more" / "b.txt").write_text("\n a lion \nof two lines\n")
+    (folder / "1F600.svg").write_text(svg("grey"))
+    (folder / "redheart.svg").write_text(svg("black"))
     (folder / "c.txt").write_bytes(b"\xff")
     (folder / "c.svg").write_text(svg("green"))
     Image.new("RGB", (8, 8)).save(folder / "cat.png")
     names = {drawing.name for drawing in read_drawings(folder, 16)}
-    assert names == {"thing 0", "UPPER", "a lion", "cat"}
+    assert names == {"thing 0", "UPPER", "a lion", "cat", "grinning face", "red heart"}
 
 
 def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path):
