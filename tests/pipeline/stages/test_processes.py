@@ -139,6 +139,8 @@ def dies(batches, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return get(batches, step)
 BatchPrefetcher.get = dies
+# torchrun sends SIGTERM to the others once one is dead: it must not end them before they say why.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 status = cli.main(sys.argv[2:])
 print(f"process {os.environ['RANK']} ended with {status}", flush=True)
 sys.exit(status)
