@@ -115,7 +115,7 @@ def _estimate(
     )
     rows = max(batch_size // micro_batches // processes, 1)
     return estimate_training_memory(
-        Probe(objective, train.steps - 1, autocast, device),
+        Probe(objective, train.steps - 1, autocast, device, simulated=device.type != "cuda"),
         train,
         to_device(batch, device),
         rows,

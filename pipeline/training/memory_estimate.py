@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.runtime.devices import format_bytes
 from pipeline.training.batch import Batch, tile_rows
 from pipeline.training.fsdp import local_shard
+from pipeline.training.simulated_tensors import simulate_tensors
 from pipeline.training.snapshot import preserve_state
 from pipeline.training.task import Autocast, Objective
 
@@ -138,6 +140,9 @@ class Probe:
     """The step as which it is measured: the last one, where every loss takes part."""
     autocast: Autocast
     device: torch.device
+    simulated: bool = False
+    """Whether tensors have no values (`simulate_tensors`), so that networks of any size take
+    seconds. Not on CUDA, whose allocator is asked."""
 
     def peak(self, batch: Batch) -> int:
         """The most bytes that all gradients of a batch hold at a time, the gradients included,
@@ -155,7 +160,7 @@ class Probe:
             torch.cuda.synchronize(self.device)
             return int(torch.cuda.max_memory_allocated(self.device) - before)
         live = LiveTensorTracker(self.device)
-        with live:
+        with simulate_tensors() if self.simulated else nullcontext(), live:
             self._backward(batch)
         return live.peak
 

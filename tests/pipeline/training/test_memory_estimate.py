@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from pipeline.config.load import load_experiment
 from pipeline.config.train import PriorTrainConfig, TrainConfig
 from pipeline.runtime.devices import format_bytes
 from pipeline.stages.estimate import estimate
-from pipeline.training import auto_batch
+from pipeline.training import auto_batch, memory_estimate
 from pipeline.training.auto_batch import batch_candidates, choose, resolve_auto_batch
 from pipeline.training.batch import tile_rows
 from pipeline.training.memory_estimate import (
@@ -31,6 +32,7 @@ from pipeline.training.memory_estimate import (
     state_bytes,
 )
 from pipeline.training.optimizers import optimizers_for
+from pipeline.training.simulated_tensors import simulate_tensors
 from pipeline.training.snapshot import preserve_state
 from stage1_tokenizer import (
     ImageTokenizer,
@@ -173,6 +175,48 @@ def test_probe_retries_with_more_rows():
     assert fit_memory_model(probe(made, 0), images, most=8).row > 0
     with pytest.raises(ValueError, match="k-means needs a vector per code"):
         fit_memory_model(probe(made, 0), images, most=4)
+
+
+RESTARTS = {"dead_code_threshold": 0.9, "dead_code_check_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("objective", "batch"),
+    [
+        (prior, pairs),
+        (tokenizer, images),
+        (partial(tokenizer, **RESTARTS), images),
+        (partial(tokenizer, codebook="gradient", **RESTARTS), images),
+        (partial(tokenizer, kmeans_iterations=2, num_codes=64), images),
+    ],
+)
+def test_simulated_step_holds_as_much_as_a_real_one_and_computes_nothing(objective, batch):
+    made = objective()
+    network = next(iter(made.networks.values()))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    simulated = replace(probe(made), simulated=True)
+    with torch.no_grad():  # a real step would pass the NaN on, or fail
+        for parameter in network.parameters():
+            parameter.fill_(torch.nan)
+    grown = fit_memory_model(simulated, batch, most=64)
+    assert all(p.isnan().all() and p.grad is None for p in network.parameters())
+    network.load_state_dict(before)
+    measured = fit_memory_model(probe(made), batch, most=64)
+    assert grown.at(32) == pytest.approx(measured.at(32), rel=0.05)
+
+
+def test_estimate_runs_no_network(tiny_yaml, monkeypatch):
+    simulated = []
+
+    @contextmanager
+    def counted():
+        with simulate_tensors():
+            simulated.append(torch.zeros(1).untyped_storage().device.type)
+            yield
+
+    monkeypatch.setattr(memory_estimate, "simulate_tensors", counted)
+    assert set(estimate(load_experiment(["--config", str(tiny_yaml)]))) == {"tokenizer", "prior"}
+    assert simulated == ["meta"] * 4  # two sizes of each stage
 
 
 def test_rows_are_repeated_to_fill_a_batch():
