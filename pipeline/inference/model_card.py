@@ -43,18 +43,20 @@ def model_card(
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     trained_on = description["trained_on"]
     sampling = {name: one for name, one in description["sampling"].items() if one is not None}
-    configuration = trained_on.get("configuration")
+    configuration = _without_folders(trained_on.get("configuration"))
     return environment.get_template(template.name).render(
         parts,
         name=printable(str(trained_on.get("experiment", "A bundle"))),
         example=_example(known),
         sampling=", ".join(f"{name} {one}" for name, one in sampling.items()),
-        source=printable(str(trained_on.get("data", {}).get("source", "unknown"))),
+        source=printable(
+            _without_folders(str(trained_on.get("data", {}).get("source", "unknown")))
+        ),
         trained=trained_on.get("num_images", {}).get("train"),
         known=known,
         licences=trained_on.get("licences", []),
         configuration=yaml.safe_dump(configuration, sort_keys=False) if configuration else None,
-        started_from=_started_from(trained_on.get("started_from", {})),
+        started_from=_started_from(_without_folders(trained_on.get("started_from", {}))),
         metrics=_between_marks(_NONE),
         fingerprints={
             part: description[f"{part}_fingerprint"]
@@ -98,6 +100,18 @@ def _example(known: KnownPrompts | None) -> str:
 
 def _started_from(parents: Mapping[str, Any]) -> str:
     return ", ".join(f"{stage} from `{parent}`" for stage, parent in parents.items() if parent)
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings whose absolute paths are their last parts alone: a card is made to be shown to
+    others, who have no use for the folders of the machine that trained."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def _address(url: str | None) -> str:

@@ -8,7 +8,7 @@ Three kinds of cells (a drawing of a name in a style) test three kinds of new co
 - `name`: a fiftieth of the names, in all styles, skin tones and sexes. Never seen.
 
 A quarter of each kind are tuning cells, by which settings and checkpoints are chosen. The others
-are reported.
+are reported. A name that is never seen is either, in all styles alike.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Cell:
 
 def cell_of(key: str, style: str) -> Cell:
     """Where the drawing of a key (see `icon_sets`) in a style belongs."""
+    base = base_of(key)
+    if _fraction(f"name/{base}") < 0.02:
+        return Cell("name", _fraction(f"tuning/{base}") < 0.25)
     tuning = _fraction(f"tuning/{style}/{key}") < 0.25
-    if _fraction(f"name/{base_of(key)}") < 0.02:
-        return Cell("name", tuning)
     tone = tone_of(key)
     if tone is not None:
         family = f"tone/{style}/{without_tones(key)}"

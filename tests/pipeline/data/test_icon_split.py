@@ -63,4 +63,5 @@ def test_a_held_out_name_is_so_in_all_styles_tones_and_sexes():
     assert names
     for name in names:
         for other in (name, *(f"{name}-{tone}" for tone in TONES), f"{name}-200d-2640"):
-            assert cell_of(other, "b").kind == "name"
+            assert cell_of(other, "b") == cell_of(name, "a")  # tuning in all of them, or in none
+    assert {cell_of(name, "a").tuning for name in names} == {True, False}

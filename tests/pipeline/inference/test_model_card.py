@@ -58,6 +58,23 @@ def test_licences_are_listed_and_cannot_break_the_page(tmp_path):
     assert "| mine | not stated | not stated |" in card
 
 
+def test_a_card_names_no_folders_of_the_machine_that_trained(tmp_path):
+    drawings = "/home/someone/mine/style-drawings"
+    trained_on = {
+        "configuration": {
+            "data": {"source": drawings, "icons": {"sets": ["noto", "/home/someone/set.json"]}},
+            "output_dir": "runs",
+        },
+        "data": {"source": drawings},
+        "started_from": {"prior": "/home/someone/bundle"},
+    }
+    tiny_pipeline(trained_on=trained_on).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "someone" not in card
+    assert "The source is `style-drawings`" in card and "prior from `bundle`" in card
+    assert "source: style-drawings" in card and "- set.json" in card and "output_dir: runs" in card
+
+
 def test_metrics_are_added_and_the_rest_of_the_card_stays(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path / "bundle")
