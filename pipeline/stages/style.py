@@ -24,12 +24,13 @@ from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.load import find_rows
 from pipeline.data.map_source import SourceIndex
 from pipeline.data.readers.files import MAX_TEXT_BYTES, read_file
-from pipeline.data.readers.images import EXTENSIONS
+from pipeline.data.readers.images import EXTENSIONS, prepared
 from pipeline.data.readers.locate import files_below
 from pipeline.inference.bundle import Bundle, read_bundle, read_description
 from pipeline.inference.known_prompts import KnownPrompts, read_known_prompts
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.runtime.printable import printable
+from pipeline.stages.nearest_style import nearest_style
 from stage2_prior import TextTokenizer
 
 _log = logging.getLogger(__name__)
@@ -94,7 +95,24 @@ def style_experiment(
     values["data"]["source"] = str(folder)
     _write(folder, found, style, _terms_of(drawings.expanduser(), style))
     values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
+    if values["text"]["num_new_tokens"]:
+        values["text"]["new_tokens_like"] = _alike(bundle, found, experiment.data, known)
     return load_values(values, settings)
+
+
+def _alike(
+    bundle: Path, drawings: Sequence[Drawing], data: DataConfig, styles: Sequence[str]
+) -> list[str]:
+    """The styles as whose mean the token of a new style starts: the one that its drawings look most
+    like; all, where the bundle knows few of their names."""
+    known = read_known_prompts(bundle)
+    names = set(known.names) if known else set()
+    images = {one.name: prepared(one.content, data) for one in drawings if one.name in names}
+    if len(images) < MIN_DRAWINGS or not styles:
+        return list(styles)
+    nearest = nearest_style(bundle, images, styles)
+    _log.info("the new style starts as %s, which the drawings look most like", nearest)
+    return [nearest]
 
 
 def teaches_style(data: DataConfig) -> bool:
@@ -256,17 +274,12 @@ def _checked_style(given: str) -> str:
 
 
 def _values(bundle: Path, parent: Bundle, style: str) -> dict[str, Any]:
-    """The settings of the experiment, with a learning rate, steps and a rank for few drawings. The
-    style's token starts as the mean of the styles that the bundle has."""
-    new_tokens = _new_tokens(parent.text, style)
+    """The settings of the experiment, with a learning rate, steps and a rank for few drawings."""
     return {
         "name": style,
         "data": {"source": "style", "upscale": True},
         "tokenizer": {"init_from": str(bundle), "frozen": True},
-        "text": {
-            "num_new_tokens": new_tokens,
-            "new_tokens_like": known_styles(bundle, parent.trained_on) if new_tokens else [],
-        },
+        "text": {"num_new_tokens": _new_tokens(parent.text, style)},
         "prior": {
             "init_from": str(bundle),
             "lora_rank": 16,

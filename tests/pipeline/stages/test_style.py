@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +15,7 @@ from PIL import Image
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
 from pipeline.inference.known_prompts import KnownPrompts
+from pipeline.stages.nearest_style import nearest_style
 from pipeline.stages.prior import stream_config
 from pipeline.stages.style import (
     DRAWINGS,
@@ -166,6 +170,58 @@ def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path):
         experiment = style_experiment(bundle, data, style="ink", settings=name)
         _, licences = with_new_style(bundle, experiment.data)
         assert [one["licence"] for one in licences] == ["Apache-2.0", expected]
+
+
+class Painter:
+    """Draws a style in its colour, whatever the name."""
+
+    colours: ClassVar = {"noto": (250, 0, 0, 255), "fluent": (0, 0, 250, 255)}
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def __call__(self, prompts, truncate):
+        assert truncate
+        self.prompts += prompts
+        colours = [self.colours[prompt.split(", ")[1].split()[0]] for prompt in prompts]
+        return SimpleNamespace(images=[Image.new("RGBA", (16, 16), one) for one in colours])
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    painter = Painter()
+    monkeypatch.setattr(
+        "pipeline.stages.nearest_style.TextToImagePipeline",
+        SimpleNamespace(from_pretrained=lambda _: painter),
+    )
+    return painter
+
+
+def test_the_nearest_style_is_that_of_the_least_squared_error_on_white(painter, tmp_path):
+    blue = np.zeros((16, 16, 4), np.uint8)
+    blue[..., 2:] = 200
+    red = np.full((16, 16, 3), (255, 30, 30), np.uint8)
+    assert nearest_style(tmp_path, {"star": blue}, ["noto", "fluent"]) == "fluent"
+    assert nearest_style(tmp_path, {"star": red}, ["noto", "fluent"]) == "noto"
+    nearest_style(tmp_path, {f"thing {i}": red for i in range(60)}, ["noto"])
+    assert painter.prompts[:2] == ["star, noto style", "star, fluent style"]
+    assert len(painter.prompts) == 4 + 24
+
+
+@pytest.mark.parametrize(("names", "start"), [(6, ["fluent"]), (4, ["noto", "fluent"])])
+def test_a_new_style_starts_as_the_nearest_where_enough_names_are_known(
+    bundle, painter, tmp_path, monkeypatch, names, start
+):
+    known = KnownPrompts(("noto", "fluent"), tuple(f"thing {i}" for i in range(names)))
+    monkeypatch.setattr("pipeline.stages.style.read_known_prompts", lambda _: known)
+    drawings = tmp_path / "ink"
+    drawings.mkdir()
+    for i in range(8):
+        Image.new("RGBA", (20, 20), (10, 10, 240, 255)).save(drawings / f"thing {i}.png")
+    settings = ["--output-dir", str(tmp_path / "runs")]
+    assert style_experiment(bundle, drawings, settings=settings).text.new_tokens_like == start
+    settings += ["--text.new_tokens_like", "[noto]"]
+    assert style_experiment(bundle, drawings, settings=settings).text.new_tokens_like == ["noto"]
 
 
 def test_styles_of_a_bundle_are_those_that_prompts_may_ask_for(bundle):

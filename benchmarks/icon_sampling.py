@@ -1,0 +1,63 @@
+"""How well a bundle of icons draws held-out cells, by sampling options.
+
+    python -m benchmarks.icon_sampling --bundle icons [--guidance 1 1.5 2] [--temperatures 0.2 0.6]
+        [--best-of 1 8] [--judge consensus] [--steps 16] [--reported]
+
+One image per cell, seed 0, with the metrics of pipeline/evaluation/icons.py, for each combination
+of the options. Cells are the tuning cells, or with `--reported` those that no option may be chosen
+by. The sets of icons that the bundle was trained on are needed (`make icons`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from pipeline import TextToImagePipeline
+from pipeline.config.data import DataConfig
+from pipeline.config.load import from_dict
+from pipeline.data.builtin.icons import IconSource, reported, styled_captions
+from pipeline.evaluation.accuracy import Accuracy
+from pipeline.evaluation.icons import judged
+from pipeline.evaluation.metrics import stacked
+from stage1_tokenizer.transparency import on_background
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", default="icons")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--best-of", type=int, nargs="+", default=[1])
+    parser.add_argument("--judge", choices=["likelihood", "consensus"], default="consensus")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--reported", action="store_true")
+    asked = parser.parse_args()
+    pipe = TextToImagePipeline.from_pretrained(asked.bundle)
+    data = from_dict(DataConfig, pipe.trained_on["data"])
+    everything = IconSource(data, "train").everything
+    cells = reported(data, tuning=not asked.reported)
+    for guidance, temperature, best_of in itertools.product(
+        asked.guidance, asked.temperatures, asked.best_of
+    ):
+        for kind, icons in cells.items():
+            output = pipe(
+                [styled_captions(icon.name, icon.style)[0] for icon in icons],
+                best_of=best_of,
+                judge=asked.judge if best_of > 1 else "likelihood",
+                truncate=True,
+                guidance_scale=guidance,
+                temperature=temperature,
+                num_inference_steps=asked.steps,
+            )
+            found = judged(on_background(stacked(output.images)), icons, everything)
+            values = [
+                f"{name} {one.value:.1%} of {one.count}"
+                for name, one in found.items()
+                if isinstance(one, Accuracy)
+            ]
+            print(f"{guidance}, {temperature}, best of {best_of}: {kind}: {', '.join(values)}")
+
+
+if __name__ == "__main__":
+    main()
