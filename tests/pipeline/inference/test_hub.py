@@ -221,6 +221,14 @@ def test_commands_take_names_of_the_hub(hub, saved, tmp_path, monkeypatch, capsy
     assert error[-1].startswith("minidalle generate: user/none is neither here nor in the cache")
 
 
+def test_a_bundle_of_the_package_is_pushed_by_its_name(hub, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr("pipeline.inference.shipped_bundles.FOLDER", tmp_path)
+    shutil.copytree(saved, tmp_path / "icons")
+    assert main(["push", "--bundle", "icons", "--to", "user/mine"]) == 0
+    assert set(hub.files("user/mine")) == {*PARTS, "README.md", ".gitattributes"}
+
+
 def test_a_bundle_of_the_cache_can_be_pushed_to_another_name(hub, saved):
     hub.add(NAME, contents(saved))
     push_bundle(find_bundle(NAME), "user/copy", token=hub.token)
