@@ -2,13 +2,7 @@
 knows nothing of images, data sets or training loops."""
 
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
-from stage2_prior.decoding import (
-    Samples,
-    SamplingSchedule,
-    StepwiseSampling,
-    sample,
-    sampling_schedule,
-)
+from stage2_prior.decoding import Samples, SamplingSchedule, sample, sampling_schedule
 from stage2_prior.engine import Engine, Finished, SampleRequest
 from stage2_prior.flows import (
     AggregatedPosterior,
@@ -63,7 +57,6 @@ __all__ = [
     "SamplingOptions",
     "SamplingSchedule",
     "StandardNormal",
-    "StepwiseSampling",
     "Stream",
     "StreamConfig",
     "TextConfig",

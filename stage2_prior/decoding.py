@@ -24,7 +24,7 @@ Where guidance starts late, the branch first catches up in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,56 +109,12 @@ def sample(
             are more steps than codes to sample.
         FloatingPointError: the logits are not finite; names the step.
     """
-    sampling = StepwiseSampling(
-        prior, text_ids, seeds, options, known=known, codes=codes, orders=orders, compiled=compiled
-    )
-    while (samples := sampling.step()) is None:
-        pass
-    return samples
-
-
-class StepwiseSampling:
-    """A call of `sample`, whose steps the caller takes; parameters and errors as there."""
-
-    # Eight parameters, as `sample`.
-    @torch.inference_mode()
-    def __init__(
-        self,
-        prior: ImagePrior,
-        text_ids: Tensor,
-        seeds: Sequence[int],
-        options: SamplingOptions,
-        *,
-        known: Tensor | None = None,
-        codes: Tensor | None = None,
-        orders: Tensor | None = None,
-        compiled: bool = False,
-    ) -> None:
-        schedule = sampling_schedule(prior, seeds, options, known=known, codes=codes, orders=orders)
-        noise = per_seed_uniforms(seeds, prior.stream.image_length)
-        self._decoder = _Decoder(prior, text_ids, schedule, noise, options, compiled=compiled)
-        if codes is not None and self._decoder.num_kept:
-            self._decoder.keep(codes)
-        self._steps = self._decoder.steps()
-
-    @property
-    def codes_left(self) -> int:
-        """Codes that each image still needs."""
-        return self._decoder.codes_left
-
-    @torch.inference_mode()
-    def step(self) -> Samples | None:
-        """Takes one step; returns the samples after the last one.
-
-        Raises:
-            FloatingPointError: the logits were not finite; after the last step.
-        """
-        return next(self._steps)
-
-    @torch.inference_mode()
-    def codes_so_far(self) -> tuple[Tensor, Tensor]:
-        """Codes (B,N), 0 where there is none yet, and which are there (B,N) bool."""
-        return self._decoder.codes_so_far()
+    schedule = sampling_schedule(prior, seeds, options, known=known, codes=codes, orders=orders)
+    noise = per_seed_uniforms(seeds, prior.stream.image_length)
+    decoder = _Decoder(prior, text_ids, schedule, noise, options, compiled=compiled)
+    if codes is not None and decoder.num_kept:
+        decoder.keep(codes)
+    return decoder.run()
 
 
 def sampling_schedule(
@@ -235,8 +191,6 @@ class _Decoder:
         self._prefill(captions[:, :-1])
         self.filled = [self.text_length - 1] * self.branches
         """Cache positions that hold their token already, per branch."""
-        self.position = self.text_length + self.num_kept
-        """Cache position of the next code to sample."""
 
     def _position_ids(self) -> Tensor:
         """The position id of each cache position: (S,) where all images have one order, which makes
@@ -263,16 +217,15 @@ class _Decoder:
         end = self.text_length + self.num_kept
         self.ids[:, self.text_length : end] = ids.repeat(self.branches, 1)
 
-    def steps(self) -> Iterator[Samples | None]:
-        """Takes a step per item; the last item has the samples."""
+    def run(self) -> Samples:
+        """Takes all steps."""
         self._catch_up(0, self.text_length + self.num_kept - 1)
-        for number, count in enumerate(self.step_sizes, start=1):
-            self._step(self.position, count)
-            self.position += count
-            if number < len(self.step_sizes):
-                yield None
+        position = self.text_length + self.num_kept
+        for count in self.step_sizes:
+            self._step(position, count)
+            position += count
         self._score_drafts()
-        yield self._samples()
+        return self._samples()
 
     def _catch_up(self, branch: int, end: int) -> None:
         """Fills a branch's cache up to position `end`, exclusive."""
@@ -382,26 +335,6 @@ class _Decoder:
             valid if i == 0 or guided else filled for i, filled in enumerate(self.filled)
         ]
 
-    @property
-    def codes_left(self) -> int:
-        """See `StepwiseSampling`."""
-        return self.prior.stream.length - self.position
-
-    def codes_so_far(self) -> tuple[Tensor, Tensor]:
-        """See `StepwiseSampling`."""
-        codes, orders = self._codes()
-        there = torch.zeros_like(codes, dtype=torch.bool)
-        there.scatter_(1, orders[:, : self.position - self.text_length], value=True)
-        return torch.where(there, codes, 0), there
-
-    def _codes(self) -> tuple[Tensor, Tensor]:
-        """Codes (B,N) in raster order, of no meaning where none was sampled yet, and the orders."""
-        stream = self.prior.stream
-        classes = stream.classes_of(self.ids[: self.batch, self.text_length :])
-        orders = self.orders.to(classes.device)
-        codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
-        return codes, orders
-
     def _samples(self) -> Samples:
         finite = torch.stack(self.finite).cpu()
         if not finite.all():
@@ -410,7 +343,10 @@ class _Decoder:
                 f"the prior's logits are not finite at step {step}; its weights are corrupted, go "
                 "back to an earlier checkpoint"
             )
-        codes, orders = self._codes()
+        stream = self.prior.stream
+        classes = stream.classes_of(self.ids[: self.batch, self.text_length :])
+        orders = self.orders.to(classes.device)
+        codes = torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
         totals = self.log_p.sum(2)
         return Samples(codes, totals[0], totals[1] if self.fully_guided else None, orders)
 

@@ -5,25 +5,29 @@ Continuous batching (Orca, Yu et al. 2022) with classifier-free guidance: a guid
 rows of the table, any other one. Requests are served in the order of their arrival. One that does
 not fit yet makes those behind it wait, so that none starves.
 
-The active rows are the first ones: where a request leaves, rows from the end take its place. A step
-computes the fewest rows of a fixed list of sizes that hold all active ones. The codes of an image
-are those of `sample` with its seed, whatever else is in the table, up to rounding: products of
-matrices of other sizes round otherwise, and a uniform number that falls within a rounding error of
-a boundary between two codes may choose the other one.
+Images of one code per step have the first rows, those of several the last ones: where one leaves,
+the innermost rows of its kind take its place. A step computes each kind on its own, since each row
+computes as many tokens as the widest one. For the first kind it computes the fewest rows of a fixed
+list of sizes that hold all active ones.
+
+The codes of an image are those of `sample` with its seed, whatever else is in the table, up to
+rounding: products of matrices of other sizes round otherwise, and a uniform number that falls
+within a rounding error of a boundary between two codes may choose the other one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stage2_prior.decoding import Samples, check_guidance, count_kept, sampling_orders
 from stage2_prior.model import ImagePrior
+from stage2_prior.order import cosine_step_sizes
 from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
-from stage2_prior.slots import CompiledSteps, Filters, Rows
+from stage2_prior.slots import CompiledSteps, Filters, Rows, advance
 from stage2_prior.step import prefill
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
@@ -41,7 +45,6 @@ class SampleRequest:
     """(T,) its caption."""
     seed: int
     options: SamplingOptions
-    """One code per step: `num_inference_steps` is absent."""
     known: Tensor | None = None
     """(N,) bool, the image positions whose codes are given and kept."""
     codes: Tensor | None = None
@@ -71,13 +74,36 @@ class _Image:
     num_kept: int
     scales: list[float]
     """Of each code, in the codes' order."""
-    rows: list[int]
-    """Its row of the table, then that of its null caption; none while it waits."""
-    codes_left: int
+    sizes: list[int]
+    """Codes that each of its steps samples first."""
+    places: list[int] = field(default_factory=list)
+    """Where among the images of its kind its row is, then that of its null caption; none while it
+    waits."""
+    steps_taken: int = 0
+    unverified: int = 0
+    """Codes that the next step computes again."""
 
     @property
     def num_rows(self) -> int:
         return 2 if any(scale != 1 for scale in self.scales[self.num_kept :]) else 1
+
+    @property
+    def wide(self) -> bool:
+        """Whether any step samples several codes."""
+        return max(self.sizes) > 1
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Codes that were there before its last step, and now; known codes count."""
+        left = [sum(self.sizes[max(self.steps_taken - ago, 0) :]) for ago in (1, 0)]
+        before, now = (self.order.shape[1] - one for one in left)
+        return before, now
+
+    @property
+    def num_inputs(self) -> int:
+        """Of its next step; none where it is done."""
+        now = self.sizes[self.steps_taken : self.steps_taken + 1]
+        return self.unverified + (now[0] if now else 0)
 
 
 class Engine:
@@ -109,10 +135,12 @@ class Engine:
         self._queue: deque[_Image] = deque()
         self._captions: OrderedDict[tuple[int, ...], KeyValueCache] = OrderedDict()
         self._tickets = 0
+        self.num_sampled = 0
+        """Codes that were sampled since the engine was made."""
 
     @property
     def num_active(self) -> int:
-        """Images that advance by a code at each step."""
+        """Images that advance at each step."""
         return len(self._images)
 
     @property
@@ -121,33 +149,29 @@ class Engine:
         return len(self._queue)
 
     @property
-    def codes_left(self) -> dict[int, int]:
-        """Codes that each active image still needs, by its ticket."""
-        return {image.ticket: image.codes_left for image in self._images}
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """How many codes each active image had before its last step, and has now, by its ticket."""
+        return {image.ticket: image.counts for image in self._images}
 
     def submit(self, request: SampleRequest) -> int:
         """Queues a request; it joins at the next step that has rows for it. Returns its ticket.
 
         Raises:
-            ValueError: as `sample`; or it asks for several codes per step.
+            ValueError: as `sample`.
         """
         options = request.options
-        stream = self.prior.stream
-        if options.num_inference_steps not in (None, stream.image_length):
-            raise ValueError(
-                f"num_inference_steps is {options.num_inference_steps}, and an engine samples one "
-                "code per step; leave it out, or call sample"
-            )
+        length = self.prior.stream.image_length
         check_guidance(self.prior, options)
         known = None if request.known is None else request.known[None]
         codes = None if request.codes is None else request.codes[None]
         order = None if request.order is None else request.order[None]
-        kept = count_kept(known, codes, stream.image_length)
-        orders = sampling_orders(self.prior, [request.seed], known, order, None)
-        length = stream.image_length
+        kept = count_kept(known, codes, length)
+        steps = options.num_inference_steps
+        sizes = cosine_step_sizes(length - kept, steps)
+        orders = sampling_orders(self.prior, [request.seed], known, order, steps)
         scales = [guidance_at(i / length, options) for i in range(length)]
         self._tickets += 1
-        self._queue.append(_Image(self._tickets, request, orders, kept, scales, [], length - kept))
+        self._queue.append(_Image(self._tickets, request, orders, kept, scales, sizes))
         return self._tickets
 
     @torch.inference_mode()
@@ -172,7 +196,7 @@ class Engine:
         """
         for image in self._images:
             if image.ticket == ticket:
-                done = self.prior.stream.image_length - image.codes_left
+                _, done = image.counts
                 there = torch.zeros(self.prior.stream.image_length, dtype=torch.bool)
                 there[image.order[0, :done]] = True
                 codes = self._codes(image)
@@ -181,32 +205,74 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """Lets requests join, advances every active image by one code, and returns the images that
-        are done."""
+        """Lets requests join, takes a step of every active image, and returns the images that are
+        done."""
         self._admit()
-        if not self._images:
-            return []
-        used = sum(len(image.rows) for image in self._images)
-        count = next(size for size in _SIZES if size >= used)
-        filters = Filters.of(image.request.options for image in self._images)
-        advance = self.compiled.get(count, filters)
-        cache = self._cache.rows(slice(0, count))
-        advance(self.prior, self._tables, cache, self._rows.first(count), filters)
-        for image in self._images:
-            image.codes_left -= 1
-        done = [image for image in self._images if not image.codes_left]
+        self._advance_single()
+        self._advance_wide()
+        counts = [image.counts for image in self._images]
+        self.num_sampled += sum(now - before for before, now in counts)
+        done = [image for image in self._images if not image.num_inputs]
         finished = [Finished(image.ticket, self._samples(image)) for image in done]
         for image in done:
             self._leave(image)
         return finished
 
+    def _of_kind(self, wide: bool) -> list[_Image]:
+        return [image for image in self._images if image.wide == wide]
+
+    def _used(self, wide: bool) -> int:
+        """Rows that active images of a kind have."""
+        return sum(len(image.places) for image in self._of_kind(wide))
+
+    def _row(self, image: _Image, place: int) -> int:
+        """The row of the table at a place of an image's kind."""
+        return self.num_rows - 1 - place if image.wide else place
+
+    def _rows_of(self, image: _Image) -> list[int]:
+        return [self._row(image, place) for place in image.places]
+
+    def _advance_single(self) -> None:
+        """Takes a step of the images of one code per step."""
+        images = self._of_kind(wide=False)
+        if not images:
+            return
+        used = self._used(wide=False)
+        free = self.num_rows - self._used(wide=True)
+        count = next(size for size in _SIZES if size >= used)
+        filters = Filters.of(image.request.options for image in images)
+        self._advance(slice(0, count if count <= free else used), filters, 1)
+        for image in images:
+            image.steps_taken += 1
+
+    def _advance_wide(self) -> None:
+        """Takes a step of the images of several codes per step."""
+        images = self._of_kind(wide=True)
+        if not images:
+            return
+        part = slice(self.num_rows - self._used(wide=True), self.num_rows)
+        filters = Filters.of(image.request.options for image in images)
+        self._advance(part, filters, max(image.num_inputs for image in images))
+        unverified = (self._rows.position - 1 - self._rows.filled).tolist()
+        for image in images:
+            image.steps_taken += 1
+            image.unverified = max(unverified[self._row(image, image.places[0])], 0)
+
+    def _advance(self, part: slice, filters: Filters, width: int) -> None:
+        """Takes a step of some rows."""
+        rows = self._rows.part(part)
+        step = advance if width > 1 else self.compiled.get(len(rows.filled), filters)
+        step(self.prior, self._tables, self._cache.rows(part), rows, filters, width)
+
     def _admit(self) -> None:
         """Gives rows to waiting requests, in order, while there are enough."""
-        used = sum(len(image.rows) for image in self._images)
-        while self._queue and used + self._queue[0].num_rows <= self.num_rows:
-            image = self._queue.popleft()
-            image.rows = list(range(used, used + image.num_rows))
-            used += image.num_rows
+        while self._queue:
+            image = self._queue[0]
+            used = self._used(image.wide)
+            if used + self._used(not image.wide) + image.num_rows > self.num_rows:
+                return
+            self._queue.popleft()
+            image.places = list(range(used, used + image.num_rows))
             self._images.append(image)
             self._start(image)
 
@@ -219,13 +285,19 @@ class Engine:
         captions = [request.text_ids[None].to(self.prior.device), stream.null_caption(1)]
         # The same numbers as by `sample`.
         noise = per_seed_uniforms([request.seed], stream.image_length)[0]
-        for row, caption in zip(image.rows, captions, strict=False):
+        first = stream.text_length + image.num_kept
+        after = (torch.arange(stream.length + 1) + 1).clamp(max=stream.length)
+        for size in image.sizes:
+            after[first] = first + size
+            first += size
+        self._refer(image)
+        for row, caption in zip(self._rows_of(image), captions, strict=False):
             rows.ids[row, : stream.text_length] = caption[0]
             rows.position_ids[row, stream.text_length :] = image.order[0] + stream.text_length
             rows.filled[row] = stream.text_length - 1 + image.num_kept
+            rows.position[row] = stream.text_length + image.num_kept
+            rows.after[row] = after
             rows.active[row] = 1
-            rows.owner[row] = image.rows[0]
-            rows.partner[row] = image.rows[-1]
             rows.noise[row] = noise
             rows.scales[row] = torch.tensor(image.scales)
             rows.temperature[row] = options.temperature
@@ -240,6 +312,13 @@ class Engine:
             )
         if image.num_kept:
             self._keep(image)
+
+    def _refer(self, image: _Image) -> None:
+        """Writes into an image's rows where its other one is."""
+        own = self._rows_of(image)
+        for row in own:
+            self._rows.owner[row] = own[0] - row
+            self._rows.partner[row] = own[-1] - row
 
     def _read(self, caption: Tensor) -> KeyValueCache:
         """Keys and values of all but the last token of a caption (1,T)."""
@@ -263,7 +342,8 @@ class Engine:
         end = first + image.num_kept
         kept = image.order[:, : image.num_kept]
         ids = stream.code_ids(image.request.codes.cpu()[None].gather(1, kept), kept)
-        own = slice(image.rows[0], image.rows[-1] + 1)
+        rows = self._rows_of(image)
+        own = slice(min(rows), max(rows) + 1)
         self._rows.ids[own, first + 1 : end + 1] = ids.to(self.prior.device)
         positions = torch.arange(first, end, device=self.prior.device)
         allowed = attention_mask(positions, positions, self._cache.capacity)
@@ -276,44 +356,49 @@ class Engine:
         )
 
     def _leave(self, image: _Image) -> None:
-        """Frees an image's rows, and moves the last active ones into their place."""
+        """Frees an image's rows, and moves the innermost ones of its kind into their place."""
         self._images.remove(image)
-        used = sum(len(other.rows) for other in self._images)
-        for row in image.rows:
+        used = self._used(image.wide)
+        for row in self._rows_of(image):
             self._free(row)
-        holes = [row for row in image.rows if row < used]
-        last = [row for other in self._images for row in other.rows if row >= used]
-        for hole, row in zip(holes, last, strict=True):
-            self._move(row, hole)
+        holes = [place for place in image.places if place < used]
+        inner = [
+            (other, number)
+            for other in self._of_kind(image.wide)
+            for number, place in enumerate(other.places)
+            if place >= used
+        ]
+        for hole, (other, number) in zip(holes, inner, strict=True):
+            self._move(other, number, hole)
 
-    def _move(self, row: int, hole: int) -> None:
-        """Moves an image's row, with its keys and values."""
-        image = next(image for image in self._images if row in image.rows)
-        image.rows[image.rows.index(row)] = hole
+    def _move(self, image: _Image, number: int, place: int) -> None:
+        """Moves one of an image's rows, with its keys and values, to a free place of its kind."""
+        row = self._row(image, image.places[number])
+        hole = self._row(image, place)
+        image.places[number] = place
         for one in (*self._rows, *self._cache.keys, *self._cache.values):
             one[hole] = one[row]
         self._free(row)
-        for own in image.rows:
-            self._rows.owner[own] = image.rows[0]
-            self._rows.partner[own] = image.rows[-1]
+        self._refer(image)
 
     def _free(self, row: int) -> None:
         """Makes a row stand still, and refer to itself alone."""
         self._rows.active[row] = 0
         self._rows.filled[row] = self.prior.stream.text_length - 1
-        self._rows.owner[row] = row
-        self._rows.partner[row] = row
+        self._rows.position[row] = self.prior.stream.text_length
+        self._rows.owner[row] = 0
+        self._rows.partner[row] = 0
 
     def _codes(self, image: _Image) -> Tensor:
         """(N,) of an image, in raster order; those to come are of no meaning."""
         stream = self.prior.stream
-        ids = self._rows.ids[image.rows[0], stream.text_length :].cpu()
+        ids = self._rows.ids[self._rows_of(image)[0], stream.text_length :].cpu()
         order = image.order[0]
         classes = stream.classes_of(ids)
         return torch.empty_like(classes).scatter_(0, order, stream.within_level(classes, order))
 
     def _samples(self, image: _Image) -> Samples | None:
-        log_p = [self._rows.log_p[row].sum().cpu() for row in image.rows]
+        log_p = [self._rows.log_p[row].sum().cpu() for row in self._rows_of(image)]
         if not all(bool(one.isfinite()) for one in log_p):
             return None
         fully_guided = all(scale != 1 for scale in image.scales[image.num_kept :])

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.inference.batching import Compile, sample_codes_batched
-from stage2_prior import (
-    ImagePrior,
-    SampleRequest,
-    Samples,
-    SamplingOptions,
-    StepwiseSampling,
-    sampling_schedule,
-)
+from stage2_prior import ImagePrior, SampleRequest, Samples, SamplingOptions, sampling_schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +41,6 @@ class SamplingPlan:
             compile=compile,
             known=self.known,
             codes=self.codes,
-        )
-
-    def stepwise(self, prior: ImagePrior) -> StepwiseSampling:
-        """All images in one batch, whose steps the caller takes. Their codes are those of
-        `sample`."""
-        return StepwiseSampling(
-            prior, self.text_ids, self.seeds, self.options, known=self.known, codes=self.codes
         )
 
     def requests(self) -> list[SampleRequest]:

@@ -14,7 +14,6 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -33,7 +32,6 @@ from stage2_prior import (
     ImagePrior,
     Samples,
     SamplingOptions,
-    StepwiseSampling,
 )
 
 _log = logging.getLogger(__name__)
@@ -155,18 +153,8 @@ class Job:
             _log.debug("an update was dropped, since the event loop is closed")
 
 
-@dataclass(eq=False)
-class _StepwiseJob:
-    """A job of several codes per step, which an engine does not sample."""
-
-    job: Job
-    sampling: StepwiseSampling | None = None
-    """None before its first step."""
-
-
 class Sampler:
-    """Samples jobs in a thread of its own, first come, first served. Jobs of several codes per step
-    take turns with the engine: a step of the oldest such job, then one of the engine.
+    """Samples jobs in a thread of its own, first come, first served.
 
     Args:
         prior: evaluated as it is, on its device.
@@ -200,7 +188,6 @@ class Sampler:
         self._engine = Engine(prior, num_rows, compiled=self._compiled)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
-        self._stepwise: deque[_StepwiseJob] = deque()
         self._lock = threading.Lock()
         self._pending = 0
         self._step_seconds = 0.0
@@ -219,8 +206,7 @@ class Sampler:
     @property
     def num_active(self) -> int:
         """Images that are sampled now."""
-        stepwise = sum(one.job.left for one in list(self._stepwise)[:1])
-        return self._engine.num_active + stepwise
+        return self._engine.num_active
 
     @property
     def num_waiting(self) -> int:
@@ -288,83 +274,37 @@ class Sampler:
                     if self._closing:
                         break
                     threads.update()
-                    if self._stepwise:
-                        self._step_stepwise(self._stepwise[0])
                     if self._tickets:
                         self._step()
                 except Exception as error:  # the thread must not end
                     self._recover(error)
         while not self._commands.empty():  # jobs that had not started
             self._commands.get()()
-        jobs = [job for job, _ in self._tickets.values()] + [one.job for one in self._stepwise]
+        jobs = [job for job, _ in self._tickets.values()]
         for job in jobs:  # one whose images all failed before is left alone
             self._fail(job, ShuttingDown())
 
     def _take_commands(self) -> None:
         """Carries out all commands; waits for one where nothing is being sampled."""
-        if not self._tickets and not self._stepwise:
+        if not self._tickets:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
     def _start(self, job: Job) -> None:
-        options = job.plan.options
-        if options.num_inference_steps is not None:
-            self._stepwise.append(_StepwiseJob(job))
-            return
         try:
             for image, request in enumerate(job.plan.requests()):
                 self._tickets[self._engine.submit(request)] = (job, image)
         except Exception as error:
             self._fail(job, self._failure(error))
 
-    def _step_stepwise(self, one: _StepwiseJob) -> None:
-        """Takes a step of a job of several codes per step."""
-        job = one.job
-        start = time.perf_counter()
-        try:
-            one.sampling = one.sampling or job.plan.stepwise(self.prior)
-            before = one.sampling.codes_left
-            samples = one.sampling.step()
-        except Exception as error:
-            if is_out_of_memory(error) and len(job.plan.seeds) > 1:
-                self._sample_in_parts(one)
-            else:
-                self._fail(job, self._failure(error))
-            return
-        after = one.sampling.codes_left
-        self._on_step(time.perf_counter() - start, (before - after) * job.left)
-        if samples is None:
-            every = job.preview_every
-            length = self.prior.stream.image_length
-            if every and (length - before) // every < (length - after) // every:
-                for image, pair in enumerate(zip(*one.sampling.codes_so_far(), strict=True)):
-                    job.report(Preview(image, *pair))
-            return
-        self._end_all(one, samples)
-
-    def _sample_in_parts(self, one: _StepwiseJob) -> None:
-        """Samples a job in batches that fit the memory; the other jobs wait meanwhile."""
-        one.sampling = None
-        try:
-            samples = one.job.plan.sample(self.prior)
-        except Exception as error:
-            self._fail(one.job, self._failure(error))
-        else:
-            self._end_all(one, samples)
-
-    def _end_all(self, one: _StepwiseJob, samples: Samples) -> None:
-        self._stepwise.remove(one)
-        for image in range(len(one.job.plan.seeds)):
-            self._end(one.job, Sampled(image, samples.rows(torch.tensor([image]))))
-
     def _step(self) -> None:
         start = time.perf_counter()
-        active = self._engine.num_active
+        before = self._engine.num_sampled
         finished = self._engine.step()
         seconds = time.perf_counter() - start
         self._step_seconds = 0.9 * (self._step_seconds or seconds) + 0.1 * seconds
-        self._on_step(seconds, max(active, self._engine.num_active))
+        self._on_step(seconds, self._engine.num_sampled - before)
         for one in finished:
             self._finish(one)
         self._preview()
@@ -385,9 +325,10 @@ class Sampler:
 
     def _preview(self) -> None:
         length = self.prior.stream.image_length
-        for ticket, left in self._engine.codes_left.items():
+        for ticket, (before, now) in self._engine.progress.items():
             job, image = self._tickets[ticket]
-            if job.preview_every and (length - left) % job.preview_every == 0:
+            every = job.preview_every
+            if every and before // every < now // every and now < length:
                 job.report(Preview(image, *self._engine.codes_so_far(ticket)))
 
     def _recover(self, error: Exception) -> None:
@@ -429,7 +370,6 @@ class Sampler:
         for ticket in tickets:
             self._engine.cancel(ticket)
             del self._tickets[ticket]
-        self._stepwise = deque(one for one in self._stepwise if one.job is not job)
         self._release(job, job.left)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from stage2_prior import Level, SamplingOptions, StepwiseSampling, code_log_likelihood, sample
+from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
 from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders
 from stage2_prior.sampling import (
     guidance_at,
@@ -230,28 +230,6 @@ def test_images_can_keep_different_codes(text_ids, codes):
             codes=codes[part],
         )
         assert torch.equal(alone.codes[0], together.codes[row])
-
-
-@pytest.mark.parametrize("steps", [None, 4])
-def test_steps_that_the_caller_takes_give_the_same_samples(text_ids, codes, steps):
-    prior = any_order_prior()
-    known = torch.arange(9) < 3
-    options = SamplingOptions(guidance_scale=2.0, num_inference_steps=steps)
-    expected = sample(prior, text_ids, [5, 6, 7], options, known=known, codes=codes)
-    sampling = StepwiseSampling(prior, text_ids, [5, 6, 7], options, known=known, codes=codes)
-    counts = []
-    samples = None
-    while samples is None:
-        so_far, there = sampling.codes_so_far()
-        assert there[:, :3].all() and torch.equal(so_far[:, :3], codes[:, :3])
-        assert not so_far[~there].any()
-        counts.append(int(there[0].sum()))
-        assert sampling.codes_left == 9 - counts[-1]
-        samples = sampling.step()
-    assert counts[0] == 3 and counts == sorted(set(counts)) and len(counts) == (steps or 6)
-    assert torch.equal(samples.codes, expected.codes)
-    assert torch.equal(samples.log_likelihood, expected.log_likelihood)
-    assert sampling.codes_so_far()[1].all()
 
 
 def test_raster_prior_continues_known_codes(prior, text_ids, codes):

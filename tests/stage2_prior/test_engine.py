@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,17 +44,22 @@ def random_options(draw: random.Random) -> SamplingOptions:
 
 
 def random_request(draw: random.Random, prior: ImagePrior, seed: int) -> SampleRequest:
-    """Of any options; one in three has known codes: anywhere, or the first ones."""
+    """Of any options; one in three has known codes: anywhere, or the first ones. Where the order is
+    free, every other one has several codes per step."""
     length = prior.stream.image_length
+    any_order = prior.config.trained_order == "random"
     kept = {}
     if not draw.randrange(3):
         number = draw.randrange(1, length)
         known = torch.zeros(length, dtype=torch.bool)
-        any_order = prior.config.trained_order == "random"
         known[draw.sample(range(length), number) if any_order else list(range(number))] = True
         kept = {"known": known, "codes": torch.tensor(draw.choices(range(4), k=length))}
     caption = CAPTIONS[draw.randrange(len(CAPTIONS))]
-    return SampleRequest(text_ids=caption, seed=seed, options=random_options(draw), **kept)
+    options = random_options(draw)
+    if any_order and draw.randrange(2):
+        left = length - int(kept["known"].sum()) if kept else length
+        options = replace(options, num_inference_steps=draw.randrange(1, left + 1))
+    return SampleRequest(text_ids=caption, seed=seed, options=options, **kept)
 
 
 def alone(prior: ImagePrior, request: SampleRequest) -> Samples:
@@ -174,6 +180,49 @@ def test_a_cancelled_request_frees_its_rows_for_the_next_step(prior):
     assert engine.cancel(waiting[1]) and engine.num_waiting == 0
 
 
+def several(seed: int, steps: int, guidance_scale: float = 1.0) -> SampleRequest:
+    options = SamplingOptions(guidance_scale=guidance_scale, num_inference_steps=steps)
+    return SampleRequest(text_ids=CAPTIONS[1], seed=seed, options=options)
+
+
+def test_codes_per_step_of_one_image_change_nothing_for_the_others(monkeypatch):
+    """Each kind is computed on its own, no wider than it needs; all rows are in use."""
+    widths = []
+
+    def counted(prior, tables, cache, rows, filters, width):
+        widths.append((len(rows.filled), width))
+        advance(prior, tables, cache, rows, filters, width)
+
+    monkeypatch.setattr(stage2_prior.engine, "advance", counted)
+    monkeypatch.setattr(CompiledSteps, "get", lambda *_: counted)
+    prior = any_order_prior()
+    engine = Engine(prior, 8)
+    requests = [plain(0, 2.0), several(1, 3, 2.0), several(2, 3), plain(3), several(4, 2, 2.0)]
+    tickets = {engine.submit(request): request for request in requests}
+    finished = engine.step()
+    assert widths == [(3, 1), (5, 3)]  # 3 rows, since 4 would be one of the others
+    assert engine.num_active == 5
+    while engine.num_active:
+        finished += engine.step()
+    for one in finished:
+        assert_same(one, alone(prior, tickets[one.ticket]))
+    assert {rows for rows, width in widths if width == 1} <= {3, 4}
+    assert engine.num_sampled == 5 * prior.stream.image_length
+
+
+def test_progress_counts_codes_of_several_per_step():
+    engine = Engine(any_order_prior(), 2)
+    ticket = engine.submit(several(0, 3))
+    seen = []
+    while not engine.step():
+        seen += [engine.progress[ticket]]
+        there = engine.codes_so_far(ticket)[1]
+        assert int(there.sum()) == seen[-1][1]
+    counts = [now for _, now in seen]
+    assert counts[0] > 0 and counts[-1] == 9 and counts == sorted(counts)
+    assert [before for before, _ in seen] == [0, *counts[:-1]]
+
+
 def test_a_caption_is_read_once(prior, monkeypatch):
     read = []
     fill = stage2_prior.engine.prefill
@@ -236,8 +285,11 @@ def test_what_an_engine_cannot_do_is_refused_when_it_is_asked(prior):
     several = SampleRequest(
         text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(num_inference_steps=2)
     )
-    with pytest.raises(ValueError, match="an engine samples one code per step"):
+    with pytest.raises(ValueError, match="several codes per step need a prior that was trained"):
         engine.submit(several)
+    too_many = replace(several, options=SamplingOptions(num_inference_steps=10))
+    with pytest.raises(ValueError, match="it must be at least 1 and at most the 9 codes"):
+        Engine(any_order_prior(), 2).submit(too_many)
     prior.config.trained_with_caption_dropout = False
     with pytest.raises(ValueError, match="needs a prior trained with caption dropout"):
         engine.submit(plain(0, 2.0))

@@ -9,7 +9,7 @@ import pytest
 
 import pipeline.serving.own_routes
 from pipeline.inference.pipeline import TextToImagePipeline
-from stage2_prior import Engine, StepwiseSampling
+from stage2_prior import Engine
 from tests.helpers.serving import events_of, png_of
 
 URL = "/v1/images/generations"
@@ -27,7 +27,7 @@ def broken(*arguments, **options):
 
 FAILURES = {
     "a step": (Engine, "step", URL, {}),
-    "steps of several codes": (StepwiseSampling, "step", URL, {"steps": 4}),
+    "steps of several codes": (Engine, "step", URL, {"steps": 4}),
     "decoding": (TextToImagePipeline, "decode", URL, {}),
     "scoring": (pipeline.serving.own_routes, "score_each_code", "/v1/score", {"codes": [0] * 16}),
     "captioning": (TextToImagePipeline, "caption", "/v1/captions", {"image": None}),
