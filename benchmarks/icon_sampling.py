@@ -41,6 +41,8 @@ def main() -> None:
         asked.guidance, asked.temperatures, asked.best_of
     ):
         for kind, icons in cells.items():
+            if not icons:
+                continue
             output = pipe(
                 [styled_captions(icon.name, icon.style)[0] for icon in icons],
                 best_of=best_of,

@@ -7,8 +7,9 @@ not fit yet makes those behind it wait, so that none starves.
 
 Images of one code per step have the first rows, those of several the last ones: where one leaves,
 the innermost rows of its kind take its place. A step computes each kind on its own, since each row
-computes as many tokens as the widest one. For the first kind it computes the fewest rows of a fixed
-list of sizes that hold all active ones.
+computes as many tokens as the widest one. Of the first kind it computes the fewest rows of a fixed
+list of sizes that hold all active ones, or just these where so many are not free. What the second
+kind may take together is bounded, since each token has logits.
 
 The codes of an image are those of `sample` with its seed, whatever else is in the table, up to
 rounding: products of matrices of other sizes round otherwise, and a uniform number that falls
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +29,14 @@ from stage2_prior.decoding import Samples, check_guidance, count_kept, sampling_
 from stage2_prior.model import ImagePrior
 from stage2_prior.order import cosine_step_sizes
 from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
-from stage2_prior.slots import CompiledSteps, Filters, Rows, advance
+from stage2_prior.slots import Advance, CompiledSteps, Filters, Rows, advance
 from stage2_prior.step import prefill
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Numbers of rows that a step computes."""
+"""Numbers of rows of one code per step that a step computes."""
+_MOST_TOKENS = 2048
+"""About how many tokens a step of several codes per image computes at most, but for one image."""
 _CAPTIONS_KEPT = 16
 """Captions whose keys and values stay, for further images of them."""
 
@@ -63,6 +67,14 @@ class Finished:
     """Of one image; None where the logits were not finite."""
 
 
+class Progress(NamedTuple):
+    """Codes of an image that are there, known ones included."""
+
+    before: int
+    """Before its last step."""
+    now: int
+
+
 @dataclass(eq=False)
 class _Image:
     """A request and where it is."""
@@ -76,34 +88,38 @@ class _Image:
     """Of each code, in the codes' order."""
     sizes: list[int]
     """Codes that each of its steps samples first."""
-    places: list[int] = field(default_factory=list)
-    """Where among the images of its kind its row is, then that of its null caption; none while it
+    offsets: list[int] = field(default_factory=list)
+    """Where among the rows of its kind its own is, then that of its null caption; none while it
     waits."""
     steps_taken: int = 0
     unverified: int = 0
     """Codes that the next step computes again."""
 
-    @property
-    def num_rows(self) -> int:
-        return 2 if any(scale != 1 for scale in self.scales[self.num_kept :]) else 1
-
-    @property
-    def wide(self) -> bool:
+    def __post_init__(self) -> None:
+        self.num_rows = 2 if any(scale != 1 for scale in self.scales[self.num_kept :]) else 1
+        self.several = max(self.sizes) > 1
         """Whether any step samples several codes."""
-        return max(self.sizes) > 1
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Codes that were there before its last step, and now; known codes count."""
-        left = [sum(self.sizes[max(self.steps_taken - ago, 0) :]) for ago in (1, 0)]
-        before, now = (self.order.shape[1] - one for one in left)
-        return before, now
+        self.progress = Progress(self.num_kept, self.num_kept)
 
     @property
     def num_inputs(self) -> int:
         """Of its next step; none where it is done."""
-        now = self.sizes[self.steps_taken : self.steps_taken + 1]
-        return self.unverified + (now[0] if now else 0)
+        return self.unverified + self._next_size()
+
+    @property
+    def most_inputs(self) -> int:
+        """About how many a step has at most: its own codes, and those of the step before."""
+        return 2 * max(self.sizes)
+
+    def count_step(self, unverified: int) -> None:
+        """Counts a step, after which so many codes are to be computed again."""
+        done = self.progress.now
+        self.progress = Progress(done, done + self._next_size())
+        self.steps_taken += 1
+        self.unverified = unverified
+
+    def _next_size(self) -> int:
+        return self.sizes[self.steps_taken] if self.steps_taken < len(self.sizes) else 0
 
 
 class Engine:
@@ -149,9 +165,9 @@ class Engine:
         return len(self._queue)
 
     @property
-    def progress(self) -> dict[int, tuple[int, int]]:
-        """How many codes each active image had before its last step, and has now, by its ticket."""
-        return {image.ticket: image.counts for image in self._images}
+    def progress(self) -> dict[int, Progress]:
+        """How far each active image is, by its ticket."""
+        return {image.ticket: image.progress for image in self._images}
 
     def submit(self, request: SampleRequest) -> int:
         """Queues a request; it joins at the next step that has rows for it. Returns its ticket.
@@ -190,13 +206,14 @@ class Engine:
     @torch.inference_mode()
     def codes_so_far(self, ticket: int) -> tuple[Tensor, Tensor]:
         """The codes (N,) of an active image, 0 where there is none yet, and which are there (N,).
+        Where a step samples several codes, those of the last steps may still change.
 
         Raises:
             KeyError: no active image has this ticket.
         """
         for image in self._images:
             if image.ticket == ticket:
-                _, done = image.counts
+                done = image.progress.now
                 there = torch.zeros(self.prior.stream.image_length, dtype=torch.bool)
                 there[image.order[0, :done]] = True
                 codes = self._codes(image)
@@ -208,71 +225,73 @@ class Engine:
         """Lets requests join, takes a step of every active image, and returns the images that are
         done."""
         self._admit()
-        self._advance_single()
-        self._advance_wide()
-        counts = [image.counts for image in self._images]
-        self.num_sampled += sum(now - before for before, now in counts)
+        self._step_single()
+        self._step_several()
+        self.num_sampled += sum(i.progress.now - i.progress.before for i in self._images)
         done = [image for image in self._images if not image.num_inputs]
         finished = [Finished(image.ticket, self._samples(image)) for image in done]
         for image in done:
             self._leave(image)
         return finished
 
-    def _of_kind(self, wide: bool) -> list[_Image]:
-        return [image for image in self._images if image.wide == wide]
+    def _of_kind(self, several: bool) -> list[_Image]:
+        return [image for image in self._images if image.several == several]
 
-    def _used(self, wide: bool) -> int:
+    def _used(self, several: bool) -> int:
         """Rows that active images of a kind have."""
-        return sum(len(image.places) for image in self._of_kind(wide))
+        return sum(len(image.offsets) for image in self._of_kind(several))
 
-    def _row(self, image: _Image, place: int) -> int:
-        """The row of the table at a place of an image's kind."""
-        return self.num_rows - 1 - place if image.wide else place
+    def _row(self, image: _Image, offset: int) -> int:
+        """The row of the table at an offset among those of an image's kind."""
+        return self.num_rows - 1 - offset if image.several else offset
 
     def _rows_of(self, image: _Image) -> list[int]:
-        return [self._row(image, place) for place in image.places]
+        return [self._row(image, offset) for offset in image.offsets]
 
-    def _advance_single(self) -> None:
+    def _step_single(self) -> None:
         """Takes a step of the images of one code per step."""
-        images = self._of_kind(wide=False)
+        images = self._of_kind(several=False)
         if not images:
             return
-        used = self._used(wide=False)
-        free = self.num_rows - self._used(wide=True)
+        used = self._used(several=False)
+        free = self.num_rows - self._used(several=True)
         count = next(size for size in _SIZES if size >= used)
+        count = count if count <= free else used
         filters = Filters.of(image.request.options for image in images)
-        self._advance(slice(0, count if count <= free else used), filters, 1)
+        self._advance(slice(0, count), filters, 1, self.compiled.get(count, filters))
         for image in images:
-            image.steps_taken += 1
+            image.count_step(0)
 
-    def _advance_wide(self) -> None:
+    def _step_several(self) -> None:
         """Takes a step of the images of several codes per step."""
-        images = self._of_kind(wide=True)
+        images = self._of_kind(several=True)
         if not images:
             return
-        part = slice(self.num_rows - self._used(wide=True), self.num_rows)
+        part = slice(self.num_rows - self._used(several=True), self.num_rows)
         filters = Filters.of(image.request.options for image in images)
-        self._advance(part, filters, max(image.num_inputs for image in images))
+        self._advance(part, filters, max(image.num_inputs for image in images), advance)
         unverified = (self._rows.position - 1 - self._rows.filled).tolist()
         for image in images:
-            image.steps_taken += 1
-            image.unverified = max(unverified[self._row(image, image.places[0])], 0)
+            image.count_step(max(unverified[self._rows_of(image)[0]], 0))
 
-    def _advance(self, part: slice, filters: Filters, width: int) -> None:
+    def _advance(self, part: slice, filters: Filters, width: int, step: Advance) -> None:
         """Takes a step of some rows."""
         rows = self._rows.part(part)
-        step = advance if width > 1 else self.compiled.get(len(rows.filled), filters)
         step(self.prior, self._tables, self._cache.rows(part), rows, filters, width)
 
     def _admit(self) -> None:
         """Gives rows to waiting requests, in order, while there are enough."""
         while self._queue:
             image = self._queue[0]
-            used = self._used(image.wide)
-            if used + self._used(not image.wide) + image.num_rows > self.num_rows:
+            used = self._used(image.several)
+            if used + self._used(not image.several) + image.num_rows > self.num_rows:
+                return
+            together = [image, *self._of_kind(several=True)]
+            tokens = (used + image.num_rows) * max(one.most_inputs for one in together)
+            if image.several and used and tokens > _MOST_TOKENS:
                 return
             self._queue.popleft()
-            image.places = list(range(used, used + image.num_rows))
+            image.offsets = list(range(used, used + image.num_rows))
             self._images.append(image)
             self._start(image)
 
@@ -358,24 +377,24 @@ class Engine:
     def _leave(self, image: _Image) -> None:
         """Frees an image's rows, and moves the innermost ones of its kind into their place."""
         self._images.remove(image)
-        used = self._used(image.wide)
+        used = self._used(image.several)
         for row in self._rows_of(image):
             self._free(row)
-        holes = [place for place in image.places if place < used]
+        holes = [offset for offset in image.offsets if offset < used]
         inner = [
             (other, number)
-            for other in self._of_kind(image.wide)
-            for number, place in enumerate(other.places)
-            if place >= used
+            for other in self._of_kind(image.several)
+            for number, offset in enumerate(other.offsets)
+            if offset >= used
         ]
         for hole, (other, number) in zip(holes, inner, strict=True):
             self._move(other, number, hole)
 
-    def _move(self, image: _Image, number: int, place: int) -> None:
-        """Moves one of an image's rows, with its keys and values, to a free place of its kind."""
-        row = self._row(image, image.places[number])
-        hole = self._row(image, place)
-        image.places[number] = place
+    def _move(self, image: _Image, number: int, offset: int) -> None:
+        """Moves one of an image's rows, with its keys and values, to a free offset of its kind."""
+        row = self._row(image, image.offsets[number])
+        hole = self._row(image, offset)
+        image.offsets[number] = offset
         for one in (*self._rows, *self._cache.keys, *self._cache.values):
             one[hole] = one[row]
         self._free(row)

@@ -115,7 +115,7 @@ class Rows(NamedTuple):
         )
 
     def part(self, rows: slice) -> Rows:
-        """Some of the rows, sharing memory with these. Partners and owners are among them."""
+        """Some of the rows, sharing memory with these; partners and owners must be among them."""
         return Rows(*(one[rows] for one in self))
 
 

@@ -110,7 +110,7 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_folders(one) for one in value]
     if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
+        return Path(value).name or value
     return value
 
 

@@ -190,7 +190,8 @@ class Sampler:
         self._tickets: dict[int, tuple[Job, int]] = {}
         self._lock = threading.Lock()
         self._pending = 0
-        self._step_seconds = 0.0
+        self._num_active = 0
+        self._codes_per_second = 0.0
         self._closing = False
         if compiled:
             checked_compile("on", prior.device)
@@ -206,7 +207,7 @@ class Sampler:
     @property
     def num_active(self) -> int:
         """Images that are sampled now."""
-        return self._engine.num_active
+        return self._num_active
 
     @property
     def num_waiting(self) -> int:
@@ -248,9 +249,9 @@ class Sampler:
         self._thread.join()
 
     def _seconds_to_wait(self) -> int:
-        """About when a row is free: the images before it, at the pace of the last steps."""
-        rounds = math.ceil(self._pending / (self.num_rows // 2))
-        return max(math.ceil(rounds * self._step_seconds * self.prior.stream.image_length), 1)
+        """About when a row is free: the codes before it, at the pace of the last steps."""
+        codes = self._pending * self.prior.stream.image_length
+        return max(math.ceil(codes / self._codes_per_second), 1) if self._codes_per_second else 1
 
     def _compile(self, filters: Filters) -> None:
         start = time.perf_counter()
@@ -285,8 +286,11 @@ class Sampler:
             self._fail(job, ShuttingDown())
 
     def _take_commands(self) -> None:
-        """Carries out all commands; waits for one where nothing is being sampled."""
+        """Carries out all commands. Waits for one where nothing is being sampled; the table has all
+        its rows again by then."""
         if not self._tickets:
+            if self._engine.num_rows < self.num_rows:
+                self._new_engine(self.num_rows)
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
@@ -303,8 +307,11 @@ class Sampler:
         before = self._engine.num_sampled
         finished = self._engine.step()
         seconds = time.perf_counter() - start
-        self._step_seconds = 0.9 * (self._step_seconds or seconds) + 0.1 * seconds
-        self._on_step(seconds, self._engine.num_sampled - before)
+        sampled = self._engine.num_sampled - before
+        pace = sampled / seconds
+        self._codes_per_second = 0.9 * (self._codes_per_second or pace) + 0.1 * pace
+        self._on_step(seconds, sampled)
+        self._num_active = self._engine.num_active
         for one in finished:
             self._finish(one)
         self._preview()
@@ -325,10 +332,10 @@ class Sampler:
 
     def _preview(self) -> None:
         length = self.prior.stream.image_length
-        for ticket, (before, now) in self._engine.progress.items():
+        for ticket, done in self._engine.progress.items():
             job, image = self._tickets[ticket]
             every = job.preview_every
-            if every and before // every < now // every and now < length:
+            if every and done.before // every < done.now // every and done.now < length:
                 job.report(Preview(image, *self._engine.codes_so_far(ticket)))
 
     def _recover(self, error: Exception) -> None:
@@ -346,14 +353,27 @@ class Sampler:
             for job in jobs:
                 self._fail(job, self._failure(error))
             jobs = []
-        del self._engine  # before another one takes its memory
-        if self.prior.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._engine = Engine(self.prior, rows, compiled=self._compiled)
+        self._new_engine(rows)
         for job in jobs:
             requests = job.plan.requests()
             for image in images[job]:
                 self._tickets[self._engine.submit(requests[image])] = (job, image)
+
+    def _new_engine(self, rows: int) -> None:
+        """Replaces the engine by an empty one of so many rows, or fewer where memory is short."""
+        self._num_active = 0
+        del self._engine  # before another one takes its memory
+        while True:
+            if self.prior.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._engine = Engine(self.prior, rows, compiled=self._compiled)
+            except Exception as error:
+                if not is_out_of_memory(error) or rows == 2:
+                    raise
+                rows //= 2
+            else:
+                return
 
     @staticmethod
     def _failure(error: Exception) -> SamplingFailed:
@@ -370,6 +390,7 @@ class Sampler:
         for ticket in tickets:
             self._engine.cancel(ticket)
             del self._tickets[ticket]
+        self._num_active = self._engine.num_active
         self._release(job, job.left)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -13,7 +13,7 @@ from stage1_tokenizer.pixels import image_array
 from stage1_tokenizer.transparency import on_background
 
 MOST_DRAWINGS = 24
-"""More would take longer, and hardly change what is nearest."""
+"""How many to compare: more would take longer, and hardly change what is nearest."""
 
 
 def nearest_style(bundle: Path, drawings: Mapping[str, np.ndarray], styles: Sequence[str]) -> str:
@@ -21,11 +21,10 @@ def nearest_style(bundle: Path, drawings: Mapping[str, np.ndarray], styles: Sequ
     squared error over pixels on white, of one image per name, seed 0.
 
     Args:
-        drawings: by name, (S,S,3) or premultiplied (S,S,4) uint8 of the bundle's size. The first 24
-            are compared.
+        drawings: by name, (S,S,3) or premultiplied (S,S,4) uint8 of the bundle's size.
     """
-    names = list(drawings)[:MOST_DRAWINGS]
-    targets = on_background(np.stack([drawings[name] for name in names])).astype(np.float32)
+    names = list(drawings)
+    targets = on_background(np.stack(list(drawings.values()))).astype(np.float32)
     pipe = TextToImagePipeline.from_pretrained(bundle)
 
     def error(style: str) -> float:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from pipeline.inference.bundle import Bundle, read_bundle, read_description
 from pipeline.inference.known_prompts import KnownPrompts, read_known_prompts
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.runtime.printable import printable
-from pipeline.stages.nearest_style import nearest_style
+from pipeline.stages.nearest_style import MOST_DRAWINGS, nearest_style
 from stage2_prior import TextTokenizer
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def style_experiment(
     values["data"]["source"] = str(folder)
     _write(folder, found, style, _terms_of(drawings.expanduser(), style))
     values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
-    if values["text"]["num_new_tokens"]:
+    if values["text"]["num_new_tokens"] and not experiment.text.new_tokens_like:
         values["text"]["new_tokens_like"] = _alike(bundle, found, experiment.data, known)
     return load_values(values, settings)
 
@@ -107,9 +107,11 @@ def _alike(
     like; all, where the bundle knows few of their names."""
     known = read_known_prompts(bundle)
     names = set(known.names) if known else set()
-    images = {one.name: prepared(one.content, data) for one in drawings if one.name in names}
-    if len(images) < MIN_DRAWINGS or not styles:
+    compared = [one for one in drawings if one.name in names][:MOST_DRAWINGS]
+    if len(compared) < MIN_DRAWINGS or not styles:
         return list(styles)
+    whole = replace(data, crop="centre")
+    images = {one.name: prepared(one.content, whole) for one in compared}
     nearest = nearest_style(bundle, images, styles)
     _log.info("the new style starts as %s, which the drawings look most like", nearest)
     return [nearest]

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 @contextmanager
 def simulate_tensors() -> Iterator[None]:
     """Inside, operations compute shapes alone. Inputs may come from outside, and keep their values.
 
-    What depends on values is answered arbitrarily: a truth is True, a number is 1, and all entries
-    count as nonzero.
+    What depends on values that were computed inside is answered arbitrarily: a truth is True, a
+    number is 1, and all entries count as nonzero.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to import
 
@@ -38,7 +38,12 @@ class _ArbitraryValues(TorchDispatchMode):
         return function(*args, **kwargs) if answer is None else answer(*args, **kwargs)
 
 
-def _number(tensor: Tensor) -> bool | int:
+def _number(tensor: Tensor) -> bool | int | float:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(tensor, FakeTensor):  # of outside: it has a value
+        with _disable_current_modes():
+            return tensor.item()
     return True if tensor.dtype == torch.bool else 1
 
 

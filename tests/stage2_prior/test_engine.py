@@ -180,7 +180,7 @@ def test_a_cancelled_request_frees_its_rows_for_the_next_step(prior):
     assert engine.cancel(waiting[1]) and engine.num_waiting == 0
 
 
-def several(seed: int, steps: int, guidance_scale: float = 1.0) -> SampleRequest:
+def wide(seed: int, steps: int, guidance_scale: float = 1.0) -> SampleRequest:
     options = SamplingOptions(guidance_scale=guidance_scale, num_inference_steps=steps)
     return SampleRequest(text_ids=CAPTIONS[1], seed=seed, options=options)
 
@@ -197,7 +197,7 @@ def test_codes_per_step_of_one_image_change_nothing_for_the_others(monkeypatch):
     monkeypatch.setattr(CompiledSteps, "get", lambda *_: counted)
     prior = any_order_prior()
     engine = Engine(prior, 8)
-    requests = [plain(0, 2.0), several(1, 3, 2.0), several(2, 3), plain(3), several(4, 2, 2.0)]
+    requests = [plain(0, 2.0), wide(1, 3, 2.0), wide(2, 3), plain(3), wide(4, 2, 2.0)]
     tickets = {engine.submit(request): request for request in requests}
     finished = engine.step()
     assert widths == [(3, 1), (5, 3)]  # 3 rows, since 4 would be one of the others
@@ -212,15 +212,62 @@ def test_codes_per_step_of_one_image_change_nothing_for_the_others(monkeypatch):
 
 def test_progress_counts_codes_of_several_per_step():
     engine = Engine(any_order_prior(), 2)
-    ticket = engine.submit(several(0, 3))
+    ticket = engine.submit(wide(0, 3))
     seen = []
     while not engine.step():
         seen += [engine.progress[ticket]]
         there = engine.codes_so_far(ticket)[1]
         assert int(there.sum()) == seen[-1][1]
-    counts = [now for _, now in seen]
+    counts = [one.now for one in seen]
     assert counts[0] > 0 and counts[-1] == 9 and counts == sorted(counts)
-    assert [before for before, _ in seen] == [0, *counts[:-1]]
+    assert [one.before for one in seen] == [0, *counts[:-1]]
+
+
+def test_images_of_several_codes_per_step_are_together_as_far_as_the_bound_allows(monkeypatch):
+    """Of 2 rows each and about 12 inputs per step; more wait, and keep their codes."""
+    monkeypatch.setattr(stage2_prior.engine, "_MOST_TOKENS", 50)
+    prior = any_order_prior()
+    engine = Engine(prior, 16)
+    requests = [wide(seed, 2, 2.0) for seed in range(4)]
+    tickets = {engine.submit(request): request for request in requests}
+    finished = []
+    active = []
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+        active.append(engine.num_active)
+    assert max(active) == 2
+    for one in finished:
+        assert_same(one, alone(prior, tickets[one.ticket]))
+    monkeypatch.setattr(stage2_prior.engine, "_MOST_TOKENS", 10)
+    engine.submit(wide(9, 1, 2.0))  # more than the bound, alone
+    assert engine.step() == [] and engine.num_active == 1
+
+
+def test_an_image_of_several_codes_per_step_can_leave_at_any_step():
+    prior = any_order_prior()
+    engine = Engine(prior, 8)
+    gone, stays = engine.submit(wide(1, 4, 2.0)), engine.submit(wide(2, 4, 2.0))
+    engine.step()
+    assert engine.cancel(gone)
+    finished = []
+    while engine.num_active:
+        finished += engine.step()
+    assert [one.ticket for one in finished] == [stays]
+    assert_same(finished[0], alone(prior, wide(2, 4, 2.0)))
+
+
+def test_logits_of_several_codes_that_are_not_finite_end_their_image_alone():
+    prior = any_order_prior()
+    engine = Engine(prior, 4)
+    good, bad = engine.submit(wide(5, 4)), engine.submit(wide(6, 4))
+    engine.step()
+    with torch.inference_mode():
+        engine._cache.values[0][2, :, 0] = float("nan")  # the last row is that of the first image
+    finished = {}
+    while engine.num_active:
+        finished |= {one.ticket: one for one in engine.step()}
+    assert finished[bad].samples is None
+    assert_same(finished[good], alone(prior, wide(5, 4)))
 
 
 def test_a_caption_is_read_once(prior, monkeypatch):

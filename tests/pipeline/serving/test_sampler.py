@@ -132,11 +132,13 @@ def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplo
             *(all_of(sampler.submit(plan(pipe, seed, n=2))) for seed in range(3))
         )
         rows = sampler._engine.num_rows
+        await all_of(sampler.submit(plan(pipe)))  # after it was idle
+        later = sampler._engine.num_rows
         sampler.close()
-        return found, rows
+        return found, rows, later
 
-    found, rows = asyncio.run(run())
-    assert failed == [8] and rows == 4
+    found, rows, later = asyncio.run(run())
+    assert failed == [8] and (rows, later) == (4, 8)
     assert "continuing with 4 rows" in caplog.text
     for seed, updates in enumerate(found):
         expected = pipe("a red heart", num_images_per_prompt=2, seed=seed)
@@ -190,7 +192,7 @@ def test_jobs_of_several_codes_per_step_share_the_table(any_order, monkeypatch):
     found, plans = asyncio.run(run())
     assert found == [one.sample(any_order.prior).codes.tolist() for one in plans]
     assert sum(sampled) == 6 * any_order.prior.stream.image_length
-    # At most four steps, and one to verify the last codes; all five jobs' images take them together
+    # The five images of both jobs take their four steps together, and one to verify the last codes.
     assert all(count == 1 for count in sampled[5:])
 
 

@@ -139,7 +139,7 @@ def dies(batches, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return get(batches, step)
 BatchPrefetcher.get = dies
-# torchrun sends SIGTERM to the others once one is dead: it must not end them before they say why.
+# Once one is dead, torchrun sends SIGTERM to the others: it must not cut off their last line.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 status = cli.main(sys.argv[2:])
 print(f"process {os.environ['RANK']} ended with {status}", flush=True)
