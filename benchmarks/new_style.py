@@ -72,7 +72,7 @@ def main() -> None:
     everything, _ = load_icons(data["folder"], sets, data["annotations"], size, 2)
     path = locate_set(Path(data["folder"]).expanduser(), asked.set)
     own = read_set(path, key_index(emoji_names(data["annotations"])))
-    known = {icon.key for icon in everything if icon.style != own.style}
+    known = {icon.key for icon in everything if icon.style != own.style} & set(own.drawings)
     usable = [one for one in everything if one.style == own.style and one.key in known]
     order = some([one for one in usable if len(one.key) > 3], len(usable))
     tested = order[: asked.images]
