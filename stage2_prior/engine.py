@@ -36,8 +36,8 @@ from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of rows of one code per step that a step computes."""
 _MOST_TOKENS = 2048
-"""About the most tokens that one step computes for images of several codes per step. One image alone
-may take more."""
+"""About the most tokens that one step computes for images of several codes per step, where there is
+more than one such image."""
 _CAPTIONS_KEPT = 16
 """Captions whose keys and values stay, for further images of them."""
 
