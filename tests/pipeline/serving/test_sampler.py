@@ -58,6 +58,24 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(pipe, monkeypatch):
     asyncio.run(run())
 
 
+def test_a_full_queue_tells_how_long_its_codes_take(pipe, monkeypatch):
+    gate = StepGate(monkeypatch)
+
+    async def run():
+        sampler = Sampler(pipe.prior, num_rows=2, max_waiting=2)
+        job = sampler.submit(plan(pipe, n=3))
+        sampler._codes_per_second = 4.0  # 3 images of 16 codes
+        with pytest.raises(QueueFull, match="try again in 12 seconds") as full:
+            sampler.submit(plan(pipe))
+        gate.open.set()
+        await all_of(job)
+        assert sampler._codes_per_second != 4.0
+        sampler.close()
+        return full.value.retry_after
+
+    assert asyncio.run(run()) == 12
+
+
 def test_first_come_first_served(pipe):
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2)
