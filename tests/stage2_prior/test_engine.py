@@ -217,7 +217,7 @@ def test_progress_counts_codes_of_several_per_step():
     while not engine.step():
         seen += [engine.progress[ticket]]
         there = engine.codes_so_far(ticket)[1]
-        assert int(there.sum()) == seen[-1][1]
+        assert int(there.sum()) == seen[-1].now
     counts = [one.now for one in seen]
     assert counts[0] > 0 and counts[-1] == 9 and counts == sorted(counts)
     assert [one.before for one in seen] == [0, *counts[:-1]]
