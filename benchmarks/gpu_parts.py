@@ -183,7 +183,7 @@ def tests(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
 def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
     """Guided images per second, plain, compiled and captured, and a step against the time in which
     its bytes are read once."""
-    from stage2_prior import SamplingOptions, decoding, sample
+    from stage2_prior import SamplingOptions, sample, table
 
     prior = random_prior(sizes).to(device, torch.bfloat16).eval()
     metrics.put("parameters, millions", sum(p.numel() for p in prior.parameters()) / 1e6)
@@ -215,7 +215,7 @@ def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
         f"images/s, batch {first}, plain, its first call", first / (time.perf_counter() - start)
     )
     if device.type == "cuda":
-        with uncaptured(decoding):
+        with uncaptured(table):
             measured("compiled", first, compiled=True, rounds=2)
     way = "captured" if device.type == "cuda" else "compiled"
     for batch in sizes.batches:
@@ -239,18 +239,14 @@ def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
 
 
 @contextmanager
-def uncaptured(decoding: Any):
+def uncaptured(table: Any):
     """Compiled steps without a CUDA graph."""
-    held = decoding.capture_cuda_graph
-
-    def called(step, prior, tables, cache, fed, numbers, choice):
-        return lambda fed: step(prior, tables, cache, fed, numbers, choice)
-
-    decoding.capture_cuda_graph = called
+    held = table.capture_cuda_graph
+    table.capture_cuda_graph = lambda step: step
     try:
         yield
     finally:
-        decoding.capture_cuda_graph = held
+        table.capture_cuda_graph = held
 
 
 def training(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:

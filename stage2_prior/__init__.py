@@ -1,9 +1,10 @@
 """Stage 2: caption and codes as one stream, or priors over Gaussian latents. Sees numbers only;
 knows nothing of images, data sets or training loops."""
 
+from stage2_prior.compilation import CompiledSteps, StepShape
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
-from stage2_prior.decoding import Samples, SamplingSchedule, sample, sampling_schedule
-from stage2_prior.engine import Engine, Finished, SampleRequest
+from stage2_prior.decoding import joined_samples, sample
+from stage2_prior.engine import Engine, Finished, SampleRequest, Samples
 from stage2_prior.flows import (
     AggregatedPosterior,
     Flow,
@@ -20,6 +21,7 @@ from stage2_prior.model import ImagePrior, PriorLogits
 from stage2_prior.objective import PriorLoss, PriorObjective
 from stage2_prior.order import CodeOrder, OrderSchedule
 from stage2_prior.sampling import SamplingOptions
+from stage2_prior.schedule import SamplingSchedule, sampling_schedule
 from stage2_prior.scoring import (
     caption_log_likelihood,
     code_log_likelihood,
@@ -28,7 +30,7 @@ from stage2_prior.scoring import (
     score_each_code,
 )
 from stage2_prior.sequence import Stream
-from stage2_prior.slots import CompiledSteps, Filters
+from stage2_prior.step import Filters
 from stage2_prior.text import TextConfig, TextTokenizer
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "SamplingOptions",
     "SamplingSchedule",
     "StandardNormal",
+    "StepShape",
     "Stream",
     "StreamConfig",
     "TextConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "build_latent_prior",
     "caption_log_likelihood",
     "code_log_likelihood",
+    "joined_samples",
     "sample",
     "sample_captions",
     "sampling_schedule",

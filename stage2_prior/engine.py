@@ -1,9 +1,10 @@
 """Samples images of many requests at a time: a request joins at any step, and leaves when its last
-code is sampled. Knows requests, their queue and their rows; slots.py has a step's arithmetic.
+code is sampled. Knows requests, their queue and their rows; step.py has a step's arithmetic.
 
-Continuous batching (Orca, Yu et al. 2022) with classifier-free guidance: a guided image takes two
-rows of the table, any other one. Requests are served in the order of their arrival. One that does
-not fit yet makes those behind it wait, so that none starves.
+Continuous batching (Orca, Yu et al. 2022) with classifier-free guidance. An image has a row of the
+table, and another one for the null caption while its codes are guided. Where guidance starts late,
+that row first catches up in one pass. Requests are served in the order of their arrival. One that
+does not fit yet makes those behind it wait, so that none starves.
 
 Images of one code per step have the first rows, those of several the last ones: where one leaves,
 the innermost rows of its kind take its place. A step computes each kind on its own, since each row
@@ -11,35 +12,55 @@ computes as many tokens as the widest one. Of the first kind it computes the few
 list of sizes that hold all active ones, or just these where so many are not free. What the second
 kind may take together is bounded, since each token has logits.
 
-The codes of an image are those of `sample` with its seed, whatever else is in the table, up to
-rounding: products of matrices of other sizes round otherwise, and a uniform number that falls
-within a rounding error of a boundary between two codes may choose the other one.
+The codes of an image are the same whatever else is in the table, up to rounding: products of
+matrices of other sizes round otherwise, and a uniform number that falls within a rounding error of
+a boundary between two codes may choose the other one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stage2_prior.decoding import Samples, check_guidance, count_kept, sampling_orders
+from stage2_prior.compilation import Steps, StepShape
 from stage2_prior.model import ImagePrior
-from stage2_prior.order import cosine_step_sizes
-from stage2_prior.sampling import SamplingOptions, guidance_at, per_seed_uniforms
-from stage2_prior.slots import Advance, CompiledSteps, Filters, Rows, advance
-from stage2_prior.step import prefill
-from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
+from stage2_prior.sampling import SamplingOptions, per_seed_uniforms
+from stage2_prior.schedule import SamplingSchedule, sampling_schedule
+from stage2_prior.step import Filters, Rows
+from stage2_prior.table import Table
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of rows of one code per step that a step computes."""
 _MOST_TOKENS = 2048
 """About the most tokens that one step computes for images of several codes per step, where there is
 more than one such image."""
-_CAPTIONS_KEPT = 16
-"""Captions whose keys and values stay, for further images of them."""
+
+
+@dataclass
+class Samples:
+    """Images that were sampled."""
+
+    codes: Tensor
+    """(B,N) int64 in raster order, each counted within its level."""
+    log_likelihood: Tensor
+    """(B,) log p(sampled codes | caption, given codes) in nats under the prior itself: no guidance,
+    temperature 1, no filter. It is that of `code_log_likelihood` in `orders`, also where a step
+    samples several codes."""
+    null_log_likelihood: Tensor | None
+    """(B,) the same given the null caption; None where its branch was not computed for every
+    code."""
+    orders: Tensor
+    """(B,N) image positions in the order in which the codes came."""
+
+    def rows(self, chosen: Tensor) -> Samples:
+        """Some of the images, by number (n,)."""
+        chosen = chosen.to(self.codes.device)
+        null = None if self.null_log_likelihood is None else self.null_log_likelihood[chosen]
+        return Samples(self.codes[chosen], self.log_likelihood[chosen], null, self.orders[chosen])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +87,8 @@ class Finished:
     """What `Engine.submit` returned."""
     samples: Samples | None
     """Of one image; None where the logits were not finite."""
+    failed_step: int | None = None
+    """The first step whose logits were not finite."""
 
 
 class Progress(NamedTuple):
@@ -82,22 +105,20 @@ class _Image:
 
     ticket: int
     request: SampleRequest
-    order: Tensor
-    """(1,N)"""
-    num_kept: int
-    scales: list[float]
-    """Of each code, in the codes' order."""
-    sizes: list[int]
-    """Codes that each of its steps samples first."""
+    schedule: SamplingSchedule
+    """Of one image."""
     offsets: list[int] = field(default_factory=list)
-    """Where among the rows of its kind its own is, then that of its null caption; none while it
-    waits."""
+    """Where among the rows of its kind its own is, then that of the null caption where it has one
+    now; none while it waits."""
     steps_taken: int = 0
     unverified: int = 0
     """Codes that the next step computes again."""
 
     def __post_init__(self) -> None:
-        self.num_rows = 2 if any(scale != 1 for scale in self.scales[self.num_kept :]) else 1
+        self.order = self.schedule.orders[0]
+        self.num_kept = self.schedule.num_kept
+        self.sizes = self.schedule.step_sizes
+        self.num_rows = self.schedule.num_rows
         self.several = max(self.sizes) > 1
         """Whether any step samples several codes."""
         self.progress = Progress(self.num_kept, self.num_kept)
@@ -112,12 +133,36 @@ class _Image:
         """About how many a step has at most: its own codes, and those of the step before."""
         return 2 * max(self.sizes)
 
+    @property
+    def num_verified(self) -> int:
+        """Codes that the next step does not compute again."""
+        return self.progress.now - self.unverified
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any code of the next step is."""
+        scales = self.schedule.scales[self.num_verified : self.progress.now + self._next_size()]
+        return any(scale != 1 for scale in scales)
+
+    @property
+    def is_fully_guided(self) -> bool:
+        return all(scale != 1 for scale in self.schedule.scales[self.num_kept :])
+
     def count_step(self, unverified: int) -> None:
         """Counts a step, after which so many codes are to be computed again."""
         done = self.progress.now
         self.progress = Progress(done, done + self._next_size())
         self.steps_taken += 1
         self.unverified = unverified
+
+    def step_at(self, num_codes: int) -> int:
+        """The step that comes where there are so many codes."""
+        done = self.num_kept
+        for step, size in enumerate(self.sizes):
+            if done == num_codes:
+                return step
+            done += size
+        return len(self.sizes)
 
     def _next_size(self) -> int:
         return self.sizes[self.steps_taken] if self.steps_taken < len(self.sizes) else 0
@@ -129,28 +174,24 @@ class Engine:
 
     Args:
         prior: evaluated as it is, on its device.
-        num_rows: rows of the table, a power of two from 2 to 128: half as many guided images.
-        compiled: steps that were compiled; the others are not.
+        num_rows: rows of the table: half as many guided images.
+        steps: what is compiled; nothing by default.
 
     Raises:
-        ValueError: `num_rows` is another number.
+        ValueError: `num_rows` is below 1.
     """
 
     def __init__(
-        self, prior: ImagePrior, num_rows: int = 64, *, compiled: CompiledSteps | None = None
+        self, prior: ImagePrior, num_rows: int = 64, *, steps: Steps | None = None
     ) -> None:
-        if num_rows not in _SIZES[1:]:
-            raise ValueError(f"num_rows is {num_rows}; it must be one of {list(_SIZES[1:])}")
+        if num_rows < 1:
+            raise ValueError(f"num_rows is {num_rows}; it must be at least 1")
         self.prior = prior
         self.num_rows = num_rows
-        self.compiled = compiled or CompiledSteps(prior)
         with torch.inference_mode():
-            self._tables = prior.tables()
-            self._cache = prior.new_cache(num_rows)
-            self._rows = Rows.empty(prior, num_rows)
+            self._table = Table(prior, num_rows, steps or Steps())
         self._images: list[_Image] = []
         self._queue: deque[_Image] = deque()
-        self._captions: OrderedDict[tuple[int, ...], KeyValueCache] = OrderedDict()
         self._tickets = 0
         self.num_sampled = 0
         """Codes that were sampled since the engine was made."""
@@ -174,21 +215,23 @@ class Engine:
         """Queues a request; it joins at the next step that has rows for it. Returns its ticket.
 
         Raises:
-            ValueError: as `sample`.
+            ValueError: as `sample`, or the table has one row and the image is guided.
         """
-        options = request.options
-        length = self.prior.stream.image_length
-        check_guidance(self.prior, options)
-        known = None if request.known is None else request.known[None]
-        codes = None if request.codes is None else request.codes[None]
-        order = None if request.order is None else request.order[None]
-        kept = count_kept(known, codes, length)
-        steps = options.num_inference_steps
-        sizes = cosine_step_sizes(length - kept, steps)
-        orders = sampling_orders(self.prior, [request.seed], known, order, steps)
-        scales = [guidance_at(i / length, options) for i in range(length)]
+        schedule = sampling_schedule(
+            self.prior,
+            [request.seed],
+            request.options,
+            known=None if request.known is None else request.known[None],
+            codes=None if request.codes is None else request.codes[None],
+            orders=None if request.order is None else request.order[None],
+        )
+        if schedule.num_rows > self.num_rows:
+            raise ValueError(
+                f"num_rows is {self.num_rows}, and a guided image needs {schedule.num_rows}; make "
+                "an engine of more rows"
+            )
         self._tickets += 1
-        self._queue.append(_Image(self._tickets, request, orders, kept, scales, sizes))
+        self._queue.append(_Image(self._tickets, request, schedule))
         return self._tickets
 
     @torch.inference_mode()
@@ -200,7 +243,7 @@ class Engine:
                 return True
         for image in self._images:
             if image.ticket == ticket:
-                self._leave(image)
+                self._leave([image])
                 return True
         return False
 
@@ -214,10 +257,9 @@ class Engine:
         """
         for image in self._images:
             if image.ticket == ticket:
-                done = image.progress.now
                 there = torch.zeros(self.prior.stream.image_length, dtype=torch.bool)
-                there[image.order[0, :done]] = True
-                codes = self._codes(image)
+                there[image.order[: image.progress.now]] = True
+                codes = self._codes([image])[0].cpu()
                 return torch.where(there, codes, 0), there
         raise KeyError(f"no active image has the ticket {ticket}")
 
@@ -226,201 +268,200 @@ class Engine:
         """Lets requests join, takes a step of every active image, and returns the images that are
         done."""
         self._admit()
-        self._step_single()
-        self._step_several()
+        kinds = [images for kind in (False, True) if (images := self._of_kind(kind))]
+        for images in kinds:
+            self._match_null_rows(images)
+        for images in kinds:
+            self._step(images)
         self.num_sampled += sum(i.progress.now - i.progress.before for i in self._images)
         done = [image for image in self._images if not image.num_inputs]
-        finished = [Finished(image.ticket, self._samples(image)) for image in done]
-        for image in done:
-            self._leave(image)
+        finished = self._finished(done) if done else []
+        self._leave(done)
         return finished
 
     def _of_kind(self, several: bool) -> list[_Image]:
         return [image for image in self._images if image.several == several]
 
     def _used(self, several: bool) -> int:
-        """Rows that active images of a kind have."""
+        """Rows that active images of a kind have now."""
         return sum(len(image.offsets) for image in self._of_kind(several))
 
-    def _row(self, image: _Image, offset: int) -> int:
-        """The row of the table at an offset among those of an image's kind."""
-        return self.num_rows - 1 - offset if image.several else offset
+    def _row(self, image: _Image, number: int) -> int:
+        """The row of the table of an image's own caption (0), or its last one (-1)."""
+        return self._at(image.offsets[number], image.several)
 
-    def _rows_of(self, image: _Image) -> list[int]:
-        return [self._row(image, offset) for offset in image.offsets]
+    def _at(self, offset: int, several: bool) -> int:
+        """The row of the table at an offset among those of a kind."""
+        return self.num_rows - 1 - offset if several else offset
 
-    def _step_single(self) -> None:
-        """Takes a step of the images of one code per step."""
-        images = self._of_kind(several=False)
-        if not images:
-            return
-        used = self._used(several=False)
-        free = self.num_rows - self._used(several=True)
-        count = next(size for size in _SIZES if size >= used)
-        count = count if count <= free else used
+    def _step(self, images: list[_Image]) -> None:
+        """Takes a step of all images of a kind."""
+        several = images[0].several
+        used = self._used(several)
+        free = self.num_rows - self._used(not several)
+        count = used if several else next((n for n in _SIZES if used <= n <= free), used)
+        first = self.num_rows - count if several else 0
+        guided = any(len(image.offsets) == 2 for image in images)
+        num_images = count // 2 if guided and len(images) <= count // 2 else count
         filters = Filters.of(image.request.options for image in images)
-        self._advance(slice(0, count), filters, 1, self.compiled.get(count, filters))
-        for image in images:
-            image.count_step(0)
-
-    def _step_several(self) -> None:
-        """Takes a step of the images of several codes per step."""
-        images = self._of_kind(several=True)
-        if not images:
+        shape = StepShape(count, num_images, guided, filters)
+        own = [self._row(image, 0) for image in images]
+        layout = self._table.layout(first, shape, own, [self._row(image, -1) for image in images])
+        if not several:
+            self._table.advance_single(layout, shape)
+            for image in images:
+                image.count_step(0)
             return
-        part = slice(self.num_rows - self._used(several=True), self.num_rows)
-        filters = Filters.of(image.request.options for image in images)
-        self._advance(part, filters, max(image.num_inputs for image in images), advance)
-        unverified = (self._rows.position - 1 - self._rows.filled).tolist()
-        for image in images:
-            image.count_step(max(unverified[self._rows_of(image)[0]], 0))
-
-    def _advance(self, part: slice, filters: Filters, width: int, step: Advance) -> None:
-        """Takes a step of some rows."""
-        rows = self._rows.part(part)
-        step(self.prior, self._tables, self._cache.rows(part), rows, filters, width)
+        self._table.advance(first, layout, filters, max(image.num_inputs for image in images))
+        rows = self._table.rows
+        unverified = (rows.position - 1 - rows.filled).tolist()
+        for image, row in zip(images, own, strict=True):
+            image.count_step(max(unverified[row], 0))
 
     def _admit(self) -> None:
         """Gives rows to waiting requests, in order, while there are enough."""
+        reserved = {
+            kind: sum(image.num_rows for image in self._of_kind(kind)) for kind in (False, True)
+        }
+        used = {kind: self._used(kind) for kind in (False, True)}
+        widest = max((image.most_inputs for image in self._of_kind(True)), default=0)
+        joining: list[_Image] = []
         while self._queue:
             image = self._queue[0]
-            used = self._used(image.several)
-            if used + self._used(not image.several) + image.num_rows > self.num_rows:
-                return
-            together = [image, *self._of_kind(several=True)]
-            tokens = (used + image.num_rows) * max(one.most_inputs for one in together)
-            if image.several and used and tokens > _MOST_TOKENS:
-                return
+            kind = image.several
+            if sum(reserved.values()) + image.num_rows > self.num_rows:
+                break
+            if kind:
+                tokens = (reserved[kind] + image.num_rows) * max(widest, image.most_inputs)
+                if reserved[kind] and tokens > _MOST_TOKENS:
+                    break
+                widest = max(widest, image.most_inputs)
             self._queue.popleft()
-            image.offsets = list(range(used, used + image.num_rows))
-            self._images.append(image)
-            self._start(image)
+            image.offsets = [used[kind]]
+            used[kind] += 1
+            reserved[kind] += image.num_rows
+            joining.append(image)
+        self._images += joining
+        if joining:
+            self._start(joining)
 
-    def _start(self, image: _Image) -> None:
-        """Writes an image into its rows, and reads its caption and known codes."""
+    def _start(self, images: list[_Image]) -> None:
+        """Writes images into their rows, and reads their captions and known codes."""
         stream = self.prior.stream
-        rows = self._rows
-        request = image.request
-        options = request.options
-        captions = [request.text_ids[None].to(self.prior.device), stream.null_caption(1)]
-        # The same numbers as by `sample`.
-        noise = per_seed_uniforms([request.seed], stream.image_length)[0]
-        first = stream.text_length + image.num_kept
-        after = (torch.arange(stream.length + 1) + 1).clamp(max=stream.length)
-        for size in image.sizes:
-            after[first] = first + size
-            first += size
-        self._refer(image)
-        for row, caption in zip(self._rows_of(image), captions, strict=False):
-            rows.ids[row, : stream.text_length] = caption[0]
-            rows.position_ids[row, stream.text_length :] = image.order[0] + stream.text_length
-            rows.filled[row] = stream.text_length - 1 + image.num_kept
-            rows.position[row] = stream.text_length + image.num_kept
-            rows.after[row] = after
-            rows.active[row] = 1
-            rows.noise[row] = noise
-            rows.scales[row] = torch.tensor(image.scales)
-            rows.temperature[row] = options.temperature
-            rows.top_k[row] = min(options.top_k or stream.num_codes, stream.num_codes)
-            rows.top_p[row] = options.top_p if options.top_p and options.top_p < 1 else 2.0
-            rows.min_p[row] = options.min_p or 0.0
-            rows.log_p[row] = 0.0
-            for value in self._cache.values:
-                value[row] = 0  # a masked nan of an earlier image would make nan
-            self._cache.rows(slice(row, row + 1)).copy_from(
-                self._read(caption), torch.zeros(1, dtype=torch.long, device=self.prior.device)
-            )
-        if image.num_kept:
-            self._keep(image)
-
-    def _refer(self, image: _Image) -> None:
-        """Writes into an image's rows where its other one is."""
-        own = self._rows_of(image)
-        for row in own:
-            self._rows.owner[row] = own[0] - row
-            self._rows.partner[row] = own[-1] - row
-
-    def _read(self, caption: Tensor) -> KeyValueCache:
-        """Keys and values of all but the last token of a caption (1,T)."""
-        key = tuple(caption[0].tolist())
-        if key not in self._captions:
-            ids = caption[:, :-1].to(self.prior.device)
-            cache = self.prior.new_cache(1, ids.shape[1])
-            prefill(self.prior, self._tables, cache, ids)
-            self._captions[key] = cache
-        self._captions.move_to_end(key)
-        if len(self._captions) > _CAPTIONS_KEPT:
-            self._captions.popitem(last=False)
-        return self._captions[key]
-
-    def _keep(self, image: _Image) -> None:
-        """Writes known codes into an image's rows, and reads all of them but the last, which is the
-        first step's input."""
-        stream = self.prior.stream
-        assert image.request.codes is not None
-        first = stream.text_length - 1
-        end = first + image.num_kept
-        kept = image.order[:, : image.num_kept]
-        ids = stream.code_ids(image.request.codes.cpu()[None].gather(1, kept), kept)
-        rows = self._rows_of(image)
-        own = slice(min(rows), max(rows) + 1)
-        self._rows.ids[own, first + 1 : end + 1] = ids.to(self.prior.device)
-        positions = torch.arange(first, end, device=self.prior.device)
-        allowed = attention_mask(positions, positions, self._cache.capacity)
-        self.prior.features(
-            self._rows.ids[own, first:end],
-            self._rows.position_ids[own, first:end],
-            self._rows.position_ids[own, first + 1 : end + 1],
-            self._tables,
-            CacheView(self._cache.rows(own), positions, allowed),
+        options = [image.request.options for image in images]
+        captions = torch.stack([image.request.text_ids.cpu() for image in images])
+        orders = torch.stack([image.order for image in images])
+        kept = torch.tensor([image.num_kept for image in images])
+        length = stream.text_length
+        ids = torch.zeros(len(images), stream.length, dtype=torch.long)
+        ids[:, :length] = captions
+        for row, image in zip(ids, images, strict=True):
+            if image.request.codes is not None:
+                known = image.order[: image.num_kept]
+                codes = image.request.codes.cpu()[known]
+                row[length : length + image.num_kept] = stream.code_ids(codes[None], known[None])[0]
+        text = torch.arange(length).expand(len(images), -1)
+        values = Rows(
+            ids=ids,
+            position_ids=torch.cat([text, orders + length], 1),
+            filled=length - 1 + kept,
+            position=length + kept,
+            after=_positions_after(images, length, stream.length),
+            active=torch.ones_like(kept),
+            broken=torch.zeros_like(kept),
+            noise=per_seed_uniforms([i.request.seed for i in images], stream.image_length),
+            scales=torch.tensor([image.schedule.scales for image in images]),
+            temperature=torch.tensor([float(one.temperature) for one in options]),
+            top_k=torch.tensor([one.top_k or stream.num_codes for one in options]).clamp(
+                max=stream.num_codes
+            ),
+            top_p=torch.tensor(
+                [one.top_p if one.top_p and one.top_p < 1 else 2.0 for one in options]
+            ),
+            min_p=torch.tensor([one.min_p or 0.0 for one in options]),
+            log_p=torch.zeros(len(images), stream.image_length),
         )
+        null = any(image.num_rows == 2 for image in images)
+        self._table.write([self._row(image, 0) for image in images], values, also_null=null)
 
-    def _leave(self, image: _Image) -> None:
-        """Frees an image's rows, and moves the innermost ones of its kind into their place."""
-        self._images.remove(image)
-        used = self._used(image.several)
-        for row in self._rows_of(image):
-            self._free(row)
-        holes = [offset for offset in image.offsets if offset < used]
+    def _match_null_rows(self, images: list[_Image]) -> None:
+        """Gives images of a kind that the next step guides a row for the null caption, and takes it
+        from the others."""
+        several = images[0].several
+        leaving = [i for i in images if not i.is_guided and len(i.offsets) == 2]
+        self._free(several, [image.offsets.pop() for image in leaving])
+        joining = [i for i in images if i.is_guided and len(i.offsets) == 1]
+        own = [self._row(image, 0) for image in joining]
+        for offset, image in enumerate(joining, self._used(several)):
+            image.offsets.append(offset)
+        if joining:
+            self._table.copy_as_null(own, [self._row(image, -1) for image in joining])
+
+    def _leave(self, images: list[_Image]) -> None:
+        """Frees the rows of images."""
+        self._images = [image for image in self._images if image not in images]
+        for several in (False, True):
+            offsets = [o for image in images if image.several == several for o in image.offsets]
+            self._free(several, offsets)
+
+    def _free(self, several: bool, offsets: list[int]) -> None:
+        """Frees rows at offsets that no image of their kind has any more, and moves its innermost
+        ones into their place."""
+        if not offsets:
+            return
+        self._table.free([self._at(offset, several) for offset in offsets])
+        used = self._used(several)
+        holes = [offset for offset in offsets if offset < used]
         inner = [
-            (other, number)
-            for other in self._of_kind(image.several)
-            for number, offset in enumerate(other.offsets)
+            (image, number, offset)
+            for image in self._of_kind(several)
+            for number, offset in enumerate(image.offsets)
             if offset >= used
         ]
-        for hole, (other, number) in zip(holes, inner, strict=True):
-            self._move(other, number, hole)
+        if not holes:
+            return
+        self._table.move(
+            [self._at(offset, several) for _, _, offset in inner],
+            [self._at(hole, several) for hole in holes],
+        )
+        for hole, (image, number, _) in zip(holes, inner, strict=True):
+            image.offsets[number] = hole
 
-    def _move(self, image: _Image, number: int, offset: int) -> None:
-        """Moves one of an image's rows, with its keys and values, to a free offset of its kind."""
-        row = self._row(image, image.offsets[number])
-        hole = self._row(image, offset)
-        image.offsets[number] = offset
-        for one in (*self._rows, *self._cache.keys, *self._cache.values):
-            one[hole] = one[row]
-        self._free(row)
-        self._refer(image)
-
-    def _free(self, row: int) -> None:
-        """Makes a row stand still, and refer to itself alone."""
-        self._rows.active[row] = 0
-        self._rows.filled[row] = self.prior.stream.text_length - 1
-        self._rows.position[row] = self.prior.stream.text_length
-        self._rows.owner[row] = 0
-        self._rows.partner[row] = 0
-
-    def _codes(self, image: _Image) -> Tensor:
-        """(N,) of an image, in raster order; those to come are of no meaning."""
+    def _codes(self, images: list[_Image]) -> Tensor:
+        """(n,N) of images, in raster order; those to come are of no meaning."""
         stream = self.prior.stream
-        ids = self._rows.ids[self._rows_of(image)[0], stream.text_length :].cpu()
-        order = image.order[0]
-        classes = stream.classes_of(ids)
-        return torch.empty_like(classes).scatter_(0, order, stream.within_level(classes, order))
+        rows = self._table.index([self._row(image, 0) for image in images])
+        classes = stream.classes_of(self._table.rows.ids[rows, stream.text_length :])
+        orders = torch.stack([image.order for image in images]).to(classes.device)
+        return torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
 
-    def _samples(self, image: _Image) -> Samples | None:
-        log_p = [self._rows.log_p[row].sum().cpu() for row in self._rows_of(image)]
-        if not all(bool(one.isfinite()) for one in log_p):
-            return None
-        fully_guided = all(scale != 1 for scale in image.scales[image.num_kept :])
-        null = log_p[-1][None] if fully_guided else None
-        return Samples(self._codes(image)[None], log_p[0][None], null, image.order)
+    def _finished(self, images: list[_Image]) -> list[Finished]:
+        """What images that are done have sampled."""
+        rows = self._table.rows
+        totals = rows.log_p.sum(1)
+        broken = rows.broken.tolist()
+        codes = self._codes(images)
+        finished = []
+        for image, own_codes in zip(images, codes, strict=True):
+            own = self._row(image, 0)
+            if broken[own]:
+                step = image.step_at(broken[own] - self.prior.stream.text_length)
+                finished.append(Finished(image.ticket, None, step))
+                continue
+            null = totals[self._row(image, -1)][None] if image.is_fully_guided else None
+            order = image.order[None].to(codes.device)
+            samples = Samples(own_codes[None], totals[own][None], null, order)
+            finished.append(Finished(image.ticket, samples))
+        return finished
+
+
+def _positions_after(images: list[_Image], first: int, length: int) -> Tensor:
+    """(n,S+1) by position of the next code: the position after that step. `first` is the position
+    of an image's first code."""
+    after = (torch.arange(length + 1) + 1).clamp(max=length).repeat(len(images), 1)
+    for row, image in zip(after, images, strict=True):
+        position = first + image.num_kept
+        for size in image.sizes:
+            row[position] = position + size
+            position += size
+    return after

@@ -155,5 +155,6 @@ def _read_codes(
     past = CacheView(read, cached, attention_mask(cached, cached, read.capacity))
     prior.features(prior.stream.code_ids(codes), positions[:-1], positions[1:], tables, past)
     cache = prior.new_cache(rows)
-    cache.copy_from(read, torch.arange(rows, device=prior.device).clamp(max=len(codes) - 1))
+    every_row = torch.arange(rows, device=prior.device)
+    cache.copy_from(read, every_row.clamp(max=len(codes) - 1), every_row)
     return tables, cache

@@ -1,140 +1,203 @@
-"""One decoding step: tokens in, codes out; plain, compiled, or captured as a CUDA graph. Knows
-cache positions and position ids, no order of steps.
+"""One step of a table of rows: tokens in, codes out, whatever the request of each row. Knows
+tensors; no requests, and no order of arrival.
 
-Legend: B images, R input tokens of one step, P captions, S text positions to prefill, K classes.
+Legend: R rows, I images, S positions of the stream, T text positions, N codes of an image, K
+classes, W input tokens of a row in one step.
+
+Tokens have a *position id* (what they are) and a *cache position* (when they come). Cache positions
+0..T-1 hold the text, T+i the i-th code in that image's sampling order. A step's input is the codes
+of the step before; its output is the next ones. To sample k > 1 codes at once, the last token is
+repeated k times, each time with another target, at cache positions that the next step overwrites.
+Each of these draft tokens attends to all earlier codes and to no other draft token, just as in
+training. With k = 1 this is plain sequential sampling.
+
+Draft tokens are sampled independently, so two of them may start the same object twice. The next
+step verifies them with full context: it resamples each with the same uniform number. Most stay what
+they are. From the first that changes on, the step after computes them again. So each step accepts
+at least one token of the sequential sample of the same seed, and nearly all of them in practice.
+What the last step samples is not verified (predictive sampling, Wiggers & Hoogeboom 2020,
+arXiv:2002.09928, with draft tokens as forecasts). One more step feeds it with full context and
+samples nothing, so that the log-likelihood is exact.
+
+A guided image has two rows, one of its caption and one of the null caption. Both get the codes that
+are sampled from the two. Each row has sampling options of its own, as numbers; an option that is
+off has the number that changes nothing. A row that has fewer input tokens than W repeats its last
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from types import FunctionType
-from typing import NamedTuple, Protocol, TypeVar, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stage2_prior.model import CodebookTables, ImagePrior
-from stage2_prior.sampling import guide, keep_min_p, sample_from_uniform, warp_logits
+from stage2_prior.sampling import (
+    SamplingOptions,
+    cumulative_sum,
+    guide,
+    keep_min_p,
+    sample_from_uniform,
+)
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask, project
 
-Programs = dict[Hashable, Callable[..., object]]
-_compiled: WeakKeyDictionary[ImagePrior, Programs] = WeakKeyDictionary()
-"""Compiled programs of each prior, by what distinguishes them; freed with the prior."""
-_Function = TypeVar("_Function", bound=Callable[..., object])
 
+class Filters(NamedTuple):
+    """Which filters any row uses; a step sorts the logits only for these."""
 
-class _Guard(Protocol):
-    """A condition that torch.compile checks before it calls a program."""
-
-    guard_type: str
-
-
-class SamplingSpec(NamedTuple):
-    """The part of the sampling options that is compiled into a step."""
-
-    guided: bool
-    greedy: bool
-    top_k: int | None
+    top_k: bool
     top_p: bool
     min_p: bool
 
+    @classmethod
+    def of(cls, options: Iterable[SamplingOptions]) -> Filters:
+        """The filters that any of these uses."""
+        every = list(options)
+        return cls(
+            any(one.top_k is not None for one in every),
+            any(one.top_p is not None and one.top_p < 1 for one in every),
+            any(one.min_p is not None for one in every),
+        )
 
-class StepInput(NamedTuple):
-    """One step's tokens: R for each row of the batch, each of which predicts its target."""
+
+class Rows(NamedTuple):
+    """The state of R rows, changed in place."""
 
     ids: Tensor
-    """(B or 2B, R)"""
+    """(R,S) tokens by cache position: the caption's, then the codes in their order."""
     position_ids: Tensor
-    """(R,) or (B or 2B, R)"""
-    targets: Tensor
-    """Like `position_ids`: the position id of the token that each predicts."""
-    cache_positions: Tensor
-    """(R,)"""
-    before: Tensor
-    """(R,) each token attends to itself and to cache positions below this one."""
+    """(R,S) what each of them is."""
+    filled: Tensor
+    """(R,) cache positions that hold their token; the token at the next one is the first input."""
+    position: Tensor
+    """(R,) cache position of the next code to sample, S after the last."""
+    after: Tensor
+    """(R,S+1) by position: the position after that step."""
+    active: Tensor
+    """(R,) int64, 1 where a row advances; others compute, and nobody reads what they write."""
+    broken: Tensor
+    """(R,) position of the first step whose logits were not finite, 0 where there was none."""
     noise: Tensor
-    """(B,R) uniform numbers."""
+    """(R,N) uniform numbers, in the codes' order."""
     scales: Tensor
-    """(R,) of guidance."""
-
-
-class StepOutput(NamedTuple):
-    """What one step samples."""
-
-    classes: Tensor
-    """(B,R) counted over all levels."""
+    """(R,N) guidance scales, in the codes' order."""
+    temperature: Tensor
+    """(R,), 0 for the likeliest code."""
+    top_k: Tensor
+    """(R,) int64, K where off."""
+    top_p: Tensor
+    """(R,), 2 where off: rounded sums of probabilities may exceed 1."""
+    min_p: Tensor
+    """(R,), 0 where off."""
     log_p: Tensor
-    """(B,R) given the caption."""
-    null_log_p: Tensor | None
-    """(B,R) given the null caption, where the step is guided."""
+    """(R,N) of what was sampled, given this row's caption, in the codes' order."""
+
+    @classmethod
+    def empty(cls, prior: ImagePrior, count: int) -> Rows:
+        """Rows that do not advance."""
+        stream = prior.stream
+        device = prior.device
+        positions = torch.arange(stream.length + 1, device=device)
+        whole = torch.zeros(count, dtype=torch.long, device=device)
+        number = torch.zeros(count, device=device)
+        per_code = torch.zeros(count, stream.image_length, device=device)
+        per_position = torch.zeros(count, stream.length, dtype=torch.long, device=device)
+        return cls(
+            ids=per_position,
+            position_ids=positions[:-1].repeat(count, 1),
+            filled=torch.full_like(whole, stream.text_length - 1),
+            position=torch.full_like(whole, stream.text_length),
+            after=(positions + 1).clamp(max=stream.length).repeat(count, 1),
+            active=whole.clone(),
+            broken=whole.clone(),
+            noise=per_code.clone(),
+            scales=torch.ones_like(per_code),
+            temperature=torch.ones_like(number),
+            top_k=torch.full_like(whole, stream.num_codes),
+            top_p=torch.full_like(number, 2.0),
+            min_p=number.clone(),
+            log_p=per_code.clone(),
+        )
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, sharing memory with these."""
+        return Rows(*(one[rows] for one in self))
 
 
-DecodeStep = Callable[
-    [ImagePrior, CodebookTables, KeyValueCache, StepInput, Tensor, SamplingSpec], StepOutput
-]
-"""`decode_step`, or a compiled one."""
+class Layout(NamedTuple):
+    """Which rows belong to which image."""
+
+    own: Tensor
+    """(I,) the row of each image's caption."""
+    null: Tensor | None
+    """(I,) the row of the null caption, or the same as `own` where an image is not guided in this
+    step; absent where none is."""
+    image: Tensor
+    """(R,) the image of each row."""
+
+    @classmethod
+    def empty(cls, prior: ImagePrior, num_rows: int, num_images: int, *, guided: bool) -> Layout:
+        """Every row is one of the first image's."""
+        own = torch.zeros(num_images, dtype=torch.long, device=prior.device)
+        image = torch.zeros(num_rows, dtype=torch.long, device=prior.device)
+        return cls(own, own.clone() if guided else None, image)
+
+
+Advance = Callable[[ImagePrior, CodebookTables, KeyValueCache, Rows, Layout, Filters, int], None]
+"""`advance`, or a compiled one."""
 Prefill = Callable[[ImagePrior, CodebookTables, KeyValueCache, Tensor], None]
 """`prefill`, or a compiled one."""
 
 
-def decode_step(
+# Seven parameters: the state, what is constant, and what a compiled step is made for.
+def advance(
     prior: ImagePrior,
     tables: CodebookTables,
     cache: KeyValueCache,
-    inputs: StepInput,
-    numbers: Tensor,
-    spec: SamplingSpec,
-) -> StepOutput:
-    """Samples the code of each input token's target; `numbers` (3,) are temperature, top_p and
-    min_p."""
-    logits, outside = _logits(prior, tables, cache, inputs)
-    temperature, top_p, min_p = numbers.unbind()
-    conditional, null = logits.chunk(2) if spec.guided else (logits, None)
-    chosen = conditional if null is None else guide(conditional, null, inputs.scales[:, None])
-    if null is not None and outside is not None:
-        # Guidance made nan of inf - inf.
-        chosen = chosen.masked_fill(
-            outside[: len(chosen)] if outside.ndim == 3 else outside, float("-inf")
-        )
-    if spec.min_p:
-        chosen = keep_min_p(chosen, conditional, min_p)
-    if spec.greedy:
-        classes = chosen.argmax(-1)
-    else:
-        warped = warp_logits(chosen, temperature, spec.top_k, top_p if spec.top_p else None)
-        classes = sample_from_uniform(warped, inputs.noise)
-    log_p = _log_p(conditional, classes)
-    return StepOutput(classes, log_p, None if null is None else _log_p(null, classes))
+    rows: Rows,
+    layout: Layout,
+    filters: Filters,
+    width: int,
+) -> None:
+    """Takes the next step of each row: samples its codes, and stores them as its next tokens.
 
-
-def score_step(
-    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, inputs: StepInput, ids: Tensor
-) -> Tensor:
-    """log p of given ids (B or 2B,R) as the input tokens' targets; fills the cache as
-    `decode_step` does, and samples nothing."""
-    logits, _ = _logits(prior, tables, cache, inputs)
-    return _log_p(logits, prior.stream.classes_of(ids))
-
-
-def _logits(
-    prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, inputs: StepInput
-) -> tuple[Tensor, Tensor | None]:
-    """(B or 2B,R,K), -inf where a target's level has no such class; and where that is, if there are
-    several levels."""
-    mask = attention_mask(inputs.cache_positions, inputs.before, cache.capacity)
-    past = CacheView(cache, inputs.cache_positions, mask)
-    features = prior.features(inputs.ids, inputs.position_ids, inputs.targets, tables, past)
+    Args:
+        width: W, at least as many as any row has inputs. With 1, each row samples one code.
+    """
+    position = rows.position[:, None]
+    after = rows.after.gather(1, position)
+    at = rows.filled[:, None] + torch.arange(width, device=rows.filled.device)
+    at = torch.minimum(at, after - 2)
+    # Codes that are sampled together repeat the last token, and do not attend to each other.
+    before = torch.minimum(at, position - 1)
+    targets = rows.position_ids.gather(1, at + 1)
+    past = CacheView(cache, at, attention_mask(at, before, cache.capacity)[:, None])
+    features = prior.features(
+        rows.ids.gather(1, before), rows.position_ids.gather(1, before), targets, tables, past
+    )
     logits = project(features, tables.head).float()
-    image_positions = inputs.targets - prior.stream.text_length
-    outside = prior.stream.outside_level(image_positions, tables.level_edges)
+    outside = prior.stream.outside_level(targets - prior.stream.text_length, tables.level_edges)
     if outside is not None:
         logits = logits.masked_fill(outside, float("-inf"))
-    return logits, outside
-
-
-def _log_p(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
+    step = at + 1 - prior.stream.text_length
+    classes = _sampled(logits, outside, rows, layout, step, filters)[layout.image]
+    there = rows.ids.gather(1, at + 1)
+    ids = torch.where(position == after, there, prior.stream.class_ids(classes))
+    log_p = logits.log_softmax(-1).gather(-1, prior.stream.classes_of(ids)[..., None])[..., 0]
+    rows.ids.scatter_(1, at + 1, ids)
+    rows.log_p.scatter_(1, step, log_p)
+    finite = log_p.isfinite().all(1)
+    both = finite[layout.own] if layout.null is None else finite[layout.own] & finite[layout.null]
+    fine = both[layout.image] | (rows.broken != 0)
+    rows.broken.copy_(torch.where(fine, rows.broken, rows.position))
+    # Valid up to the first token that changed since it was an input of an earlier step.
+    changed = (ids != there) & (at + 1 < position)
+    valid = torch.where(changed, at + 1, position).amin(1)
+    active = rows.active == 1
+    rows.filled.copy_(torch.where(active, valid, rows.filled))
+    rows.position.copy_(torch.where(active, after[:, 0], rows.position))
 
 
 def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
@@ -144,113 +207,46 @@ def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids
     prior.features(ids, positions, positions + 1, tables, past)
 
 
-def compiled_prefill(prior: ImagePrior) -> Prefill:
-    """`prefill` compiled once for any number of captions."""
-    key = ("captions", *_computed(prior))
-    options: dict[str, str | int | bool | Callable[..., object]] = {
-        "guard_filter_fn": _prefill_guards
-    }
-    return _compile_once(prior, key, prefill, options, dynamic=True)
+def _sampled(
+    logits: Tensor,
+    outside: Tensor | None,
+    rows: Rows,
+    layout: Layout,
+    step: Tensor,
+    filters: Filters,
+) -> Tensor:
+    """Classes (I,W) from logits (R,W,K) by each image's options."""
+    own = layout.own
+    conditional = logits[own]
+    chosen = conditional
+    if layout.null is not None:
+        scale = rows.scales[own].gather(1, step[own])[..., None]
+        guided = guide(conditional, logits[layout.null], scale)
+        if outside is not None:  # guidance made nan of inf - inf
+            guided = guided.masked_fill(outside[own], float("-inf"))
+        chosen = torch.where(scale == 1, conditional, guided)
+    if filters.min_p:
+        chosen = keep_min_p(chosen, conditional, rows.min_p[own][:, None, None])
+    temperature = rows.temperature[own][:, None]
+    greedy = temperature == 0
+    warped = chosen / torch.where(greedy, 1.0, temperature)[..., None]
+    if filters.top_k or filters.top_p:
+        warped = _keep_top(warped, rows.top_k[own], rows.top_p[own], filters)
+    sampled = sample_from_uniform(warped, rows.noise[own].gather(1, step[own]))
+    return torch.where(greedy, chosen.argmax(-1), sampled)
 
 
-def _prefill_guards(guards: Sequence[_Guard]) -> list[bool]:
-    """Which guards to keep: not those on modules, nor that on torch's global state, which has the
-    number of threads; what else matters of it is in the key."""
-    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
-    return [
-        keep and guard.guard_type != "GLOBAL_STATE"
-        for keep, guard in zip(kept, guards, strict=True)
-    ]
-
-
-def compiled_programs(prior: ImagePrior) -> Programs:
-    """The programs that were compiled for a prior so far."""
-    return _compiled.setdefault(prior, {})
-
-
-def _computed(prior: ImagePrior) -> tuple[Hashable, ...]:
-    """What else distinguishes programs: how and where they compute."""
-    kind = prior.device.type
-    return (
-        prior.dtype,
-        prior.device,
-        prior.training,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-    )
-
-
-def compiled_decode_step(prior: ImagePrior, inputs: StepInput, spec: SamplingSpec) -> DecodeStep:
-    """`decode_step` for single codes, compiled for this prior, these shapes and this spec: some
-    seconds at its first call, then far less per code. Steps of several codes are not compiled:
-    their number of codes varies, and they compute so much that it would save little."""
-    key = (spec, inputs.ids.shape[0], inputs.position_ids.ndim)
-    return compile_step(prior, key, decode_step)
-
-
-def compile_step(prior: ImagePrior, key: tuple[Hashable, ...], function: _Function) -> _Function:
-    """A step compiled for this prior and key, which must hold all that guards would check before
-    every code: shapes, types, options."""
-    # On the CPU a step is so short that calling its kernels from Python would take a tenth of its
-    # time.
-    options: dict[str, str | int | bool | Callable[..., object]] = {
-        "guard_filter_fn": lambda guards: [False] * len(guards),
-        "cpp_wrapper": prior.device.type == "cpu",
-    }
-    return _compile_once(prior, (*key, *_computed(prior)), function, options, dynamic=False)
-
-
-def _compile_once(
-    prior: ImagePrior,
-    key: Hashable,
-    function: _Function,
-    options: dict[str, str | int | bool | Callable[..., object]],
-    *,
-    dynamic: bool,
-) -> _Function:
-    """The prior's program of this key, compiled when it is first asked for.
-
-    The function is compiled with a code object of its own. `torch.compile` keeps compiled programs
-    by code object and tells them apart by guards, which these have not: with one code object a step
-    would run the program of another.
-    """
-    programs = compiled_programs(prior)
-    if key not in programs:
-        assert isinstance(function, FunctionType)
-        code = function.__code__.replace()
-        copied = FunctionType(code, function.__globals__, function.__name__)
-        programs[key] = torch.compile(copied, dynamic=dynamic, fullgraph=True, options=options)
-    return cast(_Function, programs[key])
-
-
-def capture_cuda_graph(
-    step: DecodeStep,
-    prior: ImagePrior,
-    tables: CodebookTables,
-    cache: KeyValueCache,
-    inputs: StepInput,
-    numbers: Tensor,
-    spec: SamplingSpec,
-) -> Callable[[StepInput], StepOutput]:
-    """A step as a CUDA graph: its kernels are launched all at once, not one by one from Python. The
-    graph reads and writes this cache and these tables, so it serves one call of `sample`. Its next
-    step overwrites its output."""
-    # Compiled steps are made for these strides, which a clone would not keep.
-    held = StepInput(
-        *(
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-            for t in inputs
-        )
-    )
-    graph = torch.cuda.CUDAGraph()
-    # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next
-    # batch.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step(prior, tables, cache, held, numbers, spec)
-
-    def replay(inputs: StepInput) -> StepOutput:
-        for own, new in zip(held, inputs, strict=True):
-            own.copy_(new)
-        graph.replay()
-        return output
-
-    return replay
+def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor, filters: Filters) -> Tensor:
+    """`keep_top_k`, then `keep_top_p`, each image (W,K) of logits (I,W,K) by its own numbers."""
+    ordered, order = logits.sort(descending=True)
+    if filters.top_k:
+        last = (top_k - 1)[:, None, None].expand(-1, logits.shape[1], 1)
+        least = ordered.gather(-1, last)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+        ordered = ordered.masked_fill(ordered < least, float("-inf"))
+    if filters.top_p:
+        probabilities = ordered.softmax(-1)
+        before = cumulative_sum(probabilities) - probabilities
+        dropped = before >= top_p[:, None, None]
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    return logits

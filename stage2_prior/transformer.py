@@ -135,13 +135,13 @@ class KeyValueCache:
             [key[part] for key in self.keys], [value[part] for value in self.values]
         )
 
-    def copy_from(self, other: KeyValueCache, rows: Tensor) -> None:
-        """Copies the first positions of another cache: its row rows[b] for each row b (B,)."""
-        length = min(other.capacity, self.capacity)
+    def copy_from(self, other: KeyValueCache, rows: Tensor, to: Tensor) -> None:
+        """Copies all positions of another cache, which has no more than this one: its row rows[i]
+        (n,) to the row to[i] (n,)."""
         for own, theirs in zip(
             [*self.keys, *self.values], [*other.keys, *other.values], strict=True
         ):
-            own[:, :, :length] = theirs[:, :, :length].index_select(0, rows)
+            own[to, :, : other.capacity] = theirs[rows]
 
     def put(
         self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
@@ -153,8 +153,10 @@ class KeyValueCache:
             if positions.ndim == 1:
                 held.index_copy_(2, positions, new.to(held.dtype))
             else:
-                at = positions[:, None, :, None].expand(new.shape)
-                held.scatter_(2, at, new.to(held.dtype))
+                # Not `scatter_`, which would copy the whole cache in a compiled step.
+                row, head = (torch.arange(n, device=held.device) for n in held.shape[:2])
+                at = (row[:, None, None], head[:, None], positions[:, None])
+                held.index_put_(at, new.to(held.dtype))
         return self.keys[layer], self.values[layer]
 
 

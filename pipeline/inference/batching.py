@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, free_memory, is_out_of_memory
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer.caller import warn_user
-from stage2_prior import ImagePrior, Samples, SamplingOptions, sample
+from stage2_prior import ImagePrior, Samples, SamplingOptions, joined_samples, sample
 
 Compile = Literal["auto", "on", "off"]
 
@@ -166,14 +166,3 @@ def _compiling_pays(seconds: float) -> bool:
             "compile=off to avoid it"
         )
     return pays
-
-
-def joined_samples(parts: Sequence[Samples]) -> Samples:
-    """The images of all parts, in order."""
-    null = [part.null_log_likelihood for part in parts if part.null_log_likelihood is not None]
-    return Samples(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.log_likelihood for part in parts]),
-        torch.cat(null) if len(null) == len(parts) else None,
-        torch.cat([part.orders for part in parts]),
-    )

@@ -25,7 +25,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.data.readers.images import open_image
-from pipeline.inference.batching import joined_samples
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.reranking import JudgeName, best_rows, consensus_scores, highest
@@ -41,7 +40,7 @@ from pipeline.serving.schemas import (
 )
 from pipeline.serving.settings import ServerSettings
 from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
-from stage2_prior import Samples
+from stage2_prior import Samples, joined_samples
 
 _log = logging.getLogger(__name__)
 

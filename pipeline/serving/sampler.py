@@ -32,13 +32,10 @@ from stage2_prior import (
     ImagePrior,
     Samples,
     SamplingOptions,
+    StepShape,
 )
 
 _log = logging.getLogger(__name__)
-
-_COMPILED_ROWS = (2, 1)
-"""Rows of the steps that are compiled: those of one image, with and without guidance. On a CPU they
-take a third of the time of plain ones; steps of 8 and 32 rows gain little, of 64 they lose."""
 
 
 class QueueFull(Exception):
@@ -183,9 +180,9 @@ class Sampler:
         self.prior = prior
         self.num_rows = num_rows
         self.max_waiting = max_waiting
-        self._compiled = CompiledSteps(prior)
+        self._steps = CompiledSteps(prior)
         self._on_step = on_step
-        self._engine = Engine(prior, num_rows, compiled=self._compiled)
+        self._engine = Engine(prior, num_rows, steps=self._steps)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
         self._lock = threading.Lock()
@@ -254,10 +251,12 @@ class Sampler:
         return max(math.ceil(codes / self._codes_per_second), 1) if self._codes_per_second else 1
 
     def _compile(self, filters: Filters) -> None:
+        """Compiles the steps of one image. On a CPU they take a third of the time of plain ones;
+        steps of 8 and 32 rows gain little, of 64 they lose."""
         start = time.perf_counter()
         try:
-            for num_rows in _COMPILED_ROWS:
-                self._compiled.compile(num_rows, filters)
+            for guided in (True, False):
+                self._steps.compile(StepShape.of_images(1, guided=guided, filters=filters))
         except Exception as error:  # of the compiler: plain steps do the same
             _log.warning(
                 "compiling failed (%s), and continues without; check the C++ compiler", error
@@ -367,7 +366,7 @@ class Sampler:
             if self.prior.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._engine = Engine(self.prior, rows, compiled=self._compiled)
+                self._engine = Engine(self.prior, rows, steps=self._steps)
             except Exception as error:
                 if not is_out_of_memory(error) or rows == 2:
                     raise

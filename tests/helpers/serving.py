@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from pipeline.inference.pipeline import TextToImagePipeline
+from pipeline.serving import sampler
 from pipeline.serving.app import create_app
 from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
@@ -82,17 +83,18 @@ def free_port() -> int:
 
 
 class StepGate:
-    """Holds the steps of all engines until it is opened."""
+    """Holds the steps of all servers' engines until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        plain = Engine.step
+        is_open = self.open
 
-        def step(engine: Engine) -> list[Finished]:
-            self.open.wait()
-            return plain(engine)
+        class Held(Engine):
+            def step(self) -> list[Finished]:
+                is_open.wait()
+                return super().step()
 
-        monkeypatch.setattr(Engine, "step", step)
+        monkeypatch.setattr(sampler, "Engine", Held)
 
 
 def image_of(data: dict[str, Any]) -> Image.Image:

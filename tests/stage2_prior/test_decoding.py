@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stage2_prior import Level, SamplingOptions, code_log_likelihood, sample
+from stage2_prior.compilation import compiled_programs
 from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders
 from stage2_prior.sampling import (
     guidance_at,
@@ -20,7 +21,6 @@ from stage2_prior.sampling import (
     sample_from_uniform,
     warp_logits,
 )
-from stage2_prior.step import compiled_programs
 from tests.helpers.compiling import traced
 from tests.helpers.priors import any_order_prior, tiny_prior
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import stage2_prior.engine
+import stage2_prior.table
 from stage2_prior import (
     CompiledSteps,
     Engine,
@@ -20,9 +21,11 @@ from stage2_prior import (
     SampleRequest,
     Samples,
     SamplingOptions,
+    StepShape,
     sample,
 )
-from stage2_prior.slots import advance
+from stage2_prior.compilation import Steps
+from stage2_prior.step import advance, prefill
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -124,28 +127,25 @@ def test_compiled_steps_sample_the_same_codes(prior):
     draw = random.Random(1)
     options = SamplingOptions(guidance_scale=2.0, top_k=5)
     filters = Filters.of([options])
+    shapes = [StepShape.of_images(n, guided=True, filters=filters) for n in (1, 2)]
     compiled = CompiledSteps(prior)
-    engine = Engine(prior, 4, compiled=compiled)
+    engine = Engine(prior, 4, steps=compiled)
     requests = {}
     finished = []
     for seed in range(6):
         request = SampleRequest(text_ids=CAPTIONS[seed % 4], seed=seed, options=options)
         requests[engine.submit(request)] = request
         if seed == 1:
-            compiled.compile(2, filters)
-            compiled.compile(4, filters)
+            compiled.compile(shapes[0])
+            compiled.compile(shapes[1])
         for _ in range(draw.randrange(4)):
             finished += engine.step()
-    assert compiled.get(2, filters) is not advance and compiled.get(4, filters) is not advance
+    assert all(compiled.advance(shape) is not None for shape in shapes)
     while engine.num_active or engine.num_waiting:
         finished += engine.step()
     for one in finished:
         assert_same(one, alone(prior, requests[one.ticket]))
     assert len(finished) == 6
-
-
-def test_rows_and_filters_that_were_not_compiled_take_the_plain_step(prior):
-    assert CompiledSteps(prior).get(2, Filters(False, False, False)) is advance
 
 
 def plain(seed: int, guidance_scale: float = 1.0) -> SampleRequest:
@@ -189,12 +189,11 @@ def test_codes_per_step_of_one_image_change_nothing_for_the_others(monkeypatch):
     """Each kind is computed on its own, no wider than it needs; all rows are in use."""
     widths = []
 
-    def counted(prior, tables, cache, rows, filters, width):
+    def counted(prior, tables, cache, rows, layout, filters, width):
         widths.append((len(rows.filled), width))
-        advance(prior, tables, cache, rows, filters, width)
+        advance(prior, tables, cache, rows, layout, filters, width)
 
-    monkeypatch.setattr(stage2_prior.engine, "advance", counted)
-    monkeypatch.setattr(CompiledSteps, "get", lambda *_: counted)
+    monkeypatch.setattr(stage2_prior.table, "advance", counted)
     prior = any_order_prior()
     engine = Engine(prior, 8)
     requests = [plain(0, 2.0), wide(1, 3, 2.0), wide(2, 3), plain(3), wide(4, 2, 2.0)]
@@ -204,9 +203,9 @@ def test_codes_per_step_of_one_image_change_nothing_for_the_others(monkeypatch):
     assert engine.num_active == 5
     while engine.num_active:
         finished += engine.step()
+    assert {rows for rows, width in widths if width == 1} <= {3, 4}
     for one in finished:
         assert_same(one, alone(prior, tickets[one.ticket]))
-    assert {rows for rows, width in widths if width == 1} <= {3, 4}
     assert engine.num_sampled == 5 * prior.stream.image_length
 
 
@@ -262,7 +261,9 @@ def test_logits_of_several_codes_that_are_not_finite_end_their_image_alone():
     good, bad = engine.submit(wide(5, 4)), engine.submit(wide(6, 4))
     engine.step()
     with torch.inference_mode():
-        engine._cache.values[0][2, :, 0] = float("nan")  # the last row is that of the first image
+        engine._table.cache.values[0][2, :, 0] = float(
+            "nan"
+        )  # the last row is that of the first image
     finished = {}
     while engine.num_active:
         finished |= {one.ticket: one for one in engine.step()}
@@ -272,16 +273,14 @@ def test_logits_of_several_codes_that_are_not_finite_end_their_image_alone():
 
 def test_a_caption_is_read_once(prior, monkeypatch):
     read = []
-    fill = stage2_prior.engine.prefill
-    monkeypatch.setattr(
-        stage2_prior.engine,
-        "prefill",
-        lambda prior, tables, cache, ids: (
-            read.append(ids[0].tolist()),
-            fill(prior, tables, cache, ids),
-        ),
-    )
-    engine = Engine(prior, 16)
+
+    class CountedSteps(Steps):
+        @staticmethod
+        def prefill(prior, tables, cache, ids):
+            read.extend(ids.tolist())
+            prefill(prior, tables, cache, ids)
+
+    engine = Engine(prior, 16, steps=CountedSteps())
     for seed in range(6):
         engine.submit(plain(seed, 2.0))
         engine.step()
@@ -311,7 +310,7 @@ def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
     bad = engine.submit(plain(6))
     engine.step()
     with torch.inference_mode():
-        engine._cache.values[0][1, :, 0] = float("nan")
+        engine._table.cache.values[0][1, :, 0] = float("nan")
     finished = []
     while engine.num_active:
         finished += engine.step()
@@ -326,8 +325,10 @@ def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
 
 
 def test_what_an_engine_cannot_do_is_refused_when_it_is_asked(prior):
-    with pytest.raises(ValueError, match=r"num_rows is 3; it must be one of \[2, 4, 8"):
-        Engine(prior, 3)
+    with pytest.raises(ValueError, match="num_rows is 0; it must be at least 1"):
+        Engine(prior, 0)
+    with pytest.raises(ValueError, match="num_rows is 1, and a guided image needs 2"):
+        Engine(prior, 1).submit(plain(0, 2.0))
     engine = Engine(prior, 2)
     several = SampleRequest(
         text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(num_inference_steps=2)
