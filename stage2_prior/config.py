@@ -36,6 +36,10 @@ class PriorConfig:
     """Features of a token inside the transformer."""
     depth: int = 6
     """Number of blocks."""
+    text_depth: int = 0
+    """Blocks of a text encoder, in which each word of the caption attends to all others, before the
+    blocks that read caption and codes. Such a prior models no text: `prior.objective.text_weight`
+    and `sequence.captioning_fraction` must be 0."""
     heads: int = 4
     """Attention heads; `width / heads` is a head's width and must be a multiple of 4 (rows and
     columns share it)."""
@@ -58,6 +62,10 @@ class PriorConfig:
             *(
                 (value < 1, f"prior.model.{name} is {value}; it must be at least 1")
                 for name, value in sizes.items()
+            ),
+            (
+                self.text_depth < 0,
+                f"prior.model.text_depth is {self.text_depth}; it must be 0 or more",
             ),
             (
                 positive and self.width % (4 * self.heads) > 0,

@@ -22,6 +22,7 @@ from stage2_prior.transformer import (
     Block,
     CacheView,
     KeyValueCache,
+    Projection,
     RMSNorm,
     RotaryEmbedding,
     attention_mask,
@@ -136,10 +137,17 @@ class ImagePrior(SavedModel):
             else None
         )
         self.kv_heads = self.model_config.kv_heads or heads
-        self.blocks = nn.ModuleList(
-            Block(width, heads, self.kv_heads, self.model_config.hidden, self.model_config.dropout)
-            for _ in range(self.model_config.depth)
+        of_blocks = (
+            width,
+            heads,
+            self.kv_heads,
+            self.model_config.hidden,
+            self.model_config.dropout,
         )
+        self.text_encoder = nn.ModuleList(
+            Block(*of_blocks, causal=False) for _ in range(self.model_config.text_depth)
+        )
+        self.blocks = nn.ModuleList(Block(*of_blocks) for _ in range(self.model_config.depth))
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
         self.image_head = CodebookProjection(
@@ -160,7 +168,7 @@ class ImagePrior(SavedModel):
         """Raises ValueError where there are more blocks or positions than the weights have."""
         model = build_config(PriorConfig, config.model, "its model section")
         stream = build_config(StreamConfig, config.stream, "its stream section")
-        refuse_larger("blocks", model.depth, len(stored))
+        refuse_larger("blocks", model.depth + model.text_depth, len(stored))
         length = stream.text_length + sum(level.length for level in stream.levels)
         slots = stored.get("slot_level")
         refuse_larger("positions", length, math.prod(slots.shape) if slots else 0)
@@ -169,7 +177,10 @@ class ImagePrior(SavedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with standard deviation width^-1/2. Projections back into the residual stream and
         heads start at zero."""
-        if isinstance(module, nn.Linear):
+        # Only modules with parameters of their own come here: transformers passes over the others.
+        if isinstance(module, Projection) and module.starts_at_zero:
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
@@ -177,9 +188,6 @@ class ImagePrior(SavedModel):
             nn.init.normal_(module.own, std=0.5 if module.shared is None else 0.1)
             if module.shared is not None:
                 nn.init.normal_(module.shared, std=0.5 * len(module.shared) ** -0.5)
-        elif isinstance(module, Block):
-            nn.init.zeros_(module.attention.output.weight)
-            nn.init.zeros_(module.feed_forward.down.weight)
         if module is self:
             nn.init.zeros_(self.text_head.weight)
 
@@ -202,7 +210,8 @@ class ImagePrior(SavedModel):
     @torch.no_grad()
     def load_pretrained(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
         """Copies the weights of a prior of the same architecture and codes, whose text may be
-        shorter and vocabulary smaller.
+        shorter and vocabulary smaller. It may lack this one's text encoder, which then changes
+        nothing at first.
 
         Args:
             spelled: for each new entry of the vocabulary the old text ids that spell it; it starts
@@ -218,6 +227,8 @@ class ImagePrior(SavedModel):
             weights[name] = torch.cat(
                 [rows, *(rows[list(ids)].mean(0, keepdim=True) for ids in spelled)]
             )
+        if not origin.text_encoder:
+            weights |= {name: own[name] for name in own if name.startswith("text_encoder.")}
         # Codes lie past the text, and move with its end.
         if origin.stream.text_length < self.stream.text_length:
             weights |= {name: own[name] for name in ("rotary", "slot_level")}
@@ -257,7 +268,8 @@ class ImagePrior(SavedModel):
 
         Raises:
             ValueError: there are more tokens than the cache holds, or a prior for any order is not
-                given the targets.
+                given the targets. Or a prior with a text encoder is given the codes first, or a
+                part of the caption.
         """
         first = 0 if cache is None else cache.filled
         length = ids.shape[1]
@@ -273,19 +285,27 @@ class ImagePrior(SavedModel):
             past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))
             cache.filled += length
         tables = self.tables()
+        num_text = 0
+        if not image_first:
+            num_text = min(max(self.stream.text_length - 1 - first, 0), length)
+        if self.text_encoder and (image_first or 0 < num_text < self.stream.text_length - 1):
+            raise ValueError(
+                "this prior has a text encoder, which reads a caption as a whole and before the "
+                "codes; give all text at once, first"
+            )
         features = self.features(
             ids,
             position_ids,
             targets,
             tables,
             past,
+            num_text=num_text,
             activation_checkpointing=activation_checkpointing,
         )
         if image_first:
             codes = features[:, : self.stream.image_length - 1]
             text = features[:, self.stream.image_length :]
         else:
-            num_text = min(max(self.stream.text_length - 1 - first, 0), length)
             text = features[:, :num_text]
             codes = features[:, num_text:]
         if not text_logits:
@@ -310,9 +330,15 @@ class ImagePrior(SavedModel):
         tables: CodebookTables,
         past: CacheView | None = None,
         *,
+        num_text: int = 0,
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Normalised features (B,S,C), the input of both heads; arguments as of `forward`."""
+        """Normalised features (B,S,C), the input of both heads.
+
+        Args: as of `forward`, and
+            num_text: how many tokens at the front are the caption, all but its last one; the text
+                encoder reads them.
+        """
         levels = self.level_embedding(self.slot_level[position_ids])
         x = F.embedding(ids, tables.embeddings) + levels
         key = self._rotary(position_ids)
@@ -325,11 +351,19 @@ class ImagePrior(SavedModel):
                 )
             x = x + self.target_embedding(self.slot_level[targets])
             rotary = RotaryEmbedding(self._rotary(targets), key)
+        recomputed = activation_checkpointing and self.training
+
+        def through(block: nn.Module, *given: Any) -> Tensor:
+            return checkpoint(block, *given, use_reentrant=False) if recomputed else block(*given)
+
+        if self.text_encoder and num_text:
+            text, codes = x[:, :num_text], x[:, num_text:]
+            of_text = self._rotary(position_ids[..., :num_text])
+            for block in self.text_encoder:
+                text = through(block, text, RotaryEmbedding(of_text, of_text), None, 0)
+            x = torch.cat([text, codes], 1)
         for layer, block in enumerate(self.blocks):
-            if activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, past, layer, use_reentrant=False)
-            else:
-                x = block(x, rotary, past, layer)
+            x = through(block, x, rotary, past, layer)
         return self.norm(x)
 
     def _rotary(self, position_ids: Tensor) -> Tensor:
@@ -353,8 +387,9 @@ class ImagePrior(SavedModel):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the blocks, which optimizers for matrices may step; embeddings and
         heads are not among them."""
-        return [p for p in self.blocks.parameters() if p.ndim == 2]
+        blocks = (*self.text_encoder, *self.blocks)
+        return [p for block in blocks for p in block.parameters() if p.ndim == 2]
 
     def shard_units(self) -> list[nn.Module]:
         """The parts that FSDP gathers one after another."""
-        return list(self.blocks)
+        return [*self.text_encoder, *self.blocks]

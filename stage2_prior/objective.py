@@ -78,6 +78,11 @@ class PriorObjective:
             raise ValueError(
                 f"order {self.schedule.order} needs a prior whose stream has any_order=True"
             )
+        if prior.text_encoder and (config.text_weight > 0 or image_first > 0):
+            raise ValueError(
+                "a prior with a text encoder models no text, since each word knows the next; set "
+                "text_weight=0 and image_first=0, or build the prior with text_depth=0"
+            )
 
     def compile(self) -> None:
         """Compiles the network in place, whose parameter names stay, and the training loss. With a

@@ -204,7 +204,7 @@ def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids
     """Fills an empty cache with captions (P,S)."""
     positions = torch.arange(ids.shape[1], device=ids.device)
     past = CacheView(cache, positions, attention_mask(positions, positions, cache.capacity))
-    prior.features(ids, positions, positions + 1, tables, past)
+    prior.features(ids, positions, positions + 1, tables, past, num_text=ids.shape[1])
 
 
 def _sampled(

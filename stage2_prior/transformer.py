@@ -91,10 +91,12 @@ def _summed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Projection(nn.Linear):
-    """A linear layer without bias, by `project`."""
+    """A linear layer without bias, by `project`; `starts_at_zero` where its output is added to the
+    residual stream."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, *, starts_at_zero: bool = False) -> None:
         super().__init__(width, out, bias=False)
+        self.starts_at_zero = starts_at_zero
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, self.weight)
@@ -215,16 +217,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with QK-norm and rotary positions."""
+    """Multi-head self-attention with QK-norm and rotary positions; without `causal`, of every token
+    to every other one."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int, *, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.heads = heads
         self.kv_heads = kv_heads
         head_width = width // heads
         self.query_key_value = Projection(width, (heads + 2 * kv_heads) * head_width)
         self.query_key_gain = nn.Parameter(torch.ones(2 * head_width))
-        self.output = Projection(width, width)
+        self.output = Projection(width, width, starts_at_zero=True)
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding, past: CacheView | None, layer: int
@@ -239,7 +243,10 @@ class Attention(nn.Module):
         k = rotate(F.rms_norm(k, k.shape[-1:], key_gain, 1e-6), rotary.key)
         if past is not None:
             k, v = past.cache.put(layer, past.positions, k, v)
-        attended = attend(q, k, v, past.allowed if past else None)
+        allowed = past.allowed if past else None
+        if not self.causal:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=x.device)
+        attended = attend(q, k, v, allowed)
         return self.output(attended.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -249,7 +256,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = Projection(width, 2 * hidden)
-        self.down = Projection(hidden, width)
+        self.down = Projection(hidden, width, starts_at_zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -259,10 +266,19 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then SwiGLU."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        dropout: float,
+        *,
+        causal: bool = True,
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads, kv_heads)
+        self.attention = Attention(width, heads, kv_heads, causal=causal)
         self.feed_forward_norm = RMSNorm(width, eps=1e-6)
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)

@@ -214,6 +214,7 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
         *_run_problems(values),
         *_image_problems(values["data"], model),
         *_sampling_problems(values["sampling"], values["prior"]),
+        *_text_problems(values["prior"], values["sequence"]),
         *_init_problems(values["tokenizer"], values["prior"], values["text"]),
         *_latent_prior_problems(values["tokenizer"], values["prior"]),
         *joint_problems(model, values["tokenizer"]["objective"]),
@@ -277,6 +278,26 @@ def _sampling_problems(sampling: Mapping[str, Any], prior: Mapping[str, Any]) ->
             steps is not None and order != "random",
             f"sampling.num_inference_steps is {steps} but prior.train.code_order is {order}; "
             "several codes per step need prior.train.code_order=random",
+        ),
+    )
+
+
+def _text_problems(prior: Mapping[str, Any], sequence: Mapping[str, Any]) -> list[str]:
+    depth = prior["model"]["text_depth"]
+    weight = prior["objective"]["text_weight"]
+    fraction = sequence["captioning_fraction"]
+    return problems(
+        (
+            depth > 0 and weight > 0,
+            f"prior.model.text_depth is {depth} and prior.objective.text_weight is {weight}; in a "
+            "text encoder each word knows the next, so that there is none to predict; set "
+            "prior.objective.text_weight=0, or prior.model.text_depth=0",
+        ),
+        (
+            depth > 0 and fraction > 0,
+            f"prior.model.text_depth is {depth} and sequence.captioning_fraction is {fraction}; a "
+            "prior with a text encoder samples no captions; set sequence.captioning_fraction=0, or "
+            "prior.model.text_depth=0",
         ),
     )
 

@@ -278,6 +278,8 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
         return
     folder = stage_folder(prior.init_from, "prior")
     saved_model, stream = saved_prior_config(folder)
+    if not saved_model.text_depth:  # a text encoder can be added
+        saved_model = replace(saved_model, text_depth=prior.model.text_depth)
     _check_architecture("prior", prior.model, saved_model, folder)
     _check_grid(tokenizer.model, stream, folder)
     order = prior.train.code_order

@@ -19,7 +19,7 @@ from stage2_prior import (
     StreamConfig,
     sample,
 )
-from stage2_prior.transformer import attend, fused_attention, rotary_table, rotate
+from stage2_prior.transformer import RotaryEmbedding, attend, fused_attention, rotary_table, rotate
 from tests.helpers.compiling import traced
 from tests.helpers.priors import tiny_prior
 
@@ -41,6 +41,20 @@ def test_logits_depend_on_no_later_token(levels, text_ids):
         (gradient,) = torch.autograd.grad(part.square().sum(), embedded, retain_graph=True)
         reach = gradient.abs().sum(dim=(0, 2)) > 0
         assert reach[: slot + 1].all() and not reach[slot + 1 :].any()
+
+
+def test_blocks_of_a_new_prior_change_nothing():
+    """Their projections into the residual stream, and the heads, start at zero."""
+    prior = ImagePrior(
+        PriorConfig(width=32, depth=2, heads=2, text_depth=1),
+        StreamConfig(text_vocab_size=20, text_length=6, levels=LEVELS[0]),
+    )
+    x = torch.randn(2, 5, 32)
+    rotary = RotaryEmbedding(*[prior.rotary[:, :5]] * 2)
+    for block in (*prior.text_encoder, *prior.blocks):
+        assert torch.equal(block(x, rotary, None, 0), x)
+        assert block.attention.query_key_value.weight.std() > 0.1
+    assert not prior.text_head.weight.any() and not prior.image_head.own.any()
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=["one level", "two levels"])

@@ -226,6 +226,13 @@ def test_every_violated_relation_is_named(tiny_yaml):
             r"train\.anneal_fraction is 0\.7, 0\.5; it must be two fractions",
         ),
         (["--sequence.captioning_fraction", "1"], r"sequence\.captioning_fraction is 1"),
+        (["--prior.model.text_depth", "-1"], r"text_depth is -1; it must be 0 or more"),
+        (
+            ["--prior.model.text_depth", "2", "--sequence.captioning_fraction", "0.2"],
+            r"(?s)text_depth is 2 and prior\.objective\.text_weight is 0\.1; .*set "
+            r"prior\.objective\.text_weight=0.*text_depth is 2 and "
+            r"sequence\.captioning_fraction is 0\.2; .*set sequence\.captioning_fraction=0",
+        ),
         (
             ["--sampling.guidance_interval", "[0.7, 0.5]", "--sampling.guidance_power", "0"],
             r"(?s)guidance_interval is \(0\.7, 0\.5\).*guidance_power is 0",

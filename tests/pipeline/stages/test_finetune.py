@@ -141,6 +141,15 @@ def test_weights_can_be_started_from_with_another_dropout(bundle, tmp_path):
     assert experiment.prior.model.dropout == 0.25
 
 
+def test_a_text_encoder_can_be_added_to_weights_without_one(bundle, tmp_path):
+    given = ["--prior.model.text_depth", "1", "--prior.objective.text_weight", "0"]
+    experiment = load_experiment([*settings(tmp_path, bundle), *given])
+    check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+    experiment.prior.model.depth += 1
+    with pytest.raises(ValueError, match=r"another architecture: prior\.model\.depth"):
+        check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+
+
 @pytest.mark.parametrize(
     ("part", "place", "value", "message"),
     [
