@@ -177,7 +177,7 @@ class ImagePrior(SavedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with standard deviation width^-1/2. Projections back into the residual stream and
         heads start at zero."""
-        # Only modules with parameters of their own come here: transformers passes over the others.
+        # Only modules with parameters of their own come here: transformers skips the others.
         if isinstance(module, Projection) and module.starts_at_zero:
             nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
