@@ -33,7 +33,7 @@ class StepShape(NamedTuple):
 
     num_rows: int
     num_images: int
-    """Images that these rows are of, others that stand still included."""
+    """Images that these rows are of."""
     guided: bool
     """Whether any image has two rows."""
     filters: Filters
@@ -67,7 +67,7 @@ class CompiledSteps(Steps):
         meanwhile: torch's compiler replaces what calls them."""
         prior = self.prior
         step = _compiled_step(prior, shape)
-        # Compiled at its first call, here on rows that stand still.
+        # Compiled at its first call, here on rows of no image.
         cache = prior.new_cache(shape.num_rows)
         rows = Rows.empty(prior, shape.num_rows)
         layout = Layout.empty(prior, shape.num_rows, shape.num_images, guided=shape.guided)

@@ -30,7 +30,7 @@ class Level:
 
 @dataclass(kw_only=True)
 class PriorConfig:
-    """Architecture of the decoder-only transformer (`prior.model` in a YAML)."""
+    """Architecture of the transformer over caption and codes (`prior.model` in a YAML)."""
 
     width: int = 256
     """Features of a token inside the transformer."""

@@ -8,9 +8,8 @@ does not fit yet makes those behind it wait, so that none starves.
 
 Images of one code per step have the first rows, those of several the last ones: where one leaves,
 the innermost rows of its kind take its place. A step computes each kind on its own, since each row
-computes as many tokens as the widest one. Of the first kind it computes the fewest rows of a fixed
-list of sizes that hold all active ones, or just these where so many are not free. What the second
-kind may take together is bounded, since each token has logits.
+computes as many tokens as the widest one. What the second kind may take together is bounded, since
+each token has logits.
 
 The codes of an image are the same whatever else is in the table, up to rounding: products of
 matrices of other sizes round otherwise, and a uniform number that falls within a rounding error of
@@ -33,8 +32,6 @@ from stage2_prior.schedule import SamplingSchedule, sampling_schedule
 from stage2_prior.step import Filters, Rows
 from stage2_prior.table import Table
 
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Numbers of rows of one code per step that a step computes."""
 _MOST_TOKENS = 2048
 """About the most tokens that one step computes for images of several codes per step, where there is
 more than one such image."""
@@ -215,8 +212,15 @@ class Engine:
         """Queues a request; it joins at the next step that has rows for it. Returns its ticket.
 
         Raises:
-            ValueError: as `sample`, or the table has one row and the image is guided.
+            ValueError: as `sample`. Or the caption has not T ids, or the table has one row and the
+                image is guided.
         """
+        length = self.prior.stream.text_length
+        if request.text_ids.shape != (length,):
+            raise ValueError(
+                f"the caption has the shape {tuple(request.text_ids.shape)}, and it must be "
+                f"({length},)"
+            )
         schedule = sampling_schedule(
             self.prior,
             [request.seed],
@@ -298,13 +302,9 @@ class Engine:
         """Takes a step of all images of a kind."""
         several = images[0].several
         used = self._used(several)
-        free = self.num_rows - self._used(not several)
-        count = used if several else next((n for n in _SIZES if used <= n <= free), used)
-        first = self.num_rows - count if several else 0
-        guided = any(len(image.offsets) == 2 for image in images)
-        num_images = count // 2 if guided and len(images) <= count // 2 else count
+        first = self.num_rows - used if several else 0
         filters = Filters.of(image.request.options for image in images)
-        shape = StepShape(count, num_images, guided, filters)
+        shape = StepShape(used, len(images), used > len(images), filters)
         own = [self._row(image, 0) for image in images]
         layout = self._table.layout(first, shape, own, [self._row(image, -1) for image in images])
         if not several:
@@ -341,9 +341,13 @@ class Engine:
             used[kind] += 1
             reserved[kind] += image.num_rows
             joining.append(image)
-        self._images += joining
         if joining:
-            self._start(joining)
+            try:
+                self._start(joining)
+            except Exception:
+                self._queue.extendleft(reversed(joining))
+                raise
+            self._images += joining
 
     def _start(self, images: list[_Image]) -> None:
         """Writes images into their rows, and reads their captions and known codes."""
@@ -367,7 +371,6 @@ class Engine:
             filled=length - 1 + kept,
             position=length + kept,
             after=_positions_after(images, length, stream.length),
-            active=torch.ones_like(kept),
             broken=torch.zeros_like(kept),
             noise=per_seed_uniforms([i.request.seed for i in images], stream.image_length),
             scales=torch.tensor([image.schedule.scales for image in images]),
@@ -409,7 +412,6 @@ class Engine:
         ones into their place."""
         if not offsets:
             return
-        self._table.free([self._at(offset, several) for offset in offsets])
         used = self._used(several)
         holes = [offset for offset in offsets if offset < used]
         inner = [
@@ -460,8 +462,7 @@ def _positions_after(images: list[_Image], first: int, length: int) -> Tensor:
     of an image's first code."""
     after = (torch.arange(length + 1) + 1).clamp(max=length).repeat(len(images), 1)
     for row, image in zip(after, images, strict=True):
-        position = first + image.num_kept
-        for size in image.sizes:
-            row[position] = position + size
-            position += size
+        if image.several:  # others have the next position
+            ends = first + image.num_kept + torch.tensor(image.sizes).cumsum(0)
+            row[ends - torch.tensor(image.sizes)] = ends
     return after

@@ -86,7 +86,8 @@ class CodebookProjection(nn.Module):
 
 
 class ImagePrior(SavedModel):
-    """Decoder-only transformer over caption and codes.
+    """Transformer over caption and codes, of which each code knows what comes before it; with an
+    encoder of the caption in front, if `text_depth` is above 0.
 
     Args:
         model: architecture; or the `ImagePriorConfig` that transformers passes on loading.
@@ -330,7 +331,7 @@ class ImagePrior(SavedModel):
         tables: CodebookTables,
         past: CacheView | None = None,
         *,
-        num_text: int = 0,
+        num_text: int,
         activation_checkpointing: bool = False,
     ) -> Tensor:
         """Normalised features (B,S,C), the input of both heads.

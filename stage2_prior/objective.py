@@ -141,10 +141,11 @@ class PriorObjective:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Held-out nats per code and per text token, means over all tokens. No collectives, no
-        caption dropout. Codes come in the order that training ends with; random orders are the
-        same in every evaluation."""
+        """Held-out nats per code and per text token, means over all tokens; a prior with a text
+        encoder models no text. No collectives, no caption dropout. Codes come in the order that
+        training ends with; random orders are the same in every evaluation."""
         self.prior.eval()
+        models_text = not self.prior.text_encoder
         sums = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
             text_ids = batch["text_ids"]
@@ -160,7 +161,9 @@ class PriorObjective:
                         range(first, first + len(all_codes)), self.stream.image_length
                     )
                 orders = orders.to(all_codes.device)
-            text, image, _ = self._cross_entropies(self.prior, text_ids, all_codes, words, orders)
+            text, image, _ = self._cross_entropies(
+                self.prior, text_ids, all_codes, words, orders, with_text=models_text
+            )
             caption = (
                 self._caption_cross_entropy(self.prior, text_ids, all_codes, words)[0]
                 if self.image_first
@@ -181,15 +184,13 @@ class PriorObjective:
             raise ValueError(
                 "there are no held-out images to evaluate on; raise data.val_fraction or add images"
             )
-        metrics = {
-            "nats_per_text_token": float(sums[0] / sums[1].clamp(min=1)),
-            "nats_per_code": float(sums[2] / sums[3]),
-        }
-        return metrics | (
-            {"nats_per_caption_token": float(sums[4] / sums[1].clamp(min=1))}
-            if self.image_first
-            else {}
-        )
+        metrics = {"nats_per_code": float(sums[2] / sums[3])}
+        num_words = float(sums[1].clamp(min=1))
+        if models_text:
+            metrics["nats_per_text_token"] = float(sums[0]) / num_words
+        if self.image_first:
+            metrics["nats_per_caption_token"] = float(sums[4]) / num_words
+        return metrics
 
     def _corrupted(self, codes: Tensor) -> Tensor:
         """Codes (B,N), of which `code_corruption` are replaced by random ones of their level."""

@@ -87,7 +87,9 @@ def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -
     positions = torch.arange(prior.stream.text_length, device=prior.device)
     cached = positions[:-1] + prior.stream.image_length
     past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))
-    features = prior.features(text_ids[:, :-1], positions[:-1], positions[1:], tables, past)
+    features = prior.features(
+        text_ids[:, :-1], positions[:-1], positions[1:], tables, past, num_text=0
+    )
     targets = text_ids[:, 1:]
     logits: Tensor = prior.text_head(features).float()
     log_p = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
@@ -121,7 +123,9 @@ def sample_captions(
         cached = torch.tensor([stream.image_length + position], device=device)
         past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))
         now = torch.tensor([position], device=device)
-        features = prior.features(ids[:, position : position + 1], now, now + 1, tables, past)
+        features = prior.features(
+            ids[:, position : position + 1], now, now + 1, tables, past, num_text=0
+        )
         logits = prior.text_head(features[:, 0]).float()
         # Pad and start are no words, and training gives them next to no probability.
         word = logits.clone()
@@ -140,11 +144,11 @@ def _read_codes(
     prior: ImagePrior, codes: Tensor, rows: int
 ) -> tuple[CodebookTables, KeyValueCache]:
     """A cache for `rows` captions that holds the codes (1 or rows, N), each computed once."""
-    if not prior.config.trained_image_first:
+    if prior.text_encoder or not prior.config.trained_image_first:
         raise ValueError(
             "captions need a prior that was trained with codes first in part of its batches, and "
-            "this one was not; train one with "
-            "sequence.captioning_fraction=0.2"
+            "this one was not; train one with sequence.captioning_fraction=0.2 and "
+            "prior.model.text_depth=0"
         )
     codes = codes.to(prior.device)
     tables = prior.tables()
@@ -153,7 +157,9 @@ def _read_codes(
     cached = torch.arange(codes.shape[1], device=prior.device)
     read = prior.new_cache(len(codes), codes.shape[1])
     past = CacheView(read, cached, attention_mask(cached, cached, read.capacity))
-    prior.features(prior.stream.code_ids(codes), positions[:-1], positions[1:], tables, past)
+    prior.features(
+        prior.stream.code_ids(codes), positions[:-1], positions[1:], tables, past, num_text=0
+    )
     cache = prior.new_cache(rows)
     every_row = torch.arange(rows, device=prior.device)
     cache.copy_from(read, every_row.clamp(max=len(codes) - 1), every_row)

@@ -12,8 +12,8 @@ sequence when it comes. With codes first the sequence is code 0 ... code N-1, <s
 the same position ids in another order.
 
 The null caption is `<start> <end> <pad> ...`: what guidance subtracts. Pads are ordinary tokens
-that every later token may attend to, so attention is plainly causal. (DALL-E, Ramesh et al. 2021,
-section 2.2, with one pad for all positions.)
+that every later token may attend to, so attention is plainly causal, but in a text encoder.
+(DALL-E, Ramesh et al. 2021, section 2.2, with one pad for all positions.)
 """
 
 from __future__ import annotations

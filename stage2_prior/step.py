@@ -75,8 +75,6 @@ class Rows(NamedTuple):
     """(R,) cache position of the next code to sample, S after the last."""
     after: Tensor
     """(R,S+1) by position: the position after that step."""
-    active: Tensor
-    """(R,) int64, 1 where a row advances; others compute, and nobody reads what they write."""
     broken: Tensor
     """(R,) position of the first step whose logits were not finite, 0 where there was none."""
     noise: Tensor
@@ -96,7 +94,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def empty(cls, prior: ImagePrior, count: int) -> Rows:
-        """Rows that do not advance."""
+        """Rows of no image."""
         stream = prior.stream
         device = prior.device
         positions = torch.arange(stream.length + 1, device=device)
@@ -110,7 +108,6 @@ class Rows(NamedTuple):
             filled=torch.full_like(whole, stream.text_length - 1),
             position=torch.full_like(whole, stream.text_length),
             after=(positions + 1).clamp(max=stream.length).repeat(count, 1),
-            active=whole.clone(),
             broken=whole.clone(),
             noise=per_code.clone(),
             scales=torch.ones_like(per_code),
@@ -175,7 +172,12 @@ def advance(
     targets = rows.position_ids.gather(1, at + 1)
     past = CacheView(cache, at, attention_mask(at, before, cache.capacity)[:, None])
     features = prior.features(
-        rows.ids.gather(1, before), rows.position_ids.gather(1, before), targets, tables, past
+        rows.ids.gather(1, before),
+        rows.position_ids.gather(1, before),
+        targets,
+        tables,
+        past,
+        num_text=0,
     )
     logits = project(features, tables.head).float()
     outside = prior.stream.outside_level(targets - prior.stream.text_length, tables.level_edges)
@@ -195,9 +197,8 @@ def advance(
     # Valid up to the first token that changed since it was an input of an earlier step.
     changed = (ids != there) & (at + 1 < position)
     valid = torch.where(changed, at + 1, position).amin(1)
-    active = rows.active == 1
-    rows.filled.copy_(torch.where(active, valid, rows.filled))
-    rows.position.copy_(torch.where(active, after[:, 0], rows.position))
+    rows.filled.copy_(valid)
+    rows.position.copy_(after[:, 0])
 
 
 def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:

@@ -57,16 +57,12 @@ class Table:
         index = self.index(at)
         for own, new in zip(self.rows, values, strict=True):
             own[index] = new.to(own.device)
-        for value in self.cache.values:
-            value[index] = 0  # a masked nan of an earlier image would make nan
+        for held in (*self.cache.keys, *self.cache.values):
+            held[index] = 0  # a masked nan of an earlier image would make nan
         stream = self.prior.stream
         captions = values.ids[:, : stream.text_length]
         read = torch.cat([captions, stream.null_caption(1)]) if also_null else captions
-        caches = self._read_captions([tuple(caption) for caption in read.tolist()])
-        of_row = [tuple(caption) for caption in captions.tolist()]
-        for key in dict.fromkeys(of_row):
-            rows = [row for row, other in zip(at, of_row, strict=True) if other == key]
-            self.cache.copy_from(caches[key], self.index([0] * len(rows)), self.index(rows))
+        self._read_captions(at, [tuple(caption) for caption in read.tolist()])
         self._read_codes(at, values.filled.tolist())
 
     def copy_as_null(self, rows: Sequence[int], at: Sequence[int]) -> None:
@@ -77,22 +73,10 @@ class Table:
         self.write(at, values)
 
     def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
-        """Copies rows with their keys and values to others, and frees them."""
+        """Copies rows with their keys and values to others."""
         source, target = self.index(rows), self.index(to)
         for one in (*self.rows, *self.cache.keys, *self.cache.values):
             one[target] = one[source]
-        self.free(rows)
-
-    def free(self, rows: Sequence[int]) -> None:
-        """Makes rows stand still."""
-        index = self.index(rows)
-        text = self.prior.stream.text_length
-        for one, value in (
-            (self.rows.active, 0),
-            (self.rows.filled, text - 1),
-            (self.rows.position, text),
-        ):
-            one[index] = value
 
     def layout(self, first: int, shape: StepShape, own: list[int], null: list[int]) -> Layout:
         """Which of the rows from `first` on belong to which image; `own` and `null` are their row
@@ -110,10 +94,9 @@ class Table:
         for image, (row, other) in enumerate(zip(own, null, strict=True)):
             of_row[row - first] = of_row[other - first] = image
         layout.image.copy_(torch.tensor(of_row))
-        for held, rows in ((layout.own, own), (layout.null, null)):
-            if held is not None:
-                filled_up = rows + rows[:1] * (shape.num_images - len(rows))
-                held.copy_(torch.tensor(filled_up) - first)
+        layout.own.copy_(torch.tensor(own) - first)
+        if layout.null is not None:
+            layout.null.copy_(torch.tensor(null) - first)
         return layout
 
     def advance(self, first: int, layout: Layout, filters: Filters, width: int) -> None:
@@ -122,11 +105,14 @@ class Table:
 
     def advance_single(self, layout: Layout, shape: StepShape) -> None:
         """Takes a step of one code of the first rows, compiled where that is there."""
+        if graph := self._graphs.get(shape):
+            graph()
+            return
         compiled = self.steps.advance(shape)
         step = self._step(compiled or advance, 0, layout, shape.filters, 1)
         if compiled is not None and self.prior.device.type == "cuda":
             if shape in self._graphs:
-                self._graphs[shape] = step = self._graphs[shape] or capture_cuda_graph(step)
+                self._graphs[shape] = step = capture_cuda_graph(step)
             else:
                 self._graphs[shape] = None
         step()
@@ -139,24 +125,33 @@ class Table:
         rows = self.rows.part(part)
         return partial(step, self.prior, self._tables, cache, rows, layout, filters, width)
 
-    def _read_captions(
-        self, captions: Sequence[tuple[int, ...]]
-    ) -> dict[tuple[int, ...], KeyValueCache]:
-        """Keys and values of all but the last token of each caption, which is computed once."""
-        caches = {caption: self._captions.get(caption) for caption in captions}
-        new = [caption for caption, cache in caches.items() if cache is None]
-        if new:
-            ids = torch.tensor(new, device=self.prior.device)[:, :-1]
-            cache = self.prior.new_cache(len(new), ids.shape[1])
-            self.steps.prefill(self.prior, self._tables, cache, ids)
-            caches |= {new[i]: cache.rows(slice(i, i + 1)) for i in range(len(new))}
-        found = {caption: cache for caption, cache in caches.items() if cache is not None}
-        self._captions |= found
-        for caption in found:
-            self._captions.move_to_end(caption)
+    def _read_captions(self, at: Sequence[int], captions: Sequence[tuple[int, ...]]) -> None:
+        """Writes keys and values of all but the last token of captions into rows; more captions
+        than rows are read for later. Each one is computed once."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._captions]
+        for caption in dict.fromkeys(captions):
+            if caption in self._captions:
+                rows = [row for row, other in zip(at, captions, strict=False) if other == caption]
+                zeros = self.index([0] * len(rows))
+                self.cache.copy_from(self._captions[caption], zeros, self.index(rows))
+                self._captions.move_to_end(caption)
+        if not new:
+            return
+        ids = torch.tensor(new, device=self.prior.device)[:, :-1]
+        cache = self.prior.new_cache(len(new), ids.shape[1])
+        self.steps.prefill(self.prior, self._tables, cache, ids)
+        places = {caption: number for number, caption in enumerate(new)}
+        pairs = [(places[c], row) for row, c in zip(at, captions, strict=False) if c in places]
+        if pairs:
+            sources = self.index([place for place, _ in pairs])
+            self.cache.copy_from(cache, sources, self.index([row for _, row in pairs]))
+        # The null caption comes last, and is kept in any case.
+        for caption in new[-_CAPTIONS_KEPT:]:
+            self._captions[caption] = cache.rows(
+                slice(places[caption], places[caption] + 1)
+            ).clone()
         while len(self._captions) > _CAPTIONS_KEPT:
             self._captions.popitem(last=False)
-        return found
 
     def _read_codes(self, at: Sequence[int], filled: Sequence[int]) -> None:
         """Computes keys and values of codes up to the position `filled`, exclusive, of each row.
@@ -182,4 +177,5 @@ class Table:
                 self.rows.position_ids[part, first + 1 : end + 1],
                 self._tables,
                 past,
+                num_text=0,
             )

@@ -137,6 +137,10 @@ class KeyValueCache:
             [key[part] for key in self.keys], [value[part] for value in self.values]
         )
 
+    def clone(self) -> KeyValueCache:
+        """The same in memory of its own."""
+        return KeyValueCache([key.clone() for key in self.keys], [v.clone() for v in self.values])
+
     def copy_from(self, other: KeyValueCache, rows: Tensor, to: Tensor) -> None:
         """Copies all positions of another cache, which has no more than this one: its row rows[i]
         (n,) to the row to[i] (n,)."""

@@ -75,6 +75,8 @@ def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:
                 "prior": {"model": to_dict(prior)},
                 "text": {"max_length": stream.text_length},
             }
+            if prior.text_depth:  # it models no text
+                found["prior"]["objective"] = {"text_weight": 0.0}
             # What was trained on random orders can edit, and would forget it.
             if read_json(folder / _CONFIG).get("trained_order") == "random":
                 found["prior"]["train"] = {"code_order": "random"}

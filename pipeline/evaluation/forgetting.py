@@ -105,6 +105,9 @@ def forgetting(
             metrics = _metrics(pipe, source, count, experiment.precision, with_psnr=other_codes)
             for name, value in metrics.items():
                 result.metrics.setdefault(data, {}).setdefault(name, {})[when] = value
+        # One of the two may model no text.
+        found = result.metrics[data]
+        result.metrics[data] = {name: found[name] for name in found if len(found[name]) == 2}
     return result
 
 

@@ -82,12 +82,13 @@ def mean_psnr(real: np.ndarray, drawn: np.ndarray) -> float:
 
 
 def prior_metrics(pipe: TextToImagePipeline, source: Source, count: int) -> dict[str, float]:
-    """Nats per code and per text token on the first `count` images of a source; per caption token
-    too where the prior captions. Codes come in the order that the prior was trained on."""
+    """Nats per code, and per text token but for a prior with a text encoder, on the first `count`
+    images of a source; per caption token too where the prior captions. Codes come in the order that
+    the prior was trained on."""
     trained = pipe.prior.config
     objective = PriorObjective(
         pipe.prior,
-        PriorObjectiveConfig(),
+        PriorObjectiveConfig(text_weight=0.0),  # which evaluation does not read
         OrderSchedule(order=trained.trained_order),
         image_first=0.5 if trained.trained_image_first else 0.0,
     )

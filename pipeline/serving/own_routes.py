@@ -83,7 +83,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         if not pipe.prior.config.trained_image_first:
             message = (
                 f"the bundle {service.name} was not trained with codes first, which captions need; "
-                "serve a bundle of sequence.captioning_fraction=0.2"
+                "serve a bundle of sequence.captioning_fraction=0.2 and prior.model.text_depth=0"
             )
             raise ApiError(400, message, code="not_supported")
         if body.candidates is not None:

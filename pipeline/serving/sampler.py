@@ -251,8 +251,8 @@ class Sampler:
         return max(math.ceil(codes / self._codes_per_second), 1) if self._codes_per_second else 1
 
     def _compile(self, filters: Filters) -> None:
-        """Compiles the steps of one image. On a CPU they take a third of the time of plain ones;
-        steps of 8 and 32 rows gain little, of 64 they lose."""
+        """Compiles the steps of one image, which on a CPU take a third of the time of plain ones.
+        Steps of more rows gain less, and would need a program for each number of them."""
         start = time.perf_counter()
         try:
             for guided in (True, False):

@@ -279,6 +279,12 @@ def check_init_from(tokenizer: TokenizerSection, prior: PriorSection, text_lengt
     folder = stage_folder(prior.init_from, "prior")
     saved_model, stream = saved_prior_config(folder)
     if not saved_model.text_depth:  # a text encoder can be added
+        if prior.lora_rank and prior.model.text_depth:
+            raise ValueError(
+                f"prior.model.text_depth is {prior.model.text_depth}, and the prior in {folder} "
+                "has no text encoder; with prior.lora_rank its new blocks would not be trained, "
+                "set prior.lora_rank=0 or leave prior.model.text_depth out"
+            )
         saved_model = replace(saved_model, text_depth=prior.model.text_depth)
     _check_architecture("prior", prior.model, saved_model, folder)
     _check_grid(tokenizer.model, stream, folder)

@@ -31,6 +31,7 @@ def tiny_pipeline(
     *,
     captions: list[str] = CAPTIONS,
     any_order: bool = False,
+    text_depth: int = 0,
     trained_on: dict[str, Any] | None = None,
     **tokenizer: Any,
 ) -> TextToImagePipeline:
@@ -45,7 +46,8 @@ def tiny_pipeline(
         any_order=any_order,
     )
     torch.manual_seed(0)
-    prior = ImagePrior(PriorConfig(width=32, depth=1, heads=2), stream)
+    config = PriorConfig(width=32, depth=1, heads=2, text_depth=text_depth)
+    prior = ImagePrior(config, stream)
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:

@@ -26,6 +26,7 @@ from stage2_prior import (
 )
 from stage2_prior.compilation import Steps
 from stage2_prior.step import advance, prefill
+from stage2_prior.table import Table
 from tests.helpers.priors import any_order_prior, tiny_prior
 
 TWO = (Level(grid=(1, 1), num_codes=4), Level(grid=(2, 4), num_codes=11))
@@ -311,6 +312,7 @@ def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
     engine.step()
     with torch.inference_mode():
         engine._table.cache.values[0][1, :, 0] = float("nan")
+        engine._table.cache.keys[0][1, :, 0] = float("nan")
     finished = []
     while engine.num_active:
         finished += engine.step()
@@ -324,12 +326,34 @@ def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
         assert_same(by_ticket[ticket], alone(prior, plain(seed)))
 
 
+def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch):
+    engine = Engine(prior, 4)
+    tickets = [engine.submit(plain(seed, 2.0)) for seed in range(3)]
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "write", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    assert (engine.num_active, engine.num_waiting) == (0, 3)
+    finished = []
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    assert [one.ticket for one in finished] == tickets
+    for seed, one in enumerate(finished):
+        assert_same(one, alone(prior, plain(seed, 2.0)))
+
+
 def test_what_an_engine_cannot_do_is_refused_when_it_is_asked(prior):
     with pytest.raises(ValueError, match="num_rows is 0; it must be at least 1"):
         Engine(prior, 0)
     with pytest.raises(ValueError, match="num_rows is 1, and a guided image needs 2"):
         Engine(prior, 1).submit(plain(0, 2.0))
     engine = Engine(prior, 2)
+    with pytest.raises(ValueError, match=r"the caption has the shape \(5,\), and .* \(6,\)"):
+        engine.submit(replace(plain(0), text_ids=CAPTIONS[0, :5]))
     several = SampleRequest(
         text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(num_inference_steps=2)
     )

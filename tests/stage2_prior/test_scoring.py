@@ -80,7 +80,7 @@ def test_the_score_of_random_orders_is_a_lower_bound_of_their_mixture():
     ).mean(0)
     bound = score_codes(prior, caption, every).exp()
     assert float(mixture.sum()) == pytest.approx(1, rel=1e-4)
-    assert (bound < mixture).all() and 0.5 < float(bound.sum()) < 1
+    assert (bound <= mixture * (1 + 1e-5)).all() and 0.5 < float(bound.sum()) < 1 - 1e-5
 
 
 def test_each_code_has_its_mean_score_over_random_orders(text_ids, codes):

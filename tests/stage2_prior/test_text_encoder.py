@@ -81,6 +81,7 @@ def test_it_is_saved_trained_and_sharded_with_the_blocks(encoding_prior, text_id
     assert encoding_prior.shard_units()[:2] == list(encoding_prior.text_encoder)
     objective = PriorObjective(encoding_prior, PriorObjectiveConfig(text_weight=0))
     batch = {"text_ids": text_ids, "codes": codes}
+    assert objective.evaluate([batch]).keys() == {"nats_per_code"}
     next(iter(objective.losses(batch, 0))).value.backward()
     gradient = encoding_prior.text_encoder[0].attention.query_key_value.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0

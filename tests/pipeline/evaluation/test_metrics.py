@@ -104,6 +104,10 @@ def test_nats_per_code_are_the_mean_negative_log_likelihood():
     assert not pipe.prior.training
 
 
+def test_a_prior_with_a_text_encoder_has_nats_per_code_alone():
+    assert set(prior_metrics(tiny_pipeline(text_depth=1), Noise(), 8)) == {"nats_per_code"}
+
+
 def test_orders_are_those_of_the_training_and_repeat():
     pipe = tiny_pipeline(any_order=True)
     random = prior_metrics(pipe, Noise(), 8)

@@ -141,10 +141,25 @@ def test_weights_can_be_started_from_with_another_dropout(bundle, tmp_path):
     assert experiment.prior.model.dropout == 0.25
 
 
+def test_of_a_prior_with_a_text_encoder_no_text_is_modelled_either(bundle, tmp_path):
+    origin = ImagePrior.from_pretrained(bundle / "prior")
+    shutil.copytree(bundle, tmp_path / "other")
+    model = replace(origin.model_config, text_depth=1)
+    ImagePrior(model, origin.stream.config).save_pretrained(tmp_path / "other/prior")
+    experiment = load_experiment(settings(tmp_path, tmp_path / "other"))
+    assert experiment.prior.model.text_depth == 1
+    assert experiment.prior.objective.text_weight == 0
+    check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+
+
 def test_a_text_encoder_can_be_added_to_weights_without_one(bundle, tmp_path):
     given = ["--prior.model.text_depth", "1", "--prior.objective.text_weight", "0"]
     experiment = load_experiment([*settings(tmp_path, bundle), *given])
     check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+    experiment.prior.lora_rank = 4
+    with pytest.raises(ValueError, match=r"would not be trained, set prior\.lora_rank=0"):
+        check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+    experiment.prior.lora_rank = 0
     experiment.prior.model.depth += 1
     with pytest.raises(ValueError, match=r"another architecture: prior\.model\.depth"):
         check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
