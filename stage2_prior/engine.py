@@ -394,11 +394,14 @@ class Engine:
         leaving = [i for i in images if not i.is_guided and len(i.offsets) == 2]
         self._free(several, [image.offsets.pop() for image in leaving])
         joining = [i for i in images if i.is_guided and len(i.offsets) == 1]
+        if not joining:
+            return
+        used = self._used(several)
+        offsets = range(used, used + len(joining))
         own = [self._row(image, 0) for image in joining]
-        for offset, image in enumerate(joining, self._used(several)):
+        self._table.copy_as_null(own, [self._at(offset, several) for offset in offsets])
+        for image, offset in zip(joining, offsets, strict=True):
             image.offsets.append(offset)
-        if joining:
-            self._table.copy_as_null(own, [self._row(image, -1) for image in joining])
 
     def _leave(self, images: list[_Image]) -> None:
         """Frees the rows of images."""

@@ -120,7 +120,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < logits.topk(k).values[..., -1:], float("-inf"))
 
 
-def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Sets all logits outside the smallest set that reaches probability p to -inf; the most likely
     one always stays."""
     ordered, order = logits.sort(descending=True)
@@ -143,11 +143,11 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def warp_logits(
-    logits: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | Tensor | None
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of the number 0 keeps
-    the largest logit alone."""
-    if isinstance(temperature, (int, float)) and temperature == 0:
+    """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of 0 keeps the largest
+    logit alone."""
+    if temperature == 0:
         return keep_top_k(logits, 1)
     logits = logits / temperature
     if top_k is not None:
