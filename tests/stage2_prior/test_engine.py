@@ -22,6 +22,7 @@ from stage2_prior import (
     Samples,
     SamplingOptions,
     StepShape,
+    code_log_likelihood,
     sample,
 )
 from stage2_prior.compilation import Steps
@@ -88,6 +89,15 @@ def assert_same(finished: Finished, expected: Samples) -> None:
         torch.testing.assert_close(found.null_log_likelihood, expected.null_log_likelihood)
 
 
+def assert_exact(prior: ImagePrior, request: SampleRequest, finished: Finished) -> None:
+    """The log-likelihood is that of an uncached pass over what was sampled."""
+    found = finished.samples
+    assert found is not None
+    log_p = code_log_likelihood(prior, request.text_ids[None], found.codes, found.orders)[0]
+    sampled = log_p if request.known is None else log_p[~request.known]
+    torch.testing.assert_close(found.log_likelihood[0], sampled.sum())
+
+
 @pytest.mark.parametrize(
     ("prior", "count"),
     [
@@ -118,6 +128,31 @@ def test_codes_do_not_depend_on_what_else_is_sampled(prior, count):
     assert cancelled and engine.step() == []
     assert sorted(one.ticket for one in finished) == sorted(set(requests) - cancelled)
     for one in finished:
+        assert_same(one, alone(prior, requests[one.ticket]))
+        assert_exact(prior, requests[one.ticket], one)
+
+
+def test_known_codes_of_both_kinds_are_read_where_they_join_at_one_step():
+    """The first rows and the last ones have as many; an image is active between them."""
+    prior = any_order_prior()
+    engine = Engine(prior, 6)
+    requests = {}
+    for seed, number, steps in ((0, 0, None), (1, 3, None), (2, 3, 2), (3, 5, None), (4, 5, 3)):
+        kept = {"known": torch.arange(9) < number, "codes": torch.arange(9)} if number else {}
+        request = SampleRequest(
+            text_ids=CAPTIONS[seed % 4],
+            seed=seed,
+            options=SamplingOptions(num_inference_steps=steps),
+            **kept,
+        )
+        requests[engine.submit(request)] = request
+        if not seed:
+            engine.step()
+    finished = []
+    while engine.num_active or engine.num_waiting:
+        finished += engine.step()
+    for one in finished:
+        assert_exact(prior, requests[one.ticket], one)
         assert_same(one, alone(prior, requests[one.ticket]))
 
 
@@ -324,6 +359,18 @@ def test_logits_that_are_not_finite_end_their_image_and_no_other(prior):
     assert by_ticket[bad].samples is None
     for ticket, seed in ((good, 5), (again, 5), (other, 6)):
         assert_same(by_ticket[ticket], alone(prior, plain(seed)))
+
+
+def test_logits_of_the_null_caption_that_are_not_finite_end_the_image(prior):
+    engine = Engine(prior, 2)
+    engine.submit(plain(5, 2.0))
+    engine.step()
+    with torch.inference_mode():
+        engine._table.cache.values[0][1, :, 0] = float("nan")
+    finished = []
+    while engine.num_active:
+        finished += engine.step()
+    assert [(one.samples, one.failed_step) for one in finished] == [(None, 1)]
 
 
 def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch):
