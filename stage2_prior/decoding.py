@@ -48,6 +48,7 @@ def sample(
         FloatingPointError: the logits are not finite; names the step.
     """
     schedule = sampling_schedule(prior, seeds, options, known=known, codes=codes, orders=orders)
+    compiled = compiled and max(schedule.step_sizes) == 1
     steps = CompiledAtFirstUse(prior) if compiled else Steps()
     engine = Engine(prior, schedule.num_rows * len(seeds), steps=steps)
     kept = None if known is None else known.expand(len(seeds), -1)
