@@ -68,6 +68,9 @@ def test_scores_are_ordered_by_image_position(text_ids, codes):
 def test_the_score_of_random_orders_is_a_lower_bound_of_their_mixture():
     """Over all 27 images of a prior with three codes of three kinds."""
     prior = any_order_prior((Level(grid=(1, 3), num_codes=3),))
+    with torch.no_grad():
+        for parameter in prior.image_head.parameters():
+            parameter.mul_(0.3)  # so that no image has nearly all probability
     caption = torch.tensor([[1, 5, 6, 7, 2, 0]]).expand(27, -1)
     every = torch.tensor(list(itertools.product(range(3), repeat=3)))
     orders = seeded_orders(range(NUM_SCORED_ORDERS), 3)
@@ -80,7 +83,7 @@ def test_the_score_of_random_orders_is_a_lower_bound_of_their_mixture():
     ).mean(0)
     bound = score_codes(prior, caption, every).exp()
     assert float(mixture.sum()) == pytest.approx(1, rel=1e-4)
-    assert (bound <= mixture * (1 + 1e-5)).all() and 0.5 < float(bound.sum()) < 1 - 1e-5
+    assert (bound < mixture).all() and 0.5 < float(bound.sum()) < 1
 
 
 def test_each_code_has_its_mean_score_over_random_orders(text_ids, codes):

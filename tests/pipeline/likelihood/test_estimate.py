@@ -59,8 +59,7 @@ def images() -> Tensor:
     ("quantizer", "any_order"), [*((kind, False) for kind in STOCHASTIC), ("gumbel", True)]
 )
 def test_bounds_rise_to_the_exact_probability_with_the_samples(quantizer, any_order, images):
-    """In the mean over seeds and images: negative ELBO > the bound of 4 samples > that of 512; each
-    image's > exact."""
+    """In the mean over seeds: negative ELBO > the bound of 4 samples > that of 512 > exact."""
     pipe = enumerable(quantizer, any_order=any_order)
     ids = pipe.text.encode(CAPTIONS)
     exact = exact_nats(pipe, ids, images)
@@ -69,11 +68,11 @@ def test_bounds_rise_to_the_exact_probability_with_the_samples(quantizer, any_or
     four = torch.stack(
         [
             image_likelihood(code_model(pipe), ids, images, num_samples=4, seed=seed).nats
-            for seed in range(16)
+            for seed in range(64)
         ]
     ).mean(0)
     assert many.bound == "importance_weighted" and many.num_samples == 512
-    assert elbo.mean() > four.mean() > many.nats.mean() and (four > exact).all()
+    assert (elbo > four).all() and (four > many.nats).all() and (four > exact).all()
     torch.testing.assert_close(many.nats, exact, atol=0.4, rtol=0)
 
 
