@@ -138,17 +138,16 @@ class ImagePrior(SavedModel):
             else None
         )
         self.kv_heads = self.model_config.kv_heads or heads
-        of_blocks = (
-            width,
-            heads,
-            self.kv_heads,
-            self.model_config.hidden,
-            self.model_config.dropout,
-        )
+        hidden = self.model_config.hidden
+        dropout = self.model_config.dropout
+
+        def block(*, causal: bool) -> Block:
+            return Block(width, heads, self.kv_heads, hidden, dropout, causal=causal)
+
         self.text_encoder = nn.ModuleList(
-            Block(*of_blocks, causal=False) for _ in range(self.model_config.text_depth)
+            block(causal=False) for _ in range(self.model_config.text_depth)
         )
-        self.blocks = nn.ModuleList(Block(*of_blocks) for _ in range(self.model_config.depth))
+        self.blocks = nn.ModuleList(block(causal=True) for _ in range(self.model_config.depth))
         self.norm = RMSNorm(width, eps=1e-6)
         self.text_head = nn.Linear(width, self.stream.text_vocab_size, bias=False)
         self.image_head = CodebookProjection(
@@ -354,8 +353,12 @@ class ImagePrior(SavedModel):
             rotary = RotaryEmbedding(self._rotary(targets), key)
         recomputed = activation_checkpointing and self.training
 
-        def through(block: nn.Module, *given: Any) -> Tensor:
-            return checkpoint(block, *given, use_reentrant=False) if recomputed else block(*given)
+        def through(
+            block: nn.Module, x: Tensor, rotary: RotaryEmbedding, past: CacheView | None, layer: int
+        ) -> Tensor:
+            if recomputed:
+                return checkpoint(block, x, rotary, past, layer, use_reentrant=False)
+            return block(x, rotary, past, layer)
 
         if self.text_encoder and num_text:
             text, codes = x[:, :num_text], x[:, num_text:]

@@ -30,7 +30,6 @@ class Table:
 
     def __init__(self, prior: ImagePrior, num_rows: int, steps: Steps) -> None:
         self.prior = prior
-        self.num_rows = num_rows
         self.steps = steps
         self.rows = Rows.empty(prior, num_rows)
         self.cache = prior.new_cache(num_rows)

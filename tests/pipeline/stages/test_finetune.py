@@ -153,8 +153,8 @@ def test_of_a_prior_with_a_text_encoder_no_text_is_modelled_either(bundle, tmp_p
 
 
 def test_a_text_encoder_can_be_added_to_weights_without_one(bundle, tmp_path):
-    given = ["--prior.model.text_depth", "1", "--prior.objective.text_weight", "0"]
-    experiment = load_experiment([*settings(tmp_path, bundle), *given])
+    encoder = ["--prior.model.text_depth", "1", "--prior.objective.text_weight", "0"]
+    experiment = load_experiment([*settings(tmp_path, bundle), *encoder])
     check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
     experiment.prior.lora_rank = 4
     with pytest.raises(ValueError, match=r"would not be trained, set prior\.lora_rank=0"):
