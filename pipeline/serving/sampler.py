@@ -345,7 +345,7 @@ class Sampler:
         self._tickets.clear()
         rows = self._engine.num_rows
         if is_out_of_memory(error) and rows > 2:
-            rows //= 2
+            rows = max(rows // 2, 2)
             _log.warning("out of memory in a step; continuing with %d rows", rows)
         else:
             _log.error("a step failed, and the images in it", exc_info=error)
@@ -370,7 +370,7 @@ class Sampler:
             except Exception as error:
                 if not is_out_of_memory(error) or rows == 2:
                     raise
-                rows //= 2
+                rows = max(rows // 2, 2)
             else:
                 return
 

@@ -16,7 +16,7 @@ class ServerSettings:
     """Address to listen at. Others than loopback can be reached from other machines."""
     port: int = 8000
     slots: int = 32
-    """Guided images that are sampled at a time, a power of two."""
+    """Guided images that are sampled at a time."""
     max_waiting: int = 256
     """Images that wait for a slot at most; further requests get 429."""
     max_images: int = 16
@@ -37,10 +37,8 @@ class ServerSettings:
     """Refuse to name images by URL: another server behind the same address does not have them."""
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.slots > MAX_SLOTS or self.slots & (self.slots - 1):
-            raise ValueError(
-                f"slots is {self.slots}; it must be a power of two from 1 to {MAX_SLOTS}"
-            )
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots is {self.slots}; it must be a number from 1 to {MAX_SLOTS}")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be a number from 1 to 65535")
         for name in ("max_waiting", "max_images", "max_prompt"):

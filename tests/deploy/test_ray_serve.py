@@ -64,7 +64,7 @@ def test_every_argument_reaches_the_replica():
         ({"replicas": 2}, "Extra inputs"),
         ({"min_replicas": 0}, "greater than or equal to 1"),
         ({"min_replicas": 2}, "max_replicas"),
-        ({"slots": 3}, "power of two"),
+        ({"slots": 65}, "from 1 to 64"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(change, words):

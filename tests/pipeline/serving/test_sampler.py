@@ -141,11 +141,12 @@ def failing_once(monkeypatch, error):
     return failed
 
 
-def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplog):
+@pytest.mark.parametrize(("rows", "left"), [(8, 4), (3, 2)])
+def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplog, rows, left):
     failed = failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
 
     async def run():
-        sampler = Sampler(pipe.prior, num_rows=8)
+        sampler = Sampler(pipe.prior, num_rows=rows)
         found = await asyncio.gather(
             *(all_of(sampler.submit(plan(pipe, seed, n=2))) for seed in range(3))
         )
@@ -155,8 +156,8 @@ def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplo
         return found, later
 
     found, later = asyncio.run(run())
-    assert failed == [8] and later == 8
-    assert "continuing with 4 rows" in caplog.text
+    assert failed == [rows] and later == rows
+    assert f"continuing with {left} rows" in caplog.text
     for seed, updates in enumerate(found):
         expected = pipe("a red heart", num_images_per_prompt=2, seed=seed)
         assert codes_of(updates) == expected.codes.flatten(1).tolist()

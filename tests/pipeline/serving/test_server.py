@@ -148,8 +148,8 @@ def test_missing_packages_name_the_command(bundle, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"slots": 3}, "power of two from 1 to 64"),
-        ({"slots": 128}, "power of two from 1 to 64"),
+        ({"slots": 0}, "slots is 0; it must be a number from 1 to 64"),
+        ({"slots": 65}, "from 1 to 64"),
         ({"port": 0}, "from 1 to 65535"),
         ({"max_images": 0}, "at least 1"),
         ({"timeout": 0.0}, "above 0"),
