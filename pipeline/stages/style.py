@@ -93,7 +93,10 @@ def style_experiment(
     experiment = load_values(values, settings)
     folder = experiment.folder / DRAWINGS
     values["data"]["source"] = str(folder)
-    _write(folder, found, style, _terms_of(drawings.expanduser(), style))
+    terms = _terms_of(drawings.expanduser(), style)
+    if terms["licence"] is None:
+        _log.info("%s states no licence; ask before you share what it trains", drawings)
+    _write(folder, found, style, terms)
     values["data"]["icons"] = {"sets": [*known, style]}  # the styles that the new bundle has
     if values["text"]["num_new_tokens"] and not experiment.text.new_tokens_like:
         values["text"]["new_tokens_like"] = _alike(bundle, found, experiment.data, known)

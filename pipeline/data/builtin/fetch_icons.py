@@ -73,8 +73,8 @@ def fetch(name: str, folder: Path) -> None:
         found = hashlib.sha256(tarballs[0].read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
-                f"{package} has SHA-256 {found} and must have {expected}; it is not what this "
-                "version was tested with"
+                f"{package} has SHA-256 {found} and must have {expected}; it is damaged, or not "
+                f"what this version was tested with; run this again, or {by_hand}"
             )
         with tarfile.open(tarballs[0]) as archive:
             contents = {file: archive.extractfile(f"package/{file}") for file in FILES}

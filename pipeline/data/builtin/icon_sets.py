@@ -28,6 +28,8 @@ STYLES = {"fluent-emoji-flat": "fluent", "noto-v1": "blob"}
 _SELECTORS = "\ufe0e\ufe0f"
 _SHORT_POINTS = {"23", "2a", "a9", "ae", *(f"3{digit}" for digit in range(10))}
 """Code points of fewer than four digits that begin an emoji: keycaps, and two signs."""
+_PREFIX = re.compile(r"\w[\w .-]{0,99}")
+"""A set's prefix: a word of captions, and a part of a file's name."""
 _REPLACE = "replace it by a whole copy, which `make icons` does for its own sets"
 
 
@@ -103,7 +105,8 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
         return _read_iconify(path, known)
     if (path / "icons.json").is_file():
         return _read_iconify(path / "icons.json", known)
-    files = sorted(path.glob("*.svg")) if path.is_dir() else []
+    below = path.iterdir() if path.is_dir() else ()
+    files = sorted(file for file in below if file.suffix.lower() == ".svg")
     if not files:
         raise FileNotFoundError(
             f"{path} has no icons: give an Iconify JSON file, a folder with icons.json, or a "
@@ -127,12 +130,18 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
         raise ValueError(
             f"{path} is no Iconify set: it needs a text `prefix` and an object `icons`; {_REPLACE}"
         )
+    if not _PREFIX.fullmatch(prefix):  # names a file of rendered icons
+        raise ValueError(
+            f"{path} has the prefix {printable(prefix)!r}; write one of letters, digits, spaces, "
+            "dots and hyphens"
+        )
     problems: list[str] = []
     drawings: dict[str, str] = {}
-    for name in [*icons, *content.get("aliases", {})]:
+    aliases = content.get("aliases")
+    for name in [*icons, *(aliases if isinstance(aliases, dict) else {})]:
         try:
             drawings[name] = _drawing(content, name)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             problems.append(f"{prefix}:{printable(name)} is left out: {error}")
     info = _beside(path, "info.json", content.get("info"))
     licence = info.get("license")
@@ -186,6 +195,8 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
         mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
         name = alias["parent"]
     icon = content["icons"][name]
+    if not isinstance(icon, dict):
+        raise TypeError("it is no object")
     left, top, width, height = (
         float(icon.get(field, content.get(field, default)))
         for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
@@ -218,7 +229,7 @@ def _joined(
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
         for points, slug in chars.items():
-            if slug in drawings:
+            if isinstance(slug, str) and slug in drawings:
                 slugs.setdefault(_normal(points), slug)
         left_out = len(set(drawings) - set(slugs.values()))
         if left_out:

@@ -23,7 +23,14 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.emoji import ANNOTATIONS, names_of_package, read_names
-from pipeline.data.builtin.icon_sets import IconSet, key_index, key_of, letters_of, read_set
+from pipeline.data.builtin.icon_sets import (
+    IconSet,
+    key_index,
+    key_of,
+    key_of_slug,
+    letters_of,
+    read_set,
+)
 from pipeline.data.builtin.icon_split import Kind, cell_of
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.readers.images import random_crop
@@ -79,6 +86,11 @@ def load_icons(
     styles = Counter(one.style for one in loaded)
     if twice := [style for style, count in styles.items() if count > 1]:
         raise ValueError(f"data.icons.sets has the style {twice[0]} twice; name each set once")
+    if not names and any(key_of_slug(key, {}) for one in loaded for key in one.drawings):
+        problems.append(
+            "no English names of emoji are installed, so icons are called as in their sets; "
+            "pip install emoji"
+        )
     for one in loaded:
         problems += one.problems
         if one.licence is None:

@@ -100,7 +100,15 @@ def test_aliases_are_mirrored_and_turned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "alias", [{"parent": "missing"}, {"parent": "loop"}, {}, "text", {"parent": "a", "rotate": "x"}]
+    "alias",
+    [
+        {"parent": "missing"},
+        {"parent": "loop"},
+        {},
+        "text",
+        {"parent": "a", "rotate": "x"},
+        {"parent": "a", "rotate": 1e400},
+    ],
 )
 def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias):
     path = write_set(tmp_path, "set", {"a": body("red")}, aliases={"loop": alias})
@@ -109,18 +117,45 @@ def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias):
     assert len(found.problems) == 1 and "set:loop is left out" in found.problems[0]
 
 
+def test_icons_that_are_no_objects_are_skipped_and_named(tmp_path):
+    path = write_set(tmp_path, "set", {"a": body("red")})
+    content = json.loads((path / "icons.json").read_text())
+    content["icons"] |= {"text": "<rect/>", "none": None}
+    (path / "icons.json").write_text(json.dumps(content | {"aliases": None}))
+    found = read_set(path, {})
+    assert list(found.drawings) == ["a"]
+    assert found.problems == [
+        "set:text is left out: it is no object",
+        "set:none is left out: it is no object",
+    ]
+
+
+def test_code_points_without_a_name_are_left_out(tmp_path):
+    path = write_set(tmp_path, "set", {"a": body("red")}, {"1f600": ["a"], "1f601": "a"})
+    assert list(read_set(path, {}).drawings) == ["1f601"]
+
+
 def test_a_folder_of_svgs_is_a_set(tmp_path):
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{body("red")}</svg>'
     folder = tmp_path / "My Drawings"
     folder.mkdir()
     for name in ("emoji_u1f600", "red-house", "1F9D1-200D-1F373", "23f0"):
-        (folder / f"{name}.svg").write_text(svg)
+        (folder / f"{name}.{'SVG' if name == '23f0' else 'svg'}").write_text(svg)
     (folder / "broken.svg").write_bytes(b"\xff\xfe\x00")
     found = read_set(folder, key_index(NAMES))
     assert found.style == "my drawings" and found.licence is None
     assert set(found.drawings) == {*NAMES, "red-house"}
     assert any("broken.svg is left out" in line for line in found.problems)
     assert any("red-house" in line for line in found.problems)
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "", "a\nb", "x" * 101])
+def test_a_prefix_that_is_no_name_is_refused(tmp_path, prefix):
+    """It becomes a part of the name of a file."""
+    path = tmp_path / "icons.json"
+    path.write_text(json.dumps({"prefix": prefix, "icons": {"a": {"body": body("red")}}}))
+    with pytest.raises(ValueError, match="write one of letters, digits, spaces, dots and hyphens"):
+        read_set(path, {})
 
 
 @pytest.mark.parametrize(

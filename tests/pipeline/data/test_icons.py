@@ -34,6 +34,20 @@ def test_names_are_those_of_the_cldr_and_else_of_the_first_set(two_styles):
     assert names["1f400"] == "grey rat" and names["1f401"] == "thing 1"
 
 
+def test_without_english_names_icons_are_called_as_in_their_sets_and_that_is_said(
+    two_styles, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(icons, "names_of_package", dict)
+    two_styles.icons.annotations = str(tmp_path / "none")
+    train, _ = load_sources(two_styles)
+    assert {icon.key: icon.name for icon in train.everything}["1f400"] == "thing 0"
+    assert any("no English names of emoji are installed" in line for line in train.problems)
+    write_set(tmp_path, "logos", {f"logo-{i}": body("red", i) for i in range(3)})
+    two_styles.icons.sets = ["logos"]
+    train, _ = load_sources(two_styles)
+    assert not any("English names" in line for line in train.problems)
+
+
 def test_captions_name_the_style_in_several_wordings_and_once_in_nine_not_at_all():
     styled = [
         "red heart, twemoji style",

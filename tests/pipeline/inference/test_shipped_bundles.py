@@ -135,3 +135,14 @@ def test_the_bundle_in_the_package_is_that_of_the_shipped_configuration():
     loaded = to_dict(load_values(recorded, []))
     assert [loaded[name] for name in recorded] == [shipped_yaml[name] for name in recorded]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 15e6
+
+
+def test_the_drawings_behind_the_bundle_in_the_package_may_be_used_and_are_attributed():
+    """No set asks to share alike; every author and licence is in the card."""
+    folder = ROOT / "pipeline/bundles/icons"
+    card = (folder / "README.md").read_text()
+    terms = read_description(folder)["trained_on"]["licences"]
+    assert len(terms) == 4
+    for one in terms:
+        assert one["licence"] in ("Apache-2.0", "MIT", "CC-BY-4.0")
+        assert all(one[name] in card for name in ("author", "author_url", "licence_url"))

@@ -162,7 +162,8 @@ def test_svgs_are_found_at_any_depth_beside_images_and_named_by_their_captions(
     assert names == {"thing 0", "UPPER", "a lion", "cat", "grinning face", "red heart"}
 
 
-def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path):
+def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path, caplog):
+    caplog.set_level("INFO")
     drawings = {f"thing-{i}": body("red", i) for i in range(6)}
     path = write_set(tmp_path, "ink", drawings) / "icons.json"
     for data, expected in ((path, "MIT"), (write_svgs(tmp_path / "svgs", 6), None)):
@@ -170,6 +171,7 @@ def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path):
         experiment = style_experiment(bundle, data, style="ink", settings=name)
         _, licences = with_new_style(bundle, experiment.data)
         assert [one["licence"] for one in licences] == ["Apache-2.0", expected]
+        assert ("states no licence" in caplog.text) == (expected is None)
 
 
 class Painter:
