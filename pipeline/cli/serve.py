@@ -31,7 +31,8 @@ def serve_command(
             which comes with the package)
         host: address to listen at; others than loopback can be reached from other machines
         port: number of the port
-        slots: images that are sampled at a time with guidance, 64 at most; twice as many without
+        slots: images that are sampled at a time with guidance, 64 at most, and fewer where the
+            memory holds fewer; twice as many without
         max_waiting: images that wait for a slot at most; further requests get 429
         max_images: images per request at most
         max_prompt: characters of a prompt at most

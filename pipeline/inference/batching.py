@@ -76,7 +76,7 @@ def sample_codes_batched(
         MemoryError: not even one image fits.
     """
     compile = checked_compile(compile, prior.device)
-    size = _fitting_batch(prior, options, min(batch_size, len(text_ids)))
+    size = fitting_batch(prior, options, min(batch_size, len(text_ids)))
     compiled = compile == "on"
     # Steps of several codes are never compiled.
     undecided = compile == "auto" and options.num_inference_steps is None
@@ -127,8 +127,12 @@ def checked_compile(compile: Compile, device: torch.device) -> Compile:
     return "off"
 
 
-def _fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> int:
-    """As many images as are wanted, or fewer, by the estimate of their memory."""
+def fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> int:
+    """As many images as are wanted, or fewer, by the estimate of their memory; warns then.
+
+    Raises:
+        MemoryError: not even one fits.
+    """
     usable = USABLE_MEMORY_FRACTION * free_memory(prior.device)
     fitting = int(usable // bytes_per_image(prior, options))
     if not fitting:

@@ -24,6 +24,13 @@ class SamplingPlan:
     codes: Tensor | None = None
     """(B,N) the given codes."""
 
+    def num_sampled(self, length: int) -> int:
+        """Codes that are sampled for all images, of `length` each."""
+        count = len(self.seeds) * length
+        if self.known is None:
+            return count
+        return count - int(self.known.expand(len(self.seeds), length).sum())
+
     def check(self, prior: ImagePrior) -> None:
         """Raises ValueError, as `sample` does, where the prior cannot sample this."""
         sampling_schedule(prior, self.seeds, self.options, known=self.known, codes=self.codes)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from fastapi import FastAPI
 
+from pipeline.inference.batching import fitting_batch
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.serving.app import create_app
 from pipeline.serving.images import ImageService
@@ -18,6 +19,7 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.sampler import Sampler
 from pipeline.serving.settings import ServerSettings
 from pipeline.serving.state import ServerState
+from stage2_prior import SamplingOptions
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def build_app(
     Raises:
         ValueError: the bundle has Gaussian latents, or the file has no token.
         FileNotFoundError: there is no such bundle or file.
+        MemoryError: not even one image fits the memory.
     """
     tokens = [] if token_file is None else read_tokens(token_file)
     if not settings.is_loopback and not tokens:
@@ -57,17 +60,24 @@ def build_app(
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = Metrics(replica)
+    guided = SamplingOptions(guidance_scale=2.0)
     sampler = Sampler(
         pipe.prior,
-        num_rows=2 * settings.slots,
+        num_rows=2 * fitting_batch(pipe.prior, guided, settings.slots),
         max_waiting=settings.max_waiting,
         compiled=settings.compiled,
         options=pipe.defaults,
         on_step=metrics.on_step,
     )
     metrics.watch(sampler)
-    service = ImageService(pipe, sampler, settings, Path(bundle).name)
+    service = ImageService(pipe, sampler, settings, _name_of(Path(bundle)))
     return create_app(service, metrics, tokens=tokens, state=state)
+
+
+def _name_of(bundle: Path) -> str:
+    """What clients call a bundle: its folder, or its run's where that is `bundle`."""
+    name = bundle.resolve().name
+    return bundle.resolve().parent.name if name == "bundle" else name
 
 
 def read_tokens(path: Path) -> list[str]:

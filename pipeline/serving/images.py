@@ -365,10 +365,10 @@ class ImageService:
         )
 
     def usage(self, work: Work) -> Usage:
-        """Tokens of a request: of the caption once, and of all codes that were sampled."""
+        """Tokens of a request: of the caption once, and of all codes that are sampled."""
         pad = self.pipe.prior.stream.config.pad_id
         text = int((work.plan.text_ids[0] != pad).sum())
-        sampled = len(work.plan.seeds) * self.pipe.prior.stream.image_length
+        sampled = work.plan.num_sampled(self.pipe.prior.stream.image_length)
         return Usage(
             input_tokens=text,
             output_tokens=sampled,

@@ -55,6 +55,9 @@ class Metrics:
     def watch(self, sampler: Sampler) -> None:
         """Adds the sampler's queue and slots, read when they are asked for."""
         Gauge(
+            "minidalle_slots", "Guided images that can be sampled at a time", registry=self.registry
+        ).set_function(lambda: sampler.num_slots)
+        Gauge(
             "minidalle_images_active", "Images being sampled", registry=self.registry
         ).set_function(lambda: sampler.num_active)
         Gauge(

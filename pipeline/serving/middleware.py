@@ -24,7 +24,7 @@ OPEN_PATHS = ("/", "/docs", "/healthz", "/readyz", "/openapi.json")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _READ_SECONDS = 30.0
 """Seconds between two parts of a request's body at most."""
-_WRITE_SECONDS = 60.0
+WRITE_SECONDS = 60.0
 """Seconds that a client takes to read a part of a response at most."""
 
 
@@ -57,6 +57,8 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, marked)
+        except _NotReading:
+            status = 499
         except Exception as error:
             found = api_error(error, name)
             if started:
@@ -134,7 +136,10 @@ class Limits:
         async def timed(message: Message) -> None:
             nonlocal started
             started = True
-            await asyncio.wait_for(send(message), _WRITE_SECONDS)
+            try:
+                await asyncio.wait_for(send(message), WRITE_SECONDS)
+            except TimeoutError:
+                raise _NotReading from None
 
         try:
             await self.app(scope, limited, timed)
@@ -150,6 +155,10 @@ class Limits:
     @staticmethod
     def _refuse(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, headers={"Connection": "close"})
+
+
+class _NotReading(Exception):
+    """The client reads nothing of its response; for `RequestLog`."""
 
 
 class _Refused(BaseException):

@@ -39,10 +39,13 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     router = APIRouter()
     pipe = service.pipe
 
-    @router.get("/healthz", tags=["server"])
-    async def healthz() -> Status:
-        """200 while the process answers."""
-        return Status(status="ok")
+    @router.get(
+        "/healthz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]
+    )
+    async def healthz() -> Response:
+        """200 while the process can sample; 503 where it must be started again."""
+        works = service.sampler.is_alive
+        return JSONResponse({"status": "ok" if works else "broken"}, 200 if works else 503)
 
     @router.get(
         "/readyz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]

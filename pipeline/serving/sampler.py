@@ -42,13 +42,14 @@ class QueueFull(Exception):
     """There is no room for a job's images.
 
     Args:
+        pending: images that are sampled or wait.
         retry_after: seconds until there may be.
     """
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
+    def __init__(self, pending: int, retry_after: int) -> None:
         super().__init__(
-            f"{waiting} images are waiting to be sampled, which is the most that this server lets "
-            f"wait; try again in {retry_after} seconds"
+            f"{pending} images are being sampled or wait, and this server has no room for those of "
+            f"this request; try again in {retry_after} seconds"
         )
         self.retry_after = retry_after
 
@@ -183,6 +184,8 @@ class Sampler:
         self._steps = CompiledSteps(prior)
         self._on_step = on_step
         self._engine = Engine(prior, num_rows, steps=self._steps)
+        self._rows = num_rows
+        """Rows of the engine, or of the one that could not be made."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
         self._lock = threading.Lock()
@@ -195,6 +198,17 @@ class Sampler:
             self._compile(Filters.of([options or SamplingOptions()]))
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs: it ends after `stop`, or where no engine can be made any
+        more."""
+        return self._thread.is_alive()
+
+    @property
+    def num_slots(self) -> int:
+        """Guided images that can be sampled at a time now."""
+        return self._rows // 2
 
     @property
     def num_pending(self) -> int:
@@ -224,7 +238,7 @@ class Sampler:
                 raise ShuttingDown
             room = self.num_rows // 2 + self.max_waiting
             if self._pending + count > room:
-                raise QueueFull(self.num_waiting, self._seconds_to_wait())
+                raise QueueFull(self._pending, self._seconds_to_wait())
             self._pending += count
         job = Job(plan, preview_every, asyncio.get_running_loop())
         self._commands.put(lambda: self._start(job))
@@ -288,7 +302,7 @@ class Sampler:
         """Carries out all commands. Waits for one where nothing is being sampled; the table has all
         its rows again by then."""
         if not self._tickets:
-            if self._engine.num_rows < self.num_rows:
+            if self._rows < self.num_rows:
                 self._new_engine(self.num_rows)
             self._commands.get()()
         while not self._commands.empty():
@@ -339,11 +353,12 @@ class Sampler:
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed: all jobs start again in half as many rows where memory was
-        short, and fail otherwise. Images depend on their seeds alone, so they stay the same."""
+        short, and fail otherwise. Images depend on their seeds alone, so they stay the same. Where
+        no engine can be made any more, nothing is sampled until the server is started again."""
         jobs = list(dict.fromkeys(job for job, _ in self._tickets.values()))
         images = {job: [i for other, i in self._tickets.values() if other is job] for job in jobs}
         self._tickets.clear()
-        rows = self._engine.num_rows
+        rows = self._rows
         if is_out_of_memory(error) and rows > 2:
             rows = max(rows // 2, 2)
             _log.warning("out of memory in a step; continuing with %d rows", rows)
@@ -352,7 +367,14 @@ class Sampler:
             for job in jobs:
                 self._fail(job, self._failure(error))
             jobs = []
-        self._new_engine(rows)
+        try:
+            self._new_engine(rows)
+        except Exception as failure:
+            _log.critical("the server cannot sample any more; start it again", exc_info=failure)
+            for job in jobs:
+                self._fail(job, self._failure(failure))
+            self.stop()
+            return
         for job in jobs:
             requests = job.plan.requests()
             for image in images[job]:
@@ -361,16 +383,19 @@ class Sampler:
     def _new_engine(self, rows: int) -> None:
         """Replaces the engine by an empty one of so many rows, or fewer where memory is short."""
         self._num_active = 0
-        del self._engine  # before another one takes its memory
+        if hasattr(self, "_engine"):
+            del self._engine  # before another one takes its memory
         while True:
+            self._rows = rows
             if self.prior.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 self._engine = Engine(self.prior, rows, steps=self._steps)
             except Exception as error:
-                if not is_out_of_memory(error) or rows == 2:
+                if not is_out_of_memory(error) or rows <= 2:
                     raise
                 rows = max(rows // 2, 2)
+                _log.warning("out of memory for the table; continuing with %d rows", rows)
             else:
                 return
 
@@ -389,7 +414,7 @@ class Sampler:
         for ticket in tickets:
             self._engine.cancel(ticket)
             del self._tickets[ticket]
-        self._num_active = self._engine.num_active
+            self._num_active = self._engine.num_active
         self._release(job, job.left)
 
     def _fail(self, job: Job, error: Exception) -> None:

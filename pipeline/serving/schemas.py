@@ -146,7 +146,7 @@ class ErrorResponse(BaseModel):
 class Status(BaseModel):
     """What `/healthz` and `/readyz` say."""
 
-    status: Literal["ok", "starting", "ready", "stopping"]
+    status: Literal["ok", "broken", "starting", "ready", "stopping"]
 
 
 class ImageData(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 from pathlib import Path
@@ -14,10 +15,14 @@ import uvicorn
 
 from pipeline.serving.build import build_app
 from pipeline.serving.images import ImageService
+from pipeline.serving.middleware import WRITE_SECONDS
 from pipeline.serving.settings import ServerSettings
 from pipeline.serving.state import ServerState
 
 _log = logging.getLogger(__name__)
+
+_LAST_SECONDS = 10
+"""Seconds that clients have to read their responses once the last image is sampled."""
 
 
 def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | None = None) -> None:
@@ -35,10 +40,15 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
     with listen(settings.host, settings.port) as listener:
         state = ServerState()
         app = build_app(bundle, settings, token_file=token_file, state=state)
-        # No limit of uvicorn's on the end: after `grace` the sampler ends, and requests that
-        # still wait get 503.
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=15
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=15,
+            # After `grace` the sampler ends, and requests that still wait get 503. What is open
+            # then is of clients that do not read.
+            timeout_graceful_shutdown=math.ceil(settings.grace) + _LAST_SECONDS,
         )
         _Server(config, settings.grace, state, app.state.service).run(sockets=[listener])
 
@@ -87,6 +97,11 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Connections inherit it. One whose client reads nothing is closed by the system: what is
+        # written to it would otherwise stay in memory.
+        most = int(2 * WRITE_SECONDS * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most)
     try:
         listener.bind((host, port))
         listener.listen(2048)

@@ -16,7 +16,7 @@ class ServerSettings:
     """Address to listen at. Others than loopback can be reached from other machines."""
     port: int = 8000
     slots: int = 32
-    """Guided images that are sampled at a time."""
+    """Guided images that are sampled at a time; fewer where the memory holds fewer."""
     max_waiting: int = 256
     """Images that wait for a slot at most; further requests get 429."""
     max_images: int = 16

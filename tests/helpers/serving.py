@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +63,15 @@ def client_of(pipe: TextToImagePipeline | None = None, **settings: Any) -> Itera
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server in a thread."""
+def running(app: FastAPI, *, send_buffer: int | None = None) -> Iterator[str]:
+    """The address of a server in a thread.
+
+    Args:
+        send_buffer: bytes that the system keeps per connection for a client that does not read.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -74,6 +80,19 @@ def running(app: FastAPI) -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+def connected(address: str, url: str, body: Mapping[str, Any]) -> socket.socket:
+    """A connection that has sent a request, and has read nothing; its buffer is small."""
+    host, port = address.removeprefix("http://").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(30)
+    client.connect((host, int(port)))
+    text = json.dumps(body)
+    head = f"POST {url} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(text)}\r\n"
+    client.sendall(f"{head}content-type: application/json\r\n\r\n{text}".encode())
+    return client
 
 
 def free_port() -> int:

@@ -55,6 +55,16 @@ export class Form {
     return style ? `${prompt}, ${style} style` : prompt;
   }
 
+  /**
+   * The options of edits and variations. The bundle's own number of steps is left out: it is for
+   * whole images, and the server takes as many as a part needs.
+   */
+  changing() {
+    const found = this.options();
+    if (found.steps === this.model.defaults.num_inference_steps) delete found.steps;
+    return found;
+  }
+
   /** The options that edits and variations share with drawing. Empty fields are as in the bundle. */
   options() {
     const found = {};

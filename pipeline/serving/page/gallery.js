@@ -3,12 +3,18 @@
 
 import { byId, el, show } from "/page/dom.js";
 
-const KINDS = { image: "", variation: "variations of ", edit: "edit: ", extension: "extension: " };
+const KINDS = {
+  image: "",
+  variation: "variations of ",
+  edit: "edit: ",
+  extension: "extension: ",
+  file: "from a file: ",
+};
 
 /** Name of a file to download an image as. */
 export function fileName(record) {
   const words = record.prompt.toLowerCase().match(/[a-z0-9]+/g) ?? ["image"];
-  return `${words.join("-").slice(0, 60)}-${record.seed}-${record.index + 1}.png`;
+  return `${words.join("-").slice(0, 60)}-${record.seed ?? "file"}-${record.index + 1}.png`;
 }
 
 /** Text of an image for screen readers. */
@@ -117,7 +123,7 @@ class RunView {
     const tile = this.#tile(index);
     tile.classList.remove("waiting");
     tile.replaceChildren(button, el("div", { class: "tile-foot" }, likelihood, download));
-    this.#facts.textContent = `seed ${record.seed}`;
+    this.#facts.textContent = record.seed === null ? "" : `seed ${record.seed}`;
     this.#warn(record.warnings);
   }
 

@@ -16,18 +16,25 @@ export class History {
     this.#base = await done(opening).catch(() => null);
   }
 
-  /** Keeps a record, and drops the oldest ones beyond the limit. */
+  /** Keeps a record, and drops the oldest ones beyond the limit. Returns whether there was room. */
   async add(record) {
-    if (!this.#base) return;
-    const store = this.#store("readwrite");
-    await done(store.add(record));
-    const keys = await done(store.getAllKeys());
-    await Promise.all(keys.slice(0, -MOST).map((key) => done(store.delete(key))));
+    if (!this.#base) return true;
+    try {
+      const store = this.#store("readwrite");
+      await done(store.add(record));
+      const keys = await done(store.getAllKeys());
+      await Promise.all(keys.slice(0, -MOST).map((key) => done(store.delete(key))));
+      return true;
+    } catch {
+      return false;
+    }
   }
 
-  /** All records, the oldest first. */
-  async all() {
-    return this.#base ? done(this.#store("readonly").getAll()) : [];
+  /** All records of a bundle, the oldest first. */
+  async all(bundle) {
+    if (!this.#base) return [];
+    const records = await done(this.#store("readonly").getAll());
+    return records.filter((record) => record.bundle === bundle);
   }
 
   async clear() {

@@ -6,10 +6,12 @@ import { Form } from "/page/form.js";
 import { Gallery } from "/page/gallery.js";
 import { History } from "/page/history.js";
 import { settingsOf } from "/page/png.js";
-import { sampled, settingsOfRecord } from "/page/runs.js";
+import { recordOfFile, sampled, settingsOfRecord } from "/page/runs.js";
 import { Viewer } from "/page/viewer.js";
 
 const NUM_IDEAS = 8;
+const NOT_KEPT =
+  "the browser has no room for more images; download those you want to keep, and clear the history";
 
 /** Everything that needs to know the bundle. */
 class Page {
@@ -22,7 +24,7 @@ class Page {
     byId("bundle").textContent = `${model.id} · ${model.width} × ${model.height}`;
     this.form = new Form(model);
     this.viewer = new Viewer(model, {
-      sample: (run) => this.sample({ ...run, fields: { ...this.form.options(), ...run.fields } }),
+      sample: (run) => this.sample({ ...run, fields: { ...this.form.changing(), ...run.fields } }),
       reuse: (record) => this.fill(settingsOfRecord(record)),
     });
     this.gallery = new Gallery(model, (record) => this.viewer.open(record));
@@ -56,7 +58,7 @@ class Page {
         view.complete(index, record);
         ready++;
         announce(`${ready} of ${count} ${count === 1 ? "image is" : "images are"} ready.`);
-        await this.history.add(record);
+        if (!(await this.history.add(record))) showError(byId("alert"), new Error(NOT_KEPT));
       }
     } catch (error) {
       const cancelled = error.name === "AbortError";
@@ -132,8 +134,19 @@ class Page {
     if (!file) return;
     showError(byId("alert"));
     const settings = settingsOf(await file.arrayBuffer());
-    if (settings) this.fill(settings);
-    else showError(byId("alert"), new Error(`${file.name} holds no settings of this program`));
+    try {
+      if (settings) this.fill(settings);
+      else await this.#show(file);
+    } catch (error) {
+      showError(byId("alert"), error);
+    }
+  }
+
+  /** Shows an image of the user's among the drawn ones, so that it can be edited too. */
+  async #show(file) {
+    const record = await recordOfFile(this.model, file, this.form.prompt);
+    this.gallery.restore([record]);
+    announce(`${file.name} is in the gallery, as its codes and in the bundle's size.`);
   }
 }
 
@@ -148,7 +161,7 @@ async function start() {
     const history = new History();
     await history.open();
     page = new Page(data[0], history);
-    page.gallery.restore(await history.all());
+    page.gallery.restore(await history.all(page.model.id));
     document.documentElement.dataset.ready = "true";
   } catch (error) {
     showError(byId("alert"), error);

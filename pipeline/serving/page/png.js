@@ -45,13 +45,15 @@ export async function base64Of(blob) {
   return btoa(text);
 }
 
-/** A file's pixels on a canvas of a size. */
+/** The middle of a file's image on a canvas of a size, which it fills. */
 export async function scaled(blob, width, height) {
   const bitmap = await createImageBitmap(blob);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, 0, 0, width, height);
+  const scale = Math.max(width / bitmap.width, height / bitmap.height);
+  const [w, h] = [bitmap.width * scale, bitmap.height * scale];
+  context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
   return pngOf(canvas);
 }
 

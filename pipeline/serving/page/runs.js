@@ -1,8 +1,8 @@
 // One request for images: what is sent, and what the stream of its answer says. Knows bodies; shows
 // nothing.
 
-import { errorOf, request } from "/page/api.js";
-import { blobOf } from "/page/png.js";
+import { errorOf, request, requestJson } from "/page/api.js";
+import { base64Of, blobOf, scaled } from "/page/png.js";
 import { events } from "/page/sse.js";
 
 const PREVIEWS = 16;
@@ -52,6 +52,32 @@ function recordOf(model, run, event) {
     warnings: event.warnings,
     options: { ...options, seed: event.seed },
     blob: blobOf(event.b64_json),
+  };
+}
+
+/**
+ * The record of an image that was not drawn here: its middle in the bundle's size, with the codes of
+ * the tokenizer and their likelihood given the prompt.
+ */
+export async function recordOfFile(model, file, prompt) {
+  const blob = await scaled(file, model.width, model.height).catch(() => {
+    throw new Error(`${file.name} is no image that the browser can read; choose a PNG or JPEG`);
+  });
+  const json = { prompt, image: await base64Of(blob) };
+  const { codes, log_likelihood } = await requestJson("/v1/score", { json });
+  return {
+    run: `${Date.now()}-${Math.random()}`,
+    kind: "file",
+    prompt,
+    bundle: model.id,
+    created: Date.now(),
+    seed: null,
+    index: 0,
+    codes,
+    logLikelihood: log_likelihood,
+    warnings: [],
+    options: {},
+    blob,
   };
 }
 

@@ -15,6 +15,7 @@ export function byLevel(grids, values) {
 export class TokensView {
   #grid = byId("stage-codes");
   #model;
+  #asked = null;
   #scored = null;
   #cells = [];
   #at = 0;
@@ -38,7 +39,9 @@ export class TokensView {
     this.#scored = null;
     this.#grid.replaceChildren();
     const json = { prompt: record.prompt, codes: record.codes };
+    this.#asked = record;
     const scored = await requestJson("/v1/score", { json });
+    if (record !== this.#asked) return; // another image is shown by now
     this.#scored = scored;
     const each = -scored.log_likelihood / scored.codes.length;
     // A prior of random orders sampled in another order than the one of scores.

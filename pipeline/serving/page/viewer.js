@@ -56,11 +56,11 @@ export class Viewer {
     image.alt = altOf(record);
     facts(byId("facts"), {
       Seed: record.seed,
-      Image: `number ${record.index + 1} of this seed`,
+      Image: record.seed === null ? null : `number ${record.index + 1} of this seed`,
       "Log-likelihood": `${record.logLikelihood.toFixed(2)} nats`,
       Codes: record.codes.length,
       Bundle: record.bundle,
-      Sampled: new Date(record.created).toLocaleString(),
+      [record.seed === null ? "Opened" : "Sampled"]: new Date(record.created).toLocaleString(),
     });
     const download = byId("download");
     download.href = this.#url;
@@ -94,8 +94,10 @@ export class Viewer {
   }
 
   async #caption() {
-    const json = { image: await base64Of(this.#record.blob), n: NUM_CAPTIONS };
+    const record = this.#record;
+    const json = { image: await base64Of(record.blob), n: NUM_CAPTIONS };
     const { data } = await requestJson("/v1/captions", { json });
+    if (record !== this.#record) return; // another image is shown by now
     const lines = data.map(({ text, log_likelihood }) =>
       el("li", {}, text || "no words", el("span", { class: "nats" }, `${log_likelihood.toFixed(1)} nats`)),
     );

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 
 import pytest
 from fastapi.testclient import TestClient
 
+from pipeline.inference import batching
+from pipeline.inference.batching import bytes_per_image
 from pipeline.serving.build import build_app, read_tokens
 from pipeline.serving.settings import ServerSettings
+from stage2_prior import SamplingOptions
 from tests.helpers.serving import client_of, serving_pipeline
 
 URL = "/v1/images/generations"
@@ -23,6 +27,35 @@ def test_every_metric_of_a_replica_has_its_name(tmp_path):
     assert 'minidalle_images_total{replica="a1"} 1.0' in text
     samples = [line for line in text.splitlines() if not line.startswith("#")]
     assert len(samples) > 30 and all(re.search(r'[{,]replica="a1"[,}]', one) for one in samples)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("shapes/bundle", "shapes"), ("heart", "heart"), ("user/name", "name")]
+)
+def test_a_bundle_is_called_by_its_folder_or_its_run(tmp_path, monkeypatch, folder, name):
+    serving_pipeline().save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    for given in (tmp_path / folder, "."):
+        app = build_app(given, ServerSettings(slots=2))
+        assert app.state.service.name == name
+        app.state.service.close()
+
+
+def test_there_are_as_many_slots_as_fit_the_memory(tmp_path, monkeypatch):
+    pipe = serving_pipeline()
+    pipe.save_pretrained(tmp_path / "tiny")
+    one = bytes_per_image(pipe.prior, SamplingOptions(guidance_scale=2.0))
+    for fitting, expected in ((3.2, 3), (100, 8)):
+        free = int(fitting * one / batching.USABLE_MEMORY_FRACTION)
+        monkeypatch.setattr(batching, "free_memory", lambda device, free=free: free)
+        warned = pytest.warns(match="continuing with 3") if expected == 3 else nullcontext()
+        with warned:
+            app = build_app(tmp_path / "tiny", ServerSettings(slots=8))
+        assert app.state.service.sampler.num_slots == expected
+        app.state.service.close()
+    monkeypatch.setattr(batching, "free_memory", lambda device: one // 2)
+    with pytest.raises(MemoryError, match="one image of 16 codes does not fit"):
+        build_app(tmp_path / "tiny", ServerSettings(slots=8))
 
 
 def test_urls_are_refused_where_another_replica_may_be_asked_for_them():

@@ -68,6 +68,14 @@ def test_an_extension_is_that_of_an_offline_call(client, pipe, image):
     assert codes_of(response) == expected.codes.flatten(1).tolist()
 
 
+def test_only_the_codes_that_are_sampled_are_counted(client, pipe, image):
+    known = pipe.plan_edit(image, left_half(), "a red heart", num_images=2, seed=3).known
+    sampled = post(client, EDITS, image, left_half()).json()["usage"]["output_tokens"]
+    assert 0 < sampled == 2 * int((~known).sum()) < 32
+    varied = post(client, VARIATIONS, image, strength="0.25").json()["usage"]["output_tokens"]
+    assert varied == 2 * 4
+
+
 def test_a_variation_is_that_of_an_offline_call(client, pipe, image):
     response = post(client, VARIATIONS, image, strength="0.3")
     expected = pipe.vary(image, 0.3, "a red heart", num_images=2, seed=3)

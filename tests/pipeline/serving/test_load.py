@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
 
+import httpx
 import pytest
 
+from pipeline.serving import middleware
 from stage2_prior import Engine
-from tests.helpers.serving import StepGate, client_of, running, serving_pipeline, tiny_app
+from tests.helpers.serving import (
+    StepGate,
+    client_of,
+    connected,
+    running,
+    serving_pipeline,
+    tiny_app,
+)
 
 URL = "/v1/images/generations"
 HEART = {"prompt": "a red heart", "seed": 7}
@@ -75,11 +82,7 @@ def test_a_client_that_leaves_frees_its_place(pipe, monkeypatch, stream):
     app = tiny_app(pipe, num_rows=2)
     sampler = app.state.service.sampler
     with running(app) as address:
-        host, port = address.removeprefix("http://").split(":")
-        body = json.dumps(HEART | {"n": 16, "stream": stream})
-        head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n"
-        with socket.create_connection((host, int(port)), timeout=30) as client:
-            client.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
+        with connected(address, URL, HEART | {"n": 16, "stream": stream}):
             while not sampler.num_pending:
                 time.sleep(0.001)
         deadline = time.monotonic() + 60
@@ -87,3 +90,22 @@ def test_a_client_that_leaves_frees_its_place(pipe, monkeypatch, stream):
             time.sleep(0.01)
     assert sampler.num_pending == 0
     assert len(taken) < 64  # of 128 that 16 images take, two at a time
+
+
+def test_a_client_that_reads_nothing_of_its_stream_frees_its_place(pipe, monkeypatch, caplog):
+    """It holds up nobody, and ends as one line of the log."""
+    monkeypatch.setattr(middleware, "WRITE_SECONDS", 0.3)
+    caplog.set_level("INFO")
+    app = tiny_app(pipe)
+    sampler = app.state.service.sampler
+    everything = {"n": 16, "stream": True, "preview_every": 1}
+    with running(app, send_buffer=4096) as address, connected(address, URL, HEART | everything):
+        while not sampler.num_pending:
+            time.sleep(0.001)
+        other = httpx.post(f"{address}{URL}", json=HEART, timeout=60)
+        deadline = time.monotonic() + 60
+        while f"POST {URL} 499" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert other.status_code == 200
+    assert f"POST {URL} 499" in caplog.text and "Traceback" not in caplog.text
+    assert sampler.num_pending == 0

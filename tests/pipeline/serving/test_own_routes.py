@@ -89,6 +89,7 @@ def test_a_model_says_what_it_can_do(client):
 
 def test_health_and_metrics(client):
     assert client.get("/healthz").json() == {"status": "ok"}
+    assert "minidalle_slots 4.0" in client.get("/metrics").text
     assert client.get("/readyz").json() == {"status": "ready"}
     client.post("/v1/images/generations", json={"prompt": "a red heart", "n": 2})
     text = client.get("/metrics").text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tests.helpers.page import (
     options,
     pixels,
     ready,
+    served,
     shown_codes,
 )
+from tests.helpers.pipelines import tiny_pipeline
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.slow
@@ -166,11 +169,78 @@ def dropped(page: Any, file: Path) -> None:
     page.dispatch_event("body", "drop", {"dataTransfer": transfer})
 
 
-def test_a_file_without_settings_is_refused(page, tmp_path):
+def test_a_file_that_is_no_image_is_refused(page, tmp_path):
     file = tmp_path / "plain.png"
-    Image.new("RGB", (4, 4)).save(file)
+    file.write_bytes(b"no image")
     chosen(page, file)
-    expect(page.locator("#alert")).to_contain_text("plain.png holds no settings")
+    expect(page.locator("#alert")).to_contain_text("plain.png is no image that the browser can")
+
+
+def test_an_image_of_the_user_is_shown_with_its_codes_and_can_be_edited(page, any_order, tmp_path):
+    """Its middle in the bundle's size."""
+    wide = np.zeros((SIZE, 2 * SIZE, 3), np.uint8)
+    wide[:, SIZE // 2 : SIZE] = (200, 30, 30)
+    wide[:, SIZE : SIZE + SIZE // 2] = (30, 30, 200)
+    Image.fromarray(wide).save(tmp_path / "mine.png")
+    page.locator("#prompt").fill("a red heart")
+    chosen(page, tmp_path / "mine.png")
+    ready(page, 1)
+    middle = wide[:, SIZE // 2 : -SIZE // 2]
+    assert np.array_equal(pixels(page), middle)
+    expect(page.locator(".run h3")).to_have_text("from a file: a red heart")
+    expected = any_order.pipe.codes_of([Image.fromarray(middle)]).flatten()
+    assert shown_codes(page, 1) == flat(expected, 1)
+    choose(page, "edit")
+    page.locator("#stage-mask").focus()
+    page.keyboard.press("Space")
+    page.locator("#edit-go").click()
+    ready(page, 4, runs=2)
+    assert np.array_equal(pixels(page)[CELL:], middle[CELL:])
+
+
+def test_a_browser_without_room_still_shows_all_images_and_says_so(page):
+    page.evaluate(
+        """() => {
+            IDBObjectStore.prototype.add = () => {
+                throw new DOMException("no room", "QuotaExceededError");
+            };
+        }"""
+    )
+    draw(page, "a red heart", 2)
+    expect(page.locator("#alert")).to_contain_text("no room for more images")
+
+
+def test_images_of_another_bundle_stay_in_the_history_and_are_not_shown(page):
+    draw(page)
+    page.evaluate(
+        """() => new Promise((resolve) => {
+            const opening = indexedDB.open("minidalle", 1);
+            opening.onsuccess = () => {
+                const store = opening.result.transaction("images", "readwrite");
+                const images = store.objectStore("images");
+                const all = images.getAll();
+                all.onsuccess = () => images.put({ ...all.result[0], bundle: "other" });
+                store.oncomplete = () => resolve();
+            };
+        })"""
+    )
+    page.reload()
+    expect(page.locator("#empty")).to_be_visible()
+
+
+def test_an_edit_takes_as_many_steps_as_it_needs_where_the_bundle_has_a_number(open_page):
+    """The number is for whole images."""
+    pipe = tiny_pipeline(any_order=True)
+    pipe.defaults = replace(pipe.defaults, num_inference_steps=8)
+    with served(pipe) as server:
+        page = open_page(server.url)
+        draw(page)
+        choose(page, "edit")
+        page.locator("#stage-mask").focus()
+        page.keyboard.press("Space")
+        expect(page.locator("#mask-readout")).to_contain_text("1 of 16 codes are resampled.")
+        page.locator("#edit-go").click()
+        ready(page, 1, runs=2)
 
 
 def test_images_are_there_after_a_reload_until_the_history_is_cleared(page):

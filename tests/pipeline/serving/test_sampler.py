@@ -163,6 +163,57 @@ def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplo
         assert codes_of(updates) == expected.codes.flatten(1).tolist()
 
 
+def test_where_no_engine_can_be_made_jobs_fail_and_the_sampler_says_that_it_ended(
+    pipe, monkeypatch, caplog
+):
+    failing_once(monkeypatch, RuntimeError("a device fault"))
+
+    async def run():
+        made = Sampler(pipe.prior, num_rows=8)
+
+        def broken(*_, **__):
+            raise RuntimeError("a device fault")
+
+        monkeypatch.setattr("pipeline.serving.sampler.Engine", broken)
+        failed = [made.submit(plan(pipe, seed, n=2)) for seed in range(2)]
+        for job in failed:
+            with pytest.raises(SamplingFailed, match="see the server's log"):
+                await all_of(job)
+        made.close()
+        assert not made.is_alive and made.num_pending == 0
+        with pytest.raises(ShuttingDown):
+            made.submit(plan(pipe))
+
+    asyncio.run(run())
+    assert "the server cannot sample any more; start it again" in caplog.text
+
+
+def test_an_engine_that_cannot_be_made_larger_again_ends_the_sampler(pipe, monkeypatch, caplog):
+    """After memory was short, once nothing is sampled."""
+    failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
+
+    class Fits(Engine):
+        def __init__(self, prior, num_rows, **options):
+            if num_rows > 4:
+                raise RuntimeError("a device fault")
+            super().__init__(prior, num_rows, **options)
+
+    async def run():
+        made = Sampler(pipe.prior, num_rows=8)
+        monkeypatch.setattr("pipeline.serving.sampler.Engine", Fits)
+        jobs = [made.submit(plan(pipe, seed, n=2)) for seed in range(2)]
+        done = [codes_of(await all_of(job)) for job in jobs]
+        made._thread.join(60)
+        assert not made.is_alive and made.num_slots == 4
+        return done
+
+    found = asyncio.run(run())
+    for seed, codes in enumerate(found):
+        expected = pipe("a red heart", num_images_per_prompt=2, seed=seed)
+        assert codes == expected.codes.flatten(1).tolist()
+    assert "the server cannot sample any more" in caplog.text
+
+
 def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
     failing_once(monkeypatch, RuntimeError("broken"))
 

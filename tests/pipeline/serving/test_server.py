@@ -18,7 +18,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.serving.server import listen
 from pipeline.serving.settings import ServerSettings
-from tests.helpers.serving import free_port, serving_pipeline
+from tests.helpers.serving import connected, free_port, serving_pipeline
 
 ROOT = Path(__file__).parents[3]
 
@@ -102,6 +102,21 @@ def test_what_is_not_finished_in_time_gets_503(tmp_path, bundle):
     assert status == 0
     assert results[0].status_code == 503
     assert results[0].json()["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_its_response_does_not_keep_the_server_from_ending(
+    tmp_path, bundle
+):
+    serving = Serving(
+        tmp_path, bundle, "--grace", "1", "--max-waiting", "2000", "--max-images", "1000"
+    )
+    body = {"prompt": "a red heart", "n": 1000}
+    with connected(serving.address, "/v1/images/generations", body):
+        while "minidalle_images_total 1000.0" not in httpx.get(f"{serving.address}/metrics").text:
+            time.sleep(0.05)
+        status, _ = serving.stop()
+    assert status == 0
 
 
 def refused(capsys, *arguments):
