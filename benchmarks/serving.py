@@ -8,13 +8,15 @@ One process serves, this one asks. In one run, with guidance and options of the 
 - `alone`: seconds of one image from the server while nothing else runs, and to its first preview.
 - `one at a time` and `32 clients`: images per second.
 - `load`: requests at 64 clients: how many were lost or doubled, percentiles of their seconds, and
-  the growth of the server's memory from a tenth of them to the end.
+  the growth of the server's memory from a tenth of them to the end. The codes of the first 100 are
+  compared with those of `TextToImagePipeline` alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -31,14 +33,19 @@ from pipeline import TextToImagePipeline
 
 PROMPTS = ("red heart, twemoji style", "cat face, noto style", "rocket, fluent style", "apple")
 _REPEATS = 10
+_COMPARED = 100
+"""Images of the load whose codes are compared."""
 
 
 def _median(seconds: list[float]) -> float:
     return statistics.median(seconds)
 
 
-def _plain(bundle: str) -> float:
-    pipe = TextToImagePipeline.from_pretrained(bundle)
+def _prompt(seed: int) -> str:
+    return PROMPTS[seed % len(PROMPTS)]
+
+
+def _plain(pipe: TextToImagePipeline) -> float:
     seconds = []
     for seed in range(_REPEATS):
         start = time.perf_counter()
@@ -55,12 +62,23 @@ class _Asker:
     def image(self, seed: int) -> float:
         """Seconds of one image."""
         start = time.perf_counter()
-        body = {"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed}
+        self.codes(seed)
+        return time.perf_counter() - start
+
+    def codes(self, seed: int) -> list[int]:
+        """The codes of one image."""
+        body = {"prompt": _prompt(seed), "seed": seed}
         response = self.client.post("/v1/images/generations", json=body)
         response.raise_for_status()
         (data,) = response.json()["data"]
         assert len(data["b64_json"]) > 100
-        return time.perf_counter() - start
+        return list(data["codes"])
+
+    def images_counted(self) -> float:
+        """Images that the server has returned so far."""
+        text = self.client.get("/metrics").text
+        line = next(one for one in text.splitlines() if one.startswith("minidalle_images_total "))
+        return float(line.split()[1])
 
     def first_preview(self) -> float:
         """Seconds to the first preview of one image."""
@@ -90,19 +108,36 @@ class _Asker:
         raise RuntimeError("the server ended before it was ready")
 
 
-def _load(asker: _Asker, process: psutil.Process, count: int) -> dict[str, float]:
+def _load(
+    asker: _Asker, process: psutil.Process, count: int, pipe: TextToImagePipeline
+) -> dict[str, float]:
+    def asked(seed: int) -> tuple[float, list[int] | None]:
+        start = time.perf_counter()
+        try:
+            codes = asker.codes(seed)
+        except httpx.HTTPError:
+            return math.inf, None
+        return time.perf_counter() - start, codes
+
+    returned = asker.images_counted()
     with ThreadPoolExecutor(64) as pool:
-        first = list(pool.map(asker.image, range(count // 10)))
+        first = list(pool.map(asked, range(count // 10)))
         before = process.memory_info().rss
-        seconds = first + list(pool.map(asker.image, range(count // 10, count)))
+        every = first + list(pool.map(asked, range(count // 10, count)))
     after = process.memory_info().rss
+    seconds = [taken for taken, codes in every if codes is not None]
     points = statistics.quantiles(seconds, n=100)
-    text = asker.client.get("/metrics").text
-    line = next(one for one in text.splitlines() if one.startswith("minidalle_images_total "))
+    compared = min(_COMPARED, count)
+    equal = sum(
+        every[seed][1] == pipe(_prompt(seed), seed=seed).codes.flatten().tolist()
+        for seed in range(compared)
+    )
     return {
         "requests": count,
         "lost": count - len(seconds),
-        "images_counted_by_the_server": float(line.split()[1]),
+        "doubled": asker.images_counted() - returned - len(seconds),
+        "compared_images": compared,
+        "equal_images": equal,
         "p50_s": points[49],
         "p95_s": points[94],
         "p99_s": points[98],
@@ -118,7 +153,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    found: dict[str, object] = {"plain_s": _plain(asked.bundle)}
+    pipe = TextToImagePipeline.from_pretrained(asked.bundle)
+    found: dict[str, object] = {"plain_s": _plain(pipe)}
     command = [sys.executable, "-m", "pipeline.cli", "serve", "--port", str(asked.port)]
     command += ["--bundle", asked.bundle, *(["--compile"] if asked.compile else [])]
     with subprocess.Popen([*command, "--log-level", "warning"], env=dict(os.environ)) as server:
@@ -130,7 +166,7 @@ def main() -> None:
             found["first_preview_s"] = _median([asker.first_preview() for _ in range(_REPEATS)])
             found["one_at_a_time_images_per_s"] = asker.images_per_second(1, 20)
             found["32_clients_images_per_s"] = asker.images_per_second(32, 192)
-            found["load"] = _load(asker, psutil.Process(server.pid), asked.requests)
+            found["load"] = _load(asker, psutil.Process(server.pid), asked.requests, pipe)
         finally:
             server.send_signal(signal.SIGTERM)
     text = json.dumps(found, indent=2)

@@ -34,6 +34,9 @@ from stage2_prior import (
     sample_captions,
 )
 
+_CAPTIONS_AT_A_TIME = 64
+"""Candidate captions that are scored together."""
+
 
 class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
     """Both stages chained.
@@ -344,7 +347,10 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
             captions = list(candidates)
             check_at_least_one("the number of candidates", len(captions))
             ids = self.text.encode(captions, truncate=truncate)
-            values = caption_log_likelihood(self.prior, ids, codes[0])
+            parts = ids.split(_CAPTIONS_AT_A_TIME)
+            values = torch.cat(
+                [caption_log_likelihood(self.prior, part, codes[0]) for part in parts]
+            )
         else:
             check_at_least_one("num", num)
             SamplingOptions(temperature=temperature, top_p=top_p)  # refuses what is out of range

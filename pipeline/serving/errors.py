@@ -85,7 +85,7 @@ def api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ClientGone):
         return ApiError(499, str(error), code="client_gone")  # for the log: nobody reads it
     if isinstance(error, TimeoutError):
-        message = "the images were not ready in time; ask for fewer, or try again later"
+        message = "this was not ready in time; ask for less, or try again later"
         return ApiError(504, message, code="timeout")
     _log.error("%s failed", request_id, exc_info=error)
     if isinstance(error, SamplingFailed):

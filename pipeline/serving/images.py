@@ -112,6 +112,7 @@ class ImageService:
         self.name = name
         self.started = now()
         self._pool = ThreadPoolExecutor(1, "images")
+        self._in_turn = 0
 
     @property
     def has_alpha(self) -> bool:
@@ -130,6 +131,23 @@ class ImageService:
         """A call of the pipeline in the thread of images."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
+
+    async def in_turn(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """As `in_thread`, for what a client waits for: as many at a time as images may wait.
+
+        Raises:
+            ApiError: too many wait.
+            TimeoutError: it takes longer than the server's limit.
+        """
+        if self._in_turn >= self.settings.max_waiting:
+            message = f"{self._in_turn} requests wait, and no more may; try again in 1 second"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        self._in_turn += 1
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                return await self.in_thread(function, *arguments, **options)
+        finally:
+            self._in_turn -= 1
 
     async def from_input(
         self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs

@@ -78,7 +78,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         service.check_prompt(body.prompt)
         ids = await service.from_input(pipe.text_ids, [body.prompt])
         codes = await codes_of(body.image, body.codes)
-        return await service.in_thread(scored, codes, ids)
+        return await service.in_turn(scored, codes, ids)
 
     @router.post("/v1/captions", tags=["codes"])
     async def captions(body: CaptionRequest) -> CaptionResponse:
@@ -94,7 +94,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
                 service.check_prompt(one)
             await service.from_input(pipe.text.encode, body.candidates)
         image = await service.from_input(decoded, body.image)
-        found = await service.in_thread(
+        found = await service.in_turn(
             pipe.caption,
             image,
             body.candidates,
@@ -109,7 +109,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     async def tokens(body: TokensRequest) -> TokensResponse:
         """The codes of an image, or the image of codes."""
         codes = await codes_of(body.image, body.codes)
-        return await service.in_thread(as_tokens, codes)
+        return await service.in_turn(as_tokens, codes)
 
     async def codes_of(image: str | None, codes: list[int] | None) -> Tensor:
         """(1,N)"""
@@ -118,7 +118,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             raise ApiError(400, message, param="image", code="missing")
         if image is not None:
             given = await service.from_input(decoded, image)
-            return await service.in_thread(lambda: pipe.codes_of([given]).flatten(1))
+            return await service.in_turn(lambda: pipe.codes_of([given]).flatten(1))
         assert codes is not None
         return checked_codes(codes)
 

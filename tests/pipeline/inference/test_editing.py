@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
+from pipeline.inference import pipeline
 from pipeline.inference.editing import keep_mask, place_on_canvas, random_keep_mask
 from pipeline.inference.reranking import choice_scores
 from stage1_tokenizer import Level
@@ -230,6 +231,24 @@ def test_default_steps_of_a_bundle_apply_to_whole_images_only(pipe, original):
         ValueError, match="num_inference_steps is 2; it must be at least 1 and at most the 1 codes"
     ):
         stepped.edit(original, box(0, 0, 8, 8), "x", num_inference_steps=2)
+
+
+def test_many_candidates_are_scored_in_parts(pipe, original, monkeypatch):
+    candidates = ["a red heart", "a blue star", "a green moon", "a red star", "a blue heart"]
+    together = pipe.caption(original, candidates)
+    parts = []
+    plain = pipeline.caption_log_likelihood
+
+    def counted(prior, ids, codes):
+        parts.append(len(ids))
+        return plain(prior, ids, codes)
+
+    monkeypatch.setattr(pipeline, "caption_log_likelihood", counted)
+    monkeypatch.setattr(pipeline, "_CAPTIONS_AT_A_TIME", 2)
+    found = pipe.caption(original, candidates)
+    assert parts == [2, 2, 1]
+    assert [text for text, _ in found] == [text for text, _ in together]
+    assert [value for _, value in found] == pytest.approx([value for _, value in together])
 
 
 def test_mismatched_counts_and_codes_are_named(pipe, original):

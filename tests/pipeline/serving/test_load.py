@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from pipeline.serving import middleware
+from pipeline.serving import middleware, own_routes
 from stage2_prior import Engine
 from tests.helpers.serving import (
     StepGate,
@@ -20,6 +20,7 @@ from tests.helpers.serving import (
 )
 
 URL = "/v1/images/generations"
+SCORE = "/v1/score"
 HEART = {"prompt": "a red heart", "seed": 7}
 
 
@@ -65,6 +66,38 @@ def test_images_that_take_too_long_are_504_and_cancelled(pipe, monkeypatch):
     assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
     # One step may be under way.
     assert "minidalle_step_seconds_count 1.0" in metrics or "step_seconds_count 0.0" in metrics
+
+
+def test_requests_that_sample_nothing_wait_in_a_bounded_queue_and_for_a_limited_time(
+    pipe, monkeypatch
+):
+    free = threading.Event()
+    plain = own_routes.score_each_code
+
+    def held(*given):
+        free.wait(60)
+        return plain(*given)
+
+    monkeypatch.setattr(own_routes, "score_each_code", held)
+    body = {"prompt": "a red heart", "codes": [0] * 16}
+    with client_of(pipe, max_waiting=1, max_images=2) as client:
+        first = []
+        asking = threading.Thread(target=lambda: first.append(client.post(SCORE, json=body)))
+        asking.start()
+        service = client.app.state.service
+        while not service._in_turn:
+            time.sleep(0.001)
+        full = client.post(SCORE, json=body)
+        free.set()
+        asking.join()
+    assert full.status_code == 429 and full.headers["retry-after"] == "1"
+    assert "1 requests wait" in full.json()["error"]["message"]
+    assert first[0].status_code == 200
+    free.clear()
+    with client_of(pipe, timeout=0.1) as client:
+        late = client.post(SCORE, json=body)
+        free.set()
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("stream", [True, False])
