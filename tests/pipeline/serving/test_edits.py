@@ -117,6 +117,13 @@ def test_images_that_do_not_fit_are_refused(client, image):
     assert broken.json()["error"]["code"] == "invalid_image"
 
 
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(client):
+    many = Image.new("1", (2**13, 2**11 + 1))
+    error = post(client, EDITS, many, left_half())
+    assert error.status_code == 400 and error.json()["error"]["param"] == "image"
+    assert "pixels" in error.json()["error"]["message"]
+
+
 def test_a_prior_in_raster_order_says_so(image):
     with client_of(serving_pipeline()) as client:
         response = post(client, EDITS, image, left_half())

@@ -12,11 +12,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stage1_tokenizer.pixels import image_array
-from tests.helpers.serving import client_of, events_of, image_of, serving_pipeline, tiny_app
+from tests.helpers.serving import client_of, events_of, image_of, png_of, serving_pipeline, tiny_app
 
 URL = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 HEART = {"prompt": "a red heart", "seed": 7}
 
 
@@ -264,8 +266,9 @@ def test_weights_that_give_nan_fail_and_the_server_stays():
         assert "minidalle_images_active 0.0" in client.get("/metrics").text
 
 
-def random_request(draw):
-    return {
+def random_request(draw, any_order):
+    """Where the order is free, some have several codes per step, and some are edits."""
+    found = {
         "prompt": draw.choice(["a red heart", "a blue star", "two green rings", "a red star"]),
         "seed": draw.randrange(1000),
         "n": draw.choice([1, 1, 2, 3]),
@@ -274,21 +277,43 @@ def random_request(draw):
         "top_k": draw.choice([None, 4]),
         "top_p": draw.choice([None, 0.8]),
         "min_p": draw.choice([None, 0.05]),
-        "best_of": draw.choice([1, 1, 1, 2]),
     }
+    if any_order:
+        found["steps"] = draw.choice([None, 3, 8])
+    if any_order and draw.randrange(2):
+        return EDITS, found
+    return URL, found | {"best_of": draw.choice([1, 1, 1, 2])}
 
 
-def test_two_hundred_requests_under_load_give_the_codes_of_offline_calls():
+@pytest.mark.parametrize(("any_order", "count"), [(False, 200), (True, 80)])
+def test_many_requests_under_load_give_the_codes_of_offline_calls(any_order, count):
     draw = random.Random(0)
-    bodies = [random_request(draw) for _ in range(200)]
-    gone = set(draw.sample(range(200), 40))
-    waits = [draw.random() * 2 for _ in bodies]
-    pipe = serving_pipeline()
+    asked = [random_request(draw, any_order) for _ in range(count)]
+    gone = set(draw.sample(range(count), count // 5))
+    waits = [draw.random() * count / 100 for _ in asked]
+    pipe = serving_pipeline(any_order=any_order)
     app = tiny_app(pipe, max_waiting=1000)
+    image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+
+    def sent(client, url, body):
+        if url == URL:
+            return client.post(url, json=body)
+        fields = {name: str(value) for name, value in body.items() if value is not None}
+        return client.post(url, data=fields, files={"image": png_of(image), "mask": png_of(mask)})
+
+    def expected(url, body):
+        options = {name: value for name, value in body.items() if name not in ("prompt", "n")}
+        options["num_inference_steps"] = options.pop("steps", None)
+        if url == URL:
+            return offline(pipe, body["prompt"], num_images_per_prompt=body["n"], **options)
+        edited = pipe.edit(image, mask, body["prompt"], num_images=body["n"], **options)
+        return edited.codes.flatten(1).tolist()
 
     async def one(client, number):
         await asyncio.sleep(waits[number])
-        call = asyncio.ensure_future(client.post(URL, json=bodies[number]))
+        call = asyncio.ensure_future(sent(client, *asked[number]))
         if number in gone:
             await asyncio.sleep(waits[number] / 20)
             call.cancel()
@@ -300,17 +325,15 @@ def test_two_hundred_requests_under_load_give_the_codes_of_offline_calls():
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
-            calls = (one(client, number) for number in range(200))
+            calls = (one(client, number) for number in range(count))
             found = await asyncio.gather(*calls, return_exceptions=True)
             metrics = (await client.get("/metrics")).text
             return found, metrics
 
     found, metrics = asyncio.run(run())
     done = [i for i, response in enumerate(found) if isinstance(response, httpx.Response)]
-    assert set(range(200)) - gone <= set(done)
+    assert set(range(count)) - gone <= set(done) and len(done) < count
     for i in done:
-        body = dict(bodies[i])
-        prompt, n = body.pop("prompt"), body.pop("n")
-        assert codes_of(found[i]) == offline(pipe, prompt, num_images_per_prompt=n, **body), body
+        assert codes_of(found[i]) == expected(*asked[i]), asked[i]
     assert "minidalle_images_active 0.0" in metrics
     assert "minidalle_images_waiting 0.0" in metrics
