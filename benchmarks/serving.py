@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import statistics
@@ -111,25 +110,28 @@ class _Asker:
 def _load(
     asker: _Asker, process: psutil.Process, count: int, pipe: TextToImagePipeline
 ) -> dict[str, float]:
-    def asked(seed: int) -> tuple[float, list[int] | None]:
+    seconds: list[float] = []
+    codes: dict[int, list[int]] = {}
+
+    def ask(seed: int) -> None:
         start = time.perf_counter()
         try:
-            codes = asker.codes(seed)
-        except httpx.HTTPError:
-            return math.inf, None
-        return time.perf_counter() - start, codes
+            codes[seed] = asker.codes(seed)
+        except httpx.HTTPError as error:
+            print(f"request {seed} was lost: {error!r}")
+        else:
+            seconds.append(time.perf_counter() - start)
 
     returned = asker.images_counted()
     with ThreadPoolExecutor(64) as pool:
-        first = list(pool.map(asked, range(count // 10)))
+        list(pool.map(ask, range(count // 10)))
         before = process.memory_info().rss
-        every = first + list(pool.map(asked, range(count // 10, count)))
+        list(pool.map(ask, range(count // 10, count)))
     after = process.memory_info().rss
-    seconds = [taken for taken, codes in every if codes is not None]
     points = statistics.quantiles(seconds, n=100)
     compared = min(_COMPARED, count)
     equal = sum(
-        every[seed][1] == pipe(_prompt(seed), seed=seed).codes.flatten().tolist()
+        codes.get(seed) == pipe(_prompt(seed), seed=seed).codes.flatten().tolist()
         for seed in range(compared)
     )
     return {

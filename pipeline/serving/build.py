@@ -70,14 +70,14 @@ def build_app(
         on_step=metrics.on_step,
     )
     metrics.watch(sampler)
-    service = ImageService(pipe, sampler, settings, _name_of(Path(bundle)))
+    service = ImageService(pipe, sampler, settings, _name_of(bundle))
     return create_app(service, metrics, tokens=tokens, state=state)
 
 
-def _name_of(bundle: Path) -> str:
+def _name_of(bundle: str | Path) -> str:
     """What clients call a bundle: its folder, or its run's where that is `bundle`."""
-    name = bundle.resolve().name
-    return bundle.resolve().parent.name if name == "bundle" else name
+    path = Path(os.path.abspath(bundle))
+    return (path.parent.name if path.name == "bundle" else "") or path.name
 
 
 def read_tokens(path: Path) -> list[str]:

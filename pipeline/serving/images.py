@@ -14,8 +14,9 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -112,7 +113,7 @@ class ImageService:
         self.name = name
         self.started = now()
         self._pool = ThreadPoolExecutor(1, "images")
-        self._in_turn = 0
+        self._turns = 0
 
     @property
     def has_alpha(self) -> bool:
@@ -132,22 +133,23 @@ class ImageService:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
 
-    async def in_turn(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-        """As `in_thread`, for what a client waits for: as many at a time as images may wait.
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A place among the requests that sample no image. There are `max_waiting` places.
 
         Raises:
-            ApiError: too many wait.
-            TimeoutError: it takes longer than the server's limit.
+            ApiError: all are taken.
+            TimeoutError: what is done in the place takes longer than the server's limit.
         """
-        if self._in_turn >= self.settings.max_waiting:
-            message = f"{self._in_turn} requests wait, and no more may; try again in 1 second"
+        if self._turns >= self.settings.max_waiting:
+            message = f"{self._turns} requests run or wait, and no more may; try again in 1 second"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-        self._in_turn += 1
+        self._turns += 1
         try:
             async with asyncio.timeout(self.settings.timeout):
-                return await self.in_thread(function, *arguments, **options)
+                yield
         finally:
-            self._in_turn -= 1
+            self._turns -= 1
 
     async def from_input(
         self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs

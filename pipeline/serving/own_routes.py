@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 from torch import Tensor
 
 from pipeline.inference.editing import check_image
+from pipeline.serving.disconnect import until_disconnected
 from pipeline.serving.errors import ApiError
 from pipeline.serving.images import ImageService, encoded, opened
 from pipeline.serving.metrics import CONTENT_TYPE, Metrics
@@ -33,6 +35,8 @@ from pipeline.serving.schemas import (
 from pipeline.serving.state import ServerState
 from stage2_prior import score_each_code
 
+T = TypeVar("T")
+
 
 def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> APIRouter:
     """Routes over one service."""
@@ -44,15 +48,16 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
     )
     async def healthz() -> Response:
         """200 while the process can sample; 503 where it must be started again."""
-        works = service.sampler.is_alive
-        return JSONResponse({"status": "ok" if works else "broken"}, 200 if works else 503)
+        broken = service.sampler.has_failed
+        return JSONResponse({"status": "broken" if broken else "ok"}, 503 if broken else 200)
 
     @router.get(
         "/readyz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]
     )
     async def readyz() -> Response:
         """200 while requests are accepted; 503 before the bundle is ready and at the end."""
-        return JSONResponse({"status": state.status}, 200 if state.status == "ready" else 503)
+        status = "broken" if service.sampler.has_failed else state.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
     async def show_metrics() -> Response:
@@ -73,15 +78,19 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         return model
 
     @router.post("/v1/score", tags=["codes"])
-    async def score(body: ScoreRequest) -> ScoreResponse:
+    async def score(request: Request, body: ScoreRequest) -> ScoreResponse:
         """How likely an image, or its codes, are given a prompt."""
-        service.check_prompt(body.prompt)
-        ids = await service.from_input(pipe.text_ids, [body.prompt])
-        codes = await codes_of(body.image, body.codes)
-        return await service.in_turn(scored, codes, ids)
+
+        async def work() -> ScoreResponse:
+            service.check_prompt(body.prompt)
+            ids = await service.from_input(pipe.text_ids, [body.prompt])
+            codes = await codes_of(body.image, body.codes)
+            return await service.in_thread(scored, codes, ids)
+
+        return await in_turn(request, work)
 
     @router.post("/v1/captions", tags=["codes"])
-    async def captions(body: CaptionRequest) -> CaptionResponse:
+    async def captions(request: Request, body: CaptionRequest) -> CaptionResponse:
         """Captions of an image: candidates by their likelihood, or new ones."""
         if not pipe.prior.config.trained_image_first:
             message = (
@@ -89,27 +98,42 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
                 "serve a bundle of sequence.captioning_fraction=0.2 and prior.model.text_depth=0"
             )
             raise ApiError(400, message, code="not_supported")
-        if body.candidates is not None:
-            for one in body.candidates:
-                service.check_prompt(one)
-            await service.from_input(pipe.text.encode, body.candidates)
-        image = await service.from_input(decoded, body.image)
-        found = await service.in_turn(
-            pipe.caption,
-            image,
-            body.candidates,
-            num=body.n,
-            seed=body.seed,
-            temperature=body.temperature,
-            top_p=body.top_p,
-        )
-        return CaptionResponse(data=[Caption(text=t, log_likelihood=value) for t, value in found])
+
+        async def work() -> CaptionResponse:
+            if body.candidates is not None:
+                for one in body.candidates:
+                    service.check_prompt(one)
+                await service.from_input(pipe.text.encode, body.candidates)
+            image = await service.from_input(decoded, body.image)
+            found = await service.in_thread(
+                pipe.caption,
+                image,
+                body.candidates,
+                num=body.n,
+                seed=body.seed,
+                temperature=body.temperature,
+                top_p=body.top_p,
+            )
+            return CaptionResponse(
+                data=[Caption(text=text, log_likelihood=value) for text, value in found]
+            )
+
+        return await in_turn(request, work)
 
     @router.post("/v1/tokens", tags=["codes"])
-    async def tokens(body: TokensRequest) -> TokensResponse:
+    async def tokens(request: Request, body: TokensRequest) -> TokensResponse:
         """The codes of an image, or the image of codes."""
-        codes = await codes_of(body.image, body.codes)
-        return await service.in_turn(as_tokens, codes)
+
+        async def work() -> TokensResponse:
+            codes = await codes_of(body.image, body.codes)
+            return await service.in_thread(as_tokens, codes)
+
+        return await in_turn(request, work)
+
+    async def in_turn(request: Request, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The work's result, unless too many wait or the client leaves."""
+        async with service.turn():
+            return await until_disconnected(request, work())
 
     async def codes_of(image: str | None, codes: list[int] | None) -> Tensor:
         """(1,N)"""
@@ -118,7 +142,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             raise ApiError(400, message, param="image", code="missing")
         if image is not None:
             given = await service.from_input(decoded, image)
-            return await service.in_turn(lambda: pipe.codes_of([given]).flatten(1))
+            return await service.in_thread(lambda: pipe.codes_of([given]).flatten(1))
         assert codes is not None
         return checked_codes(codes)
 

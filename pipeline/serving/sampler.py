@@ -14,7 +14,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,10 +56,10 @@ class QueueFull(Exception):
 
 
 class ShuttingDown(Exception):
-    """The server stops, and does not sample the rest."""
+    """The server stops, or cannot sample any more, and does not sample the rest."""
 
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down; send the request to another one")
+    def __init__(self, reason: str = "the server is shutting down") -> None:
+        super().__init__(f"{reason}; send the request to another one")
 
 
 class SamplingFailed(Exception):
@@ -185,7 +186,7 @@ class Sampler:
         self._on_step = on_step
         self._engine = Engine(prior, num_rows, steps=self._steps)
         self._rows = num_rows
-        """Rows of the engine, or of the one that could not be made."""
+        """Rows of the engine; 0 where there is none any more."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
         self._lock = threading.Lock()
@@ -193,17 +194,14 @@ class Sampler:
         self._num_active = 0
         self._codes_per_second = 0.0
         self._closing = False
+        self.has_failed = False
+        """Whether no engine could be made any more: nothing is sampled until the server is started
+        again."""
         if compiled:
             checked_compile("on", prior.device)
             self._compile(Filters.of([options or SamplingOptions()]))
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread runs: it ends after `stop`, or where no engine can be made any
-        more."""
-        return self._thread.is_alive()
 
     @property
     def num_slots(self) -> int:
@@ -230,18 +228,19 @@ class Sampler:
 
         Raises:
             QueueFull: too many images wait.
-            ShuttingDown: `close` was called.
+            ShuttingDown: `stop` was called, or `has_failed`.
         """
         count = len(plan.seeds)
         with self._lock:
             if self._closing:
-                raise ShuttingDown
+                raise self._stopped()
             room = self.num_rows // 2 + self.max_waiting
             if self._pending + count > room:
                 raise QueueFull(self._pending, self._seconds_to_wait())
             self._pending += count
-        job = Job(plan, preview_every, asyncio.get_running_loop())
-        self._commands.put(lambda: self._start(job))
+            job = Job(plan, preview_every, asyncio.get_running_loop())
+            # Within the lock: after `stop` the thread ends once the commands are carried out.
+            self._commands.put(lambda: self._start(job, range(count)))
         return job
 
     def cancel(self, job: Job) -> None:
@@ -296,22 +295,32 @@ class Sampler:
             self._commands.get()()
         jobs = [job for job, _ in self._tickets.values()]
         for job in jobs:  # one whose images all failed before is left alone
-            self._fail(job, ShuttingDown())
+            self._fail(job, self._stopped())
+
+    def _stopped(self) -> ShuttingDown:
+        if self.has_failed:
+            return ShuttingDown("the server cannot sample any more and is to be started again")
+        return ShuttingDown()
 
     def _take_commands(self) -> None:
         """Carries out all commands. Waits for one where nothing is being sampled; the table has all
         its rows again by then."""
         if not self._tickets:
-            if self._rows < self.num_rows:
-                self._new_engine(self.num_rows)
+            if self._rows < self.num_rows and not self._made_engine(self.num_rows):
+                return
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job, images: Iterable[int]) -> None:
+        """Submits images of a job, by their places in its plan."""
+        if self._closing:
+            self._fail(job, self._stopped())
+            return
         try:
-            for image, request in enumerate(job.plan.requests()):
-                self._tickets[self._engine.submit(request)] = (job, image)
+            requests = job.plan.requests()
+            for image in images:
+                self._tickets[self._engine.submit(requests[image])] = (job, image)
         except Exception as error:
             self._fail(job, self._failure(error))
 
@@ -367,37 +376,35 @@ class Sampler:
             for job in jobs:
                 self._fail(job, self._failure(error))
             jobs = []
-        try:
-            self._new_engine(rows)
-        except Exception as failure:
-            _log.critical("the server cannot sample any more; start it again", exc_info=failure)
-            for job in jobs:
-                self._fail(job, self._failure(failure))
-            self.stop()
-            return
+        traceback.clear_frames(error.__traceback__)  # they hold the engine and what it computed
+        self._made_engine(rows)
         for job in jobs:
-            requests = job.plan.requests()
-            for image in images[job]:
-                self._tickets[self._engine.submit(requests[image])] = (job, image)
+            self._start(job, images[job])
 
-    def _new_engine(self, rows: int) -> None:
-        """Replaces the engine by an empty one of so many rows, or fewer where memory is short."""
+    def _made_engine(self, rows: int) -> bool:
+        """Replaces the engine by an empty one of so many rows, or fewer where memory is short.
+        Where that fails, the sampler stops. Returns whether there is one."""
         self._num_active = 0
-        if hasattr(self, "_engine"):
-            del self._engine  # before another one takes its memory
+        del self._engine  # before another one takes its memory
         while True:
-            self._rows = rows
             if self.prior.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 self._engine = Engine(self.prior, rows, steps=self._steps)
             except Exception as error:
                 if not is_out_of_memory(error) or rows <= 2:
-                    raise
+                    _log.critical(
+                        "the server cannot sample any more; start it again", exc_info=error
+                    )
+                    self._rows = 0
+                    self.has_failed = True
+                    self.stop()
+                    return False
                 rows = max(rows // 2, 2)
                 _log.warning("out of memory for the table; continuing with %d rows", rows)
             else:
-                return
+                self._rows = rows
+                return True
 
     @staticmethod
     def _failure(error: Exception) -> SamplingFailed:

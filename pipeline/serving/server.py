@@ -36,6 +36,7 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
         ValueError: the bundle has Gaussian latents, or the file has no token.
         FileNotFoundError: there is no such bundle or file.
         OSError: the port is taken.
+        MemoryError: not even one image fits the memory.
     """
     with listen(settings.host, settings.port) as listener:
         state = ServerState()

@@ -132,8 +132,8 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
         )
     if not _PREFIX.fullmatch(prefix):  # names a file of rendered icons
         raise ValueError(
-            f"{path} has the prefix {printable(prefix)!r}; write one of letters, digits, spaces, "
-            "dots and hyphens"
+            f"{path} has the prefix {printable(prefix)!r}; write one of at most 100 letters, "
+            "digits, underscores, spaces, dots and hyphens, that begins with one of the first three"
         )
     problems: list[str] = []
     drawings: dict[str, str] = {}

@@ -52,14 +52,14 @@ export class Form {
   get prompt() {
     const prompt = byId("prompt").value.trim();
     const style = this.#style();
-    return style ? `${prompt}, ${style} style` : prompt;
+    return style && prompt ? `${prompt}, ${style} style` : prompt;
   }
 
   /**
    * The options of edits and variations. The bundle's own number of steps is left out: it is for
    * whole images, and the server takes as many as a part needs.
    */
-  changing() {
+  optionsOfChanges() {
     const found = this.options();
     if (found.steps === this.model.defaults.num_inference_steps) delete found.steps;
     return found;

@@ -13,13 +13,19 @@ const KINDS = {
 
 /** Name of a file to download an image as. */
 export function fileName(record) {
-  const words = record.prompt.toLowerCase().match(/[a-z0-9]+/g) ?? ["image"];
-  return `${words.join("-").slice(0, 60)}-${record.seed ?? "file"}-${record.index + 1}.png`;
+  const words = (record.file ?? record.prompt).toLowerCase().match(/[a-z0-9]+/g) ?? ["image"];
+  const number = isFile(record) ? "" : `-${record.seed}-${record.index + 1}`;
+  return `${words.join("-").slice(0, 60)}${number}.png`;
 }
 
 /** Text of an image for screen readers. */
 export function altOf(record) {
-  return record.prompt || "an image without a prompt";
+  return record.file || record.prompt || "an image without a prompt";
+}
+
+/** Whether an image was not drawn here, so that it has no seed. */
+export function isFile(record) {
+  return record.kind === "file";
 }
 
 /** All runs. `open` is called with a record whose image is chosen. */
@@ -50,7 +56,7 @@ export class Gallery {
     const runs = new Map(records.map(({ run }) => [run, []]));
     for (const record of records) runs.get(record.run).push(record);
     for (const images of runs.values()) {
-      const run = new RunView(images[0].kind, images[0].prompt, this.#open);
+      const run = new RunView(images[0].kind, images[0].file ?? images[0].prompt, this.#open);
       this.#root.prepend(run.element);
       images.sort((one, other) => one.index - other.index);
       for (const record of images) run.complete(record.index, record);
@@ -123,7 +129,7 @@ class RunView {
     const tile = this.#tile(index);
     tile.classList.remove("waiting");
     tile.replaceChildren(button, el("div", { class: "tile-foot" }, likelihood, download));
-    this.#facts.textContent = record.seed === null ? "" : `seed ${record.seed}`;
+    this.#facts.textContent = isFile(record) ? "" : `seed ${record.seed}`;
     this.#warn(record.warnings);
   }
 

@@ -16,14 +16,15 @@ export class History {
     this.#base = await done(opening).catch(() => null);
   }
 
-  /** Keeps a record, and drops the oldest ones beyond the limit. Returns whether there was room. */
+  /**
+   * Keeps a record, and drops the oldest ones of all bundles beyond the limit. Returns whether the
+   * browser kept it, where it keeps any.
+   */
   async add(record) {
     if (!this.#base) return true;
     try {
-      const store = this.#store("readwrite");
-      await done(store.add(record));
-      const keys = await done(store.getAllKeys());
-      await Promise.all(keys.slice(0, -MOST).map((key) => done(store.delete(key))));
+      const transaction = this.#base.transaction(STORE, "readwrite");
+      await Promise.all([ended(transaction), added(transaction.objectStore(STORE), record)]);
       return true;
     } catch {
       return false;
@@ -44,6 +45,20 @@ export class History {
   #store(mode) {
     return this.#base.transaction(STORE, mode).objectStore(STORE);
   }
+}
+
+async function added(store, record) {
+  await done(store.add(record));
+  const keys = await done(store.getAllKeys());
+  await Promise.all(keys.slice(0, -MOST).map((key) => done(store.delete(key))));
+}
+
+/** A transaction's end: a browser without room may find that out at the commit. */
+function ended(transaction) {
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = () => reject(transaction.error);
+  });
 }
 
 function done(asked) {

@@ -24,7 +24,7 @@ class Page {
     byId("bundle").textContent = `${model.id} · ${model.width} × ${model.height}`;
     this.form = new Form(model);
     this.viewer = new Viewer(model, {
-      sample: (run) => this.sample({ ...run, fields: { ...this.form.changing(), ...run.fields } }),
+      sample: (run) => this.sample({ ...run, fields: { ...this.form.optionsOfChanges(), ...run.fields } }),
       reuse: (record) => this.fill(settingsOfRecord(record)),
     });
     this.gallery = new Gallery(model, (record) => this.viewer.open(record));
@@ -48,6 +48,7 @@ class Page {
     const count = run.fields.n ?? 1;
     const view = this.gallery.begin(run, count);
     let ready = 0;
+    let kept = true;
     this.#begin(count);
     try {
       const id = `${Date.now()}-${Math.random()}`;
@@ -58,8 +59,9 @@ class Page {
         view.complete(index, record);
         ready++;
         announce(`${ready} of ${count} ${count === 1 ? "image is" : "images are"} ready.`);
-        if (!(await this.history.add(record))) showError(byId("alert"), new Error(NOT_KEPT));
+        kept = (await this.history.add(record)) && kept;
       }
+      if (!kept) showError(byId("alert"), new Error(NOT_KEPT));
     } catch (error) {
       const cancelled = error.name === "AbortError";
       announce(cancelled ? `Cancelled. ${ready} of ${count} images are ready.` : "");
@@ -117,7 +119,10 @@ class Page {
   }
 
   #takeFiles() {
-    byId("file").addEventListener("change", (event) => this.#read(event.target.files[0]));
+    byId("file").addEventListener("change", async ({ target }) => {
+      await this.#read(target.files[0]);
+      target.value = ""; // so that the same file can be chosen again
+    });
     document.addEventListener("dragover", (event) => {
       event.preventDefault();
       document.body.classList.add("dropping");
@@ -133,20 +138,24 @@ class Page {
   async #read(file) {
     if (!file) return;
     showError(byId("alert"));
-    const settings = settingsOf(await file.arrayBuffer());
+    announce(`Reading ${file.name} …`);
     try {
+      const settings = settingsOf(await file.arrayBuffer());
       if (settings) this.fill(settings);
-      else await this.#show(file);
+      else await this.#add(file);
     } catch (error) {
+      announce("");
       showError(byId("alert"), error);
     }
   }
 
-  /** Shows an image of the user's among the drawn ones, so that it can be edited too. */
-  async #show(file) {
+  /** Adds an image of the user's to the drawn ones, so that it can be edited too. */
+  async #add(file) {
     const record = await recordOfFile(this.model, file, this.form.prompt);
-    this.gallery.restore([record]);
-    announce(`${file.name} is in the gallery, as its codes and in the bundle's size.`);
+    const view = this.gallery.begin({ kind: "file", fields: { prompt: file.name } }, 1);
+    view.complete(0, record);
+    announce(`${file.name} is in the gallery, in the bundle's size.`);
+    if (!(await this.history.add(record))) showError(byId("alert"), new Error(NOT_KEPT));
   }
 }
 

@@ -68,6 +68,7 @@ export async function recordOfFile(model, file, prompt) {
   return {
     run: `${Date.now()}-${Math.random()}`,
     kind: "file",
+    file: file.name,
     prompt,
     bundle: model.id,
     created: Date.now(),

@@ -5,7 +5,7 @@ import { requestJson } from "/page/api.js";
 import { byId, el, facts, show, showError } from "/page/dom.js";
 import { EditPanel, ExtendPanel } from "/page/edit.js";
 import { linkSliders } from "/page/form.js";
-import { altOf, fileName } from "/page/gallery.js";
+import { altOf, fileName, isFile } from "/page/gallery.js";
 import { base64Of } from "/page/png.js";
 import { TokensView } from "/page/tokens.js";
 
@@ -56,12 +56,13 @@ export class Viewer {
     image.alt = altOf(record);
     facts(byId("facts"), {
       Seed: record.seed,
-      Image: record.seed === null ? null : `number ${record.index + 1} of this seed`,
+      Image: isFile(record) ? null : `number ${record.index + 1} of this seed`,
       "Log-likelihood": `${record.logLikelihood.toFixed(2)} nats`,
       Codes: record.codes.length,
       Bundle: record.bundle,
-      [record.seed === null ? "Opened" : "Sampled"]: new Date(record.created).toLocaleString(),
+      [isFile(record) ? "Opened" : "Sampled"]: new Date(record.created).toLocaleString(),
     });
+    show(byId("reuse"), !isFile(record));
     const download = byId("download");
     download.href = this.#url;
     download.download = fileName(record);
@@ -114,11 +115,13 @@ export class Viewer {
   }
 
   async #guard(action) {
+    const record = this.#record;
     showError(byId("viewer-alert"));
     try {
       await action();
     } catch (error) {
-      showError(byId("viewer-alert"), error);
+      // Of an image that is shown no more, it would stand beside another one.
+      if (record === this.#record) showError(byId("viewer-alert"), error);
     }
   }
 

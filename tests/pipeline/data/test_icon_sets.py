@@ -154,7 +154,7 @@ def test_a_prefix_that_is_no_name_is_refused(tmp_path, prefix):
     """It becomes a part of the name of a file."""
     path = tmp_path / "icons.json"
     path.write_text(json.dumps({"prefix": prefix, "icons": {"a": {"body": body("red")}}}))
-    with pytest.raises(ValueError, match="write one of letters, digits, spaces, dots and hyphens"):
+    with pytest.raises(ValueError, match="write one of at most 100 letters, digits, underscores"):
         read_set(path, {})
 
 

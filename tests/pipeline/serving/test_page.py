@@ -187,7 +187,7 @@ def test_an_image_of_the_user_is_shown_with_its_codes_and_can_be_edited(page, an
     ready(page, 1)
     middle = wide[:, SIZE // 2 : -SIZE // 2]
     assert np.array_equal(pixels(page), middle)
-    expect(page.locator(".run h3")).to_have_text("from a file: a red heart")
+    expect(page.locator(".run h3")).to_have_text("from a file: mine.png")
     expected = any_order.pipe.codes_of([Image.fromarray(middle)]).flatten()
     assert shown_codes(page, 1) == flat(expected, 1)
     choose(page, "edit")
@@ -198,13 +198,19 @@ def test_an_image_of_the_user_is_shown_with_its_codes_and_can_be_edited(page, an
     assert np.array_equal(pixels(page)[CELL:], middle[CELL:])
 
 
-def test_a_browser_without_room_still_shows_all_images_and_says_so(page):
+@pytest.mark.parametrize("when", ["at once", "at the commit"])
+def test_a_browser_without_room_still_shows_all_images_and_says_so(page, when):
     page.evaluate(
-        """() => {
-            IDBObjectStore.prototype.add = () => {
-                throw new DOMException("no room", "QuotaExceededError");
+        """(atOnce) => {
+            const plain = IDBObjectStore.prototype.add;
+            IDBObjectStore.prototype.add = function (value) {
+                if (atOnce) throw new DOMException("no room", "QuotaExceededError");
+                const asked = plain.call(this, value);
+                setTimeout(() => this.transaction.abort());
+                return asked;
             };
-        }"""
+        }""",
+        when == "at once",
     )
     draw(page, "a red heart", 2)
     expect(page.locator("#alert")).to_contain_text("no room for more images")
@@ -226,6 +232,15 @@ def test_images_of_another_bundle_stay_in_the_history_and_are_not_shown(page):
     )
     page.reload()
     expect(page.locator("#empty")).to_be_visible()
+    kept = page.evaluate(
+        """() => new Promise((resolve) => {
+            indexedDB.open("minidalle", 1).onsuccess = ({ target }) => {
+                const images = target.result.transaction("images").objectStore("images");
+                images.count().onsuccess = (event) => resolve(event.target.result);
+            };
+        })"""
+    )
+    assert kept == 1
 
 
 def test_an_edit_takes_as_many_steps_as_it_needs_where_the_bundle_has_a_number(open_page):

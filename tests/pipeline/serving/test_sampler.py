@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pipeline.serving.sampler import (
     ShuttingDown,
 )
 from stage2_prior import CompiledSteps, Engine, SamplingOptions
-from tests.helpers.serving import StepGate, serving_pipeline
+from tests.helpers.serving import StepGate, client_of, serving_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplo
 def test_where_no_engine_can_be_made_jobs_fail_and_the_sampler_says_that_it_ended(
     pipe, monkeypatch, caplog
 ):
-    failing_once(monkeypatch, RuntimeError("a device fault"))
+    failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
 
     async def run():
         made = Sampler(pipe.prior, num_rows=8)
@@ -175,17 +176,32 @@ def test_where_no_engine_can_be_made_jobs_fail_and_the_sampler_says_that_it_ende
             raise RuntimeError("a device fault")
 
         monkeypatch.setattr("pipeline.serving.sampler.Engine", broken)
-        failed = [made.submit(plan(pipe, seed, n=2)) for seed in range(2)]
-        for job in failed:
-            with pytest.raises(SamplingFailed, match="see the server's log"):
-                await all_of(job)
-        made.close()
-        assert not made.is_alive and made.num_pending == 0
-        with pytest.raises(ShuttingDown):
+        with pytest.raises(ShuttingDown, match="cannot sample any more"):
+            await all_of(made.submit(plan(pipe, n=4)))
+        made._thread.join(60)
+        assert made.has_failed and (made.num_slots, made.num_pending) == (0, 0)
+        with pytest.raises(ShuttingDown, match="cannot sample any more"):
             made.submit(plan(pipe))
 
     asyncio.run(run())
     assert "the server cannot sample any more; start it again" in caplog.text
+
+
+def test_a_server_that_cannot_sample_any_more_is_neither_healthy_nor_ready(pipe, monkeypatch):
+    failing_once(monkeypatch, RuntimeError("a device fault"))
+    with client_of(pipe, num_rows=8) as client:
+
+        def broken(*_, **__):
+            raise RuntimeError("a device fault")
+
+        monkeypatch.setattr("pipeline.serving.sampler.Engine", broken)
+        url, body = "/v1/images/generations", {"prompt": "a red heart"}
+        failed = client.post(url, json=body | {"n": 4})
+        later = client.post(url, json=body)
+        states = [client.get(path) for path in ("/healthz", "/readyz")]
+    assert (failed.status_code, later.status_code) == (500, 503)
+    assert "is to be started again" in later.json()["error"]["message"]
+    assert [(one.status_code, one.json()["status"]) for one in states] == [(503, "broken")] * 2
 
 
 def test_an_engine_that_cannot_be_made_larger_again_ends_the_sampler(pipe, monkeypatch, caplog):
@@ -201,17 +217,38 @@ def test_an_engine_that_cannot_be_made_larger_again_ends_the_sampler(pipe, monke
     async def run():
         made = Sampler(pipe.prior, num_rows=8)
         monkeypatch.setattr("pipeline.serving.sampler.Engine", Fits)
-        jobs = [made.submit(plan(pipe, seed, n=2)) for seed in range(2)]
-        done = [codes_of(await all_of(job)) for job in jobs]
+        done = codes_of(await all_of(made.submit(plan(pipe, n=4))))
         made._thread.join(60)
-        assert not made.is_alive and made.num_slots == 4
+        assert made.has_failed
         return done
 
     found = asyncio.run(run())
-    for seed, codes in enumerate(found):
-        expected = pipe("a red heart", num_images_per_prompt=2, seed=seed)
-        assert codes == expected.codes.flatten(1).tolist()
+    expected = pipe("a red heart", num_images_per_prompt=4, seed=0)
+    assert found == expected.codes.flatten(1).tolist()
+    assert "continuing with 4 rows" in caplog.text
     assert "the server cannot sample any more" in caplog.text
+
+
+def test_a_table_that_did_not_fit_is_freed_before_the_next_one_is_made(pipe, monkeypatch):
+    """Its error would keep it, which knows where it arose."""
+    failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
+
+    async def run():
+        made = Sampler(pipe.prior, num_rows=8)
+        first = weakref.ref(made._engine)
+        freed = []
+
+        class Watching(Engine):
+            def __init__(self, *given, **options):
+                freed.append(first() is None)
+                super().__init__(*given, **options)
+
+        monkeypatch.setattr("pipeline.serving.sampler.Engine", Watching)
+        await all_of(made.submit(plan(pipe, n=4)))
+        made.close()
+        return freed
+
+    assert all(asyncio.run(run()))
 
 
 def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
