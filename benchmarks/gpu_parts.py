@@ -242,7 +242,7 @@ def sampling(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
 def uncaptured(table: Any):
     """Compiled steps without a CUDA graph."""
     held = table.capture_cuda_graph
-    table.capture_cuda_graph = lambda step: step
+    table.capture_cuda_graph = lambda step, device: step
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ class CompiledSteps(Steps):
 
     def __init__(self, prior: ImagePrior) -> None:
         self.prior = prior
-        self._ready: dict[StepShape, Advance] = {}
+        self._ready: dict[Hashable, Advance] = {}
 
     @torch.inference_mode()
     def compile(self, shape: StepShape) -> None:
@@ -72,10 +72,10 @@ class CompiledSteps(Steps):
         rows = Rows.empty(prior, shape.num_rows)
         layout = Layout.empty(prior, shape.num_rows, shape.num_images, guided=shape.guided)
         step(prior, prior.tables(), cache, rows, layout, shape.filters, 1)
-        self._ready[shape] = step
+        self._ready[(shape, *_computing(prior))] = step
 
     def advance(self, shape: StepShape) -> Advance | None:
-        return self._ready.get(shape)
+        return self._ready.get((shape, *_computing(self.prior)))
 
 
 class CompiledAtFirstUse(Steps):
@@ -95,13 +95,18 @@ def compiled_programs(prior: ImagePrior) -> Programs:
     return _compiled.setdefault(prior, {})
 
 
-def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+def capture_cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A step as a CUDA graph: its kernels are launched all at once, not one by one from Python. The
-    graph reads and writes the memory that the step does now."""
+    graph reads and writes the memory that the step does now, on this device."""
     graph = torch.cuda.CUDAGraph()
-    # Records, and computes nothing yet. Other threads may allocate meanwhile: they load the next
-    # batch.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of its own: the one that torch shares among all graphs is of the device that was
+    # current at the first one. Records, and computes nothing yet. Other threads may allocate
+    # meanwhile: they load the next batch.
+    stream = torch.cuda.Stream(device)
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         step()
     return graph.replay
 
@@ -132,6 +137,13 @@ def _prefill_guards(guards: Sequence[_Guard]) -> list[bool]:
     ]
 
 
+def _computing(prior: ImagePrior) -> tuple[Hashable, ...]:
+    """How and where a prior computes now, which a program is compiled for."""
+    kind = prior.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return prior.dtype, prior.device, prior.training, autocast
+
+
 def _compile_once(
     prior: ImagePrior,
     key: tuple[Hashable, ...],
@@ -146,10 +158,7 @@ def _compile_once(
     by code object and tells them apart by guards, which these have not: with one code object a step
     would run the program of another.
     """
-    kind = prior.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    # How and where programs compute distinguishes them, too.
-    key = (*key, prior.dtype, prior.device, prior.training, autocast)
+    key = (*key, *_computing(prior))
     programs = compiled_programs(prior)
     if key not in programs:
         assert isinstance(function, FunctionType)

@@ -72,7 +72,8 @@ def sample(
             "corrupted, go back to an earlier checkpoint"
         )
     finished.sort(key=lambda one: one.ticket)
-    return joined_samples([one.samples for one in finished if one.samples is not None])
+    with torch.inference_mode(False):  # so that the result can be part of a gradient
+        return joined_samples([one.samples for one in finished if one.samples is not None])
 
 
 def joined_samples(parts: Sequence[Samples]) -> Samples:

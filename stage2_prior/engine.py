@@ -215,11 +215,16 @@ class Engine:
             ValueError: as `sample`. Or the caption has not T ids, or the table has one row and the
                 image is guided.
         """
-        length = self.prior.stream.text_length
-        if request.text_ids.shape != (length,):
+        stream = self.prior.stream
+        if request.text_ids.shape != (stream.text_length,):
             raise ValueError(
                 f"the caption has the shape {tuple(request.text_ids.shape)}, and it must be "
-                f"({length},)"
+                f"({stream.text_length},)"
+            )
+        vocabulary = stream.text_vocab_size
+        if not ((request.text_ids >= 0) & (request.text_ids < vocabulary)).all():
+            raise ValueError(
+                f"the caption has ids out of range; they must be 0 to {vocabulary - 1}"
             )
         schedule = sampling_schedule(
             self.prior,
@@ -344,13 +349,20 @@ class Engine:
         if joining:
             try:
                 self._start(joining)
-            except Exception:
+            except BaseException:  # an interrupt, too, keeps the requests
                 self._queue.extendleft(reversed(joining))
                 raise
             self._images += joining
 
     def _start(self, images: list[_Image]) -> None:
         """Writes images into their rows, and reads their captions and known codes."""
+        with torch.device("cpu"):  # whatever the default device is
+            values = self._values(images)
+        null = any(image.num_rows == 2 for image in images)
+        self._table.write([self._row(image, 0) for image in images], values, also_null=null)
+
+    def _values(self, images: list[_Image]) -> Rows:
+        """The rows of images before their first step, on the CPU."""
         stream = self.prior.stream
         options = [image.request.options for image in images]
         captions = torch.stack([image.request.text_ids.cpu() for image in images])
@@ -362,10 +374,10 @@ class Engine:
         for row, image in zip(ids, images, strict=True):
             if image.request.codes is not None:
                 known = image.order[: image.num_kept]
-                codes = image.request.codes.cpu()[known]
+                codes = image.request.codes.cpu().long()[known]
                 row[length : length + image.num_kept] = stream.code_ids(codes[None], known[None])[0]
         text = torch.arange(length).expand(len(images), -1)
-        values = Rows(
+        return Rows(
             ids=ids,
             position_ids=torch.cat([text, orders + length], 1),
             filled=length - 1 + kept,
@@ -375,8 +387,8 @@ class Engine:
             noise=per_seed_uniforms([i.request.seed for i in images], stream.image_length),
             scales=torch.tensor([image.schedule.scales for image in images]),
             temperature=torch.tensor([float(one.temperature) for one in options]),
-            top_k=torch.tensor([one.top_k or stream.num_codes for one in options]).clamp(
-                max=stream.num_codes
+            top_k=torch.tensor(
+                [min(one.top_k or stream.num_codes, stream.num_codes) for one in options]
             ),
             top_p=torch.tensor(
                 [one.top_p if one.top_p and one.top_p < 1 else 2.0 for one in options]
@@ -384,8 +396,6 @@ class Engine:
             min_p=torch.tensor([one.min_p or 0.0 for one in options]),
             log_p=torch.zeros(len(images), stream.image_length),
         )
-        null = any(image.num_rows == 2 for image in images)
-        self._table.write([self._row(image, 0) for image in images], values, also_null=null)
 
     def _match_null_rows(self, images: list[_Image]) -> None:
         """Gives images of a kind that the next step guides a row for the null caption, and takes it
@@ -433,12 +443,14 @@ class Engine:
             image.offsets[number] = hole
 
     def _codes(self, images: list[_Image]) -> Tensor:
-        """(n,N) of images, in raster order; those to come are of no meaning."""
+        """(n,N) of images, in raster order; those to come, and those of logits that were not
+        finite, are of no meaning."""
         stream = self.prior.stream
         rows = self._table.index([self._row(image, 0) for image in images])
         classes = stream.classes_of(self._table.rows.ids[rows, stream.text_length :])
         orders = torch.stack([image.order for image in images]).to(classes.device)
-        return torch.empty_like(classes).scatter_(1, orders, stream.within_level(classes, orders))
+        codes = stream.within_level(classes, orders).clamp(min=0)
+        return torch.empty_like(classes).scatter_(1, orders, codes)
 
     def _finished(self, images: list[_Image]) -> list[Finished]:
         """What images that are done have sampled."""
@@ -456,8 +468,20 @@ class Engine:
             null = totals[self._row(image, -1)][None] if image.is_fully_guided else None
             order = image.order[None].to(codes.device)
             samples = Samples(own_codes[None], totals[own][None], null, order)
-            finished.append(Finished(image.ticket, samples))
+            finished.append(Finished(image.ticket, _plain(samples)))
         return finished
+
+
+def _plain(samples: Samples) -> Samples:
+    """The same as tensors that can be changed and be part of a gradient."""
+    null = samples.null_log_likelihood
+    with torch.inference_mode(False):
+        return Samples(
+            samples.codes.clone(),
+            samples.log_likelihood.clone(),
+            None if null is None else null.clone(),
+            samples.orders.clone(),
+        )
 
 
 def _positions_after(images: list[_Image], first: int, length: int) -> Tensor:

@@ -283,7 +283,6 @@ class ImagePrior(SavedModel):
                 )
             cached = torch.arange(first, first + length, device=ids.device)
             past = CacheView(cache, cached, attention_mask(cached, cached, cache.capacity))
-            cache.filled += length
         tables = self.tables()
         num_text = 0
         if not image_first:
@@ -302,6 +301,8 @@ class ImagePrior(SavedModel):
             num_text=num_text,
             activation_checkpointing=activation_checkpointing,
         )
+        if cache is not None:
+            cache.filled += length
         if image_first:
             codes = features[:, : self.stream.image_length - 1]
             text = features[:, self.stream.image_length :]

@@ -53,8 +53,8 @@ def training_orders(batch: int, count: int, share: float, device: torch.device) 
 
 def seeded_orders(seeds: Sequence[int], count: int) -> Tensor:
     """(B,N) random permutations, row i from seeds[i] alone; the same on every device."""
-    generators = (torch.Generator().manual_seed(int(seed) ^ 0x5EED) for seed in seeds)
-    return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
+    generators = (torch.Generator("cpu").manual_seed(int(seed) ^ 0x5EED) for seed in seeds)
+    return torch.stack([torch.randperm(count, generator=one, device="cpu") for one in generators])
 
 
 def kept_first(orders: Tensor, keep_mask: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ class SamplingOptions:
         interval = self.guidance_interval
         refuse(
             (
-                not self.guidance_scale >= 0,
-                f"sampling.guidance_scale is {self.guidance_scale}; it must be 0 or more "
-                "(1 is off)",
+                not 0 <= self.guidance_scale <= 1e6,
+                f"sampling.guidance_scale is {self.guidance_scale}; it must be 0 or more (1 is "
+                "off), and at most 1e6",
             ),
             (
                 len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1,
@@ -183,12 +183,16 @@ def per_seed_uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """(B,count) uniform numbers in [0,1), row i from a generator seeded with seeds[i]; the same on
     every device."""
     return torch.stack(
-        [torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        [torch.rand(count, generator=_generator(seed), device="cpu") for seed in seeds]
     )
 
 
 def per_seed_normals(seeds: Sequence[int], count: int) -> Tensor:
     """(B,count) standard normal numbers, row i from a generator seeded with seeds[i]."""
     return torch.stack(
-        [torch.randn(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        [torch.randn(count, generator=_generator(seed), device="cpu") for seed in seeds]
     )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(int(seed))

@@ -53,8 +53,11 @@ def sampling_schedule(
         ValueError: as `sample`.
     """
     _check_guidance(prior, options)
+    _check_seeds(seeds)
     count = prior.stream.image_length
     num_kept = _count_kept(known, codes, count)
+    if known is not None and codes is not None:
+        _check_codes(prior, known, codes)
     step_sizes = cosine_step_sizes(count - num_kept, options.num_inference_steps)
     orders = _sampling_orders(prior, seeds, known, orders, options.num_inference_steps)
     scales = [float(guidance_at(i / count, options)) for i in range(count)]
@@ -69,6 +72,32 @@ def _check_guidance(prior: ImagePrior, options: SamplingOptions) -> None:
             "and this one was not; "
             "sample with guidance_scale=1 or train with prior.objective.caption_dropout=0.1"
         )
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    """Raises ValueError where torch's generators take no such seed."""
+    for seed in seeds:
+        if not -(2**63) <= int(seed) < 2**63:
+            raise ValueError(f"the seed is {seed}; it must be from -2**63 to 2**63 - 1")
+
+
+def _check_codes(prior: ImagePrior, known: Tensor, codes: Tensor) -> None:
+    """Raises ValueError where the kept codes are not those of an image of this prior."""
+    levels = prior.stream.config.levels
+    count = prior.stream.image_length
+    if codes.is_floating_point() or codes.is_complex() or codes.shape[-1] != count:
+        raise ValueError(
+            f"the codes are {codes.shape[-1]} of {codes.dtype} per image; give {count} integers"
+        )
+    sizes = torch.tensor(
+        [level.num_codes for level in levels for _ in range(level.length)], device="cpu"
+    )
+    values = codes.cpu().long()
+    wrong = known.cpu() & ((values < 0) | (values >= sizes))
+    if wrong.any():
+        value = int(values.expand(wrong.shape)[wrong][0])
+        most = int(sizes.expand(wrong.shape)[wrong][0]) - 1
+        raise ValueError(f"a known code is {value}; there it must be 0 to {most}")
 
 
 def _count_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> int:
@@ -105,11 +134,16 @@ def _sampling_orders(
         ValueError: a prior in raster order is asked for another.
     """
     count = prior.stream.image_length
-    raster = torch.arange(count).expand(len(seeds), count)
+    raster = torch.arange(count, device="cpu").expand(len(seeds), count)
     random = prior.config.trained_order == "random"
     if orders is None:
         orders = seeded_orders(seeds, count) if random else raster
-    orders = orders.cpu()
+    orders = orders.cpu().long()
+    if orders.shape != raster.shape or not torch.equal(orders.sort(1).values, raster):
+        raise ValueError(
+            f"the order of the codes is {tuple(orders.shape)}; each row must have the numbers 0 to "
+            f"{count - 1} once"
+        )
     if keep_mask is not None:
         orders = kept_first(orders, keep_mask.cpu())
     if not random and (steps not in (None, count) or not torch.equal(orders, raster)):

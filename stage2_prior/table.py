@@ -21,6 +21,11 @@ _CAPTIONS_KEPT = 16
 """Captions whose keys and values stay, for further rows of them."""
 
 
+_TOKENS_READ = 2048
+"""About the most tokens of known codes that are computed at once. On a CPU attention keeps a number
+for each pair of tokens."""
+
+
 class Table:
     """Rows for one prior, on its device.
 
@@ -60,7 +65,7 @@ class Table:
             held[index] = 0  # a masked nan of an earlier image would make nan
         stream = self.prior.stream
         captions = values.ids[:, : stream.text_length]
-        read = torch.cat([captions, stream.null_caption(1)]) if also_null else captions
+        read = torch.cat([captions, stream.null_caption(1, "cpu")]) if also_null else captions
         self._read_captions(at, [tuple(caption) for caption in read.tolist()])
         self._read_codes(at, values.filled.tolist())
 
@@ -68,7 +73,7 @@ class Table:
         """Fills the rows `at` with those of images, but for the null caption."""
         values = Rows(*(one[self.index(rows)].cpu() for one in self.rows))
         stream = self.prior.stream
-        values.ids[:, : stream.text_length] = stream.null_caption(1)
+        values.ids[:, : stream.text_length] = stream.null_caption(1, "cpu")
         self.write(at, values)
 
     def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
@@ -88,14 +93,14 @@ class Table:
         layout = self._layouts[key]
         if self._laid_out.get(key) == (own, null):
             return layout
-        self._laid_out[key] = (own, null)
         of_row = [0] * shape.num_rows
         for image, (row, other) in enumerate(zip(own, null, strict=True)):
             of_row[row - first] = of_row[other - first] = image
-        layout.image.copy_(torch.tensor(of_row))
-        layout.own.copy_(torch.tensor(own) - first)
+        layout.image.copy_(torch.tensor(of_row, device="cpu"))
+        layout.own.copy_(torch.tensor(own, device="cpu") - first)
         if layout.null is not None:
-            layout.null.copy_(torch.tensor(null) - first)
+            layout.null.copy_(torch.tensor(null, device="cpu") - first)
+        self._laid_out[key] = (own, null)
         return layout
 
     def advance(self, first: int, layout: Layout, filters: Filters, width: int) -> None:
@@ -111,7 +116,7 @@ class Table:
         step = self._step(compiled or advance, 0, layout, shape.filters, 1)
         if compiled is not None and self.prior.device.type == "cuda":
             if shape in self._graphs:
-                self._graphs[shape] = step = capture_cuda_graph(step)
+                self._graphs[shape] = step = capture_cuda_graph(step, self.prior.device)
             else:
                 self._graphs[shape] = None
         step()
@@ -144,17 +149,19 @@ class Table:
         if pairs:
             sources = self.index([place for place, _ in pairs])
             self.cache.copy_from(cache, sources, self.index([row for _, row in pairs]))
-        # The null caption comes last, and is kept in any case.
         for caption in new[-_CAPTIONS_KEPT:]:
             self._captions[caption] = cache.rows(
                 slice(places[caption], places[caption] + 1)
             ).clone()
+        null = tuple(self.prior.stream.null_caption(1, "cpu")[0].tolist())
+        if null in self._captions:
+            self._captions.move_to_end(null)
         while len(self._captions) > _CAPTIONS_KEPT:
             self._captions.popitem(last=False)
 
     def _read_codes(self, at: Sequence[int], filled: Sequence[int]) -> None:
         """Computes keys and values of codes up to the position `filled`, exclusive, of each row.
-        Neighbours that have as many are computed at once."""
+        Neighbours that have as many are computed at once, within `_TOKENS_READ`."""
         first = self.prior.stream.text_length - 1
         rows = sorted(zip(at, filled, strict=True))
         # Neighbours are as far from their rank as each other.
@@ -163,18 +170,24 @@ class Table:
             neighbours = [row for _, (row, _) in group]
             if end == first:
                 continue
-            part = slice(neighbours[0], neighbours[-1] + 1)
-            positions = torch.arange(first, end, device=self.prior.device)
-            past = CacheView(
-                self.cache.rows(part),
-                positions,
-                attention_mask(positions, positions, self.cache.capacity),
-            )
-            self.prior.features(
-                self.rows.ids[part, first:end],
-                self.rows.position_ids[part, first:end],
-                self.rows.position_ids[part, first + 1 : end + 1],
-                self._tables,
-                past,
-                num_text=0,
-            )
+            count = max(_TOKENS_READ // (end - first), 1)
+            for start in range(neighbours[0], neighbours[-1] + 1, count):
+                stop = min(start + count, neighbours[-1] + 1)
+                self._read_same(slice(start, stop), first, end)
+
+    def _read_same(self, part: slice, first: int, end: int) -> None:
+        """Computes keys and values of rows at the positions from `first` to `end`, exclusive."""
+        positions = torch.arange(first, end, device=self.prior.device)
+        past = CacheView(
+            self.cache.rows(part),
+            positions,
+            attention_mask(positions, positions, self.cache.capacity),
+        )
+        self.prior.features(
+            self.rows.ids[part, first:end],
+            self.rows.position_ids[part, first:end],
+            self.rows.position_ids[part, first + 1 : end + 1],
+            self._tables,
+            past,
+            num_text=0,
+        )

@@ -133,13 +133,16 @@ class KeyValueCache:
 
     def rows(self, part: slice) -> KeyValueCache:
         """Some rows of the batch, sharing memory with this cache."""
-        return KeyValueCache(
-            [key[part] for key in self.keys], [value[part] for value in self.values]
-        )
+        return self._like([key[part] for key in self.keys], [one[part] for one in self.values])
 
     def clone(self) -> KeyValueCache:
         """The same in memory of its own."""
-        return KeyValueCache([key.clone() for key in self.keys], [v.clone() for v in self.values])
+        return self._like([one.clone() for one in self.keys], [one.clone() for one in self.values])
+
+    def _like(self, keys: list[Tensor], values: list[Tensor]) -> KeyValueCache:
+        other = KeyValueCache(keys, values)
+        other.filled = self.filled
+        return other
 
     def copy_from(self, other: KeyValueCache, rows: Tensor, to: Tensor) -> None:
         """Copies all positions of another cache, which has no more than this one: its row rows[i]

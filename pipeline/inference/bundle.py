@@ -44,7 +44,16 @@ class Bundle(NamedTuple):
 
 
 def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
-    """Writes the bundle, completely or not at all, with weights of this precision."""
+    """Writes the bundle, completely or not at all, with weights of this precision.
+
+    Raises:
+        ValueError: the prior was turned to bf16, as `TextToImagePipeline.compile` does.
+    """
+    if bundle.prior.dtype == torch.bfloat16:
+        raise ValueError(
+            "the prior is in bf16, as compile() makes it, and its fp32 weights are gone; load the "
+            "bundle again to save it"
+        )
     if dtype == "bf16":
         bundle = bundle._replace(tokenizer=rounded(bundle.tokenizer), prior=rounded(bundle.prior))
 

@@ -228,7 +228,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
             count = len(plan.seeds)
             images = [plan.original.copy() for _ in range(count)]
             codes = self.in_layout(plan.codes)
-            return TextToImageOutput(images, codes, torch.zeros(count), [seed] * count)
+            return TextToImageOutput(images, codes, torch.zeros(count), plan.seeds)
         output = self._sampled(plan, prompt)
         output.images = plan.composite(output.images)
         return output
@@ -344,7 +344,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         """
         codes = self.codes_of([image]).flatten(1)
         if candidates is not None:
-            captions = list(candidates)
+            captions = [candidates] if isinstance(candidates, str) else list(candidates)
             check_at_least_one("the number of candidates", len(captions))
             ids = self.text.encode(captions, truncate=truncate)
             parts = ids.split(_CAPTIONS_AT_A_TIME)

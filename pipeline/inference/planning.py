@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.inference.base import BasePipeline, check_at_least_one, image_seed
+from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.editing import (
     EditPlan,
     check_image,
@@ -35,7 +35,7 @@ class PlanningPipeline(BasePipeline):
 
     def plan(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         num_images: int = 1,
         seed: int = 0,
@@ -44,6 +44,8 @@ class PlanningPipeline(BasePipeline):
     ) -> SamplingPlan:
         """What `__call__` samples, of `num_images` per prompt, without its warnings. Options and
         errors as there."""
+        prompts = checked_prompts(prompts)
+        check_at_least_one("num_images", num_images)
         ids = self.text_ids(prompts, truncate).repeat_interleave(num_images, dim=0)
         seeds = [image_seed(seed, i) for _ in prompts for i in range(num_images)]
         return SamplingPlan(ids, seeds, self._options(sampling))

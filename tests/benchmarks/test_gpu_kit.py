@@ -230,7 +230,7 @@ def test_compiled_steps_can_skip_cuda_graphs():
     capture = sampling_table.capture_cuda_graph
     with gpu_parts.uncaptured(sampling_table):
         step = object()
-        assert sampling_table.capture_cuda_graph(step) is step
+        assert sampling_table.capture_cuda_graph(step, torch.device("cuda")) is step
     assert sampling_table.capture_cuda_graph is capture
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import stage2_prior.compilation
 import stage2_prior.engine
 import stage2_prior.table
 from stage2_prior import (
@@ -25,7 +28,7 @@ from stage2_prior import (
     code_log_likelihood,
     sample,
 )
-from stage2_prior.compilation import Steps
+from stage2_prior.compilation import Steps, capture_cuda_graph
 from stage2_prior.step import advance, prefill
 from stage2_prior.table import Table
 from tests.helpers.priors import any_order_prior, tiny_prior
@@ -391,6 +394,182 @@ def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch):
     assert [one.ticket for one in finished] == tickets
     for seed, one in enumerate(finished):
         assert_same(one, alone(prior, plain(seed, 2.0)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_or_an_interrupt_while_requests_start_loses_none(prior, monkeypatch, error):
+    engine = Engine(prior, 4)
+    for seed in range(3):
+        engine.submit(plain(seed))
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "write", fail)
+        with pytest.raises(error):
+            engine.step()
+    assert engine.num_waiting == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"codes": torch.zeros(5, dtype=torch.long)},
+            "the codes are 5 of torch.int64 per image; give 9 integers",
+        ),
+        ({"codes": torch.zeros(9)}, "the codes are 9 of torch.float32 per image; give 9 integers"),
+        ({"codes": torch.full((9,), 11)}, "a known code is 11; there it must be 0 to 10"),
+        ({"codes": torch.full((9,), -1)}, "a known code is -1; there it must be 0 to 10"),
+        ({"order": torch.zeros(9, dtype=torch.long)}, "each row must have the numbers 0 to 8 once"),
+        ({"order": torch.arange(5)}, "each row must have the numbers 0 to 8 once"),
+        ({"seed": 2**64}, "the seed is 18446744073709551616"),
+        ({"text_ids": torch.full((6,), 20)}, "ids out of range; they must be 0 to 19"),
+    ],
+)
+def test_a_request_that_no_step_could_take_is_refused_when_it_is_asked(change, words):
+    """In the queue it would stop all others."""
+    prior = any_order_prior()
+    engine = Engine(prior, 2)
+    kept = {"known": torch.arange(9) < 3, "codes": torch.arange(9)}
+    request = SampleRequest(
+        text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(), order=torch.arange(9), **kept
+    )
+    with pytest.raises(ValueError, match=words):
+        engine.submit(replace(request, **change))
+    engine.submit(request)
+    while engine.num_active or engine.num_waiting:
+        finished = engine.step()
+    assert finished[0].samples.codes[0, :3].tolist() == [0, 1, 2]
+
+
+def test_a_known_code_of_another_level_is_refused():
+    codes = torch.tensor([4, *range(8)])
+    request = SampleRequest(
+        text_ids=CAPTIONS[0],
+        seed=0,
+        options=SamplingOptions(),
+        known=torch.arange(9) < 1,
+        codes=codes,
+    )
+    with pytest.raises(ValueError, match="a known code is 4; there it must be 0 to 3"):
+        Engine(any_order_prior(TWO), 2).submit(request)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_known_codes_may_be_of_any_integer_type(dtype):
+    """Ids of the vocabulary need more digits than the codes have."""
+    prior = any_order_prior()
+    known = torch.arange(9) < 4
+    found = [
+        sample(prior, CAPTIONS[:1], [3], SamplingOptions(), known=known, codes=codes).codes
+        for codes in (torch.arange(9)[None], torch.arange(9, dtype=dtype)[None])
+    ]
+    assert torch.equal(*found) and found[1][0, :4].tolist() == [0, 1, 2, 3]
+
+
+def test_known_codes_are_read_in_parts_of_bounded_size(monkeypatch):
+    prior = any_order_prior()
+    known = (torch.arange(9) < 8).expand(12, -1)
+    given = {"known": known, "codes": torch.arange(9).expand(12, -1)}
+    expected = sample(prior, CAPTIONS.repeat(3, 1), range(12), SamplingOptions(), **given)
+    read = []
+    plain_features = ImagePrior.features
+
+    def counted(self, ids, *arguments, **options):
+        read.append(ids.numel())
+        return plain_features(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(ImagePrior, "features", counted)
+    monkeypatch.setattr(stage2_prior.table, "_TOKENS_READ", 20)
+    found = sample(prior, CAPTIONS.repeat(3, 1), range(12), SamplingOptions(), **given)
+    assert torch.equal(found.codes, expected.codes)
+    assert read[1:-1] and max(read[1:-1]) == 16  # two rows of eight; a caption before, a step after
+
+
+def test_the_null_caption_stays_whatever_captions_come(prior):
+    """It is the oldest that is kept where many others join at once."""
+    read = []
+
+    class CountedSteps(Steps):
+        @staticmethod
+        def prefill(prior, tables, cache, ids):
+            read.extend(ids.tolist())
+            prefill(prior, tables, cache, ids)
+
+    engine = Engine(prior, 40, steps=CountedSteps())
+    for start in (0, 17):
+        for number in range(start, start + 17):
+            caption = torch.tensor([0, 3 + number // 10, 3 + number % 10, 1, 2, 2])
+            options = SamplingOptions(guidance_scale=2.0)
+            engine.submit(SampleRequest(text_ids=caption, seed=number, options=options))
+        while engine.num_active or engine.num_waiting:
+            engine.step()
+    assert read.count(prior.stream.null_caption(1)[0, :-1].tolist()) == 1
+
+
+def test_samples_can_be_changed_and_be_part_of_a_gradient(prior):
+    engine = Engine(prior, 1)
+    engine.submit(plain(0))
+    while not (finished := engine.step()):
+        pass
+    for samples in (finished[0].samples, alone(prior, plain(0))):
+        samples.codes[0, 0] = 3
+        weight = torch.ones(1, requires_grad=True)
+        (weight * samples.log_likelihood).sum().backward()
+        assert weight.grad is not None
+
+
+def test_the_default_device_changes_nothing(prior):
+    request = replace(plain(4, 2.0))
+    expected = alone(prior, request)
+    with torch.device("meta"):
+        found = sample(prior, CAPTIONS[:1], [4], request.options)
+    assert torch.equal(found.codes, expected.codes)
+
+
+def test_codes_so_far_are_codes_where_logits_of_a_later_level_are_not_finite():
+    prior = tiny_prior(TWO)
+    engine = Engine(prior, 1)
+    ticket = engine.submit(plain(5))
+    engine.step()
+    with torch.inference_mode():
+        engine._table.cache.values[0][0, :, 0] = float("nan")
+    engine.step()
+    codes, there = engine.codes_so_far(ticket)
+    assert there.sum() == 2 and codes.min() >= 0
+
+
+def test_steps_that_were_compiled_for_another_precision_are_not_used(prior):
+    steps = CompiledSteps(prior)
+    shape = StepShape.of_images(1, guided=False, filters=Filters.of([SamplingOptions()]))
+    steps._ready[(shape, *stage2_prior.compilation._computing(prior))] = advance
+    assert steps.advance(shape) is advance
+    prior.to(torch.bfloat16)
+    assert steps.advance(shape) is None
+
+
+def test_a_graph_is_captured_on_the_device_of_its_prior(monkeypatch):
+    """torch's own stream for graphs is of the device that was current at the first one."""
+    used = []
+
+    @contextmanager
+    def recorded(*given, **options):
+        used.append((given, options))
+        yield
+
+    graph = SimpleNamespace(replay="replay")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream", device))
+    monkeypatch.setattr(torch.cuda, "device", recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    device = torch.device("cuda:1")
+    steps = []
+    assert capture_cuda_graph(lambda: steps.append(1), device) == "replay"
+    assert steps == [1]
+    assert used[0] == ((device,), {})
+    assert used[1][0] == (graph,) and used[1][1]["stream"] == ("stream", device)
 
 
 def test_what_an_engine_cannot_do_is_refused_when_it_is_asked(prior):

@@ -115,6 +115,20 @@ def test_without_code_vectors_embeddings_are_free(text_ids, codes):
     assert sample(prior, text_ids, [1, 2, 3], SamplingOptions()).codes.shape == (3, 9)
 
 
+def test_a_copy_of_a_cache_goes_on_where_it_was_made(prior, text_ids):
+    codes = torch.zeros(3, 1, dtype=torch.long)
+    ids = prior.stream.inputs(text_ids, codes)
+    slots = torch.arange(ids.shape[1])
+    with torch.no_grad():
+        cache = prior.new_cache(3)
+        prior(ids[:, :6], slots[:6], cache)
+        copied, part = cache.clone(), cache.rows(slice(0, 2))
+        expected = prior(ids[:, 6:], slots[6:], cache).image
+        found = prior(ids[:, 6:], slots[6:], copied).image
+    torch.testing.assert_close(found, expected)
+    assert (cache.filled, copied.filled, part.filled) == (7, 7, 6)
+
+
 def test_full_cache_refuses_more_positions(prior, text_ids):
     cache = prior.new_cache(3)
     cache.filled = 14

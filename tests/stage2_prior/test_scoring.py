@@ -46,6 +46,14 @@ def test_the_score_of_samples_is_the_sum_of_their_codes_log_probabilities(make, 
     torch.testing.assert_close(null.sum(1), drawn.null_log_likelihood)
 
 
+def test_scores_of_codes_compute_no_logits_of_words(prior, text_ids, codes):
+    rows = []
+    handle = prior.text_head.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
+    code_log_likelihood(prior, text_ids, codes)
+    handle.remove()
+    assert [shape[1] for shape in rows] == [0]
+
+
 def test_scores_are_ordered_by_image_position(text_ids, codes):
     prior = any_order_prior()
     orders = seeded_orders([1, 2, 3], 9)

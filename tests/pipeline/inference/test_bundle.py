@@ -34,6 +34,17 @@ def test_a_bundle_is_read_as_it_was_written(folder):
     assert read.trained_on == {"experiment": "tiny"} and not read.tokenizer.training
 
 
+def test_a_prior_that_was_rounded_for_sampling_is_not_saved(tmp_path, monkeypatch):
+    """Its codebook and rotations were rounded too, and its weights in fp32 are gone."""
+    pipe = tiny_pipeline()
+    monkeypatch.setattr("pipeline.runtime.devices.uses_bf16", lambda *_: True)
+    pipe.compile()
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(ValueError, match="load the bundle again to save it"):
+            pipe.save_pretrained(tmp_path / "bundle", dtype=dtype)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_bf16_halves_a_bundle_that_is_loaded_in_fp32(tmp_path):
     """Its parameters are rounded, its buffers (codebook, rotations) are not; the pipeline that is
     saved stays as it is."""

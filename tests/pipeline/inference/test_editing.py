@@ -87,6 +87,7 @@ def test_empty_mask_changes_nothing_and_warns(pipe, original):
         True,
     ]
     assert out.log_likelihood.tolist() == [0, 0] and out.codes.shape == (2, 4, 4)
+    assert out.seeds == pipe.plan(["a red circle"], num_images=2, seed=0).seeds
 
 
 def test_full_mask_is_plain_sampling_and_warns(pipe, original):
@@ -231,6 +232,20 @@ def test_default_steps_of_a_bundle_apply_to_whole_images_only(pipe, original):
         ValueError, match="num_inference_steps is 2; it must be at least 1 and at most the 1 codes"
     ):
         stepped.edit(original, box(0, 0, 8, 8), "x", num_inference_steps=2)
+
+
+def test_codes_of_another_image_are_refused_and_small_types_are_taken(pipe, original):
+    known = torch.arange(16) < 4
+    codes = pipe.codes_of([original]).flatten() % 256
+    kept = pipe.complete(codes.to(torch.uint8), known, "x").codes
+    assert torch.equal(kept, pipe.complete(codes, known, "x").codes)
+    most = pipe.prior.stream.num_codes - 1
+    with pytest.raises(ValueError, match=f"a known code is {most + 1}; there it must be 0 to"):
+        pipe.complete(torch.full((16,), most + 1), known, "x")
+
+
+def test_one_candidate_may_be_a_text(pipe, original):
+    assert pipe.caption(original, "a red heart") == pipe.caption(original, ["a red heart"])
 
 
 def test_many_candidates_are_scored_in_parts(pipe, original, monkeypatch):

@@ -88,3 +88,11 @@ def test_plans_refuse_what_the_calls_refuse(pipe, image, mask):
         pipe.plan_outpaint(image, "x")
     with pytest.raises(ValueError, match="num_images is 0"):
         pipe.plan_variation(image, 0.5, "x", num_images=0)
+
+
+def test_a_plan_of_one_prompt_is_that_of_a_list_and_bad_input_is_refused(pipe):
+    assert pipe.plan("a blue star", seed=2).seeds == pipe.plan(["a blue star"], seed=2).seeds
+    with pytest.raises(ValueError, match="no prompt was given"):
+        pipe.plan([])
+    with pytest.raises(ValueError, match="num_images is 0"):
+        pipe.plan(["a blue star"], num_images=0)
