@@ -58,8 +58,10 @@ class QueueFull(Exception):
 class ShuttingDown(Exception):
     """The server stops, or cannot sample any more, and does not sample the rest."""
 
-    def __init__(self, reason: str = "the server is shutting down") -> None:
-        super().__init__(f"{reason}; send the request to another one")
+    def __init__(
+        self, message: str = "the server is shutting down; send the request to another one"
+    ) -> None:
+        super().__init__(message)
 
 
 class SamplingFailed(Exception):
@@ -299,7 +301,10 @@ class Sampler:
 
     def _stopped(self) -> ShuttingDown:
         if self.has_failed:
-            return ShuttingDown("the server cannot sample any more and is to be started again")
+            return ShuttingDown(
+                "the server cannot sample any more; start it again, or send the request to another "
+                "one"
+            )
         return ShuttingDown()
 
     def _take_commands(self) -> None:

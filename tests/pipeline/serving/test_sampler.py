@@ -200,7 +200,7 @@ def test_a_server_that_cannot_sample_any_more_is_neither_healthy_nor_ready(pipe,
         later = client.post(url, json=body)
         states = [client.get(path) for path in ("/healthz", "/readyz")]
     assert (failed.status_code, later.status_code) == (500, 503)
-    assert "is to be started again" in later.json()["error"]["message"]
+    assert "start it again" in later.json()["error"]["message"]
     assert [(one.status_code, one.json()["status"]) for one in states] == [(503, "broken")] * 2
 
 
