@@ -59,7 +59,8 @@ class CompiledSteps(Steps):
 
     def __init__(self, prior: ImagePrior) -> None:
         self.prior = prior
-        self._ready: dict[Hashable, Advance] = {}
+        self._ready: dict[StepShape, tuple[Hashable, Advance]] = {}
+        """Steps, and how the prior computed when they were compiled."""
 
     @torch.inference_mode()
     def compile(self, shape: StepShape) -> None:
@@ -72,10 +73,11 @@ class CompiledSteps(Steps):
         rows = Rows.empty(prior, shape.num_rows)
         layout = Layout.empty(prior, shape.num_rows, shape.num_images, guided=shape.guided)
         step(prior, prior.tables(), cache, rows, layout, shape.filters, 1)
-        self._ready[(shape, *_computing(prior))] = step
+        self._ready[shape] = (_computing(prior), step)
 
     def advance(self, shape: StepShape) -> Advance | None:
-        return self._ready.get((shape, *_computing(self.prior)))
+        computing, step = self._ready.get(shape, (None, None))
+        return step if step is not None and computing == _computing(self.prior) else None
 
 
 class CompiledAtFirstUse(Steps):

@@ -83,15 +83,13 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 def _check_codes(prior: ImagePrior, known: Tensor, codes: Tensor) -> None:
     """Raises ValueError where the kept codes are not those of an image of this prior."""
-    levels = prior.stream.config.levels
     count = prior.stream.image_length
     if codes.is_floating_point() or codes.is_complex() or codes.shape[-1] != count:
         raise ValueError(
             f"the codes are {codes.shape[-1]} of {codes.dtype} per image; give {count} integers"
         )
-    sizes = torch.tensor(
-        [level.num_codes for level in levels for _ in range(level.length)], device="cpu"
-    )
+    first, past = prior.stream.level_edges
+    sizes = past - first
     values = codes.cpu().long()
     wrong = known.cpu() & ((values < 0) | (values >= sizes))
     if wrong.any():

@@ -40,9 +40,8 @@ def code_log_likelihood(
         orders = torch.arange(stream.image_length).expand(len(codes), -1)
     orders = None if orders is None else orders.to(device)
     fed = stream.text_first(text_ids, codes, orders)
-    given = prior(fed.ids, fed.position_ids, targets=fed.targets, text_logits=False)
-    logits = given.image.float()
-    logits, classes = stream.in_order(logits, codes, orders)
+    computed = prior(fed.ids, fed.position_ids, targets=fed.targets, text_logits=False)
+    logits, classes = stream.in_order(computed.image.float(), codes, orders)
     log_p = logits.log_softmax(-1).gather(2, classes[..., None])[..., 0]
     return log_p if orders is None else torch.empty_like(log_p).scatter_(1, orders, log_p)
 

@@ -310,8 +310,8 @@ def test_logits_of_several_codes_that_are_not_finite_end_their_image_alone():
     assert_same(finished[good], alone(prior, wide(5, 4)))
 
 
-def test_a_caption_is_read_once(prior, monkeypatch):
-    read = []
+def counted_steps(read: list[list[int]]) -> Steps:
+    """Plain steps; captions that are read are added to the list."""
 
     class CountedSteps(Steps):
         @staticmethod
@@ -319,7 +319,12 @@ def test_a_caption_is_read_once(prior, monkeypatch):
             read.extend(ids.tolist())
             prefill(prior, tables, cache, ids)
 
-    engine = Engine(prior, 16, steps=CountedSteps())
+    return CountedSteps()
+
+
+def test_a_caption_is_read_once(prior, monkeypatch):
+    read = []
+    engine = Engine(prior, 16, steps=counted_steps(read))
     for seed in range(6):
         engine.submit(plain(seed, 2.0))
         engine.step()
@@ -376,16 +381,17 @@ def test_logits_of_the_null_caption_that_are_not_finite_end_the_image(prior):
     assert [(one.samples, one.failed_step) for one in finished] == [(None, 1)]
 
 
-def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch, error):
     engine = Engine(prior, 4)
     tickets = [engine.submit(plain(seed, 2.0)) for seed in range(3)]
 
     def fail(*_, **__):
-        raise RuntimeError("no memory")
+        raise error("no memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(Table, "write", fail)
-        with pytest.raises(RuntimeError, match="no memory"):
+        with pytest.raises(error, match="no memory"):
             engine.step()
     assert (engine.num_active, engine.num_waiting) == (0, 3)
     finished = []
@@ -394,22 +400,6 @@ def test_requests_that_could_not_start_wait_in_their_order(prior, monkeypatch):
     assert [one.ticket for one in finished] == tickets
     for seed, one in enumerate(finished):
         assert_same(one, alone(prior, plain(seed, 2.0)))
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_or_an_interrupt_while_requests_start_loses_none(prior, monkeypatch, error):
-    engine = Engine(prior, 4)
-    for seed in range(3):
-        engine.submit(plain(seed))
-
-    def fail(*_, **__):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "write", fail)
-        with pytest.raises(error):
-            engine.step()
-    assert engine.num_waiting == 3
 
 
 @pytest.mark.parametrize(
@@ -432,9 +422,13 @@ def test_a_request_that_no_step_could_take_is_refused_when_it_is_asked(change, w
     """In the queue it would stop all others."""
     prior = any_order_prior()
     engine = Engine(prior, 2)
-    kept = {"known": torch.arange(9) < 3, "codes": torch.arange(9)}
     request = SampleRequest(
-        text_ids=CAPTIONS[0], seed=0, options=SamplingOptions(), order=torch.arange(9), **kept
+        text_ids=CAPTIONS[0],
+        seed=0,
+        options=SamplingOptions(),
+        known=torch.arange(9) < 3,
+        codes=torch.arange(9),
+        order=torch.arange(9),
     )
     with pytest.raises(ValueError, match=words):
         engine.submit(replace(request, **change))
@@ -472,8 +466,13 @@ def test_known_codes_may_be_of_any_integer_type(dtype):
 def test_known_codes_are_read_in_parts_of_bounded_size(monkeypatch):
     prior = any_order_prior()
     known = (torch.arange(9) < 8).expand(12, -1)
-    given = {"known": known, "codes": torch.arange(9).expand(12, -1)}
-    expected = sample(prior, CAPTIONS.repeat(3, 1), range(12), SamplingOptions(), **given)
+    codes = torch.arange(9).expand(12, -1)
+
+    def sampled() -> Samples:
+        captions = CAPTIONS.repeat(3, 1)
+        return sample(prior, captions, range(12), SamplingOptions(), known=known, codes=codes)
+
+    expected = sampled()
     read = []
     plain_features = ImagePrior.features
 
@@ -483,7 +482,7 @@ def test_known_codes_are_read_in_parts_of_bounded_size(monkeypatch):
 
     monkeypatch.setattr(ImagePrior, "features", counted)
     monkeypatch.setattr(stage2_prior.table, "_TOKENS_READ", 20)
-    found = sample(prior, CAPTIONS.repeat(3, 1), range(12), SamplingOptions(), **given)
+    found = sampled()
     assert torch.equal(found.codes, expected.codes)
     assert read[1:-1] and max(read[1:-1]) == 16  # two rows of eight; a caption before, a step after
 
@@ -491,14 +490,7 @@ def test_known_codes_are_read_in_parts_of_bounded_size(monkeypatch):
 def test_the_null_caption_stays_whatever_captions_come(prior):
     """It is the oldest that is kept where many others join at once."""
     read = []
-
-    class CountedSteps(Steps):
-        @staticmethod
-        def prefill(prior, tables, cache, ids):
-            read.extend(ids.tolist())
-            prefill(prior, tables, cache, ids)
-
-    engine = Engine(prior, 40, steps=CountedSteps())
+    engine = Engine(prior, 40, steps=counted_steps(read))
     for start in (0, 17):
         for number in range(start, start + 17):
             caption = torch.tensor([0, 3 + number // 10, 3 + number % 10, 1, 2, 2])
@@ -544,7 +536,7 @@ def test_codes_so_far_are_codes_where_logits_of_a_later_level_are_not_finite():
 def test_steps_that_were_compiled_for_another_precision_are_not_used(prior):
     steps = CompiledSteps(prior)
     shape = StepShape.of_images(1, guided=False, filters=Filters.of([SamplingOptions()]))
-    steps._ready[(shape, *stage2_prior.compilation._computing(prior))] = advance
+    steps._ready[shape] = (stage2_prior.compilation._computing(prior), advance)
     assert steps.advance(shape) is advance
     prior.to(torch.bfloat16)
     assert steps.advance(shape) is None
@@ -555,8 +547,8 @@ def test_a_graph_is_captured_on_the_device_of_its_prior(monkeypatch):
     used = []
 
     @contextmanager
-    def recorded(*given, **options):
-        used.append((given, options))
+    def recorded(*arguments, **options):
+        used.append((arguments, options))
         yield
 
     graph = SimpleNamespace(replay="replay")

@@ -24,7 +24,8 @@ class Page {
     byId("bundle").textContent = `${model.id} · ${model.width} × ${model.height}`;
     this.form = new Form(model);
     this.viewer = new Viewer(model, {
-      sample: (run) => this.sample({ ...run, fields: { ...this.form.optionsOfChanges(), ...run.fields } }),
+      sample: (run) =>
+        this.sample({ ...run, fields: { ...this.form.optionsOfChanges(), ...run.fields } }),
       reuse: (record) => this.fill(settingsOfRecord(record)),
     });
     this.gallery = new Gallery(model, (record) => this.viewer.open(record));

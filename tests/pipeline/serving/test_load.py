@@ -74,10 +74,10 @@ def test_requests_that_sample_nothing_wait_in_a_bounded_queue_and_for_a_limited_
     free, held_now = threading.Event(), threading.Event()
     plain = own_routes.score_each_code
 
-    def held(*given):
+    def held(prior, ids, codes):
         held_now.set()
         free.wait(60)
-        return plain(*given)
+        return plain(prior, ids, codes)
 
     monkeypatch.setattr(own_routes, "score_each_code", held)
     body = {"prompt": "a red heart", "codes": [0] * 16}

@@ -239,9 +239,9 @@ def test_a_table_that_did_not_fit_is_freed_before_the_next_one_is_made(pipe, mon
         freed = []
 
         class Watching(Engine):
-            def __init__(self, *given, **options):
+            def __init__(self, prior, num_rows, **options):
                 freed.append(first() is None)
-                super().__init__(*given, **options)
+                super().__init__(prior, num_rows, **options)
 
         monkeypatch.setattr("pipeline.serving.sampler.Engine", Watching)
         await all_of(made.submit(plan(pipe, n=4)))
