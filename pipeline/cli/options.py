@@ -20,6 +20,7 @@ from typing import (
     NoReturn,
     ParamSpec,
     TypeVar,
+    Union,
     Unpack,
     get_args,
     get_origin,
@@ -154,6 +155,11 @@ def _reading(hint: Any) -> dict[str, Any]:
         return _reading(inner[0]) | {"nargs": "+"}
     if get_origin(kind) is tuple:
         return _reading(inner[0]) | {"nargs": len(inner)}
+    if get_origin(kind) is Union:  # a number, or a word in its place
+        number, literal = inner
+        words = get_args(literal)
+        shown = "|".join([_SHOWN[number.__name__], *words])
+        return {"type": partial(_number_or_word, number, words), "metavar": shown}
     if inner:
         return {"type": partial(_choice, inner), "metavar": f"{{{','.join(inner)}}}"}
     return {"type": kind, "metavar": _SHOWN[kind.__name__]}
@@ -163,6 +169,17 @@ def _choice(choices: Sequence[str], text: str) -> str:
     if text not in choices:
         raise argparse.ArgumentTypeError(f"is {text!r}; choose one of: {', '.join(choices)}")
     return text
+
+
+def _number_or_word(number: type[int], words: Sequence[str], text: str) -> int | str:
+    if text in words:
+        return text
+    try:
+        return number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}; give a number or {' or '.join(words)}"
+        ) from None
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pipeline.cli.options import UsageError
 
@@ -12,7 +13,7 @@ def serve_command(
     bundle: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    slots: int = 32,
+    slots: int | Literal["auto"] = "auto",
     max_waiting: int = 256,
     max_images: int = 16,
     max_prompt: int = 1000,
@@ -31,8 +32,8 @@ def serve_command(
             which comes with the package)
         host: address to listen at; others than loopback can be reached from other machines
         port: number of the port
-        slots: images that are sampled at a time with guidance, 64 at most, and fewer where the
-            memory holds fewer; twice as many without
+        slots: images that are sampled at a time with guidance, from 1 to 64, and fewer where the
+            memory holds fewer; twice as many without; auto is 32
         max_waiting: images that wait for a slot at most; further requests get 429
         max_images: images per request at most
         max_prompt: characters of a prompt at most
@@ -58,7 +59,7 @@ def serve_command(
     settings = ServerSettings(
         host=host,
         port=port,
-        slots=slots,
+        slots=ServerSettings.slots if slots == "auto" else slots,
         max_waiting=max_waiting,
         max_images=max_images,
         max_prompt=max_prompt,

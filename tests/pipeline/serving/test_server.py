@@ -194,6 +194,23 @@ def test_an_open_address_without_tokens_is_reported(bundle, caplog, monkeypatch)
     assert "0.0.0.0 can be reached from other machines" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("given", "slots"), [([], 32), (["--slots", "auto"], 32), (["--slots", "5"], 5)]
+)
+def test_slots_are_a_number_or_auto(bundle, monkeypatch, given, slots):
+    served = []
+    monkeypatch.setattr(
+        "pipeline.serving.server.serve", lambda bundle, settings, **_: served.append(settings)
+    )
+    assert main(["serve", "--bundle", str(bundle), *given]) == 0
+    assert [settings.slots for settings in served] == [slots]
+
+
+def test_slots_that_are_neither_a_number_nor_auto_are_refused(bundle, capsys):
+    assert main(["serve", "--bundle", str(bundle), "--slots", "many"]) == 2
+    assert "slots" in capsys.readouterr().err
+
+
 def test_listen_names_an_address_that_is_not_ours():
     with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1:8000"):
         listen("192.0.2.1", 8000)
