@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import UnionType
+from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -147,7 +147,8 @@ def _add_options(parser: argparse.ArgumentParser, source: Callable[..., object])
 
 def _reading(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of this type."""
-    kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # without `| None`
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kind, *literals = [one for one in members if one is not NoneType]
     inner = get_args(kind)
     if kind is bool:
         return {"action": "store_true"}
@@ -155,11 +156,10 @@ def _reading(hint: Any) -> dict[str, Any]:
         return _reading(inner[0]) | {"nargs": "+"}
     if get_origin(kind) is tuple:
         return _reading(inner[0]) | {"nargs": len(inner)}
-    if get_origin(kind) is Union:  # a number, or a word in its place
-        number, literal = inner
-        words = get_args(literal)
-        shown = "|".join([_SHOWN[number.__name__], *words])
-        return {"type": partial(_number_or_word, number, words), "metavar": shown}
+    if literals:  # a number, or a word in its place
+        words = get_args(literals[0])
+        shown = "|".join([_SHOWN[kind.__name__], *words])
+        return {"type": partial(_number_or_word, kind, words), "metavar": shown}
     if inner:
         return {"type": partial(_choice, inner), "metavar": f"{{{','.join(inner)}}}"}
     return {"type": kind, "metavar": _SHOWN[kind.__name__]}

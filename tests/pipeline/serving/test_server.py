@@ -195,20 +195,20 @@ def test_an_open_address_without_tokens_is_reported(bundle, caplog, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("given", "slots"), [([], 32), (["--slots", "auto"], 32), (["--slots", "5"], 5)]
+    ("options", "slots"), [([], 32), (["--slots", "auto"], 32), (["--slots", "5"], 5)]
 )
-def test_slots_are_a_number_or_auto(bundle, monkeypatch, given, slots):
+def test_slots_are_a_number_or_auto(bundle, monkeypatch, options, slots):
     served = []
     monkeypatch.setattr(
         "pipeline.serving.server.serve", lambda bundle, settings, **_: served.append(settings)
     )
-    assert main(["serve", "--bundle", str(bundle), *given]) == 0
+    assert main(["serve", "--bundle", str(bundle), *options]) == 0
     assert [settings.slots for settings in served] == [slots]
 
 
 def test_slots_that_are_neither_a_number_nor_auto_are_refused(bundle, capsys):
     assert main(["serve", "--bundle", str(bundle), "--slots", "many"]) == 2
-    assert "slots" in capsys.readouterr().err
+    assert "--slots is 'many'; give a number or auto" in capsys.readouterr().err
 
 
 def test_listen_names_an_address_that_is_not_ours():
