@@ -110,16 +110,21 @@ class LiveTensorTracker(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        # Inputs that were not made here existed before.
-        self._seen.update(storage._cdata for storage in self._storages((args, kwargs)))
+        # Inputs that were not made here existed before, and count nothing.
+        for storage in self._storages((args, kwargs)):
+            self._see(storage, 0)
         out = function(*args, **(kwargs or {}))
         for storage in self._storages(out):
-            if storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+            self._see(storage, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return out
+
+    def _see(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Counts a storage until it is freed: another one may have its address then."""
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.now += size
+            weakref.finalize(storage, self._freed, storage._cdata, size)
 
     def _storages(self, tree: object) -> Iterator[torch.UntypedStorage]:
         for leaf in tree_leaves(tree):

@@ -31,7 +31,7 @@ from pipeline.data.builtin.icon_sets import (
     letters_of,
     read_set,
 )
-from pipeline.data.builtin.icon_split import Kind, cell_of
+from pipeline.data.builtin.icon_split import Kind, cell_of, without_tones
 from pipeline.data.builtin.svg import UnusableSvg, render
 from pipeline.data.readers.images import random_crop
 from pipeline.data.readers.transparency import composed
@@ -224,7 +224,7 @@ class IconSource(Source):
         everything, problems = _icons_of(config)
         self._problems = list(problems)
         self.everything = everything
-        self.icons = list(_split(everything, split))
+        self.icons = _split(everything, split, config.icons.untoned_repeats)
         self.num_images = len(self.icons)
         self._config = config
         digest = hashlib.sha256(f"{config.alpha}\n".encode())
@@ -259,7 +259,7 @@ def _icons_of(config: DataConfig) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
     return load_icons(own.folder, tuple(own.sets), own.annotations, config.size[0], config.workers)
 
 
-def _split(everything: Sequence[Icon], split: str) -> Sequence[Icon]:
+def _split(everything: Sequence[Icon], split: str, untoned_repeats: int) -> list[Icon]:
     """The drawings of a split: those to train on, or those that training is validated by."""
     trained = [icon for icon in everything if cell_of(icon.key, icon.style).kind == "train"]
     validation = [icon for icon in everything if _is_tuning(icon)]
@@ -268,7 +268,10 @@ def _split(everything: Sequence[Icon], split: str) -> Sequence[Icon]:
         validation = by_hash[: max(len(by_hash) // _FEW_HELD_OUT, 1)]
         chosen = set(validation)
         trained = [icon for icon in trained if icon not in chosen]
-    return trained if split == "train" else validation
+    if split == "train":
+        untoned = [icon for icon in trained if without_tones(icon.key) == icon.key]
+        return trained + untoned * (untoned_repeats - 1)
+    return validation
 
 
 def _is_tuning(icon: Icon) -> bool:

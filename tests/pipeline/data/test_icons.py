@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -75,6 +76,33 @@ def test_no_cell_is_in_two_splits(two_styles):
         assert {cell_of(icon.key, icon.style).kind for icon in cells} <= {kind}
     trained = {icon.key for icon in train.icons}
     assert all(icon.key in trained for icon in tested["cell"])
+
+
+def test_untoned_repeats_are_for_training_drawings_without_a_skin_tone(tmp_path, monkeypatch):
+    keys = ["1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f91d-1f3fb-200d-1f91d-1f3ff", "1f400"]
+    write_set(
+        tmp_path,
+        "own",
+        {f"a{i}": body("red", i) for i in range(5)},
+        {key: f"a{i}" for i, key in enumerate(keys)},
+    )
+    monkeypatch.setattr(icons, "cell_of", lambda key, style: Cell("train"))
+    once = config(tmp_path, ["own"])
+    often = config(tmp_path, ["own"])
+    often.icons.untoned_repeats = 3
+    (train, held_out), (repeated, as_before) = load_sources(once), load_sources(often)
+    untoned = {"1f44d", "1f400"}
+    assert Counter(icon.key for icon in repeated.icons) == {
+        icon.key: 3 if icon.key in untoned else 1 for icon in train.icons
+    }
+    assert [icon.key for icon in as_before.icons] == [icon.key for icon in held_out.icons]
+    assert len(repeated) == len(repeated.icons) and repeated.fingerprint != train.fingerprint
+
+
+def test_untoned_repeats_below_one_are_refused(two_styles):
+    two_styles.icons.untoned_repeats = 0
+    said = "\n".join(two_styles.icons.problems())
+    assert "data.icons.untoned_repeats" in said and "0" in said
 
 
 def test_images_are_laid_on_the_background_that_is_asked_for(two_styles):

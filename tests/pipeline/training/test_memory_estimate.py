@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -138,6 +139,17 @@ def test_tracker_counts_live_tensors():
         assert live.now == 0
         before.add_(1)  # was there before
     assert live.now == 0 and live.peak == 4000
+
+
+def test_tracker_counts_a_tensor_at_the_address_of_a_freed_one():
+    with LiveTensorTracker(CPU) as live:
+        for _ in range(50):
+            outside = torch.from_numpy(np.zeros(1000, np.float32))  # no operation makes it
+            outside.add_(1)
+            del outside
+            inside = torch.zeros(1000)
+            assert live.now == 4000
+            del inside
 
 
 @pytest.mark.parametrize(("objective", "batch"), [(prior, pairs), (tokenizer, images)])
